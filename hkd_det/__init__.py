@@ -1,0 +1,1 @@
+"""The detector: what it is, how it learns, how it is judged."""

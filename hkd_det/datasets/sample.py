@@ -1,0 +1,89 @@
+"""A `Sample`: one picture on disk and the people known to be in it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_det.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """People annotated in one picture, and the regions in which nothing may be judged.
+
+    boxes_xyxy: [N, 4] float32, pixels: the whole person, hidden parts included.
+    ignore: [N] bool: a region that is neither a person to find nor background (a rider, a group, a poster).
+    visible_xyxy: [N, 4] float32, pixels: the part that can be seen; equal to the box where the data set does not say.
+    labels: N names as the data set means them ("pedestrian", "rider", "group", ...).
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    ignore: NDArray[np.bool_]
+    visible_xyxy: NDArray[np.float32]
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        if not (self.boxes_xyxy.shape == self.visible_xyxy.shape == (count, 4) and self.ignore.shape == (count,)):
+            raise ValueError(
+                f"boxes {self.boxes_xyxy.shape}, visible {self.visible_xyxy.shape}, "
+                f"ignore {self.ignore.shape} and {count} labels do not belong together"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def empty(cls) -> "Truth":
+        """Nobody."""
+        nothing = np.zeros((0, 4), np.float32)
+        return cls(nothing, np.zeros(0, bool), nothing, ())
+
+    @property
+    def heights_px(self) -> NDArray[np.float32]:
+        """[N] heights of the whole boxes in pixels."""
+        return self.boxes_xyxy[:, 3] - self.boxes_xyxy[:, 1]
+
+    @property
+    def visibility(self) -> NDArray[np.float32]:
+        """[N] visible area over whole area, 0..1 where the visible box lies inside the box."""
+        sides = np.clip(self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2], 0, None)
+        seen = np.clip(self.visible_xyxy[:, 2:] - self.visible_xyxy[:, :2], 0, None)
+        whole = sides[:, 0] * sides[:, 1]
+        return np.divide(seen[:, 0] * seen[:, 1], whole, out=np.zeros_like(whole), where=whole > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One annotated picture. `size_hw` (height, width) is None where only opening the file would tell."""
+
+    image_id: int | str
+    path: Path
+    truth: Truth = field(default_factory=Truth.empty)
+    size_hw: tuple[int, int] | None = None
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """A picture file as (H, W, 3) uint8 RGB, as stored: EXIF orientation is not applied, boxes refer to the stored pixels.
+
+    Raises DataError, naming the file, if it is missing, truncated or not a picture.
+    """
+    try:
+        packed = np.fromfile(path, dtype=np.uint8)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such picture; check the data set's folder") from None
+    picture = None
+    if packed.size and not _is_truncated_jpeg(packed):
+        picture = cv2.imdecode(packed, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if picture is None:
+        raise DataError(f"{path}: not a readable picture (truncated, or no picture at all); replace or remove it")
+    return picture
+
+
+def _is_truncated_jpeg(packed: NDArray[np.uint8]) -> bool:
+    """OpenCV fills the missing part of a cut JPEG with grey and says nothing: look for the end mark ourselves."""
+    is_jpeg = packed[:2].tobytes() == b"\xff\xd8"
+    return is_jpeg and b"\xff\xd9" not in packed[-4096:].tobytes()
