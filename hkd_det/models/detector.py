@@ -1,0 +1,101 @@
+"""Detector: backbone, neck and head; one stage, anchor-free, one class: person."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hkd_det.models.backbone import Backbone
+from hkd_det.models.head import Head, RawMaps
+from hkd_det.models.neck import FeaturePyramid
+from hkd_det.models.points import anchor_points, decode_boxes
+
+MEAN_RGB = (123.675, 116.28, 103.53)  # ImageNet, 0..255
+STD_RGB = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """Everything that fixes a detector's shape; saved with its weights.
+
+    strides: of the pyramid's levels, fine to coarse, each twice the one before.
+    bins: distances a side can take, 0 .. bins - 1 strides; a coarse level sees 2 x (bins - 1) x 32 px at most.
+    """
+
+    backbone: str
+    backbone_arguments: dict[str, Any] = field(default_factory=dict)
+    strides: tuple[int, ...] = (8, 16, 32)
+    channels: int = 96
+    head_depth: int = 2
+    bins: int = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A batch's raw maps with what is needed to read them.
+
+    boxes_xyxy: [B, A, 4] decoded boxes in input pixels. points: [A, 2]. strides: [A].
+    """
+
+    raw: RawMaps
+    boxes_xyxy: Tensor
+    points: Tensor
+    strides: Tensor
+
+
+class Detector(nn.Module):
+    """Pictures in, people out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: DetectorSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = Backbone(spec.backbone, spec.strides, spec.backbone_arguments)
+        self.neck = FeaturePyramid(self.backbone.channels, spec.channels)
+        self.head = Head(spec.channels, spec.head_depth, len(spec.strides), spec.bins)
+        self.register_buffer("mean", torch.tensor(MEAN_RGB).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD_RGB).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pictures: Tensor) -> Prediction:
+        """[B, 3, H, W] uint8 or float RGB, 0..255, H and W multiples of the coarsest stride, to a prediction."""
+        raw: RawMaps = self.head(self.pyramid(pictures))
+        points, strides = self.points(pictures)
+        return Prediction(raw, decode_boxes(raw.sides, points, strides), points, strides)
+
+    def pyramid(self, pictures: Tensor) -> list[Tensor]:
+        """The neck's maps, fine to coarse, of [B, 3, H, W] RGB pictures, 0..255."""
+        maps: list[Tensor] = self.neck(self.backbone((pictures.float() - self.mean) / self.std))
+        return maps
+
+    def points(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The anchor points [A, 2] and strides [A] that belong to pictures of this size."""
+        height, width = pictures.shape[-2:]
+        return anchor_points((height, width), self.spec.strides, pictures.device)
+
+    def detect(self, pictures: Tensor, top: int = 300) -> tuple[Tensor, Tensor]:
+        """End to end, without suppression: the best boxes [B, K, 4] xyxy input pixels and scores [B, K], 0..1.
+
+        K is `top`, or the number of points where that is smaller. Only the `one` branch is used.
+        """
+        logits, sides = self.head.forward_one(self.pyramid(pictures))
+        points, strides = self.points(pictures)
+        best, index = logits.topk(min(top, logits.shape[1]))  # [B, K]
+        chosen = sides.gather(1, index[..., None, None].expand(-1, -1, *sides.shape[2:]))
+        return decode_boxes(chosen, points[index], strides[index]), best.sigmoid()
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Fix every batch normalisation: its statistics and its scale and shift no longer change."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.requires_grad_(False)
+
+
+def parameter_count(modules: Sequence[nn.Module]) -> int:
+    """Trainable numbers in these modules together."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -1,0 +1,84 @@
+"""Head: at every point of the pyramid, is a person centred here, and where are the four sides?
+
+Decoupled (YOLOX) and shared between levels, each level with its own normalisation (RTMDet). Two score
+branches see the same maps: `many` learns from several points a person and shapes the features, `one`
+learns from a single point a person, so that its answers need no non-maximum suppression (YOLOv10).
+`one` does not push its gradient into the pyramid. Sides are distributions over distances (GFL).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+PRIOR = 0.01  # the share of points that hold a person, about: where the scores start (RetinaNet)
+
+
+@dataclass(frozen=True, eq=False)
+class RawMaps:
+    """What the head says at A points, the levels' points in a row from fine to coarse.
+
+    many, one: [B, A] score logits of the two branches.
+    sides: [B, A, 4, bins] logits of the distances left, up, right, down, in strides.
+    """
+
+    many: Tensor
+    one: Tensor
+    sides: Tensor
+
+
+class Tower(nn.Module):
+    """`depth` 3x3 convolutions shared by all levels, with a normalisation of its own for each level."""
+
+    def __init__(self, channels: int, depth: int, levels: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(depth))
+        self.norms = nn.ModuleList(
+            nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(depth)) for _ in range(levels)
+        )
+
+    def forward(self, features: Tensor, level: int) -> Tensor:
+        """[B, channels, H, W] of one level, the same shape out."""
+        norms: nn.ModuleList = self.norms[level]  # type: ignore[assignment]
+        for conv, norm in zip(self.convs, norms, strict=True):
+            features = torch.relu(norm(conv(features)))
+        return features
+
+
+class Head(nn.Module):
+    """Scores and side distributions for every point of a pyramid of `levels` maps."""
+
+    def __init__(self, channels: int, depth: int, levels: int, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+        self.tower_many = Tower(channels, depth, levels)
+        self.tower_one = Tower(channels, depth, levels)
+        self.tower_sides = Tower(channels, depth, levels)
+        self.many = nn.Conv2d(channels, 1, 1)
+        self.one = nn.Conv2d(channels, 1, 1)
+        self.sides = nn.Conv2d(channels, 4 * bins, 1)
+        for score in (self.many, self.one):
+            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
+
+    def forward(self, pyramid: Sequence[Tensor]) -> RawMaps:
+        """One [B, channels, H_i, W_i] map a level to the raw maps of all their points."""
+        many, one, sides = [], [], []
+        for level, features in enumerate(pyramid):
+            # Scores and sides leave here as float32: box arithmetic must not run in bfloat16.
+            many.append(self.many(self.tower_many(features, level)).float().flatten(1))
+            one.append(self.one(self.tower_one(features.detach(), level)).float().flatten(1))
+            sides.append(self._sides(features, level))
+        return RawMaps(torch.cat(many, 1), torch.cat(one, 1), torch.cat(sides, 1))
+
+    def forward_one(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Only what is exported: [B, A] logits of `one` and [B, A, 4, bins] of the sides."""
+        one = [
+            self.one(self.tower_one(features, level)).float().flatten(1) for level, features in enumerate(pyramid)
+        ]
+        return torch.cat(one, 1), torch.cat([self._sides(f, level) for level, f in enumerate(pyramid)], 1)
+
+    def _sides(self, features: Tensor, level: int) -> Tensor:
+        logits = self.sides(self.tower_sides(features, level)).float()
+        return logits.flatten(2).transpose(1, 2).unflatten(2, (4, self.bins))
