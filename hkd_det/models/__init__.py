@@ -1,0 +1,1 @@
+"""The detector, a file a part. Needs torch."""

@@ -79,6 +79,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - either library raises many kinds for a broken file
+    except Exception as error:  # either library raises many kinds
         raise DataError(f"--pretrained {path}: not a weights file ({type(error).__name__})") from error
     return weights

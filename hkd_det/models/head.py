@@ -35,9 +35,7 @@ class Tower(nn.Module):
     def __init__(self, channels: int, depth: int, levels: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(depth))
-        self.norms = nn.ModuleList(
-            nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(depth)) for _ in range(levels)
-        )
+        self.norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(depth)) for _ in range(levels))
 
     def forward(self, features: Tensor, level: int) -> Tensor:
         """[B, channels, H, W] of one level, the same shape out."""
@@ -74,9 +72,7 @@ class Head(nn.Module):
 
     def forward_one(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Only what is exported: [B, A] logits of `one` and [B, A, 4, bins] of the sides."""
-        one = [
-            self.one(self.tower_one(features, level)).float().flatten(1) for level, features in enumerate(pyramid)
-        ]
+        one = [self.one(self.tower_one(features, level)).float().flatten(1) for level, features in enumerate(pyramid)]
         return torch.cat(one, 1), torch.cat([self._sides(f, level) for level, f in enumerate(pyramid)], 1)
 
     def _sides(self, features: Tensor, level: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""How a detector learns. Needs torch."""

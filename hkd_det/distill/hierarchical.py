@@ -1,0 +1,135 @@
+"""Hierarchical distillation: pyramid, region and logit level (HKD, Chen et al. 2019; one-stage form).
+
+Pyramid: the student's neck maps, through adapters, imitate the teacher's, people and background balanced.
+Region: the same on 7x7 RoIAligned features of the true boxes and of the teacher's confident ones.
+Logit: the student's scores learn the teacher's where they differ, its side distributions the teacher's
+where the teacher sees somebody. `../shared/methods.md`, section 1, has the reasons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import MultiScaleRoIAlign
+
+from hkd_det.distill.adapter import Adapter, pair_by_stride
+from hkd_det.distill.taps import Tap
+from hkd_det.errors import UsageError
+from hkd_det.losses.detection import ShareOfBatch
+from hkd_det.losses.imitation import balanced_mean, imitation_error
+from hkd_det.losses.localisation import localisation_loss
+from hkd_det.losses.overlap import giou_loss
+from hkd_det.losses.soft_score import soft_score_loss
+from hkd_det.models.assignment import TruthBatch, points_inside
+from hkd_det.models.detector import Prediction
+
+
+@dataclass(frozen=True)
+class HierarchicalWeights:
+    """How much each level counts, and its choices.
+
+    foreground: share of the pyramid level's weight that lies on people. confident: teacher score, 0..1,
+    from which its boxes are regions too. regions: at most so many of them a picture.
+    """
+
+    pyramid: float = 2.0
+    region: float = 1.0
+    score: float = 1.0
+    box: float = 0.5
+    foreground: float = 0.5
+    confident: float = 0.4
+    regions: int = 20
+
+
+class HierarchicalDistillation(nn.Module):
+    """The three levels between a student's and a teacher's taps. Its parameters are the adapters'."""
+
+    def __init__(self, student: Sequence[Tap], teacher: Sequence[Tap], weights: HierarchicalWeights) -> None:
+        super().__init__()
+        self.weights = weights
+        pairs = pair_by_stride(list(student), list(teacher))
+        self.sources = [list(student).index(mine) for mine, _ in pairs]
+        self.adapters = nn.ModuleList(Adapter(mine, other) for mine, other in pairs)
+        self.strides = [other.stride for _, other in pairs]
+
+    def forward(
+        self,
+        student_maps: Sequence[Tensor],
+        teacher_maps: Sequence[Tensor],
+        student: Prediction,
+        teacher: Prediction,
+        truth: TruthBatch,
+        share: ShareOfBatch,
+    ) -> dict[str, Tensor]:
+        """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_score`, `hkd_box`, each a scalar."""
+        adapted = [adapter(student_maps[source]) for adapter, source in zip(self.adapters, self.sources, strict=True)]
+        scores, boxes = self._logits(student, teacher, share)
+        return {
+            "hkd_pyramid": self.weights.pyramid * self._pyramid(adapted, teacher_maps, truth),
+            "hkd_region": self.weights.region * self._region(adapted, teacher_maps, teacher, truth, share),
+            "hkd_score": self.weights.score * scores,
+            "hkd_box": self.weights.box * boxes,
+        }
+
+    def _pyramid(self, adapted: Sequence[Tensor], maps: Sequence[Tensor], truth: TruthBatch) -> Tensor:
+        levels = []
+        for mine, other, stride in zip(adapted, maps, self.strides, strict=True):
+            people = _cells_with_people((other.shape[-2], other.shape[-1]), stride, truth)
+            levels.append(balanced_mean(imitation_error(mine, other), people, self.weights.foreground).mean())
+        return torch.stack(levels).mean()
+
+    def _region(
+        self,
+        adapted: Sequence[Tensor],
+        maps: Sequence[Tensor],
+        teacher: Prediction,
+        truth: TruthBatch,
+        share: ShareOfBatch,
+    ) -> Tensor:
+        size_hw = tuple(int(side) * self.strides[0] for side in maps[0].shape[-2:])
+        regions = [
+            torch.cat([truth.boxes_xyxy[b][truth.real[b]], self._confident(teacher, b)]) for b in range(len(truth.real))
+        ]
+        count = torch.tensor(float(sum(len(boxes) for boxes in regions)), device=maps[0].device)
+        norm = share(count).clamp(min=1.0)
+        if count == 0:
+            return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
+        pool = MultiScaleRoIAlign([str(stride) for stride in self.strides], output_size=7, sampling_ratio=2)
+        sizes = [size_hw] * len(regions)
+        mine = pool(_named(self.strides, adapted), regions, sizes)
+        other = pool(_named(self.strides, maps), regions, sizes)
+        return imitation_error(mine, other).mean((1, 2)).sum() / norm
+
+    def _confident(self, teacher: Prediction, picture: int) -> Tensor:
+        """The teacher's own boxes in one picture: [R, 4]. From the `one` branch, which answers once a person."""
+        scores, index = teacher.raw.one[picture].sigmoid().topk(min(self.weights.regions, teacher.raw.one.shape[1]))
+        return teacher.boxes_xyxy[picture][index[scores >= self.weights.confident]]
+
+    def _logits(self, student: Prediction, teacher: Prediction, share: ShareOfBatch) -> tuple[Tensor, Tensor]:
+        if student.points.shape != teacher.points.shape or not torch.equal(student.points, teacher.points):
+            raise UsageError("logit-level distillation needs student and teacher with the same pyramid strides")
+        scores = student.boxes_xyxy.new_zeros(())
+        for mine, other in ((student.raw.many, teacher.raw.many), (student.raw.one, teacher.raw.one)):
+            norm = share(other.sigmoid().sum()).clamp(min=1.0)
+            scores = scores + soft_score_loss(mine, other).sum() / norm
+        confidence = teacher.raw.many.sigmoid()
+        if student.raw.sides.shape[-1] == teacher.raw.sides.shape[-1]:
+            per_point = localisation_loss(student.raw.sides, teacher.raw.sides)
+        else:
+            per_point = giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
+        boxes = (confidence * per_point).sum() / share(confidence.sum()).clamp(min=1.0)
+        return scores, boxes
+
+
+def _named(strides: Sequence[int], maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {str(stride): level.float() for stride, level in zip(strides, maps, strict=True)}
+
+
+def _cells_with_people(map_hw: tuple[int, int], stride: int, truth: TruthBatch) -> Tensor:
+    """[B, H, W] bool: the cell's centre lies in a person's box."""
+    height, width = map_hw
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    centres = (torch.stack([x, y], -1).reshape(-1, 2).float() + 0.5) * stride
+    inside = points_inside(centres.to(truth.boxes_xyxy.device), truth.boxes_xyxy) & truth.real[..., None]
+    return inside.any(1).view(-1, height, width)

@@ -1,0 +1,61 @@
+"""Taps: named layers of a network whose output is recorded while it runs, without changing the network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hkd_det.errors import UsageError
+from hkd_det.models.detector import Detector
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A layer worth recording: its module name, the stride of its map in input pixels, and its channels."""
+
+    name: str
+    stride: int
+    channels: int
+
+
+def pyramid_taps(detector: Detector) -> list[Tap]:
+    """The ends of the neck's levels, fine to coarse."""
+    return [
+        Tap(f"neck.outputs.{level}", stride, detector.spec.channels)
+        for level, stride in enumerate(detector.spec.strides)
+    ]
+
+
+class TapRecorder:
+    """Keeps the last output of each tapped layer until it is taken."""
+
+    def __init__(self, network: nn.Module, taps: Sequence[Tap]) -> None:
+        modules = dict(network.named_modules())
+        unknown = [tap.name for tap in taps if tap.name not in modules]
+        if unknown:
+            raise UsageError(f"the network has no layer {unknown[0]!r} to tap")
+        self._outputs: dict[str, Tensor] = {}
+        self._names = [tap.name for tap in taps]
+        self._handles: list[RemovableHandle] = [
+            modules[name].register_forward_hook(self._recorder(name)) for name in self._names
+        ]
+
+    def take(self) -> list[Tensor]:
+        """The recorded maps in the order of the taps; they are forgotten here, so that no step holds the last one's."""
+        maps = [self._outputs[name] for name in self._names]
+        self._outputs.clear()
+        return maps
+
+    def close(self) -> None:
+        """Stop recording and let go of everything."""
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+
+    def _recorder(self, name: str) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._outputs[name] = output
+
+        return record

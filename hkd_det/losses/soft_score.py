@@ -1,0 +1,19 @@
+"""Learning a teacher's scores: binary cross-entropy where student and teacher disagree."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def soft_score_loss(student_logits: Tensor, teacher_logits: Tensor, power: float = 1.0) -> Tensor:
+    """[...] BCE of the student's score s against the teacher's score t, weighted by |t - s|^power, not reduced.
+
+    Sigmoid, never softmax: over one class a softmax is identically 1. The teacher's own entropy is
+    subtracted, so that agreement costs 0.
+    """
+    target = teacher_logits.detach().sigmoid()
+    with torch.no_grad():
+        weight = (target - student_logits.sigmoid()).abs().pow(power)
+    cross = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(teacher_logits.detach(), target, reduction="none")
+    return weight * (cross - entropy)

@@ -1,0 +1,111 @@
+"""Checkpoints: `best.pt` holds a detector, `last.pt` all that an exact resume needs. Loading runs no code."""
+
+import hashlib
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hkd_det.errors import DataError
+from hkd_det.files import replacing
+from hkd_det.models.detector import Detector, DetectorSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class DetectorCheckpoint:
+    """A trained detector and where it comes from.
+
+    config: the run's settings (`TrainConfig.as_dict`). miss_rate: log-average, fraction, on the validation split.
+    """
+
+    model: str
+    spec: DetectorSpec
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    epoch: int
+    miss_rate: float
+
+    def build(self) -> Detector:
+        """The detector with these weights, in evaluation mode on the CPU."""
+        detector = Detector(self.spec)
+        detector.load_state_dict(self.weights)
+        return detector.eval()
+
+
+def write_detector(path: Path, checkpoint: DetectorCheckpoint) -> None:
+    """Write `best.pt` in one step."""
+    _write(
+        path,
+        {
+            "kind": "detector",
+            "model": checkpoint.model,
+            "spec": asdict(checkpoint.spec),
+            "weights": checkpoint.weights,
+            "config": checkpoint.config,
+            "epoch": checkpoint.epoch,
+            "miss_rate": checkpoint.miss_rate,
+        },
+    )
+
+
+def read_detector(path: Path) -> DetectorCheckpoint:
+    """Read `best.pt`; DataError if it is missing, broken or something else."""
+    content = _read(path, "detector", "give the best.pt of a finished run")
+    spec = dict(content["spec"])
+    spec["strides"] = tuple(spec["strides"])
+    try:
+        return DetectorCheckpoint(
+            content["model"],
+            DetectorSpec(**spec),
+            content["weights"],
+            content["config"],
+            content["epoch"],
+            content["miss_rate"],
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: written by another version of hkd-det ({error}); train or export it there") from error
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `last.pt` in one step."""
+    _write(path, {"kind": "state", **state})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read `last.pt`; DataError if it is missing, broken or something else."""
+    return _read(path, "state", "give the folder of a run that was interrupted")
+
+
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """A hash of names and values: the same for the same detector, whatever file holds it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    # Through memory: torch.save on a full disk raises an error of its own that names no file.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    with replacing(path) as aside:
+        aside.write_bytes(buffer.getbuffer())
+
+
+def _read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint; {remedy}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken or foreign file
+        raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}); {remedy}") from error
+    if not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != FORMAT:
+        found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path}: holds {found!r}, not an hkd-det {kind} of format {FORMAT}; {remedy}")
+    return content

@@ -1,0 +1,99 @@
+"""One run's settings: what `hkd-train` was asked, saved with the weights."""
+
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hkd_det.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the weights that come out, and where they go.
+
+    data: a name in datasets.yaml or a path to a data yaml. imgsz_hw: (height, width) in pixels, multiples of 32.
+    pretrained: "imagenet", a weights file, or "" for none. teacher: a checkpoint to distil from, or "".
+    batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
+    the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
+    epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
+    cache_mib: memory for decoded pictures, over all loader workers.
+    """
+
+    data: str
+    model: str
+    run: str
+    imgsz_hw: tuple[int, int] = (512, 640)
+    epochs: int = 100
+    batch: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    clip_norm: float = 10.0
+    ema_decay: float = 0.998
+    multi_scale: float = 0.25
+    mosaic: float = 0.5
+    finale: float = 0.1
+    pretrained: str = ""
+    teacher: str = ""
+    distill: str = ""
+    freeze_norm: bool = False
+    precision: str = "bf16"
+    device: str = "auto"
+    workers: int = 2
+    cache_mib: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0, "ema_decay": 0, "multi_scale": 0}
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if self.precision not in ("bf16", "fp32"):
+            raise UsageError(f"precision = {self.precision}: there are bf16 and fp32")
+        if self.distill not in ("", "hkd"):
+            raise UsageError(f"--distill {self.distill}: the method there is is hkd")
+        if bool(self.teacher) != bool(self.distill):
+            raise UsageError("--teacher and --distill go together: who teaches, and how")
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder that holds all the run leaves behind."""
+        return Path(self.run)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and checkpoints."""
+        return {**asdict(self), "imgsz_hw": list(self.imgsz_hw)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `as_dict`; unknown keys are a UsageError."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UsageError(f"settings of another version: unknown {', '.join(unknown)}")
+        return cls(**{**values, "imgsz_hw": tuple(values["imgsz_hw"])})
+
+    def with_settings(self, settings: list[str]) -> "TrainConfig":
+        """This configuration with `key=value` texts applied, as `--set lr=1e-3` gives them."""
+        kinds = typing.get_type_hints(type(self))
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals or key not in kinds:
+                raise UsageError(f"--set {setting}: expected key=value with a key of {', '.join(kinds)}")
+            changes[key] = _parsed(setting, text, kinds[key])
+        return replace(self, **changes)
+
+
+def _parsed(setting: str, text: str, kind: Any) -> Any:
+    if isinstance(kind, types.GenericAlias):
+        raise UsageError(f"--set {setting}: give the size as --imgsz")
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise UsageError(f"--set {setting}: expected true or false")
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"--set {setting}: {text!r} is not a number") from None

@@ -1,0 +1,50 @@
+"""What each epoch of a run gave: for the log line, `results.csv` and the report's curves."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hkd_det.files import write_text
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """Epoch (from 1), mean loss terms, validation miss rate MR^-2 Reasonable (fraction), training speed."""
+
+    epoch: int
+    losses: dict[str, float]
+    miss_rate: float
+    pictures_per_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for checkpoints."""
+        return asdict(self)
+
+    def line(self, epochs: int) -> str:
+        """The epoch in one line for the user."""
+        loss = sum(self.losses.values())
+        return (
+            f"epoch {self.epoch}/{epochs}  loss {loss:.3f}  MR^-2 Reasonable {100 * self.miss_rate:.2f} %  "
+            f"{self.pictures_per_s:.1f} pictures/s"
+        )
+
+
+def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
+    """`results.csv`: a row an epoch; a loss term that an epoch did not have is left empty."""
+    names = list(dict.fromkeys(name for record in history for name in record.losses))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["epoch", *names, "miss_rate_reasonable", "pictures_per_s"], lineterminator="\n")
+    writer.writeheader()
+    for record in history:
+        writer.writerow(
+            {
+                "epoch": record.epoch,
+                **record.losses,
+                "miss_rate_reasonable": record.miss_rate,
+                "pictures_per_s": record.pictures_per_s,
+            }
+        )
+    write_text(path, text.getvalue())

@@ -1,0 +1,78 @@
+"""The processes of one training run: alone, or several started by torchrun."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hkd_det.errors import UnavailableError, UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among `count`, and the device it trains on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def share(self, total: Tensor) -> Tensor:
+        """A sum over this process's pictures to the mean over processes.
+
+        Gradients are averaged over processes, so dividing by this mean divides the global sum by the
+        global norm.
+        """
+        if self.count == 1:
+            return total
+        mean = total.detach().clone()
+        dist.all_reduce(mean)
+        return mean / self.count
+
+
+@contextmanager
+def joined_processes(device: str) -> Iterator[Processes]:
+    """Join the processes that torchrun started, if it did; leave them at the end.
+
+    device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+    Raises UnavailableError for a CUDA device that is not there.
+    """
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device)
+    if count == 1:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, count, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UnavailableError(f"--device {name}: torch sees no CUDA device here; train with --device cpu")
+        device = torch.device(
+            "cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        )
+        if device.index >= torch.cuda.device_count():
+            raise UnavailableError(
+                f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, 0 is the first"
+            )
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,219 @@
+"""A training run from settings to `best.pt`: read this file to know what `hkd-train` does."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Never
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from hkd_det.datasets import Sample
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.hierarchical import HierarchicalWeights
+from hkd_det.errors import DataError
+from hkd_det.files import write_text
+from hkd_det.losses.detection import total
+from hkd_det.metrics.miss_rate import REASONABLE, evaluate
+from hkd_det.models.backbone import load_pretrained
+from hkd_det.models.detector import Detector, freeze_norms
+from hkd_det.models.sizes import build_detector, cost
+from hkd_det.train.average import MovingAverage
+from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector, write_state
+from hkd_det.train.config import TrainConfig
+from hkd_det.train.history import EpochRecord, write_history
+from hkd_det.train.learner import Learner
+from hkd_det.train.loader import Epochs, open_loader
+from hkd_det.train.processes import Processes, joined_processes
+from hkd_det.train.schedule import distillation_strength, learning_rate_factor, plain_from
+from hkd_det.train.validate import detect_all
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves: the best checkpoint, its validation miss rate (fraction), and every epoch's figures."""
+
+    best: Path
+    miss_rate: float
+    history: list[EpochRecord]
+
+
+def train(config: TrainConfig, resume: bool = False) -> TrainResult:
+    """Train as `config` says, in `config.run_dir`; with `resume`, go on after the last finished epoch there.
+
+    Raises HkdError for whatever the user can put right. Ctrl-C or a kill loses the unfinished epoch only.
+    """
+    with joined_processes(config.device) as processes:
+        training, validation = open_data(config.data, "train"), open_data(config.data, "val")
+        run = Run(config, processes, training, validation)
+        if resume:
+            run.restore()
+        return run.finish()
+
+
+class Run:
+    """The state of a run between two epochs, and how it moves from one to the next."""
+
+    def __init__(
+        self, config: TrainConfig, processes: Processes, training: Sequence[Sample], validation: Sequence[Sample]
+    ) -> None:
+        if config.batch % processes.count:
+            raise DataError(f"--batch {config.batch} can't be shared evenly by {processes.count} processes")
+        self.config, self.processes, self.validation = config, processes, validation
+        torch.manual_seed(config.seed)
+        detector = build_detector(config.model)
+        if config.pretrained:
+            load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
+        distiller = _distiller(config, detector, processes.device)
+        self.learner = Learner(detector, distiller, processes.share).to(processes.device)
+        self.learner = self.learner.to(memory_format=torch.channels_last)
+        self.average = MovingAverage(detector, config.ema_decay)
+        self.optimizer = _optimizer(self.learner, config)
+        self.epochs = Epochs(
+            len(training), config.batch, config.imgsz_hw, config.multi_scale, config.mosaic, config.seed
+        )
+        self.loader, self.sampler = open_loader(
+            training, self.epochs, processes.rank, processes.count, config.workers, config.cache_mib
+        )
+        self.history: list[EpochRecord] = []
+
+    def finish(self) -> TrainResult:
+        """Run the epochs that are left."""
+        if self.processes.leads:
+            self._say_what_is_trained()
+        learner: nn.Module = self.learner
+        if self.processes.count > 1:
+            learner = DistributedDataParallel(
+                self.learner, find_unused_parameters=self.learner.distiller is not None, broadcast_buffers=False
+            )
+        steps = self.config.epochs * self.epochs.steps
+        done = len(self.history) * self.epochs.steps
+        with tqdm(total=steps, initial=done, unit="step", disable=not self.processes.leads) as bar:
+            for epoch in range(len(self.history), self.config.epochs):
+                record = self._epoch(learner, epoch, bar)
+                if self.processes.leads:
+                    bar.write(record.line(self.config.epochs))
+        best = min(self.history, key=lambda record: record.miss_rate)
+        return TrainResult(self.config.run_dir / "best.pt", best.miss_rate, self.history)
+
+    def restore(self) -> None:
+        """Take up the state that the last finished epoch left in the run's folder."""
+        path = self.config.run_dir / "last.pt"
+        state = read_state(path)
+        saved = TrainConfig.from_dict(state["config"])
+        if saved.model != self.config.model or saved.distill != self.config.distill:
+            raise DataError(f"{path}: belongs to a run of {saved.model}, not {self.config.model}")
+        self.learner.load_state_dict(state["learner"])
+        self.average.average.load_state_dict(state["average"])
+        self.average.steps = state["average_steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = [EpochRecord(**record) for record in state["history"]]
+
+    def _epoch(self, learner: nn.Module, epoch: int, bar: "tqdm[Never]") -> EpochRecord:
+        config, started = self.config, time.monotonic()
+        self.sampler.epoch = epoch
+        self.sampler.plain = epoch >= plain_from(config.epochs, config.finale)
+        strength = distillation_strength(epoch, config.epochs, config.finale)
+        bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
+        losses = self._steps(learner, epoch, strength, bar)
+        pictures_per_s = self.epochs.steps * config.batch / (time.monotonic() - started)
+        miss_rate = self._validate() if self.processes.leads else float("nan")
+        record = EpochRecord(epoch + 1, losses, miss_rate, pictures_per_s)
+        self.history.append(record)
+        if self.processes.leads:
+            self._save(record)
+        return record
+
+    def _steps(self, learner: nn.Module, epoch: int, strength: float, bar: "tqdm[Never]") -> dict[str, float]:
+        config, device = self.config, self.processes.device
+        self.learner.train()
+        if config.freeze_norm:
+            freeze_norms(self.learner.detector)
+        sums: dict[str, float] = {}
+        for index, (pictures, truth) in enumerate(self.loader):
+            self._set_rate(epoch * self.epochs.steps + index)
+            inputs = pictures.to(device, memory_format=torch.channels_last, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                terms = learner(inputs, truth.to(device), strength)
+            loss = total(terms)
+            if not torch.isfinite(loss):
+                raise DataError(
+                    f"the loss is {loss.item()} at epoch {epoch + 1}, step {index + 1}; lower --set lr={config.lr}"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
+            self.optimizer.step()
+            self.average.update(self.learner.detector)
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(term.detach())
+            bar.update()
+            bar.set_postfix({name: f"{value / (index + 1):.2f}" for name, value in sums.items()}, refresh=False)
+        return {name: value / self.epochs.steps for name, value in sums.items()}
+
+    def _set_rate(self, step: int) -> None:
+        steps = self.config.epochs * self.epochs.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * learning_rate_factor(step, steps, self.config.warmup)
+
+    def _validate(self) -> float:
+        bf16 = self.config.precision == "bf16"
+        found = detect_all(self.average.average, self.validation, self.config.imgsz_hw, bf16)
+        return evaluate([sample.truth for sample in self.validation], found, REASONABLE).value
+
+    def _save(self, record: EpochRecord) -> None:
+        """Best first, then last: a kill between the two repeats this epoch and writes the same best again."""
+        config = self.config
+        if record.miss_rate <= min(past.miss_rate for past in self.history):
+            detector = self.average.average
+            weights = {name: value.cpu() for name, value in detector.state_dict().items()}
+            write_detector(
+                config.run_dir / "best.pt",
+                DetectorCheckpoint(
+                    config.model, detector.spec, weights, config.as_dict(), record.epoch, record.miss_rate
+                ),
+            )
+        state = {
+            "config": config.as_dict(),
+            "learner": self.learner.state_dict(),
+            "average": self.average.average.state_dict(),
+            "average_steps": self.average.steps,
+            "optimizer": self.optimizer.state_dict(),
+            "history": [past.as_dict() for past in self.history],
+        }
+        write_state(config.run_dir / "last.pt", state)
+        write_history(config.run_dir / "results.csv", self.history)
+
+    def _say_what_is_trained(self) -> None:
+        config = self.config
+        write_text(config.run_dir / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        weight = cost(self.learner.detector, config.imgsz_hw)
+        tqdm.write(
+            f"{config.model}: {weight.parameters / 1e6:.2f} M parameters, {weight.flops / 1e9:.2f} GFLOPs at "
+            f"{config.imgsz_hw[1]}x{config.imgsz_hw[0]}; {self.epochs.pictures} pictures to train, "
+            f"{len(self.validation)} to validate; {self.processes.count} x {self.processes.device}"
+        )
+
+
+def _distiller(config: TrainConfig, student: Detector, device: torch.device) -> Distiller | None:
+    if not config.teacher:
+        return None
+    teacher = read_detector(Path(config.teacher)).build().to(device).to(memory_format=torch.channels_last)
+    return Distiller(student, teacher, HierarchicalWeights())
+
+
+def _optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay on convolutions only, not on normalisation and biases."""
+    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+    )
