@@ -1,0 +1,139 @@
+"""Taps, adapters and the three levels of hierarchical distillation."""
+
+import pytest
+import torch
+
+from hkd_det.distill.adapter import Adapter, pair_by_stride
+from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.hierarchical import HierarchicalDistillation, HierarchicalWeights
+from hkd_det.distill.taps import Tap, TapRecorder, pyramid_taps
+from hkd_det.errors import UsageError
+from hkd_det.losses.detection import single_process
+from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.detector import Detector, DetectorSpec
+
+STUDENT = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TEACHER = DetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
+
+
+def truth(*boxes: list[float]) -> TruthBatch:
+    tensor = torch.tensor([boxes], dtype=torch.float32).view(1, -1, 4)
+    return TruthBatch(tensor, torch.ones(1, len(boxes), dtype=torch.bool), torch.zeros(1, len(boxes), dtype=torch.bool))
+
+
+PERSON = truth([10.0, 10.0, 40.0, 60.0])
+PICTURE = torch.randint(0, 255, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.fixture
+def pair() -> tuple[Detector, Detector]:
+    torch.manual_seed(0)
+    return Detector(STUDENT).train(), Detector(TEACHER)
+
+
+def test_a_recorder_keeps_the_outputs_and_forgets_them_when_taken(pair: tuple[Detector, Detector]) -> None:
+    student, _ = pair
+    recorder = TapRecorder(student, pyramid_taps(student))
+    maps = student.pyramid(PICTURE)
+    assert all(torch.equal(a, b) for a, b in zip(recorder.take(), maps, strict=True))
+    with pytest.raises(KeyError):
+        recorder.take()
+    recorder.close()
+    student.pyramid(PICTURE)
+    with pytest.raises(KeyError):
+        recorder.take()
+
+
+def test_a_tap_on_a_layer_that_is_not_there_is_refused(pair: tuple[Detector, Detector]) -> None:
+    with pytest.raises(UsageError, match=r"neck\.nothing"):
+        TapRecorder(pair[0], [Tap("neck.nothing", 8, 16)])
+
+
+@pytest.mark.parametrize(("mine", "other"), [(8, 8), (8, 16), (32, 16)])
+def test_an_adapter_gives_the_teachers_channels_and_stride(mine: int, other: int) -> None:
+    adapter = Adapter(Tap("s", mine, 5), Tap("t", other, 7))
+    assert adapter(torch.zeros(2, 5, 64 // mine, 96 // mine)).shape == (2, 7, 64 // other, 96 // other)
+
+
+def test_adapters_between_strides_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UsageError):
+        Adapter(Tap("s", 12, 5), Tap("t", 8, 7))
+
+
+def test_taps_are_paired_by_the_nearest_stride() -> None:
+    student = [Tap("s8", 8, 1), Tap("s16", 16, 1)]
+    teacher = [Tap("t4", 4, 1), Tap("t16", 16, 1), Tap("t32", 32, 1)]
+    assert [(a.name, b.name) for a, b in pair_by_stride(student, teacher)] == [
+        ("s8", "t4"), ("s16", "t16"), ("s16", "t32"),
+    ]  # fmt: skip
+
+
+def test_every_level_gives_a_term_and_a_gradient(pair: tuple[Detector, Detector]) -> None:
+    student, teacher = pair
+    distiller = Distiller(student, teacher, HierarchicalWeights())
+    terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
+    assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
+        assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_teacher_is_no_part_of_what_learns(pair: tuple[Detector, Detector]) -> None:
+    student, teacher = pair
+    distiller = Distiller(student, teacher, HierarchicalWeights())
+    ours = {id(parameter) for parameter in distiller.parameters()}
+    assert not ours & {id(parameter) for parameter in teacher.parameters()}
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_strength_scales_every_term(pair: tuple[Detector, Detector]) -> None:
+    student, teacher = pair
+    distiller = Distiller(student.eval(), teacher, HierarchicalWeights())
+    full = distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
+    half = distiller(PICTURE, student(PICTURE), PERSON, 0.5, single_process)
+    for name in full:
+        torch.testing.assert_close(half[name] * 2, full[name])
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
+    torch.manual_seed(0)
+    twin = Detector(TEACHER).eval()
+    taps = pyramid_taps(twin)
+    method = HierarchicalDistillation(taps, taps, HierarchicalWeights(confident=0.0))
+    for adapter in method.adapters:
+        torch.nn.init.dirac_(adapter.project.weight)
+        torch.nn.init.zeros_(adapter.project.bias)
+    with torch.no_grad():
+        maps, prediction = twin.pyramid(PICTURE), twin(PICTURE)
+        terms = method(maps, maps, prediction, prediction, PERSON, single_process)
+    for term in terms.values():
+        torch.testing.assert_close(term, torch.zeros(()), atol=1e-4, rtol=0)
+
+
+def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[Detector, Detector]) -> None:
+    student, teacher = pair
+    distiller = Distiller(student, teacher, HierarchicalWeights(confident=1.1))
+    terms = distiller(PICTURE, student(PICTURE), truth(), 1.0, single_process)
+    torch.stack(list(terms.values())).sum().backward()
+    assert terms["hkd_region"] == 0
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[Detector, Detector]) -> None:
+    student, teacher = pair
+    distiller = Distiller(student, teacher, HierarchicalWeights())
+    optimizer = torch.optim.Adam([*student.parameters(), *distiller.parameters()], lr=3e-3)
+    course = []
+    for _ in range(25):
+        terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
+        loss = torch.stack(list(terms.values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        course.append(loss.item())
+    assert course[-1] < 0.5 * course[0]

@@ -1,0 +1,82 @@
+"""The assigner against small pictures worked out by hand."""
+
+import torch
+
+from hkd_det.models.assignment import TaskAlignedAssigner, TruthBatch
+from hkd_det.models.points import anchor_points
+
+POINTS, STRIDES = anchor_points((64, 64), (8,))  # 8 x 8 points at 4, 12, ... 60
+
+
+def truth(*boxes: list[float], ignore: list[bool] | None = None) -> TruthBatch:
+    ignored = torch.tensor([ignore or [False] * len(boxes)], dtype=torch.bool)
+    return TruthBatch(torch.tensor([boxes], dtype=torch.float32).view(1, -1, 4), ~ignored, ignored)
+
+
+def answers(box: list[float], score: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every point says the same box with the same score."""
+    return torch.full((1, len(POINTS)), score), torch.tensor(box).expand(1, len(POINTS), 4)
+
+
+def test_only_points_inside_the_person_answer_and_at_most_top_of_them() -> None:
+    person = [8.0, 8.0, 40.0, 40.0]  # 4 x 4 points inside
+    targets = TaskAlignedAssigner(top=10)(*answers(person), POINTS, STRIDES, truth(person))
+    inside = ((POINTS > 8) & (POINTS < 40)).all(1)
+    assert int(targets.positive.sum()) == 10
+    assert bool(inside[targets.positive[0]].all())
+    assert targets.quality[targets.positive].tolist() == [1.0] * 10
+
+
+def test_one_to_one_takes_the_point_with_the_largest_claim() -> None:
+    person = [8.0, 8.0, 40.0, 40.0]
+    scores, boxes = answers(person, 0.2)
+    best = 3 * 8 + 2
+    scores[0, best] = 0.9
+    targets = TaskAlignedAssigner(top=1)(scores, boxes, POINTS, STRIDES, truth(person))
+    assert targets.positive.nonzero().tolist() == [[0, best]]
+
+
+def test_a_point_claimed_twice_goes_to_the_person_it_overlaps_more() -> None:
+    first, second = [0.0, 0.0, 32.0, 64.0], [16.0, 0.0, 48.0, 64.0]
+    targets = TaskAlignedAssigner(top=64)(*answers(second), POINTS, STRIDES, truth(first, second))
+    both = (POINTS[:, 0] > 16) & (POINTS[:, 0] < 32)
+    assert targets.boxes_xyxy[0, both].tolist() == [second] * int(both.sum())
+
+
+def test_ignore_regions_give_neither_positives_nor_negatives() -> None:
+    person, region = [0.0, 0.0, 24.0, 64.0], [16.0, 0.0, 64.0, 64.0]
+    scores, boxes = answers(person)
+    targets = TaskAlignedAssigner(top=100)(scores, boxes, POINTS, STRIDES, truth(person, region, ignore=[False, True]))
+    in_person, in_region = POINTS[:, 0] < 24, POINTS[:, 0] > 16
+    assert torch.equal(targets.positive[0], in_person)
+    assert torch.equal(targets.counted[0], in_person | ~in_region)
+
+
+def test_a_person_smaller_than_a_cell_still_has_a_point() -> None:
+    speck = [7.0, 7.0, 9.0, 9.0]  # no cell centre inside
+    targets = TaskAlignedAssigner(top=1)(*answers(speck), POINTS, STRIDES, truth(speck))
+    assert int(targets.positive.sum()) == 1
+
+
+def test_the_quality_asked_for_is_the_best_overlap() -> None:
+    person = [0.0, 0.0, 32.0, 32.0]
+    scores, boxes = answers([0.0, 0.0, 32.0, 16.0])  # IoU 0.5 everywhere
+    targets = TaskAlignedAssigner(top=3)(scores, boxes, POINTS, STRIDES, truth(person))
+    torch.testing.assert_close(targets.quality[targets.positive], torch.full((3,), 0.5))
+
+
+def test_an_empty_picture_has_no_positives_and_judges_every_point() -> None:
+    targets = TaskAlignedAssigner(top=10)(*answers([0.0, 0.0, 8.0, 8.0]), POINTS, STRIDES, truth())
+    assert not targets.positive.any() and targets.counted.all() and not targets.quality.any()
+
+
+def test_padding_is_nobody() -> None:
+    person = [8.0, 8.0, 40.0, 40.0]
+    alone = truth(person)
+    padded = TruthBatch(
+        torch.cat([alone.boxes_xyxy, torch.zeros(1, 2, 4)], 1),
+        torch.tensor([[True, False, False]]),
+        torch.zeros(1, 3, dtype=torch.bool),
+    )
+    one, other = (TaskAlignedAssigner(top=10)(*answers(person), POINTS, STRIDES, t) for t in (alone, padded))
+    assert torch.equal(one.positive, other.positive) and torch.equal(one.counted, other.counted)

@@ -1,0 +1,114 @@
+"""The detector's shapes, its named sizes, and what the exported branch says."""
+
+import pytest
+import torch
+from torch import nn
+
+from hkd_det.errors import DataError, UsageError
+from hkd_det.models.backbone import Backbone, load_pretrained
+from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
+from hkd_det.models.sizes import SIZES, TEACHER_OF, build_detector, cost
+
+TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+
+
+@pytest.fixture
+def tiny() -> Detector:
+    torch.manual_seed(0)
+    return Detector(TINY).eval()
+
+
+def test_raw_maps_have_a_row_for_every_point(tiny: Detector) -> None:
+    prediction = tiny(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    count = 8 * 12 + 4 * 6 + 2 * 3
+    assert prediction.raw.many.shape == prediction.raw.one.shape == (2, count)
+    assert prediction.raw.sides.shape == (2, count, 4, TINY.bins)
+    assert prediction.boxes_xyxy.shape == (2, count, 4) and prediction.points.shape == (count, 2)
+
+
+def test_detect_gives_the_best_of_the_one_branch(tiny: Detector) -> None:
+    pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        prediction, (boxes, scores) = tiny(pictures), tiny.detect(pictures, top=7)
+    wanted, index = prediction.raw.one.sigmoid().sort(dim=1, descending=True, stable=True)
+    torch.testing.assert_close(scores, wanted[:, :7])
+    torch.testing.assert_close(boxes[0, 0], prediction.boxes_xyxy[0, index[0, 0]], atol=1e-3, rtol=1e-4)
+
+
+def test_the_one_branch_leaves_the_pyramid_to_the_many_branch(tiny: Detector) -> None:
+    tiny.train()
+    tiny(torch.rand(1, 3, 64, 64) * 255).raw.one.sum().backward()
+    assert all(parameter.grad is None for parameter in tiny.neck.parameters())
+    assert all(parameter.grad is not None for parameter in tiny.head.tower_one.convs.parameters())
+
+
+def test_scores_start_at_the_prior(tiny: Detector) -> None:
+    with torch.no_grad():
+        raw = tiny(torch.zeros(1, 3, 64, 64)).raw
+    assert 0.003 < raw.one.sigmoid().mean() < 0.03
+
+
+@pytest.mark.parametrize("student", TEACHER_OF)
+def test_a_student_has_at_most_a_sixth_of_its_teacher(student: str) -> None:
+    small = cost(build_detector(student), (64, 64))
+    large = cost(build_detector(TEACHER_OF[student]), (64, 64))
+    assert small.parameters * 6 <= large.parameters
+    assert small.flops < large.flops
+
+
+def test_the_heavy_teacher_is_of_the_resnet50_class() -> None:
+    backbone = build_detector("teacher-r50").backbone
+    # torchvision's ResNet-50 has 25,557,032 parameters, 2,049,000 of them in the classifier.
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == 25_557_032 - 2_049_000
+
+
+def test_cost_counts_multiply_accumulates_twice(tiny: Detector) -> None:
+    """Against hooks that count by the layers' own shapes, on the exported part only."""
+    macs = 0
+
+    def count(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        nonlocal macs
+        assert isinstance(module, nn.Conv2d)
+        macs += output[0].numel() * module.weight[0].numel()
+
+    handles = [m.register_forward_hook(count) for m in tiny.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        tiny.detect(torch.zeros(1, 3, 64, 96))
+    for handle in handles:
+        handle.remove()
+    assert cost(tiny, (64, 96)).flops == 2 * macs
+
+
+def test_frozen_norms_do_not_move(tiny: Detector) -> None:
+    tiny.train()
+    freeze_norms(tiny)
+    before = {name: value.clone() for name, value in tiny.state_dict().items() if "running" in name}
+    tiny(torch.rand(2, 3, 64, 64) * 255).raw.many.sum().backward()
+    after = tiny.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(m.weight.grad is None for m in tiny.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_unknown_names_say_what_there_is() -> None:
+    with pytest.raises(UsageError, match="mini-student"):
+        build_detector("huge")
+    with pytest.raises(UsageError, match="resnet18"):
+        Backbone("resnet1", (8, 16, 32))
+    with pytest.raises(UsageError, match="strides"):
+        Backbone("resnet18", (6,))
+
+
+def test_pretrained_weights_of_the_same_backbone_are_loaded(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    donor, heir = Detector(TINY).backbone, Detector(TINY).backbone
+    torch.save(donor.body.state_dict(), tmp_path / "weights.pth")
+    load_pretrained(heir, TINY.backbone, str(tmp_path / "weights.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(donor.state_dict().values(), heir.state_dict().values(), strict=True))
+
+
+def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    heir = Detector(TINY).backbone
+    torch.save(Detector(SIZES["mini-student"]).backbone.body.state_dict(), tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for name, message in (("other.pth", "fits"), ("text.pth", "not a weights file"), ("none.pth", "no such file")):
+        with pytest.raises(DataError, match=message):
+            load_pretrained(heir, TINY.backbone, str(tmp_path / name))
