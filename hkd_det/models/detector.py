@@ -1,6 +1,5 @@
 """Detector: backbone, neck and head; one stage, anchor-free, one class: person."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,10 +80,10 @@ class Detector(nn.Module):
 
         K is `top`, or the number of points where that is smaller. Only the `one` branch is used.
         """
-        logits, sides = self.head.forward_one(self.pyramid(pictures))
+        raw: RawMaps = self.head(self.pyramid(pictures))
         points, strides = self.points(pictures)
-        best, index = logits.topk(min(top, logits.shape[1]))  # [B, K]
-        chosen = sides.gather(1, index[..., None, None].expand(-1, -1, *sides.shape[2:]))
+        best, index = raw.one.topk(min(top, raw.one.shape[1]))  # [B, K]
+        chosen = raw.sides.gather(1, index[..., None, None].expand(-1, -1, *raw.sides.shape[2:]))
         return decode_boxes(chosen, points[index], strides[index]), best.sigmoid()
 
 
@@ -96,6 +95,6 @@ def freeze_norms(model: nn.Module) -> None:
             module.requires_grad_(False)
 
 
-def parameter_count(modules: Sequence[nn.Module]) -> int:
-    """Trainable numbers in these modules together."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+def parameter_count(module: nn.Module) -> int:
+    """Trainable numbers in a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

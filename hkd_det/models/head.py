@@ -1,9 +1,10 @@
 """Head: at every point of the pyramid, is a person centred here, and where are the four sides?
 
-Decoupled (YOLOX) and shared between levels, each level with its own normalisation (RTMDet). Two score
-branches see the same maps: `many` learns from several points a person and shapes the features, `one`
-learns from a single point a person, so that its answers need no non-maximum suppression (YOLOv10).
-`one` does not push its gradient into the pyramid. Sides are distributions over distances (GFL).
+Decoupled (YOLOX) and shared between levels, each level with its own normalisation (RTMDet). Scores come in
+two branches (YOLOv10): `many` learns from several points a person and shapes the features; `one` learns from
+a single point a person, so that its answers need no non-maximum suppression. `one` is `many` plus a learnt
+correction that only has to silence the neighbours of the best point; its gradient stays out of all it
+stands on. Sides are distributions over distances (GFL).
 """
 
 import math
@@ -51,29 +52,28 @@ class Head(nn.Module):
     def __init__(self, channels: int, depth: int, levels: int, bins: int) -> None:
         super().__init__()
         self.bins = bins
-        self.tower_many = Tower(channels, depth, levels)
+        self.tower_scores = Tower(channels, depth, levels)
         self.tower_one = Tower(channels, depth, levels)
         self.tower_sides = Tower(channels, depth, levels)
         self.many = nn.Conv2d(channels, 1, 1)
         self.one = nn.Conv2d(channels, 1, 1)
         self.sides = nn.Conv2d(channels, 4 * bins, 1)
-        for score in (self.many, self.one):
-            nn.init.constant_(score.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
+        nn.init.constant_(self.many.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
+        nn.init.zeros_(self.one.weight)
+        nn.init.zeros_(self.one.bias)  # type: ignore[arg-type]
 
     def forward(self, pyramid: Sequence[Tensor]) -> RawMaps:
         """One [B, channels, H_i, W_i] map a level to the raw maps of all their points."""
-        many, one, sides = [], [], []
-        for level, features in enumerate(pyramid):
-            # Scores and sides leave here as float32: box arithmetic must not run in bfloat16.
-            many.append(self.many(self.tower_many(features, level)).float().flatten(1))
-            one.append(self.one(self.tower_one(features.detach(), level)).float().flatten(1))
-            sides.append(self._sides(features, level))
-        return RawMaps(torch.cat(many, 1), torch.cat(one, 1), torch.cat(sides, 1))
+        levels = [self._level(features, level) for level, features in enumerate(pyramid)]
+        many, one, sides = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
+        return RawMaps(many, one, sides)
 
-    def forward_one(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Only what is exported: [B, A] logits of `one` and [B, A, 4, bins] of the sides."""
-        one = [self.one(self.tower_one(features, level)).float().flatten(1) for level, features in enumerate(pyramid)]
-        return torch.cat(one, 1), torch.cat([self._sides(f, level) for level, f in enumerate(pyramid)], 1)
+    def _level(self, features: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.tower_scores(features, level)
+        many = self.many(scores)
+        one = many.detach() + self.one(self.tower_one(scores.detach(), level))
+        # Scores and sides leave here as float32: box arithmetic must not run in bfloat16.
+        return many.float().flatten(1), one.float().flatten(1), self._sides(features, level)
 
     def _sides(self, features: Tensor, level: int) -> Tensor:
         logits = self.sides(self.tower_sides(features, level)).float()

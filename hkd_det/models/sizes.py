@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hkd_det.errors import UsageError
 from hkd_det.models.detector import Detector, DetectorSpec, parameter_count
 
-# A student has at most a sixth of its teacher's deployed parameters: tests/hkd_det/models/test_sizes.py.
+# A student has at most a sixth of its teacher's parameters: tests/hkd_det/models/test_sizes.py.
 SIZES: dict[str, DetectorSpec] = {
     "teacher-r50": DetectorSpec("resnet50", channels=256),
     "student-r18": DetectorSpec("resnet18", {"channels": (32, 64, 128, 256), "stem_width": 32}, channels=96),
@@ -22,7 +22,7 @@ TEACHER_OF = {"student-r18": "teacher-r50", "mini-student": "mini-teacher"}
 class Cost:
     """What a deployed detector weighs and does.
 
-    parameters: of everything that is exported (the `many` branch is training only).
+    parameters: trainable numbers, all of which are exported.
     flops: floating-point operations a picture of `imgsz_hw`: 2 x multiply-accumulates.
     """
 
@@ -40,8 +40,6 @@ def build_detector(name: str) -> Detector:
 
 def cost(detector: Detector, imgsz_hw: tuple[int, int]) -> Cost:
     """Parameters and operations of the exported form, counted by running it once on an empty picture."""
-    head = detector.head
-    deployed = (detector.backbone, detector.neck, head.tower_one, head.tower_sides, head.one, head.sides)
     device = next(detector.parameters()).device
     counter = FlopCounterMode(display=False)
     was_training = detector.training
@@ -49,4 +47,4 @@ def cost(detector: Detector, imgsz_hw: tuple[int, int]) -> Cost:
     with torch.no_grad(), counter:
         detector.detect(torch.zeros(1, 3, *imgsz_hw, device=device))
     detector.train(was_training)
-    return Cost(parameter_count(deployed), counter.get_total_flops(), imgsz_hw)
+    return Cost(parameter_count(detector), counter.get_total_flops(), imgsz_hw)

@@ -20,5 +20,6 @@ class DeployedDetector(nn.Module):
 
         The first `count` rows of a picture have a score of at least `SCORE_FLOOR`.
         """
-        boxes, scores = self.detector.detect(images.permute(0, 3, 1, 2), TOP)
+        # float before permute: TensorRT transposes no uint8.
+        boxes, scores = self.detector.detect(images.float().permute(0, 3, 1, 2), TOP)
         return boxes, scores, (scores >= SCORE_FLOOR).sum(1)

@@ -9,10 +9,10 @@ from pathlib import Path
 import onnx
 import torch
 
+from hkd_deploy.artifact import FORMAT, PREPROCESS
 from hkd_deploy.export.graph import DeployedDetector
 from hkd_det.files import replacing
 from hkd_det.imgsz import STRIDE
-from hkd_det.letterbox import PAD_VALUE
 from hkd_det.models.sizes import cost
 from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256
 
@@ -63,13 +63,11 @@ def metadata(checkpoint: DetectorCheckpoint, imgsz_hw: tuple[int, int], batch: i
         "batch": str(batch or "dynamic"),
         "imgsz": str(list(imgsz_hw)),
         "names": "{0: 'person'}",
-        "hkd.format": "1",
+        "hkd.format": str(FORMAT),
         "hkd.model": checkpoint.model,
         "hkd.parameters": str(weight.parameters),
         "hkd.flops": str(weight.flops),
-        "hkd.preprocess": json.dumps(
-            {"layout": "NHWC", "color": "RGB", "dtype": "uint8", "letterbox": "top-left", "pad": PAD_VALUE}
-        ),
+        "hkd.preprocess": json.dumps(PREPROCESS),
         "hkd.weights_sha256": weights_sha256(checkpoint.weights),
         "hkd.data": str(checkpoint.config["data"]),
     }

@@ -1,0 +1,49 @@
+"""`hkd-train`'s answers to what a user may get wrong: one line, the right exit code."""
+
+from pathlib import Path
+
+import pytest
+
+from hkd_det.train.command import main
+
+FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--model", "mini-student"], 2, "--data"),
+        (["--data", "nowhere.yaml", "--model", "huge"], 2, "mini-student"),
+        (["--data", "x.yaml", *FLAGS, "--teacher", "t.pt"], 2, "--distill"),
+        (["--data", "x.yaml", *FLAGS, "--distill", "magic", "--teacher", "t.pt"], 2, "magic"),
+        (["--data", "x.yaml", "--model", "mini-student", "--imgsz", "100"], 2, "multiples of 32"),
+        (["--data", "x.yaml", *FLAGS, "--set", "lr=fast"], 2, "not a number"),
+        (["--data", "x.yaml", *FLAGS, "--set", "speed=1"], 2, "speed"),
+        (["--data", "x.yaml", *FLAGS, "--set", "epochs=0"], 2, "at least 1"),
+        (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
+        (["--data", "x.yaml", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
+        (["--resume", "nothing-here"], 1, "last.pt"),
+    ],
+)
+def test_mistakes_get_one_line(
+    flags: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--project", str(tmp_path)]) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_a_run_is_not_overwritten_unasked(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mini-student").mkdir()
+    (tmp_path / "mini-student" / "last.pt").write_bytes(b"precious")
+    assert main(["--data", str(people), *FLAGS, "--project", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "mini-student" / "last.pt").read_bytes() == b"precious"
+
+
+def test_a_teacher_of_another_kind_is_refused(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tmp_path / "yolo.pt"
+    teacher.write_text("not a checkpoint")
+    flags = ["--teacher", str(teacher), "--distill", "hkd", "--workers", "0", "--project", str(tmp_path / "runs")]
+    assert main(["--data", str(people), *FLAGS, *flags]) == 1
+    assert str(teacher) in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""Two gloo processes against one: the same global batch, the same gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.hierarchical import HierarchicalWeights
+from hkd_det.losses.detection import total
+from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
+from hkd_det.train.learner import Learner
+from hkd_det.train.processes import joined_processes
+
+spec = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+with joined_processes("cpu") as processes:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    student, teacher = Detector(spec), Detector(spec)
+    learner = Learner(student, Distiller(student, teacher, HierarchicalWeights(confident=0.009)), processes.share)
+    learner.train()
+    freeze_norms(student)
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randint(0, 255, (4, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    boxes = torch.tensor([[[5., 5., 30., 60.], [40., 10., 60., 60.]]] * 4)
+    real = torch.tensor([[True, True], [True, False], [False, False], [True, False]])
+    ignore = torch.tensor([[False, False], [False, True], [False, False], [False, False]])
+    mine = slice(processes.rank, None, processes.count)
+    module = DistributedDataParallel(learner, broadcast_buffers=False) if processes.count > 1 else learner
+    terms = module(pictures[mine], TruthBatch(boxes[mine], real[mine], ignore[mine]), 1.0)
+    total(terms).backward()
+    if processes.leads:
+        torch.save({n: p.grad for n, p in learner.named_parameters() if p.grad is not None}, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+        command = [*launcher, str(script), str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 30
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+    assert any("adapters" in name for name in one)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_like_one_process(people: Path, tmp_path: Path) -> None:
+    """The command under torchrun, with frozen normalisation: the weights of a single process, up to rounding."""
+    flags = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "1", "--batch", "4"]
+    flags += ["--workers", "0", "--device", "cpu", "--set", "freeze_norm=true", "--set", "precision=fp32"]
+    flags += ["--project", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+        command = [*launcher, "-m", "hkd_det.train", *flags, "--name", name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True)["learner"] for name in ("one", "two"))
+    for name, value in one.items():
+        if value.is_floating_point():
+            # AdamW turns the rounding of a tiny gradient into a step of up to the rate (1e-3) times three steps.
+            assert (value - two[name]).abs().mean() < 2e-4, name

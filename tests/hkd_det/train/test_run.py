@@ -1,0 +1,139 @@
+"""Whole small runs: they learn, they distil, and a killed one ends with the very same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hkd_det.errors import DataError
+from hkd_det.models import sizes
+from hkd_det.models.detector import DetectorSpec
+from hkd_det.train.checkpoint import read_detector, read_state
+from hkd_det.train.command import main
+from hkd_det.train.config import TrainConfig
+from hkd_det.train.run import train
+
+TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+
+
+@pytest.fixture
+def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
+
+
+def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 3,
+        "batch": 4, "workers": 0, "device": "cpu",
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_a_run_leaves_checkpoints_settings_and_history(people: Path, tmp_path: Path) -> None:
+    result = train(settings(people, tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt", "config.yaml", "results.csv"}
+    best = read_detector(result.best)
+    assert best.model == "mini-student" and best.spec == TINY and best.miss_rate == result.miss_rate
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
+    assert result.history[-1].losses["score"] < result.history[0].losses["score"] * 1.5
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_it_learns_to_find_dark_boxes(people: Path, tmp_path: Path) -> None:
+    result = train(settings(people, tmp_path, epochs=30, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9))
+    assert result.history[-1].losses["box"] < 0.6 * result.history[0].losses["box"]
+    assert result.miss_rate < 0.7
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Cut in the middle of the second epoch, distilling: the hardest state there is."""
+    teacher = train(settings(people, tmp_path / "teacher", epochs=1)).best
+    taught = {"teacher": str(teacher), "distill": "hkd", "workers": workers}
+    train(settings(people, tmp_path / "whole", **taught))
+
+    def cut(*_arguments: object) -> float:
+        raise KeyboardInterrupt
+
+    config = settings(people, tmp_path / "cut", **taught)
+    with monkeypatch.context() as patch:
+        from hkd_det.train import run
+
+        kept = run.Run._set_rate
+        patch.setattr(run.Run, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert len(read_state(tmp_path / "cut" / "last.pt")["history"]) == 1
+    train(config, resume=True)
+    whole, resumed = (read_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert same(whole["learner"], resumed["learner"]) and same(whole["average"], resumed["average"])
+    assert [e["losses"] for e in whole["history"]] == [e["losses"] for e in resumed["history"]]
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_resume(people: Path, tmp_path: Path) -> None:
+    """A real process, really killed, more than once; the command's own --resume; the same final weights."""
+    base = [sys.executable, "-c", "import sys; from hkd_det.train.command import main; sys.exit(main())"]
+    common = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "4", "--batch", "4"]
+    flags = [*common, "--workers", "0", "--device", "cpu", "--project", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*base, *flags, "--name", "whole"], check=True, env=environment, capture_output=True)
+    command = [*base, *flags, "--name", "killed"]
+    for after_epochs in (1, 2):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        results = tmp_path / "killed" / "results.csv"
+        deadline = time.monotonic() + 120
+        while not (results.exists() and len(results.read_text().splitlines()) > after_epochs):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        command = [*base, "--resume", str(tmp_path / "killed")]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    whole, resumed = (read_state(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert same(whole["average"], resumed["average"]) and len(resumed["history"]) == 4
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_a_full_disk_loses_nothing(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(people, tmp_path / "run", epochs=1)
+    train(config)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    def full(_path: Path, _content: object) -> int:
+        raise OSError(28, "No space left on device", str(_path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    flags = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "1", "--batch", "4"]
+    code = main([*flags, "--workers", "0", "--project", str(tmp_path), "--name", "run", "--exist-ok"])
+    assert code == 1 and "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_a_checkpoint_of_another_model_is_refused(people: Path, tmp_path: Path) -> None:
+    train(settings(people, tmp_path, epochs=1))
+    with pytest.raises(DataError, match="mini-teacher"):
+        train(settings(people, tmp_path, model="mini-teacher", epochs=1), resume=True)
+    with pytest.raises(DataError, match="state"):
+        read_detector(tmp_path / "last.pt")
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes((tmp_path / "best.pt").read_bytes()[:1000])
+    with pytest.raises(DataError, match="not a readable checkpoint"):
+        read_detector(broken)
