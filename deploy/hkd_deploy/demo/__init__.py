@@ -1,0 +1,1 @@
+"""The demo: a stream, a detector, and what it sees in a window or a film."""

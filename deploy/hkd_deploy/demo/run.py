@@ -1,0 +1,129 @@
+"""The demo's body: each frame through the detector, drawn, shown and saved."""
+
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from hkd_deploy.demo.film import open_film
+from hkd_deploy.demo.still import STILL_SUFFIXES, open_still
+from hkd_deploy.demo.tally import Tally
+from hkd_deploy.demo.window import Window
+from hkd_deploy.draw import draw_detections, draw_panel
+from hkd_deploy.pipeline import Detector, StageTimes, open_detector
+from hkd_deploy.streams import Frame, FrameSource, open_source
+from hkd_det.errors import UsageError
+from hkd_det.imgsz import format_imgsz
+
+DEFAULT_FPS = 25.0  # of a film whose source does not say
+
+
+class Output(Protocol):
+    """A film or a picture that is being written."""
+
+    def write(self, picture_rgb: NDArray[np.uint8], captured_s: float | None = None) -> None:
+        """Append uint8 RGB (H, W, 3), captured at `captured_s` if its source is live."""
+
+
+def save_film(
+    model: Path | str, source: str, path: Path | str, conf: float, device: str = "cpu", max_frames: int | None = None
+) -> Tally:
+    """Run a model over a source and save what it sees, as `hkd-demo MODEL --source ... --save PATH` does."""
+    tally = Tally()
+    with ExitStack() as stack:
+        detector = stack.enter_context(open_detector(model, device))
+        frames = stack.enter_context(open_source(source))
+        output = open_output(stack, Path(path), frames)
+        run(detector, frames, conf, tally, output=output, max_frames=max_frames)
+    return tally
+
+
+def open_output(stack: ExitStack, path: Path, source: FrameSource) -> Output:
+    """Open what --save asks for: a film, or a picture if the source is one."""
+    if path.exists() and Path(source.name).exists() and path.samefile(source.name):
+        raise UsageError(f"--save {path}: this is the source itself; choose another name")
+    if path.suffix.lower() in STILL_SUFFIXES and source.frame_count == 1:
+        return stack.enter_context(open_still(path))
+    return stack.enter_context(open_film(path, source.fps or DEFAULT_FPS))
+
+
+def run(
+    detector: Detector,
+    source: FrameSource,
+    conf: float,
+    tally: Tally,
+    output: Output | None = None,
+    window: Window | None = None,
+    max_frames: int | None = None,
+) -> None:
+    """Detect in every frame until the source ends, `max_frames` are done or the window is closed.
+
+    conf: the least score that is drawn, 0..1. `tally` is filled as it goes, so that it holds what was
+    measured when Ctrl-C ends the run.
+    """
+    total = min(filter(None, (source.frame_count, max_frames)), default=None)
+    canvas: NDArray[np.uint8] | None = None
+    with tqdm(total=total, unit=" frames", desc=source.name) as bar:
+
+        def waiting() -> bool:
+            """While a live source has no frame: say so, and keep the window alive."""
+            bar.set_postfix_str(source.trouble)
+            return window is None or _wait_in(window, canvas, source.trouble)
+
+        start_s = monotonic()
+        for frame in islice(source.frames(waiting), max_frames):
+            detections, times = detector.timed(frame.picture_rgb)
+            age_ms = 1e3 * (monotonic() - frame.timestamp_s) if source.live else None
+            tally.add(times, age_ms)
+            if output or window:
+                people = detections.above(conf)
+                canvas = draw_detections(frame.picture_rgb, people)
+                draw_panel(canvas, _figures(detector, tally, times, len(people), age_ms, source.dropped))
+                if output:
+                    output.write(canvas, frame.timestamp_s if source.live else None)
+                if window:
+                    window.show(canvas)
+            bar.update()
+            bar.set_postfix_str(f"{source.dropped} dropped" if source.live else "", refresh=False)
+            if window and not window.stays_open(_wait_ms(source, frame, start_s)):
+                return
+    if window and source.frame_count == 1:
+        while window.stays_open(wait_ms=50):  # a single picture is there to be looked at
+            pass
+
+
+def _figures(
+    detector: Detector, tally: Tally, times: StageTimes, people: int, age_ms: float | None, dropped: int
+) -> list[str]:
+    """The panel's lines."""
+    manifest = detector.manifest
+    lines = [
+        f"{manifest.model}  {format_imgsz(manifest.imgsz_hw)}  {detector.device}",
+        f"{tally.recent_fps:.1f} fps   {people} people",
+        f"{times.total_ms:.1f} ms = {times.preprocess_ms:.1f} pre + {times.inference_ms:.1f} net"
+        f" + {times.postprocess_ms:.1f} post",
+    ]
+    if age_ms is not None:
+        lines.append(f"frame age {age_ms:.0f} ms   {dropped} dropped")
+    return lines
+
+
+def _wait_ms(source: FrameSource, frame: Frame, start_s: float) -> int:
+    """Until a recorded frame's time has come, so that a fast machine does not show people running."""
+    if source.live:
+        return 1
+    return max(1, round(1e3 * (start_s + frame.timestamp_s - monotonic())))
+
+
+def _wait_in(window: Window, last_canvas: NDArray[np.uint8] | None, trouble: str) -> bool:
+    """Keep a window alive; in trouble the last picture goes dark under the reason, so that nobody takes it for now."""
+    if trouble and last_canvas is not None:
+        dark = last_canvas // 3
+        draw_panel(dark, [], caution=trouble)
+        window.show(dark)
+    return window.stays_open()

@@ -1,0 +1,129 @@
+"""`tiny_onnx`: a detector small enough to be checked by hand; it finds the bounding box of all bright pixels."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
+
+BRIGHT = 200  # mean of the three channels
+
+
+def metadata(imgsz_hw: tuple[int, int], batch: int | None) -> dict[str, str]:
+    """What hkd-export writes, by hand."""
+    return {
+        "description": "tiny",
+        "author": "test",
+        "date": "2026-01-02T03:04:05+00:00",
+        "version": "0.1.0",
+        "license": "Apache-2.0",
+        "task": "detect",
+        "stride": "32",
+        "batch": "dynamic" if batch is None else str(batch),
+        "imgsz": f"[{imgsz_hw[0]}, {imgsz_hw[1]}]",
+        "names": "{0: 'person'}",
+        "hkd.format": "1",
+        "hkd.model": "tiny",
+        "hkd.parameters": "12",
+        "hkd.flops": "3456",
+        "hkd.preprocess": json.dumps(
+            {"layout": "NHWC", "color": "RGB", "dtype": "uint8", "letterbox": "top-left", "pad": 114}
+        ),
+        "hkd.weights_sha256": "0f" * 32,
+        "hkd.data": "nothing",
+    }
+
+
+def write_tiny_onnx(
+    path: Path,
+    imgsz_hw: tuple[int, int] = (96, 160),
+    batch: int | None = None,
+    changes: dict[str, str | None] | None = None,
+    input_name: str = "images",
+    output_name: str = "boxes",
+) -> Path:
+    """A model by the contract: row 0 is the box of pixels whose mean is at least 200, its score the picture's mean
+    of red / 255; row 1 is never valid. `changes` to the metadata; None takes a key out."""
+    outputs = [
+        helper.make_tensor_value_info(output_name, TensorProto.FLOAT, [batch or "batch", 2, 4]),
+        helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch or "batch", 2]),
+        helper.make_tensor_value_info("count", TensorProto.INT64, [batch or "batch"]),
+    ]
+    shape = [batch or "batch", *imgsz_hw, 3]
+    images = helper.make_tensor_value_info(input_name, TensorProto.UINT8, shape)
+    graph = helper.make_graph(_nodes(input_name, output_name), "tiny", [images], outputs, _constants())
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    wanted = {**metadata(imgsz_hw, batch), **(changes or {})}
+    helper.set_model_props(model, {key: value for key, value in wanted.items() if value is not None})
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+def _constants() -> list[onnx.TensorProto]:
+    values = {
+        "bright": np.array(BRIGHT, np.float32),
+        "one": np.array(1, np.float32),
+        "to_score": np.array([1 / 255, 0, 0], np.float32),
+        "zero": np.zeros((1, 1), np.float32),
+        "axis_1": np.array([1], np.int64),
+    }
+    return [numpy_helper.from_array(value, name) for name, value in values.items()]
+
+
+def _nodes(input_name: str, output_name: str) -> list[onnx.NodeProto]:
+    def node(op: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+        return helper.make_node(op, inputs, [output], **attributes)
+
+    return [
+        node("Cast", [input_name], "float", to=TensorProto.FLOAT),
+        node("ReduceMean", ["float"], "grey", axes=[3], keepdims=0),  # [B, H, W]
+        node("GreaterOrEqual", ["grey", "bright"], "is_bright"),
+        node("Cast", ["is_bright"], "mask", to=TensorProto.FLOAT),
+        node("ReduceMax", ["mask"], "rows", axes=[2], keepdims=0),  # [B, H]
+        node("ReduceMax", ["mask"], "columns", axes=[1], keepdims=0),  # [B, W]
+        *[
+            step
+            for name, line, last in (("x1", "columns", 0), ("y1", "rows", 0), ("x2", "columns", 1), ("y2", "rows", 1))
+            for step in (
+                node("ArgMax", [line], f"{name}_at", axis=1, keepdims=1, select_last_index=last),
+                node("Cast", [f"{name}_at"], f"{name}_low", to=TensorProto.FLOAT),
+            )
+        ],
+        node("Add", ["x2_low", "one"], "x2_high"),  # edges are exclusive
+        node("Add", ["y2_low", "one"], "y2_high"),
+        node("Concat", ["x1_low", "y1_low", "x2_high", "y2_high"], "box", axis=1),
+        node("Unsqueeze", ["box", "axis_1"], "box_row"),
+        node("Concat", ["box_row", "box_row"], output_name, axis=1),
+        node("ReduceMean", ["float"], "colour", axes=[1, 2], keepdims=0),  # [B, 3]
+        node("Mul", ["colour", "to_score"], "red"),
+        node("ReduceSum", ["red", "axis_1"], "score", keepdims=1),  # [B, 1]
+        node("Mul", ["score", "zero"], "no_score"),
+        node("Concat", ["score", "no_score"], "scores", axis=1),
+        node("ReduceMax", ["mask"], "any", axes=[1, 2], keepdims=0),
+        node("Cast", ["any"], "count", to=TensorProto.INT64),
+    ]
+
+
+@pytest.fixture
+def tiny_onnx(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny model, `tiny_onnx(imgsz_hw=..., changes={...})`, and gives its path."""
+
+    def write(name: str = "tiny.onnx", **wanted: object) -> Path:
+        return write_tiny_onnx(tmp_path / name, **wanted)  # type: ignore[arg-type]
+
+    return write
+
+
+@pytest.fixture
+def real_film() -> Path:
+    """A real film, 370 frames of 640x360; skips where the shared data is absent."""
+    path = VIDEOS / "crossing.mp4"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
