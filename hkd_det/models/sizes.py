@@ -31,11 +31,16 @@ class Cost:
     imgsz_hw: tuple[int, int]
 
 
-def build_detector(name: str) -> Detector:
-    """A detector of a named size with fresh weights; UsageError for an unknown name."""
+def spec_of(name: str) -> DetectorSpec:
+    """The shape of a named size; UsageError for an unknown name."""
     if name not in SIZES:
         raise UsageError(f"--model {name}: no such size; there are {', '.join(SIZES)}")
-    return Detector(SIZES[name])
+    return SIZES[name]
+
+
+def build_detector(name: str) -> Detector:
+    """A detector of a named size with fresh weights; UsageError for an unknown name."""
+    return Detector(spec_of(name))
 
 
 def cost(detector: Detector, imgsz_hw: tuple[int, int]) -> Cost:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hkd_det.errors import DataError, UsageError, run_command
 from hkd_det.imgsz import parse_imgsz
-from hkd_det.models.sizes import SIZES
+from hkd_det.models.sizes import SIZES, spec_of
 from hkd_det.train.checkpoint import read_state
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import train
@@ -40,6 +40,7 @@ def _fresh(arguments: argparse.Namespace) -> TrainConfig:
     for flag in ("data", "model"):
         if not getattr(arguments, flag):
             raise UsageError(f"--{flag} is needed (or --resume RUN)")
+    spec_of(arguments.model)
     run = arguments.name or f"{arguments.model}{'-' + arguments.distill if arguments.distill else ''}"
     config = TrainConfig(
         data=arguments.data,

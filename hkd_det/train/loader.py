@@ -139,7 +139,7 @@ def open_loader(
     sampler = RankSampler(epochs, rank, count)
     views = TrainingViews(samples, epochs.size_hw, cache_mib / max(1, workers))
     loader: DataLoader[tuple[Tensor, TruthBatch]] = DataLoader(
-        views,  # type: ignore[arg-type] - collated: the stubs cannot say so
+        views,  # type: ignore[arg-type]  # the stubs know no collate_fn that changes the type
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,

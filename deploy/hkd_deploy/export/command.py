@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hkd_det.datasets.catalogue import open_data
+
 from hkd_deploy.export.onnx_file import write_onnx
 from hkd_deploy.export.parity import Parity, compare
-from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UsageError, run_command
 from hkd_det.files import replacing
 from hkd_det.imgsz import format_imgsz, parse_imgsz

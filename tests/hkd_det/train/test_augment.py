@@ -39,7 +39,9 @@ def test_boxes_stay_on_what_they_enclose(
         covered[max(0, int(y1) - 2) : int(y2) + 3, max(0, int(x1) - 2) : int(x2) + 3] = True
         if x2 - x1 > 4 and y2 - y1 > 4:
             assert view.picture[:, int((y1 + y2) / 2), int((x1 + x2) / 2)].float().mean() > 130
-    assert not (bright & ~covered).sum() > 0.002 * bright.numel()
+    # A person cut to less than a pixel's width is dropped and may leave a bright line: blocks are what counts.
+    astray = (bright & ~covered).float()[None]
+    assert not (-torch.nn.functional.max_pool2d(-astray, 2, 1)).any()
 
 
 @settings(deadline=None, max_examples=30)
