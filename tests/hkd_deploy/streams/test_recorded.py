@@ -1,0 +1,142 @@
+"""Recorded sources: every frame in order; what is damaged, empty or no film is said to be so."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from hkd_deploy.streams import open_source
+from hkd_deploy.streams.source import without_password
+from hkd_det.errors import DataError, UsageError
+
+
+def write_film(path: Path, frames: int, fps: float = 10.0) -> Path:
+    """Grey films whose frame n is of level 5 n; Motion JPEG keeps the levels."""
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), fps, (64, 48))
+    for index in range(frames):
+        writer.write(np.full((48, 64, 3), 5 * index, np.uint8))
+    writer.release()
+    return path
+
+
+def read_all(text: str) -> list[tuple[int, float]]:
+    with open_source(text) as source:
+        return [(int(picture[0, 0, 0]), time_s) for picture, time_s in source]
+
+
+def test_a_film_gives_every_frame_in_order(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.avi", 40)
+    with open_source(str(path)) as source:
+        assert (source.name, source.live, source.fps, source.frame_count) == (str(path), False, 10.0, 40)
+        frames = list(source)
+        assert (source.dropped, source.trouble) == (0, "")
+    levels = np.array([frame.picture_rgb.mean() for frame in frames])
+    assert np.abs(levels - 5 * np.arange(40)).max() < 2
+    assert [frame.timestamp_s for frame in frames] == pytest.approx(np.arange(40) / 10)
+    assert frames[0].picture_rgb.shape == (48, 64, 3)
+    assert frames[0].picture_rgb.dtype == np.uint8
+
+
+def test_a_real_film(real_film: Path) -> None:
+    with open_source(str(real_film)) as source:
+        frame = next(iter(source))
+        assert source.frame_count == 370
+        assert source.fps == pytest.approx(29.97, abs=0.01)
+        reader = cv2.VideoCapture(str(real_film))
+        _, picture_bgr = reader.read()
+        assert np.array_equal(frame.picture_rgb, picture_bgr[..., ::-1])
+
+
+@pytest.mark.parametrize("part", [0.3, 0.9])
+def test_a_truncated_real_film_ends_with_an_error(real_film: Path, tmp_path: Path, part: float) -> None:
+    whole = real_film.read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(whole[: int(part * len(whole))])
+    count = 0
+    with pytest.raises(DataError, match=r"cut.mp4: ends after \d+ of 370 frames"), open_source(str(path)) as source:
+        for _ in source:
+            count += 1
+    assert 0.5 * part * 370 < count < 370  # what could be read was given first
+
+
+def test_a_film_without_its_end_mark_cannot_be_opened(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for index in range(30):
+        writer.write(np.full((48, 64, 3), index, np.uint8))
+    writer.release()
+    path.write_bytes(path.read_bytes()[:-200])  # an .mp4 of OpenCV has its index at the end
+    with pytest.raises(DataError, match=r"film.mp4: not a film .*cut off"), open_source(str(path)):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"no film at all\n" * 500, bytes(5000)])
+def test_a_file_that_is_no_film(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes.mp4"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"notes.mp4: not a film"), open_source(str(path)):
+        pass
+
+
+def test_a_folder_of_pictures_by_name(tmp_path: Path) -> None:
+    for name, level in (("b.png", 20), ("a.PNG", 10), ("c.bmp", 30), (".hidden.png", 90)):
+        cv2.imwrite(str(tmp_path / name.lower()), np.full((5, 7, 3), level, np.uint8))
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "sub").mkdir()
+    assert read_all(str(tmp_path)) == [(10, 0.0), (20, 0.5), (30, 1.0)]
+
+
+def test_one_picture_red_first(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "one.png"), np.full((5, 7, 3), (1, 2, 3), np.uint8))
+    with open_source(str(tmp_path / "one.png")) as source:
+        (frame,) = source
+        assert source.frame_count == 1
+    assert frame.picture_rgb[0, 0].tolist() == [3, 2, 1]
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pictures in this folder"), open_source(str(tmp_path)):
+        pass
+
+
+def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "cut.jpg"), noise)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"cut.jpg: not a readable picture"):
+        read_all(str(tmp_path))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.mp4: no such file or folder"), open_source(str(tmp_path / "none.mp4")):
+        pass
+
+
+@pytest.mark.parametrize("text", ["ftp://admin:secret@host/film", "file:///etc/passwd", "rtps://admin:secret@host"])
+def test_an_unknown_kind_of_address(text: str) -> None:
+    with pytest.raises(UsageError, match="unknown kind of address; known: rtsp") as caught, open_source(text):
+        pass
+    assert "secret" not in str(caught.value)
+
+
+def test_a_mistyped_address_keeps_its_password() -> None:
+    with pytest.raises(DataError, match="no such file") as caught, open_source("rtsp:/admin:secret@host/x"):
+        pass
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("rtsp://admin:secret@10.0.0.2:554/live", "rtsp://***@10.0.0.2:554/live"),
+        ("rtsp://admin@host/live", "rtsp://***@host/live"),
+        ("rtsp://a:p/w?x#y@z@host/live", "rtsp://***@host/live"),
+        ("http://host/video?user=a&password=b", "http://host/video?***"),
+        ("http://host:80/video.mjpg", "http://host:80/video.mjpg"),
+        ("film of me@home.mp4", "film of me@home.mp4"),
+        ("C:\\films\\me@home.mp4", "C:\\films\\me@home.mp4"),
+    ],
+)
+def test_passwords_are_not_shown(address: str, shown: str) -> None:
+    assert without_password(address) == shown
