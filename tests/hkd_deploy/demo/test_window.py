@@ -1,0 +1,91 @@
+"""The window: refused with a remedy where there is none, closed by q, Esc and its button."""
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import pytest
+
+from hkd_deploy.demo.window import Window, open_window, why_no_window
+from hkd_det.errors import UnavailableError
+
+HEADLESS = "  GUI:                           NONE\n  Media I/O:\n"
+WITH_GTK = "  GUI:                           GTK3\n    GTK+:  YES (ver 3.24)\n"
+
+
+def test_a_headless_opencv() -> None:
+    reason = why_no_window(HEADLESS, "linux", {"DISPLAY": ":0"})
+    assert "pip uninstall -y opencv-python-headless && pip install opencv-python" in reason
+    assert "--save out.mp4" in reason
+
+
+@pytest.mark.parametrize("environment", [{}, {"DISPLAY": ""}])
+def test_no_display(environment: dict[str, str]) -> None:
+    assert "DISPLAY is not set" in why_no_window(WITH_GTK, "linux", environment)
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment"),
+    [("linux", {"DISPLAY": ":0"}), ("linux", {"WAYLAND_DISPLAY": "wayland-0"}), ("darwin", {}), ("win32", {})],
+)
+def test_where_a_window_can_be(platform: str, environment: dict[str, str]) -> None:
+    assert why_no_window(WITH_GTK, platform, environment) == ""
+
+
+def test_what_this_opencv_says_of_itself() -> None:
+    # The line the check reads is there, in this build as in any.
+    assert "GUI:" in cv2.getBuildInformation()
+
+
+class Screen:
+    """Stands for OpenCV's window system: `keys` are pressed one after the other, -1 is none."""
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self.visible = 1.0
+        self.shown: list[np.ndarray] = []
+        self.open = 0
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
+    fake = Screen()
+    monkeypatch.setattr(cv2, "getBuildInformation", lambda: WITH_GTK)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cv2, "namedWindow", lambda *_: setattr(fake, "open", fake.open + 1))
+    monkeypatch.setattr(cv2, "destroyAllWindows", lambda: setattr(fake, "open", 0))
+    monkeypatch.setattr(cv2, "imshow", lambda _, picture_bgr: fake.shown.append(picture_bgr))
+    monkeypatch.setattr(cv2, "waitKey", lambda _: fake.keys.pop(0) if fake.keys else -1)
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: fake.visible)
+    return fake
+
+
+@pytest.mark.parametrize("key", [ord("q"), ord("Q"), 27, 0x100000 + 27])  # GTK sets high bits for Num Lock
+def test_keys_that_close(screen: Screen, key: int) -> None:
+    with open_window("test") as window:
+        assert screen.open == 1
+        screen.keys = [-1, ord("x"), key]
+        assert [window.stays_open() for _ in range(3)] == [True, True, False]
+    assert screen.open == 0
+
+
+def test_the_button_closes(screen: Screen) -> None:
+    window = Window("test")
+    screen.visible = 0
+    assert window.stays_open()  # not yet shown
+    window.show(np.full((4, 5, 3), (1, 2, 3), np.uint8))
+    assert not window.stays_open()
+    assert screen.shown[0][0, 0].tolist() == [3, 2, 1]
+
+
+def test_a_window_system_that_refuses(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise cv2.error("Can't initialize GTK backend")
+
+    monkeypatch.setattr(cv2, "namedWindow", refuse)
+    with (
+        pytest.raises(UnavailableError, match="no window: Can't initialize GTK backend; save a film"),
+        open_window("t"),
+    ):
+        pass
+    assert screen.open == 0
