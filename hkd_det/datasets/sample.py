@@ -66,9 +66,10 @@ class Sample:
     size_hw: tuple[int, int] | None = None
 
 
-def read_picture(path: Path) -> NDArray[np.uint8]:
-    """A picture file as (H, W, 3) uint8 RGB, as stored: EXIF orientation is not applied, boxes refer to the stored pixels.
+def read_picture(path: Path, upright: bool = False) -> NDArray[np.uint8]:
+    """A picture file as (H, W, 3) uint8 RGB, as stored: boxes refer to the stored pixels.
 
+    upright: turn it as its EXIF orientation says; for a photograph to look at, that has no boxes yet.
     Raises DataError, naming the file, if it is missing, truncated or not a picture.
     """
     try:
@@ -77,7 +78,8 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path}: no such picture; check the data set's folder") from None
     picture = None
     if packed.size and not _is_truncated_jpeg(packed):
-        picture = cv2.imdecode(packed, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        as_stored = 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
+        picture = cv2.imdecode(packed, cv2.IMREAD_COLOR_RGB | as_stored)
     if picture is None:
         raise DataError(f"{path}: not a readable picture (truncated, or no picture at all); replace or remove it")
     return picture

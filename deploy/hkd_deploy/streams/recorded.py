@@ -19,7 +19,7 @@ SHORT = 0.05
 
 
 class Pictures(FrameSource):
-    """Picture files, one after the other."""
+    """Picture files, one after the other; a photograph taken with the camera on its side is turned."""
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         super().__init__(name, live=False, fps=PICTURES_PER_S, frame_count=len(paths))
@@ -28,7 +28,7 @@ class Pictures(FrameSource):
     def frames(self, waiting: Callable[[], bool] = carry_on) -> Iterator[Frame]:  # noqa: ARG002 (never waits)
         """Raises DataError, naming the file, for one that is truncated or no picture."""
         for index, path in enumerate(self._paths):
-            yield Frame(read_picture(path), index / PICTURES_PER_S)
+            yield Frame(read_picture(path, upright=True), index / PICTURES_PER_S)
 
     def close(self) -> None:
         """Nothing is held between pictures."""

@@ -95,6 +95,20 @@ def test_one_picture_red_first(tmp_path: Path) -> None:
     assert frame.picture_rgb[0, 0].tolist() == [3, 2, 1]
 
 
+def test_a_photograph_on_its_side_is_turned(tmp_path: Path) -> None:
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[:, :20] = 255  # bright at the left as stored, at the top when turned a quarter clockwise
+    packed = bytes(cv2.imencode(".jpg", picture)[1])
+    turned = b"MM\0*\0\0\0\x08" + b"\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0" + bytes(4)  # EXIF: orientation 6
+    exif = b"\xff\xe1" + (len(turned) + 8).to_bytes(2, "big") + b"Exif\0\0" + turned
+    (tmp_path / "phone.jpg").write_bytes(packed[:2] + exif + packed[2:])
+    with open_source(str(tmp_path / "phone.jpg")) as source:
+        (frame,) = source
+    assert frame.picture_rgb.shape == (60, 40, 3)
+    assert frame.picture_rgb[:18].mean() > 240
+    assert frame.picture_rgb[22:].mean() < 15
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pictures in this folder"), open_source(str(tmp_path)):
         pass
