@@ -55,7 +55,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _category_id(content: dict[str, Any], path: Path, category: str) -> Any:
     categories = content.get("categories")
-    if not isinstance(categories, list) or not all(isinstance(c, dict) and {"id", "name"} <= c.keys() for c in categories):
+    if not isinstance(categories, list) or not all(
+        isinstance(c, dict) and {"id", "name"} <= c.keys() for c in categories
+    ):
         raise DataError(f"{path}: 'categories' must be a list of objects with id and name")
     ids = {str(entry["name"]): entry["id"] for entry in categories}
     names = (category,) if category else PERSON_NAMES
@@ -84,7 +86,10 @@ def _pictures(content: dict[str, Any], path: Path) -> dict[Any, dict[str, Any]]:
 
 def _truth(records: list[dict[str, Any]], image: dict[str, Any], path: Path) -> Truth:
     whole = [_box(record, "bbox", path) for record in records]
-    visible = [_box(record, "vis_bbox", path) if "vis_bbox" in record else box for record, box in zip(records, whole, strict=True)]
+    visible = [
+        _box(record, "vis_bbox", path) if "vis_bbox" in record else box
+        for record, box in zip(records, whole, strict=True)
+    ]
     boxes = box_math.xyxy_from_xywh(np.array(whole, np.float64).reshape(-1, 4))
     seen = box_math.xyxy_from_xywh(np.array(visible, np.float64).reshape(-1, 4))
     size = _size(image)
@@ -99,7 +104,9 @@ def _truth(records: list[dict[str, Any]], image: dict[str, Any], path: Path) -> 
     )
 
 
-def _clipped(boxes: box_math.Boxes, size_hw: tuple[int, int], records: list[dict[str, Any]], path: Path) -> box_math.Boxes:
+def _clipped(
+    boxes: box_math.Boxes, size_hw: tuple[int, int], records: list[dict[str, Any]], path: Path
+) -> box_math.Boxes:
     cut = box_math.clip(boxes, size_hw)
     for record, gone in zip(records, box_math.area(cut) <= 0, strict=True):
         if gone:

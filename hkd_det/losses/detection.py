@@ -30,7 +30,7 @@ class DetectionLoss:
     box_weight: float = 2.5
     distribution_weight: float = 0.5
     many: TaskAlignedAssigner = field(default_factory=lambda: TaskAlignedAssigner(top=10))
-    one: TaskAlignedAssigner = field(default_factory=lambda: TaskAlignedAssigner(top=1))
+    one: TaskAlignedAssigner = field(default_factory=lambda: TaskAlignedAssigner(top=1, beta=2.0, centred=1.0))
 
     def __call__(
         self, prediction: Prediction, truth: TruthBatch, share: ShareOfBatch = single_process

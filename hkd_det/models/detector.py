@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hkd_det.models.backbone import Backbone
 from hkd_det.models.head import Head, RawMaps
 from hkd_det.models.neck import FeaturePyramid
+from hkd_det.models.peaks import keep_peaks
 from hkd_det.models.points import anchor_points, decode_boxes
 
 MEAN_RGB = (123.675, 116.28, 103.53)  # ImageNet, 0..255
@@ -78,11 +79,12 @@ class Detector(nn.Module):
     def detect(self, pictures: Tensor, top: int = 300) -> tuple[Tensor, Tensor]:
         """End to end, without suppression: the best boxes [B, K, 4] xyxy input pixels and scores [B, K], 0..1.
 
-        K is `top`, or the number of points where that is smaller. Only the `one` branch is used.
+        K is `top`, or the number of points where that is smaller. The `one` branch's peaks are the answer.
         """
         raw: RawMaps = self.head(self.pyramid(pictures))
         points, strides = self.points(pictures)
-        best, index = raw.one.topk(min(top, raw.one.shape[1]))  # [B, K]
+        peaks = keep_peaks(raw.one, (pictures.shape[-2], pictures.shape[-1]), self.spec.strides)
+        best, index = peaks.topk(min(top, peaks.shape[1]))  # [B, K]
         chosen = raw.sides.gather(1, index[..., None, None].expand(-1, -1, *raw.sides.shape[2:]))
         return decode_boxes(chosen, points[index], strides[index]), best.sigmoid()
 

@@ -80,3 +80,12 @@ def test_padding_is_nobody() -> None:
     )
     one, other = (TaskAlignedAssigner(top=10)(*answers(person), POINTS, STRIDES, t) for t in (alone, padded))
     assert torch.equal(one.positive, other.positive) and torch.equal(one.counted, other.counted)
+
+
+def test_a_centred_claim_goes_to_the_middle_and_to_the_level_of_the_persons_height() -> None:
+    points, strides = anchor_points((256, 256), (8, 16, 32))
+    person = [40.0, 60.0, 100.0, 188.0]  # 128 px tall: eight cells of stride 16; its middle is (70, 124)
+    assigner = TaskAlignedAssigner(top=1, beta=2.0, centred=1.0)
+    scores, boxes = torch.full((1, len(points)), 0.5), torch.tensor(person).expand(1, len(points), 4)
+    chosen = assigner(scores, boxes, points, strides, truth(person)).positive[0]
+    assert strides[chosen].tolist() == [16.0] and points[chosen].tolist() == [[72.0, 120.0]]

@@ -7,6 +7,7 @@ from torch import nn
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models.backbone import Backbone, load_pretrained
 from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
+from hkd_det.models.peaks import SILENT, keep_peaks
 from hkd_det.models.sizes import SIZES, TEACHER_OF, build_detector, cost
 
 TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
@@ -26,11 +27,12 @@ def test_raw_maps_have_a_row_for_every_point(tiny: Detector) -> None:
     assert prediction.boxes_xyxy.shape == (2, count, 4) and prediction.points.shape == (count, 2)
 
 
-def test_detect_gives_the_best_of_the_one_branch(tiny: Detector) -> None:
+def test_detect_gives_the_best_peaks_of_the_one_branch(tiny: Detector) -> None:
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
         prediction, (boxes, scores) = tiny(pictures), tiny.detect(pictures, top=7)
-    wanted, index = prediction.raw.one.sigmoid().sort(dim=1, descending=True, stable=True)
+    peaks = keep_peaks(prediction.raw.one, (64, 96), TINY.strides)
+    wanted, index = peaks.sigmoid().sort(dim=1, descending=True, stable=True)
     torch.testing.assert_close(scores, wanted[:, :7])
     torch.testing.assert_close(boxes[0, 0], prediction.boxes_xyxy[0, index[0, 0]], atol=1e-3, rtol=1e-4)
 
@@ -112,3 +114,19 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path) -> None:  # ty
     for name, message in (("other.pth", "fits"), ("text.pth", "not a weights file"), ("none.pth", "no such file")):
         with pytest.raises(DataError, match=message):
             load_pretrained(heir, TINY.backbone, str(tmp_path / name))
+
+
+def test_only_local_maxima_of_a_level_keep_their_score() -> None:
+    """Against a plain loop over neighbours."""
+    logits = torch.randn(2, 8 * 12 + 4 * 6, generator=torch.Generator().manual_seed(0))
+    kept = keep_peaks(logits, (64, 96), (8, 16))
+    for picture in range(2):
+        start = 0
+        for height, width in ((8, 12), (4, 6)):
+            level = logits[picture, start : start + height * width].view(height, width)
+            for y in range(height):
+                for x in range(width):
+                    around = level[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+                    wanted = level[y, x] if level[y, x] == around.max() else torch.tensor(SILENT)
+                    assert kept[picture, start + y * width + x] == wanted
+            start += height * width

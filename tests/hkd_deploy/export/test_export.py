@@ -1,0 +1,179 @@
+"""The exported file says what the trained detector says: to ONNX Runtime, to TensorRT, and about itself."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from hkd_deploy import open_detector
+from hkd_deploy.export.command import ParityError, export, main
+from hkd_deploy.export.parity import box_difference
+from hkd_det.letterbox import Letterbox
+from hkd_det.models.sizes import build_detector, cost
+from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256, write_detector
+
+PICTURES = Path(__file__).parents[4] / "shared" / "data" / "inria" / "test"
+SIZE_HW = (128, 160)
+TENSORRT = Path(__file__).parents[3] / "deploy" / "tensorrt_cpu.py"
+BUILD = """
+import sys
+import tensorrt as trt
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger)
+network = builder.create_network(0)
+parser = trt.OnnxParser(network, logger)
+if not parser.parse(open(sys.argv[1], "rb").read()):
+    sys.exit("\\n".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
+images = network.get_input(0)
+assert images.dtype == trt.uint8, images.dtype
+assert [network.get_output(i).name for i in range(network.num_outputs)] == ["boxes", "scores", "count"]
+config = builder.create_builder_config()
+if images.shape[0] == -1:
+    profile = builder.create_optimization_profile()
+    profile.set_shape("images", *((batch, *tuple(images.shape)[1:]) for batch in (1, 2, 4)))
+    config.add_optimization_profile(profile)
+plan = builder.build_serialized_network(network, config)
+assert plan is not None and plan.nbytes > 0
+print("plan", plan.nbytes)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> DetectorCheckpoint:
+    """A detector whose statistics have moved and whose scores differ: not trained, but not blank either."""
+    torch.manual_seed(0)
+    detector = build_detector("mini-student")
+    torch.nn.init.normal_(detector.head.many.weight, std=0.5)
+    torch.nn.init.normal_(detector.head.one.weight, std=0.5)
+    detector.train()
+    with torch.no_grad():
+        for _ in range(3):
+            detector(torch.rand(4, 3, 64, 64) * 255)
+    config = {"data": "street.yaml", "imgsz_hw": list(SIZE_HW)}
+    return DetectorCheckpoint("mini-student", detector.spec, detector.eval().state_dict(), config, 1, 0.5)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Real photographs where they lie beside the project, else noise with edges."""
+    if PICTURES.is_dir():
+        return sorted(PICTURES.glob("*.jpg"))[:4]
+    folder, chance = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for index in range(4):
+        noise = cv2.resize(chance.integers(0, 255, (12, 16, 3)).astype(np.uint8), (320, 240))
+        cv2.imwrite(str(folder / f"{index}.png"), noise)
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("batch", [1, None])
+def test_parity_on_pictures(
+    checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path, batch: int | None
+) -> None:
+    parity = export(checkpoint, tmp_path / "model.onnx", SIZE_HW, batch, pictures)
+    assert parity is not None and parity.pictures == 4 and parity.box_px <= 0.5 and parity.score <= 1e-3
+
+
+def test_the_runtime_opens_it_and_finds_the_same_people(
+    checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path
+) -> None:
+    """End to end, in pixels of the original picture, against torch by hand."""
+    export(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1, None)
+    picture = cv2.imread(str(pictures[0]))[:, :, ::-1].copy()
+    with open_detector(tmp_path / "model.onnx") as detector:
+        found = detector(picture)
+    letterbox = Letterbox(picture.shape[:2], SIZE_HW)
+    with torch.no_grad():
+        boxes, scores = checkpoint.build().detect(torch.from_numpy(letterbox.apply(picture)).permute(2, 0, 1)[None])
+    valid = scores[0].numpy() >= 0.001
+    assert len(found) == valid.sum() > 10
+    np.testing.assert_allclose(found.scores, scores[0].numpy()[valid], atol=1e-4)
+    wanted = letterbox.to_source(boxes[0].numpy()[valid])
+    assert box_difference(wanted, scores[0].numpy()[valid], found.boxes_xyxy, found.scores) < 0.5
+
+
+def test_the_file_describes_itself(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1, None)
+    with open_detector(tmp_path / "model.onnx") as detector:
+        manifest = detector.manifest
+    weight = cost(checkpoint.build(), SIZE_HW)
+    assert (manifest.model, manifest.imgsz_hw, manifest.batch) == ("mini-student", SIZE_HW, 1)
+    assert (manifest.parameters, manifest.flops) == (weight.parameters, weight.flops)
+    assert manifest.weights_sha256 == weights_sha256(checkpoint.weights) and manifest.data == "street.yaml"
+    model = onnx.load(tmp_path / "model.onnx")
+    assert model.opset_import[0].version == 17 and model.ir_version <= 8
+    assert {prop.key for prop in model.metadata_props} >= {"names", "stride", "task", "imgsz", "author", "license"}
+    assert "NonMaxSuppression" not in {node.op_type for node in model.graph.node}
+
+
+def test_a_file_that_differs_is_not_written(
+    checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hkd_deploy.export import command
+
+    written = command.write_onnx
+
+    def spoiled(source: DetectorCheckpoint, path: Path, imgsz_hw: tuple[int, int], batch: int | None) -> None:
+        written(source, path, imgsz_hw, batch)
+        model = onnx.load(path)
+        bias = next(t for t in model.graph.initializer if t.name.endswith("head.many.bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.5, bias.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(command, "write_onnx", spoiled)
+    with pytest.raises(ParityError, match="scores by"):
+        export(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1, pictures)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_boxes_are_compared_by_score_not_by_rank() -> None:
+    boxes = np.array([[0, 0, 10, 10], [50, 50, 60, 60]], np.float32)
+    scores = np.array([0.5, 0.4999], np.float32)
+    assert box_difference(boxes, scores, boxes[::-1], scores) == 0
+    assert box_difference(boxes, scores, boxes + 0.25, scores) == 0.25
+    assert box_difference(boxes, scores, boxes, scores - 0.1) == np.inf
+
+
+def test_command(checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "best.pt"
+    write_detector(weights, checkpoint)
+    assert main([str(weights), "--imgsz", "96x64", "--no-verify"]) == 0
+    with open_detector(tmp_path / "best.onnx") as detector:
+        assert detector.manifest.imgsz_hw == (64, 96)
+    capsys.readouterr()
+    for flags, code, message in (
+        ([str(weights), "--output", "model.engine", "--no-verify"], 2, ".onnx"),
+        ([str(weights), "--data", str(tmp_path / "none.yaml")], 1, "none.yaml"),
+        ([str(tmp_path / "none.pt")], 1, "none.pt"),
+        ([str(tmp_path / "best.onnx")], 1, "not a readable checkpoint"),
+    ):
+        assert main(flags) == code
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "batch"), [("mini-student", 1), ("mini-student", None), ("student-r18", 1)])
+def test_tensorrt_parses_and_builds_it(name: str, batch: int | None, tmp_path: Path) -> None:
+    """With the real parser and builder; running the plan needs a GPU and is not seen here."""
+    if sys.platform != "linux" or shutil.which("gcc") is None:
+        pytest.skip("TensorRT without a GPU needs Linux x86-64 and gcc")
+    spec = importlib.util.spec_from_file_location("tensorrt_cpu", TENSORRT)
+    assert spec is not None and spec.loader is not None
+    tensorrt_cpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tensorrt_cpu)
+    python = tensorrt_cpu.install(TENSORRT.parents[1] / ".tensorrt")
+    detector = build_detector(name)
+    source = DetectorCheckpoint(name, detector.spec, detector.state_dict(), {"data": "none"}, 1, 1.0)
+    export(source, tmp_path / "model.onnx", SIZE_HW, batch, None)
+    done = subprocess.run(
+        [python, "-c", BUILD, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("plan ")
