@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det import boxes as box_math
 from hkd_det.errors import DataError
 
 
@@ -43,17 +44,22 @@ class Truth:
         return cls(nothing, np.zeros(0, bool), nothing, ())
 
     @property
-    def heights_px(self) -> NDArray[np.float32]:
+    def heights_px(self) -> NDArray[np.float64]:
         """[N] heights of the whole boxes in pixels."""
-        return self.boxes_xyxy[:, 3] - self.boxes_xyxy[:, 1]
+        boxes = self.boxes_xyxy.astype(np.float64)
+        return boxes[:, 3] - boxes[:, 1]
 
     @property
-    def visibility(self) -> NDArray[np.float32]:
-        """[N] visible area over whole area, 0..1 where the visible box lies inside the box."""
-        sides = np.clip(self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2], 0, None)
-        seen = np.clip(self.visible_xyxy[:, 2:] - self.visible_xyxy[:, :2], 0, None)
-        whole = sides[:, 0] * sides[:, 1]
-        return np.divide(seen[:, 0] * seen[:, 1], whole, out=np.zeros_like(whole), where=whole > 0)
+    def visibility(self) -> NDArray[np.float64]:
+        """[N] visible area over whole area, 0..1 where the visible box lies inside the box; 0 for an empty box.
+
+        In double precision: whether a ratio is just below 0.65 decides who counts.
+        """
+        seen, whole = (
+            box_math.area(self.visible_xyxy.astype(np.float64)),
+            box_math.area(self.boxes_xyxy.astype(np.float64)),
+        )
+        return np.divide(seen, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
 @dataclass(frozen=True, eq=False)

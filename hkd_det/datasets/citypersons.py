@@ -1,0 +1,143 @@
+"""CityPersons (Zhang, Benenson, Schiele 2017): the official .mat files, or the gtBboxCityPersons JSON tree.
+
+A record is a whole box and a visible box of one of six labels. Pedestrians are to be found; riders, sitting
+and other persons, groups and ignore regions are ignore regions here, as the official evaluation has them.
+Boxes are kept as annotated, also where they reach beyond the picture: the evaluation uses them so.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.io
+from numpy.typing import NDArray
+
+from hkd_det import boxes as box_math
+from hkd_det.datasets.sample import Sample, Truth
+from hkd_det.errors import DataError
+
+LABELS = ("ignore", "pedestrian", "rider", "sitting person", "other person", "people group")
+PEDESTRIAN = LABELS.index("pedestrian")
+# The JSON tree and older tools name two of the labels differently.
+JSON_LABELS = {
+    **{name: number for number, name in enumerate(LABELS)},
+    "person (other)": 4,
+    "person group": 5,
+    "ignore region": 0,
+}
+LAYOUT = (
+    "leftImg8bit/{split}/CITY/*_leftImg8bit.png and annotations/anno_{split}.mat, "
+    "or gtBboxCityPersons/{split}/CITY/*_gtBboxCityPersons.json in its place"
+)
+
+
+def read_citypersons(root: Path, split: str, present_only: bool = False) -> list[Sample]:
+    """Every picture of a split (train or val), every record kept.
+
+    present_only: leave out pictures that are not on disk; otherwise a missing one is a DataError that names it.
+    """
+    mat = next(
+        (p for p in (root / "annotations" / f"anno_{split}.mat", root / f"anno_{split}.mat") if p.exists()), None
+    )
+    tree = root / "gtBboxCityPersons" / split
+    pictures = root / "leftImg8bit" / split
+    if mat is not None:
+        samples = _samples_from_mat(mat, pictures)
+    elif tree.is_dir():
+        samples = _samples_from_json(tree, pictures)
+    else:
+        raise DataError(f"{root}: no CityPersons annotations of {split}; expected {LAYOUT.format(split=split)}")
+    missing = [sample for sample in samples if not sample.path.exists()]
+    if missing and not present_only:
+        raise DataError(
+            f"{missing[0].path}: missing, with {len(missing) - 1} others of {len(samples)} pictures; unpack "
+            "leftImg8bit_trainvaltest there, or say `present_only: true` to take those that are on disk"
+        )
+    gone = {id(sample) for sample in missing}
+    return [sample for sample in samples if id(sample) not in gone]
+
+
+def _samples_from_mat(path: Path, pictures: Path) -> list[Sample]:
+    samples = []
+    for number, record in enumerate(_mat_records(path), 1):
+        try:
+            city, name = str(record["cityname"][0]), str(record["im_name"][0])
+            rows = np.asarray(record["bbs"], np.float64)
+        except (ValueError, IndexError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: picture {number}: not a CityPersons record ({error})") from None
+        if rows.size == 0:
+            rows = rows.reshape(0, 10)
+        if rows.ndim != 2 or rows.shape[1] != 10:
+            raise DataError(f"{path}: {name}: its bbs have the shape {rows.shape}, expected (records, 10)")
+        labels, whole, visible = rows[:, 0], rows[:, 1:5], rows[:, 6:10]
+        samples.append(Sample(_stem(name), pictures / city / name, _truth(labels, whole, visible, f"{path}: {name}")))
+    return samples
+
+
+def _mat_records(path: Path) -> list[Any]:
+    try:
+        content = scipy.io.loadmat(path)
+    except Exception as error:  # scipy raises many kinds for what is no .mat file
+        raise DataError(f"{path}: not a readable MATLAB file ({type(error).__name__}: {error})") from error
+    names = [name for name in content if not name.startswith("__")]
+    cells = content[names[0]] if len(names) == 1 else None
+    if cells is None or cells.dtype != object or cells.ndim != 2 or cells.shape[0] != 1:
+        raise DataError(
+            f"{path}: holds {', '.join(names) or 'nothing'}, expected one cell array anno_*_aligned of (1, pictures)"
+        )
+    try:
+        return [cells[0, index][0, 0] for index in range(cells.shape[1])]
+    except (IndexError, TypeError) as error:
+        raise DataError(f"{path}: its cells are not structs of cityname, im_name and bbs ({error})") from None
+
+
+def _samples_from_json(tree: Path, pictures: Path) -> list[Sample]:
+    files = sorted(tree.glob("*/*_gtBboxCityPersons.json"))
+    if not files:
+        raise DataError(f"{tree}: holds no CITY/*_gtBboxCityPersons.json")
+    samples = []
+    for path in files:
+        name = path.name.replace("_gtBboxCityPersons.json", "_leftImg8bit.png")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            size_hw = int(content["imgHeight"]), int(content["imgWidth"])
+            objects = content["objects"]
+            labels = np.array([JSON_LABELS[entry["label"]] for entry in objects], np.float64)
+            whole = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)
+            visible = np.array([entry["bboxVis"] for entry in objects], np.float64).reshape(-1, 4)
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a gtBboxCityPersons file ({type(error).__name__}: {error})") from None
+        truth = _truth(labels, whole, visible, str(path))
+        samples.append(Sample(_stem(name), pictures / path.parent.name / name, truth, size_hw))
+    return samples
+
+
+def _truth(
+    labels: NDArray[np.float64], whole_xywh: NDArray[np.float64], visible_xywh: NDArray[np.float64], where: str
+) -> Truth:
+    names = _names(labels, where)
+    if not (np.isfinite(whole_xywh).all() and np.isfinite(visible_xywh).all()):
+        raise DataError(f"{where}: a box holds NaN or infinity; mend the annotation")
+    if len(whole_xywh) != len(visible_xywh) or (whole_xywh[:, 2:] < 0).any() or (visible_xywh[:, 2:] < 0).any():
+        raise DataError(f"{where}: a box has a negative width or height; mend the annotation")
+    return Truth(
+        box_math.xyxy_from_xywh(whole_xywh).astype(np.float32),
+        labels != PEDESTRIAN,
+        box_math.xyxy_from_xywh(visible_xywh).astype(np.float32),
+        names,
+    )
+
+
+def _names(labels: NDArray[np.float64], where: str) -> tuple[str, ...]:
+    numbers: Sequence[float] = labels.tolist()
+    unknown = [number for number in numbers if number not in range(len(LABELS))]
+    if unknown:
+        raise DataError(f"{where}: label {unknown[0]:g} is none of 0 to {len(LABELS) - 1}")
+    return tuple(LABELS[int(number)] for number in numbers)
+
+
+def _stem(name: str) -> str:
+    """A picture's id: its file name without ending and `_leftImg8bit`."""
+    return name.removesuffix(".png").removesuffix("_leftImg8bit")
