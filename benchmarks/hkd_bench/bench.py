@@ -1,0 +1,209 @@
+"""`bench`: several models on the same pictures, each in processes of its own, in turn.
+
+A round measures every model once; the next round starts with another model. A machine that grows warm or busy
+then slows all of them alike, instead of the last one.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hkd_bench.host import host_facts
+from hkd_bench.result import SCHEMA, BenchResult, Curve, ModelResult, StageSamples
+from hkd_bench.worker import ERRORS, Job, Measured, read_detections
+from hkd_det.datasets.sample import Sample
+from hkd_det.detections import Detections
+from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.metrics.miss_rate import REASONABLE, SETUPS, evaluate
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to measure.
+
+    data, split: where the samples come from, for the record. threads: CPU threads, None leaves it to the runtime.
+    runs: timed runs a model over all rounds. warm_up: untimed runs a round. staged_runs: runs a round that time the
+    stages. timed_pictures: most different pictures that are timed; they are held in memory.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    runs: int = 200
+    rounds: int = 3
+    warm_up: int = 10
+    staged_runs: int = 20
+    timed_pictures: int = 32
+    data: str = ""
+    split: str = ""
+
+
+def bench(
+    models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions, names: Sequence[str] | None = None
+) -> BenchResult:
+    """Measure model files side by side: miss rate over all samples, latency on some of them, memory.
+
+    names: one a model for the tables, the file names by default. Raises UsageError for options that make no
+    sense, DataError and UnavailableError as opening and reading raise them.
+    """
+    _check(models, samples, options)
+    labels = _names(models, names)
+    digests = [_sha256(path) for path in models]
+    facts = host_facts()  # before the measurement itself raises the load
+    rounds: list[list[Measured]] = [[] for _ in models]
+    detections: list[list[Detections]] = [[] for _ in models]
+    with tempfile.TemporaryDirectory(prefix="hkd-bench-") as folder, _progress(models, samples, options) as bar:
+        for number in range(options.rounds):
+            for turn in range(len(models)):
+                index = (turn + number) % len(models)
+                bar.set_description(f"round {number + 1}/{options.rounds} {labels[index]}")
+                job = _job(models[index], samples, options, number, Path(folder))
+                rounds[index].append(_measure(job, Path(folder), bar))
+                if job.evaluated_pictures:
+                    detections[index] = read_detections(Path(job.detections_npz))
+    return BenchResult(
+        schema=SCHEMA,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        host=facts,
+        device=options.device,
+        threads=options.threads,
+        data=options.data,
+        split=options.split,
+        pictures=len(samples),
+        timed_pictures=len(_timed(samples, options)),
+        runs=options.runs,
+        rounds=options.rounds,
+        warm_up=options.warm_up,
+        models=tuple(
+            _model_result(label, path, digest, measured, found, samples)
+            for label, path, digest, measured, found in zip(labels, models, digests, rounds, detections, strict=True)
+        ),
+    )
+
+
+def _check(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> None:
+    if not models:
+        raise UsageError("no model to measure")
+    if not samples:
+        raise DataError("no pictures to measure on")
+    for name in ("runs", "rounds", "staged_runs", "timed_pictures"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    if options.runs < options.rounds:
+        raise UsageError(f"--runs {options.runs}: fewer than the {options.rounds} rounds")
+
+
+def _names(models: Sequence[Path], names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        stems = [path.stem for path in models]
+        names = stems if len(set(stems)) == len(stems) else [str(path) for path in models]
+    if len(names) != len(models):
+        raise UsageError(f"--names: {len(names)} names for {len(models)} models")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--names {','.join(names)}: every model needs a name of its own")
+    return list(names)
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such model file; hkd-export writes one")
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def _timed(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
+    """Spread over the split."""
+    places = np.linspace(0, len(samples) - 1, min(options.timed_pictures, len(samples)))
+    return [samples[place] for place in places.round().astype(int)]
+
+
+def _job(model: Path, samples: Sequence[Sample], options: BenchOptions, number: int, folder: Path) -> Job:
+    """The first round evaluates too, after its times are taken: what is wrong with the data shows early."""
+    return Job(
+        model=str(model),
+        device=options.device,
+        threads=options.threads,
+        timed_pictures=tuple(str(sample.path) for sample in _timed(samples, options)),
+        warm_up=options.warm_up,
+        runs=options.runs // options.rounds + (number < options.runs % options.rounds),
+        staged_runs=options.staged_runs,
+        evaluated_pictures=tuple(str(sample.path) for sample in samples) if number == 0 else (),
+        detections_npz=str(folder / "detections.npz"),
+    )
+
+
+def _progress(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
+    each = options.runs + options.rounds * (options.warm_up + options.staged_runs) + len(samples)
+    return tqdm(total=len(models) * each, unit="run", leave=False)
+
+
+def _measure(job: Job, folder: Path, bar: "tqdm[Any]") -> Measured:
+    """Run one worker to its end; its HkdError is raised here."""
+    job_path, out_path, log_path = folder / "job.json", folder / "out.json", folder / "worker.log"
+    job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    out_path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "hkd_bench.worker", str(job_path), str(out_path)]
+    with log_path.open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as worker:
+        try:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                bar.update(int(line))
+        except BaseException:
+            worker.kill()
+            raise
+    if not out_path.exists():
+        raise UnavailableError(f"{job.model}: {_death(worker.returncode, log_path)}")
+    found = json.loads(out_path.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise ERRORS[found["error"]](found["message"])
+    return Measured(**found["measured"])
+
+
+def _death(code: int, log: Path) -> str:
+    """Why a worker ended without a word."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if code == -9:
+        return "the measuring process was killed (signal 9), most likely for lack of memory; close other programs"
+    return f"the measuring process ended with code {code}: {lines[-1] if lines else 'no message'}"
+
+
+def _model_result(
+    name: str,
+    path: Path,
+    digest: str,
+    rounds: Sequence[Measured],
+    detections: Sequence[Detections],
+    samples: Sequence[Sample],
+) -> ModelResult:
+    first, largest = rounds[0], max(rounds, key=lambda one: one.peak_memory_mib)
+    truths = [sample.truth for sample in samples]
+    judged = {setup.name: evaluate(truths, detections, setup) for setup in SETUPS.values()}
+    stages = np.concatenate([one.stages_ms for one in rounds])
+    return ModelResult(
+        name=name,
+        path=str(path),
+        sha256=digest,
+        model=first.model,
+        parameters=first.parameters,
+        flops=first.flops,
+        imgsz_hw=(first.imgsz_hw[0], first.imgsz_hw[1]),
+        file_mib=path.stat().st_size / 2**20,
+        miss_rates={setup: found.value if found.people else None for setup, found in judged.items()},
+        people={setup: found.people for setup, found in judged.items()},
+        curve=Curve.of(judged[REASONABLE.name]),
+        e2e_ms=tuple(sample for one in rounds for sample in one.e2e_ms),
+        stages=StageSamples(*(tuple(column.tolist()) for column in stages.T)),
+        load_ms=tuple(one.load_ms for one in rounds),
+        peak_memory_mib=largest.peak_memory_mib,
+        baseline_mib=largest.baseline_mib,
+    )

@@ -1,0 +1,46 @@
+"""Pictures with what a detector found, took for a person, and missed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_deploy import Detector
+from hkd_deploy.draw import Verdict, draw_box, draw_detections
+from hkd_det.datasets.sample import Sample, read_picture
+from hkd_det.detections import Detections
+from hkd_det.metrics.miss_rate import FALSE, IGNORED, REASONABLE, TRUE, Setup, match
+
+VERDICTS = {TRUE: Verdict.HIT, FALSE: Verdict.FALSE_POSITIVE, IGNORED: Verdict.IGNORED}
+
+Picture = tuple[str, NDArray[np.uint8]]
+
+
+def judged_pictures(
+    detector: Detector, samples: Sequence[Sample], conf: float, count: int, setup: Setup = REASONABLE
+) -> list[Picture]:
+    """`count` pictures spread over those with people to be found, each (caption, uint8 RGB with the boxes drawn).
+
+    Drawn are detections with a score of at least `conf`, and the people that are then missed.
+    """
+    peopled = [sample for sample in samples if (~sample.truth.ignore).any()] or list(samples)
+    places = np.unique(np.linspace(0, len(peopled) - 1, min(count, len(peopled))).round().astype(int))
+    pictures = []
+    for place in places:
+        sample = peopled[place]
+        picture = read_picture(sample.path)
+        pictures.append(judged(picture, sample, detector(picture).above(conf), setup))
+    return pictures
+
+
+def judged(picture_rgb: NDArray[np.uint8], sample: Sample, found: Detections, setup: Setup = REASONABLE) -> Picture:
+    """(caption, a copy of the picture): every detection in its verdict's colour, every missed person dashed."""
+    judgement = match(sample.truth, found, setup)
+    kept = Detections(found.boxes_xyxy[judgement.kept], found.scores[judgement.kept])
+    canvas = draw_detections(picture_rgb, kept, [VERDICTS[int(verdict)] for verdict in judgement.verdict])
+    for index in judgement.missed:
+        draw_box(canvas, sample.truth.boxes_xyxy[index], Verdict.MISS)
+    hits, wrong = int((judgement.verdict == TRUE).sum()), int((judgement.verdict == FALSE).sum())
+    people = hits + len(judgement.missed)
+    caption = f"{sample.path.name}: {hits} of {people} found, {wrong} false alarm{'' if wrong == 1 else 's'}"
+    return caption, canvas

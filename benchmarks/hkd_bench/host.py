@@ -1,0 +1,138 @@
+"""Where it was measured: facts about this machine, each read, or missing with a reason; never guessed."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact; where `value` is None, `reason` says why."""
+
+    name: str
+    value: str | None
+    reason: str = ""
+
+
+class MissingError(Exception):
+    """Why a fact cannot be read."""
+
+
+def host_facts() -> tuple[Fact, ...]:
+    """All facts, in the order they are shown."""
+    readers: tuple[tuple[str, Callable[[], str]], ...] = (
+        ("CPU", _cpu_model),
+        ("cores", _cores),
+        ("CPU frequency", _frequency),
+        ("CPU governor", lambda: _text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"))),
+        ("load average at the start", lambda: f"{os.getloadavg()[0]:.2f} over the last minute"),
+        ("memory", lambda: f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
+        ("operating system", _system),
+        ("kernel", platform.release),
+        ("GPU", _nvidia_gpu),
+        ("Jetson", lambda: _text(Path("/proc/device-tree/model"))),
+        ("L4T", lambda: _text(Path("/etc/nv_tegra_release"))),
+        ("Python", platform.python_version),
+        *((name, _version_reader(names)) for name, names in DISTRIBUTIONS.items()),
+        ("git commit", _git_commit),
+    )
+    return tuple(_fact(name, read) for name, read in readers)
+
+
+DISTRIBUTIONS = {
+    "ONNX Runtime": ("onnxruntime", "onnxruntime-gpu"),
+    "NumPy": ("numpy",),
+    "OpenCV": ("opencv-python-headless", "opencv-python"),
+    "hkd-det": ("hkd-det",),
+}
+
+
+def _fact(name: str, read: Callable[[], str]) -> Fact:
+    try:
+        return Fact(name, read())
+    except (MissingError, OSError) as error:
+        return Fact(name, None, str(error))
+
+
+def _text(path: Path) -> str:
+    """A small system file's first line."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError as error:
+        raise MissingError(f"{path}: {error.strerror}") from None
+    return text.splitlines()[0] if text else ""
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    if platform.processor():
+        return platform.processor()
+    raise MissingError("neither /proc/cpuinfo nor the platform names it")
+
+
+def _cores() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    physical = psutil.cpu_count(logical=False)
+    return f"{usable} usable, {os.cpu_count()} logical" + (f", {physical} physical" if physical else "")
+
+
+def _frequency() -> str:
+    folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    low, high = (int(_text(folder / f"cpuinfo_{end}_freq")) / 1000 for end in ("min", "max"))
+    return f"{low:.0f} to {high:.0f} MHz"
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.platform()
+
+
+def _nvidia_gpu() -> str:
+    return _output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
+
+
+def _git_commit() -> str:
+    folder = Path(__file__).parent
+    _output(["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name])  # ours, not a user's around
+    commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    dirty = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    return commit + (" and uncommitted changes" if dirty else "")
+
+
+def _version_reader(distributions: tuple[str, ...]) -> Callable[[], str]:
+    def read() -> str:
+        for name in distributions:
+            try:
+                return f"{importlib.metadata.version(name)} ({name})"
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        raise MissingError("not installed by pip")
+
+    return read
+
+
+def _output(command: list[str]) -> str:
+    """What a program prints, in one line."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        raise MissingError(f"no {command[0]} on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise MissingError(f"{command[0]} did not answer within 10 s") from None
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip().splitlines()
+        raise MissingError(f"{command[0]}: {reason[0] if reason else f'exit code {done.returncode}'}")
+    return "; ".join(line.strip() for line in done.stdout.splitlines() if line.strip())

@@ -1,0 +1,180 @@
+"""The report's figures, as inline SVG: text stays text, ink follows the page's colour, light or dark."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from hkd_bench.result import BenchResult, ModelResult
+from hkd_det.metrics.miss_rate import FPPI_POINTS
+
+# Okabe and Ito's palette (2008), told apart by the colour-blind, less what vanishes on white or on black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # and by shape, in print
+INK, GRID = "#010203", "#040506"  # stand for the page's own colours, put in afterwards
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hkd",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+SIZE_INCH = (5.4, 3.7)  # 389 points wide: letters stay readable on a phone of that many pixels
+MISS_RATE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.64, 0.8, 1.0)
+
+
+def miss_rate_figure(result: BenchResult) -> str:
+    """Miss rate against false positives per picture, both logarithmic, as the papers draw it; MR^-2 in the legend."""
+
+    def draw(axes: Axes) -> None:
+        lowest = 1.0
+        for number, model in enumerate(result.models):
+            fppi, missed = np.array([0.0, *model.curve.fppi]), np.array([1.0, *model.curve.miss_rate])
+            axes.plot(
+                np.maximum(fppi, 1e-6),
+                np.maximum(missed, 1e-6),
+                drawstyle="steps-post",
+                label=f"{percent(model.miss_rates['Reasonable'])}  {model.name}",
+                **_line(number),
+            )
+            shown = missed[fppi <= 10]
+            lowest = min(lowest, float(shown[shown > 0].min(initial=1.0)))
+        floor = max((tick for tick in MISS_RATE_TICKS if tick < lowest), default=MISS_RATE_TICKS[0])
+        axes.set(xscale="log", yscale="log", xlim=(10**-2.5, 10), ylim=(min(floor, 0.5), 1.03))
+        axes.axvspan(FPPI_POINTS[0], FPPI_POINTS[-1], color=GRID, alpha=0.35, linewidth=0)
+        axes.xaxis.set_major_locator(FixedLocator([0.01, 0.1, 1, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_locator(FixedLocator([tick for tick in MISS_RATE_TICKS if tick >= min(floor, 0.5)]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="false positives per picture", ylabel="miss rate")
+        axes.legend(loc="lower left")
+
+    return _svg(draw, "Miss rate against false positives per picture")
+
+
+def latency_figure(result: BenchResult) -> str:
+    """The share of runs that were done within a time; p50, p90 and p99 as dots."""
+
+    def draw(axes: Axes) -> None:
+        for number, model in enumerate(result.models):
+            times, latency = np.sort(model.e2e_ms), model.latency
+            share = np.arange(1, len(times) + 1) / len(times)
+            style = _line(number)
+            axes.plot(times, share, drawstyle="steps-post", label=f"{latency.p50_ms:.1f} ms  {model.name}", **style)
+            marks = [latency.p50_ms, latency.p90_ms, latency.p99_ms]
+            axes.plot(marks, (0.5, 0.9, 0.99), "o", color=style["color"], markersize=4.5)
+        everything = np.concatenate([model.e2e_ms for model in result.models])
+        if everything.max() > 6 * everything.min():
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(FuncFormatter(_leading_2_or_5))
+        else:
+            axes.set_xlim(left=0)
+        axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 0.9, 0.99]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"p{100 * value:.0f}" if value else "0"))
+        axes.set(xlabel="milliseconds, frame to boxes", ylabel="share of runs", ylim=(0, 1.02))
+        axes.legend(loc="lower right", title="p50")
+
+    return _svg(draw, "Latency distribution")
+
+
+def stage_figure(result: BenchResult) -> str:
+    """Where the time goes: mean milliseconds a stage."""
+
+    def draw(axes: Axes) -> None:
+        names = ("letterbox", "network", "boxes back")
+        rows = np.arange(len(result.models))
+        means = np.array([_stage_means(model) for model in result.models])  # [models, 3]
+        left = np.zeros(len(rows))
+        for number, name in enumerate(names):
+            axes.barh(rows, means[:, number], left=left, height=0.55, color=COLOURS[number], label=name)
+            left += means[:, number]
+        for row, split in zip(rows, means, strict=True):
+            text = " + ".join(f"{part:.2g}" if part < 1 else f"{part:.1f}" for part in split)
+            axes.text(0, row - 0.42, f"{text} ms", va="bottom", fontsize=8.5)
+        axes.set_yticks(rows, [model.name for model in result.models])
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set(xlabel="milliseconds, mean")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
+
+    return _svg(draw, "Time of each stage", height_inch=1.5 + 0.55 * len(result.models))
+
+
+def training_figure(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Validation miss rate (fraction) after each epoch of each training; the best as a dot."""
+
+    def draw(axes: Axes) -> None:
+        for number, (name, history) in enumerate(training.items()):
+            epochs, missed = np.array([epoch for epoch, _ in history]), np.array([100 * value for _, value in history])
+            style = _line(number)
+            axes.plot(epochs, missed, label=f"{np.nanmin(missed):.2f} %  {name}", **style)
+            best = int(np.nanargmin(missed))
+            axes.plot(epochs[best], missed[best], "o", color=style["color"], markersize=5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="epoch", ylabel="MR^-2 Reasonable, %")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower left", title="best epoch")
+
+    return _svg(draw, "Miss rate during training")
+
+
+def _line(number: int) -> dict[str, object]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+
+
+def percent(fraction: float | None) -> str:
+    """A miss rate as it is printed everywhere."""
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def _leading_2_or_5(value: float, _: object) -> str:
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
+def _stage_means(model: ModelResult) -> tuple[float, float, float]:
+    stages = model.stages
+    return (
+        float(np.mean(stages.preprocess_ms)),
+        float(np.mean(stages.inference_ms)),
+        float(np.mean(stages.postprocess_ms)),
+    )
+
+
+def _svg(draw: Callable[[Axes], None], label: str, height_inch: float = SIZE_INCH[1]) -> str:
+    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": "agg"}):
+        figure = Figure(figsize=(SIZE_INCH[0], height_inch), layout="constrained")
+        draw(figure.subplots())
+        packed = io.StringIO()
+        figure.savefig(packed, format="svg", transparent=True)
+    return _for_page(packed.getvalue(), label)
+
+
+def _for_page(svg: str, label: str) -> str:
+    """Without prolog, namespaces and metadata, which HTML does not want; ids of its own; the page's own colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    own = re.sub(r"\W+", "-", label.lower())
+    svg = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{own}-", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', svg, count=1)
+    return svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")

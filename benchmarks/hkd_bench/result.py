@@ -1,0 +1,165 @@
+"""`BenchResult`: everything one measurement found, and its JSON form."""
+
+import dataclasses
+import json
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from hkd_bench.host import Fact
+from hkd_bench.latency import LatencySummary, summary
+from hkd_det.errors import DataError
+from hkd_det.files import write_text
+from hkd_det.metrics.miss_rate import MissRate
+
+SCHEMA = 1
+CURVE_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Miss rate (0..1) against false positives per picture, by falling score; thinned to CURVE_POINTS."""
+
+    fppi: tuple[float, ...]
+    miss_rate: tuple[float, ...]
+
+    @classmethod
+    def of(cls, found: MissRate) -> "Curve":
+        """The curve, thinned evenly on a logarithmic axis; first and last point stay."""
+        count = len(found.fppi)
+        kept = np.arange(count)
+        if count > CURVE_POINTS:
+            kept = np.unique(np.geomspace(1, count, CURVE_POINTS).round().astype(int)) - 1
+        return cls(tuple(found.fppi[kept].tolist()), tuple(found.miss_rate[kept].tolist()))
+
+
+@dataclass(frozen=True)
+class StageSamples:
+    """Milliseconds of each stage, one entry a staged run."""
+
+    preprocess_ms: tuple[float, ...]
+    inference_ms: tuple[float, ...]
+    postprocess_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model file, measured.
+
+    path: as it was given. sha256: of the file. flops: of one picture, a multiply-add counts as two.
+    miss_rates: MR^-2 as a fraction by setup, None where no one was to be found. people: to be found, by setup.
+    curve: of Reasonable. e2e_ms: one entry a run, from frame to detections. load_ms: of the opening, one entry a round.
+    peak_memory_mib: most resident while timing, the largest of the rounds; baseline_mib: before the model was opened,
+    with the interpreter, the libraries and the decoded pictures, of the same round.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    model: str
+    parameters: int
+    flops: int
+    imgsz_hw: tuple[int, int]
+    file_mib: float
+    miss_rates: dict[str, float | None]
+    people: dict[str, int]
+    curve: Curve
+    e2e_ms: tuple[float, ...]
+    stages: StageSamples
+    load_ms: tuple[float, ...]
+    peak_memory_mib: float
+    baseline_mib: float
+
+    @property
+    def latency(self) -> LatencySummary:
+        """Of the runs from frame to detections."""
+        return summary(self.e2e_ms)
+
+    @property
+    def memory_mib(self) -> float:
+        """What the model added to the process at most."""
+        return self.peak_memory_mib - self.baseline_mib
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Models measured side by side on one machine, one data set, one day.
+
+    date: ISO 8601. threads: CPU threads of an operator, None left it to the runtime. pictures: evaluated.
+    timed_pictures: different pictures that were timed. runs: timed a model, over all rounds. warm_up: untimed
+    runs a round. rounds: fresh processes a model, in turn with the other models.
+    """
+
+    schema: int
+    command: str
+    date: str
+    host: tuple[Fact, ...]
+    device: str
+    threads: int | None
+    data: str
+    split: str
+    pictures: int
+    timed_pictures: int
+    runs: int
+    rounds: int
+    warm_up: int
+    models: tuple[ModelResult, ...]
+
+
+def write_result(path: Path, result: BenchResult) -> None:
+    """JSON, in one step."""
+    write_text(path, json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n")
+
+
+def read_result(path: Path) -> BenchResult:
+    """What `write_result` wrote. Raises DataError, naming the file and the place, for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such result; hkd-bench --json writes one") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{path}: not a result of hkd-bench that this version reads (schema {schema}, not {SCHEMA})")
+    try:
+        found = _decode(BenchResult, content, "result")
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; measure again with hkd-bench --json") from None
+    assert isinstance(found, BenchResult)
+    return found
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as the type asks; ValueError, naming the place, for what does not fit."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _decode(inner[0], value, where)
+    if origin is tuple and isinstance(value, list):
+        kinds = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
+        if len(kinds) == len(value):
+            pairs = enumerate(zip(kinds, value, strict=True))
+            return tuple(_decode(one, item, f"{where}[{place}]") for place, (one, item) in pairs)
+    elif origin is dict and isinstance(value, dict):
+        return {key: _decode(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{where} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    found: Sequence[str] = list(value) if isinstance(value, dict) else ()
+    if set(found) != set(names):
+        odd = sorted(set(names) ^ set(found))
+        raise ValueError(f"{where}: missing or unknown {', '.join(odd)}")
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})

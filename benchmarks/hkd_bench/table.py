@@ -1,0 +1,122 @@
+"""The models side by side: as text for the terminal, as Markdown for a README, as cells for the page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hkd_bench.latency import bound_ms
+from hkd_bench.result import BenchResult, ModelResult
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a model. digits: after the point. ratio: worth comparing with the first model's."""
+
+    title: str
+    unit: str
+    digits: int
+    ratio: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` as text, "-" where there is none; `ratio` to the first model, as text, or empty."""
+
+    value: str
+    ratio: str
+
+
+COLUMNS = (
+    Column("parameters", "M", 2, ratio=True),
+    Column("GFLOPs", "", 2, ratio=True),
+    Column("file", "MiB", 1, ratio=True),
+    Column("MR^-2 Reasonable", "%", 2),
+    Column("MR^-2 All", "%", 2),
+    Column("p50", "ms", 1, ratio=True),
+    Column("p90", "ms", 1, ratio=True),
+    Column("p99", "ms", 1, ratio=True),
+    Column("pictures/s", "", 1, ratio=True),
+    Column("peak memory", "MiB", 0, ratio=True),
+)
+
+
+def cells(result: BenchResult) -> list[list[Cell]]:
+    """A row a model, a cell a column of COLUMNS."""
+    rows = [_figures(model) for model in result.models]
+    return [
+        [
+            _cell(column, value, rows[0][place], number > 0)
+            for place, (column, value) in enumerate(zip(COLUMNS, row, strict=True))
+        ]
+        for number, row in enumerate(rows)
+    ]
+
+
+def text_table(result: BenchResult) -> str:
+    """Aligned columns; below each further model its ratios to the first."""
+    grid = [["", *(column.title for column in COLUMNS)], ["", *(column.unit for column in COLUMNS)]]
+    for model, row in zip(result.models, cells(result), strict=True):
+        grid.append([model.name, *(cell.value for cell in row)])
+        if any(cell.ratio for cell in row):
+            grid.append(["", *(cell.ratio for cell in row)])
+    widths = [max(len(line[place]) for line in grid) for place in range(len(grid[0]))]
+    lines = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in grid
+    ]
+    return "\n".join([*(line.rstrip() for line in lines), "", *notes(result)])
+
+
+def markdown_table(result: BenchResult) -> str:
+    """A GitHub table; ratios to the first model in brackets."""
+    titles = ["model", *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS)]
+    rows = [
+        [model.name, *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in row)]
+        for model, row in zip(result.models, cells(result), strict=True)
+    ]
+    lines = [titles, ["---", *["---:"] * len(COLUMNS)], *rows]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *notes(result)])
+
+
+def notes(result: BenchResult) -> list[str]:
+    """What a reader must know to read the table."""
+    first = result.models[0]
+    threads = "the runtime's own number of threads" if result.threads is None else f"{result.threads} threads"
+    people = first.people["Reasonable"]
+    lines = [
+        f"Miss rate over {result.pictures} pictures ({result.data or 'unnamed data'}, {result.split or 'no split'}; "
+        f"{people} people in Reasonable). Latency of one frame, decoded picture to boxes, on {result.device} with "
+        f"{threads}: {result.runs} runs in {result.rounds} processes, after {result.warm_up} warm-up runs each."
+    ]
+    short = [percentile for percentile in (90, 99) if bound_ms(first.e2e_ms, percentile) is None]
+    if short:
+        names = " and ".join(f"p{percentile}" for percentile in short)
+        lines.append(f"{names}: of too few runs for a 99 % bound (p90 takes 64 runs, p99 662): read as an indication.")
+    return lines
+
+
+def _figures(model: ModelResult) -> Sequence[float | None]:
+    latency = model.latency
+    return (
+        model.parameters / 1e6,
+        model.flops / 1e9,
+        model.file_mib,
+        _percent(model.miss_rates["Reasonable"]),
+        _percent(model.miss_rates["All"]),
+        latency.p50_ms,
+        latency.p90_ms,
+        latency.p99_ms,
+        1e3 / latency.mean_ms,
+        model.peak_memory_mib,
+    )
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _cell(column: Column, value: float | None, first: float | None) -> Cell:
+    if value is None:
+        return Cell("-", "")
+    return Cell(f"{value:.{column.digits}f}", f"x {value / first:.2f}" if column.ratio and first else "")
