@@ -3,12 +3,13 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_det.metrics.miss_rate import FPPI_POINTS
@@ -129,7 +130,7 @@ def training_figure(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
             axes.plot(epochs, missed, label=f"{np.nanmin(missed):.2f} %  {name}", **style)
             best = int(np.nanargmin(missed))
             axes.plot(epochs[best], missed[best], "o", color=style["color"], markersize=5)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel="MR^-2 Reasonable, %")
         axes.set_ylim(bottom=0)
         axes.legend(loc="lower left", title="best epoch")
@@ -137,7 +138,7 @@ def training_figure(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return _svg(draw, "Miss rate during training")
 
 
-def _line(number: int) -> dict[str, object]:
+def _line(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
 
 

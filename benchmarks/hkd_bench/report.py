@@ -56,8 +56,8 @@ def write_report(
 ) -> None:
     """Write the page in one step.
 
-    pictures: (caption, uint8 RGB with boxes drawn), of the last model. training: by name, (epoch, miss rate as a fraction).
-    film_frames: uint8 RGB.
+    pictures: (caption, uint8 RGB with boxes drawn), of the last model. training: by name, (epoch, miss
+    rate as a fraction). film_frames: uint8 RGB.
     """
     write_text(path, render(result, title, intro, pictures, training or {}, commands, film_frames))
 

@@ -42,11 +42,9 @@ COLUMNS = (
 def cells(result: BenchResult) -> list[list[Cell]]:
     """A row a model, a cell a column of COLUMNS."""
     rows = [_figures(model) for model in result.models]
+    nothing: Sequence[float | None] = [None] * len(COLUMNS)  # the first model is not compared with itself
     return [
-        [
-            _cell(column, value, rows[0][place], number > 0)
-            for place, (column, value) in enumerate(zip(COLUMNS, row, strict=True))
-        ]
+        [_cell(*each) for each in zip(COLUMNS, row, rows[0] if number else nothing, strict=True)]
         for number, row in enumerate(rows)
     ]
 
@@ -61,11 +59,12 @@ def text_table(result: BenchResult) -> str:
     widths = [max(len(line[place]) for line in grid) for place in range(len(grid[0]))]
     lines = [
         "  ".join(
-            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
-        )
+            text.rjust(width) if place else text.ljust(width)
+            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in grid
     ]
-    return "\n".join([*(line.rstrip() for line in lines), "", *notes(result)])
+    return "\n".join([*lines, "", *notes(result)])
 
 
 def markdown_table(result: BenchResult) -> str:
