@@ -43,8 +43,8 @@ class Plan:
     training: int = 240
     validation: int = 60
     imgsz_hw: tuple[int, int] = (256, 512)
-    epochs: int = 20
-    batch: int = 8
+    epochs: int = 12
+    batch: int = 4
     runs: int = 100
     film_frames: int = 75
 

@@ -74,7 +74,7 @@ class TaskAlignedAssigner:
         # At the start every IoU may be 0: then the first points inside the box serve, never a point outside it.
         rank = torch.where(inside, claim, -1.0)
         best = rank.topk(min(self.top, count), dim=2).indices
-        chosen = torch.zeros_like(inside).scatter(2, best, value=True) & inside
+        chosen = torch.zeros_like(inside).scatter_(2, best, value=True) & inside
         contested = chosen.sum(1, keepdim=True) > 1
         favourite = torch.where(chosen, iou, -1.0).argmax(1, keepdim=True)  # [B, 1, A]
         winner = torch.zeros_like(chosen).scatter(1, favourite, value=True)
@@ -100,18 +100,18 @@ class TruthBatch:
 
 def points_inside(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
     """[B, M, A] bool: point [A, 2] lies strictly inside box [B, M, 4]."""
-    left_up = points - boxes_xyxy[..., None, :2]  # [B, M, A, 2]
-    right_down = boxes_xyxy[..., None, 2:] - points
-    return torch.minimum(left_up, right_down).amin(-1) > 0
+    x1, y1, x2, y2 = boxes_xyxy[..., None, :].unbind(-1)  # [B, M, 1]
+    x, y = points.unbind(-1)  # [A]
+    return (x > x1) & (x < x2) & (y > y1) & (y < y2)
 
 
 def _off_centre(boxes_xyxy: Tensor, points: Tensor, strides: Tensor) -> Tensor:
     """[B, M, A] squared distance from a box's middle, in strides, plus squared octaves from the level of its height."""
-    centre = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2
-    distance = (points - centre[..., None, :]) / strides[:, None]  # [B, M, A, 2]
-    height = (boxes_xyxy[..., 3] - boxes_xyxy[..., 1]).clamp(min=1.0)
-    octaves = torch.log2(height[..., None] / (CELLS_A_PERSON * strides))
-    return distance.square().sum(-1) + octaves.square()
+    x1, y1, x2, y2 = boxes_xyxy[..., None, :].unbind(-1)  # [B, M, 1]
+    x, y = points.unbind(-1)  # [A]
+    across, down = (x - (x1 + x2) / 2) / strides, (y - (y1 + y2) / 2) / strides  # [B, M, A]
+    octaves = torch.log2((y2 - y1).clamp(min=1.0)) - torch.log2(CELLS_A_PERSON * strides)
+    return across.square() + down.square() + octaves.square()
 
 
 def _at_least(boxes_xyxy: Tensor, side: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def keep_peaks(logits: Tensor, input_hw: tuple[int, int], strides: Sequence[int]
     kept, start = [], 0
     for stride in strides:
         height, width = input_hw[0] // stride, input_hw[1] // stride
-        level = logits[:, start : start + height * width].unflatten(1, (1, height, width))
+        level = logits[:, start : start + height * width].reshape(-1, 1, height, width)
         highest = F.max_pool2d(level, 3, stride=1, padding=1)
         kept.append(torch.where(level >= highest, level, torch.full_like(level, SILENT)).flatten(1))
         start += height * width

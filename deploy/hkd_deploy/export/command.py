@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_det.datasets.catalogue import open_data
-
 from hkd_deploy.export.onnx_file import write_onnx
 from hkd_deploy.export.parity import Parity, compare
+from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UsageError, run_command
 from hkd_det.files import replacing
 from hkd_det.imgsz import format_imgsz, parse_imgsz
@@ -29,17 +28,15 @@ def export(
     checkpoint: DetectorCheckpoint,
     path: Path,
     imgsz_hw: tuple[int, int],
-    batch: int | None = 1,
-    verify_on: Sequence[Path] | None = (),
-) -> Parity | None:
-    """Write `path` and compare it with the trained detector on the pictures `verify_on`; None skips that.
+    batch: int | None,
+    verify_on: Sequence[Path],
+) -> Parity:
+    """Write `path` and compare it with the trained detector on the pictures `verify_on`; batch None leaves it free.
 
     The file appears under its name only if parity holds: ParityError otherwise.
     """
     with replacing(path) as aside:
         write_onnx(checkpoint, aside, imgsz_hw, batch)
-        if verify_on is None:
-            return None
         parity = compare(checkpoint, aside, imgsz_hw, verify_on)
         if not parity.holds:
             raise ParityError(
@@ -57,16 +54,17 @@ def _body(argv: Sequence[str] | None) -> int:
     path = Path(arguments.output or Path(arguments.weights).with_suffix(".onnx"))
     if path.suffix != ".onnx":
         raise UsageError(f"--output {path}: must end in .onnx")
-    pictures = None if arguments.no_verify else _pictures(arguments.data or str(checkpoint.config["data"]))
-    parity = export(checkpoint, path, imgsz_hw, None if arguments.dynamic else arguments.batch, pictures)
-    print(f"{path}: {checkpoint.model}, {format_imgsz(imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB")
-    if parity is None:
-        print("not verified, as asked by --no-verify")
+    batch = None if arguments.dynamic else arguments.batch
+    if arguments.no_verify:
+        write_onnx(checkpoint, path, imgsz_hw, batch)
+        verdict = "not compared with torch, as asked by --no-verify"
     else:
-        print(
-            f"parity with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
+        parity = export(checkpoint, path, imgsz_hw, batch, _pictures(arguments.data or str(checkpoint.config["data"])))
+        verdict = (
+            f"agrees with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
             f"scores within {parity.score:.2g}"
         )
+    print(f"{path}: {checkpoint.model}, {format_imgsz(imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB; {verdict}")
     return 0
 
 

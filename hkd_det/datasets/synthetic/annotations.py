@@ -27,9 +27,7 @@ def write_mat(path: Path, split: str, pictures: Sequence[Annotated]) -> None:
     """`anno_train.mat` or `anno_val.mat`, nested as the official ones: a (1, N) cell of (1, 1) structs."""
     cells = np.empty((1, len(pictures)), object)
     for index, picture in enumerate(pictures):
-        rows = [
-            [record.label, *record.box_xywh, record.instance, *record.visible_xywh] for record in picture.records
-        ]
+        rows = [[record.label, *record.box_xywh, record.instance, *record.visible_xywh] for record in picture.records]
         struct = np.empty((1, 1), [("cityname", "O"), ("im_name", "O"), ("bbs", "O")])
         struct[0, 0] = (
             picture.city,

@@ -54,7 +54,12 @@ class Canvas:
         length = max(1e-6, float(np.hypot(*along)))
         across = np.array([-along[1], along[0]]) / length
         a, b = np.array(start), np.array(end)
-        corners = [a + across * start_radius, b + across * end_radius, b - across * end_radius, a - across * start_radius]
+        corners = [
+            a + across * start_radius,
+            b + across * end_radius,
+            b - across * end_radius,
+            a - across * start_radius,
+        ]
         self.polygon([(float(x), float(y)) for x, y in corners], colour)
         self.ellipse(start, (start_radius, start_radius), colour)
         self.ellipse(end, (end_radius, end_radius), colour)

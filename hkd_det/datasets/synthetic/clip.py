@@ -58,7 +58,9 @@ def write_clip(
     with replacing(path) as aside:
         writer = cv2.VideoWriter(str(aside), cv2.VideoWriter.fourcc(*"mp4v"), fps, (size_hw[1], size_hw[0]))
         if not writer.isOpened():
-            raise UnavailableError(f"{path}: this OpenCV writes no mp4v films; install opencv-python-headless from PyPI")
+            raise UnavailableError(
+                f"{path}: this OpenCV writes no mp4v films; install opencv-python-headless from PyPI"
+            )
         try:
             pictures = street_frames(seed, frames, fps, size_hw)
             for picture in tqdm(pictures, total=frames, desc="film the street", unit="frame"):

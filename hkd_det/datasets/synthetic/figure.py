@@ -151,7 +151,10 @@ def paint(canvas: Canvas, person: Person, joints: Joints, foot: Point, height_px
     if person.bag:
         hand = at(joints.hands[0])
         canvas.polygon(
-            [(hand[0] + dx * wide, hand[1] + dy * wide) for dx, dy in ((-0.05, 0.02), (0.05, 0.02), (0.06, 0.14), (-0.06, 0.14))],
+            [
+                (hand[0] + dx * wide, hand[1] + dy * wide)
+                for dx, dy in ((-0.05, 0.02), (0.05, 0.02), (0.06, 0.14), (-0.06, 0.14))
+            ],
             shaded(person.shoes, 1.3),
         )
 
@@ -210,7 +213,10 @@ def _head(canvas: Canvas, person: Person, neck: Point, head: Point, height_px: f
     canvas.ellipse(head, (0.05 * height_px, 0.068 * height_px), person.hair)
     if not (person.back and abs(person.turn) < 0.5):
         ahead = math.copysign(0.016 * height_px, person.turn) * abs(person.turn)
-        canvas.ellipse((head[0] + ahead, head[1] + 0.016 * height_px), (0.038 * height_px, 0.05 * height_px), person.skin)
+        canvas.ellipse(
+            (head[0] + ahead, head[1] + 0.016 * height_px), (0.038 * height_px, 0.05 * height_px), person.skin
+        )
     if person.hat:
-        canvas.ellipse((head[0], head[1] - 0.03 * height_px), (0.056 * height_px, 0.034 * height_px), shaded(person.upper, 0.7))
-
+        canvas.ellipse(
+            (head[0], head[1] - 0.03 * height_px), (0.056 * height_px, 0.034 * height_px), shaded(person.upper, 0.7)
+        )

@@ -128,7 +128,14 @@ def pedestrian(view: View, light: Light, person: Person, x: float, z: float, hei
 
 
 def _person(
-    view: View, light: Light, person: Person, joints: Joints, where: Point, height_m: float, label: int, tall: float = 1.0
+    view: View,
+    light: Light,
+    person: Person,
+    joints: Joints,
+    where: Point,
+    height_m: float,
+    label: int,
+    tall: float = 1.0,
 ) -> Thing:
     """A person; `tall` is how much of the standing height this pose has."""
     x, z = where
@@ -199,7 +206,14 @@ def _sitter(view: View, light: Light, person: Person, where: Point, height_m: fl
 def _group(view: View, light: Light, where: Point, chance: np.random.Generator) -> Thing:
     """People too close to tell apart, annotated as one region."""
     members = [
-        pedestrian(view, light, figure.random_person(chance), where[0] + chance.normal(0, 0.7), where[1] + chance.uniform(0, 1.5), stature_m(chance))
+        pedestrian(
+            view,
+            light,
+            figure.random_person(chance),
+            where[0] + chance.normal(0, 0.7),
+            where[1] + chance.uniform(0, 1.5),
+            stature_m(chance),
+        )
         for _ in range(chance.integers(5, 9))
     ]
 

@@ -1,5 +1,6 @@
 """What stands in a street beside people: sky, houses, road, cars, trees, posts, boards."""
 
+import itertools
 from dataclasses import dataclass
 
 import cv2
@@ -11,7 +12,15 @@ from hkd_det.datasets.synthetic.view import View
 FACADES: list[Colour] = [
     (176, 158, 132), (150, 108, 88), (186, 180, 168), (128, 126, 124), (204, 188, 150), (140, 132, 112), (112, 92, 84),
 ]  # fmt: skip
-CARS: list[Colour] = [(32, 34, 40), (178, 182, 188), (236, 236, 234), (138, 24, 28), (30, 58, 110), (92, 98, 92), (190, 160, 60)]
+CARS: list[Colour] = [
+    (32, 34, 40),
+    (178, 182, 188),
+    (236, 236, 234),
+    (138, 24, 28),
+    (30, 58, 110),
+    (92, 98, 92),
+    (190, 160, 60),
+]
 KERB_M, WALL_M, ROAD_M = 4.6, 8.6, 60.0
 
 
@@ -54,7 +63,10 @@ def paint_ground(canvas: Canvas, view: View, light: Light, chance: np.random.Gen
     for side in (-1, 1):
         pavement = [view.at(side * x, z) for x, z in ((KERB_M, ROAD_M), (WALL_M, ROAD_M), (WALL_M, 1.2), (KERB_M, 1.2))]
         canvas.polygon(pavement, (148, 142, 134))
-        kerb = [view.at(side * x, z) for x, z in ((KERB_M, ROAD_M), (KERB_M + 0.25, ROAD_M), (KERB_M + 0.25, 1.2), (KERB_M, 1.2))]
+        kerb = [
+            view.at(side * x, z)
+            for x, z in ((KERB_M, ROAD_M), (KERB_M + 0.25, ROAD_M), (KERB_M + 0.25, 1.2), (KERB_M, 1.2))
+        ]
         canvas.polygon(kerb, (184, 180, 172))
     start = float(chance.uniform(0, 6))
     for z in np.arange(start + 1.5, 45, 6.0):
@@ -80,7 +92,7 @@ def paint_houses(canvas: Canvas, view: View, light: Light, chance: np.random.Gen
         edges = [ROAD_M]
         while edges[-1] > 2:
             edges.append(max(1.2, edges[-1] - float(chance.uniform(7, 16))))
-        for far, near in zip(edges, edges[1:], strict=False):
+        for far, near in itertools.pairwise(edges):
             _house(canvas, view, light, side, (near, far), chance)
 
 
@@ -129,14 +141,20 @@ def paint_car(canvas: Canvas, view: View, light: Light, x: float, z: float, chan
     canvas.polygon([view.at(x + dx, z, up) for dx, up in body], paint)
     glass = [(-half * 0.85, belt), (-half * 0.7, tall - 0.1), (half * 0.7, tall - 0.1), (half * 0.85, belt)]
     canvas.polygon([view.at(x + dx, z, up) for dx, up in glass], (46, 54, 66))
-    canvas.polygon([view.at(x + dx, z, up) for dx, up in ((-half, 0.28), (-half, 0.5), (half, 0.5), (half, 0.28))], shaded(paint, 0.6))
+    canvas.polygon(
+        [view.at(x + dx, z, up) for dx, up in ((-half, 0.28), (-half, 0.5), (half, 0.5), (half, 0.28))],
+        shaded(paint, 0.6),
+    )
     comes = x < 0
     for dx in (-0.68, 0.68):
         lamp: Colour = (255, 246, 214) if comes else (196, 30, 30)
         canvas.light = 1.0 if light.ambient < 0.8 else light.ambient
         canvas.ellipse(view.at(x + dx, z, belt - 0.16), (0.15 * view.scale(z), 0.09 * view.scale(z)), lamp)
         canvas.light = light.ambient
-        canvas.polygon([view.at(x + dx + wheel, z, up) for wheel, up in ((-0.1, 0), (-0.1, 0.3), (0.1, 0.3), (0.1, 0))], (20, 20, 22))
+        canvas.polygon(
+            [view.at(x + dx + wheel, z, up) for wheel, up in ((-0.1, 0), (-0.1, 0.3), (0.1, 0.3), (0.1, 0))],
+            (20, 20, 22),
+        )
 
 
 def paint_tree(canvas: Canvas, view: View, light: Light, x: float, z: float, chance: np.random.Generator) -> None:
@@ -151,7 +169,9 @@ def paint_tree(canvas: Canvas, view: View, light: Light, x: float, z: float, cha
         away, around = 1.5 * chance.random() ** 0.5, chance.uniform(0, 2 * np.pi)
         dx, up, radius = away * np.cos(around), tall * 0.75 + 0.75 * away * np.sin(around), chance.uniform(0.35, 0.8)
         red, leaf, blue = np.clip(green * chance.uniform(0.7, 1.25), 0, 255)
-        canvas.ellipse(view.at(x + dx, z, up), (radius * metre, radius * 0.8 * metre), (float(red), float(leaf), float(blue)))
+        canvas.ellipse(
+            view.at(x + dx, z, up), (radius * metre, radius * 0.8 * metre), (float(red), float(leaf), float(blue))
+        )
 
 
 def paint_post(canvas: Canvas, view: View, light: Light, x: float, z: float, chance: np.random.Generator) -> None:
@@ -165,7 +185,9 @@ def paint_post(canvas: Canvas, view: View, light: Light, x: float, z: float, cha
         arm = x - np.sign(x) * 1.2
         canvas.limb(view.at(x, z, 5.2), view.at(arm, z, 5.3), 0.05 * metre, 0.05 * metre, grey)
         canvas.light = 1.0
-        canvas.ellipse(view.at(arm, z, 5.2), (0.25 * metre, 0.1 * metre), (255, 236, 190) if light.windows > 0.2 else grey)
+        canvas.ellipse(
+            view.at(arm, z, 5.2), (0.25 * metre, 0.1 * metre), (255, 236, 190) if light.windows > 0.2 else grey
+        )
         canvas.light = light.ambient
     elif kind == "sign":
         canvas.limb(view.at(x, z), view.at(x, z, 2.3), 0.04 * metre, 0.04 * metre, grey)
@@ -184,7 +206,12 @@ def shadow(canvas: Canvas, view: View, light: Light, x: float, z: float, half_x_
     """Darken the ground around a place, under an ellipse; owners stay as they are."""
     (left, _), (right, _) = view.at(x - half_x_m, z), view.at(x + half_x_m, z)
     far, near = view.at(x, z + half_z_m)[1], view.at(x, max(1.0, z - half_z_m))[1]
-    x1, x2, y1, y2 = max(0, int(left)), min(view.size_hw[1], int(right) + 1), max(0, int(far)), min(view.size_hw[0], int(near) + 1)
+    x1, x2, y1, y2 = (
+        max(0, int(left)),
+        min(view.size_hw[1], int(right) + 1),
+        max(0, int(far)),
+        min(view.size_hw[0], int(near) + 1),
+    )
     if x2 <= x1 or y2 <= y1:
         return
     window = canvas.picture[y1:y2, x1:x2]
@@ -199,7 +226,9 @@ def _haze(light: Light, z: float) -> float:
     return float(1 - np.exp(-z / light.haze_m))
 
 
-def finish(canvas: Canvas, light: Light, chance: np.random.Generator) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def finish(
+    canvas: Canvas, light: Light, chance: np.random.Generator
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """What the camera adds: a little blur, exposure, grain that grows in the dark."""
     picture = canvas.picture
     if chance.random() < 0.6:
@@ -212,4 +241,3 @@ def finish(canvas: Canvas, light: Light, chance: np.random.Generator) -> np.ndar
     gain = float(chance.uniform(0.85, 1.15))
     exposed = cv2.convertScaleAbs(picture, alpha=gain)
     return cv2.add(exposed, tiled, dtype=cv2.CV_8U).astype(np.uint8)
-

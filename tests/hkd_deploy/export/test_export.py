@@ -14,6 +14,7 @@ import torch
 
 from hkd_deploy import open_detector
 from hkd_deploy.export.command import ParityError, export, main
+from hkd_deploy.export.onnx_file import write_onnx
 from hkd_deploy.export.parity import box_difference
 from hkd_det.letterbox import Letterbox
 from hkd_det.models.sizes import build_detector, cost
@@ -77,14 +78,14 @@ def test_parity_on_pictures(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path, batch: int | None
 ) -> None:
     parity = export(checkpoint, tmp_path / "model.onnx", SIZE_HW, batch, pictures)
-    assert parity is not None and parity.pictures == 4 and parity.box_px <= 0.5 and parity.score <= 1e-3
+    assert parity.pictures == 4 and parity.box_px <= 0.5 and parity.score <= 1e-3
 
 
 def test_the_runtime_opens_it_and_finds_the_same_people(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path
 ) -> None:
     """End to end, in pixels of the original picture, against torch by hand."""
-    export(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1, None)
+    write_onnx(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1)
     picture = cv2.imread(str(pictures[0]))[:, :, ::-1].copy()
     with open_detector(tmp_path / "model.onnx") as detector:
         found = detector(picture)
@@ -99,7 +100,7 @@ def test_the_runtime_opens_it_and_finds_the_same_people(
 
 
 def test_the_file_describes_itself(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
-    export(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1, None)
+    write_onnx(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1)
     with open_detector(tmp_path / "model.onnx") as detector:
         manifest = detector.manifest
     weight = cost(checkpoint.build(), SIZE_HW)
@@ -171,7 +172,7 @@ def test_tensorrt_parses_and_builds_it(name: str, batch: int | None, tmp_path: P
     python = tensorrt_cpu.install(TENSORRT.parents[1] / ".tensorrt")
     detector = build_detector(name)
     source = DetectorCheckpoint(name, detector.spec, detector.state_dict(), {"data": "none"}, 1, 1.0)
-    export(source, tmp_path / "model.onnx", SIZE_HW, batch, None)
+    write_onnx(source, tmp_path / "model.onnx", SIZE_HW, batch)
     done = subprocess.run(
         [python, "-c", BUILD, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False
     )
