@@ -10,8 +10,8 @@ data=benchmarks/studies/real_data.yaml
 common=(--data "$data" --imgsz 256 --batch 8 --project "$runs" --device cpu --seed 0 --set cache_mib=3000 --exist-ok)
 
 $bin/hkd-train "${common[@]}" --model mini-teacher --epochs 12 --name teacher
-$bin/hkd-train "${common[@]}" --model mini-student --epochs 8 --name student
-$bin/hkd-train "${common[@]}" --model mini-student --epochs 8 --name student-hkd \
+$bin/hkd-train "${common[@]}" --model mini-student --epochs 6 --name student
+$bin/hkd-train "${common[@]}" --model mini-student --epochs 6 --name student-hkd \
     --teacher "$runs/teacher/best.pt" --distill hkd
 for name in teacher student student-hkd; do
     $bin/hkd-export "$runs/$name/best.pt" --output "$runs/$name.onnx"

@@ -1,4 +1,4 @@
-"""Pictures a second of the synthetic street, drawn and written to disk: `python benchmarks/studies/synthetic_speed.py`."""
+"""Pictures a second of the synthetic street, drawn and written to disk."""
 
 import tempfile
 import time

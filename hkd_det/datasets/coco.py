@@ -29,7 +29,7 @@ def read_coco(annotations: Path, images: Path, category: str = "") -> list[Sampl
     for record in content["annotations"]:
         if not isinstance(record, dict) or "image_id" not in record or "bbox" not in record:
             raise DataError(f"{annotations}: annotation {_name(record)} has no image_id or bbox")
-        if record["image_id"] not in sizes:
+        if not isinstance(record["image_id"], (int, str)) or record["image_id"] not in sizes:
             raise DataError(f"{annotations}: annotation {_name(record)} is of picture {record['image_id']}, not listed")
         if record.get("category_id", wanted) == wanted:
             records[record["image_id"]].append(record)

@@ -1,0 +1,146 @@
+"""YOLO folders, and the yaml that names any data set."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hkd_det.datasets import catalogue
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.yolo import label_path, read_yolo
+from hkd_det.errors import DataError, HkdError, UsageError
+
+
+def yolo(root: Path, labels: str | None = "0 0.5 0.5 0.2 0.5\n1 0.1 0.1 0.1 0.1\n") -> Path:
+    """One picture of 100 x 60 under images/train, its labels beside it."""
+    for folder in ("images/train", "labels/train"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(root / "images/train/a.jpg"), np.zeros((60, 100, 3), np.uint8))
+    if labels is not None:
+        (root / "labels/train/a.txt").write_text(labels)
+    return root / "images" / "train"
+
+
+def data_yaml(root: Path, **content: object) -> str:
+    (root / "data.yaml").write_text(yaml.safe_dump(content))
+    return str(root / "data.yaml")
+
+
+def test_shares_become_pixels_and_other_classes_are_left_out(tmp_path: Path) -> None:
+    (sample,) = read_yolo(yolo(tmp_path), {0: "person", 1: "dog"})
+    assert sample.size_hw == (60, 100) and sample.image_id == "a"
+    np.testing.assert_allclose(sample.truth.boxes_xyxy, [[40, 15, 60, 45]])
+    (dog,) = read_yolo(tmp_path / "images" / "train", {0: "person", 1: "dog"}, "dog")
+    np.testing.assert_allclose(dog.truth.boxes_xyxy, [[5, 3, 15, 9]])
+
+
+def test_a_picture_without_labels_shows_nobody(tmp_path: Path) -> None:
+    assert len(read_yolo(yolo(tmp_path, labels=None), {0: "person"})[0].truth) == 0
+    assert len(read_yolo(yolo(tmp_path, labels="\n"), {0: "person"})[0].truth) == 0
+
+
+def test_a_text_file_may_list_the_pictures(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    (tmp_path / "train.txt").write_text("./images/train/a.jpg\n\n")
+    assert len(read_yolo(tmp_path / "train.txt", {0: "person", 1: "dog"})[0].truth) == 1
+
+
+def test_labels_lie_where_the_last_images_folder_says() -> None:
+    assert label_path(Path("/data/images/set/images/a.b.jpg")) == Path("/data/images/set/labels/a.b.txt")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("0 0.5 0.5 0.2\n", "line 1"),
+        ("\n0 0.5 x 0.2 0.5\n", "line 2"),
+        ("0 0.5 0.5 nan 0.5\n", "finite"),
+        ("7 0.5 0.5 0.2 0.5\n", "class 7"),
+        ("0 0.5 0.5 -0.2 0.5\n", "no area"),
+        ("0 320 240 50 90\n", "are they pixels"),
+    ],
+)
+def test_a_faulty_line_is_named(tmp_path: Path, labels: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_yolo(yolo(tmp_path, labels), {0: "person", 1: "dog"})
+    assert "a.txt, line" in str(caught.value)
+
+
+def test_empty_folders_missing_folders_and_false_pictures(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        read_yolo(tmp_path / "none", {0: "person"})
+    with pytest.raises(DataError, match="holds no pictures"):
+        read_yolo(tmp_path, {0: "person"})
+    with pytest.raises(DataError, match="say `category"):
+        read_yolo(yolo(tmp_path), {0: "cat", 1: "dog"})
+    (tmp_path / "images/train/b.jpg").write_text("not a picture")
+    with pytest.raises(DataError, match=r"b\.jpg"):
+        read_yolo(tmp_path / "images/train", {0: "person", 1: "dog"})
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(alphabet="0123456789.e-+ naif\n", max_size=60))
+def test_any_label_text_raises_nothing_but_our_errors(tmp_path: Path, text: str) -> None:
+    source = yolo(tmp_path, text)
+    try:
+        read_yolo(source, {0: "person", 1: "dog"})
+    except HkdError as error:
+        assert "a.txt" in str(error)
+
+
+def test_the_users_own_yaml(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    data = data_yaml(tmp_path, path=".", train="images/train", names=["person", "dog"])
+    assert len(open_data(data, "train")) == 1
+    with pytest.raises(UsageError, match="no split 'val', only train"):
+        open_data(data, "val")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": "images/train", "nams": ["person"]}, "did you mean 'names'"),
+        ({"train": "images/train"}, "names"),
+        ({"train": "images/train", "format": "voc"}, "voc"),
+        ({"train": "images/train", "format": "coco"}, "annotations"),
+    ],
+)
+def test_a_yaml_that_says_something_else_is_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
+    yolo(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        open_data(data_yaml(tmp_path, **content), "train")
+
+
+def test_yaml_errors_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: }")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    for name in ("bad.yaml", "list.yaml", "none.yaml"):
+        with pytest.raises(DataError, match=name) as caught:
+            open_data(str(tmp_path / name), "train")
+        assert "\n" not in str(caught.value)
+
+
+def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="citypersons"):
+        open_data("cityperson", "train")
+    with pytest.raises(DataError, match=r"cityscapes-dataset\.com"):
+        open_data("citypersons", "train")
+    content = yaml.safe_load(catalogue.catalogue_file().read_text())
+    for entry in content.values():
+        assert set(entry) <= catalogue.KEYS | catalogue.ABOUT_KEYS and {"page", "terms", "layout"} <= set(entry)
+
+
+def test_coco_lists_are_joined_with_ids_of_their_own(tmp_path: Path) -> None:
+    picture = (
+        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}'
+    )
+    for name in ("one.json", "two.json"):
+        (tmp_path / name).write_text(picture)
+    both = [{"images": ".", "annotations": name} for name in ("one.json", "two.json")]
+    samples = open_data(data_yaml(tmp_path, format="coco", train=both), "train")
+    assert len({sample.image_id for sample in samples}) == 2

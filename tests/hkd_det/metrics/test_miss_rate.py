@@ -1,0 +1,140 @@
+"""The miss rate against a literal second implementation, on random pictures and on the official val annotations."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hkd_det.boxes import xyxy_from_xywh
+from hkd_det.datasets import Truth
+from hkd_det.datasets.citypersons import _samples_from_mat
+from hkd_det.detections import Detections
+from hkd_det.metrics.miss_rate import REASONABLE, SETUPS, evaluate, match
+
+spec = importlib.util.spec_from_file_location("official", Path(__file__).with_name("official_citypersons.py"))
+assert spec is not None and spec.loader is not None
+official = importlib.util.module_from_spec(spec)
+sys.modules["official"] = official
+spec.loader.exec_module(official)
+
+CITYPERSONS = Path(__file__).parents[4] / "shared" / "data" / "citypersons"
+
+# Whole pixels and few scores: overlaps of exactly a half, and ties, are what the details are about.
+boxes = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(1, 60), st.integers(15, 160)).map(list)
+truths = st.fixed_dictionaries(
+    {"bbox": boxes, "share": st.sampled_from([0.1, 0.3, 0.65, 0.7, 1.0]), "ignore": st.booleans()}
+)
+detections = st.tuples(boxes, st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]))
+pictures = st.lists(st.tuples(st.lists(truths, max_size=6), st.lists(detections, max_size=9)), min_size=1, max_size=8)
+
+
+def as_truth(records: list[dict[str, Any]]) -> Truth:
+    whole = np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4)
+    visible = np.array([record["vis_bbox"] for record in records], np.float64).reshape(-1, 4)
+    return Truth(
+        xyxy_from_xywh(whole).astype(np.float32),
+        np.array([bool(record["ignore"]) for record in records], bool),
+        xyxy_from_xywh(visible).astype(np.float32),
+        tuple("pedestrian" for _ in records),
+    )
+
+
+def as_detections(found: list[tuple[list[float], float]]) -> Detections:
+    whole = np.array([box for box, _ in found], np.float64).reshape(-1, 4)
+    return Detections(xyxy_from_xywh(whole).astype(np.float32), np.array([score for _, score in found], np.float32))
+
+
+def completed(record: dict[str, Any]) -> dict[str, Any]:
+    """With a visible box of whole pixels and the ratio that follows from it."""
+    x, y, width, height = record["bbox"]
+    seen = max(1, round(height * record["share"]))
+    return {**record, "vis_bbox": [x, y, width, seen], "height": height, "vis_ratio": seen / height}
+
+
+def both(data: list[tuple[list[dict[str, Any]], list[tuple[list[float], float]]]], name: str) -> tuple[float, float]:
+    setup = SETUPS[name]
+    ours = evaluate([as_truth(t) for t, _ in data], [as_detections(d) for _, d in data], setup).value
+    return ours, official.miss_rate(data, setup.height_px, setup.visibility)
+
+
+@settings(deadline=None, max_examples=300)
+@given(pictures, st.sampled_from(sorted(SETUPS)))
+def test_equals_the_literal_program_on_anything(data: Any, name: str) -> None:
+    data = [([completed(record) for record in records], found) for records, found in data]
+    ours, theirs = both(data, name)
+    assert (math.isnan(ours) and math.isnan(theirs)) or abs(ours - theirs) < 1e-9
+
+
+def test_more_than_a_thousand_detections_a_picture() -> None:
+    chance = np.random.default_rng(0)
+    records = [completed({"bbox": [100 * i, 0, 40, 100], "share": 1.0, "ignore": False}) for i in range(8)]
+    found = [
+        ([int(x), 0, 40, 100], round(float(s), 2))
+        for x, s in zip(chance.integers(0, 800, 1500), chance.random(1500), strict=True)
+    ]
+    ours, theirs = both([(records, found), (records, [])], "Reasonable")
+    assert abs(ours - theirs) < 1e-9
+
+
+def test_closed_forms() -> None:
+    person = completed({"bbox": [0, 0, 40, 100], "share": 1.0, "ignore": False})
+    far_off = [500, 0, 40, 100]
+    truth, hit, miss = as_truth([person]), as_detections([([0, 0, 40, 100], 0.9)]), as_detections([(far_off, 0.9)])
+    assert evaluate([truth], [hit], REASONABLE).value == 0.0
+    assert evaluate([truth], [Detections.empty()], REASONABLE).value == 1.0
+    assert evaluate([truth], [miss], REASONABLE).value == 1.0
+    assert math.isnan(evaluate([Truth.empty()], [miss], REASONABLE).value)
+    # Two people, one found without a false alarm: a miss rate of a half at every point.
+    assert evaluate([truth, truth], [hit, Detections.empty()], REASONABLE).value == pytest.approx(0.5, abs=1e-12)
+
+
+def test_match_tells_hits_misses_and_what_is_ignored() -> None:
+    person = completed({"bbox": [0, 0, 40, 100], "share": 1.0, "ignore": False})
+    hidden = completed({"bbox": [100, 0, 40, 100], "share": 0.3, "ignore": False})
+    other = completed({"bbox": [200, 0, 40, 100], "share": 1.0, "ignore": False})
+    found = as_detections(
+        [([0, 0, 40, 100], 0.9), ([100, 0, 40, 100], 0.8), ([400, 0, 40, 100], 0.7), ([0, 0, 10, 20], 0.6)]
+    )
+    result = match(as_truth([person, hidden, other]), found, REASONABLE)
+    assert result.kept.tolist() == [0, 1, 2] and result.verdict.tolist() == [1, -1, 0]
+    assert result.partner.tolist() == [0, 1, -1] and result.missed.tolist() == [2]
+
+
+@pytest.mark.skipif(
+    not CITYPERSONS.is_dir(), reason="the official annotations lie in ../shared/data, not in the project"
+)
+def test_our_reader_is_judged_as_the_official_ground_truth_file() -> None:
+    """anno_val.mat through our reader and val_gt.json through the literal program: one miss rate."""
+    content = json.loads((CITYPERSONS / "val_gt.json").read_text())
+    by_picture: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    for record in content["annotations"]:
+        by_picture[record["image_id"]].append(record)
+    chance = np.random.default_rng(0)
+    data = []
+    for records in by_picture.values():
+        found = []
+        for record in records:
+            if chance.random() < 0.7:
+                x, y, width, height = record["bbox"]
+                shift = np.rint(chance.normal(0, 0.08, 4) * [width, height, width, height])
+                found.append(
+                    (
+                        [x + shift[0], y + shift[1], max(1, width + shift[2]), max(1, height + shift[3])],
+                        float(chance.random()),
+                    )
+                )
+        found += [([int(chance.integers(0, 2000)), 400, 40, 98], float(chance.random() ** 2)) for _ in range(3)]
+        data.append((records, [(box, float(np.float32(score))) for box, score in found]))
+    samples = _samples_from_mat(CITYPERSONS / "anno_val.mat", CITYPERSONS)
+    ours = [sample.truth for sample in samples]
+    for setup in SETUPS.values():
+        value = evaluate(ours, [as_detections(found) for _, found in data], setup).value
+        assert value == pytest.approx(official.miss_rate(data, setup.height_px, setup.visibility), abs=1e-9)
+        assert 0.1 < value < 0.9
