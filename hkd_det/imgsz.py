@@ -8,7 +8,7 @@ STRIDE = 32  # every model here halves its input five times
 def parse_imgsz(text: str) -> tuple[int, int]:
     """`"640"` or `"640x512"` (width x height) to (height, width) pixels, both multiples of 32."""
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"--imgsz {text}: expected pixels as 640 or 640x512 (width x height)")
     width, height = int(parts[0]), int(parts[-1])
     if width % STRIDE or height % STRIDE:
