@@ -117,6 +117,9 @@ def _config(name: str, run_dir: Path, folder: str, data: Path, seed: int, plan: 
         imgsz_hw=plan.imgsz_hw,
         epochs=plan.epochs,
         batch=plan.batch,
+        # Few epochs: views close to what is measured teach faster than varied ones.
+        mosaic=0.25,
+        multi_scale=0.1,
         teacher=str(run_dir / "teacher" / "best.pt") if taught else "",
         distill="hkd" if taught else "",
         device="cpu",

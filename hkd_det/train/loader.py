@@ -142,6 +142,8 @@ def open_loader(
         views,  # type: ignore[arg-type]  # the stubs know no collate_fn that changes the type
         batch_sampler=sampler,
         num_workers=workers,
+        # Not fork: a copy of a process whose OpenMP or OpenCV threads have run waits for them for ever.
+        multiprocessing_context="spawn" if workers else None,
         collate_fn=collate,
         persistent_workers=workers > 0,
         worker_init_fn=_quiet_worker,
