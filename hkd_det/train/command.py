@@ -25,14 +25,13 @@ def _body(argv: Sequence[str] | None) -> int:
     else:
         config = _fresh(arguments)
     try:
-        result = train(config, resume=bool(arguments.resume))
+        train(config, resume=bool(arguments.resume))
     except KeyboardInterrupt:
         if (config.run_dir / "last.pt").exists():
             print(
                 f"hkd-train: the finished epochs are kept; go on with: hkd-train --resume {config.run}", file=sys.stderr
             )
         raise
-    print(f"best: {result.best}  MR^-2 Reasonable {100 * result.miss_rate:.2f} %")
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hkd_det.errors import UsageError
+from hkd_det.metrics.miss_rate import SETUPS
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class TrainConfig:
     batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
     the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
     epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
-    cache_mib: memory for decoded pictures, over all loader workers.
+    cache_mib: memory for decoded pictures, over all loader workers. setup: whose miss rate chooses the best epoch.
     """
 
     data: str
@@ -44,12 +45,15 @@ class TrainConfig:
     workers: int = 2
     cache_mib: int = 1024
     seed: int = 0
+    setup: str = "Reasonable"
 
     def __post_init__(self) -> None:
         low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0, "ema_decay": 0, "multi_scale": 0}
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if self.setup not in SETUPS:
+            raise UsageError(f"setup = {self.setup}: there are {', '.join(SETUPS)}")
         if self.precision not in ("bf16", "fp32"):
             raise UsageError(f"precision = {self.precision}: there are bf16 and fp32")
         if self.distill not in ("", "hkd"):

@@ -12,7 +12,7 @@ from hkd_det.files import write_text
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Epoch (from 1), mean loss terms, validation miss rate MR^-2 Reasonable (fraction), training speed."""
+    """Epoch (from 1), mean loss terms, validation miss rate MR^-2 of the run's setup (fraction), training speed."""
 
     epoch: int
     losses: dict[str, float]
@@ -23,11 +23,11 @@ class EpochRecord:
         """Plain values, for checkpoints."""
         return asdict(self)
 
-    def line(self, epochs: int) -> str:
+    def line(self, epochs: int, setup: str) -> str:
         """The epoch in one line for the user."""
         loss = sum(self.losses.values())
         return (
-            f"epoch {self.epoch}/{epochs}  loss {loss:.3f}  MR^-2 Reasonable {100 * self.miss_rate:.2f} %  "
+            f"epoch {self.epoch}/{epochs}  loss {loss:.3f}  MR^-2 {setup} {100 * self.miss_rate:.2f} %  "
             f"{self.pictures_per_s:.1f} pictures/s"
         )
 
@@ -36,14 +36,14 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
     """`results.csv`: a row an epoch; a loss term that an epoch did not have is left empty."""
     names = list(dict.fromkeys(name for record in history for name in record.losses))
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["epoch", *names, "miss_rate_reasonable", "pictures_per_s"], lineterminator="\n")
+    writer = csv.DictWriter(text, ["epoch", *names, "miss_rate", "pictures_per_s"], lineterminator="\n")
     writer.writeheader()
     for record in history:
         writer.writerow(
             {
                 "epoch": record.epoch,
                 **record.losses,
-                "miss_rate_reasonable": record.miss_rate,
+                "miss_rate": record.miss_rate,
                 "pictures_per_s": record.pictures_per_s,
             }
         )

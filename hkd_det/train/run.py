@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalogue import open_data
+from hkd_det.detections import Detections
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.hierarchical import HierarchicalWeights
 from hkd_det.errors import DataError
 from hkd_det.files import write_text
 from hkd_det.losses.detection import total
-from hkd_det.metrics.miss_rate import REASONABLE, evaluate
+from hkd_det.metrics.miss_rate import SETUPS, evaluate
 from hkd_det.models.backbone import load_pretrained
 from hkd_det.models.detector import Detector, freeze_norms
 from hkd_det.models.sizes import build_detector, cost
@@ -65,6 +66,8 @@ class Run:
         if config.batch % processes.count:
             raise DataError(f"--batch {config.batch} can't be shared evenly by {processes.count} processes")
         self.config, self.processes, self.validation = config, processes, validation
+        self.setup = SETUPS[config.setup]
+        self._check_people(training)
         torch.manual_seed(config.seed)
         detector = build_detector(config.model)
         if config.pretrained:
@@ -97,9 +100,12 @@ class Run:
             for epoch in range(len(self.history), self.config.epochs):
                 record = self._epoch(learner, epoch, bar)
                 if self.processes.leads:
-                    bar.write(record.line(self.config.epochs))
+                    bar.write(record.line(self.config.epochs, self.setup.name))
         best = min(self.history, key=lambda record: record.miss_rate)
-        return TrainResult(self.config.run_dir / "best.pt", best.miss_rate, self.history)
+        result = TrainResult(self.config.run_dir / "best.pt", best.miss_rate, self.history)
+        if self.processes.leads:
+            tqdm.write(f"best: {result.best}  MR^-2 {self.setup.name} {100 * result.miss_rate:.2f} %")
+        return result
 
     def restore(self) -> None:
         """Take up the state that the last finished epoch left in the run's folder."""
@@ -164,7 +170,19 @@ class Run:
     def _validate(self) -> float:
         bf16 = self.config.precision == "bf16"
         found = detect_all(self.average.average, self.validation, self.config.imgsz_hw, bf16)
-        return evaluate([sample.truth for sample in self.validation], found, REASONABLE).value
+        return evaluate([sample.truth for sample in self.validation], found, self.setup).value
+
+    def _check_people(self, training: Sequence[Sample]) -> None:
+        """Find out now, not after an epoch, that there is nobody to learn from or to be judged by."""
+        if all(sample.truth.ignore.all() for sample in training):
+            raise DataError(f"--data {self.config.data}: nobody to find in the train split, only ignore regions")
+        truths = [sample.truth for sample in self.validation]
+        if evaluate(truths, [Detections.empty() for _ in truths], self.setup).people == 0:
+            low = self.setup.height_px[0]
+            raise DataError(
+                f"--data {self.config.data}: nobody in the val split counts in the setup {self.setup.name} (at least "
+                f"{low:g} px tall, visibility from {self.setup.visibility[0]:g}); --set setup=All takes smaller people"
+            )
 
     def _save(self, record: EpochRecord) -> None:
         """Best first, then last: a kill between the two repeats this epoch and writes the same best again."""

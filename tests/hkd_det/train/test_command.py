@@ -47,3 +47,11 @@ def test_a_teacher_of_another_kind_is_refused(people: Path, tmp_path: Path, caps
     flags = ["--teacher", str(teacher), "--distill", "hkd", "--workers", "0", "--project", str(tmp_path / "runs")]
     assert main(["--data", str(people), *FLAGS, *flags]) == 1
     assert str(teacher) in capsys.readouterr().err
+
+
+def test_nobody_to_find_is_said_before_training(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(people), *FLAGS, "--project", str(tmp_path), "--set", "setup=Reasonable_occ=heavy"]
+    assert main(flags) == 1
+    assert "setup=All" in capsys.readouterr().err and not list(tmp_path.iterdir())
