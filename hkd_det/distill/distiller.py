@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from hkd_det.distill.hierarchical import HierarchicalDistillation, HierarchicalWeights
 from hkd_det.distill.taps import TapRecorder, pyramid_taps
-from hkd_det.losses.detection import ShareOfBatch
+from hkd_det.losses.detection import Norm
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.detector import Detector, Prediction
 
@@ -23,13 +23,13 @@ class Distiller(nn.Module):
         self.method = HierarchicalDistillation(student_taps, teacher_taps, weights)
 
     def forward(
-        self, pictures: Tensor, student: Prediction, truth: TruthBatch, strength: float, share: ShareOfBatch
+        self, pictures: Tensor, student: Prediction, truth: TruthBatch, strength: float, norm_of: Norm
     ) -> dict[str, Tensor]:
         """The distillation terms for the batch the student has just seen, times `strength`, 0..1."""
         with torch.no_grad():
             teacher: Prediction = self._teacher[0](pictures)
         terms: dict[str, Tensor] = self.method(
-            self._student_recorder.take(), self._teacher_recorder.take(), student, teacher, truth, share
+            self._student_recorder.take(), self._teacher_recorder.take(), student, teacher, truth, norm_of
         )
         return {name: strength * term for name, term in terms.items()}
 

@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from hkd_det.distill.adapter import Adapter, pair_by_stride
 from hkd_det.distill.taps import Tap
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import ShareOfBatch
+from hkd_det.losses.detection import Norm
 from hkd_det.losses.imitation import balanced_mean, imitation_error
 from hkd_det.losses.localisation import localisation_loss
 from hkd_det.losses.overlap import giou_loss
@@ -60,14 +60,14 @@ class HierarchicalDistillation(nn.Module):
         student: Prediction,
         teacher: Prediction,
         truth: TruthBatch,
-        share: ShareOfBatch,
+        norm_of: Norm,
     ) -> dict[str, Tensor]:
         """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_score`, `hkd_box`, each a scalar."""
         adapted = [adapter(student_maps[source]) for adapter, source in zip(self.adapters, self.sources, strict=True)]
-        scores, boxes = self._logits(student, teacher, share)
+        scores, boxes = self._logits(student, teacher, norm_of)
         return {
             "hkd_pyramid": self.weights.pyramid * self._pyramid(adapted, teacher_maps, truth),
-            "hkd_region": self.weights.region * self._region(adapted, teacher_maps, teacher, truth, share),
+            "hkd_region": self.weights.region * self._region(adapted, teacher_maps, teacher, truth, norm_of),
             "hkd_score": self.weights.score * scores,
             "hkd_box": self.weights.box * boxes,
         }
@@ -85,14 +85,14 @@ class HierarchicalDistillation(nn.Module):
         maps: Sequence[Tensor],
         teacher: Prediction,
         truth: TruthBatch,
-        share: ShareOfBatch,
+        norm_of: Norm,
     ) -> Tensor:
         size_hw = tuple(int(side) * self.strides[0] for side in maps[0].shape[-2:])
         regions = [
             torch.cat([truth.boxes_xyxy[b][truth.real[b]], self._confident(teacher, b)]) for b in range(len(truth.real))
         ]
         count = torch.tensor(float(sum(len(boxes) for boxes in regions)), device=maps[0].device)
-        norm = share(count).clamp(min=1.0)
+        norm = norm_of(count)
         if count == 0:
             return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
         pool = MultiScaleRoIAlign([str(stride) for stride in self.strides], output_size=7, sampling_ratio=2)
@@ -106,19 +106,19 @@ class HierarchicalDistillation(nn.Module):
         scores, index = teacher.raw.one[picture].sigmoid().topk(min(self.weights.regions, teacher.raw.one.shape[1]))
         return teacher.boxes_xyxy[picture][index[scores >= self.weights.confident]]
 
-    def _logits(self, student: Prediction, teacher: Prediction, share: ShareOfBatch) -> tuple[Tensor, Tensor]:
+    def _logits(self, student: Prediction, teacher: Prediction, norm_of: Norm) -> tuple[Tensor, Tensor]:
         if student.points.shape != teacher.points.shape or not torch.equal(student.points, teacher.points):
             raise UsageError("logit-level distillation needs student and teacher with the same pyramid strides")
         scores = student.boxes_xyxy.new_zeros(())
         for mine, other in ((student.raw.many, teacher.raw.many), (student.raw.one, teacher.raw.one)):
-            norm = share(other.sigmoid().sum()).clamp(min=1.0)
+            norm = norm_of(other.sigmoid().sum())
             scores = scores + soft_score_loss(mine, other).sum() / norm
         confidence = teacher.raw.many.sigmoid()
         if student.raw.sides.shape[-1] == teacher.raw.sides.shape[-1]:
             per_point = localisation_loss(student.raw.sides, teacher.raw.sides)
         else:
             per_point = giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
-        boxes = (confidence * per_point).sum() / share(confidence.sum()).clamp(min=1.0)
+        boxes = (confidence * per_point).sum() / norm_of(confidence.sum())
         return scores, boxes
 
 

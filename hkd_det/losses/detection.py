@@ -13,13 +13,13 @@ from hkd_det.models.assignment import Targets, TaskAlignedAssigner, TruthBatch
 from hkd_det.models.detector import Prediction
 from hkd_det.models.points import encode_sides
 
-ShareOfBatch = Callable[[Tensor], Tensor]
-"""A sum over this process's pictures to the mean share a process of the global batch has of it."""
+Norm = Callable[[Tensor], Tensor]
+"""A sum over this process's pictures to what its losses are divided by, so that the processes' mean is right."""
 
 
-def single_process(total: Tensor) -> Tensor:
-    """The share of the only process: all of it."""
-    return total
+def norm_alone(total: Tensor) -> Tensor:
+    """The norm of the only process: the sum itself, at least 1."""
+    return total.clamp(min=1.0)
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,11 @@ class DetectionLoss:
     many: TaskAlignedAssigner = field(default_factory=lambda: TaskAlignedAssigner(top=10))
     one: TaskAlignedAssigner = field(default_factory=lambda: TaskAlignedAssigner(top=1, beta=2.0, centred=1.0))
 
-    def __call__(
-        self, prediction: Prediction, truth: TruthBatch, share: ShareOfBatch = single_process
-    ) -> dict[str, Tensor]:
+    def __call__(self, prediction: Prediction, truth: TruthBatch, norm_of: Norm = norm_alone) -> dict[str, Tensor]:
         """The weighted terms `score`, `score_one`, `box`, `distribution`, each a scalar.
 
-        Each is divided by the summed target quality of the global batch, so that with `share` averaging
-        over processes the gradients equal those of one process.
+        Each is divided by the summed target quality of the global batch, so that with gradients averaged
+        over processes they equal those of one process.
         """
         raw = prediction.raw
         terms: dict[str, Tensor] = {}
@@ -46,7 +44,7 @@ class DetectionLoss:
             targets = assigner(
                 logits.detach().sigmoid(), prediction.boxes_xyxy.detach(), prediction.points, prediction.strides, truth
             )
-            norm = share(targets.quality.sum()).clamp(min=1.0)
+            norm = norm_of(targets.quality.sum())
             per_point = varifocal_loss(logits, targets.quality) * targets.counted
             terms[name] = self.score_weight * per_point.sum() / norm
             if name == "score":

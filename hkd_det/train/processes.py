@@ -25,17 +25,15 @@ class Processes:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
-    def share(self, total: Tensor) -> Tensor:
-        """A sum over this process's pictures to the mean over processes.
+    def norm_of(self, total: Tensor) -> Tensor:
+        """The sum over all processes' pictures, at least 1, divided by the number of processes.
 
-        Gradients are averaged over processes, so dividing by this mean divides the global sum by the
-        global norm.
+        Gradients are averaged over processes, so a loss divided by this is divided by the global sum.
         """
-        if self.count == 1:
-            return total
-        mean = total.detach().clone()
-        dist.all_reduce(mean)
-        return mean / self.count
+        whole = total.detach().clone()
+        if self.count > 1:
+            dist.all_reduce(whole)
+        return whole.clamp(min=1.0) / self.count
 
 
 @contextmanager

@@ -72,8 +72,10 @@ class Run:
         detector = build_detector(config.model)
         if config.pretrained:
             load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
+        if config.freeze_norm:
+            freeze_norms(detector)
         distiller = _distiller(config, detector, processes.device)
-        self.learner = Learner(detector, distiller, processes.share).to(processes.device)
+        self.learner = Learner(detector, distiller, processes.norm_of).to(processes.device)
         self.learner = self.learner.to(memory_format=torch.channels_last)
         self.average = MovingAverage(detector, config.ema_decay)
         self.optimizer = _optimizer(self.learner, config)
@@ -91,9 +93,7 @@ class Run:
             self._say_what_is_trained()
         learner: nn.Module = self.learner
         if self.processes.count > 1:
-            learner = DistributedDataParallel(
-                self.learner, find_unused_parameters=self.learner.distiller is not None, broadcast_buffers=False
-            )
+            learner = DistributedDataParallel(self.learner, find_unused_parameters=self.learner.distiller is not None)
         steps = self.config.epochs * self.epochs.steps
         done = len(self.history) * self.epochs.steps
         with tqdm(total=steps, initial=done, unit="step", disable=not self.processes.leads) as bar:

@@ -8,7 +8,7 @@ from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.hierarchical import HierarchicalDistillation, HierarchicalWeights
 from hkd_det.distill.taps import Tap, TapRecorder, pyramid_taps
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import single_process
+from hkd_det.losses.detection import norm_alone
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec
 
@@ -71,7 +71,7 @@ def test_taps_are_paired_by_the_nearest_stride() -> None:
 def test_every_level_gives_a_term_and_a_gradient(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
     distiller = Distiller(student, teacher, HierarchicalWeights())
-    terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
+    terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
     assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
@@ -86,15 +86,15 @@ def test_the_teacher_is_no_part_of_what_learns(pair: tuple[Detector, Detector]) 
     assert not ours & {id(parameter) for parameter in teacher.parameters()}
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
+    distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_strength_scales_every_term(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
     distiller = Distiller(student.eval(), teacher, HierarchicalWeights())
-    full = distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
-    half = distiller(PICTURE, student(PICTURE), PERSON, 0.5, single_process)
+    full = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
+    half = distiller(PICTURE, student(PICTURE), PERSON, 0.5, norm_alone)
     for name in full:
         torch.testing.assert_close(half[name] * 2, full[name])
 
@@ -109,7 +109,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
         torch.nn.init.zeros_(adapter.project.bias)
     with torch.no_grad():
         maps, prediction = twin.pyramid(PICTURE), twin(PICTURE)
-        terms = method(maps, maps, prediction, prediction, PERSON, single_process)
+        terms = method(maps, maps, prediction, prediction, PERSON, norm_alone)
     for term in terms.values():
         torch.testing.assert_close(term, torch.zeros(()), atol=1e-4, rtol=0)
 
@@ -117,7 +117,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
 def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
     distiller = Distiller(student, teacher, HierarchicalWeights(confident=1.1))
-    terms = distiller(PICTURE, student(PICTURE), truth(), 1.0, single_process)
+    terms = distiller(PICTURE, student(PICTURE), truth(), 1.0, norm_alone)
     torch.stack(list(terms.values())).sum().backward()
     assert terms["hkd_region"] == 0
     assert all(torch.isfinite(term) for term in terms.values())
@@ -130,7 +130,7 @@ def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tupl
     optimizer = torch.optim.Adam([*student.parameters(), *distiller.parameters()], lr=3e-3)
     course = []
     for _ in range(25):
-        terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, single_process)
+        terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()

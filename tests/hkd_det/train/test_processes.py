@@ -26,7 +26,7 @@ with joined_processes("cpu") as processes:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     student, teacher = Detector(spec), Detector(spec)
-    learner = Learner(student, Distiller(student, teacher, HierarchicalWeights(confident=0.009)), processes.share)
+    learner = Learner(student, Distiller(student, teacher, HierarchicalWeights(confident=0.009)), processes.norm_of)
     learner.train()
     freeze_norms(student)
     generator = torch.Generator().manual_seed(1)
@@ -35,7 +35,7 @@ with joined_processes("cpu") as processes:
     real = torch.tensor([[True, True], [True, False], [False, False], [True, False]])
     ignore = torch.tensor([[False, False], [False, True], [False, False], [False, False]])
     mine = slice(processes.rank, None, processes.count)
-    module = DistributedDataParallel(learner, broadcast_buffers=False) if processes.count > 1 else learner
+    module = DistributedDataParallel(learner) if processes.count > 1 else learner
     terms = module(pictures[mine], TruthBatch(boxes[mine], real[mine], ignore[mine]), 1.0)
     total(terms).backward()
     if processes.leads:
