@@ -1,0 +1,41 @@
+"""The runtime tests' model, which finds the box of all bright pixels, and pictures it is right about by half."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+SOURCE = Path(__file__).parents[1] / "hkd_deploy" / "conftest.py"
+
+
+@pytest.fixture(scope="session")
+def write_tiny_onnx() -> Callable[..., Path]:
+    spec = importlib.util.spec_from_file_location("hkd_deploy_conftest", SOURCE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    writer: Callable[..., Path] = module.write_tiny_onnx
+    return writer
+
+
+@pytest.fixture(scope="session")
+def half_right(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A COCO set of two pictures with a bright figure each; in the second the person stands elsewhere, in the dark."""
+    root = tmp_path_factory.mktemp("half_right")
+    images, annotations = [], []
+    for number, truth in enumerate(([40, 10, 32, 70], [110, 10, 32, 70]), 1):
+        picture = np.zeros((96, 160, 3), np.uint8)
+        picture[10:80, 40:72] = 255
+        cv2.imwrite(str(root / f"{number}.png"), picture)
+        images.append({"id": number, "file_name": f"{number}.png", "width": 160, "height": 96})
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": truth})
+    coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+    (root / "all.json").write_text(json.dumps(coco))
+    path = root / "data.yaml"
+    path.write_text(yaml.safe_dump({"format": "coco", "val": {"images": ".", "annotations": "all.json"}}))
+    return path

@@ -1,0 +1,146 @@
+"""hkd-bench on models whose answers are known: figures, files, page, mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hkd_bench.bench import BenchOptions, bench
+from hkd_bench.command import main
+from hkd_bench.host import host_facts
+from hkd_bench.memory import peak_mib, reset_peak, resident_mib
+from hkd_bench.report import write_report
+from hkd_bench.result import BenchResult, read_result, write_result
+from hkd_bench.table import markdown_table, text_table
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def model(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_onnx(tmp_path_factory.mktemp("model") / "tiny.onnx")
+
+
+@pytest.fixture(scope="module")
+def result(model: Path, half_right: Path) -> BenchResult:
+    options = BenchOptions(runs=8, rounds=2, warm_up=1, staged_runs=3, data=str(half_right), split="val")
+    return bench([model, model], open_data(str(half_right), "val"), options, names=["one", "two"])
+
+
+def test_the_miss_rate_is_the_one_worked_out_by_hand(result: BenchResult) -> None:
+    """One of two people found, whatever the order: a half at every point of the curve."""
+    for found in result.models:
+        assert found.miss_rates["Reasonable"] == pytest.approx(0.5, abs=1e-12)
+        assert found.people["Reasonable"] == 2 and result.pictures == 2
+        assert found.miss_rates["heavy"] is None and found.people["heavy"] == 0
+
+
+def test_every_run_is_counted_and_facts_come_from_the_file(result: BenchResult, model: Path) -> None:
+    for found in result.models:
+        assert len(found.e2e_ms) == 8 and min(found.e2e_ms) > 0
+        assert len(found.stages.inference_ms) == 6 and len(found.load_ms) == 2
+        assert (found.parameters, found.flops, found.imgsz_hw) == (12, 3456, (96, 160))
+        assert found.file_mib == model.stat().st_size / 2**20
+        assert 0 < found.baseline_mib < found.peak_memory_mib
+
+
+def test_json_there_and_back(result: BenchResult, tmp_path: Path) -> None:
+    write_result(tmp_path / "r.json", result)
+    assert read_result(tmp_path / "r.json") == result
+    content = json.loads((tmp_path / "r.json").read_text())
+    for spoil, value in (("schema", 99), ("models", "none"), ("runs", "many")):
+        (tmp_path / "r.json").write_text(json.dumps({**content, spoil: value}))
+        with pytest.raises(DataError, match=r"r\.json"):
+            read_result(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        read_result(tmp_path / "r.json")
+
+
+def test_tables_stand_in_columns(result: BenchResult) -> None:
+    lines = text_table(result).splitlines()
+    assert any(line.startswith("one ") and "50.00" in line for line in lines)
+    assert "| one |" in markdown_table(result) and "50.00" in markdown_table(result)
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, and checks that its tags close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.without_alt = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.fetched += [
+            v for k, v in values.items() if k in ("src", "href") and v and not v.startswith(("data:", "#"))
+        ]
+        self.without_alt += tag == "img" and not values.get("alt")
+
+
+def test_the_page_is_self_contained_and_tells_the_result(result: BenchResult, tmp_path: Path) -> None:
+    write_report(tmp_path / "page.html", result, title="A <title> & more", commands=["hkd-bench x"])
+    text = (tmp_path / "page.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.fetched == [] and page.without_alt == 0 and "<script" not in text
+    assert not re.findall(r"url\((?!['\"]?(?:data:|#))", text)
+    assert "A &lt;title&gt; &amp; more" in text and "50.00" in text and "hkd-bench x" in text
+    assert f"{result.models[0].latency.p50_ms:.1f}" in text
+
+
+def test_command(model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "r.json"
+    flags = [str(model), "--data", str(half_right), "--runs", "3", "--names", "mine", "--json", str(out)]
+    assert main([*flags, "--html", str(tmp_path / "r.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "mine" in printed and "50.00" in printed
+    assert read_result(out).models[0].name == "mine" and (tmp_path / "r.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["MODEL"], 2, "--data"),
+        (["MODEL", "--data", "none.yaml"], 1, "none.yaml"),
+        (["none.onnx", "--data", "DATA"], 1, "none.onnx"),
+        (["DATA", "--data", "DATA"], 1, "data.yaml"),
+        (["MODEL", "--data", "DATA", "--split", "test"], 2, "test"),
+        (["MODEL", "--data", "DATA", "--device", "tpu"], 2, "tpu"),
+        (["MODEL", "--data", "DATA", "--device", "cuda"], 1, "cuda"),
+        (["MODEL", "--data", "DATA", "--limit", "0"], 2, "--limit"),
+        (["MODEL", "--data", "DATA", "--names", "a,b"], 2, "--names"),
+    ],
+)
+def test_mistakes_get_one_line(
+    flags: list[str], code: int, message: str, model: Path, half_right: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"MODEL": str(model), "DATA": str(half_right)}
+    assert main([known.get(flag, flag) for flag in flags]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-bench: ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_peak_is_seen_after_it_is_gone() -> None:
+    reset_peak()
+    block = bytearray(64 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    assert peak_mib() - resident_mib() > 40
+
+
+def test_facts_are_told_or_their_absence_is() -> None:
+    facts = host_facts()
+    assert {fact.name for fact in facts} >= {"CPU", "cores", "memory"}
+    assert all((fact.value is None) == bool(fact.reason) for fact in facts)
+
+
+def test_the_worker_never_imports_torch() -> None:
+    code = "import sys, hkd_bench.worker, hkd_bench.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
