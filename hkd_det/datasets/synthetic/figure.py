@@ -17,6 +17,7 @@ CLOTH: list[Colour] = [
 LOWER: list[Colour] = [(38, 44, 62), (30, 30, 34), (70, 78, 98), (104, 94, 78), (60, 56, 54), (128, 124, 116)]
 
 At = Callable[[Point], Point]  # from shares of the height to pixels
+CROWN = 0.068  # above the head's centre
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def walking(person: Person) -> Joints:
         apart = sign * 0.045 * person.build * (1 - side)
         knee = (apart + facing * side * 0.25 * math.sin(angle), hip[1] - 0.25 * math.cos(angle))
         shin = angle - bend
-        foot = (knee[0] + facing * side * 0.25 * math.sin(shin), max(0.012, knee[1] - 0.245 * math.cos(shin)))
+        foot = (knee[0] + facing * side * 0.25 * math.sin(shin), max(0.018, knee[1] - 0.245 * math.cos(shin)))
         knees.append(knee)
         feet.append(foot)
         shoulder = (neck[0] + sign * 0.115 * person.build * (1 - 0.6 * side), neck[1] - 0.025)
@@ -102,10 +103,10 @@ def walking(person: Person) -> Joints:
         hands.append((elbow[0] + facing * side * 0.16 * math.sin(fore), elbow[1] - 0.16 * math.cos(fore)))
         elbows.append(elbow)
     # The planted foot stands on the ground, whatever the swing.
-    drop = min(foot[1] for foot in feet) - 0.012
+    drop = min(foot[1] for foot in feet) - 0.018
     lowered = [(x, y - drop) for x, y in feet]
     return Joints(
-        (hip[0], hip[1] - drop), (neck[0], neck[1] - drop), (neck[0] + 0.012 * facing * side, 0.932 - drop),
+        (hip[0], hip[1] - drop), (neck[0], neck[1] - drop), (neck[0] + 0.012 * facing * side, 1 - CROWN - drop),
         _pair([(x, y - drop) for x, y in knees]), _pair(lowered),
         _pair([(x, y - drop) for x, y in elbows]), _pair([(x, y - drop) for x, y in hands]),
     )  # fmt: skip
@@ -208,9 +209,9 @@ def _torso(canvas: Canvas, person: Person, joints: Joints, at: At, wide: float) 
 
 
 def _head(canvas: Canvas, person: Person, neck: Point, head: Point, height_px: float) -> None:
-    """The crown lies at the standing height: the head's centre at 0.932, its half height 0.068."""
+    """Neck, hair, face, hat."""
     canvas.limb(neck, head, 0.026 * height_px, 0.026 * height_px, shaded(person.skin, 0.85))
-    canvas.ellipse(head, (0.05 * height_px, 0.068 * height_px), person.hair)
+    canvas.ellipse(head, (0.05 * height_px, CROWN * height_px), person.hair)
     if not (person.back and abs(person.turn) < 0.5):
         ahead = math.copysign(0.016 * height_px, person.turn) * abs(person.turn)
         canvas.ellipse(

@@ -135,9 +135,8 @@ def _person(
     where: Point,
     height_m: float,
     label: int,
-    tall: float = 1.0,
 ) -> Thing:
-    """A person; `tall` is how much of the standing height this pose has."""
+    """A person in a pose, as tall as its crown is high."""
     x, z = where
     foot, height_px = view.at(x, z), height_m * view.scale(z)
 
@@ -145,7 +144,7 @@ def _person(
         scenery.shadow(canvas, view, light, x, z, 0.35, 0.25)
         figure.paint(canvas, person, joints, foot, height_px)
 
-    return Thing(z, paint, label, foot, tall * height_px)
+    return Thing(z, paint, label, foot, (joints.head[1] + figure.CROWN) * height_px)
 
 
 def _special(label: int, view: View, light: Light, chance: np.random.Generator) -> Thing:
@@ -159,7 +158,7 @@ def _special(label: int, view: View, light: Light, chance: np.random.Generator) 
             x = math.copysign(7.6, x)
             return _sitter(view, light, person, (x, max(z, 9.5)), stature_m(chance))
         case 4:
-            return _person(view, light, person, figure.sitting(person), (x, z), stature_m(chance), OTHER, 0.76)
+            return _person(view, light, person, figure.sitting(person), (x, z), stature_m(chance), OTHER)
         case 5:
             return _group(view, light, (math.copysign(6.5, x), max(z, 14.0)), chance)
         case _:
@@ -167,7 +166,7 @@ def _special(label: int, view: View, light: Light, chance: np.random.Generator) 
 
 
 def _rider(view: View, light: Light, person: Person, where: Point, height_m: float) -> Thing:
-    base = _person(view, light, person, figure.riding(person), where, height_m, RIDER, 0.97)
+    base = _person(view, light, person, figure.riding(person), where, height_m, RIDER)
     metre = view.scale(where[1])
     foot = base.foot
     facing = math.copysign(1.0, person.turn)
@@ -189,7 +188,7 @@ def _rider(view: View, light: Light, person: Person, where: Point, height_m: flo
 
 
 def _sitter(view: View, light: Light, person: Person, where: Point, height_m: float) -> Thing:
-    base = _person(view, light, person, figure.sitting(person), where, height_m, SITTING, 0.76)
+    base = _person(view, light, person, figure.sitting(person), where, height_m, SITTING)
     x, z = where
 
     def paint(canvas: Canvas) -> None:

@@ -62,7 +62,7 @@ def test_boxes_have_the_aspect_and_hold_what_is_visible(streets: list[Street]) -
 
 
 def test_a_box_encloses_the_painted_person() -> None:
-    """Somebody alone on an empty canvas: crown and sole are where the box says, to three per cent."""
+    """Somebody alone on an empty canvas: crown and sole are where the box says, to two per cent."""
     from hkd_det.datasets.synthetic import figure
     from hkd_det.datasets.synthetic.figure import random_person, walking
 
@@ -71,10 +71,12 @@ def test_a_box_encloses_the_painted_person() -> None:
         canvas = Canvas((400, 400), (0, 0, 0))
         canvas.owner = 1
         person = random_person(chance)
-        figure.paint(canvas, person, walking(person), (200, 350), 300)
+        joints = walking(person)
+        figure.paint(canvas, person, joints, (200, 350), 300)
         extent = canvas.extent_xyxy(1)
         assert extent is not None
-        assert abs(extent[1] - 50) < 9 and abs(extent[3] - 350) < 9
+        crown_px = 350 - 300 * (joints.head[1] + figure.CROWN)
+        assert abs(extent[1] - crown_px) < 4 and abs(extent[3] - 350) < 6 and 50 <= crown_px < 70
 
 
 def test_a_person_behind_another_is_seen_less() -> None:
