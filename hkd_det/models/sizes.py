@@ -1,6 +1,6 @@
 """The named detectors, what they weigh and what they cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,9 +38,13 @@ def spec_of(name: str) -> DetectorSpec:
     return SIZES[name]
 
 
-def build_detector(name: str) -> Detector:
-    """A detector of a named size with fresh weights; UsageError for an unknown name."""
-    return Detector(spec_of(name))
+def build_detector(name: str, backbone: str = "") -> Detector:
+    """A detector of a named size with fresh weights, on its own backbone or on any timm model's.
+
+    Raises UsageError for an unknown name, and for a backbone without maps at the size's strides.
+    """
+    spec = spec_of(name)
+    return Detector(replace(spec, backbone=backbone, backbone_arguments={}) if backbone else spec)
 
 
 def cost(detector: Detector, imgsz_hw: tuple[int, int]) -> Cost:

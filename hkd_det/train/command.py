@@ -48,6 +48,7 @@ def _fresh(arguments: argparse.Namespace) -> TrainConfig:
         imgsz_hw=parse_imgsz(arguments.imgsz),
         epochs=arguments.epochs,
         batch=arguments.batch,
+        backbone=arguments.backbone,
         pretrained=arguments.pretrained,
         teacher=arguments.teacher,
         distill=arguments.distill,
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--imgsz", default="640x512", help="input size, width x height, multiples of 32")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16, help="pictures a step, over all processes")
+    parser.add_argument("--backbone", default="", help="any timm model in the place of the size's own backbone")
     parser.add_argument("--pretrained", default="", help="backbone weights: imagenet, or a file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=2, help="processes that load pictures")

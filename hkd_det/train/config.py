@@ -15,7 +15,8 @@ class TrainConfig:
     """Everything that decides the weights that come out, and where they go.
 
     data: a name in datasets.yaml or a path to a data yaml. imgsz_hw: (height, width) in pixels, multiples of 32.
-    pretrained: "imagenet", a weights file, or "" for none. teacher: a checkpoint to distil from, or "".
+    backbone: a timm model in the place of the model's own, or "". pretrained: "imagenet", a weights file, or "" for
+    none. teacher: a checkpoint to distil from, or "".
     batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
     the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
     epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
@@ -36,6 +37,7 @@ class TrainConfig:
     multi_scale: float = 0.25
     mosaic: float = 0.5
     finale: float = 0.1
+    backbone: str = ""
     pretrained: str = ""
     teacher: str = ""
     distill: str = ""

@@ -4,6 +4,7 @@ Chance depends only on (seed, epoch, position in the epoch): workers hold no ran
 run draws the same views.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hkd_det.datasets import Sample, read_picture
+from hkd_det.errors import HkdError
 from hkd_det.imgsz import STRIDE
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.train.augment import View, training_view, view_from_arrays
 
+Batch = tuple[Tensor, TruthBatch]
 LEAST_VISIBLE = 0.2  # less of a person can't be learnt from: ignored, as the protocols' widest setup does
 
 
@@ -84,7 +87,7 @@ class RankSampler(Sampler[list[Draw]]):
             yield batch[self.rank :: self.count]
 
 
-class TrainingViews(Dataset[View]):
+class TrainingViews(Dataset[View | HkdError]):
     """Augmented views of samples; decoded pictures are kept while they fit in `cache_mib`."""
 
     def __init__(self, samples: Sequence[Sample], size_hw: tuple[int, int], cache_mib: float) -> None:
@@ -93,10 +96,15 @@ class TrainingViews(Dataset[View]):
         self.room_bytes = int(cache_mib * 2**20)
         self.cached: dict[int, tuple[NDArray[np.uint8], float]] = {}
 
-    def __getitem__(self, draw: Draw) -> View:
+    def __getitem__(self, draw: Draw) -> View | HkdError:
+        """The view, or what is wrong with its pictures: raised here it would cross processes as a traceback."""
+        try:
+            sources = [self._source(index) for index in draw.indices]
+        except HkdError as error:
+            return error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw.seed)
-            return training_view([self._source(index) for index in draw.indices], draw.size_hw)
+            return training_view(sources, draw.size_hw)
 
     def _source(self, index: int) -> View:
         picture, scale = self._picture(index)
@@ -118,8 +126,13 @@ class TrainingViews(Dataset[View]):
         return picture, scale
 
 
-def collate(views: list[View]) -> tuple[Tensor, TruthBatch]:
-    """Views of one size to pictures [B, 3, H, W] uint8 and their padded truth."""
+def collate(made: list[View | HkdError]) -> Batch | HkdError:
+    """Views of one size to pictures [B, 3, H, W] uint8 and their padded truth; the first error in their place."""
+    views = []
+    for view in made:
+        if isinstance(view, HkdError):
+            return view
+        views.append(view)
     most = max((len(view.ignore) for view in views), default=0)
     boxes = torch.zeros(len(views), most, 4)
     real = torch.zeros(len(views), most, dtype=torch.bool)
@@ -134,11 +147,11 @@ def collate(views: list[View]) -> tuple[Tensor, TruthBatch]:
 
 def open_loader(
     samples: Sequence[Sample], epochs: Epochs, rank: int, count: int, workers: int, cache_mib: int
-) -> tuple[DataLoader[tuple[Tensor, TruthBatch]], RankSampler]:
+) -> tuple[DataLoader[Batch | HkdError], RankSampler]:
     """A loader of this process's batches, and the sampler on which the epoch is set."""
     sampler = RankSampler(epochs, rank, count)
     views = TrainingViews(samples, epochs.size_hw, cache_mib / max(1, workers))
-    loader: DataLoader[tuple[Tensor, TruthBatch]] = DataLoader(
+    loader: DataLoader[Batch | HkdError] = DataLoader(
         views,  # type: ignore[arg-type]  # the stubs know no collate_fn that changes the type
         batch_sampler=sampler,
         num_workers=workers,
@@ -151,7 +164,16 @@ def open_loader(
     return loader, sampler
 
 
+def batches(loader: DataLoader[Batch | HkdError]) -> Iterator[Batch]:
+    """One epoch's batches; raises what a picture raised in a worker, as one line."""
+    for batch in loader:
+        if isinstance(batch, HkdError):
+            raise batch
+        yield batch
+
+
 def _quiet_worker(_worker: int) -> None:
-    """One thread a worker: the cores belong to the training step."""
+    """One thread a worker: the cores belong to the training step. Ctrl-C is the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

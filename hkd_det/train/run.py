@@ -29,7 +29,7 @@ from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_sta
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.history import EpochRecord, write_history
 from hkd_det.train.learner import Learner
-from hkd_det.train.loader import Epochs, open_loader
+from hkd_det.train.loader import Epochs, batches, open_loader
 from hkd_det.train.processes import Processes, joined_processes
 from hkd_det.train.schedule import distillation_strength, learning_rate_factor, plain_from
 from hkd_det.train.validate import detect_all
@@ -69,7 +69,7 @@ class Run:
         self.setup = SETUPS[config.setup]
         self._check_people(training)
         torch.manual_seed(config.seed)
-        detector = build_detector(config.model)
+        detector = build_detector(config.model, config.backbone)
         if config.pretrained:
             load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
         if config.freeze_norm:
@@ -141,7 +141,7 @@ class Run:
         if config.freeze_norm:
             freeze_norms(self.learner.detector)
         sums: dict[str, float] = {}
-        for index, (pictures, truth) in enumerate(self.loader):
+        for index, (pictures, truth) in enumerate(batches(self.loader)):
             self._set_rate(epoch * self.epochs.steps + index)
             inputs = pictures.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):

@@ -1,9 +1,15 @@
 """`hkd-train`'s answers to what a user may get wrong: one line, the right exit code."""
 
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from hkd_det.train.checkpoint import read_detector
 from hkd_det.train.command import main
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
@@ -20,15 +26,17 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--set", "lr=fast"], 2, "not a number"),
         (["--data", "x.yaml", *FLAGS, "--set", "speed=1"], 2, "speed"),
         (["--data", "x.yaml", *FLAGS, "--set", "epochs=0"], 2, "at least 1"),
+        (["--data", "DATA", *FLAGS, "--backbone", "resnet1"], 2, "resnet1"),
+        (["--data", "DATA", *FLAGS, "--backbone", "vit_tiny_patch16_224"], 2, "vit_tiny"),
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
         (["--data", "x.yaml", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
         (["--resume", "nothing-here"], 1, "last.pt"),
     ],
 )
 def test_mistakes_get_one_line(
-    flags: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], code: int, message: str, people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*flags, "--project", str(tmp_path)]) == code
+    assert main([*(str(people) if flag == "DATA" else flag for flag in flags), "--project", str(tmp_path)]) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
 
@@ -55,3 +63,36 @@ def test_nobody_to_find_is_said_before_training(
     flags = ["--data", str(people), *FLAGS, "--project", str(tmp_path), "--set", "setup=Reasonable_occ=heavy"]
     assert main(flags) == 1
     assert "setup=All" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_truncated_picture_stops_training_with_its_name(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    shutil.copytree(people.parent, tmp_path / "data")
+    picture = tmp_path / "data" / "train" / "005.png"
+    picture.write_bytes(picture.read_bytes()[:500])
+    flags = ["--data", str(tmp_path / "data" / people.name), *FLAGS, "--workers", workers, "--project", str(tmp_path)]
+    assert main(flags) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "hkd-train: " in line]
+    assert len(lines) == 1 and str(picture) in lines[0] and "Traceback" not in lines[0]
+
+
+def test_any_timm_backbone_can_be_named(people: Path, tmp_path: Path) -> None:
+    flags = ["--data", str(people), *FLAGS, "--workers", "0", "--project", str(tmp_path), "--batch", "4"]
+    assert main([*flags, "--backbone", "mobilenetv3_small_050"]) == 0
+    assert read_detector(tmp_path / "mini-student" / "best.pt").build().spec.backbone == "mobilenetv3_small_050"
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on_and_leaves_no_traceback(people: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hkd_det.train", "--data", str(people), *FLAGS[:-1], "500", "--workers", "2"]
+    process = subprocess.Popen([*command, "--project", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "mini-student" / "last.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "--resume" in error and "Traceback" not in error
