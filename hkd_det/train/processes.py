@@ -51,6 +51,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, count, chosen)
+        dist.barrier()  # nobody leaves while another still speaks
     finally:
         dist.destroy_process_group()
 
