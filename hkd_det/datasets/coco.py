@@ -1,7 +1,9 @@
-"""COCO JSON: boxes xywh in pixels; crowds, and boxes marked `ignore`, are ignore regions."""
+"""COCO JSON: boxes xywh in pixels; crowds, boxes marked `ignore` and boxes without area are ignore regions.
 
-import json
-import math
+A box is cut at its picture's borders, unless a `vis_bbox` says which part of it can be seen: then it is the
+whole person, as far as that reaches.
+"""
+
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -9,122 +11,119 @@ from typing import Any
 import numpy as np
 
 from hkd_det import boxes as box_math
+from hkd_det.datasets.json_file import read_json
+from hkd_det.datasets.person_class import choose_person
 from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
 
-PERSON_NAMES = ("person", "pedestrian", "people", "human")
+LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 
 
 def read_coco(annotations: Path, images: Path, category: str = "") -> list[Sample]:
     """Every picture of an annotation file, its people as truth.
 
     images: the folder that `file_name` is relative to. category: the person category's name; by default the
-    one called person or pedestrian, or the only one. `vis_bbox` is read where it stands.
+    one called person or pedestrian, or the only one.
     Raises DataError, naming the file and the record.
     """
-    content = _load(annotations)
-    wanted = _category_id(content, annotations, category)
-    sizes = _pictures(content, annotations)
+    content = read_json(annotations)
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
+    ):
+        raise DataError(f"{annotations}: not a COCO file: it needs the lists 'images', 'annotations' and 'categories'")
+    categories = _categories(content["categories"], annotations)
+    wanted = choose_person(categories, category, f"{annotations}: its categories")
+    pictures = _pictures(content["images"], annotations)
     records: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for record in content["annotations"]:
-        if not isinstance(record, dict) or "image_id" not in record or "bbox" not in record:
-            raise DataError(f"{annotations}: annotation {_name(record)} has no image_id or bbox")
-        if not isinstance(record["image_id"], (int, str)) or record["image_id"] not in sizes:
-            raise DataError(f"{annotations}: annotation {_name(record)} is of picture {record['image_id']}, not listed")
-        if record.get("category_id", wanted) == wanted:
+        _check_record(record, pictures, categories, annotations)
+        if record["category_id"] == wanted:
             records[record["image_id"]].append(record)
     return [
         Sample(image_id, images / image["file_name"], _truth(records[image_id], image, annotations), _size(image))
-        for image_id, image in sizes.items()
+        for image_id, image in pictures.items()
     ]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in ("images", "annotations")
-    ):
-        raise DataError(f"{path}: not a COCO file: it needs the lists 'images', 'annotations' and 'categories'")
-    return content
+def _categories(categories: list[Any], path: Path) -> dict[Any, str]:
+    for entry in categories:
+        if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("name"), str):
+            raise DataError(f"{path}: 'categories' must be a list of objects with id and name")
+    return {entry["id"]: entry["name"] for entry in categories}
 
 
-def _category_id(content: dict[str, Any], path: Path, category: str) -> Any:
-    categories = content.get("categories")
-    if not isinstance(categories, list) or not all(
-        isinstance(c, dict) and {"id", "name"} <= c.keys() for c in categories
-    ):
-        raise DataError(f"{path}: 'categories' must be a list of objects with id and name")
-    ids = {str(entry["name"]): entry["id"] for entry in categories}
-    names = (category,) if category else PERSON_NAMES
-    for name in names:
-        if name in ids:
-            return ids[name]
-    if len(ids) == 1 and not category:
-        return next(iter(ids.values()))
-    raise DataError(f"{path}: no category {' or '.join(names)} among {', '.join(ids) or 'none'}; say `category: NAME`")
-
-
-def _pictures(content: dict[str, Any], path: Path) -> dict[Any, dict[str, Any]]:
+def _pictures(images: list[Any], path: Path) -> dict[Any, dict[str, Any]]:
     pictures: dict[Any, dict[str, Any]] = {}
-    for image in content["images"]:
+    for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
             raise DataError(f"{path}: picture {_name(image)} has no id or file_name")
-        if not isinstance(image["id"], (int, str)):
+        if not _is_id(image["id"]):
             raise DataError(f"{path}: picture id {image['id']!r} is neither a number nor a text")
         if image["id"] in pictures:
             raise DataError(f"{path}: picture id {image['id']} stands twice")
+        if any(key in image and not _is_side(image[key]) for key in ("width", "height")):
+            raise DataError(
+                f"{path}: picture {_name(image)}: width {image.get('width')!r} and height {image.get('height')!r} "
+                "must be whole numbers of pixels"
+            )
         pictures[image["id"]] = image
     if not pictures:
         raise DataError(f"{path}: lists no pictures")
     return pictures
 
 
+def _check_record(record: Any, pictures: dict[Any, Any], categories: dict[Any, str], path: Path) -> None:
+    if not isinstance(record, dict) or not {"image_id", "category_id", "bbox"} <= record.keys():
+        raise DataError(f"{path}: annotation {_name(record)} has no image_id, category_id or bbox")
+    for key, listed in (("image_id", pictures), ("category_id", categories)):
+        if not _is_id(record[key]) or record[key] not in listed:
+            raise DataError(f"{path}: annotation {_name(record)}: its {key} {record[key]!r} is not listed")
+
+
 def _truth(records: list[dict[str, Any]], image: dict[str, Any], path: Path) -> Truth:
-    whole = [_box(record, "bbox", path) for record in records]
-    visible = [
-        _box(record, "vis_bbox", path) if "vis_bbox" in record else box
-        for record, box in zip(records, whole, strict=True)
-    ]
-    boxes = box_math.xyxy_from_xywh(np.array(whole, np.float64).reshape(-1, 4))
-    seen = box_math.xyxy_from_xywh(np.array(visible, np.float64).reshape(-1, 4))
-    size = _size(image)
-    if size is not None and all("vis_bbox" not in record for record in records):
-        boxes = _clipped(boxes, size, records, path)
-        seen = boxes
-    return Truth(
-        boxes.astype(np.float32),
-        np.array([bool(record.get("iscrowd")) or bool(record.get("ignore")) for record in records], bool),
-        seen.astype(np.float32),
-        tuple("person" for _ in records),
-    )
+    pairs = [_boxes(record, image, path) for record in records]
+    whole = np.array([pair[0] for pair in pairs], np.float32).reshape(-1, 4)
+    seen = np.array([pair[1] for pair in pairs], np.float32).reshape(-1, 4)
+    marked = np.array([bool(record.get("iscrowd")) or bool(record.get("ignore")) for record in records], bool)
+    return Truth(whole, marked | (box_math.area(whole) <= 0), seen, ("person",) * len(records))
 
 
-def _clipped(
-    boxes: box_math.Boxes, size_hw: tuple[int, int], records: list[dict[str, Any]], path: Path
-) -> box_math.Boxes:
-    cut = box_math.clip(boxes, size_hw)
-    for record, gone in zip(records, box_math.area(cut) <= 0, strict=True):
-        if gone:
-            raise DataError(f"{path}: annotation {_name(record)}: box {record['bbox']} is outside its picture")
-    return cut
+def _boxes(record: dict[str, Any], image: dict[str, Any], path: Path) -> tuple[box_math.Boxes, box_math.Boxes]:
+    """A record's whole and visible box, xyxy [4]."""
+    whole = _box(record, "bbox", path)
+    seen = _box(record, "vis_bbox", path) if "vis_bbox" in record else whole
+    size_hw = _size(image)
+    if size_hw is None:
+        return whole[0], seen[0]
+    cut = box_math.clip(seen, size_hw)
+    if box_math.area(seen) > 0 and box_math.area(cut) <= 0:
+        raise DataError(f"{path}: annotation {_name(record)}: box {record['bbox']} is outside its picture")
+    return (whole[0], seen[0]) if "vis_bbox" in record else (cut[0], cut[0])
 
 
-def _box(record: dict[str, Any], key: str, path: Path) -> list[float]:
+def _box(record: dict[str, Any], key: str, path: Path) -> box_math.Boxes:
+    """[1, 4] xyxy."""
     box = record[key]
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-    if not numbers or not all(math.isfinite(v) for v in box) or box[2] < 0 or box[3] < 0:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_coordinate, box)) or box[2] < 0 or box[3] < 0:
         raise DataError(f"{path}: annotation {_name(record)}: {key} {box!r} is not [x, y, width, height] in pixels")
-    return [float(v) for v in box]
+    return box_math.xyxy_from_xywh(np.array(box, np.float64))
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
-    height, width = image.get("height"), image.get("width")
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    return (int(image["height"]), int(image["width"])) if {"height", "width"} <= image.keys() else None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str))
+
+
+def _is_side(value: Any) -> bool:
+    return _is_coordinate(value) and value > 0 and value % 1 == 0  # some tools write 640.0
+
+
+def _is_coordinate(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= LARGEST_PX  # NaN and infinity are not
 
 
 def _name(record: Any) -> str:

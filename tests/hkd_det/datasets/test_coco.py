@@ -51,7 +51,24 @@ def test_visible_boxes_and_ignore_flags_are_kept(tmp_path: Path) -> None:
     assert truth.visibility.tolist() == [0.5] and truth.ignore.tolist() == [True]
 
 
+def test_with_a_visible_box_the_whole_one_may_reach_beyond_the_picture(tmp_path: Path) -> None:
+    """And it alone: another person in the same picture is cut as ever."""
+    both = annotation(bbox=[80, 20, 40, 40], vis_bbox=[80, 20, 20, 40]) + annotation(bbox=[90, 0, 20, 10])
+    truth = read_coco(written(tmp_path, content(annotations=both)), tmp_path)[0].truth
+    np.testing.assert_array_equal(truth.boxes_xyxy, [[80, 20, 120, 60], [90, 0, 100, 10]])
+    np.testing.assert_array_equal(truth.visible_xyxy, [[80, 20, 100, 60], [90, 0, 100, 10]])
+    assert truth.visibility.tolist() == [0.5, 1]
+
+
+def test_a_box_without_area_is_kept_and_ignored(tmp_path: Path) -> None:
+    """COCO has a few: there is nobody to find, and no reason to refuse the file."""
+    value = content(annotations=annotation(bbox=[10, 20, 0, 40]) + annotation())
+    assert read_coco(written(tmp_path, value), tmp_path)[0].truth.ignore.tolist() == [True, False]
+
+
 def test_the_person_category_by_name_or_alone_or_as_asked(tmp_path: Path) -> None:
+    large = content(categories=[{"id": 1, "name": "Person"}, {"id": 2, "name": "car"}])
+    assert len(read_coco(written(tmp_path, large), tmp_path)[0].truth) == 2
     only = content(categories=[{"id": 9, "name": "worker"}], annotations=annotation(category_id=9))
     assert len(read_coco(written(tmp_path, only), tmp_path)[0].truth) == 1
     two = content(categories=[{"id": 1, "name": "worker"}, {"id": 2, "name": "car"}])
@@ -76,7 +93,15 @@ def test_the_person_category_by_name_or_alone_or_as_asked(tmp_path: Path) -> Non
         (content(annotations=annotation(bbox=[1, 2, float("nan"), 4])), "annotation 5"),
         (content(annotations=annotation(bbox=[1, 2, -3, 4])), "annotation 5"),
         (content(annotations=annotation(bbox=[1, 2, "3", 4])), "annotation 5"),
+        (content(annotations=annotation(bbox=[1, 2, True, 4])), "annotation 5"),
+        (content(annotations=annotation(bbox=[1, 2, 10**400, 4])), "annotation 5"),
+        (content(annotations=annotation(bbox=[1e39, 2, 3, 4])), "annotation 5"),
+        (content(annotations=annotation(category_id=77)), "category_id 77 is not listed"),
+        (content(annotations=annotation(category_id=[1])), "is not listed"),
         (content(annotations=annotation(bbox=[200, 2, 3, 4])), "outside its picture"),
+        (content(annotations=annotation(bbox=[200, 2, 3, 4], vis_bbox=[200, 2, 3, 4])), "outside its picture"),
+        (content(images=[{"id": 7, "file_name": "a", "width": 0, "height": 5}]), "whole numbers of pixels"),
+        (content(images=[{"id": 7, "file_name": "a", "width": 9, "height": None}]), "whole numbers of pixels"),
     ],
 )
 def test_faults_name_file_and_record(tmp_path: Path, value: Any, message: str) -> None:
@@ -93,10 +118,21 @@ def test_what_is_no_json_names_the_line(tmp_path: Path) -> None:
         read_coco(path, tmp_path)
     with pytest.raises(DataError, match="no such annotation file"):
         read_coco(tmp_path / "none.json", tmp_path)
+    for text, message in (("[" * 100_000, "nested too deeply"), ("1" * 5000, "not JSON"), ("\udcff", "not JSON")):
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(DataError, match=message):
+            read_coco(path, tmp_path)
+    with pytest.raises(DataError, match="a folder"):
+        read_coco(tmp_path, tmp_path)
 
 
 junk = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 300)
+    | st.sampled_from([10**400, -(10**400), 640.0])
+    | st.floats()
+    | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "bbox", "name"]), inner),
     max_leaves=6,
 )
