@@ -1,4 +1,7 @@
-"""YOLO folders: `images/` beside `labels/`, a text file a picture, `class cx cy w h` as shares of the picture."""
+"""YOLO folders: `images/` beside `labels/`, a text file a picture, `class cx cy w h` as shares of the picture.
+
+A box is cut at its picture's borders; one without area is an ignore region.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,13 +9,15 @@ from pathlib import Path
 
 import imagesize
 import numpy as np
+from numpy.typing import NDArray
 
+from hkd_det import boxes as box_math
+from hkd_det.datasets.person_class import choose_person
 from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-PERSON_NAMES = ("person", "pedestrian", "people", "human")
-TOLERANCE = 1e-4  # shares are written rounded: a box may reach this far beyond its picture
+LARGEST_SHARE = 2.0  # a person half outside the picture; what is larger was meant as pixels
 
 
 def read_yolo(source: Path, names: Mapping[int, str], category: str = "") -> list[Sample]:
@@ -20,13 +25,18 @@ def read_yolo(source: Path, names: Mapping[int, str], category: str = "") -> lis
 
     names: class number to name, as in data.yaml. category: the person class's name; by default the one called
     person or pedestrian, or the only one. A picture without a label file shows nobody.
-    Raises DataError, naming file and line.
+    A picture's id is its path below `source`, or as listed; listed twice it is taken once. Raises DataError, naming file and line.
     """
-    person = _person_class(source, names, category)
+    person = choose_person(names, category, f"{source}: `names`")
     pictures = _listed(source)
     if not pictures:
         raise DataError(f"{source}: holds no pictures ({', '.join(sorted(PICTURES))})")
-    return [_sample(path, person, len(names)) for path in pictures]
+    missing = [path for path in pictures.values() if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no such picture, and {len(missing) - 1} others of the {len(pictures)} that {source} lists"
+        )
+    return [_sample(image_id, path, person, names) for image_id, path in pictures.items()]
 
 
 def label_path(picture: Path) -> Path:
@@ -37,45 +47,35 @@ def label_path(picture: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _person_class(source: Path, names: Mapping[int, str], category: str) -> int:
-    numbers = {name: number for number, name in names.items()}
-    wanted = (category,) if category else PERSON_NAMES
-    for name in wanted:
-        if name in numbers:
-            return numbers[name]
-    if len(names) == 1 and not category:
-        return next(iter(names))
-    raise DataError(
-        f"{source}: no class {' or '.join(wanted)} among `names`: {', '.join(names.values())}; say `category: NAME`"
-    )
-
-
-def _listed(source: Path) -> list[Path]:
+def _listed(source: Path) -> dict[str, Path]:
+    """Pictures by their id."""
     if source.is_dir():
-        return sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
-    if source.is_file():
-        lines = source.read_text(encoding="utf-8").splitlines()
-        return [source.parent / line.strip() for line in lines if line.strip()]
-    raise DataError(f"{source}: no such folder or list of pictures")
+        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
+        return {path.relative_to(source).as_posix(): path for path in found}
+    if not source.is_file():
+        raise DataError(f"{source}: no such folder or list of pictures")
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{source}: not a text file; expected a folder of pictures or a list of them") from None
+    if any("\0" in line for line in lines):
+        raise DataError(f"{source}: not a text file; expected a folder of pictures or a list of them")
+    return {line: source.parent / line for line in lines if line}
 
 
-def _sample(path: Path, person: int, classes: int) -> Sample:
+def _sample(image_id: str, path: Path, person: int, names: Mapping[int, str]) -> Sample:
     size_hw = _size_hw(path)
     labels = label_path(path)
-    rows = _rows(labels, classes) if labels.exists() else np.zeros((0, 5))
-    people = rows[rows[:, 0] == person, 1:]
-    centre, half = people[:, :2], people[:, 2:] / 2
-    shares = np.concatenate([centre - half, centre + half], axis=1).clip(0, 1)
-    boxes = (shares * [size_hw[1], size_hw[0], size_hw[1], size_hw[0]]).astype(np.float32)
-    return Sample(path.stem, path, Truth(boxes, np.zeros(len(boxes), bool), boxes, ("person",) * len(boxes)), size_hw)
+    shares = _people(labels, person, names) if labels.exists() else np.zeros((0, 4))
+    height, width = size_hw
+    boxes = (shares * [width, height, width, height]).astype(np.float32)
+    return Sample(image_id, path, Truth(boxes, box_math.area(boxes) <= 0, boxes, ("person",) * len(boxes)), size_hw)
 
 
 def _size_hw(path: Path) -> tuple[int, int]:
     """Height and width from the file's header, without decoding it."""
     try:
         width, height = imagesize.get(str(path))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such picture") from None
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: not a readable picture ({error})") from None
     if width <= 0 or height <= 0:
@@ -83,28 +83,33 @@ def _size_hw(path: Path) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _rows(path: Path, classes: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = [float(word) for word in line.split()]
-        except ValueError:
-            raise DataError(f"{where}: {line.strip()[:60]!r} is not `class cx cy w h`") from None
-        if len(row) != 5 or not all(math.isfinite(value) for value in row):
-            raise DataError(f"{where}: {line.strip()[:60]!r} is not `class cx cy w h` of finite numbers")
-        if row[0] not in range(classes):
-            raise DataError(f"{where}: class {row[0]:g} is not among the {classes} `names`")
-        _check_box(row[1:], where)
-        rows.append(row)
-    return np.array(rows, np.float64).reshape(-1, 5)
+def _people(path: Path, person: int, names: Mapping[int, str]) -> NDArray[np.float64]:
+    """[N, 4] xyxy of a label file's people, shares of the picture, cut at its borders."""
+    boxes = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        if line.strip():
+            label, box = _record(line, names, f"{path}, line {number}")
+            if label == person:
+                boxes.append(box)
+    return np.array(boxes, np.float64).reshape(-1, 4)
 
 
-def _check_box(box: list[float], where: str) -> None:
-    width, height = box[2:]
-    if width <= 0 or height <= 0:
-        raise DataError(f"{where}: the box has no area: width {width:g}, height {height:g}")
-    if max(box) > 1 + TOLERANCE or min(box) < -TOLERANCE:
-        raise DataError(f"{where}: {box} are not shares of the picture (0 to 1); are they pixels?")
+def _record(line: str, names: Mapping[int, str], where: str) -> tuple[int, list[float]]:
+    """Class number and xyxy."""
+    try:
+        row = [float(word) for word in line.split()]
+    except ValueError:
+        raise DataError(f"{where}: {line.strip()[:60]!r} is not `class cx cy w h`") from None
+    if len(row) != 5 or not all(math.isfinite(value) for value in row):
+        raise DataError(f"{where}: {line.strip()[:60]!r} is not `class cx cy w h` of finite numbers")
+    label, x, y, width, height = row
+    if label not in names:
+        raise DataError(f"{where}: class {label:g} is not among the {len(names)} `names`")
+    if width < 0 or height < 0:
+        raise DataError(f"{where}: the box has a negative size: width {width:g}, height {height:g}")
+    if max(map(abs, row[1:])) > LARGEST_SHARE:
+        raise DataError(f"{where}: {row[1:]} are not shares of the picture (0 to 1); are they pixels?")
+    box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    if box[0] >= 1 or box[1] >= 1 or box[2] <= 0 or box[3] <= 0:
+        raise DataError(f"{where}: the box {row[1:]} is outside its picture")
+    return int(label), [min(max(value, 0.0), 1.0) for value in box]

@@ -32,10 +32,45 @@ def data_yaml(root: Path, **content: object) -> str:
 
 def test_shares_become_pixels_and_other_classes_are_left_out(tmp_path: Path) -> None:
     (sample,) = read_yolo(yolo(tmp_path), {0: "person", 1: "dog"})
-    assert sample.size_hw == (60, 100) and sample.image_id == "a"
+    assert sample.size_hw == (60, 100) and sample.image_id == "a.jpg"
     np.testing.assert_allclose(sample.truth.boxes_xyxy, [[40, 15, 60, 45]])
     (dog,) = read_yolo(tmp_path / "images" / "train", {0: "person", 1: "dog"}, "dog")
     np.testing.assert_allclose(dog.truth.boxes_xyxy, [[5, 3, 15, 9]])
+
+
+def test_boxes_are_cut_at_the_border_and_empty_ones_ignored(tmp_path: Path) -> None:
+    (sample,) = read_yolo(yolo(tmp_path, "0 1.05 0.5 0.4 0.5\n0 0.5 0.0 1.2 0.5\n0 0.5 0.5 0 0.5\n"), {0: "person"})
+    np.testing.assert_allclose(
+        sample.truth.boxes_xyxy, [[85, 15, 100, 45], [0, 0, 100, 15], [50, 15, 50, 45]], atol=1e-4
+    )
+    assert sample.truth.ignore.tolist() == [False, False, True]
+
+
+def test_class_numbers_may_have_gaps_and_names_any_case(tmp_path: Path) -> None:
+    (sample,) = read_yolo(yolo(tmp_path, "\ufeff7 0.5 0.5 0.2 0.5\n2 0.5 0.5 0.2 0.5\n"), {2: "dog", 7: "Person"})
+    assert len(sample.truth) == 1
+
+
+def test_pictures_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+    source = yolo(tmp_path)
+    (source / "more").mkdir()
+    (source / "a.jpg").rename(source / "more" / "a.jpg")
+    found = read_yolo(yolo(tmp_path), {0: "person", 1: "dog"})
+    assert [(sample.image_id, len(sample.truth)) for sample in found] == [("a.jpg", 1), ("more/a.jpg", 0)]
+
+
+def test_a_list_that_is_none(tmp_path: Path) -> None:
+    source = yolo(tmp_path)
+    (tmp_path / "list.txt").write_text("images/train/a.jpg\nimages/b.jpg\nimages/c.jpg\n")
+    with pytest.raises(DataError, match=r"b\.jpg: no such picture, and 1 others of the 3"):
+        read_yolo(tmp_path / "list.txt", {0: "person"})
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(DataError, match="holds no pictures"):
+        read_yolo(tmp_path / "list.txt", {0: "person"})
+    (tmp_path / "zeros").write_bytes(bytes(9))
+    for no_list in (source / "a.jpg", tmp_path / "zeros"):
+        with pytest.raises(DataError, match="not a text file"):
+            read_yolo(no_list, {0: "person"})
 
 
 def test_a_picture_without_labels_shows_nobody(tmp_path: Path) -> None:
@@ -60,8 +95,13 @@ def test_labels_lie_where_the_last_images_folder_says() -> None:
         ("\n0 0.5 x 0.2 0.5\n", "line 2"),
         ("0 0.5 0.5 nan 0.5\n", "finite"),
         ("7 0.5 0.5 0.2 0.5\n", "class 7"),
-        ("0 0.5 0.5 -0.2 0.5\n", "no area"),
+        ("0.5 0.5 0.5 0.2 0.5\n", r"class 0\.5"),
+        ("0 0.5 0.5 0.2 0.5 0.9\n", "line 1"),
+        ("0 0.5 0.5 -0.2 0.5\n", "negative"),
         ("0 320 240 50 90\n", "are they pixels"),
+        ("0 1e308 0.5 0.2 0.2\n", "are they pixels"),
+        ("0 1.2 0.5 0.2 0.2\n", "outside its picture"),
+        ("0 0.5 -0.3 0.2 0.2\n", "outside its picture"),
     ],
 )
 def test_a_faulty_line_is_named(tmp_path: Path, labels: str, message: str) -> None:
