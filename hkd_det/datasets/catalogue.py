@@ -2,13 +2,14 @@
 
 The yaml has Ultralytics' keys (`path, train, val, test, names`) and a few more:
   format        yolo (default), coco, citypersons
-  category      the person class, where its name does not say so
-  present_only  citypersons: take only the pictures that are on disk
-A yolo split is a folder of pictures or a text file that lists them; a coco split is
-`{images: FOLDER, annotations: FILE}`, or a list of those; a citypersons split is its name, train or val.
+  category      yolo, coco: the person class, where its name does not say so
+  present_only  coco, citypersons: take only the pictures that are on disk
+A yolo split is a folder of pictures or a text file that lists them, a coco split is
+`{images: FOLDER, annotations: FILE}`; of both there may be a list. A citypersons split is its name, train or val.
 """
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ import yaml
 
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
+from hkd_det.datasets.present import present
 from hkd_det.datasets.sample import Sample
 from hkd_det.datasets.yolo import read_yolo
 from hkd_det.errors import DataError, UsageError
 
 SPLITS = ("train", "val", "test")
-KEYS = {"format", "path", *SPLITS, "names", "nc", "category", "present_only", "download"}
+# `nc`, `download` and, for other formats than yolo, `names` stand in Ultralytics' files and say nothing new here.
+KEYS = {"format", "path", *SPLITS, "names", "nc", "download"}
+FORMAT_KEYS = {"yolo": {"category"}, "coco": {"category", "present_only"}, "citypersons": {"present_only"}}
 ABOUT_KEYS = {"page", "terms", "layout"}  # datasets.yaml only: what a user has to know to get it
-FORMATS = ("yolo", "coco", "citypersons")
 HOME = Path("datasets")  # where the named data sets lie, under the working directory
 
 
@@ -36,15 +39,16 @@ def open_data(data: str, split: str) -> list[Sample]:
     """
     if data.endswith((".yaml", ".yml")):
         path = Path(data)
-        entry = _checked(_load_yaml(path), path, KEYS)
-        root = path.parent / str(entry.get("path", "."))
-        return _samples(entry, root, split, str(path))
-    catalogue_path = catalogue_file()
-    catalogue = _load_yaml(catalogue_path)
+        entry = _checked(_load_yaml(path), str(path), set())
+        return _samples(entry, path.parent / entry.get("path", "."), split, str(path))
+    catalogue = _load_yaml(catalogue_file())
     if data not in catalogue:
-        raise UsageError(f"--data {data}: not in datasets.yaml ({', '.join(catalogue)}), and no path to a .yaml file")
-    entry = _checked(catalogue[data], catalogue_path, KEYS | ABOUT_KEYS)
-    root = HOME / str(entry.get("path", data))
+        raise UsageError(
+            f"--data {data}: not in datasets.yaml ({', '.join(catalogue)}){_near(data, catalogue)}, "
+            "and no path to a .yaml file"
+        )
+    entry = _checked(catalogue[data], f"{catalogue_file()}: {data}", ABOUT_KEYS)
+    root = HOME / entry.get("path", data)
     if not root.is_dir():
         raise DataError(
             f"--data {data}: {root.resolve()} is not there; get it from {entry.get('page')} "
@@ -61,63 +65,97 @@ def catalogue_file() -> Path:
 
 
 def _samples(entry: dict[str, Any], root: Path, split: str, name: str) -> list[Sample]:
-    if split not in entry or entry[split] is None:
+    if split not in SPLITS or entry.get(split) is None:
         there = [known for known in SPLITS if entry.get(known) is not None]
         raise UsageError(f"{name}: has no split {split!r}, only {', '.join(there) or 'none'}")
+    source, category = entry[split], entry.get("category", "")
+    present_only = entry.get("present_only", False)
     match entry.get("format", "yolo"):
         case "citypersons":
-            samples = read_citypersons(root, str(entry[split]), bool(entry.get("present_only", False)))
+            samples = read_citypersons(root, _text(source, split, name), present_only)
         case "coco":
-            samples = _coco(entry, root, split, name)
-        case "yolo":
-            samples = read_yolo(root / str(entry[split]), _names(entry, name), str(entry.get("category", "")))
-        case other:
-            raise UsageError(f"{name}: format {other!r} is none of {', '.join(FORMATS)}")
+            read = (_coco(one, root, split, category, name) for one in _sources(source))
+            samples = present(_joined(read), present_only, name)
+        case _:
+            names = _names(entry, name)
+            read = (read_yolo(root / _text(one, split, name), names, category) for one in _sources(source))
+            samples = _joined(read)
     if not samples:
         raise DataError(f"{name}: split {split} holds no pictures")
     return samples
 
 
-def _coco(entry: dict[str, Any], root: Path, split: str, name: str) -> list[Sample]:
-    sources = entry[split] if isinstance(entry[split], list) else [entry[split]]
-    samples: list[Sample] = []
-    for number, source in enumerate(sources):
-        if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
-            raise UsageError(f"{name}: split {split} must be {{images: FOLDER, annotations: FILE}}, or a list of those")
-        annotations, images = root / str(source["annotations"]), root / str(source["images"])
-        read = read_coco(annotations, images, str(entry.get("category", "")))
-        # Two files may number their pictures alike.
-        samples += read if len(sources) == 1 else [replace(one, image_id=f"{number}/{one.image_id}") for one in read]
-    return samples
+def _sources(source: Any) -> list[Any]:
+    return source if isinstance(source, list) else [source]
+
+
+def _joined(parts: Iterable[list[Sample]]) -> list[Sample]:
+    """All samples; where there are several parts their ids begin with the part's number: two may count alike."""
+    lists = list(parts)
+    if len(lists) == 1:
+        return lists[0]
+    return [replace(one, image_id=f"{number}/{one.image_id}") for number, part in enumerate(lists) for one in part]
+
+
+def _coco(source: Any, root: Path, split: str, category: str, name: str) -> list[Sample]:
+    if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
+        raise UsageError(f"{name}: split {split} must be {{images: FOLDER, annotations: FILE}}, or a list of those")
+    images, annotations = (root / _text(source[key], split, name) for key in ("images", "annotations"))
+    return read_coco(annotations, images, category)
+
+
+def _text(value: Any, split: str, name: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name}: split {split}: {value!r} must be a text")
+    return value
 
 
 def _names(entry: dict[str, Any], name: str) -> dict[int, str]:
     names = entry.get("names")
-    if isinstance(names, list) and names:
-        return {number: str(value) for number, value in enumerate(names)}
-    if isinstance(names, dict) and names and all(isinstance(number, int) for number in names):
-        return {number: str(value) for number, value in names.items()}
-    raise UsageError(f"{name}: a yolo data set needs `names`, a list or number: name pairs")
+    numbered = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(numbered, dict) or not numbered or not all(type(number) is int for number in numbered):
+        raise UsageError(f"{name}: a yolo data set needs `names`, a list or number: name pairs")
+    return {number: str(value) for number, value in numbered.items()}
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such data yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not YAML ({reason})") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder, expected a data yaml") from None
+    except RecursionError:
+        raise DataError(f"{path}: not a data yaml: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that is none
+        raise DataError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected `key: value` lines such as path, train, val")
     return content
 
 
-def _checked(entry: Any, path: Path, keys: set[str]) -> dict[str, Any]:
+def _checked(entry: Any, name: str, more_keys: set[str]) -> dict[str, Any]:
+    """The entry, if its keys are known to its format and hold what they should."""
     if not isinstance(entry, dict):
-        raise DataError(f"{path}: expected `key: value` lines such as path, train, val")
+        raise DataError(f"{name}: expected `key: value` lines such as path, train, val")
+    form = entry.get("format", "yolo")
+    if not isinstance(form, str) or form not in FORMAT_KEYS:
+        raise UsageError(f"{name}: format {form!r} is none of {', '.join(FORMAT_KEYS)}")
+    keys = KEYS | FORMAT_KEYS[form] | more_keys
     for key in entry:
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, 1)
-            raise UsageError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UsageError(f"{name}: unknown key {key!r} for format {form}{_near(str(key), keys)}")
+    _check_type(entry, "path", str, "a folder", name)
+    _check_type(entry, "category", str, "a name", name)
+    _check_type(entry, "present_only", bool, "true or false", name)
     return entry
+
+
+def _check_type(entry: dict[str, Any], key: str, kind: type, meaning: str, name: str) -> None:
+    if key in entry and not isinstance(entry[key], kind):
+        raise UsageError(f"{name}: {key}: {entry[key]!r} must be {meaning}")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

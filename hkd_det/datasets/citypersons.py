@@ -5,7 +5,6 @@ and other persons, groups and ignore regions are ignore regions here, as the off
 Boxes are kept as annotated, also where they reach beyond the picture: the evaluation uses them so.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import scipy.io
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
+from hkd_det.datasets.json_file import read_json
+from hkd_det.datasets.present import present
 from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
 
@@ -27,6 +28,7 @@ JSON_LABELS = {
     "person group": 5,
     "ignore region": 0,
 }
+LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 LAYOUT = (
     "leftImg8bit/{split}/CITY/*_leftImg8bit.png and annotations/anno_{split}.mat, "
     "or gtBboxCityPersons/{split}/CITY/*_gtBboxCityPersons.json in its place"
@@ -37,6 +39,7 @@ def read_citypersons(root: Path, split: str, present_only: bool = False) -> list
     """Every picture of a split (train or val), every record kept.
 
     present_only: leave out pictures that are not on disk; otherwise a missing one is a DataError that names it.
+    Raises DataError, naming file and picture, for annotations that are missing or wrong.
     """
     mat = next(
         (p for p in (root / "annotations" / f"anno_{split}.mat", root / f"anno_{split}.mat") if p.exists()), None
@@ -49,14 +52,7 @@ def read_citypersons(root: Path, split: str, present_only: bool = False) -> list
         samples = _samples_from_json(tree, pictures)
     else:
         raise DataError(f"{root}: no CityPersons annotations of {split}; expected {LAYOUT.format(split=split)}")
-    missing = [sample for sample in samples if not sample.path.exists()]
-    if missing and not present_only:
-        raise DataError(
-            f"{missing[0].path}: missing, with {len(missing) - 1} others of {len(samples)} pictures; unpack "
-            "leftImg8bit_trainvaltest there, or say `present_only: true` to take those that are on disk"
-        )
-    gone = {id(sample) for sample in missing}
-    return [sample for sample in samples if id(sample) not in gone]
+    return present(samples, present_only, str(pictures))
 
 
 def _samples_from_mat(path: Path, pictures: Path) -> list[Sample]:
@@ -100,14 +96,14 @@ def _samples_from_json(tree: Path, pictures: Path) -> list[Sample]:
     samples = []
     for path in files:
         name = path.name.replace("_gtBboxCityPersons.json", "_leftImg8bit.png")
+        content = read_json(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             size_hw = int(content["imgHeight"]), int(content["imgWidth"])
             objects = content["objects"]
             labels = np.array([JSON_LABELS[entry["label"]] for entry in objects], np.float64)
             whole = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)
             visible = np.array([entry["bboxVis"] for entry in objects], np.float64).reshape(-1, 4)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: not a gtBboxCityPersons file ({type(error).__name__}: {error})") from None
         truth = _truth(labels, whole, visible, str(path))
         samples.append(Sample(_stem(name), pictures / path.parent.name / name, truth, size_hw))
@@ -118,10 +114,11 @@ def _truth(
     labels: NDArray[np.float64], whole_xywh: NDArray[np.float64], visible_xywh: NDArray[np.float64], where: str
 ) -> Truth:
     names = _names(labels, where)
-    if not (np.isfinite(whole_xywh).all() and np.isfinite(visible_xywh).all()):
-        raise DataError(f"{where}: a box holds NaN or infinity; mend the annotation")
-    if len(whole_xywh) != len(visible_xywh) or (whole_xywh[:, 2:] < 0).any() or (visible_xywh[:, 2:] < 0).any():
-        raise DataError(f"{where}: a box has a negative width or height; mend the annotation")
+    for number, box in enumerate(np.concatenate([whole_xywh, visible_xywh], axis=1), 1):
+        if not (np.abs(box) <= LARGEST_PX).all():
+            raise DataError(f"{where}: record {number}: {box.tolist()} holds NaN, infinity or no pixels")
+        if (box[[2, 3, 6, 7]] < 0).any():
+            raise DataError(f"{where}: record {number}: {box.tolist()} has a negative width or height")
     return Truth(
         box_math.xyxy_from_xywh(whole_xywh).astype(np.float32),
         labels != PEDESTRIAN,

@@ -25,7 +25,8 @@ def read_yolo(source: Path, names: Mapping[int, str], category: str = "") -> lis
 
     names: class number to name, as in data.yaml. category: the person class's name; by default the one called
     person or pedestrian, or the only one. A picture without a label file shows nobody.
-    A picture's id is its path below `source`, or as listed; listed twice it is taken once. Raises DataError, naming file and line.
+    A picture's id is its path below `source`, or as listed; listed twice it is taken once.
+    Raises DataError, naming file and line.
     """
     person = choose_person(names, category, f"{source}: `names`")
     pictures = _listed(source)

@@ -69,7 +69,7 @@ def test_boxes_of_all_dtypes_equal_the_official_json() -> None:
 def test_the_five_real_pictures_can_be_read() -> None:
     found = read_citypersons(OFFICIAL, "train", True) + read_citypersons(OFFICIAL, "val", True)
     assert len(found) == 5 and all(sample.path.is_file() for sample in found)
-    with pytest.raises(DataError, match=r"missing, with 2972 others of 2975"):
+    with pytest.raises(DataError, match=r"2973 of 2975 pictures are missing, the first .*png; .*present_only"):
         read_citypersons(OFFICIAL, "train")
 
 
@@ -121,6 +121,8 @@ def test_a_mat_of_the_wrong_shape_is_one_clear_line(tmp_path: Path) -> None:
         ({"label": "dog"}, "dog"),
         ({"bbox": [0, 0, float("nan"), 5]}, "NaN"),
         ({"bbox": [0, 0, -3, 5]}, "negative"),
+        ({"bbox": [0, 0, 1e39, 5]}, "record 1"),
+        ({"bbox": [0, 0, 10**400, 5]}, "not a gtBboxCityPersons file"),
         ({"bbox": [0, 0, 3]}, "not a gtBboxCityPersons file"),
         ({"bboxVis": None}, "not a gtBboxCityPersons file"),
     ],
@@ -146,6 +148,20 @@ def test_missing_pictures_and_annotations_say_what_was_expected(tmp_path: Path) 
     with pytest.raises(DataError, match="ulm_000001_000019"):
         read_citypersons(tmp_path, "train")
     assert [s.image_id for s in read_citypersons(tmp_path, "train", present_only=True)] == ["ulm_000000_000019"]
+    next((tmp_path / "leftImg8bit").rglob("*.png")).unlink()
+    with pytest.raises(DataError, match=r"2 of 2 pictures are missing, the first .*000000_000019_leftImg8bit\.png"):
+        read_citypersons(tmp_path, "train", present_only=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"imgHeight": Infinity, "imgWidth": 1, "objects": []}', "{"])
+def test_another_json_in_the_tree_is_one_line(tmp_path: Path, text: str) -> None:
+    write_set(tmp_path)
+    (tmp_path / "annotations" / "anno_train.mat").unlink()
+    path = next((tmp_path / "gtBboxCityPersons").rglob("*.json"))
+    path.write_text(text)
+    with pytest.raises(DataError, match=path.name) as caught:
+        read_citypersons(tmp_path, "train")
+    assert "\n" not in str(caught.value)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

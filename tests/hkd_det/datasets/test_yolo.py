@@ -1,18 +1,15 @@
-"""YOLO folders, and the yaml that names any data set."""
+"""YOLO folders: what is read, and what is refused with the file's and the line's name."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets import catalogue
-from hkd_det.datasets.catalogue import open_data
 from hkd_det.datasets.yolo import label_path, read_yolo
-from hkd_det.errors import DataError, HkdError, UsageError
+from hkd_det.errors import DataError, HkdError
 
 
 def yolo(root: Path, labels: str | None = "0 0.5 0.5 0.2 0.5\n1 0.1 0.1 0.1 0.1\n") -> Path:
@@ -23,11 +20,6 @@ def yolo(root: Path, labels: str | None = "0 0.5 0.5 0.2 0.5\n1 0.1 0.1 0.1 0.1\
     if labels is not None:
         (root / "labels/train/a.txt").write_text(labels)
     return root / "images" / "train"
-
-
-def data_yaml(root: Path, **content: object) -> str:
-    (root / "data.yaml").write_text(yaml.safe_dump(content))
-    return str(root / "data.yaml")
 
 
 def test_shares_become_pixels_and_other_classes_are_left_out(tmp_path: Path) -> None:
@@ -130,57 +122,3 @@ def test_any_label_text_raises_nothing_but_our_errors(tmp_path: Path, text: str)
         read_yolo(source, {0: "person", 1: "dog"})
     except HkdError as error:
         assert "a.txt" in str(error)
-
-
-def test_the_users_own_yaml(tmp_path: Path) -> None:
-    yolo(tmp_path)
-    data = data_yaml(tmp_path, path=".", train="images/train", names=["person", "dog"])
-    assert len(open_data(data, "train")) == 1
-    with pytest.raises(UsageError, match="no split 'val', only train"):
-        open_data(data, "val")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"train": "images/train", "nams": ["person"]}, "did you mean 'names'"),
-        ({"train": "images/train"}, "names"),
-        ({"train": "images/train", "format": "voc"}, "voc"),
-        ({"train": "images/train", "format": "coco"}, "annotations"),
-    ],
-)
-def test_a_yaml_that_says_something_else_is_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
-    yolo(tmp_path)
-    with pytest.raises(UsageError, match=message):
-        open_data(data_yaml(tmp_path, **content), "train")
-
-
-def test_yaml_errors_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("a: [1\nb: }")
-    (tmp_path / "list.yaml").write_text("- 1\n")
-    for name in ("bad.yaml", "list.yaml", "none.yaml"):
-        with pytest.raises(DataError, match=name) as caught:
-            open_data(str(tmp_path / name), "train")
-        assert "\n" not in str(caught.value)
-
-
-def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="citypersons"):
-        open_data("cityperson", "train")
-    with pytest.raises(DataError, match=r"cityscapes-dataset\.com"):
-        open_data("citypersons", "train")
-    content = yaml.safe_load(catalogue.catalogue_file().read_text())
-    for entry in content.values():
-        assert set(entry) <= catalogue.KEYS | catalogue.ABOUT_KEYS and {"page", "terms", "layout"} <= set(entry)
-
-
-def test_coco_lists_are_joined_with_ids_of_their_own(tmp_path: Path) -> None:
-    picture = (
-        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}'
-    )
-    for name in ("one.json", "two.json"):
-        (tmp_path / name).write_text(picture)
-    both = [{"images": ".", "annotations": name} for name in ("one.json", "two.json")]
-    samples = open_data(data_yaml(tmp_path, format="coco", train=both), "train")
-    assert len({sample.image_id for sample in samples}) == 2

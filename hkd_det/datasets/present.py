@@ -1,0 +1,21 @@
+"""Are the pictures of a data set on disk?"""
+
+from collections.abc import Sequence
+
+from hkd_det.datasets.sample import Sample
+from hkd_det.errors import DataError
+
+
+def present(samples: Sequence[Sample], present_only: bool, where: str) -> list[Sample]:
+    """The samples whose pictures are there.
+
+    Raises DataError that begins with `where` if one is missing, or, with present_only, if all are: better now
+    than hours into a training.
+    """
+    there = [sample for sample in samples if sample.path.is_file()]
+    lost = len(samples) - len(there)
+    if lost and (not there or not present_only):
+        first = next(sample.path for sample in samples if not sample.path.is_file())
+        remedy = "put them there" if present_only else "put them there, or say `present_only: true` to go without them"
+        raise DataError(f"{where}: {lost} of {len(samples)} pictures are missing, the first {first}; {remedy}")
+    return there
