@@ -92,6 +92,15 @@ def read_picture(path: Path, upright: bool = False) -> NDArray[np.uint8]:
 
 
 def _is_truncated_jpeg(packed: NDArray[np.uint8]) -> bool:
-    """OpenCV fills the missing part of a cut JPEG with grey and says nothing: look for the end mark ourselves."""
-    is_jpeg = packed[:2].tobytes() == b"\xff\xd8"
-    return is_jpeg and b"\xff\xd9" not in packed[-4096:].tobytes()
+    """OpenCV fills the missing part of a cut JPEG with grey and says nothing: look for the end mark ourselves.
+
+    Behind the start of the picture proper: a thumbnail in the header has an end mark too, and cameras append
+    films and second pictures.
+    """
+    raw = packed.tobytes()
+    if raw[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while raw[at : at + 1] == b"\xff" and raw[at + 1 : at + 2] != b"\xda":  # header segments, up to the first scan
+        at += 1 if raw[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
+    return b"\xff\xd9" not in raw[at:]

@@ -155,6 +155,23 @@ def test_a_truncated_picture_is_an_error_not_grey(tmp_path: Path, suffix: str) -
             read_picture(cut)
 
 
+def test_a_jpeg_with_a_thumbnail_or_a_film_behind_it(tmp_path: Path) -> None:
+    """A cut picture with a whole thumbnail in its header is cut; a whole one may have anything appended."""
+    path = tmp_path / "a.jpg"
+    small, large = (
+        cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (side, side, 3)).astype(np.uint8))[1].tobytes()
+        for side in (16, 64)
+    )
+    segment = b"\xff\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small  # markers may be padded with 0xFF
+    whole = large[:2] + segment + large[2:]
+    path.write_bytes(whole + b"film" * 5000)
+    assert read_picture(path).shape == (64, 64, 3)
+    for length in (2, 2 + len(segment), len(whole) // 2, len(whole) - 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"a\.jpg: not a readable picture"):
+            read_picture(path)
+
+
 def test_what_is_no_picture_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
