@@ -85,10 +85,10 @@ def read_picture(path: Path, upright: bool = False) -> NDArray[np.uint8]:
     picture = None
     if packed.size and not _is_truncated_jpeg(packed):
         as_stored = 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
-        picture = cv2.imdecode(packed, cv2.IMREAD_COLOR_RGB | as_stored)
+        picture = cv2.imdecode(packed, cv2.IMREAD_COLOR | as_stored)
     if picture is None:
         raise DataError(f"{path}: not a readable picture (truncated, or no picture at all); replace or remove it")
-    return picture
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)  # not IMREAD_COLOR_RGB: OpenCV 4.10 has none
 
 
 def _is_truncated_jpeg(packed: NDArray[np.uint8]) -> bool:
