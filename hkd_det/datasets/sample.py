@@ -1,5 +1,6 @@
 """A `Sample`: one picture on disk and the people known to be in it."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def read_picture(path: Path, upright: bool = False) -> NDArray[np.uint8]:
     picture = None
     if packed.size and not _is_truncated_jpeg(packed):
         as_stored = 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
-        picture = cv2.imdecode(packed, cv2.IMREAD_COLOR | as_stored)
+        # OpenCV answers a broken file with None, and a broken size in its header with an exception.
+        with suppress(cv2.error):
+            picture = cv2.imdecode(packed, cv2.IMREAD_COLOR | as_stored)
     if picture is None:
         raise DataError(f"{path}: not a readable picture (truncated, or no picture at all); replace or remove it")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)  # not IMREAD_COLOR_RGB: OpenCV 4.10 has none

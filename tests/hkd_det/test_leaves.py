@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det import boxes as box_math
@@ -170,6 +170,30 @@ def test_a_jpeg_with_a_thumbnail_or_a_film_behind_it(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"a\.jpg: not a readable picture"):
             read_picture(path)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([".jpg", ".png"]), st.data())
+def test_a_mutated_picture_is_read_or_refused(tmp_path: Path, suffix: str, data: st.DataObject) -> None:
+    raw = bytearray(cv2.imencode(suffix, np.zeros((4, 6, 3), np.uint8))[1].tobytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(bytes(raw))
+    try:
+        picture = read_picture(path)
+    except DataError as error:
+        assert str(path) in str(error)
+    else:
+        assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+
+
+def test_a_picture_too_large_for_opencv_is_one_line(tmp_path: Path) -> None:
+    raw = bytearray(cv2.imencode(".bmp", np.zeros((4, 6, 3), np.uint8))[1].tobytes())
+    raw[18:26] = (100_000).to_bytes(4, "little") * 2  # width and height in a BMP's header
+    (tmp_path / "a.bmp").write_bytes(bytes(raw))
+    with pytest.raises(DataError, match=r"a\.bmp: not a readable picture"):
+        read_picture(tmp_path / "a.bmp")
 
 
 def test_what_is_no_picture_names_the_file(tmp_path: Path) -> None:
