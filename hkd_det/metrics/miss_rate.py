@@ -157,7 +157,8 @@ def _ignored(truth: Truth, setup: Setup) -> NDArray[np.bool_]:
 
 
 def _kept(detections: Detections, setup: Setup) -> NDArray[np.intp]:
-    heights = (detections.boxes_xyxy[:, 3] - detections.boxes_xyxy[:, 1])[:MOST_DETECTIONS].astype(np.float64)
+    boxes = detections.boxes_xyxy[:MOST_DETECTIONS].astype(np.float64)  # as the truth's: a height of 40 is on the edge
+    heights = boxes[:, 3] - boxes[:, 1]
     low, high = setup.height_px[0] / HEIGHT_MARGIN, setup.height_px[1] * HEIGHT_MARGIN
     return np.flatnonzero((heights >= low) & (heights < high))
 

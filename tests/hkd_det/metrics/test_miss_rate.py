@@ -107,10 +107,40 @@ def test_match_tells_hits_misses_and_what_is_ignored() -> None:
     assert result.partner.tolist() == [0, 1, -1] and result.missed.tolist() == [2]
 
 
+def test_a_curve_that_begins_beyond_a_point_takes_its_last_recall_there() -> None:
+    """Best detection false, the next right, in two pictures of one person each: FPPI is 0.5 throughout.
+
+    The first seven points lie before the curve: the official program's index -1 gives them its last recall, and
+    the two beyond see the same recall of a half.
+    """
+    person = completed({"bbox": [0, 0, 40, 100], "share": 1.0, "ignore": False})
+    truth = as_truth([person])
+    found = as_detections([([500, 0, 40, 100], 0.9), ([0, 0, 40, 100], 0.8)])
+    result = evaluate([truth, truth], [found, Detections.empty()], REASONABLE)
+    assert result.fppi.tolist() == [0.5, 0.5] and result.miss_rate.tolist() == [1.0, 0.5]
+    assert result.value == pytest.approx(0.5, abs=1e-12)
+    # With one more false alarm at the end (FPPI 1) the last recall is still that half: not zero, not one.
+    more = as_detections([([500, 0, 40, 100], 0.9), ([0, 0, 40, 100], 0.8), ([800, 0, 40, 100], 0.1)])
+    assert evaluate([truth, truth], [more, Detections.empty()], REASONABLE).value == pytest.approx(0.5, abs=1e-12)
+    # A strict reading would give recall 0, a miss rate of 1, at the seven points: 0.5 ** (2 / 9) in the mean.
+    assert abs(result.value - 0.5 ** (2 / 9)) > 0.3
+
+
+def jittered(box: list[float], chance: np.random.Generator, whole_pixels: bool) -> list[float]:
+    """The box moved and stretched by some 8 % of its sides; xywh whose corners are float32 numbers."""
+    x, y, width, height = box
+    shift = chance.normal(0, 0.08, 4) * [width, height, width, height]
+    corners = np.array([x, y, x + width, y + height]) + (np.rint(shift) if whole_pixels else shift)
+    corners[2:] = np.maximum(corners[2:], corners[:2] + 1)
+    left, top, right, bottom = corners.astype(np.float32).astype(float).tolist()
+    return [left, top, right - left, bottom - top]
+
+
+@pytest.mark.parametrize("whole_pixels", [True, False])
 @pytest.mark.skipif(
     not CITYPERSONS.is_dir(), reason="the official annotations lie in ../shared/data, not in the project"
 )
-def test_our_reader_is_judged_as_the_official_ground_truth_file() -> None:
+def test_our_reader_is_judged_as_the_official_ground_truth_file(whole_pixels: bool) -> None:
     """anno_val.mat through our reader and val_gt.json through the literal program: one miss rate."""
     content = json.loads((CITYPERSONS / "val_gt.json").read_text())
     by_picture: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
@@ -119,17 +149,11 @@ def test_our_reader_is_judged_as_the_official_ground_truth_file() -> None:
     chance = np.random.default_rng(0)
     data = []
     for records in by_picture.values():
-        found = []
-        for record in records:
-            if chance.random() < 0.7:
-                x, y, width, height = record["bbox"]
-                shift = np.rint(chance.normal(0, 0.08, 4) * [width, height, width, height])
-                found.append(
-                    (
-                        [x + shift[0], y + shift[1], max(1, width + shift[2]), max(1, height + shift[3])],
-                        float(chance.random()),
-                    )
-                )
+        found = [
+            (jittered(record["bbox"], chance, whole_pixels), float(chance.random()))
+            for record in records
+            if chance.random() < 0.7
+        ]
         found += [([int(chance.integers(0, 2000)), 400, 40, 98], float(chance.random() ** 2)) for _ in range(3)]
         data.append((records, [(box, float(np.float32(score))) for box, score in found]))
     samples = _samples_from_mat(CITYPERSONS / "anno_val.mat", CITYPERSONS)
