@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SILENT = -20.0  # a logit: a score of 2e-9
+# Over flat ground neighbours differ by rounding alone, and each runtime would choose another: such ties all stay.
+TIE = 1e-3
 
 
 def keep_peaks(logits: Tensor, input_hw: tuple[int, int], strides: Sequence[int]) -> Tensor:
@@ -19,6 +21,6 @@ def keep_peaks(logits: Tensor, input_hw: tuple[int, int], strides: Sequence[int]
         height, width = input_hw[0] // stride, input_hw[1] // stride
         level = logits[:, start : start + height * width].reshape(-1, 1, height, width)
         highest = F.max_pool2d(level, 3, stride=1, padding=1)
-        kept.append(torch.where(level >= highest, level, torch.full_like(level, SILENT)).flatten(1))
+        kept.append(torch.where(level >= highest - TIE, level, torch.full_like(level, SILENT)).flatten(1))
         start += height * width
     return torch.cat(kept, 1)

@@ -127,6 +127,6 @@ def test_only_local_maxima_of_a_level_keep_their_score() -> None:
             for y in range(height):
                 for x in range(width):
                     around = level[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
-                    wanted = level[y, x] if level[y, x] == around.max() else torch.tensor(SILENT)
+                    wanted = level[y, x] if level[y, x] >= around.max() - 1e-3 else torch.tensor(SILENT)
                     assert kept[picture, start + y * width + x] == wanted
             start += height * width
