@@ -1,0 +1,12 @@
+"""What a reader does with a faulty record: stop at it (the default), or report it and go on without it."""
+
+from collections.abc import Callable
+
+from hkd_det.errors import DataError
+
+OnFault = Callable[[DataError], None]
+
+
+def stop(fault: DataError) -> None:
+    """For training and measuring: nothing is left out in silence."""
+    raise fault
