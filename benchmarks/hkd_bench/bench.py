@@ -5,7 +5,6 @@ then slows all of them alike, instead of the last one.
 """
 
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,16 +24,18 @@ from hkd_bench.worker import ERRORS, Job, Measured, read_detections
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.metrics.miss_rate import REASONABLE, SETUPS, evaluate
+from hkd_det.metrics.miss_rate import REASONABLE, SETUPS, MissRate, evaluate
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """How to measure.
 
-    data, split: where the samples come from, for the record. threads: CPU threads, None leaves it to the runtime.
-    runs: timed runs a model over all rounds. warm_up: untimed runs a round. staged_runs: runs a round that time the
-    stages. timed_pictures: most different pictures that are timed; they are held in memory.
+    data, split, command: where the samples come from and what was typed, for the record. annotated: the samples' truth
+    is known; without it no miss rate is measured. threads: CPU threads, None leaves it to the runtime.
+    runs: timed runs a model over all rounds. warm_up, warm_up_s: untimed runs a round, at least so many and for at
+    least so long. staged_runs: runs a round that time the stages. timed_pictures: most different pictures that are
+    timed; they are held in memory.
     """
 
     device: str = "cpu"
@@ -42,10 +43,13 @@ class BenchOptions:
     runs: int = 200
     rounds: int = 3
     warm_up: int = 10
+    warm_up_s: float = 0.5
     staged_runs: int = 20
     timed_pictures: int = 32
     data: str = ""
     split: str = ""
+    command: str = ""
+    annotated: bool = True
 
 
 def bench(
@@ -73,20 +77,21 @@ def bench(
                     detections[index] = read_detections(Path(job.detections_npz))
     return BenchResult(
         schema=SCHEMA,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=options.command,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         host=facts,
         device=options.device,
         threads=options.threads,
         data=options.data,
         split=options.split,
-        pictures=len(samples),
+        pictures=len(samples) if options.annotated else 0,
         timed_pictures=len(_timed(samples, options)),
         runs=options.runs,
         rounds=options.rounds,
         warm_up=options.warm_up,
+        warm_up_s=options.warm_up_s,
         models=tuple(
-            _model_result(label, path, digest, measured, found, samples)
+            _model_result(label, path, digest, measured, _judged(found, samples))
             for label, path, digest, measured, found in zip(labels, models, digests, rounds, detections, strict=True)
         ),
     )
@@ -110,7 +115,7 @@ def _names(models: Sequence[Path], names: Sequence[str] | None) -> list[str]:
         names = stems if len(set(stems)) == len(stems) else [str(path) for path in models]
     if len(names) != len(models):
         raise UsageError(f"--names: {len(names)} names for {len(models)} models")
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise UsageError(f"--names {','.join(names)}: every model needs a name of its own")
     return list(names)
 
@@ -129,21 +134,23 @@ def _timed(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
 
 def _job(model: Path, samples: Sequence[Sample], options: BenchOptions, number: int, folder: Path) -> Job:
     """The first round evaluates too, after its times are taken: what is wrong with the data shows early."""
+    evaluated = samples if options.annotated and number == 0 else ()
     return Job(
         model=str(model),
         device=options.device,
         threads=options.threads,
         timed_pictures=tuple(str(sample.path) for sample in _timed(samples, options)),
         warm_up=options.warm_up,
+        warm_up_s=options.warm_up_s,
         runs=options.runs // options.rounds + (number < options.runs % options.rounds),
         staged_runs=options.staged_runs,
-        evaluated_pictures=tuple(str(sample.path) for sample in samples) if number == 0 else (),
+        evaluated_pictures=tuple(str(sample.path) for sample in evaluated),
         detections_npz=str(folder / "detections.npz"),
     )
 
 
 def _progress(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
-    each = options.runs + options.rounds * (options.warm_up + options.staged_runs) + len(samples)
+    each = options.runs + options.rounds * (options.warm_up + options.staged_runs) + options.annotated * len(samples)
     return tqdm(total=len(models) * each, unit="run", leave=False)
 
 
@@ -157,7 +164,7 @@ def _measure(job: Job, folder: Path, bar: "tqdm[Any]") -> Measured:
         try:
             assert worker.stdout is not None
             for line in worker.stdout:
-                bar.update(int(line))
+                bar.update(int(line) if line.strip().isdigit() else 0)  # a library may talk too
         except BaseException:
             worker.kill()
             raise
@@ -177,17 +184,16 @@ def _death(code: int, log: Path) -> str:
     return f"the measuring process ended with code {code}: {lines[-1] if lines else 'no message'}"
 
 
+def _judged(detections: Sequence[Detections], samples: Sequence[Sample]) -> dict[str, MissRate]:
+    """By setup; over no pictures where none was evaluated."""
+    truths = [sample.truth for sample in samples] if detections else []
+    return {setup.name: evaluate(truths, detections, setup) for setup in SETUPS.values()}
+
+
 def _model_result(
-    name: str,
-    path: Path,
-    digest: str,
-    rounds: Sequence[Measured],
-    detections: Sequence[Detections],
-    samples: Sequence[Sample],
+    name: str, path: Path, digest: str, rounds: Sequence[Measured], judged: dict[str, MissRate]
 ) -> ModelResult:
     first, largest = rounds[0], max(rounds, key=lambda one: one.peak_memory_mib)
-    truths = [sample.truth for sample in samples]
-    judged = {setup.name: evaluate(truths, detections, setup) for setup in SETUPS.values()}
     stages = np.concatenate([one.stages_ms for one in rounds])
     return ModelResult(
         name=name,
@@ -201,6 +207,7 @@ def _model_result(
         miss_rates={setup: found.value if found.people else None for setup, found in judged.items()},
         people={setup: found.people for setup, found in judged.items()},
         curve=Curve.of(judged[REASONABLE.name]),
+        curve_all=Curve.of(judged["All"]),
         e2e_ms=tuple(sample for one in rounds for sample in one.e2e_ms),
         stages=StageSamples(*(tuple(column.tolist()) for column in stages.T)),
         load_ms=tuple(one.load_ms for one in rounds),

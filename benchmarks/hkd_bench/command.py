@@ -1,16 +1,20 @@
 """`hkd-bench`: miss rate, latency and memory of exported models, side by side."""
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_bench.gallery import judged_pictures
+from hkd_bench.gallery import Gallery, judged_pictures
 from hkd_bench.report import write_report
-from hkd_bench.result import write_result
+from hkd_bench.result import BenchResult, write_result
 from hkd_bench.table import text_table
 from hkd_deploy import open_detector
+from hkd_deploy.streams.recorded import pictures_in
 from hkd_det.datasets.catalogue import SPLITS, open_data
+from hkd_det.datasets.sample import Sample
 from hkd_det.errors import UsageError, run_command
 
 GALLERY_CONF = 0.3  # from which a box is drawn on the page; the miss rate itself has no threshold
@@ -23,24 +27,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _body(argv: Sequence[str] | None) -> int:
-    flags = _parse(argv)
-    samples = open_data(flags.data, flags.split)[: flags.limit]
-    options = BenchOptions(flags.device, flags.threads, flags.runs, data=flags.data, split=flags.split)
+    typed = sys.argv[1:] if argv is None else argv
+    flags = _parse(typed)
+    samples = _samples(flags)[: flags.limit]
+    options = BenchOptions(
+        device=flags.device,
+        threads=flags.threads,
+        runs=flags.runs,
+        data=flags.data or str(flags.pictures),
+        split=flags.split if flags.data else "",
+        command=shlex.join(["hkd-bench", *typed]),
+        annotated=bool(flags.data),
+    )
     result = bench(flags.models, samples, options, names=flags.names.split(",") if flags.names else None)
     print(text_table(result))
     if flags.json:
         write_result(flags.json, result)
         print(f"saved {flags.json}")
     if flags.html:
-        with open_detector(flags.models[-1], flags.device, flags.threads) as detector:
-            pictures = judged_pictures(detector, samples, GALLERY_CONF, GALLERY_PICTURES)
-        title = " and ".join(model.name for model in result.models) + f" on {flags.data} {flags.split}"
-        write_report(flags.html, result, title=title, pictures=pictures, commands=[result.command])
+        write_report(flags.html, result, title=_title(result), gallery=_gallery(flags, samples))
         print(f"saved {flags.html}")
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _samples(flags: argparse.Namespace) -> list[Sample]:
+    if flags.data:
+        return open_data(flags.data, flags.split)
+    if not flags.pictures.is_dir():
+        raise UsageError(f"--pictures {flags.pictures}: no such folder")
+    return [Sample(path.name, path) for path in pictures_in(flags.pictures)]
+
+
+def _gallery(flags: argparse.Namespace, samples: Sequence[Sample]) -> Gallery | None:
+    """Of the last model; None where no truth is known that could judge it."""
+    if not flags.data:
+        return None
+    with open_detector(flags.models[-1], flags.device, flags.threads) as detector:
+        return judged_pictures(detector, samples, GALLERY_CONF, GALLERY_PICTURES)
+
+
+def _title(result: BenchResult) -> str:
+    names = [model.name for model in result.models]
+    listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+    return f"{listed} on {Path(result.data).name} {result.split}".rstrip()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-bench",
         description="Measure exported models side by side: miss rate on a data set, latency, memory, this machine.",
@@ -48,6 +80,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help=".onnx files written by hkd-export")
     parser.add_argument("--data", help="a name in datasets.yaml, or your own data .yaml")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="instead of --data: time these, without miss rate")
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one a physical core)")
@@ -57,8 +90,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and sample")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report, one self-contained page")
     flags = parser.parse_args(argv)
-    if not flags.data:
-        raise UsageError("--data: which pictures? a name in datasets.yaml (--data citypersons) or a path to a .yaml")
+    _check(flags)
+    return flags
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """What would otherwise show only after minutes of measuring, too."""
+    if bool(flags.data) == bool(flags.pictures):
+        raise UsageError(
+            "which pictures? either --data, a name in datasets.yaml (--data citypersons) or a path to a .yaml, "
+            "or --pictures, a folder of your own to time without miss rate"
+        )
     if flags.limit is not None and flags.limit < 1:
         raise UsageError(f"--limit {flags.limit}: at least 1")
-    return flags
+    for flag, path in (("--json", flags.json), ("--html", flags.html)):
+        if path and path.is_dir():
+            raise UsageError(f"{flag} {path}: a folder; name a file in it")

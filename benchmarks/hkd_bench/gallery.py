@@ -1,6 +1,7 @@
 """Pictures with what a detector found, took for a person, and missed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,18 @@ VERDICTS = {TRUE: Verdict.HIT, FALSE: Verdict.FALSE_POSITIVE, IGNORED: Verdict.I
 Picture = tuple[str, NDArray[np.uint8]]
 
 
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """Pictures, each (caption, uint8 RGB with boxes drawn), and the score from which a box is drawn."""
+
+    conf: float
+    pictures: tuple[Picture, ...]
+
+
 def judged_pictures(
     detector: Detector, samples: Sequence[Sample], conf: float, count: int, setup: Setup = REASONABLE
-) -> list[Picture]:
-    """`count` pictures spread over those with people to be found, each (caption, uint8 RGB with the boxes drawn).
+) -> Gallery:
+    """`count` pictures spread over those with people to be found.
 
     Drawn are detections with a score of at least `conf`, and the people that are then missed.
     """
@@ -30,7 +39,7 @@ def judged_pictures(
         sample = peopled[place]
         picture = read_picture(sample.path)
         pictures.append(judged(picture, sample, detector(picture).above(conf), setup))
-    return pictures
+    return Gallery(conf, tuple(pictures))
 
 
 def judged(picture_rgb: NDArray[np.uint8], sample: Sample, found: Detections, setup: Setup = REASONABLE) -> Picture:

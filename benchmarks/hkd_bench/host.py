@@ -56,8 +56,9 @@ DISTRIBUTIONS = {
 
 def _fact(name: str, read: Callable[[], str]) -> Fact:
     try:
-        return Fact(name, read())
-    except (MissingError, OSError) as error:
+        value = read()
+        return Fact(name, value) if value else Fact(name, None, "empty")
+    except (MissingError, OSError, ValueError) as error:  # ValueError: a system file that holds no number
         return Fact(name, None, str(error))
 
 
@@ -78,7 +79,10 @@ def _cpu_model() -> str:
             return found[1].strip()
     if platform.processor():
         return platform.processor()
-    raise MissingError("neither /proc/cpuinfo nor the platform names it")
+    found = re.search(r"Model name:\s*([^;]+)", _output(["lscpu"]))  # Arm's cpuinfo holds numbers, lscpu the name
+    if found and found[1].strip() != "-":
+        return found[1].strip()
+    raise MissingError("neither /proc/cpuinfo nor lscpu names it")
 
 
 def _cores() -> str:

@@ -1,5 +1,6 @@
 """The report's figures, as inline SVG: text stays text, ink follows the page's colour, light or dark."""
 
+import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from hkd_bench.result import BenchResult, ModelResult
-from hkd_det.metrics.miss_rate import FPPI_POINTS
+from hkd_det.metrics.miss_rate import FPPI_POINTS, REASONABLE
 
 # Okabe and Ito's palette (2008), told apart by the colour-blind, less what vanishes on white or on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -20,6 +21,7 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # and b
 INK, GRID = "#010203", "#040506"  # stand for the page's own colours, put in afterwards
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a file may be called a$b$
     "svg.hashsalt": "hkd",
     "font.size": 9.5,
     "text.color": INK,
@@ -40,18 +42,25 @@ SIZE_INCH = (5.4, 3.7)  # 389 points wide: letters stay readable on a phone of t
 MISS_RATE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.64, 0.8, 1.0)
 
 
-def miss_rate_figure(result: BenchResult) -> str:
-    """Miss rate against false positives per picture, both logarithmic, as the papers draw it; MR^-2 in the legend."""
+def miss_rate_figure(result: BenchResult, setup: str = REASONABLE.name) -> str:
+    """Miss rate against false positives per picture, both logarithmic, as the papers draw it; MR^-2 in the legend.
+
+    setup: Reasonable or All. Empty where no curve was measured.
+    """
+    curves = [model.curve if setup == REASONABLE.name else model.curve_all for model in result.models]
+    if not any(model.people[setup] for model in result.models) or None in curves:
+        return ""
 
     def draw(axes: Axes) -> None:
         lowest = 1.0
-        for number, model in enumerate(result.models):
-            fppi, missed = np.array([0.0, *model.curve.fppi]), np.array([1.0, *model.curve.miss_rate])
+        for number, (model, curve) in enumerate(zip(result.models, curves, strict=True)):
+            assert curve is not None
+            fppi, missed = np.array([0.0, *curve.fppi]), np.array([1.0, *curve.miss_rate])
             axes.plot(
                 np.maximum(fppi, 1e-6),
                 np.maximum(missed, 1e-6),
                 drawstyle="steps-post",
-                label=f"{percent(model.miss_rates['Reasonable'])}  {model.name}",
+                label=f"{percent(model.miss_rates[setup])}  {model.name}",
                 **_line(number),
             )
             shown = missed[fppi <= 10]
@@ -68,7 +77,8 @@ def miss_rate_figure(result: BenchResult) -> str:
         axes.set(xlabel="false positives per picture", ylabel="miss rate")
         axes.legend(loc="lower left")
 
-    return _svg(draw, "Miss rate against false positives per picture")
+    told = [f"{model.name} {percent(model.miss_rates[setup])}" for model in result.models]
+    return _svg(draw, f"Miss rate against false positives per picture, {setup}", told)
 
 
 def latency_figure(result: BenchResult) -> str:
@@ -79,7 +89,7 @@ def latency_figure(result: BenchResult) -> str:
             times, latency = np.sort(model.e2e_ms), model.latency
             share = np.arange(1, len(times) + 1) / len(times)
             style = _line(number)
-            axes.plot(times, share, drawstyle="steps-post", label=f"{latency.p50_ms:.1f} ms  {model.name}", **style)
+            axes.plot(times, share, drawstyle="steps-post", label=f"p50 {latency.p50_ms:.1f} ms  {model.name}", **style)
             marks = [latency.p50_ms, latency.p90_ms, latency.p99_ms]
             axes.plot(marks, (0.5, 0.9, 0.99), "o", color=style["color"], markersize=4.5)
         everything = np.concatenate([model.e2e_ms for model in result.models])
@@ -92,32 +102,35 @@ def latency_figure(result: BenchResult) -> str:
         axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 0.9, 0.99]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"p{100 * value:.0f}" if value else "0"))
         axes.set(xlabel="milliseconds, frame to boxes", ylabel="share of runs", ylim=(0, 1.02))
-        axes.legend(loc="lower right", title="p50")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))  # inside it would lie on someone's curve
 
-    return _svg(draw, "Latency distribution")
+    return _svg(
+        draw, "Latency distribution", [f"{model.name} p50 {model.latency.p50_ms:.1f} ms" for model in result.models]
+    )
 
 
 def stage_figure(result: BenchResult) -> str:
     """Where the time goes: mean milliseconds a stage."""
+    names = ("letterbox", "network", "boxes back")
+    means = np.array([_stage_means(model) for model in result.models])  # [models, 3]
+    texts = [" + ".join(f"{part:.2g}" if part < 1 else f"{part:.1f}" for part in split) + " ms" for split in means]
 
     def draw(axes: Axes) -> None:
-        names = ("letterbox", "network", "boxes back")
-        rows = np.arange(len(result.models))
-        means = np.array([_stage_means(model) for model in result.models])  # [models, 3]
+        rows = np.arange(len(means))
         left = np.zeros(len(rows))
         for number, name in enumerate(names):
             axes.barh(rows, means[:, number], left=left, height=0.55, color=COLOURS[number], label=name)
             left += means[:, number]
-        for row, split in zip(rows, means, strict=True):
-            text = " + ".join(f"{part:.2g}" if part < 1 else f"{part:.1f}" for part in split)
-            axes.text(0, row - 0.42, f"{text} ms", va="bottom", fontsize=8.5)
+        for row, text in zip(rows, texts, strict=True):
+            axes.text(0, row - 0.32, text, va="bottom", fontsize=8.5)
         axes.set_yticks(rows, [model.name for model in result.models])
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.6, -0.8)  # the first at the top, with room for its text
         axes.grid(False, axis="y")
         axes.set(xlabel="milliseconds, mean")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
 
-    return _svg(draw, "Time of each stage", height_inch=1.5 + 0.55 * len(result.models))
+    told = [f"{model.name} {text}" for model, text in zip(result.models, texts, strict=True)]
+    return _svg(draw, "Time of each stage", told, height_inch=1.5 + 0.6 * len(result.models))
 
 
 def training_figure(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -135,7 +148,10 @@ def training_figure(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         axes.set_ylim(bottom=0)
         axes.legend(loc="lower left", title="best epoch")
 
-    return _svg(draw, "Miss rate during training")
+    told = [
+        f"{name} best {100 * np.nanmin([value for _, value in history]):.2f} %" for name, history in training.items()
+    ]
+    return _svg(draw, "Miss rate during training", told)
 
 
 def _line(number: int) -> dict[str, Any]:
@@ -160,22 +176,25 @@ def _stage_means(model: ModelResult) -> tuple[float, float, float]:
     )
 
 
-def _svg(draw: Callable[[Axes], None], label: str, height_inch: float = SIZE_INCH[1]) -> str:
+def _svg(draw: Callable[[Axes], None], title: str, told: Sequence[str], height_inch: float = SIZE_INCH[1]) -> str:
+    """One figure as inline SVG. told: what it shows, in words, for who cannot see it."""
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": "agg"}):
         figure = Figure(figsize=(SIZE_INCH[0], height_inch), layout="constrained")
         draw(figure.subplots())
         packed = io.StringIO()
         figure.savefig(packed, format="svg", transparent=True)
-    return _for_page(packed.getvalue(), label)
+    return _for_page(packed.getvalue(), title, f"{title}: {'; '.join(told)}")
 
 
-def _for_page(svg: str, label: str) -> str:
+def _for_page(svg: str, title: str, words: str) -> str:
     """Without prolog, namespaces and metadata, which HTML does not want; ids of its own; the page's own colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    own = re.sub(r"\W+", "-", label.lower())
+    own = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{own}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', svg, count=1)
+    size = re.search(r'viewBox="[^"]*"', svg)
+    assert size is not None
+    svg = f'<svg {size[0]} role="img" aria-label="{html.escape(words)}">' + svg[svg.index(">") + 1 :]
     return svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")

@@ -5,6 +5,7 @@ runs the distilled one on a film, and leaves a report. The figures are what they
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ def quickstart(run_dir: Path, seed: int = 0, plan: Plan | None = None) -> BenchR
         print(f"{model}: boxes within {parity.box_px:.2g} px, scores within {parity.score:.2g} of torch")
         models.append(model)
     _say(6, "measuring: miss rate, latency, memory")
-    result = bench(models, samples, BenchOptions(data=str(data), split="val", runs=plan.runs), names=list(runs))
+    options = BenchOptions(data=str(data), split="val", runs=plan.runs, command=_command(run_dir, seed, plan))
+    result = bench(models, samples, options, names=list(runs))
     write_result(run_dir / "bench.json", result)
     _say(7, "the distilled student on a film")
     write_clip(run_dir / "clip.mp4", seed=seed, frames=plan.film_frames)
@@ -93,6 +95,10 @@ def _body(argv: Sequence[str] | None) -> int:
     result = quickstart(arguments.run, arguments.seed, Plan(epochs=arguments.epochs))
     print(f"\n{text_table(result)}\n\nreport: {arguments.run / 'report.html'}   film: {arguments.run / 'film.mp4'}")
     return 0
+
+
+def _command(run_dir: Path, seed: int, plan: Plan) -> str:
+    return shlex.join(["hkd-quickstart", "--run", str(run_dir), "--seed", str(seed), "--epochs", str(plan.epochs)])
 
 
 def _say(step: int, what: str) -> None:
@@ -138,7 +144,7 @@ def _write_page(
 ) -> None:
     samples = open_data(str(run_dir / "street.yaml"), "val")
     with open_detector(models[-1]) as detector:
-        pictures = judged_pictures(detector, samples, conf=CONF, count=6)
+        gallery = judged_pictures(detector, samples, conf=CONF, count=6)
     size = format_imgsz(plan.imgsz_hw)
     write_report(
         run_dir / "report.html",
@@ -151,11 +157,10 @@ def _write_page(
             "these same pictures, so the figures flatter all three alike; and pictures are drawn, not photographed: "
             "they show that the way works, not how well it works on a street."
         ),
-        pictures=pictures,
+        gallery=gallery,
         training={
             name: [(record.epoch, record.miss_rate) for record in history] for name, history in histories.items()
         },
-        commands=[f"hkd-quickstart --run {run_dir} --seed {seed} --epochs {plan.epochs}"],
         film_frames=_frames(film, 3),
     )
 

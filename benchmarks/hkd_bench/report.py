@@ -11,7 +11,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from hkd_bench import plots
-from hkd_bench.gallery import Picture
+from hkd_bench.gallery import Gallery
 from hkd_bench.latency import bound_ms
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.table import COLUMNS, cells, notes
@@ -49,26 +49,23 @@ def write_report(
     result: BenchResult,
     title: str,
     intro: str = "",
-    pictures: Sequence[Picture] = (),
+    gallery: Gallery | None = None,
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
-    commands: Sequence[str] = (),
     film_frames: Sequence[NDArray[np.uint8]] = (),
 ) -> None:
     """Write the page in one step.
 
-    pictures: (caption, uint8 RGB with boxes drawn), of the last model. training: by name, (epoch, miss
-    rate as a fraction). film_frames: uint8 RGB.
+    gallery: of the last model. training: by name, (epoch, miss rate as a fraction). film_frames: uint8 RGB.
     """
-    write_text(path, render(result, title, intro, pictures, training or {}, commands, film_frames))
+    write_text(path, render(result, title, intro, gallery, training or {}, film_frames))
 
 
 def render(
     result: BenchResult,
     title: str,
     intro: str,
-    pictures: Sequence[Picture],
+    gallery: Gallery | None,
     training: Mapping[str, Sequence[tuple[int, float]]],
-    commands: Sequence[str],
     film_frames: Sequence[NDArray[np.uint8]],
 ) -> str:
     """The page's HTML."""
@@ -91,6 +88,7 @@ def render(
         imgsz=[format_imgsz(model.imgsz_hw) for model in result.models],
         notes=notes(result),
         miss_rate_figure=Markup(plots.miss_rate_figure(result)),
+        all_figure=Markup(plots.miss_rate_figure(result, "All")),
         latency_figure=Markup(plots.latency_figure(result)),
         stage_figure=Markup(plots.stage_figure(result)),
         training_figure=Markup(plots.training_figure(trained)) if trained else "",
@@ -98,9 +96,9 @@ def render(
         legend=[
             (name, "#{:02x}{:02x}{:02x}".format(*verdict.value), verdict is Verdict.MISS) for name, verdict in LEGEND
         ],
-        pictures=[(caption, _data_uri(picture)) for caption, picture in pictures],
+        conf=gallery.conf if gallery else None,
+        pictures=[(caption, _data_uri(picture)) for caption, picture in gallery.pictures] if gallery else [],
         film_frames=[_data_uri(frame) for frame in film_frames],
-        commands=commands or [result.command],
     )
 
 

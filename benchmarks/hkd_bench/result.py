@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import types
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -52,9 +51,9 @@ class ModelResult:
 
     path: as it was given. sha256: of the file. flops: of one picture, a multiply-add counts as two.
     miss_rates: MR^-2 as a fraction by setup, None where no one was to be found. people: to be found, by setup.
-    curve: of Reasonable. e2e_ms: one entry a run, from frame to detections. load_ms: of the opening, one entry a round.
-    peak_memory_mib: most resident while timing, the largest of the rounds; baseline_mib: before the model was opened,
-    with the interpreter, the libraries and the decoded pictures, of the same round.
+    curve, curve_all: of Reasonable and of All. e2e_ms: one entry a run, from frame to detections. load_ms: of opening
+    the file, one entry a round. peak_memory_mib: most resident while timing, the largest of the rounds; baseline_mib:
+    before the model was opened, with the interpreter, the libraries and the decoded pictures, of the same round.
     """
 
     name: str
@@ -73,6 +72,7 @@ class ModelResult:
     load_ms: tuple[float, ...]
     peak_memory_mib: float
     baseline_mib: float
+    curve_all: Curve | None = None  # results of version 0.1.0 may be without
 
     @property
     def latency(self) -> LatencySummary:
@@ -89,9 +89,10 @@ class ModelResult:
 class BenchResult:
     """Models measured side by side on one machine, one data set, one day.
 
-    date: ISO 8601. threads: CPU threads of an operator, None left it to the runtime. pictures: evaluated.
-    timed_pictures: different pictures that were timed. runs: timed a model, over all rounds. warm_up: untimed
-    runs a round. rounds: fresh processes a model, in turn with the other models.
+    command: what was typed, empty from Python. date: ISO 8601. threads: CPU threads of an operator, None left it to the
+    runtime. pictures: evaluated, 0 where only time and memory were measured. timed_pictures: different pictures that
+    were timed. runs: timed a model, over all rounds. warm_up, warm_up_s: untimed runs a round, at least so many and for
+    at least so long. rounds: fresh processes a model, in turn with the other models.
     """
 
     schema: int
@@ -108,6 +109,7 @@ class BenchResult:
     rounds: int
     warm_up: int
     models: tuple[ModelResult, ...]
+    warm_up_s: float = 0.0
 
 
 def write_result(path: Path, result: BenchResult) -> None:
@@ -157,9 +159,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    found: Sequence[str] = list(value) if isinstance(value, dict) else ()
-    if set(found) != set(names):
-        odd = sorted(set(names) ^ set(found))
+    fields = dataclasses.fields(kind)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    found: set[str] = set(value) if isinstance(value, dict) else set()
+    odd = sorted((needed - found) | (found - {field.name for field in fields}))
+    if odd:
         raise ValueError(f"{where}: missing or unknown {', '.join(odd)}")
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})

@@ -25,6 +25,7 @@ class Cell:
     ratio: str
 
 
+UNSTEADY = 0.1  # standard deviation over mean; an idle machine with fixed clocks stays below 0.025 (trtexec's alarm)
 COLUMNS = (
     Column("parameters", "M", 2, ratio=True),
     Column("GFLOPs", "", 2, ratio=True),
@@ -82,16 +83,44 @@ def notes(result: BenchResult) -> list[str]:
     """What a reader must know to read the table."""
     first = result.models[0]
     threads = "the runtime's own number of threads" if result.threads is None else f"{result.threads} threads"
-    people = first.people["Reasonable"]
+    data, people = f"{result.data or 'unnamed data'}, {result.split or 'no split'}", first.people["Reasonable"]
     lines = [
-        f"Miss rate over {result.pictures} pictures ({result.data or 'unnamed data'}, {result.split or 'no split'}; "
-        f"{people} people in Reasonable). Latency of one frame, decoded picture to boxes, on {result.device} with "
-        f"{threads}: {result.runs} runs in {result.rounds} processes, after {result.warm_up} warm-up runs each."
+        f"Miss rate over {result.pictures} pictures ({data}; {people} people in Reasonable)."
+        if result.pictures
+        else f"No miss rate: {result.data or 'the pictures'} come without annotations.",
+        f"Latency of one frame, decoded picture to boxes, on {result.device} with {threads}: {result.runs} runs in "
+        f"{result.rounds} processes, after {result.warm_up} warm-up runs{_seconds(result)} each.",
+        *_bounds(result),
     ]
     short = [percentile for percentile in (90, 99) if bound_ms(first.e2e_ms, percentile) is None]
     if short:
         names = " and ".join(f"p{percentile}" for percentile in short)
         lines.append(f"{names}: of too few runs for a 99 % bound (p90 takes 64 runs, p99 662): read as an indication.")
+    return lines
+
+
+def _seconds(result: BenchResult) -> str:
+    return f" and at least {result.warm_up_s:g} s" if result.warm_up_s else ""
+
+
+def _bounds(result: BenchResult) -> list[str]:
+    """What the runs can vouch for."""
+    lines = []
+    for percentile in (90, 99):
+        bounds = [bound_ms(model.e2e_ms, percentile) for model in result.models]
+        told = [f"{bound:.1f} ms ({model.name})" for model, bound in zip(result.models, bounds, strict=True) if bound]
+        if told:
+            lines.append(f"With 99 % confidence p{percentile} is at most {', '.join(told)}.")
+    unsteady = [
+        f"{100 * model.latency.variation:.0f} % ({model.name})"
+        for model in result.models
+        if model.latency.variation > UNSTEADY
+    ]
+    if unsteady:
+        lines.append(
+            f"The times scatter by {', '.join(unsteady)} of their mean: other work on the machine, or clocks that are "
+            "not fixed; p90 and p99 tell of that as much as of the model."
+        )
     return lines
 
 

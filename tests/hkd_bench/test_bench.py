@@ -28,7 +28,16 @@ def model(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def result(model: Path, half_right: Path) -> BenchResult:
-    options = BenchOptions(runs=8, rounds=2, warm_up=1, staged_runs=3, data=str(half_right), split="val")
+    options = BenchOptions(
+        runs=8,
+        rounds=2,
+        warm_up=1,
+        warm_up_s=0.05,
+        staged_runs=3,
+        data=str(half_right),
+        split="val",
+        command="hkd-bench x",
+    )
     return bench([model, model], open_data(str(half_right), "val"), options, names=["one", "two"])
 
 
@@ -85,7 +94,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_tells_the_result(result: BenchResult, tmp_path: Path) -> None:
-    write_report(tmp_path / "page.html", result, title="A <title> & more", commands=["hkd-bench x"])
+    write_report(tmp_path / "page.html", result, title="A <title> & more")
     text = (tmp_path / "page.html").read_text()
     page = Page()
     page.feed(text)
@@ -104,6 +113,24 @@ def test_command(model: Path, half_right: Path, tmp_path: Path, capsys: pytest.C
     assert read_result(out).models[0].name == "mine" and (tmp_path / "r.html").stat().st_size > 10_000
 
 
+def test_pictures_of_ones_own_are_timed_without_a_miss_rate(
+    model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "r.json", tmp_path / "r.html"
+    flags = [str(model), "--pictures", str(half_right.parent), "--runs", "3", "--json", str(out), "--html", str(page)]
+    assert main(flags) == 0
+    found = read_result(out)
+    assert found.pictures == 0 and found.timed_pictures == 2 and found.split == ""
+    assert found.models[0].miss_rates["Reasonable"] is None and len(found.models[0].e2e_ms) == 3
+    assert "Miss rate was not measured" in page.read_text()
+    assert "50.00" not in capsys.readouterr().out
+
+
+def test_the_runtimes_own_weight_is_not_the_models(result: BenchResult) -> None:
+    """A model of twelve weights adds its session, not the 20 MiB that importing a runtime takes."""
+    assert max(found.memory_mib for found in result.models) < 15
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
@@ -116,12 +143,17 @@ def test_command(model: Path, half_right: Path, tmp_path: Path, capsys: pytest.C
         (["MODEL", "--data", "DATA", "--device", "cuda"], 1, "cuda"),
         (["MODEL", "--data", "DATA", "--limit", "0"], 2, "--limit"),
         (["MODEL", "--data", "DATA", "--names", "a,b"], 2, "--names"),
+        (["MODEL", "--data", "DATA", "--names", " "], 2, "--names"),
+        (["MODEL", "--data", "DATA", "--pictures", "."], 2, "either --data"),
+        (["MODEL", "--pictures", "nowhere"], 2, "nowhere"),
+        (["MODEL", "--data", "DATA", "--json", "FOLDER"], 2, "--json"),
+        (["MODEL", "--data", "DATA", "--html", "FOLDER"], 2, "--html"),
     ],
 )
 def test_mistakes_get_one_line(
     flags: list[str], code: int, message: str, model: Path, half_right: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = {"MODEL": str(model), "DATA": str(half_right)}
+    known = {"MODEL": str(model), "DATA": str(half_right), "FOLDER": str(half_right.parent)}
     assert main([known.get(flag, flag) for flag in flags]) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-bench: ")]
     assert len(lines) == 1 and message in lines[0]
