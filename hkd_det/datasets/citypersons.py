@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
 from hkd_det.datasets.json_file import read_json
+from hkd_det.datasets.mat_file import numbers, read_mat, text
 from hkd_det.datasets.present import present
 from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
@@ -59,9 +59,9 @@ def _samples_from_mat(path: Path, pictures: Path) -> list[Sample]:
     samples = []
     for number, record in enumerate(_mat_records(path), 1):
         try:
-            city, name = str(record["cityname"][0]), str(record["im_name"][0])
-            rows = np.asarray(record["bbs"], np.float64)
-        except (ValueError, IndexError, TypeError, KeyError) as error:
+            city, name = text(record["cityname"]), text(record["im_name"])
+            rows = numbers(record["bbs"])
+        except (ValueError, KeyError) as error:
             raise DataError(f"{path}: picture {number}: not a CityPersons record ({error})") from None
         if rows.size == 0:
             rows = rows.reshape(0, 10)
@@ -72,21 +72,19 @@ def _samples_from_mat(path: Path, pictures: Path) -> list[Sample]:
     return samples
 
 
-def _mat_records(path: Path) -> list[Any]:
-    try:
-        content = scipy.io.loadmat(path)
-    except Exception as error:  # scipy raises many kinds for what is no .mat file
-        raise DataError(f"{path}: not a readable MATLAB file ({type(error).__name__}: {error})") from error
-    names = [name for name in content if not name.startswith("__")]
-    cells = content[names[0]] if len(names) == 1 else None
-    if cells is None or cells.dtype != object or cells.ndim != 2 or cells.shape[0] != 1:
+def _mat_records(path: Path) -> list[dict[str, Any]]:
+    content = read_mat(path)
+    cells = next(iter(content.values())) if len(content) == 1 else None
+    if not isinstance(cells, np.ndarray) or cells.dtype != object or cells.ndim != 2 or cells.shape[0] != 1:
         raise DataError(
-            f"{path}: holds {', '.join(names) or 'nothing'}, expected one cell array anno_*_aligned of (1, pictures)"
+            f"{path}: holds {', '.join(content) or 'nothing'}, expected one cell array anno_*_aligned of (1, pictures)"
         )
-    try:
-        return [cells[0, index][0, 0] for index in range(cells.shape[1])]
-    except (IndexError, TypeError) as error:
-        raise DataError(f"{path}: its cells are not structs of cityname, im_name and bbs ({error})") from None
+    records = []
+    for number, cell in enumerate(cells[0], 1):
+        if not isinstance(cell, np.ndarray) or cell.shape != (1, 1) or not isinstance(cell[0, 0], dict):
+            raise DataError(f"{path}: picture {number}: not a struct of cityname, im_name and bbs")
+        records.append(cell[0, 0])
+    return records
 
 
 def _samples_from_json(tree: Path, pictures: Path) -> list[Sample]:
