@@ -1,11 +1,14 @@
 """`open_data`: from a name in datasets.yaml, or the user's own data yaml, to samples.
 
 The yaml has Ultralytics' keys (`path, train, val, test, names`) and a few more:
-  format        yolo (default), coco, citypersons
+  format        yolo (default), coco, citypersons, caltech
   category      yolo, coco: the person class, where its name does not say so
-  present_only  coco, citypersons: take only the pictures that are on disk
+  present_only  coco, citypersons, caltech: take only the pictures that are on disk
+  annotations   caltech: old (default) or new
+  every         caltech: of the training sets, every 30th frame (default), or 3 for ten times as many
 A yolo split is a folder of pictures or a text file that lists them, a coco split is
-`{images: FOLDER, annotations: FILE}`; of both there may be a list. A citypersons split is its name, train or val.
+`{images: FOLDER, annotations: FILE}`; of both there may be a list. A citypersons split is its name, train or val, a
+caltech split its sets, such as set00-set05.
 """
 
 import difflib
@@ -16,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from hkd_det.datasets.caltech import OLD, TEST_EVERY, read_caltech
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
 from hkd_det.datasets.present import present
@@ -26,7 +30,12 @@ from hkd_det.errors import DataError, UsageError
 SPLITS = ("train", "val", "test")
 # `nc`, `download` and, for other formats than yolo, `names` stand in Ultralytics' files and say nothing new here.
 KEYS = {"format", "path", *SPLITS, "names", "nc", "download"}
-FORMAT_KEYS = {"yolo": {"category"}, "coco": {"category", "present_only"}, "citypersons": {"present_only"}}
+FORMAT_KEYS = {
+    "yolo": {"category"},
+    "coco": {"category", "present_only"},
+    "citypersons": {"present_only"},
+    "caltech": {"annotations", "every", "present_only"},
+}
 ABOUT_KEYS = {"page", "terms", "layout"}  # datasets.yaml only: what a user has to know to get it
 HOME = Path("datasets")  # where the named data sets lie, under the working directory
 
@@ -73,6 +82,9 @@ def _samples(entry: dict[str, Any], root: Path, split: str, name: str) -> list[S
     match entry.get("format", "yolo"):
         case "citypersons":
             samples = read_citypersons(root, _text(source, split, name), present_only)
+        case "caltech":
+            annotations, every = entry.get("annotations", OLD), entry.get("every", TEST_EVERY)
+            samples = read_caltech(root, _text(source, split, name), annotations, every, present_only)
         case "coco":
             read = (_coco(one, root, split, category, name) for one in _sources(source))
             samples = present(_joined(read), present_only, name)
@@ -148,6 +160,8 @@ def _checked(entry: Any, name: str, more_keys: set[str]) -> dict[str, Any]:
     _check_type(entry, "path", str, "a folder", name)
     _check_type(entry, "category", str, "a name", name)
     _check_type(entry, "present_only", bool, "true or false", name)
+    _check_type(entry, "annotations", str, "old or new", name)
+    _check_type(entry, "every", int, "a whole number", name)
     return entry
 
 

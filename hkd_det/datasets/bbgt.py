@@ -1,0 +1,78 @@
+"""The text form of Piotr's toolbox (bbGt.m), one file a frame: Caltech's new annotations (Zhang et al. 2016).
+
+`% bbGt version=3`, then a line an object: label x y w h occluded vx vy vw vh ignore angle. Version 2 has no angle,
+version 1 no ignore flag either. The angle, always 0 in Caltech, is not used.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.frame_boxes import FrameBoxes, box_fault
+from hkd_det.errors import DataError
+
+FIELDS = "label x y w h occluded vx vy vw vh ignore angle"
+FIELDS_OF_VERSION = {1: 10, 2: 11, 3: 12}
+
+
+def read_bbgt(path: Path, on_fault: OnFault = stop) -> FrameBoxes:
+    """The frame's boxes; raises DataError, naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such annotation file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder, expected an annotation file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text file") from None
+    width = _fields(lines[0] if lines else "", path)
+    labels, rows = [], []
+    for number, line in enumerate(lines[1:], 2):
+        if line.strip():
+            try:
+                label, row = _record(line, width, f"{path}, line {number}")
+            except DataError as fault:
+                on_fault(fault)
+                continue
+            labels.append(label)
+            rows.append(row)
+    values = np.array(rows, np.float64).reshape(-1, 11)
+    return FrameBoxes(
+        tuple(labels),
+        values[:, :4],
+        values[:, 5:9],
+        values[:, 4] != 0,
+        values[:, 9] != 0,
+        np.full(len(labels), -1, np.int64),
+    )
+
+
+def _fields(header: str, path: Path) -> int:
+    """How many fields a line has."""
+    found = re.fullmatch(r"%\s*bbGt version=(\d{1,3})\s*", header)
+    if not found:
+        raise DataError(f"{path}, line 1: {header[:60]!r} where `% bbGt version=3` should be")
+    version = int(found[1])
+    if version not in FIELDS_OF_VERSION:
+        raise DataError(f"{path}, line 1: bbGt version {version}; versions 1 to 3 are read")
+    return FIELDS_OF_VERSION[version]
+
+
+def _record(line: str, width: int, where: str) -> tuple[str, list[float]]:
+    """Label, and the numbers of version 3."""
+    label, *words = line.split()
+    try:
+        row = [float(word) for word in words]
+    except ValueError:
+        row = []
+    if len(row) != width - 1:
+        raise DataError(f"{where}: {line.strip()[:80]!r} is not `{' '.join(FIELDS.split()[:width])}`")
+    row += [0.0] * (11 - len(row))
+    if not math.isfinite(row[4]) or not math.isfinite(row[9]):
+        raise DataError(f"{where}: occluded {row[4]:g} and ignore {row[9]:g} must be 0 or 1")
+    if fault := box_fault(row[:4], row[5:9]):
+        raise DataError(f"{where}: {fault}")
+    return label, row
