@@ -82,10 +82,10 @@ def read_caltech(
 
 def parse_sets(text: str) -> list[str]:
     """ "set00-set05", or one set's name, as names."""
-    first, _, last = text.partition("-")
-    if first not in SETS or (last or first) not in SETS or SETS.index(first) > SETS.index(last or first):
+    ends = text.split("-")
+    if len(ends) > 2 or any(end not in SETS for end in ends) or ends[0] > ends[-1]:
         raise UsageError(f"{text!r}: no sets of Caltech; say set06, or set00-set05 ({SETS[0]} to {SETS[-1]})")
-    return list(SETS[SETS.index(first) : SETS.index(last or first) + 1])
+    return list(SETS[SETS.index(ends[0]) : SETS.index(ends[-1]) + 1])
 
 
 def old_frames(folder: Path, sets: list[str], every: int, on_fault: OnFault = stop) -> Iterator[Frame]:

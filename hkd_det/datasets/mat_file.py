@@ -7,6 +7,7 @@ whole process in it (https://github.com/scipy/scipy/pull/25349): no line for the
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hkd_det.errors import DataError
 
 HEADER_BYTES = 128
 LARGEST_BYTES = 2**26  # of a file, and of what it unpacks to; the largest annotations have a few MiB
+MOST_VALUES = 2**20  # in cells and structs; an empty one takes 8 bytes in the file, and hundreds here
 MOST_DIMENSIONS = 32  # numpy's limit before version 2
 # Types of elements, ...
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
@@ -75,16 +77,17 @@ def _variables(raw: bytes) -> dict[str, Any]:
     order = orders[raw[126:HEADER_BYTES]]
     if struct.unpack_from(order + "H", raw, 124)[0] >> 8 == 2:
         raise ValueError("version 7.3; save it in MATLAB with -v7")
-    elements, unpacked, variables = _Elements(memoryview(raw)[HEADER_BYTES:], order), 0, {}
+    budget = iter(range(MOST_VALUES))
+    elements, unpacked, variables = _Elements(memoryview(raw)[HEADER_BYTES:], order, budget), 0, {}
     while elements.left:
         kind, content = elements.take()
         if kind == COMPRESSED:
             content = memoryview(_decompressed(content, LARGEST_BYTES - unpacked))
             unpacked += len(content)
-            kind, content = _Elements(content, order).take()
+            kind, content = _Elements(content, order, budget).take()
         if kind != MATRIX:
             raise ValueError(f"an element of type {kind} where a variable should be")
-        name, value = _named(content, order)
+        name, value = _named(content, order, budget)
         variables[name] = value
     return variables
 
@@ -101,10 +104,10 @@ def _decompressed(content: memoryview, most: int) -> bytes:
 
 
 class _Elements:
-    """Elements (type, size, content) that lie one behind the other."""
+    """Elements (type, size, content) that lie one behind the other. budget: runs out after the last value allowed."""
 
-    def __init__(self, raw: memoryview, order: str) -> None:
-        self.raw, self.order, self.at = raw, order, 0
+    def __init__(self, raw: memoryview, order: str, budget: Iterator[int]) -> None:
+        self.raw, self.order, self.budget, self.at = raw, order, budget, 0
 
     @property
     def left(self) -> int:
@@ -143,12 +146,14 @@ class _Elements:
         kind, content = self.take()
         if kind != MATRIX:
             raise ValueError(f"an element of type {kind} where a matrix should be")
-        return _named(content, self.order)[1] if content else np.zeros((0, 0))
+        if next(self.budget, None) is None:
+            raise ValueError(f"more than {MOST_VALUES} values")
+        return _named(content, self.order, self.budget)[1] if content else np.zeros((0, 0))
 
 
-def _named(content: memoryview, order: str) -> tuple[str, Any]:
+def _named(content: memoryview, order: str, budget: Iterator[int]) -> tuple[str, Any]:
     """Name and value of a matrix."""
-    elements = _Elements(content, order)
+    elements = _Elements(content, order, budget)
     flags = elements.integers(UINT32)
     shape = elements.integers(INT32)
     name = str(elements.take()[1], "latin-1")

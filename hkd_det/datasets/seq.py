@@ -135,7 +135,8 @@ def _header(raw: bytes, path: Path) -> Header:
     fps = struct.unpack_from("<d", raw, 584)[0]
     if version > NEWEST_VERSION or size != HEADER_BYTES or origin != 0:
         raise DataError(
-            f"{path}: .seq version {version}, header of {size} bytes; up to {NEWEST_VERSION}, 1024 are read"
+            f"{path}: .seq version {version}, header of {size} bytes, origin {origin}; "
+            f"read are versions up to {NEWEST_VERSION} with {HEADER_BYTES} and 0"
         )
     if codec not in CODECS:
         raise DataError(f"{path}: .seq codec {codec}; read are {', '.join(map(str, CODECS))}")

@@ -177,6 +177,17 @@ def test_all_compressed_variables_together_are_bounded(tmp_path: Path, monkeypat
         read_mat(path)
 
 
+def test_the_values_of_a_file_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mat_file, "MOST_VALUES", 10)
+    nothing = struct.pack("<II", 14, 0)
+    path = tmp_path / "bomb.mat"
+    path.write_bytes(HEADER + matrix(1, (1, 10), nothing * 10))
+    assert read_mat(path)["x"].shape == (1, 10)
+    path.write_bytes(HEADER + matrix(1, (1, 6), nothing * 6) + packed(matrix(1, (1, 5), nothing * 5)))
+    with pytest.raises(DataError, match="more than 10 values"):
+        read_mat(path)
+
+
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.mat: no such annotation file"):
         read_mat(tmp_path / "gone.mat")

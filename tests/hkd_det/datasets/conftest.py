@@ -1,0 +1,85 @@
+"""Writers of Caltech's containers, as Piotr's toolbox writes them: for the tests of those who read them."""
+
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+from numpy.typing import NDArray
+
+ID, POS, POSV, OCCL = "id", "pos", "posv", "occl"
+
+
+def _cell(values: list[Any]) -> Any:
+    array = np.empty((1, len(values)), object)
+    for index, value in enumerate(values):
+        array[0, index] = value
+    return array
+
+
+def _write_vbb(path: Path, frames: list[list[dict[str, Any]]], labels: list[str], **changes: Any) -> None:
+    """As vbbSave does, with the fields of vbbLoad; `vers` and fields of A may be changed."""
+    lists: list[Any] = []
+    for records in frames:
+        structs = np.empty((1, len(records)), [(name, "O") for name in (ID, POS, OCCL, "lock", POSV)])
+        for index, one in enumerate(records):
+            structs[0, index] = tuple(one[name] for name in structs.dtype.names)
+        lists.append(structs if records else np.zeros((0, 0)))
+    ones = np.ones((1, len(labels)))
+    annotation = {
+        **{"nFrame": len(frames), "objLists": _cell(lists), "maxObj": len(labels), "objInit": ones},
+        **{"objLbl": _cell([np.array(label) if label else np.zeros((0, 0)) for label in labels]), "objStr": ones},
+        **{"objEnd": ones, "objHide": 0 * ones, "altered": 0, "log": 0, "logLen": 0},
+    }
+    version = changes.pop("vers", 1.4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scipy.io.savemat(path, {"A": {**annotation, **changes}, "vers": version}, appendmat=False)
+
+
+def _write_seq(
+    path: Path, pictures: Sequence[NDArray[np.uint8]], codec: int, padding: int = 10, **changes: float
+) -> list[bytes]:
+    """RGB or grey pictures as seqWriterPlugin.m writes them; the frames' bytes. Header fields may be changed."""
+    height, width = pictures[0].shape[:2]
+    channels = 1 if pictures[0].ndim == 2 else 3
+    room = height * width * channels
+    room += 6 + 512 - (room + 6) % 512
+    header = {
+        **{"magic": 0xFEED, "version": 3, "size": 1024, "width": width, "height": height, "depth": 8 * channels},
+        **{"real": 8, "bytes": height * width * channels, "format": codec, "frames": len(pictures), "origin": 0},
+        **{"room": room, "fps": 30.0},
+    } | changes
+    out = struct.pack("<I", int(header["magic"])) + "Norpix seq\0\0".encode("utf-16-le")
+    out += struct.pack("<iI", int(header["version"]), int(header["size"])) + "No Description".encode("utf-16-le").ljust(
+        512, b"\0"
+    )
+    names = ("width", "height", "depth", "real", "bytes", "format", "frames", "origin", "room")
+    out += struct.pack("<9Id", *(int(header[name]) for name in names), header["fps"])
+    out = out.ljust(1024, b"\0")
+    frames = []
+    for index, picture in enumerate(pictures):
+        bgr = picture[..., ::-1] if channels == 3 else picture
+        suffix = {100: "", 101: "", 200: "", 1: ".png", 2: ".png"}.get(codec, ".jpg")
+        frames.append(cv2.imencode(suffix, bgr)[1].tobytes() if suffix else bgr.tobytes())
+        stamp = struct.pack("<IH", 7 + index // 25, index % 25 * 40)
+        out += struct.pack("<I", len(frames[-1]) + 4) * bool(suffix) + frames[-1] + stamp
+        out += bytes(padding if suffix else room - len(frames[-1]) - 6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(out)
+    return frames
+
+
+@pytest.fixture(scope="session")
+def write_vbb() -> Callable[..., None]:
+    """write_vbb(path, frames of records, labels, fields of A or `vers` to change); a record is a dict of its fields."""
+    return _write_vbb
+
+
+@pytest.fixture(scope="session")
+def write_seq() -> Callable[..., list[bytes]]:
+    """write_seq(path, pictures, codec, padding, header fields to change): the frames' bytes."""
+    return _write_seq
