@@ -24,7 +24,9 @@ from hkd_bench.worker import ERRORS, Job, Measured, read_detections
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.metrics.miss_rate import REASONABLE, SETUPS, MissRate, evaluate
+from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.curve import MissRate
+from hkd_det.metrics.tables import DetectionTable, TruthTable
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _death(code: int, log: Path) -> str:
 def _judged(detections: Sequence[Detections], samples: Sequence[Sample]) -> dict[str, MissRate]:
     """By setup; over no pictures where none was evaluated."""
     truths = [sample.truth for sample in samples] if detections else []
-    return {setup.name: evaluate(truths, detections, setup) for setup in SETUPS.values()}
+    return evaluate(TruthTable.of(truths), DetectionTable.of(detections))
 
 
 def _model_result(

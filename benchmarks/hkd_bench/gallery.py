@@ -10,7 +10,8 @@ from hkd_deploy import Detector
 from hkd_deploy.draw import Verdict, draw_box, draw_detections
 from hkd_det.datasets.sample import Sample, read_picture
 from hkd_det.detections import Detections
-from hkd_det.metrics.miss_rate import FALSE, IGNORED, REASONABLE, TRUE, Setup, match
+from hkd_det.metrics.citypersons import REASONABLE, Setup, match
+from hkd_det.metrics.matching import FALSE, IGNORED, TRUE
 
 VERDICTS = {TRUE: Verdict.HIT, FALSE: Verdict.FALSE_POSITIVE, IGNORED: Verdict.IGNORED}
 

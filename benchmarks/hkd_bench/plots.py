@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from hkd_bench.result import BenchResult, ModelResult
-from hkd_det.metrics.miss_rate import FPPI_POINTS, REASONABLE
+from hkd_det.metrics.citypersons import FPPI_POINTS, REASONABLE
 
 # Okabe and Ito's palette (2008), told apart by the colour-blind, less what vanishes on white or on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -18,7 +18,7 @@ from hkd_bench.table import COLUMNS, cells, notes
 from hkd_deploy.draw import Verdict
 from hkd_det.files import write_text
 from hkd_det.imgsz import format_imgsz
-from hkd_det.metrics.miss_rate import SETUPS
+from hkd_det.metrics.citypersons import SETUPS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_PX = 1024  # the longer side of a picture on the page

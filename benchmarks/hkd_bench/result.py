@@ -13,7 +13,7 @@ from hkd_bench.host import Fact
 from hkd_bench.latency import LatencySummary, summary
 from hkd_det.errors import DataError
 from hkd_det.files import write_text
-from hkd_det.metrics.miss_rate import MissRate
+from hkd_det.metrics.curve import MissRate
 
 SCHEMA = 1
 CURVE_POINTS = 2000

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hkd_det.errors import UsageError
-from hkd_det.metrics.miss_rate import SETUPS
+from hkd_det.metrics.citypersons import SETUPS
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalogue import open_data
-from hkd_det.detections import Detections
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.hierarchical import HierarchicalWeights
 from hkd_det.errors import DataError
 from hkd_det.files import write_text
 from hkd_det.losses.detection import total
-from hkd_det.metrics.miss_rate import SETUPS, evaluate
+from hkd_det.metrics.citypersons import SETUPS, evaluate
+from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.models.backbone import load_pretrained
 from hkd_det.models.detector import Detector, freeze_norms
 from hkd_det.models.sizes import build_detector, cost
@@ -170,14 +170,15 @@ class Run:
     def _validate(self) -> float:
         bf16 = self.config.precision == "bf16"
         found = detect_all(self.average.average, self.validation, self.config.imgsz_hw, bf16)
-        return evaluate([sample.truth for sample in self.validation], found, self.setup).value
+        truth = TruthTable.of([sample.truth for sample in self.validation])
+        return evaluate(truth, DetectionTable.of(found), [self.setup])[self.setup.name].value
 
     def _check_people(self, training: Sequence[Sample]) -> None:
         """Find out now, not after an epoch, that there is nobody to learn from or to be judged by."""
         if all(sample.truth.ignore.all() for sample in training):
             raise DataError(f"--data {self.config.data}: nobody to find in the train split, only ignore regions")
-        truths = [sample.truth for sample in self.validation]
-        if evaluate(truths, [Detections.empty() for _ in truths], self.setup).people == 0:
+        truth = TruthTable.of([sample.truth for sample in self.validation])
+        if evaluate(truth, DetectionTable.of([]), [self.setup])[self.setup.name].people == 0:
             low = self.setup.height_px[0]
             raise DataError(
                 f"--data {self.config.data}: nobody in the val split counts in the setup {self.setup.name} (at least "

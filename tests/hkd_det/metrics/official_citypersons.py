@@ -13,8 +13,12 @@ def miss_rate(
     pictures: list[tuple[list[dict[str, Any]], list[tuple[list[float], float]]]],
     heights: tuple[float, float],
     visibilities: tuple[float, float],
+    strict: bool = False,
 ) -> float:
-    """pictures: (truths with bbox xywh, height, vis_ratio, ignore; detections as (bbox xywh, score))."""
+    """pictures: (truths with bbox xywh, height, vis_ratio, ignore; detections as (bbox xywh, score)).
+
+    strict is not the official program's: recall 0 at points before the curve.
+    """
     judged: list[tuple[float, int]] = []
     people = 0
     for truths, detections in pictures:
@@ -48,7 +52,7 @@ def miss_rate(
                 matched[best] = True
                 judged.append((score, 1))
     if people == 0:
-        return math.nan
+        return -1.0
     judged.sort(key=lambda j: -j[0])
     hits = misses = 0
     recalls, fppis = [], []
@@ -63,7 +67,7 @@ def miss_rate(
         index = -1
         while index + 1 < len(fppis) and fppis[index + 1] <= point:
             index += 1
-        missed = 1 - recalls[index]
+        missed = 1.0 if strict and index == -1 else 1 - recalls[index]
         if missed <= 0:
             return 0.0
         logs.append(math.log(missed))
