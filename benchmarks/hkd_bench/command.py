@@ -10,6 +10,7 @@ from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.gallery import Gallery, judged_pictures
 from hkd_bench.report import write_report
 from hkd_bench.result import BenchResult, write_result
+from hkd_bench.score.command import score
 from hkd_bench.table import text_table
 from hkd_deploy import open_detector
 from hkd_deploy.streams.recorded import pictures_in
@@ -23,11 +24,14 @@ GALLERY_PICTURES = 6
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command("hkd-bench", _body, argv)
+    typed = sys.argv[1:] if argv is None else argv
+    if typed[:1] == ["score"]:
+        return run_command("hkd-bench", score, typed[1:])
+    return run_command("hkd-bench", _body, typed)
 
 
 def _body(argv: Sequence[str] | None) -> int:
-    typed = sys.argv[1:] if argv is None else argv
+    typed = argv or []
     flags = _parse(typed)
     samples = _samples(flags)[: flags.limit]
     options = BenchOptions(
@@ -75,7 +79,8 @@ def _title(result: BenchResult) -> str:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-bench",
-        description="Measure exported models side by side: miss rate on a data set, latency, memory, this machine.",
+        description="Measure exported models side by side: miss rate on a data set, latency, memory, this machine. "
+        "`hkd-bench score --help`: the miss rate of detections that lie in files.",
         epilog="example: hkd-bench teacher.onnx student.onnx --data citypersons --split val --html report.html",
     )
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help=".onnx files written by hkd-export")

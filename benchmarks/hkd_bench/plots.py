@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_det.metrics.citypersons import FPPI_POINTS, REASONABLE
@@ -52,33 +53,40 @@ def miss_rate_figure(result: BenchResult, setup: str = REASONABLE.name) -> str:
         return ""
 
     def draw(axes: Axes) -> None:
-        lowest = 1.0
-        for number, (model, curve) in enumerate(zip(result.models, curves, strict=True)):
-            assert curve is not None
-            fppi, missed = np.array([0.0, *curve.fppi]), np.array([1.0, *curve.miss_rate])
-            axes.plot(
-                np.maximum(fppi, 1e-6),
-                np.maximum(missed, 1e-6),
-                drawstyle="steps-post",
-                label=f"{percent(model.miss_rates[setup])}  {model.name}",
-                **_line(number),
-            )
-            shown = missed[fppi <= 10]
-            lowest = min(lowest, float(shown[shown > 0].min(initial=1.0)))
-        floor = max((tick for tick in MISS_RATE_TICKS if tick < lowest), default=MISS_RATE_TICKS[0])
-        axes.set(xscale="log", yscale="log", xlim=(10**-2.5, 10), ylim=(min(floor, 0.5), 1.03))
-        axes.axvspan(FPPI_POINTS[0], FPPI_POINTS[-1], color=GRID, alpha=0.35, linewidth=0)
-        axes.xaxis.set_major_locator(FixedLocator([0.01, 0.1, 1, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_major_locator(FixedLocator([tick for tick in MISS_RATE_TICKS if tick >= min(floor, 0.5)]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel="false positives per picture", ylabel="miss rate")
-        axes.legend(loc="lower left")
+        lines = [
+            (f"{percent(model.miss_rates[setup])}  {model.name}", np.array(curve.fppi), np.array(curve.miss_rate))
+            for model, curve in zip(result.models, curves, strict=True)
+            if curve is not None
+        ]
+        draw_miss_rates(axes, lines)
 
     told = [f"{model.name} {percent(model.miss_rates[setup])}" for model in result.models]
     return _svg(draw, f"Miss rate against false positives per picture, {setup}", told)
+
+
+def draw_miss_rates(
+    axes: Axes, lines: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]], shade: str = GRID
+) -> None:
+    """Lines of (label, FPPI [D], miss rate [D]) on logarithmic axes; the range that is averaged is shaded."""
+    lowest = 1.0
+    for number, (label, behind, missed_behind) in enumerate(lines):
+        fppi, missed = np.array([0.0, *behind]), np.array([1.0, *missed_behind])
+        axes.plot(
+            np.maximum(fppi, 1e-6), np.maximum(missed, 1e-6), drawstyle="steps-post", label=label, **_line(number)
+        )
+        shown = missed[fppi <= 10]
+        lowest = min(lowest, float(shown[shown > 0].min(initial=1.0)))
+    floor = max((tick for tick in MISS_RATE_TICKS if tick < lowest), default=MISS_RATE_TICKS[0])
+    axes.set(xscale="log", yscale="log", xlim=(10**-2.5, 10), ylim=(min(floor, 0.5), 1.03))
+    axes.axvspan(FPPI_POINTS[0], FPPI_POINTS[-1], color=shade, alpha=0.35, linewidth=0)
+    axes.xaxis.set_major_locator(FixedLocator([0.01, 0.1, 1, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in MISS_RATE_TICKS if tick >= min(floor, 0.5)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="false positives per picture", ylabel="miss rate")
+    axes.legend(loc="lower left")
 
 
 def latency_figure(result: BenchResult) -> str:

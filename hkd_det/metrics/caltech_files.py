@@ -1,0 +1,180 @@
+"""Caltech's truth and detections as its benchmark has them on disk, 1-based pixels kept as they are.
+
+Truth: a folder of `set06/V000.vbb` (old annotations), of text files (new ones), or a `gt-SETUP.mat` that an official
+program has written. Detections: `set06/V000.txt` a video, lines of `frame x y w h score`, frames from 1.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_det.datasets.caltech import PERSON, TEST_EVERY, TEST_SETS, Frame, new_frames, old_frames
+from hkd_det.datasets.mat_file import numbers, read_mat
+from hkd_det.errors import DataError
+from hkd_det.metrics.caltech import Version
+from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable
+
+PEOPLE_NEW = ("person", "person?", "people")  # of these the new annotations' programs make no difference
+
+
+@dataclass(frozen=True, eq=False)
+class CaltechTruth:
+    """frames: (video, frame from 1) of each picture, none where the file does not say. filtered: see `evaluate`."""
+
+    path: Path
+    frames: tuple[tuple[str, int], ...]
+    table: TruthTable
+    filtered: bool
+
+
+def read_truth(path: Path, version: Version, sets: list[str] | None = None) -> CaltechTruth:
+    """The truth of the sets; by default of the test sets (set06 to set10) that are there.
+
+    Raises DataError, naming the file, for what is missing or wrong.
+    """
+    if path.is_file():
+        return _from_mat(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder of annotations, or gt-SETUP.mat")
+    wanted = sets or [name for name in TEST_SETS if next(path.rglob(f"*{name}*"), None)]
+    if not wanted:
+        raise DataError(f"{path}: holds none of the test sets {TEST_SETS[0]} to {TEST_SETS[-1]}; --sets takes others")
+    read = old_frames if version is Version.OLD else new_frames
+    frames = list(read(path, wanted, TEST_EVERY))
+    return CaltechTruth(path, tuple((one.video, one.index + 1) for one in frames), _table(frames, version), False)
+
+
+def read_detections(folder: Path, truth: CaltechTruth) -> DetectionTable:
+    """All videos' detections in the truth's frames; those in other frames are left out, as the benchmark does.
+
+    Raises DataError, naming file and line, for a missing video and for wrong lines.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; Caltech's detections are files set06/V000.txt in one")
+    frames = truth.frames or _frames_of(folder, truth)
+    index = {frame: number for number, frame in enumerate(frames)}
+    picture, rows = [], [np.zeros((0, 6))]
+    for video in dict.fromkeys(video for video, _ in frames):
+        lines = _read_video(folder / f"{video}.txt")
+        places = np.array([index.get((video, int(frame)), -1) for frame in lines[:, 0]], np.intp)
+        if len(lines) and (places < 0).all():
+            raise DataError(
+                f"{folder / video}.txt: none of its frames {int(lines[0, 0])}, ... is evaluated; "
+                f"frames count from 1, every {TEST_EVERY}th is ({TEST_EVERY}, {2 * TEST_EVERY}, ...)"
+            )
+        picture.append(places[places >= 0])
+        rows.append(lines[places >= 0])
+    found = np.concatenate(rows)
+    where = np.concatenate(picture) if picture else np.zeros(0, np.intp)
+    return DetectionTable.sort(where, found[:, 1:5], found[:, 5])
+
+
+def _table(frames: list[Frame], version: Version) -> TruthTable:
+    kept = [_known(frame) for frame in frames]
+    boxes = np.concatenate([one.boxes.boxes_xywh[keep] for one, keep in zip(frames, kept, strict=True)])
+    return TruthTable(
+        len(frames),
+        np.repeat(np.arange(len(frames)), [int(keep.sum()) for keep in kept]),
+        boxes,
+        boxes[:, 3],
+        np.concatenate([_visibility(one, version)[keep] for one, keep in zip(frames, kept, strict=True)]),
+        np.concatenate([_ignored(one, version)[keep] for one, keep in zip(frames, kept, strict=True)]),
+    )
+
+
+def _known(frame: Frame) -> NDArray[np.bool_]:
+    """The labels that the official programs load; `person-fa` is none of them."""
+    return np.array([label in (*PEOPLE_NEW, "ignore") for label in frame.boxes.labels], bool)
+
+
+def _ignored(frame: Frame, version: Version) -> NDArray[np.bool_]:
+    if version is Version.OLD:
+        return np.array([label != PERSON for label in frame.boxes.labels], bool)
+    return frame.boxes.ignore | np.array([label not in PEOPLE_NEW for label in frame.boxes.labels], bool)
+
+
+def _visibility(frame: Frame, version: Version) -> Floats:
+    """Of people who are not occluded: inf (old) or 1 (new). Where the visible box is the box: 1 (old) or 0 (new)."""
+    whole, seen = frame.boxes.boxes_xywh, frame.boxes.visible_xywh
+    unmarked = (seen == 0).all(1)
+    area = whole[:, 2] * whole[:, 3]
+    share = np.divide(seen[:, 2] * seen[:, 3], area, out=np.full(len(area), np.nan), where=area > 0)
+    if version is Version.OLD:
+        return np.where(unmarked, np.inf, share)
+    return np.where(~frame.boxes.occluded | unmarked, 1.0, np.where((seen == whole).all(1), 0.0, share))
+
+
+def _from_mat(path: Path) -> CaltechTruth:
+    """A cell array `gt` of (1, pictures), rows x y w h ignore."""
+    cells = read_mat(path).get("gt")
+    if not isinstance(cells, np.ndarray) or cells.dtype != object:
+        raise DataError(f"{path}: holds no cell array gt; expected a gt-SETUP.mat of the official programs")
+    parts = []
+    for number, cell in enumerate(cells.ravel(), 1):
+        try:
+            rows = numbers(cell)
+        except ValueError as error:
+            raise DataError(f"{path}: picture {number}: {error}") from None
+        if rows.size and (rows.ndim != 2 or rows.shape[1] != 5 or not np.isfinite(rows).all()):
+            raise DataError(f"{path}: picture {number}: rows of the shape {rows.shape}, expected x y w h ignore")
+        parts.append(rows.reshape(-1, 5))
+    rows = np.concatenate([np.zeros((0, 5)), *parts])
+    table = TruthTable(
+        len(parts),
+        np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        rows[:, :4],
+        rows[:, 3],
+        np.ones(len(rows)),
+        rows[:, 4] != 0,
+    )
+    return CaltechTruth(path, (), table, True)
+
+
+def _frames_of(folder: Path, truth: CaltechTruth) -> tuple[tuple[str, int], ...]:
+    """The frames of a gt-SETUP.mat, which names none: as many of each video as its detections reach."""
+    videos = sorted(path for name in TEST_SETS for path in (folder / name).glob("V*.txt"))
+    frames = [
+        (f"{path.parent.name}/{path.stem}", frame)
+        for path in videos
+        for frame in range(TEST_EVERY, int(_read_video(path)[:, 0].max(initial=0)) + 1, TEST_EVERY)
+    ]
+    if len(frames) != truth.table.pictures:
+        raise DataError(
+            f"{truth.path}: has {truth.table.pictures} frames but does not say of which videos, and the detections in "
+            f"{folder} reach {len(frames)}; give the folder of annotations in its place"
+        )
+    return tuple(frames)
+
+
+def _read_video(path: Path) -> Floats:
+    """[D, 6] frame, x, y, w, h, score."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").replace(",", " ")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a video in which nothing was found has an empty one") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text file; expected lines of `frame x y w h score`") from None
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    try:
+        rows = np.array(lines, np.float64).reshape(-1, 6)
+    except ValueError:
+        rows = np.full((1, 6), np.nan)
+    wrong = ~np.isfinite(rows).all(1) | (rows[:, 3:5] < 0).any(1) | (rows[:, 0] < 1) | (rows[:, 0] % 1 != 0)
+    if wrong.any() or len(rows) != len(lines):
+        raise DataError(_first_fault(path, text))
+    return rows
+
+
+def _first_fault(path: Path, text: str) -> str:
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = [float(word) for word in line.split()]
+        except ValueError:
+            row = [np.nan]
+        right = len(row) == 6 and np.isfinite(row).all() and row[0] >= 1 and row[0] % 1 == 0 and min(row[3:5]) >= 0
+        if row and not right:
+            told = line.strip()[:60]
+            return f"{path}, line {number}: {told!r} is not `frame x y w h score` with frames from 1, sizes from 0"
+    return f"{path}: not lines of `frame x y w h score`"
