@@ -6,6 +6,7 @@ Detections: a list of {"image_id", "category_id", "bbox" xywh, "score"}. MATLAB'
 fractions (1.0) and a single detection a bare object: taken too.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +150,9 @@ def _sorted_ids(found: Sequence[Id], path: Path) -> tuple[Id, ...]:
     if len({isinstance(one, str) for one in ids}) > 1:
         raise DataError(f"{path}: its picture ids are texts and numbers; make them one kind")
     if len(set(ids)) < len(ids):
-        twice = next(one for one in ids if ids.count(one) > 1)
+        twice = Counter(ids).most_common(1)[0][0]
         raise DataError(f"{path}: picture id {twice!r} stands twice")
-    return tuple(sorted(ids))  # type: ignore[type-var]  # one kind, as just checked
+    return tuple(sorted(ids))  # one kind, as just checked
 
 
 def _category(categories: Sequence[_Category], path: Path) -> Id:
@@ -162,8 +163,7 @@ def _category(categories: Sequence[_Category], path: Path) -> Id:
 def _check_ids(found: Sequence[_Detection], path: Path) -> None:
     ids = [_whole(one.id) for one in found if one.id is not None]
     if len(set(ids)) < len(ids):
-        seen: set[Id] = set()
-        twice = next(one for one in ids if one in seen or seen.add(one))
+        twice = Counter(ids).most_common(1)[0][0]
         raise DataError(f"{path}: detection id {twice!r} stands twice; give each its own, or none")
 
 

@@ -26,11 +26,8 @@ def score(argv: Sequence[str] | None) -> int:
     for found in tqdm(judge(request, flags.detections), total=len(names), unit="file", leave=False, delay=1):
         scores.append(found)
         if found.odd_scores:
-            print(
-                f"hkd-bench: warning: {found.detections}: {found.odd_scores} of {found.count} scores lie outside 0 to 1, "
-                "which is well as long as more means surer",
-                file=sys.stderr,
-            )
+            told = f"{found.odd_scores} of {found.count} scores lie outside 0 to 1; only their order counts"
+            print(f"hkd-bench: warning: {found.detections}: {told}", file=sys.stderr)
     if flags.plot:
         write_plot(flags.plot, dict(zip(names, scores, strict=True)))
     result = json.dumps(_content(request, names, scores), indent=1, allow_nan=False) + "\n"

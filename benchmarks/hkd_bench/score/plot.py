@@ -27,9 +27,8 @@ def write_plot(path: Path, scores: Mapping[str, Score]) -> None:
         for number, setup in enumerate(setups):
             axes = figure.add_subplot(rows, columns, number + 1)
             rates = {name: one.rates[setup] for name, one in scores.items()}
-            ranked = sorted(rates.items(), key=lambda pair: -pair[1].value)  # the best stands lowest, by its curve
-            lines = [(f"{percent(rate.value)}  {name}", rate.fppi, rate.miss_rate) for name, rate in ranked]
+            lines = [(f"{percent(rate.value)}  {name}", rate.fppi, rate.miss_rate) for name, rate in rates.items()]
             draw_miss_rates(axes, lines, shade="0.85")
-            axes.set_title(f"{setup}, {rates[ranked[0][0]].people:,} people")
+            axes.set_title(f"{setup}, {first.rates[setup].people:,} people")
         with replacing(path) as aside:
             figure.savefig(aside, dpi=150)

@@ -1,0 +1,316 @@
+"""`hkd-bench score` on files of every form, against the literal programs, and on mistakes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hkd_bench.command import main
+from hkd_det.datasets.vbb import read_vbb
+from hkd_det.errors import HkdError
+from hkd_det.metrics import caltech, citypersons
+from hkd_det.metrics.coco_files import read_detections, read_truth
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")
+
+
+def literal(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "hkd_det" / "metrics" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_for_score", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def person(number: int, image: int, box: list[float], **more: Any) -> dict[str, Any]:
+    return {"id": number, "image_id": image, "category_id": 1, "bbox": box, "iscrowd": 0, "area": 4000, **more}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Two pictures, a person each, of whom one is found: a miss rate of a half at every point."""
+    truth = {
+        "images": [{"id": 1}, {"id": 2}],
+        "categories": [{"id": 1, "name": "pedestrian"}, {"id": 2, "name": "rider"}],
+        "annotations": [person(1, 1, [10, 10, 40, 100]), person(2, 2, [10, 10, 40, 100])],
+    }
+    found = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 100], "score": 0.9}]
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    (tmp_path / "dt.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def run(files: Path, *flags: str, found: str = "dt.json", protocol: str = "citypersons") -> int:
+    given = ["--annotations", str(files / "gt.json"), "--detections", str(files / found), "--protocol", protocol]
+    return main(["score", *given, *flags])
+
+
+def test_json_holds_the_fractions_unrounded(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(files, "--json", "-") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["protocol"] == "citypersons" and set(printed["miss_rate"]) == set(citypersons.SETUPS)
+    assert printed["miss_rate"]["Reasonable"] == pytest.approx(0.5, abs=1e-15)
+    assert printed["miss_rate"]["heavy"] == -1 and printed["people"]["heavy"] == 0
+    assert run(files, "--json", str(files / "o.json"), "--setup", "Reasonable") == 0
+    assert list(json.loads((files / "o.json").read_text())["miss_rate"]) == ["Reasonable"]
+
+
+def test_matlabs_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A single detection is a bare object, ids are fractions."""
+    (files / "m.json").write_text('{"image_id":1.0,"category_id":1.0,"bbox":[10.0,10.0,40.0,100.0],"score":9e-1}')
+    assert run(files, "--json", "-", found="m.json") == 0
+    assert json.loads(capsys.readouterr().out)["miss_rate"]["Reasonable"] == pytest.approx(0.5, abs=1e-15)
+
+
+def test_several_files_in_one_table_and_plot(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "none.json").write_text("[]")
+    flags = ["--annotations", str(files / "gt.json"), "--protocol", "citypersons", "--json", str(files / "o.json")]
+    two = [str(files / "dt.json"), str(files / "none.json")]
+    assert main(["score", *flags, "--detections", *two, "--plot", str(files / "p.svg")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Reasonable "))
+    assert line.split() == ["Reasonable", "2", "50.00", "100.00"]
+    results = json.loads((files / "o.json").read_text())["results"]
+    assert [one["name"] for one in results] == ["dt", "none"] and results[1]["miss_rate"]["All"] == 1
+    assert (files / "p.svg").read_text().count("</svg>") == 1
+
+
+def test_coco_by_pycocotools_on_the_file_itself(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    chance = np.random.default_rng(0)
+    boxes = [[10 * i, 10, 40, int(h)] for i, h in enumerate(chance.integers(20, 200, 30))]
+    truth = json.loads((files / "gt.json").read_text())
+    truth["annotations"] = [
+        person(i + 1, 1 + i % 2, box, area=box[2] * box[3], iscrowd=int(i % 7 == 0)) for i, box in enumerate(boxes)
+    ]
+    found = [
+        {
+            "image_id": 1 + i % 2,
+            "category_id": 1,
+            "bbox": [box[0] + float(chance.normal(0, 3)), *box[1:]],
+            "score": float(chance.random()),
+        }
+        for i, box in enumerate(boxes)
+    ]
+    (files / "gt.json").write_text(json.dumps(truth))
+    (files / "dt.json").write_text(json.dumps(found))
+    people = COCO(str(files / "gt.json"))
+    judged = COCOeval(people, people.loadRes(str(files / "dt.json")), "bbox")
+    judged.params.catIds = [1]
+    judged.evaluate()
+    judged.accumulate()
+    judged.summarize()
+    capsys.readouterr()
+    assert run(files, "--json", "-", protocol="coco") == 0
+    figures = json.loads(capsys.readouterr().out)["coco"]
+    assert list(figures.values()) == pytest.approx(judged.stats.tolist(), abs=1e-12)
+    assert 0.1 < figures["AP"] < 1
+
+
+@needs_data
+def test_the_official_val_file_as_the_literal_program_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = SHARED / "citypersons" / "val_gt.json"
+    content = json.loads(path.read_text())
+    chance = np.random.default_rng(1)
+    found = []
+    for record in content["annotations"]:
+        x, y, width, height = record["bbox"]
+        if chance.random() < 0.7:
+            dx, dy, dw, dh = chance.normal(0, 0.08, 4) * [width, height, width, height]
+            box = [x + dx, y + dy, max(1.0, width + dw), max(1.0, height + dh)]
+            score = round(float(chance.random()), 2)
+            found.append({"image_id": record["image_id"], "category_id": 1, "bbox": box, "score": score})
+    (tmp_path / "dt.json").write_text(json.dumps(found))
+    flags = ["--annotations", str(path), "--detections", str(tmp_path / "dt.json"), "--protocol", "citypersons"]
+    assert main(["score", *flags, "--json", "-"]) == 0
+    ours = json.loads(capsys.readouterr().out)["miss_rate"]
+    program = literal("official_citypersons")
+    data = [
+        (
+            [record for record in content["annotations"] if record["image_id"] == image["id"]],
+            [(one["bbox"], one["score"]) for one in found if one["image_id"] == image["id"]],
+        )
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
+    for name, setup in citypersons.SETUPS.items():
+        assert abs(ours[name] - program.miss_rate(data, setup.height_px, setup.visibility)) < 1e-9
+
+
+@needs_data
+def test_caltechs_films_as_the_literal_program_reads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chance = np.random.default_rng(2)
+    data = []
+    for path in sorted((SHARED / "caltech" / "annotations" / "set06").glob("*.vbb")):
+        lines = []
+        for index, frame in enumerate(read_vbb(path)):
+            kept = chance.random(len(frame)) < 0.7
+            rows = [
+                [*(box + chance.normal(0, 0.06, 4) * box[[2, 3, 2, 3]]).round(3).tolist(), float(chance.integers(9))]
+                for box in frame.boxes_xywh[kept]
+            ]
+            lines += [" ".join(map(repr, [float(index + 1), *row])) for row in rows]
+            if index % 30 == 29:
+                objects = [
+                    {"lbl": label, "bb": box, "bbv": seen}
+                    for label, box, seen in zip(
+                        frame.labels, frame.boxes_xywh.tolist(), frame.visible_xywh.tolist(), strict=True
+                    )
+                ]
+                data.append((objects, rows))
+        (tmp_path / "set06").mkdir(exist_ok=True)
+        (tmp_path / "set06" / f"{path.stem}.txt").write_text("\n".join(lines))
+    flags = ["--annotations", str(SHARED / "caltech" / "annotations"), "--protocol", "caltech", "--json", "-"]
+    assert main(["score", *flags, "--detections", str(tmp_path)]) == 0
+    output = capsys.readouterr()
+    printed = json.loads(output.out)
+    assert printed["pictures"] == len(data) and "lie outside 0 to 1" in output.err
+    program = literal("official_caltech")
+    for name, setup in caltech.SETUPS.items():
+        theirs = program.miss_rate(
+            data, "caltech", setup.height_px, setup.visibility, setup.aspect, setup.overlap, setup.margin
+        )
+        assert abs(printed["miss_rate"][name] - theirs) < 1e-9, name
+    assert 0 < printed["miss_rate"]["Reasonable"] < 1
+
+
+@needs_data
+def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own people as detections are all found; its frames are told from the detections' reach."""
+    path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
+    from hkd_det.metrics.caltech_files import read_truth as read_caltech_truth
+
+    table = read_caltech_truth(path, caltech.Version.NEW).table
+    assert (table.pictures, int((~table.ignore).sum())) == (4024, 912)
+    (tmp_path / "set06").mkdir()
+    rows = [
+        f"{30 * (picture + 1)},{','.join(map(repr, box))},1"
+        for picture, box in zip(table.picture.tolist(), table.boxes_xywh.tolist(), strict=True)
+    ]
+    (tmp_path / "set06" / "V000.txt").write_text("\n".join([*rows, f"{30 * 4024},600,10,20.5,50,0.5"]))
+    flags = ["--annotations", str(path), "--detections", str(tmp_path), "--protocol", "caltech-new", "--json", "-"]
+    assert main(["score", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["miss_rate"] == {"Reasonable": 0.0}
+    (tmp_path / "set06" / "V000.txt").write_text("\n".join(rows[:10]))
+    assert main(["score", *flags]) == 1
+    assert "does not say of which videos" in capsys.readouterr().err
+
+
+@needs_data
+def test_the_new_annotations_text_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index, lines in ((29, "person 100 50 41 100 0 0 0 0 0 0 0\nperson? 300 50 41 100 0 0 0 0 0 0 0"), (59, "")):
+        (tmp_path / f"set06_V000_I{index:05}.jpg.txt").write_text(f"% bbGt version=3\n{lines}\n")
+    (tmp_path / "dt" / "set06").mkdir(parents=True)
+    (tmp_path / "dt" / "set06" / "V000.txt").write_text("30 100 50 41 100 0.9\n31 0 0 5 5 1\n")
+    flags = ["--annotations", str(tmp_path), "--detections", str(tmp_path / "dt"), "--protocol", "caltech-new"]
+    assert main(["score", *flags, "--json", "-"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["pictures"] == 2 and printed["miss_rate"]["Reasonable"] == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 3}, "image_id 3 is not among the 2 pictures"),
+        ({"bbox": [1, 2, -3, 4]}, "bbox [1.0, 2.0, -3.0, 4.0]"),
+        ({"bbox": [1, 2, 3]}, "$[0].bbox"),
+        ({"score": "high"}, "$[0].score"),
+        ({"score": float("nan")}, "dt.json"),
+        ({"category_id": 7}, "no detection is of category_id 1"),
+    ],
+)
+def test_wrong_detections(
+    files: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads((files / "dt.json").read_text())
+    (files / "dt.json").write_text(json.dumps([{**found[0], **change}]))
+    assert run(files) == 1
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and error.startswith("hkd-bench: ") and "dt.json" in error and message in error
+
+
+def test_an_id_that_stands_twice(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads((files / "dt.json").read_text())
+    (files / "dt.json").write_text(json.dumps([{**found[0], "id": 5}, {**found[0], "id": 5}]))
+    assert run(files) == 1 and "detection id 5 stands twice" in capsys.readouterr().err
+
+
+def test_odd_scores_are_a_warning(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads((files / "dt.json").read_text())
+    (files / "dt.json").write_text(json.dumps([{**found[0], "score": -12.5}]))
+    assert run(files) == 0
+    output = capsys.readouterr()
+    assert "1 of 1 scores lie outside 0 to 1" in output.err and "50.00" in output.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "protocol", "code", "message"),
+    [
+        (["--setup", "Small"], "citypersons", 2, "--setup Small"),
+        (["--setup", "Reasonable"], "coco", 2, "--setup"),
+        (["--plot", "p.txt"], "citypersons", 2, "--plot"),
+        (["--plot", "p.svg"], "coco", 2, "--plot"),
+        (["--strict"], "caltech", 2, "--strict"),
+        (["--sets", "set06"], "citypersons", 2, "--sets"),
+        (["--json", "."], "citypersons", 2, "--json"),
+        (["--names", "a,b"], "citypersons", 2, "--names"),
+        (["--sets", "set99"], "caltech", 2, "set99"),
+        ([], "caltech", 1, "gt.json"),
+    ],
+)
+def test_mistakes(
+    files: Path, flags: list[str], protocol: str, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(files, *flags, protocol=protocol) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-bench: ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_wrong_lines_of_caltech(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "set06_V000_I00029.txt").write_text("% bbGt version=3\n")
+    found = tmp_path / "dt" / "set06" / "V000.txt"
+    flags = ["--annotations", str(tmp_path), "--detections", str(tmp_path / "dt"), "--protocol", "caltech-new"]
+    (tmp_path / "dt").mkdir()
+    assert main(["score", *flags]) == 1 and "an empty one" in capsys.readouterr().err
+    found.parent.mkdir()
+    for text, message in (
+        ("30 1 2 3 4 0.5\n30 1 2 3 4", "line 2"),
+        ("30 1 2 -3 4 0.5", "line 1"),
+        ("0 1 2 3 4 0.5", "line 1"),
+        ("30 1 2 3 x 0.5", "line 1"),
+        ("30 1 2 3 nan 0.5", "line 1"),
+        ("29 1 2 3 4 0.5", "frames count from 1"),
+    ):
+        found.write_text(text)
+        assert main(["score", *flags]) == 1
+        error = capsys.readouterr().err.strip()
+        assert "V000.txt" in error and message in error and "\n" not in error
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_mutated_files_raise_nothing_but_our_errors(files: Path, data: st.DataObject) -> None:
+    whole = {name: bytearray((files / f"{name}.json").read_bytes()) for name in ("gt", "dt")}
+    name = data.draw(st.sampled_from(["gt", "dt"]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(whole[name]) - 1))
+        whole[name][place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    for one, raw in whole.items():
+        (files / f"mutated_{one}.json").write_bytes(raw)
+    try:
+        truth = read_truth(files / "mutated_gt.json")
+        citypersons.evaluate(truth.table, read_detections(files / "mutated_dt.json", truth))
+    except HkdError as error:
+        assert "mutated_" in str(error)
