@@ -1,4 +1,4 @@
-"""How long all of CityPersons' setups take on val with 20,000 detections, beside a literal program; what ten million need.
+"""How long all of CityPersons' setups take with 20,000 detections, beside a literal program; what ten million need.
 
     python benchmarks/studies/scoring.py ../shared/data/citypersons/val_gt.json
 
@@ -130,7 +130,7 @@ def write_many(path: Path, count: int) -> None:
             file.write(",\n" if start else "\n")
             file.write(
                 ",\n".join(
-                    f'{{"image_id":{i},"category_id":1,"bbox":[{a:.2f},{b:.2f},{0.41 * h:.2f},{h:.2f}],"score":{s:.6f}}}'
+                    f'{{"image_id":{i},"bbox":[{a:.2f},{b:.2f},{0.41 * h:.2f},{h:.2f}],"score":{s:.6f}}}'
                     for i, a, b, h, s in zip(image, x, y, height, score, strict=True)
                 )
             )
