@@ -50,20 +50,27 @@ def open_data(data: str, split: str) -> list[Sample]:
         path = Path(data)
         entry = _checked(_load_yaml(path), str(path), set())
         return _samples(entry, path.parent / entry.get("path", "."), split, str(path))
+    entry = catalogue_entry(data)
+    root = HOME / entry.get("path", data)
+    if not root.is_dir():
+        there = f"--data {data}: {root.resolve()} is not there"
+        if "download" in entry:
+            raise DataError(f"{there}; `hkd-train --data {data} --download` fetches it")
+        raise DataError(
+            f"{there}; get it from {entry.get('page')} ({entry.get('terms')}) and unpack it as {entry.get('layout')}"
+        )
+    return _samples(entry, root, split, data)
+
+
+def catalogue_entry(data: str) -> dict[str, Any]:
+    """What datasets.yaml says of a data set; UsageError for a name that is not there."""
     catalogue = _load_yaml(catalogue_file())
     if data not in catalogue:
         raise UsageError(
             f"--data {data}: not in datasets.yaml ({', '.join(catalogue)}){_near(data, catalogue)}, "
             "and no path to a .yaml file"
         )
-    entry = _checked(catalogue[data], f"{catalogue_file()}: {data}", ABOUT_KEYS)
-    root = HOME / entry.get("path", data)
-    if not root.is_dir():
-        raise DataError(
-            f"--data {data}: {root.resolve()} is not there; get it from {entry.get('page')} "
-            f"({entry.get('terms')}) and unpack it as {entry.get('layout')}"
-        )
-    return _samples(entry, root, split, data)
+    return _checked(catalogue[data], f"{catalogue_file()}: {data}", ABOUT_KEYS)
 
 
 def catalogue_file() -> Path:
