@@ -1,0 +1,202 @@
+"""Data sets by name, from a web server on this machine into ./datasets/."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hkd_det.datasets import catalogue, download
+from hkd_det.errors import DataError, UnavailableError, UsageError
+
+CONTENT = random.Random(3).randbytes(300_000)  # what the server has, unless it is told
+Serve = Callable[..., Any]
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def people_zip() -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images/a.jpg", b"picture")
+        archive.writestr("labels/a.txt", "0 .5 .5 .2 .2")
+    return held.getvalue()
+
+
+Known = Callable[..., None]
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Known:
+    """Writes a datasets.yaml with one set, `walkers`, whose files these are; works in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(files: list[dict[str, Any]] | None, **more: Any) -> None:
+        about = {"page": "https://people.example", "terms": "be kind", "layout": "images/*.jpg"}
+        entry = {"path": "walkers/inner", "names": ["person"], "train": "images", **about, **more}
+        entry |= {} if files is None else {"download": files}
+        (tmp_path / "datasets.yaml").write_text(yaml.safe_dump({"walkers": entry}))
+
+    monkeypatch.setattr(catalogue, "catalogue_file", lambda: tmp_path / "datasets.yaml")
+    monkeypatch.setattr(download, "catalogue_file", lambda: tmp_path / "datasets.yaml")
+    return write
+
+
+def said(site: Any, **changes: Any) -> dict[str, Any]:
+    file = site.file()
+    return {"url": file.url, "sha256": file.sha256, "bytes": file.size_bytes, **changes}
+
+
+def test_a_set_is_fetched_unpacked_and_not_fetched_again(
+    tmp_path: Path, serve: Serve, known: Known, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, plain = serve(content=people_zip()), serve(content=b"{}")
+    known([said(site, unpack_to="inner"), said(plain, url=f"{plain.address}/notes.json")])
+    (tmp_path / "datasets" / "walkers").mkdir(parents=True)  # an empty folder is no data
+    assert download.download("walkers") == Path("datasets/walkers")
+    root = tmp_path / "datasets" / "walkers"
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert files == {"inner/images/a.jpg", "inner/labels/a.txt", "notes.json", download.RECORD}
+    assert left(tmp_path / "datasets" / ".downloads") == {"walkers.lock"}
+    out = capsys.readouterr().out
+    assert "https://people.example; by using it you accept: be kind" in out and "verified" in out
+    assert download.download("walkers") == Path("datasets/walkers")
+    assert "nothing is fetched" in capsys.readouterr().out and len(site.asked) == len(plain.asked) == 1
+
+
+def test_what_the_user_has_put_there_stays(tmp_path: Path, serve: Serve, known: Known) -> None:
+    site = serve(content=people_zip())
+    known([said(site)])
+    (tmp_path / "datasets" / "walkers").mkdir(parents=True)
+    (tmp_path / "datasets" / "walkers" / "mine.txt").write_text("mine")
+    download.download("walkers")
+    assert left(tmp_path / "datasets" / "walkers") == {"mine.txt"} and not site.asked
+
+
+def test_other_files_than_now_are_not_taken_for_them(tmp_path: Path, serve: Serve, known: Known) -> None:
+    site = serve(content=people_zip())
+    known([said(site)])
+    download.download("walkers")
+    for record in ("{", json.dumps({"http://old/set.zip": "0" * 64})):
+        (tmp_path / "datasets" / "walkers" / download.RECORD).write_text(record)
+        with pytest.raises(DataError, match="remove it to fetch those"):
+            download.download("walkers")
+
+
+def test_a_set_that_breaks_in_the_second_file_goes_on_there(tmp_path: Path, serve: Serve, known: Known) -> None:
+    first, second = serve(content=people_zip()), serve(breaks=[1000] + [0] * 4)
+    known([said(first), said(second, url=f"{second.address}/more.bin")])
+    with pytest.raises(UnavailableError, match="kept"):
+        download.download("walkers")
+    assert not (tmp_path / "datasets" / "walkers").exists()
+    download.download("walkers")
+    assert len(first.asked) == 1 and second.asked[-1]["range"] == "bytes=1000-"
+    assert (tmp_path / "datasets" / "walkers" / "more.bin").read_bytes() == CONTENT
+
+
+def test_a_set_is_never_half_there(tmp_path: Path, serve: Serve, known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = serve(content=people_zip())
+    known([said(site), said(site, unpack_to="again")])
+    real, calls = download.unpack, []
+
+    def stopped(archive: Path, folder: Path) -> None:
+        real(archive, folder)
+        calls.append(archive)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "unpack", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        download.download("walkers")
+    assert left(tmp_path / "datasets") == {".downloads"}
+    assert left(tmp_path / "datasets/.downloads/walkers") == {"0-set.zip", "1-set.zip"}
+    download.download("walkers")
+    assert len(site.asked) == 2 and (tmp_path / "datasets/walkers/again/images/a.jpg").exists()
+
+
+def test_an_evil_archive_leaves_nothing(tmp_path: Path, serve: Serve, known: Known) -> None:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("images/a.jpg", b"picture")
+        archive.writestr("../../../evil.txt", b"evil")
+    known([said(serve(content=held.getvalue()))])
+    with pytest.raises(DataError, match=r"'\.\./\.\./\.\./evil\.txt' would lie outside"):
+        download.download("walkers")
+    assert left(tmp_path / "datasets/.downloads/walkers") == {"0-set.zip"}
+    assert left(tmp_path) == {"datasets", "datasets.yaml"} and left(tmp_path / "datasets") == {".downloads"}
+
+
+def test_what_cannot_be_downloaded_says_how_to_get_it(tmp_path: Path, known: Known) -> None:
+    known(None)
+    with pytest.raises(UnavailableError, match=r"https://people\.example.*be kind.*datasets/walkers as images/\*\.jpg"):
+        download.download("walkers")
+    with pytest.raises(UsageError, match="walkers"):
+        download.download("walker")
+    with pytest.raises(UsageError, match="by their names"):
+        download.download("mine.yaml")
+    assert left(tmp_path) == {"datasets.yaml"}
+
+
+def test_no_room(serve: Serve, known: Known) -> None:
+    site = serve()
+    known([said(site, bytes=1 << 60)])
+    with pytest.raises(UnavailableError, match=r"1,152,921,504,606,846,976 bytes needed, [\d,]+ free"):
+        download.download("walkers")
+    assert not site.asked
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("https://ultralytics.com/set.zip", "expected a list"),
+        (["https://a.b/set.zip"], "expected a list"),
+        ([{"url": "ftp://a.b/set.zip"}], "https"),
+        ([{"url": "file:///etc/passwd"}], "https"),
+        ([{"url": "https://a.b/set.zip", "bytes": 3}], "sha256 None"),
+        ([{"url": "https://a.b/set.zip", "bytes": 3, "sha256": None}], "no file without one"),
+        ([{"url": "https://a.b/set.zip", "bytes": 3, "sha256": "A" * 64}], "sha256"),
+        ([{"url": "https://a.b/set.zip", "bytes": True, "sha256": "a" * 64}], "bytes True"),
+        ([{"url": "https://a.b/set.zip", "bytes": 0, "sha256": "a" * 64}], "bytes 0"),
+        ([{"url": "https://a.b/", "bytes": 3, "sha256": "a" * 64}], "file's name"),
+        ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "unpack_to": "../x"}], "inside the data set"),
+        ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "unpack_to": "/x"}], "inside the data set"),
+        ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "md5": "x"}], "unknown key 'md5'"),
+    ],
+)
+def test_a_wrong_catalogue_is_one_line(known: Known, files: Any, message: str) -> None:
+    known(files)
+    with pytest.raises(DataError, match=message):
+        download.download("walkers")
+
+
+def test_the_catalogue_that_is_shipped() -> None:
+    shipped = yaml.safe_load(catalogue.catalogue_file().read_text(encoding="utf-8"))
+    fetched = {name: download._parts(entry.get("download"), name) for name, entry in shipped.items()}
+    assert {name for name, parts in fetched.items() if parts} <= {"coco-person", "pennfudan"}
+    assert len(fetched["coco-person"]) == 3
+    for name, entry in shipped.items():
+        assert len(Path(entry["path"]).parts) >= 1 and not Path(entry["path"]).is_absolute(), name
+
+
+def test_two_processes_fetch_it_once(tmp_path: Path, serve: Serve, known: Known) -> None:
+    site = serve(content=people_zip())
+    known([said(site)])
+    code = (
+        "import sys; from pathlib import Path; from hkd_det.datasets import catalogue, download\n"
+        "catalogue.catalogue_file = download.catalogue_file = lambda: Path('datasets.yaml')\n"
+        "download.download('walkers')"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]
+    for process in started:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error.decode()
+    assert len(site.asked) == 1 and (tmp_path / "datasets/walkers/images/a.jpg").exists()
