@@ -77,7 +77,7 @@ def read_caltech(
     ]
     pictures = root / "images"
     samples = [Sample(frame.name, _picture(pictures, frame), _truth(frame, annotations, on_fault)) for frame in frames]
-    return present(samples, present_only, str(pictures))
+    return present(samples, present_only, str(pictures), on_fault)
 
 
 def parse_sets(text: str) -> list[str]:

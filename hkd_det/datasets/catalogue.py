@@ -1,14 +1,15 @@
 """`open_data`: from a name in datasets.yaml, or the user's own data yaml, to samples.
 
 The yaml has Ultralytics' keys (`path, train, val, test, names`) and a few more:
-  format        yolo (default), coco, citypersons, caltech
-  category      yolo, coco: the person class, where its name does not say so
-  present_only  coco, citypersons, caltech: take only the pictures that are on disk
+  format        yolo (default), coco, citypersons, caltech, voc, inria, pennfudan, crowdhuman, eurocity
+  category      yolo, coco, voc: the person class, where its name does not say so
+  present_only  all but yolo: take only the pictures that are on disk
+  time          eurocity: day (default) or night
   annotations   caltech: old (default) or new
   every         caltech: of the training sets, every 30th frame (default), or 3 for ten times as many
 A yolo split is a folder of pictures or a text file that lists them, a coco split is
-`{images: FOLDER, annotations: FILE}`; of both there may be a list. A citypersons split is its name, train or val, a
-caltech split its sets, such as set00-set05.
+`{images: FOLDER, annotations: FILE}`; of both there may be a list. A caltech split is its sets, such as set00-set05;
+of the other formats it is the name that the split has in their files, such as train, val or Train.
 """
 
 import difflib
@@ -22,8 +23,13 @@ import yaml
 from hkd_det.datasets.caltech import OLD, TEST_EVERY, read_caltech
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
+from hkd_det.datasets.crowdhuman import read_crowdhuman
+from hkd_det.datasets.eurocity import TIMES, read_eurocity
+from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.pascal_text import read_inria, read_pennfudan
 from hkd_det.datasets.present import present
 from hkd_det.datasets.sample import Sample
+from hkd_det.datasets.voc import read_voc
 from hkd_det.datasets.yolo import read_yolo
 from hkd_det.errors import DataError, UsageError
 
@@ -35,21 +41,27 @@ FORMAT_KEYS = {
     "coco": {"category", "present_only"},
     "citypersons": {"present_only"},
     "caltech": {"annotations", "every", "present_only"},
+    "voc": {"category", "present_only"},
+    "inria": {"present_only"},
+    "pennfudan": {"present_only"},
+    "crowdhuman": {"present_only"},
+    "eurocity": {"time", "present_only"},
 }
 ABOUT_KEYS = {"page", "terms", "layout"}  # datasets.yaml only: what a user has to know to get it
 HOME = Path("datasets")  # where the named data sets lie, under the working directory
 
 
-def open_data(data: str, split: str) -> list[Sample]:
+def open_data(data: str, split: str, on_fault: OnFault = stop) -> list[Sample]:
     """The samples of a split (train, val or test) of a data set, never empty.
 
-    data: a name in datasets.yaml, or the path of a yaml file. Raises UsageError for a name or key that does
+    data: a name in datasets.yaml, or the path of a yaml file. on_fault: what to do with a faulty record; by default it
+    is raised. Raises UsageError for a name or key that does
     not exist, DataError for what is wrong on disk.
     """
     if data.endswith((".yaml", ".yml")):
         path = Path(data)
         entry = _checked(_load_yaml(path), str(path), set())
-        return _samples(entry, path.parent / entry.get("path", "."), split, str(path))
+        return _samples(entry, path.parent / entry.get("path", "."), split, str(path), on_fault)
     entry = catalogue_entry(data)
     root = HOME / entry.get("path", data)
     if not root.is_dir():
@@ -59,7 +71,7 @@ def open_data(data: str, split: str) -> list[Sample]:
         raise DataError(
             f"{there}; get it from {entry.get('page')} ({entry.get('terms')}) and unpack it as {entry.get('layout')}"
         )
-    return _samples(entry, root, split, data)
+    return _samples(entry, root, split, data, on_fault)
 
 
 def catalogue_entry(data: str) -> dict[str, Any]:
@@ -80,27 +92,49 @@ def catalogue_file() -> Path:
     return packaged if packaged.exists() else here.parents[1] / "datasets.yaml"
 
 
-def _samples(entry: dict[str, Any], root: Path, split: str, name: str) -> list[Sample]:
+def _samples(entry: dict[str, Any], root: Path, split: str, name: str, on_fault: OnFault) -> list[Sample]:
     if split not in SPLITS or entry.get(split) is None:
         there = [known for known in SPLITS if entry.get(known) is not None]
         raise UsageError(f"{name}: has no split {split!r}, only {', '.join(there) or 'none'}")
     source, category = entry[split], entry.get("category", "")
     present_only = entry.get("present_only", False)
     match entry.get("format", "yolo"):
-        case "citypersons":
-            samples = read_citypersons(root, _text(source, split, name), present_only)
-        case "caltech":
-            annotations, every = entry.get("annotations", OLD), entry.get("every", TEST_EVERY)
-            samples = read_caltech(root, _text(source, split, name), annotations, every, present_only)
         case "coco":
-            read = (_coco(one, root, split, category, name) for one in _sources(source))
-            samples = present(_joined(read), present_only, name)
-        case _:
+            read = (_coco(one, root, split, category, name, on_fault) for one in _sources(source))
+            samples = present(_joined(read), present_only, name, on_fault)
+        case "yolo":
             names = _names(entry, name)
-            read = (read_yolo(root / _text(one, split, name), names, category) for one in _sources(source))
+            read = (read_yolo(root / _text(one, split, name), names, category, on_fault) for one in _sources(source))
             samples = _joined(read)
+        case form:
+            samples = _of_one_set(form, entry, root, _text(source, split, name), name, on_fault)
     if not samples:
         raise DataError(f"{name}: split {split} holds no pictures")
+    return samples
+
+
+def _of_one_set(
+    form: str, entry: dict[str, Any], root: Path, source: str, name: str, on_fault: OnFault
+) -> list[Sample]:
+    """The formats that are one public set's own, and VOC: a split is a word."""
+    present_only = entry.get("present_only", False)
+    match form:
+        case "citypersons":
+            samples = read_citypersons(root, source, present_only, on_fault)
+        case "caltech":
+            annotations, every = entry.get("annotations", OLD), entry.get("every", TEST_EVERY)
+            samples = read_caltech(root, source, annotations, every, present_only, on_fault)
+        case "voc":
+            samples = read_voc(root, source, entry.get("category", ""), on_fault)
+            samples = present(samples, present_only, name, on_fault)
+        case "inria":
+            samples = read_inria(root, source, present_only, on_fault)
+        case "pennfudan":
+            samples = read_pennfudan(root, source, present_only, on_fault)
+        case "crowdhuman":
+            samples = read_crowdhuman(root, source, present_only, on_fault)
+        case _:
+            samples = read_eurocity(root, source, entry.get("time", TIMES[0]), present_only, on_fault)
     return samples
 
 
@@ -116,11 +150,11 @@ def _joined(parts: Iterable[list[Sample]]) -> list[Sample]:
     return [replace(one, image_id=f"{number}/{one.image_id}") for number, part in enumerate(lists) for one in part]
 
 
-def _coco(source: Any, root: Path, split: str, category: str, name: str) -> list[Sample]:
+def _coco(source: Any, root: Path, split: str, category: str, name: str, on_fault: OnFault) -> list[Sample]:
     if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
         raise UsageError(f"{name}: split {split} must be {{images: FOLDER, annotations: FILE}}, or a list of those")
     images, annotations = (root / _text(source[key], split, name) for key in ("images", "annotations"))
-    return read_coco(annotations, images, category)
+    return read_coco(annotations, images, category, on_fault)
 
 
 def _text(value: Any, split: str, name: str) -> str:
@@ -169,6 +203,8 @@ def _checked(entry: Any, name: str, more_keys: set[str]) -> dict[str, Any]:
     _check_type(entry, "present_only", bool, "true or false", name)
     _check_type(entry, "annotations", str, "old or new", name)
     _check_type(entry, "every", int, "a whole number", name)
+    if entry.get("time", TIMES[0]) not in TIMES:
+        raise UsageError(f"{name}: time: {entry['time']!r} must be {' or '.join(TIMES)}")
     return entry
 
 

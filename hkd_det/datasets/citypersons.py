@@ -5,7 +5,6 @@ and other persons, groups and ignore regions are ignore regions here, as the off
 Boxes are kept as annotated, also where they reach beyond the picture: the evaluation uses them so.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
+from hkd_det.datasets.faults import OnFault, stop
 from hkd_det.datasets.json_file import read_json
+from hkd_det.datasets.json_places import JsonPlaces
 from hkd_det.datasets.mat_file import numbers, read_mat, text
 from hkd_det.datasets.present import present
 from hkd_det.datasets.sample import Sample, Truth
@@ -35,7 +36,7 @@ LAYOUT = (
 )
 
 
-def read_citypersons(root: Path, split: str, present_only: bool = False) -> list[Sample]:
+def read_citypersons(root: Path, split: str, present_only: bool = False, on_fault: OnFault = stop) -> list[Sample]:
     """Every picture of a split (train or val), every record kept.
 
     present_only: leave out pictures that are not on disk; otherwise a missing one is a DataError that names it.
@@ -47,29 +48,36 @@ def read_citypersons(root: Path, split: str, present_only: bool = False) -> list
     tree = root / "gtBboxCityPersons" / split
     pictures = root / "leftImg8bit" / split
     if mat is not None:
-        samples = _samples_from_mat(mat, pictures)
+        samples = _samples_from_mat(mat, pictures, on_fault)
     elif tree.is_dir():
-        samples = _samples_from_json(tree, pictures)
+        samples = _samples_from_json(tree, pictures, on_fault)
     else:
         raise DataError(f"{root}: no CityPersons annotations of {split}; expected {LAYOUT.format(split=split)}")
-    return present(samples, present_only, str(pictures))
+    return present(samples, present_only, str(pictures), on_fault)
 
 
-def _samples_from_mat(path: Path, pictures: Path) -> list[Sample]:
+def _samples_from_mat(path: Path, pictures: Path, on_fault: OnFault = stop) -> list[Sample]:
     samples = []
     for number, record in enumerate(_mat_records(path), 1):
         try:
-            city, name = text(record["cityname"]), text(record["im_name"])
-            rows = numbers(record["bbs"])
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{path}: picture {number}: not a CityPersons record ({error})") from None
-        if rows.size == 0:
-            rows = rows.reshape(0, 10)
-        if rows.ndim != 2 or rows.shape[1] != 10:
-            raise DataError(f"{path}: {name}: its bbs have the shape {rows.shape}, expected (records, 10)")
-        labels, whole, visible = rows[:, 0], rows[:, 1:5], rows[:, 6:10]
-        samples.append(Sample(_stem(name), pictures / city / name, _truth(labels, whole, visible, f"{path}: {name}")))
+            samples.append(_sample_from_mat(record, f"{path}: picture {number}", path, pictures, on_fault))
+        except DataError as fault:
+            on_fault(fault)
     return samples
+
+
+def _sample_from_mat(record: dict[str, Any], where: str, path: Path, pictures: Path, on_fault: OnFault) -> Sample:
+    try:
+        city, name = text(record["cityname"]), text(record["im_name"])
+        rows = numbers(record["bbs"])
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{where}: not a CityPersons record ({error})") from None
+    if rows.size == 0:
+        rows = rows.reshape(0, 10)
+    if rows.ndim != 2 or rows.shape[1] != 10:
+        raise DataError(f"{path}: {name}: its bbs have the shape {rows.shape}, expected (records, 10)")
+    truth = _truth(rows[:, 0], rows[:, 1:5], rows[:, 6:10], f"{path}: {name}", on_fault)
+    return Sample(_stem(name), pictures / city / name, truth)
 
 
 def _mat_records(path: Path) -> list[dict[str, Any]]:
@@ -87,50 +95,68 @@ def _mat_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _samples_from_json(tree: Path, pictures: Path) -> list[Sample]:
+def _samples_from_json(tree: Path, pictures: Path, on_fault: OnFault) -> list[Sample]:
     files = sorted(tree.glob("*/*_gtBboxCityPersons.json"))
     if not files:
         raise DataError(f"{tree}: holds no CITY/*_gtBboxCityPersons.json")
     samples = []
     for path in files:
-        name = path.name.replace("_gtBboxCityPersons.json", "_leftImg8bit.png")
-        content = read_json(path)
         try:
-            size_hw = int(content["imgHeight"]), int(content["imgWidth"])
-            objects = content["objects"]
-            labels = np.array([JSON_LABELS[entry["label"]] for entry in objects], np.float64)
-            whole = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)
-            visible = np.array([entry["bboxVis"] for entry in objects], np.float64).reshape(-1, 4)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}: not a gtBboxCityPersons file ({type(error).__name__}: {error})") from None
-        truth = _truth(labels, whole, visible, str(path))
-        samples.append(Sample(_stem(name), pictures / path.parent.name / name, truth, size_hw))
+            samples.append(_sample_from_json(path, pictures, on_fault))
+        except DataError as fault:
+            on_fault(fault)
     return samples
 
 
+def _sample_from_json(path: Path, pictures: Path, on_fault: OnFault) -> Sample:
+    name = path.name.replace("_gtBboxCityPersons.json", "_leftImg8bit.png")
+    content = read_json(path)
+    try:
+        size_hw = int(content["imgHeight"]), int(content["imgWidth"])
+        objects = content["objects"]
+        labels = np.array([JSON_LABELS[entry["label"]] for entry in objects], np.float64)
+        whole = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)
+        visible = np.array([entry["bboxVis"] for entry in objects], np.float64).reshape(-1, 4)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not a gtBboxCityPersons file ({type(error).__name__}: {error})") from None
+    truth = _truth(labels, whole, visible, str(path), on_fault, JsonPlaces(path))
+    return Sample(_stem(name), pictures / path.parent.name / name, truth, size_hw)
+
+
 def _truth(
-    labels: NDArray[np.float64], whole_xywh: NDArray[np.float64], visible_xywh: NDArray[np.float64], where: str
+    labels: NDArray[np.float64],
+    whole_xywh: NDArray[np.float64],
+    visible_xywh: NDArray[np.float64],
+    where: str,
+    on_fault: OnFault,
+    places: JsonPlaces | None = None,
 ) -> Truth:
-    names = _names(labels, where)
-    for number, box in enumerate(np.concatenate([whole_xywh, visible_xywh], axis=1), 1):
-        if not (np.abs(box) <= LARGEST_PX).all():
-            raise DataError(f"{where}: record {number}: {box.tolist()} holds NaN, infinity or no pixels")
-        if (box[[2, 3, 6, 7]] < 0).any():
-            raise DataError(f"{where}: record {number}: {box.tolist()} has a negative width or height")
+    kept = []
+    rows = np.concatenate([whole_xywh, visible_xywh], axis=1)
+    for number, (label, box) in enumerate(zip(labels.tolist(), rows, strict=True)):
+        wrong = _fault(label, box)
+        if wrong:
+            fault = DataError(f"{where}: record {number + 1}: {wrong}")
+            on_fault(places.told(fault, "objects", number) if places else fault)
+        else:
+            kept.append(number)
     return Truth(
-        box_math.xyxy_from_xywh(whole_xywh).astype(np.float32),
-        labels != PEDESTRIAN,
-        box_math.xyxy_from_xywh(visible_xywh).astype(np.float32),
-        names,
+        box_math.xyxy_from_xywh(whole_xywh[kept]).astype(np.float32),
+        labels[kept] != PEDESTRIAN,
+        box_math.xyxy_from_xywh(visible_xywh[kept]).astype(np.float32),
+        tuple(LABELS[int(label)] for label in labels[kept]),
     )
 
 
-def _names(labels: NDArray[np.float64], where: str) -> tuple[str, ...]:
-    numbers: Sequence[float] = labels.tolist()
-    unknown = [number for number in numbers if number not in range(len(LABELS))]
-    if unknown:
-        raise DataError(f"{where}: label {unknown[0]:g} is none of 0 to {len(LABELS) - 1}")
-    return tuple(LABELS[int(number)] for number in numbers)
+def _fault(label: float, box: NDArray[np.float64]) -> str:
+    """What is wrong with a record of whole and visible box [8] xywh; empty if nothing is."""
+    if label not in range(len(LABELS)):
+        return f"label {label:g} is none of 0 to {len(LABELS) - 1}"
+    if not (np.abs(box) <= LARGEST_PX).all():
+        return f"{box.tolist()} holds NaN, infinity or no pixels"
+    if (box[[2, 3, 6, 7]] < 0).any():
+        return f"{box.tolist()} has a negative width or height"
+    return ""
 
 
 def _stem(name: str) -> str:

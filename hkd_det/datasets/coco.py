@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from hkd_det import boxes as box_math
+from hkd_det.datasets.faults import OnFault, stop
 from hkd_det.datasets.json_file import read_json
+from hkd_det.datasets.json_places import JsonPlaces
 from hkd_det.datasets.person_class import choose_person
 from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
 
 LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
+Person = tuple[box_math.Boxes, box_math.Boxes, bool]  # whole box xyxy [4], visible box xyxy [4], to be ignored
 
 
-def read_coco(annotations: Path, images: Path, category: str = "") -> list[Sample]:
+def read_coco(annotations: Path, images: Path, category: str = "", on_fault: OnFault = stop) -> list[Sample]:
     """Every picture of an annotation file, its people as truth.
 
     images: the folder that `file_name` is relative to. category: the person category's name; by default the
@@ -34,13 +37,17 @@ def read_coco(annotations: Path, images: Path, category: str = "") -> list[Sampl
     categories = _categories(content["categories"], annotations)
     wanted = choose_person(categories, category, f"{annotations}: its categories")
     pictures = _pictures(content["images"], annotations)
-    records: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for record in content["annotations"]:
-        _check_record(record, pictures, categories, annotations)
-        if record["category_id"] == wanted:
-            records[record["image_id"]].append(record)
+    places = JsonPlaces(annotations)
+    people: dict[Any, list[Person]] = defaultdict(list)
+    for number, record in enumerate(content["annotations"]):
+        try:
+            _check_record(record, pictures, categories, annotations)
+            if record["category_id"] == wanted:
+                people[record["image_id"]].append(_person(record, pictures[record["image_id"]], annotations))
+        except DataError as fault:
+            on_fault(places.told(fault, "annotations", number))
     return [
-        Sample(image_id, images / image["file_name"], _truth(records[image_id], image, annotations), _size(image))
+        Sample(image_id, images / image["file_name"], _truth(people[image_id]), _size(image))
         for image_id, image in pictures.items()
     ]
 
@@ -80,12 +87,15 @@ def _check_record(record: Any, pictures: dict[Any, Any], categories: dict[Any, s
             raise DataError(f"{path}: annotation {_name(record)}: its {key} {record[key]!r} is not listed")
 
 
-def _truth(records: list[dict[str, Any]], image: dict[str, Any], path: Path) -> Truth:
-    pairs = [_boxes(record, image, path) for record in records]
-    whole = np.array([pair[0] for pair in pairs], np.float32).reshape(-1, 4)
-    seen = np.array([pair[1] for pair in pairs], np.float32).reshape(-1, 4)
-    marked = np.array([bool(record.get("iscrowd")) or bool(record.get("ignore")) for record in records], bool)
-    return Truth(whole, marked | (box_math.area(whole) <= 0), seen, ("person",) * len(records))
+def _truth(people: list[Person]) -> Truth:
+    whole = np.array([one[0] for one in people], np.float32).reshape(-1, 4)
+    seen = np.array([one[1] for one in people], np.float32).reshape(-1, 4)
+    marked = np.array([one[2] for one in people], bool)
+    return Truth(whole, marked | (box_math.area(whole) <= 0), seen, ("person",) * len(people))
+
+
+def _person(record: dict[str, Any], image: dict[str, Any], path: Path) -> Person:
+    return *_boxes(record, image, path), bool(record.get("iscrowd")) or bool(record.get("ignore"))
 
 
 def _boxes(record: dict[str, Any], image: dict[str, Any], path: Path) -> tuple[box_math.Boxes, box_math.Boxes]:

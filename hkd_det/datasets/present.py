@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from hkd_det.datasets.faults import OnFault, stop
 from hkd_det.datasets.sample import Sample
 from hkd_det.errors import DataError
 
 
-def present(samples: Sequence[Sample], present_only: bool, where: str) -> list[Sample]:
+def present(samples: Sequence[Sample], present_only: bool, where: str, on_fault: OnFault = stop) -> list[Sample]:
     """The samples whose pictures are there.
 
     Raises DataError that begins with `where` if one is missing, or, with present_only, if all are: better now
@@ -17,5 +18,8 @@ def present(samples: Sequence[Sample], present_only: bool, where: str) -> list[S
     if lost and (not there or not present_only):
         first = next(sample.path for sample in samples if not sample.path.is_file())
         remedy = "put them there" if present_only else "put them there, or say `present_only: true` to go without them"
-        raise DataError(f"{where}: {lost} of {len(samples)} pictures are missing, the first {first}; {remedy}")
+        on_fault(DataError(f"{where}: {lost} of {len(samples)} pictures are missing, the first {first}; {remedy}"))
+        for sample in samples:
+            if sample.path != first and not sample.path.is_file():
+                on_fault(DataError(f"{sample.path}: the picture is missing"))
     return there

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
+from hkd_det.datasets.faults import OnFault, stop
 from hkd_det.datasets.person_class import choose_person
 from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
@@ -20,7 +21,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 LARGEST_SHARE = 2.0  # a person half outside the picture; what is larger was meant as pixels
 
 
-def read_yolo(source: Path, names: Mapping[int, str], category: str = "") -> list[Sample]:
+def read_yolo(source: Path, names: Mapping[int, str], category: str = "", on_fault: OnFault = stop) -> list[Sample]:
     """Every picture of a folder, or of a text file that lists them, with its people.
 
     names: class number to name, as in data.yaml. category: the person class's name; by default the one called
@@ -33,11 +34,17 @@ def read_yolo(source: Path, names: Mapping[int, str], category: str = "") -> lis
     if not pictures:
         raise DataError(f"{source}: holds no pictures ({', '.join(sorted(PICTURES))})")
     missing = [path for path in pictures.values() if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{missing[0]}: no such picture, and {len(missing) - 1} others of the {len(pictures)} that {source} lists"
-        )
-    return [_sample(image_id, path, person, names) for image_id, path in pictures.items()]
+    for number, path in enumerate(missing):
+        others = f", and {len(missing) - 1} others of the {len(pictures)} that {source} lists" if number == 0 else ""
+        on_fault(DataError(f"{path}: no such picture{others}"))
+    samples = []
+    for image_id, path in pictures.items():
+        if path.is_file():
+            try:
+                samples.append(_sample(image_id, path, person, names, on_fault))
+            except DataError as fault:
+                on_fault(fault)
+    return samples
 
 
 def label_path(picture: Path) -> Path:
@@ -64,10 +71,10 @@ def _listed(source: Path) -> dict[str, Path]:
     return {line: source.parent / line for line in lines if line}
 
 
-def _sample(image_id: str, path: Path, person: int, names: Mapping[int, str]) -> Sample:
+def _sample(image_id: str, path: Path, person: int, names: Mapping[int, str], on_fault: OnFault) -> Sample:
     size_hw = _size_hw(path)
     labels = label_path(path)
-    shares = _people(labels, person, names) if labels.exists() else np.zeros((0, 4))
+    shares = _people(labels, person, names, on_fault) if labels.exists() else np.zeros((0, 4))
     height, width = size_hw
     boxes = (shares * [width, height, width, height]).astype(np.float32)
     return Sample(image_id, path, Truth(boxes, box_math.area(boxes) <= 0, boxes, ("person",) * len(boxes)), size_hw)
@@ -84,14 +91,19 @@ def _size_hw(path: Path) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _people(path: Path, person: int, names: Mapping[int, str]) -> NDArray[np.float64]:
+def _people(path: Path, person: int, names: Mapping[int, str], on_fault: OnFault) -> NDArray[np.float64]:
     """[N, 4] xyxy of a label file's people, shares of the picture, cut at its borders."""
     boxes = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             label, box = _record(line, names, f"{path}, line {number}")
-            if label == person:
-                boxes.append(box)
+        except DataError as fault:
+            on_fault(fault)
+            continue
+        if label == person:
+            boxes.append(box)
     return np.array(boxes, np.float64).reshape(-1, 4)
 
 

@@ -60,7 +60,7 @@ COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
         ({"train": "images/train", "names": ["person"], "category": 3}, "category: 3 must be a name"),
         ({"train": "images/train", "names": ["person"], "path": None}, "path: None must be a folder"),
         ({"train": "images/train", "names": ["person"], "present_only": True}, "present_only' for format yolo"),
-        ({"train": "images/train", "format": "voc"}, "voc"),
+        ({"train": "images/train", "format": "tfrecord"}, "voc"),
         ({"train": "images/train", "format": ["coco"]}, "none of yolo, coco, citypersons"),
         ({"train": "images/train", "format": "coco"}, "annotations"),
         ({"train": {"images": "images/train"}, "format": "coco"}, "annotations"),

@@ -1,0 +1,222 @@
+"""VOC, INRIA, Penn-Fudan, CrowdHuman, EuroCity Persons: small sets in each one's layout, right, wrong and mutated."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hkd_det.datasets import Sample
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.errors import DataError, HkdError, UsageError
+
+VOC = """<annotation><size><width>100</width><height>80</height><depth>3</depth></size>
+<object><name>person</name><difficult>0</difficult><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>40</xmax><ymax>70</ymax>
+</bndbox></object>
+<object><name>dog</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>
+<object><name>Person</name><difficult>1</difficult><bndbox><xmin>50</xmin><ymin>5</ymin><xmax>60</xmax><ymax>30</ymax>
+</bndbox></object></annotation>"""
+INRIA = """# PASCAL Annotation Version 1.00
+
+Image filename : "{name}"
+Image size (X x Y x C) : 100 x 80 x 3
+Objects with ground truth : 1 {{ "PASperson" }}
+# caf\xe9
+Original label for object 1 "PASperson" : "UprightPerson"
+Bounding box for object 1 "PASperson" (Xmin, Ymin) - (Xmax, Ymax) : (11, 21) - (40, 70)
+"""
+CROWD = [
+    {"tag": "person", "fbox": [10, 20, 30, 50], "vbox": [10, 20, 30, 25], "hbox": [1, 1, 2, 2], "extra": {"occ": 1}},
+    {"tag": "person", "fbox": [-5, 60, 30, 50], "vbox": [0, 60, 25, 20], "extra": {"ignore": 1}},
+    {"tag": "mask", "fbox": [50, 5, 10, 25], "vbox": [50, 5, 10, 25]},
+]
+EURO = {
+    "imagewidth": 100,
+    "imageheight": 80,
+    "children": [
+        {"identity": "pedestrian", "x0": 10, "y0": 20, "x1": 40, "y1": 70, "tags": ["occluded>40", "truncated>10"]},
+        {"identity": "rider", "x0": 50, "y0": 5, "x1": 60, "y1": 30, "tags": [], "children": []},
+    ],
+}
+Build = Callable[[Path], dict[str, Any]]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("latin-1"))
+
+
+def draw(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.zeros((80, 100, 3), np.uint8))
+
+
+def voc(root: Path) -> dict[str, Any]:
+    write(root / "Annotations" / "a.xml", VOC)
+    write(root / "ImageSets" / "Main" / "trainval.txt", "a  1\n")
+    draw(root / "JPEGImages" / "a.jpg")
+    return {"format": "voc", "train": "trainval"}
+
+
+def inria(root: Path) -> dict[str, Any]:
+    write(root / "Train" / "annotations" / "a.txt", INRIA.format(name="Train/pos/a.png"))
+    draw(root / "Train" / "pos" / "a.png")
+    draw(root / "Train" / "neg" / "b.jpg")
+    return {"format": "inria", "train": "Train"}
+
+
+def pennfudan(root: Path) -> dict[str, Any]:
+    for number in range(5):
+        write(root / "Annotation" / f"a{number}.txt", INRIA.format(name=f"PennFudanPed/PNGImages/a{number}.png"))
+        draw(root / "PNGImages" / f"a{number}.png")
+    return {"format": "pennfudan", "train": "train", "val": "val"}
+
+
+def crowdhuman(root: Path) -> dict[str, Any]:
+    write(root / "annotation_train.odgt", json.dumps({"ID": "273271,c9db0", "gtboxes": CROWD}) + "\n")
+    draw(root / "Images" / "273271,c9db0.jpg")
+    return {"format": "crowdhuman", "train": "train"}
+
+
+def eurocity(root: Path) -> dict[str, Any]:
+    write(root / "night" / "labels" / "train" / "rome" / "rome_1.json", json.dumps(EURO))
+    draw(root / "night" / "img" / "train" / "rome" / "rome_1.png")
+    return {"format": "eurocity", "time": "night", "train": "train"}
+
+
+BUILDERS: dict[str, Build] = {
+    "voc": voc,
+    "inria": inria,
+    "pennfudan": pennfudan,
+    "crowdhuman": crowdhuman,
+    "eurocity": eurocity,
+}
+FILES = {
+    "voc": "Annotations/a.xml",
+    "inria": "Train/annotations/a.txt",
+    "pennfudan": "Annotation/a0.txt",
+    "crowdhuman": "annotation_train.odgt",
+    "eurocity": "night/labels/train/rome/rome_1.json",
+}
+
+
+def built(name: str, root: Path, **more: Any) -> Path:
+    entry = {**BUILDERS[name](root), **more}
+    (root / "data.yaml").write_text(yaml.safe_dump(entry))
+    return root / "data.yaml"
+
+
+def read(name: str, root: Path, split: str = "train") -> list[Sample]:
+    return open_data(str(built(name, root)), split)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_the_same_person_in_every_format(name: str, tmp_path: Path) -> None:
+    """Pixels 10 to 39 and 20 to 69, counted from 0: every format's own way of writing it."""
+    first = read(name, tmp_path)[0]
+    assert first.path.is_file()
+    assert first.truth.boxes_xyxy[0].tolist() == [10, 20, 40, 70] and not first.truth.ignore[0]
+    assert first.size_hw in ((80, 100), None)
+
+
+def test_what_is_ignored_and_what_is_seen(tmp_path: Path) -> None:
+    ignored = {name: read(name, tmp_path / name)[0].truth.ignore.tolist() for name in BUILDERS}
+    assert ignored == {
+        "voc": [False, True],
+        "inria": [False],
+        "pennfudan": [False],
+        "crowdhuman": [False, True, True],
+        "eurocity": [False, True],
+    }
+    assert read("crowdhuman", tmp_path / "c")[0].truth.visibility.tolist()[0] == 0.5
+    assert read("eurocity", tmp_path / "e")[0].truth.visibility.tolist() == pytest.approx([0.6, 1.0])
+
+
+def test_pictures_with_nobody_and_the_split_of_pennfudan(tmp_path: Path) -> None:
+    samples = read("inria", tmp_path / "i")
+    assert [one.image_id for one in samples] == ["Train/pos/a", "Train/neg/b"] and not len(samples[1].truth)
+    train, val = (read("pennfudan", tmp_path / "p", split) for split in ("train", "val"))
+    assert [one.image_id for one in val] == ["a4"] and len(train) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("voc", "<xmax>40", "<xmax>4", "negative"),
+        ("voc", "<xmin>11</xmin>", "", "bndbox"),
+        ("voc", "</annotation>", "", "not XML"),
+        ("voc", "<annotation>", "<!DOCTYPE x><annotation>", "document type"),
+        ("inria", "(40, 70)", "(4, 70)", "line 8"),
+        ("inria", "(40, 70)", "(40 70)", "line 8"),
+        ("inria", "PASCAL Annotation", "PASCAL", "Version 1.00"),
+        ("crowdhuman", "[10, 20, 30, 50]", "[10, 20, -30, 50]", "line 1, box 1"),
+        ("crowdhuman", "[10, 20, 30, 50]", "[10, 20, 30]", "line 1, box 1"),
+        ("crowdhuman", '"tag": "mask"', '"tag": "dog"', "line 1, box 3"),
+        ("crowdhuman", '"ID": "273271,c9db0"', '"ID": "../a"', "line 1"),
+        ("eurocity", '"x1": 40', '"x1": 4', "child 1"),
+        ("eurocity", '"x1": 40', '"x1": null', "child 1"),
+        ("eurocity", '"imagewidth": 100', '"imagewidth": 0', "imagewidth"),
+    ],
+)
+def test_a_fault_names_its_place_and_can_be_gone_round(
+    name: str, old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    data = built(name, tmp_path)
+    path = tmp_path / FILES[name]
+    text = path.read_bytes().decode("latin-1")
+    assert old in text
+    write(path, text.replace(old, new, 1))
+    with pytest.raises(DataError, match=path.name) as caught:
+        open_data(str(data), "train")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    faults: list[DataError] = []
+    try:
+        open_data(str(data), "train", faults.append)
+    except DataError as nothing_left:
+        assert "holds no pictures" in str(nothing_left)
+    assert str(caught.value) in map(str, faults)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_missing_pictures(name: str, tmp_path: Path) -> None:
+    data = built(name, tmp_path)
+    for picture in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
+        picture.unlink()
+    with pytest.raises(DataError, match="missing"):
+        open_data(str(data), "train")
+
+
+def test_other_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="time: 'noon'"):
+        open_data(str(built("eurocity", tmp_path / "e", time="noon")), "train")
+    with pytest.raises(UsageError, match="did you mean 'present_only'"):
+        open_data(str(built("crowdhuman", tmp_path / "c", present_onyl=True)), "train")
+    with pytest.raises(DataError, match="no such annotation file"):
+        open_data(str(built("crowdhuman", tmp_path / "c", train="test")), "train")
+    for name in ("inria", "eurocity", "voc"):
+        with pytest.raises(DataError, match="no such"):
+            open_data(str(built(name, tmp_path / name, train="elsewhere")), "train")
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_files_raise_nothing_but_our_errors(name: str, tmp_path: Path, data: st.DataObject) -> None:
+    entry = built(name, tmp_path)
+    path = tmp_path / FILES[name]
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(raw) - 1))
+        raw[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path.write_bytes(raw)
+    try:
+        for sample in open_data(str(entry), "train"):
+            assert np.isfinite(sample.truth.boxes_xyxy).all()
+    except HkdError as error:
+        assert "\n" not in str(error)
