@@ -3,6 +3,9 @@
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import hkd_bench
 import hkd_deploy
@@ -16,17 +19,23 @@ LEARNING = (
     "hkd_deploy.export",
     "hkd_bench.quickstart",
 )
-WITHOUT = """
+NO_TORCH = """
 import importlib, importlib.abc, sys
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] in ("torch", "torchvision", "timm", "onnx", "ultralytics"):
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Absent())
+"""
+WITHOUT = f"""{NO_TORCH}
 for module in sys.argv[1:]:
     importlib.import_module(module)
+"""
+TRAIN = f"""{NO_TORCH}
+from hkd_det.train.command import main
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -41,3 +50,16 @@ def test_every_device_module_imports_without_torch() -> None:
     modules = [name for name in modules if not name.endswith("__main__")]
     done = subprocess.run([sys.executable, "-c", WITHOUT, *modules], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "citypersons", "--download"], "cityscapes-dataset.com"),
+        (["--data", "citypersons", "--model", "mini-student"], "torch is not installed; training needs: pip install"),
+    ],
+)
+def test_data_can_be_fetched_without_torch(flags: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TRAIN, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1

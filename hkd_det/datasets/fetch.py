@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -77,7 +78,7 @@ def fetch(remote: RemoteFile, path: Path, wait: Wait = time.sleep) -> None:
     _discard(part)
 
 
-def _complete(session: requests.Session, remote: RemoteFile, part: Path, bar: "tqdm[None]", wait: Wait) -> None:
+def _complete(session: requests.Session, remote: RemoteFile, part: Path, bar: "tqdm[Any]", wait: Wait) -> None:
     """Receive until the part has the file's size."""
     furthest, failures = _size(part), 0
     while _size(part) < remote.size_bytes:
@@ -103,7 +104,7 @@ def _complete(session: requests.Session, remote: RemoteFile, part: Path, bar: "t
             raise UnavailableError(f"{remote.url}: {_innermost(error)}") from None
 
 
-def _receive(session: requests.Session, remote: RemoteFile, part: Path, bar: "tqdm[None]") -> None:
+def _receive(session: requests.Session, remote: RemoteFile, part: Path, bar: "tqdm[Any]") -> None:
     """One request: add what comes to the part, or write it anew where the server does not go on."""
     # identity: bytes are counted and hashed as they lie on the server
     headers = {"Accept-Encoding": "identity", "User-Agent": "hkd-det", **_go_on(part)}
@@ -128,7 +129,7 @@ def _receive(session: requests.Session, remote: RemoteFile, part: Path, bar: "tq
 
 
 def _pour(
-    answer: requests.Response, write: Callable[[memoryview], int | None], remote: RemoteFile, bar: "tqdm[None]"
+    answer: requests.Response, write: Callable[[memoryview], int | None], remote: RemoteFile, bar: "tqdm[Any]"
 ) -> None:
     # The raw stream: requests would unpack a .gz file that the server declares as "Content-Encoding: gzip".
     for piece in answer.raw.stream(CHUNK_BYTES, decode_content=False):

@@ -5,6 +5,7 @@ Only plain files and folders are unpacked: data sets need no links, and links ar
 
 import bz2
 import gzip
+import io
 import lzma
 import re
 import shutil
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, cast
 
 from tqdm import tqdm
 
@@ -26,7 +27,11 @@ MOST_TIMES = 50  # an archive's size, unpacked: pictures take 1 time, annotation
 MOST_LEAST_BYTES = 1 << 28
 MOST_MEMBERS = 2_000_000
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-PACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by a file's first bytes
+PACKERS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}  # by a file's first bytes
 DAMAGED = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
     ValueError, OverflowError, IndexError, MemoryError,
@@ -116,11 +121,8 @@ def _zip_members(archive: Path, folder: Path, most: int) -> Iterator[Member]:
 
 
 def _tar_members(archive: Path, most: int) -> Iterator[Member]:
-    with archive.open("rb") as file:
-        head = file.read(8)
-    opener = next((opener for start, opener in PACKERS.items() if head.startswith(start)), open)
     # r|: as a stream, front to back; Bounded, as a header, too, may claim to be gigabytes long
-    with opener(archive, "rb") as plain, tarfile.open(fileobj=_Bounded(plain, most, archive), mode="r|") as source:
+    with _plain(archive) as plain, tarfile.open(fileobj=_Bounded(plain, most, archive), mode="r|") as source:
         while info := source.next():
             if info.isdir():
                 yield Member(info.name, None)
@@ -130,16 +132,26 @@ def _tar_members(archive: Path, most: int) -> Iterator[Member]:
                 yield Member(info.name, content)
             else:
                 raise DataError(f"{archive}: member {info.name!r} is a link or device; nothing of it is used")
-            source.members = []  # else it keeps them all
+            source.members = []  # type: ignore[attr-defined]  # else it keeps them all
 
 
-class _Bounded:
+def _plain(archive: Path) -> IO[bytes]:
+    """The .tar in a .tar.gz, .bz2 or .xz; or the file as it is."""
+    with archive.open("rb") as file:
+        head = file.read(8)
+    for start, opener in PACKERS.items():
+        if head.startswith(start):
+            return cast("IO[bytes]", opener(archive, "rb"))
+    return archive.open("rb")
+
+
+class _Bounded(io.RawIOBase):
     """A stream that is read no further than twice a limit: as much again for headers."""
 
     def __init__(self, stream: IO[bytes], most: int, archive: Path) -> None:
         self._stream, self._left, self._most, self._archive = stream, 2 * most, most, archive
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         piece = self._stream.read(size)
         self._left -= len(piece)
         if self._left < 0:

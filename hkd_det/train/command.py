@@ -1,16 +1,12 @@
-"""`hkd-train`: train a detector, alone or taught by another."""
+"""`hkd-train`: train a detector, alone or taught by another; or only get or check its data, without torch."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_det.errors import DataError, UsageError, run_command
-from hkd_det.imgsz import parse_imgsz
-from hkd_det.models.sizes import SIZES, spec_of
-from hkd_det.train.checkpoint import read_state
-from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import train
+from hkd_det.datasets.check import check
+from hkd_det.datasets.download import download
+from hkd_det.errors import UnavailableError, UsageError, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,61 +16,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _body(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.resume:
-        config = _resumed(Path(arguments.resume))
-    else:
-        config = _fresh(arguments)
+    if arguments.download:
+        if not arguments.data:
+            raise UsageError("--download needs --data NAME, a data set of datasets.yaml")
+        download(arguments.data)
+        if not (arguments.model or arguments.resume or arguments.check):
+            print(f"Next: hkd-train --data {arguments.data} --model mini-student")
+            return 0
+    if arguments.check:
+        if not arguments.data:
+            raise UsageError("--check needs --data, a data set of datasets.yaml or a data yaml")
+        folder = Path("runs/check") / (arguments.name or Path(arguments.data).stem)
+        return check(arguments.data, folder)
     try:
-        train(config, resume=bool(arguments.resume))
-    except KeyboardInterrupt:
-        if (config.run_dir / "last.pt").exists():
-            print(
-                f"hkd-train: the finished epochs are kept; go on with: hkd-train --resume {config.run}", file=sys.stderr
-            )
-        raise
-    return 0
-
-
-def _fresh(arguments: argparse.Namespace) -> TrainConfig:
-    for flag in ("data", "model"):
-        if not getattr(arguments, flag):
-            raise UsageError(f"--{flag} is needed (or --resume RUN)")
-    spec_of(arguments.model)
-    run = arguments.name or f"{arguments.model}{'-' + arguments.distill if arguments.distill else ''}"
-    config = TrainConfig(
-        data=arguments.data,
-        model=arguments.model,
-        run=str(Path(arguments.project) / run),
-        imgsz_hw=parse_imgsz(arguments.imgsz),
-        epochs=arguments.epochs,
-        batch=arguments.batch,
-        backbone=arguments.backbone,
-        pretrained=arguments.pretrained,
-        teacher=arguments.teacher,
-        distill=arguments.distill,
-        device=arguments.device,
-        workers=arguments.workers,
-        seed=arguments.seed,
-    ).with_settings(arguments.set)
-    if (config.run_dir / "last.pt").exists() and not arguments.exist_ok:
-        raise UsageError(
-            f"{config.run_dir} already holds a run: --resume {config.run_dir} goes on with it, "
-            "--name NAME starts another, --exist-ok starts over in its place"
-        )
-    return config
-
-
-def _resumed(run_dir: Path) -> TrainConfig:
-    path = run_dir if run_dir.suffix == ".pt" else run_dir / "last.pt"
-    if not path.exists():
-        raise DataError(f"--resume {run_dir}: no last.pt there; the run had not finished its first epoch")
-    return TrainConfig.from_dict({**read_state(path)["config"], "run": str(path.parent)})
+        from hkd_det.train.start import start  # noqa: PLC0415 - torch is needed from here on
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{error.name} is not installed; training needs: pip install 'hkd-det[train]'") from None
+    return start(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-train", description=__doc__)
     parser.add_argument("--data", help="a name in datasets.yaml, or a path to a data yaml")
-    parser.add_argument("--model", help=f"what to train: {', '.join(SIZES)}")
+    parser.add_argument("--download", action="store_true", help="first fetch --data, a name in datasets.yaml")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="train nothing: count what --data holds, tell everything that is wrong (then the exit code is 1), draw it",
+    )
+    parser.add_argument("--model", help="what to train: teacher-r50, student-r18, mini-teacher, mini-student")
     parser.add_argument("--teacher", default="", help="best.pt of the teacher to learn from")
     parser.add_argument("--distill", default="", help="how to learn from it: hkd")
     parser.add_argument("--imgsz", default="640x512", help="input size, width x height, multiples of 32")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hkd_det.models.sizes import SIZES
 from hkd_det.train.checkpoint import read_detector
 from hkd_det.train.command import main
 
@@ -39,6 +40,13 @@ def test_mistakes_get_one_line(
     assert main([*(str(people) if flag == "DATA" else flag for flag in flags), "--project", str(tmp_path)]) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_the_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said for name in SIZES)
 
 
 def test_a_run_is_not_overwritten_unasked(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -76,13 +76,16 @@ class Site:
 def _serving(site: Site, host: str) -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            with suppress(ConnectionError):  # whoever asked has had enough
-                site.answer(self)
+            site.answer(self)
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer((host, 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """Whoever asked has had enough."""
+
+    with Server((host, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         site.address = f"http://{host}:{server.server_port}"

@@ -15,6 +15,7 @@ import yaml
 
 from hkd_det.datasets import catalogue, download
 from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.train.command import main
 
 CONTENT = random.Random(3).randbytes(300_000)  # what the server has, unless it is told
 Serve = Callable[..., Any]
@@ -200,3 +201,32 @@ def test_two_processes_fetch_it_once(tmp_path: Path, serve: Serve, known: Known)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 0, error.decode()
     assert len(site.asked) == 1 and (tmp_path / "datasets/walkers/images/a.jpg").exists()
+
+
+def test_the_command_fetches_and_says_what_is_next(
+    serve: Serve, known: Known, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known([said(serve(content=people_zip()), unpack_to="inner")])
+    assert main(["--data", "walkers", "--download"]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("Next: hkd-train --data walkers")
+    assert main(["--data", "walkers", "--download", "--model", "huge"]) == 2  # goes on to train
+    assert "--model huge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--download"], 2, "--data NAME"),
+        (["--download", "--data", "walker"], 2, "did you mean 'walkers'"),
+        (["--download", "--data", "mine.yaml"], 2, "by their names"),
+        (["--download", "--data", "walkers"], 1, "https://people.example"),
+        (["--download", "--data", "walkers", "--model", "mini-student"], 1, "https://people.example"),
+    ],
+)
+def test_the_command_says_mistakes_in_one_line(
+    known: Known, capsys: pytest.CaptureFixture[str], flags: list[str], code: int, message: str
+) -> None:
+    known(None)
+    assert main(flags) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
