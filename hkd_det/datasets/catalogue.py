@@ -34,6 +34,7 @@ from hkd_det.datasets.yolo import read_yolo
 from hkd_det.errors import DataError, UsageError
 
 SPLITS = ("train", "val", "test")
+YAML = (".yaml", ".yml")
 # `nc`, `download` and, for other formats than yolo, `names` stand in Ultralytics' files and say nothing new here.
 KEYS = {"format", "path", *SPLITS, "names", "nc", "download"}
 FORMAT_KEYS = {
@@ -58,11 +59,10 @@ def open_data(data: str, split: str, on_fault: OnFault = stop) -> list[Sample]:
     is raised. Raises UsageError for a name or key that does
     not exist, DataError for what is wrong on disk.
     """
-    if data.endswith((".yaml", ".yml")):
+    entry = _entry(data)
+    if data.endswith(YAML):
         path = Path(data)
-        entry = _checked(_load_yaml(path), str(path), set())
         return _samples(entry, path.parent / entry.get("path", "."), split, str(path), on_fault)
-    entry = catalogue_entry(data)
     root = HOME / entry.get("path", data)
     if not root.is_dir():
         there = f"--data {data}: {root.resolve()} is not there"
@@ -72,6 +72,16 @@ def open_data(data: str, split: str, on_fault: OnFault = stop) -> list[Sample]:
             f"{there}; get it from {entry.get('page')} ({entry.get('terms')}) and unpack it as {entry.get('layout')}"
         )
     return _samples(entry, root, split, data, on_fault)
+
+
+def splits_of(data: str) -> list[str]:
+    """Which of train, val and test a data set has; raises as `open_data` does."""
+    entry = _entry(data)
+    return [split for split in SPLITS if entry.get(split) is not None]
+
+
+def _entry(data: str) -> dict[str, Any]:
+    return _checked(_load_yaml(Path(data)), data, set()) if data.endswith(YAML) else catalogue_entry(data)
 
 
 def catalogue_entry(data: str) -> dict[str, Any]:

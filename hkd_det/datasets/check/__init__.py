@@ -1,0 +1,5 @@
+"""`hkd-train --data X --check`: what a data set holds and what is wrong with it, before anything is trained."""
+
+from hkd_det.datasets.check.command import check
+
+__all__ = ["check"]

@@ -1,0 +1,40 @@
+"""Every picture opened and decoded: what can't be read is told now, not in the night of a training."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from hkd_det.datasets.faults import OnFault
+from hkd_det.datasets.sample import Sample, read_picture
+from hkd_det.errors import DataError
+
+THREADS = 4  # decoding leaves Python's lock
+
+
+def decode_all(samples: Sequence[Sample], on_fault: OnFault) -> list[tuple[int, int] | None]:
+    """(height, width) of every picture, in order, None for one that can't be read.
+
+    A size that the annotations state wrongly is a fault too.
+    """
+    sizes: list[tuple[int, int] | None] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(_size_or_fault, samples)
+        for sample, size in zip(samples, tqdm(found, total=len(samples), unit="picture", leave=False), strict=True):
+            if isinstance(size, DataError):
+                on_fault(size)
+                sizes.append(None)
+                continue
+            if sample.size_hw is not None and sample.size_hw != size:
+                stated = f"{sample.size_hw[1]} x {sample.size_hw[0]}"
+                on_fault(DataError(f"{sample.path}: is {size[1]} x {size[0]} pixels, its annotation says {stated}"))
+            sizes.append(size)
+    return sizes
+
+
+def _size_or_fault(sample: Sample) -> tuple[int, int] | DataError:
+    try:
+        height, width = read_picture(sample.path).shape[:2]
+    except DataError as fault:
+        return fault
+    return height, width

@@ -1,0 +1,73 @@
+"""What a split holds, in numbers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_det.datasets.sample import Sample
+
+# Where the protocols' setups end: far, medium, Reasonable, Reasonable_small, near, large.
+HEIGHTS_PX = (0, 20, 30, 50, 75, 100, 150, 250, 500, np.inf)
+VISIBILITIES = (0, 0.2, 0.4, 0.65, 0.9, 1, np.inf)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bin of a histogram."""
+
+    label: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A split. people: to be found; regions: ignored; empty: pictures without people to be found.
+
+    labels: how often each stands, as the data set calls them. sizes: (width x height, pictures), the most frequent
+    first. heights, visibilities: of the people to be found.
+    """
+
+    split: str
+    pictures: int
+    empty: int
+    people: int
+    regions: int
+    labels: tuple[tuple[str, int], ...]
+    sizes: tuple[tuple[str, int], ...]
+    heights: tuple[Bar, ...]
+    visibilities: tuple[Bar, ...]
+
+
+def summarise(split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[int, int] | None]) -> Summary:
+    """sizes_hw: (height, width) of each sample's picture, None where it can't be read."""
+    wanted = [~sample.truth.ignore for sample in samples]
+    heights = _joined([sample.truth.heights_px[keep] for sample, keep in zip(samples, wanted, strict=True)])
+    visible = _joined([sample.truth.visibility[keep] for sample, keep in zip(samples, wanted, strict=True)])
+    labels = Counter(label for sample in samples for label in sample.truth.labels)
+    sizes = Counter(f"{size[1]} x {size[0]}" for size in sizes_hw if size)
+    return Summary(
+        split,
+        len(samples),
+        sum(not keep.any() for keep in wanted),
+        len(heights),
+        sum(int(sample.truth.ignore.sum()) for sample in samples),
+        tuple(labels.most_common()),
+        tuple(sizes.most_common()),
+        _bars(heights, HEIGHTS_PX, " px", f"from {HEIGHTS_PX[-2]:g} px"),
+        _bars(visible, VISIBILITIES, "", "all of it"),
+    )
+
+
+def _bars(values: NDArray[np.float64], edges: Sequence[float], unit: str, last: str) -> tuple[Bar, ...]:
+    """Bins closed below and open above; the last has no upper end."""
+    counts = np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges) - 1)
+    names = [f"{low:g} to {high:g}{unit}" for low, high in pairwise(edges[:-1])]
+    return tuple(Bar(name, count) for name, count in zip([*names, last], counts.tolist(), strict=True))
+
+
+def _joined(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return np.concatenate(parts) if parts else np.zeros(0)
