@@ -129,7 +129,8 @@ def _wanted(truth: TruthTable, setup: Setup, version: Version) -> NDArray[np.boo
     least, most = setup.visibility
     if version is Version.NEW and least == inf:
         least = most = 1.0
-    visible = (truth.visibility >= least) & (truth.visibility <= most)
+    seen = truth.visibility  # NaN for a box without area: outside for the old program, inside for the new
+    visible = (seen >= least) & (seen <= most) if version is Version.OLD else ~((seen < least) | (seen > most))
     inside = (x >= BOUNDS[0]) & (x + width <= BOUNDS[2]) & (y >= BOUNDS[1]) & (y + height <= BOUNDS[3])
     if version is Version.NEW:  # its program looks at both ends of both sides
         inside &= (x <= BOUNDS[2]) & (x + width >= BOUNDS[0]) & (y <= BOUNDS[3]) & (y + height >= BOUNDS[1])

@@ -99,8 +99,8 @@ def _visibility(frame: Frame, version: Version) -> Floats:
     """Of people who are not occluded: inf (old) or 1 (new). Where the visible box is the box: 1 (old) or 0 (new)."""
     whole, seen = frame.boxes.boxes_xywh, frame.boxes.visible_xywh
     unmarked = (seen == 0).all(1)
-    area = whole[:, 2] * whole[:, 3]
-    share = np.divide(seen[:, 2] * seen[:, 3], area, out=np.full(len(area), np.nan), where=area > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a box without area has the share that MATLAB gives it
+        share = (seen[:, 2] * seen[:, 3]) / (whole[:, 2] * whole[:, 3])
     if version is Version.OLD:
         return np.where(unmarked, np.inf, share)
     return np.where(~frame.boxes.occluded | unmarked, 1.0, np.where((seen == whole).all(1), 0.0, share))
