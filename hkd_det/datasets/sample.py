@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
+from hkd_det.datasets.jpeg import is_truncated_jpeg
 from hkd_det.errors import DataError
+
+SHRUNK = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,31 +87,36 @@ def read_picture(path: Path, upright: bool = False) -> NDArray[np.uint8]:
     upright: turn it as its EXIF orientation says; for a photograph to look at, that has no boxes yet.
     Raises DataError, naming the file, if it is missing, truncated or not a picture.
     """
+    return decode_picture(read_packed(path), path, upright=upright)
+
+
+def read_packed(path: Path) -> bytes:
+    """A picture file's bytes. Raises DataError, naming the file, if it is missing, or a JPEG without its end."""
     try:
-        packed = np.fromfile(path, dtype=np.uint8)
+        packed = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture; check the data set's folder") from None
+    if is_truncated_jpeg(packed):
+        raise DataError(_unreadable(path))
+    return packed
+
+
+def decode_picture(packed: bytes, path: Path, upright: bool = False, shrink: int = 1) -> NDArray[np.uint8]:
+    """A picture file's bytes as `read_picture` gives them; `path` is what an error names.
+
+    shrink: 1, 2, 4 or 8: every side divided by it and rounded up, so that pixel i covers the whole's pixels
+    i * shrink to (i + 1) * shrink. A JPEG is decoded so at a fraction of the cost; use it for JPEG only, since
+    OpenCV rounds other pictures' sides down.
+    """
+    flags = SHRUNK[shrink] | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     picture = None
-    if packed.size and not _is_truncated_jpeg(packed):
-        as_stored = 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
-        # OpenCV answers a broken file with None, and a broken size in its header with an exception.
-        with suppress(cv2.error):
-            picture = cv2.imdecode(packed, cv2.IMREAD_COLOR | as_stored)
+    # OpenCV answers a broken file with None, and an empty one or a broken size in its header with an exception.
+    with suppress(cv2.error):
+        picture = cv2.imdecode(np.frombuffer(packed, np.uint8), flags)
     if picture is None:
-        raise DataError(f"{path}: not a readable picture (truncated, or no picture at all); replace or remove it")
+        raise DataError(_unreadable(path))
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)  # not IMREAD_COLOR_RGB: OpenCV 4.10 has none
 
 
-def _is_truncated_jpeg(packed: NDArray[np.uint8]) -> bool:
-    """OpenCV fills the missing part of a cut JPEG with grey and says nothing: look for the end mark ourselves.
-
-    Behind the start of the picture proper: a thumbnail in the header has an end mark too, and cameras append
-    films and second pictures.
-    """
-    raw = packed.tobytes()
-    if raw[:2] != b"\xff\xd8":
-        return False
-    at = 2
-    while raw[at : at + 1] == b"\xff" and raw[at + 1 : at + 2] != b"\xda":  # header segments, up to the first scan
-        at += 1 if raw[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
-    return b"\xff\xd9" not in raw[at:]
+def _unreadable(path: Path) -> str:
+    return f"{path}: not a readable picture (truncated, or no picture at all); replace or remove it"

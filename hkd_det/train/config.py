@@ -20,7 +20,8 @@ class TrainConfig:
     batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
     the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
     epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
-    cache_mib: memory for decoded pictures, over all loader workers. setup: whose miss rate chooses the best epoch.
+    cache_mib: room in the temporary folder (TMPDIR) for pictures that had to be packed anew, over all loader workers.
+    setup: whose miss rate chooses the best epoch.
     """
 
     data: str

@@ -4,25 +4,30 @@ Chance depends only on (seed, epoch, position in the epoch): workers hold no ran
 run draws the same views.
 """
 
+import shutil
 import signal
+import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.util import Finalize
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hkd_det.datasets import Sample, read_picture
+from hkd_det.datasets import Sample
 from hkd_det.errors import HkdError
 from hkd_det.imgsz import STRIDE
 from hkd_det.models.assignment import TruthBatch
-from hkd_det.train.augment import View, training_view, view_from_arrays
+from hkd_det.train.augment import LARGEST_FRAME, View, training_view
+from hkd_det.train.pictures import TrainingPictures
 
 Batch = tuple[Tensor, TruthBatch]
-LEAST_VISIBLE = 0.2  # less of a person can't be learnt from: ignored, as the protocols' widest setup does
 
 
 @dataclass(frozen=True)
@@ -88,42 +93,25 @@ class RankSampler(Sampler[list[Draw]]):
 
 
 class TrainingViews(Dataset[View | HkdError]):
-    """Augmented views of samples; decoded pictures are kept while they fit in `cache_mib`."""
+    """Augmented views of samples."""
 
-    def __init__(self, samples: Sequence[Sample], size_hw: tuple[int, int], cache_mib: float) -> None:
-        self.samples = samples
-        self.largest_hw = (size_hw[0] * 2, size_hw[1] * 2)
-        self.room_bytes = int(cache_mib * 2**20)
-        self.cached: dict[int, tuple[NDArray[np.uint8], float]] = {}
+    def __init__(self, samples: Sequence[Sample], pictures: TrainingPictures) -> None:
+        self.truths = [sample.truth for sample in samples]
+        self.pictures = pictures
 
     def __getitem__(self, draw: Draw) -> View | HkdError:
         """The view, or what is wrong with its pictures: raised here it would cross processes as a traceback."""
+        sources = [partial(self._source, index) for index in draw.indices]
         try:
-            sources = [self._source(index) for index in draw.indices]
+            return training_view(sources, draw.size_hw, np.random.default_rng(draw.seed))
         except HkdError as error:
             return error
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw.seed)
-            return training_view(sources, draw.size_hw)
 
-    def _source(self, index: int) -> View:
-        picture, scale = self._picture(index)
-        truth = self.samples[index].truth
-        ignore = truth.ignore | (truth.visibility < LEAST_VISIBLE)
-        return view_from_arrays(picture, truth.boxes_xyxy * scale, ignore)
-
-    def _picture(self, index: int) -> tuple[NDArray[np.uint8], float]:
-        """The picture, shrunk where it is far larger than training needs, and by what factor."""
-        if index in self.cached:
-            return self.cached[index]
-        picture = read_picture(self.samples[index].path)
-        scale = min(1.0, max(self.largest_hw[0] / picture.shape[0], self.largest_hw[1] / picture.shape[1]))
-        if scale < 1:
-            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8)
-        if picture.nbytes <= self.room_bytes:
-            self.room_bytes -= picture.nbytes
-            self.cached[index] = (picture, scale)
-        return picture, scale
+    def _source(self, index: int, frame_hw: tuple[float, float]) -> View:
+        decoded, truth = self.pictures.read(index, frame_hw), self.truths[index]
+        scale_xyxy = np.array(decoded.scale_xy * 2)
+        boxes, visible = ((part * scale_xyxy).astype(np.float32) for part in (truth.boxes_xyxy, truth.visible_xyxy))
+        return View(decoded.picture, boxes, visible, truth.ignore)
 
 
 def collate(made: list[View | HkdError]) -> Batch | HkdError:
@@ -134,23 +122,32 @@ def collate(made: list[View | HkdError]) -> Batch | HkdError:
             return view
         views.append(view)
     most = max((len(view.ignore) for view in views), default=0)
-    boxes = torch.zeros(len(views), most, 4)
-    real = torch.zeros(len(views), most, dtype=torch.bool)
-    ignore = torch.zeros(len(views), most, dtype=torch.bool)
+    boxes = np.zeros((len(views), most, 4), np.float32)
+    real, ignore = np.zeros((2, len(views), most), bool)
     for row, view in enumerate(views):
         count = len(view.ignore)
         boxes[row, :count] = view.boxes_xyxy
         real[row, :count] = ~view.ignore
         ignore[row, :count] = view.ignore
-    return torch.stack([view.picture for view in views]), TruthBatch(boxes, real, ignore)
+    pictures = torch.from_numpy(np.stack([view.picture for view in views])).permute(0, 3, 1, 2)
+    return pictures, TruthBatch(torch.from_numpy(boxes), torch.from_numpy(real), torch.from_numpy(ignore))
 
 
 def open_loader(
     samples: Sequence[Sample], epochs: Epochs, rank: int, count: int, workers: int, cache_mib: int
 ) -> tuple[DataLoader[Batch | HkdError], RankSampler]:
-    """A loader of this process's batches, and the sampler on which the epoch is set."""
+    """A loader of this process's batches, and the sampler on which the epoch is set.
+
+    What has to be packed anew of the pictures is kept in a temporary folder, `cache_mib` MiB at most. It goes with
+    the loader, or with the workers if this process is killed.
+    """
     sampler = RankSampler(epochs, rank, count)
-    views = TrainingViews(samples, epochs.size_hw, cache_mib / max(1, workers))
+    largest = (1 + epochs.multi_scale) * LARGEST_FRAME
+    largest_hw = (epochs.size_hw[0] * largest, epochs.size_hw[1] * largest)
+    folder = Path(tempfile.mkdtemp(prefix="hkd-pictures-"))
+    room_bytes = int(cache_mib * 2**20 / max(1, workers))
+    pictures = TrainingPictures([sample.path for sample in samples], largest_hw, folder, room_bytes)
+    views = TrainingViews(samples, pictures)
     loader: DataLoader[Batch | HkdError] = DataLoader(
         views,  # type: ignore[arg-type]  # the stubs know no collate_fn that changes the type
         batch_sampler=sampler,
@@ -159,8 +156,9 @@ def open_loader(
         multiprocessing_context="spawn" if workers else None,
         collate_fn=collate,
         persistent_workers=workers > 0,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=partial(_quiet_worker, folder),
     )
+    weakref.finalize(loader, shutil.rmtree, folder, ignore_errors=True)
     return loader, sampler
 
 
@@ -172,8 +170,9 @@ def batches(loader: DataLoader[Batch | HkdError]) -> Iterator[Batch]:
         yield batch
 
 
-def _quiet_worker(_worker: int) -> None:
+def _quiet_worker(folder: Path, _worker: int) -> None:
     """One thread a worker: the cores belong to the training step. Ctrl-C is the main process's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # atexit is not run in workers

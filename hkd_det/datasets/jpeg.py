@@ -1,0 +1,47 @@
+"""What a JPEG file says of itself before it is decoded: how large it is, and whether its end is there."""
+
+from collections.abc import Iterator
+
+START, END, SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
+# Start of frame, of every kind of coding; C4, C8 and CC in their midst are tables.
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def is_jpeg(raw: bytes) -> bool:
+    """Whether it begins as a JPEG does."""
+    return raw[:2] == START
+
+
+def jpeg_size_hw(raw: bytes) -> tuple[int, int] | None:
+    """(height, width) as the header has it, or None where it has none, or for another file."""
+    if not is_jpeg(raw):
+        return None
+    for marker, at in _segments(raw):
+        if marker in FRAMES:
+            height, width = int.from_bytes(raw[at + 5 : at + 7], "big"), int.from_bytes(raw[at + 7 : at + 9], "big")
+            return (height, width) if height and width else None
+    return None
+
+
+def is_truncated_jpeg(raw: bytes) -> bool:
+    """OpenCV fills the missing part of a cut JPEG with grey and says nothing: look for the end mark ourselves.
+
+    Behind the start of the picture proper: a thumbnail in the header has an end mark too, and cameras append
+    films and second pictures.
+    """
+    if not is_jpeg(raw):
+        return False
+    *_, (_, scan) = _segments(raw)
+    return raw.find(END, scan) < 0
+
+
+def _segments(raw: bytes) -> Iterator[tuple[int, int]]:
+    """The header's markers and where each begins, up to the first scan, and the place where the header ends."""
+    at = 2
+    while raw[at : at + 1] == b"\xff" and len(raw) > at + 1:
+        marker = raw[at + 1]
+        yield marker, at
+        if marker == SCAN:
+            return
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(raw[at + 2 : at + 4], "big")  # markers may be padded
+    yield 0, at
