@@ -135,17 +135,17 @@ def _from_mat(path: Path) -> CaltechTruth:
 def _frames_of(folder: Path, truth: CaltechTruth) -> tuple[tuple[str, int], ...]:
     """The frames of a gt-SETUP.mat, which names none: as many of each video as its detections reach."""
     videos = sorted(path for name in TEST_SETS for path in (folder / name).glob("V*.txt"))
-    frames = [
-        (f"{path.parent.name}/{path.stem}", frame)
-        for path in videos
-        for frame in range(TEST_EVERY, int(_read_video(path)[:, 0].max(initial=0)) + 1, TEST_EVERY)
-    ]
-    if len(frames) != truth.table.pictures:
+    reach = [int(_read_video(path)[:, 0].max(initial=0)) // TEST_EVERY for path in videos]
+    if sum(reach) != truth.table.pictures:
         raise DataError(
             f"{truth.path}: has {truth.table.pictures} frames but does not say of which videos, and the detections in "
-            f"{folder} reach {len(frames)}; give the folder of annotations in its place"
+            f"{folder} reach {sum(reach)}; give the folder of annotations in its place"
         )
-    return tuple(frames)
+    return tuple(
+        (f"{path.parent.name}/{path.stem}", TEST_EVERY * number)
+        for path, count in zip(videos, reach, strict=True)
+        for number in range(1, count + 1)
+    )
 
 
 def _read_video(path: Path) -> Floats:
@@ -161,7 +161,9 @@ def _read_video(path: Path) -> Floats:
         rows = np.array(lines, np.float64).reshape(-1, 6)
     except ValueError:
         rows = np.full((1, 6), np.nan)
-    wrong = ~np.isfinite(rows).all(1) | (rows[:, 3:5] < 0).any(1) | (rows[:, 0] < 1) | (rows[:, 0] % 1 != 0)
+    wrong = (
+        ~np.isfinite(rows).all(1) | (rows[:, 3:5] < 0).any(1) | (rows[:, 0] < 1) | (rows[:, 0] != np.floor(rows[:, 0]))
+    )
     if wrong.any() or len(rows) != len(lines):
         raise DataError(_first_fault(path, text))
     return rows

@@ -291,6 +291,7 @@ def test_wrong_lines_of_caltech(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("0 1 2 3 4 0.5", "line 1"),
         ("30 1 2 3 x 0.5", "line 1"),
         ("30 1 2 3 nan 0.5", "line 1"),
+        ("inf 1 2 3 4 0.5", "line 1"),
         ("29 1 2 3 4 0.5", "frames count from 1"),
     ):
         found.write_text(text)
