@@ -21,7 +21,7 @@ def _body(argv: Sequence[str] | None) -> int:
             raise UsageError("--download needs --data NAME, a data set of datasets.yaml")
         download(arguments.data)
         if not (arguments.model or arguments.resume or arguments.check):
-            print(f"Next: hkd-train --data {arguments.data} --model mini-student")
+            print(f"Next: hkd-train --data {arguments.data} --check (look at it) or --model mini-student (train)")
             return 0
     if arguments.check:
         if not arguments.data:

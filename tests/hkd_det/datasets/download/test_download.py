@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import yaml
 
@@ -18,6 +20,12 @@ from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.train.command import main
 
 CONTENT = random.Random(3).randbytes(300_000)  # what the server has, unless it is told
+SHIPPED = catalogue.catalogue_file()
+ANNOTATION = """# Compatible with PASCAL Annotation Version 1.00
+Image filename : "PennFudanPed/PNGImages/FudanPed00001.png"
+Image size (X x Y x C) : 80 x 60 x 3
+Bounding box for object 1 "PASpersonWalking" (Xmin, Ymin) - (Xmax, Ymax) : (10, 5) - (30, 50)
+"""
 Serve = Callable[..., Any]
 
 
@@ -179,11 +187,30 @@ def test_a_wrong_catalogue_is_one_line(known: Known, files: Any, message: str) -
         download.download("walkers")
 
 
+def test_what_is_fetched_can_be_read(serve: Serve, known: Known) -> None:
+    """An archive laid out as PennFudanPed.zip, and the entry that is shipped, but for the address."""
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for number in range(1, 11):
+            name, picture = f"FudanPed{number:05}", cv2.imencode(".png", np.zeros((60, 80, 3), np.uint8))[1]
+            archive.writestr(f"PennFudanPed/PNGImages/{name}.png", picture.tobytes())
+            archive.writestr(f"PennFudanPed/Annotation/{name}.txt", ANNOTATION)
+        archive.writestr("PennFudanPed/readme.txt", "The copyright is ours.")
+    shipped = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))["pennfudan"]
+    known([said(serve(content=held.getvalue()))], **{key: shipped[key] for key in ("format", "train", "val")})
+    content = yaml.safe_load(Path("datasets.yaml").read_text())["walkers"]
+    del content["names"]
+    Path("datasets.yaml").write_text(yaml.safe_dump({"pennfudan": {**content, "path": shipped["path"]}}))
+    download.download("pennfudan")
+    train, val = (catalogue.open_data("pennfudan", split) for split in ("train", "val"))
+    assert [len(train), len(val)] == [8, 2] and train[0].truth.boxes_xyxy.tolist() == [[9, 4, 30, 50]]
+    assert all(sample.path.is_file() for sample in train + val)
+
+
 def test_the_catalogue_that_is_shipped() -> None:
     shipped = yaml.safe_load(catalogue.catalogue_file().read_text(encoding="utf-8"))
     fetched = {name: download._parts(entry.get("download"), name) for name, entry in shipped.items()}
-    assert {name for name, parts in fetched.items() if parts} <= {"coco-person", "pennfudan"}
-    assert len(fetched["coco-person"]) == 3
+    assert {name: len(parts) for name, parts in fetched.items() if parts} == {"coco-person": 3, "pennfudan": 1}
     for name, entry in shipped.items():
         assert len(Path(entry["path"]).parts) >= 1 and not Path(entry["path"]).is_absolute(), name
 

@@ -165,6 +165,21 @@ def test_a_file_that_the_server_calls_compressed_stays_as_it_is(tmp_path: Path, 
     assert (tmp_path / "set.zip").read_bytes() == CONTENT
 
 
+def test_ctrl_c_keeps_what_has_come(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = serve()
+
+    def pour(answer: Any, write: Callable[[bytes], int], *_: Any) -> None:
+        write(answer.raw.read(90_000))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fetch, "_pour", pour)
+        fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.fetch(site.file(), tmp_path / "set.zip")
+    assert (tmp_path / "set.zip").read_bytes() == CONTENT
+    assert site.asked[1]["range"] == "bytes=90000-" and site.asked[1]["if-range"] == '"one"'
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     site = serve()
     with monkeypatch.context() as patch:

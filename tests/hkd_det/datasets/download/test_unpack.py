@@ -89,8 +89,8 @@ def test_folders_as_tar_writes_them(tmp_path: Path) -> None:
 EVIL_NAMES = [
     "../evil",
     "a/../../evil",
-    "/tmp/hkd-evil",
-    "//evil",
+    "ROOT/evil",
+    "/ROOT/evil",
     "..",
     "a/..",
     "C:/evil",
@@ -103,11 +103,11 @@ EVIL_NAMES = [
 @pytest.mark.parametrize("name", EVIL_NAMES)
 @pytest.mark.parametrize("pack", [zipped, tarred])
 def test_no_member_outside(tmp_path: Path, name: str, pack: Callable[..., bytes]) -> None:
-    suffix = "zip" if pack is zipped else "tar"
+    suffix, name = "zip" if pack is zipped else "tar", name.replace("ROOT", str(tmp_path))
     archive = written(tmp_path, f"a.{suffix}", pack({"good": b"1", name: b"evil"}))
     with pytest.raises(DataError, match=rf"a\.{suffix}: member '.*' would lie outside"):
         unpack(archive, tmp_path / "deep" / "out")
-    assert everything(tmp_path / "deep") == {"out/good": b"1"} and not Path("/tmp/hkd-evil").exists()
+    assert everything(tmp_path / "deep") == {"out/good": b"1"}
     assert {path.name for path in tmp_path.iterdir()} == {f"a.{suffix}", "deep"}
 
 
