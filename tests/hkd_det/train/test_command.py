@@ -49,6 +49,16 @@ def test_the_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in said for name in SIZES)
 
 
+def test_training_goes_on_after_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets/citypersons/leftImg8bit").mkdir(parents=True)
+    assert main(["--data", "citypersons", "--download", "--model", "huge"]) == 2
+    said = capsys.readouterr()
+    assert "is there already" in said.out and "--model huge" in said.err
+
+
 def test_a_run_is_not_overwritten_unasked(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mini-student").mkdir()
     (tmp_path / "mini-student" / "last.pt").write_bytes(b"precious")
