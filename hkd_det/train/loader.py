@@ -25,7 +25,7 @@ from hkd_det.errors import HkdError
 from hkd_det.imgsz import STRIDE
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.train.augment import LARGEST_FRAME, View, training_view
-from hkd_det.train.pictures import TrainingPictures
+from hkd_det.train.pictures import Kept, SharedFolder, TrainingPictures
 
 Batch = tuple[Tensor, TruthBatch]
 
@@ -138,15 +138,16 @@ def open_loader(
 ) -> tuple[DataLoader[Batch | HkdError], RankSampler]:
     """A loader of this process's batches, and the sampler on which the epoch is set.
 
-    What has to be packed anew of the pictures is kept in a temporary folder, `cache_mib` MiB at most. It goes with
-    the loader, or with the workers if this process is killed.
+    What has to be packed anew of the pictures is kept, `cache_mib` MiB at most: in memory, or for workers in a
+    temporary folder that goes with the loader, or with the workers if this process is killed.
     """
     sampler = RankSampler(epochs, rank, count)
     largest = (1 + epochs.multi_scale) * LARGEST_FRAME
     largest_hw = (epochs.size_hw[0] * largest, epochs.size_hw[1] * largest)
-    folder = Path(tempfile.mkdtemp(prefix="hkd-pictures-"))
+    folder = Path(tempfile.mkdtemp(prefix="hkd-pictures-")) if workers else None
+    kept: Kept = SharedFolder(folder) if folder else {}
     room_bytes = int(cache_mib * 2**20 / max(1, workers))
-    pictures = TrainingPictures([sample.path for sample in samples], largest_hw, folder, room_bytes)
+    pictures = TrainingPictures([sample.path for sample in samples], largest_hw, kept, room_bytes)
     views = TrainingViews(samples, pictures)
     loader: DataLoader[Batch | HkdError] = DataLoader(
         views,  # type: ignore[arg-type]  # the stubs know no collate_fn that changes the type
@@ -156,9 +157,10 @@ def open_loader(
         multiprocessing_context="spawn" if workers else None,
         collate_fn=collate,
         persistent_workers=workers > 0,
-        worker_init_fn=partial(_quiet_worker, folder),
+        worker_init_fn=partial(_quiet_worker, folder) if folder else None,
     )
-    weakref.finalize(loader, shutil.rmtree, folder, ignore_errors=True)
+    if folder:
+        weakref.finalize(loader, shutil.rmtree, folder, ignore_errors=True)
     return loader, sampler
 
 

@@ -2,7 +2,7 @@
 
 Decoding is what loading costs. A JPEG decodes at a half, a quarter or an eighth of its size for less; a PNG has to
 be unpacked whole (a full-size street scene: 40 to 55 ms, ten times what is done with it then). So whatever is no
-JPEG, or one far too large, is shrunk and packed as a JPEG once, and kept in a folder that all workers share. It
+JPEG, or one far too large, is shrunk and packed as a JPEG once, and kept where all workers find it. It
 goes through that JPEG where there is no room to keep it, too: what training sees depends on the picture alone,
 never on who loaded what before.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from hkd_det.datasets.jpeg import jpeg_size_hw
 from hkd_det.datasets.sample import decode_picture, read_packed
+from hkd_det.train.augment import resized
 
 QUALITY = 95  # 42 dB to the shrunk street scene: far below what the jitter of the light does
 FAR_TOO_LARGE = 2.0  # a JPEG's sides against what a view can use; below it the file itself decodes fast enough
@@ -44,15 +46,54 @@ class Packed:
     source_hw: tuple[int, int]
 
 
+class Kept(Protocol):
+    """Where packed pictures are kept: a dict, or a `SharedFolder` for several workers."""
+
+    def get(self, index: int, /) -> bytes | None:
+        """The bytes kept under the index, if any."""
+
+    def __setitem__(self, index: int, raw: bytes, /) -> None: ...
+
+    def clear(self) -> None:
+        """Keep nothing."""
+
+
+class SharedFolder:
+    """Bytes in files, one each, for all processes that know the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, index: int) -> bytes | None:
+        """The bytes kept under the index by whichever process, if any."""
+        with suppress(FileNotFoundError):
+            return self._file(index).read_bytes()
+        return None
+
+    def __setitem__(self, index: int, raw: bytes) -> None:
+        aside = self.folder / f"{index}.{os.getpid()}"
+        with suppress(OSError):  # the disk is full, or the folder gone with the run: then it isn't kept
+            aside.write_bytes(raw)
+            aside.replace(self._file(index))  # another worker reads it whole or not at all
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        for file in self.folder.iterdir():
+            file.unlink()
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index}.packed"
+
+
 class TrainingPictures:
     """The pictures at `paths`, for frames of at most `largest_hw` (height, width).
 
-    What had to be packed is kept in `folder` until this process has written `room_bytes`.
+    What had to be packed is put into `kept`, until this process has put `room_bytes` there.
     """
 
-    def __init__(self, paths: Sequence[Path], largest_hw: Size, folder: Path, room_bytes: int) -> None:
+    def __init__(self, paths: Sequence[Path], largest_hw: Size, kept: Kept, room_bytes: int) -> None:
         self.paths, self.largest_hw = paths, largest_hw
-        self.folder, self.room_bytes = folder, room_bytes
+        self.kept, self.room_bytes = kept, room_bytes
 
     def read(self, index: int, frame_hw: Size) -> Decoded:
         """The picture, as large as it is when fitted into `frame_hw`, or larger, unless the file is smaller.
@@ -66,37 +107,27 @@ class TrainingPictures:
         return Decoded(picture, (across, down))
 
     def _packed(self, index: int) -> Packed:
-        kept, path = self.folder / f"{index}.packed", self.paths[index]
-        with suppress(FileNotFoundError):
-            return _unpacked(kept.read_bytes())
+        known = self.kept.get(index)
+        if known is not None:
+            return _unpacked(known)
+        path = self.paths[index]
         raw = read_packed(path)
         size_hw = jpeg_size_hw(raw)
         if size_hw is not None and _fit(size_hw, self.largest_hw) * FAR_TOO_LARGE >= 1:
             return Packed(raw, size_hw, size_hw)
         packed = _pack(decode_picture(raw, path), self.largest_hw)
-        self._keep(kept, HEADER.pack(*packed.size_hw, *packed.source_hw) + packed.jpeg)
+        put = HEADER.pack(*packed.size_hw, *packed.source_hw) + packed.jpeg
+        if len(put) <= self.room_bytes:
+            self.kept[index] = put
+            self.room_bytes -= len(put)
         return packed
-
-    def _keep(self, kept: Path, raw: bytes) -> None:
-        if len(raw) > self.room_bytes:
-            return
-        aside = kept.with_suffix(f".{os.getpid()}")
-        try:
-            aside.write_bytes(raw)
-            aside.replace(kept)  # another worker reads it whole or not at all
-        except OSError:  # the disk is full: what is there serves on, more is not kept
-            self.room_bytes = 0
-            return
-        self.room_bytes -= len(raw)
 
 
 def _pack(picture_rgb: NDArray[np.uint8], largest_hw: Size) -> Packed:
     source_hw = picture_rgb.shape[:2]
     fit = min(1.0, _fit(source_hw, largest_hw))
     height, width = (max(1, round(side * fit)) for side in source_hw)
-    if fit < 1:
-        picture_rgb = cv2.resize(picture_rgb, (width, height), interpolation=cv2.INTER_AREA)
-    bgr = cv2.cvtColor(picture_rgb, cv2.COLOR_RGB2BGR)
+    bgr = cv2.cvtColor(resized(picture_rgb, (height, width)), cv2.COLOR_RGB2BGR)
     _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     return Packed(jpeg.tobytes(), (height, width), source_hw)
 

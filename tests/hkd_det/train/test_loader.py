@@ -15,6 +15,7 @@ from hkd_det.datasets import Sample, Truth
 from hkd_det.errors import DataError
 from hkd_det.train.augment import View
 from hkd_det.train.loader import Batch, Epochs, TrainingViews, batches, collate, open_loader
+from hkd_det.train.pictures import SharedFolder
 
 SIZE_HW = (64, 96)
 
@@ -111,10 +112,10 @@ def test_a_broken_picture_is_one_line_from_a_worker_too(samples: list[Sample], t
 
 
 def test_the_folder_goes_with_the_loader(samples: list[Sample]) -> None:
-    loader, _ = open_loader(samples, epochs_of(samples), 0, 1, 0, 64)
+    loader, _ = open_loader(samples, epochs_of(samples), 0, 1, 1, 64)
     views = loader.dataset
-    assert isinstance(views, TrainingViews)
-    folder = views.pictures.folder
+    assert isinstance(views, TrainingViews) and isinstance(views.pictures.kept, SharedFolder)
+    folder = views.pictures.kept.folder
     list(batches(loader))
     assert list(folder.iterdir())
     del loader, views
@@ -133,7 +134,7 @@ if __name__ == "__main__":
     samples = [Sample(0, Path({str(samples[1].path)!r}))]
     loader, _ = open_loader(samples, Epochs(1, 1, (64, 96), 0, 0, 0), 0, 1, workers=1, cache_mib=1)
     list(batches(loader))
-    print(loader.dataset.pictures.folder, flush=True)
+    print(loader.dataset.pictures.kept.folder, flush=True)
     time.sleep(600)
 """
     script = samples[0].path.parent / "killed.py"

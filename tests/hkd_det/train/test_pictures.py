@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hkd_det.datasets import read_picture
 from hkd_det.errors import DataError
-from hkd_det.train.pictures import TrainingPictures
+from hkd_det.train.pictures import SharedFolder, TrainingPictures
 
 fixtures_stay = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -26,7 +26,7 @@ def write(path: Path, size_hw: tuple[int, int], box: tuple[int, int, int, int]) 
 def opened(path: Path, largest_hw: tuple[float, float], room_bytes: int = 2**20) -> TrainingPictures:
     folder = path.parent / "kept"
     folder.mkdir(exist_ok=True)
-    return TrainingPictures([path], largest_hw, folder, room_bytes)
+    return TrainingPictures([path], largest_hw, SharedFolder(folder), room_bytes)
 
 
 @settings(fixtures_stay, max_examples=80)
@@ -43,8 +43,7 @@ def test_boxes_scale_with_the_picture(
     box = (width // 4, height // 4, width - width // 8, height - height // 8)
     path = write(tmp_path / f"a{suffix}", size_hw, box)
     pictures = opened(path, largest_hw)
-    for kept in pictures.folder.iterdir():
-        kept.unlink()
+    pictures.kept.clear()
     frame_hw = (largest_hw[0] * part, largest_hw[1] * part)
     fit = min(1.0, frame_hw[0] / height, frame_hw[1] / width)
     for _ in range(2):  # packed now, and kept
@@ -64,7 +63,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path: Path) -> None:
     shapes = {frame: pictures.read(0, frame).picture.shape[:2] for frame in [(400, 600), (200, 300), (100, 150)]}
     assert shapes == {(400, 600): (401, 603), (200, 300): (201, 302), (100, 150): (101, 151)}
     assert pictures.read(0, (10, 10)).picture.shape[:2] == (51, 76)
-    assert not list(pictures.folder.iterdir())  # the file itself is good enough
+    assert not list((tmp_path / "kept").iterdir())  # the file itself is good enough
 
 
 def test_a_jpeg_far_too_large_is_packed_once(tmp_path: Path) -> None:
@@ -95,13 +94,21 @@ def test_no_more_is_kept_than_there_is_room(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{number}.png", (60, 80), (10, 10, 50, 50)) for number in range(6)]
     folder = tmp_path / "kept"
     folder.mkdir()
-    pictures = TrainingPictures(paths, (60, 80), folder, 2**20)
+    pictures = TrainingPictures(paths, (60, 80), SharedFolder(folder), 2**20)
     pictures.read(0, (60, 80))
     size = next(folder.iterdir()).stat().st_size
-    pictures = TrainingPictures(paths, (60, 80), folder, 3 * size)
+    pictures = TrainingPictures(paths, (60, 80), SharedFolder(folder), 3 * size)
     for index in range(6):
         pictures.read(index, (60, 80))
     assert {kept.name for kept in folder.iterdir()} == {f"{number}.packed" for number in range(4)}
+
+
+def test_one_process_keeps_them_in_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", (60, 80), (10, 10, 50, 50))
+    pictures = TrainingPictures([path], (60, 80), {}, 2**20)
+    first = pictures.read(0, (60, 80)).picture
+    path.unlink()
+    np.testing.assert_array_equal(pictures.read(0, (60, 80)).picture, first)
 
 
 def test_a_full_disk_ends_the_keeping_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +119,9 @@ def test_a_full_disk_ends_the_keeping_only(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert pictures.read(0, (60, 80)).picture.shape == (60, 80, 3) and pictures.room_bytes == 0
+    for _ in range(2):
+        assert pictures.read(0, (60, 80)).picture.shape == (60, 80, 3)
+    assert not list((tmp_path / "kept").iterdir())
 
 
 def test_broken_pictures_name_the_file(tmp_path: Path) -> None:
