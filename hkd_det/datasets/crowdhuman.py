@@ -1,7 +1,7 @@
 """CrowdHuman (Shao et al. 2018): `.odgt`, a JSON object a line.
 
 `fbox` is the whole person and may reach beyond the picture: kept as annotated. `vbox` is the part that can be seen.
-`mask` (crowds, reflections, statues) and `extra.ignore` are ignore regions.
+`mask` (crowds, reflections, statues) and `extra.ignore` are ignore regions, as in the evaluation of the set's authors.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from hkd_det import boxes as box_math
 from hkd_det.datasets.faults import OnFault, stop
@@ -18,11 +19,12 @@ from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
 
 LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
-IDENTITY = re.compile(r"[\w,.\-]{1,200}", re.ASCII)
+IDENTITY = re.compile(r"[\w,.\-]{1,200}", re.ASCII)  # 273271,1a0d6000b9e1f5b7
+Record = tuple[list[float], list[float], bool, str]  # whole box xywh, visible box xywh, ignore, tag
 
 
 def read_crowdhuman(root: Path, split: str, present_only: bool = False, on_fault: OnFault = stop) -> list[Sample]:
-    """`annotation_SPLIT.odgt` (train or val) and `Images/ID.jpg`.
+    """`annotation_SPLIT.odgt` (train or val) and `Images/ID.jpg`; the ID is the picture's id. Sizes are not known.
 
     Raises DataError, naming file and line, for what is missing or wrong.
     """
@@ -32,47 +34,51 @@ def read_crowdhuman(root: Path, split: str, present_only: bool = False, on_fault
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: no such annotation file") from None
     samples: dict[str, Sample] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(tqdm(lines, desc="read .odgt", unit="picture", leave=False, delay=2), 1):
         if line.strip():
+            where = f"{path}, line {number}"
             try:
-                sample = _sample(line, root, f"{path}, line {number}", on_fault)
-                if sample.image_id in samples:
-                    raise DataError(f"{path}, line {number}: picture {sample.image_id} stands twice")
-                samples[str(sample.image_id)] = sample
+                name, truth = _picture(line, where, on_fault)
+                if name in samples:
+                    raise DataError(f"{where}: picture {name} stands twice")
+                samples[name] = Sample(name, root / "Images" / f"{name}.jpg", truth)
             except DataError as fault:
                 on_fault(fault)
     return present(list(samples.values()), present_only, str(root / "Images"), on_fault)
 
 
-def _sample(line: str, root: Path, where: str, on_fault: OnFault) -> Sample:
+def _picture(line: str, where: str, on_fault: OnFault) -> tuple[str, Truth]:
+    """ID, and its people."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a JSON object ({str(error)[:80]})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("gtboxes", []), list):
-        raise DataError(f"{where}: not an object with ID and gtboxes")
+    if not isinstance(content, dict) or not isinstance(content.get("gtboxes"), list):
+        raise DataError(f"{where}: not an object with an ID and a list of gtboxes")
     name = content.get("ID")
     if not isinstance(name, str) or not IDENTITY.fullmatch(name):
         raise DataError(f"{where}: its ID {str(name)[:40]!r} names no picture")
-    rows = []
-    for number, record in enumerate(content.get("gtboxes", []), 1):
+    people: list[Record] = []
+    for number, record in enumerate(content["gtboxes"], 1):
         try:
-            rows.append(_record(record, f"{where}, box {number}"))
+            people.append(_record(record, f"{where}, box {number}"))
         except DataError as fault:
             on_fault(fault)
-    whole = np.array([row[0] for row in rows], np.float64).reshape(-1, 4)
-    seen = np.array([row[1] for row in rows], np.float64).reshape(-1, 4)
-    truth = Truth(
+    return name, _truth(people)
+
+
+def _truth(people: list[Record]) -> Truth:
+    whole, seen = (np.array([one[part] for one in people], np.float64).reshape(-1, 4) for part in (0, 1))
+    marked = np.array([one[2] for one in people], bool)
+    return Truth(
         box_math.xyxy_from_xywh(whole).astype(np.float32),
-        np.array([row[2] for row in rows], bool) | (whole[:, 2:] <= 0).any(1),
+        marked | (whole[:, 2:] <= 0).any(axis=1),
         box_math.xyxy_from_xywh(seen).astype(np.float32),
-        tuple(row[3] for row in rows),
+        tuple(one[3] for one in people),
     )
-    return Sample(name, root / "Images" / f"{name}.jpg", truth)
 
 
-def _record(record: Any, where: str) -> tuple[list[float], list[float], bool, str]:
-    """Whole box xywh, visible box xywh, ignore, tag."""
+def _record(record: Any, where: str) -> Record:
     if not isinstance(record, dict) or record.get("tag") not in ("person", "mask"):
         raise DataError(f"{where}: its tag is neither person nor mask")
     extra = record.get("extra")

@@ -1,10 +1,12 @@
 """PASCAL Annotation Version 1.00, a text file a picture: INRIA Person and Penn-Fudan.
 
-    Image filename : "Train/pos/crop_000010.png"
     Image size (X x Y x C) : 594 x 720 x 3
+    Objects with ground truth : 1 { "PASperson" }
+    # Top left pixel co-ordinates : (0, 0)
     Bounding box for object 1 "PASperson" (Xmin, Ymin) - (Xmax, Ymax) : (194, 127) - (413, 647)
 
-Boxes go from first to last pixel, counted from 1. Nothing is said of who is hidden.
+Boxes go from first to last pixel. Each file says whether it counts from 0, as INRIA's do, or from 1, as Penn-Fudan's.
+People are the objects whose label begins with PASperson; nothing is said of who is hidden.
 """
 
 import re
@@ -13,85 +15,119 @@ from pathlib import Path
 import numpy as np
 
 from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.pixel_box import xyxy_from_pixels
 from hkd_det.datasets.present import present
 from hkd_det.datasets.sample import Sample, Truth
-from hkd_det.errors import DataError
+from hkd_det.datasets.yolo import PICTURES
+from hkd_det.errors import DataError, UsageError
 
+VERSION = "PASCAL Annotation Version 1.00"
+PERSON = "PASperson"  # PASpersonWalking and PASpersonStanding too
+SIZE = re.compile(r"Image size[^:]*:\s*(\d{1,7}) x (\d{1,7})", re.ASCII)
+OBJECTS = re.compile(r"Objects with ground truth[^:]*:[^{]*\{([^}]*)\}")
+ORIGIN = re.compile(r"#\s*Top left pixel co-ordinates\s*:\s*\(([01])\s*,\s*\1\)")
 BOX = re.compile(
-    r'Bounding box for object (\d+) "([^"]*)".*:\s*\(\s*(-?\d{1,7})\s*,\s*(-?\d{1,7})\s*\)\s*-\s*'
+    r'Bounding box for object \d+ "([^"]*)"[^:]*:\s*\(\s*(-?\d{1,7})\s*,\s*(-?\d{1,7})\s*\)\s*-\s*'
     r"\(\s*(-?\d{1,7})\s*,\s*(-?\d{1,7})\s*\)",
     re.ASCII,
 )
-SIZE = re.compile(r"Image size[^:]*:\s*(\d{1,7}) x (\d{1,7})", re.ASCII)
-FILE_NAME = re.compile(r'Image filename\s*:\s*"([^"]+)"')
 VAL_EVERY = 5  # Penn-Fudan has no split of its own: every fifth picture is val, the others train
 
 
 def read_inria(root: Path, split: str, present_only: bool = False, on_fault: OnFault = stop) -> list[Sample]:
-    """INRIA Person (`Train` or `Test`): pictures with people, and those of `neg/`, in which nobody is.
+    """INRIA Person (`Train` or `Test`): the pictures of `pos/`, and those of `neg/`, in which nobody is.
 
-    Raises DataError, naming the file, for what is missing or wrong.
+    A picture is called as its annotation file; its id is its path below `root`. Of those in `neg/` no size is known.
+    Raises DataError, naming file and line, for what is missing or wrong.
     """
-    folder = root / split / "annotations"
+    folder = root / split / "pos"
+    there = {path.stem: path for path in _pictures(folder)}
     samples = []
-    for path in _files(folder):
-        name, truth, size_hw = _read(path, on_fault)
-        samples.append(
-            Sample(f"{split}/pos/{path.stem}", root / (name or f"{split}/pos/{path.stem}.png"), truth, size_hw)
-        )
-    nobody = sorted((root / split / "neg").glob("*.*"))
-    samples += [Sample(f"{split}/neg/{path.stem}", path) for path in nobody]
+    for path in _annotations(root / split / "annotations"):
+        picture = there.get(path.stem, folder / f"{path.stem}.png")
+        try:
+            samples.append(_sample(path, picture.relative_to(root).as_posix(), picture, on_fault))
+        except DataError as fault:
+            on_fault(fault)
+    samples += [Sample(path.relative_to(root).as_posix(), path) for path in _pictures(root / split / "neg")]
     return present(samples, present_only, str(root / split), on_fault)
 
 
 def read_pennfudan(root: Path, split: str, present_only: bool = False, on_fault: OnFault = stop) -> list[Sample]:
     """Penn-Fudan: `Annotation/*.txt` and `PNGImages/*.png`. split: train or val, see VAL_EVERY.
 
-    Raises DataError, naming the file, for what is missing or wrong.
+    A picture's id is its name without `.png`.
+    Raises UsageError for another split, DataError, naming file and line, for what is missing or wrong.
     """
     if split not in ("train", "val"):
-        raise DataError(f"{root}: Penn-Fudan is split into train and val here, not {split!r}")
+        raise UsageError(f"{root}: Penn-Fudan has the splits train and val, not {split!r}")
     samples = []
-    for number, path in enumerate(_files(root / "Annotation"), 1):
+    for number, path in enumerate(_annotations(root / "Annotation"), 1):
         if (number % VAL_EVERY == 0) == (split == "val"):
-            _, truth, size_hw = _read(path, on_fault)
-            samples.append(Sample(path.stem, root / "PNGImages" / f"{path.stem}.png", truth, size_hw))
+            try:
+                samples.append(_sample(path, path.stem, root / "PNGImages" / f"{path.stem}.png", on_fault))
+            except DataError as fault:
+                on_fault(fault)
     return present(samples, present_only, str(root / "PNGImages"), on_fault)
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.txt"))
+def _annotations(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.glob("*.txt") if path.is_file())
     if not files:
         raise DataError(f"{folder}: no such folder, or no .txt annotations in it")
     return files
 
 
-def _read(path: Path, on_fault: OnFault) -> tuple[str, Truth, tuple[int, int] | None]:
-    """File name as written, people, size."""
-    text = path.read_text(encoding="latin-1")  # INRIA's own files hold letters beyond ASCII in it
-    boxes = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("Bounding box"):
-            try:
-                boxes.append(_box(line, f"{path}, line {number}"))
-            except DataError as fault:
-                on_fault(fault)
-    if "PASCAL Annotation" not in text:
-        on_fault(DataError(f"{path}: not a PASCAL Annotation Version 1.00"))
-    whole = np.array(boxes, np.float32).reshape(-1, 4)
-    size, name = SIZE.search(text), FILE_NAME.search(text)
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+
+
+def _sample(path: Path, image_id: str, picture: Path, on_fault: OnFault) -> Sample:
+    text = path.read_text(encoding="latin-1")  # INRIA's own files name "Rhône-Alpes" so
+    if VERSION not in text:
+        raise DataError(f"{path}: not a {VERSION}")
+    lines = text.split("\n")
+    origin = _said(ORIGIN, lines)
+    if origin is None:
+        raise DataError(f"{path}: has no line `# Top left pixel co-ordinates : (0, 0)`, or (1, 1)")
+    size = _said(SIZE, lines)
+    size_hw = (int(size[2]), int(size[1])) if size and int(size[1]) and int(size[2]) else None
+    whole = np.array(_people(path, lines, int(origin[1]), size_hw, on_fault), np.float32).reshape(-1, 4)
     truth = Truth(whole, np.zeros(len(whole), bool), whole, ("person",) * len(whole))
-    written = name[1].replace("\\", "/") if name else ""
-    inside = written and not written.startswith("/") and ".." not in written and written.isprintable()
-    return written if inside else "", truth, (int(size[2]), int(size[1])) if size else None
+    return Sample(image_id, picture, truth, size_hw)
 
 
-def _box(line: str, where: str) -> list[float]:
-    """xyxy from 0, its right and bottom edges behind the last pixel."""
+def _said(what: re.Pattern[str], lines: list[str]) -> re.Match[str] | None:
+    """The first line that says it."""
+    return next((found for line in lines if (found := what.match(line))), None)
+
+
+def _people(
+    path: Path, lines: list[str], counted_from: int, size_hw: tuple[int, int] | None, on_fault: OnFault
+) -> list[list[float]]:
+    """N boxes xyxy."""
+    marked = [(number, line) for number, line in enumerate(lines, 1) if line.startswith("Bounding box")]
+    listed = _said(OBJECTS, lines)
+    # Not by the number before the braces: in copies of Penn-Fudan it is wrong.
+    count = listed[1].count('"') // 2 if listed else 0
+    if len(marked) < count:
+        on_fault(DataError(f"{path}: lists {count} objects and has {len(marked)} boxes; is its end missing?"))
+    boxes = []
+    for number, line in marked:
+        where = f"{path}, line {number}"
+        try:
+            label, pixels = _box(line, where)
+            if label.startswith(PERSON):
+                boxes.append(xyxy_from_pixels(pixels, counted_from, size_hw, where))
+        except DataError as fault:
+            on_fault(fault)
+    return boxes
+
+
+def _box(line: str, where: str) -> tuple[str, tuple[float, float, float, float]]:
+    """Label, and the first and last pixels."""
     found = BOX.match(line)
     if not found:
         raise DataError(f"{where}: {line[:60]!r} has no `: (Xmin, Ymin) - (Xmax, Ymax)` in pixels")
-    left, top, right, bottom = (float(value) for value in found.groups()[2:])
-    if right < left or bottom < top:
-        raise DataError(f"{where}: the box {[left, top, right, bottom]} has a negative width or height")
-    return [left - 1, top - 1, right, bottom]
+    left, top, right, bottom = (float(value) for value in found.groups()[1:])
+    return found[1], (left, top, right, bottom)

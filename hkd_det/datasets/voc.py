@@ -6,12 +6,14 @@ seen, so the visible box is the whole one.
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from xml.parsers import expat
 
 import numpy as np
 from tqdm import tqdm
 
 from hkd_det.datasets.faults import OnFault, stop
 from hkd_det.datasets.person_class import PERSON_NAMES
+from hkd_det.datasets.pixel_box import xyxy_from_pixels
 from hkd_det.datasets.sample import Sample, Truth
 from hkd_det.errors import DataError
 
@@ -23,73 +25,109 @@ LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 def read_voc(root: Path, split: str, category: str = "", on_fault: OnFault = stop) -> list[Sample]:
     """The pictures that `ImageSets/Main/SPLIT.txt` lists, or, if there is no such folder, all of `Annotations/`.
 
-    category: the person class's name; by default any of person, pedestrian, people, human.
-    Raises DataError, naming the file, for what is missing or wrong.
+    category: the person class's name; by default any of person, pedestrian, people, human. A picture's id is its name
+    without suffix.
+    Raises DataError, naming file and line, for what is missing or wrong, and if all objects are of other classes.
     """
     wanted = (category.lower(),) if category else PERSON_NAMES
-    return [
-        _sample(root, name, wanted, on_fault)
-        for name in tqdm(_names(root, split), desc="read .xml", unit="file", leave=False, delay=2)
-    ]
+    samples, classes = [], set()
+    for name in tqdm(_names(root, split), desc="read .xml", unit="file", leave=False, delay=2):
+        try:
+            sample, found = _sample(root, name, wanted, on_fault)
+        except DataError as fault:
+            on_fault(fault)
+            continue
+        samples.append(sample)
+        classes |= found
+    if classes and classes.isdisjoint(wanted):
+        raise DataError(
+            f"{root / 'Annotations'}: no {' or '.join(wanted)} among {', '.join(sorted(classes))[:200]}; "
+            "say `category: NAME`"
+        )
+    return samples
 
 
 def _names(root: Path, split: str) -> list[str]:
     listed = root / "ImageSets" / "Main" / f"{split}.txt"
     if listed.is_file():
-        lines = listed.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+        text = listed.read_text(encoding="utf-8-sig", errors="replace")
+        if "\0" in text:
+            raise DataError(f"{listed}: not a text file; expected a list of pictures")
+        return list(dict.fromkeys(line.split()[0] for line in text.splitlines() if line.strip()))
     if (root / "ImageSets").is_dir() or not (root / "Annotations").is_dir():
         raise DataError(f"{listed}: no such list of pictures; expected it beside Annotations/ and {PICTURES}/")
     return sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
 
 
-def _sample(root: Path, name: str, wanted: tuple[str, ...], on_fault: OnFault) -> Sample:
+def _sample(root: Path, name: str, wanted: tuple[str, ...], on_fault: OnFault) -> tuple[Sample, set[str]]:
+    """The picture's people, and all classes of its objects."""
     path = root / "Annotations" / f"{name}.xml"
     pictures = [root / PICTURES / f"{name}{suffix}" for suffix in SUFFIXES]
     picture = next((one for one in pictures if one.is_file()), pictures[0])
-    boxes, ignore, size_hw = [], [], None
-    try:
-        document = _document(path)
-        size_hw = _size(document)
-        for number, found in enumerate(document.iter("object"), 1):
-            if (found.findtext("name") or "").strip().lower() in wanted:
-                try:
-                    boxes.append(_box(found, f"{path}: object {number}"))
-                    ignore.append((found.findtext("difficult") or "0").strip() == "1")
-                except DataError as fault:
-                    on_fault(fault)
-    except DataError as fault:
-        on_fault(fault)
+    text = _text(path)
+    document = _document(text, path)
+    size_hw = _size(document)
+    boxes, ignore, classes = [], [], set()
+    for number, found in enumerate(document.iter("object")):
+        label = (found.findtext("name") or "").strip().lower()
+        classes.add(label)
+        if label in wanted:
+            try:
+                boxes.append(_box(found, size_hw, f"{path}: object {number + 1}"))
+                ignore.append((found.findtext("difficult") or "0").strip() == "1")
+            except DataError as fault:
+                on_fault(DataError(str(fault).replace(str(path), f"{path}, line {_line(text, number)}", 1)))
     whole = np.array(boxes, np.float32).reshape(-1, 4)
-    return Sample(name, picture, Truth(whole, np.array(ignore, bool), whole, ("person",) * len(whole)), size_hw)
+    truth = Truth(whole, np.array(ignore, bool), whole, ("person",) * len(whole))
+    return Sample(name, picture, truth, size_hw), classes
 
 
-def _document(path: Path) -> ET.Element:
+def _text(path: Path) -> str:
+    """Decoded here, as UTF-8 or else Latin-1, so that no encoding hides a document type."""
     try:
         raw = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise DataError(f"{path}: no such annotation file") from None
-    if b"<!DOCTYPE" in raw or b"<!ENTITY" in raw:  # no VOC file has one, and entities can blow up to gigabytes
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _document(text: str, path: Path) -> ET.Element:
+    if "<!DOCTYPE" in text:  # no VOC file has one; only it can declare entities, which can blow up to gigabytes
         raise DataError(f"{path}: declares a document type; an annotation needs none")
     try:
-        return ET.fromstring(raw)
-    except (ET.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that does not exist
+        return ET.fromstring(text)
+    except (ET.ParseError, ValueError) as error:
         raise DataError(f"{path}: not XML ({error})") from None
 
 
+def _line(text: str, number: int) -> int:
+    """The line where an object begins: ElementTree does not keep it, so it is looked up where one is wrong."""
+    lines: list[int] = []
+    parser = expat.ParserCreate(namespace_separator="}")  # as ElementTree has it
+
+    def note(tag: str, _: object) -> None:
+        if tag == "object":
+            lines.append(parser.CurrentLineNumber)
+
+    parser.StartElementHandler = note
+    parser.Parse(text, True)
+    return lines[number]
+
+
 def _size(document: ET.Element) -> tuple[int, int] | None:
+    """None where the file says 0, as some tools write it."""
     height, width = (_number(document.findtext(f"size/{side}")) for side in ("height", "width"))
-    return (int(height), int(width)) if 0 < height < LARGEST_PX and 0 < width < LARGEST_PX else None
+    return (int(height), int(width)) if 1 <= height < LARGEST_PX and 1 <= width < LARGEST_PX else None
 
 
-def _box(found: ET.Element, where: str) -> list[float]:
-    """xyxy from 0, its right and bottom edges behind the last pixel."""
+def _box(found: ET.Element, size_hw: tuple[int, int] | None, where: str) -> list[float]:
     left, top, right, bottom = (_number(found.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
     if not all(abs(value) <= LARGEST_PX for value in (left, top, right, bottom)):
         raise DataError(f"{where}: its bndbox has no xmin, ymin, xmax, ymax in pixels")
-    if right < left or bottom < top:
-        raise DataError(f"{where}: the box {[left, top, right, bottom]} has a negative width or height")
-    return [left - 1, top - 1, right, bottom]
+    return xyxy_from_pixels((left, top, right, bottom), 1, size_hw, where)
 
 
 def _number(text: str | None) -> float:
