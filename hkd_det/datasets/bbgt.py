@@ -29,7 +29,7 @@ def read_bbgt(path: Path, on_fault: OnFault = stop) -> FrameBoxes:
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file") from None
     width = _fields(lines[0] if lines else "", path)
-    labels, rows = [], []
+    labels, rows, lines_of = [], [], []
     for number, line in enumerate(lines[1:], 2):
         if line.strip():
             try:
@@ -39,6 +39,7 @@ def read_bbgt(path: Path, on_fault: OnFault = stop) -> FrameBoxes:
                 continue
             labels.append(label)
             rows.append(row)
+            lines_of.append(number)
     values = np.array(rows, np.float64).reshape(-1, 11)
     return FrameBoxes(
         tuple(labels),
@@ -47,6 +48,7 @@ def read_bbgt(path: Path, on_fault: OnFault = stop) -> FrameBoxes:
         values[:, 4] != 0,
         values[:, 9] != 0,
         np.full(len(labels), -1, np.int64),
+        tuple(lines_of),
     )
 
 

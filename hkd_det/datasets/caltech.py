@@ -144,7 +144,8 @@ def _truth(frame: Frame, annotations: str, on_fault: OnFault) -> Truth:
     boxes, keep = frame.boxes, []
     for row, label in enumerate(boxes.labels):
         if label not in LABELS:
-            on_fault(DataError(f"{frame.file}: {frame.name}: label {label!r} is none of {', '.join(LABELS)}"))
+            place = f", line {boxes.lines[row]}" if boxes.lines else f": object {boxes.objects[row]}"
+            on_fault(DataError(f"{frame.file}{place}: {frame.name}: label {label!r} is none of {', '.join(LABELS)}"))
         elif label != FALSE_ALARM:
             keep.append(row)
     labels = tuple(boxes.labels[row] for row in keep)

@@ -76,8 +76,13 @@ def _sample_from_mat(record: dict[str, Any], where: str, path: Path, pictures: P
         rows = rows.reshape(0, 10)
     if rows.ndim != 2 or rows.shape[1] != 10:
         raise DataError(f"{path}: {name}: its bbs have the shape {rows.shape}, expected (records, 10)")
-    truth = _truth(rows[:, 0], rows[:, 1:5], rows[:, 6:10], f"{path}: {name}", on_fault)
-    return Sample(_stem(name), pictures / city / name, truth)
+    kept = []
+    for number, row in enumerate(rows[:, [0, 1, 2, 3, 4, 6, 7, 8, 9]], 1):
+        try:
+            kept.append(_checked(row, f"{path}: {name}: record {number}"))
+        except DataError as fault:
+            on_fault(fault)
+    return Sample(_stem(name), pictures / city / name, _truth(kept))
 
 
 def _mat_records(path: Path) -> list[dict[str, Any]]:
@@ -114,49 +119,50 @@ def _sample_from_json(path: Path, pictures: Path, on_fault: OnFault) -> Sample:
     try:
         size_hw = int(content["imgHeight"]), int(content["imgWidth"])
         objects = content["objects"]
-        labels = np.array([JSON_LABELS[entry["label"]] for entry in objects], np.float64)
-        whole = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)
-        visible = np.array([entry["bboxVis"] for entry in objects], np.float64).reshape(-1, 4)
+        if not isinstance(objects, list):
+            raise ValueError("objects is no list")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a gtBboxCityPersons file ({type(error).__name__}: {error})") from None
-    truth = _truth(labels, whole, visible, str(path), on_fault, JsonPlaces(path))
-    return Sample(_stem(name), pictures / path.parent.name / name, truth, size_hw)
+    places, kept = JsonPlaces(path), []
+    for number, entry in enumerate(objects):
+        try:
+            kept.append(_json_record(entry, f"{path}: record {number + 1}"))
+        except DataError as fault:
+            on_fault(places.told(fault, "objects", number))
+    return Sample(_stem(name), pictures / path.parent.name / name, _truth(kept), size_hw)
 
 
-def _truth(
-    labels: NDArray[np.float64],
-    whole_xywh: NDArray[np.float64],
-    visible_xywh: NDArray[np.float64],
-    where: str,
-    on_fault: OnFault,
-    places: JsonPlaces | None = None,
-) -> Truth:
-    kept = []
-    rows = np.concatenate([whole_xywh, visible_xywh], axis=1)
-    for number, (label, box) in enumerate(zip(labels.tolist(), rows, strict=True)):
-        wrong = _fault(label, box)
-        if wrong:
-            fault = DataError(f"{where}: record {number + 1}: {wrong}")
-            on_fault(places.told(fault, "objects", number) if places else fault)
-        else:
-            kept.append(number)
-    return Truth(
-        box_math.xyxy_from_xywh(whole_xywh[kept]).astype(np.float32),
-        labels[kept] != PEDESTRIAN,
-        box_math.xyxy_from_xywh(visible_xywh[kept]).astype(np.float32),
-        tuple(LABELS[int(label)] for label in labels[kept]),
-    )
+def _json_record(entry: Any, where: str) -> NDArray[np.float64]:
+    try:
+        label = JSON_LABELS[entry["label"]]
+        boxes = np.array([entry["bbox"], entry["bboxVis"]], np.float64)
+        if boxes.shape != (2, 4):
+            raise ValueError("a box is four numbers")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{where}: not a record of label, bbox and bboxVis ({type(error).__name__}: {error})") from None
+    return _checked(np.array([label, *boxes.ravel()]), where)
 
 
-def _fault(label: float, box: NDArray[np.float64]) -> str:
-    """What is wrong with a record of whole and visible box [8] xywh; empty if nothing is."""
+def _checked(record: NDArray[np.float64], where: str) -> NDArray[np.float64]:
+    """A record of label, whole and visible box xywh [9], as it is; DataError for one that can't be meant."""
+    label, box = record[0], record[1:]
     if label not in range(len(LABELS)):
-        return f"label {label:g} is none of 0 to {len(LABELS) - 1}"
+        raise DataError(f"{where}: label {label:g} is none of 0 to {len(LABELS) - 1}")
     if not (np.abs(box) <= LARGEST_PX).all():
-        return f"{box.tolist()} holds NaN, infinity or no pixels"
+        raise DataError(f"{where}: {box.tolist()} holds NaN, infinity or no pixels")
     if (box[[2, 3, 6, 7]] < 0).any():
-        return f"{box.tolist()} has a negative width or height"
-    return ""
+        raise DataError(f"{where}: {box.tolist()} has a negative width or height")
+    return record
+
+
+def _truth(records: list[NDArray[np.float64]]) -> Truth:
+    rows = np.array(records, np.float64).reshape(-1, 9)
+    return Truth(
+        box_math.xyxy_from_xywh(rows[:, 1:5]).astype(np.float32),
+        rows[:, 0] != PEDESTRIAN,
+        box_math.xyxy_from_xywh(rows[:, 5:]).astype(np.float32),
+        tuple(LABELS[int(label)] for label in rows[:, 0]),
+    )
 
 
 def _stem(name: str) -> str:

@@ -36,10 +36,13 @@ def read_coco(annotations: Path, images: Path, category: str = "", on_fault: OnF
         raise DataError(f"{annotations}: not a COCO file: it needs the lists 'images', 'annotations' and 'categories'")
     categories = _categories(content["categories"], annotations)
     wanted = choose_person(categories, category, f"{annotations}: its categories")
-    pictures = _pictures(content["images"], annotations)
     places = JsonPlaces(annotations)
+    pictures = _pictures(content["images"], annotations, places, on_fault)
+    faulty = {image["id"] for image in content["images"] if _has_id(image, "id")} - pictures.keys()
     people: dict[Any, list[Person]] = defaultdict(list)
     for number, record in enumerate(content["annotations"]):
+        if _has_id(record, "image_id") and record["image_id"] in faulty:
+            continue  # reported with its picture
         try:
             _check_record(record, pictures, categories, annotations)
             if record["category_id"] == wanted:
@@ -59,24 +62,31 @@ def _categories(categories: list[Any], path: Path) -> dict[Any, str]:
     return {entry["id"]: entry["name"] for entry in categories}
 
 
-def _pictures(images: list[Any], path: Path) -> dict[Any, dict[str, Any]]:
-    pictures: dict[Any, dict[str, Any]] = {}
-    for image in images:
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
-            raise DataError(f"{path}: picture {_name(image)} has no id or file_name")
-        if not _is_id(image["id"]):
-            raise DataError(f"{path}: picture id {image['id']!r} is neither a number nor a text")
-        if image["id"] in pictures:
-            raise DataError(f"{path}: picture id {image['id']} stands twice")
-        if any(key in image and not _is_side(image[key]) for key in ("width", "height")):
-            raise DataError(
-                f"{path}: picture {_name(image)}: width {image.get('width')!r} and height {image.get('height')!r} "
-                "must be whole numbers of pixels"
-            )
-        pictures[image["id"]] = image
-    if not pictures:
+def _pictures(images: list[Any], path: Path, places: JsonPlaces, on_fault: OnFault) -> dict[Any, dict[str, Any]]:
+    if not images:
         raise DataError(f"{path}: lists no pictures")
+    pictures: dict[Any, dict[str, Any]] = {}
+    for number, image in enumerate(images):
+        try:
+            _check_picture(image, pictures, path)
+            pictures[image["id"]] = image
+        except DataError as fault:
+            on_fault(places.told(fault, "images", number))
     return pictures
+
+
+def _check_picture(image: Any, pictures: dict[Any, Any], path: Path) -> None:
+    if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
+        raise DataError(f"{path}: picture {_name(image)} has no id or file_name")
+    if not _is_id(image["id"]):
+        raise DataError(f"{path}: picture id {image['id']!r} is neither a number nor a text")
+    if image["id"] in pictures:
+        raise DataError(f"{path}: picture id {image['id']} stands twice")
+    if any(key in image and not _is_side(image[key]) for key in ("width", "height")):
+        raise DataError(
+            f"{path}: picture {_name(image)}: width {image.get('width')!r} and height {image.get('height')!r} "
+            "must be whole numbers of pixels"
+        )
 
 
 def _check_record(record: Any, pictures: dict[Any, Any], categories: dict[Any, str], path: Path) -> None:
@@ -115,12 +125,16 @@ def _box(record: dict[str, Any], key: str, path: Path) -> box_math.Boxes:
     """[1, 4] xyxy."""
     box = record[key]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_coordinate, box)) or box[2] < 0 or box[3] < 0:
-        raise DataError(f"{path}: annotation {_name(record)}: {key} {box!r} is not [x, y, width, height] in pixels")
+        raise DataError(f"{path}: annotation {_name(record)}: {key} {box!r:.80} is not [x, y, width, height] in pixels")
     return box_math.xyxy_from_xywh(np.array(box, np.float64))
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     return (int(image["height"]), int(image["width"])) if {"height", "width"} <= image.keys() else None
+
+
+def _has_id(record: Any, key: str) -> bool:
+    return isinstance(record, dict) and _is_id(record.get(key))
 
 
 def _is_id(value: Any) -> bool:

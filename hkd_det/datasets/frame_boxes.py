@@ -21,6 +21,7 @@ class FrameBoxes:
     visible_xywh: [N, 4] float64, 1-based pixels: what can be seen of it; all zero where nobody marked it.
     occluded, ignore: [N] bool: the file's own flags.
     objects: [N] int64: the same number is the same person in all frames of a film; -1 where the file does not say.
+    lines: the N lines of a text file, counted from 1; none for another file.
     """
 
     labels: tuple[str, ...]
@@ -29,6 +30,7 @@ class FrameBoxes:
     occluded: NDArray[np.bool_]
     ignore: NDArray[np.bool_]
     objects: NDArray[np.int64]
+    lines: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.labels)

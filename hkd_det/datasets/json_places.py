@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -17,33 +18,47 @@ class JsonPlaces:
         self.path = path
 
     def told(self, fault: DataError, key: str, index: int) -> DataError:
-        """The fault of element `index` of the list `key`, which begins with the path, with line and column put in."""
-        text, starts = self._starts
-        at = starts.get(key, [])[index]
-        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-        place = f"line {line}" if line > 1 or "\n" in text else f"line 1, column {column}"
-        return DataError(str(fault).replace(str(self.path), f"{self.path}, {place}", 1))
+        """The fault of element `index` of the list `key`, which begins with the path, with the place put in.
+
+        Its line, and in a file of a single line its column.
+        """
+        return DataError(str(fault).replace(str(self.path), f"{self.path}, {self._places[key][index]}", 1))
 
     @cached_property
-    def _starts(self) -> tuple[str, dict[str, list[int]]]:
-        """The text, and by key the positions in it."""
+    def _places(self) -> dict[str, list[str]]:
         text = self.path.read_text(encoding="utf-8-sig")
-        read = json.JSONDecoder().raw_decode
-        starts: dict[str, list[int]] = {}
-        at = _skip(text, text.index("{") + 1)
-        while text[at] != "}":
-            key, at = read(text, at)
-            at = _skip(text, at)
-            if text[at] == "[":
-                starts[key] = []
-                at = _skip(text, at + 1)
-                while text[at] != "]":
-                    starts[key].append(at)
-                    at = _skip(text, read(text, at)[1])
-                at = _skip(text, at + 1)
-            else:
+        if "\n" not in text.rstrip():
+            return {key: [f"line 1, column {at + 1}" for at in starts] for key, starts in _starts(text).items()}
+        return {key: [f"line {line}" for line in _lines(text, starts)] for key, starts in _starts(text).items()}
+
+
+def _starts(text: str) -> dict[str, list[int]]:
+    """By key, where the elements begin."""
+    read = json.JSONDecoder().raw_decode
+    starts: dict[str, list[int]] = {}
+    at = _skip(text, text.index("{") + 1)
+    while text[at] != "}":
+        key, at = read(text, at)
+        at = _skip(text, at)
+        if text[at] == "[":
+            starts[key] = []
+            at = _skip(text, at + 1)
+            while text[at] != "]":
+                starts[key].append(at)
                 at = _skip(text, read(text, at)[1])
-        return text, starts
+            at = _skip(text, at + 1)
+        else:
+            at = _skip(text, read(text, at)[1])
+    return starts
+
+
+def _lines(text: str, starts: list[int]) -> Iterator[int]:
+    """Line numbers of ascending positions, in one pass."""
+    line, counted = 1, 0
+    for at in starts:
+        line += text.count("\n", counted, at)
+        counted = at
+        yield line
 
 
 def _skip(text: str, at: int) -> int:

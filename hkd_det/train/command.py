@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_det.datasets.check import check
 from hkd_det.datasets.download import download
 from hkd_det.errors import UnavailableError, UsageError, run_command
 
@@ -26,7 +25,9 @@ def _body(argv: Sequence[str] | None) -> int:
     if arguments.check:
         if not arguments.data:
             raise UsageError("--check needs --data, a data set of datasets.yaml or a data yaml")
-        folder = Path("runs/check") / (arguments.name or Path(arguments.data).stem)
+        from hkd_det.datasets.check import check  # noqa: PLC0415 - matplotlib: not in a training's loading processes
+
+        folder = Path(arguments.project or "runs/check") / (arguments.name or Path(arguments.data).stem)
         return check(arguments.data, folder)
     try:
         from hkd_det.train.start import start  # noqa: PLC0415 - torch is needed from here on
@@ -55,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=2, help="processes that load pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--project", default="runs/train", help="folder of the runs")
-    parser.add_argument("--name", default="", help="the run's folder in it; by default named by the model")
+    parser.add_argument("--project", default="", help="folder of the runs: runs/train, or with --check runs/check")
+    parser.add_argument("--name", default="", help="the run's folder in it; by default named by the model, or the data")
     parser.add_argument("--exist-ok", action="store_true", help="start over in a folder that holds a run")
     parser.add_argument("--resume", default="", metavar="RUN", help="go on with an interrupted run's folder")
     parser.add_argument(

@@ -38,7 +38,7 @@ def _fresh(arguments: argparse.Namespace) -> TrainConfig:
     config = TrainConfig(
         data=arguments.data,
         model=arguments.model,
-        run=str(Path(arguments.project) / run),
+        run=str(Path(arguments.project or "runs/train") / run),
         imgsz_hw=parse_imgsz(arguments.imgsz),
         epochs=arguments.epochs,
         batch=arguments.batch,

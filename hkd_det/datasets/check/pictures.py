@@ -18,9 +18,11 @@ def decode_all(samples: Sequence[Sample], on_fault: OnFault) -> list[tuple[int, 
     A size that the annotations state wrongly is a fault too.
     """
     sizes: list[tuple[int, int] | None] = []
-    with ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         found = pool.map(_size_or_fault, samples)
-        for sample, size in zip(samples, tqdm(found, total=len(samples), unit="picture", leave=False), strict=True):
+        progress = tqdm(found, desc="decode", total=len(samples), unit="picture", leave=False, delay=2)
+        for sample, size in zip(samples, progress, strict=True):
             if isinstance(size, DataError):
                 on_fault(size)
                 sizes.append(None)
@@ -29,6 +31,8 @@ def decode_all(samples: Sequence[Sample], on_fault: OnFault) -> list[tuple[int, 
                 stated = f"{sample.size_hw[1]} x {sample.size_hw[0]}"
                 on_fault(DataError(f"{sample.path}: is {size[1]} x {size[0]} pixels, its annotation says {stated}"))
             sizes.append(size)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the thousands in the queue
     return sizes
 
 
@@ -37,4 +41,6 @@ def _size_or_fault(sample: Sample) -> tuple[int, int] | DataError:
         height, width = read_picture(sample.path).shape[:2]
     except DataError as fault:
         return fault
+    except OSError as error:
+        return DataError(f"{sample.path}: {error.strerror or error}")
     return height, width

@@ -24,20 +24,33 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Of one side of the pictures, in pixels."""
+
+    least: int
+    median: float
+    most: int
+
+
+@dataclass(frozen=True)
 class Summary:
-    """A split. people: to be found; regions: ignored; empty: pictures without people to be found.
+    """A split. people: to be found; regions: ignored; empty: pictures without people to be found; unreadable: pictures.
 
     labels: how often each stands, as the data set calls them. sizes: (width x height, pictures), the most frequent
-    first. heights, visibilities: of the people to be found.
+    first; width, height: of the pictures, None where none can be read. heights, visibilities: of the people to be
+    found.
     """
 
     split: str
     pictures: int
     empty: int
+    unreadable: int
     people: int
     regions: int
     labels: tuple[tuple[str, int], ...]
     sizes: tuple[tuple[str, int], ...]
+    width: Spread | None
+    height: Spread | None
     heights: tuple[Bar, ...]
     visibilities: tuple[Bar, ...]
 
@@ -47,19 +60,25 @@ def summarise(split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[in
     wanted = [~sample.truth.ignore for sample in samples]
     heights = _joined([sample.truth.heights_px[keep] for sample, keep in zip(samples, wanted, strict=True)])
     visible = _joined([sample.truth.visibility[keep] for sample, keep in zip(samples, wanted, strict=True)])
-    labels = Counter(label for sample in samples for label in sample.truth.labels)
-    sizes = Counter(f"{size[1]} x {size[0]}" for size in sizes_hw if size)
+    read = [size for size in sizes_hw if size]
     return Summary(
         split,
-        len(samples),
-        sum(not keep.any() for keep in wanted),
-        len(heights),
-        sum(int(sample.truth.ignore.sum()) for sample in samples),
-        tuple(labels.most_common()),
-        tuple(sizes.most_common()),
-        _bars(heights, HEIGHTS_PX, " px", f"from {HEIGHTS_PX[-2]:g} px"),
-        _bars(visible, VISIBILITIES, "", "all of it"),
+        pictures=len(samples),
+        empty=sum(not keep.any() for keep in wanted),
+        unreadable=len(samples) - len(read),
+        people=len(heights),
+        regions=sum(int(sample.truth.ignore.sum()) for sample in samples),
+        labels=tuple(Counter(label for sample in samples for label in sample.truth.labels).most_common()),
+        sizes=tuple(Counter(f"{width} x {height}" for height, width in read).most_common()),
+        width=_spread([size[1] for size in read]),
+        height=_spread([size[0] for size in read]),
+        heights=_bars(heights, HEIGHTS_PX, " px", f"from {HEIGHTS_PX[-2]:g} px"),
+        visibilities=_bars(visible, VISIBILITIES, "", "all of it"),
     )
+
+
+def _spread(sides_px: Sequence[int]) -> Spread | None:
+    return Spread(min(sides_px), float(np.median(sides_px)), max(sides_px)) if sides_px else None
 
 
 def _bars(values: NDArray[np.float64], edges: Sequence[float], unit: str, last: str) -> tuple[Bar, ...]:

@@ -122,9 +122,9 @@ def test_a_mat_of_the_wrong_shape_is_one_clear_line(tmp_path: Path) -> None:
         ({"bbox": [0, 0, float("nan"), 5]}, "NaN"),
         ({"bbox": [0, 0, -3, 5]}, "negative"),
         ({"bbox": [0, 0, 1e39, 5]}, "record 1"),
-        ({"bbox": [0, 0, 10**400, 5]}, "not a gtBboxCityPersons file"),
-        ({"bbox": [0, 0, 3]}, "not a gtBboxCityPersons file"),
-        ({"bboxVis": None}, "not a gtBboxCityPersons file"),
+        ({"bbox": [0, 0, 10**400, 5]}, "record 1: not a record"),
+        ({"bbox": [0, 0, 3]}, "record 1: not a record"),
+        ({"bboxVis": None}, "record 1: not a record"),
     ],
 )
 def test_a_faulty_json_record_names_its_file(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -136,7 +136,9 @@ def test_a_faulty_json_record_names_its_file(tmp_path: Path, change: dict[str, A
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=message) as caught:
         read_citypersons(tmp_path, "train")
-    assert path.name in str(caught.value)
+    assert f"{path.name}, line 1, column " in str(caught.value)
+    faults: list[DataError] = []
+    assert len(read_citypersons(tmp_path, "train", on_fault=faults.append)) == 2 and len(faults) == 1
 
 
 def test_missing_pictures_and_annotations_say_what_was_expected(tmp_path: Path) -> None:

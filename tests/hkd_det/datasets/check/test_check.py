@@ -11,12 +11,29 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets import Sample, Truth
-from hkd_det.datasets.check.drawings import PERSON, contact_sheet
-from hkd_det.datasets.check.summary import summarise
+from hkd_det.datasets.check.drawings import GAP_PX, IGNORED, LINE_PX, PERSON, VISIBLE, contact_sheet
+from hkd_det.datasets.check.summary import HEIGHTS_PX, VISIBILITIES, Spread, summarise
+from hkd_det.datasets.check.words import printable
 from hkd_det.train.command import main
+
+SHARED = Path(__file__).parents[5] / "shared" / "data"
+NO_TORCH = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm", "onnx"):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Absent())
+from hkd_det.train.command import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def sample(number: int, boxes: list[list[float]], ignore: list[bool], seen: float = 1) -> Sample:
@@ -32,11 +49,28 @@ def test_figures_counted_by_hand() -> None:
     second = sample(2, [[0, 0, 10, 19.5]], [False], seen=0.5)
     third = sample(3, [[0, 0, 10, 30]], [True])
     found = summarise("val", [first, second, third], [(100, 200), (100, 200), None])
-    assert (found.pictures, found.empty, found.people, found.regions) == (3, 1, 3, 2)
+    assert (found.pictures, found.empty, found.unreadable, found.people, found.regions) == (3, 1, 1, 3, 2)
+    assert found.width == Spread(200, 200, 200) and found.height == Spread(100, 100, 100)
     assert dict(found.labels) == {"pedestrian": 3, "rider": 2} and found.sizes == (("200 x 100", 2),)
     heights = {bar.label: bar.count for bar in found.heights if bar.count}
     assert heights == {"0 to 20 px": 1, "30 to 50 px": 1, "50 to 75 px": 1}
     assert {bar.label: bar.count for bar in found.visibilities if bar.count} == {"0.4 to 0.65": 1, "all of it": 2}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 100), st.booleans()), max_size=30))
+def test_histograms_equal_numpy(people: list[tuple[int, int, bool]]) -> None:
+    samples = [
+        sample(number, [[0, 0, 5, height]], [ignore], seen / 100)
+        for number, (height, seen, ignore) in enumerate(people)
+    ]
+    found = summarise("val", samples, [None] * len(samples))
+    kept = [one.truth for one in samples if not one.truth.ignore[0]]
+    heights = np.histogram([truth.heights_px[0] for truth in kept], HEIGHTS_PX)[0]
+    shares = np.histogram([truth.visibility[0] for truth in kept], VISIBILITIES)[0]
+    assert [bar.count for bar in found.heights] == heights.tolist()
+    assert [bar.count for bar in found.visibilities] == shares.tolist()
+    assert found.people == len(kept) and found.width is None
 
 
 def coco(root: Path, **changes: Any) -> Path:
@@ -57,19 +91,24 @@ def coco(root: Path, **changes: Any) -> Path:
     return root / "mine.yaml"
 
 
-def run(data: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def run(data: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     monkeypatch.chdir(data.parent)
-    return main(["--data", str(data), "--check"])
+    return main(["--data", str(data), "--check", *flags])
 
 
 def test_a_sound_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(coco(tmp_path), monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert "no faults" in printed and "4, 3 of them without people" in printed and "100 x 80: 4" in printed
-    page = (tmp_path / "runs" / "check" / "mine" / "index.html").read_text()
-    assert "No faults found" in page and not re.findall(r'(?:src|href)="(?!data:)', page)
-    sheet = cv2.imread(str(tmp_path / "runs" / "check" / "mine" / "val_pictures.jpg"))
-    assert sheet is not None and sheet.shape[1] == 400
+    assert "no faults" in printed and "4; 3 without people" in printed and "100 x 80: 4" in printed
+    folder = tmp_path / "runs" / "check" / "mine"
+    page = (folder / "index.html").read_text()
+    assert "No faults" in page and page.count("data:image/jpeg") == 1
+    assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import', page)
+    assert (folder / "faults.txt").read_text() == ""
+    for name in ("val_pictures.png", "val_histograms.png"):
+        assert cv2.imread(str(folder / name)) is not None
+    assert run(tmp_path / "mine.yaml", monkeypatch, "--project", "here", "--name", "first") == 0
+    assert (tmp_path / "here" / "first" / "index.html").is_file()
 
 
 def test_every_fault_is_told_with_its_place(
@@ -110,22 +149,116 @@ def test_a_file_that_can_not_be_read_at_all(
     (tmp_path / "all.json").write_text("{")
     assert run(data, monkeypatch) == 1 and "all.json: not JSON" in capsys.readouterr().out
     assert main(["--check"]) == 2 and main(["--check", "--data", "nothing"]) == 2
+    data.write_text("format: coco\n")
+    assert run(data, monkeypatch) == 2 and "nothing to check" in capsys.readouterr().err
+
+
+def test_a_faulty_picture_of_the_list_is_told_once_and_its_people_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = coco(tmp_path)
+    content = json.loads((tmp_path / "all.json").read_text())
+    content["images"][0]["width"] = -1
+    content["images"][1]["file_name"] = "half a pair\ud800\n.png"
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    assert run(data, monkeypatch) == 1
+    printed = capsys.readouterr().out
+    assert "2 faults" in printed and "all.json, line 1, column 13: picture 0: width -1" in printed
+    assert r"the first half a pair\ud800\n.png; put" in printed.replace(f"{tmp_path}/", "")
+
+
+def test_a_yolo_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for name in "abc":
+        cv2.imwrite(str(tmp_path / "images" / f"{name}.jpg"), np.zeros((80, 100, 3), np.uint8))
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.5\n0 0.5 0.5\n0 0.5 0.5 0.2 -0.5\n")
+    whole = (tmp_path / "images" / "b.jpg").read_bytes()
+    (tmp_path / "images" / "b.jpg").write_bytes(whole[:-20])
+    (tmp_path / "labels" / "c.txt").mkdir()  # what can't be read at all ends the split, not the check
+    (tmp_path / "mine.yaml").write_text("train: images\nval: images\nnames: [person]\n")
+    assert run(tmp_path / "mine.yaml", monkeypatch) == 1
+    faults = (tmp_path / "runs" / "check" / "mine" / "faults.txt").read_text()
+    assert "train: " in faults and "val: " in faults and "c.txt: Is a directory" in faults
+    (tmp_path / "labels" / "c.txt").rmdir()
+    assert run(tmp_path / "mine.yaml", monkeypatch) == 1
+    found = (tmp_path / "runs" / "check" / "mine" / "faults.txt").read_text().replace(f"{tmp_path}/", "").splitlines()
+    assert [fault.split(": ")[1] for fault in found if fault.startswith("val: ")] == [
+        "labels/a.txt, line 2",
+        "labels/a.txt, line 3",
+        "images/b.jpg",
+    ]
 
 
 def test_boxes_are_drawn_where_people_stand(tmp_path: Path) -> None:
+    """A black picture of 4:3, drawn 400 pixels high but for the gap: each colour lies where its box was put."""
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((300, 400, 3), np.uint8))
-    one = sample(1, [[100, 50, 60, 200]], [False])
-    sheet = contact_sheet([Sample(1, tmp_path / "a.png", one.truth)])
-    green = (sheet[:300, :400] == PERSON).all(2)
-    rows, columns = np.flatnonzero(green.any(1)), np.flatnonzero(green.any(0))
-    assert abs(int(rows[0]) - 50) <= 1 and abs(int(rows[-1]) - 250) <= 1
-    assert abs(int(columns[0]) - 100) <= 1 and abs(int(columns[-1]) - 160) <= 1
+    truth = sample(1, [[100, 50, 60, 200], [300, 100, 40, 100]], [False, True], seen=0.5).truth
+    sheet = contact_sheet([(Sample(1, tmp_path / "a.png", truth), (300, 400))])
+    scale = (400 * 4 / 3 - GAP_PX) / 400
+    top = LINE_PX + 4 + (400 - 300 * scale) / 2
+    tile = sheet[LINE_PX + 4 : LINE_PX + 4 + 400]
+    assert sheet.shape[0] == 2 * LINE_PX + 4 + 400
+    for colour, (left, upper, right, lower) in (
+        (PERSON, (100, 50, 160, 250)),
+        (VISIBLE, (100, 50, 160, 150)),
+        (IGNORED, (300, 100, 340, 200)),
+    ):
+        there = (tile == colour).all(2)
+        rows, columns = np.flatnonzero(there.any(1)) + LINE_PX + 4, np.flatnonzero(there.any(0))
+        assert abs(rows[-1] - (top + lower * scale)) <= 2, colour
+        if colour != VISIBLE:  # its other sides lie under the person's
+            assert abs(rows[0] - (top + upper * scale)) <= 2
+            assert abs(columns[0] - left * scale) <= 2 and abs(columns[-1] - right * scale) <= 2
+
+
+def test_pictures_of_any_shape_and_number_make_a_sheet(tmp_path: Path) -> None:
+    shapes = [(1, 1), (1, 900), (900, 1), (300, 400), (40, 30)] * 4
+    readable = []
+    for number, (height, width) in enumerate(shapes):
+        path = tmp_path / f"caf\u00e9 {number} {'long ' * 30}.png"
+        cv2.imencode(".png", np.zeros((height, width, 3), np.uint8))[1].tofile(path)
+        readable.append(
+            (Sample(number, path, sample(1, [[-5e6, -1, 1e7, 900]], [bool(number % 2)]).truth), (height, width))
+        )
+    for count in (1, 2, len(shapes)):
+        sheet = contact_sheet(readable[:count])
+        assert sheet.shape[1] < 1700 and sheet.shape[0] > 100
+
+
+def test_what_is_printed_is_one_line_of_letters() -> None:
+    assert printable("caf\u00e9\n\ud800\x1b[31m") == r"caf\u00e9\n\ud800\x1b[31m".replace(r"\u00e9", "\u00e9")
+    assert len(printable("x" * 10_000)) < 1000
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data lies in ../shared/data, not in the project")
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (
+            {"format": "coco", "path": "inria", "val": {"images": ".", "annotations": "test.json"}},
+            ["288; 0 without people", "people to be found  597"],
+        ),
+        (
+            {"format": "citypersons", "path": "citypersons", "present_only": True, "train": "train", "val": "val"},
+            ["2; 0 without people", "3; 0 without people", "2048 x 1024: 3", "rider: 2"],
+        ),
+    ],
+)
+def test_real_data_has_no_faults(
+    entry: dict[str, Any],
+    told: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "real.yaml").write_text(yaml.safe_dump({**entry, "path": str(SHARED / entry["path"])}))
+    assert run(tmp_path / "real.yaml", monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in told)
 
 
 def test_checking_needs_no_torch(tmp_path: Path) -> None:
-    data = coco(tmp_path)
-    code = (
-        "import sys; from hkd_det.train.command import main;"
-        f"code = main(['--data', {str(data)!r}, '--check']); sys.exit(code or 'torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    command = [sys.executable, "-c", NO_TORCH, "--data", str(coco(tmp_path)), "--check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "no faults" in done.stdout, done.stderr

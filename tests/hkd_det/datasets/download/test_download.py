@@ -17,7 +17,6 @@ import yaml
 
 from hkd_det.datasets import catalogue, download
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.train import command
 from hkd_det.train.command import main
 
 CONTENT = random.Random(3).randbytes(300_000)  # what the server has, unless it is told
@@ -25,6 +24,7 @@ SHIPPED = catalogue.catalogue_file()
 ANNOTATION = """# Compatible with PASCAL Annotation Version 1.00
 Image filename : "PennFudanPed/PNGImages/FudanPed00001.png"
 Image size (X x Y x C) : 80 x 60 x 3
+# Top left pixel co-ordinates : (1, 1)
 Bounding box for object 1 "PASpersonWalking" (Xmin, Ymin) - (Xmax, Ymax) : (10, 5) - (30, 50)
 """
 Serve = Callable[..., Any]
@@ -237,7 +237,7 @@ def test_the_command_fetches_and_says_what_is_next(
     known([said(serve(content=people_zip()), unpack_to="inner")])
     assert main(["--data", "walkers", "--download"]) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("Next: hkd-train --data walkers")
-    monkeypatch.setattr(command, "check", lambda data, _: len(data))
+    monkeypatch.setattr("hkd_det.datasets.check.check", lambda data, _: len(data))
     assert main(["--data", "walkers", "--download", "--check"]) == len("walkers")  # goes on to check
 
 

@@ -1,0 +1,44 @@
+"""Where a list's elements stand: files put together piece by piece, so that the places are known beforehand."""
+
+import json
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hkd_det.datasets.json_places import JsonPlaces
+from hkd_det.errors import DataError
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+GAPS = st.text(" \t\r\n", max_size=3)
+INDENTS = st.sampled_from([None, 1])
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(GAPS, VALUES, INDENTS, GAPS), min_size=1, max_size=5),
+    st.dictionaries(st.text(max_size=4).filter(lambda key: key != "boxes"), VALUES, max_size=2),
+    st.booleans(),
+)
+def test_the_line_or_column_where_it_was_written(
+    tmp_path: Path, elements: list[tuple[str, object, int | None, str]], others: dict[str, object], in_a_line: bool
+) -> None:
+    before = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in others.items())
+    text, starts = "{" + before + '"boxes" : [', []
+    for gap, value, indent, behind in elements:
+        text += gap.replace("\r", "") if not in_a_line else " " * len(gap)
+        starts.append(len(text))
+        text += json.dumps(value, indent=None if in_a_line else indent)
+        text += (behind.replace("\r", "") if not in_a_line else "") + ","
+    text = text[:-1] + "]}"
+    path = tmp_path / "a.json"
+    path.write_text(text + "\n", encoding="utf-8")
+    for number, start in enumerate(starts):
+        told = str(JsonPlaces(path).told(DataError(f"{path}: wrong"), "boxes", number))
+        line, column = len(text[:start].split("\n")), start + 1
+        where = f"line {line}" if "\n" in text else f"line 1, column {column}"
+        assert told == f"{path}, {where}: wrong"
