@@ -25,6 +25,8 @@ from hkd_deploy.demo.run import save_film
 from hkd_deploy.export.command import export
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.datasets.synthetic import write_clip, write_street
+from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.methods import Methods
 from hkd_det.errors import run_command
 from hkd_det.files import write_text
 from hkd_det.imgsz import format_imgsz
@@ -127,7 +129,7 @@ def _config(name: str, run_dir: Path, folder: str, data: Path, seed: int, plan: 
         mosaic=0.25,
         multi_scale=0.1,
         teacher=str(run_dir / "teacher" / "best.pt") if taught else "",
-        distill="hkd" if taught else "",
+        distill=Methods(hkd=Hierarchical()) if taught else Methods(),
         device="cpu",
         seed=seed,
     )

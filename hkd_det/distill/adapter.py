@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hkd_det.distill.taps import Tap
 from hkd_det.errors import UsageError
+from hkd_det.models.tap import Tap
 
 
 class Adapter(nn.Module):

@@ -3,34 +3,48 @@
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.hierarchical import HierarchicalDistillation, HierarchicalWeights
-from hkd_det.distill.taps import TapRecorder, pyramid_taps
+from hkd_det.distill.hierarchical import HierarchicalDistillation
+from hkd_det.distill.lesson import Lesson
+from hkd_det.distill.methods import Methods
+from hkd_det.distill.noise import NoisyTeacher
+from hkd_det.distill.taps import TapRecorder
 from hkd_det.losses.detection import Norm
 from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.detector import Detector, Prediction
+from hkd_det.models.family import PersonDetector
+from hkd_det.models.output import Output
 
 
 class Distiller(nn.Module):
-    """Hierarchical distillation of one detector into another. Its parameters are the adapters', never the teacher's."""
+    """The methods that teach one detector by another. Its parameters are the methods' own, never the teacher's."""
 
-    def __init__(self, student: Detector, teacher: Detector, weights: HierarchicalWeights) -> None:
+    def __init__(self, student: PersonDetector, teacher: PersonDetector, methods: Methods) -> None:
         super().__init__()
-        # In a tuple, so that the teacher is no submodule: it is not trained, averaged or saved.
+        # In tuples, so no submodules: the teacher is not trained, averaged or saved, and the student not twice.
         self._teacher = (teacher.eval().requires_grad_(False),)
-        student_taps, teacher_taps = pyramid_taps(student), pyramid_taps(teacher)
+        self._student = (student,)
+        student_taps, teacher_taps = student.taps(), teacher.taps()
         self._student_recorder = TapRecorder(student, student_taps)
         self._teacher_recorder = TapRecorder(teacher, teacher_taps)
-        self.method = HierarchicalDistillation(student_taps, teacher_taps, weights)
+        self.methods = nn.ModuleList()
+        if methods.hkd:
+            self.methods.append(HierarchicalDistillation(student_taps, teacher_taps, methods.hkd))
+        self.noisy = NoisyTeacher(methods.noise) if methods.noise else None
 
     def forward(
-        self, pictures: Tensor, student: Prediction, truth: TruthBatch, strength: float, norm_of: Norm
+        self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm
     ) -> dict[str, Tensor]:
         """The distillation terms for the batch the student has just seen, times `strength`, 0..1."""
+        (teacher,), (student,) = self._teacher, self._student
         with torch.no_grad():
-            teacher: Prediction = self._teacher[0](pictures)
-        terms: dict[str, Tensor] = self.method(
-            self._student_recorder.take(), self._teacher_recorder.take(), student, teacher, truth, norm_of
-        )
+            other: Output = teacher(pictures)
+        other_maps = self._teacher_recorder.take()
+        if self.noisy:
+            other, other_maps = self.noisy.output(other), self.noisy.maps(other_maps)
+        my_maps = self._student_recorder.take()
+        lesson = Lesson(pictures, truth, student, teacher, mine, other, my_maps, other_maps, norm_of)
+        terms: dict[str, Tensor] = {}
+        for method in self.methods:
+            terms |= method(lesson)
         return {name: strength * term for name, term in terms.items()}
 
     def skip(self) -> None:

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from hkd_det.distill.adapter import Adapter, pair_by_stride
-from hkd_det.distill.taps import Tap
+from hkd_det.distill.lesson import Lesson
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import Norm
 from hkd_det.losses.imitation import balanced_mean, imitation_error
 from hkd_det.losses.localisation import localisation_loss
 from hkd_det.losses.overlap import giou_loss
 from hkd_det.losses.soft_score import soft_score_loss
 from hkd_det.models.assignment import TruthBatch, points_inside
-from hkd_det.models.detector import Prediction
+from hkd_det.models.prediction import Branch, Prediction
+from hkd_det.models.tap import Tap
 
 
 @dataclass(frozen=True)
-class HierarchicalWeights:
+class Hierarchical:
     """How much each level counts, and its choices.
 
     foreground: share of the pyramid level's weight that lies on people. confident: teacher score, 0..1,
@@ -45,7 +45,7 @@ class HierarchicalWeights:
 class HierarchicalDistillation(nn.Module):
     """The three levels between a student's and a teacher's taps. Its parameters are the adapters'."""
 
-    def __init__(self, student: Sequence[Tap], teacher: Sequence[Tap], weights: HierarchicalWeights) -> None:
+    def __init__(self, student: Sequence[Tap], teacher: Sequence[Tap], weights: Hierarchical) -> None:
         super().__init__()
         self.weights = weights
         pairs = pair_by_stride(list(student), list(teacher))
@@ -53,73 +53,65 @@ class HierarchicalDistillation(nn.Module):
         self.adapters = nn.ModuleList(Adapter(mine, other) for mine, other in pairs)
         self.strides = [other.stride for _, other in pairs]
 
-    def forward(
-        self,
-        student_maps: Sequence[Tensor],
-        teacher_maps: Sequence[Tensor],
-        student: Prediction,
-        teacher: Prediction,
-        truth: TruthBatch,
-        norm_of: Norm,
-    ) -> dict[str, Tensor]:
+    def forward(self, lesson: Lesson) -> dict[str, Tensor]:
         """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_score`, `hkd_box`, each a scalar."""
-        adapted = [adapter(student_maps[source]) for adapter, source in zip(self.adapters, self.sources, strict=True)]
-        scores, boxes = self._logits(student, teacher, norm_of)
+        maps = [lesson.my_maps[source] for source in self.sources]
+        adapted = [adapter(level) for adapter, level in zip(self.adapters, maps, strict=True)]
+        scores, boxes = self._logits(lesson)
         return {
-            "hkd_pyramid": self.weights.pyramid * self._pyramid(adapted, teacher_maps, truth),
-            "hkd_region": self.weights.region * self._region(adapted, teacher_maps, teacher, truth, norm_of),
+            "hkd_pyramid": self.weights.pyramid * self._pyramid(adapted, lesson),
+            "hkd_region": self.weights.region * self._region(adapted, lesson),
             "hkd_score": self.weights.score * scores,
             "hkd_box": self.weights.box * boxes,
         }
 
-    def _pyramid(self, adapted: Sequence[Tensor], maps: Sequence[Tensor], truth: TruthBatch) -> Tensor:
+    def _pyramid(self, adapted: Sequence[Tensor], lesson: Lesson) -> Tensor:
         levels = []
-        for mine, other, stride in zip(adapted, maps, self.strides, strict=True):
-            people = _cells_with_people((other.shape[-2], other.shape[-1]), stride, truth)
+        for mine, other, stride in zip(adapted, lesson.other_maps, self.strides, strict=True):
+            people = _cells_with_people((other.shape[-2], other.shape[-1]), stride, lesson.truth)
             levels.append(balanced_mean(imitation_error(mine, other), people, self.weights.foreground).mean())
         return torch.stack(levels).mean()
 
-    def _region(
-        self,
-        adapted: Sequence[Tensor],
-        maps: Sequence[Tensor],
-        teacher: Prediction,
-        truth: TruthBatch,
-        norm_of: Norm,
-    ) -> Tensor:
-        size_hw = tuple(int(side) * self.strides[0] for side in maps[0].shape[-2:])
+    def _region(self, adapted: Sequence[Tensor], lesson: Lesson) -> Tensor:
+        truth, maps = lesson.truth, lesson.other_maps
+        found = lesson.teacher.found(lesson.other, self.weights.regions)
         regions = [
-            torch.cat([truth.boxes_xyxy[b][truth.real[b]], self._confident(teacher, b)]) for b in range(len(truth.real))
+            torch.cat([truth.boxes_xyxy[b][truth.real[b]], boxes[scores >= self.weights.confident]])
+            for b, (boxes, scores) in enumerate(zip(found.boxes_xyxy, found.scores, strict=True))
         ]
         count = torch.tensor(float(sum(len(boxes) for boxes in regions)), device=maps[0].device)
-        norm = norm_of(count)
+        norm = lesson.norm_of(count)
         if count == 0:
             return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
         pool = MultiScaleRoIAlign([str(stride) for stride in self.strides], output_size=7, sampling_ratio=2)
-        sizes = [size_hw] * len(regions)
+        sizes = [(lesson.pictures.shape[-2], lesson.pictures.shape[-1])] * len(regions)
         mine = pool(_named(self.strides, adapted), regions, sizes)
         other = pool(_named(self.strides, maps), regions, sizes)
         return imitation_error(mine, other).mean((1, 2)).sum() / norm
 
-    def _confident(self, teacher: Prediction, picture: int) -> Tensor:
-        """The teacher's own boxes in one picture: [R, 4]. From the `one` branch, which answers once a person."""
-        scores, index = teacher.raw.one[picture].sigmoid().topk(min(self.weights.regions, teacher.raw.one.shape[1]))
-        return teacher.boxes_xyxy[picture][index[scores >= self.weights.confident]]
-
-    def _logits(self, student: Prediction, teacher: Prediction, norm_of: Norm) -> tuple[Tensor, Tensor]:
-        if student.points.shape != teacher.points.shape or not torch.equal(student.points, teacher.points):
+    def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        student, teacher = lesson.mine, lesson.other
+        if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and _same_points(student, teacher)):
             raise UsageError("logit-level distillation needs student and teacher with the same pyramid strides")
-        scores = student.boxes_xyxy.new_zeros(())
-        for mine, other in ((student.raw.many, teacher.raw.many), (student.raw.one, teacher.raw.one)):
-            norm = norm_of(other.sigmoid().sum())
-            scores = scores + soft_score_loss(mine, other).sum() / norm
-        confidence = teacher.raw.many.sigmoid()
-        if student.raw.sides.shape[-1] == teacher.raw.sides.shape[-1]:
-            per_point = localisation_loss(student.raw.sides, teacher.raw.sides)
-        else:
-            per_point = giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
-        boxes = (confidence * per_point).sum() / norm_of(confidence.sum())
+        scores = student.many.logits.new_zeros(())
+        for mine, other in ((student.many, teacher.many), (student.one, teacher.one)):
+            if mine is not None and other is not None:
+                norm = lesson.norm_of(other.logits.sigmoid().sum())
+                scores = scores + soft_score_loss(mine.logits, other.logits).sum() / norm
+        confidence = teacher.many.logits.sigmoid()
+        boxes = (confidence * _box_error(student.many, teacher.many)).sum() / lesson.norm_of(confidence.sum())
         return scores, boxes
+
+
+def _same_points(student: Prediction, teacher: Prediction) -> bool:
+    return student.points.shape == teacher.points.shape and torch.equal(student.points, teacher.points)
+
+
+def _box_error(student: Branch, teacher: Branch) -> Tensor:
+    """[B, A]: of the side distributions where both have the same bins, else of the boxes."""
+    if student.sides is not None and teacher.sides is not None and student.sides.shape == teacher.sides.shape:
+        return localisation_loss(student.sides, teacher.sides)
+    return giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
 
 
 def _named(strides: Sequence[int], maps: Sequence[Tensor]) -> dict[str, Tensor]:

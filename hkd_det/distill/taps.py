@@ -1,31 +1,13 @@
-"""Taps: named layers of a network whose output is recorded while it runs, without changing the network."""
+"""Recording taps: the named layers' outputs while the network runs, without changing the network."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hkd_det.errors import UsageError
-from hkd_det.models.detector import Detector
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A layer worth recording: its module name, the stride of its map in input pixels, and its channels."""
-
-    name: str
-    stride: int
-    channels: int
-
-
-def pyramid_taps(detector: Detector) -> list[Tap]:
-    """The ends of the neck's levels, fine to coarse."""
-    return [
-        Tap(f"neck.outputs.{level}", stride, detector.spec.channels)
-        for level, stride in enumerate(detector.spec.strides)
-    ]
+from hkd_det.models.tap import Tap
 
 
 class TapRecorder:

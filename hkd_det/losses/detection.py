@@ -10,8 +10,8 @@ from hkd_det.losses.distribution_focal import distribution_focal_loss
 from hkd_det.losses.overlap import giou_loss
 from hkd_det.losses.varifocal import varifocal_loss
 from hkd_det.models.assignment import Targets, TaskAlignedAssigner, TruthBatch
-from hkd_det.models.detector import Prediction
 from hkd_det.models.points import encode_sides
+from hkd_det.models.prediction import Branch, Prediction
 
 Norm = Callable[[Tensor], Tensor]
 """A sum over this process's pictures to what its losses are divided by, so that the processes' mean is right."""
@@ -33,36 +33,41 @@ class DetectionLoss:
     one: TaskAlignedAssigner = field(default_factory=lambda: TaskAlignedAssigner(top=1, beta=2.0, centred=1.0))
 
     def __call__(self, prediction: Prediction, truth: TruthBatch, norm_of: Norm = norm_alone) -> dict[str, Tensor]:
-        """The weighted terms `score`, `score_one`, `box`, `distribution`, each a scalar.
+        """The weighted terms `score`, `box`, `distribution` of the branch `many`, `…_one` of the other, each a scalar.
 
         Each is divided by the summed target quality of the global batch, so that with gradients averaged
         over processes they equal those of one process.
         """
-        raw = prediction.raw
-        terms: dict[str, Tensor] = {}
-        for name, assigner, logits in (("score", self.many, raw.many), ("score_one", self.one, raw.one)):
-            targets = assigner(
-                logits.detach().sigmoid(), prediction.boxes_xyxy.detach(), prediction.points, prediction.strides, truth
-            )
-            norm = norm_of(targets.quality.sum())
-            per_point = varifocal_loss(logits, targets.quality) * targets.counted
-            terms[name] = self.score_weight * per_point.sum() / norm
-            if name == "score":
-                terms |= self._boxes(prediction, targets, norm)
+        terms = self._branch(prediction, prediction.many, self.many, truth, norm_of)
+        if prediction.one is not None:
+            once = self._branch(prediction, prediction.one, self.one, truth, norm_of)
+            terms |= {f"{name}_one": term for name, term in once.items()}
         return terms
 
-    def _boxes(self, prediction: Prediction, targets: Targets, norm: Tensor) -> dict[str, Tensor]:
+    def _branch(
+        self, prediction: Prediction, branch: Branch, assigner: TaskAlignedAssigner, truth: TruthBatch, norm_of: Norm
+    ) -> dict[str, Tensor]:
+        scores, boxes = branch.logits.detach().sigmoid(), branch.boxes_xyxy.detach()
+        targets = assigner(scores, boxes, prediction.points, prediction.strides, truth)
+        norm = norm_of(targets.quality.sum())
+        per_point = varifocal_loss(branch.logits, targets.quality) * targets.counted
+        terms = {"score": self.score_weight * per_point.sum() / norm}
+        if branch.learns_boxes:
+            terms |= self._boxes(prediction, branch, targets, norm)
+        return terms
+
+    def _boxes(self, prediction: Prediction, branch: Branch, targets: Targets, norm: Tensor) -> dict[str, Tensor]:
         picture, point = targets.positive.nonzero(as_tuple=True)
         weight = targets.quality[picture, point]
         wanted = targets.boxes_xyxy[picture, point]
-        sides = prediction.raw.sides[picture, point]
-        distances = encode_sides(wanted, prediction.points[point], prediction.strides[point], sides.shape[-1])
-        overlap = giou_loss(prediction.boxes_xyxy[picture, point], wanted)
-        shape = distribution_focal_loss(sides, distances).mean(-1)
-        return {
-            "box": self.box_weight * (overlap * weight).sum() / norm,
-            "distribution": self.distribution_weight * (shape * weight).sum() / norm,
-        }
+        overlap = giou_loss(branch.boxes_xyxy[picture, point], wanted)
+        terms = {"box": self.box_weight * (overlap * weight).sum() / norm}
+        if branch.sides is not None:
+            sides = branch.sides[picture, point]
+            distances = encode_sides(wanted, prediction.points[point], prediction.strides[point], sides.shape[-1])
+            shape = distribution_focal_loss(sides, distances).mean(-1)
+            terms["distribution"] = self.distribution_weight * (shape * weight).sum() / norm
+        return terms
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.models.backbone import Backbone
+from hkd_det.models.family import PersonDetector
 from hkd_det.models.head import Head, RawMaps
 from hkd_det.models.neck import FeaturePyramid
 from hkd_det.models.peaks import keep_peaks
 from hkd_det.models.points import anchor_points, decode_boxes
+from hkd_det.models.prediction import Branch, Found, Prediction
+from hkd_det.models.surgery import UNCHANGED, Changes, Inner, apply_changes, residual_inner_layers
+from hkd_det.models.tap import Tap
 
 MEAN_RGB = (123.675, 116.28, 103.53)  # ImageNet, 0..255
 STD_RGB = (58.395, 57.12, 57.375)
@@ -32,39 +36,32 @@ class DetectorSpec:
     bins: int = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """A batch's raw maps with what is needed to read them.
-
-    boxes_xyxy: [B, A, 4] decoded boxes in input pixels. points: [A, 2]. strides: [A].
-    """
-
-    raw: RawMaps
-    boxes_xyxy: Tensor
-    points: Tensor
-    strides: Tensor
-
-
-class Detector(nn.Module):
+class Detector(PersonDetector):
     """Pictures in, people out."""
 
+    spec: DetectorSpec
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: DetectorSpec) -> None:
+    def __init__(self, spec: DetectorSpec, changes: Changes = UNCHANGED) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.changes = spec, changes
         self.backbone = Backbone(spec.backbone, spec.strides, spec.backbone_arguments)
         self.neck = FeaturePyramid(self.backbone.channels, spec.channels)
         self.head = Head(spec.channels, spec.head_depth, len(spec.strides), spec.bins)
         self.register_buffer("mean", torch.tensor(MEAN_RGB).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD_RGB).view(1, 3, 1, 1), persistent=False)
+        apply_changes(self, changes)
 
     def forward(self, pictures: Tensor) -> Prediction:
         """[B, 3, H, W] uint8 or float RGB, 0..255, H and W multiples of the coarsest stride, to a prediction."""
         raw: RawMaps = self.head(self.pyramid(pictures))
         points, strides = self.points(pictures)
-        return Prediction(raw, decode_boxes(raw.sides, points, strides), points, strides)
+        boxes = decode_boxes(raw.sides, points, strides)
+        one = Branch(raw.one, boxes, learns_boxes=False)
+        return Prediction(
+            Branch(raw.many, boxes, raw.sides), one, points, strides, (pictures.shape[-2], pictures.shape[-1])
+        )
 
     def pyramid(self, pictures: Tensor) -> list[Tensor]:
         """The neck's maps, fine to coarse, of [B, 3, H, W] RGB pictures, 0..255."""
@@ -87,6 +84,25 @@ class Detector(nn.Module):
         best, index = peaks.topk(min(top, peaks.shape[1]))  # [B, K]
         chosen = raw.sides.gather(1, index[..., None, None].expand(-1, -1, *raw.sides.shape[2:]))
         return decode_boxes(chosen, points[index], strides[index]), best.sigmoid()
+
+    def found(self, output: Prediction, top: int = 100) -> Found:
+        """The `one` branch's peaks."""
+        assert output.one is not None
+        scores, index = keep_peaks(output.one.logits, output.input_hw, self.spec.strides).topk(
+            min(top, output.one.logits.shape[1])
+        )
+        boxes = output.one.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
+        return Found(tuple(boxes), tuple(scores.sigmoid()))
+
+    def taps(self) -> list[Tap]:
+        """The ends of the neck's levels."""
+        return [
+            Tap(f"neck.outputs.{level}", stride, self.spec.channels) for level, stride in enumerate(self.spec.strides)
+        ]
+
+    def inner_layers(self) -> list[Inner]:
+        """The backbone's residual blocks'."""
+        return residual_inner_layers(self)
 
 
 def freeze_norms(model: nn.Module) -> None:

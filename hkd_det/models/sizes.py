@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hkd_det.errors import UsageError
 from hkd_det.models.detector import Detector, DetectorSpec, parameter_count
+from hkd_det.models.family import PersonDetector
 
 # A student has at most a sixth of its teacher's parameters: tests/hkd_det/models/test_sizes.py.
 SIZES: dict[str, DetectorSpec] = {
@@ -38,7 +39,7 @@ def spec_of(name: str) -> DetectorSpec:
     return SIZES[name]
 
 
-def build_detector(name: str, backbone: str = "") -> Detector:
+def build_detector(name: str, backbone: str = "") -> PersonDetector:
     """A detector of a named size with fresh weights, on its own backbone or on any timm model's.
 
     Raises UsageError for an unknown name, and for a backbone without maps at the size's strides.
@@ -47,7 +48,7 @@ def build_detector(name: str, backbone: str = "") -> Detector:
     return Detector(replace(spec, backbone=backbone, backbone_arguments={}) if backbone else spec)
 
 
-def cost(detector: Detector, imgsz_hw: tuple[int, int]) -> Cost:
+def cost(detector: PersonDetector, imgsz_hw: tuple[int, int]) -> Cost:
     """Parameters and operations of the exported form, counted by running it once on an empty picture."""
     device = next(detector.parameters()).device
     counter = FlopCounterMode(display=False)

@@ -1,24 +1,26 @@
 """Exponential moving average of a detector's weights: what is validated, saved as best and exported."""
 
+import copy
+
 import torch
 from torch import Tensor
 
-from hkd_det.models.detector import Detector
+from hkd_det.models.family import PersonDetector
 
 
 class MovingAverage:
-    """`average` follows a detector with decay rising from 0 to `decay` over the first steps."""
+    """`average` follows a detector with decay rising from 0 to `decay` over the first steps.
 
-    def __init__(self, detector: Detector, decay: float) -> None:
-        # Built anew: a deep copy would bring the distiller's taps along.
-        self.average = Detector(detector.spec).eval().requires_grad_(False)
-        self.average.load_state_dict(detector.state_dict())
-        self.average.to(next(detector.parameters()).device).to(memory_format=torch.channels_last)
+    Make it before taps are put into the detector: they would be copied along.
+    """
+
+    def __init__(self, detector: PersonDetector, decay: float) -> None:
+        self.average = copy.deepcopy(detector).eval().requires_grad_(False)
         self.decay = decay
         self.steps = 0
 
     @torch.no_grad()
-    def update(self, detector: Detector) -> None:
+    def update(self, detector: PersonDetector) -> None:
         """Move a step towards the detector; running statistics included, whole numbers copied."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))

@@ -9,30 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
 from hkd_det.files import replacing
-from hkd_det.models.detector import Detector, DetectorSpec
+from hkd_det.models.families import Spec, build, read_spec, spec_as_dict
+from hkd_det.models.family import PersonDetector
+from hkd_det.models.surgery import UNCHANGED, Changes
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
 class DetectorCheckpoint:
     """A trained detector and where it comes from.
 
-    config: the run's settings (`TrainConfig.as_dict`). miss_rate: log-average, fraction, on the validation split.
+    changes: what was done to the network after it was built. config: the run's settings (`TrainConfig.as_dict`).
+    miss_rate: log-average, fraction, on the validation split.
     """
 
     model: str
-    spec: DetectorSpec
+    spec: Spec
     weights: dict[str, Tensor]
     config: dict[str, Any]
     epoch: int
     miss_rate: float
+    changes: Changes = UNCHANGED
 
-    def build(self) -> Detector:
+    def build(self) -> PersonDetector:
         """The detector with these weights, in evaluation mode on the CPU."""
-        detector = Detector(self.spec)
+        detector = build(self.spec, self.changes)
         detector.load_state_dict(self.weights)
         return detector.eval()
 
@@ -44,7 +48,8 @@ def write_detector(path: Path, checkpoint: DetectorCheckpoint) -> None:
         {
             "kind": "detector",
             "model": checkpoint.model,
-            "spec": asdict(checkpoint.spec),
+            "spec": spec_as_dict(checkpoint.spec),
+            "changes": asdict(checkpoint.changes),
             "weights": checkpoint.weights,
             "config": checkpoint.config,
             "epoch": checkpoint.epoch,
@@ -56,18 +61,18 @@ def write_detector(path: Path, checkpoint: DetectorCheckpoint) -> None:
 def read_detector(path: Path) -> DetectorCheckpoint:
     """Read `best.pt`; DataError if it is missing, broken or something else."""
     content = _read(path, "detector", "give the best.pt of a finished run")
-    spec = dict(content["spec"])
-    spec["strides"] = tuple(spec["strides"])
     try:
+        changes = dict(content["changes"])
         return DetectorCheckpoint(
             content["model"],
-            DetectorSpec(**spec),
+            read_spec(content["spec"]),
             content["weights"],
             content["config"],
             content["epoch"],
             content["miss_rate"],
+            Changes(changes["widths"], tuple(changes["separable"])),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, UsageError) as error:
         raise DataError(f"{path}: written by another version of hkd-det ({error}); train or export it there") from error
 
 

@@ -1,13 +1,15 @@
 """One run's settings: what `hkd-train` was asked, saved with the weights."""
 
-import types
-import typing
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from hkd_det.distill.methods import Methods
 from hkd_det.errors import UsageError
+from hkd_det.imgsz import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
+from hkd_det.settings import from_mapping, with_setting
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class TrainConfig:
 
     data: a name in datasets.yaml or a path to a data yaml. imgsz_hw: (height, width) in pixels, multiples of 32.
     backbone: a timm model in the place of the model's own, or "". pretrained: "imagenet", a weights file, or "" for
-    none. teacher: a checkpoint to distil from, or "".
+    none. teacher: a checkpoint to distil from, or "". distill: how.
     batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
     the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
     epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
@@ -41,9 +43,9 @@ class TrainConfig:
     backbone: str = ""
     pretrained: str = ""
     teacher: str = ""
-    distill: str = ""
+    distill: Methods = field(default_factory=Methods)
     freeze_norm: bool = False
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     workers: int = 2
     cache_mib: int = 1024
@@ -57,11 +59,9 @@ class TrainConfig:
                 raise UsageError(f"{name} = {getattr(self, name)}: must be at least {least}")
         if self.setup not in SETUPS:
             raise UsageError(f"setup = {self.setup}: there are {', '.join(SETUPS)}")
-        if self.precision not in ("bf16", "fp32"):
-            raise UsageError(f"precision = {self.precision}: there are bf16 and fp32")
-        if self.distill not in ("", "hkd"):
-            raise UsageError(f"--distill {self.distill}: the method there is is hkd")
-        if bool(self.teacher) != bool(self.distill):
+        if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
+            raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
+        if bool(self.teacher) != bool(self.distill.names):
             raise UsageError("--teacher and --distill go together: who teaches, and how")
 
     @property
@@ -74,33 +74,13 @@ class TrainConfig:
         return {**asdict(self), "imgsz_hw": list(self.imgsz_hw)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `as_dict`; unknown keys are a UsageError."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise UsageError(f"settings of another version: unknown {', '.join(unknown)}")
-        return cls(**{**values, "imgsz_hw": tuple(values["imgsz_hw"])})
+    def from_dict(cls, values: dict[str, Any], where: str = "") -> "TrainConfig":
+        """The inverse of `as_dict`, read strictly; whatever is wrong is a UsageError."""
+        return from_mapping(cls, values, where)
 
-    def with_settings(self, settings: list[str]) -> "TrainConfig":
-        """This configuration with `key=value` texts applied, as `--set lr=1e-3` gives them."""
-        kinds = typing.get_type_hints(type(self))
-        changes: dict[str, Any] = {}
+    def with_settings(self, settings: Sequence[str]) -> "TrainConfig":
+        """This configuration with `key=value` texts applied, as `--set lr=1e-3` and `--set distill.hkd.region=2` do."""
+        config = self
         for setting in settings:
-            key, equals, text = setting.partition("=")
-            if not equals or key not in kinds:
-                raise UsageError(f"--set {setting}: expected key=value with a key of {', '.join(kinds)}")
-            changes[key] = _parsed(setting, text, kinds[key])
-        return replace(self, **changes)
-
-
-def _parsed(setting: str, text: str, kind: Any) -> Any:
-    if isinstance(kind, types.GenericAlias):
-        raise UsageError(f"--set {setting}: give the size as --imgsz")
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise UsageError(f"--set {setting}: expected true or false")
-        return text == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        raise UsageError(f"--set {setting}: {text!r} is not a number") from None
+            config = with_setting(config, setting)
+        return config

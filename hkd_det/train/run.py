@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalogue import open_data
+from hkd_det.distill.arbiter import Arbiter, Together
 from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import HierarchicalWeights
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
 from hkd_det.files import write_text
 from hkd_det.losses.detection import total
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.models.backbone import load_pretrained
 from hkd_det.models.detector import Detector, freeze_norms
+from hkd_det.models.family import PersonDetector
 from hkd_det.models.sizes import build_detector, cost
 from hkd_det.train.average import MovingAverage
 from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector, write_state
@@ -71,13 +72,17 @@ class Run:
         torch.manual_seed(config.seed)
         detector = build_detector(config.model, config.backbone)
         if config.pretrained:
+            if not isinstance(detector, Detector):
+                raise UsageError(f"--pretrained fills our own detectors' backbones, not {config.model}")
             load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
         if config.freeze_norm:
             freeze_norms(detector)
+        detector.to(processes.device).to(memory_format=torch.channels_last)
+        self.average = MovingAverage(detector, config.ema_decay)
         distiller = _distiller(config, detector, processes.device)
         self.learner = Learner(detector, distiller, processes.norm_of).to(processes.device)
         self.learner = self.learner.to(memory_format=torch.channels_last)
-        self.average = MovingAverage(detector, config.ema_decay)
+        self.arbiter: Arbiter = Together()
         self.optimizer = _optimizer(self.learner, config)
         self.epochs = Epochs(
             len(training), config.batch, config.imgsz_hw, config.multi_scale, config.mosaic, config.seed
@@ -145,19 +150,20 @@ class Run:
             self._set_rate(epoch * self.epochs.steps + index)
             inputs = pictures.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                terms = learner(inputs, truth.to(device), strength)
+                task, taught = learner(inputs, truth.to(device), strength)
+            terms = task | taught
             loss = total(terms)
             if not torch.isfinite(loss):
                 raise DataError(
                     f"the loss is {loss.item()} at epoch {epoch + 1}, step {index + 1}; lower --set lr={config.lr}"
                 )
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            told = self.arbiter.backward(total(task), total(taught) if taught else None)
             nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
             self.optimizer.step()
             self.average.update(self.learner.detector)
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(term.detach())
+            for name, value in {**{name: float(term.detach()) for name, term in terms.items()}, **told}.items():
+                sums[name] = sums.get(name, 0.0) + value
             bar.update()
             bar.set_postfix({name: f"{value / (index + 1):.2f}" for name, value in sums.items()}, refresh=False)
         return {name: value / self.epochs.steps for name, value in sums.items()}
@@ -194,7 +200,13 @@ class Run:
             write_detector(
                 config.run_dir / "best.pt",
                 DetectorCheckpoint(
-                    config.model, detector.spec, weights, config.as_dict(), record.epoch, record.miss_rate
+                    config.model,
+                    detector.spec,
+                    weights,
+                    config.as_dict(),
+                    record.epoch,
+                    record.miss_rate,
+                    detector.changes,
                 ),
             )
         state = {
@@ -219,11 +231,11 @@ class Run:
         )
 
 
-def _distiller(config: TrainConfig, student: Detector, device: torch.device) -> Distiller | None:
+def _distiller(config: TrainConfig, student: PersonDetector, device: torch.device) -> Distiller | None:
     if not config.teacher:
         return None
     teacher = read_detector(Path(config.teacher)).build().to(device).to(memory_format=torch.channels_last)
-    return Distiller(student, teacher, HierarchicalWeights())
+    return Distiller(student, teacher, config.distill)
 
 
 def _optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -3,6 +3,9 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hkd_det.errors import DataError, UsageError
 from hkd_det.imgsz import parse_imgsz
@@ -10,6 +13,8 @@ from hkd_det.models.sizes import spec_of
 from hkd_det.train.checkpoint import read_state
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import train
+
+FLAGS = ("data", "model", "teacher", "epochs", "batch", "backbone", "pretrained", "device", "workers", "seed")
 
 
 def start(arguments: argparse.Namespace) -> int:
@@ -30,32 +35,43 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def _fresh(arguments: argparse.Namespace) -> TrainConfig:
-    for flag in ("data", "model"):
-        if not getattr(arguments, flag):
-            raise UsageError(f"--{flag} is needed (or --resume RUN)")
-    spec_of(arguments.model)
-    run = arguments.name or f"{arguments.model}{'-' + arguments.distill if arguments.distill else ''}"
-    config = TrainConfig(
-        data=arguments.data,
-        model=arguments.model,
-        run=str(Path(arguments.project or "runs/train") / run),
-        imgsz_hw=parse_imgsz(arguments.imgsz),
-        epochs=arguments.epochs,
-        batch=arguments.batch,
-        backbone=arguments.backbone,
-        pretrained=arguments.pretrained,
-        teacher=arguments.teacher,
-        distill=arguments.distill,
-        device=arguments.device,
-        workers=arguments.workers,
-        seed=arguments.seed,
-    ).with_settings(arguments.set)
+    config = _asked(arguments)
+    spec_of(config.model)
     if (config.run_dir / "last.pt").exists() and not arguments.exist_ok:
         raise UsageError(
             f"{config.run_dir} already holds a run: --resume {config.run_dir} goes on with it, "
             "--name NAME starts another, --exist-ok starts over in its place"
         )
     return config
+
+
+def _asked(arguments: argparse.Namespace) -> TrainConfig:
+    """The recipe's settings, if one is given, under those of the flags."""
+    settings = _recipe(Path(arguments.recipe)) if arguments.recipe else {}
+    settings |= {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None}
+    if arguments.imgsz:
+        settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
+    if arguments.distill is not None:
+        settings["distill"] = {name: {} for name in arguments.distill.split(",") if name}
+    for flag in ("data", "model"):
+        if not settings.get(flag):
+            raise UsageError(f"--{flag} is needed (or --recipe YAML, or --resume RUN)")
+    if arguments.name or arguments.project or "run" not in settings:
+        name = arguments.name or "-".join([str(settings["model"]), *(settings.get("distill") or {})])
+        settings["run"] = str(Path(arguments.project or "runs/train") / name)
+    return TrainConfig.from_dict(settings, arguments.recipe).with_settings(arguments.set)
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"--recipe {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"--recipe {path}: not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"--recipe {path}: expected settings, `key: value`")
+    return content
 
 
 def _resumed(run_dir: Path) -> TrainConfig:

@@ -9,12 +9,12 @@ from tqdm import tqdm
 from hkd_det.datasets import Sample, read_picture
 from hkd_det.detections import Detections
 from hkd_det.letterbox import Letterbox
-from hkd_det.models.detector import Detector
+from hkd_det.models.family import PersonDetector
 
 
 @torch.no_grad()
 def detect_all(
-    detector: Detector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool, batch: int = 8
+    detector: PersonDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool, batch: int = 8
 ) -> list[Detections]:
     """Detections of every sample, in order, in pixels of its picture; every score counts."""
     device = next(detector.parameters()).device

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from hkd_det.models.detector import Detector
+from hkd_det.models.family import PersonDetector
 
 SCORE_FLOOR = 0.001  # below it a detection says nothing: the miss rate needs scores from here up
 TOP = 300  # detections a picture at most
@@ -11,7 +11,7 @@ TOP = 300  # detections a picture at most
 class DeployedDetector(nn.Module):
     """A detector with preprocessing in front and the count of valid detections behind."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: PersonDetector) -> None:
         super().__init__()
         self.detector = detector
 

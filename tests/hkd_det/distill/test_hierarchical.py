@@ -5,12 +5,15 @@ import torch
 
 from hkd_det.distill.adapter import Adapter, pair_by_stride
 from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import HierarchicalDistillation, HierarchicalWeights
-from hkd_det.distill.taps import Tap, TapRecorder, pyramid_taps
+from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
+from hkd_det.distill.lesson import Lesson
+from hkd_det.distill.methods import Methods
+from hkd_det.distill.taps import TapRecorder
 from hkd_det.errors import UsageError
 from hkd_det.losses.detection import norm_alone
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec
+from hkd_det.models.tap import Tap
 
 STUDENT = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TEACHER = DetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
@@ -33,7 +36,7 @@ def pair() -> tuple[Detector, Detector]:
 
 def test_a_recorder_keeps_the_outputs_and_forgets_them_when_taken(pair: tuple[Detector, Detector]) -> None:
     student, _ = pair
-    recorder = TapRecorder(student, pyramid_taps(student))
+    recorder = TapRecorder(student, student.taps())
     maps = student.pyramid(PICTURE)
     assert all(torch.equal(a, b) for a, b in zip(recorder.take(), maps, strict=True))
     with pytest.raises(KeyError):
@@ -70,7 +73,7 @@ def test_taps_are_paired_by_the_nearest_stride() -> None:
 
 def test_every_level_gives_a_term_and_a_gradient(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, HierarchicalWeights())
+    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical()))
     terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
     assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}
     for name, term in terms.items():
@@ -81,7 +84,7 @@ def test_every_level_gives_a_term_and_a_gradient(pair: tuple[Detector, Detector]
 
 def test_the_teacher_is_no_part_of_what_learns(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, HierarchicalWeights())
+    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical()))
     ours = {id(parameter) for parameter in distiller.parameters()}
     assert not ours & {id(parameter) for parameter in teacher.parameters()}
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -92,7 +95,7 @@ def test_the_teacher_is_no_part_of_what_learns(pair: tuple[Detector, Detector]) 
 
 def test_strength_scales_every_term(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student.eval(), teacher, HierarchicalWeights())
+    distiller = Distiller(student.eval(), teacher, Methods(hkd=Hierarchical()))
     full = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
     half = distiller(PICTURE, student(PICTURE), PERSON, 0.5, norm_alone)
     for name in full:
@@ -102,21 +105,22 @@ def test_strength_scales_every_term(pair: tuple[Detector, Detector]) -> None:
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
     torch.manual_seed(0)
     twin = Detector(TEACHER).eval()
-    taps = pyramid_taps(twin)
-    method = HierarchicalDistillation(taps, taps, HierarchicalWeights(confident=0.0))
+    taps = twin.taps()
+    method = HierarchicalDistillation(taps, taps, Hierarchical(confident=0.0))
     for adapter in method.adapters:
         torch.nn.init.dirac_(adapter.project.weight)
         torch.nn.init.zeros_(adapter.project.bias)
     with torch.no_grad():
         maps, prediction = twin.pyramid(PICTURE), twin(PICTURE)
-        terms = method(maps, maps, prediction, prediction, PERSON, norm_alone)
+        lesson = Lesson(PICTURE, PERSON, twin, twin, prediction, prediction, maps, maps, norm_alone)
+        terms = method(lesson)
     for term in terms.values():
         torch.testing.assert_close(term, torch.zeros(()), atol=1e-4, rtol=0)
 
 
 def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, HierarchicalWeights(confident=1.1))
+    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical(confident=1.1)))
     terms = distiller(PICTURE, student(PICTURE), truth(), 1.0, norm_alone)
     torch.stack(list(terms.values())).sum().backward()
     assert terms["hkd_region"] == 0
@@ -126,7 +130,7 @@ def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[Detector, De
 
 def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, HierarchicalWeights())
+    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical()))
     optimizer = torch.optim.Adam([*student.parameters(), *distiller.parameters()], lr=3e-3)
     course = []
     for _ in range(25):

@@ -4,14 +4,15 @@ import torch
 
 from hkd_det.losses.detection import DetectionLoss, total
 from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.detector import Prediction
-from hkd_det.models.head import RawMaps
 from hkd_det.models.points import anchor_points, decode_boxes
+from hkd_det.models.prediction import Branch, Prediction
 
 
 def prediction(logits: torch.Tensor, sides: torch.Tensor) -> Prediction:
     points, strides = anchor_points((64, 64), (8, 16, 32))
-    return Prediction(RawMaps(logits, logits, sides), decode_boxes(sides, points, strides), points, strides)
+    boxes = decode_boxes(sides, points, strides)
+    one = Branch(logits, boxes, learns_boxes=False)
+    return Prediction(Branch(logits, boxes, sides), one, points, strides, (64, 64))
 
 
 def random_maps() -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +57,6 @@ def test_descent_on_one_picture_finds_its_person() -> None:
         loss.backward()
         optimizer.step()
     final = prediction(logits.detach(), sides.detach())
-    best = int(final.raw.one.argmax())
-    torch.testing.assert_close(final.boxes_xyxy[0, best], person, atol=1.5, rtol=0)
-    assert final.raw.one.sigmoid().max() > 0.8
+    best = int(final.one.logits.argmax())
+    torch.testing.assert_close(final.many.boxes_xyxy[0, best], person, atol=1.5, rtol=0)
+    assert final.one.logits.sigmoid().max() > 0.8

@@ -22,32 +22,32 @@ def tiny() -> Detector:
 def test_raw_maps_have_a_row_for_every_point(tiny: Detector) -> None:
     prediction = tiny(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
     count = 8 * 12 + 4 * 6 + 2 * 3
-    assert prediction.raw.many.shape == prediction.raw.one.shape == (2, count)
-    assert prediction.raw.sides.shape == (2, count, 4, TINY.bins)
-    assert prediction.boxes_xyxy.shape == (2, count, 4) and prediction.points.shape == (count, 2)
+    assert prediction.many.logits.shape == prediction.one.logits.shape == (2, count)
+    assert prediction.many.sides.shape == (2, count, 4, TINY.bins)
+    assert prediction.many.boxes_xyxy.shape == (2, count, 4) and prediction.points.shape == (count, 2)
 
 
 def test_detect_gives_the_best_peaks_of_the_one_branch(tiny: Detector) -> None:
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
         prediction, (boxes, scores) = tiny(pictures), tiny.detect(pictures, top=7)
-    peaks = keep_peaks(prediction.raw.one, (64, 96), TINY.strides)
+    peaks = keep_peaks(prediction.one.logits, (64, 96), TINY.strides)
     wanted, index = peaks.sigmoid().sort(dim=1, descending=True, stable=True)
     torch.testing.assert_close(scores, wanted[:, :7])
-    torch.testing.assert_close(boxes[0, 0], prediction.boxes_xyxy[0, index[0, 0]], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(boxes[0, 0], prediction.many.boxes_xyxy[0, index[0, 0]], atol=1e-3, rtol=1e-4)
 
 
 def test_the_one_branch_leaves_the_pyramid_to_the_many_branch(tiny: Detector) -> None:
     tiny.train()
-    tiny(torch.rand(1, 3, 64, 64) * 255).raw.one.sum().backward()
+    tiny(torch.rand(1, 3, 64, 64) * 255).one.logits.sum().backward()
     assert all(parameter.grad is None for parameter in tiny.neck.parameters())
     assert all(parameter.grad is not None for parameter in tiny.head.tower_one.convs.parameters())
 
 
 def test_scores_start_at_the_prior(tiny: Detector) -> None:
     with torch.no_grad():
-        raw = tiny(torch.zeros(1, 3, 64, 64)).raw
-    assert 0.003 < raw.one.sigmoid().mean() < 0.03
+        prediction = tiny(torch.zeros(1, 3, 64, 64))
+    assert 0.003 < prediction.one.logits.sigmoid().mean() < 0.03
 
 
 @pytest.mark.parametrize("student", TEACHER_OF)
@@ -85,7 +85,7 @@ def test_frozen_norms_do_not_move(tiny: Detector) -> None:
     tiny.train()
     freeze_norms(tiny)
     before = {name: value.clone() for name, value in tiny.state_dict().items() if "running" in name}
-    tiny(torch.rand(2, 3, 64, 64) * 255).raw.many.sum().backward()
+    tiny(torch.rand(2, 3, 64, 64) * 255).many.logits.sum().backward()
     after = tiny.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(m.weight.grad is None for m in tiny.modules() if isinstance(m, nn.BatchNorm2d))

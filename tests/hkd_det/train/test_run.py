@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.methods import Methods
 from hkd_det.errors import DataError
 from hkd_det.models import sizes
 from hkd_det.models.detector import DetectorSpec
@@ -62,7 +64,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 ) -> None:
     """Cut in the middle of the second epoch, distilling: the hardest state there is."""
     teacher = train(settings(people, tmp_path / "teacher", epochs=1)).best
-    taught = {"teacher": str(teacher), "distill": "hkd", "workers": workers}
+    taught = {"teacher": str(teacher), "distill": Methods(hkd=Hierarchical()), "workers": workers}
     train(settings(people, tmp_path / "whole", **taught))
 
     def cut(*_arguments: object) -> float:

@@ -1,0 +1,21 @@
+"""Arbiter: makes gradients of the task's and the teacher's losses."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Arbiter(Protocol):
+    """Fills `.grad` of everything that learns from two losses."""
+
+    def backward(self, task: Tensor, taught: Tensor | None) -> dict[str, float]:
+        """From the scalar losses, `taught` None in a step without a teacher; returns figures to log."""
+
+
+class Together:
+    """The plain sum of both losses: hand-set weights decide."""
+
+    def backward(self, task: Tensor, taught: Tensor | None) -> dict[str, float]:
+        """One backward pass."""
+        (task if taught is None else task + taught).backward()  # type: ignore[no-untyped-call]
+        return {}

@@ -1,0 +1,39 @@
+"""Which methods teach, and each one's settings: the part of a recipe under `distill:`."""
+
+from dataclasses import dataclass, fields
+
+from hkd_det.distill.arbitration import Arbitration
+from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.noise import Noise
+from hkd_det.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The methods of a run; None is not used.
+
+    hkd: hierarchical distillation. noise: a noisy teacher. mokd: task and distillation as two objectives.
+    """
+
+    hkd: Hierarchical | None = None
+    noise: Noise | None = None
+    mokd: Arbitration | None = None
+
+    def __post_init__(self) -> None:
+        if self.mokd and not (self.hkd or self.noise):
+            raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
+
+    @property
+    def names(self) -> list[str]:
+        """Those that are used, in order."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    @classmethod
+    def of(cls, names: str) -> "Methods":
+        """Methods by name with their defaults, as `--distill hkd,noise` gives them."""
+        known = {"hkd": Hierarchical, "noise": Noise, "mokd": Arbitration}
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        for name in wanted:
+            if name not in known:
+                raise UsageError(f"--distill {name}: the methods are {', '.join(known)}")
+        return cls(**{name: known[name]() for name in wanted})

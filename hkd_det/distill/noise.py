@@ -1,0 +1,58 @@
+"""Noisy teacher (Sau and Balasubramanian 2016): a teacher that errs a little, differently each time."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hkd_det.errors import UsageError
+from hkd_det.models.output import Output
+from hkd_det.models.prediction import Branch, Prediction
+
+
+@dataclass(frozen=True)
+class Noise:
+    """z' = (1 + xi) z, xi ~ N(0, sigma^2), for a picture with probability alpha.
+
+    each: one xi for every logit (None of the paper's text settles it), or one for a whole picture ("sample").
+    features: the same on the tapped maps, with this sigma; 0 leaves them as they are.
+    """
+
+    alpha: float = 0.5
+    sigma: float = 0.3
+    each: Literal["logit", "sample"] = "logit"
+    features: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1 or self.sigma < 0 or self.features < 0:
+            raise UsageError("noise: alpha is a probability, 0..1; sigma and features are not negative")
+
+
+class NoisyTeacher:
+    """Perturbs what a teacher says and shows; whoever learns from it sees the perturbed form."""
+
+    def __init__(self, noise: Noise) -> None:
+        self.noise = noise
+
+    def output(self, output: Output) -> Output:
+        """A dense teacher's with noisy score logits; everything else as it is."""
+        if not isinstance(output, Prediction):
+            raise UsageError("--distill noise: this teacher shows no logits to perturb")
+        one = self._branch(output.one) if output.one else None
+        return replace(output, many=self._branch(output.many), one=one)
+
+    def maps(self, maps: list[Tensor]) -> list[Tensor]:
+        """The tapped maps [B, C, H, W]."""
+        return [self._noisy(level, self.noise.features) for level in maps] if self.noise.features else maps
+
+    def _branch(self, branch: Branch) -> Branch:
+        return replace(branch, logits=self._noisy(branch.logits, self.noise.sigma))
+
+    def _noisy(self, values: Tensor, sigma: float) -> Tensor:
+        """[B, ...]: each picture tosses its own coin."""
+        rest = [1] * (values.ndim - 1)
+        shape = values.shape if self.noise.each == "logit" else (len(values), *rest)
+        factor = 1 + sigma * torch.randn(shape, device=values.device, dtype=values.dtype)
+        chosen = torch.rand(len(values), *rest, device=values.device) < self.noise.alpha
+        return torch.where(chosen, factor * values, values)

@@ -1,0 +1,5 @@
+"""The kinds of output that detectors of different families give."""
+
+from hkd_det.models.prediction import Found, Prediction
+
+Output = Prediction | Found

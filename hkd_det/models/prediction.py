@@ -1,0 +1,48 @@
+"""What detectors say of a batch of pictures, as losses and methods read it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One set of answers at the A points of a dense detector.
+
+    logits: [B, A] scores. boxes_xyxy: [B, A, 4] decoded boxes, input pixels.
+    sides: [B, A, 4, bins] logits of the distances left, up, right, down, in strides; None where this branch learns no
+    boxes of its own (it shares another's), or learns them as plain numbers.
+    learns_boxes: whether boxes_xyxy is this branch's own to learn.
+    """
+
+    logits: Tensor
+    boxes_xyxy: Tensor
+    sides: Tensor | None = None
+    learns_boxes: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A dense detector's answers: one score and one box at each of A points.
+
+    many: the branch that learns from several points a person. one: the branch that answers once a person and needs
+    no suppression; None if the detector has none. points: [A, 2] (x, y) in input pixels. strides: [A].
+    input_hw: the pictures' (height, width).
+    """
+
+    many: Branch
+    one: Branch | None
+    points: Tensor
+    strides: Tensor
+    input_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Finished detections and nothing else: all that a black box says. One tensor a picture.
+
+    boxes_xyxy: [N, 4] input pixels. scores: [N], 0..1.
+    """
+
+    boxes_xyxy: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]

@@ -1,0 +1,115 @@
+"""Settings from text: YAML mappings and `key=value` flags into nested frozen dataclasses, strictly."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from hkd_det.errors import UsageError
+
+T = TypeVar("T")
+
+
+def from_mapping(kind: type[T], values: Any, where: str = "") -> T:
+    """A dataclass from a mapping of its fields, nested ones included; fields left out keep their defaults.
+
+    A number may be written as YAML takes for text (1e-3). Raises UsageError, which names the key, for an unknown one
+    (with the nearest known), for one that is missing, and for a value of another kind.
+    """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where or 'settings'}: expected a mapping of {', '.join(_kinds(kind))}")
+    kinds = _kinds(kind)
+    unknown = [str(key) for key in values if key not in kinds]
+    if unknown:
+        raise UsageError(f"{_joined(where, unknown[0])}: no such setting{_near(unknown[0], list(kinds))}")
+    given = {key: _converted(kinds[key], value, _joined(where, key)) for key, value in values.items()}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise UsageError(f"{where or 'settings'}: {str(error).partition('__init__() ')[2] or error}") from None
+
+
+def with_setting(settings: T, assignment: str) -> T:
+    """The settings with one `key=value` applied; `hkd.pyramid=2` reaches into a nested dataclass."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise UsageError(f"--set {assignment}: expected key=value")
+    return _with(settings, key.split("."), text, assignment)
+
+
+def _with(settings: Any, path: list[str], text: str, assignment: str) -> Any:
+    kinds = _kinds(type(settings))
+    name, rest = path[0], path[1:]
+    if name not in kinds:
+        raise UsageError(f"--set {assignment}: no such setting{_near(name, list(kinds))}")
+    if not rest:
+        value = _converted(kinds[name], text, f"--set {assignment}")
+        return replace(settings, **{name: value})
+    inner = getattr(settings, name)
+    if not is_dataclass(inner):
+        raise UsageError(f"--set {assignment}: {name} is not in use; name it in --distill or in the recipe first")
+    return replace(settings, **{name: _with(inner, rest, text, assignment)})
+
+
+def _kinds(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _converted(kind: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None or value == "none":
+            return None
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    if is_dataclass(kind) and isinstance(kind, type):
+        return from_mapping(kind, {} if value is None else value, where)
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise UsageError(f"{where}: {value!r} is none of {', '.join(map(str, typing.get_args(kind)))}")
+        return value
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{where}: {value!r} is not a mapping")
+        return dict(value)
+    if typing.get_origin(kind) is tuple:
+        return _tuple(typing.get_args(kind)[0], value, where)
+    return _plain(kind, value, where)
+
+
+def _tuple(kind: Any, value: Any, where: str) -> tuple[Any, ...]:
+    listed = value.split(",") if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)):
+        raise UsageError(f"{where}: {value!r} is not a list")
+    return tuple(_converted(kind, one, where) for one in listed)
+
+
+def _plain(kind: Any, value: Any, where: str) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if value in ("true", "false"):
+            return value == "true"
+        raise UsageError(f"{where}: {value!r} is neither true nor false")
+    if kind is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise UsageError(f"{where}: {value!r} is not a text")
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and (not isinstance(value, float) or number == value):
+            return number
+    raise UsageError(f"{where}: {value!r} is not a {'whole number' if kind is int else 'number'}")
+
+
+def _joined(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
