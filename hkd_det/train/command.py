@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--distill", metavar="METHODS", help="how to learn from it: hkd, noise, mokd, or several: hkd,noise"
     )
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="also train the same student without the teacher, same seed and schedule: what did the teacher bring?",
+    )
     parser.add_argument("--imgsz", help="input size, width x height, multiples of 32 (default: 640x512)")
     parser.add_argument("--epochs", type=int, help="default: 100")
     parser.add_argument("--batch", type=int, help="pictures a step, over all processes (default: 16)")

@@ -1,6 +1,7 @@
 """From the command's flags to a run: a new one, or one that goes on. Needs torch."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hkd_det.imgsz import parse_imgsz
 from hkd_det.models.sizes import spec_of
 from hkd_det.train.checkpoint import read_state
 from hkd_det.train.config import TrainConfig
+from hkd_det.train.control import compare, control_of, told
 from hkd_det.train.run import train
 
 FLAGS = ("data", "model", "teacher", "epochs", "batch", "backbone", "pretrained", "device", "workers", "seed")
@@ -23,8 +25,13 @@ def start(arguments: argparse.Namespace) -> int:
         config = _resumed(Path(arguments.resume))
     else:
         config = _fresh(arguments)
+    control = control_of(config) if arguments.control else None
     try:
         train(config, resume=bool(arguments.resume))
+        if control:
+            train(control, resume=bool(arguments.resume) and (control.run_dir / "last.pt").exists())
+            if os.environ.get("RANK", "0") == "0":
+                print(told(compare(config)))
     except KeyboardInterrupt:
         if (config.run_dir / "last.pt").exists():
             print(

@@ -1,0 +1,80 @@
+"""The control student and the judgement that compares it with the taught one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.detections import Detections
+from hkd_det.metrics.citypersons import SETUPS, evaluate
+from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.models import sizes
+from hkd_det.models.detector import DetectorSpec
+from hkd_det.train import control, judge
+from hkd_det.train.checkpoint import read_detector
+from hkd_det.train.command import main
+
+TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+FLAGS = ["--imgsz", "96x64", "--batch", "4", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
+
+
+def perfect(people: Path) -> list[Detections]:
+    return [Detections(s.truth.boxes_xyxy, np.ones(len(s.truth), np.float32)) for s in open_data(str(people), "val")]
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_the_control_differs_in_nothing_but_the_teacher(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", str(people), "--model", "mini-student", *FLAGS, "--project", str(tmp_path)]
+    assert main([*common, "--epochs", "1", "--name", "teacher"]) == 0
+    taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--epochs", "2", "--control"]
+    assert main([*common, *taught, "--name", "taught"]) == 0
+    assert "What the teacher brought" in capsys.readouterr().out
+    assert main([*common, "--epochs", "2", "--name", "alone"]) == 0
+    controlled, alone = (read_detector(tmp_path / name / "best.pt") for name in ("taught-control", "alone"))
+    assert all(torch.equal(value, alone.weights[name]) for name, value in controlled.weights.items())
+    written = json.loads((tmp_path / "taught/control.json").read_text())
+    assert written["low"] <= written["high"]
+    for which, folder in (("taught", "taught"), ("alone", "taught-control")):
+        assert written[which]["miss_rates"]["Reasonable"] == read_detector(tmp_path / folder / "best.pt").miss_rate
+
+
+def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", str(people), "--model", "mini-student", "--control"]) == 2
+    assert "--teacher" in capsys.readouterr().err
+
+
+def test_the_interval_of_equals_is_nothing_and_of_all_against_nothing_is_all(people: Path) -> None:
+    samples, found = open_data(str(people), "val"), perfect(people)
+    nothing = [Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))] * len(samples)
+    assert control.interval(samples, found, found, "Reasonable", draws=20) == (0.0, 0.0)
+    assert control.interval(samples, found, nothing, "Reasonable", draws=20) == (-1.0, -1.0)
+
+
+def test_every_person_stands_in_just_one_range_of_height() -> None:
+    chance = np.random.default_rng(0)
+    heights_px = np.concatenate([chance.uniform(20, 400, 300), judge.EDGES_PX])
+    boxes = np.stack([np.zeros_like(heights_px), np.zeros_like(heights_px), heights_px / 2, heights_px], 1)
+    count = len(heights_px)
+    table = TruthTable(1, np.zeros(count, int), boxes, heights_px, np.ones(count), np.zeros(count, bool))
+    nobody = DetectionTable.of([Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))])
+    rates = evaluate(table, nobody, [*judge.heights(), SETUPS["All"]])
+    assert sum(rate.people for name, rate in rates.items() if name != "All") == rates["All"].people == count
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_perfect_detections_miss_nobody(people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = perfect(people)
+    monkeypatch.setattr(judge, "detect_all", lambda *_: found)
+    judged, _ = judge.judge(sizes.build_detector("mini-student"), open_data(str(people), "val"), (64, 96), bf16=False)
+    assert judged.ap == pytest.approx(1) and judged.miss_rates["Reasonable"] == judged.miss_rates["All"] == 0
+    assert judged.parameters == sum(p.numel() for p in sizes.build_detector("mini-student").parameters())
