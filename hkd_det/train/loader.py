@@ -6,6 +6,7 @@ run draws the same views.
 
 import shutil
 import signal
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -177,4 +179,11 @@ def _quiet_worker(folder: Path, _worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    sys.excepthook = _left_alone
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # atexit is not run in workers
+
+
+def _left_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker that hands over a batch while the main process stops has nothing to report."""
+    if not issubclass(kind, BrokenPipeError | ConnectionResetError):
+        sys.__excepthook__(kind, error, trace)

@@ -14,7 +14,7 @@ import torch
 from hkd_det.datasets import Sample, Truth
 from hkd_det.errors import DataError
 from hkd_det.train.augment import View
-from hkd_det.train.loader import Batch, Epochs, TrainingViews, batches, collate, open_loader
+from hkd_det.train.loader import Batch, Epochs, TrainingViews, _left_alone, batches, collate, open_loader
 from hkd_det.train.pictures import SharedFolder
 
 SIZE_HW = (64, 96)
@@ -173,3 +173,12 @@ def test_an_epoch_shows_every_picture_and_ranks_share_it() -> None:
     assert {len(draw.indices) for draw in drawn} == {1, 4} and len({draw.seed for draw in drawn}) == 12
     plain = [draw for batch in epochs.batches(3, plain=True) for draw in batch]
     assert all(len(draw.indices) == 1 and draw.size_hw == SIZE_HW for draw in plain)
+
+
+def test_a_worker_whose_main_process_stops_says_nothing_but_other_errors_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _left_alone(BrokenPipeError, BrokenPipeError("gone"), None)
+    assert not capsys.readouterr().err
+    _left_alone(ValueError, ValueError("wrong"), None)
+    assert "wrong" in capsys.readouterr().err

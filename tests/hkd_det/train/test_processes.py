@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import HierarchicalWeights
+from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.methods import Methods
 from hkd_det.losses.detection import total
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
@@ -26,7 +27,8 @@ with joined_processes("cpu") as processes:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     student, teacher = Detector(spec), Detector(spec)
-    learner = Learner(student, Distiller(student, teacher, HierarchicalWeights(confident=0.009)), processes.norm_of)
+    methods = Methods(hkd=Hierarchical(confident=0.009))
+    learner = Learner(student, Distiller(student, teacher, methods), processes.norm_of)
     learner.train()
     freeze_norms(student)
     generator = torch.Generator().manual_seed(1)
@@ -36,8 +38,8 @@ with joined_processes("cpu") as processes:
     ignore = torch.tensor([[False, False], [False, True], [False, False], [False, False]])
     mine = slice(processes.rank, None, processes.count)
     module = DistributedDataParallel(learner) if processes.count > 1 else learner
-    terms = module(pictures[mine], TruthBatch(boxes[mine], real[mine], ignore[mine]), 1.0)
-    total(terms).backward()
+    task, taught = module(pictures[mine], TruthBatch(boxes[mine], real[mine], ignore[mine]), 1.0)
+    total(task | taught).backward()
     if processes.leads:
         torch.save({n: p.grad for n, p in learner.named_parameters() if p.grad is not None}, sys.argv[1])
 """

@@ -1,0 +1,47 @@
+"""Energy of a stretch of work, from the processor's own counters (Linux powercap, RAPL)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules of all processor packages, idle share included; None with the reason why it can't be read."""
+
+    joules: float | None
+    reason: str = ""
+
+
+class ProcessorEnergy:
+    """Counts from its making on. The counters wrap around: ask at least once an hour."""
+
+    def __init__(self, powercap: Path = POWERCAP) -> None:
+        # Zones with one colon are packages; those with two are parts of one, counted in it.
+        self.zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
+        self.reason = "" if self.zones else f"{powercap}/intel-rapl:*: no such counters on this machine"
+        self.joules = 0.0
+        self.last = self._read()
+
+    def so_far(self) -> Energy:
+        """Since the making."""
+        now = self._read()
+        for zone, (before, after) in enumerate(zip(self.last, now, strict=True)):
+            wrapped = after < before
+            self.joules += (after - before + (self._range_uj(zone) if wrapped else 0)) / 1e6
+        self.last = now
+        return Energy(None, self.reason) if self.reason else Energy(self.joules)
+
+    def _read(self) -> list[int]:
+        try:
+            return [int((zone / "energy_uj").read_text()) for zone in self.zones]
+        except PermissionError as error:
+            self.reason = f"{error.filename}: only root may read it (sudo chmod a+r does)"
+        except (OSError, ValueError) as error:
+            self.reason = f"{self.zones[0]}: {error}"
+        self.zones = []
+        return []
+
+    def _range_uj(self, zone: int) -> int:
+        return int((self.zones[zone] / "max_energy_range_uj").read_text())

@@ -1,0 +1,117 @@
+"""What each way of teaching is worth: teacher, student alone, student alone for longer, student under every method.
+
+    python benchmarks/studies/distillation.py --budget small [--seeds 0,1,2] [--only hkd,alone] [--report]
+
+Trains on the real pictures in ../shared/data (INRIA and `people`), chooses the epoch on `people`'s validation pictures
+and measures on INRIA's test pictures, which nothing before has seen. Within a seed all students begin with the same
+weights and follow the same schedule. What is finished is not done again: the study can be stopped at any time and goes
+on where it was, in the middle of a run too. At the end the table, JSON and plot of all that is there are written
+anew: results/distillation_BUDGET.{md,json,png}.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from distillation_plan import BUDGETS, DATA, ROWS, Budget, Row
+from distillation_report import write_report
+
+from hkd_bench.energy import ProcessorEnergy
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.files import write_text
+from hkd_det.train import command
+from hkd_det.train.checkpoint import read_detector
+from hkd_det.train.config import TrainConfig
+from hkd_det.train.judge import judge
+
+HERE = Path(__file__).parent
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, then write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", choices=BUDGETS, default="small")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="names of rows, comma-separated; the teacher comes always")
+    parser.add_argument("--runs", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--results", type=Path, default=HERE / "../results", help="folder of the report")
+    parser.add_argument("--report", action="store_true", help="train nothing, only write the report")
+    arguments = parser.parse_args(argv)
+    budget, runs = BUDGETS[arguments.budget], arguments.runs / arguments.budget
+    wanted = {"teacher", *arguments.only.split(",")} if arguments.only else {row.name for row in ROWS}
+    if not arguments.report:
+        for seed in map(int, arguments.seeds.split(",")):
+            for row in ROWS:
+                if row.name in wanted:
+                    run_row(budget, row, seed, runs / f"seed{seed}")
+    write_report(budget, runs, arguments.results)
+
+
+def run_row(budget: Budget, row: Row, seed: int, folder: Path) -> None:
+    """Train one student, or go on with it, and judge it; nothing if that is done."""
+    run, done = folder / row.name, folder / row.name / "judged.json"
+    if done.exists():
+        return
+    print(f"\n== seed {seed}: {row.title}", flush=True)
+    recipe = row.recipe(budget, seed, folder, epochs_of(budget, row, folder))
+    meter = ProcessorEnergy()
+    train(recipe, run)
+    energy = meter.so_far()
+    checkpoint = read_detector(run / "best.pt")
+    bf16 = TrainConfig.from_dict(recipe).precision == "bf16"
+    judged, _ = judge(checkpoint.build(), open_data(str(DATA), "test"), budget.imgsz_hw, bf16)
+    content = {
+        "row": row.name,
+        "seed": seed,
+        "recipe": recipe,
+        **asdict(judged),
+        "best_epoch": checkpoint.epoch,
+        "course": course(run),
+        "train_s": seconds(recipe, run),
+        "energy": asdict(energy),
+    }
+    write_text(done, json.dumps(content, indent=1) + "\n")
+
+
+def train(recipe: dict[str, Any], run: Path) -> None:
+    """By the command itself, as a user would."""
+    path = run / "recipe.yaml"
+    flags = ["--resume", str(run)] if (run / "last.pt").exists() else ["--recipe", str(path)]
+    write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+    code = command.main(flags)
+    if code:
+        raise SystemExit(code)
+
+
+def epochs_of(budget: Budget, row: Row, folder: Path) -> int:
+    """The budget's, or as many as fit into the time of other rows together."""
+    if not row.as_long_as:
+        return budget.epochs
+    spent = {name: json.loads((folder / name / "judged.json").read_text())["train_s"] for name in row.as_long_as}
+    return round(budget.epochs * sum(spent.values()) / spent["alone"])
+
+
+def course(run: Path) -> list[float]:
+    """Miss rate on the validation pictures after each epoch."""
+    with (run / "results.csv").open(encoding="utf-8", newline="") as file:
+        return [float(line["miss_rate"]) for line in csv.DictReader(file)]
+
+
+def seconds(recipe: dict[str, Any], run: Path) -> float:
+    """Training time without validation; of blockwise students with the blocks' own."""
+    pictures, batch = len(open_data(str(DATA), "train")), recipe["batch"]
+    with (run / "results.csv").open(encoding="utf-8", newline="") as file:
+        speeds = [float(line["pictures_per_s"]) for line in csv.DictReader(file)]
+    views = -(-pictures // batch) * batch
+    blocks = run / "blockwise.json"
+    extra = json.loads(blocks.read_text())["makespan_s"] if blocks.exists() else 0.0
+    return sum(views / speed for speed in speeds) + float(extra)
+
+
+if __name__ == "__main__":
+    main()
