@@ -6,11 +6,12 @@ from typing import Any
 from hkd_det.models.detector import Detector, DetectorSpec
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.surgery import UNCHANGED, Changes
+from hkd_det.models.yolo import YoloDetector, YoloSpec
 from hkd_det.settings import from_mapping
 
-Spec = DetectorSpec
+Spec = DetectorSpec | YoloSpec
 
-FAMILIES: dict[str, type[Spec]] = {"hkd": DetectorSpec}
+FAMILIES: dict[str, type[Spec]] = {"hkd": DetectorSpec, "yolo": YoloSpec}
 
 
 def build(spec: Spec, changes: Changes = UNCHANGED) -> PersonDetector:
@@ -18,6 +19,8 @@ def build(spec: Spec, changes: Changes = UNCHANGED) -> PersonDetector:
     match spec:
         case DetectorSpec():
             return Detector(spec, changes)
+        case YoloSpec():
+            return YoloDetector(spec, changes)
 
 
 def spec_as_dict(spec: Spec) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hkd_det.errors import UsageError
-from hkd_det.models.detector import Detector, DetectorSpec, parameter_count
+from hkd_det.models.detector import DetectorSpec, parameter_count
+from hkd_det.models.families import Spec, build
 from hkd_det.models.family import PersonDetector
+from hkd_det.models.yolo import yolo_spec
 
 # A student has at most a sixth of its teacher's parameters: tests/hkd_det/models/test_sizes.py.
 SIZES: dict[str, DetectorSpec] = {
@@ -32,20 +34,30 @@ class Cost:
     imgsz_hw: tuple[int, int]
 
 
-def spec_of(name: str) -> DetectorSpec:
-    """The shape of a named size; UsageError for an unknown name."""
-    if name not in SIZES:
-        raise UsageError(f"--model {name}: no such size; there are {', '.join(SIZES)}")
-    return SIZES[name]
+def spec_of(name: str) -> Spec:
+    """The shape of a named size, ours or one of Ultralytics' (yolo11n, …).
+
+    Raises UsageError for an unknown name, UnavailableError for a YOLO model where ultralytics is not installed.
+    """
+    if name in SIZES:
+        return SIZES[name]
+    if name.startswith("yolo"):
+        return yolo_spec(name)
+    raise UsageError(f"--model {name}: no such size; there are {', '.join(SIZES)}, and Ultralytics' (yolo11n, …)")
 
 
 def build_detector(name: str, backbone: str = "") -> PersonDetector:
     """A detector of a named size with fresh weights, on its own backbone or on any timm model's.
 
-    Raises UsageError for an unknown name, and for a backbone without maps at the size's strides.
+    Raises UsageError for an unknown name, for a backbone without maps at the size's strides, and for a backbone of a
+    YOLO model, which has its own.
     """
     spec = spec_of(name)
-    return Detector(replace(spec, backbone=backbone, backbone_arguments={}) if backbone else spec)
+    if not backbone:
+        return build(spec)
+    if not isinstance(spec, DetectorSpec):
+        raise UsageError(f"--backbone {backbone}: {name} has a backbone of its own")
+    return build(replace(spec, backbone=backbone, backbone_arguments={}))
 
 
 def cost(detector: PersonDetector, imgsz_hw: tuple[int, int]) -> Cost:

@@ -26,13 +26,14 @@ from hkd_det.models.detector import Detector, freeze_norms
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.sizes import build_detector, cost
 from hkd_det.train.average import MovingAverage
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector, write_state
+from hkd_det.train.checkpoint import DetectorCheckpoint, read_state, write_detector, write_state
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.history import EpochRecord, write_history
 from hkd_det.train.learner import Learner
 from hkd_det.train.loader import Epochs, batches, open_loader
 from hkd_det.train.processes import Processes, joined_processes
 from hkd_det.train.schedule import distillation_strength, learning_rate_factor, plain_from
+from hkd_det.train.teachers import open_teacher
 from hkd_det.train.validate import detect_all
 
 
@@ -234,7 +235,7 @@ class Run:
 def _distiller(config: TrainConfig, student: PersonDetector, device: torch.device) -> Distiller | None:
     if not config.teacher:
         return None
-    teacher = read_detector(Path(config.teacher)).build().to(device).to(memory_format=torch.channels_last)
+    teacher = open_teacher(Path(config.teacher)).to(device).to(memory_format=torch.channels_last)
     return Distiller(student, teacher, config.distill)
 
 

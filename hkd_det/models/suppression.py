@@ -1,0 +1,23 @@
+"""Non-maximum suppression with shapes that depend on no value, so that it can be exported."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+IOU = 0.7  # Ultralytics' own threshold
+CANDIDATES = 1000  # the best of a picture that suppression looks at
+
+
+def suppressed(boxes_xyxy: Tensor, scores: Tensor, top: int, iou: float = IOU) -> tuple[Tensor, Tensor]:
+    """The best boxes [B, K, 4] and scores [B, K], falling, of boxes [B, A, 4] and scores [B, A], 0..1.
+
+    K is `top`, or A where that is smaller. Who overlaps a better one by more than `iou` is gone; 0 fills up.
+    """
+    count = min(max(CANDIDATES, top), scores.shape[1])
+    scores, index = scores.topk(count)  # [B, C]
+    boxes_xyxy = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
+    picture = torch.zeros_like(index) + torch.arange(len(index), device=index.device)[:, None]
+    kept = batched_nms(boxes_xyxy.flatten(0, 1), scores.flatten(), picture.flatten(), iou)
+    stays = torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores)
+    scores, index = (scores * stays).topk(min(top, count))
+    return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
