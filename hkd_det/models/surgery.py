@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from hkd_det.errors import UsageError
+from hkd_det.models.separable import make_separable
+
 
 @dataclass(frozen=True)
 class Inner:
@@ -33,9 +36,16 @@ UNCHANGED = Changes()
 
 
 def apply_changes(network: nn.Module, changes: Changes) -> None:
-    """Give a freshly built network the shape that `changes` describes; the new layers' weights are arbitrary."""
-    if changes != UNCHANGED:
+    """Give a freshly built network the shape that `changes` describes; the new layers' weights are arbitrary.
+
+    Raises UsageError for a layer that is to be both narrowed and made separable.
+    """
+    both = set(changes.widths) & set(changes.separable)
+    if both:
+        raise UsageError(f"{min(both)}: a layer can be narrowed or made separable, not both")
+    if changes.widths:
         raise NotImplementedError(type(network).__name__)
+    make_separable(network, changes.separable)
 
 
 def residual_inner_layers(network: nn.Module) -> list[Inner]:
