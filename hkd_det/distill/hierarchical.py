@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign
 
 from hkd_det.distill.adapter import Adapter, pair_by_stride
 from hkd_det.distill.lesson import Lesson
+from hkd_det.distill.regions import region_errors
 from hkd_det.errors import UsageError
 from hkd_det.losses.imitation import balanced_mean, imitation_error
 from hkd_det.losses.localisation import localisation_loss
@@ -83,11 +83,7 @@ class HierarchicalDistillation(nn.Module):
         norm = lesson.norm_of(count)
         if count == 0:
             return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
-        pool = MultiScaleRoIAlign([str(stride) for stride in self.strides], output_size=7, sampling_ratio=2)
-        sizes = [(lesson.pictures.shape[-2], lesson.pictures.shape[-1])] * len(regions)
-        mine = pool(_named(self.strides, adapted), regions, sizes)
-        other = pool(_named(self.strides, maps), regions, sizes)
-        return imitation_error(mine, other).mean((1, 2)).sum() / norm
+        return region_errors(adapted, maps, self.strides, regions).sum() / norm
 
     def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         student, teacher = lesson.mine, lesson.other
@@ -112,10 +108,6 @@ def _box_error(student: Branch, teacher: Branch) -> Tensor:
     if student.sides is not None and teacher.sides is not None and student.sides.shape == teacher.sides.shape:
         return localisation_loss(student.sides, teacher.sides)
     return giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
-
-
-def _named(strides: Sequence[int], maps: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {str(stride): level.float() for stride, level in zip(strides, maps, strict=True)}
 
 
 def _cells_with_people(map_hw: tuple[int, int], stride: int, truth: TruthBatch) -> Tensor:

@@ -55,8 +55,9 @@ def _import() -> None:
     try:
         import ultralytics.nn.tasks  # noqa: F401, PLC0415
     except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
         raise UnavailableError(
-            f"{error.name} is not installed; YOLO models need: pip install 'hkd-det[yolo]' (AGPL-3.0)"
+            f"{package} is not installed; YOLO models need: pip install 'hkd-det[yolo]' (AGPL-3.0)"
         ) from None
 
 

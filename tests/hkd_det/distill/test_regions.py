@@ -1,0 +1,52 @@
+"""Region errors against torchvision's pooling, and with levels of different widths."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign
+
+from hkd_det.distill.regions import region_errors
+from hkd_det.losses.imitation import imitation_error
+
+STRIDES = (8, 16, 32)
+SIDE = 512
+REGIONS = [
+    torch.tensor([[10.0, 10, 60, 120], [0, 0, 500, 500], [100, 50, 260, 400]]),
+    torch.zeros(0, 4),
+    torch.tensor([[300.0, 200, 500, 510], [7, 9, 11, 30]]),
+]
+
+
+def maps(seed: int, channels: tuple[int, int, int]) -> list[Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(3, width, SIDE // stride, SIDE // stride, generator=chance)
+        for width, stride in zip(channels, STRIDES, strict=True)
+    ]
+
+
+def test_errors_are_those_of_torchvisions_pooling() -> None:
+    mine, other = maps(0, (6, 6, 6)), maps(1, (6, 6, 6))
+    pool = MultiScaleRoIAlign([str(stride) for stride in STRIDES], 7, 2)
+    pooled, wanted = (
+        pool({str(stride): level for stride, level in zip(STRIDES, of_one, strict=True)}, REGIONS, [(SIDE, SIDE)] * 3)
+        for of_one in (mine, other)
+    )
+    expected = imitation_error(pooled, wanted).mean((1, 2))
+    assert expected.std() > 0.01
+    torch.testing.assert_close(region_errors(mine, other, STRIDES, REGIONS), expected)
+
+
+def test_levels_may_differ_in_width() -> None:
+    mine, other = maps(0, (3, 5, 7)), maps(1, (3, 5, 7))
+    for level in mine:
+        level.requires_grad_()
+    errors = region_errors(mine, other, STRIDES, REGIONS)
+    assert errors.shape == (5,)
+    errors.sum().backward()
+    assert all(level.grad is not None and level.grad.any() for level in mine)
+    torch.testing.assert_close(region_errors(other, other, STRIDES, REGIONS), torch.zeros(5))
+
+
+def test_no_regions_give_no_errors() -> None:
+    mine = maps(0, (3, 5, 7))
+    assert region_errors(mine, mine, STRIDES, [torch.zeros(0, 4)] * 3).shape == (0,)
