@@ -5,13 +5,14 @@ from typing import Any
 
 from hkd_det.models.detector import Detector, DetectorSpec
 from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
 from hkd_det.models.surgery import UNCHANGED, Changes
 from hkd_det.models.yolo import YoloDetector, YoloSpec
 from hkd_det.settings import from_mapping
 
-Spec = DetectorSpec | YoloSpec
+Spec = DetectorSpec | YoloSpec | FasterRcnnSpec
 
-FAMILIES: dict[str, type[Spec]] = {"hkd": DetectorSpec, "yolo": YoloSpec}
+FAMILIES: dict[str, type[Spec]] = {"hkd": DetectorSpec, "yolo": YoloSpec, "faster-rcnn": FasterRcnnSpec}
 
 
 def build(spec: Spec, changes: Changes = UNCHANGED) -> PersonDetector:
@@ -21,6 +22,8 @@ def build(spec: Spec, changes: Changes = UNCHANGED) -> PersonDetector:
             return Detector(spec, changes)
         case YoloSpec():
             return YoloDetector(spec, changes)
+        case FasterRcnnSpec():
+            return FasterRcnn(spec, changes)
 
 
 def spec_as_dict(spec: Spec) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The kinds of output that detectors of different families give."""
 
-from hkd_det.models.prediction import Found, Prediction
+from hkd_det.models.prediction import Found, Prediction, TwoStage
 
-Output = Prediction | Found
+Output = Prediction | TwoStage | Found

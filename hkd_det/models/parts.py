@@ -5,6 +5,7 @@ from typing import Literal
 from hkd_det.errors import UsageError
 from hkd_det.models.detector import Detector
 from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.yolo import YoloDetector
 
 Part = Literal["backbone", "neck", "head"]
@@ -15,6 +16,8 @@ def part_of(detector: PersonDetector, layer: str) -> Part:
     match detector:
         case Detector():
             return _first_of(layer, {"backbone.": "backbone", "neck.": "neck"})
+        case FasterRcnn():
+            return _first_of(layer, {"backbone.body.": "backbone", "backbone.fpn.": "neck"})
         case YoloDetector():
             index = int(layer.removeprefix("network.model.").partition(".")[0])
             if index < len(detector.spec.layout["backbone"]):

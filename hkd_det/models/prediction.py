@@ -46,3 +46,37 @@ class Found:
 
     boxes_xyxy: tuple[Tensor, ...]
     scores: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TwoStage:
+    """A two-stage detector's first half: where people may be. The second half judges whatever regions it is given.
+
+    maps: the pyramid's levels [B, C, H, W] that regions are read from, fine to coarse. anchors_xyxy: [A, 4] input
+    pixels, the same in every picture. objectness: [B, A] logits. deltas: [B, A, 4] offsets to the anchors.
+    proposals: for each picture the best boxes [P, 4] after suppression, best first, without gradients.
+    input_hw: the pictures' (height, width).
+    """
+
+    maps: tuple[Tensor, ...]
+    anchors_xyxy: Tensor
+    objectness: Tensor
+    deltas: Tensor
+    proposals: tuple[Tensor, ...]
+    input_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class RegionAnswer:
+    """What a two-stage detector's second half says of R regions, those of the first picture first.
+
+    pooled: [R, C, 7, 7] features as they enter the head. embedding: [R, D] as they leave its two layers: what HKD calls
+    the logit level. logits: [R] person against background. deltas: [R, 4] offsets to the regions.
+    boxes_xyxy: [R, 4] the regions so moved, input pixels, not clipped.
+    """
+
+    pooled: Tensor
+    embedding: Tensor
+    logits: Tensor
+    deltas: Tensor
+    boxes_xyxy: Tensor

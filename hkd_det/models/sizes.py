@@ -9,16 +9,19 @@ from hkd_det.errors import UsageError
 from hkd_det.models.detector import DetectorSpec, parameter_count
 from hkd_det.models.families import Spec, build
 from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnnSpec
 from hkd_det.models.yolo import yolo_spec
 
 # A student has at most a sixth of its teacher's parameters: tests/hkd_det/models/test_sizes.py.
-SIZES: dict[str, DetectorSpec] = {
+SIZES: dict[str, DetectorSpec | FasterRcnnSpec] = {
     "teacher-r50": DetectorSpec("resnet50", channels=256),
     "student-r18": DetectorSpec("resnet18", {"channels": (32, 64, 128, 256), "stem_width": 32}, channels=96),
     "mini-teacher": DetectorSpec("resnet18", {"channels": (32, 64, 128, 256), "stem_width": 32}, channels=96),
     "mini-student": DetectorSpec("resnet10t", {"channels": (16, 32, 64, 128), "stem_width": 16}, channels=40),
+    "fasterrcnn-r50": FasterRcnnSpec(),
+    "fasterrcnn-r18": FasterRcnnSpec("resnet18", width=0.5, channels=112, head_width=512),
 }
-TEACHER_OF = {"student-r18": "teacher-r50", "mini-student": "mini-teacher"}
+TEACHER_OF = {"student-r18": "teacher-r50", "mini-student": "mini-teacher", "fasterrcnn-r18": "fasterrcnn-r50"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def build_detector(name: str, backbone: str = "") -> PersonDetector:
     """A detector of a named size with fresh weights, on its own backbone or on any timm model's.
 
     Raises UsageError for an unknown name, for a backbone without maps at the size's strides, and for a backbone of a
-    YOLO model, which has its own.
+    YOLO model or a Faster R-CNN, which have their own.
     """
     spec = spec_of(name)
     if not backbone:

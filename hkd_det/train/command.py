@@ -46,7 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         help="train nothing: count what --data holds, tell everything that is wrong (then the exit code is 1), draw it",
     )
     parser.add_argument("--recipe", default="", metavar="YAML", help="a whole run's settings; flags come on top")
-    parser.add_argument("--model", help="what to train: teacher-r50, student-r18, mini-teacher, mini-student")
+    parser.add_argument(
+        "--model",
+        help="what to train: teacher-r50, student-r18, mini-teacher, mini-student, fasterrcnn-r50, fasterrcnn-r18",
+    )
     parser.add_argument("--teacher", help="best.pt of the teacher to learn from")
     parser.add_argument(
         "--distill", metavar="METHODS", help="how to learn from it: hkd, noise, mokd, or several: hkd,noise"

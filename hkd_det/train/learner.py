@@ -1,11 +1,14 @@
 """Learner: what one step of training computes. One module, so that DDP sees every parameter that learns."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hkd_det.distill.distiller import Distiller
 from hkd_det.losses.detection import DetectionLoss, Norm
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnn
 
 Terms = dict[str, Tensor]
 
@@ -23,10 +26,15 @@ class Learner(nn.Module):
     def forward(self, pictures: Tensor, truth: TruthBatch, strength: float) -> tuple[Terms, Terms]:
         """The batch's terms, the task's and the teacher's; `strength` 0..1 scales the latter, at 0 there are none."""
         output = self.detector(pictures)
-        task = self.loss(output, truth, self.norm_of)
+        task = self._task(output, truth)
         taught: Terms = {}
         if self.distiller is not None and strength > 0:
             taught = self.distiller(pictures, output, truth, strength, self.norm_of)
         elif self.distiller is not None:
             self.distiller.skip()
         return task, taught
+
+    def _task(self, output: Any, truth: TruthBatch) -> Terms:
+        if isinstance(self.detector, FasterRcnn):
+            return self.detector.losses(output, truth, self.norm_of)
+        return self.loss(output, truth, self.norm_of)

@@ -24,6 +24,7 @@ from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.models.backbone import load_pretrained
 from hkd_det.models.detector import Detector, freeze_norms
 from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.sizes import build_detector, cost
 from hkd_det.train.average import MovingAverage
 from hkd_det.train.checkpoint import DetectorCheckpoint, read_state, write_detector, write_state
@@ -73,8 +74,8 @@ class Run:
         torch.manual_seed(config.seed)
         detector = build_detector(config.model, config.backbone)
         if config.pretrained:
-            if not isinstance(detector, Detector):
-                raise UsageError(f"--pretrained fills our own detectors' backbones, not {config.model}")
+            if not isinstance(detector, Detector | FasterRcnn):
+                raise UsageError(f"--pretrained fills timm's backbones; {config.model} has one of its own")
             load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
         if config.freeze_norm:
             freeze_norms(detector)
