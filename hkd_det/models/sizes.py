@@ -3,10 +3,12 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from hkd_det.errors import UsageError
-from hkd_det.models.detector import DetectorSpec, parameter_count
+from hkd_det.models.detector import DetectorSpec
 from hkd_det.models.families import Spec, build
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.faster_rcnn import FasterRcnnSpec
@@ -28,7 +30,7 @@ TEACHER_OF = {"student-r18": "teacher-r50", "mini-student": "mini-teacher", "fas
 class Cost:
     """What a deployed detector weighs and does.
 
-    parameters: trainable numbers, all of which are exported.
+    parameters: trained numbers that are exported; what only training runs (a one-to-many head) does not count.
     flops: floating-point operations a picture of `imgsz_hw`: 2 x multiply-accumulates.
     """
 
@@ -68,8 +70,12 @@ def cost(detector: PersonDetector, imgsz_hw: tuple[int, int]) -> Cost:
     device = next(detector.parameters()).device
     counter = FlopCounterMode(display=False)
     was_training = detector.training
+    ran: set[nn.Module] = set()
     detector.eval()
+    hook = register_module_forward_hook(lambda module, _inputs, _output: ran.add(module))
     with torch.no_grad(), counter:
         detector.detect(torch.zeros(1, 3, *imgsz_hw, device=device))
+    hook.remove()
     detector.train(was_training)
-    return Cost(parameter_count(detector), counter.get_total_flops(), imgsz_hw)
+    exported = {parameter for module in ran for parameter in module.parameters(recurse=False)}
+    return Cost(sum(parameter.numel() for parameter in exported), counter.get_total_flops(), imgsz_hw)

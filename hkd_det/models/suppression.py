@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 IOU = 0.7  # Ultralytics' own threshold
 CANDIDATES = 1000  # the best of a picture that suppression looks at
@@ -16,8 +16,10 @@ def suppressed(boxes_xyxy: Tensor, scores: Tensor, top: int, iou: float = IOU) -
     count = min(max(CANDIDATES, top), scores.shape[1])
     scores, index = scores.topk(count)  # [B, C]
     boxes_xyxy = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
-    picture = torch.zeros_like(index) + torch.arange(len(index), device=index.device)[:, None]
-    kept = batched_nms(boxes_xyxy.flatten(0, 1), scores.flatten(), picture.flatten(), iou)
+    # All pictures at once, each moved to ground of its own. index.shape[0], not len(index), stays free when exported.
+    width = boxes_xyxy.max() - boxes_xyxy.min() + 1
+    ground = torch.arange(index.shape[0], device=index.device)[:, None, None] * width
+    kept = nms((boxes_xyxy + ground).flatten(0, 1), scores.flatten(), iou)
     stays = torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores)
     scores, index = (scores * stays).topk(min(top, count))
     return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores

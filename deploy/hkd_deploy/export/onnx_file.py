@@ -14,6 +14,7 @@ from hkd_deploy.export.graph import DeployedDetector
 from hkd_det.files import replacing
 from hkd_det.imgsz import STRIDE
 from hkd_det.models.sizes import cost
+from hkd_det.models.yolo import YoloSpec
 from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256
 
 OPSET = 17  # what ONNX Runtime 1.16, TensorRT 8.6 and OpenVINO 2024 all read
@@ -53,11 +54,11 @@ def metadata(checkpoint: DetectorCheckpoint, imgsz_hw: tuple[int, int], batch: i
     """What the file says of itself."""
     weight = cost(checkpoint.build(), imgsz_hw)
     return {
-        "description": f"hkd-det {checkpoint.model}, one-stage pedestrian detector, NMS-free",
+        "description": f"hkd-det {checkpoint.model}, pedestrian detector, end to end",
         "author": "hkd-det",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": version("hkd-det"),
-        "license": "Apache-2.0 (code); weights: as their training data allows",
+        "license": f"{_licence(checkpoint)} (code); weights: as their training data allows",
         "task": "detect",
         "stride": str(STRIDE),
         "batch": str(batch or "dynamic"),
@@ -71,3 +72,8 @@ def metadata(checkpoint: DetectorCheckpoint, imgsz_hw: tuple[int, int], batch: i
         "hkd.weights_sha256": weights_sha256(checkpoint.weights),
         "hkd.data": str(checkpoint.config["data"]),
     }
+
+
+def _licence(checkpoint: DetectorCheckpoint) -> str:
+    """A YOLO model's network is Ultralytics' work, whoever trained it."""
+    return "AGPL-3.0" if isinstance(checkpoint.spec, YoloSpec) else "Apache-2.0"

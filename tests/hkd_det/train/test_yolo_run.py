@@ -31,7 +31,7 @@ def thin(name: str, classes: int = 1) -> YoloSpec:
 @pytest.fixture
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
-    for name in ("yolo11n", "yolo26n"):
+    for name in ("yolov8n", "yolo11n", "yolo26n"):
         monkeypatch.setitem(sizes.SIZES, name, thin(name))  # type: ignore[arg-type]
 
 
@@ -67,13 +67,10 @@ def test_a_yolo_student_learns_from_our_teacher_and_teaches_ours(
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_sizes")
 def test_a_yolo_student_learns_to_find_dark_boxes(people: Path, tmp_path: Path) -> None:
-    course = train(
-        settings(
-            people, tmp_path, "yolo26n", None, epochs=30, lr=5e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9
-        )
-    )  # fmt: skip
+    plain = {"mosaic": 0.0, "multi_scale": 0.0, "ema_decay": 0.9}
+    course = train(settings(people, tmp_path, "yolov8n", None, epochs=20, lr=1e-2, **plain))
     assert course.history[-1].losses["box"] < 0.6 * course.history[0].losses["box"]
-    assert course.miss_rate < 0.7
+    assert course.miss_rate < 0.5
 
 
 @pytest.mark.usefixtures("tiny_sizes")
