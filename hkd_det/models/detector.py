@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from hkd_det.models.backbone import Backbone
 from hkd_det.models.family import PersonDetector
-from hkd_det.models.head import Head, RawMaps
+from hkd_det.models.head import Head, RawMaps, head_inner_layers
 from hkd_det.models.neck import FeaturePyramid
 from hkd_det.models.peaks import keep_peaks
 from hkd_det.models.points import anchor_points, decode_boxes
 from hkd_det.models.prediction import Branch, Found, Prediction
-from hkd_det.models.surgery import UNCHANGED, Changes, Inner, apply_changes, residual_inner_layers
+from hkd_det.models.surgery import UNCHANGED, Changes, Inner, apply_changes, plain_layers, residual_inner_layers
 from hkd_det.models.tap import Tap
 
 MEAN_RGB = (123.675, 116.28, 103.53)  # ImageNet, 0..255
@@ -101,8 +101,8 @@ class Detector(PersonDetector):
         ]
 
     def inner_layers(self) -> list[Inner]:
-        """The backbone's residual blocks'."""
-        return residual_inner_layers(self)
+        """The backbone's residual blocks' and the head's towers'."""
+        return [*residual_inner_layers(self), *plain_layers(self, head_inner_layers(self.head, "head"))]
 
 
 def freeze_norms(model: nn.Module) -> None:

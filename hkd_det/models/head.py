@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hkd_det.models.surgery import Inner
+
 PRIOR = 0.01  # the share of points that hold a person, about: where the scores start (RetinaNet)
 
 
@@ -78,3 +80,21 @@ class Head(nn.Module):
     def _sides(self, features: Tensor, level: int) -> Tensor:
         logits = self.sides(self.tower_sides(features, level)).float()
         return logits.flatten(2).transpose(1, 2).unflatten(2, (4, self.bins))
+
+
+def head_inner_layers(head: Head, name: str) -> list[Inner]:
+    """All convolutions of the towers of a head that bears this name in its detector."""
+    readers = {
+        "tower_scores": (f"{name}.many", f"{name}.tower_one.convs.0"),
+        "tower_one": (f"{name}.one",),
+        "tower_sides": (f"{name}.sides",),
+    }
+    layers = []
+    for tower, last in readers.items():
+        inside = f"{name}.{tower}"
+        levels, depth = len(getattr(head, tower).norms), len(getattr(head, tower).convs)
+        for index in range(depth):
+            norms = tuple(f"{inside}.norms.{level}.{index}" for level in range(levels))
+            readers_here = (f"{inside}.convs.{index + 1}",) if index + 1 < depth else last
+            layers.append(Inner(f"{inside}.convs.{index}", norms, readers_here))
+    return layers

@@ -5,19 +5,21 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from hkd_det.errors import UsageError
+from hkd_det.models.narrow import is_plain, narrow
 from hkd_det.models.separable import make_separable
 
 
 @dataclass(frozen=True)
 class Inner:
-    """A layer inside a block: convolution and normalisation, and the convolution that alone reads what they give.
+    """A layer inside a block: a convolution, its normalisation, and the convolutions that alone read what they give.
 
+    norms: several where the convolution is shared by levels that are normalised each for itself, as in our heads.
     Module names as `named_modules` has them.
     """
 
     conv: str
-    norm: str
-    consumer: str
+    norms: tuple[str, ...]
+    consumers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,41 @@ UNCHANGED = Changes()
 def apply_changes(network: nn.Module, changes: Changes) -> None:
     """Give a freshly built network the shape that `changes` describes; the new layers' weights are arbitrary.
 
-    Raises UsageError for a layer that is to be both narrowed and made separable.
+    Raises UsageError for a layer that is to be both narrowed and made separable, or is not there.
     """
     both = set(changes.widths) & set(changes.separable)
     if both:
         raise UsageError(f"{min(both)}: a layer can be narrowed or made separable, not both")
     if changes.widths:
-        raise NotImplementedError(type(network).__name__)
+        _narrow(network, network.inner_layers(), changes.widths)  # type: ignore[operator]
     make_separable(network, changes.separable)
 
 
 def residual_inner_layers(network: nn.Module) -> list[Inner]:
-    """The inner layers of ResNet's blocks, timm's or torchvision's: the 3x3 convolution before the block's last."""
+    """The inner layers of ResNet's blocks, timm's or torchvision's: all convolutions but a block's last."""
     found = []
-    for name, module in network.named_modules():
-        if all(hasattr(module, part) for part in ("conv1", "bn1", "conv2", "bn2")) and hasattr(module, "downsample"):
-            last = 3 if getattr(module, "conv3", None) is not None else 2
-            found.append(Inner(f"{name}.conv{last - 1}", f"{name}.bn{last - 1}", f"{name}.conv{last}"))
-    return found
+    for name, block in network.named_modules():
+        if all(hasattr(block, part) for part in ("conv1", "bn1", "conv2", "bn2")) and hasattr(block, "downsample"):
+            last = 3 if getattr(block, "conv3", None) is not None else 2
+            found += [
+                Inner(f"{name}.conv{index}", (f"{name}.bn{index}",), (f"{name}.conv{index + 1}",))
+                for index in range(1, last)
+                # timm's anti-aliased blocks pool by a kernel a channel before the block's last convolution.
+                if index < last - 1 or isinstance(getattr(block, "aa", nn.Identity()), nn.Identity)
+            ]
+    return plain_layers(network, found)
+
+
+def plain_layers(network: nn.Module, layers: list[Inner]) -> list[Inner]:
+    """Those of the layers whose channels can be taken out one by one; grouped or separable ones are none."""
+    modules = dict(network.named_modules())
+    return [layer for layer in layers if all(is_plain(modules[name]) for name in (layer.conv, *layer.consumers))]
+
+
+def _narrow(network: nn.Module, layers: list[Inner], widths: dict[str, int]) -> None:
+    by_name = {layer.conv: layer for layer in layers}
+    for conv, width in widths.items():
+        if conv not in by_name:
+            raise UsageError(f"{conv}: no layer of this network whose channels could be taken out")
+        layer = by_name[conv]
+        narrow(network, conv, layer.norms, layer.consumers, width)

@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hkd_det.models.head import PRIOR
 from hkd_det.models.points import anchor_points, decode_boxes
 from hkd_det.models.prediction import Branch, Found, Prediction
 from hkd_det.models.suppression import suppressed
-from hkd_det.models.surgery import UNCHANGED, Changes, Inner, apply_changes
+from hkd_det.models.surgery import UNCHANGED, Changes, Inner, apply_changes, plain_layers
 from hkd_det.models.tap import Tap
 from hkd_det.models.yolo_names import definition
 from hkd_det.models.yolo_package import import_tasks, known_layers_only
@@ -111,13 +112,14 @@ class YoloDetector(PersonDetector):
         ]
 
     def inner_layers(self) -> list[Inner]:
-        """The bottlenecks' first convolutions, which only their second reads."""
+        """The bottlenecks' first convolutions, which only their second reads, and the head's but the last."""
         bottleneck = import_tasks().Bottleneck
-        return [
-            Inner(f"{name}.cv1.conv", f"{name}.cv1.bn", f"{name}.cv2.conv")
+        found = [
+            Inner(f"{name}.cv1.conv", (f"{name}.cv1.bn",), (f"{name}.cv2.conv",))
             for name, module in self.named_modules()
-            if type(module) is bottleneck and module.cv2.conv.groups == 1
+            if type(module) is bottleneck
         ]
+        return plain_layers(self, [*found, *_head_layers(self._head, f"network.model.{self._head.i}")])
 
     @property
     def _head(self) -> Any:
@@ -154,6 +156,19 @@ def _last_layers(head: Any) -> list[nn.Conv2d]:
     """The convolutions that give the scores, of all levels and both heads."""
     branches = [*head.cv3, *getattr(head, "one2one_cv3", ())]
     return [branch[-1] for branch in branches]
+
+
+def _head_layers(head: Any, name: str) -> list[Inner]:
+    """Each convolution of a head's branches that the branch's next one reads."""
+    found = []
+    for branches in ("cv2", "cv3", "one2one_cv2", "one2one_cv3"):
+        for level, branch in enumerate(getattr(head, branches, None) or ()):
+            inside = f"{name}.{branches}.{level}"
+            convolutions = [f"{inside}.{part}" for part, module in branch.named_modules() if hasattr(module, "groups")]
+            found += [
+                Inner(conv, (f"{conv.removesuffix('.conv')}.bn",), (reader,)) for conv, reader in pairwise(convolutions)
+            ]
+    return found
 
 
 def _sources(wanted: int | list[int], last: Any, outputs: list[Any]) -> Any:

@@ -186,7 +186,7 @@ def test_taps_are_the_maps_regions_are_read_from(tiny: FasterRcnn) -> None:
 def test_inner_layers_are_the_backbones(tiny: FasterRcnn) -> None:
     names = dict(tiny.named_modules())
     inner = tiny.inner_layers()
-    assert len(inner) == 8 and all(names[one.consumer].in_channels == names[one.conv].out_channels for one in inner)
+    assert len(inner) == 8 and all(names[one.consumers[0]].in_channels == names[one.conv].out_channels for one in inner)
 
 
 def test_a_spec_survives_its_plain_form(tiny: FasterRcnn) -> None:
