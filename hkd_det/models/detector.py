@@ -111,8 +111,3 @@ def freeze_norms(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
             module.requires_grad_(False)
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Trainable numbers in a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
