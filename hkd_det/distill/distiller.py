@@ -3,14 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.hierarchical import HierarchicalDistillation
+from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.noise import NoisyTeacher
 from hkd_det.distill.taps import TapRecorder
+from hkd_det.distill.two_stage import TwoStageDistillation
+from hkd_det.errors import UsageError
 from hkd_det.losses.detection import Norm
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.output import Output
 
 
@@ -25,10 +28,11 @@ class Distiller(nn.Module):
         student_taps, teacher_taps = student.taps(), teacher.taps()
         self._student_recorder = TapRecorder(student, student_taps)
         self._teacher_recorder = TapRecorder(teacher, teacher_taps)
+        self.noisy = NoisyTeacher(methods.noise) if methods.noise else None
+        self.truth_weight = methods.hkd.truth if methods.hkd else 1.0
         self.methods = nn.ModuleList()
         if methods.hkd:
-            self.methods.append(HierarchicalDistillation(student_taps, teacher_taps, methods.hkd))
-        self.noisy = NoisyTeacher(methods.noise) if methods.noise else None
+            self.methods.append(_hierarchical(student, teacher, methods.hkd, self.noisy))
 
     def forward(
         self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm
@@ -55,3 +59,17 @@ class Distiller(nn.Module):
         """Remove the taps from both networks."""
         self._student_recorder.close()
         self._teacher_recorder.close()
+
+
+def _hierarchical(
+    student: PersonDetector, teacher: PersonDetector, settings: Hierarchical, noisy: NoisyTeacher | None
+) -> nn.Module:
+    """The published form between two-stage detectors, ours where either is dense.
+
+    Raises UsageError for noise that nobody would hear: a two-stage teacher's reaches two-stage students only.
+    """
+    if isinstance(student, FasterRcnn) and isinstance(teacher, FasterRcnn):
+        return TwoStageDistillation(student, teacher, settings.two_stage, noisy)
+    if noisy and isinstance(teacher, FasterRcnn):
+        raise UsageError("--distill noise: a two-stage teacher's is for a two-stage student, region by region")
+    return HierarchicalDistillation(student.taps(), teacher.taps(), settings)

@@ -7,7 +7,7 @@ where the teacher sees somebody. `../shared/methods.md`, section 1, has the reas
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from hkd_det.distill.adapter import Adapter, pair_by_stride
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.regions import region_errors
+from hkd_det.distill.soft_regions import soft_regions
+from hkd_det.distill.two_stage import TwoStageLevels
 from hkd_det.errors import UsageError
 from hkd_det.losses.imitation import balanced_mean, imitation_error
 from hkd_det.losses.localisation import localisation_loss
 from hkd_det.losses.overlap import giou_loss
 from hkd_det.losses.soft_score import soft_score_loss
 from hkd_det.models.assignment import TruthBatch, points_inside
-from hkd_det.models.prediction import Branch, Prediction
+from hkd_det.models.faster_rcnn import FasterRcnn
+from hkd_det.models.prediction import Branch, Prediction, TwoStage
 from hkd_det.models.tap import Tap
 
 
@@ -30,7 +33,9 @@ class Hierarchical:
     """How much each level counts, and its choices.
 
     foreground: share of the pyramid level's weight that lies on people. confident: teacher score, 0..1,
-    from which its boxes are regions too. regions: at most so many of them a picture.
+    from which its boxes are regions too. regions: at most so many of them a picture. two_stage: instead of all these,
+    the levels between two Faster R-CNNs. truth: what the task's own terms count while the teacher teaches, 0..1; at 0
+    they set in when it stops, for the end of training.
     """
 
     pyramid: float = 2.0
@@ -40,6 +45,12 @@ class Hierarchical:
     foreground: float = 0.5
     confident: float = 0.4
     regions: int = 20
+    two_stage: TwoStageLevels = field(default_factory=TwoStageLevels)
+    truth: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.truth <= 1:
+            raise UsageError(f"hkd.truth = {self.truth}: the weight of the task's own terms is 0..1")
 
 
 class HierarchicalDistillation(nn.Module):
@@ -87,6 +98,8 @@ class HierarchicalDistillation(nn.Module):
 
     def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         student, teacher = lesson.mine, lesson.other
+        if isinstance(lesson.student, FasterRcnn) and isinstance(student, TwoStage):
+            return soft_regions(lesson.student, student, lesson.teacher.found(teacher), lesson.norm_of)
         if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and _same_points(student, teacher)):
             raise UsageError("logit-level distillation needs student and teacher with the same pyramid strides")
         scores = student.many.logits.new_zeros(())

@@ -22,6 +22,8 @@ class Methods:
     def __post_init__(self) -> None:
         if self.mokd and not (self.hkd or self.noise):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
+        if self.mokd and self.hkd and self.hkd.truth < 1:
+            raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.truth at 1")
 
     @property
     def names(self) -> list[str]:

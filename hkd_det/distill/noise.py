@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hkd_det.errors import UsageError
 from hkd_det.models.output import Output
-from hkd_det.models.prediction import Branch, Prediction
+from hkd_det.models.prediction import Branch, Prediction, RegionAnswer, TwoStage
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,18 @@ class NoisyTeacher:
         self.noise = noise
 
     def output(self, output: Output) -> Output:
-        """A dense teacher's with noisy score logits; everything else as it is."""
+        """A dense teacher's with noisy score logits; a two-stage one's as it is: its logit level is in `regions`."""
+        if isinstance(output, TwoStage):
+            return output
         if not isinstance(output, Prediction):
             raise UsageError("--distill noise: this teacher shows no logits to perturb")
         one = self._branch(output.one) if output.one else None
         return replace(output, many=self._branch(output.many), one=one)
+
+    def regions(self, answer: RegionAnswer) -> RegionAnswer:
+        """A two-stage teacher's logit level, region by region: there a sample is a region, not a picture."""
+        pooled = self._noisy(answer.pooled, self.noise.features) if self.noise.features else answer.pooled
+        return replace(answer, pooled=pooled, embedding=self._noisy(answer.embedding, self.noise.sigma))
 
     def maps(self, maps: list[Tensor]) -> list[Tensor]:
         """The tapped maps [B, C, H, W]."""

@@ -30,6 +30,7 @@ class Learner(nn.Module):
         taught: Terms = {}
         if self.distiller is not None and strength > 0:
             taught = self.distiller(pictures, output, truth, strength, self.norm_of)
+            task = {name: self.distiller.truth_weight * term for name, term in task.items()}
         elif self.distiller is not None:
             self.distiller.skip()
         return task, taught

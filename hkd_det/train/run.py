@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -130,6 +131,7 @@ class Run:
     def _epoch(self, learner: nn.Module, epoch: int, bar: "tqdm[Never]") -> EpochRecord:
         config, started = self.config, time.monotonic()
         self.sampler.epoch = epoch
+        torch.manual_seed(_seed_of(config.seed, epoch, self.processes.rank))
         self.sampler.plain = epoch >= plain_from(config.epochs, config.finale)
         strength = distillation_strength(epoch, config.epochs, config.finale)
         bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
@@ -238,6 +240,11 @@ def _distiller(config: TrainConfig, student: PersonDetector, device: torch.devic
         return None
     teacher = open_teacher(Path(config.teacher)).to(device).to(memory_format=torch.channels_last)
     return Distiller(student, teacher, config.distill)
+
+
+def _seed_of(seed: int, epoch: int, rank: int) -> int:
+    """For what chance decides in an epoch's steps (samples, noise): a resumed run decides as an unbroken one."""
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
 
 
 def _optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
