@@ -174,14 +174,14 @@ def test_inner_layers_are_read_by_their_consumer_alone(name: str) -> None:
     modules: dict[str, Any] = dict(detector.named_modules())
     with torch.no_grad():
         for layer in inner:
-            assert modules[layer.conv].out_channels == modules[layer.norm].num_features
-            assert modules[layer.consumer].in_channels == modules[layer.conv].out_channels
-            modules[layer.consumer].weight[:, 0] = 0
+            assert modules[layer.conv].out_channels == modules[layer.norms[0]].num_features
+            assert modules[layer.consumers[0]].in_channels == modules[layer.conv].out_channels
+            modules[layer.consumers[0]].weight[:, 0] = 0
         before = detector(pictures()).many.logits
         for layer in inner:
-            modules[layer.norm].bias[0] += 3.0
+            modules[layer.norms[0]].bias[0] += 3.0
         assert torch.equal(detector(pictures()).many.logits, before)
-        modules[inner[0].norm].bias[1] += 3.0
+        modules[inner[0].norms[0]].bias[1] += 3.0
         assert not torch.equal(detector(pictures()).many.logits, before)
 
 
