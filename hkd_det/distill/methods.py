@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from hkd_det.distill.arbitration import Arbitration
+from hkd_det.distill.blockwise.settings import Blockwise
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.noise import Noise
 from hkd_det.errors import UsageError
@@ -18,6 +19,7 @@ class Methods:
     hkd: Hierarchical | None = None
     noise: Noise | None = None
     mokd: Arbitration | None = None
+    blockwise: Blockwise | None = None
 
     def __post_init__(self) -> None:
         if self.mokd and not (self.hkd or self.noise):
@@ -33,7 +35,7 @@ class Methods:
     @classmethod
     def of(cls, names: str) -> "Methods":
         """Methods by name with their defaults, as `--distill hkd,noise` gives them."""
-        known = {"hkd": Hierarchical, "noise": Noise, "mokd": Arbitration}
+        known = {"hkd": Hierarchical, "noise": Noise, "mokd": Arbitration, "blockwise": Blockwise}
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         for name in wanted:
             if name not in known:

@@ -50,9 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         help="what to train: teacher-r50, student-r18, mini-teacher, mini-student, fasterrcnn-r50, fasterrcnn-r18",
     )
+    parser.add_argument(
+        "--init", metavar="CHECKPOINT", help="start from a checkpoint's shape and weights; --model may be left out"
+    )
     parser.add_argument("--teacher", help="best.pt of the teacher to learn from")
     parser.add_argument(
-        "--distill", metavar="METHODS", help="how to learn from it: hkd, noise, mokd, or several: hkd,noise"
+        "--distill", metavar="METHODS", help="how to learn from it: hkd, noise, mokd, blockwise, or several: hkd,noise"
     )
     parser.add_argument(
         "--control",

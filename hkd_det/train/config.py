@@ -18,7 +18,8 @@ class TrainConfig:
 
     data: a name in datasets.yaml or a path to a data yaml. imgsz_hw: (height, width) in pixels, multiples of 32.
     backbone: a timm model in the place of the model's own, or "". pretrained: "imagenet", a weights file, or "" for
-    none. teacher: a checkpoint to distil from, or "". distill: how.
+    none. init: a checkpoint whose shape and weights are the start, or "". teacher: a checkpoint to distil from, or "".
+    distill: how.
     batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
     the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
     epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
@@ -42,6 +43,7 @@ class TrainConfig:
     finale: float = 0.1
     backbone: str = ""
     pretrained: str = ""
+    init: str = ""
     teacher: str = ""
     distill: Methods = field(default_factory=Methods)
     freeze_norm: bool = False
@@ -63,6 +65,10 @@ class TrainConfig:
             raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
         if bool(self.teacher) != bool(self.distill.names):
             raise UsageError("--teacher and --distill go together: who teaches, and how")
+        if self.init and self.distill.blockwise:
+            raise UsageError("--distill blockwise starts from its teacher, not from --init: leave one out")
+        if (self.init or self.distill.blockwise) and (self.backbone or self.pretrained):
+            raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
 
     @property
     def run_dir(self) -> Path:

@@ -50,6 +50,8 @@ def control_of(config: TrainConfig) -> TrainConfig:
     """
     if not config.teacher:
         raise UsageError("--control shows what a teacher brings: it needs --teacher and --distill")
+    if config.distill.blockwise:
+        raise UsageError("--control: blockwise makes the student from its teacher; without there is none to train")
     return replace(config, teacher="", distill=Methods(), run=f"{config.run}-control")
 
 

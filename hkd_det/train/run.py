@@ -17,17 +17,16 @@ from hkd_det.datasets import Sample
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.distill.arbiter import Arbiter, Together
 from hkd_det.distill.distiller import Distiller
-from hkd_det.errors import DataError, UsageError
+from hkd_det.errors import DataError
 from hkd_det.files import write_text
 from hkd_det.losses.detection import total
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
-from hkd_det.models.backbone import load_pretrained
-from hkd_det.models.detector import Detector, freeze_norms
+from hkd_det.models.detector import freeze_norms
 from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnn
-from hkd_det.models.sizes import build_detector, cost
+from hkd_det.models.sizes import cost
 from hkd_det.train.average import MovingAverage
+from hkd_det.train.blockwise import assemble
 from hkd_det.train.checkpoint import DetectorCheckpoint, read_state, write_detector, write_state
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.history import EpochRecord, write_history
@@ -35,6 +34,7 @@ from hkd_det.train.learner import Learner
 from hkd_det.train.loader import Epochs, batches, open_loader
 from hkd_det.train.processes import Processes, joined_processes
 from hkd_det.train.schedule import distillation_strength, learning_rate_factor, plain_from
+from hkd_det.train.student import build_student
 from hkd_det.train.teachers import open_teacher
 from hkd_det.train.validate import detect_all
 
@@ -55,29 +55,33 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     """
     with joined_processes(config.device) as processes:
         training, validation = open_data(config.data, "train"), open_data(config.data, "val")
-        run = Run(config, processes, training, validation)
+        check_people(config, training, validation)
+        init = Path(config.init) if config.init else None
+        if config.distill.blockwise:
+            init = assemble(config, config.distill.blockwise, processes, training, validation, resume)
+        run = Run(config, processes, training, validation, init)
         if resume:
             run.restore()
         return run.finish()
 
 
 class Run:
-    """The state of a run between two epochs, and how it moves from one to the next."""
+    """The state of a run between two epochs, and how it moves from one to the next; `init` is where it starts."""
 
     def __init__(
-        self, config: TrainConfig, processes: Processes, training: Sequence[Sample], validation: Sequence[Sample]
+        self,
+        config: TrainConfig,
+        processes: Processes,
+        training: Sequence[Sample],
+        validation: Sequence[Sample],
+        init: Path | None,
     ) -> None:
         if config.batch % processes.count:
             raise DataError(f"--batch {config.batch} can't be shared evenly by {processes.count} processes")
         self.config, self.processes, self.validation = config, processes, validation
         self.setup = SETUPS[config.setup]
-        self._check_people(training)
         torch.manual_seed(config.seed)
-        detector = build_detector(config.model, config.backbone)
-        if config.pretrained:
-            if not isinstance(detector, Detector | FasterRcnn):
-                raise UsageError(f"--pretrained fills timm's backbones; {config.model} has one of its own")
-            load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
+        detector = build_student(config, init)
         if config.freeze_norm:
             freeze_norms(detector)
         detector.to(processes.device).to(memory_format=torch.channels_last)
@@ -183,18 +187,6 @@ class Run:
         truth = TruthTable.of([sample.truth for sample in self.validation])
         return evaluate(truth, DetectionTable.of(found), [self.setup])[self.setup.name].value
 
-    def _check_people(self, training: Sequence[Sample]) -> None:
-        """Find out now, not after an epoch, that there is nobody to learn from or to be judged by."""
-        if all(sample.truth.ignore.all() for sample in training):
-            raise DataError(f"--data {self.config.data}: nobody to find in the train split, only ignore regions")
-        truth = TruthTable.of([sample.truth for sample in self.validation])
-        if evaluate(truth, DetectionTable.of([]), [self.setup])[self.setup.name].people == 0:
-            low = self.setup.height_px[0]
-            raise DataError(
-                f"--data {self.config.data}: nobody in the val split counts in the setup {self.setup.name} (at least "
-                f"{low:g} px tall, visibility from {self.setup.visibility[0]:g}); --set setup=All takes smaller people"
-            )
-
     def _save(self, record: EpochRecord) -> None:
         """Best first, then last: a kill between the two repeats this epoch and writes the same best again."""
         config = self.config
@@ -235,8 +227,21 @@ class Run:
         )
 
 
+def check_people(config: TrainConfig, training: Sequence[Sample], validation: Sequence[Sample]) -> None:
+    """Find out now, not after an epoch, that there is nobody to learn from or to be judged by."""
+    if all(sample.truth.ignore.all() for sample in training):
+        raise DataError(f"--data {config.data}: nobody to find in the train split, only ignore regions")
+    setup, truth = SETUPS[config.setup], TruthTable.of([sample.truth for sample in validation])
+    if evaluate(truth, DetectionTable.of([]), [setup])[setup.name].people == 0:
+        raise DataError(
+            f"--data {config.data}: nobody in the val split counts in the setup {setup.name} (at least "
+            f"{setup.height_px[0]:g} px tall, visibility from {setup.visibility[0]:g}); --set setup=All takes smaller "
+            "people"
+        )
+
+
 def _distiller(config: TrainConfig, student: PersonDetector, device: torch.device) -> Distiller | None:
-    if not config.teacher:
+    if config.distill.names in ([], ["blockwise"]):
         return None
     teacher = open_teacher(Path(config.teacher)).to(device).to(memory_format=torch.channels_last)
     return Distiller(student, teacher, config.distill)

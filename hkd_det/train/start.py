@@ -15,8 +15,9 @@ from hkd_det.train.checkpoint import read_state
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.control import compare, control_of, told
 from hkd_det.train.run import train
+from hkd_det.train.teachers import name_of
 
-FLAGS = ("data", "model", "teacher", "epochs", "batch", "backbone", "pretrained", "device", "workers", "seed")
+FLAGS = ("data", "model", "init", "teacher", "epochs", "batch", "backbone", "pretrained", "device", "workers", "seed")
 
 
 def start(arguments: argparse.Namespace) -> int:
@@ -43,7 +44,8 @@ def start(arguments: argparse.Namespace) -> int:
 
 def _fresh(arguments: argparse.Namespace) -> TrainConfig:
     config = _asked(arguments)
-    spec_of(config.model)
+    if not _starts_from(config.as_dict()):
+        spec_of(config.model)
     if (config.run_dir / "last.pt").exists() and not arguments.exist_ok:
         raise UsageError(
             f"{config.run_dir} already holds a run: --resume {config.run_dir} goes on with it, "
@@ -60,6 +62,11 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
         settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
     if arguments.distill is not None:
         settings["distill"] = {name: {} for name in arguments.distill.split(",") if name}
+    start = _starts_from(settings)
+    if start:
+        model = name_of(Path(start))
+        if settings.setdefault("model", model) != model:
+            raise UsageError(f"--model {settings['model']}: {start} is a {model}; leave --model out to start from it")
     for flag in ("data", "model"):
         if not settings.get(flag):
             raise UsageError(f"--{flag} is needed (or --recipe YAML, or --resume RUN)")
@@ -67,6 +74,13 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
         name = arguments.name or "-".join([str(settings["model"]), *(settings.get("distill") or {})])
         settings["run"] = str(Path(arguments.project or "runs/train") / name)
     return TrainConfig.from_dict(settings, arguments.recipe).with_settings(arguments.set)
+
+
+def _starts_from(settings: dict[str, Any]) -> str:
+    """The checkpoint whose shape and weights the student has at its start, or ""."""
+    distill = settings.get("distill")
+    blockwise = isinstance(distill, dict) and distill.get("blockwise", None) is not None
+    return str(settings.get("teacher" if blockwise else "init") or "")
 
 
 def _recipe(path: Path) -> dict[str, Any]:

@@ -15,3 +15,10 @@ def open_teacher(path: Path) -> PersonDetector:
     if is_yolo_file(path):
         return read_yolo(path)
     return read_detector(path).build()
+
+
+def name_of(path: Path) -> str:
+    """The model that such a file holds: a named size, or Ultralytics' name. Raises DataError as `open_teacher` does."""
+    if is_yolo_file(path):
+        return str(read_yolo(path).spec.name)
+    return read_detector(path).model

@@ -1,0 +1,122 @@
+"""What enters a teacher's convolutions: recorded once into files while there is room, else computed anew.
+
+Values are rounded to float16 either way, so that a block learns the same from a file and without one.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hkd_det.distill.blockwise.replaceable import Layer
+from hkd_det.errors import DataError
+from hkd_det.files import replacing
+
+
+class _ReachedError(Exception):
+    """The last layer asked for has its input; the rest of the network need not run."""
+
+
+class Inputs:
+    """What enters one convolution of a frozen network, of any of the views; no larger than its batches in memory."""
+
+    def __init__(self, teacher: nn.Module, layer: str, views: NDArray[np.uint8], cached: Path | None) -> None:
+        self._teacher, self._layer, self._views = teacher, layer, views
+        self._cached = None if cached is None else np.load(cached, mmap_mode="r")
+        self.device = next(teacher.parameters()).device
+
+    def of(self, indices: NDArray[np.intp]) -> Tensor:
+        """Of the views with these indices: [B, C, H, W] float32."""
+        if self._cached is not None:
+            return torch.from_numpy(self._cached[indices]).to(self.device).float()
+        pictures = torch.from_numpy(self._views[indices]).to(self.device)
+        return recorded(self._teacher, [self._layer], pictures)[self._layer].float()
+
+
+@torch.no_grad()
+def recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> dict[str, Tensor]:
+    """What enters the named layers, [B, C, H, W] float16 each, of pictures [B, 3, H, W]; stops after the last one.
+
+    Raises DataError for activations beyond float16's range.
+    """
+    inputs: dict[str, Tensor] = {}
+    modules = dict(network.named_modules())
+
+    def record(name: str) -> Any:
+        def look(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs[name] = arguments[0].half()
+            if len(inputs) == len(layers):
+                raise _ReachedError
+
+        return look
+
+    handles = [modules[name].register_forward_pre_hook(record(name)) for name in layers]
+    try:
+        with suppress(_ReachedError):
+            network(pictures)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, values in inputs.items():
+        if not torch.isfinite(values).all():
+            raise DataError(f"the teacher's activations before {name} are beyond float16 or not finite")
+    return inputs
+
+
+def cached_layers(layers: Sequence[Layer], views: int, room_bytes: int) -> list[Layer]:
+    """The layers whose inputs are kept in `room_bytes`: the smallest first, which are also the deepest, about."""
+    kept, room = [], room_bytes
+    for layer in sorted(layers, key=lambda layer: (input_bytes(layer, views), layer.name)):
+        room -= input_bytes(layer, views)
+        if room < 0:
+            break
+        kept.append(layer)
+    return kept
+
+
+def input_bytes(layer: Layer, views: int) -> int:
+    """Room that a layer's inputs take in float16."""
+    channels, height, width = layer.input_chw
+    return 2 * views * channels * height * width
+
+
+def write_inputs(
+    teacher: nn.Module, layers: Sequence[Layer], views: NDArray[np.uint8], folder: Path, batch: int
+) -> None:
+    """Run the teacher once over all views and write what enters each layer: `folder`/NAME.npy, [views, C, H, W].
+
+    Files that are there stay.
+    """
+    missing = [layer for layer in layers if not cached_file(folder, layer.name).exists()]
+    if not missing:
+        return
+    device = next(teacher.parameters()).device
+    with ExitStack() as stack:
+        shapes = {layer.name: (len(views), *layer.input_chw) for layer in missing}
+        files = {
+            name: stack.enter_context(new_array(cached_file(folder, name), shape, np.float16))
+            for name, shape in shapes.items()
+        }
+        for start in range(0, len(views), batch):
+            pictures = torch.from_numpy(np.array(views[start : start + batch])).to(device)
+            for name, values in recorded(teacher, list(files), pictures).items():
+                files[name][start : start + len(values)] = values.cpu().numpy()
+
+
+def cached_file(folder: Path, name: str) -> Path:
+    """Where a layer's inputs lie."""
+    return folder / f"{name}.npy"
+
+
+@contextmanager
+def new_array(path: Path, shape: tuple[int, ...], kind: type[np.generic]) -> Iterator[NDArray[Any]]:
+    """An array in a .npy file, written through memory mapping; the file appears once it is whole."""
+    with replacing(path) as aside:
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=kind, shape=shape)
+        yield array
+        array.flush()

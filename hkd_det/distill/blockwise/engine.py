@@ -1,0 +1,189 @@
+"""Running tasks: in this process when alone, else by Dask, in processes of this machine or on a running cluster.
+
+A queue is worked off one task after the other, and there are as many queues as workers: Dask gives the next task to
+whoever is free. A worker that dies is started again; its task goes to it or to another, and its queue goes on from
+there. Under work stealing each task is a queue of its own: Dask has all of them from the start, and moves them from
+busy workers to idle ones.
+"""
+
+import logging
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hkd_det.distill.blockwise.schedule import queues
+from hkd_det.distill.blockwise.settings import Scheduler
+from hkd_det.errors import HkdError, UnavailableError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+T = TypeVar("T")
+R = TypeVar("R")
+Done = Callable[[str, R], None]
+PATIENCE_S = 60  # for workers to appear
+
+
+class BlockError(HkdError):
+    """A block could not be learnt."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who works, and how tasks are shared.
+
+    count: tasks at a time. cluster: a running Dask scheduler's address; its workers count then. retries: how many
+    deaths of its worker a task survives; a running cluster has a setting of its own for this.
+    """
+
+    count: int
+    scheduler: Scheduler
+    cluster: str = ""
+    retries: int = 3
+
+
+def run_all(
+    function: Callable[[T], R],
+    tasks: Mapping[str, T],
+    expected: Sequence[float],
+    workers: Workers,
+    scratch: Path,
+    done: Done[R],
+) -> int:
+    """Call `function` on every task, `done` with each name and result as they come; returns the number of workers.
+
+    expected: times, in any unit, that the schedule is planned with. scratch: a folder for Dask's own files, which go.
+    Raises what `function` raises of our own errors, BlockError for all others and for a task whose workers die.
+    """
+    names = list(tasks)
+    if workers.count == 1 and not workers.cluster:
+        for name in names:
+            done(name, _called(function, name, tasks[name]))
+        return 1
+    with _client(workers, scratch) as (client, count):
+        planned = [[names[task] for task in queue] for queue in queues(expected, count, workers.scheduler)]
+        _feed(client, function, tasks, planned, done)
+    return count
+
+
+def worker_number() -> int:
+    """Which of this machine's Dask workers runs this code, from 0; 0 outside of Dask and on a running cluster."""
+    if "distributed" not in sys.modules:
+        return 0
+    from distributed import get_worker  # noqa: PLC0415
+
+    try:
+        name = get_worker().name
+    except ValueError:  # not in a worker
+        return 0
+    return name if isinstance(name, int) else 0
+
+
+def _called(function: Callable[[T], R], name: str, task: T) -> R:
+    try:
+        return function(task)
+    except HkdError:
+        raise
+    except Exception as error:  # whatever it is, it is told with the block's name
+        raise _failed(name, error) from error
+
+
+def _feed(
+    client: "Client",
+    function: Callable[[T], R],
+    tasks: Mapping[str, T],
+    planned: Sequence[Sequence[str]],
+    done: Done[R],
+) -> None:
+    """Keep the first task of every queue with Dask until all are done; the first failure stops everything."""
+    from distributed import as_completed  # noqa: PLC0415 - needed by those who have several workers only
+
+    left = [deque(queue) for queue in planned]
+    running: dict[Any, tuple[str, deque[str]]] = {}
+
+    def submit(queue: deque[str]) -> Any:
+        name = queue.popleft()
+        future = client.submit(_called, function, name, tasks[name], pure=False)
+        running[future] = (name, queue)
+        return future
+
+    completed = as_completed([submit(queue) for queue in left])
+    for future in completed:
+        name, queue = running.pop(future)
+        if future.status != "finished":
+            client.cancel(list(running))
+            raise _told(name, future.exception() if future.status == "error" else None)
+        done(name, future.result())
+        if queue:
+            completed.add(submit(queue))
+
+
+def _told(name: str, error: BaseException | None) -> HkdError:
+    """What went wrong with a task, as one of our errors; None: Dask has lost it."""
+    from distributed.scheduler import KilledWorker  # noqa: PLC0415
+
+    if error is None:
+        return BlockError(f"block {name}: lost, the Dask scheduler is gone; the same command goes on with what is left")
+    if isinstance(error, KilledWorker):
+        return BlockError(
+            f"block {name}: its worker died {error.allowed_failures + 1} times; if memory ran out, take fewer workers "
+            "(distill.blockwise.workers) or a smaller batch (distill.blockwise.batch)"
+        )
+    return error if isinstance(error, HkdError) else _failed(name, error)
+
+
+def _failed(name: str, error: BaseException) -> BlockError:
+    return BlockError(f"block {name}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+@contextmanager
+def _client(workers: Workers, scratch: Path) -> "Iterator[tuple[Client, int]]":
+    """A client of the cluster, and how many tasks that works on at a time."""
+    try:
+        import dask  # noqa: PLC0415 - the extra `cluster`
+        from distributed import Client, LocalCluster  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{error.name} is not installed; several workers need: pip install 'hkd-det[cluster]'"
+        ) from None
+    with ExitStack() as stack:
+        if workers.cluster:
+            try:
+                client = stack.enter_context(Client(workers.cluster, timeout=PATIENCE_S))
+                client.wait_for_workers(1, timeout=PATIENCE_S)
+            except (OSError, ValueError, TimeoutError) as error:
+                address = f"distill.blockwise.cluster={workers.cluster}"
+                raise UnavailableError(f"{address}: no Dask scheduler with workers answers there ({error})") from None
+            yield client, sum(client.nthreads().values())
+            return
+        scratch.mkdir(parents=True, exist_ok=True)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(".dask", dir=scratch, ignore_cleanup_errors=True))
+        stack.enter_context(dask.config.set(_quiet(workers.retries)))
+        cluster = LocalCluster(
+            n_workers=workers.count,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,  # it counts mapped files as memory
+            local_directory=folder,
+            silence_logs=logging.CRITICAL,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+        )
+        client = stack.enter_context(Client(stack.enter_context(cluster)))
+        client.wait_for_workers(workers.count, timeout=PATIENCE_S)
+        yield client, workers.count
+
+
+def _quiet(retries: int) -> dict[str, Any]:
+    return {
+        "distributed.scheduler.allowed-failures": retries,
+        "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.scheduler.http.routes": [],
+        "distributed.worker.http.routes": [],
+        "distributed.worker.profile.enabled": False,  # it would look at the stack a hundred times a second
+    }

@@ -1,0 +1,55 @@
+"""Blockwise: the method's settings, `distill: blockwise:` of a recipe."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hkd_det.errors import UsageError
+from hkd_det.models.parts import Part
+
+Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """What is replaced, how each block learns, and who works.
+
+    parts: of the detector, whose 3x3 convolutions are replaced. least: channels, in and out, from which one is.
+    views: training views that all blocks learn from; an eighth of them is kept to measure with.
+    epochs, batch, lr: of each block's own training on them.
+    cache_mib: room in the run's folder for the teacher's activations; what does not fit is computed anew in each step.
+
+    workers: tasks at a time; 1 works in this process, more in others, by Dask. scheduler: how tasks are shared.
+    cluster: address of a running Dask scheduler, "tcp://host:port", whose workers are taken instead; they must see the
+    run's folder under the same path. times: `report.json` of an earlier run, whose measured times are planned with;
+    "" estimates them. retries: how many deaths of its worker a task survives.
+
+    judge: measure each block, alone in the teacher, on the validation split. limit: by how much it may then raise the
+    miss rate (fraction); a block above stays out.
+    """
+
+    parts: tuple[Part, ...] = ("backbone",)
+    least: int = 16
+    views: int = 512
+    epochs: int = 8
+    batch: int = 16
+    lr: float = 2e-3
+    cache_mib: int = 8192
+    workers: int = 1
+    scheduler: Scheduler = "bin-packing"
+    cluster: str = ""
+    times: str = ""
+    retries: int = 3
+    judge: bool = False
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        low = {"least": 1, "views": 2, "epochs": 1, "batch": 1, "cache_mib": 0, "workers": 1, "retries": 0}
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"distill.blockwise.{name} = {getattr(self, name)}: must be at least {least}")
+        if self.lr <= 0:
+            raise UsageError(f"distill.blockwise.lr = {self.lr}: must be above 0")
+        if self.cluster and self.workers > 1:
+            raise UsageError("distill.blockwise: workers or cluster: a running cluster has its own workers")
+        if self.limit < 1 and not self.judge:
+            raise UsageError("distill.blockwise.limit needs distill.blockwise.judge=true: blocks must be measured")

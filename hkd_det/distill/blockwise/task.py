@@ -1,0 +1,209 @@
+"""One task: learn the block that replaces one convolution, from what enters and leaves it in the teacher.
+
+The target is taken after the normalisation that follows the convolution and before the activation. Before the
+normalisation, channels of large variance would count most although the network scales them away; after the
+activation, a block would not learn where values are negative. The block learns with a normalisation of its own in that
+place; its statistics, scale and shift replace the teacher's, so nothing is normalised twice.
+
+Chance comes from the run's seed and the layer's name, arithmetic runs on one thread: a block comes out the same
+wherever and whenever its task runs.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hkd_det.distill.blockwise.activations import Inputs
+from hkd_det.distill.blockwise.engine import worker_number
+from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.errors import DataError
+from hkd_det.files import replacing
+from hkd_det.models.family import PersonDetector
+from hkd_det.models.separable import SeparablePair, pair_for
+
+HELD_OUT = 8  # one in so many views is measured with, not learnt from
+
+
+@dataclass(frozen=True)
+class Task:
+    """A block to learn, in any process that sees the run's folder.
+
+    layer, norm: of the teacher. open_teacher: gives the teacher. views: .npy, [N, 3, H, W] uint8. cached: what enters
+    the layer, .npy; None if it is to be computed. block: the file to write. device: "cpu", "cuda" (this machine's
+    workers take its CUDA devices in turn), "cuda:1", or "auto": "cuda" where there is one.
+    """
+
+    layer: str
+    norm: str
+    open_teacher: Callable[[], PersonDetector]
+    views: Path
+    cached: Path | None
+    block: Path
+    settings: Blockwise
+    seed: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """How a task went.
+
+    error_before, error: mean squared, on views held out, before and after learning. variance: of the target, around
+    its channels' means.
+    """
+
+    layer: str
+    seconds: float
+    steps: int
+    error_before: float
+    error: float
+    variance: float
+
+    @property
+    def unexplained(self) -> float | None:
+        """The share of the target's variance that the block leaves unexplained; None of a target that never varies."""
+        return self.error / self.variance if self.variance else None
+
+
+def learn(task: Task) -> Learnt:
+    """Learn the block and write it; one that was written before is read only.
+
+    Raises DataError if the loss is not finite.
+    """
+    if task.block.exists():
+        return read_block(task.block)[1]
+    started = time.monotonic()
+    with _alone(f"{task.seed} {task.layer}"):
+        teacher = task.open_teacher().to(_device(task.device)).eval().requires_grad_(False)
+        pupil = _Pupil(teacher, task.layer, task.norm)
+        views = np.load(task.views, mmap_mode="r")
+        inputs = Inputs(teacher, task.layer, views, task.cached)
+        held = np.arange(0, len(views), HELD_OUT)
+        before, _ = pupil.measure(inputs, held, task.settings.batch)
+        steps = pupil.learn(inputs, np.setdiff1d(np.arange(len(views)), held), task)
+        error, variance = pupil.measure(inputs, held, task.settings.batch)
+    learnt = Learnt(task.layer, time.monotonic() - started, steps, before, error, variance)
+    _write_block(task.block, pupil.weights(), learnt)
+    return learnt
+
+
+class _Pupil:
+    """A block, the normalisation behind it, and the teacher's convolution and normalisation that they replace."""
+
+    def __init__(self, teacher: nn.Module, layer: str, norm: str) -> None:
+        modules = dict(teacher.named_modules())
+        convolution = modules[layer]
+        assert isinstance(convolution, nn.Conv2d)
+        device = convolution.weight.device
+        self.layer, self.norm, self.convolution = layer, norm, convolution
+        self.block: SeparablePair = pair_for(convolution).to(device)
+        self.teachers_norm = _norm_alike(modules[norm] if norm else None).eval().requires_grad_(False)
+        self.norm_after = _norm_alike(modules[norm] if norm else None)
+        self.kept = list(modules[norm].state_dict()) if norm else []
+
+    def learn(self, inputs: Inputs, indices: NDArray[np.intp], task: Task) -> int:
+        """Minimise the mean squared error to the teacher; returns the number of steps."""
+        settings, learner = task.settings, nn.Sequential(self.block, self.norm_after).train()
+        chance = np.random.default_rng(_number(f"{task.seed} {task.layer} order"))
+        per_epoch = -(-len(indices) // settings.batch)
+        optimizer = torch.optim.Adam(learner.parameters(), lr=settings.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * per_epoch)
+        for _ in range(settings.epochs):
+            order = np.resize(chance.permutation(indices), per_epoch * settings.batch)
+            for part in np.split(order, per_epoch):
+                entered = inputs.of(part)
+                loss = nn.functional.mse_loss(learner(entered), self._target(entered))
+                if not torch.isfinite(loss):
+                    raise DataError(f"block {self.layer}: the loss is {loss.item()}; lower distill.blockwise.lr")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+        return settings.epochs * per_epoch
+
+    @torch.no_grad()
+    def measure(self, inputs: Inputs, indices: NDArray[np.intp], batch: int) -> tuple[float, float]:
+        """Mean squared error in evaluation mode over the views, and the variance of the target."""
+        learner = nn.Sequential(self.block, self.norm_after).eval()
+        error, sums, squares, values = 0.0, torch.zeros(()), torch.zeros(()), 0
+        for start in range(0, len(indices), batch):
+            entered = inputs.of(indices[start : start + batch])
+            target = self._target(entered).double()
+            error += float((learner(entered).double() - target).square().sum())
+            sums = sums + target.sum((0, 2, 3)).cpu()
+            squares = squares + target.square().sum((0, 2, 3)).cpu()
+            values += target[:, 0].numel()
+        variance = squares / values - (sums / values).square()
+        return error / (values * len(sums)), float(variance.mean())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The block's and its normalisation's, by the names they have in the network where they take their place."""
+        block = {f"{self.layer}.{name}": value.cpu() for name, value in self.block.state_dict().items()}
+        norm = self.norm_after.state_dict()
+        return block | {f"{self.norm}.{name}": norm[name].cpu() for name in self.kept}
+
+    @torch.no_grad()
+    def _target(self, entered: Tensor) -> Tensor:
+        target: Tensor = self.teachers_norm(self.convolution(entered))
+        return target
+
+
+def read_block(path: Path) -> tuple[dict[str, Tensor], Learnt]:
+    """A learnt block's weights and how its task went; DataError if the file is broken."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content["weights"], Learnt(**content["learnt"])
+    except Exception as error:  # torch raises many kinds
+        raise DataError(f"{path}: not a readable block ({type(error).__name__}); delete it and start again") from error
+
+
+def _write_block(path: Path, weights: dict[str, Tensor], learnt: Learnt) -> None:
+    buffer = io.BytesIO()
+    torch.save({"weights": weights, "learnt": asdict(learnt)}, buffer)
+    with replacing(path) as aside:
+        aside.write_bytes(buffer.getbuffer())
+
+
+def _norm_alike(norm: nn.Module | None) -> nn.Module:
+    """A batch normalisation with the values of another, which may be frozen or end in an activation; or nothing."""
+    if norm is None:
+        return nn.Identity()
+    values: Any = norm
+    plain = nn.BatchNorm2d(len(values.running_mean), eps=values.eps).to(values.running_mean.device)
+    plain.load_state_dict(norm.state_dict(), strict=False)  # a frozen one counts no batches
+    return plain
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Chance from the name alone, one thread, repeatable convolutions; all as before at the end."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        torch.manual_seed(_number(name))
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", worker_number() % max(1, torch.cuda.device_count()))
+    return torch.device(name)

@@ -1,0 +1,100 @@
+"""Schedules against brute force and closed forms, and what they say of the published networks."""
+
+from itertools import product
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hkd_det.distill.blockwise.schedule import lower_bound, queues, replay
+from hkd_det.distill.blockwise.settings import Scheduler
+
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+TIMES = st.lists(st.integers(1, 50), min_size=1, max_size=6)
+WORKERS = st.integers(1, 3)
+
+
+def best_makespan(times: list[int], workers: int) -> int:
+    """By trying every way to share the tasks."""
+    shares = product(range(workers), repeat=len(times))
+    return min(
+        max(sum(t for t, w in zip(times, share, strict=True) if w == k) for k in range(workers)) for share in shares
+    )
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@given(times=TIMES, workers=WORKERS)
+@settings(deadline=None)
+def test_every_task_is_in_one_queue(scheduler: Scheduler, times: list[int], workers: int) -> None:
+    planned = queues([float(t) for t in times], workers, scheduler)
+    assert sorted(task for queue in planned for task in queue) == list(range(len(times)))
+    assert all(planned) and (scheduler == "work-stealing" or len(planned) <= workers)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@given(times=TIMES, workers=WORKERS)
+@settings(deadline=None)
+def test_no_schedule_beats_the_best_or_the_bound(scheduler: Scheduler, times: list[int], workers: int) -> None:
+    best, makespan = best_makespan(times, workers), replay(times, workers, scheduler)
+    assert lower_bound(times, workers) <= best <= makespan <= sum(times)
+    if scheduler != "round-robin":  # Graham 1969
+        assert makespan <= (4 / 3 - 1 / (3 * workers)) * best + 1e-9
+
+
+@given(times=st.lists(st.floats(0, 100), min_size=1, max_size=20), workers=st.integers(1, 5))
+@settings(deadline=None)
+def test_round_robin_is_the_largest_sum_of_every_nth(times: list[float], workers: int) -> None:
+    assert replay(times, workers, "round-robin") == pytest.approx(max(sum(times[k::workers]) for k in range(workers)))
+
+
+def test_packing_and_stealing_by_hand() -> None:
+    # Graham's own worst case for two workers: 3 3 | 2 2 2 is best, longest first puts 3 2 2 | 3 2.
+    times = [3, 3, 2, 2, 2]
+    assert best_makespan(times, 2) == 6
+    assert queues(times, 2, "bin-packing") == [[0, 2, 4], [1, 3]]
+    assert replay(times, 2, "bin-packing") == replay(times, 2, "work-stealing") == 7
+    assert replay(times, 2, "round-robin") == 7 and replay(times, 1, "round-robin") == 12
+    assert replay(times, 9, "bin-packing") == 3
+
+
+def test_stealing_mends_what_a_wrong_estimate_packs() -> None:
+    times, expected = [8.0, 1, 1, 1, 1], [1.0, 1, 1, 1, 1]
+    assert replay(times, 2, "bin-packing", expected) == 10  # 8 1 1 | 1 1
+    assert replay(times, 2, "work-stealing", expected) == 8
+
+
+def test_nothing_to_do_takes_no_time() -> None:
+    assert [replay([], 3, scheduler) for scheduler in SCHEDULERS] == [0, 0, 0]
+    assert lower_bound([], 3) == 0
+
+
+# Multiply-accumulates of the 3x3 convolutions on CIFAR's 32 x 32 pictures, as (channels in, out, side of the output).
+VGG16 = [
+    (3, 64, 32), (64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 8), (256, 256, 8), (256, 256, 8),
+    (256, 512, 4), (512, 512, 4), (512, 512, 4), (512, 512, 2), (512, 512, 2), (512, 512, 2),
+]  # fmt: skip
+RESNET50 = [(64, 64, 32)] * 3 + [(128, 128, 16)] * 4 + [(256, 256, 8)] * 6 + [(512, 512, 4)] * 3
+
+
+@pytest.mark.parametrize(("layers", "one", "bin_packing"), [
+    (VGG16, 3920, {2: 2215, 3: 1603, 4: 1275}), (RESNET50, 9693, {2: 5061, 3: 3876, 4: 2750}),
+])  # fmt: skip
+def test_the_published_makespans_lie_where_a_replay_can_put_them(
+    layers: list[tuple[int, int, int]], one: int, bin_packing: dict[int, int]
+) -> None:
+    """Their block times are not public; blocks that cost by their size still give the order, and bounds from below."""
+    times = [c_in * c_out * side**2 for c_in, c_out, side in layers]
+    scale = one / sum(times)
+    for workers, published in bin_packing.items():
+        packed = scale * replay(times, workers, "bin-packing")
+        assert one / workers <= packed <= published  # a replay knows no overhead
+        assert packed <= scale * replay(times, workers, "round-robin")
+
+
+def test_a_published_longest_task_bounds_four_workers() -> None:
+    """VGG16's longest task takes 68 % of the makespan on four GPUs: eight GPUs could not have halved it."""
+    longest = 0.68 * 1275
+    times = [longest, *([(3920 - longest) / 12] * 12)]
+    assert lower_bound(times, 4) == pytest.approx(3920 / 4) and lower_bound(times, 8) == longest
+    assert replay(times, 4, "bin-packing") <= 1275
