@@ -26,7 +26,7 @@ BUDGETS = {
     budget.name: budget
     for budget in (
         Budget("trial", "mini-teacher", "mini-student", (64, 96), 1, {**SHORT, "workers": 0}),
-        Budget("small", "mini-teacher", "mini-student", (192, 256), 4, {**SHORT, "device": "cpu", "cache_mib": 3000}),
+        Budget("small", "mini-teacher", "mini-student", (160, 224), 4, {**SHORT, "device": "cpu", "workers": 1}),
         Budget("full", "teacher-r50", "student-r18", (512, 640), 60, {"batch": 32, "device": "cuda", "workers": 8}),
     )
 }
