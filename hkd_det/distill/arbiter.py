@@ -11,6 +11,12 @@ class Arbiter(Protocol):
     def backward(self, task: Tensor, taught: Tensor | None) -> dict[str, float]:
         """From the scalar losses, `taught` None in a step without a teacher; returns figures to log."""
 
+    def state(self) -> dict[str, float]:
+        """What it has learnt so far: all that an exact resume needs."""
+
+    def restore(self, state: dict[str, float]) -> None:
+        """The inverse of `state`."""
+
 
 class Together:
     """The plain sum of both losses: hand-set weights decide."""
@@ -19,3 +25,10 @@ class Together:
         """One backward pass."""
         (task if taught is None else task + taught).backward()  # type: ignore[no-untyped-call]
         return {}
+
+    def state(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Nothing to do."""

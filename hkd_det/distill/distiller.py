@@ -69,7 +69,7 @@ def _hierarchical(
     Raises UsageError for noise that nobody would hear: a two-stage teacher's reaches two-stage students only.
     """
     if isinstance(student, FasterRcnn) and isinstance(teacher, FasterRcnn):
-        return TwoStageDistillation(student, teacher, settings.two_stage, noisy)
+        return TwoStageDistillation(student, teacher, settings.two_stage, noisy, settings.adapter)
     if noisy and isinstance(teacher, FasterRcnn):
         raise UsageError("--distill noise: a two-stage teacher's is for a two-stage student, region by region")
     return HierarchicalDistillation(student.taps(), teacher.taps(), settings)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.adapter import Adapter, pair_by_stride
+from hkd_det.distill.adapter import Adapter, Projection, pair_by_stride
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.regions import region_errors
 from hkd_det.distill.soft_regions import soft_regions
@@ -35,7 +35,7 @@ class Hierarchical:
     foreground: share of the pyramid level's weight that lies on people. confident: teacher score, 0..1,
     from which its boxes are regions too. regions: at most so many of them a picture. two_stage: instead of all these,
     the levels between two Faster R-CNNs. truth: what the task's own terms count while the teacher teaches, 0..1; at 0
-    they set in when it stops, for the end of training.
+    they set in when it stops, for the end of training. adapter: what brings the student's channels to the teacher's.
     """
 
     pyramid: float = 2.0
@@ -47,6 +47,7 @@ class Hierarchical:
     regions: int = 20
     two_stage: TwoStageLevels = field(default_factory=TwoStageLevels)
     truth: float = 1.0
+    adapter: Projection = "plain"
 
     def __post_init__(self) -> None:
         if not 0 <= self.truth <= 1:
@@ -61,7 +62,7 @@ class HierarchicalDistillation(nn.Module):
         self.weights = weights
         pairs = pair_by_stride(list(student), list(teacher))
         self.sources = [list(student).index(mine) for mine, _ in pairs]
-        self.adapters = nn.ModuleList(Adapter(mine, other) for mine, other in pairs)
+        self.adapters = nn.ModuleList(Adapter(mine, other, weights.adapter) for mine, other in pairs)
         self.strides = [other.stride for _, other in pairs]
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.adapter import Adapter, pair_by_stride
+from hkd_det.distill.adapter import Adapter, Projection, pair_by_stride
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.noise import NoisyTeacher
+from hkd_det.losses.imitation import imitation_error
 from hkd_det.losses.two_stage import people_and_ignored
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.prediction import TwoStage
@@ -33,15 +34,25 @@ class TwoStageLevels:
 
 
 class TwoStageDistillation(nn.Module):
-    """The three levels between two Faster R-CNNs. Its parameters are the adapters'."""
+    """The three levels between two Faster R-CNNs. Its parameters are the adapters'.
+
+    projection: of the pyramid's adapters; where it is orthogonal, the pyramid's maps are standardised first.
+    """
 
     def __init__(
-        self, student: FasterRcnn, teacher: FasterRcnn, weights: TwoStageLevels, noisy: NoisyTeacher | None = None
+        self,
+        student: FasterRcnn,
+        teacher: FasterRcnn,
+        weights: TwoStageLevels,
+        noisy: NoisyTeacher | None = None,
+        projection: Projection = "plain",
     ) -> None:
         super().__init__()
         self.weights, self.noisy = weights, noisy
         mine, other = student.spec, teacher.spec
-        self.pyramid = nn.ModuleList(Adapter(*pair) for pair in pair_by_stride(student.taps(), teacher.taps()))
+        pairs = pair_by_stride(student.taps(), teacher.taps())
+        self.pyramid = nn.ModuleList(Adapter(*pair, projection) for pair in pairs)
+        self.level_error = imitation_error if projection == "orthogonal" else squared_error
         self.region = nn.Conv2d(mine.channels, other.channels, 1)
         self.logit = nn.Linear(mine.head_width, other.head_width)
 
@@ -58,7 +69,7 @@ class TwoStageDistillation(nn.Module):
             if self.noisy:
                 wanted = self.noisy.regions(wanted)
         levels = [
-            squared_error(adapter(level), target).mean()
+            self.level_error(adapter(level), target).mean()
             for adapter, level, target in zip(self.pyramid, lesson.my_maps, lesson.other_maps, strict=True)
         ]
         region = squared_error(self.region(seen.pooled), wanted.pooled).sum() / norm

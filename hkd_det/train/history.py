@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,16 @@ from hkd_det.files import write_text
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Epoch (from 1), mean loss terms, validation miss rate MR^-2 of the run's setup (fraction), training speed."""
+    """Epoch (from 1), mean loss terms, validation miss rate MR^-2 of the run's setup (fraction), training speed.
+
+    figures: what else the steps told, as means: an arbiter's angle and weights.
+    """
 
     epoch: int
     losses: dict[str, float]
     miss_rate: float
     pictures_per_s: float
+    figures: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints."""
@@ -33,8 +37,8 @@ class EpochRecord:
 
 
 def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
-    """`results.csv`: a row an epoch; a loss term that an epoch did not have is left empty."""
-    names = list(dict.fromkeys(name for record in history for name in record.losses))
+    """`results.csv`: a row an epoch; a loss term or figure that an epoch did not have is left empty."""
+    names = list(dict.fromkeys(name for record in history for name in record.losses | record.figures))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["epoch", *names, "miss_rate", "pictures_per_s"], lineterminator="\n")
     writer.writeheader()
@@ -43,6 +47,7 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
             {
                 "epoch": record.epoch,
                 **record.losses,
+                **record.figures,
                 "miss_rate": record.miss_rate,
                 "pictures_per_s": record.pictures_per_s,
             }

@@ -1,7 +1,7 @@
 """The processes of one training run: alone, or several started by torchrun."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +34,16 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(whole)
         return whole.clamp(min=1.0) / self.count
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each, in place, by its mean over all processes, in one exchange; alone they stay as they are."""
+        if self.count == 1 or not tensors:
+            return
+        whole = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(whole)
+        parts = torch.split(whole / self.count, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalogue import open_data
-from hkd_det.distill.arbiter import Arbiter, Together
+from hkd_det.distill.arbiter import Together
 from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.mokd import arbiter_of
 from hkd_det.errors import DataError
 from hkd_det.files import write_text
 from hkd_det.losses.detection import total
@@ -89,7 +90,7 @@ class Run:
         distiller = _distiller(config, detector, processes.device)
         self.learner = Learner(detector, distiller, processes.norm_of).to(processes.device)
         self.learner = self.learner.to(memory_format=torch.channels_last)
-        self.arbiter: Arbiter = Together()
+        self.arbiter = arbiter_of(config.distill.mokd, self.learner, detector, processes.average)
         self.optimizer = _optimizer(self.learner, config)
         self.epochs = Epochs(
             len(training), config.batch, config.imgsz_hw, config.multi_scale, config.mosaic, config.seed
@@ -104,7 +105,7 @@ class Run:
         if self.processes.leads:
             self._say_what_is_trained()
         learner: nn.Module = self.learner
-        if self.processes.count > 1:
+        if self.processes.count > 1 and isinstance(self.arbiter, Together):  # others average gradients themselves
             learner = DistributedDataParallel(self.learner, find_unused_parameters=self.learner.distiller is not None)
         steps = self.config.epochs * self.epochs.steps
         done = len(self.history) * self.epochs.steps
@@ -130,6 +131,7 @@ class Run:
         self.average.average.load_state_dict(state["average"])
         self.average.steps = state["average_steps"]
         self.optimizer.load_state_dict(state["optimizer"])
+        self.arbiter.restore(state["arbiter"])
         self.history = [EpochRecord(**record) for record in state["history"]]
 
     def _epoch(self, learner: nn.Module, epoch: int, bar: "tqdm[Never]") -> EpochRecord:
@@ -138,22 +140,28 @@ class Run:
         torch.manual_seed(_seed_of(config.seed, epoch, self.processes.rank))
         self.sampler.plain = epoch >= plain_from(config.epochs, config.finale)
         strength = distillation_strength(epoch, config.epochs, config.finale)
+        if config.distill.mokd and strength > 0:
+            strength = 1.0  # the arbiter weighs the teacher; what compares log losses would undo a decay anyway
         bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
-        losses = self._steps(learner, epoch, strength, bar)
+        losses, figures = self._steps(learner, epoch, strength, bar)
         pictures_per_s = self.epochs.steps * config.batch / (time.monotonic() - started)
         miss_rate = self._validate() if self.processes.leads else float("nan")
-        record = EpochRecord(epoch + 1, losses, miss_rate, pictures_per_s)
+        record = EpochRecord(epoch + 1, losses, miss_rate, pictures_per_s, figures)
         self.history.append(record)
         if self.processes.leads:
             self._save(record)
         return record
 
-    def _steps(self, learner: nn.Module, epoch: int, strength: float, bar: "tqdm[Never]") -> dict[str, float]:
+    def _steps(
+        self, learner: nn.Module, epoch: int, strength: float, bar: "tqdm[Never]"
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One epoch's steps; the means of the loss terms, and of what the arbiter told."""
         config, device = self.config, self.processes.device
         self.learner.train()
         if config.freeze_norm:
             freeze_norms(self.learner.detector)
         sums: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for index, (pictures, truth) in enumerate(batches(self.loader)):
             self._set_rate(epoch * self.epochs.steps + index)
             inputs = pictures.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -170,11 +178,16 @@ class Run:
             nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
             self.optimizer.step()
             self.average.update(self.learner.detector)
-            for name, value in {**{name: float(term.detach()) for name, term in terms.items()}, **told}.items():
-                sums[name] = sums.get(name, 0.0) + value
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(term.detach())
+            for name, value in told.items():
+                figures[name] = figures.get(name, 0.0) + value
             bar.update()
             bar.set_postfix({name: f"{value / (index + 1):.2f}" for name, value in sums.items()}, refresh=False)
-        return {name: value / self.epochs.steps for name, value in sums.items()}
+        of_terms, told_of = (
+            {name: value / self.epochs.steps for name, value in totals.items()} for totals in (sums, figures)
+        )
+        return of_terms, told_of
 
     def _set_rate(self, step: int) -> None:
         steps = self.config.epochs * self.epochs.steps
@@ -211,6 +224,7 @@ class Run:
             "average": self.average.average.state_dict(),
             "average_steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
+            "arbiter": self.arbiter.state(),
             "history": [past.as_dict() for past in self.history],
         }
         write_state(config.run_dir / "last.pt", state)

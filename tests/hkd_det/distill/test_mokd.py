@@ -1,0 +1,200 @@
+"""MoKD's arbiters on a net small enough to write down, against plain autograd."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hkd_det.distill.arbiter import Arbiter, Together
+from hkd_det.distill.arbitration import Arbitration, Gram, judge
+from hkd_det.distill.mokd import AmortisedArbiter, GradientArbiter
+from hkd_det.distill.reach import reached
+from hkd_det.distill.taps import TapRecorder
+from hkd_det.models.tap import Tap
+
+EPS = Arbitration().eps
+INPUTS = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+TAPS = [Tap("fine", 8, 4), Tap("coarse", 16, 2)]
+TASK_ONLY, TEACHER_ONLY = {"head.weight", "head.bias"}, {"adapter.weight", "adapter.bias"}
+IDLE = {"idle.weight", "idle.bias"}
+
+
+class Net(nn.Module):
+    """A trunk, a finer map that also feeds a coarser one, a part for each loss alone, and one for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.fine, self.coarse = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.head, self.adapter, self.idle = nn.Linear(2, 1), nn.Linear(4, 5), nn.Linear(2, 2)
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        fine = self.fine(self.trunk(INPUTS).tanh())
+        coarse = self.coarse(fine.tanh())
+        return (self.head(coarse) - 1).square().mean(), self.adapter(fine).exp().mean() + coarse.square().mean()
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def in_place(_tensors: object) -> None:
+    """The mean over one process."""
+
+
+def arbiter(net: Net, settings: Arbitration, average: Callable[..., None] = in_place) -> Arbiter:
+    if settings.rule == "amortised":
+        return AmortisedArbiter(settings, list(net.parameters()), average)
+    taps = TapRecorder(net, TAPS) if settings.at == "feature" else None
+    return GradientArbiter(settings, list(net.parameters()), taps, average)
+
+
+def by_hand(net: Net) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Plain autograd's gradients of each loss, by the parameters' names."""
+    found = []
+    for index in (0, 1):
+        twin = Net()
+        twin.load_state_dict(net.state_dict())
+        twin.losses()[index].backward()
+        found.append({name: p.grad for name, p in twin.named_parameters() if p.grad is not None})
+    return found[0], found[1]
+
+
+def assert_gradients(net: Net, task: float, taught: float, teacher_only: float = 1.0) -> None:
+    """Shared parameters have the weighted sum, the others their own loss's gradient."""
+    own, other = by_hand(net)
+    for name, parameter in net.named_parameters():
+        if name in IDLE:
+            assert parameter.grad is None
+        elif name in TASK_ONLY:
+            torch.testing.assert_close(parameter.grad, own[name])
+        elif name in TEACHER_ONLY:
+            torch.testing.assert_close(parameter.grad, teacher_only * other[name])
+        else:
+            torch.testing.assert_close(parameter.grad, task * own[name] + taught * other[name])
+
+
+def gram_of(own: Tensor, other: Tensor) -> Gram:
+    return Gram((own @ own).item(), (own @ other).item(), (other @ other).item())
+
+
+@pytest.mark.parametrize("rule", ["min-norm", "bisector"])
+def test_at_the_parameters_the_gradients_are_autograds(net: Net, rule: str) -> None:
+    settings = Arbitration(rule)  # type: ignore[arg-type]
+    told = arbiter(net, settings).backward(*net.losses())
+    shared = sorted({name for name, _ in net.named_parameters()} - TASK_ONLY - TEACHER_ONLY - IDLE)
+    own, other = (torch.cat([one[name].flatten() for name in shared]) for one in by_hand(net))
+    task, taught = (loss.item() for loss in net.losses())
+    verdict = judge(settings, gram_of(own, other), task, taught)
+    assert_gradients(net, verdict.task, verdict.taught)
+    assert told["mokd_cosine"] == pytest.approx(torch.cosine_similarity(own, other, dim=0).item(), rel=1e-4)
+    ratio = (own.norm() / (task + EPS)) / (other.norm() / (taught + EPS))
+    assert told["mokd_dominance"] == pytest.approx(math.log10(ratio), rel=1e-4)
+    assert told["mokd_share"] == pytest.approx(verdict.share)
+
+
+@pytest.mark.parametrize("rule", ["min-norm", "bisector"])
+def test_at_the_taps_the_maps_gradients_decide(net: Net, rule: str) -> None:
+    """By hand: the coarse map also speaks through the fine one's gradient, as it is computed from it."""
+    settings = Arbitration(rule, at="feature")  # type: ignore[arg-type]
+    arbiter(net, settings).backward(*net.losses())
+    found = []
+    for index in (0, 1):
+        fine = net.fine(net.trunk(INPUTS).tanh()).detach().requires_grad_()
+        coarse = net.coarse(fine.tanh())
+        coarse.retain_grad()
+        loss = (
+            (net.head(coarse) - 1).square().mean()
+            if index == 0
+            else net.adapter(fine).exp().mean() + coarse.square().mean()
+        )
+        gradients = torch.autograd.grad(loss, [fine, coarse])
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    verdict = judge(settings, gram_of(*found), *(loss.item() for loss in net.losses()))
+    assert_gradients(net, verdict.task, verdict.taught)
+
+
+def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
+    """Over some steps of descent on the net, the logits against autograd's gradient of the half square."""
+    settings = Arbitration("amortised", rate=0.5, decay=0.1)
+    amortised = arbiter(net, settings)
+    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    for _ in range(5):
+        losses = torch.stack(net.losses()).detach().double()
+        net.zero_grad()
+        told = amortised.backward(*net.losses())
+        shares = logits.softmax(0)
+        assert told["mokd_share"] == pytest.approx(shares[0].item())
+        weight = (shares[1] / shares[0] * (losses[0] + EPS) / (losses[1] + EPS)).item()
+        assert told["mokd_weight"] == pytest.approx(weight, rel=1e-5)
+        assert_gradients(net, 1.0, weight, teacher_only=weight)
+        half_square = (shares @ (losses + EPS).log()).square() / 2
+        (slope,) = torch.autograd.grad(half_square, logits)
+        logits = (logits - 0.5 * (slope + 0.1 * logits)).detach().requires_grad_()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+    assert amortised.state() == pytest.approx({"task": logits[0].item(), "taught": logits[1].item()}, rel=1e-5)
+    assert logits.abs().min() > 0.01
+    twin = arbiter(net, settings)
+    twin.restore(amortised.state())
+    assert twin.backward(*net.losses()) == amortised.backward(*net.losses())
+
+
+@pytest.mark.parametrize(
+    "settings", [Arbitration(), Arbitration("bisector", at="feature"), Arbitration("amortised")], ids=lambda s: s.rule
+)
+def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: Arbitration) -> None:
+    task, _ = net.losses()
+    made = arbiter(net, settings)
+    task, _ = net.losses()
+    assert made.backward(task, None) == {}
+    plain = Net()
+    plain.load_state_dict(net.state_dict())
+    Together().backward(plain.losses()[0], None)
+    for mine, other in zip(net.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("at", ["parameters", "feature"])
+def test_following_min_norm_both_losses_fall(net: Net, at: str) -> None:
+    """To first order: a small step along the arbitrated gradient lowers the logs of both."""
+    made = arbiter(net, Arbitration(at=at))  # type: ignore[arg-type]
+    before = torch.stack(net.losses()).log()
+    made.backward(*net.losses())
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name not in TASK_ONLY | TEACHER_ONLY | IDLE:
+                parameter -= 1e-3 * parameter.grad
+    after = torch.stack(net.losses()).log()
+    assert (after < before).all()
+
+
+def test_reach_is_where_autograd_gives_a_gradient(net: Net) -> None:
+    for loss in net.losses():
+        given = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
+        assert reached(loss, list(net.parameters())).tolist() == [float(one is not None) for one in given]
+
+
+def test_equal_gradients_of_two_parameters_are_clipped_once(net: Net) -> None:
+    """Autograd may hand one tensor out twice, and clipping writes in place."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    made = AmortisedArbiter(Arbitration("amortised"), [a, b], in_place)
+    made.backward((a + b).square().sum(), None)
+    torch.nn.utils.clip_grad_norm_([a, b], 1.0)
+    assert torch.stack([a.grad, b.grad]).norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [Arbitration(), Arbitration(at="feature"), Arbitration("bisector")])
+def test_several_processes_decide_by_the_mean(net: Net, settings: Arbitration) -> None:
+    """Everything that is exchanged goes through the average: a mean that doubles a gradient doubles what comes out."""
+    exchanged: list[int] = []
+    arbiter(net, settings, lambda tensors: exchanged.append(sum(t.numel() for t in tensors))).backward(*net.losses())
+    count = sum(p.numel() for name, p in net.named_parameters() if name not in IDLE)
+    assert max(exchanged) >= count
