@@ -78,8 +78,9 @@ class Turn(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        # Not by reflections, torch's own choice: weight decay turns the signs that it keeps in its parameter to 0.
-        self.linear = parametrizations.orthogonal(nn.Linear(channels_in, channels_out, bias=False), "weight", "cayley")
+        self.linear = nn.Linear(channels_in, channels_out, bias=False)
+        # Not by reflections, torch's own choice: weight decay turns the signs that they keep in the parameter to 0.
+        parametrizations.orthogonal(self.linear, "weight", "cayley")
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, in, H, W] to [B, out, H, W]."""

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from hkd_det.distill.arbitration import Arbitration
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.methods import Methods
+from hkd_det.distill.mokd import arbiter_of
 from hkd_det.losses.detection import total
 from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
@@ -37,16 +39,28 @@ with joined_processes("cpu") as processes:
     real = torch.tensor([[True, True], [True, False], [False, False], [True, False]])
     ignore = torch.tensor([[False, False], [False, True], [False, False], [False, False]])
     mine = slice(processes.rank, None, processes.count)
-    module = DistributedDataParallel(learner) if processes.count > 1 else learner
-    task, taught = module(pictures[mine], TruthBatch(boxes[mine], real[mine], ignore[mine]), 1.0)
-    total(task | taught).backward()
-    if processes.leads:
-        torch.save({n: p.grad for n, p in learner.named_parameters() if p.grad is not None}, sys.argv[1])
+    rules = {
+        "sum": None,
+        "parameters": Arbitration(),
+        "feature": Arbitration("bisector", at="feature"),
+        "amortised": Arbitration("amortised"),
+    }
+    for name, rule in rules.items():
+        arbiter = arbiter_of(rule, learner, student, processes.average)
+        wrapped = processes.count > 1 and rule is None
+        module = DistributedDataParallel(learner) if wrapped else learner
+        learner.zero_grad()
+        task, taught = module(pictures[mine], TruthBatch(boxes[mine], real[mine], ignore[mine]), 1.0)
+        told = arbiter.backward(total(task), total(taught))
+        if processes.leads:
+            gradients = {n: p.grad for n, p in learner.named_parameters() if p.grad is not None}
+            torch.save({"gradients": gradients, "told": told}, f"{sys.argv[1]}-{name}")
 """
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    """The plain sum's, and arbitrated ones by each way to weigh."""
     script = tmp_path / "step.py"
     script.write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -55,11 +69,14 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
         command = [*launcher, str(script), str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
-    assert one.keys() == two.keys() and len(one) > 30
-    for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
-    assert any("adapters" in name for name in one)
+    for rule in ("sum", "parameters", "feature", "amortised"):
+        one, two = (torch.load(tmp_path / f"{name}-{rule}", weights_only=True) for name in ("one", "two"))
+        gradients, others = one["gradients"], two["gradients"]
+        assert gradients.keys() == others.keys() and len(gradients) > 30
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, atol=1e-5, rtol=1e-3, msg=f"{rule} {name}")
+        assert any("adapters" in name for name in gradients)
+        assert one["told"] == pytest.approx(two["told"], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow
