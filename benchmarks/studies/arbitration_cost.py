@@ -1,10 +1,11 @@
-"""What an arbitrated step costs: each rule against the plain sum of both losses, and against each other part of a step.
+"""What an arbitrated step costs: each rule against the plain sum of both losses.
 
     python benchmarks/studies/arbitration_cost.py [--rounds 15]     writes results/arbitration_cost.md
 
-One process, one student, one batch: each round takes one training step by every rule, in an order drawn anew, from
-the student's forward pass to the optimiser's step. The table gives medians of a rule's time as a multiple of the plain
-sum's in the same round, so that a machine whose speed drifts does not decide.
+One process, one thread, one student, one batch: each round takes one training step by every rule, in an order drawn
+anew, from the forward passes to the optimiser's step. The table gives medians of a rule's time as a multiple of the
+plain sum's in the same round, so that a machine whose speed drifts does not decide; it is the processor's time, so that
+other programs do not either.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
     steps = steps_of(*setup())
     for step in steps.values():
         step()  # fills torch's caches
@@ -56,9 +58,9 @@ def main() -> None:
     order = random.Random(0)
     for _ in tqdm(range(rounds)):
         for name in order.sample(list(steps), len(steps)):
-            started = time.perf_counter()
+            started = time.process_time()
             steps[name]()
-            taken_s[name].append(time.perf_counter() - started)
+            taken_s[name].append(time.process_time() - started)
     text = report(taken_s, rounds)
     write_text(RESULT, text)
     print(text)
@@ -104,7 +106,7 @@ def report(taken_s: dict[str, list[float]], rounds: int) -> str:
         "",
         f"`python benchmarks/studies/arbitration_cost.py --rounds {rounds}`: mini-student under mini-teacher (HKD), "
         f"batch {BATCH} at {IMGSZ_HW[1]}x{IMGSZ_HW[0]}, bf16, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s).",
+        "one thread; processor time.",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
         "",

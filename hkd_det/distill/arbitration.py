@@ -22,7 +22,7 @@ class Arbitration:
 
     rule: "min-norm", the shortest convex combination, which serves both equally; "bisector" of their directions;
     "amortised", weights learnt from the losses alone. at: what gradients are compared on, all shared "parameters" or
-    the "feature" maps at the taps; the amortised rule compares none. eps: keeps the log's gradient finite near a loss
+    the "feature" maps at the taps (the amortised rule compares none). eps: keeps the log's gradient finite near a loss
     of 0. rate, decay: of the amortised rule's logits.
     """
 
@@ -35,6 +35,8 @@ class Arbitration:
     def __post_init__(self) -> None:
         if self.eps <= 0 or self.rate < 0 or self.decay < 0:
             raise UsageError("mokd: eps is positive, rate and decay are not negative")
+        if self.rule == "amortised" and self.at == "feature":
+            raise UsageError("mokd: the amortised rule compares no gradients: leave distill.mokd.at out")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,9 @@ def test_near_a_loss_of_zero_the_weights_stay_finite() -> None:
     assert math.isfinite(verdict.task) and math.isfinite(verdict.taught)
 
 
-@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"rate": -1.0}, {"decay": -0.1}])
-def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"eps": 0.0}, {"rate": -1.0}, {"decay": -0.1}, {"rule": "amortised", "at": "feature"}]
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="mokd"):
         Arbitration(**wrong)  # type: ignore[arg-type]
