@@ -100,7 +100,7 @@ def steps_of(learner: Learner, pictures: torch.Tensor, truth: TruthBatch) -> dic
 
 def report(taken_s: dict[str, list[float]], rounds: int) -> str:
     """The result as Markdown."""
-    facts = {fact.name: fact.value or fact.reason for fact in host_facts()}
+    facts = {fact.name: fact.value for fact in host_facts() if fact.value}
     lines = [
         "# What an arbitrated step costs",
         "",
