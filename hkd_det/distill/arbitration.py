@@ -75,12 +75,21 @@ def min_norm_share(gram: Gram) -> float:
     return min(1.0, max(0.0, (gram.taught - gram.both) / apart))
 
 
+def bisector_share(gram: Gram) -> float:
+    """The task's weight at which the convex combination halves the angle between both gradients.
+
+    Each has the other's length as its weight: |g2| / (|g1| + |g2|).
+    """
+    task, taught = math.sqrt(gram.task), math.sqrt(gram.taught)
+    return taught / (task + taught)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the two losses are weighted with, for what both reach.
 
-    share: the task's weight, 0..1, among the gradients that were compared. gram: theirs. task, taught: the same as
-    weights of the losses themselves, the length of the step included.
+    share: the task's weight, 0..1, among the gradients of log losses. gram: theirs. task, taught: the same as weights
+    of the losses themselves, the length of the step included.
     """
 
     share: float
@@ -100,15 +109,13 @@ def judge(settings: Arbitration, gram: Gram, task: float, taught: float) -> Verd
 
     A gradient of nothing is in nobody's way: the losses are summed as they are.
     """
-    logs = 1 / (task + settings.eps), 1 / (taught + settings.eps)
-    compared = gram.scaled(*logs)
-    if not (gram.task > 0 < gram.taught):
-        return Verdict(0.5, compared, 1.0, 1.0)
-    if settings.rule == "min-norm":
-        share, factors = min_norm_share(compared), logs
-    else:
-        share, factors = 0.5, (gram.task**-0.5, gram.taught**-0.5)
-    weighed = gram.scaled(*factors)
-    shorter = math.sqrt(min(weighed.task, weighed.taught))
-    stretch = math.sqrt(gram.task) / max(weighed.length(share), shorter / 2)
-    return Verdict(share, compared, stretch * share * factors[0], stretch * (1 - share) * factors[1])
+    by_task, by_taught = 1 / (task + settings.eps), 1 / (taught + settings.eps)
+    logs = gram.scaled(by_task, by_taught)
+    if not (logs.task > 0 < logs.taught):
+        return Verdict(0.5, logs, 1.0, 1.0)
+    share = (min_norm_share if settings.rule == "min-norm" else bisector_share)(logs)
+    own, other = math.sqrt(logs.task), math.sqrt(logs.taught)
+    # The bisector is this long at 120 degrees; both rules' combinations are longer wherever the two don't disagree.
+    least = own * other / (own + other)
+    stretch = math.sqrt(gram.task) / max(logs.length(share), least)
+    return Verdict(share, logs, stretch * share * by_task, stretch * (1 - share) * by_taught)
