@@ -37,8 +37,8 @@ RESULT = HERE / "../results/arbitration_cost.md"
 BATCH, IMGSZ_HW, PEOPLE = 16, (160, 224), 3
 RULES: dict[str, Arbitration | None] = {
     "plain sum": None,
-    "min-norm, parameters": Arbitration(),
-    "min-norm, feature": Arbitration(at="feature"),
+    "min-norm, parameters": Arbitration("min-norm"),
+    "min-norm, feature": Arbitration("min-norm", at="feature"),
     "bisector, parameters": Arbitration("bisector"),
     "bisector, feature": Arbitration("bisector", at="feature"),
     "amortised": Arbitration("amortised"),

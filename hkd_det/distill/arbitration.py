@@ -20,13 +20,13 @@ from hkd_det.errors import UsageError
 class Arbitration:
     """How the two gradients become one step.
 
-    rule: "min-norm", the shortest convex combination, which serves both equally; "bisector" of their directions;
-    "amortised", weights learnt from the losses alone. at: what gradients are compared on, all shared "parameters" or
+    rule: "bisector" of their directions; "min-norm", the shortest convex combination, which serves both equally, and
+    so mostly the one with the shorter gradient; "amortised", weights learnt from the losses alone. at: what gradients are compared on, all shared "parameters" or
     the "feature" maps at the taps (the amortised rule compares none). eps: keeps the log's gradient finite near a loss
     of 0. rate, decay: of the amortised rule's logits.
     """
 
-    rule: Literal["min-norm", "bisector", "amortised"] = "min-norm"
+    rule: Literal["bisector", "min-norm", "amortised"] = "bisector"
     at: Literal["parameters", "feature"] = "parameters"
     eps: float = 1e-3
     rate: float = 0.025

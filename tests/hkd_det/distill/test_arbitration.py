@@ -15,7 +15,7 @@ from hkd_det.errors import UsageError
 
 PAIRS = arrays(np.float64, (2, 3), elements=st.floats(-10, 10).map(lambda x: round(x, 2)))
 LOSSES = st.floats(0.05, 20)
-LOGS = Arbitration(eps=1e-9)
+LOGS = Arbitration("min-norm", eps=1e-9)
 
 
 def gram_of(pair: np.ndarray) -> Gram:
@@ -118,8 +118,9 @@ def test_min_norm_by_hand() -> None:
     assert told["mokd_cosine"] == 0 and told["mokd_dominance"] == pytest.approx(math.log10(0.5))
 
 
-def test_near_a_loss_of_zero_the_weights_stay_finite() -> None:
-    verdict = judge(Arbitration(), Gram(1.0, 1e-9, 1e-16), 1.0, 0.0)
+@pytest.mark.parametrize("rule", ["min-norm", "bisector"])
+def test_near_a_loss_of_zero_the_weights_stay_finite(rule: str) -> None:
+    verdict = judge(Arbitration(rule), Gram(1.0, 1e-9, 1e-16), 1.0, 0.0)  # type: ignore[arg-type]
     assert math.isfinite(verdict.task) and math.isfinite(verdict.taught)
 
 

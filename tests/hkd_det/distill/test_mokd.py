@@ -145,7 +145,9 @@ def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [Arbitration(), Arbitration("bisector", at="feature"), Arbitration("amortised")], ids=lambda s: s.rule
+    "settings",
+    [Arbitration("min-norm"), Arbitration("bisector", at="feature"), Arbitration("amortised")],
+    ids=lambda s: s.rule,
 )
 def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: Arbitration) -> None:
     made = arbiter(net, settings)
@@ -163,7 +165,7 @@ def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: Arbitrat
 @pytest.mark.parametrize("at", ["parameters", "feature"])
 def test_following_min_norm_both_losses_fall(net: Net, at: str) -> None:
     """To first order: a small step along the arbitrated gradient lowers the logs of both."""
-    made = arbiter(net, Arbitration(at=at))  # type: ignore[arg-type]
+    made = arbiter(net, Arbitration("min-norm", at=at))  # type: ignore[arg-type]
     before = torch.stack(net.losses()).log()
     made.backward(*net.losses())
     with torch.no_grad():

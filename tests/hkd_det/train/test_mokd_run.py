@@ -53,20 +53,20 @@ def teachers(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("model", "teacher", "at"),
+    ("model", "teacher", "mokd"),
     [
-        ("mini-student", "dense", "feature"),
-        ("fasterrcnn-r18", "two-stage", "parameters"),
-        ("fasterrcnn-r18", "two-stage", "feature"),
-        ("fasterrcnn-r18", "dense", "parameters"),
-        ("yolo11n", "dense", "feature"),
+        ("mini-student", "dense", Arbitration()),
+        ("fasterrcnn-r18", "two-stage", Arbitration("min-norm")),
+        ("fasterrcnn-r18", "two-stage", Arbitration(at="feature")),
+        ("fasterrcnn-r18", "dense", Arbitration()),
+        ("yolo11n", "dense", Arbitration("min-norm", at="feature")),
     ],
+    ids=lambda value: f"{value.rule}-{value.at}" if isinstance(value, Arbitration) else value,
 )
 def test_hkd_with_noise_and_mokd_trains(
-    people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, at: str
+    people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: Arbitration
 ) -> None:
-    noise = None if (model, teacher) == ("mini-student", "two-stage") else Noise()
-    methods = Methods(hkd=Hierarchical(), noise=noise, mokd=Arbitration(at=at))  # type: ignore[arg-type]
+    methods = Methods(hkd=Hierarchical(), noise=Noise(), mokd=mokd)
     result = train(settings(people, tmp_path / "run", teachers[teacher], methods, model=model, epochs=2, finale=0.5))
     first, last = result.history
     assert set(first.figures) == {"mokd_cosine", "mokd_dominance", "mokd_share"} and not last.figures

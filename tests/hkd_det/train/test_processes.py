@@ -41,7 +41,7 @@ with joined_processes("cpu") as processes:
     mine = slice(processes.rank, None, processes.count)
     rules = {
         "sum": None,
-        "parameters": Arbitration(),
+        "parameters": Arbitration("min-norm"),
         "feature": Arbitration("bisector", at="feature"),
         "amortised": Arbitration("amortised"),
     }
