@@ -21,9 +21,9 @@ class Arbitration:
     """How the two gradients become one step.
 
     rule: "bisector" of their directions; "min-norm", the shortest convex combination, which serves both equally, and
-    so mostly the one with the shorter gradient; "amortised", weights learnt from the losses alone. at: what gradients are compared on, all shared "parameters" or
-    the "feature" maps at the taps (the amortised rule compares none). eps: keeps the log's gradient finite near a loss
-    of 0. rate, decay: of the amortised rule's logits.
+    so mostly the one with the shorter gradient; "amortised", weights learnt from the losses alone. at: what gradients
+    are compared on, all shared "parameters" or the "feature" maps at the taps (the amortised rule compares none). eps:
+    keeps the log's gradient finite near a loss of 0. rate, decay: of the amortised rule's logits.
     """
 
     rule: Literal["bisector", "min-norm", "amortised"] = "bisector"
