@@ -72,6 +72,22 @@ def test_matlabs_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["miss_rate"]["Reasonable"] == pytest.approx(0.5, abs=1e-15)
 
 
+def test_iscrowd_is_read_only_where_the_official_program_could_not_judge(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs height and vis_ratio, and takes a record without `ignore` for a person."""
+    truth = json.loads((files / "gt.json").read_text())
+    for more, people in (
+        ({}, 1),
+        ({"height": 100, "vis_ratio": 1}, 2),
+        ({"height": 100, "vis_ratio": 1, "ignore": 1}, 1),
+    ):
+        truth["annotations"][1] = {**person(2, 2, [10, 10, 40, 100]), "iscrowd": 1, **more}
+        (files / "gt.json").write_text(json.dumps(truth))
+        assert run(files, "--json", "-") == 0
+        assert json.loads(capsys.readouterr().out)["people"]["Reasonable"] == people
+
+
 def test_several_files_in_one_table_and_plot(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "none.json").write_text("[]")
     flags = ["--annotations", str(files / "gt.json"), "--protocol", "citypersons", "--json", str(files / "o.json")]
