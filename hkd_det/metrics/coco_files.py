@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hkd_det.datasets.person_class import choose_person
 from hkd_det.errors import DataError
-from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable
+from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable, are_boxes
 
 Id = int | float | str
 Box = tuple[float, float, float, float]
@@ -169,7 +169,7 @@ def _check_ids(found: Sequence[_Detection], path: Path) -> None:
 
 def _boxes(found: Sequence[Box], path: Path, what: str) -> Floats:
     boxes = np.array(found, np.float64).reshape(-1, 4)
-    wrong = ~np.isfinite(boxes).all(1) | (boxes[:, 2] < 0) | (boxes[:, 3] < 0)
+    wrong = ~are_boxes(boxes)
     if wrong.any():
         box = boxes[int(np.argmax(wrong))].tolist()
         raise DataError(f"{path}: {what} with bbox {box}: not [x, y, width, height] of finite sizes from 0")

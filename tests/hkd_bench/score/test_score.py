@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -224,6 +225,15 @@ def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.Capture
     assert "does not say of which videos" in capsys.readouterr().err
 
 
+def test_negative_sizes_in_a_gt_mat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = np.empty((1, 2), object)
+    cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1, 2, 3, 50, 0], [1, 2, -3, 50, 0]])
+    scipy.io.savemat(tmp_path / "gt-Reasonable.mat", {"gt": cells})
+    flags = ["--annotations", str(tmp_path / "gt-Reasonable.mat"), "--detections", str(tmp_path)]
+    assert main(["score", *flags, "--protocol", "caltech"]) == 1
+    assert "picture 2: [1.0, 2.0, -3.0, 50.0, 0.0] is not x y w h" in capsys.readouterr().err
+
+
 @needs_data
 def test_the_new_annotations_text_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index, lines in ((29, "person 100 50 41 100 0 0 0 0 0 0 0\nperson? 300 50 41 100 0 0 0 0 0 0 0"), (59, "")):
@@ -241,6 +251,7 @@ def test_the_new_annotations_text_files(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ({"image_id": 3}, "image_id 3 is not among the 2 pictures"),
         ({"bbox": [1, 2, -3, 4]}, "bbox [1.0, 2.0, -3.0, 4.0]"),
+        ({"bbox": [1, 2, 1e200, 1e200]}, "bbox [1.0, 2.0, 1e+200, 1e+200]"),
         ({"bbox": [1, 2, 3]}, "$[0].bbox"),
         ({"score": "high"}, "$[0].score"),
         ({"score": float("nan")}, "dt.json"),
@@ -307,6 +318,7 @@ def test_wrong_lines_of_caltech(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("0 1 2 3 4 0.5", "line 1"),
         ("30 1 2 3 x 0.5", "line 1"),
         ("30 1 2 3 nan 0.5", "line 1"),
+        ("30 1 2 1e200 1e200 0.5", "line 1"),
         ("inf 1 2 3 4 0.5", "line 1"),
         ("29 1 2 3 4 0.5", "frames count from 1"),
     ):
