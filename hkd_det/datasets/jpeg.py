@@ -1,10 +1,11 @@
-"""What a JPEG file says of itself before it is decoded: how large it is, and whether its end is there."""
+"""What a JPEG file says of itself before it is decoded: how large it is, and whether all of it is there."""
 
 from collections.abc import Iterator
 
 START, END, SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 # Start of frame, of every kind of coding; C4, C8 and CC in their midst are tables.
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+MOST_PIXELS_A_BYTE = 512  # of each 8 x 8 pixels the mean alone takes a bit
 
 
 def is_jpeg(raw: bytes) -> bool:
@@ -27,10 +28,13 @@ def is_truncated_jpeg(raw: bytes) -> bool:
     """OpenCV fills the missing part of a cut JPEG with grey and says nothing: look for the end mark ourselves.
 
     Behind the start of the picture proper: a thumbnail in the header has an end mark too, and cameras append
-    films and second pictures.
+    films and second pictures. A size that the bytes can't fill is a false one, and could take gigabytes of grey.
     """
     if not is_jpeg(raw):
         return False
+    height, width = jpeg_size_hw(raw) or (0, 0)
+    if height * width > MOST_PIXELS_A_BYTE * len(raw):
+        return True
     *_, (_, scan) = _segments(raw)
     return raw.find(END, scan) < 0
 

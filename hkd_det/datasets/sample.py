@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
 from hkd_det.datasets.jpeg import is_truncated_jpeg
+from hkd_det.datasets.png import is_truncated_png
 from hkd_det.errors import DataError
 
 SHRUNK = {
@@ -91,12 +92,12 @@ def read_picture(path: Path, upright: bool = False) -> NDArray[np.uint8]:
 
 
 def read_packed(path: Path) -> bytes:
-    """A picture file's bytes. Raises DataError, naming the file, if it is missing, or a JPEG without its end."""
+    """A picture file's bytes. Raises DataError, naming the file, if it is missing, or a JPEG or PNG without its end."""
     try:
         packed = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture; check the data set's folder") from None
-    if is_truncated_jpeg(packed):
+    if is_truncated_jpeg(packed) or is_truncated_png(packed):
         raise DataError(_unreadable(path))
     return packed
 

@@ -17,6 +17,7 @@ import imagesize
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.datasets.png import is_truncated_png
 from hkd_det.errors import DataError
 
 HEADER_BYTES, TIME_BYTES = 1024, 6
@@ -94,7 +95,7 @@ class SeqFilm:
         """(H, W) or (H, W, 3) BGR. Its size is looked at first: a false one could take gigabytes."""
         picture = None
         with suppress(cv2.error, ValueError, struct.error):
-            if imagesize.get(BytesIO(raw)) == self.size_hw[::-1]:
+            if imagesize.get(BytesIO(raw)) == self.size_hw[::-1] and not is_truncated_png(raw):
                 picture = cv2.imdecode(np.frombuffer(raw, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if picture is None:
             height, width = self.size_hw

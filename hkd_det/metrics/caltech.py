@@ -118,7 +118,7 @@ def _reshaped(detections: DetectionTable) -> DetectionTable:
 
 def _kept(detections: DetectionTable, setup: Setup) -> NDArray[np.bool_]:
     heights = detections.boxes_xywh[:, 3]
-    return (heights >= setup.height_px[0] / setup.margin) & (heights < setup.height_px[1] * setup.margin)
+    return (heights >= setup.height_px[0] * (1 / setup.margin)) & (heights < setup.height_px[1] * setup.margin)
 
 
 def _wanted(truth: TruthTable, setup: Setup, version: Version) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from hkd_det.datasets.caltech import PERSON, TEST_EVERY, TEST_SETS, Frame, new_f
 from hkd_det.datasets.mat_file import numbers, read_mat
 from hkd_det.errors import DataError
 from hkd_det.metrics.caltech import Version
-from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable
+from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable, are_boxes
 
 PEOPLE_NEW = ("person", "person?", "people")  # of these the new annotations' programs make no difference
 
@@ -117,8 +117,12 @@ def _from_mat(path: Path) -> CaltechTruth:
             rows = numbers(cell)
         except ValueError as error:
             raise DataError(f"{path}: picture {number}: {error}") from None
-        if rows.size and (rows.ndim != 2 or rows.shape[1] != 5 or not np.isfinite(rows).all()):
+        if rows.size and (rows.ndim != 2 or rows.shape[1] != 5):
             raise DataError(f"{path}: picture {number}: rows of the shape {rows.shape}, expected x y w h ignore")
+        wrong = ~are_boxes(rows.reshape(-1, 5)[:, :4])
+        if wrong.any():
+            box = rows[wrong][0].tolist()
+            raise DataError(f"{path}: picture {number}: {box} is not x y w h ignore with finite sizes from 0")
         parts.append(rows.reshape(-1, 5))
     rows = np.concatenate([np.zeros((0, 5)), *parts])
     table = TruthTable(
@@ -161,12 +165,14 @@ def _read_video(path: Path) -> Floats:
         rows = np.array(lines, np.float64).reshape(-1, 6)
     except ValueError:
         rows = np.full((1, 6), np.nan)
-    wrong = (
-        ~np.isfinite(rows).all(1) | (rows[:, 3:5] < 0).any(1) | (rows[:, 0] < 1) | (rows[:, 0] != np.floor(rows[:, 0]))
-    )
-    if wrong.any() or len(rows) != len(lines):
+    if not _are_detections(rows).all() or len(rows) != len(lines):
         raise DataError(_first_fault(path, text))
     return rows
+
+
+def _are_detections(rows: Floats) -> NDArray[np.bool_]:
+    frames = rows[:, 0]
+    return np.isfinite(rows).all(1) & are_boxes(rows[:, 1:5]) & (frames >= 1) & (frames == np.floor(frames))
 
 
 def _first_fault(path: Path, text: str) -> str:
@@ -175,8 +181,7 @@ def _first_fault(path: Path, text: str) -> str:
             row = [float(word) for word in line.split()]
         except ValueError:
             row = [np.nan]
-        right = len(row) == 6 and np.isfinite(row).all() and row[0] >= 1 and row[0] % 1 == 0 and min(row[3:5]) >= 0
-        if row and not right:
+        if row and not (len(row) == 6 and _are_detections(np.array([row]))[0]):
             told = line.strip()[:60]
             return f"{path}, line {number}: {told!r} is not `frame x y w h score` with frames from 1, sizes from 0"
     return f"{path}: not lines of `frame x y w h score`"

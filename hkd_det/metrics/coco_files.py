@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hkd_det.datasets.person_class import choose_person
 from hkd_det.errors import DataError
-from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable
+from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable, are_boxes
 
 Id = int | float | str
 Box = tuple[float, float, float, float]
@@ -96,7 +96,7 @@ def read_truth(path: Path) -> CocoTruth:
         boxes,
         _column([record.bbox[3] if record.height is None else record.height for record in records]),
         _column([_visibility(record) for record in records]),
-        np.array([bool(one.iscrowd if one.ignore is None else one.ignore) for one in records], bool),
+        np.array([_ignored(record) for record in records], bool),
     )
     area = _column([one.bbox[2] * one.bbox[3] if one.area is None else one.area for one in records])
     crowd = np.array([bool(record.iscrowd) for record in records], bool)
@@ -169,7 +169,7 @@ def _check_ids(found: Sequence[_Detection], path: Path) -> None:
 
 def _boxes(found: Sequence[Box], path: Path, what: str) -> Floats:
     boxes = np.array(found, np.float64).reshape(-1, 4)
-    wrong = ~np.isfinite(boxes).all(1) | (boxes[:, 2] < 0) | (boxes[:, 3] < 0)
+    wrong = ~are_boxes(boxes)
     if wrong.any():
         box = boxes[int(np.argmax(wrong))].tolist()
         raise DataError(f"{path}: {what} with bbox {box}: not [x, y, width, height] of finite sizes from 0")
@@ -182,6 +182,13 @@ def _visibility(record: _Record) -> float:
     if record.vis_bbox is None or not record.bbox[2] * record.bbox[3]:
         return 1.0
     return record.vis_bbox[2] * record.vis_bbox[3] / (record.bbox[2] * record.bbox[3])
+
+
+def _ignored(record: _Record) -> bool:
+    """In a file of CityPersons' own form a record without `ignore` is a person, as for the official program."""
+    if record.ignore is None and record.height is not None and record.vis_ratio is not None:
+        return False
+    return bool(record.iscrowd if record.ignore is None else record.ignore)
 
 
 def _column(values: Sequence[float]) -> Floats:

@@ -15,6 +15,14 @@ from hkd_det.datasets.sample import Truth
 from hkd_det.detections import Detections
 
 Floats = NDArray[np.float64]
+FARTHEST_PX = 1e100  # beyond it areas are too large for a number
+
+
+def are_boxes(boxes_xywh: Floats) -> NDArray[np.bool_]:
+    """[N] whether a row [N, 4] from a file can be reckoned with: no NaN or infinity, sizes from 0."""
+    left, top, width, height = boxes_xywh.T
+    near = (np.abs(left) <= FARTHEST_PX) & (np.abs(top) <= FARTHEST_PX)
+    return near & (width >= 0) & (width <= FARTHEST_PX) & (height >= 0) & (height <= FARTHEST_PX)
 
 
 @dataclass(frozen=True, eq=False)

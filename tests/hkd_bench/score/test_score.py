@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +71,22 @@ def test_matlabs_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "m.json").write_text('{"image_id":1.0,"category_id":1.0,"bbox":[10.0,10.0,40.0,100.0],"score":9e-1}')
     assert run(files, "--json", "-", found="m.json") == 0
     assert json.loads(capsys.readouterr().out)["miss_rate"]["Reasonable"] == pytest.approx(0.5, abs=1e-15)
+
+
+def test_iscrowd_is_read_only_where_the_official_program_could_not_judge(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs height and vis_ratio, and takes a record without `ignore` for a person."""
+    truth = json.loads((files / "gt.json").read_text())
+    for more, people in (
+        ({}, 1),
+        ({"height": 100, "vis_ratio": 1}, 2),
+        ({"height": 100, "vis_ratio": 1, "ignore": 1}, 1),
+    ):
+        truth["annotations"][1] = {**person(2, 2, [10, 10, 40, 100]), "iscrowd": 1, **more}
+        (files / "gt.json").write_text(json.dumps(truth))
+        assert run(files, "--json", "-") == 0
+        assert json.loads(capsys.readouterr().out)["people"]["Reasonable"] == people
 
 
 def test_several_files_in_one_table_and_plot(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +225,15 @@ def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.Capture
     assert "does not say of which videos" in capsys.readouterr().err
 
 
+def test_negative_sizes_in_a_gt_mat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = np.empty((1, 2), object)
+    cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1, 2, 3, 50, 0], [1, 2, -3, 50, 0]])
+    scipy.io.savemat(tmp_path / "gt-Reasonable.mat", {"gt": cells})
+    flags = ["--annotations", str(tmp_path / "gt-Reasonable.mat"), "--detections", str(tmp_path)]
+    assert main(["score", *flags, "--protocol", "caltech"]) == 1
+    assert "picture 2: [1.0, 2.0, -3.0, 50.0, 0.0] is not x y w h" in capsys.readouterr().err
+
+
 @needs_data
 def test_the_new_annotations_text_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index, lines in ((29, "person 100 50 41 100 0 0 0 0 0 0 0\nperson? 300 50 41 100 0 0 0 0 0 0 0"), (59, "")):
@@ -225,6 +251,7 @@ def test_the_new_annotations_text_files(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ({"image_id": 3}, "image_id 3 is not among the 2 pictures"),
         ({"bbox": [1, 2, -3, 4]}, "bbox [1.0, 2.0, -3.0, 4.0]"),
+        ({"bbox": [1, 2, 1e200, 1e200]}, "bbox [1.0, 2.0, 1e+200, 1e+200]"),
         ({"bbox": [1, 2, 3]}, "$[0].bbox"),
         ({"score": "high"}, "$[0].score"),
         ({"score": float("nan")}, "dt.json"),
@@ -291,6 +318,7 @@ def test_wrong_lines_of_caltech(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("0 1 2 3 4 0.5", "line 1"),
         ("30 1 2 3 x 0.5", "line 1"),
         ("30 1 2 3 nan 0.5", "line 1"),
+        ("30 1 2 1e200 1e200 0.5", "line 1"),
         ("inf 1 2 3 4 0.5", "line 1"),
         ("29 1 2 3 4 0.5", "frames count from 1"),
     ):

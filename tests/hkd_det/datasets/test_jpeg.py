@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.jpeg import jpeg_size_hw
+from hkd_det.datasets.jpeg import is_truncated_jpeg, jpeg_size_hw
 
 
 def encoded(size_hw: tuple[int, int], *options: int) -> bytes:
@@ -34,3 +34,12 @@ def test_what_has_no_header_has_no_size(raw: bytes) -> None:
 def test_any_bytes_have_a_size_or_none(rest: bytes) -> None:
     size_hw = jpeg_size_hw(rest if rest.startswith(b"\xff\xd8") else b"\xff\xd8" + rest)
     assert size_hw is None or min(size_hw) > 0
+
+
+@pytest.mark.parametrize("options", [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_OPTIMIZE, 1)])
+def test_a_size_that_the_bytes_cannot_fill_is_a_false_one(options: tuple[int, ...]) -> None:
+    """OpenCV would fill what is missing with 3 GB of grey; a plain picture, which packs best, is let through."""
+    raw = cv2.imencode(".jpg", np.zeros((2048, 2048), np.uint8), options)[1].tobytes()
+    assert not is_truncated_jpeg(raw)
+    size = (2048).to_bytes(2, "big") * 2
+    assert raw.count(size) == 1 and is_truncated_jpeg(raw.replace(size, (32000).to_bytes(2, "big") * 2))

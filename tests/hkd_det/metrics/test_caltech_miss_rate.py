@@ -22,7 +22,7 @@ spec.loader.exec_module(official)
 Picture = tuple[list[dict[str, Any]], list[list[float]]]
 
 # Heights and borders lie where the ranges end, boxes on a coarse grid so that they overlap by halves and tie.
-heights = st.sampled_from([19, 20, 24, 29, 30, 40, 49, 50, 62.5, 79, 80, 99, 100, 130])
+heights = st.sampled_from([19, 20, 24, 29, 30, 40, 49, 50, 62.5, 79, 80, 99, 100, 130, 50 * (1 / 1.5)])
 boxes = st.tuples(
     st.sampled_from([3, 5, 10, 20, 25, 30.5, 600, 615]),
     st.sampled_from([4, 5, 10, 300, 375, 395, 425.5]),
