@@ -32,13 +32,15 @@ class Assembled:
 
 
 def write_report(path: Path, course: Course, scheduler: Scheduler, result: Assembled) -> None:
-    """`report.json`: times in seconds, errors as in `Learnt`; `replayed` are makespans on other numbers of workers."""
+    """`report.json`: times in seconds, errors as in `Learnt`; `replayed_s` are makespans on other numbers of workers.
+
+    `ran` is null if blocks of an earlier start were taken over.
+    """
     times = [learnt.seconds for learnt in course.learnt]
+    ran = course.ran
     content: dict[str, Any] = {
         "scheduler": scheduler,
-        "workers": course.workers,
-        "makespan_s": course.makespan_s,
-        "lower_bound_s": lower_bound(times, course.workers),
+        "ran": {**asdict(ran), "lower_bound_s": lower_bound(times, ran.workers)} if ran else None,
         "sum_s": sum(times),
         "replayed_s": replayed(times),
         **asdict(result),
