@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hkd_det.distill.blockwise.schedule import queues
-from hkd_det.distill.blockwise.settings import Scheduler
+from hkd_det.distill.blockwise.schedule import Scheduler, queues
 from hkd_det.errors import HkdError, UnavailableError
 
 if TYPE_CHECKING:
@@ -138,6 +137,7 @@ def _feed(
             client.cancel(list(running))
             raise _told(name, future.exception() if future.status == "error" else None)
         done(name, future.result())
+        future.release()  # else Dask would run it again if the worker that holds the result died
         if queue or waiting:
             completed.add(submit(queue or waiting.popleft()))
 

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from hkd_det.distill.blockwise.schedule import lower_bound, replay
-from hkd_det.distill.blockwise.settings import Scheduler
+from hkd_det.distill.blockwise.schedule import Scheduler, lower_bound, replay
 from hkd_det.distill.blockwise.stage import Course
 from hkd_det.files import write_text
 
@@ -34,7 +33,7 @@ class Assembled:
 def write_report(path: Path, course: Course, scheduler: Scheduler, result: Assembled) -> None:
     """`report.json`: times in seconds, errors as in `Learnt`; `replayed_s` are makespans on other numbers of workers.
 
-    `ran` is null if blocks of an earlier start were taken over.
+    `ran` is null if the blocks come from several starts, one of which was broken off.
     """
     times = [learnt.seconds for learnt in course.learnt]
     ran = course.ran

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hkd_det.distill.blockwise.schedule import Scheduler
 from hkd_det.errors import UsageError
 from hkd_det.models.parts import Part
 
-Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
 Whose = Literal["teacher", "student"]
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ DrawViews = Callable[[Path], None]
 class Stage:
     """Where the blocks are learnt and from what.
 
-    folder: holds `plan.json`, `blocks/` and, while tasks run, the views and the teacher's activations. open_teacher:
+    folder: holds `plan.json`, `blocks/`, `ran.json` and, while tasks run, the views and the teacher's activations. open_teacher:
     gives the teacher in any process. draw_views: writes the training views, [N, 3, H, W] uint8, to a .npy file.
     identity: plain values that fix what is learnt beside the settings: teacher, data, size, seed.
     """
@@ -45,7 +45,7 @@ class Stage:
 class Course:
     """How the tasks went, in the network's order.
 
-    ran: None if blocks of an earlier start were taken over: times would not tell of all.
+    ran: None if the blocks come from several starts, one of which was broken off.
     """
 
     learnt: list[Learnt]
@@ -56,14 +56,16 @@ def learn_blocks(stage: Stage, teacher: PersonDetector, layers: Sequence[Layer])
     """Learn the blocks that are not there yet; `teacher` is the one that `open_teacher` gives, on the run's device."""
     _take_up(stage, layers)
     missing = [layer for layer in layers if not _block(stage, layer.name).exists()]
-    ran = None
     if missing:
         tasks = _prepared(stage, teacher, layers, missing)
         ran = _run(stage, tasks, _expected(stage.settings, tasks, missing))
+        if len(missing) == len(layers):
+            write_text(stage.folder / "ran.json", json.dumps(asdict(ran)) + "\n")
     for large in ("inputs", "views.npy"):
         _remove(stage.folder / large)
     learnt = [read_block(_block(stage, layer.name))[1] for layer in layers]
-    return Course(learnt, ran if len(missing) == len(layers) else None)
+    told = stage.folder / "ran.json"
+    return Course(learnt, Ran(**json.loads(told.read_text(encoding="utf-8"))) if told.exists() else None)
 
 
 def read_blocks(folder: Path, layers: Sequence[Layer]) -> dict[str, Weights]:
