@@ -27,9 +27,9 @@ DrawViews = Callable[[Path], None]
 class Stage:
     """Where the blocks are learnt and from what.
 
-    folder: holds `plan.json`, `blocks/`, `ran.json` and, while tasks run, the views and the teacher's activations. open_teacher:
-    gives the teacher in any process. draw_views: writes the training views, [N, 3, H, W] uint8, to a .npy file.
-    identity: plain values that fix what is learnt beside the settings: teacher, data, size, seed.
+    folder: holds `plan.json`, `blocks/`, `ran.json` and, while tasks run, the views and the teacher's activations.
+    open_teacher: gives the teacher in any process. draw_views: writes the training views, [N, 3, H, W] uint8, to a .npy
+    file. identity: plain values that fix what is learnt beside the settings: teacher, data, size, seed.
     """
 
     folder: Path

@@ -46,9 +46,9 @@ def test_what_goes_wrong_is_told_with_the_blocks_name(tmp_path: Path) -> None:
             raise DataError("as it is")
         raise ValueError("two\nlines")
 
-    with pytest.raises(BlockError, match="^block a: ValueError: two lines$"):
+    with pytest.raises(BlockError, match=r"^block a: ValueError: two lines$"):
         run(fails, tmp_path, Workers(1, "round-robin"))
-    with pytest.raises(DataError, match="^as it is$"):
+    with pytest.raises(DataError, match=r"^as it is$"):
         run_all(fails, {"b": "b"}, [1], Workers(1, "round-robin"), tmp_path, lambda *_: None)
 
 
@@ -117,7 +117,7 @@ def test_a_running_cluster_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def fails(_name: str) -> str:
             raise ZeroDivisionError("over there")
 
-        with pytest.raises(BlockError, match="^block a: ZeroDivisionError: over there$"):
+        with pytest.raises(BlockError, match=r"^block a: ZeroDivisionError: over there$"):
             run(fails, tmp_path, Workers(1, "bin-packing", cluster.scheduler_address))
     monkeypatch.setattr(engine, "PATIENCE_S", 0.3)
     with pytest.raises(UnavailableError, match="no Dask scheduler with workers answers there"):

@@ -90,7 +90,7 @@ def test_nothing_but_the_block_and_its_normalisation_differs_from_the_teacher(
 
 
 def test_under_students_inputs_a_block_mends_what_those_before_it_did(
-    teacher: PersonDetector, layers: list[Layer], new_task: NewTask, views: Path
+    teacher: PersonDetector, new_task: NewTask, views: Path
 ) -> None:
     first = new_task(3, "first.pt")
     learn(first)
