@@ -171,7 +171,7 @@ def test_killed_workers_or_not_the_assembled_network_is_the_same(
                     if "spawn_main" in " ".join(child.cmdline()) and not killed.is_set():
                         os.kill(child.pid, signal.SIGKILL)
                         killed.set()
-            time.sleep(0.002)
+            time.sleep(0.01)
 
     killer = threading.Thread(target=kill)
     killer.start()
