@@ -108,9 +108,16 @@ def seconds(recipe: dict[str, Any], run: Path) -> float:
     with (run / "results.csv").open(encoding="utf-8", newline="") as file:
         speeds = [float(line["pictures_per_s"]) for line in csv.DictReader(file)]
     views = -(-pictures // batch) * batch
-    blocks = run / "blockwise.json"
-    extra = json.loads(blocks.read_text())["makespan_s"] if blocks.exists() else 0.0
-    return sum(views / speed for speed in speeds) + float(extra)
+    return sum(views / speed for speed in speeds) + block_seconds(run / "blockwise/report.json")
+
+
+def block_seconds(report: Path) -> float:
+    """What the blocks took, their workers' start included; all of them one after the other if a start broke off."""
+    if not report.exists():
+        return 0.0
+    content = json.loads(report.read_text())
+    ran = content["ran"]
+    return float(ran["started_s"] + ran["makespan_s"] if ran else content["sum_s"])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ class Methods:
     """The methods of a run; None is not used.
 
     hkd: hierarchical distillation. noise: a noisy teacher. mokd: task and distillation as two objectives.
+    blockwise: the student is made from its teacher, block by block; then the others teach it.
     """
 
     hkd: Hierarchical | None = None
@@ -24,6 +25,8 @@ class Methods:
     def __post_init__(self) -> None:
         if self.mokd and not (self.hkd or self.noise):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
+        if self.blockwise and "cdd" in self.names:
+            raise UsageError("--distill blockwise,cdd: each makes a student of its own from the teacher; choose one")
         if self.mokd and self.hkd and self.hkd.truth < 1:
             raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.truth at 1")
 

@@ -110,14 +110,14 @@ def _put_together(
     """The network of those blocks that stay within the limit, and how it compares with the teacher."""
     judged = partial(_miss_rate, config, validation)
     best = judged(teacher)
-    alone = {layer: judged(assembled(teacher, blocks, [layer])) for layer in blocks} if settings.judge else {}
+    alone = {layer: judged(assembled(teacher, {layer: blocks[layer]})) for layer in blocks} if settings.judge else {}
     taken = [layer for layer in blocks if alone.get(layer, best) - best <= settings.limit]
     if not taken:
         raise DataError(
             f"distill.blockwise.limit={settings.limit}: every block alone raises the miss rate by more, "
             f"{100 * (min(alone.values()) - best):.2f} points at least; raise it, or learn longer"
         )
-    student = assembled(teacher, blocks, taken)
+    student = assembled(teacher, {layer: blocks[layer] for layer in taken})
     before, after = cost(teacher, config.imgsz_hw), cost(student, config.imgsz_hw)
     return student, Assembled(
         best,

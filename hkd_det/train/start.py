@@ -38,6 +38,8 @@ def start(arguments: argparse.Namespace) -> int:
             print(
                 f"hkd-train: the finished epochs are kept; go on with: hkd-train --resume {config.run}", file=sys.stderr
             )
+        elif (config.run_dir / "blockwise/plan.json").exists():
+            print("hkd-train: the finished blocks are kept; the same command goes on with the others", file=sys.stderr)
         raise
     return 0
 
@@ -98,5 +100,5 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _resumed(run_dir: Path) -> TrainConfig:
     path = run_dir if run_dir.suffix == ".pt" else run_dir / "last.pt"
     if not path.exists():
-        raise DataError(f"--resume {run_dir}: no last.pt there; the run had not finished its first epoch")
+        raise DataError(f"--resume {run_dir}: no last.pt there; no epoch was finished, start the run again")
     return TrainConfig.from_dict({**read_state(path)["config"], "run": str(path.parent)})

@@ -23,19 +23,19 @@ class _ReachedError(Exception):
 
 
 class Inputs:
-    """What enters one convolution of a frozen network, of any of the views; no larger than its batches in memory."""
+    """What enters one layer of a frozen network, of any of the views; no larger than its batches in memory."""
 
-    def __init__(self, teacher: nn.Module, layer: str, views: NDArray[np.uint8], cached: Path | None) -> None:
-        self._teacher, self._layer, self._views = teacher, layer, views
+    def __init__(self, network: nn.Module, layer: str, views: NDArray[np.uint8], cached: Path | None = None) -> None:
+        self._network, self._layer, self._views = network, layer, views
         self._cached = None if cached is None else np.load(cached, mmap_mode="r")
-        self.device = next(teacher.parameters()).device
+        self.device = next(network.parameters()).device
 
     def of(self, indices: NDArray[np.intp]) -> Tensor:
         """Of the views with these indices: [B, C, H, W] float32."""
         if self._cached is not None:
             return torch.from_numpy(self._cached[indices]).to(self.device).float()
         pictures = torch.from_numpy(self._views[indices]).to(self.device)
-        return recorded(self._teacher, [self._layer], pictures)[self._layer].float()
+        return recorded(self._network, [self._layer], pictures)[self._layer].float()
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> dic
             handle.remove()
     for name, values in inputs.items():
         if not torch.isfinite(values).all():
-            raise DataError(f"the teacher's activations before {name} are beyond float16 or not finite")
+            raise DataError(f"the activations before {name} are beyond float16 or not finite")
     return inputs
 
 

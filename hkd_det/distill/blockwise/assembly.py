@@ -1,6 +1,6 @@
 """Assembly: the teacher's network with learnt blocks in the place of its convolutions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,17 +11,16 @@ from hkd_det.models.family import PersonDetector
 Weights = Mapping[str, Tensor]
 
 
-def assembled(teacher: PersonDetector, blocks: Mapping[str, Weights], layers: Iterable[str]) -> PersonDetector:
-    """A new network, in evaluation mode on the teacher's device: the teacher with the blocks of these layers.
+def assembled(teacher: PersonDetector, blocks: Mapping[str, Weights]) -> PersonDetector:
+    """A new network, in evaluation mode on the teacher's device: the teacher with blocks in place of some layers.
 
-    blocks: each layer's weights by their names in the network; what no block brings is the teacher's.
+    blocks: by layer, weights by their names in the network; what no block brings is the teacher's.
     """
-    chosen = tuple(layers)
-    changes = replace(teacher.changes, separable=(*teacher.changes.separable, *chosen))
+    changes = replace(teacher.changes, separable=(*teacher.changes.separable, *blocks))
     network = build(teacher.spec, changes)
     wanted = network.state_dict()
     state = {name: value for name, value in teacher.state_dict().items() if name in wanted}
-    for layer in chosen:
-        state |= blocks[layer]
+    for block in blocks.values():
+        state |= block
     network.load_state_dict(state)
     return network.to(next(teacher.parameters()).device).eval()

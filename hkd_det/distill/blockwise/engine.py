@@ -1,14 +1,16 @@
 """Running tasks: in this process when alone, else by Dask, in processes of this machine or on a running cluster.
 
-A queue is worked off one task after the other, and there are as many queues as workers: Dask gives the next task to
-whoever is free. A worker that dies is started again; its task goes to it or to another, and its queue goes on from
-there. Under work stealing each task is a queue of its own: Dask has all of them from the start, and moves them from
-busy workers to idle ones.
+A queue is worked off one task after the other, as many queues at a time as there are workers: Dask gives each task to
+whoever is free. Under work stealing each task is a queue of its own, so whoever is free takes the next one.
+
+A worker that dies is started again; its task goes to it or to another, and its queue goes on from there. Dask holds no
+more tasks than there are workers, because it counts a death against every task that the dead one had, waiting or not.
 """
 
 import logging
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hkd_det.distill.blockwise.schedule import queues
-from hkd_det.distill.blockwise.settings import Scheduler
+from hkd_det.distill.blockwise.schedule import Scheduler, queues
 from hkd_det.errors import HkdError, UnavailableError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 Done = Callable[[str, R], None]
-PATIENCE_S = 60  # for workers to appear
+PATIENCE_S = 60  # for a running cluster to answer
 
 
 class BlockError(HkdError):
@@ -47,6 +48,16 @@ class Workers:
     retries: int = 3
 
 
+@dataclass(frozen=True)
+class Ran:
+    """How it went: on how many workers; seconds until they were ready; seconds from the first task's start to the
+    last one's end."""
+
+    workers: int
+    started_s: float
+    makespan_s: float
+
+
 def run_all(
     function: Callable[[T], R],
     tasks: Mapping[str, T],
@@ -54,21 +65,23 @@ def run_all(
     workers: Workers,
     scratch: Path,
     done: Done[R],
-) -> int:
-    """Call `function` on every task, `done` with each name and result as they come; returns the number of workers.
+) -> Ran:
+    """Call `function` on every task, and `done` with each name and result as they come.
 
     expected: times, in any unit, that the schedule is planned with. scratch: a folder for Dask's own files, which go.
     Raises what `function` raises of our own errors, BlockError for all others and for a task whose workers die.
     """
-    names = list(tasks)
+    names, asked = list(tasks), time.monotonic()
     if workers.count == 1 and not workers.cluster:
         for name in names:
             done(name, _called(function, name, tasks[name]))
-        return 1
+        return Ran(1, 0.0, time.monotonic() - asked)
     with _client(workers, scratch) as (client, count):
+        client.run(_ready, function)
+        started = time.monotonic()
         planned = [[names[task] for task in queue] for queue in queues(expected, count, workers.scheduler)]
-        _feed(client, function, tasks, planned, done)
-    return count
+        _feed(client, function, tasks, planned, count, done)
+        return Ran(count, started - asked, time.monotonic() - started)
 
 
 def worker_number() -> int:
@@ -82,6 +95,10 @@ def worker_number() -> int:
     except ValueError:  # not in a worker
         return 0
     return name if isinstance(name, int) else 0
+
+
+def _ready(_function: Callable[[Any], Any]) -> None:
+    """Called on every worker: imports all that the function needs, which takes seconds."""
 
 
 def _called(function: Callable[[T], R], name: str, task: T) -> R:
@@ -98,12 +115,13 @@ def _feed(
     function: Callable[[T], R],
     tasks: Mapping[str, T],
     planned: Sequence[Sequence[str]],
+    count: int,
     done: Done[R],
 ) -> None:
-    """Keep the first task of every queue with Dask until all are done; the first failure stops everything."""
+    """Keep the first task of `count` queues with Dask until all are done; the first failure stops everything."""
     from distributed import as_completed  # noqa: PLC0415 - needed by those who have several workers only
 
-    left = [deque(queue) for queue in planned]
+    waiting = deque(deque(queue) for queue in planned)
     running: dict[Any, tuple[str, deque[str]]] = {}
 
     def submit(queue: deque[str]) -> Any:
@@ -112,15 +130,16 @@ def _feed(
         running[future] = (name, queue)
         return future
 
-    completed = as_completed([submit(queue) for queue in left])
+    completed = as_completed([submit(waiting.popleft()) for _ in range(min(count, len(waiting)))])
     for future in completed:
         name, queue = running.pop(future)
         if future.status != "finished":
             client.cancel(list(running))
             raise _told(name, future.exception() if future.status == "error" else None)
         done(name, future.result())
-        if queue:
-            completed.add(submit(queue))
+        future.release()  # else Dask would run it again if the worker that holds the result died
+        if queue or waiting:
+            completed.add(submit(queue or waiting.popleft()))
 
 
 def _told(name: str, error: BaseException | None) -> HkdError:
@@ -175,14 +194,12 @@ def _client(workers: Workers, scratch: Path) -> "Iterator[tuple[Client, int]]":
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         )
         client = stack.enter_context(Client(stack.enter_context(cluster)))
-        client.wait_for_workers(workers.count, timeout=PATIENCE_S)
         yield client, workers.count
 
 
 def _quiet(retries: int) -> dict[str, Any]:
     return {
         "distributed.scheduler.allowed-failures": retries,
-        "distributed.scheduler.worker-saturation": 1.0,
         "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [],
         "distributed.worker.profile.enabled": False,  # it would look at the stack a hundred times a second

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from hkd_det.distill.blockwise.schedule import lower_bound, replay
-from hkd_det.distill.blockwise.settings import Scheduler
+from hkd_det.distill.blockwise.schedule import Scheduler, lower_bound, replay
 from hkd_det.distill.blockwise.stage import Course
 from hkd_det.files import write_text
 
@@ -32,13 +31,15 @@ class Assembled:
 
 
 def write_report(path: Path, course: Course, scheduler: Scheduler, result: Assembled) -> None:
-    """`report.json`: times in seconds, errors as in `Learnt`; `replayed` are makespans on other numbers of workers."""
+    """`report.json`: times in seconds, errors as in `Learnt`; `replayed_s` are makespans on other numbers of workers.
+
+    `ran` is null if the blocks come from several starts, one of which was broken off.
+    """
     times = [learnt.seconds for learnt in course.learnt]
+    ran = course.ran
     content: dict[str, Any] = {
         "scheduler": scheduler,
-        "workers": course.workers,
-        "makespan_s": course.makespan_s,
-        "lower_bound_s": lower_bound(times, course.workers),
+        "ran": {**asdict(ran), "lower_bound_s": lower_bound(times, ran.workers)} if ran else None,
         "sum_s": sum(times),
         "replayed_s": replayed(times),
         **asdict(result),

@@ -7,8 +7,9 @@ free takes the next one, the longest expected first.
 
 import heapq
 from collections.abc import Sequence
+from typing import Literal
 
-from hkd_det.distill.blockwise.settings import Scheduler
+Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
 
 
 def queues(expected: Sequence[float], workers: int, scheduler: Scheduler) -> list[list[int]]:

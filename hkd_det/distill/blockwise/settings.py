@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hkd_det.distill.blockwise.schedule import Scheduler
 from hkd_det.errors import UsageError
 from hkd_det.models.parts import Part
 
-Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
+Whose = Literal["teacher", "student"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Blockwise:
     parts: of the detector, whose 3x3 convolutions are replaced. least: channels, in and out, from which one is.
     views: training views that all blocks learn from; an eighth of them is kept to measure with.
     epochs, batch, lr: of each block's own training on them.
+    inputs: what enters a block that learns: the teacher's activations, so that all blocks can learn at once; or, as a
+    control, those of the student, in which the blocks before it are replaced: one after the other, by one worker.
     cache_mib: room in the run's folder for the teacher's activations; what does not fit is computed anew in each step.
 
     workers: tasks at a time; 1 works in this process, more in others, by Dask. scheduler: how tasks are shared.
@@ -33,6 +36,7 @@ class Blockwise:
     epochs: int = 8
     batch: int = 16
     lr: float = 2e-3
+    inputs: Whose = "teacher"
     cache_mib: int = 8192
     workers: int = 1
     scheduler: Scheduler = "bin-packing"
@@ -51,5 +55,10 @@ class Blockwise:
             raise UsageError(f"distill.blockwise.lr = {self.lr}: must be above 0")
         if self.cluster and self.workers > 1:
             raise UsageError("distill.blockwise: workers or cluster: a running cluster has its own workers")
+        if self.inputs == "student" and (self.workers > 1 or self.cluster):
+            raise UsageError(
+                "distill.blockwise.inputs=student: each block waits for the one before it, more workers can't help; "
+                "leave out distill.blockwise.workers and cluster"
+            )
         if self.limit < 1 and not self.judge:
             raise UsageError("distill.blockwise.limit needs distill.blockwise.judge=true: blocks must be measured")

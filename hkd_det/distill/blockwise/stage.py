@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from hkd_det.distill.blockwise.activations import cached_file, cached_layers, write_inputs
 from hkd_det.distill.blockwise.assembly import Weights
-from hkd_det.distill.blockwise.engine import Workers, run_all
+from hkd_det.distill.blockwise.engine import Ran, Workers, run_all
 from hkd_det.distill.blockwise.replaceable import Layer
 from hkd_det.distill.blockwise.settings import Blockwise
 from hkd_det.distill.blockwise.task import Learnt, Task, learn, read_block
@@ -28,9 +27,9 @@ DrawViews = Callable[[Path], None]
 class Stage:
     """Where the blocks are learnt and from what.
 
-    folder: holds `plan.json`, `blocks/` and, while tasks run, the views and the teacher's activations. open_teacher:
-    gives the teacher in any process. draw_views: writes the training views, [N, 3, H, W] uint8, to a .npy file.
-    identity: plain values that fix what is learnt beside the settings: teacher, data, size, seed.
+    folder: holds `plan.json`, `blocks/`, `ran.json` and, while tasks run, the views and the teacher's activations.
+    open_teacher: gives the teacher in any process. draw_views: writes the training views, [N, 3, H, W] uint8, to a .npy
+    file. identity: plain values that fix what is learnt beside the settings: teacher, data, size, seed.
     """
 
     folder: Path
@@ -46,29 +45,27 @@ class Stage:
 class Course:
     """How the tasks went, in the network's order.
 
-    makespan_s: from the first task's start to the last one's end; None if blocks of an earlier start were taken over.
+    ran: None if the blocks come from several starts, one of which was broken off.
     """
 
     learnt: list[Learnt]
-    workers: int
-    makespan_s: float | None
+    ran: Ran | None
 
 
 def learn_blocks(stage: Stage, teacher: PersonDetector, layers: Sequence[Layer]) -> Course:
     """Learn the blocks that are not there yet; `teacher` is the one that `open_teacher` gives, on the run's device."""
     _take_up(stage, layers)
     missing = [layer for layer in layers if not _block(stage, layer.name).exists()]
-    workers, makespan_s = stage.settings.workers, None
     if missing:
-        tasks = _prepared(stage, teacher, missing)
-        expected = _expected(stage.settings, tasks, missing)
-        started = time.monotonic()
-        workers = _run(stage, tasks, expected)
+        tasks = _prepared(stage, teacher, layers, missing)
+        ran = _run(stage, tasks, _expected(stage.settings, tasks, missing))
         if len(missing) == len(layers):
-            makespan_s = time.monotonic() - started
+            write_text(stage.folder / "ran.json", json.dumps(asdict(ran)) + "\n")
     for large in ("inputs", "views.npy"):
         _remove(stage.folder / large)
-    return Course([read_block(_block(stage, layer.name))[1] for layer in layers], workers, makespan_s)
+    learnt = [read_block(_block(stage, layer.name))[1] for layer in layers]
+    told = stage.folder / "ran.json"
+    return Course(learnt, Ran(**json.loads(told.read_text(encoding="utf-8"))) if told.exists() else None)
 
 
 def read_blocks(folder: Path, layers: Sequence[Layer]) -> dict[str, Weights]:
@@ -79,7 +76,7 @@ def read_blocks(folder: Path, layers: Sequence[Layer]) -> dict[str, Weights]:
 def _take_up(stage: Stage, layers: Sequence[Layer]) -> None:
     """Go on where an earlier start of this very stage was broken off; whatever else lies there goes."""
     settings = stage.settings
-    learning = {name: getattr(settings, name) for name in ("views", "epochs", "batch", "lr")}
+    learning = {name: getattr(settings, name) for name in ("views", "epochs", "batch", "lr", "inputs")}
     plan = {**stage.identity, **learning, "layers": [layer.name for layer in layers]}
     text = json.dumps(plan, indent=1) + "\n"
     path = stage.folder / "plan.json"
@@ -90,13 +87,17 @@ def _take_up(stage: Stage, layers: Sequence[Layer]) -> None:
         _remove(aside)
 
 
-def _prepared(stage: Stage, teacher: PersonDetector, missing: Sequence[Layer]) -> dict[str, Task]:
+def _prepared(
+    stage: Stage, teacher: PersonDetector, layers: Sequence[Layer], missing: Sequence[Layer]
+) -> dict[str, Task]:
     """Views and activations in files, and a task a layer."""
     settings, views = stage.settings, stage.folder / "views.npy"
     if not views.exists():
         stage.draw_views(views)
     cached = cached_layers(missing, settings.views, settings.cache_mib * 2**20)
     write_inputs(teacher, cached, np.load(views, mmap_mode="r"), stage.folder / "inputs", settings.batch)
+    blocks = [_block(stage, layer.name).resolve() for layer in layers]
+    before = {layer.name: tuple(blocks[:place]) for place, layer in enumerate(layers)}
     files = {layer.name: cached_file(stage.folder / "inputs", layer.name).resolve() for layer in cached}
     return {
         layer.name: Task(
@@ -105,6 +106,7 @@ def _prepared(stage: Stage, teacher: PersonDetector, missing: Sequence[Layer]) -
             stage.open_teacher,
             views.resolve(),
             files.get(layer.name),
+            before[layer.name] if settings.inputs == "student" else (),
             _block(stage, layer.name).resolve(),
             settings,
             stage.seed,
@@ -114,7 +116,7 @@ def _prepared(stage: Stage, teacher: PersonDetector, missing: Sequence[Layer]) -
     }
 
 
-def _run(stage: Stage, tasks: dict[str, Task], expected: Sequence[float]) -> int:
+def _run(stage: Stage, tasks: dict[str, Task], expected: Sequence[float]) -> Ran:
     settings = stage.settings
     workers = Workers(settings.workers, settings.scheduler, settings.cluster, settings.retries)
     with tqdm(total=len(tasks), desc="blocks", unit="block") as bar:

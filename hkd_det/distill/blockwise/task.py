@@ -12,7 +12,7 @@ wherever and whenever its task runs.
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hkd_det.distill.blockwise.activations import Inputs
+from hkd_det.distill.blockwise.assembly import assembled
 from hkd_det.distill.blockwise.engine import worker_number
 from hkd_det.distill.blockwise.settings import Blockwise
 from hkd_det.errors import DataError
@@ -39,8 +40,9 @@ class Task:
     """A block to learn, in any process that sees the run's folder.
 
     layer, norm: of the teacher. open_teacher: gives the teacher. views: .npy, [N, 3, H, W] uint8. cached: what enters
-    the layer, .npy; None if it is to be computed. block: the file to write. device: "cpu", "cuda" (this machine's
-    workers take its CUDA devices in turn), "cuda:1", or "auto": "cuda" where there is one.
+    the layer in the teacher, .npy; None if it is to be computed. before: finished blocks that are in their place in
+    the network whose activations this one learns from. block: the file to write. device: "cpu", "cuda" (this
+    machine's workers take its CUDA devices in turn), "cuda:1", or "auto": "cuda" where there is one.
     """
 
     layer: str
@@ -48,6 +50,7 @@ class Task:
     open_teacher: Callable[[], PersonDetector]
     views: Path
     cached: Path | None
+    before: tuple[Path, ...]
     block: Path
     settings: Blockwise
     seed: int
@@ -85,13 +88,12 @@ def learn(task: Task) -> Learnt:
     started = time.monotonic()
     with _alone(f"{task.seed} {task.layer}"):
         teacher = task.open_teacher().to(_device(task.device)).eval().requires_grad_(False)
-        pupil = _Pupil(teacher, task.layer, task.norm)
         views = np.load(task.views, mmap_mode="r")
-        inputs = Inputs(teacher, task.layer, views, task.cached)
+        pupil = _Pupil(teacher, task, views)
         held = np.arange(0, len(views), HELD_OUT)
-        before, _ = pupil.measure(inputs, held, task.settings.batch)
-        steps = pupil.learn(inputs, np.setdiff1d(np.arange(len(views)), held), task)
-        error, variance = pupil.measure(inputs, held, task.settings.batch)
+        before, _ = pupil.measure(held)
+        steps = pupil.learn(np.setdiff1d(np.arange(len(views)), held))
+        error, variance = pupil.measure(held)
     learnt = Learnt(task.layer, time.monotonic() - started, steps, before, error, variance)
     _write_block(task.block, pupil.weights(), learnt)
     return learnt
@@ -100,31 +102,34 @@ def learn(task: Task) -> Learnt:
 class _Pupil:
     """A block, the normalisation behind it, and the teacher's convolution and normalisation that they replace."""
 
-    def __init__(self, teacher: nn.Module, layer: str, norm: str) -> None:
+    def __init__(self, teacher: PersonDetector, task: Task, views: NDArray[np.uint8]) -> None:
         modules = dict(teacher.named_modules())
-        convolution = modules[layer]
+        convolution = modules[task.layer]
         assert isinstance(convolution, nn.Conv2d)
-        device = convolution.weight.device
-        self.layer, self.norm, self.convolution = layer, norm, convolution
-        self.block: SeparablePair = pair_for(convolution).to(device)
-        self.teachers_norm = _norm_alike(modules[norm] if norm else None).eval().requires_grad_(False)
-        self.norm_after = _norm_alike(modules[norm] if norm else None)
-        self.kept = list(modules[norm].state_dict()) if norm else []
+        norm = modules[task.norm] if task.norm else None
+        self.task, self.convolution = task, convolution
+        self.block: SeparablePair = pair_for(convolution).to(convolution.weight.device)
+        self.teachers_norm = _norm_alike(norm).eval().requires_grad_(False)
+        self.norm_after = _norm_alike(norm)
+        self.kept = list(norm.state_dict()) if norm else []
+        self.inputs = self.teachers_inputs = Inputs(teacher, task.layer, views, task.cached)
+        if task.before:
+            self.inputs = Inputs(_with_blocks(teacher, task.before), task.layer, views)
 
-    def learn(self, inputs: Inputs, indices: NDArray[np.intp], task: Task) -> int:
+    def learn(self, indices: NDArray[np.intp]) -> int:
         """Minimise the mean squared error to the teacher; returns the number of steps."""
-        settings, learner = task.settings, nn.Sequential(self.block, self.norm_after).train()
-        chance = np.random.default_rng(_number(f"{task.seed} {task.layer} order"))
+        settings, learner = self.task.settings, nn.Sequential(self.block, self.norm_after).train()
+        chance = np.random.default_rng(_number(f"{self.task.seed} {self.task.layer} order"))
         per_epoch = -(-len(indices) // settings.batch)
         optimizer = torch.optim.Adam(learner.parameters(), lr=settings.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * per_epoch)
         for _ in range(settings.epochs):
             order = np.resize(chance.permutation(indices), per_epoch * settings.batch)
             for part in np.split(order, per_epoch):
-                entered = inputs.of(part)
-                loss = nn.functional.mse_loss(learner(entered), self._target(entered))
+                entered, target = self._example(part)
+                loss = nn.functional.mse_loss(learner(entered), target)
                 if not torch.isfinite(loss):
-                    raise DataError(f"block {self.layer}: the loss is {loss.item()}; lower distill.blockwise.lr")
+                    raise DataError(f"block {self.task.layer}: the loss is {loss.item()}; lower distill.blockwise.lr")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -132,13 +137,13 @@ class _Pupil:
         return settings.epochs * per_epoch
 
     @torch.no_grad()
-    def measure(self, inputs: Inputs, indices: NDArray[np.intp], batch: int) -> tuple[float, float]:
+    def measure(self, indices: NDArray[np.intp]) -> tuple[float, float]:
         """Mean squared error in evaluation mode over the views, and the variance of the target."""
-        learner = nn.Sequential(self.block, self.norm_after).eval()
+        learner, batch = nn.Sequential(self.block, self.norm_after).eval(), self.task.settings.batch
         error, sums, squares, values = 0.0, torch.zeros(()), torch.zeros(()), 0
         for start in range(0, len(indices), batch):
-            entered = inputs.of(indices[start : start + batch])
-            target = self._target(entered).double()
+            entered, target = self._example(indices[start : start + batch])
+            target = target.double()
             error += float((learner(entered).double() - target).square().sum())
             sums = sums + target.sum((0, 2, 3)).cpu()
             squares = squares + target.square().sum((0, 2, 3)).cpu()
@@ -148,14 +153,16 @@ class _Pupil:
 
     def weights(self) -> dict[str, Tensor]:
         """The block's and its normalisation's, by the names they have in the network where they take their place."""
-        block = {f"{self.layer}.{name}": value.cpu() for name, value in self.block.state_dict().items()}
+        block = {f"{self.task.layer}.{name}": value.cpu() for name, value in self.block.state_dict().items()}
         norm = self.norm_after.state_dict()
-        return block | {f"{self.norm}.{name}": norm[name].cpu() for name in self.kept}
+        return block | {f"{self.task.norm}.{name}": norm[name].cpu() for name in self.kept}
 
     @torch.no_grad()
-    def _target(self, entered: Tensor) -> Tensor:
-        target: Tensor = self.teachers_norm(self.convolution(entered))
-        return target
+    def _example(self, indices: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+        """What enters the block, and what the teacher makes of the same views there."""
+        entered = self.inputs.of(indices)
+        at_teacher = entered if self.inputs is self.teachers_inputs else self.teachers_inputs.of(indices)
+        return entered, self.teachers_norm(self.convolution(at_teacher))
 
 
 def read_block(path: Path) -> tuple[dict[str, Tensor], Learnt]:
@@ -165,6 +172,11 @@ def read_block(path: Path) -> tuple[dict[str, Tensor], Learnt]:
         return content["weights"], Learnt(**content["learnt"])
     except Exception as error:  # torch raises many kinds
         raise DataError(f"{path}: not a readable block ({type(error).__name__}); delete it and start again") from error
+
+
+def _with_blocks(teacher: PersonDetector, paths: Sequence[Path]) -> PersonDetector:
+    finished = [read_block(path) for path in paths]
+    return assembled(teacher, {learnt.layer: weights for weights, learnt in finished})
 
 
 def _write_block(path: Path, weights: dict[str, Tensor], learnt: Learnt) -> None:

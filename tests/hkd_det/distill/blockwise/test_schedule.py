@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.distill.blockwise.schedule import lower_bound, queues, replay
-from hkd_det.distill.blockwise.settings import Scheduler
+from hkd_det.distill.blockwise.schedule import Scheduler, lower_bound, queues, replay
 
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 TIMES = st.lists(st.integers(1, 50), min_size=1, max_size=6)

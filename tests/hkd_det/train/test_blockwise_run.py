@@ -1,0 +1,272 @@
+"""Whole small runs with `--distill blockwise`: from a teacher to a fine-tuned student, broken off anywhere."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from hkd_det.distill.arbitration import Arbitration
+from hkd_det.distill.blockwise import stage
+from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.methods import Methods
+from hkd_det.distill.noise import Noise
+from hkd_det.errors import DataError, UsageError
+from hkd_det.models.detector import DetectorSpec
+from hkd_det.models.families import Spec, build
+from hkd_det.models.faster_rcnn import FasterRcnnSpec
+from hkd_det.models.yolo import YoloSpec, yolo_spec
+from hkd_det.train import run
+from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector
+from hkd_det.train.command import main
+from hkd_det.train.config import TrainConfig
+from hkd_det.train.run import TrainResult, train
+
+TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+QUICK: dict[str, Any] = {"least": 16, "views": 16, "epochs": 1, "batch": 8}
+BLOCKS = [f"backbone.body.{name}" for name in ("layer3.0.conv2", "layer4.0.conv1", "layer4.0.conv2")]
+
+
+def written(path: Path, spec: Spec = TINY) -> Path:
+    torch.manual_seed(3)
+    write_detector(path, DetectorCheckpoint("tiny", spec, build(spec).state_dict(), {}, 1, 1.0))
+    return path
+
+
+def settings(people: Path, folder: Path, teacher: Path, methods: Methods, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "data": str(people), "model": "tiny", "run": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
+        "workers": 0, "device": "cpu", "finale": 0.0, "teacher": str(teacher), "distill": methods,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def blockwise(**changes: Any) -> Methods:
+    return Methods(blockwise=Blockwise(**{**QUICK, **changes}))
+
+
+def weights(folder: Path, file: str = "blockwise/assembled.pt") -> dict[str, Tensor]:
+    return read_detector(folder / file).weights
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextmanager
+def stopped_at(count: int, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[None]:
+    """As Ctrl-C in call number `count` of a function."""
+    kept, calls = getattr(owner, name), []
+
+    def call(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return kept(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def test_the_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Path) -> None:
+    teacher = written(tmp_path / "teacher.pt")
+    flags = [
+        "--data", str(people), "--teacher", str(teacher), "--distill", "blockwise", "--imgsz", "96x64", "--epochs", "1",
+        "--batch", "4", "--workers", "0", "--device", "cpu", "--project", str(tmp_path), "--name", "run",
+        "--set", "distill.blockwise.judge=true",
+        *[part for name, value in QUICK.items() for part in ("--set", f"distill.blockwise.{name}={value}")],
+    ]  # fmt: skip
+    assert main(flags) == 0
+    folder = tmp_path / "run"
+    left = {path.name for path in (folder / "blockwise").iterdir()}
+    assert left == {"assembled.pt", "blocks", "plan.json", "ran.json", "report.json"}
+    report = json.loads((folder / "blockwise/report.json").read_text())
+    assert [block["layer"] for block in report["blocks"]] == BLOCKS == list(report["miss_rates_alone"])
+    assert report["ran"]["makespan_s"] >= report["ran"]["lower_bound_s"] == pytest.approx(report["sum_s"])
+    assembled, best = read_detector(folder / "blockwise/assembled.pt"), read_detector(folder / "best.pt")
+    assert assembled.miss_rate == report["miss_rate"]
+    assert assembled.changes == best.changes and list(best.changes.separable) == BLOCKS
+    # 9 C_in C_out weights for 9 C_in + C_in C_out + 2 C_out + 9 C_out + C_out^2.
+    shapes = [tuple(build(TINY).get_submodule(name).weight.shape[:2]) for name in BLOCKS]
+    saved = sum(9 * o * i - (9 * i + i * o + 2 * o + 9 * o + o * o) for o, i in shapes)
+    assert report["parameters"][0] - report["parameters"][1] == saved > 0
+    assert main(flags) == 2  # it holds a run
+
+
+def test_broken_off_among_the_blocks_the_same_command_goes_on(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = written(tmp_path / "teacher.pt")
+    cut = settings(people, tmp_path / "cut", teacher, blockwise())
+    with stopped_at(3, monkeypatch, stage, "learn"):
+        train(cut)
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut/blockwise/blocks").iterdir()}
+    assert sorted(path.stem for path in finished) == BLOCKS[:2]
+    (tmp_path / "cut/blockwise/.views-half.npy").touch()
+    (tmp_path / "cut/blockwise/tmp.dask").mkdir()
+    train(cut)
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    assert not [p for p in (tmp_path / "cut/blockwise").iterdir() if p.name.startswith(".") or p.suffix == ".dask"]
+    assert json.loads((tmp_path / "cut/blockwise/report.json").read_text())["ran"] is None
+    train(settings(people, tmp_path / "whole", teacher, blockwise(cache_mib=0)))
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path / "cut", "best.pt"), weights(tmp_path / "whole", "best.pt"))
+
+
+def test_another_teacher_or_setting_starts_over(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = written(tmp_path / "teacher.pt")
+    with stopped_at(3, monkeypatch, stage, "learn"):
+        train(settings(people, tmp_path / "run", teacher, blockwise()))
+    old = (tmp_path / f"run/blockwise/blocks/{BLOCKS[0]}.pt").read_bytes()
+    with stopped_at(2, monkeypatch, stage, "learn"):
+        train(settings(people, tmp_path / "run", teacher, blockwise(epochs=2)))
+    blocks = list((tmp_path / "run/blockwise/blocks").iterdir())
+    assert [path.stem for path in blocks] == BLOCKS[:1] and blocks[0].read_bytes() != old
+
+
+def test_broken_off_in_fine_tuning_it_ends_with_the_same_weights(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, methods = written(tmp_path / "teacher.pt"), blockwise()
+    whole = settings(people, tmp_path / "whole", teacher, methods, epochs=2)
+    cut = settings(people, tmp_path / "cut", teacher, methods, epochs=2)
+    train(whole)
+    with stopped_at(5, monkeypatch, run.Run, "_set_rate"):  # the second epoch's second step
+        train(cut)
+    assert len(read_state(tmp_path / "cut/last.pt")["history"]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "learn", None)  # nothing is left to learn
+        train(cut, resume=True)
+    ends = [read_state(tmp_path / name / "last.pt") for name in ("whole", "cut")]
+    assert same(ends[0]["learner"], ends[1]["learner"]) and same(ends[0]["average"], ends[1]["average"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheduler", "cache_mib"), [("work-stealing", 0), ("round-robin", 64)])
+def test_killed_workers_or_not_the_assembled_network_is_the_same(
+    people: Path, tmp_path: Path, scheduler: str, cache_mib: int
+) -> None:
+    """Two workers, one of them really killed once a first block is there, against one process."""
+    teacher, many = written(tmp_path / "teacher.pt"), {"epochs": 40, "views": 32}
+    train(settings(people, tmp_path / "alone", teacher, blockwise(**many)))
+    blocks, killed = tmp_path / "two/blockwise/blocks", threading.Event()
+
+    def kill() -> None:
+        while not killed.is_set():
+            if list(blocks.glob("*.pt")):
+                for child in psutil.Process().children(recursive=True):
+                    if "spawn_main" in " ".join(child.cmdline()) and not killed.is_set():
+                        os.kill(child.pid, signal.SIGKILL)
+                        killed.set()
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        methods = blockwise(workers=2, scheduler=scheduler, cache_mib=cache_mib, **many)
+        train(settings(people, tmp_path / "two", teacher, methods))
+        assert killed.is_set()
+    finally:
+        killed.set()
+        killer.join()
+    assert same(weights(tmp_path / "alone"), weights(tmp_path / "two"))
+    assert same(weights(tmp_path / "alone", "best.pt"), weights(tmp_path / "two", "best.pt"))
+    report = json.loads((tmp_path / "two/blockwise/report.json").read_text())
+    assert report["ran"]["workers"] == 2 and report["scheduler"] == scheduler
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms"),
+    [
+        ({"hkd": Hierarchical()}, {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}),
+        ({"hkd": Hierarchical(), "noise": Noise(), "mokd": Arbitration()}, {"hkd_pyramid"}),
+    ],
+)
+def test_fine_tuned_under_its_own_teacher(
+    people: Path, tmp_path: Path, changes: dict[str, Any], terms: set[str]
+) -> None:
+    methods = Methods(blockwise=Blockwise(**QUICK), **changes)
+    result = train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt"), methods))
+    assert result.history[0].losses.keys() >= terms
+
+
+def thin_yolo() -> YoloSpec:
+    layout = deepcopy(yolo_spec("yolo11n").layout)
+    layout["scales"][layout["scale"]][1] = 0.0625
+    return YoloSpec("yolo11n", {**layout, "nc": 1})
+
+
+def test_a_faster_rcnn(people: Path, tmp_path: Path) -> None:
+    spec = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
+    _family(people, tmp_path, spec)
+
+
+def test_a_yolo_model(people: Path, tmp_path: Path) -> None:
+    _family(people, tmp_path, thin_yolo())
+
+
+def _family(people: Path, tmp_path: Path, spec: Spec) -> None:
+    result = _trained(people, tmp_path, spec)
+    best = read_detector(result.best)
+    assert best.spec == spec and best.changes.separable
+    assert all(f"{name}.pointwise2.weight" in best.weights for name in best.changes.separable)
+    best.build()
+
+
+def _trained(people: Path, tmp_path: Path, spec: Spec) -> TrainResult:
+    return train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt", spec), blockwise(least=8)))
+
+
+def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Miss rates are told by hand: of the teacher, of each block alone, of what is put together."""
+    from hkd_det.train import blockwise as made
+
+    rates = iter([0.5, 0.5, 0.7, 0.55, 0.6, 0.5, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(made, "_miss_rate", lambda *_: next(rates))
+    teacher = written(tmp_path / "teacher.pt")
+    train(settings(people, tmp_path / "run", teacher, blockwise(judge=True, limit=0.1)))
+    report = json.loads((tmp_path / "run/blockwise/report.json").read_text())
+    assert report["left_out"] == [BLOCKS[1]] and report["miss_rate"] == 0.6
+    assert read_detector(tmp_path / "run/best.pt").changes.separable == (BLOCKS[0], BLOCKS[2])
+    with pytest.raises(DataError, match=r"every block alone raises the miss rate by more, 40\.00 points at least"):
+        train(settings(people, tmp_path / "none", teacher, blockwise(judge=True, limit=0.1)))
+
+
+def test_what_cannot_be_is_said_at_once(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = written(tmp_path / "teacher.pt")
+    flags = ["--data", str(people), "--teacher", str(teacher), "--distill", "blockwise"]
+    for more, message in {
+        ("--control",): "without there is none to train",
+        ("--init", str(teacher)): "starts from its teacher, not from --init",
+        ("--model", "mini-student"): "is a tiny; leave --model out",
+        ("--pretrained", "imagenet"): "starts from a checkpoint",
+        ("--set", "distill.blockwise.parts=tail"): "none of backbone, neck, head",
+    }.items():
+        assert main([*flags, *more, "--project", str(tmp_path / "runs")]) == 2
+        assert message in capsys.readouterr().err
+    for wrong in ({"inputs": "student", "workers": 2}, {"workers": 2, "cluster": "tcp://a:1"}, {"limit": 0.1}):
+        with pytest.raises(UsageError, match=r"distill\.blockwise"):
+            blockwise(**wrong)
+    from hkd_det.train.blockwise import assemble
+    from hkd_det.train.processes import Processes
+
+    config = settings(people, tmp_path / "run", teacher, blockwise())
+    assert config.distill.blockwise
+    with pytest.raises(UsageError, match="not under torchrun"):
+        assemble(config, config.distill.blockwise, Processes(0, 2, torch.device("cpu")), [], [], False)
+    with pytest.raises(DataError, match="no times of these blocks there"):
+        train(settings(people, tmp_path / "run", teacher, blockwise(times=str(people))))
+    assert not (tmp_path / "runs").exists()
