@@ -7,6 +7,7 @@ from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.noise import NoisyTeacher
+from hkd_det.distill.noisy_logits import NoisyLogits
 from hkd_det.distill.taps import TapRecorder
 from hkd_det.distill.two_stage import TwoStageDistillation
 from hkd_det.errors import UsageError
@@ -28,11 +29,14 @@ class Distiller(nn.Module):
         student_taps, teacher_taps = student.taps(), teacher.taps()
         self._student_recorder = TapRecorder(student, student_taps)
         self._teacher_recorder = TapRecorder(teacher, teacher_taps)
-        self.noisy = NoisyTeacher(methods.noise) if methods.noise else None
+        noise = methods.noise
+        self.noisy = NoisyTeacher(noise) if noise and noise.form == "targets" else None
         self.truth_weight = methods.hkd.truth if methods.hkd else 1.0
         self.methods = nn.ModuleList()
         if methods.hkd:
             self.methods.append(_hierarchical(student, teacher, methods.hkd, self.noisy))
+        if noise and noise.form == "l2":
+            self.methods.append(NoisyLogits(noise))
 
     def forward(
         self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm

@@ -100,7 +100,7 @@ class HierarchicalDistillation(nn.Module):
         student, teacher = lesson.mine, lesson.other
         if isinstance(lesson.student, FasterRcnn) and isinstance(student, TwoStage):
             return soft_regions(lesson.student, student, lesson.teacher.found(teacher), lesson.norm_of)
-        if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and _same_points(student, teacher)):
+        if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and student.shares_points(teacher)):
             raise UsageError("logit-level distillation needs student and teacher with the same pyramid strides")
         scores = student.many.logits.new_zeros(())
         for mine, other in ((student.many, teacher.many), (student.one, teacher.one)):
@@ -110,10 +110,6 @@ class HierarchicalDistillation(nn.Module):
         confidence = teacher.many.logits.sigmoid()
         boxes = (confidence * _box_error(student.many, teacher.many)).sum() / lesson.norm_of(confidence.sum())
         return scores, boxes
-
-
-def _same_points(student: Prediction, teacher: Prediction) -> bool:
-    return student.points.shape == teacher.points.shape and torch.equal(student.points, teacher.points)
 
 
 def _box_error(student: Branch, teacher: Branch) -> Tensor:
