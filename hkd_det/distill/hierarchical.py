@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.adapter import Adapter, pair_by_stride
+from hkd_det.distill.adapter import Adapter
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.regions import region_errors
 from hkd_det.distill.soft_regions import soft_regions
+from hkd_det.distill.tap_choice import TapNames, paired
 from hkd_det.distill.two_stage import TwoStageLevels
 from hkd_det.errors import UsageError
 from hkd_det.losses.imitation import balanced_mean, imitation_error
@@ -35,7 +36,7 @@ class Hierarchical:
     foreground: share of the pyramid level's weight that lies on people. confident: teacher score, 0..1,
     from which its boxes are regions too. regions: at most so many of them a picture. two_stage: instead of all these,
     the levels between two Faster R-CNNs. truth: what the task's own terms count while the teacher teaches, 0..1; at 0
-    they set in when it stops, for the end of training.
+    they set in when it stops, for the end of training. taps: the layers whose maps are compared.
     """
 
     pyramid: float = 2.0
@@ -47,6 +48,7 @@ class Hierarchical:
     regions: int = 20
     two_stage: TwoStageLevels = field(default_factory=TwoStageLevels)
     truth: float = 1.0
+    taps: TapNames = field(default_factory=TapNames)
 
     def __post_init__(self) -> None:
         if not 0 <= self.truth <= 1:
@@ -59,10 +61,12 @@ class HierarchicalDistillation(nn.Module):
     def __init__(self, student: Sequence[Tap], teacher: Sequence[Tap], weights: Hierarchical) -> None:
         super().__init__()
         self.weights = weights
-        pairs = pair_by_stride(list(student), list(teacher))
+        pairs = paired(student, teacher, weights.taps)
         self.sources = [list(student).index(mine) for mine, _ in pairs]
         self.adapters = nn.ModuleList(Adapter(mine, other) for mine, other in pairs)
         self.strides = [other.stride for _, other in pairs]
+        # Regions are read from one map a stride, fine to coarse: of several taps the last.
+        self.region_levels = [index for _, index in sorted({s: i for i, s in enumerate(self.strides)}.items())]
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
         """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_score`, `hkd_box`, each a scalar."""
@@ -94,7 +98,8 @@ class HierarchicalDistillation(nn.Module):
         norm = lesson.norm_of(count)
         if count == 0:
             return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
-        return region_errors(adapted, maps, self.strides, regions).sum() / norm
+        mine, other = ([of_one[index] for index in self.region_levels] for of_one in (adapted, maps))
+        return region_errors(mine, other, [self.strides[index] for index in self.region_levels], regions).sum() / norm
 
     def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         student, teacher = lesson.mine, lesson.other

@@ -18,12 +18,18 @@ def region_errors(
 ) -> Tensor:
     """[R] imitation errors of the pooled features of all pictures' regions, one [N, 4] xyxy input pixels a picture.
 
-    mine, other: [B, C_i, H_i, W_i] a level, fine to coarse, with the same C_i. Which level reads which region is FPN's
-    rule (Lin et al. 2017, eq. 1), as in torchvision's MultiScaleRoIAlign, which wants one C for all levels.
+    mine, other: [B, C_i, H_i, W_i] a level, fine to coarse, with the same C_i. strides: powers of two, rising. Which
+    level reads which region is FPN's rule (Lin et al. 2017, eq. 1), as in torchvision's MultiScaleRoIAlign, which wants
+    one C for all levels; where the rule's stride is not among them, the nearest does, the finer in a draw.
     """
     boxes = torch.cat(list(regions)).to(mine[0].device)
     picture = torch.cat([torch.full_like(of_one[:, :1], b) for b, of_one in enumerate(regions)]).to(boxes)
-    level_of = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))([boxes])
+    octaves = [int(math.log2(stride)) for stride in strides]
+    nearest = [
+        min(range(len(octaves)), key=lambda level: abs(octaves[level] - octave))
+        for octave in range(octaves[0], octaves[-1] + 1)
+    ]
+    level_of = torch.tensor(nearest, device=boxes.device)[LevelMapper(octaves[0], octaves[-1])([boxes])]
     errors = mine[0].new_zeros(len(boxes), dtype=torch.float32)
     for level, stride in enumerate(strides):
         chosen = (level_of == level).nonzero()[:, 0]

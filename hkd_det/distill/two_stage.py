@@ -9,6 +9,7 @@ the people it will find and on the background it takes longest to reject; they d
 as the student's own would; and they cost nothing, where the teacher's detections would cost its head on 1000 regions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from hkd_det.distill.noise import NoisyTeacher
 from hkd_det.losses.two_stage import people_and_ignored
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.prediction import TwoStage
+from hkd_det.models.tap import Tap
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,18 @@ class TwoStageDistillation(nn.Module):
     """The three levels between two Faster R-CNNs. Its parameters are the adapters'."""
 
     def __init__(
-        self, student: FasterRcnn, teacher: FasterRcnn, weights: TwoStageLevels, noisy: NoisyTeacher | None = None
+        self,
+        student: FasterRcnn,
+        teacher: FasterRcnn,
+        weights: TwoStageLevels,
+        noisy: NoisyTeacher | None = None,
+        pairs: Sequence[tuple[Tap, Tap]] | None = None,
     ) -> None:
+        """`pairs`: the maps that are compared, in the order in which the lesson brings them; None: the pyramids'."""
         super().__init__()
         self.weights, self.noisy = weights, noisy
         mine, other = student.spec, teacher.spec
-        self.pyramid = nn.ModuleList(Adapter(*pair) for pair in pair_by_stride(student.taps(), teacher.taps()))
+        self.pyramid = nn.ModuleList(Adapter(*pair) for pair in pairs or pair_by_stride(student.taps(), teacher.taps()))
         self.region = nn.Conv2d(mine.channels, other.channels, 1)
         self.logit = nn.Linear(mine.head_width, other.head_width)
 
