@@ -6,10 +6,8 @@ from torch import Tensor
 
 def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
     """[N, C, ...] with mean 0 and variance 1 in each channel of each item."""
-    flat = features.float().flatten(2)
-    mean = flat.mean(-1, keepdim=True)
-    deviation = (flat.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
-    return ((flat - mean) / deviation).view(features.shape)
+    # A group a channel; contiguous, since other layouts take torch several times as long.
+    return torch.group_norm(features.float().contiguous(), features.shape[1], eps=eps)
 
 
 def imitation_error(student: Tensor, teacher: Tensor) -> Tensor:
