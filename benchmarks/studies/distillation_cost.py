@@ -48,9 +48,7 @@ class Case:
     @property
     def name(self) -> str:
         """As the table shows it."""
-        return (
-            f"{self.student} by {TEACHER_OF[self.student]}, {self.imgsz_hw[1]}x{self.imgsz_hw[0]}, batch {self.batch}"
-        )
+        return f"{self.student} by {TEACHER_OF[self.student]}, {format_imgsz(self.imgsz_hw)}, batch {self.batch}"
 
 
 CPU = [Case("mini-student", (160, 224), 16), Case("student-r18", (160, 224), 8)]
@@ -75,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if arguments.only in ("", case.student):
                 lines.append(row(case, device, measure(case, device, arguments.rounds)))
                 print(lines[-1], flush=True)
-    host = host_facts()
+    cpu = next(fact.value for fact in host_facts() if fact.name == "CPU")
     write_text(
         arguments.result,
         "# What a distilled step costs\n\n`python benchmarks/studies/distillation_cost.py`; its head says how. "
-        f"Median of {arguments.rounds} rounds, ratios with their range. {host.cpu}, torch {torch.__version__}.\n\n"
+        f"Median of {arguments.rounds} rounds, ratios with their range. {cpu}, torch {torch.__version__}.\n\n"
         + "\n".join(lines)
         + "\n",
     )
