@@ -7,6 +7,8 @@ from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.noise import NoisyTeacher
+from hkd_det.distill.noisy_logits import NoisyLogits
+from hkd_det.distill.tap_choice import TapNames, paired, tapped
 from hkd_det.distill.taps import TapRecorder
 from hkd_det.distill.two_stage import TwoStageDistillation
 from hkd_det.errors import UsageError
@@ -15,6 +17,7 @@ from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.output import Output
+from hkd_det.models.tap import Tap
 
 
 class Distiller(nn.Module):
@@ -25,14 +28,17 @@ class Distiller(nn.Module):
         # In tuples, so no submodules: the teacher is not trained, averaged or saved, and the student not twice.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._student = (student,)
-        student_taps, teacher_taps = student.taps(), teacher.taps()
+        student_taps, teacher_taps = tapped(student, teacher, methods.hkd.taps if methods.hkd else TapNames())
         self._student_recorder = TapRecorder(student, student_taps)
         self._teacher_recorder = TapRecorder(teacher, teacher_taps)
-        self.noisy = NoisyTeacher(methods.noise) if methods.noise else None
+        noise = methods.noise
+        self.noisy = NoisyTeacher(noise) if noise and noise.form == "targets" else None
         self.truth_weight = methods.hkd.truth if methods.hkd else 1.0
         self.methods = nn.ModuleList()
         if methods.hkd:
-            self.methods.append(_hierarchical(student, teacher, methods.hkd, self.noisy))
+            self.methods.append(_hierarchical(student, teacher, (student_taps, teacher_taps), methods.hkd, self.noisy))
+        if noise and noise.form == "l2":
+            self.methods.append(NoisyLogits(noise))
 
     def forward(
         self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm
@@ -62,14 +68,19 @@ class Distiller(nn.Module):
 
 
 def _hierarchical(
-    student: PersonDetector, teacher: PersonDetector, settings: Hierarchical, noisy: NoisyTeacher | None
+    student: PersonDetector,
+    teacher: PersonDetector,
+    taps: tuple[list[Tap], list[Tap]],
+    settings: Hierarchical,
+    noisy: NoisyTeacher | None,
 ) -> nn.Module:
-    """The published form between two-stage detectors, ours where either is dense.
+    """The published form between two-stage detectors, ours where either is dense; `taps` are both's.
 
     Raises UsageError for noise that nobody would hear: a two-stage teacher's reaches two-stage students only.
     """
     if isinstance(student, FasterRcnn) and isinstance(teacher, FasterRcnn):
-        return TwoStageDistillation(student, teacher, settings.two_stage, noisy, settings.adapter)
+        pairs = paired(*taps, settings.taps)
+        return TwoStageDistillation(student, teacher, settings.two_stage, noisy, settings.adapter, pairs)
     if noisy and isinstance(teacher, FasterRcnn):
         raise UsageError("--distill noise: a two-stage teacher's is for a two-stage student, region by region")
-    return HierarchicalDistillation(student.taps(), teacher.taps(), settings)
+    return HierarchicalDistillation(*taps, settings)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.adapter import Adapter, Projection, pair_by_stride
+from hkd_det.distill.adapter import Adapter, Projection
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.regions import region_errors
 from hkd_det.distill.soft_regions import soft_regions
+from hkd_det.distill.tap_choice import TapNames, paired
 from hkd_det.distill.two_stage import TwoStageLevels
 from hkd_det.errors import UsageError
 from hkd_det.losses.imitation import balanced_mean, imitation_error
@@ -36,6 +37,7 @@ class Hierarchical:
     from which its boxes are regions too. regions: at most so many of them a picture. two_stage: instead of all these,
     the levels between two Faster R-CNNs. truth: what the task's own terms count while the teacher teaches, 0..1; at 0
     they set in when it stops, for the end of training. adapter: what brings the student's channels to the teacher's.
+    taps: the layers whose maps are compared.
     """
 
     pyramid: float = 2.0
@@ -48,6 +50,7 @@ class Hierarchical:
     two_stage: TwoStageLevels = field(default_factory=TwoStageLevels)
     truth: float = 1.0
     adapter: Projection = "plain"
+    taps: TapNames = field(default_factory=TapNames)
 
     def __post_init__(self) -> None:
         if not 0 <= self.truth <= 1:
@@ -60,10 +63,12 @@ class HierarchicalDistillation(nn.Module):
     def __init__(self, student: Sequence[Tap], teacher: Sequence[Tap], weights: Hierarchical) -> None:
         super().__init__()
         self.weights = weights
-        pairs = pair_by_stride(list(student), list(teacher))
+        pairs = paired(student, teacher, weights.taps)
         self.sources = [list(student).index(mine) for mine, _ in pairs]
         self.adapters = nn.ModuleList(Adapter(mine, other, weights.adapter) for mine, other in pairs)
         self.strides = [other.stride for _, other in pairs]
+        # Regions are read from one map a stride, fine to coarse: of several taps the last.
+        self.region_levels = [index for _, index in sorted({s: i for i, s in enumerate(self.strides)}.items())]
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
         """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_score`, `hkd_box`, each a scalar."""
@@ -95,13 +100,14 @@ class HierarchicalDistillation(nn.Module):
         norm = lesson.norm_of(count)
         if count == 0:
             return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
-        return region_errors(adapted, maps, self.strides, regions).sum() / norm
+        mine, other = ([of_one[index] for index in self.region_levels] for of_one in (adapted, maps))
+        return region_errors(mine, other, [self.strides[index] for index in self.region_levels], regions).sum() / norm
 
     def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         student, teacher = lesson.mine, lesson.other
         if isinstance(lesson.student, FasterRcnn) and isinstance(student, TwoStage):
             return soft_regions(lesson.student, student, lesson.teacher.found(teacher), lesson.norm_of)
-        if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and _same_points(student, teacher)):
+        if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and student.shares_points(teacher)):
             raise UsageError("logit-level distillation needs student and teacher with the same pyramid strides")
         scores = student.many.logits.new_zeros(())
         for mine, other in ((student.many, teacher.many), (student.one, teacher.one)):
@@ -111,10 +117,6 @@ class HierarchicalDistillation(nn.Module):
         confidence = teacher.many.logits.sigmoid()
         boxes = (confidence * _box_error(student.many, teacher.many)).sum() / lesson.norm_of(confidence.sum())
         return scores, boxes
-
-
-def _same_points(student: Prediction, teacher: Prediction) -> bool:
-    return student.points.shape == teacher.points.shape and torch.equal(student.points, teacher.points)
 
 
 def _box_error(student: Branch, teacher: Branch) -> Tensor:

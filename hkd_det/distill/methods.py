@@ -23,6 +23,8 @@ class Methods:
     blockwise: Blockwise | None = None
 
     def __post_init__(self) -> None:
+        if self.noise and self.noise.form == "targets" and not self.hkd:
+            raise UsageError("noise.form=targets perturbs what another method learns from: add one, such as hkd")
         if self.mokd and not (self.hkd or self.noise):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
         if self.blockwise and "cdd" in self.names:

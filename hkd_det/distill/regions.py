@@ -5,12 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
+from hkd_det.distill.pooling import pooled_regions, region_cells
 from hkd_det.losses.imitation import imitation_error
-
-SIDE = 7  # cells of a pooled region
 
 
 def region_errors(
@@ -18,18 +16,26 @@ def region_errors(
 ) -> Tensor:
     """[R] imitation errors of the pooled features of all pictures' regions, one [N, 4] xyxy input pixels a picture.
 
-    mine, other: [B, C_i, H_i, W_i] a level, fine to coarse, with the same C_i. Which level reads which region is FPN's
-    rule (Lin et al. 2017, eq. 1), as in torchvision's MultiScaleRoIAlign, which wants one C for all levels.
+    mine, other: [B, C_i, H_i, W_i] a level, fine to coarse, with the same C_i. strides: powers of two, rising. Which
+    level reads which region is FPN's rule (Lin et al. 2017, eq. 1), as in torchvision's MultiScaleRoIAlign, which wants
+    one C for all levels; where the rule's stride is not among them, the nearest does, the finer in a draw.
     """
     boxes = torch.cat(list(regions)).to(mine[0].device)
-    picture = torch.cat([torch.full_like(of_one[:, :1], b) for b, of_one in enumerate(regions)]).to(boxes)
-    level_of = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))([boxes])
+    counts = torch.tensor([len(of_one) for of_one in regions], device=boxes.device)
+    picture = torch.arange(len(regions), device=boxes.device).repeat_interleave(counts)
+    octaves = [int(math.log2(stride)) for stride in strides]
+    nearest = [
+        min(range(len(octaves)), key=lambda level: abs(octaves[level] - octave))
+        for octave in range(octaves[0], octaves[-1] + 1)
+    ]
+    level_of = torch.tensor(nearest, device=boxes.device)[LevelMapper(octaves[0], octaves[-1])([boxes])]
     errors = mine[0].new_zeros(len(boxes), dtype=torch.float32)
     for level, stride in enumerate(strides):
         chosen = (level_of == level).nonzero()[:, 0]
         if len(chosen) == 0:
             continue
-        rois = torch.cat([picture, boxes], 1)[chosen]
-        pooled, wanted = (roi_align(maps[level].float(), rois, SIDE, 1 / stride, 2) for maps in (mine, other))
+        height, width = mine[level].shape[-2:]
+        cells = region_cells(boxes[chosen], picture[chosen], stride, (height, width))
+        pooled, wanted = (pooled_regions(maps[level], *cells) for maps in (mine, other))
         errors = errors.index_add(0, chosen, imitation_error(pooled, wanted).mean((1, 2)))
     return errors

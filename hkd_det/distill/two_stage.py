@@ -9,6 +9,7 @@ the people it will find and on the background it takes longest to reject; they d
 as the student's own would; and they cost nothing, where the teacher's detections would cost its head on 1000 regions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from hkd_det.losses.imitation import imitation_error
 from hkd_det.losses.two_stage import people_and_ignored
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.prediction import TwoStage
+from hkd_det.models.tap import Tap
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class TwoStageDistillation(nn.Module):
         weights: TwoStageLevels,
         noisy: NoisyTeacher | None = None,
         projection: Projection = "plain",
+        pairs: Sequence[tuple[Tap, Tap]] | None = None,
     ) -> None:
+        """`pairs`: the maps that are compared, in the order in which the lesson brings them; None: the pyramids'."""
         super().__init__()
         self.weights, self.noisy = weights, noisy
         mine, other = student.spec, teacher.spec
-        pairs = pair_by_stride(student.taps(), teacher.taps())
+        pairs = pairs or pair_by_stride(student.taps(), teacher.taps())
         self.pyramid = nn.ModuleList(Adapter(*pair, projection) for pair in pairs)
         self.level_error = imitation_error if projection == "orthogonal" else squared_error
         self.region = nn.Conv2d(mine.channels, other.channels, 1)

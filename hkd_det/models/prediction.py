@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +36,10 @@ class Prediction:
     points: Tensor
     strides: Tensor
     input_hw: tuple[int, int]
+
+    def shares_points(self, other: "Prediction") -> bool:
+        """Whether both answer at the same points, so that their logits can be compared one by one."""
+        return self.points.shape == other.points.shape and torch.equal(self.points, other.points)
 
 
 @dataclass(frozen=True, eq=False)

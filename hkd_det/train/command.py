@@ -33,6 +33,10 @@ def _body(argv: Sequence[str] | None) -> int:
         from hkd_det.train.start import start  # noqa: PLC0415 - torch is needed from here on
     except ModuleNotFoundError as error:
         raise UnavailableError(f"{error.name} is not installed; training needs: pip install 'hkd-det[train]'") from None
+    if arguments.list_taps:
+        from hkd_det.train.tap_command import show_taps  # noqa: PLC0415 - torch, too
+
+        return show_taps(arguments)
     return start(arguments)
 
 
@@ -44,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         "--check",
         action="store_true",
         help="train nothing: count what --data holds, tell everything that is wrong (then the exit code is 1), draw it",
+    )
+    parser.add_argument(
+        "--list-taps",
+        action="store_true",
+        help="train nothing: show the layers of --model, --init or --teacher whose maps distillation can compare",
     )
     parser.add_argument("--recipe", default="", metavar="YAML", help="a whole run's settings; flags come on top")
     parser.add_argument(

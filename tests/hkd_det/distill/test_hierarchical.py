@@ -1,5 +1,8 @@
 """Taps, adapters and the three levels of hierarchical distillation."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -116,6 +119,54 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
         terms = method(lesson)
     for term in terms.values():
         torch.testing.assert_close(term, torch.zeros(()), atol=1e-4, rtol=0)
+
+
+def test_the_logit_level_is_made_of_its_formulas(pair: tuple[Detector, Detector]) -> None:
+    """Worked out point by point: both branches' scores, and the sides weighted by the teacher's score."""
+    student, teacher = pair[0].eval(), pair[1].eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(teacher.head.many.weight, std=2.0)  # some points of any confidence
+        distiller = Distiller(student, teacher, Methods(hkd=Hierarchical(score=3.0, box=5.0)))
+        mine, other = student(PICTURE), teacher(PICTURE)
+        terms = distiller(PICTURE, mine, PERSON, 1.0, norm_alone)
+    scores, boxes, confidence = 0.0, 0.0, other.many.logits[0].sigmoid()
+    for a, b in ((mine.many, other.many), (mine.one, other.one)):
+        s, t = (branch.logits[0].double().sigmoid() for branch in (a, b))
+        divergence = t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()
+        scores += ((t - s).abs() * divergence).sum() / t.sum().clamp(min=1)
+    for point, weight in enumerate(confidence):
+        for side in range(4):
+            q, p = ((of_one.many.sides[0, point, side] / 2).softmax(-1) for of_one in (mine, other))
+            boxes += weight * (p * (p / q).log()).sum() * 4 / 4  # temperature 2 squared, mean of four sides
+    assert confidence.max() > 0.5 > confidence.min()
+    torch.testing.assert_close(terms["hkd_score"].double(), 3 * scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(terms["hkd_box"], 5 * boxes / confidence.sum().clamp(min=1), atol=1e-5, rtol=1e-3)
+
+
+def test_no_steps_maps_outlive_the_step(pair: tuple[Detector, Detector]) -> None:
+    """Whoever still held a map, its output would not be gone when the step's own names are."""
+    student, teacher = pair
+    distiller = Distiller(student, teacher, Methods.of("hkd,noise"))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    names = [(student, tap.name) for tap in student.taps()] + [(teacher, tap.name) for tap in teacher.taps()]
+    for network, name in names:
+        network.get_submodule(name).register_forward_hook(lambda _m, _i, out: alive.append(weakref.ref(out)))
+
+    def step(strength: float) -> None:
+        output = student(PICTURE)
+        if strength > 0:
+            torch.stack(list(distiller(PICTURE, output, PERSON, strength, norm_alone).values())).sum().backward()
+        else:
+            distiller.skip()
+
+    gc.disable()  # what only the collector frees is held for too long
+    try:
+        for strength, maps in ((1.0, 6), (0.0, 3)):
+            step(strength)
+            assert len(alive) == maps and all(ref() is None for ref in alive)
+            alive.clear()
+    finally:
+        gc.enable()
 
 
 def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[Detector, Detector]) -> None:

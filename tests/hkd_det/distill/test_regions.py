@@ -1,9 +1,11 @@
 """Region errors against torchvision's pooling, and with levels of different widths."""
 
+import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+from hkd_det.distill.pooling import pooled_regions, region_cells
 from hkd_det.distill.regions import region_errors
 from hkd_det.losses.imitation import imitation_error
 
@@ -50,3 +52,28 @@ def test_levels_may_differ_in_width() -> None:
 def test_no_regions_give_no_errors() -> None:
     mine = maps(0, (3, 5, 7))
     assert region_errors(mine, mine, STRIDES, [torch.zeros(0, 4)] * 3).shape == (0,)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_is_torchvisions_in_value_and_gradient(layout: torch.memory_format) -> None:
+    """Regions inside, across the border, far outside, thinner than a cell, and turned inside out."""
+    chance = torch.Generator().manual_seed(2)
+    boxes = torch.tensor(
+        [
+            [3.0, 5, 60, 90],
+            [-40, -30, 30, 20],
+            [70, 80, 140, 160],
+            [500, 500, 600, 600],
+            [9, 9, 10, 9.5],
+            [50, 60, 20, 9],
+        ]
+    )
+    boxes = torch.cat([boxes, 120 * torch.rand(20, 4, generator=chance) - 10])
+    picture = torch.randint(0, 2, (len(boxes),), generator=chance)
+    maps = torch.randn(2, 5, 12, 10, generator=chance).to(memory_format=layout).requires_grad_()
+    told = pooled_regions(maps, *region_cells(boxes, picture, 8, (12, 10)))
+    wanted = roi_align(maps, torch.cat([picture[:, None], boxes], 1), 7, 1 / 8, 2)
+    torch.testing.assert_close(told, wanted, atol=1e-5, rtol=1e-4)
+    weight = torch.randn(wanted.shape, generator=chance)
+    mine, theirs = (torch.autograd.grad((weight * pooled).sum(), maps)[0] for pooled in (told, wanted))
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)

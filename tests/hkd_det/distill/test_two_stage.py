@@ -146,20 +146,20 @@ def test_noise_multiplies_the_teachers_embedding_region_by_region(pair: tuple[Fa
     lesson = lesson_of(*pair)
     assert isinstance(lesson.other, TwoStage)
     clean = pair[1].regions(lesson.other, shared_regions(lesson, lesson.other, 60))
-    noisy = NoisyTeacher(Noise(alpha=0.5, sigma=0.3, each="sample")).regions(clean)
+    noisy = NoisyTeacher(Noise("targets", alpha=0.5, sigma=0.3, each="sample")).regions(clean)
     factor = (noisy.embedding / clean.embedding).nanmean(1)
     assert torch.equal(noisy.pooled, clean.pooled) and 0.2 < (factor == 1).float().mean() < 0.8
     torch.testing.assert_close(noisy.embedding, factor[:, None] * clean.embedding)
     method = TwoStageDistillation(*pair, TwoStageLevels())
     terms = [method(lesson)]
-    method.noisy = NoisyTeacher(Noise(alpha=1.0, sigma=3.0))
+    method.noisy = NoisyTeacher(Noise("targets", alpha=1.0, sigma=3.0))
     terms.append(method(lesson))
     assert terms[0]["hkd_pyramid"] == terms[1]["hkd_pyramid"] and terms[0]["hkd_logit"] < terms[1]["hkd_logit"]
 
 
 def test_a_dense_student_does_not_hear_a_two_stage_teachers_noise(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
     with pytest.raises(UsageError, match="two-stage student"):
-        Distiller(Detector(DENSE), pair[1], Methods(hkd=Hierarchical(), noise=Noise()))
+        Distiller(Detector(DENSE), pair[1], Methods(hkd=Hierarchical(), noise=Noise("targets")))
 
 
 def test_a_dense_teacher_teaches_a_two_stage_student(pair: tuple[FasterRcnn, FasterRcnn]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from hkd_det.losses.distribution_focal import distribution_focal_loss
@@ -91,14 +91,35 @@ def test_soft_scores_cost_nothing_in_agreement_and_pull_towards_the_teacher() ->
     torch.testing.assert_close(student.grad, (s - t).abs() * (s - t))
 
 
-def test_localisation_is_the_kl_divergence() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 4, 16)
-    expected = torch.stack(
-        [
-            F.kl_div((student[:, i] / 2).log_softmax(-1), (teacher[:, i] / 2).softmax(-1), reduction="none").sum(-1)
-            for i in range(4)
-        ]
-    ).mean(0)
-    torch.testing.assert_close(localisation_loss(student, teacher), 4 * expected)
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_soft_scores_are_bernoullis_divergence_weighted_by_the_difference(power: float) -> None:
+    teacher, student = torch.tensor([2.0, -3.0, 0.5]), torch.tensor([-1.0, 0.0, 4.0])
+    divergence = kl_divergence(Bernoulli(logits=teacher), Bernoulli(logits=student))
+    weight = (teacher.sigmoid() - student.sigmoid()).abs() ** power
+    torch.testing.assert_close(soft_score_loss(student, teacher, power), weight * divergence)
+
+
+def test_localisation_is_the_kl_divergence_of_the_sides_distributions() -> None:
+    chance = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4, 16, generator=chance)
+    hot = [Categorical(logits=sides / 2) for sides in (teacher, student)]
+    torch.testing.assert_close(localisation_loss(student, teacher), 4 * kl_divergence(*hot).mean(-1))
     torch.testing.assert_close(localisation_loss(teacher, teacher), torch.zeros(5), atol=1e-6, rtol=0)
+    student = student.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda sides: localisation_loss(sides, teacher.double()), (student,))
+
+
+def test_imitation_has_the_gradient_of_finite_differences() -> None:
+    chance = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 3, 3, 4, generator=chance)
+    direction = torch.randn(student.shape, generator=chance)
+    weight = torch.rand(2, 3, 4, generator=chance)
+
+    def loss(features: torch.Tensor) -> torch.Tensor:
+        return (weight * imitation_error(features, teacher)).sum()
+
+    student.requires_grad_()
+    along = (torch.autograd.grad(loss(student), student)[0] * direction).sum()
+    with torch.no_grad():
+        difference = (loss(student + 1e-2 * direction) - loss(student - 1e-2 * direction)) / 2e-2
+    torch.testing.assert_close(along, difference, atol=1e-3, rtol=1e-3)

@@ -49,6 +49,20 @@ def test_the_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in said for name in SIZES)
 
 
+def test_taps_are_listed_without_data_and_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--list-taps", "--model", "mini-student", "--imgsz", "224x160"]) == 0
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if "neck.outputs.0" in line)
+    assert row.split() == ["*", "neck.outputs.0", "neck", "8", "40", "28x20"]
+    assert not list(tmp_path.iterdir())
+    assert main(["--list-taps", "--teacher", "nothing.pt"]) == 1
+    assert main(["--list-taps"]) == 2
+    assert "--list-taps: whose?" in capsys.readouterr().err
+
+
 def test_training_goes_on_after_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,9 @@ def teacher(people: Path, tmp_path: Path) -> str:
 
 
 def test_a_pair_trains_and_the_student_detects_the_same_when_loaded(people: Path, tmp_path: Path, teacher: str) -> None:
-    result = run(people, tmp_path / "student", teacher=teacher, distill=Methods(hkd=Hierarchical(), noise=Noise()))
+    result = run(
+        people, tmp_path / "student", teacher=teacher, distill=Methods(hkd=Hierarchical(), noise=Noise("targets"))
+    )
     assert result.history[0].losses.keys() == TASK | LEVELS
     assert all(value > 0 for value in result.history[0].losses.values())
     loaded = read_detector(result.best)
@@ -78,7 +80,7 @@ def test_the_teacher_alone_teaches_until_the_end_of_training(people: Path, tmp_p
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tmp_path: Path, teacher: str) -> None:
     """Samples and noise are drawn anew: the epoch, not what went before, decides how."""
-    taught = {"teacher": teacher, "distill": Methods(hkd=Hierarchical(), noise=Noise()), "epochs": 2}
+    taught = {"teacher": teacher, "distill": Methods(hkd=Hierarchical(), noise=Noise("targets")), "epochs": 2}
     run(people, tmp_path / "whole", **taught)
 
     def cut(*_arguments: object) -> float:

@@ -1,6 +1,8 @@
 """Whole small runs with a YOLO model as student and as teacher, our detectors on the other side."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,14 +10,16 @@ import torch
 
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.methods import Methods
+from hkd_det.distill.noise import Noise
+from hkd_det.distill.tap_choice import TapNames
 from hkd_det.errors import DataError
 from hkd_det.models import sizes
 from hkd_det.models.detector import Detector, DetectorSpec
 from hkd_det.models.yolo import YoloDetector, YoloSpec, yolo_spec
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, write_detector
+from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import train
+from hkd_det.train.run import Run, train
 from hkd_det.train.teachers import open_teacher
 
 TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
@@ -62,6 +66,38 @@ def test_a_yolo_student_learns_from_our_teacher_and_teaches_ours(
     back = train(settings(people, tmp_path / "ours", "mini-student", taught.best))
     assert back.history[0].losses.keys() >= TERMS
     assert isinstance(read_detector(back.best).build(), Detector)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_sizes")
+def test_chosen_taps_and_noise_teach_across_families_both_ways_and_resume_exactly(people: Path, tmp_path: Path) -> None:
+    """Run whole, and again from an epoch's end: noise is drawn by the epoch."""
+    yolo = train(settings(people, tmp_path / "yolo", "yolo11n", None, epochs=1)).best
+    ours, theirs = ("backbone.body.layer3", "neck.outputs.0"), ("network.model.16", "network.model.22")
+    for model, teacher, taps in (
+        ("yolo11n", our_teacher(tmp_path / "teacher.pt"), TapNames(theirs, ours)),
+        ("mini-student", yolo, TapNames(ours, theirs)),
+    ):
+        taught = {"distill": Methods(hkd=Hierarchical(taps=taps), noise=Noise())}
+        config = settings(people, tmp_path / model, model, teacher, **taught)
+        assert train(config).history[-1].losses.keys() >= TERMS | {"noise"}
+    cut = replace(config, run=str(tmp_path / "cut"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_set_rate", stop_at(5, Run._set_rate))  # in the second epoch's third step
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    train(cut, resume=True)
+    whole, resumed = (read_state(one.run_dir / "last.pt")["learner"] for one in (config, cut))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def stop_at(step: int, kept: Callable[[Run, int], None]) -> Callable[[Run, int], None]:
+    def set_rate(run: Run, at: int) -> None:
+        if at == step:
+            raise KeyboardInterrupt
+        kept(run, at)
+
+    return set_rate
 
 
 @pytest.mark.slow

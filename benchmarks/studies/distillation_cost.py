@@ -1,0 +1,174 @@
+"""What a distilled step costs: against the student's step and the teacher's forward pass, each measured alone.
+
+    python benchmarks/studies/distillation_cost.py [--rounds 15] [--only NAME]     results: distillation_cost.md
+
+A round measures, one after the other on the same batch: the student's step (forward, loss, backward, optimiser), the
+teacher's forward pass as the distiller runs it (no gradients, bf16, channels last), and the step distilled by HKD. The
+ratio, third over the sum of the others, is that of one round, since the machine's speed drifts; the table gives the
+median and the range. Weights are random; every picture holds three people, and the teacher finds three, so that
+six regions a picture are compared. On the CPU one thread works and its own processor time is what counts, which other
+programs hardly change. On a GPU it is the time on the wall, from idle to idle.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from hkd_bench.host import host_facts
+from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.methods import Methods
+from hkd_det.files import write_text
+from hkd_det.imgsz import format_imgsz
+from hkd_det.losses.detection import norm_alone, total
+from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.family import PersonDetector
+from hkd_det.models.sizes import TEACHER_OF, build_detector
+from hkd_det.train.learner import Learner
+
+RESULT = Path(__file__).parent / "../results/distillation_cost.md"
+ALLOWED = 1.10  # what a distilled step may cost, of student and teacher alone
+PEOPLE = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair of models, its input size and its batch."""
+
+    student: str
+    imgsz_hw: tuple[int, int]
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return f"{self.student} by {TEACHER_OF[self.student]}, {format_imgsz(self.imgsz_hw)}, batch {self.batch}"
+
+
+CPU = [Case("mini-student", (160, 224), 16), Case("student-r18", (160, 224), 8)]
+CUDA = [Case("mini-student", (512, 640), 32), Case("student-r18", (512, 640), 32)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="a student's name")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    lines = [
+        f"| pair | device | student's step, ms | teacher's forward, ms | distilled, ms | ratio (allowed {ALLOWED}) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for device in devices:
+        for case in CPU if device.type == "cpu" else CUDA:
+            if arguments.only in ("", case.student):
+                lines.append(row(case, device, measure(case, device, arguments.rounds)))
+                print(lines[-1], flush=True)
+    cpu = next(fact.value for fact in host_facts() if fact.name == "CPU")
+    write_text(
+        arguments.result,
+        "# What a distilled step costs\n\n`python benchmarks/studies/distillation_cost.py`; its head says how. "
+        f"Median of {arguments.rounds} rounds, ratios with their range. {cpu}, torch {torch.__version__}.\n\n"
+        + "\n".join(lines)
+        + "\n",
+    )
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, float, float]]:
+    """Seconds of the student's step, the teacher's forward pass and the distilled step, a round each."""
+    torch.manual_seed(0)
+    pictures, truth = batch_of(case, device)
+    teacher = placed(build_detector(TEACHER_OF[case.student]), device)
+    alone = Learner(placed(build_detector(case.student), device), None, norm_alone)
+    student = placed(build_detector(case.student), device)
+    methods = Methods(hkd=Hierarchical(confident=0.0, regions=PEOPLE))
+    taught = Learner(student, Distiller(student, teacher, methods).to(device), norm_alone)
+    timed = timer(device)
+    steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth))
+    for step in steps:  # memory is laid out, kernels are chosen
+        step()
+        step()
+    return [tuple(timed(step) for step in steps) for _ in range(rounds)]  # type: ignore[misc]
+
+
+def row(case: Case, device: torch.device, seconds: list[tuple[float, float, float]]) -> str:
+    """The case as a line of the table."""
+    ratios = [distilled / (student + teacher) for student, teacher, distilled in seconds]
+    figures = " | ".join(f"{1000 * median(times):.1f}" for times in zip(*seconds, strict=True))
+    spread = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    return f"| {case.name} | {device.type} | {figures} | {spread} |"
+
+
+def batch_of(case: Case, device: torch.device) -> tuple[Tensor, TruthBatch]:
+    """Pictures of noise and people a quarter to three quarters of their height."""
+    height, width = case.imgsz_hw
+    pictures = torch.randint(0, 256, (case.batch, 3, height, width), dtype=torch.uint8, device=device)
+    tall = (0.25 + 0.5 * torch.rand(case.batch, PEOPLE, device=device)) * height
+    wide = 0.41 * tall
+    left = torch.rand(case.batch, PEOPLE, device=device) * (width - wide)
+    top = torch.rand(case.batch, PEOPLE, device=device) * (height - tall)
+    real = torch.ones(case.batch, PEOPLE, dtype=torch.bool, device=device)
+    boxes = torch.stack([left, top, left + wide, top + tall], -1)
+    return pictures.to(memory_format=torch.channels_last), TruthBatch(boxes, real, ~real)
+
+
+def placed(detector: PersonDetector, device: torch.device) -> PersonDetector:
+    """On the device, as a run puts it there."""
+    return detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def step_of(learner: Learner, pictures: Tensor, truth: TruthBatch) -> Callable[[], None]:
+    """One step as a run makes it, at full strength where there is a teacher."""
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
+    learner.train()
+
+    def step() -> None:
+        with torch.autocast(pictures.device.type, torch.bfloat16):
+            task, taught = learner(pictures, truth, 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        total(task | taught).backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
+        optimizer.step()
+
+    return step
+
+
+def forward_of(teacher: nn.Module, pictures: Tensor) -> Callable[[], None]:
+    """The teacher's part alone."""
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast(pictures.device.type, torch.bfloat16):
+            teacher(pictures)
+
+    return forward
+
+
+def timer(device: torch.device) -> Callable[[Callable[[], None]], float]:
+    """Seconds of a call: on the CPU this process's own, on a GPU the wall's."""
+
+    def on_cpu(call: Callable[[], None]) -> float:
+        started = time.process_time()
+        call()
+        return time.process_time() - started
+
+    def on_gpu(call: Callable[[], None]) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return on_cpu if device.type == "cpu" else on_gpu
+
+
+if __name__ == "__main__":
+    main()

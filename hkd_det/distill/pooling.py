@@ -1,0 +1,50 @@
+"""RoIAlign (He et al. 2017) as a weighted sum of cells: several times faster on a CPU than torchvision's kernel.
+
+Two samples across and two down in each of 7x7 bins, each read from four cells: 16 cells and weights a bin, the same for
+all channels and for every map of that size. What sums them is `embedding_bag`, over maps as they lie in memory.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SIDE = 7  # bins across and down a region
+SAMPLES = 2  # across and down a bin
+
+
+def region_cells(boxes_xyxy: Tensor, picture: Tensor, stride: int, map_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Which cells of maps [B, C, H, W] the bins of R regions read, [R * 49, 16], and with which weights.
+
+    boxes_xyxy: [R, 4] input pixels. picture: [R] which of the B the region lies in, int64.
+    """
+    rows, down = _axis(boxes_xyxy[:, 1], boxes_xyxy[:, 3], stride, map_hw[0])
+    columns, across = _axis(boxes_xyxy[:, 0], boxes_xyxy[:, 2], stride, map_hw[1])
+    rows = rows + map_hw[0] * picture[:, None, None]
+    cells = map_hw[1] * rows[:, :, None, :, None] + columns[:, None, :, None, :]  # [R, 7, 7, 4, 4]
+    weights = down[:, :, None, :, None] * across[:, None, :, None, :]
+    return cells.reshape(-1, (2 * SAMPLES) ** 2), weights.reshape(-1, (2 * SAMPLES) ** 2)
+
+
+def pooled_regions(features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+    """[R, C, 7, 7] float32 of maps [B, C, H, W], from the cells that `region_cells` gives."""
+    channels = features.shape[1]
+    in_a_row = features.permute(0, 2, 3, 1).reshape(-1, channels).float()
+    pooled = F.embedding_bag(cells, in_a_row, per_sample_weights=weights, mode="sum")
+    return pooled.view(-1, SIDE, SIDE, channels).permute(0, 3, 1, 2)
+
+
+def _axis(low: Tensor, high: Tensor, stride: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Along one axis, of R regions [R] .. [R]: the cells [R, 7, 4] that each bin reads and their weights.
+
+    As torchvision has it: a region is a cell wide at least, and a sample more than a cell outside counts 0.
+    """
+    low, high = low.float() / stride, high.float() / stride
+    position = (torch.arange(SIDE * SAMPLES, device=low.device) + 0.5) / (SIDE * SAMPLES)
+    at = low[:, None] + (high - low).clamp(min=1)[:, None] * position  # [R, 14]
+    counts = ((at >= -1) & (at <= cells)).float() / SAMPLES
+    at = at.clamp(0, cells - 1)
+    before = at.floor()
+    share = at - before
+    read = torch.stack([before, (before + 1).clamp(max=cells - 1)], -1).long()
+    weights = torch.stack([counts * (1 - share), counts * share], -1)
+    return read.view(-1, SIDE, 2 * SAMPLES), weights.view(-1, SIDE, 2 * SAMPLES)

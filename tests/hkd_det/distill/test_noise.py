@@ -1,0 +1,195 @@
+"""The noisy teacher: its statistics, its own L2 term against finite differences, and what noise does to targets."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.lesson import Lesson
+from hkd_det.distill.methods import Methods
+from hkd_det.distill.noise import Noise, NoisyTeacher
+from hkd_det.distill.noisy_logits import NoisyLogits, balanced_l2
+from hkd_det.errors import UsageError
+from hkd_det.losses.detection import norm_alone
+from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.detector import Detector, DetectorSpec
+from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
+
+ANCHORS = (16, 32, 64, 128, 256)
+TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=ANCHORS)
+DENSE = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+COARSE = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, strides=(16, 32), channels=16)
+PICTURES = torch.randint(0, 255, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+PEOPLE = TruthBatch(
+    torch.tensor([[[10.0, 10.0, 40.0, 60.0]], [[30.0, 5.0, 50.0, 55.0]]]),
+    torch.ones(2, 1, dtype=torch.bool),
+    torch.zeros(2, 1, dtype=torch.bool),
+)
+Make = Callable[[], PersonDetector]
+MAKE: dict[str, Make] = {"dense": lambda: Detector(DENSE), "two-stage": lambda: FasterRcnn(TWO_STAGE)}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def perturbed(noise: Noise, logits: Tensor) -> Tensor:
+    return NoisyTeacher(noise).logits(logits)
+
+
+def terms_of(student: PersonDetector, teacher: PersonDetector, methods: Methods) -> dict[str, Tensor]:
+    """The terms of one batch, adapters the same whatever the methods."""
+    torch.manual_seed(1)
+    distiller = Distiller(student, teacher, methods)
+    return distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, norm_alone)
+
+
+def test_noise_has_the_published_mean_and_variance() -> None:
+    """Mean z, variance alpha sigma^2 z^2, four standard errors allowed: a forgotten `1 +` would give mean 0."""
+    z = torch.tensor([-6.0, 0.0, 2.0])
+    alpha, sigma, count = 0.4, 0.5, 40_000
+    drawn = perturbed(Noise(alpha=alpha, sigma=sigma), z.expand(count, 3))
+    variance = alpha * sigma**2 * z**2
+    assert ((drawn.mean(0) - z).abs() <= 4 * (variance / count).sqrt()).all()
+    # A mixture of N(0, sigma^2 z^2) with probability alpha has the fourth moment 3 alpha sigma^4 z^4.
+    error = ((3 * alpha * sigma**4 * z**4 - variance**2) / count).sqrt()
+    assert ((drawn.var(0) - variance).abs() <= 4 * error).all()
+
+
+@pytest.mark.parametrize("each", ["logit", "sample"])
+def test_every_sample_tosses_its_own_coin(each: str) -> None:
+    z = torch.full((20_000, 5), 3.0)
+    factor = perturbed(Noise(alpha=0.3, sigma=0.5, each=each), z) / z  # type: ignore[arg-type]
+    touched = factor != 1
+    assert (touched.all(1) | ~touched.any(1)).all()  # a sample as a whole, never some of its logits
+    assert abs(touched[:, 0].float().mean().item() - 0.3) < 4 * (0.3 * 0.7 / 20_000) ** 0.5
+    alike = (factor == factor[:, :1]).all(1)[touched.any(1)]
+    assert alike.all() if each == "sample" else not alike.any()
+
+
+def test_the_terms_gradient_is_that_of_finite_differences() -> None:
+    chance = torch.Generator().manual_seed(1)
+    student, teacher, noisy = torch.randn(3, 2, 7, generator=chance, dtype=torch.float64)
+    student.requires_grad_()
+
+    def loss(logits: Tensor) -> Tensor:
+        return balanced_l2(logits, noisy, teacher.sigmoid(), 0.3, norm_alone)
+
+    assert torch.autograd.gradcheck(loss, (student,))
+
+
+def test_the_term_by_hand() -> None:
+    """Two points of score 0.75 and 0.25: people (0.75 * 2 + 0.25 * 8) / 1, the others (0.25 * 2 + 0.75 * 8) / 1."""
+    told = balanced_l2(torch.tensor([0.0, 0.0]), torch.tensor([2.0, -4.0]), torch.tensor([0.75, 0.25]), 0.4, norm_alone)
+    assert told.item() == pytest.approx(0.4 * 3.5 + 0.6 * 6.5)
+
+
+def test_a_thousand_points_of_background_weigh_no_more_than_one_person() -> None:
+    student, teacher = torch.zeros(1, 1001, requires_grad=True), torch.full((1, 1001), -12.0)
+    with torch.no_grad():
+        teacher[0, 0] = 12.0
+    balanced_l2(student, teacher, teacher.sigmoid(), 0.5, norm_alone).backward()
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad[0, 0].abs(), student.grad[0, 1:].abs().sum(), rtol=0.05, atol=0)
+
+
+def test_noise_leaves_the_expected_gradient_of_l2_and_softens_sigmoid_targets() -> None:
+    count = 20_000
+    z, s = torch.tensor([-5.0, -2.0, 1.5, 4.0]), torch.tensor([0.5, -3.0, 1.0, 1.0])
+    noisy = perturbed(Noise(alpha=1.0, sigma=0.8), z.expand(count, 4))
+    score = z.sigmoid()
+
+    def gradient(targets: Tensor) -> Tensor:
+        student = s.expand(len(targets), 4).clone().requires_grad_()
+        error = balanced_l2(student, targets, score.expand_as(targets), 0.5, norm_alone)
+        return len(targets) * torch.autograd.grad(error, student)[0]
+
+    drawn, clean = gradient(noisy), gradient(z[None])[0]
+    # The weights hold still, so what the noise does to the gradient has mean 0.
+    assert ((drawn.mean(0) - clean).abs() < 4 * drawn.std(0) / count**0.5).all()
+    assert drawn.std(0).min() > 0.05
+    # Jensen: the sigmoid is concave above 0 and convex below.
+    softened = noisy.sigmoid().mean(0)
+    assert ((softened - 0.5).abs() < (score - 0.5).abs() - 0.01).all()
+    assert ((softened - 0.5) * (score - 0.5) > 0).all()
+
+
+@pytest.mark.parametrize("teacher", MAKE)
+@pytest.mark.parametrize("student", MAKE)
+def test_alone_it_teaches_whatever_the_families(student: str, teacher: str) -> None:
+    mine, other = MAKE[student]().train(), MAKE[teacher]()
+    distiller = Distiller(mine, other, Methods(noise=Noise(weight=1.0)))
+    terms = distiller(PICTURES, mine(PICTURES), PEOPLE, 1.0, norm_alone)
+    assert terms.keys() == {"noise"} and terms["noise"] > 0
+    terms["noise"].backward()
+    assert not list(distiller.parameters())
+    assert all(p.grad is None for p in other.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in mine.parameters())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in mine.parameters())
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_a_student_equal_to_its_teacher_learns_nothing_from_it_but_noise(family: str) -> None:
+    twin = MAKE[family]().eval()
+    with torch.no_grad():
+        output = twin(PICTURES)
+        lesson = Lesson(PICTURES, PEOPLE, twin, twin, output, output, [], [], norm_alone)
+        quiet, loud = (NoisyLogits(Noise(alpha=1.0, sigma=sigma))(lesson)["noise"] for sigma in (0.0, 1.0))
+    assert quiet == 0 and loud > 0
+
+
+def test_a_two_stage_teacher_judges_the_dense_students_best_boxes() -> None:
+    """Told where the student is sure of itself, by a teacher that is asked about one box at a time."""
+    student, teacher = Detector(DENSE).eval(), FasterRcnn(TWO_STAGE).eval()
+    with torch.no_grad():
+        mine, other = student(PICTURES), teacher(PICTURES)
+        lesson = Lesson(PICTURES, PEOPLE, student, teacher, mine, other, [], [], norm_alone)
+        told = NoisyLogits(Noise(weight=1.0, sigma=0.0))(lesson)["noise"]
+        s, z = [], []
+        for b in range(2):
+            for point in mine.many.logits[b].argsort(descending=True)[:64]:
+                alone = [torch.zeros(0, 4), torch.zeros(0, 4)]
+                alone[b] = mine.many.boxes_xyxy[b, point][None]
+                s.append(mine.many.logits[b, point])
+                z.append(teacher.regions(other, alone).logits[0])
+        wanted = balanced_l2(torch.stack(s), torch.stack(z), torch.stack(z).sigmoid(), 0.5, norm_alone)
+    torch.testing.assert_close(told, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
+    """The scores change, maps and boxes don't; with features noisy, the maps do."""
+    student, teacher = Detector(DENSE).eval(), Detector(DENSE)
+    clean, scores, maps = (
+        terms_of(student, teacher, Methods(hkd=Hierarchical(region=0.0), noise=noise))
+        for noise in (None, Noise("targets", alpha=1.0), Noise("targets", alpha=1.0, sigma=0.0, features=0.5))
+    )
+    assert clean.keys() == scores.keys() == maps.keys()
+    assert scores["hkd_score"] != clean["hkd_score"] and scores["hkd_pyramid"] == clean["hkd_pyramid"]
+    assert maps["hkd_score"] == clean["hkd_score"] and maps["hkd_pyramid"] != clean["hkd_pyramid"]
+
+
+def test_beside_hkd_the_l2_form_is_one_more_term_and_leaves_the_others() -> None:
+    student, teacher = Detector(DENSE).eval(), Detector(DENSE)
+    alone, both = (terms_of(student, teacher, methods) for methods in (Methods.of("hkd"), Methods.of("hkd,noise")))
+    assert both.keys() == alone.keys() | {"noise"}
+    assert all(both[name] == alone[name] for name in alone)
+
+
+def test_misuse_is_refused() -> None:
+    with pytest.raises(UsageError, match="another method"):
+        Methods(noise=Noise("targets"))
+    with pytest.raises(UsageError, match=r"noise\.form=targets"):
+        Noise(features=0.1)
+    with pytest.raises(UsageError, match="probability"):
+        Noise(alpha=1.5)
+    with pytest.raises(UsageError, match="share"):
+        Noise(foreground=-0.1)
+    student, teacher = Detector(DENSE), Detector(COARSE)
+    distiller = Distiller(student, teacher, Methods.of("noise"))
+    with pytest.raises(UsageError, match="same pyramid strides"):
+        distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, norm_alone)
