@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from hkd_det.distill.arbitration import Arbitration
 from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.distill.detections import DetectionTerms
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.noise import Noise
 from hkd_det.errors import UsageError
@@ -13,16 +14,18 @@ from hkd_det.errors import UsageError
 class Methods:
     """The methods of a run; None is not used.
 
-    hkd: hierarchical distillation. noise: a noisy teacher. mokd: task and distillation as two objectives.
+    hkd: hierarchical distillation. detections: the teacher's boxes and scores alone. noise: a noisy teacher. mokd: task
+    and distillation as two objectives.
     """
 
     hkd: Hierarchical | None = None
+    detections: DetectionTerms | None = None
     noise: Noise | None = None
     mokd: Arbitration | None = None
     blockwise: Blockwise | None = None
 
     def __post_init__(self) -> None:
-        if self.mokd and not (self.hkd or self.noise):
+        if self.mokd and not (self.hkd or self.detections or self.noise):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
         if self.mokd and self.hkd and self.hkd.truth < 1:
             raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.truth at 1")
@@ -35,7 +38,13 @@ class Methods:
     @classmethod
     def of(cls, names: str) -> "Methods":
         """Methods by name with their defaults, as `--distill hkd,noise` gives them."""
-        known = {"hkd": Hierarchical, "noise": Noise, "mokd": Arbitration, "blockwise": Blockwise}
+        known = {
+            "hkd": Hierarchical,
+            "detections": DetectionTerms,
+            "noise": Noise,
+            "mokd": Arbitration,
+            "blockwise": Blockwise,
+        }
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         for name in wanted:
             if name not in known:
