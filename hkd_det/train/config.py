@@ -74,7 +74,7 @@ class TrainConfig:
         self._check_black_box()
         if self.unlabelled and not {"hkd", "detections", "noise"} & set(self.distill.names):
             raise UsageError(
-                "--unlabelled: only a teacher can speak of such pictures; it needs --teacher and --distill detections or hkd"
+                "--unlabelled: only a teacher can speak of such pictures: it needs --teacher, and --distill detections"
             )
         if self.unlabelled_share <= 0:
             raise UsageError(f"unlabelled_share = {self.unlabelled_share}: must be above 0")
