@@ -9,7 +9,7 @@ from hkd_det.foreign.description import Description
 from hkd_det.foreign.placement import Placement, as_input
 
 PAD = 114
-side = st.integers(20, 300)
+side = st.integers(60, 300)
 
 
 @pytest.mark.parametrize("how", ["top-left", "centre", "stretch"])
@@ -17,8 +17,8 @@ side = st.integers(20, 300)
 @given(st.tuples(side, side), st.tuples(side, side), st.integers(0, 10_000))
 def test_a_painted_box_comes_back(how: str, source_hw: tuple[int, int], input_hw: tuple[int, int], seed: int) -> None:
     chance = np.random.default_rng(seed)
-    y1, x1 = (int(chance.integers(0, limit // 2)) for limit in source_hw)
-    y2, x2 = (int(chance.integers(limit // 2 + 1, limit + 1)) for limit in source_hw)
+    y1, x1 = (int(chance.integers(0, limit // 3)) for limit in source_hw)
+    y2, x2 = (int(chance.integers(limit - limit // 3, limit + 1)) for limit in source_hw)
     picture = np.zeros((*source_hw, 3), np.uint8)
     picture[y1:y2, x1:x2] = 255
     place = Placement.of(source_hw, input_hw, how)

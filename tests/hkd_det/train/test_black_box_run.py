@@ -46,20 +46,19 @@ def exported(people: Path, folder: Path, **changes: object) -> Path:
 
 
 def test_our_own_export_says_what_its_detector_says(people: Path, tmp_path: Path) -> None:
-    """Boxes and scores, picture by picture, on pictures of the input's size and on larger ones."""
+    """Boxes and scores, picture by picture; boxes cut at the picture's borders."""
     path = exported(people, tmp_path)
     teacher, detector = open_black_box(path, CPU), read_detector(path.with_suffix(".pt")).build()
     pictures = torch.randint(0, 255, (3, 3, 64, 96), dtype=torch.uint8)
     found = teacher.found(teacher(pictures.contiguous(memory_format=torch.channels_last)), top=20)
     with torch.no_grad():
         boxes, scores = detector.detect(pictures, 20)
-    torch.testing.assert_close(torch.stack(found.scores), scores, atol=1e-3, rtol=1e-3)
-    for mine, theirs in zip(found.boxes_xyxy, boxes, strict=True):
-        inside = theirs.clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))  # ours are not cut
-        torch.testing.assert_close(mine, inside, atol=0.1, rtol=1e-3)
-    twice = pictures.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    again = teacher(twice)
-    torch.testing.assert_close(again.boxes_xyxy[0][:5] / 2, found.boxes_xyxy[0][:5], atol=2.0, rtol=0.1)
+    for b in range(3):
+        count = int((scores[b] > 1e-6).sum())  # points silenced by a better neighbour say next to nothing
+        assert count > 5
+        torch.testing.assert_close(found.scores[b][:count], scores[b, :count], atol=1e-4, rtol=1e-3)
+        inside = boxes[b, :count].clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))
+        torch.testing.assert_close(found.boxes_xyxy[b][:count], inside, atol=0.1, rtol=1e-3)
     assert teacher.taps() == [] and not list(teacher.parameters())
 
 
@@ -107,7 +106,7 @@ def test_what_a_black_box_cannot_do_is_refused_at_once(people: Path, tmp_path: P
         settings(people, tmp_path, teacher="model.onnx", distill=Methods.of(names))
 
 
-def test_hkd_from_python_is_refused_too(people: Path, tmp_path: Path) -> None:
+def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
     class Closed:
         path = tmp_path / "closed.onnx"
 

@@ -188,7 +188,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 
 
 def test_settings_that_make_no_sense_are_refused(people: Path, tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(UsageError, match="--unlabelled.*--teacher"):
+    with pytest.raises(UsageError, match=r"--unlabelled.*--teacher"):
         config(people, tmp_path, folder, "", distill=Methods())
     with pytest.raises(UsageError, match="--unlabelled"):
         config(people, tmp_path, folder, "best.pt", distill=Methods.of("blockwise"))
