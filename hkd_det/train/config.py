@@ -9,6 +9,7 @@ from hkd_det.distill.methods import Methods
 from hkd_det.errors import UsageError
 from hkd_det.imgsz import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
+from hkd_det.models.black_box import is_black_box
 from hkd_det.settings import from_mapping, with_setting
 
 
@@ -74,7 +75,7 @@ class TrainConfig:
         self._check_black_box()
         if self.unlabelled and not {"hkd", "detections", "noise"} & set(self.distill.names):
             raise UsageError(
-                "--unlabelled: only a teacher can speak of such pictures: it needs --teacher, and --distill detections"
+                "--unlabelled needs somebody to speak of such pictures: --teacher, and --distill detections or hkd"
             )
         if self.unlabelled_share <= 0:
             raise UsageError(f"unlabelled_share = {self.unlabelled_share}: must be above 0")
@@ -84,7 +85,7 @@ class TrainConfig:
             raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
 
     def _check_black_box(self) -> None:
-        black_box = self.teacher.endswith(".onnx")
+        black_box = is_black_box(Path(self.teacher))
         deaf = [name for name in self.distill.names if name not in ("detections", "noise", "mokd")]
         if black_box and (deaf or not self.distill.detections):
             raise UsageError(
