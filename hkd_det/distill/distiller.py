@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from hkd_det.distill.detections import DetectionsDistillation
 from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
@@ -14,16 +15,18 @@ from hkd_det.distill.two_stage import TwoStageDistillation
 from hkd_det.errors import UsageError
 from hkd_det.losses.detection import Norm
 from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.black_box import BlackBox
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.output import Output
+from hkd_det.models.prediction import TwoStage
 from hkd_det.models.tap import Tap
 
 
 class Distiller(nn.Module):
     """The methods that teach one detector by another. Its parameters are the methods' own, never the teacher's."""
 
-    def __init__(self, student: PersonDetector, teacher: PersonDetector, methods: Methods) -> None:
+    def __init__(self, student: PersonDetector, teacher: PersonDetector | BlackBox, methods: Methods) -> None:
         super().__init__()
         # In tuples, so no submodules: the teacher is not trained, averaged or saved, and the student not twice.
         self._teacher = (teacher.eval().requires_grad_(False),)
@@ -37,6 +40,8 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleList()
         if methods.hkd:
             self.methods.append(_hierarchical(student, teacher, (student_taps, teacher_taps), methods.hkd, self.noisy))
+        if methods.detections:
+            self.methods.append(DetectionsDistillation(methods.detections))
         if noise and noise.form == "l2":
             self.methods.append(NoisyLogits(noise))
 
@@ -51,7 +56,8 @@ class Distiller(nn.Module):
         if self.noisy:
             other, other_maps = self.noisy.output(other), self.noisy.maps(other_maps)
         my_maps = self._student_recorder.take()
-        lesson = Lesson(pictures, truth, student, teacher, mine, other, my_maps, other_maps, norm_of)
+        noise = self.noisy.found if self.noisy and isinstance(other, TwoStage) else None
+        lesson = Lesson(pictures, truth, student, teacher, mine, other, my_maps, other_maps, norm_of, noise)
         terms: dict[str, Tensor] = {}
         for method in self.methods:
             terms |= method(lesson)
@@ -69,18 +75,18 @@ class Distiller(nn.Module):
 
 def _hierarchical(
     student: PersonDetector,
-    teacher: PersonDetector,
+    teacher: PersonDetector | BlackBox,
     taps: tuple[list[Tap], list[Tap]],
     settings: Hierarchical,
     noisy: NoisyTeacher | None,
 ) -> nn.Module:
     """The published form between two-stage detectors, ours where either is dense; `taps` are both's.
 
-    Raises UsageError for noise that nobody would hear: a two-stage teacher's reaches two-stage students only.
+    Raises UsageError for a teacher that shows no features.
     """
+    if isinstance(teacher, BlackBox):
+        raise UsageError(f"--distill hkd: {teacher.model.path} shows no features; --distill detections learns from it")
     if isinstance(student, FasterRcnn) and isinstance(teacher, FasterRcnn):
         pairs = paired(*taps, settings.taps)
         return TwoStageDistillation(student, teacher, settings.two_stage, noisy, settings.adapter, pairs)
-    if noisy and isinstance(teacher, FasterRcnn):
-        raise UsageError("--distill noise: a two-stage teacher's is for a two-stage student, region by region")
     return HierarchicalDistillation(*taps, settings)

@@ -3,7 +3,8 @@
 Pyramid: the student's neck maps, through adapters, imitate the teacher's, people and background balanced.
 Region: the same on 7x7 RoIAligned features of the true boxes and of the teacher's confident ones.
 Logit: the student's scores learn the teacher's where they differ, its side distributions the teacher's
-where the teacher sees somebody. `../shared/methods.md`, section 1, has the reasons.
+where the teacher sees somebody. Where the two have no points in common, its detections take their place
+(`detections.py`). `../shared/methods.md`, section 1, has the reasons.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.distill.adapter import Adapter, Projection
+from hkd_det.distill.detections import taught_by
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.regions import region_errors
-from hkd_det.distill.soft_regions import soft_regions
 from hkd_det.distill.tap_choice import TapNames, paired
 from hkd_det.distill.two_stage import TwoStageLevels
 from hkd_det.errors import UsageError
@@ -24,8 +25,7 @@ from hkd_det.losses.localisation import localisation_loss
 from hkd_det.losses.overlap import giou_loss
 from hkd_det.losses.soft_score import soft_score_loss
 from hkd_det.models.assignment import TruthBatch, points_inside
-from hkd_det.models.faster_rcnn import FasterRcnn
-from hkd_det.models.prediction import Branch, Prediction, TwoStage
+from hkd_det.models.prediction import Branch, Prediction
 from hkd_det.models.tap import Tap
 
 
@@ -91,9 +91,9 @@ class HierarchicalDistillation(nn.Module):
 
     def _region(self, adapted: Sequence[Tensor], lesson: Lesson) -> Tensor:
         truth, maps = lesson.truth, lesson.other_maps
-        found = lesson.teacher.found(lesson.other, self.weights.regions)
+        found, most = lesson.found, self.weights.regions
         regions = [
-            torch.cat([truth.boxes_xyxy[b][truth.real[b]], boxes[scores >= self.weights.confident]])
+            torch.cat([truth.boxes_xyxy[b][truth.real[b]], boxes[:most][scores[:most] >= self.weights.confident]])
             for b, (boxes, scores) in enumerate(zip(found.boxes_xyxy, found.scores, strict=True))
         ]
         count = torch.tensor(float(sum(len(boxes) for boxes in regions)), device=maps[0].device)
@@ -105,10 +105,8 @@ class HierarchicalDistillation(nn.Module):
 
     def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         student, teacher = lesson.mine, lesson.other
-        if isinstance(lesson.student, FasterRcnn) and isinstance(student, TwoStage):
-            return soft_regions(lesson.student, student, lesson.teacher.found(teacher), lesson.norm_of)
         if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and student.shares_points(teacher)):
-            raise UsageError("logit-level distillation needs student and teacher with the same pyramid strides")
+            return taught_by(lesson, lesson.found)
         scores = student.many.logits.new_zeros(())
         for mine, other in ((student.many, teacher.many), (student.one, teacher.one)):
             if mine is not None and other is not None:

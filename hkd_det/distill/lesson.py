@@ -1,7 +1,8 @@
 """Lesson: a batch as student and teacher see it, and what a method makes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,7 +20,8 @@ class Lesson:
     """All that a method may use of one step.
 
     pictures: [B, 3, H, W] RGB, 0..255. mine, other: what student and teacher say, the teacher's without gradients.
-    my_maps, other_maps: their tapped maps, fine to coarse; none of a black box.
+    my_maps, other_maps: their tapped maps, fine to coarse; none of a black box. noise: what a noisy teacher does to its
+    detections, if what it says had none yet.
     norm_of: makes a sum over this process's pictures the divisor that is right over all processes.
     """
 
@@ -32,6 +34,13 @@ class Lesson:
     my_maps: Sequence[Tensor]
     other_maps: Sequence[Tensor]
     norm_of: Norm
+    noise: Callable[[Found], Found] | None = None
+
+    @cached_property
+    def found(self) -> Found:
+        """The teacher's finished detections, at most 100 a picture; worked out once, for all methods."""
+        found = self.teacher.found(self.other)
+        return self.noise(found) if self.noise else found
 
 
 class Method(Protocol):

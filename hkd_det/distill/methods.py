@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from hkd_det.distill.arbitration import Arbitration
 from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.distill.detections import DetectionTerms
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.noise import Noise
 from hkd_det.errors import UsageError
@@ -13,19 +14,21 @@ from hkd_det.errors import UsageError
 class Methods:
     """The methods of a run; None is not used.
 
-    hkd: hierarchical distillation. noise: a noisy teacher. mokd: task and distillation as two objectives.
-    blockwise: the student is made from its teacher, block by block; then the others teach it.
+    hkd: hierarchical distillation. detections: the teacher's boxes and scores alone. noise: a noisy teacher. mokd: task
+    and distillation as two objectives. blockwise: the student is made from its teacher, block by block; then the others
+    teach it.
     """
 
     hkd: Hierarchical | None = None
+    detections: DetectionTerms | None = None
     noise: Noise | None = None
     mokd: Arbitration | None = None
     blockwise: Blockwise | None = None
 
     def __post_init__(self) -> None:
-        if self.noise and self.noise.form == "targets" and not self.hkd:
+        if self.noise and self.noise.form == "targets" and not (self.hkd or self.detections):
             raise UsageError("noise.form=targets perturbs what another method learns from: add one, such as hkd")
-        if self.mokd and not (self.hkd or self.noise):
+        if self.mokd and not (self.hkd or self.detections or self.noise):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
         if self.blockwise and "cdd" in self.names:
             raise UsageError("--distill blockwise,cdd: each makes a student of its own from the teacher; choose one")
@@ -40,7 +43,13 @@ class Methods:
     @classmethod
     def of(cls, names: str) -> "Methods":
         """Methods by name with their defaults, as `--distill hkd,noise` gives them."""
-        known = {"hkd": Hierarchical, "noise": Noise, "mokd": Arbitration, "blockwise": Blockwise}
+        known = {
+            "hkd": Hierarchical,
+            "detections": DetectionTerms,
+            "noise": Noise,
+            "mokd": Arbitration,
+            "blockwise": Blockwise,
+        }
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         for name in wanted:
             if name not in known:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hkd_det.errors import UsageError
+from hkd_det.losses.soft_score import CERTAIN
 from hkd_det.models.output import Output
-from hkd_det.models.prediction import Branch, Prediction, RegionAnswer, TwoStage
+from hkd_det.models.prediction import Branch, Found, RegionAnswer, TwoStage
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,21 @@ class NoisyTeacher:
         self.noise = noise
 
     def output(self, output: Output) -> Output:
-        """A dense teacher's with noisy score logits; a two-stage one's as it is: its logit level is in `regions`."""
+        """Noisy score logits of a dense teacher, noisy scores of a black box.
+
+        A two-stage teacher's output stays as it is: its logit level is in `regions`, and in `found`.
+        """
         if isinstance(output, TwoStage):
             return output
-        if not isinstance(output, Prediction):
-            raise UsageError("--distill noise: this teacher shows no logits to perturb")
+        if isinstance(output, Found):
+            return self.found(output)
         one = self._branch(output.one) if output.one else None
         return replace(output, many=self._branch(output.many), one=one)
+
+    def found(self, found: Found) -> Found:
+        """Finished detections whose scores' logits are perturbed."""
+        logits = (scores.logit(eps=CERTAIN)[None] for scores in found.scores)
+        return replace(found, scores=tuple(self._noisy(one, self.noise.sigma)[0].sigmoid() for one in logits))
 
     def regions(self, answer: RegionAnswer) -> RegionAnswer:
         """A two-stage teacher's logit level, region by region: there a sample is a region, not a picture."""

@@ -17,11 +17,11 @@ from hkd_det.distill.noise import Noise, NoisyTeacher
 from hkd_det.distill.two_stage import shared_regions
 from hkd_det.errors import UsageError
 from hkd_det.losses.detection import Norm
+from hkd_det.losses.soft_score import CERTAIN
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.prediction import Prediction, TwoStage
 
 REGIONS = 64  # of the teacher's proposals, or of the student's boxes, that are judged by both, a picture
-CERTAIN = 1e-4  # scores this near to 0 and 1 are no nearer: their logits would have no end
 
 
 class NoisyLogits(nn.Module):

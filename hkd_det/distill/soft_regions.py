@@ -10,13 +10,12 @@ from torchvision.ops import box_iou
 
 from hkd_det.losses.detection import Norm
 from hkd_det.losses.overlap import giou_loss
-from hkd_det.losses.soft_score import soft_score_loss
+from hkd_det.losses.soft_score import CERTAIN, soft_score_loss
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.prediction import Found, TwoStage
 
 NEAR = 0.5  # IoU from which a proposal answers for a box, as in the second stage's own training
 PROPOSALS = 100  # of the student's best, how many are looked at a picture
-CERTAIN = 1e-4  # scores this near to 0 and 1 are no nearer: a black box may round
 
 
 def soft_regions(student: FasterRcnn, output: TwoStage, found: Found, norm_of: Norm) -> tuple[Tensor, Tensor]:

@@ -53,10 +53,11 @@ class DetectionLoss:
         per_point = varifocal_loss(branch.logits, targets.quality) * targets.counted
         terms = {"score": self.score_weight * per_point.sum() / norm}
         if branch.learns_boxes:
-            terms |= self._boxes(prediction, branch, targets, norm)
+            terms |= self.boxes(prediction, branch, targets, norm)
         return terms
 
-    def _boxes(self, prediction: Prediction, branch: Branch, targets: Targets, norm: Tensor) -> dict[str, Tensor]:
+    def boxes(self, prediction: Prediction, branch: Branch, targets: Targets, norm: Tensor) -> dict[str, Tensor]:
+        """The weighted terms `box` and, of side distributions, `distribution`: each point counts by its quality."""
         picture, point = targets.positive.nonzero(as_tuple=True)
         weight = targets.quality[picture, point]
         wanted = targets.boxes_xyxy[picture, point]

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CERTAIN = 1e-4  # scores this near to 0 and 1 are no nearer: a black box may round
+
 
 def soft_score_loss(student_logits: Tensor, teacher_logits: Tensor, power: float = 1.0) -> Tensor:
     """[...] BCE of the student's score s against the teacher's score t, weighted by |t - s|^power, not reduced.

@@ -25,12 +25,14 @@ class Targets:
     """What the A points of each picture should say.
 
     positive: [B, A] bool, the point answers for a person.
+    owner: [B, A] that person's place in the truth; anything where not positive.
     boxes_xyxy: [B, A, 4] that person's box, input pixels; anything where not positive.
     quality: [B, A] the score it should give, 0..1; 0 where not positive.
     counted: [B, A] bool, the point's score is judged: false inside ignore regions.
     """
 
     positive: Tensor
+    owner: Tensor
     boxes_xyxy: Tensor
     quality: Tensor
     counted: Tensor
@@ -61,6 +63,7 @@ class TaskAlignedAssigner:
         ignored = (points_inside(points, truth.boxes_xyxy) & truth.ignore[..., None]).any(1)
         return Targets(
             positive=positive,
+            owner=owner,
             boxes_xyxy=_take(truth.boxes_xyxy, owner),
             quality=_quality(claim * mine, iou * mine),
             counted=positive | ~ignored,

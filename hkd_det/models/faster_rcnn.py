@@ -117,7 +117,8 @@ class FasterRcnn(PersonDetector):
     ) -> dict[str, Tensor]:
         anchors = output.anchors_xyxy.expand(len(people), -1, -1)  # [B, A, 4]
         labels, wanted = self.rpn.assign_targets_to_anchors(anchors.unbind(), [{"boxes": boxes} for boxes in people])
-        labels = [discard_ignored(*one) for one in zip(labels, anchors, ignored, strict=True)]
+        seen = clip_boxes_to_image(anchors, output.input_hw)  # what lies outside the picture is no reason to judge
+        labels = [discard_ignored(*one) for one in zip(labels, seen, ignored, strict=True)]
         positive, negative = (torch.stack(chosen).bool() for chosen in self.rpn.fg_bg_sampler(labels))  # [B, A]
         sampled = positive | negative
         norm = norm_of(sampled.sum().float())

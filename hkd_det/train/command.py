@@ -62,9 +62,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init", metavar="CHECKPOINT", help="start from a checkpoint's shape and weights; --model may be left out"
     )
-    parser.add_argument("--teacher", help="best.pt of the teacher to learn from")
+    parser.add_argument("--teacher", help="best.pt of the teacher to learn from, or any detector's ONNX file")
     parser.add_argument(
-        "--distill", metavar="METHODS", help="how to learn from it: hkd, noise, mokd, blockwise, or several: hkd,noise"
+        "--teacher-description",
+        metavar="YAML",
+        help="how to feed and read that ONNX file; else the .yaml beside it",
+    )
+    parser.add_argument(
+        "--distill",
+        metavar="METHODS",
+        help="how to learn from it: hkd, detections, noise, mokd, blockwise, or several: hkd,noise",
+    )
+    parser.add_argument(
+        "--unlabelled", nargs="+", metavar="DIR", help="folders of pictures without labels, for the teacher to speak of"
     )
     parser.add_argument(
         "--control",

@@ -9,6 +9,7 @@ from hkd_det.distill.methods import Methods
 from hkd_det.errors import UsageError
 from hkd_det.imgsz import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
+from hkd_det.models.black_box import is_black_box
 from hkd_det.settings import from_mapping, with_setting
 
 
@@ -18,8 +19,11 @@ class TrainConfig:
 
     data: a name in datasets.yaml or a path to a data yaml. imgsz_hw: (height, width) in pixels, multiples of 32.
     backbone: a timm model in the place of the model's own, or "". pretrained: "imagenet", a weights file, or "" for
-    none. init: a checkpoint whose shape and weights are the start, or "". teacher: a checkpoint to distil from, or "".
-    distill: how.
+    none. init: a checkpoint whose shape and weights are the start, or "". teacher: a checkpoint to distil from, an ONNX
+    file as a black box, or "". teacher_description: the YAML that says how to feed and read such a file, or "" for what
+    lies in or beside it. distill: how.
+    unlabelled: folders of pictures for the teacher alone to speak of. unlabelled_share: how many of them a step takes
+    on top of `batch`, as a share of it.
     batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
     the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
     epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
@@ -45,7 +49,10 @@ class TrainConfig:
     pretrained: str = ""
     init: str = ""
     teacher: str = ""
+    teacher_description: str = ""
     distill: Methods = field(default_factory=Methods)
+    unlabelled: tuple[str, ...] = ()
+    unlabelled_share: float = 0.5
     freeze_norm: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
@@ -65,10 +72,33 @@ class TrainConfig:
             raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
         if bool(self.teacher) != bool(self.distill.names):
             raise UsageError("--teacher and --distill go together: who teaches, and how")
+        self._check_black_box()
+        if self.unlabelled and not {"hkd", "detections", "noise"} & set(self.distill.names):
+            raise UsageError(
+                "--unlabelled needs somebody to speak of such pictures: --teacher, and --distill detections or hkd"
+            )
+        if self.unlabelled_share <= 0:
+            raise UsageError(f"unlabelled_share = {self.unlabelled_share}: must be above 0")
         if self.init and self.distill.blockwise:
             raise UsageError("--distill blockwise starts from its teacher, not from --init: leave one out")
         if (self.init or self.distill.blockwise) and (self.backbone or self.pretrained):
             raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
+
+    def _check_black_box(self) -> None:
+        black_box = is_black_box(Path(self.teacher))
+        deaf = [name for name in self.distill.names if name not in ("detections", "noise", "mokd")]
+        if black_box and (deaf or not self.distill.detections):
+            raise UsageError(
+                f"--distill {','.join(self.distill.names)}: {self.teacher} is a black box, it shows no features or "
+                "weights; --distill detections learns from its boxes and scores"
+            )
+        if self.teacher_description and not black_box:
+            raise UsageError("--teacher-description says how to read a teacher's .onnx file: give it with --teacher")
+
+    @property
+    def unlabelled_a_step(self) -> int:
+        """Unlabelled pictures that a step takes beside its `batch` labelled ones, over all processes."""
+        return max(1, round(self.unlabelled_share * self.batch)) if self.unlabelled else 0
 
     @property
     def run_dir(self) -> Path:
@@ -77,7 +107,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and checkpoints."""
-        return {**asdict(self), "imgsz_hw": list(self.imgsz_hw)}
+        return {**asdict(self), "imgsz_hw": list(self.imgsz_hw), "unlabelled": list(self.unlabelled)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "") -> "TrainConfig":

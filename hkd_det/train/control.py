@@ -46,13 +46,17 @@ class Brought:
 def control_of(config: TrainConfig) -> TrainConfig:
     """The settings of the control run: nothing else differs but the teacher, and the folder it goes into.
 
+    Unlabelled pictures go with the teacher; the labelled ones come in the same steps, views and order.
+
     Raises UsageError for a run without a teacher.
     """
     if not config.teacher:
         raise UsageError("--control shows what a teacher brings: it needs --teacher and --distill")
     if config.distill.blockwise:
         raise UsageError("--control: blockwise makes the student from its teacher; without there is none to train")
-    return replace(config, teacher="", distill=Methods(), run=f"{config.run}-control")
+    return replace(
+        config, teacher="", teacher_description="", unlabelled=(), distill=Methods(), run=f"{config.run}-control"
+    )
 
 
 def compare(config: TrainConfig, split: str = "val") -> Brought:

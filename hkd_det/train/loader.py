@@ -43,7 +43,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Epochs:
-    """How the epochs' views are drawn: see TrainConfig for the meaning of each."""
+    """How the epochs' views are drawn: see TrainConfig for the meaning of each.
+
+    unlabelled: how many pictures without labels follow the `pictures` labelled ones. unlabelled_a_step: how many of
+    them go into each batch, on top. They are shown singly, never in a mosaic with others, and change nothing of how
+    the labelled ones are drawn.
+    """
 
     pictures: int
     batch: int
@@ -51,22 +56,36 @@ class Epochs:
     multi_scale: float
     mosaic: float
     seed: int
+    unlabelled: int = 0
+    unlabelled_a_step: int = 0
 
     @property
     def steps(self) -> int:
-        """Batches an epoch: every picture once, the last batch filled up with the first ones."""
+        """Batches an epoch: every labelled picture once, the last batch filled up with the first ones."""
         return -(-self.pictures // self.batch)
 
     def batches(self, epoch: int, plain: bool) -> Iterator[list[Draw]]:
-        """The global batches of an epoch. `plain`: without mosaic and multi-scale, as at the end of training."""
+        """The global batches of an epoch. `plain`: without mosaic and multi-scale, as at the end of training.
+
+        Nobody teaches then, so unlabelled pictures are left out, too.
+        """
         chance = np.random.default_rng((self.seed, epoch))
         order = np.resize(chance.permutation(self.pictures), self.steps * self.batch)
+        others = self._unlabelled(epoch)
         for step in range(self.steps):
             size_hw = self.size_hw if plain else self._scaled(chance)
-            yield [
+            labelled = [
                 Draw(self._sources(chance, int(index), plain), size_hw, int(chance.integers(2**62)))
                 for index in order[step * self.batch : (step + 1) * self.batch]
             ]
+            yield labelled if plain else labelled + [Draw((index,), size_hw, seed) for index, seed in next(others)]
+
+    def _unlabelled(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
+        """For each step of an epoch its unlabelled pictures and their seeds, from chance of their own."""
+        chance = np.random.default_rng((self.seed, epoch, 1))
+        order = np.resize(chance.permutation(self.unlabelled), (self.steps, self.unlabelled_a_step))
+        for indices in (self.pictures + order).tolist():
+            yield [(index, int(chance.integers(2**62))) for index in indices]
 
     def _scaled(self, chance: np.random.Generator) -> tuple[int, int]:
         factor = chance.uniform(1 - self.multi_scale, 1 + self.multi_scale)
@@ -140,6 +159,7 @@ def open_loader(
 ) -> tuple[DataLoader[Batch | HkdError], RankSampler]:
     """A loader of this process's batches, and the sampler on which the epoch is set.
 
+    samples: the labelled ones, then those without labels, as many as `epochs` counts of each.
     What has to be packed anew of the pictures is kept, `cache_mib` MiB at most: in memory, or for workers in a
     temporary folder that goes with the loader, or with the workers if this process is killed.
     """
@@ -149,7 +169,8 @@ def open_loader(
     folder = Path(tempfile.mkdtemp(prefix="hkd-pictures-")) if workers else None
     kept: Kept = SharedFolder(folder) if folder else {}
     room_bytes = int(cache_mib * 2**20 / max(1, workers))
-    pictures = TrainingPictures([sample.path for sample in samples], largest_hw, kept, room_bytes)
+    unlabelled = range(epochs.pictures, epochs.pictures + epochs.unlabelled)
+    pictures = TrainingPictures([sample.path for sample in samples], largest_hw, kept, room_bytes, unlabelled)
     views = TrainingViews(samples, pictures)
     loader: DataLoader[Batch | HkdError] = DataLoader(
         views,  # type: ignore[arg-type]  # the stubs know no collate_fn that changes the type

@@ -9,7 +9,7 @@ never on who loaded what before.
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +88,14 @@ class SharedFolder:
 class TrainingPictures:
     """The pictures at `paths`, for frames of at most `largest_hw` (height, width).
 
-    What had to be packed is put into `kept`, until this process has put `room_bytes` there.
+    What had to be packed is put into `kept`, until this process has put `room_bytes` there. upright: indices of those
+    to be turned as their EXIF orientation says; the others' boxes refer to the stored pixels.
     """
 
-    def __init__(self, paths: Sequence[Path], largest_hw: Size, kept: Kept, room_bytes: int) -> None:
-        self.paths, self.largest_hw = paths, largest_hw
+    def __init__(
+        self, paths: Sequence[Path], largest_hw: Size, kept: Kept, room_bytes: int, upright: Container[int] = ()
+    ) -> None:
+        self.paths, self.largest_hw, self.upright = paths, largest_hw, upright
         self.kept, self.room_bytes = kept, room_bytes
 
     def read(self, index: int, frame_hw: Size) -> Decoded:
@@ -102,7 +105,7 @@ class TrainingPictures:
         """
         packed = self._packed(index)
         shrink = _shrink(packed.size_hw, frame_hw)
-        picture = decode_picture(packed.jpeg, self.paths[index], shrink=shrink)
+        picture = decode_picture(packed.jpeg, self.paths[index], index in self.upright, shrink)
         down, across = (ours / theirs / shrink for ours, theirs in zip(packed.size_hw, packed.source_hw, strict=True))
         return Decoded(picture, (across, down))
 
@@ -115,7 +118,7 @@ class TrainingPictures:
         size_hw = jpeg_size_hw(raw)
         if size_hw is not None and _fit(size_hw, self.largest_hw) * FAR_TOO_LARGE >= 1:
             return Packed(raw, size_hw, size_hw)
-        packed = _pack(decode_picture(raw, path), self.largest_hw)
+        packed = _pack(decode_picture(raw, path, index in self.upright), self.largest_hw)
         put = HEADER.pack(*packed.size_hw, *packed.source_hw) + packed.jpeg
         if len(put) <= self.room_bytes:
             self.kept[index] = put

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.unlabelled import read_unlabelled
 from hkd_det.distill.arbiter import Together
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.mokd import arbiter_of
@@ -23,6 +24,7 @@ from hkd_det.files import write_text
 from hkd_det.losses.detection import total
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.models.black_box import BlackBox, is_black_box, open_black_box
 from hkd_det.models.detector import freeze_norms
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.sizes import cost
@@ -77,8 +79,10 @@ class Run:
         validation: Sequence[Sample],
         init: Path | None,
     ) -> None:
-        if config.batch % processes.count:
-            raise DataError(f"--batch {config.batch} can't be shared evenly by {processes.count} processes")
+        unlabelled = read_unlabelled([Path(folder) for folder in config.unlabelled])
+        if config.batch % processes.count or config.unlabelled_a_step % processes.count:
+            beside = f" and {config.unlabelled_a_step} unlabelled pictures" if unlabelled else ""
+            raise DataError(f"--batch {config.batch}{beside} can't be shared evenly by {processes.count} processes")
         self.config, self.processes, self.validation = config, processes, validation
         self.setup = SETUPS[config.setup]
         torch.manual_seed(config.seed)
@@ -93,10 +97,17 @@ class Run:
         self.arbiter = arbiter_of(config.distill.mokd, self.learner, detector, processes.average)
         self.optimizer = _optimizer(self.learner, config)
         self.epochs = Epochs(
-            len(training), config.batch, config.imgsz_hw, config.multi_scale, config.mosaic, config.seed
+            len(training),
+            config.batch,
+            config.imgsz_hw,
+            config.multi_scale,
+            config.mosaic,
+            config.seed,
+            len(unlabelled),
+            config.unlabelled_a_step,
         )
         self.loader, self.sampler = open_loader(
-            training, self.epochs, processes.rank, processes.count, config.workers, config.cache_mib
+            [*training, *unlabelled], self.epochs, processes.rank, processes.count, config.workers, config.cache_mib
         )
         self.history: list[EpochRecord] = []
 
@@ -234,9 +245,10 @@ class Run:
         config = self.config
         write_text(config.run_dir / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         weight = cost(self.learner.detector, config.imgsz_hw)
+        unlabelled = f" and {self.epochs.unlabelled} without labels" if self.epochs.unlabelled else ""
         tqdm.write(
             f"{config.model}: {weight.parameters / 1e6:.2f} M parameters, {weight.flops / 1e9:.2f} GFLOPs at "
-            f"{config.imgsz_hw[1]}x{config.imgsz_hw[0]}; {self.epochs.pictures} pictures to train, "
+            f"{config.imgsz_hw[1]}x{config.imgsz_hw[0]}; {self.epochs.pictures} pictures to train{unlabelled}, "
             f"{len(self.validation)} to validate; {self.processes.count} x {self.processes.device}"
         )
 
@@ -257,8 +269,14 @@ def check_people(config: TrainConfig, training: Sequence[Sample], validation: Se
 def _distiller(config: TrainConfig, student: PersonDetector, device: torch.device) -> Distiller | None:
     if config.distill.names in ([], ["blockwise"]):
         return None
-    teacher = open_teacher(Path(config.teacher)).to(device).to(memory_format=torch.channels_last)
-    return Distiller(student, teacher, config.distill)
+    return Distiller(student, _teacher(config, device), config.distill)
+
+
+def _teacher(config: TrainConfig, device: torch.device) -> PersonDetector | BlackBox:
+    path = Path(config.teacher)
+    if is_black_box(path):
+        return open_black_box(path, device, Path(config.teacher_description) if config.teacher_description else None)
+    return open_teacher(path).to(device).to(memory_format=torch.channels_last)
 
 
 def _seed_of(seed: int, epoch: int, rank: int) -> int:

@@ -17,7 +17,10 @@ from hkd_det.train.control import compare, control_of, told
 from hkd_det.train.run import train
 from hkd_det.train.teachers import name_of
 
-FLAGS = ("data", "model", "init", "teacher", "epochs", "batch", "backbone", "pretrained", "device", "workers", "seed")
+FLAGS = (
+    "data", "model", "init", "teacher", "teacher_description", "unlabelled", "epochs", "batch", "backbone",
+    "pretrained", "device", "workers", "seed",
+)  # fmt: skip
 
 
 def start(arguments: argparse.Namespace) -> int:

@@ -157,9 +157,25 @@ def test_noise_multiplies_the_teachers_embedding_region_by_region(pair: tuple[Fa
     assert terms[0]["hkd_pyramid"] == terms[1]["hkd_pyramid"] and terms[0]["hkd_logit"] < terms[1]["hkd_logit"]
 
 
-def test_a_dense_student_does_not_hear_a_two_stage_teachers_noise(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
-    with pytest.raises(UsageError, match="two-stage student"):
-        Distiller(Detector(DENSE), pair[1], Methods(hkd=Hierarchical(), noise=Noise("targets")))
+def test_a_dense_student_hears_a_two_stage_teachers_noise(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
+    """In the scores of its detections, which take the logits' place; features and boxes are as they were."""
+    student = Detector(DENSE).eval()
+    answers = []
+    for noise in (None, Noise("targets", alpha=1.0, sigma=1.0), Noise("targets", alpha=0.0)):
+        distiller = Distiller(student, pair[1], Methods(hkd=Hierarchical(), noise=noise))
+        as_nothing(distiller)
+        answers.append(distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, norm_alone))
+    clean, noisy, still = answers
+    assert clean["hkd_score"] > 0 and (noisy["hkd_score"] - clean["hkd_score"]).abs() > 0.01 * clean["hkd_score"]
+    torch.testing.assert_close(noisy["hkd_pyramid"], clean["hkd_pyramid"])
+    for name in clean:
+        torch.testing.assert_close(still[name], clean[name])
+
+
+def as_nothing(distiller: Distiller) -> None:
+    """Adapters that are the same for every distiller."""
+    for parameter in distiller.parameters():
+        nn.init.constant_(parameter, 0.01)
 
 
 def test_a_dense_teacher_teaches_a_two_stage_student(pair: tuple[FasterRcnn, FasterRcnn]) -> None:

@@ -1,0 +1,124 @@
+"""Black boxes as teachers: our own exports, a real foreign model, and what cannot be asked of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hkd_deploy.export.command import main as export
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.sample import read_picture
+from hkd_det.distill.detections import DetectionTerms
+from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.methods import Methods
+from hkd_det.errors import DataError, UsageError
+from hkd_det.models import sizes
+from hkd_det.models.black_box import BlackBox, open_black_box
+from hkd_det.models.detector import Detector, DetectorSpec
+from hkd_det.train.checkpoint import read_detector
+from hkd_det.train.command import main
+from hkd_det.train.config import TrainConfig
+from hkd_det.train.run import train
+
+TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+YOLOX, DESCRIPTION = SHARED / "models" / "yolox_nano.onnx", Path(__file__).parents[3] / "recipes/foreign/yolox.yaml"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
+
+
+def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
+        "workers": 0, "device": "cpu", "finale": 0.0,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def exported(people: Path, folder: Path, **changes: object) -> Path:
+    best = train(settings(people, folder, **changes)).best
+    assert export([str(best), "--dynamic"]) == 0
+    return best.with_suffix(".onnx")
+
+
+def test_our_own_export_says_what_its_detector_says(people: Path, tmp_path: Path) -> None:
+    """Boxes and scores, picture by picture; boxes cut at the picture's borders."""
+    path = exported(people, tmp_path)
+    teacher, detector = open_black_box(path, CPU), read_detector(path.with_suffix(".pt")).build()
+    pictures = torch.randint(0, 255, (3, 3, 64, 96), dtype=torch.uint8)
+    found = teacher.found(teacher(pictures.contiguous(memory_format=torch.channels_last)), top=20)
+    with torch.no_grad():
+        boxes, scores = detector.detect(pictures, 20)
+    for b in range(3):
+        count = int((scores[b] > 1e-6).sum())  # points silenced by a better neighbour say next to nothing
+        assert count > 5
+        torch.testing.assert_close(found.scores[b][:count], scores[b, :count], atol=1e-4, rtol=1e-3)
+        inside = boxes[b, :count].clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))
+        torch.testing.assert_close(found.boxes_xyxy[b][:count], inside, atol=0.1, rtol=1e-3)
+    assert teacher.taps() == [] and not list(teacher.parameters())
+
+
+def test_a_black_box_teaches_a_whole_run_by_the_command(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported(people, tmp_path / "teacher")
+    flags = [
+        "--data", str(people), "--model", "mini-student", "--teacher", str(path), "--distill", "detections,noise",
+        "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
+        "--project", str(tmp_path), "--name", "run", "--unlabelled", str(people.parent / "val"),
+    ]  # fmt: skip
+    assert main(flags) == 0
+    course = (tmp_path / "run" / "results.csv").read_text()
+    assert "soft_score" in course and "soft_box" in course
+    assert read_detector(tmp_path / "run" / "best.pt").spec == TINY
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main([*flags, "--name", "other", "--distill", "hkd"]) == 2
+    assert "black box" in (told := capsys.readouterr().err) and "--distill detections" in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not YOLOX.is_file(), reason="a real foreign model lies in ../shared/data")
+def test_a_real_foreign_model_teaches(people: Path, tmp_path: Path) -> None:
+    taught = {"teacher": str(YOLOX), "teacher_description": str(DESCRIPTION)}
+    result = train(settings(people, tmp_path, **taught, distill=Methods(detections=DetectionTerms())))
+    assert {"soft_score", "soft_box"} <= result.history[0].losses.keys()
+
+
+@pytest.mark.skipif(not YOLOX.is_file(), reason="a real foreign model and real pictures lie in ../shared/data")
+def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None:
+    teacher = open_black_box(YOLOX, CPU, DESCRIPTION)
+    picture = read_picture(sorted((SHARED / "inria" / "test").iterdir())[0])
+    alone = teacher.model([picture])[0].above(0.3)
+    batch = torch.from_numpy(picture).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
+    for boxes, scores in zip(*vars(teacher(batch)).values(), strict=True):
+        assert torch.equal(scores[: len(alone)], torch.from_numpy(alone.scores)) and len(alone) > 0
+        assert torch.equal(boxes[: len(alone)], torch.from_numpy(alone.boxes_xyxy))
+
+
+@pytest.mark.parametrize("names", ["hkd", "blockwise", "noise", "hkd,detections"])
+def test_what_a_black_box_cannot_do_is_refused_at_once(people: Path, tmp_path: Path, names: str) -> None:
+    with pytest.raises(UsageError, match=r"model\.onnx is a black box.*--distill detections"):
+        settings(people, tmp_path, teacher="model.onnx", distill=Methods.of(names))
+
+
+def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
+    class Closed:
+        path = tmp_path / "closed.onnx"
+
+    with pytest.raises(UsageError, match=r"closed\.onnx shows no features; --distill detections"):
+        Distiller(Detector(TINY), BlackBox(Closed()), Methods.of("hkd"))  # type: ignore[arg-type]
+
+
+def test_a_description_without_a_black_box_and_a_black_box_without_description(people: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--teacher-description .* \.onnx"):
+        settings(people, tmp_path, teacher="best.pt", teacher_description="a.yaml", distill=Methods.of("hkd"))
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    taught = settings(people, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill=Methods.of("detections"))
+    with pytest.raises(DataError, match=r"model\.onnx: ONNX Runtime .* cannot load it"):
+        train(taught)
+    assert len(open_data(str(people), "val")) == 4
