@@ -1,8 +1,11 @@
 """Distiller: runs the frozen teacher on the student's batch and asks the methods for their terms."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from hkd_det.distill.capacity.terms import CapacityTerms
 from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
@@ -33,6 +36,12 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleList()
         if methods.hkd:
             self.methods.append(_hierarchical(student, teacher, methods.hkd, self.noisy))
+        self.capacity: CapacityTerms | None = None
+        if methods.cdd:
+            # Hierarchical distillation has a logit level of its own.
+            settings = replace(methods.cdd, score=0.0) if methods.hkd else methods.cdd
+            self.capacity = CapacityTerms(student, teacher, settings)
+            self.methods.append(self.capacity)
 
     def forward(
         self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm
@@ -54,11 +63,15 @@ class Distiller(nn.Module):
     def skip(self) -> None:
         """Let go of what was recorded in a step that is not distilled."""
         self._student_recorder.take()
+        if self.capacity:
+            self.capacity.skip()
 
     def close(self) -> None:
         """Remove the taps from both networks."""
         self._student_recorder.close()
         self._teacher_recorder.close()
+        if self.capacity:
+            self.capacity.close()
 
 
 def _hierarchical(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from hkd_det.distill.arbitration import Arbitration
 from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.distill.capacity.settings import CapacityDynamic
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.noise import Noise
 from hkd_det.errors import UsageError
@@ -14,18 +15,22 @@ class Methods:
     """The methods of a run; None is not used.
 
     hkd: hierarchical distillation. noise: a noisy teacher. mokd: task and distillation as two objectives.
+    cdd: a student that begins wide and sheds channels.
     """
 
     hkd: Hierarchical | None = None
     noise: Noise | None = None
     mokd: Arbitration | None = None
     blockwise: Blockwise | None = None
+    cdd: CapacityDynamic | None = None
 
     def __post_init__(self) -> None:
-        if self.mokd and not (self.hkd or self.noise):
+        if self.mokd and not (self.hkd or self.noise or self.cdd):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
         if self.mokd and self.hkd and self.hkd.truth < 1:
             raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.truth at 1")
+        if self.cdd and self.blockwise:
+            raise UsageError("--distill cdd,blockwise: both change the same layers; use one, then the other by --init")
 
     @property
     def names(self) -> list[str]:
@@ -35,7 +40,13 @@ class Methods:
     @classmethod
     def of(cls, names: str) -> "Methods":
         """Methods by name with their defaults, as `--distill hkd,noise` gives them."""
-        known = {"hkd": Hierarchical, "noise": Noise, "mokd": Arbitration, "blockwise": Blockwise}
+        known = {
+            "hkd": Hierarchical,
+            "noise": Noise,
+            "mokd": Arbitration,
+            "blockwise": Blockwise,
+            "cdd": CapacityDynamic,
+        }
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         for name in wanted:
             if name not in known:

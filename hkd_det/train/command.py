@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--teacher", help="best.pt of the teacher to learn from")
     parser.add_argument(
-        "--distill", metavar="METHODS", help="how to learn from it: hkd, noise, mokd, blockwise, or several: hkd,noise"
+        "--distill", metavar="METHODS", help="how to learn from it: hkd, noise, mokd, blockwise, cdd, or several"
+    )
+    parser.add_argument(
+        "--keep-flops", metavar="SHARE", help="with --distill cdd: the share of its operations that the student keeps"
     )
     parser.add_argument(
         "--control",

@@ -12,12 +12,16 @@ from hkd_det.files import write_text
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Epoch (from 1), mean loss terms, validation miss rate MR^-2 of the run's setup (fraction), training speed."""
+    """Epoch (from 1), mean loss terms, validation miss rate MR^-2 of the run's setup (fraction), training speed.
+
+    eligible: whether it may become best.pt: a student that shrinks must have done so.
+    """
 
     epoch: int
     losses: dict[str, float]
     miss_rate: float
     pictures_per_s: float
+    eligible: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints."""

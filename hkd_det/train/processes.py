@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hkd_det.errors import UnavailableError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(whole)
         return whole.clamp(min=1.0) / self.count
+
+    def everyones(self, value: T) -> list[T]:
+        """What each process gave here, in the order of ranks; tensors may lie on the device of whoever gave them."""
+        if self.count == 1:
+            return [value]
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
 
 @contextmanager
