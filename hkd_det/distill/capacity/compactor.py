@@ -75,8 +75,8 @@ class Site:
 
 
 def can_shed(network: PersonDetector) -> list[Inner]:
-    """The inner layers that a compactor can stand in: normalised ones."""
-    return [layer for layer in network.inner_layers() if layer.norms]
+    """The inner layers that a compactor can stand in: normalised ones, whose convolution so needs no bias."""
+    return [layer for layer in network.inner_layers() if layer.norms and network.get_submodule(layer.conv).bias is None]
 
 
 def compact(network: PersonDetector, layers: Iterable[Inner]) -> list[Site]:

@@ -59,9 +59,6 @@ def _fold_into_convolution(detector: PersonDetector, state: State, site: Site, k
     )
     rows = site.compactor.rows.double()[keep]  # [kept, C]
     scale = weight / (variance + eps).sqrt()
-    if f"{conv}.bias" in state:
-        mean = mean - state[f"{conv}.bias"].double()
-        state[f"{conv}.bias"] = state[f"{conv}.bias"].new_zeros(len(keep))
     kernels = state[f"{conv}.weight"]
     mixed = (rows * scale) @ kernels.double().flatten(1)
     state[f"{conv}.weight"] = mixed.view(len(keep), *kernels.shape[1:]).to(kernels.dtype)
@@ -73,10 +70,8 @@ def _fold_into_convolution(detector: PersonDetector, state: State, site: Site, k
 
 
 def _fold_into_norms(state: State, site: Site, keep: Tensor) -> None:
-    conv, scale = site.layer.conv, site.compactor.rows[keep, 0]
-    for part in ("weight", "bias"):
-        if f"{conv}.{part}" in state:
-            state[f"{conv}.{part}"] = state[f"{conv}.{part}"][keep]
+    kernels, scale = f"{site.layer.conv}.weight", site.compactor.rows[keep, 0]
+    state[kernels] = state[kernels][keep]
     for norm in site.layer.norms:
         for part in ("weight", "bias"):
             state[f"{norm}.{part}"] = state[f"{norm}.{part}"][keep] * scale

@@ -25,7 +25,7 @@ class CapacityDynamic:
     least: int = 4
     score: float = 1.0
     temperature: float = 2.0
-    feature: float = 0.5
+    feature: float = 0.05
     lasso: float = 0.004
     warmup: float = 1 / 6
     masked_by: float = 2 / 3
