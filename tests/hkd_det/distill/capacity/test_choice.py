@@ -83,17 +83,16 @@ def test_a_pooled_vector_is_the_mean_over_the_box() -> None:
 
 
 def test_of_several_levels_the_one_of_the_box_height_is_read() -> None:
-    maps = [torch.full((1, 2, 64 // stride, 64 // stride), float(stride)) for stride in (8, 16)]
+    maps = [torch.full((1, 2, 128 // stride, 128 // stride), float(stride)) for stride in (8, 16)]
     rois = torch.tensor([[0.0, 2.0, 2.0, 20.0, 60.0], [0.0, 2.0, 2.0, 30.0, 120.0]])  # 58 px: stride 8; 118 px: 16
-    assert pooled(maps, rois, (64, 64))[:, 0].tolist() == [8.0, 16.0]
+    assert pooled(maps, rois, (128, 128))[:, 0].tolist() == [8.0, 16.0]
 
 
 def test_distractors_are_of_peoples_size_and_apart_from_them() -> None:
     torch.manual_seed(0)
     boxes = torch.tensor([[[10.0, 10.0, 40.0, 60.0], [50.0, 5.0, 60.0, 30.0]], [[0.0, 0.0, 96.0, 64.0], [0.0] * 4]])
-    truth = TruthBatch(
-        boxes, torch.tensor([[True, True], [False, False]]), torch.tensor([[False, False], [True, False]])
-    )
+    real, ignore = torch.tensor([[[True, True], [False, False]], [[False, False], [True, False]]])
+    truth = TruthBatch(boxes, real, ignore)
     drawn = [drawn_regions(truth, (64, 96)) for _ in range(20)]
     for regions in drawn:
         assert regions.people == 2 and torch.equal(regions.rois[:2, 1:], boxes[0])

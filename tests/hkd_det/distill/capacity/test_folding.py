@@ -65,7 +65,7 @@ def test_folding_equals_masking(detector: PersonDetector) -> None:
         for mine, other in zip(said(plain), said(detector), strict=True):
             scale = max(1.0, float(other.abs().max()))
             assert float((mine - other).abs().max()) <= 1e-5 * scale
-    assert {name: width for name, width in plain.changes.widths.items()} == {
+    assert plain.changes.widths == {
         layer.conv: widths[layer.conv]
         for layer in can_shed(plain)
         if widths[layer.conv] < detector.get_submodule(layer.conv).out_channels

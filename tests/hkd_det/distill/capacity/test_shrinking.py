@@ -81,9 +81,8 @@ class School:
         self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
         self.ledger: Ledger = begin(student, settings, HW, "student")
         self.terms = CapacityTerms(student, teacher, settings)
-        self.shrinking = Shrinking(
-            self.terms, self.ledger, settings, Course.of(settings, steps, 1.0), lambda mine: [mine]
-        )
+        course = Course.of(settings, steps, 1.0)
+        self.shrinking = Shrinking(self.terms, self.ledger, settings, course, lambda mine: [mine])
         self.optimizer = torch.optim.AdamW([*student.parameters(), *self.terms.parameters()], lr=1e-2)
 
     def step(self, number: int) -> None:
@@ -104,7 +103,7 @@ class School:
 
 
 def test_channels_fade_monotonously_stay_gone_and_the_target_is_met(ours: PersonDetector) -> None:
-    settings = CapacityDynamic(keep_flops=0.6, keep_parameters=0.7, fade=0.25, least=3)
+    settings = CapacityDynamic(keep_flops=0.8, keep_parameters=0.6, fade=0.25, least=3)
     school = School(ours, build(ours.spec), settings, 12)
     norms: list[list[torch.Tensor]] = []
     for number in range(12):
@@ -120,12 +119,12 @@ def test_channels_fade_monotonously_stay_gone_and_the_target_is_met(ours: Person
                 assert (fell | (norms[-1][layer] == 0))[compactor.masked].all()
     assert school.shrinking.met
     cost, start = school.shrinking.cost, school.ledger.start
-    assert cost.flops <= 0.6 * start.flops and cost.parameters <= 0.7 * start.parameters
+    assert cost.flops <= 0.8 * start.flops and cost.parameters <= 0.6 * start.parameters
     widths = [int((~compactor.masked).sum()) for compactor in school.shrinking.compactors]
     assert min(widths) >= 3
     # Not further than needed: with the last channel back, one of the two would be missed.
     more = [school.ledger.cost([w + (i == layer) for i, w in enumerate(widths)]) for layer in range(len(widths))]
-    assert any(c.flops > 0.6 * start.flops or c.parameters > 0.7 * start.parameters for c in more)
+    assert any(c.flops > 0.8 * start.flops or c.parameters > 0.6 * start.parameters for c in more)
     school.student.eval()
     plain = school.shrinking.deployed(school.student)
     with torch.no_grad():
