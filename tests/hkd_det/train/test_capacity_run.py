@@ -1,5 +1,8 @@
 """Whole small runs that shrink: from the command, combined with other methods, and cut in the middle."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,12 +125,14 @@ def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[s
     assert (losses["cdd_score"] > 0) == ("hkd" not in others)  # hierarchical distillation has a logit level itself
 
 
+@pytest.mark.slow
 def test_a_wider_fresh_student_shrinks_under_its_teacher(people: Path, tmp_path: Path, teacher: Path) -> None:
     result = train(configured(people, tmp_path / "run", teacher, model="mini-teacher", init="", epochs=1))
     wide = saved(tmp_path / "wide.pt", "mini-teacher")
     assert read_detector(result.best).spec == WIDE and share_left(result, wide) <= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["fasterrcnn-r18", "yolo26n"])
 def test_other_families_shrink(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     if model == "yolo26n":
@@ -140,6 +145,27 @@ def test_other_families_shrink(people: Path, tmp_path: Path, monkeypatch: pytest
     before, after = (cost(read_detector(path).build(), HW).parameters for path in (teacher, result.best))
     assert after <= 0.97 * before and result.history[0].losses["cdd_score"] >= 0
     assert read_detector(result.best).changes != UNCHANGED
+
+
+@pytest.mark.slow
+def test_two_processes_shed_the_same_channels(people: Path, tmp_path: Path, teacher: Path) -> None:
+    """Everybody's people vote in each; a process that masked others than the first would drift apart from it."""
+    flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "1", "--batch", "4", "--workers", "0"]
+    flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "two", "--teacher", str(teacher)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "hkd_det.train", *flags, "--distill", "cdd", "--keep-flops", "0.8"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    learner = read_state(tmp_path / "two/last.pt")["learner"]
+    galleries = [value for name, value in learner.items() if "gallery._extra_state" in name]
+    # Three steps of two pictures a process: had only one's people been seen, there were half as many.
+    assert all(len(vectors) >= 12 for vectors in galleries)
+    assert (
+        cost(read_detector(tmp_path / "two/best.pt").build(), HW).flops
+        <= 0.8 * cost(read_detector(teacher).build(), HW).flops
+    )
 
 
 def test_what_cannot_be_says_so_at_once(people: Path, tmp_path: Path, teacher: Path) -> None:
