@@ -1,5 +1,8 @@
 """How channels fade, when, and that the target is met."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -145,9 +148,18 @@ def test_the_first_to_go_are_those_on_which_all_agree(ours: PersonDetector) -> N
     assert order[1][1] == 0 and len(set(order)) == len(order) == sum(len(mask) for mask in unanimous)
 
 
-def test_terms_of_a_wider_student_teach_through_adapters(ours: PersonDetector) -> None:
-    from dataclasses import replace
+def test_each_process_looks_at_everybodys_people(ours: PersonDetector) -> None:
+    alone, both = (School(deepcopy(ours), build(ours.spec), CapacityDynamic(keep_flops=0.9), 10) for _ in range(2))
+    both.shrinking._everyones = lambda mine: [mine, [], mine]
+    sizes = []
+    for school in (alone, both):
+        torch.manual_seed(0)
+        school.step(0)
+        sizes.append([len(evidence.gallery.vectors) for evidence in school.terms.evidence])  # type: ignore[union-attr,arg-type]
+    assert sizes[1] == [2 * size for size in sizes[0]] and min(sizes[0]) >= 2
 
+
+def test_terms_of_a_wider_student_teach_through_adapters(ours: PersonDetector) -> None:
     wide = build(replace(ours.spec, channels=20))
     school = School(wide, ours, CapacityDynamic(keep_flops=0.8), 6)
     assert any(isinstance(adapter, nn.Linear) for adapter in school.terms.adapters)
@@ -170,8 +182,6 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(ours: PersonDetecto
 
 
 def test_a_teacher_of_other_layers_is_refused(ours: PersonDetector) -> None:
-    from dataclasses import replace
-
     begin(ours, CapacityDynamic(keep_flops=0.9), HW, "ours")
     with pytest.raises(UsageError, match=r"no layer head\.tower_scores\.convs\.1"):
         CapacityTerms(ours, build(replace(ours.spec, head_depth=1)), CapacityDynamic())
