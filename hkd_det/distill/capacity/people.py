@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou
 
 from hkd_det.losses.two_stage import people_and_ignored
 from hkd_det.models.assignment import CELLS_A_PERSON, TruthBatch
@@ -49,9 +49,32 @@ def pooled(maps: Sequence[Tensor], rois: Tensor, input_hw: tuple[int, int]) -> T
     vectors = maps[0].new_zeros((len(rois), maps[0].shape[1]), dtype=torch.float32)
     for level, stride in enumerate(strides):
         chosen = (level_of == level).nonzero()[:, 0]
-        means = roi_align(maps[level].float(), rois[chosen], 1, 1 / stride, SAMPLES, aligned=True).flatten(1)
-        vectors = vectors.index_add(0, chosen, means)
+        vectors = vectors.index_add(0, chosen, _means(maps[level], rois[chosen], stride))
     return vectors
+
+
+def _means(features: Tensor, rois: Tensor, stride: float) -> Tensor:
+    """[R, C] RoIAlign with one cell a box: a sum over [B, C, H, W] weighted by rows times columns.
+
+    As one product a picture, since RoIAlign itself turns whole maps into float32 and back, forwards and backwards.
+    """
+    height, width = features.shape[-2:]
+    rows, columns = _shares(rois[:, 2], rois[:, 4], stride, height), _shares(rois[:, 1], rois[:, 3], stride, width)
+    shares = (rows[:, :, None] * columns[:, None]).flatten(1)  # [R, H W]
+    picture = rois[:, 0].long()
+    mine = picture[:, None] == torch.arange(len(features), device=rois.device)  # [R, B]
+    place = mine.cumsum(0).gather(1, picture[:, None])[:, 0] - 1  # among the picture's own
+    placed = shares.new_zeros(len(features), int(mine.sum(0).max()), height * width)
+    placed[picture, place] = shares
+    means = placed.to(features.dtype) @ features.flatten(2).transpose(1, 2)  # [B, most, C]
+    return means[picture, place].float()
+
+
+def _shares(low: Tensor, high: Tensor, stride: float, cells: int) -> Tensor:
+    """[R, cells] how much each cell counts in a line's mean from `low` to `high` [R], input pixels, interpolated."""
+    within = (torch.arange(SAMPLES, device=low.device) + 0.5) / SAMPLES
+    places = ((low[:, None] + (high - low)[:, None] * within) / stride - 0.5).clamp(0, cells - 1)  # [R, samples]
+    return (1 - (places[..., None] - torch.arange(cells, device=low.device)).abs()).clamp(min=0).mean(1)
 
 
 def _elsewhere(boxes: Tensor, taken: Tensor, input_hw: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from hkd_det.distill.capacity.evidence import MEMORY, Evidence, Seen
 from hkd_det.distill.capacity.gallery import Gallery
@@ -80,6 +81,16 @@ def test_a_pooled_vector_is_the_mean_over_the_box() -> None:
     middle = ((rois[:, 1:3] + rois[:, 3:5]) / 2 / 4 - 0.5).unbind(1)
     expected = torch.stack([middle[0], middle[1], 2 * middle[0] - middle[1]], 1)
     torch.testing.assert_close(pooled([ramp], rois, (64, 96)), expected)
+
+
+def test_pooling_is_roi_align_of_one_cell() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(3, 5, 16, 24, requires_grad=True)
+    rois = torch.tensor([[2.0, 8, 8, 40, 50], [0, 20, 10, 31, 53], [2, 5.5, 3.3, 17.1, 61], [0, 0, 0, 96, 64]])
+    mine, theirs = pooled([features], rois, (64, 96)), roi_align(features, rois, 1, 0.25, 4, aligned=True).flatten(1)
+    torch.testing.assert_close(mine, theirs)
+    slopes = [torch.autograd.grad(vectors.square().sum(), features)[0] for vectors in (mine, theirs)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_of_several_levels_the_one_of_the_box_height_is_read() -> None:
