@@ -49,6 +49,8 @@ class Row:
     def recipe(self, budget: Budget, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
         """Settings of `hkd-train --recipe`."""
         taught = {"teacher": str(folder / "teacher/best.pt"), "distill": self.distill} if self.distill else {}
+        if "cdd" in self.distill:  # it begins as its teacher
+            taught["init"] = taught["teacher"]
         return {
             "data": str(DATA),
             "model": budget.teacher if self.model == "teacher" else budget.student,

@@ -1,8 +1,11 @@
 """Distiller: runs the frozen teacher on the student's batch and asks the methods for their terms."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from hkd_det.distill.capacity.terms import CapacityTerms
 from hkd_det.distill.detections import DetectionsDistillation
 from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
@@ -31,19 +34,27 @@ class Distiller(nn.Module):
         # In tuples, so no submodules: the teacher is not trained, averaged or saved, and the student not twice.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._student = (student,)
-        student_taps, teacher_taps = tapped(student, teacher, methods.hkd.taps if methods.hkd else TapNames())
+        inside = _inside(teacher, methods)
+        names = methods.hkd.taps if methods.hkd else TapNames()
+        student_taps, teacher_taps = tapped(student, inside, names) if inside else ([], [])
         self._student_recorder = TapRecorder(student, student_taps)
         self._teacher_recorder = TapRecorder(teacher, teacher_taps)
         noise = methods.noise
         self.noisy = NoisyTeacher(noise) if noise and noise.form == "targets" else None
         self.truth_weight = methods.hkd.truth if methods.hkd else 1.0
         self.methods = nn.ModuleList()
-        if methods.hkd:
-            self.methods.append(_hierarchical(student, teacher, (student_taps, teacher_taps), methods.hkd, self.noisy))
+        if methods.hkd and inside:
+            self.methods.append(_hierarchical(student, inside, (student_taps, teacher_taps), methods.hkd, self.noisy))
         if methods.detections:
             self.methods.append(DetectionsDistillation(methods.detections))
         if noise and noise.form == "l2":
             self.methods.append(NoisyLogits(noise))
+        self.capacity: CapacityTerms | None = None
+        if methods.cdd and inside:
+            # Hierarchical distillation has a logit level of its own.
+            settings = replace(methods.cdd, score=0.0) if methods.hkd else methods.cdd
+            self.capacity = CapacityTerms(student, inside, settings)
+            self.methods.append(self.capacity)
 
     def forward(
         self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm
@@ -66,26 +77,37 @@ class Distiller(nn.Module):
     def skip(self) -> None:
         """Let go of what was recorded in a step that is not distilled."""
         self._student_recorder.take()
+        if self.capacity:
+            self.capacity.skip()
 
     def close(self) -> None:
         """Remove the taps from both networks."""
         self._student_recorder.close()
         self._teacher_recorder.close()
+        if self.capacity:
+            self.capacity.close()
+
+
+def _inside(teacher: PersonDetector | BlackBox, methods: Methods) -> PersonDetector | None:
+    """The teacher, if its features and logits can be read; UsageError for a method that would need them of another."""
+    if not isinstance(teacher, BlackBox):
+        return teacher
+    needed = [name for name in methods.names if name in ("hkd", "cdd") or (name == "noise" and not methods.detections)]
+    if needed:
+        raise UsageError(
+            f"--distill {needed[0]}: {teacher.model.path} shows no features; --distill detections learns from it"
+        )
+    return None
 
 
 def _hierarchical(
     student: PersonDetector,
-    teacher: PersonDetector | BlackBox,
+    teacher: PersonDetector,
     taps: tuple[list[Tap], list[Tap]],
     settings: Hierarchical,
     noisy: NoisyTeacher | None,
 ) -> nn.Module:
-    """The published form between two-stage detectors, ours where either is dense; `taps` are both's.
-
-    Raises UsageError for a teacher that shows no features.
-    """
-    if isinstance(teacher, BlackBox):
-        raise UsageError(f"--distill hkd: {teacher.model.path} shows no features; --distill detections learns from it")
+    """The published form between two-stage detectors, ours where either is dense; `taps` are both's."""
     if isinstance(student, FasterRcnn) and isinstance(teacher, FasterRcnn):
         pairs = paired(*taps, settings.taps)
         return TwoStageDistillation(student, teacher, settings.two_stage, noisy, settings.adapter, pairs)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from hkd_det.distill.arbitration import Arbitration
 from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.distill.capacity.settings import CapacityDynamic
 from hkd_det.distill.detections import DetectionTerms
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.noise import Noise
@@ -16,7 +17,7 @@ class Methods:
 
     hkd: hierarchical distillation. detections: the teacher's boxes and scores alone. noise: a noisy teacher. mokd: task
     and distillation as two objectives. blockwise: the student is made from its teacher, block by block; then the others
-    teach it.
+    teach it. cdd: a student that begins wide and sheds channels.
     """
 
     hkd: Hierarchical | None = None
@@ -24,16 +25,17 @@ class Methods:
     noise: Noise | None = None
     mokd: Arbitration | None = None
     blockwise: Blockwise | None = None
+    cdd: CapacityDynamic | None = None
 
     def __post_init__(self) -> None:
         if self.noise and self.noise.form == "targets" and not (self.hkd or self.detections):
             raise UsageError("noise.form=targets perturbs what another method learns from: add one, such as hkd")
-        if self.mokd and not (self.hkd or self.detections or self.noise):
+        if self.mokd and not (self.hkd or self.detections or self.noise or self.cdd):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
-        if self.blockwise and "cdd" in self.names:
-            raise UsageError("--distill blockwise,cdd: each makes a student of its own from the teacher; choose one")
         if self.mokd and self.hkd and self.hkd.truth < 1:
             raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.truth at 1")
+        if self.cdd and self.blockwise:
+            raise UsageError("--distill cdd,blockwise: both change the same layers; use one, then the other by --init")
 
     @property
     def names(self) -> list[str]:
@@ -49,6 +51,7 @@ class Methods:
             "noise": Noise,
             "mokd": Arbitration,
             "blockwise": Blockwise,
+            "cdd": CapacityDynamic,
         }
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         for name in wanted:

@@ -11,14 +11,18 @@ from hkd_det.models.tap import Tap
 
 
 class TapRecorder:
-    """Keeps the last output of each tapped layer until it is taken."""
+    """Keeps the last output of each tapped layer until it is taken.
 
-    def __init__(self, network: nn.Module, taps: Sequence[Tap]) -> None:
+    copies: keep copies, for layers after which something works in place.
+    """
+
+    def __init__(self, network: nn.Module, taps: Sequence[Tap], copies: bool = False) -> None:
         modules = dict(network.named_modules())
         unknown = [tap.name for tap in taps if tap.name not in modules]
         if unknown:
             raise UsageError(f"the network has no layer {unknown[0]!r} to tap")
         self._outputs: dict[str, Tensor] = {}
+        self._copies = copies
         self._names = [tap.name for tap in taps]
         self._handles: list[RemovableHandle] = [
             modules[name].register_forward_hook(self._recorder(name)) for name in self._names
@@ -38,6 +42,6 @@ class TapRecorder:
 
     def _recorder(self, name: str) -> Any:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._outputs[name] = output
+            self._outputs[name] = output.clone() if self._copies else output
 
         return record

@@ -71,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--distill",
         metavar="METHODS",
-        help="how to learn from it: hkd, detections, noise, mokd, blockwise, or several: hkd,noise",
+        help="how to learn from it: hkd, detections, noise, mokd, blockwise, cdd, or several: hkd,noise",
+    )
+    parser.add_argument(
+        "--keep-flops", metavar="SHARE", help="with --distill cdd: the share of its operations that the student keeps"
     )
     parser.add_argument(
         "--unlabelled", nargs="+", metavar="DIR", help="folders of pictures without labels, for the teacher to speak of"

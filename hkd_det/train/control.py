@@ -54,6 +54,8 @@ def control_of(config: TrainConfig) -> TrainConfig:
         raise UsageError("--control shows what a teacher brings: it needs --teacher and --distill")
     if config.distill.blockwise:
         raise UsageError("--control: blockwise makes the student from its teacher; without there is none to train")
+    if config.distill.cdd:
+        raise UsageError("--control: cdd asks the teacher which channels may go; without one the student stays wide")
     return replace(
         config, teacher="", teacher_description="", unlabelled=(), distill=Methods(), run=f"{config.run}-control"
     )

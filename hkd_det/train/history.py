@@ -14,7 +14,8 @@ from hkd_det.files import write_text
 class EpochRecord:
     """Epoch (from 1), mean loss terms, validation miss rate MR^-2 of the run's setup (fraction), training speed.
 
-    figures: what else the steps told, as means: an arbiter's angle and weights.
+    figures: what else the steps told, as means: an arbiter's angle and weights. eligible: whether it may become
+    best.pt: a student that shrinks must have done so.
     """
 
     epoch: int
@@ -22,6 +23,7 @@ class EpochRecord:
     miss_rate: float
     pictures_per_s: float
     figures: dict[str, float] = field(default_factory=dict)
+    eligible: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints."""

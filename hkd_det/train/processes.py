@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hkd_det.errors import UnavailableError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Processes:
         parts = torch.split(whole / self.count, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def everyones(self, value: T) -> list[T]:
+        """What each process gave here, in the order of ranks; tensors may lie on the device of whoever gave them."""
+        if self.count == 1:
+            return [value]
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from hkd_det.train.learner import Learner
 from hkd_det.train.loader import Epochs, batches, open_loader
 from hkd_det.train.processes import Processes, joined_processes
 from hkd_det.train.schedule import distillation_strength, learning_rate_factor, plain_from
+from hkd_det.train.shape import Shape, prepare, shape_of
 from hkd_det.train.student import build_student
 from hkd_det.train.teachers import open_teacher
 from hkd_det.train.validate import detect_all
@@ -89,6 +90,7 @@ class Run:
         detector = build_student(config, init)
         if config.freeze_norm:
             freeze_norms(detector)
+        ledger = prepare(detector, config)
         detector.to(processes.device).to(memory_format=torch.channels_last)
         self.average = MovingAverage(detector, config.ema_decay)
         distiller = _distiller(config, detector, processes.device)
@@ -109,6 +111,7 @@ class Run:
         self.loader, self.sampler = open_loader(
             [*training, *unlabelled], self.epochs, processes.rank, processes.count, config.workers, config.cache_mib
         )
+        self.shape: Shape = shape_of(config, ledger, distiller, self.epochs.steps, processes)
         self.history: list[EpochRecord] = []
 
     def finish(self) -> TrainResult:
@@ -125,10 +128,11 @@ class Run:
                 record = self._epoch(learner, epoch, bar)
                 if self.processes.leads:
                     bar.write(record.line(self.config.epochs, self.setup.name))
-        best = min(self.history, key=lambda record: record.miss_rate)
+        best = min((record for record in self.history if record.eligible), key=lambda record: record.miss_rate)
         result = TrainResult(self.config.run_dir / "best.pt", best.miss_rate, self.history)
         if self.processes.leads:
-            tqdm.write(f"best: {result.best}  MR^-2 {self.setup.name} {100 * result.miss_rate:.2f} %")
+            figure = f"MR^-2 {self.setup.name} {100 * result.miss_rate:.2f} %"
+            tqdm.write(f"best: {result.best}  {figure}{self.shape.told()}")
         return result
 
     def restore(self) -> None:
@@ -156,11 +160,12 @@ class Run:
         bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
         losses, figures = self._steps(learner, epoch, strength, bar)
         pictures_per_s = self.epochs.steps * config.batch / (time.monotonic() - started)
-        miss_rate = self._validate() if self.processes.leads else float("nan")
-        record = EpochRecord(epoch + 1, losses, miss_rate, pictures_per_s, figures)
+        deployed = self.shape.deployed(self.average.average)
+        miss_rate = self._validate(deployed) if self.processes.leads else float("nan")
+        record = EpochRecord(epoch + 1, losses, miss_rate, pictures_per_s, figures, self.shape.met)
         self.history.append(record)
         if self.processes.leads:
-            self._save(record)
+            self._save(record, deployed)
         return record
 
     def _steps(
@@ -174,7 +179,8 @@ class Run:
         sums: dict[str, float] = {}
         figures: dict[str, float] = {}
         for index, (pictures, truth) in enumerate(batches(self.loader)):
-            self._set_rate(epoch * self.epochs.steps + index)
+            step = epoch * self.epochs.steps + index
+            self._set_rate(step)
             inputs = pictures.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 task, taught = learner(inputs, truth.to(device), strength)
@@ -186,8 +192,10 @@ class Run:
                 )
             self.optimizer.zero_grad(set_to_none=True)
             told = self.arbiter.backward(total(task), total(taught) if taught else None)
+            told |= self.shape.after_backward(step)
             nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
             self.optimizer.step()
+            self.shape.after_step()
             self.average.update(self.learner.detector)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach())
@@ -205,17 +213,17 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * learning_rate_factor(step, steps, self.config.warmup)
 
-    def _validate(self) -> float:
+    def _validate(self, detector: PersonDetector) -> float:
         bf16 = self.config.precision == "bf16"
-        found = detect_all(self.average.average, self.validation, self.config.imgsz_hw, bf16)
+        found = detect_all(detector, self.validation, self.config.imgsz_hw, bf16)
         truth = TruthTable.of([sample.truth for sample in self.validation])
         return evaluate(truth, DetectionTable.of(found), [self.setup])[self.setup.name].value
 
-    def _save(self, record: EpochRecord) -> None:
+    def _save(self, record: EpochRecord, detector: PersonDetector) -> None:
         """Best first, then last: a kill between the two repeats this epoch and writes the same best again."""
         config = self.config
-        if record.miss_rate <= min(past.miss_rate for past in self.history):
-            detector = self.average.average
+        rivals = [past.miss_rate for past in self.history if past.eligible]
+        if record.eligible and record.miss_rate <= min(rivals):
             weights = {name: value.cpu() for name, value in detector.state_dict().items()}
             write_detector(
                 config.run_dir / "best.pt",
@@ -244,7 +252,7 @@ class Run:
     def _say_what_is_trained(self) -> None:
         config = self.config
         write_text(config.run_dir / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        weight = cost(self.learner.detector, config.imgsz_hw)
+        weight = cost(self.shape.deployed(self.learner.detector), config.imgsz_hw)
         unlabelled = f" and {self.epochs.unlabelled} without labels" if self.epochs.unlabelled else ""
         tqdm.write(
             f"{config.model}: {weight.parameters / 1e6:.2f} M parameters, {weight.flops / 1e9:.2f} GFLOPs at "

@@ -67,6 +67,10 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
         settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
     if arguments.distill is not None:
         settings["distill"] = {name: {} for name in arguments.distill.split(",") if name}
+    if arguments.keep_flops is not None:
+        settings["distill"] = _keeping(settings.get("distill"), arguments.keep_flops)
+    if _uses(settings, "cdd") and not settings.get("model"):
+        settings.setdefault("init", settings.get("teacher", ""))
     start = _starts_from(settings)
     if start:
         model = name_of(Path(start))
@@ -83,9 +87,18 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
 
 def _starts_from(settings: dict[str, Any]) -> str:
     """The checkpoint whose shape and weights the student has at its start, or ""."""
+    return str(settings.get("teacher" if _uses(settings, "blockwise") else "init") or "")
+
+
+def _uses(settings: dict[str, Any], method: str) -> bool:
     distill = settings.get("distill")
-    blockwise = isinstance(distill, dict) and distill.get("blockwise", None) is not None
-    return str(settings.get("teacher" if blockwise else "init") or "")
+    return isinstance(distill, dict) and distill.get(method) is not None
+
+
+def _keeping(distill: Any, share: str) -> dict[str, Any]:
+    if not isinstance(distill, dict) or not isinstance(distill.get("cdd"), dict):
+        raise UsageError(f"--keep-flops {share} is for students that shrink: add --distill cdd")
+    return {**distill, "cdd": {**distill["cdd"], "keep_flops": share}}
 
 
 def _recipe(path: Path) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""Compactor: what stands behind an inner layer's normalisation; the norms of its rows are its channels' importances."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hkd_det.models.family import PersonDetector
+from hkd_det.models.narrow import is_plain
+from hkd_det.models.surgery import Inner
+
+
+class Compactor(nn.Module):
+    """A 1x1 convolution C -> C without bias that begins as the identity.
+
+    mixes: whether a row may weigh other channels than its own, as in the paper. Where a convolution is shared by
+    levels with a normalisation each, rows are confined to the diagonal: diag(w) scales every level's normalisation and
+    so folds into it, while a mixing W would make of one convolution K a different one, W diag(g_level) K, a level.
+    masked: [C] bool, channels that fade or have faded.
+    """
+
+    masked: Tensor
+
+    def __init__(self, channels: int, mixes: bool) -> None:
+        super().__init__()
+        start = torch.eye(channels) if mixes else torch.ones(channels, 1)
+        self.mixes = mixes
+        self.weight = nn.Parameter(start[..., None, None])
+        self.register_buffer("masked", torch.zeros(channels, dtype=torch.bool))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, H, W], the same shape out."""
+        return F.conv2d(features, self.weight) if self.mixes else features * self.weight[:, 0]
+
+    @property
+    def rows(self) -> Tensor:
+        """[C, C], or [C, 1] of a diagonal: the weights that make each channel."""
+        return self.weight.flatten(1)
+
+    @property
+    def gone(self) -> bool:
+        """Whether every masked channel is 0 by now."""
+        return not bool(self.rows[self.masked].any())
+
+    def of_pooled(self, vectors: Tensor) -> Tensor:
+        """[N, C] pooled vectors behind the compactor from those before it: averaging and 1x1 convolution commute."""
+        return vectors @ self.rows.T if self.mixes else vectors * self.rows[:, 0]
+
+
+class Compacted(nn.Module):
+    """A normalisation and the compactor behind it, in the normalisation's place."""
+
+    def __init__(self, norm: nn.Module, compactor: Compactor, owns: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.compactor = compactor if owns else None
+        # In a tuple, so no submodule: what several levels share is trained, averaged and saved once. Copies share, too.
+        self._shared = (compactor,)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, H, W], the same shape out."""
+        (compactor,) = self._shared
+        mixed: Tensor = compactor(self.norm(features))
+        return mixed
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An inner layer, named as before anything was put in, and its compactor."""
+
+    layer: Inner
+    compactor: Compactor
+
+
+def can_shed(network: PersonDetector) -> list[Inner]:
+    """The inner layers that a compactor can stand in: normalised ones, whose convolution so needs no bias."""
+    return [layer for layer in network.inner_layers() if layer.norms and network.get_submodule(layer.conv).bias is None]
+
+
+def compact(network: PersonDetector, layers: Iterable[Inner]) -> list[Site]:
+    """Put compactors, which change nothing yet, behind the layers' normalisations, in place."""
+    return [Site(layer, _put(network, layer)) for layer in layers]
+
+
+def sites_of(network: PersonDetector) -> list[Site]:
+    """The compactors that stand in a network already."""
+    sites = []
+    for layer in can_shed(network):
+        module = network.get_submodule(layer.norms[0])
+        if isinstance(module, Compacted) and module.compactor is not None:
+            sites.append(Site(layer, module.compactor))
+    return sites
+
+
+def _put(network: PersonDetector, layer: Inner) -> Compactor:
+    convolution = network.get_submodule(layer.conv)
+    assert isinstance(convolution, nn.Conv2d) and is_plain(convolution)
+    compactor = Compactor(convolution.out_channels, mixes=len(layer.norms) == 1)
+    for index, name in enumerate(layer.norms):
+        parent, _, last = name.rpartition(".")
+        wrapped = Compacted(network.get_submodule(name), compactor, owns=index == 0)
+        # Assigned by name, as a member of a Sequential or a list is registered, too.
+        setattr(network.get_submodule(parent), last, wrapped)
+    return compactor

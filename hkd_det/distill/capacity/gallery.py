@@ -1,0 +1,35 @@
+"""Gallery: the teacher's pooled vectors of the last people and distractors it saw, of one layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Gallery(nn.Module):
+    """First in, first out. Vectors are kept with length 1, in half precision: only their directions are asked for."""
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.size = size
+        self.vectors = torch.zeros(0, channels, dtype=torch.float16)
+
+    def add(self, vectors: Tensor) -> None:
+        """Take up [N, C], letting go of the oldest."""
+        fresh = F.normalize(vectors.float(), dim=1).half()
+        self.vectors = torch.cat([self.vectors.to(fresh.device), fresh])[-self.size :]
+
+    def nearest(self, queries: Tensor, count: int) -> Tensor:
+        """[N, K, C] the vectors most alike in cosine to each of [N, C]; K is `count`, fewer in a smaller gallery."""
+        known = self.vectors.to(queries.device, queries.dtype)
+        likeness = F.normalize(queries, dim=1) @ known.T  # [N, G]
+        return known[likeness.topk(min(count, len(known)), dim=1).indices]
+
+    def get_extra_state(self) -> Tensor:
+        """What an exact resume needs: saved with the module's state."""
+        return self.vectors
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take up what was saved."""
+        self.vectors = state

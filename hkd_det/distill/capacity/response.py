@@ -1,0 +1,27 @@
+"""Response: which of a layer's channels people do not need."""
+
+from torch import Tensor
+
+
+def responses(students: Tensor, neighbours: Tensor) -> Tensor:
+    """[N, K, C] r = |t s|: how much each channel adds to a person's likeness to those nearest to it.
+
+    students: [N, C] pooled vectors behind the compactor. neighbours: [N, K, C] of the teacher, in the same channels.
+    """
+    return (neighbours * students[:, None]).abs()
+
+
+def unneeded(response: Tensor, masked: Tensor, lowest: float) -> Tensor:
+    """[C] bool: channels among the lowest share in every comparison; none where there was no comparison.
+
+    response: [N, K, C]. The share is of channels not masked yet [C]: of all, it could never exceed itself. Masked ones
+    are not named again.
+    """
+    left = (~masked).nonzero()[:, 0]
+    comparisons = response.flatten(0, 1)[:, left]  # [N K, left]
+    chosen = masked.new_zeros(len(masked))
+    count = int(lowest * len(left))
+    if len(comparisons) and count:
+        marks = comparisons.new_zeros(comparisons.shape).scatter_(1, comparisons.topk(count, largest=False).indices, 1)
+        chosen[left] = marks.bool().all(0)
+    return chosen

@@ -1,0 +1,54 @@
+"""Tiny networks of all three families, with statistics that are no one's start values."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from hkd_det.models.detector import DetectorSpec
+from hkd_det.models.families import Spec, build
+from hkd_det.models.family import PersonDetector
+from hkd_det.models.faster_rcnn import FasterRcnnSpec
+from hkd_det.models.yolo import YoloSpec, yolo_spec
+
+OURS = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
+BOTTLENECK = DetectorSpec("resnet14t", {"channels": (6, 6, 8, 8), "stem_width": 8}, channels=12, head_depth=1)
+TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
+
+
+def _yolo(name: str) -> YoloSpec:
+    layout = deepcopy(yolo_spec(name).layout)
+    layout["scales"][layout["scale"]][1] = 0.0625
+    return YoloSpec(name, layout)
+
+
+SPECS: dict[str, Callable[[], Spec]] = {
+    "ours": lambda: OURS,
+    "bottleneck": lambda: BOTTLENECK,
+    "two-stage": lambda: TWO_STAGE,
+    "yolo11n": lambda: _yolo("yolo11n"),
+    "yolo26n": lambda: _yolo("yolo26n"),
+}
+
+
+@pytest.fixture(params=SPECS)
+def detector(request: pytest.FixtureRequest) -> PersonDetector:
+    return lively(build(SPECS[request.param]()))
+
+
+@pytest.fixture
+def ours() -> PersonDetector:
+    return lively(build(OURS))
+
+
+def lively(network: PersonDetector) -> PersonDetector:
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    return network.eval()

@@ -1,0 +1,187 @@
+"""How channels fade, when, and that the target is met."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from hkd_det.distill.capacity.lasso import faded, lasso, lasso_gradient, reset_gradient
+from hkd_det.distill.capacity.ledger import Ledger
+from hkd_det.distill.capacity.settings import CapacityDynamic
+from hkd_det.distill.capacity.shrinking import Course, Shrinking, begin
+from hkd_det.distill.capacity.terms import CapacityTerms
+from hkd_det.distill.lesson import Lesson
+from hkd_det.errors import UsageError
+from hkd_det.losses.detection import DetectionLoss, norm_alone
+from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.families import build
+from hkd_det.models.family import PersonDetector
+
+HW = (64, 96)
+PICTURE = torch.randint(0, 255, (2, 3, *HW), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+PEOPLE = TruthBatch(
+    torch.tensor([[[10.0, 10.0, 40.0, 60.0]], [[50.0, 5.0, 70.0, 60.0]]]),
+    torch.ones(2, 1, dtype=torch.bool),
+    torch.zeros(2, 1, dtype=torch.bool),
+)
+
+
+def test_the_lassos_gradient_is_that_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(4, 5, dtype=torch.float64)
+    step = 1e-6
+    for i in range(4):
+        for j in range(5):
+            nudge = torch.zeros_like(rows)
+            nudge[i, j] = step
+            numeric = (lasso(rows + nudge) - lasso(rows - nudge)) / (2 * step)
+            torch.testing.assert_close(lasso_gradient(rows)[i, j], numeric, atol=1e-6, rtol=1e-6)
+
+
+def test_a_row_of_zeros_stays_finite_and_zero() -> None:
+    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    torch.testing.assert_close(lasso_gradient(rows), torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+    assert torch.equal(faded(rows, 0.1)[0], torch.zeros(2))
+
+
+def test_masked_rows_hear_the_lasso_alone() -> None:
+    rows, gradient = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[7.0, -7.0], [1.0, 1.0]])
+    reset = reset_gradient(gradient, rows, torch.tensor([True, False]), 0.1)
+    torch.testing.assert_close(reset, torch.tensor([[0.06, 0.08], [1.0, 1.1]]))
+
+
+def test_fading_is_the_lassos_proximal_step() -> None:
+    """It minimises 1/2 |x - w|^2 + force |x|: no point on a fine grid is better."""
+    row, force = torch.tensor([[0.3, 0.4]]), 0.2
+    grid = torch.cartesian_prod(torch.linspace(-0.5, 0.5, 201), torch.linspace(-0.5, 0.5, 201))
+    best = grid[(0.5 * (grid - row).square().sum(1) + force * grid.norm(dim=1)).argmin()]
+    torch.testing.assert_close(faded(row, force)[0], best, atol=6e-3, rtol=0)
+    assert torch.equal(faded(row, 0.6), torch.zeros(1, 2)) and torch.equal(faded(row, float("inf")), torch.zeros(1, 2))
+
+
+def test_the_course_sheds_between_warmup_and_its_end() -> None:
+    course = Course.of(CapacityDynamic(warmup=0.2, masked_by=0.5, fade=0.1), 100, 0.8)
+    assert (course.start, course.end) == (0.2, 0.4) and course.gone == pytest.approx(0.5)
+    assert [course.surplus(at) for at in (0.1, 0.2, 0.4, 1.0)] == [1, 1, 0, 0]
+    assert course.surplus(0.35) == pytest.approx(0.25)
+    with pytest.raises(UsageError, match="too short"):
+        Course.of(CapacityDynamic(), 100, 0.2)
+
+
+@pytest.mark.parametrize("what", ["flops", "parameters"])
+def test_a_target_that_cannot_be_met_is_refused_at_once(ours: PersonDetector, what: str) -> None:
+    settings = CapacityDynamic(**{"keep_flops": 1.0, "keep_parameters": 1.0, f"keep_{what}": 0.05})
+    with pytest.raises(UsageError, match=rf"keep_{what}=0\.05.*at least 0\.\d+ of its {what} stay"):
+        begin(ours, settings, HW, "ours")
+
+
+class School:
+    """A student, its teacher, and steps between them as a run takes them."""
+
+    def __init__(self, student: PersonDetector, teacher: PersonDetector, settings: CapacityDynamic, steps: int) -> None:
+        self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
+        self.ledger: Ledger = begin(student, settings, HW, "student")
+        self.terms = CapacityTerms(student, teacher, settings)
+        course = Course.of(settings, steps, 1.0)
+        self.shrinking = Shrinking(self.terms, self.ledger, settings, course, lambda mine: [mine])
+        self.optimizer = torch.optim.AdamW([*student.parameters(), *self.terms.parameters()], lr=1e-2)
+
+    def step(self, number: int) -> None:
+        mine = self.student(PICTURE)
+        with torch.no_grad():
+            other = self.teacher(PICTURE)
+        lesson = Lesson(PICTURE, PEOPLE, self.student, self.teacher, mine, other, [], [], norm_alone)
+        loss = torch.stack([*DetectionLoss()(mine, PEOPLE).values(), *self.terms(lesson).values()]).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.shrinking.after_backward(number)
+        self.optimizer.step()
+        self.shrinking.after_step()
+
+    @property
+    def rows(self) -> list[torch.Tensor]:
+        return [compactor.rows.detach().clone() for compactor in self.shrinking.compactors]
+
+
+def test_channels_fade_monotonously_stay_gone_and_the_target_is_met(ours: PersonDetector) -> None:
+    settings = CapacityDynamic(keep_flops=0.8, keep_parameters=0.6, fade=0.25, least=3)
+    school = School(ours, build(ours.spec), settings, 12)
+    norms: list[list[torch.Tensor]] = []
+    for number in range(12):
+        masked = [compactor.masked.clone() for compactor in school.shrinking.compactors]
+        school.step(number)
+        norms.append([rows.norm(dim=1) for rows in school.rows])
+        if number < 2:
+            assert not any(mask.any() for mask in masked)
+        for layer, compactor in enumerate(school.shrinking.compactors):
+            assert not (masked[layer] & ~compactor.masked).any()  # for good
+            if number:
+                fell = norms[-1][layer] < norms[-2][layer]
+                assert (fell | (norms[-1][layer] == 0))[compactor.masked].all()
+    assert school.shrinking.met
+    cost, start = school.shrinking.cost, school.ledger.start
+    assert cost.flops <= 0.8 * start.flops and cost.parameters <= 0.6 * start.parameters
+    widths = [int((~compactor.masked).sum()) for compactor in school.shrinking.compactors]
+    assert min(widths) >= 3
+    # Not further than needed: with the last channel back, one of the two would be missed.
+    more = [school.ledger.cost([w + (i == layer) for i, w in enumerate(widths)]) for layer in range(len(widths))]
+    assert any(c.flops > 0.8 * start.flops or c.parameters > 0.6 * start.parameters for c in more)
+    school.student.eval()
+    plain = school.shrinking.deployed(school.student)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain(PICTURE).many.logits, school.student(PICTURE).many.logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_the_first_to_go_are_those_on_which_all_agree(ours: PersonDetector) -> None:
+    school = School(ours, build(ours.spec), CapacityDynamic(keep_flops=0.9), 10)
+    evidence = school.terms.evidence
+    unanimous = [torch.zeros_like(compactor.masked) for compactor in school.shrinking.compactors]
+    for layer, compactor in enumerate(school.shrinking.compactors):
+        evidence[layer].response.copy_(torch.linspace(1, 2, len(compactor.masked)))  # type: ignore[operator,union-attr]
+    unanimous[3][-1] = True
+    order = school.shrinking._order(unanimous)
+    assert order[0] == (3, len(unanimous[3]) - 1)
+    assert order[1][1] == 0 and len(set(order)) == len(order) == sum(len(mask) for mask in unanimous)
+
+
+def test_each_process_looks_at_everybodys_people(ours: PersonDetector) -> None:
+    alone, both = (School(deepcopy(ours), build(ours.spec), CapacityDynamic(keep_flops=0.9), 10) for _ in range(2))
+    both.shrinking._everyones = lambda mine: [mine, [], mine]
+    sizes = []
+    for school in (alone, both):
+        torch.manual_seed(0)
+        school.step(0)
+        sizes.append([len(evidence.gallery.vectors) for evidence in school.terms.evidence])  # type: ignore[union-attr,arg-type]
+    assert sizes[1] == [2 * size for size in sizes[0]] and min(sizes[0]) >= 2
+
+
+def test_terms_of_a_wider_student_teach_through_adapters(ours: PersonDetector) -> None:
+    wide = build(replace(ours.spec, channels=20))
+    school = School(wide, ours, CapacityDynamic(keep_flops=0.8), 6)
+    assert any(isinstance(adapter, nn.Linear) for adapter in school.terms.adapters)
+    for number in range(6):
+        school.step(number)
+    assert school.shrinking.met and school.shrinking.deployed(wide).changes.widths
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(ours: PersonDetector) -> None:
+    twin = build(ours.spec)
+    twin.load_state_dict(ours.state_dict())
+    begin(ours, CapacityDynamic(keep_flops=0.9), HW, "ours")
+    terms = CapacityTerms(ours.eval(), twin.eval(), CapacityDynamic())
+    mine, other = ours(PICTURE), twin(PICTURE)
+    told = terms(Lesson(PICTURE, PEOPLE, ours, twin, mine, other, [], [], norm_alone))
+    for term in told.values():
+        torch.testing.assert_close(term, torch.zeros(()), atol=1e-4, rtol=0)
+    sum(told.values()).backward()  # type: ignore[union-attr]
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+def test_a_teacher_of_other_layers_is_refused(ours: PersonDetector) -> None:
+    begin(ours, CapacityDynamic(keep_flops=0.9), HW, "ours")
+    with pytest.raises(UsageError, match=r"no layer head\.tower_scores\.convs\.1"):
+        CapacityTerms(ours, build(replace(ours.spec, head_depth=1)), CapacityDynamic())
