@@ -119,11 +119,12 @@ def _from_mat(path: Path) -> CaltechTruth:
             raise DataError(f"{path}: picture {number}: {error}") from None
         if rows.size and (rows.ndim != 2 or rows.shape[1] != 5):
             raise DataError(f"{path}: picture {number}: rows of the shape {rows.shape}, expected x y w h ignore")
-        wrong = ~are_boxes(rows.reshape(-1, 5)[:, :4])
+        rows = rows.reshape(-1, 5)
+        wrong = ~(are_boxes(rows[:, :4]) & np.isfinite(rows[:, 4]))
         if wrong.any():
-            box = rows[wrong][0].tolist()
-            raise DataError(f"{path}: picture {number}: {box} is not x y w h ignore with finite sizes from 0")
-        parts.append(rows.reshape(-1, 5))
+            row = rows[wrong][0].tolist()
+            raise DataError(f"{path}: picture {number}: {row} is not x y w h ignore with finite sizes from 0")
+        parts.append(rows)
     rows = np.concatenate([np.zeros((0, 5)), *parts])
     table = TruthTable(
         len(parts),

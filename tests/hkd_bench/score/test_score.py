@@ -225,13 +225,14 @@ def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.Capture
     assert "does not say of which videos" in capsys.readouterr().err
 
 
-def test_negative_sizes_in_a_gt_mat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("row", [[1, 2, -3, 50, 0], [1, 2, 3, 50, np.nan], [np.inf, 2, 3, 50, 0]])
+def test_a_wrong_row_of_a_gt_mat(row: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = np.empty((1, 2), object)
-    cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1, 2, 3, 50, 0], [1, 2, -3, 50, 0]])
+    cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1, 2, 3, 50, 0], row])
     scipy.io.savemat(tmp_path / "gt-Reasonable.mat", {"gt": cells})
     flags = ["--annotations", str(tmp_path / "gt-Reasonable.mat"), "--detections", str(tmp_path)]
     assert main(["score", *flags, "--protocol", "caltech"]) == 1
-    assert "picture 2: [1.0, 2.0, -3.0, 50.0, 0.0] is not x y w h" in capsys.readouterr().err
+    assert f"picture 2: {[float(value) for value in row]} is not x y w h" in capsys.readouterr().err
 
 
 @needs_data
