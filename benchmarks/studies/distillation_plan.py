@@ -36,8 +36,9 @@ BUDGETS = {
 class Row:
     """One line of the table.
 
-    model: "teacher" or "student", of the budget; distill: the recipe's methods. as_long_as: names of rows whose
-    training time together is this one's (then its epochs follow from measured times); else the budget's epochs.
+    model: "teacher" or "student" of the budget, or "trained teacher": starts with the teacher's shape and weights.
+    distill: the recipe's methods. as_long_as: names of rows whose training time together is this one's (then its epochs
+    follow from measured times); else the budget's epochs.
     """
 
     name: str
@@ -71,7 +72,8 @@ ROWS = (
     Row("noise", "noisy teacher (L2 on logits)", distill={"noise": {"form": "l2"}}),
     Row("hkd-noise", "HKD + noisy targets", distill={"hkd": {}, "noise": {"form": "targets"}}),
     Row("mokd", "HKD + MoKD", distill={"hkd": {}, "mokd": {}}),
-    Row("cdd", "CDD", "teacher", {"cdd": {"keep_flops": 0.35}}),
-    Row("blockwise", "blockwise", "teacher", {"blockwise": {"workers": 2}}),
+    Row("again", "teacher, trained as long again", "trained teacher"),
+    Row("cdd", "CDD", "trained teacher", {"cdd": {"keep_flops": 0.35}}),
+    Row("blockwise", "blockwise", "trained teacher", {"blockwise": {}}),
     Row("best", "HKD + noise + MoKD", distill={"hkd": {}, "noise": {"form": "targets"}, "mokd": {}}),
 )

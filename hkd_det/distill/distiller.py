@@ -92,11 +92,13 @@ def _inside(teacher: PersonDetector | BlackBox, methods: Methods) -> PersonDetec
     """The teacher, if its features and logits can be read; UsageError for a method that would need them of another."""
     if not isinstance(teacher, BlackBox):
         return teacher
-    needed = [name for name in methods.names if name in ("hkd", "cdd") or (name == "noise" and not methods.detections)]
-    if needed:
-        raise UsageError(
-            f"--distill {needed[0]}: {teacher.model.path} shows no features; --distill detections learns from it"
-        )
+    blind = ["hkd", "cdd"] + ["noise"] * (methods.noise is not None and methods.noise.form == "l2")
+    for name in blind:
+        if name in methods.names:
+            raise UsageError(
+                f"--distill {name}: {teacher.model.path} shows neither features nor logits; "
+                "--distill detections learns from its boxes and scores"
+            )
     return None
 
 

@@ -110,7 +110,7 @@ def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
     class Closed:
         path = tmp_path / "closed.onnx"
 
-    with pytest.raises(UsageError, match=r"closed\.onnx shows no features; --distill detections"):
+    with pytest.raises(UsageError, match=r"closed\.onnx shows neither features nor logits; --distill detections"):
         Distiller(Detector(TINY), BlackBox(Closed()), Methods.of("hkd"))  # type: ignore[arg-type]
 
 
