@@ -135,7 +135,8 @@ def test_the_logit_level_is_made_of_its_formulas(pair: tuple[Detector, Detector]
     """Worked out point by point: both branches' scores, and the sides weighted by the teacher's score."""
     student, teacher = pair[0].eval(), pair[1].eval()
     with torch.no_grad():
-        torch.nn.init.normal_(teacher.head.many.weight, std=2.0)  # some points of any confidence
+        torch.nn.init.normal_(teacher.head.many.weight, std=20.0)  # some points of any confidence
+        torch.nn.init.zeros_(teacher.head.many.bias)
         distiller = Distiller(student, teacher, Methods(hkd=Hierarchical(score=3.0, box=5.0)))
         mine, other = student(PICTURE), teacher(PICTURE)
         terms = distiller(PICTURE, mine, PERSON, 1.0, norm_alone)
