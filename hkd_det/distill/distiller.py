@@ -42,6 +42,7 @@ class Distiller(nn.Module):
         noise = methods.noise
         self.noisy = NoisyTeacher(noise) if noise and noise.form == "targets" else None
         self.truth_weight = methods.hkd.truth if methods.hkd else 1.0
+        self._heard: tuple[Output, list[Tensor]] | None = None
         self.methods = nn.ModuleList()
         if methods.hkd and inside:
             self.methods.append(_hierarchical(student, inside, (student_taps, teacher_taps), methods.hkd, self.noisy))
@@ -56,14 +57,24 @@ class Distiller(nn.Module):
             self.capacity = CapacityTerms(student, inside, settings)
             self.methods.append(self.capacity)
 
+    def hear(self, pictures: Tensor) -> None:
+        """Run the teacher on the batch that the student sees next: what it needed meanwhile is then the student's."""
+        with torch.no_grad():
+            output: Output = self._teacher[0](pictures)
+        self._heard = output, self._teacher_recorder.take()
+
     def forward(
         self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm
     ) -> dict[str, Tensor]:
-        """The distillation terms for the batch the student has just seen, times `strength`, 0..1."""
+        """The distillation terms for the batch the student has just seen, times `strength`, 0..1.
+
+        Its teacher need not have been heard before; that only saves memory.
+        """
         (teacher,), (student,) = self._teacher, self._student
-        with torch.no_grad():
-            other: Output = teacher(pictures)
-        other_maps = self._teacher_recorder.take()
+        if self._heard is None:
+            self.hear(pictures)
+        assert self._heard is not None
+        (other, other_maps), self._heard = self._heard, None
         if self.noisy:
             other, other_maps = self.noisy.output(other), self.noisy.maps(other_maps)
         my_maps = self._student_recorder.take()

@@ -25,6 +25,8 @@ class Learner(nn.Module):
 
     def forward(self, pictures: Tensor, truth: TruthBatch, strength: float) -> tuple[Terms, Terms]:
         """The batch's terms, the task's and the teacher's; `strength` 0..1 scales the latter, at 0 there are none."""
+        if self.distiller is not None and strength > 0:
+            self.distiller.hear(pictures)
         output = self.detector(pictures)
         task = self._task(output, truth)
         taught: Terms = {}

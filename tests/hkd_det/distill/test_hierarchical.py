@@ -96,6 +96,16 @@ def test_the_teacher_is_no_part_of_what_learns(pair: tuple[Detector, Detector]) 
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+def test_a_teacher_heard_before_the_student_says_the_same_once(pair: tuple[Detector, Detector]) -> None:
+    student, teacher = pair
+    distiller = Distiller(student.eval(), teacher, Methods(hkd=Hierarchical()))
+    after = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
+    distiller.hear(PICTURE)
+    assert distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone) == after
+    other = 255 - PICTURE  # the next batch is heard anew
+    assert distiller(other, student(other), PERSON, 1.0, norm_alone)["hkd_score"] != after["hkd_score"]
+
+
 def test_strength_scales_every_term(pair: tuple[Detector, Detector]) -> None:
     student, teacher = pair
     distiller = Distiller(student.eval(), teacher, Methods(hkd=Hierarchical()))
@@ -125,7 +135,8 @@ def test_the_logit_level_is_made_of_its_formulas(pair: tuple[Detector, Detector]
     """Worked out point by point: both branches' scores, and the sides weighted by the teacher's score."""
     student, teacher = pair[0].eval(), pair[1].eval()
     with torch.no_grad():
-        torch.nn.init.normal_(teacher.head.many.weight, std=2.0)  # some points of any confidence
+        torch.nn.init.normal_(teacher.head.many.weight, std=20.0)  # some points of any confidence
+        torch.nn.init.zeros_(teacher.head.many.bias)
         distiller = Distiller(student, teacher, Methods(hkd=Hierarchical(score=3.0, box=5.0)))
         mine, other = student(PICTURE), teacher(PICTURE)
         terms = distiller(PICTURE, mine, PERSON, 1.0, norm_alone)
