@@ -34,7 +34,7 @@ WIDE = replace(TINY, backbone_arguments={"channels": (12, 12, 24, 24), "stem_wid
 TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
 HW = (64, 96)
 CDD = CapacityDynamic(keep_flops=0.8)
-CDD_TERMS = {"cdd_feature", "cdd_score", "cdd_lasso"}
+CDD_TERMS = {"cdd_feature", "cdd_score"}
 
 
 @pytest.fixture(autouse=True)
@@ -115,13 +115,17 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
 
 @pytest.mark.parametrize(
     ("others", "terms"),
-    [({"hkd": Hierarchical()}, {"hkd_pyramid", "hkd_score"}), ({"noise": Noise()}, set())],
-)  # fmt: skip
+    [
+        ({"hkd": Hierarchical()}, {"hkd_pyramid", "hkd_score"}),
+        ({"hkd": Hierarchical(), "mokd": Arbitration()}, {"hkd_pyramid"}),
+        ({"noise": Noise()}, set()),
+    ],
+)
 def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[str, Any], terms: set[str]) -> None:
     methods = Methods(cdd=CDD, **others)
     result = train(configured(people, tmp_path / "run", teacher, distill=methods, epochs=1))
-    losses = result.history[0].losses
-    assert losses.keys() >= terms | CDD_TERMS and share_left(result, teacher) <= 0.8
+    losses, figures = result.history[0].losses, result.history[0].figures
+    assert losses.keys() >= terms | CDD_TERMS and figures["cdd_lasso"] > 0 and share_left(result, teacher) <= 0.8
     assert (losses["cdd_score"] > 0) == ("hkd" not in others)  # hierarchical distillation has a logit level itself
 
 
