@@ -26,7 +26,6 @@ from hkd_det.datasets.catalogue import open_data
 from hkd_det.files import write_text
 from hkd_det.train import command
 from hkd_det.train.checkpoint import read_detector
-from hkd_det.train.config import TrainConfig
 from hkd_det.train.judge import judge
 
 HERE = Path(__file__).parent
@@ -63,7 +62,7 @@ def run_row(budget: Budget, row: Row, seed: int, folder: Path) -> None:
     train(recipe, run)
     energy = meter.so_far()
     checkpoint = read_detector(run / "best.pt")
-    bf16 = TrainConfig.from_dict(recipe).precision == "bf16"
+    bf16 = checkpoint.config["precision"] == "bf16"
     judged, _ = judge(checkpoint.build(), open_data(str(DATA), "test"), budget.imgsz_hw, bf16)
     content = {
         "row": row.name,

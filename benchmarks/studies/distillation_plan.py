@@ -49,12 +49,19 @@ class Row:
 
     def recipe(self, budget: Budget, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
         """Settings of `hkd-train --recipe`."""
-        taught = {"teacher": str(folder / "teacher/best.pt"), "distill": self.distill} if self.distill else {}
-        if "cdd" in self.distill:  # it begins as its teacher
-            taught["init"] = taught["teacher"]
+        teacher = str(folder / "teacher/best.pt")
+        taught = {"teacher": teacher, "distill": self.distill} if self.distill else {}
+        match self.model:
+            case "teacher":
+                start = {"model": budget.teacher}
+            case "student":
+                start = {"model": budget.student}
+            case _:
+                # cdd and blockwise begin as their teacher where no model is named.
+                start = {} if self.distill else {"init": teacher}
         return {
             "data": str(DATA),
-            "model": budget.teacher if self.model == "teacher" else budget.student,
+            **start,
             "run": str(folder / self.name),
             "imgsz_hw": list(budget.imgsz_hw),
             "epochs": epochs,
