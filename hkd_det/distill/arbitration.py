@@ -10,7 +10,7 @@ that both gain from, and stretching it would be stretching noise.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hkd_det.errors import UsageError
@@ -21,9 +21,9 @@ class Arbitration:
     """How the two gradients become one step.
 
     rule: "bisector" of their directions; "min-norm", the shortest convex combination, which serves both equally, and
-    so mostly the one with the shorter gradient; "amortised", weights learnt from the losses alone. at: what gradients are compared on, all shared "parameters" or
-    the "feature" maps at the taps (the amortised rule compares none). eps: keeps the log's gradient finite near a loss
-    of 0. rate, decay: of the amortised rule's logits.
+    so mostly the one with the shorter gradient; "amortised", weights learnt from the losses alone. at: what gradients
+    are compared on, all shared "parameters" or the "feature" maps at the taps (the amortised rule compares none). eps:
+    keeps the log's gradient finite near a loss of 0. rate, decay: of the amortised rule's logits.
     """
 
     rule: Literal["bisector", "min-norm", "amortised"] = "bisector"
@@ -96,6 +96,13 @@ class Verdict:
     gram: Gram
     task: float
     taught: float
+
+    def faded(self, strength: float) -> "Verdict":
+        """For a teacher's loss that is scaled by `strength`, 0..1: the rest of the step is the task's gradient alone.
+
+        The scale itself would change nothing: log losses don't hear it.
+        """
+        return replace(self, task=1 - strength + strength * self.task)
 
     @property
     def figures(self) -> dict[str, float]:
