@@ -87,7 +87,7 @@ def steps_of(learner: Learner, pictures: torch.Tensor, truth: TruthBatch) -> dic
         with torch.autocast("cpu", torch.bfloat16):
             task, taught = learner(pictures, truth, 1.0)
         optimizer.zero_grad(set_to_none=True)
-        arbiter.backward(total(task), total(taught))
+        arbiter.backward(total(task), total(taught), 1.0)
         nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
         optimizer.step()
 

@@ -10,7 +10,7 @@ that both gain from, and stretching it would be stretching noise.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hkd_det.errors import UsageError
@@ -96,6 +96,13 @@ class Verdict:
     gram: Gram
     task: float
     taught: float
+
+    def faded(self, strength: float) -> "Verdict":
+        """For a teacher's loss that is scaled by `strength`, 0..1: the rest of the step is the task's gradient alone.
+
+        The scale itself would change nothing: log losses don't hear it.
+        """
+        return replace(self, task=1 - strength + strength * self.task)
 
     @property
     def figures(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.distill.arbiter import Arbiter, Together
-from hkd_det.distill.arbitration import Arbitration, Gram, judge
+from hkd_det.distill.arbitration import Arbitration, Gram, Verdict, judge
 from hkd_det.distill.reach import reached
 from hkd_det.distill.taps import TapRecorder
 from hkd_det.models.family import PersonDetector
@@ -53,7 +53,7 @@ class GradientArbiter:
     ) -> None:
         self.settings, self.parameters, self.taps, self.average = settings, parameters, taps, average
 
-    def backward(self, task: Tensor, taught: Tensor | None) -> dict[str, float]:
+    def backward(self, task: Tensor, taught: Tensor | None, strength: float) -> dict[str, float]:
         """Fill `.grad`; the figures are `Verdict.figures`."""
         maps = self.taps.take() if self.taps else []
         if taught is None:
@@ -69,12 +69,12 @@ class GradientArbiter:
         if self.taps:
             products = _products(own, other)
             self.average([values, products])  # their sum over the processes, but for a factor that changes no weight
-            verdict = judge(self.settings, Gram(*products.tolist()), *values.tolist())
+            verdict = self._judge(products, values, strength)
             mixed = _gradients(verdict.task * task + verdict.taught * taught, shared)
             self.average([*mixed, *mine_only, *others_only])
         else:
             self.average([values, *of_task, *of_taught])
-            verdict = judge(self.settings, Gram(*_products(own, other).tolist()), *values.tolist())
+            verdict = self._judge(_products(own, other), values, strength)
             mixed = [verdict.task * a + verdict.taught * b for a, b in zip(own, other, strict=True)]
         _fill([*shared, *mine, *others], [*mixed, *mine_only, *others_only])
         return verdict.figures
@@ -85,6 +85,12 @@ class GradientArbiter:
 
     def restore(self, state: dict[str, float]) -> None:
         """Nothing to do."""
+
+    def _judge(self, products: Tensor, values: Tensor, strength: float) -> Verdict:
+        """The verdict on the losses as they are without the strength, then faded by it."""
+        task, taught = values.tolist()
+        gram = Gram(*products.tolist()).scaled(1, 1 / strength)
+        return judge(self.settings, gram, task, taught / strength).faded(strength)
 
     def _parted(self, task: Tensor, taught: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The parameters that both losses reach in some process, those that only the task does, only the teacher."""
@@ -110,14 +116,14 @@ class AmortisedArbiter:
         self.settings, self.parameters, self.average = settings, parameters, average
         self.logits = (0.0, 0.0)
 
-    def backward(self, task: Tensor, taught: Tensor | None) -> dict[str, float]:
+    def backward(self, task: Tensor, taught: Tensor | None, strength: float) -> dict[str, float]:
         """Fill `.grad`; logs the task's share, and the weight of the teacher's loss that it comes to."""
         if taught is None:
             _backward(task, self.parameters, self.average)
             return {}
         values = torch.stack([task.detach(), taught.detach()])
         self.average([values])
-        mine, others = (value + self.settings.eps for value in values.tolist())
+        mine, others = values[0].item() + self.settings.eps, values[1].item() / strength + self.settings.eps
         share = 1 / (1 + math.exp(self.logits[1] - self.logits[0]))
         weight = (1 - share) / share * mine / others
         _backward(task + weight * taught, self.parameters, self.average)

@@ -155,8 +155,6 @@ class Run:
         torch.manual_seed(_seed_of(config.seed, epoch, self.processes.rank))
         self.sampler.plain = epoch >= plain_from(config.epochs, config.finale)
         strength = distillation_strength(epoch, config.epochs, config.finale)
-        if config.distill.mokd and strength > 0:
-            strength = 1.0  # the arbiter weighs the teacher; what compares log losses would undo a decay anyway
         bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
         losses, figures = self._steps(learner, epoch, strength, bar)
         pictures_per_s = self.epochs.steps * config.batch / (time.monotonic() - started)
@@ -191,7 +189,7 @@ class Run:
                     f"the loss is {loss.item()} at epoch {epoch + 1}, step {index + 1}; lower --set lr={config.lr}"
                 )
             self.optimizer.zero_grad(set_to_none=True)
-            told = self.arbiter.backward(total(task), total(taught) if taught else None)
+            told = self.arbiter.backward(total(task), total(taught) if taught else None, strength)
             told |= self.shape.after_backward(step)
             nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
             self.optimizer.step()

@@ -83,7 +83,7 @@ def gram_of(own: Tensor, other: Tensor) -> Gram:
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
 def test_at_the_parameters_the_gradients_are_autograds(net: Net, rule: str) -> None:
     settings = Arbitration(rule)  # type: ignore[arg-type]
-    told = arbiter(net, settings).backward(*net.losses())
+    told = arbiter(net, settings).backward(*net.losses(), 1.0)
     shared = sorted({name for name, _ in net.named_parameters()} - TASK_ONLY - TEACHER_ONLY - IDLE)
     own, other = (torch.cat([one[name].flatten() for name in shared]) for one in by_hand(net))
     task, taught = (loss.item() for loss in net.losses())
@@ -99,7 +99,7 @@ def test_at_the_parameters_the_gradients_are_autograds(net: Net, rule: str) -> N
 def test_at_the_taps_the_maps_gradients_decide(net: Net, rule: str) -> None:
     """By hand: the coarse map also speaks through the fine one's gradient, as it is computed from it."""
     settings = Arbitration(rule, at="feature")  # type: ignore[arg-type]
-    arbiter(net, settings).backward(*net.losses())
+    arbiter(net, settings).backward(*net.losses(), 1.0)
     found = []
     for index in (0, 1):
         fine = net.fine(net.trunk(INPUTS).tanh()).detach().requires_grad_()
@@ -124,7 +124,7 @@ def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
     for _ in range(5):
         losses = torch.stack(net.losses()).detach().double()
         net.zero_grad()
-        told = amortised.backward(*net.losses())
+        told = amortised.backward(*net.losses(), 1.0)
         shares = logits.softmax(0)
         assert told["mokd_share"] == pytest.approx(shares[0].item())
         weight = (shares[1] / shares[0] * (losses[0] + EPS) / (losses[1] + EPS)).item()
@@ -141,7 +141,7 @@ def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
     assert logits.abs().min() > 0.01
     twin = arbiter(net, settings)
     twin.restore(amortised.state())
-    assert twin.backward(*net.losses()) == amortised.backward(*net.losses())
+    assert twin.backward(*net.losses(), 1.0) == amortised.backward(*net.losses(), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +152,10 @@ def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
 def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: Arbitration) -> None:
     made = arbiter(net, settings)
     task, _ = net.losses()
-    assert made.backward(task, None) == {}
+    assert made.backward(task, None, 0.0) == {}
     plain = Net()
     plain.load_state_dict(net.state_dict())
-    Together().backward(plain.losses()[0], None)
+    Together().backward(plain.losses()[0], None, 0.0)
     for mine, other in zip(net.parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None)
         if mine.grad is not None:
@@ -167,13 +167,30 @@ def test_following_min_norm_both_losses_fall(net: Net, at: str) -> None:
     """To first order: a small step along the arbitrated gradient lowers the logs of both."""
     made = arbiter(net, Arbitration("min-norm", at=at))  # type: ignore[arg-type]
     before = torch.stack(net.losses()).log()
-    made.backward(*net.losses())
+    made.backward(*net.losses(), 1.0)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if name not in TASK_ONLY | TEACHER_ONLY | IDLE:
                 parameter.sub_(1e-3 * parameter.grad)
     after = torch.stack(net.losses()).log()
     assert (after < before).all()
+
+
+@pytest.mark.parametrize("settings", [Arbitration(), Arbitration(at="feature"), Arbitration("amortised")])
+def test_the_teacher_fades_with_its_strength(net: Net, settings: Arbitration) -> None:
+    """A quarter of the full step and three quarters of the task's own gradient, though log losses hear no scale."""
+    full, quarter = Net(), Net()
+    full.load_state_dict(net.state_dict())
+    quarter.load_state_dict(net.state_dict())
+    told = arbiter(full, settings).backward(*full.losses(), 1.0)
+    made = arbiter(quarter, settings)
+    task, taught = quarter.losses()
+    assert made.backward(task, 0.25 * taught, 0.25) == pytest.approx(told, rel=1e-4)
+    own, _ = by_hand(net)
+    for (name, faded), whole in zip(quarter.named_parameters(), full.parameters(), strict=True):
+        if name not in IDLE:
+            wanted = 0.25 * whole.grad + 0.75 * own.get(name, torch.zeros_like(whole))
+            torch.testing.assert_close(faded.grad, wanted)
 
 
 def test_reach_is_where_autograd_gives_a_gradient(net: Net) -> None:
@@ -186,6 +203,6 @@ def test_equal_gradients_of_two_parameters_are_clipped_once() -> None:
     """Autograd may hand one tensor out twice, and clipping writes in place."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     made = AmortisedArbiter(Arbitration("amortised"), [a, b], in_place)
-    made.backward((a + b).square().sum(), None)
+    made.backward((a + b).square().sum(), None, 0.0)
     torch.nn.utils.clip_grad_norm_([a, b], 1.0)
     assert torch.stack([a.grad, b.grad]).norm().item() == pytest.approx(1.0, rel=1e-4)

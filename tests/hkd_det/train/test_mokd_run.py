@@ -103,19 +103,3 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
         assert torch.equal(value, resumed["learner"][name]), name
     assert whole["arbiter"] == resumed["arbiter"]
     assert [past["figures"] for past in whole["history"]] == [past["figures"] for past in resumed["history"]]
-
-
-def test_the_decay_of_the_teachers_strength_is_left_to_the_arbiter(
-    people: Path, tmp_path: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[float] = []
-    kept = runs.Run._steps
-
-    def steps(self: runs.Run, learner: torch.nn.Module, epoch: int, strength: float, bar: object) -> object:
-        seen.append(strength)
-        return kept(self, learner, epoch, strength, bar)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(runs.Run, "_steps", steps)
-    methods = Methods(hkd=Hierarchical(), mokd=Arbitration())
-    train(settings(people, tmp_path / "run", teachers["dense"], methods, epochs=3, finale=0.34))
-    assert seen == [1.0, 1.0, 0.0]

@@ -51,7 +51,7 @@ with joined_processes("cpu") as processes:
         module = DistributedDataParallel(learner) if wrapped else learner
         learner.zero_grad()
         task, taught = module(pictures[mine], TruthBatch(boxes[mine], real[mine], ignore[mine]), 1.0)
-        told = arbiter.backward(total(task), total(taught))
+        told = arbiter.backward(total(task), total(taught), 1.0)
         if processes.leads:
             gradients = {n: p.grad for n, p in learner.named_parameters() if p.grad is not None}
             torch.save({"gradients": gradients, "told": told}, f"{sys.argv[1]}-{name}")
