@@ -138,9 +138,12 @@ def test_a_pictures_activations_do_not_depend_on_its_batch() -> None:
     names = ["backbone.body.layer2.1.conv2", "backbone.body.layer4.2.conv2"]
     views = torch.randint(0, 256, (5, 3, 160, 224), dtype=torch.uint8)
     together, order = recorded(detector, names, views), [3, 0, 4, 1, 2]
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    mixed = recorded(detector, names, views[order])
-    torch.set_num_threads(1)
+    try:
+        mixed = recorded(detector, names, views[order])
+    finally:
+        torch.set_num_threads(threads)
     for name in names:
         assert torch.equal(together[name][order], mixed[name])
         assert torch.equal(together[name][2:3], recorded(detector, [name], views[2:3])[name])
