@@ -135,9 +135,9 @@ def test_a_pictures_activations_do_not_depend_on_its_batch() -> None:
     """In networks as wide as this one the last bits do, where a batch goes through at once."""
     torch.manual_seed(0)
     detector = Detector(DetectorSpec("resnet50", channels=16)).eval()
-    names = ["backbone.body.layer2.1.conv2", "backbone.body.layer4.2.conv2"]
-    views = torch.randint(0, 256, (5, 3, 160, 224), dtype=torch.uint8)
-    together, order = recorded(detector, names, views), [3, 0, 4, 1, 2]
+    names = ["backbone.body.layer1.1.conv2", "backbone.body.layer4.2.conv2"]
+    views = torch.randint(0, 256, (16, 3, 64, 96), dtype=torch.uint8)
+    together, order = recorded(detector, names, views), [3, 0, 14]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
