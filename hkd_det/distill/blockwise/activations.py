@@ -1,6 +1,7 @@
 """What enters a teacher's convolutions: recorded once into files while there is room, else computed anew.
 
-Values are rounded to float16 either way, so that a block learns the same from a file and without one.
+Either way pictures go through one at a time, by one thread, and values are rounded to float16: so that a block learns
+the same from a file and without one. In a batch the last bits of a picture's activations would depend on the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,12 +39,31 @@ class Inputs:
         return recorded(self._network, [self._layer], pictures)[self._layer].float()
 
 
-@torch.no_grad()
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """One thread, and convolutions that give the same bits each time; all as before at the end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> dict[str, Tensor]:
-    """What enters the named layers, [B, C, H, W] float16 each, of pictures [B, 3, H, W]; stops after the last one.
+    """What enters the named layers, [B, C, H, W] float16 each, of pictures [B, 3, H, W].
 
     Raises DataError for activations beyond float16's range.
     """
+    with repeatable():
+        each = [_recorded(network, layers, picture[None]) for picture in pictures]
+    return {name: torch.cat([inputs[name] for inputs in each]) for name in layers}
+
+
+@torch.no_grad()
+def _recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> dict[str, Tensor]:
+    """Of one picture; stops after the last layer."""
     inputs: dict[str, Tensor] = {}
     modules = dict(network.named_modules())
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hkd_det.distill.blockwise.activations import Inputs
+from hkd_det.distill.blockwise.activations import Inputs, repeatable
 from hkd_det.distill.blockwise.assembly import assembled
 from hkd_det.distill.blockwise.engine import worker_number
 from hkd_det.distill.blockwise.settings import Blockwise
@@ -198,15 +198,10 @@ def _norm_alike(norm: nn.Module | None) -> nn.Module:
 
 @contextmanager
 def _alone(name: str) -> Iterator[None]:
-    """Chance from the name alone, one thread, repeatable convolutions; all as before at the end."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    """Chance from the name alone, repeatable arithmetic; all as before at the end."""
+    with torch.random.fork_rng(), repeatable():
         torch.manual_seed(_number(name))
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 def _number(name: str) -> int:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -154,38 +153,43 @@ def test_broken_off_in_fine_tuning_it_ends_with_the_same_weights(
     assert same(ends[0]["learner"], ends[1]["learner"]) and same(ends[0]["average"], ends[1]["average"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("scheduler", "cache_mib"), [("work-stealing", 0), ("round-robin", 64)])
-def test_killed_workers_or_not_the_assembled_network_is_the_same(
-    people: Path, tmp_path: Path, scheduler: str, cache_mib: int
-) -> None:
-    """Two workers, one of them really killed once a first block is there, against one process."""
-    teacher, many = written(tmp_path / "teacher.pt"), {"epochs": 40, "views": 32}
-    train(settings(people, tmp_path / "alone", teacher, blockwise(**many)))
-    blocks, killed = tmp_path / "two/blockwise/blocks", threading.Event()
+@contextmanager
+def a_worker_killed(blocks: Path) -> Iterator[None]:
+    """One of Dask's workers gets SIGKILL once a first block lies there."""
+    over, killed = threading.Event(), threading.Event()
 
     def kill() -> None:
-        while not killed.is_set():
+        while not over.wait(0.01) and not killed.is_set():
             if list(blocks.glob("*.pt")):
-                for child in psutil.Process().children(recursive=True):
-                    if "spawn_main" in " ".join(child.cmdline()) and not killed.is_set():
-                        os.kill(child.pid, signal.SIGKILL)
-                        killed.set()
-            time.sleep(0.01)
+                children = psutil.Process().children(recursive=True)
+                worker = next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
+                os.kill(worker.pid, signal.SIGKILL)
+                killed.set()
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        methods = blockwise(workers=2, scheduler=scheduler, cache_mib=cache_mib, **many)
-        train(settings(people, tmp_path / "two", teacher, methods))
+        yield
         assert killed.is_set()
     finally:
-        killed.set()
+        over.set()
         killer.join()
-    assert same(weights(tmp_path / "alone"), weights(tmp_path / "two"))
-    assert same(weights(tmp_path / "alone", "best.pt"), weights(tmp_path / "two", "best.pt"))
-    report = json.loads((tmp_path / "two/blockwise/report.json").read_text())
-    assert report["ran"]["workers"] == 2 and report["scheduler"] == scheduler
+
+
+@pytest.mark.slow
+def test_killed_workers_or_not_the_assembled_network_is_the_same(people: Path, tmp_path: Path) -> None:
+    """Two workers under either schedule and cache, one of them really killed, against one process."""
+    teacher, longer = written(tmp_path / "teacher.pt"), {"epochs": 20, "views": 32}
+    train(settings(people, tmp_path / "alone", teacher, blockwise(**longer)))
+    for scheduler, cache_mib in (("work-stealing", 0), ("round-robin", 64)):
+        folder = tmp_path / scheduler
+        methods = blockwise(workers=2, scheduler=scheduler, cache_mib=cache_mib, **longer)
+        with a_worker_killed(folder / "blockwise/blocks"):
+            train(settings(people, folder, teacher, methods))
+        assert same(weights(tmp_path / "alone"), weights(folder))
+        assert same(weights(tmp_path / "alone", "best.pt"), weights(folder, "best.pt"))
+        report = json.loads((folder / "blockwise/report.json").read_text())
+        assert report["ran"]["workers"] == 2 and report["scheduler"] == scheduler
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.blockwise.activations import cached_file, cached_layers, input_bytes, write_inputs
+from hkd_det.distill.blockwise.activations import cached_file, cached_layers, input_bytes, recorded, write_inputs
 from hkd_det.distill.blockwise.assembly import assembled
 from hkd_det.distill.blockwise.replaceable import Layer, replaceable
 from hkd_det.distill.blockwise.settings import Blockwise
 from hkd_det.distill.blockwise.task import HELD_OUT, Task, learn, read_block
 from hkd_det.errors import DataError
+from hkd_det.models.detector import Detector, DetectorSpec
 from hkd_det.models.family import PersonDetector
 
 NewTask = Callable[..., Task]
@@ -128,6 +129,24 @@ def test_cached_or_computed_at_any_time_the_block_is_the_same(
     other = new_task(index, "c.pt", seed=6)
     learn(other)
     assert not same(weights_of(computed.block), weights_of(other.block))
+
+
+def test_a_pictures_activations_do_not_depend_on_its_batch() -> None:
+    """In networks as wide as this one the last bits do, where a batch goes through at once."""
+    torch.manual_seed(0)
+    detector = Detector(DetectorSpec("resnet50", channels=16)).eval()
+    names = ["backbone.body.layer1.1.conv2", "backbone.body.layer4.2.conv2"]
+    views = torch.randint(0, 256, (16, 3, 64, 96), dtype=torch.uint8)
+    together, order = recorded(detector, names, views), [3, 0, 14]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        mixed = recorded(detector, names, views[order])
+    finally:
+        torch.set_num_threads(threads)
+    for name in names:
+        assert torch.equal(together[name][order], mixed[name])
+        assert torch.equal(together[name][2:3], recorded(detector, [name], views[2:3])[name])
 
 
 def test_the_cache_holds_what_enters_and_no_more_than_its_room(
