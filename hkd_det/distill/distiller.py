@@ -11,7 +11,7 @@ from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.noise import NoisyTeacher
-from hkd_det.distill.noisy_logits import NoisyLogits
+from hkd_det.distill.noisy_logits import NoisyLogits, check_points
 from hkd_det.distill.tap_choice import TapNames, paired, tapped
 from hkd_det.distill.taps import TapRecorder
 from hkd_det.distill.two_stage import TwoStageDistillation
@@ -48,7 +48,8 @@ class Distiller(nn.Module):
             self.methods.append(_hierarchical(student, inside, (student_taps, teacher_taps), methods.hkd, self.noisy))
         if methods.detections:
             self.methods.append(DetectionsDistillation(methods.detections))
-        if noise and noise.form == "l2":
+        if noise and noise.form == "l2" and inside:
+            check_points(student, inside)
             self.methods.append(NoisyLogits(noise))
         self.capacity: CapacityTerms | None = None
         if methods.cdd and inside:

@@ -18,10 +18,21 @@ from hkd_det.distill.two_stage import shared_regions
 from hkd_det.errors import UsageError
 from hkd_det.losses.detection import Norm
 from hkd_det.losses.soft_score import CERTAIN
+from hkd_det.models.family import PersonDetector
 from hkd_det.models.faster_rcnn import FasterRcnn
 from hkd_det.models.prediction import Prediction, TwoStage
 
 REGIONS = 64  # of the teacher's proposals, or of the student's boxes, that are judged by both, a picture
+
+
+def check_points(student: PersonDetector, teacher: PersonDetector) -> None:
+    """UsageError for two dense detectors that answer at different points: their logits can't be compared."""
+    mine, others = ([tap.stride for tap in detector.taps()] for detector in (student, teacher))
+    if mine != others and not any(isinstance(detector, FasterRcnn) for detector in (student, teacher)):
+        raise UsageError(
+            f"--distill noise needs student and teacher with the same pyramid strides, not {mine} and {others}; "
+            "form=targets, beside hkd or detections, does not"
+        )
 
 
 class NoisyLogits(nn.Module):
@@ -51,8 +62,6 @@ def _pairs(lesson: Lesson) -> list[tuple[Tensor, Tensor]]:
     """The student's logits and the teacher's, these without gradients, of the same points or the same regions."""
     mine, other = lesson.mine, lesson.other
     if isinstance(mine, Prediction) and isinstance(other, Prediction):
-        if not mine.shares_points(other):
-            raise UsageError("--distill noise needs student and teacher with the same pyramid strides")
         both = ((mine.many, other.many), (mine.one, other.one))
         return [(a.logits, b.logits) for a, b in both if a is not None and b is not None]
     if isinstance(mine, TwoStage):

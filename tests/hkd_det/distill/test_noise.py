@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hkd_det.distill.detections import DetectionTerms
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.lesson import Lesson
@@ -190,6 +191,6 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(UsageError, match="share"):
         Noise(foreground=-0.1)
     student, teacher = Detector(DENSE), Detector(COARSE)
-    distiller = Distiller(student, teacher, Methods.of("noise"))
     with pytest.raises(UsageError, match="same pyramid strides"):
-        distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, norm_alone)
+        Distiller(student, teacher, Methods.of("noise"))
+    Distiller(student, teacher, Methods(noise=Noise("targets"), detections=DetectionTerms()))
