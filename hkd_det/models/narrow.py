@@ -7,6 +7,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from hkd_det.errors import UsageError
 
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)  # whose channels stand each for itself
+
 
 def is_plain(convolution: nn.Module) -> bool:
     """Whether single channels can be taken out of it: grouped and separable ones are refused."""

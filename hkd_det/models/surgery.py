@@ -40,11 +40,9 @@ UNCHANGED = Changes()
 def apply_changes(network: nn.Module, changes: Changes) -> None:
     """Give a freshly built network the shape that `changes` describes; the new layers' weights are arbitrary.
 
-    Raises UsageError for a layer that is to be both narrowed and made separable, or is not there.
+    A layer that is both narrowed and separable shed its channels first: separable ones have none to shed.
+    Raises UsageError for a layer that is not there.
     """
-    both = set(changes.widths) & set(changes.separable)
-    if both:
-        raise UsageError(f"{min(both)}: a layer can be narrowed or made separable, not both")
     if changes.widths:
         _narrow(network, network.inner_layers(), changes.widths)  # type: ignore[operator]
     make_separable(network, changes.separable)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hkd_det.models.family import PersonDetector
-from hkd_det.models.narrow import is_plain
+from hkd_det.models.narrow import NORMS, is_plain
 from hkd_det.models.surgery import Inner
 
 
@@ -75,8 +75,14 @@ class Site:
 
 
 def can_shed(network: PersonDetector) -> list[Inner]:
-    """The inner layers that a compactor can stand in: normalised ones, whose convolution so needs no bias."""
-    return [layer for layer in network.inner_layers() if layer.norms and network.get_submodule(layer.conv).bias is None]
+    """The inner layers that a compactor can stand in: batch-normalised ones, whose convolution so needs no bias."""
+    return [
+        layer
+        for layer in network.inner_layers()
+        if layer.norms
+        and all(type(network.get_submodule(name)) in NORMS for name in layer.norms)
+        and network.get_submodule(layer.conv).bias is None
+    ]
 
 
 def compact(network: PersonDetector, layers: Iterable[Inner]) -> list[Site]:
@@ -87,10 +93,10 @@ def compact(network: PersonDetector, layers: Iterable[Inner]) -> list[Site]:
 def sites_of(network: PersonDetector) -> list[Site]:
     """The compactors that stand in a network already."""
     sites = []
-    for layer in can_shed(network):
-        module = network.get_submodule(layer.norms[0])
-        if isinstance(module, Compacted) and module.compactor is not None:
-            sites.append(Site(layer, module.compactor))
+    for layer in network.inner_layers():
+        for module in map(network.get_submodule, layer.norms):
+            if isinstance(module, Compacted) and module.compactor is not None:
+                sites.append(Site(layer, module.compactor))
     return sites
 
 

@@ -79,6 +79,16 @@ def test_a_network_is_built_with_the_widths_of_its_changes(spec: DetectorSpec) -
     assert narrow.inner_layers() == layers
 
 
+def test_what_was_narrowed_can_be_made_separable() -> None:
+    """As blockwise distillation of a student that shed channels does."""
+    inner, reader = "backbone.body.layer1.0.conv1", "backbone.body.layer1.0.conv2"
+    changed = Detector(BASIC, Changes({inner: 3}, (inner, reader))).eval()
+    modules: dict[str, nn.Module] = dict(changed.named_modules())
+    assert modules[f"{inner}.pointwise2"].out_channels == modules[f"{reader}.depthwise1"].in_channels == 3
+    assert changed(PICTURE).many.logits.shape == Detector(BASIC)(PICTURE).many.logits.shape
+    assert not {inner, reader} & {layer.conv for layer in changed.inner_layers()}
+
+
 @pytest.mark.parametrize(
     ("widths", "told"),
     [({"backbone.body.conv1": 3}, "no layer"), ({"head.tower_one.convs.0": 0}, "one must stay"),

@@ -1,10 +1,12 @@
 """A folded network is plain, says what the masked one said, and costs what the ledger told."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import GroupNorm1
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,6 +52,18 @@ def shaken(detector: PersonDetector) -> dict[str, int]:
     return widths
 
 
+def test_only_batch_normalised_layers_shed_channels(ours: PersonDetector) -> None:
+    """A group normalisation mixes channels: no convolution could take its place."""
+    grouped = {**ours.spec.backbone_arguments, "norm_layer": GroupNorm1}
+    detector = build(replace(ours.spec, backbone_arguments=grouped)).eval()
+    layers = can_shed(detector)
+    assert layers and all(layer.conv.startswith("head.") for layer in layers) and len(detector.inner_layers()) > 6
+    with torch.no_grad():
+        shaken(detector)
+        for a, b in zip(said(detector), said(folded(detector)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_fresh_compactors_change_nothing(detector: PersonDetector) -> None:
     with torch.no_grad():
         before = said(detector)
@@ -88,10 +102,11 @@ def test_a_folded_network_can_shrink_again(ours: PersonDetector) -> None:
 
 def test_levels_share_one_compactor_and_copies_their_own(ours: PersonDetector) -> None:
     """Else the moving average would follow the student's own weights, or average them once a level."""
-    compact(ours, can_shed(ours))
+    layers = can_shed(ours)
+    compact(ours, layers)
     twin = deepcopy(ours)
     names = [name for name in ours.state_dict() if "compactor.weight" in name]
-    assert len(names) == len(can_shed(ours)) == len([p for n, p in ours.named_parameters() if "compactor" in n])
+    assert len(names) == len(layers) == len([p for n, p in ours.named_parameters() if "compactor" in n])
     site = next(site for site in sites_of(twin) if len(site.layer.norms) > 1)
     with torch.no_grad():
         before = said(ours)
