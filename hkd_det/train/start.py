@@ -38,9 +38,8 @@ def start(arguments: argparse.Namespace) -> int:
                 print(told(compare(config)))
     except KeyboardInterrupt:
         if (config.run_dir / "last.pt").exists():
-            print(
-                f"hkd-train: the finished epochs are kept; go on with: hkd-train --resume {config.run}", file=sys.stderr
-            )
+            command = f"hkd-train --resume {config.run}{' --control' if control else ''}"
+            print(f"hkd-train: the finished epochs are kept; go on with: {command}", file=sys.stderr)
         elif (config.run_dir / "blockwise/plan.json").exists():
             print("hkd-train: the finished blocks are kept; the same command goes on with the others", file=sys.stderr)
         raise
@@ -66,7 +65,7 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.imgsz:
         settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
     if arguments.distill is not None:
-        settings["distill"] = {name: {} for name in arguments.distill.split(",") if name}
+        settings["distill"] = {name.strip(): {} for name in arguments.distill.split(",") if name.strip()}
     if arguments.keep_flops is not None:
         settings["distill"] = _keeping(settings.get("distill"), arguments.keep_flops)
     if _uses(settings, "cdd") and not settings.get("model"):

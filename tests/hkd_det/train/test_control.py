@@ -13,9 +13,10 @@ from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.models import sizes
 from hkd_det.models.detector import DetectorSpec
-from hkd_det.train import control, judge
+from hkd_det.train import control, judge, start
 from hkd_det.train.checkpoint import read_detector
 from hkd_det.train.command import main
+from hkd_det.train.config import TrainConfig
 
 TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 FLAGS = ["--imgsz", "96x64", "--batch", "4", "--workers", "0", "--device", "cpu"]
@@ -46,6 +47,21 @@ def test_the_control_differs_in_nothing_but_the_teacher(
     assert written["low"] <= written["high"]
     for which, folder in (("taught", "taught"), ("alone", "taught-control")):
         assert written[which]["miss_rates"]["Reasonable"] == read_detector(tmp_path / folder / "best.pt").miss_rate
+
+
+def test_broken_off_it_says_how_to_go_on_with_the_control_too(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(config: TrainConfig, resume: bool) -> None:
+        assert not resume
+        config.run_dir.mkdir()
+        (config.run_dir / "last.pt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "train", cut)
+    taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--control"]
+    assert main(["--data", str(people), *taught, "--project", str(tmp_path), "--name", "run"]) == 130
+    assert f"hkd-train --resume {tmp_path / 'run'} --control" in capsys.readouterr().err
 
 
 def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
