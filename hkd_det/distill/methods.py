@@ -1,6 +1,6 @@
 """Which methods teach, and each one's settings: the part of a recipe under `distill:`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from hkd_det.distill.arbitration import Arbitration
 from hkd_det.distill.blockwise.settings import Blockwise
@@ -9,6 +9,7 @@ from hkd_det.distill.detections import DetectionTerms
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.noise import Noise
 from hkd_det.errors import UsageError
+from hkd_det.settings import from_mapping
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,12 @@ class Methods:
         """Those that are used, in order."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
+    @property
+    def in_training(self) -> "Methods":
+        """Those that teach while the student trains: all but blockwise, which is over by then."""
+        return replace(self, blockwise=None)
+
     @classmethod
     def of(cls, names: str) -> "Methods":
         """Methods by name with their defaults, as `--distill hkd,noise` gives them."""
-        known = {
-            "hkd": Hierarchical,
-            "detections": DetectionTerms,
-            "noise": Noise,
-            "mokd": Arbitration,
-            "blockwise": Blockwise,
-            "cdd": CapacityDynamic,
-        }
-        wanted = [name.strip() for name in names.split(",") if name.strip()]
-        for name in wanted:
-            if name not in known:
-                raise UsageError(f"--distill {name}: the methods are {', '.join(known)}")
-        return cls(**{name: known[name]() for name in wanted})
+        return from_mapping(cls, {name.strip(): {} for name in names.split(",") if name.strip()}, "distill")

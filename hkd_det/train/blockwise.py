@@ -1,6 +1,7 @@
 """The block stage of a run with `--distill blockwise`: from a teacher to `blockwise/assembled.pt`, then fine-tuned."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,8 @@ from hkd_det.distill.blockwise.replaceable import replaceable
 from hkd_det.distill.blockwise.report import Assembled, write_report
 from hkd_det.distill.blockwise.settings import Blockwise
 from hkd_det.distill.blockwise.stage import Stage, learn_blocks, read_blocks
+from hkd_det.distill.distiller import Distiller
 from hkd_det.errors import DataError, UsageError
-from hkd_det.metrics.citypersons import SETUPS, evaluate
-from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.sizes import cost
 from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256, write_detector
@@ -24,7 +24,7 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.loader import Epochs, batches, open_loader
 from hkd_det.train.processes import Processes
 from hkd_det.train.teachers import open_teacher
-from hkd_det.train.validate import detect_all
+from hkd_det.train.validate import miss_rate
 
 
 def assemble(
@@ -48,6 +48,8 @@ def assemble(
             "(distill.blockwise.workers), then fine-tune under torchrun with --init blockwise/assembled.pt"
         )
     teacher = open_teacher(Path(config.teacher)).to(processes.device).requires_grad_(False)
+    if config.distill.in_training.names:  # what can't be is said now, not when the blocks are learnt
+        Distiller(deepcopy(teacher), teacher, config.distill.in_training).close()
     layers = replaceable(teacher, config.imgsz_hw, settings.parts, settings.least)
     tqdm.write(f"blockwise: {len(layers)} blocks, from {layers[0].name} to {layers[-1].name}")
     stage = Stage(
@@ -62,11 +64,7 @@ def assemble(
     course = learn_blocks(stage, teacher, layers)
     blocks = read_blocks(path.parent, layers)
     student, result = _put_together(config, settings, teacher, blocks, validation)
-    weights = {name: value.cpu() for name, value in student.state_dict().items()}
-    write_detector(
-        path,
-        DetectorCheckpoint(config.model, student.spec, weights, config.as_dict(), 0, result.miss_rate, student.changes),
-    )
+    write_detector(path, DetectorCheckpoint.of(student, config.model, config.as_dict(), 0, result.miss_rate))
     write_report(path.with_name("report.json"), course, settings.scheduler, result)
     tqdm.write(_told(config, result, len(layers)))
     return path
@@ -108,7 +106,7 @@ def _put_together(
     validation: Sequence[Sample],
 ) -> tuple[PersonDetector, Assembled]:
     """The network of those blocks that stay within the limit, and how it compares with the teacher."""
-    judged = partial(_miss_rate, config, validation)
+    judged = partial(miss_rate, config, validation)
     best = judged(teacher)
     alone = {layer: judged(assembled(teacher, {layer: blocks[layer]})) for layer in blocks} if settings.judge else {}
     taken = [layer for layer in blocks if alone.get(layer, best) - best <= settings.limit]
@@ -127,12 +125,6 @@ def _put_together(
         (before.parameters, after.parameters),
         (before.flops, after.flops),
     )
-
-
-def _miss_rate(config: TrainConfig, validation: Sequence[Sample], detector: PersonDetector) -> float:
-    found = detect_all(detector, validation, config.imgsz_hw, bf16=config.precision == "bf16")
-    truth = TruthTable.of([sample.truth for sample in validation])
-    return evaluate(truth, DetectionTable.of(found), [SETUPS[config.setup]])[config.setup].value
 
 
 def _told(config: TrainConfig, result: Assembled, count: int) -> str:

@@ -34,6 +34,14 @@ class DetectorCheckpoint:
     miss_rate: float
     changes: Changes = UNCHANGED
 
+    @classmethod
+    def of(
+        cls, detector: PersonDetector, model: str, config: dict[str, Any], epoch: int, miss_rate: float
+    ) -> "DetectorCheckpoint":
+        """A detector as it stands, its weights on the CPU."""
+        weights = {name: value.cpu() for name, value in detector.state_dict().items()}
+        return cls(model, detector.spec, weights, config, epoch, miss_rate, detector.changes)
+
     def build(self) -> PersonDetector:
         """The detector with these weights, in evaluation mode on the CPU."""
         detector = build(self.spec, self.changes)

@@ -24,7 +24,6 @@ from hkd_det.files import write_text
 from hkd_det.losses.detection import total
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
-from hkd_det.models.black_box import BlackBox, is_black_box, open_black_box
 from hkd_det.models.detector import freeze_norms
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.sizes import cost
@@ -39,8 +38,8 @@ from hkd_det.train.processes import Processes, joined_processes
 from hkd_det.train.schedule import distillation_strength, learning_rate_factor, plain_from
 from hkd_det.train.shape import Shape, prepare, shape_of
 from hkd_det.train.student import build_student
-from hkd_det.train.teachers import open_teacher
-from hkd_det.train.validate import detect_all
+from hkd_det.train.teachers import teacher_of
+from hkd_det.train.validate import miss_rate
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,11 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     with joined_processes(config.device) as processes:
         training, validation = open_data(config.data, "train"), open_data(config.data, "val")
         check_people(config, training, validation)
+        unlabelled = read_unlabelled([Path(folder) for folder in config.unlabelled])
         init = Path(config.init) if config.init else None
         if config.distill.blockwise:
             init = assemble(config, config.distill.blockwise, processes, training, validation, resume)
-        run = Run(config, processes, training, validation, init)
+        run = Run(config, processes, training, validation, unlabelled, init)
         if resume:
             run.restore()
         return run.finish()
@@ -78,14 +78,13 @@ class Run:
         processes: Processes,
         training: Sequence[Sample],
         validation: Sequence[Sample],
-        init: Path | None,
+        unlabelled: Sequence[Sample] = (),
+        init: Path | None = None,
     ) -> None:
-        unlabelled = read_unlabelled([Path(folder) for folder in config.unlabelled])
         if config.batch % processes.count or config.unlabelled_a_step % processes.count:
             beside = f" and {config.unlabelled_a_step} unlabelled pictures" if unlabelled else ""
             raise DataError(f"--batch {config.batch}{beside} can't be shared evenly by {processes.count} processes")
         self.config, self.processes, self.validation = config, processes, validation
-        self.setup = SETUPS[config.setup]
         torch.manual_seed(config.seed)
         detector = build_student(config, init)
         if config.freeze_norm:
@@ -127,11 +126,11 @@ class Run:
             for epoch in range(len(self.history), self.config.epochs):
                 record = self._epoch(learner, epoch, bar)
                 if self.processes.leads:
-                    bar.write(record.line(self.config.epochs, self.setup.name))
+                    bar.write(record.line(self.config.epochs, self.config.setup))
         best = min((record for record in self.history if record.eligible), key=lambda record: record.miss_rate)
         result = TrainResult(self.config.run_dir / "best.pt", best.miss_rate, self.history)
         if self.processes.leads:
-            figure = f"MR^-2 {self.setup.name} {100 * result.miss_rate:.2f} %"
+            figure = f"MR^-2 {self.config.setup} {100 * result.miss_rate:.2f} %"
             tqdm.write(f"best: {result.best}  {figure}{self.shape.told()}")
         return result
 
@@ -140,14 +139,23 @@ class Run:
         path = self.config.run_dir / "last.pt"
         state = read_state(path)
         saved = TrainConfig.from_dict(state["config"])
-        if saved.model != self.config.model or saved.distill != self.config.distill:
+        if saved.model != self.config.model:
             raise DataError(f"{path}: belongs to a run of {saved.model}, not {self.config.model}")
-        self.learner.load_state_dict(state["learner"])
-        self.average.average.load_state_dict(state["average"])
-        self.average.steps = state["average_steps"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.arbiter.restore(state["arbiter"])
-        self.history = [EpochRecord(**record) for record in state["history"]]
+        if saved.distill != self.config.distill:
+            raise DataError(f"{path}: belongs to a run with other settings under distill; its config.yaml has them")
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.average.average.load_state_dict(state["average"])
+            self.average.steps = state["average_steps"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.arbiter.restore(state["arbiter"])
+            self.history = [EpochRecord(**record) for record in state["history"]]
+        except (KeyError, TypeError, RuntimeError) as error:  # what is missing, what is new, other shapes
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            raise DataError(
+                f"{path}: does not fit this run ({what}); it was written by another version of hkd-det, or --init or "
+                "--teacher is another detector by now: start the run again"
+            ) from error
 
     def _epoch(self, learner: nn.Module, epoch: int, bar: "tqdm[Never]") -> EpochRecord:
         config, started = self.config, time.monotonic()
@@ -159,8 +167,8 @@ class Run:
         losses, figures = self._steps(learner, epoch, strength, bar)
         pictures_per_s = self.epochs.steps * config.batch / (time.monotonic() - started)
         deployed = self.shape.deployed(self.average.average)
-        miss_rate = self._validate(deployed) if self.processes.leads else float("nan")
-        record = EpochRecord(epoch + 1, losses, miss_rate, pictures_per_s, figures, self.shape.met)
+        rate = miss_rate(config, self.validation, deployed) if self.processes.leads else float("nan")
+        record = EpochRecord(epoch + 1, losses, rate, pictures_per_s, figures, self.shape.met)
         self.history.append(record)
         if self.processes.leads:
             self._save(record, deployed)
@@ -211,30 +219,13 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * learning_rate_factor(step, steps, self.config.warmup)
 
-    def _validate(self, detector: PersonDetector) -> float:
-        bf16 = self.config.precision == "bf16"
-        found = detect_all(detector, self.validation, self.config.imgsz_hw, bf16)
-        truth = TruthTable.of([sample.truth for sample in self.validation])
-        return evaluate(truth, DetectionTable.of(found), [self.setup])[self.setup.name].value
-
     def _save(self, record: EpochRecord, detector: PersonDetector) -> None:
         """Best first, then last: a kill between the two repeats this epoch and writes the same best again."""
         config = self.config
         rivals = [past.miss_rate for past in self.history if past.eligible]
         if record.eligible and record.miss_rate <= min(rivals):
-            weights = {name: value.cpu() for name, value in detector.state_dict().items()}
-            write_detector(
-                config.run_dir / "best.pt",
-                DetectorCheckpoint(
-                    config.model,
-                    detector.spec,
-                    weights,
-                    config.as_dict(),
-                    record.epoch,
-                    record.miss_rate,
-                    detector.changes,
-                ),
-            )
+            best = DetectorCheckpoint.of(detector, config.model, config.as_dict(), record.epoch, record.miss_rate)
+            write_detector(config.run_dir / "best.pt", best)
         state = {
             "config": config.as_dict(),
             "learner": self.learner.state_dict(),
@@ -273,16 +264,8 @@ def check_people(config: TrainConfig, training: Sequence[Sample], validation: Se
 
 
 def _distiller(config: TrainConfig, student: PersonDetector, device: torch.device) -> Distiller | None:
-    if config.distill.names in ([], ["blockwise"]):
-        return None
-    return Distiller(student, _teacher(config, device), config.distill)
-
-
-def _teacher(config: TrainConfig, device: torch.device) -> PersonDetector | BlackBox:
-    path = Path(config.teacher)
-    if is_black_box(path):
-        return open_black_box(path, device, Path(config.teacher_description) if config.teacher_description else None)
-    return open_teacher(path).to(device).to(memory_format=torch.channels_last)
+    methods = config.distill.in_training
+    return Distiller(student, teacher_of(config, device), methods) if methods.names else None
 
 
 def _seed_of(seed: int, epoch: int, rank: int) -> int:

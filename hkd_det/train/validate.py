@@ -1,4 +1,4 @@
-"""Validation: a detector's end-to-end answers on a data set, as the exported model would give them."""
+"""Validation: a detector's end-to-end answers on a data set, as the exported model would give them; its miss rate."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,17 @@ from tqdm import tqdm
 from hkd_det.datasets import Sample, read_picture
 from hkd_det.detections import Detections
 from hkd_det.letterbox import Letterbox
+from hkd_det.metrics.citypersons import SETUPS, evaluate
+from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.models.family import PersonDetector
+from hkd_det.train.config import TrainConfig
+
+
+def miss_rate(config: TrainConfig, samples: Sequence[Sample], detector: PersonDetector) -> float:
+    """MR^-2 of the run's setup, a fraction."""
+    found = detect_all(detector, samples, config.imgsz_hw, bf16=config.precision == "bf16")
+    truth = TruthTable.of([sample.truth for sample in samples])
+    return evaluate(truth, DetectionTable.of(found), [SETUPS[config.setup]])[config.setup].value
 
 
 @torch.no_grad()

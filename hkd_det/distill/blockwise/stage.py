@@ -57,8 +57,9 @@ def learn_blocks(stage: Stage, teacher: PersonDetector, layers: Sequence[Layer])
     _take_up(stage, layers)
     missing = [layer for layer in layers if not _block(stage, layer.name).exists()]
     if missing:
+        measured = _measured(stage.settings, missing)
         tasks = _prepared(stage, teacher, layers, missing)
-        ran = _run(stage, tasks, _expected(stage.settings, tasks, missing))
+        ran = _run(stage, tasks, measured or _counted(tasks, missing))
         if len(missing) == len(layers):
             write_text(stage.folder / "ran.json", json.dumps(asdict(ran)) + "\n")
     for large in ("inputs", "views.npy"):
@@ -128,10 +129,15 @@ def _run(stage: Stage, tasks: dict[str, Task], expected: Sequence[float]) -> Ran
         return run_all(learn, tasks, expected, workers, stage.folder, done)
 
 
-def _expected(settings: Blockwise, tasks: dict[str, Task], layers: Sequence[Layer]) -> list[float]:
-    """What each task takes: seconds measured in an earlier run, or work counted."""
+def _counted(tasks: dict[str, Task], layers: Sequence[Layer]) -> list[float]:
+    """The work that each task takes."""
+    return [float(layer.expected_work(tasks[layer.name].cached is not None)) for layer in layers]
+
+
+def _measured(settings: Blockwise, layers: Sequence[Layer]) -> list[float]:
+    """Seconds that each task took in the earlier run that the settings name; empty if they name none."""
     if not settings.times:
-        return [float(layer.expected_work(tasks[layer.name].cached is not None)) for layer in layers]
+        return []
     path = Path(settings.times)
     try:
         blocks = json.loads(path.read_text(encoding="utf-8"))["blocks"]

@@ -92,12 +92,12 @@ def compact(network: PersonDetector, layers: Iterable[Inner]) -> list[Site]:
 
 def sites_of(network: PersonDetector) -> list[Site]:
     """The compactors that stand in a network already."""
-    sites = []
-    for layer in network.inner_layers():
-        for module in map(network.get_submodule, layer.norms):
-            if isinstance(module, Compacted) and module.compactor is not None:
-                sites.append(Site(layer, module.compactor))
-    return sites
+    return [
+        Site(layer, module.compactor)
+        for layer in network.inner_layers()
+        for module in map(network.get_submodule, layer.norms)
+        if isinstance(module, Compacted) and module.compactor is not None
+    ]
 
 
 def _put(network: PersonDetector, layer: Inner) -> Compactor:

@@ -106,6 +106,14 @@ def test_what_a_black_box_cannot_do_is_refused_at_once(people: Path, tmp_path: P
         settings(people, tmp_path, teacher="model.onnx", distill=Methods.of(names))
 
 
+@pytest.mark.parametrize("asked", [["--distill", "blockwise"], ["--distill", "cdd"], ["--list-taps"]])
+def test_by_the_command_it_is_no_student_and_shows_no_taps(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str]
+) -> None:
+    assert main(["--data", str(people), "--teacher", str(tmp_path / "model.onnx"), *asked]) == 2
+    assert "is a black box" in (told := capsys.readouterr().err) and "--distill detections" in told
+
+
 def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
     class Closed:
         path = tmp_path / "closed.onnx"

@@ -18,9 +18,11 @@ from torch import Tensor
 from hkd_det.distill.arbitration import Arbitration
 from hkd_det.distill.blockwise import stage
 from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.distill.detections import DetectionTerms
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.noise import Noise
+from hkd_det.distill.tap_choice import TapNames
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models.detector import DetectorSpec
 from hkd_det.models.families import Spec, build
@@ -239,7 +241,7 @@ def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monk
     from hkd_det.train import blockwise as made
 
     rates = iter([0.5, 0.5, 0.7, 0.55, 0.6, 0.5, 0.9, 0.9, 0.9])
-    monkeypatch.setattr(made, "_miss_rate", lambda *_: next(rates))
+    monkeypatch.setattr(made, "miss_rate", lambda *_: next(rates))
     teacher = written(tmp_path / "teacher.pt")
     train(settings(people, tmp_path / "run", teacher, blockwise(judge=True, limit=0.1)))
     report = json.loads((tmp_path / "run/blockwise/report.json").read_text())
@@ -273,4 +275,15 @@ def test_what_cannot_be_is_said_at_once(people: Path, tmp_path: Path, capsys: py
         assemble(config, config.distill.blockwise, Processes(0, 2, torch.device("cpu")), [], [], False)
     with pytest.raises(DataError, match="no times of these blocks there"):
         train(settings(people, tmp_path / "run", teacher, blockwise(times=str(people))))
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "run/blockwise/views.npy").exists()
+
+
+def test_what_cannot_be_afterwards_is_said_before_the_blocks_are_learnt(people: Path, tmp_path: Path) -> None:
+    teacher, folder = written(tmp_path / "teacher.pt"), tmp_path / "run"
+    elsewhere = Methods(blockwise=Blockwise(**QUICK), hkd=Hierarchical(taps=TapNames(("neck",), ("nowhere",))))
+    with pytest.raises(UsageError, match=r"distill\.hkd\.taps"):
+        train(settings(people, folder, teacher, elsewhere))
+    methods = Methods(blockwise=Blockwise(**QUICK), detections=DetectionTerms())
+    with pytest.raises(DataError, match="no such folder"):
+        train(settings(people, folder, teacher, methods, unlabelled=("nowhere",)))
+    assert not folder.exists()

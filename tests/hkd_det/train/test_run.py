@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hkd_det.distill.methods import Methods
 from hkd_det.errors import DataError
 from hkd_det.models import sizes
 from hkd_det.models.detector import DetectorSpec
-from hkd_det.train.checkpoint import read_detector, read_state
+from hkd_det.train.checkpoint import read_detector, read_state, write_state
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import train
@@ -126,6 +127,24 @@ def test_a_full_disk_loses_nothing(
     assert code == 1 and "No space left on device" in capsys.readouterr().err
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_a_state_that_does_not_fit_is_refused_in_one_line(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of an older version, which had no arbiters; one whose detector has another shape now."""
+    train(settings(people, tmp_path, epochs=1))
+    older = {name: value for name, value in read_state(tmp_path / "last.pt").items() if name != "arbiter"}
+    state = (tmp_path / "last.pt").read_bytes()
+    write_state(tmp_path / "last.pt", older)
+    assert main(["--resume", str(tmp_path)]) == 1
+    (tmp_path / "last.pt").write_bytes(state)
+    monkeypatch.setitem(sizes.SIZES, "mini-student", replace(TINY, channels=8))
+    assert main(["--resume", str(tmp_path)]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-train: ")]
+    assert len(told) == 2 and all("does not fit this run" in line and "start the run again" in line for line in told)
+    assert "'arbiter'" in told[0]
 
 
 @pytest.mark.usefixtures("tiny_sizes")
