@@ -72,6 +72,9 @@ class TrainConfig:
             raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
         if bool(self.teacher) != bool(self.distill.names):
             raise UsageError("--teacher and --distill go together: who teaches, and how")
+        for flag in ("teacher", "init"):
+            if getattr(self, flag) and Path(getattr(self, flag)).resolve() == (self.run_dir / "best.pt").resolve():
+                raise UsageError(f"--{flag} {getattr(self, flag)}: this run would write over it; --name another")
         self._check_black_box()
         if self.unlabelled and not {"hkd", "detections", "noise"} & set(self.distill.names):
             raise UsageError(

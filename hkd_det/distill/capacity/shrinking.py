@@ -95,8 +95,9 @@ class Shrinking:
         self._progress = (step + 1) / self.course.steps
         if not self._within(0.0):
             unanimous = self._look()
-            if self._progress > self.course.start:
-                self._mask(unanimous, self.course.surplus(self._progress))
+            surplus = self.course.surplus(self._progress)
+            if self._progress > self.course.start and not self._within(surplus):
+                self._mask(unanimous, surplus)
         for compactor in self.compactors:
             gradient = compactor.weight.grad
             if gradient is not None:
@@ -104,8 +105,8 @@ class Shrinking:
                 reset = reset_gradient(gradient.flatten(1), rows, compactor.masked, self.settings.lasso)
                 gradient.copy_(reset.view_as(gradient))
         self._before = [compactor.rows.clone() for compactor in self.compactors]
-        total = sum(float(lasso(rows)) for rows in self._before)
-        return {"cdd_lasso": self.settings.lasso * total}
+        total = torch.stack([lasso(rows) for rows in self._before]).sum()
+        return {"cdd_lasso": self.settings.lasso * float(total)}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -161,10 +162,12 @@ class Shrinking:
         """Layer and channel of all that are not masked, in the order in which they may go."""
         ranked = []
         for layer, (compactor, agreed) in enumerate(zip(self.compactors, unanimous, strict=True)):
-            responses = self.terms.relative(layer)
+            # As lists at once: number by number, a GPU would be waited for thousands of times a step.
+            columns = (values.tolist() for values in (compactor.masked, agreed, self.terms.relative(layer)))
             ranked += [
-                (not agreed[channel].item(), responses[channel].item(), layer, channel)
-                for channel in (~compactor.masked).nonzero()[:, 0].tolist()
+                (not unneeded, response, layer, channel)
+                for channel, (masked, unneeded, response) in enumerate(zip(*columns, strict=True))
+                if not masked
             ]
         return [(layer, channel) for _, _, layer, channel in sorted(ranked)]
 

@@ -250,3 +250,6 @@ def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:
         Methods(hkd=Hierarchical(truth=0.0), mokd=Arbitration())
     with pytest.raises(UsageError, match=r"0\.\.1"):
         Hierarchical(truth=2.0)
+    for wrong in ({"foreground": 1.5}, {"confident": -0.1}, {"region": -1.0}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            Hierarchical(**wrong)

@@ -13,7 +13,7 @@ import torch
 
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.methods import Methods
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
 from hkd_det.models import sizes
 from hkd_det.models.detector import DetectorSpec
 from hkd_det.train.checkpoint import read_detector, read_state, write_state
@@ -127,6 +127,14 @@ def test_a_full_disk_loses_nothing(
     assert code == 1 and "No space left on device" in capsys.readouterr().err
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+
+
+def test_a_run_does_not_write_over_its_own_start(people: Path, tmp_path: Path) -> None:
+    """Going on after a kill, it would be taught by itself."""
+    own = str(tmp_path / "elsewhere/../best.pt")
+    for asked in ({"init": own}, {"teacher": own, "distill": Methods(hkd=Hierarchical())}):
+        with pytest.raises(UsageError, match=f"--{next(iter(asked))} .* write over it"):
+            settings(people, tmp_path, **asked)
 
 
 @pytest.mark.usefixtures("tiny_sizes")
