@@ -4,7 +4,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from hkd_det.errors import UsageError
@@ -31,26 +31,39 @@ def from_mapping(kind: type[T], values: Any, where: str = "") -> T:
         raise UsageError(f"{where or 'settings'}: {str(error).partition('__init__() ')[2] or error}") from None
 
 
-def with_setting(settings: T, assignment: str) -> T:
-    """The settings with one `key=value` applied; `hkd.pyramid=2` reaches into a nested dataclass."""
+def with_setting(kind: type, values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
+    """The mapping `values` of a dataclass's fields with one `key=value` applied; `hkd.pyramid=2` reaches inside.
+
+    What the settings come to as a whole is judged by `from_mapping`, when all are there. Raises UsageError for a key
+    that is none, a value of another kind, and a nested dataclass that is None.
+    """
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UsageError(f"--set {assignment}: expected key=value")
-    return _with(settings, key.split("."), text, assignment)
+    return _with(kind, values, key.split("."), text, assignment)
 
 
-def _with(settings: Any, path: list[str], text: str, assignment: str) -> Any:
-    kinds = _kinds(type(settings))
+def _with(kind: type, values: Mapping[str, Any], path: list[str], text: str, assignment: str) -> dict[str, Any]:
+    kinds = _kinds(kind)
     name, rest = path[0], path[1:]
     if name not in kinds:
         raise UsageError(f"--set {assignment}: no such setting{_near(name, list(kinds))}")
     if not rest:
-        value = _converted(kinds[name], text, f"--set {assignment}")
-        return replace(settings, **{name: value})
-    inner = getattr(settings, name)
-    if not is_dataclass(inner):
+        return {**values, name: _converted(kinds[name], text, f"--set {assignment}")}
+    inside, may_be_none = _inside(kinds[name])
+    inner = values.get(name)
+    if not is_dataclass(inside) or (inner is None and may_be_none):
         raise UsageError(f"--set {assignment}: {name} is not in use; name it in --distill or in the recipe first")
-    return replace(settings, **{name: _with(inner, rest, text, assignment)})
+    if not isinstance(inner, Mapping | None):
+        raise UsageError(f"{name}: expected a mapping of {', '.join(_kinds(inside))}")
+    return {**values, name: _with(inside, inner or {}, rest, text, assignment)}
+
+
+def _inside(kind: Any) -> tuple[Any, bool]:
+    """Of `X | None` the X, and that it may be None."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(one for one in typing.get_args(kind) if one is not type(None)), True
+    return kind, False
 
 
 def _kinds(kind: type) -> dict[str, Any]:
@@ -59,10 +72,9 @@ def _kinds(kind: type) -> dict[str, Any]:
 
 
 def _converted(kind: Any, value: Any, where: str) -> Any:
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if value is None or value == "none":
-            return None
-        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    kind, may_be_none = _inside(kind)
+    if may_be_none and (value is None or value == "none"):
+        return None
     if is_dataclass(kind) and isinstance(kind, type):
         return from_mapping(kind, {} if value is None else value, where)
     if typing.get_origin(kind) is typing.Literal:

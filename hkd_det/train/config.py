@@ -1,6 +1,5 @@
 """One run's settings: what `hkd-train` was asked, saved with the weights."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from hkd_det.errors import UsageError
 from hkd_det.imgsz import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
 from hkd_det.models.black_box import is_black_box
-from hkd_det.settings import from_mapping, with_setting
+from hkd_det.settings import from_mapping
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,11 @@ class TrainConfig:
                 f"--distill {','.join(self.distill.names)}: {self.teacher} is a black box, it shows no features or "
                 "weights; --distill detections learns from its boxes and scores"
             )
+        if black_box and self.distill.noise and self.distill.noise.form == "l2":
+            raise UsageError(
+                f"--distill noise: {self.teacher} is a black box, it shows no logits to regress; "
+                "--set distill.noise.form=targets makes the scores noisy that detections learns from"
+            )
         if self.teacher_description and not black_box:
             raise UsageError("--teacher-description says how to read a teacher's .onnx file: give it with --teacher")
 
@@ -116,10 +120,3 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any], where: str = "") -> "TrainConfig":
         """The inverse of `as_dict`, read strictly; whatever is wrong is a UsageError."""
         return from_mapping(cls, values, where)
-
-    def with_settings(self, settings: Sequence[str]) -> "TrainConfig":
-        """This configuration with `key=value` texts applied, as `--set lr=1e-3` and `--set distill.hkd.region=2` do."""
-        config = self
-        for setting in settings:
-            config = with_setting(config, setting)
-        return config

@@ -11,6 +11,7 @@ import yaml
 from hkd_det.errors import DataError, UsageError
 from hkd_det.imgsz import parse_imgsz
 from hkd_det.models.sizes import spec_of
+from hkd_det.settings import with_setting
 from hkd_det.train.checkpoint import read_state
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.control import compare, control_of, told
@@ -68,6 +69,8 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
         settings["distill"] = {name.strip(): {} for name in arguments.distill.split(",") if name.strip()}
     if arguments.keep_flops is not None:
         settings["distill"] = _keeping(settings.get("distill"), arguments.keep_flops)
+    for assignment in arguments.set:
+        settings = with_setting(TrainConfig, settings, assignment)
     if _uses(settings, "cdd") and not settings.get("model"):
         settings.setdefault("init", settings.get("teacher", ""))
     start = _starts_from(settings)
@@ -81,7 +84,7 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.name or arguments.project or "run" not in settings:
         name = arguments.name or "-".join([str(settings["model"]), *(settings.get("distill") or {})])
         settings["run"] = str(Path(arguments.project or "runs/train") / name)
-    return TrainConfig.from_dict(settings, arguments.recipe).with_settings(arguments.set)
+    return TrainConfig.from_dict(settings, arguments.recipe)
 
 
 def _starts_from(settings: dict[str, Any]) -> str:

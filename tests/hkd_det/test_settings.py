@@ -86,14 +86,19 @@ def test_what_is_wrong_is_named(values: Any, message: str) -> None:
 
 
 def test_flags_reach_into_what_is_nested() -> None:
-    settings = Outer("r", other=Inner())
-    assert with_setting(settings, "inner.weight=2").inner.weight == 2
-    assert with_setting(settings, "other.names=a,b").other == Inner(names=("a", "b"))
-    assert with_setting(settings, "size=3,4").size == (3, 4)
-    assert with_setting(settings, "other=none").other is None
+    def changed(assignment: str) -> Outer:
+        return from_mapping(Outer, with_setting(Outer, {"run": "r", "other": {}}, assignment))
+
+    assert changed("inner.weight=2").inner.weight == 2
+    assert changed("other.names=a,b").other == Inner(names=("a", "b"))
+    assert changed("size=3,4").size == (3, 4)
+    assert changed("other=none").other is None
+    assert changed("count=3") == Outer("r", count=3, other=Inner())
 
 
 @pytest.mark.parametrize("assignment", ["count", "cuont=1", "inner.nothing=1", "other.weight=2", "count=x"])
 def test_a_flag_that_cannot_be_meant_is_refused(assignment: str) -> None:
     with pytest.raises(UsageError, match="--set"):
-        with_setting(Outer("r"), assignment)
+        with_setting(Outer, {"run": "r"}, assignment)
+    with pytest.raises(UsageError, match="inner: expected a mapping"):
+        with_setting(Outer, {"run": "r", "inner": 3}, "inner.weight=1")

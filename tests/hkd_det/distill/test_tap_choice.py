@@ -131,5 +131,6 @@ def test_they_are_named_in_a_recipe_and_by_a_flag() -> None:
     recipe = {"hkd": {"taps": {"student": ["neck.outputs.0"], "teacher": ["network.model.16"]}}}
     methods = from_mapping(Methods, recipe)
     assert methods.hkd and methods.hkd.taps == TapNames(("neck.outputs.0",), ("network.model.16",))
-    changed = with_setting(methods, "hkd.taps.student=neck.outputs.1,neck.outputs.2")
+    given = with_setting(Methods, recipe, "hkd.taps.student=neck.outputs.1,neck.outputs.2")
+    changed = from_mapping(Methods, given)
     assert changed.hkd and changed.hkd.taps.student == ("neck.outputs.1", "neck.outputs.2")

@@ -71,13 +71,16 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
         "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
         "--project", str(tmp_path), "--name", "run", "--unlabelled", str(people.parent / "val"),
     ]  # fmt: skip
+    assert main(flags) == 2
+    assert "--set distill.noise.form=targets" in capsys.readouterr().err
+    flags += ["--set", "distill.noise.features=0.1", "--set", "distill.noise.form=targets"]  # in any order
     assert main(flags) == 0
     course = (tmp_path / "run" / "results.csv").read_text()
     assert "soft_score" in course and "soft_box" in course
     assert read_detector(tmp_path / "run" / "best.pt").spec == TINY
     assert main(["--resume", str(tmp_path / "run")]) == 0
     capsys.readouterr()
-    assert main([*flags, "--name", "other", "--distill", "hkd"]) == 2
+    assert main([*flags[:-4], "--name", "other", "--distill", "hkd"]) == 2
     assert "black box" in (told := capsys.readouterr().err) and "--distill detections" in told
 
 
