@@ -10,6 +10,7 @@ from hkd_det.imgsz import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
 from hkd_det.models.black_box import is_black_box
 from hkd_det.settings import from_mapping
+from hkd_det.train.schedule import plain_from
 
 
 @dataclass(frozen=True)
@@ -61,30 +62,35 @@ class TrainConfig:
     setup: str = "Reasonable"
 
     def __post_init__(self) -> None:
-        low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0, "ema_decay": 0, "multi_scale": 0}
+        self._check_ranges()
+        self._check_teacher()
+        self._check_black_box()
+        self._check_start()
+
+    def _check_ranges(self) -> None:
+        low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0}
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        for name, most in {"warmup": 1, "mosaic": 1, "finale": 1, "multi_scale": 0.5, "ema_decay": 1}.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise UsageError(f"{name} = {getattr(self, name)}: must be from 0 to {most}")
         if self.setup not in SETUPS:
             raise UsageError(f"setup = {self.setup}: there are {', '.join(SETUPS)}")
         if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
             raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
+        if self.unlabelled_share <= 0:
+            raise UsageError(f"unlabelled_share = {self.unlabelled_share}: must be above 0")
+
+    def _check_teacher(self) -> None:
         if bool(self.teacher) != bool(self.distill.names):
-            raise UsageError("--teacher and --distill go together: who teaches, and how")
-        for flag in ("teacher", "init"):
-            if getattr(self, flag) and Path(getattr(self, flag)).resolve() == (self.run_dir / "best.pt").resolve():
-                raise UsageError(f"--{flag} {getattr(self, flag)}: this run would write over it; --name another")
-        self._check_black_box()
+            raise UsageError("--teacher and --distill go together: who teaches, and how (in a recipe: hkd: {})")
+        if self.distill.in_training.names and not plain_from(self.epochs, self.finale):
+            raise UsageError(f"finale = {self.finale}: of {self.epochs} epochs it leaves none in which anybody teaches")
         if self.unlabelled and not {"hkd", "detections", "noise"} & set(self.distill.names):
             raise UsageError(
                 "--unlabelled needs somebody to speak of such pictures: --teacher, and --distill detections or hkd"
             )
-        if self.unlabelled_share <= 0:
-            raise UsageError(f"unlabelled_share = {self.unlabelled_share}: must be above 0")
-        if self.init and self.distill.blockwise:
-            raise UsageError("--distill blockwise starts from its teacher, not from --init: leave one out")
-        if (self.init or self.distill.blockwise) and (self.backbone or self.pretrained):
-            raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
 
     def _check_black_box(self) -> None:
         black_box = is_black_box(Path(self.teacher))
@@ -101,6 +107,15 @@ class TrainConfig:
             )
         if self.teacher_description and not black_box:
             raise UsageError("--teacher-description says how to read a teacher's .onnx file: give it with --teacher")
+
+    def _check_start(self) -> None:
+        for flag, file in {"teacher": self.teacher, "init": self.init}.items():
+            if file and Path(file).resolve() == (self.run_dir / "best.pt").resolve():
+                raise UsageError(f"--{flag} {file}: this run would write over it; --name another")
+        if self.init and self.distill.blockwise:
+            raise UsageError("--distill blockwise starts from its teacher, not from --init: leave one out")
+        if (self.init or self.distill.blockwise) and (self.backbone or self.pretrained):
+            raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
 
     @property
     def unlabelled_a_step(self) -> int:

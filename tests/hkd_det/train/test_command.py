@@ -27,6 +27,8 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--set", "lr=fast"], 2, "not a number"),
         (["--data", "x.yaml", *FLAGS, "--set", "speed=1"], 2, "speed"),
         (["--data", "x.yaml", *FLAGS, "--set", "epochs=0"], 2, "at least 1"),
+        (["--data", "x.yaml", *FLAGS, "--set", "mosaic=1.5"], 2, "mosaic = 1.5: must be from 0 to 1"),
+        (["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--distill", "hkd", "--set", "finale=1"], 2, "leaves none"),
         (["--data", "DATA", *FLAGS, "--backbone", "resnet1"], 2, "resnet1"),
         (["--data", "DATA", *FLAGS, "--backbone", "vit_tiny_patch16_224"], 2, "vit_tiny"),
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
