@@ -52,7 +52,7 @@ def _with(kind: type, values: Mapping[str, Any], path: list[str], text: str, ass
         return {**values, name: _converted(kinds[name], text, f"--set {assignment}")}
     inside, may_be_none = _inside(kinds[name])
     inner = values.get(name)
-    if not is_dataclass(inside) or (inner is None and may_be_none):
+    if not (isinstance(inside, type) and is_dataclass(inside)) or (inner is None and may_be_none):
         raise UsageError(f"--set {assignment}: {name} is not in use; name it in --distill or in the recipe first")
     if not isinstance(inner, Mapping | None):
         raise UsageError(f"{name}: expected a mapping of {', '.join(_kinds(inside))}")
