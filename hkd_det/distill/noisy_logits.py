@@ -68,9 +68,8 @@ def _pairs(lesson: Lesson) -> list[tuple[Tensor, Tensor]]:
         if isinstance(other, TwoStage):
             regions = shared_regions(lesson, other, REGIONS)
             return [(_judged(lesson.student, mine, regions), _taught(lesson, other, regions))]
-        found = lesson.teacher.found(other)
-        wanted = torch.cat(found.scores).logit(eps=CERTAIN).detach()
-        return [(_judged(lesson.student, mine, found.boxes_xyxy), wanted)]
+        wanted = torch.cat(lesson.found.scores).logit(eps=CERTAIN).detach()
+        return [(_judged(lesson.student, mine, lesson.found.boxes_xyxy), wanted)]
     if isinstance(mine, Prediction) and isinstance(other, TwoStage):
         # The branch `one` is left out: it must be silent about boxes beside its best, where the teacher is not.
         best = mine.many.logits.topk(min(REGIONS, mine.many.logits.shape[1])).indices  # [B, K]
