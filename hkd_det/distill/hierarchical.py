@@ -55,10 +55,10 @@ class Hierarchical:
     def __post_init__(self) -> None:
         if not 0 <= self.truth <= 1:
             raise UsageError(f"hkd.truth = {self.truth}: the weight of the task's own terms is 0..1")
-        if not (0 <= self.foreground <= 1 and 0 <= self.confident <= 1):
-            raise UsageError("hkd: foreground is a share, 0..1, and confident a score, 0..1")
-        if min(self.pyramid, self.region, self.score, self.box, self.regions) < 0:
-            raise UsageError("hkd: pyramid, region, score, box and regions are not negative")
+        if not 0 <= self.foreground <= 1:
+            raise UsageError(f"hkd.foreground = {self.foreground}: a share, 0..1")
+        if min(self.pyramid, self.region, self.score, self.box, self.confident, self.regions) < 0:
+            raise UsageError("hkd: pyramid, region, score, box, confident and regions are not negative")
 
 
 class HierarchicalDistillation(nn.Module):
