@@ -70,6 +70,7 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
         "--data", str(people), "--model", "mini-student", "--teacher", str(path), "--distill", "detections,noise",
         "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
         "--project", str(tmp_path), "--name", "run", "--unlabelled", str(people.parent / "val"),
+        "--set", "distill.noise.form=targets",
     ]  # fmt: skip
     assert main(flags) == 0
     course = (tmp_path / "run" / "results.csv").read_text()
