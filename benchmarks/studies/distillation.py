@@ -6,7 +6,8 @@ Trains on the real pictures in ../shared/data (INRIA and `people`), chooses the 
 and measures on INRIA's test pictures, which nothing before has seen. Within a seed all students begin with the same
 weights and follow the same schedule. What is finished is not done again: the study can be stopped at any time and goes
 on where it was, in the middle of a run too. At the end the table, JSON and plot of all that is there are written
-anew: results/distillation_BUDGET.{md,json,png}.
+anew: results/distillation_BUDGET.{md,json,png}. Seeds are independent: several can be trained side by side (one core
+each: OMP_NUM_THREADS=1 taskset -c 0 python ... --seeds 0), or elsewhere, and put together by --also.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--results", type=Path, default=HERE / "../results", help="folder of the report")
     parser.add_argument("--report", action="store_true", help="train nothing, only write the report")
+    parser.add_argument("--also", type=Path, help="an earlier report's JSON: its seeds that are not trained here")
     arguments = parser.parse_args(argv)
     budget, runs = BUDGETS[arguments.budget], arguments.runs / arguments.budget
     wanted = {"teacher", *arguments.only.split(",")} if arguments.only else {row.name for row in ROWS}
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row in ROWS:
                 if row.name in wanted:
                     run_row(budget, row, seed, runs / f"seed{seed}")
-    write_report(budget, runs, arguments.results)
+    write_report(budget, runs, arguments.results, arguments.also)
 
 
 def run_row(budget: Budget, row: Row, seed: int, folder: Path) -> None:

@@ -104,13 +104,12 @@ def _inside(teacher: PersonDetector | BlackBox, methods: Methods) -> PersonDetec
     """The teacher, if its features and logits can be read; UsageError for a method that would need them of another."""
     if not isinstance(teacher, BlackBox):
         return teacher
-    blind = ["hkd", "cdd"] + ["noise"] * (methods.noise is not None and methods.noise.form == "l2")
-    for name in blind:
-        if name in methods.names:
-            raise UsageError(
-                f"--distill {name}: {teacher.model.path} shows neither features nor logits; "
-                "--distill detections learns from its boxes and scores"
-            )
+    shows = f"{teacher.model.path} shows neither features nor logits"
+    if methods.noise and methods.noise.form == "l2":
+        raise UsageError(f"--distill noise: {shows}; beside detections, distill.noise.form=targets is for it")
+    if methods.hkd or methods.cdd:
+        asked = "hkd" if methods.hkd else "cdd"
+        raise UsageError(f"--distill {asked}: {shows}; --distill detections learns from its boxes and scores")
     return None
 
 
