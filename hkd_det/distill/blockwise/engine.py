@@ -47,6 +47,11 @@ class Workers:
     cluster: str = ""
     retries: int = 3
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process does all the work."""
+        return self.count == 1 and not self.cluster
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -72,7 +77,7 @@ def run_all(
     Raises what `function` raises of our own errors, BlockError for all others and for a task whose workers die.
     """
     names, asked = list(tasks), time.monotonic()
-    if workers.count == 1 and not workers.cluster:
+    if workers.alone:
         for name in names:
             done(name, _called(function, name, tasks[name]))
         return Ran(1, 0.0, time.monotonic() - asked)
@@ -82,6 +87,19 @@ def run_all(
         planned = [[names[task] for task in queue] for queue in queues(expected, count, workers.scheduler)]
         _feed(client, function, tasks, planned, count, done)
         return Ran(count, started - asked, time.monotonic() - started)
+
+
+def check_installed(workers: Workers) -> None:
+    """Find out now that workers are asked for who need Dask, and it is not there: UnavailableError."""
+    if workers.alone:
+        return
+    try:
+        import dask  # noqa: F401, PLC0415 - the extra `cluster`
+        import distributed  # noqa: F401, PLC0415
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{error.name} is not installed; several workers need: pip install 'hkd-det[cluster]'"
+        ) from None
 
 
 def worker_number() -> int:
@@ -163,13 +181,10 @@ def _failed(name: str, error: BaseException) -> BlockError:
 @contextmanager
 def _client(workers: Workers, scratch: Path) -> "Iterator[tuple[Client, int]]":
     """A client of the cluster, and how many tasks that works on at a time."""
-    try:
-        import dask  # noqa: PLC0415 - the extra `cluster`
-        from distributed import Client, LocalCluster  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"{error.name} is not installed; several workers need: pip install 'hkd-det[cluster]'"
-        ) from None
+    check_installed(workers)
+    import dask  # noqa: PLC0415 - the extra `cluster`
+    from distributed import Client, LocalCluster  # noqa: PLC0415
+
     with ExitStack() as stack:
         if workers.cluster:
             try:

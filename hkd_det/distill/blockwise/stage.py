@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hkd_det.distill.blockwise.activations import cached_file, cached_layers, write_inputs
 from hkd_det.distill.blockwise.assembly import Weights
-from hkd_det.distill.blockwise.engine import Ran, Workers, run_all
+from hkd_det.distill.blockwise.engine import Ran, Workers, check_installed, run_all
 from hkd_det.distill.blockwise.replaceable import Layer
 from hkd_det.distill.blockwise.settings import Blockwise
 from hkd_det.distill.blockwise.task import Learnt, Task, learn, read_block
@@ -57,6 +57,7 @@ def learn_blocks(stage: Stage, teacher: PersonDetector, layers: Sequence[Layer])
     _take_up(stage, layers)
     missing = [layer for layer in layers if not _block(stage, layer.name).exists()]
     if missing:
+        check_installed(_workers(stage.settings))
         measured = _measured(stage.settings, missing)
         tasks = _prepared(stage, teacher, layers, missing)
         ran = _run(stage, tasks, measured or _counted(tasks, missing))
@@ -118,15 +119,17 @@ def _prepared(
 
 
 def _run(stage: Stage, tasks: dict[str, Task], expected: Sequence[float]) -> Ran:
-    settings = stage.settings
-    workers = Workers(settings.workers, settings.scheduler, settings.cluster, settings.retries)
     with tqdm(total=len(tasks), desc="blocks", unit="block") as bar:
 
         def done(name: str, learnt: Learnt) -> None:
             bar.write(f"{name}: {100 * (learnt.unexplained or 0):.1f} % left unexplained, {learnt.seconds:.1f} s")
             bar.update()
 
-        return run_all(learn, tasks, expected, workers, stage.folder, done)
+        return run_all(learn, tasks, expected, _workers(stage.settings), stage.folder, done)
+
+
+def _workers(settings: Blockwise) -> Workers:
+    return Workers(settings.workers, settings.scheduler, settings.cluster, settings.retries)
 
 
 def _counted(tasks: dict[str, Task], layers: Sequence[Layer]) -> list[float]:

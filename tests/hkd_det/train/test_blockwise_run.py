@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.noise import Noise
 from hkd_det.distill.tap_choice import TapNames
-from hkd_det.errors import DataError, UsageError
+from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.models.detector import DetectorSpec
 from hkd_det.models.families import Spec, build
 from hkd_det.models.faster_rcnn import FasterRcnnSpec
@@ -251,7 +252,9 @@ def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monk
         train(settings(people, tmp_path / "none", teacher, blockwise(judge=True, limit=0.1)))
 
 
-def test_what_cannot_be_is_said_at_once(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_said_at_once(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = written(tmp_path / "teacher.pt")
     flags = ["--data", str(people), "--teacher", str(teacher), "--distill", "blockwise"]
     for more, message in {
@@ -275,6 +278,9 @@ def test_what_cannot_be_is_said_at_once(people: Path, tmp_path: Path, capsys: py
         assemble(config, config.distill.blockwise, Processes(0, 2, torch.device("cpu")), [], [], False)
     with pytest.raises(DataError, match="no times of these blocks there"):
         train(settings(people, tmp_path / "run", teacher, blockwise(times=str(people))))
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UnavailableError, match="distributed is not installed"):
+        train(settings(people, tmp_path / "run", teacher, blockwise(workers=2)))
     assert not (tmp_path / "runs").exists() and not (tmp_path / "run/blockwise/views.npy").exists()
 
 
