@@ -19,6 +19,7 @@ from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.train.checkpoint import read_detector
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.judge import Judged, judge
+from hkd_det.train.processes import device_of
 
 DRAWS = 300
 
@@ -63,9 +64,9 @@ def control_of(config: TrainConfig) -> TrainConfig:
 
 def compare(config: TrainConfig, split: str = "val") -> Brought:
     """Judge both runs' best.pt and write `control.json` into the taught run's folder."""
-    samples = open_data(config.data, split)
+    samples, device, bf16 = open_data(config.data, split), device_of(config.device), config.precision == "bf16"
     (taught, found), (alone, found_alone) = (
-        judge(read_detector(Path(run) / "best.pt").build(), samples, config.imgsz_hw, bf16=config.precision == "bf16")
+        judge(read_detector(Path(run) / "best.pt").build().to(device), samples, config.imgsz_hw, bf16)
         for run in (config.run, control_of(config).run)
     )
     low, high = interval(samples, found, found_alone, config.setup)

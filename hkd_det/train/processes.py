@@ -65,7 +65,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
     Raises UnavailableError for a CUDA device that is not there.
     """
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device)
+    chosen = device_of(device)
     if count == 1:
         yield Processes(0, 1, chosen)
         return
@@ -77,7 +77,8 @@ def joined_processes(device: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """This process's device by name, as `joined_processes` has it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
