@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 from hkd_det.distill import soft_points
 from hkd_det.distill.detections import DetectionTerms
@@ -17,6 +17,7 @@ from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.noise import Noise, NoisyTeacher
 from hkd_det.distill.soft_points import LEAST
+from hkd_det.distill.soft_regions import soft_regions
 from hkd_det.losses.detection import norm_alone
 from hkd_det.models.assignment import Targets, TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec
@@ -166,6 +167,21 @@ def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(
         assert overlap.max(1).values.min() > 0.8, (boxes[:3], scores[:3])
         assert scores[overlap.argmax(1)].tolist() == pytest.approx([0.9, 0.5], abs=0.15)
         assert (scores[2:] < 0.3).all()
+
+
+def test_in_regions_scores_are_a_mean_and_boxes_are_weighted_by_the_teachers_score() -> None:
+    torch.manual_seed(0)
+    pupil = FasterRcnn(TWO_STAGE).eval()
+    told = found((BOX, 0.9), ([60.0, 2.0, 80.0, 50.0], 0.2))
+    with torch.no_grad():
+        output = replace(pupil(PICTURES[:1]), proposals=(torch.tensor([[0.0, 0.0, 4.0, 4.0]]),))  # near nobody
+        score, box = soft_regions(pupil, output, told, norm_alone)
+        answer = pupil.regions(output, told.boxes_xyxy)
+    wanted, weights = (torch.distributions.Bernoulli(probs=told.scores[0]), told.scores[0])
+    divergence = torch.distributions.kl_divergence(wanted, torch.distributions.Bernoulli(logits=answer.logits))
+    torch.testing.assert_close(score, divergence.mean(), rtol=1e-4, atol=1e-6)
+    apart = 1 - generalized_box_iou(answer.boxes_xyxy, told.boxes_xyxy[0]).diagonal()
+    torch.testing.assert_close(box, (weights * apart).sum() / weights.sum(), rtol=1e-4, atol=1e-6)
 
 
 class Told(torch.nn.Module):

@@ -60,14 +60,14 @@ def test_what_every_comparison_marks_is_unneeded() -> None:
 
 def test_evidence_runs_over_batches_and_sees_through_an_adapter() -> None:
     settings = CapacityDynamic(neighbours=1, lowest=0.34)
-    adapter = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])  # the teacher has two channels, the student three
+    adapter = torch.tensor([[1.0, 0.0, 1.0], [0.0, 2.0, -0.75]])  # the teacher has two channels, the student three
     evidence = Evidence(settings, 3, 2)
-    teacher, student = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.5, 9.0]])
-    # A s = (1, 1): nearest is (0.6, 0.8), pulled back (0.6, 1.6, 0); the responses are (0.6, 0.8, 0).
+    teacher, student = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.4]])
+    # A s = (1.4, 1.7): nearest is (0.6, 0.8), pulled back (0.6, 1.6, 0.6 - 0.6); the responses are (0.6, 1.6, 0).
     assert evidence.look(Seen(teacher, student), adapter, mask(of=3)).tolist() == [False, False, True]
-    torch.testing.assert_close(evidence.response, torch.tensor([0.6, 0.8, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(evidence.response, torch.tensor([0.6, 1.6, 0.0]), atol=1e-3, rtol=0)
     evidence.look(Seen(teacher, 2 * student), adapter, mask(of=3))
-    second = MEMORY * torch.tensor([0.6, 0.8, 0.0]) + (1 - MEMORY) * torch.tensor([1.2, 1.6, 0.0])
+    second = MEMORY * torch.tensor([0.6, 1.6, 0.0]) + (1 - MEMORY) * torch.tensor([1.2, 3.2, 0.0])
     torch.testing.assert_close(evidence.response, second, atol=1e-3, rtol=0)
     torch.testing.assert_close(evidence.relative(mask(2, of=3))[:2], second[:2] / second[:2].mean(), atol=1e-3, rtol=0)
     assert not evidence.look(Seen(teacher, student[:0]), adapter, mask(of=3)).any()

@@ -9,6 +9,7 @@ from torch import nn
 
 from hkd_det.distill.capacity.lasso import faded, lasso, lasso_gradient, reset_gradient
 from hkd_det.distill.capacity.ledger import Ledger
+from hkd_det.distill.capacity.people import pooled
 from hkd_det.distill.capacity.settings import CapacityDynamic
 from hkd_det.distill.capacity.shrinking import Course, Shrinking, begin
 from hkd_det.distill.capacity.terms import CapacityTerms
@@ -166,6 +167,50 @@ def test_terms_of_a_wider_student_teach_through_adapters(ours: PersonDetector) -
     for number in range(6):
         school.step(number)
     assert school.shrinking.met and school.shrinking.deployed(wide).changes.widths
+
+
+def test_the_terms_are_those_of_the_formulas(ours: PersonDetector) -> None:
+    """Bernoulli divergences at a temperature, by torch's own; distances of people's vectors as hooks see them."""
+    torch.manual_seed(0)
+    teacher = build(ours.spec).eval()
+    settings = CapacityDynamic(keep_flops=0.9, score=3.0, temperature=4.0, feature=0.2)
+    begin(ours, settings, HW, "ours")
+    terms = CapacityTerms(ours.train(), teacher, settings)
+    seen: dict[str, torch.Tensor] = {}
+    for name in [name for site in terms.sites for name in site.layer.norms]:
+        for who, module in (("mine", ours.get_submodule(f"{name}.norm")), ("other", teacher.get_submodule(name))):
+            module.register_forward_hook(
+                lambda _module, _inputs, output, key=f"{who} {name}": seen.update({key: output.clone()})
+            )
+    with torch.no_grad():
+        mine, other = ours(PICTURE), teacher(PICTURE)
+        told = terms(Lesson(PICTURE, PEOPLE, ours, teacher, mine, other, [], [], norm_alone))
+    score = torch.zeros(())
+    for student, taught in ((mine.many.logits, other.many.logits), (mine.one.logits, other.one.logits)):
+        s, t = (torch.distributions.Bernoulli(logits=logits / 4) for logits in (student, taught))
+        divergence = (t.probs - s.probs).abs() * torch.distributions.kl_divergence(t, s)
+        score = score + 4**2 * divergence.sum() / taught.sigmoid().sum().clamp(min=1)
+    torch.testing.assert_close(told["cdd_score"], 3 * score, rtol=1e-4, atol=1e-6)
+    rois = torch.cat([torch.tensor([[0.0], [1.0]]), PEOPLE.boxes_xyxy[:, 0]], 1)
+    distance = torch.zeros(())
+    for site in terms.sites:
+        s, t = (pooled([seen[f"{who} {name}"] for name in site.layer.norms], rois, HW) for who in ("mine", "other"))
+        distance = distance + (t - s).norm(dim=1).mean()
+    torch.testing.assert_close(told["cdd_feature"], 0.2 * distance, rtol=1e-4, atol=1e-6)
+
+
+def test_masked_rows_do_not_hear_what_the_optimizer_remembers(ours: PersonDetector) -> None:
+    school = School(ours, build(ours.spec), CapacityDynamic(keep_flops=0.9, fade=0.5), 20)
+    compactor = school.shrinking.compactors[0]
+    compactor.masked[:2] = True
+    school.shrinking.after_backward(0)
+    moved = torch.randn_like(compactor.weight)
+    with torch.no_grad():
+        compactor.weight.copy_(moved)
+    before = torch.eye(len(compactor.masked))
+    school.shrinking.after_step()
+    torch.testing.assert_close(compactor.rows[:2], 0.9 * before[:2])  # a tenth of 1 a step: fade is 10 steps long
+    assert torch.equal(compactor.rows[2:], moved.flatten(1)[2:])
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(ours: PersonDetector) -> None:
