@@ -2,12 +2,14 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distillation_plan import DATA, ROWS, Budget, Row
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -20,6 +22,7 @@ from hkd_det.files import replacing, write_text
 from hkd_det.train.checkpoint import read_detector
 
 SETUP = "Reasonable"
+STEP = 1.06  # between neighbours of the same FLOPs in the plot
 VERIFIED = 8  # pictures on which an exported file is compared with torch
 
 
@@ -212,20 +215,30 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(lines: Sequence[Line]) -> Figure:
-    """Miss rate against FLOPs; bars from the least to the most of the seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Miss rate against FLOPs; bars from the least to the most of the seeds, rows of the same FLOPs side by side."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for line in lines:
+    axes.set_xscale("log")
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    beside: Counter[float] = Counter()
+    for line, colour in zip(lines, colours, strict=False):
         rates = [100 * rate for rate in line.of("miss_rates", SETUP)]
         mean = statistics.fmean(rates)
         spread = [[mean - min(rates)], [max(rates) - mean]]
-        x = line.mean("flops") / 1e9
-        axes.errorbar([x], [mean], yerr=spread, fmt="o", capsize=3, label=f"{mean:.1f} %  {line.row.title}")
-        axes.annotate(line.row.name, (x, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("GFLOPs a picture")
+        flops = line.mean("flops") / 1e9
+        x = flops * STEP ** beside[flops]
+        beside[flops] += 1
+        label = f"{mean:.1f} %  {line.row.title}"
+        axes.errorbar([x], [mean], yerr=spread, fmt="o", capsize=3, color=colour, label=label)
+        axes.annotate(line.row.name, (x, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_xlabel("GFLOPs a picture (rows of the same FLOPs stand side by side, the first at its place)")
     axes.set_ylabel("MR$^{-2}$ Reasonable, %")
+    low, high = axes.get_xlim()
+    rounded = [part * 10**power for power in range(-2, 3) for part in (1, 1.5, 2, 3, 5, 7)]
+    ticks = [tick for tick in rounded if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
