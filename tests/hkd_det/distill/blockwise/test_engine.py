@@ -109,7 +109,8 @@ def test_a_task_that_keeps_killing_ends_in_one_error(tmp_path: Path, capfd: pyte
 def test_a_running_cluster_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
-    quiet = {"silence_logs": 50, "dashboard_address": None}
+    nowhere = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    quiet = {"silence_logs": 50, "dashboard_address": None, "scheduler_kwargs": nowhere}
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, **quiet) as cluster:  # type: ignore[no-untyped-call]
         done, ran = run(str.upper, tmp_path, Workers(1, "work-stealing", cluster.scheduler_address))
         assert done == {name: name.upper() for name in NAMES} and ran.workers == 2
@@ -117,7 +118,7 @@ def test_a_running_cluster_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def fails(_name: str) -> str:
             raise ZeroDivisionError("over there")
 
-        with pytest.raises(BlockError, match=r"^block a: ZeroDivisionError: over there$"):
+        with pytest.raises(BlockError, match=r"^block [a-z]: ZeroDivisionError: over there$"):
             run(fails, tmp_path, Workers(1, "bin-packing", cluster.scheduler_address))
     monkeypatch.setattr(engine, "PATIENCE_S", 0.3)
     with pytest.raises(UnavailableError, match="no Dask scheduler with workers answers there"):
