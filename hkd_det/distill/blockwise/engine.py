@@ -28,6 +28,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 Done = Callable[[str, R], None]
 PATIENCE_S = 60  # for a running cluster to answer
+ONE_THREAD = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
+ONE_ARENA = {"MALLOC_ARENA_MAX": 1}  # glibc gives back what threads other than the first free; a task is in such a one
 
 
 class BlockError(HkdError):
@@ -214,6 +216,8 @@ def _client(workers: Workers, scratch: Path) -> "Iterator[tuple[Client, int]]":
 
 def _quiet(retries: int) -> dict[str, Any]:
     return {
+        # In the place of Dask's own, which has memory given back after each step and asked for again in the next.
+        "distributed.nanny.pre-spawn-environ": ONE_THREAD | ONE_ARENA,
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [],
