@@ -92,7 +92,7 @@ def train(recipe: dict[str, Any], run: Path) -> None:
 def epochs_of(budget: Budget, row: Row, folder: Path) -> int:
     """The budget's, or as many as fit into the time of other rows together."""
     if not row.as_long_as:
-        return budget.epochs
+        return budget.teacher_epochs if row.model == "teacher" else budget.epochs
     spent = {name: json.loads((folder / name / "judged.json").read_text())["train_s"] for name in row.as_long_as}
     return round(budget.epochs * sum(spent.values()) / spent["alone"])
 

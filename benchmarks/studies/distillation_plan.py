@@ -10,13 +10,17 @@ DATA = HERE / "real_data.yaml"
 
 @dataclass(frozen=True)
 class Budget:
-    """Models, schedule and machine; settings go into every recipe."""
+    """Models, schedule and machine; settings go into every recipe.
+
+    teacher_epochs: more than the students', as whoever distils has a good teacher already.
+    """
 
     name: str
     teacher: str
     student: str
     imgsz_hw: tuple[int, int]
     epochs: int
+    teacher_epochs: int
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -25,9 +29,9 @@ SHORT = {"batch": 16, "lr": 2e-3, "mosaic": 0.25, "multi_scale": 0.1, "finale": 
 BUDGETS = {
     budget.name: budget
     for budget in (
-        Budget("trial", "mini-teacher", "mini-student", (64, 96), 1, {**SHORT, "workers": 0}),
-        Budget("small", "mini-teacher", "mini-student", (160, 224), 4, {**SHORT, "device": "cpu", "workers": 1}),
-        Budget("full", "teacher-r50", "student-r18", (512, 640), 60, {"batch": 32, "device": "cuda", "workers": 8}),
+        Budget("trial", "mini-teacher", "mini-student", (64, 96), 1, 2, {**SHORT, "workers": 0}),
+        Budget("small", "mini-teacher", "mini-student", (160, 224), 4, 8, {**SHORT, "device": "cpu", "workers": 1}),
+        Budget("full", "teacher-r50", "student-r18", (512, 640), 60, 60, {"batch": 32, "device": "cuda", "workers": 8}),
     )
 }
 
@@ -38,7 +42,7 @@ class Row:
 
     model: "teacher" or "student" of the budget, or "trained teacher": starts with the teacher's shape and weights.
     distill: the recipe's methods. as_long_as: names of rows whose training time together is this one's (then its epochs
-    follow from measured times); else the budget's epochs.
+    follow from measured times); else the budget's for teacher or students.
     """
 
     name: str
@@ -79,7 +83,7 @@ ROWS = (
     Row("noise", "noisy teacher (L2 on logits)", distill={"noise": {"form": "l2"}}),
     Row("hkd-noise", "HKD + noisy targets", distill={"hkd": {}, "noise": {"form": "targets"}}),
     Row("mokd", "HKD + MoKD", distill={"hkd": {}, "mokd": {}}),
-    Row("again", "teacher, trained as long again", "trained teacher"),
+    Row("again", "teacher, trained on as CDD and blockwise are", "trained teacher"),
     Row("cdd", "CDD", "trained teacher", {"cdd": {"keep_flops": 0.35}}),
     Row("blockwise", "blockwise", "trained teacher", {"blockwise": {}}),
     Row("best", "HKD + noise + MoKD", distill={"hkd": {}, "noise": {"form": "targets"}, "mokd": {}}),

@@ -103,7 +103,8 @@ def page(budget: Budget, lines: Sequence[Line]) -> str:
             f"# What each way of teaching is worth: budget {budget.name}",
             "",
             f"`python benchmarks/studies/distillation.py --budget {budget.name}`, seeds {', '.join(map(str, seeds))}; "
-            f"{budget.teacher} teaches {budget.student} at {width}x{height}, {budget.epochs} epochs. MR^-2 {SETUP} of "
+            f"{budget.teacher} ({budget.teacher_epochs} epochs) teaches {budget.student} ({budget.epochs}) at "
+            f"{width}x{height}. MR^-2 {SETUP} of "
             "CityPersons' protocol on INRIA's 288 test pictures: mean over the seeds, in brackets least and most. CPU "
             "p50 is from a picture to its detections, of the first seed's exported file, all files in turn in one run. "
             "CDD and blockwise begin as the trained teacher, so their control is the teacher that is trained on.",
@@ -163,7 +164,7 @@ def claims(lines: dict[str, Line]) -> list[str]:
         return f"{100 * (lines[name].mean(what) / lines['teacher'].mean(what) - 1):+.0f} %"
 
     told = []
-    again = f", {rate('again')} when it is trained as long again" if "again" in lines else ""
+    again = f", {rate('again')} when it is trained on for as long" if "again" in lines else ""
     if {"teacher", "alone", "hkd"} <= lines.keys():
         fewer = lines["teacher"].mean("parameters") / lines["hkd"].mean("parameters")
         told.append(
