@@ -14,6 +14,7 @@ from hkd_det.datasets.caltech import PERSON, TEST_EVERY, TEST_SETS, Frame, new_f
 from hkd_det.datasets.mat_file import numbers, read_mat
 from hkd_det.errors import DataError
 from hkd_det.metrics.caltech import Version
+from hkd_det.metrics.caltech_frames import measured_frames
 from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable, are_boxes
 
 PEOPLE_NEW = ("person", "person?", "people")  # of these the new annotations' programs make no difference
@@ -138,19 +139,20 @@ def _from_mat(path: Path) -> CaltechTruth:
 
 
 def _frames_of(folder: Path, truth: CaltechTruth) -> tuple[tuple[str, int], ...]:
-    """The frames of a gt-SETUP.mat, which names none: as many of each video as its detections reach."""
+    """The frames of a gt-SETUP.mat, which names none: as far as the detections reach, else those of the test sets."""
     videos = sorted(path for name in TEST_SETS for path in (folder / name).glob("V*.txt"))
-    reach = [int(_read_video(path)[:, 0].max(initial=0)) // TEST_EVERY for path in videos]
-    if sum(reach) != truth.table.pictures:
+    counts = {
+        f"{path.parent.name}/{path.stem}": int(_read_video(path)[:, 0].max(initial=0)) // TEST_EVERY for path in videos
+    }
+    reach, measured = sum(counts.values()), measured_frames()
+    if reach != truth.table.pictures == sum(measured.values()):
+        counts = measured  # a detector that is silent in some video's last frame reaches less far
+    elif reach != truth.table.pictures:
         raise DataError(
             f"{truth.path}: has {truth.table.pictures} frames but does not say of which videos, and the detections in "
-            f"{folder} reach {sum(reach)}; give the folder of annotations in its place"
+            f"{folder} reach {reach}; give the folder of annotations in its place"
         )
-    return tuple(
-        (f"{path.parent.name}/{path.stem}", TEST_EVERY * number)
-        for path, count in zip(videos, reach, strict=True)
-        for number in range(1, count + 1)
-    )
+    return tuple((video, TEST_EVERY * number) for video, count in counts.items() for number in range(1, count + 1))
 
 
 def _read_video(path: Path) -> Floats:
