@@ -1,0 +1,85 @@
+"""`hkd-bench score` on a `gt-SETUP.mat`, which does not say which frames it holds the truth of."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+
+from hkd_bench.command import main
+from hkd_det.datasets.vbb import read_vbb
+from hkd_det.metrics import caltech
+from hkd_det.metrics.caltech_files import read_truth
+from hkd_det.metrics.caltech_frames import measured_frames
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")
+
+
+@needs_data
+def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own people as detections are all found; its frames are told from the detections' reach."""
+    path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
+    table = read_truth(path, caltech.Version.NEW).table
+    assert (table.pictures, int((~table.ignore).sum())) == (4024, 912)
+    (tmp_path / "set06").mkdir()
+    rows = [
+        f"{30 * (picture + 1)},{','.join(map(repr, box))},1"
+        for picture, box in zip(table.picture.tolist(), table.boxes_xywh.tolist(), strict=True)
+    ]
+    (tmp_path / "set06" / "V000.txt").write_text("\n".join([*rows, f"{30 * 4024},600,10,20.5,50,0.5"]))
+    flags = ["--annotations", str(path), "--detections", str(tmp_path), "--protocol", "caltech-new", "--json", "-"]
+    assert main(["score", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["miss_rate"] == {"Reasonable": 0.0}
+
+
+@needs_data
+def test_frames_of_a_gt_mat_when_a_detector_is_silent_at_a_videos_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only pictures with people have detections, which then end before the videos do."""
+    path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
+    table = read_truth(path, caltech.Version.NEW).table
+    place = [(video, 30 * number) for video, count in measured_frames().items() for number in range(1, count + 1)]
+    lines: dict[str, list[str]] = {video: [] for video in measured_frames()}
+    for picture, box in zip(table.picture.tolist(), table.boxes_xywh.tolist(), strict=True):
+        video, frame = place[picture]
+        lines[video].append(f"{frame},{','.join(map(repr, box))},1")
+    for video, found in lines.items():
+        (tmp_path / video).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{video}.txt").write_text("\n".join(found))
+    flags = ["--annotations", str(path), "--detections", str(tmp_path), "--protocol", "caltech-new", "--json", "-"]
+    assert main(["score", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["miss_rate"] == {"Reasonable": 0.0}
+    (tmp_path / "set08" / "V003.txt").unlink()
+    assert main(["score", *flags]) == 1
+    assert "a video in which nothing was found has an empty one" in capsys.readouterr().err
+
+
+def test_frames_of_another_gt_mat_must_come_out_even(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = np.empty((1, 2), object)
+    cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1.0, 2, 3, 50, 0]])
+    scipy.io.savemat(tmp_path / "gt-Reasonable.mat", {"gt": cells})
+    (tmp_path / "set06").mkdir()
+    (tmp_path / "set06" / "V000.txt").write_text("30 1 2 3 50 1")
+    flags = ["--annotations", str(tmp_path / "gt-Reasonable.mat"), "--detections", str(tmp_path)]
+    assert main(["score", *flags, "--protocol", "caltech"]) == 1
+    assert "does not say of which videos" in capsys.readouterr().err
+
+
+def test_the_measured_frames_are_those_that_the_annotations_have() -> None:
+    counts = measured_frames()
+    assert (len(counts), sum(counts.values())) == (66, 4024)
+    for path in sorted((SHARED / "caltech" / "annotations" / "set06").glob("*.vbb")):
+        assert counts[f"set06/{path.stem}"] == len(read_vbb(path)) // 30
+
+
+@pytest.mark.parametrize("row", [[1, 2, -3, 50, 0], [1, 2, 3, 50, np.nan], [np.inf, 2, 3, 50, 0]])
+def test_a_wrong_row_of_a_gt_mat(row: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = np.empty((1, 2), object)
+    cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1, 2, 3, 50, 0], row])
+    scipy.io.savemat(tmp_path / "gt-Reasonable.mat", {"gt": cells})
+    flags = ["--annotations", str(tmp_path / "gt-Reasonable.mat"), "--detections", str(tmp_path)]
+    assert main(["score", *flags, "--protocol", "caltech"]) == 1
+    assert f"picture 2: {[float(value) for value in row]} is not x y w h" in capsys.readouterr().err
