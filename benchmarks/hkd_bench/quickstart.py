@@ -22,7 +22,7 @@ from hkd_bench.result import BenchResult, write_result
 from hkd_bench.table import text_table
 from hkd_deploy import open_detector
 from hkd_deploy.demo.run import save_film
-from hkd_deploy.export.command import export
+from hkd_deploy.export.from_weights import export
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.datasets.synthetic import write_clip, write_street
 from hkd_det.distill.hierarchical import Hierarchical

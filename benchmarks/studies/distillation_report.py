@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.host import host_facts
 from hkd_bench.result import BenchResult
-from hkd_deploy.export.command import export
+from hkd_deploy.export.from_weights import export
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.files import replacing, write_text
 from hkd_det.train.checkpoint import read_detector

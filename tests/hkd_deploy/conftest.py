@@ -3,10 +3,14 @@
 `tiny_onnx`: a detector small enough to be checked by hand; it finds the bounding box of all bright pixels.
 `camera`: a network camera on this machine, MJPEG over HTTP, that can be switched off, on, and made to hang.
 `real_film`: a film of people walking, where the shared data is.
+`tensorrt_python`: an interpreter that has a real TensorRT parser and builder, without a GPU.
 """
 
+import importlib.util
 import json
+import shutil
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +24,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+TENSORRT = Path(__file__).parents[2] / "deploy" / "tensorrt_cpu.py"
 VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
 
 BRIGHT = 200  # mean of the three channels
@@ -213,3 +218,16 @@ def camera() -> Iterator[Camera]:
     running = Camera(fps=100)
     yield running
     running.off()
+
+
+@pytest.fixture(scope="session")
+def tensorrt_python() -> Path:
+    """Runs code with `import tensorrt`; fetched on first use."""
+    if sys.platform != "linux" or shutil.which("gcc") is None:
+        pytest.skip("TensorRT without a GPU needs Linux x86-64 and gcc")
+    spec = importlib.util.spec_from_file_location("tensorrt_cpu", TENSORRT)
+    assert spec is not None and spec.loader is not None
+    tensorrt_cpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tensorrt_cpu)
+    launcher: Path = tensorrt_cpu.install(TENSORRT.parents[1] / ".tensorrt")
+    return launcher

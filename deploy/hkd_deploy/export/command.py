@@ -1,22 +1,18 @@
-"""`hkd-export`: a trained detector as one file that needs nothing but a runtime."""
+"""`hkd-export`: a trained detector as one file that needs nothing but a runtime.
+
+From weights (.pt) to ONNX on the machine that trains, which needs torch; from an ONNX file on to what a device wants,
+on the device itself, which does not.
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_deploy.export.onnx_file import write_onnx
-from hkd_deploy.export.parity import Parity, compare
 from hkd_det.datasets.catalogue import open_data
-from hkd_det.errors import HkdError, UsageError, run_command
-from hkd_det.files import replacing
+from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz, parse_imgsz
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector
 
 VERIFY_ON = 16  # pictures
-
-
-class ParityError(HkdError):
-    """The exported file does not say what the trained detector says."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,48 +20,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("hkd-export", _body, argv)
 
 
-def export(
-    checkpoint: DetectorCheckpoint,
-    path: Path,
-    imgsz_hw: tuple[int, int],
-    batch: int | None,
-    verify_on: Sequence[Path],
-) -> Parity:
-    """Write `path` and compare it with the trained detector on the pictures `verify_on`; batch None leaves it free.
-
-    The file appears under its name only if parity holds: ParityError otherwise.
-    """
-    with replacing(path) as aside:
-        write_onnx(checkpoint, aside, imgsz_hw, batch)
-        parity = compare(checkpoint, aside, imgsz_hw, verify_on)
-        if not parity.holds:
-            raise ParityError(
-                f"{path}: not written: boxes differ by up to {parity.box_px:.3g} px and scores by "
-                f"{parity.score:.3g} from the trained detector; please report this with both versions"
-            )
-    return parity
-
-
 def _body(argv: Sequence[str] | None) -> int:
-    arguments = _parser().parse_args(argv)
-    checkpoint = read_detector(Path(arguments.weights))
+    flags = _parser().parse_args(argv)
+    source = Path(flags.model)
+    match source.suffix:
+        case ".pt":
+            _onnx_of_weights(source, flags)
+        case ".onnx":
+            raise UsageError(f"{source}: is ONNX already; say what to make of it")
+        case _:
+            raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    return 0
+
+
+def _onnx_of_weights(weights: Path, flags: argparse.Namespace) -> Path:
+    """Write the ONNX file and say what was seen; its path."""
+    try:
+        from hkd_deploy.export.from_weights import export  # noqa: PLC0415 - torch, for this source only
+        from hkd_deploy.export.onnx_file import write_onnx  # noqa: PLC0415
+        from hkd_det.train.checkpoint import read_detector  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{error.name} is not installed; {weights} needs: pip install 'hkd-det[train]' "
+            "(a device needs it not: export there from the .onnx file)"
+        ) from None
+    checkpoint = read_detector(weights)
     trained_hw = tuple(checkpoint.config["imgsz_hw"])
-    imgsz_hw = parse_imgsz(arguments.imgsz or format_imgsz((trained_hw[0], trained_hw[1])))
-    path = Path(arguments.output or Path(arguments.weights).with_suffix(".onnx"))
+    imgsz_hw = parse_imgsz(flags.imgsz or format_imgsz((trained_hw[0], trained_hw[1])))
+    path = Path(flags.output or weights.with_suffix(".onnx"))
     if path.suffix != ".onnx":
         raise UsageError(f"--output {path}: must end in .onnx")
-    batch = None if arguments.dynamic else arguments.batch
-    if arguments.no_verify:
+    batch = None if flags.dynamic else flags.batch
+    if flags.no_verify:
         write_onnx(checkpoint, path, imgsz_hw, batch)
         verdict = "not compared with torch, as asked by --no-verify"
     else:
-        parity = export(checkpoint, path, imgsz_hw, batch, _pictures(arguments.data or str(checkpoint.config["data"])))
+        parity = export(checkpoint, path, imgsz_hw, batch, _pictures(flags.data or str(checkpoint.config["data"])))
         verdict = (
             f"agrees with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
             f"scores within {parity.score:.2g}"
         )
     print(f"{path}: {checkpoint.model}, {format_imgsz(imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB; {verdict}")
-    return 0
+    return path
 
 
 def _pictures(data: str) -> list[Path]:
@@ -78,7 +74,7 @@ def _pictures(data: str) -> list[Path]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-export", description=__doc__)
-    parser.add_argument("weights", help="best.pt of a run")
+    parser.add_argument("model", help="best.pt of a run, or an .onnx file that hkd-export wrote")
     parser.add_argument("--output", help="the file to write; by default best.onnx beside the weights")
     parser.add_argument("--imgsz", help="input size, width x height; by default the one trained at")
     parser.add_argument("--batch", type=int, default=1, help="pictures the graph takes at once")

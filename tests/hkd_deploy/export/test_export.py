@@ -1,9 +1,6 @@
 """The exported file says what the trained detector says: to ONNX Runtime, to TensorRT, and about itself."""
 
-import importlib.util
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,7 +10,8 @@ import pytest
 import torch
 
 from hkd_deploy import open_detector
-from hkd_deploy.export.command import ParityError, export, main
+from hkd_deploy.export.command import main
+from hkd_deploy.export.from_weights import ParityError, export
 from hkd_deploy.export.onnx_file import write_onnx
 from hkd_deploy.export.parity import box_difference
 from hkd_det.letterbox import Letterbox
@@ -22,7 +20,6 @@ from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256, write_d
 
 PICTURES = Path(__file__).parents[4] / "shared" / "data" / "inria" / "test"
 SIZE_HW = (128, 160)
-TENSORRT = Path(__file__).parents[3] / "deploy" / "tensorrt_cpu.py"
 BUILD = """
 import sys
 import tensorrt as trt
@@ -116,9 +113,9 @@ def test_the_file_describes_itself(checkpoint: DetectorCheckpoint, tmp_path: Pat
 def test_a_file_that_differs_is_not_written(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hkd_deploy.export import command
+    from hkd_deploy.export import from_weights
 
-    written = command.write_onnx
+    written = from_weights.write_onnx
 
     def spoiled(source: DetectorCheckpoint, path: Path, imgsz_hw: tuple[int, int], batch: int | None) -> None:
         written(source, path, imgsz_hw, batch)
@@ -127,7 +124,7 @@ def test_a_file_that_differs_is_not_written(
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.5, bias.name))
         onnx.save(model, path)
 
-    monkeypatch.setattr(command, "write_onnx", spoiled)
+    monkeypatch.setattr(from_weights, "write_onnx", spoiled)
     with pytest.raises(ParityError, match="scores by"):
         export(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1, pictures)
     assert list(tmp_path.iterdir()) == []
@@ -152,7 +149,8 @@ def test_command(checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.
         ([str(weights), "--output", "model.engine", "--no-verify"], 2, ".onnx"),
         ([str(weights), "--data", str(tmp_path / "none.yaml")], 1, "none.yaml"),
         ([str(tmp_path / "none.pt")], 1, "none.pt"),
-        ([str(tmp_path / "best.onnx")], 1, "not a readable checkpoint"),
+        ([str(tmp_path / "best.onnx")], 2, "is ONNX already"),
+        ([str(tmp_path / "street.yaml")], 2, "expected best.pt"),
     ):
         assert main(flags) == code
         error = capsys.readouterr().err.strip()
@@ -161,20 +159,13 @@ def test_command(checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "batch"), [("mini-student", 1), ("mini-student", None), ("student-r18", 1)])
-def test_tensorrt_parses_and_builds_it(name: str, batch: int | None, tmp_path: Path) -> None:
+def test_tensorrt_parses_and_builds_it(name: str, batch: int | None, tmp_path: Path, tensorrt_python: Path) -> None:
     """With the real parser and builder; running the plan needs a GPU and is not seen here."""
-    if sys.platform != "linux" or shutil.which("gcc") is None:
-        pytest.skip("TensorRT without a GPU needs Linux x86-64 and gcc")
-    spec = importlib.util.spec_from_file_location("tensorrt_cpu", TENSORRT)
-    assert spec is not None and spec.loader is not None
-    tensorrt_cpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tensorrt_cpu)
-    python = tensorrt_cpu.install(TENSORRT.parents[1] / ".tensorrt")
     detector = build_detector(name)
     source = DetectorCheckpoint(name, detector.spec, detector.state_dict(), {"data": "none"}, 1, 1.0)
     write_onnx(source, tmp_path / "model.onnx", SIZE_HW, batch)
     done = subprocess.run(
-        [python, "-c", BUILD, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False
+        [tensorrt_python, "-c", BUILD, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("plan ")
