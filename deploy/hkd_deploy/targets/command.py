@@ -1,0 +1,73 @@
+"""`hkd-export --target triton,deepstream`: the folders that other people's servers load."""
+
+import argparse
+from pathlib import Path
+
+from hkd_deploy.targets.deepstream import write_deepstream
+from hkd_deploy.targets.model_file import ModelFile, read_model_file
+from hkd_deploy.targets.triton import write_repository
+from hkd_det.errors import UsageError
+
+TARGETS = ("triton", "deepstream")
+MAX_BATCH = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags, in a group of their own."""
+    group = parser.add_argument_group("targets")
+    group.add_argument(
+        "--target",
+        action="extend",
+        type=_parse_targets,
+        default=[],
+        metavar="triton,deepstream",
+        help="also write what Triton or DeepStream loads",
+    )
+    group.add_argument(
+        "--target-dir", type=Path, metavar="DIR", help="where (default: triton/ and deepstream/ beside the model)"
+    )
+    group.add_argument(
+        "--target-device",
+        choices=("cpu", "gpu"),
+        help="where Triton runs it (default: gpu for an engine, else cpu)",
+    )
+    group.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help=f"pictures in one call at most, where the file leaves the batch free (default: {MAX_BATCH}, or an "
+        "engine's largest)",
+    )
+
+
+def write_targets(path: Path, flags: argparse.Namespace) -> None:
+    """Write what `--target` names for the model file at `path`, an .onnx or an .engine, and say where it lies."""
+    if not flags.target:
+        return
+    model = read_model_file(path)
+    max_batch = _max_batch(model, flags.max_batch)
+    for target in dict.fromkeys(flags.target):
+        folder = (flags.target_dir or path.parent) / target
+        match target:
+            case "triton":
+                written = write_repository(model, folder, flags.target_device, max_batch)
+                print(f"{written}: tritonserver --model-repository {folder}")
+            case "deepstream":
+                written = write_deepstream(model, folder, max_batch)
+                print(f"{written}: run make in it on the device, and give nvinfer its config_infer_primary.txt")
+
+
+def _max_batch(model: ModelFile, asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise UsageError(f"--max-batch {asked}: at least 1")
+    if asked is not None and model.most is not None and asked > model.most:
+        raise UsageError(f"--max-batch {asked}: {model.path} was built for {model.most} at most (--profile)")
+    return asked or model.most or MAX_BATCH
+
+
+def _parse_targets(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in TARGETS:
+            raise UsageError(f"--target {text}: expected {' or '.join(TARGETS)}, or both with a comma")
+    return names

@@ -1,0 +1,111 @@
+"""DeepStream's folder: nvinfer's configuration against its documentation, and the model it names."""
+
+import subprocess
+from collections.abc import Callable
+from configparser import ConfigParser
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from hkd_deploy.export.command import main
+
+# Of the page "Gst-nvinfer", DeepStream developer guide: the keys of [property] and [class-attrs-...] used here.
+PROPERTY = {
+    "gpu-id", "gie-unique-id", "onnx-file", "model-engine-file", "network-mode", "network-type", "batch-size",
+    "infer-dims", "interval", "process-mode", "net-scale-factor", "model-color-format", "maintain-aspect-ratio",
+    "symmetric-padding", "cluster-mode", "num-detected-classes", "labelfile-path", "parse-bbox-func-name",
+    "custom-lib-path",
+}  # fmt: skip
+CLASS_ATTRIBUTES = {"pre-cluster-threshold"}
+
+BUILD = """
+import sys
+import tensorrt as trt
+
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger)
+network = builder.create_network(0)
+parser = trt.OnnxParser(network, logger)
+if not parser.parse(open(sys.argv[1], "rb").read()):
+    sys.exit("\\n".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
+outputs = [network.get_output(i) for i in range(network.num_outputs)]
+print(*(f"{tensor.name} {tensor.dtype} {len(tensor.shape)}" for tensor in outputs), sep="\\n")
+config = builder.create_builder_config()
+profile = builder.create_optimization_profile()
+profile.set_shape("images", (1, 3, 96, 160), (4, 3, 96, 160), (4, 3, 96, 160))
+config.add_optimization_profile(profile)
+assert builder.build_serialized_network(network, config) is not None
+"""
+
+
+def read_config(path: Path) -> ConfigParser:
+    config = ConfigParser(comment_prefixes=("#",), delimiters=("=",), interpolation=None)
+    config.read_string(path.read_text())
+    return config
+
+
+def test_folder(float_onnx: Callable[..., Path]) -> None:
+    model = float_onnx()
+    assert main([str(model), "--target", "deepstream", "--max-batch", "4"]) == 0
+    folder = model.parent / "deepstream" / "student"
+    config = read_config(folder / "config_infer_primary.txt")
+    assert set(config.sections()) == {"property", "class-attrs-all"}
+    found = config["property"]
+    assert set(found) <= PROPERTY and set(config["class-attrs-all"]) <= CLASS_ATTRIBUTES
+    # Each file it names lies beside it, but for what the device makes.
+    assert (folder / found["onnx-file"]).is_file() and (folder / found["labelfile-path"]).read_text() == "person\n"
+    assert found["model-engine-file"] == "student.onnx_b4_gpu0_fp32.engine"
+    assert f"{found['custom-lib-path']}:" in (folder / "Makefile").read_text()
+    assert f"bool {found['parse-bbox-func-name']}(" in (folder / "nvdsinfer_hkd.cpp").read_text()
+    # The picture as the network was trained on it.
+    assert float(found["net-scale-factor"]) == pytest.approx(1 / 255, abs=1e-12)
+    wanted = {"model-color-format": 0, "maintain-aspect-ratio": 1, "symmetric-padding": 0, "cluster-mode": 4}
+    assert {key: int(found[key]) for key in wanted} == wanted
+    assert (found["infer-dims"], int(found["batch-size"]), int(found["num-detected-classes"])) == ("3;96;160", 4, 1)
+    assert float(config["class-attrs-all"]["pre-cluster-threshold"]) == 0.3
+
+
+def test_the_model_gives_what_it_gave_without_the_output_nvinfer_cannot_take(float_onnx: Callable[..., Path]) -> None:
+    model = float_onnx(batch=2)
+    assert main([str(model), "--target", "deepstream"]) == 0
+    written = model.parent / "deepstream" / "student" / "student.onnx"
+    batch = np.random.default_rng(0).uniform(0, 1, (2, 3, 96, 160)).astype(np.float32)
+    batch[0, :, 20:40, 30:60] = 1
+    before = onnxruntime.InferenceSession(str(model)).run(["boxes", "scores"], {"images": batch})
+    session = onnxruntime.InferenceSession(str(written))
+    assert [output.name for output in session.get_outputs()] == ["boxes", "scores"]
+    for wanted, found in zip(before, session.run(None, {"images": batch}), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    made = {name for node in onnx.load(written).graph.node for name in node.output}
+    assert "boxes" in made and not made & {"any", "count"}  # what only `count` needed is gone
+    assert session.get_modelmeta().custom_metadata_map["hkd.model"] == "tiny"
+
+
+@pytest.mark.slow
+def test_tensorrt_builds_it(float_onnx: Callable[..., Path], tensorrt_python: Path) -> None:
+    """nvinfer builds by the same parser, with the same profile; every output keeps a side behind the batch."""
+    model = float_onnx()
+    assert main([str(model), "--target", "deepstream", "--max-batch", "4"]) == 0
+    written = model.parent / "deepstream" / "student" / "student.onnx"
+    done = subprocess.run([tensorrt_python, "-c", BUILD, str(written)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["boxes DataType.FLOAT 3", "scores DataType.FLOAT 2"]
+
+
+def test_a_graph_that_nvinfer_cannot_feed_is_refused_in_one_line(
+    tiny_onnx: Callable[..., Path], float_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, message in (
+        (tiny_onnx("plain.onnx"), "--no-preprocess"),
+        (float_onnx("raw.onnx", changes={"hkd.raw": "true"}), "--raw"),
+        (float_onnx("free.onnx", changes={"hkd.dynamic_size": "true"}), "its size is free"),
+        (float_onnx("names.onnx", changes={"names": "person"}), "metadata names cannot be read"),
+    ):
+        capsys.readouterr()
+        assert main([str(model), "--target", "deepstream"]) in (1, 2)
+        error = capsys.readouterr().err.strip()
+        assert message in error and str(model) in error and len(error.splitlines()) == 1
+        assert not list((model.parent / "deepstream").rglob("*.txt"))
