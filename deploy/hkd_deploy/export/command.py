@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hkd_deploy.trt import arguments as tensorrt
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz, parse_imgsz
@@ -23,11 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _body(argv: Sequence[str] | None) -> int:
     flags = _parser().parse_args(argv)
     source = Path(flags.model)
+    if flags.check and not flags.trt:
+        raise UsageError("--check: belongs to --trt")
     match source.suffix:
         case ".pt":
-            _onnx_of_weights(source, flags)
+            onnx = _onnx_of_weights(source, flags)
+            if flags.trt:
+                tensorrt.run(onnx, flags)
+        case ".onnx" if flags.trt:
+            tensorrt.run(source, flags, Path(flags.output) if flags.output else None)
         case ".onnx":
-            raise UsageError(f"{source}: is ONNX already; say what to make of it")
+            raise UsageError(f"{source}: is ONNX already; say what to make of it: --trt")
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
     return 0
@@ -81,4 +88,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dynamic", action="store_true", help="leave the batch size free")
     parser.add_argument("--data", help="pictures to verify on; by default the training data's val split")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
+    tensorrt.add_arguments(parser)
     return parser
