@@ -137,6 +137,12 @@ def tiny_onnx(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def model_metadata() -> Callable[..., dict[str, str]]:
+    """`model_metadata(imgsz_hw, batch)`: what hkd-export writes into a file."""
+    return metadata
+
+
+@pytest.fixture
 def real_film() -> Path:
     """A real film, 370 frames of 640x360; skips where the shared data is absent."""
     path = VIDEOS / "crossing.mp4"

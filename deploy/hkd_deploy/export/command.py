@@ -8,8 +8,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_deploy.targets.command import add_arguments as add_target_arguments
-from hkd_deploy.targets.command import write_targets
+from hkd_deploy.targets import command as targets
+from hkd_deploy.trt import arguments as tensorrt
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz, parse_imgsz
@@ -25,16 +25,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _body(argv: Sequence[str] | None) -> int:
     flags = _parser().parse_args(argv)
     source = Path(flags.model)
+    if flags.check and not flags.trt:
+        raise UsageError("--check: belongs to --trt")
+    if flags.trt and flags.target:
+        raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
     match source.suffix:
         case ".pt":
             source = _onnx_of_weights(source, flags)
-        case ".onnx" | ".engine" | ".plan" if flags.target:
+            if flags.trt:
+                tensorrt.run(source, flags)
+        case ".onnx" if flags.trt:
+            tensorrt.run(source, flags, Path(flags.output) if flags.output else None)
+        case ".onnx" | ".engine" if flags.target:
             pass
         case ".onnx":
-            raise UsageError(f"{source}: is ONNX already; say what to make of it")
+            raise UsageError(f"{source}: is ONNX already; say what to make of it: --trt or --target")
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
-    write_targets(source, flags)
+    targets.write_targets(source, flags)
     return 0
 
 
@@ -86,5 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dynamic", action="store_true", help="leave the batch size free")
     parser.add_argument("--data", help="pictures to verify on; by default the training data's val split")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
-    add_target_arguments(parser)
+    tensorrt.add_arguments(parser)
+    targets.add_arguments(parser)
     return parser

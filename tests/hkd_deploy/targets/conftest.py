@@ -2,6 +2,7 @@
 
 `triton_proto`: Triton's own description of config.pbtxt, out of NVIDIA's tritonclient wheel, fetched on first use.
 `float_onnx`: the tiny detector behind the interface of `--no-preprocess`.
+`engine`: an engine as far as these targets look at one.
 """
 
 import importlib.util
@@ -17,6 +18,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from hkd_deploy.artifact import PREPROCESS, PREPROCESS_FLOAT01
+from hkd_deploy.trt.sidecar import ProfileFacts, Sidecar, TensorFacts, sha256_of, write_engine
 
 TRITON_CLIENT = "tritonclient==2.73.0"
 PROTO = "tritonclient/grpc/model_config_pb2.py"
@@ -60,10 +64,9 @@ def float_onnx(tiny_onnx: Callable[..., Path]) -> Callable[..., Path]:
         model.graph.initializer.append(numpy_helper.from_array(np.array(255, np.float32), "full"))
         model.graph.node.insert(0, helper.make_node("Mul", ["nhwc", "full"], ["float"]))
         model.graph.node.insert(0, helper.make_node("Transpose", ["images"], ["nhwc"], perm=[0, 2, 3, 1]))
-        preprocess = {"layout": "NCHW", "color": "RGB", "dtype": "float32", "letterbox": "top-left", "pad": 114}
         described = {prop.key: prop.value for prop in model.metadata_props} | {
             "hkd.format": "2",
-            "hkd.preprocess": json.dumps({**preprocess, "range": [0, 1]}),
+            "hkd.preprocess": json.dumps(PREPROCESS_FLOAT01),
             "hkd.max_hw": f"[{height}, {width}]",
             "hkd.dynamic_size": "false",
             "hkd.raw": "false",
@@ -71,6 +74,52 @@ def float_onnx(tiny_onnx: Callable[..., Path]) -> Callable[..., Path]:
         helper.set_model_props(model, described | wanted.get("changes", {}))  # type: ignore[operator]
         onnx.checker.check_model(model)
         onnx.save(model, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Callable[..., Path]:
+    """Writes an engine's sidecar as `hkd-export --trt` does, and bytes in place of the plan, which no CPU can open."""
+
+    def write(count: bool = True, free: bool = True, preprocess: dict[str, object] = PREPROCESS) -> Path:
+        path = tmp_path / "student.engine"
+        batch, plan = (-1 if free else 1), b"a plan"
+        nhwc = preprocess["layout"] == "NHWC"
+        images = TensorFacts("images", "UINT8" if nhwc else "FLOAT", [batch, *((96, 160, 3) if nhwc else (3, 96, 160))])
+        outputs = [TensorFacts("boxes", "FLOAT", [batch, 2, 4]), TensorFacts("scores", "FLOAT", [batch, 2])]
+        described = model_metadata((96, 160), None if free else 1) | {
+            "hkd.format": "2",
+            "hkd.preprocess": json.dumps(preprocess),
+            "hkd.max_hw": "[96, 160]",
+            "hkd.dynamic_size": "false",
+            "hkd.raw": "false",
+        }
+        largest = [4, *images.shape[1:]]
+        sidecar = Sidecar(
+            format=1,
+            tensorrt="10.3.0",
+            gpu="Orin",
+            sm="8.7",
+            platform="linux-aarch64",
+            compatible=[],
+            dla=None,
+            precision_asked="fp32",
+            precision_found={"fp32": 9},
+            inputs=[images],
+            outputs=[*outputs, *([TensorFacts("count", "INT64", [batch])] if count else [])],
+            profile=ProfileFacts([1, *largest[1:]], [2, *largest[1:]], largest) if free else None,
+            workspace_mib=1024,
+            context_mib=1.0,
+            build_s=1.0,
+            date="2026-01-02T03:04:05+00:00",
+            source="student.onnx",
+            source_sha256="0f" * 32,
+            engine_sha256=sha256_of(plan),
+            metadata=described,
+        )
+        write_engine(path, plan, sidecar)
         return path
 
     return write

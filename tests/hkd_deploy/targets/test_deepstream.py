@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from hkd_deploy.artifact import PREPROCESS_FLOAT01
 from hkd_deploy.export.command import main
 
 # Of the page "Gst-nvinfer", DeepStream developer guide: the keys of [property] and [class-attrs-...] used here.
@@ -93,6 +94,18 @@ def test_tensorrt_builds_it(float_onnx: Callable[..., Path], tensorrt_python: Pa
     done = subprocess.run([tensorrt_python, "-c", BUILD, str(written)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["boxes DataType.FLOAT 3", "scores DataType.FLOAT 2"]
+
+
+def test_engine(engine: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    model = engine(count=False, free=False, preprocess=PREPROCESS_FLOAT01)
+    assert main([str(model), "--target", "deepstream"]) == 0
+    folder = model.parent / "deepstream" / "student"
+    found = read_config(folder / "config_infer_primary.txt")["property"]
+    assert "onnx-file" not in found and (folder / found["model-engine-file"]).read_bytes() == model.read_bytes()
+    assert found["batch-size"] == "1"
+    capsys.readouterr()
+    assert main([str(engine(preprocess=PREPROCESS_FLOAT01)), "--target", "deepstream"]) == 2
+    assert "first hkd-export MODEL.onnx --target deepstream" in capsys.readouterr().err
 
 
 def test_a_graph_that_nvinfer_cannot_feed_is_refused_in_one_line(

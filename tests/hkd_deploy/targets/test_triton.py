@@ -56,6 +56,35 @@ def test_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -
     assert warmup.batch_size == 1 and list(warmup.inputs["images"].dims) == [2, 96, 160, 3]
 
 
+@pytest.mark.slow
+def test_engine(engine: Callable[..., Path], triton_proto: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types and free sides from the sidecar, the batch at most the profile's."""
+    model = engine()
+    assert main([str(model), "--target", "triton"]) == 0
+    folder = model.parent / "triton" / "student"
+    assert (folder / "1" / "model.plan").read_bytes() == model.read_bytes()
+    config = read_config(triton_proto, folder / "config.pbtxt")
+    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 4)
+    assert [(value.name, value.data_type, list(value.dims)) for value in (*config.input, *config.output)] == [
+        ("images", triton_proto.TYPE_UINT8, [96, 160, 3]),
+        ("boxes", triton_proto.TYPE_FP32, [2, 4]),
+        ("scores", triton_proto.TYPE_FP32, [2]),
+        ("count", triton_proto.TYPE_INT64, [1]),
+    ]
+    assert config.instance_group[0].kind == triton_proto.ModelInstanceGroup.KIND_GPU
+    assert config.optimization.cuda.graphs
+    capsys.readouterr()
+    for flags, message in (
+        (["--max-batch", "5"], "--max-batch 5: "),
+        (["--target-device", "cpu"], "runs on a GPU only"),
+    ):
+        assert main([str(model), "--target", "triton", *flags]) == 2
+        assert message in capsys.readouterr().err
+    model.write_bytes(b"a pl")
+    assert main([str(model), "--target", "triton"]) == 1
+    assert "truncated or changed" in capsys.readouterr().err
+
+
 def test_several_models_share_a_repository_and_a_new_export_replaces_its_own(tiny_onnx: Callable[..., Path]) -> None:
     first, second = tiny_onnx("first.onnx"), tiny_onnx("second.onnx")
     folder = first.parent / "models"
