@@ -1,5 +1,6 @@
 """Files that are never half written: write aside, then rename."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file in one step."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """64 hexadecimal digits of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

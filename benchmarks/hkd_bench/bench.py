@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from hkd_bench.worker import ERRORS, Job, Measured, read_detections
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.files import sha256_of
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.curve import MissRate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
@@ -125,7 +125,7 @@ def _names(models: Sequence[Path], names: Sequence[str] | None) -> list[str]:
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path}: no such model file; hkd-export writes one")
-    return sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def _timed(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
