@@ -130,7 +130,8 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
     found = session.get_providers()[0]
     if found != provider.name:
         raise UnavailableError(
-            f"--device {device}: ONNX Runtime has opened the model on {found} instead of {provider.name}; {provider.broken}"
+            f"--device {device}: ONNX Runtime has opened the model on {found} instead of {provider.name}; "
+            f"{provider.broken}"
         )
     if "device_id" not in provider.options:
         return

@@ -19,6 +19,9 @@ Precision = Literal["bf16"]
 Hint = Literal["latency", "throughput"]
 HINTS = ("latency", "throughput")
 DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
+LOAD_ERRORS = (
+    "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
+)  # fmt: skip
 NOISE = ("Exception from ", "Check '", "FrontEnd API failed", "While validating", "Model wasn't fully converted")
 
 
@@ -93,20 +96,11 @@ def open_openvino(
     wanted = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": hint.upper()}
     if threads is not None:
         wanted["INFERENCE_NUM_THREADS"] = str(threads)
-    try:
-        model = _read(model_path)
-        metadata = _metadata(model, model_path)
+    with _told(model_path):
+        model = read_model(model_path)
         compiled = core.compile_model(model, "CPU", wanted)
-    except DataError:
-        raise
-    except Exception as error:  # noqa: BLE001 - OpenVINO's errors share no base but this
-        raise DataError(
-            f"{model_path}: OpenVINO {openvino.__version__.partition('-')[0]} cannot load it "
-            f"(truncated, no model, or too new): {_reason(error)}"
-        ) from None
     _check_precision(compiled, precision)
-    opened = OpenVino(path, metadata, compiled)
-    del compiled
+    opened = OpenVino(path, _metadata(model, model_path), compiled)
     try:
         yield opened
     finally:
@@ -124,7 +118,21 @@ def _import_openvino() -> Any:
         raise UnavailableError(f"OpenVINO is installed but does not load: {first_line(error)}") from None
 
 
-def _read(path: Path) -> Any:
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What OpenVINO raises for a file it can't load, as a DataError; its errors share no base but Exception."""
+    front_ends = importlib.import_module("openvino.frontend")
+    known = [getattr(front_ends, name) for name in LOAD_ERRORS if hasattr(front_ends, name)]
+    try:
+        yield
+    except (RuntimeError, IndexError, *known) as error:  # IndexError: nothing in the file that it knows
+        version = importlib.import_module("openvino").__version__.partition("-")[0]
+        raise DataError(
+            f"{path}: OpenVINO {version} cannot load it (truncated, no model, or too new): {_reason(error)}"
+        ) from None
+
+
+def read_model(path: Path) -> Any:
     """OpenVINO's Model of an .onnx or .xml file.
 
     By the one front end that fits: left to choose, OpenVINO tries all, and TensorFlow's prints to the terminal.
@@ -137,8 +145,15 @@ def _read(path: Path) -> Any:
 def _metadata(model: Any, path: Path) -> dict[str, str]:
     if path.suffix == ".xml":
         return read_metadata(path.parent)
-    info = model.get_rt_info()
-    return dict(info["framework"].astype(dict)) if "framework" in info else {}
+    if not model.has_rt_info(["framework"]):
+        return {}
+    found = _plain(model.get_rt_info(["framework"]))
+    return {key: str(_plain(value)) for key, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Some of OpenVINO's values come wrapped (OVAny)."""
+    return getattr(value, "value", value)
 
 
 def _check_precision(compiled: Any, precision: Precision | None) -> None:

@@ -13,8 +13,8 @@ from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.onnx_session import Provider, first_line, gpu_index, import_onnxruntime
 
 _GET_TENSORRT = (
-    "the ONNX Runtime installed here has no TensorRT; "
-    "pip uninstall -y onnxruntime && pip install 'hkd-det[gpu]' tensorrt (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
+    "the ONNX Runtime installed here has no TensorRT; pip uninstall -y onnxruntime && "
+    "pip install 'hkd-det[gpu]' tensorrt (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
 )
 _MEND_TENSORRT = (
     "TensorRT, CUDA or cuDNN is missing or of another version than onnxruntime-gpu was built for; "
