@@ -141,8 +141,9 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """ONNX Runtime's message without its code prefix and the path, which are said already."""
+    """ONNX Runtime's message without its code prefix and paths: of the model, said already, and of its own source."""
     text = first_line(error)
+    text = re.sub(r" ?/\S+\.(?:h|cc):\d+ .*?\) (?=[A-Z])", " ", text)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : (Load model from .*? failed: ?)?", "", text)
 
 

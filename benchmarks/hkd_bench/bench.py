@@ -37,10 +37,10 @@ class BenchOptions:
     """How to measure.
 
     data, split, command: where the samples come from and what was typed, for the record. annotated: the samples' truth
-    is known; without it no miss rate is measured. backends: each of them measures every
-    model; None is the one of its kind of file. threads: CPU threads, None leaves it to the runtime. runs: timed runs a model over all rounds. warm_up, warm_up_s: untimed runs a round, at least so many and for at
-    least so long. staged_runs: runs a round that time the stages. timed_pictures: most different pictures that are
-    timed; they are held in memory.
+    is known; without it no miss rate is measured. backends: each of them measures every model; None is the one of the
+    model's kind of file. threads: CPU threads, None leaves it to the runtime. runs: timed runs a model over all rounds.
+    warm_up, warm_up_s: untimed runs a round, at least so many and for at least so long. staged_runs: runs a round that
+    time the stages. timed_pictures: most different pictures that are timed; they are held in memory.
     """
 
     device: str = "cpu"

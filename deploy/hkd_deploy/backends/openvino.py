@@ -22,7 +22,7 @@ DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i6
 LOAD_ERRORS = (
     "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
 )  # fmt: skip
-NOISE = ("Exception from ", "Check '", "FrontEnd API failed", "While validating", "Model wasn't fully converted")
+NOISE = ("Exception from ", "Check '", "FrontEnd API failed", "While validating", "Model wasn't fully converted", "Errors during")
 
 
 class OpenVino:

@@ -1,5 +1,6 @@
 """The OpenVINO folder: model.xml, model.bin, and metadata.yaml, which Ultralytics' readers know as well."""
 
+import argparse
 import ast
 import importlib
 from pathlib import Path
@@ -45,6 +46,21 @@ def read_metadata(folder: Path) -> dict[str, str]:
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected keys and values, found {type(found).__name__}; export it again")
     return {str(key): str(value) for key, value in found.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """hkd-export's flag."""
+    group = parser.add_argument_group("OpenVINO")
+    group.add_argument("--openvino", action="store_true", help="write the folder OpenVINO opens, NAME_openvino, too")
+
+
+def export_openvino(onnx: Path) -> Path:
+    """Write NAME_openvino beside NAME.onnx, and say so; its path."""
+    folder = onnx.with_name(f"{onnx.stem}_openvino")
+    write_folder(onnx, folder)
+    size_mib = sum(file.stat().st_size for file in model_files(folder)) / 2**20
+    print(f"{folder}: OpenVINO's form of {onnx}, {size_mib:.1f} MiB, weights as they were")
+    return folder
 
 
 def write_folder(onnx: Path, folder: Path) -> None:

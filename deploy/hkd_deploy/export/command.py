@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hkd_deploy.backends import openvino_folder
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz, parse_imgsz
@@ -25,11 +26,15 @@ def _body(argv: Sequence[str] | None) -> int:
     source = Path(flags.model)
     match source.suffix:
         case ".pt":
-            _onnx_of_weights(source, flags)
+            onnx = _onnx_of_weights(source, flags)
+        case ".onnx" if flags.openvino:
+            onnx = source
         case ".onnx":
             raise UsageError(f"{source}: is ONNX already; say what to make of it")
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    if flags.openvino:
+        openvino_folder.export_openvino(onnx)
     return 0
 
 
@@ -81,4 +86,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dynamic", action="store_true", help="leave the batch size free")
     parser.add_argument("--data", help="pictures to verify on; by default the training data's val split")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
+    openvino_folder.add_arguments(parser)
     return parser
