@@ -43,7 +43,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield aside
         if path.exists():
             path.rename(Path(name) / "old")  # a folder that is not empty can't be renamed over
-        aside.rename(path)
+        try:
+            aside.rename(path)
+        except BaseException:
+            (Path(name) / "old").rename(path)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

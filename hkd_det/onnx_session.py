@@ -143,6 +143,9 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
 def _reason(error: Exception) -> str:
     """ONNX Runtime's message without its code prefix and paths: of the model, said already, and of its own source."""
     text = first_line(error)
+    opset = re.search(r"Opset (\d+) .* till opset (\d+)", text)
+    if opset:
+        return f"its opset is {opset[1]}, this version reads up to {opset[2]}; update ONNX Runtime"
     text = re.sub(r" ?/\S+\.(?:h|cc):\d+ .*?\) (?=[A-Z])", " ", text)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : (Load model from .*? failed: ?)?", "", text)
 

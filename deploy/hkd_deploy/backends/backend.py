@@ -62,7 +62,7 @@ def checked_ends(
             raise DataError(f"{path}: exported with {flag}, for a program of your own; export it again without")
     if {end.name: end.dtype for end in outputs} != OUTPUTS:
         raise DataError(
-            f"{path}: not a model of hkd-export: expected outputs {OUTPUTS}, found {', '.join(map(str, outputs))}"
+            f"{path}: not a model of hkd-export: expected outputs {OUTPUTS}, found {', '.join(map(str, outputs)) or 'none'}"
         )
     match [(end.name, end.dtype, end.shape) for end in inputs]:
         case [("images", "uint8", (batch, int(height), int(width), 3))]:
@@ -71,7 +71,7 @@ def checked_ends(
             return batch, None
     raise DataError(
         f"{path}: not a model of hkd-export: expected one input images uint8 (B, H, W, 3), "
-        f"found {', '.join(map(str, inputs))}"
+        f"found {', '.join(map(str, inputs)) or 'none'}"
     )
 
 

@@ -22,7 +22,14 @@ DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i6
 LOAD_ERRORS = (
     "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
 )  # fmt: skip
-NOISE = ("Exception from ", "Check '", "FrontEnd API failed", "While validating", "Model wasn't fully converted", "Errors during")
+NOISE = (
+    "Exception from ",
+    "Check '",
+    "FrontEnd API failed",
+    "While validating",
+    "Model wasn't fully converted",
+    "Errors during",
+)
 
 
 class OpenVino:
@@ -125,7 +132,7 @@ def _told(path: Path) -> Iterator[None]:
     known = [getattr(front_ends, name) for name in LOAD_ERRORS if hasattr(front_ends, name)]
     try:
         yield
-    except (RuntimeError, IndexError, *known) as error:  # IndexError: nothing in the file that it knows
+    except (RuntimeError, *known) as error:
         version = importlib.import_module("openvino").__version__.partition("-")[0]
         raise DataError(
             f"{path}: OpenVINO {version} cannot load it (truncated, no model, or too new): {_reason(error)}"

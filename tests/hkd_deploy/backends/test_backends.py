@@ -59,7 +59,9 @@ def test_a_list_of_frames_of_any_size(tiny_onnx: Callable[..., Path], open_with:
         found = detector(frames)
         alone = [detector(frame) for frame in frames]
         assert detector([]) == []
-    assert [one.boxes_xyxy.tolist() for one in found] == [[[10 * k, 20 * k, 60 * k, 80 * k]] for k in (1, 2, 3, 1, 2, 1)]
+    assert [one.boxes_xyxy.tolist() for one in found] == [
+        [[10 * k, 20 * k, 60 * k, 80 * k]] for k in (1, 2, 3, 1, 2, 1)
+    ]
     for one, other in zip(found, alone, strict=True):
         assert np.array_equal(one.boxes_xyxy, other.boxes_xyxy) and np.array_equal(one.scores, other.scores)
 
@@ -139,7 +141,10 @@ def test_another_tools_model(tiny_onnx: Callable[..., Path], open_with: Open) ->
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({"input_name": "input"}, r"expected one input images uint8 \(B, H, W, 3\), found input uint8 \(\?, 96, 160, 3\)"),
+        (
+            {"input_name": "input"},
+            r"expected one input images uint8 \(B, H, W, 3\), found input uint8 \(\?, 96, 160, 3\)",
+        ),
         ({"output_name": "output0"}, "found output0 float32"),
         ({"changes": {"imgsz": "[160, 96]"}}, r"metadata says imgsz \(160, 96\), the graph takes \(96, 160\)"),
         ({"changes": FREE}, r"metadata says imgsz any, the graph takes \(96, 160\)"),
