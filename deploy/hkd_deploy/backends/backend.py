@@ -61,18 +61,18 @@ def checked_ends(
         if odd:
             raise DataError(f"{path}: exported with {flag}, for a program of your own; export it again without")
     if {end.name: end.dtype for end in outputs} != OUTPUTS:
-        raise DataError(
-            f"{path}: not a model of hkd-export: expected outputs {OUTPUTS}, found {', '.join(map(str, outputs)) or 'none'}"
-        )
+        raise _not_ours(path, f"outputs {OUTPUTS}", outputs)
     match [(end.name, end.dtype, end.shape) for end in inputs]:
         case [("images", "uint8", (batch, int(height), int(width), 3))]:
             return batch, (height, width)
         case [("images", "uint8", (batch, None, None, 3))]:
             return batch, None
-    raise DataError(
-        f"{path}: not a model of hkd-export: expected one input images uint8 (B, H, W, 3), "
-        f"found {', '.join(map(str, inputs)) or 'none'}"
-    )
+    raise _not_ours(path, "one input images uint8 (B, H, W, 3)", inputs)
+
+
+def _not_ours(path: Path, expected: str, found: Sequence[End]) -> DataError:
+    listed = ", ".join(map(str, found)) or "none"
+    return DataError(f"{path}: not a model of hkd-export: expected {expected}, found {listed}")
 
 
 def closed_error(path: Path) -> ValueError:

@@ -23,6 +23,9 @@ LOAD_ERRORS = (
     "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
 )  # fmt: skip
 NOISE = (
+    "Check '", "Errors during", "Exception from ", "FrontEnd API failed", "Model wasn't fully converted",
+    "While validating",
+)  # fmt: skip
     "Exception from ",
     "Check '",
     "FrontEnd API failed",
