@@ -5,8 +5,11 @@ from torch import Tensor, nn
 from hkd_deploy.export import two_stage
 from hkd_deploy.export.options import GraphOptions
 from hkd_deploy.export.resize import GraphLetterbox, padded, to_source
+from hkd_deploy.export.suppress import suppressed
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.faster_rcnn import FasterRcnn
+from hkd_det.models.suppression import IOU
+from hkd_det.models.yolo import YoloDetector
 
 SCORE_FLOOR = 0.001  # below it a detection says nothing: the miss rate needs scores from here up
 TOP = 300  # detections a picture at most
@@ -51,9 +54,15 @@ def least_hw(imgsz_hw: tuple[int, int]) -> tuple[int, int]:
 
 def detections(detector: PersonDetector, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """`detect` by shapes that depend on no value: the best boxes [B, K, 4] input pixels and scores [B, K], falling."""
-    if isinstance(detector, FasterRcnn):
-        return two_stage.detections(detector, pictures, TOP)
-    return detector.detect(pictures, TOP)
+    match detector:
+        case FasterRcnn():
+            iou = detector.roi_heads.nms_thresh
+        case YoloDetector(answers_once=False):
+            iou = IOU
+        case _:  # needs no suppression
+            return detector.detect(pictures, TOP)
+    boxes, logits = candidates(detector, pictures)
+    return suppressed(boxes, logits.sigmoid(), TOP, iou)
 
 
 def candidates(detector: PersonDetector, pictures: Tensor) -> tuple[Tensor, Tensor]:

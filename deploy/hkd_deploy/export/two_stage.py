@@ -6,23 +6,17 @@ level is read for all regions and the right one kept.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 from torchvision.models.detection.rpn import concat_box_prediction_layers
-from torchvision.ops import roi_align
 
 from hkd_deploy.export.resize import cut
+from hkd_deploy.export.suppress import suppressed
 from hkd_det.models.faster_rcnn import CLASSES, PERSON, POOLED, STRIDES, FasterRcnn
 from hkd_det.models.peaks import SILENT
-from hkd_det.models.suppression import suppressed
 
 SAMPLES = 2  # a side of a cell
 CANONICAL_PX, CANONICAL_LEVEL = 224, 4  # a region of 224 px belongs to the level of stride 2^4 (Lin et al. 2017, eq. 1)
-
-
-def detections(detector: FasterRcnn, pictures: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The best boxes [B, K, 4] input pixels and scores [B, K], 0..1, falling; 0 fills up."""
-    boxes, logits = candidates(detector, pictures)
-    return suppressed(boxes, logits.sigmoid() * (logits > SILENT), top, detector.roi_heads.nms_thresh)
 
 
 def candidates(detector: FasterRcnn, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,26 +37,29 @@ def _proposals(detector: FasterRcnn, maps: tuple[Tensor, ...], pictures: Tensor)
     """The first stage's boxes [B, P, 4] and scores [B, P], best first; 0 for those that are none."""
     boxes, scores = [], []
     for level, features in enumerate(maps):
-        found = _of_level(detector, level, features, pictures)
-        kept = suppressed(*found, top=found[1].shape[1], iou=detector.rpn.nms_thresh)
-        boxes.append(kept[0])
-        scores.append(kept[1])
+        every, score = _of_level(detector, level, features, pictures)
+        every, score = suppressed(every, score, detector.rpn.pre_nms_top_n(), detector.rpn.nms_thresh)
+        boxes.append(every)
+        scores.append(score)
     every, score = torch.cat(boxes, 1), torch.cat(scores, 1)
-    score, index = score.topk(min(detector.rpn.post_nms_top_n(), score.shape[1]))
+    score, index = score.topk(detector.rpn.post_nms_top_n())
     return every.gather(1, index[..., None].expand(-1, -1, 4)), score
 
 
 def _of_level(detector: FasterRcnn, level: int, features: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """One level's best boxes [B, C, 4], cut at the borders, and scores [B, C], 0 for boxes without an area."""
     scores, deltas = concat_box_prediction_layers(*detector.rpn.head([features]))
-    scores = scores.reshape(features.shape[0], -1)  # [B, A]
-    scores, index = scores.topk(min(detector.rpn.pre_nms_top_n(), scores.shape[1]))  # [B, C]
-    anchors = _anchors(detector.rpn.anchor_generator.cell_anchors[level], features, pictures)
-    chosen = deltas.reshape(features.shape[0], -1, 4).gather(1, index[..., None].expand(-1, -1, 4))
+    scores = scores.reshape(features.shape[0], -1).sigmoid()  # [B, A]
+    count = detector.rpn.pre_nms_top_n()
+    room = max(0, count - int(scores.shape[1]))  # so that as many are there, however small the picture
+    scores, index = F.pad(scores, (0, room)).topk(count)  # [B, C]
+    anchors = F.pad(_anchors(detector.rpn.anchor_generator.cell_anchors[level], features, pictures), (0, 0, 0, room))
+    deltas = F.pad(deltas.reshape(features.shape[0], -1, 4), (0, 0, 0, room))
+    chosen = deltas.gather(1, index[..., None].expand(-1, -1, 4))
     boxes = detector.rpn.box_coder.decode_single(chosen.flatten(0, 1), anchors[index].flatten(0, 1))
     boxes = cut(boxes.view_as(chosen), shape_as_tensor(pictures)[2:].float())
     sides = boxes[..., 2:] - boxes[..., :2]
-    return boxes, scores.sigmoid() * (sides >= detector.rpn.min_size).all(-1)
+    return boxes, scores * (sides >= detector.rpn.min_size).all(-1)
 
 
 def _anchors(of_cell: Tensor, features: Tensor, pictures: Tensor) -> Tensor:
@@ -79,14 +76,30 @@ def _anchors(of_cell: Tensor, features: Tensor, pictures: Tensor) -> Tensor:
 
 def _pooled(maps: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
     """Features [B * P, C, 7, 7] of boxes [B, P, 4], each from the level that suits its size."""
-    owner = torch.arange(boxes.shape[0], device=boxes.device).float()[:, None, None].expand(-1, boxes.shape[1], 1)
-    regions = torch.cat([owner, boxes], -1).flatten(0, 1)  # [B * P, 5]
-    sides = regions[:, 3:] - regions[:, 1:3]
-    octave = torch.log2((sides[:, 0] * sides[:, 1]).sqrt() / CANONICAL_PX)
-    level = torch.floor(CANONICAL_LEVEL + octave + 1e-6) - 2  # the finest map, 0, has stride 2^2
-    level = level.clamp(0, len(maps) - 1)[:, None, None, None]
+    sides = boxes[..., 2:] - boxes[..., :2]
+    octave = torch.log2((sides[..., 0] * sides[..., 1]).sqrt() / CANONICAL_PX)
+    wanted = (torch.floor(CANONICAL_LEVEL + octave + 1e-6) - 2).clamp(0, len(maps) - 1)  # the finest has stride 2^2
     every = [
-        roi_align(features, regions, POOLED, 1 / stride, SAMPLES) * (level == index)
-        for index, (features, stride) in enumerate(zip(maps, STRIDES, strict=True))
+        _pooled_from(features, boxes / stride, wanted == level)
+        for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True))
     ]
-    return torch.stack(every).sum(0)
+    pooled = torch.stack(every).sum(0)  # [B, C, P * 7, 7]
+    return pooled.unflatten(2, (-1, POOLED)).transpose(1, 2).flatten(0, 1)
+
+
+def _pooled_from(features: Tensor, boxes: Tensor, chosen: Tensor) -> Tensor:
+    """`torchvision.ops.roi_align` of one map [B, C, h, w] for boxes [B, P, 4] in its cells: [B, C, P * 7, 7].
+
+    0 for boxes that are not `chosen` [B, P]. By GridSample: TensorRT has RoiAlign only as a plugin.
+    """
+    places = (torch.arange(POOLED * SAMPLES) + 0.5) / (POOLED * SAMPLES)
+    x, y = (
+        boxes[..., axis, None] + places * (boxes[..., axis + 2, None] - boxes[..., axis, None]).clamp(min=1)
+        for axis in (0, 1)
+    )  # [B, P, 14]
+    rows, columns = features.shape[-2], features.shape[-1]
+    read = (y <= rows)[..., None] & (x <= columns)[:, :, None] & chosen[..., None, None]  # [B, P, 14, 14]
+    x, y = (2 * x + 1) / columns - 1, (2 * y + 1) / rows - 1
+    grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), -1).flatten(1, 2)
+    values = F.grid_sample(features, grid, padding_mode="border", align_corners=False)
+    return F.avg_pool2d(values * read.flatten(1, 2)[:, None], SAMPLES)
