@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hkd_deploy.backends import openvino_folder
 from hkd_deploy.export.options import add_arguments, graph_options
+from hkd_deploy.trt import arguments as tensorrt
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz
@@ -25,15 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _body(argv: Sequence[str] | None) -> int:
     flags = _parser().parse_args(argv)
     source = Path(flags.model)
+    if flags.check and not flags.trt:
+        raise UsageError("--check: belongs to --trt")
     match source.suffix:
         case ".pt":
             onnx = _onnx_of_weights(source, flags)
-        case ".onnx" if flags.openvino:
+        case ".onnx" if flags.trt or flags.openvino:
             onnx = source
         case ".onnx":
-            raise UsageError(f"{source}: is ONNX already; say what to make of it")
+            raise UsageError(f"{source}: is ONNX already; say what to make of it: --trt, --openvino")
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    if flags.trt:
+        tensorrt.run(onnx, flags, Path(flags.output) if flags.output and onnx == source else None)
     if flags.openvino:
         openvino_folder.export_openvino(onnx)
     return 0
@@ -87,4 +92,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
     openvino_folder.add_arguments(parser)
     add_arguments(parser)
+    tensorrt.add_arguments(parser)
     return parser

@@ -1,0 +1,94 @@
+"""`hkd-export --trt`: its flags, and what they do."""
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from hkd_deploy.trt.builder import BuildOptions
+from hkd_deploy.trt.checking import check
+from hkd_deploy.trt.engine_file import build_engine, words
+from hkd_deploy.trt.layers import Layer, histogram, table
+from hkd_deploy.trt.memory import memory_line
+from hkd_deploy.trt.profile import parse_profile
+from hkd_deploy.trt.sidecar import sidecar_path
+from hkd_deploy.trt.source import read_source
+from hkd_det.errors import UsageError
+from hkd_det.files import replacing
+
+WORKSPACE_MIB = 1024
+MIB = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group of flags for TensorRT."""
+    group = parser.add_argument_group("TensorRT, on the device that will run it")
+    group.add_argument("--trt", action="store_true", help="build an engine, in the precision of the ONNX file")
+    group.add_argument("--check", action="store_true", help="with --trt: only see whether it builds; needs no GPU")
+    group.add_argument("--layers", action="store_true", help="with --trt: list the layers that were really built")
+    group.add_argument("--profile", metavar="MIN,OPT,MAX", help="of a dynamic graph: 1,4,8 or 1x320x256,4x640x512,...")
+    group.add_argument(
+        "--workspace", type=int, default=WORKSPACE_MIB, metavar="MIB", help="for one layer; by default 1024"
+    )
+    group.add_argument("--timing-cache", metavar="FILE", help="measured tactics: read if there, written afterwards")
+    group.add_argument("--dla", type=int, metavar="CORE", help="Jetson's accelerator; the GPU does what it can't")
+    group.add_argument(
+        "--compatible",
+        nargs="+",
+        default=[],
+        choices=["version", "hardware"],
+        help="run on later TensorRTs, other GPUs",
+    )
+    group.add_argument("--gpu", default="cuda", metavar="CUDA", help="cuda or cuda:1: the GPU to build on and for")
+
+
+def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> None:
+    """What --trt says: build the engine of an ONNX file, or --check that it can be built, and tell what came out."""
+    options = _options(flags)
+    source = read_source(onnx)
+    if flags.check:
+        checked = check(onnx, options)
+        kinds = ", ".join(f"{count} {kind.lower()}" for kind, count in checked.operators.items())
+        print(
+            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.operators.values())} layers: {kinds}) and "
+            f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s: {words(histogram(checked.layers))} "
+            f"(asked: {source.precision}); nothing was written"
+        )
+        if flags.layers:
+            print(table(checked.layers))
+        return
+    engine = output or onnx.with_suffix(".engine")
+    if engine.suffix != ".engine":
+        raise UsageError(f"--output {engine}: must end in .engine")
+    if line := memory_line(len(source.content), options.workspace_mib):
+        print(line)
+    sidecar, layers = build_engine(source, engine, options, flags.gpu)
+    print(
+        f"{engine}: {sidecar.gpu}, TensorRT {sidecar.tensorrt}, {engine.stat().st_size / MIB:.1f} MiB, built in "
+        f"{sidecar.build_s:.0f} s; {words(sidecar.precision_found)} (asked: {sidecar.precision_asked}); "
+        f"facts in {sidecar_path(engine).name}"
+    )
+    if flags.layers:
+        print(table(layers))
+        _write_layers(engine, layers)
+
+
+def _write_layers(engine: Path, layers: list[Layer]) -> None:
+    path = engine.with_name(f"{engine.name}.layers.json")
+    with replacing(path) as aside:
+        aside.write_bytes(msgspec.json.format(msgspec.json.encode(layers), indent=2) + b"\n")
+    print(f"{path}: {len(layers)} layers")
+
+
+def _options(flags: argparse.Namespace) -> BuildOptions:
+    if flags.workspace < 1:
+        raise UsageError(f"--workspace {flags.workspace}: at least 1 MiB")
+    if flags.dla is not None and flags.dla < 0:
+        raise UsageError(f"--dla {flags.dla}: a core's number, 0 or 1")
+    return BuildOptions(
+        profile=parse_profile(flags.profile) if flags.profile else None,
+        workspace_mib=flags.workspace,
+        dla=flags.dla,
+        compatible=tuple(sorted(set(flags.compatible))),
+        timing_cache=Path(flags.timing_cache) if flags.timing_cache else None,
+    )

@@ -1,0 +1,59 @@
+"""The tensorrt package: there and new enough, or how to get it on this machine."""
+
+import importlib
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from hkd_det.errors import UnavailableError
+
+OLDEST = (10, 0)  # strongly typed networks and the progress monitor; JetPack 6 has 10.3
+JETSON = Path("/etc/nv_tegra_release")
+
+
+def import_tensorrt() -> Any:
+    """The module. Raises UnavailableError where it is missing, broken or too old, saying what to do."""
+    try:
+        trt = importlib.import_module("tensorrt")
+    except ModuleNotFoundError as error:
+        if error.name != "tensorrt":
+            raise UnavailableError(f"TensorRT is installed but does not load: {error}; {how_to_install()}") from None
+        raise UnavailableError(f"TensorRT is not installed; {how_to_install()}") from None
+    except (ImportError, OSError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise UnavailableError(f"TensorRT is installed but does not load: {first}; {how_to_install()}") from None
+    if version_of(trt) < OLDEST:
+        raise UnavailableError(
+            f"TensorRT {trt.__version__} is too old: from {OLDEST[0]}.{OLDEST[1]} on (JetPack 6); "
+            "here the .onnx file runs with --backend onnxruntime"
+        )
+    return trt
+
+
+def version_of(trt: Any) -> tuple[int, int]:
+    """(major, minor) of the module."""
+    major, minor, *_ = trt.__version__.split(".")
+    return int(major), int(minor)
+
+
+def is_jetson() -> bool:
+    """Whether this is an NVIDIA Jetson with its own Linux."""
+    return JETSON.exists()
+
+
+def how_to_install() -> str:
+    """What to do for TensorRT on this machine."""
+    return _how(platform.system(), platform.machine(), is_jetson())
+
+
+def _how(system: str, machine: str, jetson: bool) -> str:
+    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    if jetson:
+        return (
+            "on a Jetson it comes with JetPack: sudo apt install python3-libnvinfer, and a virtual environment "
+            f"of the system's own Python made with --system-site-packages (this is {python})"
+        )
+    if system == "Linux" and machine in ("x86_64", "aarch64"):
+        return "pip install tensorrt (needs NVIDIA's driver); to check a file without a GPU: make tensorrt-cpu"
+    return f"engines are built and run on Linux with an NVIDIA GPU, not on {system} {machine}; use the .onnx file here"

@@ -1,0 +1,212 @@
+"""From an ONNX file to the bytes of an engine: parse, configure, build. The same for TensorRT 10.3 to 11.
+
+The network is always strongly typed: its precision is the file's, and nothing else is asked of the builder.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from hkd_deploy.trt.bindings import is_jetson, version_of
+from hkd_deploy.trt.profile import Profile, Step, profile_of
+from hkd_deploy.trt.progress import Progress, monitor
+from hkd_deploy.trt.source import OnnxSource
+from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.files import replacing
+
+MIB = 2**20
+# The newest opset that a parser knows, from that TensorRT on; it takes newer ones without a word, and guesses.
+OPSETS = {(10, 13): 24, (10, 0): 20}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What may be asked of a build.
+
+    profile: smallest, usual, largest input of a dynamic graph; None for what suits the file.
+    workspace_mib: what one layer may take for itself while it runs.
+    dla: core of the deep learning accelerator; what it can't do runs on the GPU.
+    compatible: "version" (later TensorRT of the same major), "hardware" (any GPU from Ampere on).
+    timing_cache: measured tactics, read if there and written afterwards.
+    """
+
+    profile: tuple[Step, Step, Step] | None = None
+    workspace_mib: int = 1024
+    dla: int | None = None
+    compatible: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+
+
+@dataclass
+class Log:
+    """What TensorRT said that matters. layers: the message that lists what was built, if it was logged."""
+
+    errors: list[str] = field(default_factory=list)
+    layers: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The first error, on one line."""
+        return " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine, ready to be written. operators: how many layers of each kind the parser made."""
+
+    plan: bytes
+    profile: Profile | None
+    operators: dict[str, int]
+    build_s: float
+
+
+def recording_logger(trt: Any, log: Log) -> Any:
+    """TensorRT's ILogger that keeps errors and the list of layers, and prints nothing."""
+
+    class Recorder(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                log.errors.append(msg)
+            elif msg.startswith("Layers:"):
+                log.layers = msg
+
+    return Recorder()
+
+
+def build(
+    trt: Any, source: OnnxSource, options: BuildOptions, log: Log, on_thread: Callable[[], None] = lambda: None
+) -> Built:
+    """Build an engine; a bar shows how far it is, Ctrl-C stops it.
+
+    on_thread: called first on the thread that builds, to choose its GPU.
+    Raises DataError for a file TensorRT cannot parse or build, UsageError for options that do not
+    fit the file, UnavailableError for what this machine does not have.
+    """
+    _check_opset(trt, source)
+    logger = recording_logger(trt, log)
+    builder = _builder(trt, logger, log)
+    network = builder.create_network(_strongly_typed(trt))
+    parser = trt.OnnxParser(network, logger)  # kept: it owns the weights until the engine is built
+    if not parser.parse(source.content):
+        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot parse it: {_parser_error(parser)}")
+    config = builder.create_builder_config()
+    profile = _add_profile(builder, network, config, source, options)
+    _configure(trt, builder, config, source, options)
+    _load_timing_cache(config, options.timing_cache, log)
+    operators = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
+    start = perf_counter()
+    with Progress("building the engine") as progress:
+        config.progress_monitor = monitor(trt, progress)
+        plan = _interruptible(lambda: builder.build_serialized_network(network, config), progress, on_thread)
+    if plan is None:
+        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot build it: {log.reason}")
+    _save_timing_cache(config, options.timing_cache)
+    return Built(bytes(plan), profile, dict(operators.most_common()), perf_counter() - start)
+
+
+def _check_opset(trt: Any, source: OnnxSource) -> None:
+    newest = next(opset for since, opset in OPSETS.items() if version_of(trt) >= since)
+    if source.opset > newest:
+        raise DataError(
+            f"{source.path}: opset {source.opset} is too new for TensorRT {trt.__version__}, which knows up to "
+            f"{newest}; export it again with hkd-export"
+        )
+
+
+def _builder(trt: Any, logger: Any, log: Log) -> Any:
+    try:
+        return trt.Builder(logger)
+    except TypeError:  # pybind11's words for a constructor that returned nothing
+        raise UnavailableError(
+            f"TensorRT {trt.__version__} does not start: {log.reason}; it needs an NVIDIA GPU and driver "
+            "(without one, --check works after make tensorrt-cpu)"
+        ) from None
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The flag where there is one; some day networks are only ever so."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _parser_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "it gave no reason"
+    error = parser.get_error(0)
+    return f"node {error.node()} {error.node_name()} ({error.node_operator()}): {' '.join(error.desc().split())}"
+
+
+def _add_profile(builder: Any, network: Any, config: Any, source: OnnxSource, options: BuildOptions) -> Profile | None:
+    images = network.get_input(0)
+    profile = profile_of(tuple(images.shape), options.profile, source.metadata, source.path)
+    if profile:
+        if options.dla is not None and profile.smallest != profile.largest:
+            raise UsageError(f"--dla {options.dla}: the accelerator runs one shape only; export with a fixed --batch")
+        shapes = builder.create_optimization_profile()
+        shapes.set_shape(images.name, profile.smallest, profile.usual, profile.largest)
+        config.add_optimization_profile(shapes)
+    return profile
+
+
+def _configure(trt: Any, builder: Any, config: Any, source: OnnxSource, options: BuildOptions) -> None:
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names only
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
+    if "version" in options.compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if "hardware" in options.compatible:
+        if is_jetson():
+            raise UsageError("--compatible hardware: not on a Jetson, whose engines run on their own module only")
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.dla is not None:
+        _use_dla(trt, builder, config, source, options.dla)
+
+
+def _use_dla(trt: Any, builder: Any, config: Any, source: OnnxSource, core: int) -> None:
+    if core >= builder.num_DLA_cores:
+        raise UnavailableError(
+            f"--dla {core}: TensorRT {trt.__version__} finds {builder.num_DLA_cores} accelerator(s) here; "
+            "Orin NX and AGX Orin have two, and TensorRT drives them up to 10.7, and from 11.4.1 on AGX Orin"
+        )
+    if source.precision not in ("fp16", "int8"):
+        raise UsageError(f"--dla {core}: runs fp16 and int8, {source.path} is {source.precision}")
+    config.default_device_type = trt.DeviceType.DLA
+    config.DLA_core = core
+    config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+
+
+def _interruptible(work: Callable[[], Any], progress: Progress, on_thread: Callable[[], None]) -> Any:
+    """`work` on a thread of its own: Python hears Ctrl-C only between its own steps, and the build is one long one."""
+
+    def prepared() -> Any:
+        on_thread()
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(prepared)
+        try:
+            return running.result()
+        except KeyboardInterrupt:
+            progress.cancel()  # leaving the block waits until the build has stopped
+            raise
+
+
+def _load_timing_cache(config: Any, path: Path | None, log: Log) -> None:
+    if path is None:
+        return
+    said = len(log.errors)  # what is no cache at all may be taken as an empty one, with an error in the log
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False) or len(log.errors) > said:
+        raise UsageError(f"--timing-cache {path}: of another GPU or TensorRT, or no timing cache; name another file")
+
+
+def _save_timing_cache(config: Any, path: Path | None) -> None:
+    if path is not None:
+        with replacing(path) as aside:
+            aside.write_bytes(bytes(config.get_timing_cache().serialize()))

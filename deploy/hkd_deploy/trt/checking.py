@@ -1,0 +1,109 @@
+"""`--check`: the real parser and builder on a machine without a GPU; nothing is written.
+
+They run in a process of their own, with whichever TensorRT is here: the one of `make tensorrt-cpu`, else the installed.
+That process writes one JSON answer: `python -m hkd_deploy.trt.checking MODEL.onnx ANSWER.json OPTIONS`.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from hkd_deploy.trt.bindings import how_to_install, import_tensorrt
+from hkd_deploy.trt.builder import BuildOptions, Log, build
+from hkd_deploy.trt.engine_file import check_precision
+from hkd_deploy.trt.layers import Layer, layers_of_log
+from hkd_deploy.trt.source import read_source
+from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
+
+LAUNCHER = Path(".tensorrt") / "python"  # what deploy/tensorrt_cpu.py writes
+CHECKOUT = Path(__file__).parents[3]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file that TensorRT parses and builds. operators: layers of each kind the parser made; layers: those built."""
+
+    tensorrt: str
+    operators: dict[str, int]
+    layers: list[Layer]
+    plan_bytes: int
+    build_s: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why not, as a command prints it; `kind` is the error's class."""
+
+    kind: str
+    message: str
+
+
+def check(path: Path, options: BuildOptions) -> Checked:
+    """Parse and build an ONNX file, leaving nothing behind.
+
+    What belongs to the device is left out of the options: timing cache and compatibility.
+    Raises DataError with TensorRT's reason if it can't, UnavailableError where no TensorRT is.
+    """
+    options = replace(options, timing_cache=None, compatible=())
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [*_interpreter(), "-m", __name__, str(path), str(answer), msgspec.json.encode(options).decode()]
+        done = subprocess.run(command, check=False)
+        if done.returncode == 130:
+            raise KeyboardInterrupt
+        if not answer.exists():
+            raise DataError(f"{path}: TensorRT's process ended with code {done.returncode} and said nothing")
+        found = msgspec.json.decode(answer.read_bytes(), type=dict[str, msgspec.Raw])
+    if "refused" in found:
+        refused = msgspec.json.decode(found["refused"], type=Refused)
+        kinds = {kind.__name__: kind for kind in (DataError, UnavailableError, UsageError)}
+        raise kinds[refused.kind](refused.message)
+    return msgspec.json.decode(found["checked"], type=Checked)
+
+
+def _interpreter() -> list[str]:
+    """How to start a Python that has tensorrt."""
+    for folder in (Path.cwd(), CHECKOUT):
+        if (folder / LAUNCHER).exists():
+            return [str(folder / LAUNCHER)]
+    if importlib.util.find_spec("tensorrt"):
+        return [sys.executable]
+    raise UnavailableError(
+        f"--check needs TensorRT: make tensorrt-cpu (in the project's folder), or {how_to_install()}"
+    )
+
+
+def _checked(path: Path, options: BuildOptions) -> Checked:
+    trt = import_tensorrt()
+    source = read_source(path)
+    log = Log()
+    built = build(trt, source, options, log)
+    layers = layers_of_log(log.layers)
+    if not layers:
+        raise DataError(f"{path}: TensorRT {trt.__version__} has built it, but does not say in which precision")
+    check_precision(source, layers)
+    return Checked(trt.__version__, built.operators, layers, len(built.plan), built.build_s)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The child's body: the answer goes into the file named second."""
+    path, answer, options = argv
+    try:
+        checked = _checked(Path(path), msgspec.json.decode(options, type=BuildOptions))
+        found: dict[str, object] = {"checked": checked}
+    except HkdError as error:
+        found = {"refused": Refused(type(error).__name__, str(error))}
+    except KeyboardInterrupt:
+        return 130
+    Path(answer).write_bytes(msgspec.json.encode(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""CUDA's runtime through cuda-python: memory, streams, graphs. Every call is checked; there is no logic here."""
+
+import ctypes
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_det.errors import UnavailableError, UsageError
+
+INSTALL = "pip install 'hkd-det[tensorrt]' (with CUDA 12, as on JetPack 6: pip install 'cuda-python<13')"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What an engine is bound to. sm: compute capability, "8.7" on Orin."""
+
+    name: str
+    sm: str
+
+
+class Cuda:
+    """One GPU. Addresses are plain integers; streams and graphs are cuda-python's handles.
+
+    Every method raises UnavailableError with CUDA's own words if a call fails.
+    """
+
+    def __init__(self, runtime: Any, device: int) -> None:
+        self._runtime = runtime
+        self._device = device
+        count = self._call("cudaGetDeviceCount")
+        if device >= count:
+            raise UnavailableError(f"--device cuda:{device}: this machine has {count} GPU(s), counted from 0")
+        self.use()
+
+    def use(self) -> None:
+        """Make this the GPU of the calling thread; each thread starts with the first."""
+        self._call("cudaSetDevice", self._device)
+
+    def gpu(self) -> Gpu:
+        """Its name and compute capability."""
+        found = self._call("cudaGetDeviceProperties", self._device)
+        return Gpu(found.name.split(b"\0")[0].decode(), f"{found.major}.{found.minor}")
+
+    def pinned(self, size: int) -> tuple[int, NDArray[np.uint8]]:
+        """Page-locked host memory of `size` bytes: its address and a view of it."""
+        address = int(self._call("cudaHostAlloc", size, self._runtime.cudaHostAllocDefault))
+        return address, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def free_pinned(self, address: int) -> None:
+        """Give page-locked memory back."""
+        self._call("cudaFreeHost", address)
+
+    def allocate(self, size: int) -> int:
+        """Device memory of `size` bytes."""
+        return int(self._call("cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        """Give device memory back."""
+        self._call("cudaFree", address)
+
+    def stream(self) -> Any:
+        """A stream that waits for no other."""
+        return self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
+
+    def destroy_stream(self, stream: Any) -> None:
+        """Give a stream back."""
+        self._call("cudaStreamDestroy", stream)
+
+    def wait(self, stream: Any) -> None:
+        """Until all work of the stream is done."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def copy_in(self, device: int, host: int, size: int, stream: Any) -> None:
+        """Host to device, in the stream's order."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", device, host, size, kind, stream)
+
+    def copy_out(self, host: int, device: int, size: int, stream: Any) -> None:
+        """Device to host, in the stream's order."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", host, device, size, kind, stream)
+
+    def capture(self, stream: Any, work: Callable[[], None]) -> Any:
+        """The calls that `work` makes on the stream as one graph; they are recorded, not run."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+        try:
+            work()
+        except BaseException:
+            error, graph = self._runtime.cudaStreamEndCapture(stream)  # what went wrong in `work` is what to tell
+            if error == self._runtime.cudaError_t.cudaSuccess:
+                self._call("cudaGraphDestroy", graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", stream)
+        try:
+            return self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: Any, stream: Any) -> None:
+        """Run a captured graph."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Give a captured graph back."""
+        self._call("cudaGraphExecDestroy", graph)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        error, *values = getattr(self._runtime, name)(*arguments)
+        if error != self._runtime.cudaError_t.cudaSuccess:
+            raise UnavailableError(f"--device cuda:{self._device}: {name}: {self._words(error)}")
+        return values[0] if values else None
+
+    def _words(self, error: Any) -> str:
+        words = self._runtime.cudaGetErrorString(error)[1].decode()
+        if error == self._runtime.cudaError_t.cudaErrorInsufficientDriver:
+            return f"{words}: no NVIDIA driver here, or one older than this cuda-python; {INSTALL}"
+        return words
+
+
+def open_cuda(device: str) -> Cuda:
+    """The GPU named by `device`: cuda or cuda:N. Raises UsageError or UnavailableError."""
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
+    if not match:
+        raise UsageError(f"--device {device}: an engine runs on a GPU: expected cuda or cuda:0")
+    try:
+        runtime = importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise UnavailableError(f"cuda-python is not installed or does not load ({error}); {INSTALL}") from None
+    return Cuda(runtime, int(match[1] or 0))

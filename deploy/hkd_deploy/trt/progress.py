@@ -1,0 +1,80 @@
+"""A build's progress as one bar, from the phases inside phases that TensorRT reports."""
+
+from threading import Event
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar of per cent. `cancel` makes the build stop at its next step."""
+
+    def __init__(self, label: str) -> None:
+        bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+        self._bar = tqdm(total=100, desc=label, bar_format=bar, delay=1, leave=False)
+        self._steps: dict[str, tuple[str | None, int, int]] = {}  # phase to parent, steps done, steps in all
+        self.cancelled = Event()
+
+    def cancel(self) -> None:
+        """Ask the build to stop."""
+        self.cancelled.set()
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        """A phase begins inside `parent`."""
+        self._steps[phase] = (parent, 0, max(1, steps))
+        self._bar.set_postfix_str(phase, refresh=False)
+        self._show()
+
+    def step(self, phase: str) -> bool:
+        """One step of a phase is done; whether to go on."""
+        if phase in self._steps:
+            parent, done, steps = self._steps[phase]
+            self._steps[phase] = (parent, min(done + 1, steps), steps)
+            self._show()
+        return not self.cancelled.is_set()
+
+    def finish(self, phase: str) -> None:
+        """A phase is over; its parent's step is counted by the parent."""
+        self._steps.pop(phase, None)
+        if not self._steps and not self.cancelled.is_set():
+            self._bar.update(100 - self._bar.n)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def _show(self) -> None:
+        roots = [phase for phase, (parent, _, _) in self._steps.items() if parent not in self._steps]
+        percent = 100 * max((self._done(phase) for phase in roots), default=0.0)
+        if percent > self._bar.n:  # phases that were not announced may come late: never go back
+            self._bar.update(percent - self._bar.n)
+
+    def _done(self, phase: str) -> float:
+        """0..1; a running phase inside counts as its part of the step that waits for it."""
+        _, done, steps = self._steps[phase]
+        inside = sum(self._done(child) for child, (parent, _, _) in self._steps.items() if parent == phase)
+        return min(1.0, (done + min(1.0, inside)) / steps)
+
+
+def monitor(trt: Any, progress: Progress) -> Any:
+    """TensorRT's IProgressMonitor that tells `progress`."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            progress.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002 - TensorRT's signature
+            return progress.step(phase_name)
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress.finish(phase_name)
+
+    return Monitor()
