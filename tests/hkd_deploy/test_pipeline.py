@@ -115,11 +115,6 @@ def test_metadata_against_the_graph(tiny_onnx: Callable[..., Path]) -> None:
         pass
 
 
-def test_a_batch_that_is_not_one(tiny_onnx: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match="takes 4 pictures at once"), open_detector(tiny_onnx(batch=4)):
-        pass
-
-
 def test_a_foreign_graph_with_the_right_ends(tiny_onnx: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="not an hkd-det model"), open_detector(tiny_onnx(changes={"hkd.format": None})):
         pass

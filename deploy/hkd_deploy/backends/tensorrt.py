@@ -80,7 +80,8 @@ class Slot:
             self._images = Buffer(cuda, opened.largest, INPUT[1], undo)
             self._outputs = {name: Buffer(cuda, self._shapes[name], OUTPUTS[name], undo) for name in OUTPUTS}
             undo.callback(self._let_go)
-            undo.callback(cuda.wait, self._stream)  # undone first: nothing may be under way when memory is freed
+            undo.callback(cuda.wait, self._stream)  # undone early: nothing may be under way when memory is freed
+            undo.callback(cuda.use)  # undone first: any thread may close
             for name, buffer in {INPUT[0]: self._images, **self._outputs}.items():
                 self._done(self._context.set_tensor_address(name, buffer.device), f"set_tensor_address({name})")
             if graph and opened.smallest == opened.largest:
@@ -110,7 +111,6 @@ class Slot:
 
     def close(self) -> None:
         """Wait for what runs, and give everything back."""
-        self._cuda.use()
         self._undo.close()
 
     def _let_go(self) -> None:

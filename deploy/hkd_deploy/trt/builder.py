@@ -99,7 +99,7 @@ def build(
     config = builder.create_builder_config()
     profile = _add_profile(builder, network, config, source, options)
     _configure(trt, builder, config, source, options)
-    _load_timing_cache(config, options.timing_cache)
+    _load_timing_cache(config, options.timing_cache, log)
     operators = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
     start = perf_counter()
     with Progress("building the engine") as progress:
@@ -197,11 +197,12 @@ def _interruptible(work: Callable[[], Any], progress: Progress, on_thread: Calla
             raise
 
 
-def _load_timing_cache(config: Any, path: Path | None) -> None:
+def _load_timing_cache(config: Any, path: Path | None, log: Log) -> None:
     if path is None:
         return
+    said = len(log.errors)  # what is no cache at all may be taken as an empty one, with an error in the log
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False) or len(log.errors) > said:
         raise UsageError(f"--timing-cache {path}: of another GPU or TensorRT, or no timing cache; name another file")
 
 

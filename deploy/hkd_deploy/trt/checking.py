@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -47,8 +47,10 @@ class Refused:
 def check(path: Path, options: BuildOptions) -> Checked:
     """Parse and build an ONNX file, leaving nothing behind.
 
+    What belongs to the device is left out of the options: timing cache and compatibility.
     Raises DataError with TensorRT's reason if it can't, UnavailableError where no TensorRT is.
     """
+    options = replace(options, timing_cache=None, compatible=())
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [*_interpreter(), "-m", __name__, str(path), str(answer), msgspec.json.encode(options).decode()]

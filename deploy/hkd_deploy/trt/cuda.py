@@ -92,7 +92,9 @@ class Cuda:
         try:
             work()
         except BaseException:
-            self._runtime.cudaStreamEndCapture(stream)  # unchecked: what went wrong in `work` is what to tell
+            error, graph = self._runtime.cudaStreamEndCapture(stream)  # what went wrong in `work` is what to tell
+            if error == self._runtime.cudaError_t.cudaSuccess:
+                self._call("cudaGraphDestroy", graph)
             raise
         graph = self._call("cudaStreamEndCapture", stream)
         try:
