@@ -50,6 +50,7 @@ class Detector:
         self.device = runtime.device
         self._runtime: Backend = runtime
         self._parallel = opened.parallel
+        self._most = runtime.batch or (1 if opened.parallel > 1 else opened.max_batch)
         free = self.manifest.dynamic_size or self.manifest.letterbox
         if runtime.input_hw != (None if free else self.manifest.imgsz_hw):
             raise DataError(
@@ -144,7 +145,7 @@ class Detector:
         by_size: dict[tuple[int, int], list[int]] = {}
         for place, box in enumerate(boxes):
             by_size.setdefault(box.input_hw, []).append(place)
-        most = self._runtime.batch or (1 if self._parallel > 1 else len(boxes))
+        most = self._most or max(1, len(boxes))
         return [places[start : start + most] for places in by_size.values() for start in range(0, len(places), most)]
 
 

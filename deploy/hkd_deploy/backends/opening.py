@@ -15,11 +15,16 @@ BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt", "ort-tensorr
 
 @dataclass(frozen=True)
 class Opened:
-    """An open model. name: of BACKENDS. parallel: calls at once that make the most of the device."""
+    """An open model. name: of BACKENDS.
+
+    parallel: calls at once that make the most of the device. max_batch: most pictures a call takes where
+    `runtime.batch` is None; None for any number.
+    """
 
     runtime: Backend
     name: str
     parallel: int = 1
+    max_batch: int | None = None
 
 
 @contextmanager
@@ -54,7 +59,7 @@ def open_backend(
             from hkd_deploy.backends.tensorrt import open_tensorrt  # noqa: PLC0415
 
             with open_tensorrt(path, device) as engine:
-                yield Opened(engine, name)
+                yield Opened(engine, name, max_batch=engine.max_batch)
         case _:
             raise UsageError(f"--backend {name}: expected {', '.join(BACKENDS)}")
 

@@ -26,13 +26,6 @@ NOISE = (
     "Check '", "Errors during", "Exception from ", "FrontEnd API failed", "Model wasn't fully converted",
     "While validating",
 )  # fmt: skip
-    "Exception from ",
-    "Check '",
-    "FrontEnd API failed",
-    "While validating",
-    "Model wasn't fully converted",
-    "Errors during",
-)
 
 
 class OpenVino:

@@ -53,15 +53,15 @@ def test_a_frame_of_the_input_size_is_exact(tiny_onnx: Callable[..., Path], open
 
 @pytest.mark.parametrize("batch", [None, 1, 4])
 def test_a_list_of_frames_of_any_size(tiny_onnx: Callable[..., Path], open_with: Open, batch: int | None) -> None:
-    """Six frames: a batch of four is filled up, one of one loops. Sides are whole multiples: boxes come back exactly."""
-    frames = [frame_with_box((96 * k, 160 * k), (10 * k, 20 * k, 60 * k, 80 * k)) for k in (1, 2, 3, 1, 2, 1)]
+    """Six frames: a batch of four is filled up, one of one loops. Whole multiples of the input come back exactly."""
+    sizes = (1, 2, 3, 1, 2, 1)
+    wanted = [(10 * k, 20 * k, 60 * k, 80 * k) for k in sizes]
+    frames = [frame_with_box((96 * k, 160 * k), box) for k, box in zip(sizes, wanted, strict=True)]
     with open_with(tiny_onnx(batch=batch)) as detector:
         found = detector(frames)
         alone = [detector(frame) for frame in frames]
         assert detector([]) == []
-    assert [one.boxes_xyxy.tolist() for one in found] == [
-        [[10 * k, 20 * k, 60 * k, 80 * k]] for k in (1, 2, 3, 1, 2, 1)
-    ]
+    assert [one.boxes_xyxy.tolist() for one in found] == [[list(box)] for box in wanted]
     for one, other in zip(found, alone, strict=True):
         assert np.array_equal(one.boxes_xyxy, other.boxes_xyxy) and np.array_equal(one.scores, other.scores)
 

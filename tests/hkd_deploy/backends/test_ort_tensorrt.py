@@ -40,7 +40,7 @@ def test_tensorrt_missing(tiny_onnx: Callable[..., Path]) -> None:
 
 
 def test_the_plugin_missing(tiny_onnx: Callable[..., Path]) -> None:
-    with pytest.raises(UnavailableError, match="not installed; .*onnxruntime-ep-nv-tensorrt-rtx$"):
+    with pytest.raises(UnavailableError, match=r"not installed; .*onnxruntime-ep-nv-tensorrt-rtx$"):
         open_once(tiny_onnx(), "ort-tensorrt-rtx")
 
 
@@ -62,7 +62,7 @@ def test_engines_of_other_weights_under_the_same_name_are_not_taken(tiny_onnx: C
 class Session:
     """Opened on a provider; knows how it was asked."""
 
-    def __init__(self, path: str, settings: object, **asked: object) -> None:
+    def __init__(self, *_: object, **asked: object) -> None:
         self.asked = asked
         Session.last = self
 
@@ -87,7 +87,7 @@ def test_a_silent_fall_back_to_cuda_is_an_error(
     assert [name for name, _ in asked["providers"]] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]  # type: ignore[attr-defined]
     assert asked["enable_fallback"] == 0
     monkeypatch.setattr(Session, "on", "CUDAExecutionProvider")
-    with pytest.raises(UnavailableError, match="on CUDAExecutionProvider instead of Tensorrt.*; TensorRT, CUDA or"):
+    with pytest.raises(UnavailableError, match=r"on CUDAExecutionProvider instead of Tensorrt.*; TensorRT, CUDA or"):
         open_once(path, "ort-tensorrt")
 
 
@@ -156,7 +156,7 @@ def test_a_gpu_that_the_plugin_does_not_see(tiny_onnx: Callable[..., Path]) -> N
 
 @pytest.mark.usefixtures("plugin")
 def test_a_plugin_that_does_not_load(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str, library: str) -> None:
+    def broken(_: str, library: str) -> None:
         raise onnxruntime.capi.onnxruntime_pybind11_state.Fail(f"{library}: undefined symbol\nmore")
 
     monkeypatch.setattr(onnxruntime, "register_execution_provider_library", broken, raising=False)
