@@ -140,7 +140,8 @@ def _parser_error(parser: Any) -> str:
     if not parser.num_errors:
         return "it gave no reason"
     error = parser.get_error(0)
-    return f"node {error.node()} {error.node_name()} ({error.node_operator()}): {' '.join(error.desc().split())}"
+    words = f"node {error.node()} {error.node_name()} ({error.node_operator()}): {error.desc()}"
+    return " ".join(words.split())
 
 
 def _add_profile(builder: Any, network: Any, config: Any, source: OnnxSource, options: BuildOptions) -> Profile | None:
@@ -189,9 +190,8 @@ def _interruptible(work: Callable[[], Any], progress: Progress, on_thread: Calla
         return work()
 
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(prepared)
         try:
-            return running.result()
+            return pool.submit(prepared).result()
         except KeyboardInterrupt:
             progress.cancel()  # leaving the block waits until the build has stopped
             raise
