@@ -5,9 +5,10 @@ The network is always strongly typed: its precision is the file's, and nothing e
 
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -184,17 +185,24 @@ def _use_dla(trt: Any, builder: Any, config: Any, source: OnnxSource, core: int)
 
 def _interruptible(work: Callable[[], Any], progress: Progress, on_thread: Callable[[], None]) -> Any:
     """`work` on a thread of its own: Python hears Ctrl-C only between its own steps, and the build is one long one."""
+    outcome: Future[Any] = Future()
 
-    def prepared() -> Any:
-        on_thread()
-        return work()
-
-    with ThreadPoolExecutor(1) as pool:
+    def run() -> None:
         try:
-            return pool.submit(prepared).result()
-        except KeyboardInterrupt:
-            progress.cancel()  # leaving the block waits until the build has stopped
-            raise
+            on_thread()
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            outcome.set_exception(error)
+
+    thread = Thread(target=run)
+    try:
+        thread.start()
+        return outcome.result()
+    except KeyboardInterrupt:
+        progress.cancel()
+        if thread.is_alive():
+            thread.join()  # until the builder has let go of what it works on
+        raise
 
 
 def _load_timing_cache(config: Any, path: Path | None, log: Log) -> None:
