@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hkd_deploy.precision.command import add_arguments, write_precision
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz, parse_imgsz
@@ -25,11 +26,15 @@ def _body(argv: Sequence[str] | None) -> int:
     source = Path(flags.model)
     match source.suffix:
         case ".pt":
-            _onnx_of_weights(source, flags)
+            fp32 = _onnx_of_weights(source, flags)
+        case ".onnx" if flags.precision == "fp32":
+            raise UsageError(f"{source}: is ONNX already; say what to make of it (--precision fp16, bf16 or int8)")
         case ".onnx":
-            raise UsageError(f"{source}: is ONNX already; say what to make of it")
+            fp32 = source
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    if flags.precision != "fp32":
+        write_precision(fp32, flags)
     return 0
 
 
@@ -47,7 +52,9 @@ def _onnx_of_weights(weights: Path, flags: argparse.Namespace) -> Path:
     checkpoint = read_detector(weights)
     trained_hw = tuple(checkpoint.config["imgsz_hw"])
     imgsz_hw = parse_imgsz(flags.imgsz or format_imgsz((trained_hw[0], trained_hw[1])))
-    path = Path(flags.output or weights.with_suffix(".onnx"))
+    # --output names what was asked for; the FP32 file is then only what it is made of.
+    named = flags.output if flags.precision == "fp32" else None
+    path = Path(named or weights.with_suffix(".onnx"))
     if path.suffix != ".onnx":
         raise UsageError(f"--output {path}: must end in .onnx")
     batch = None if flags.dynamic else flags.batch
@@ -81,4 +88,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dynamic", action="store_true", help="leave the batch size free")
     parser.add_argument("--data", help="pictures to verify on; by default the training data's val split")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
+    add_arguments(parser)
     return parser
