@@ -4,8 +4,8 @@ The body is reckoned in half, all else stays FP32 (`parts.py`), the last layers 
 than half's rounding would tie, and ties are all kept (`hkd_det/models/peaks.py`). Between the two stand Cast nodes.
 Inputs and outputs keep their types.
 
-onnxruntime.transformers.float16 knows no bfloat16 and has lists of operators of its own; NVIDIA's modelopt.autocast knows both
-and brings torch along: hence these lines.
+onnxruntime.transformers.float16 knows no bfloat16; NVIDIA's modelopt.onnx.autocast knows both and brings torch along:
+hence these lines.
 """
 
 from typing import Any, Literal
@@ -20,9 +20,10 @@ Half = Literal["fp16", "bf16"]
 
 # What is the same in half, but for rounding. Sums over many values, exponentials and what is not listed stay FP32.
 HALF_OPS = frozenset({
-    "Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Elu", "Flatten", "Gemm", "GlobalAveragePool",
-    "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MatMul", "Max", "MaxPool", "Min", "Mul", "PRelu",
-    "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+    "Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Elu", "Flatten", "Gemm",
+    "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MatMul", "Max",
+    "MaxPool", "Min", "Mul", "PRelu", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze",
+    "Sub", "Tanh", "Transpose", "Unsqueeze",
 })  # fmt: skip
 BF16_OPSET, BF16_IR = 22, 10  # the first in which Conv and the poolings take bfloat16, and the IR that goes with it
 

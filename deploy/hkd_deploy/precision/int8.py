@@ -1,8 +1,8 @@
 """INT8 as Q/DQ nodes: what TensorRT, OpenVINO and ONNX Runtime all read, in one file.
 
-A pair of QuantizeLinear and DequantizeLinear before the features and one DequantizeLinear behind the weights of each
-layer that is reckoned in INT8, and nowhere else: the runtime moves and fuses them. Both symmetric (zero point 0), weights
-with one scale a channel, biases in FP32: TensorRT refuses anything else. ONNX Runtime's quantiser puts them there.
+Each layer that is reckoned in INT8 has a pair of QuantizeLinear and DequantizeLinear before its features and a
+DequantizeLinear behind its weights; there are no others: runtimes fuse what lies between. Zero points are 0, weights
+have one scale a channel, biases stay FP32: TensorRT refuses anything else. ONNX Runtime's quantiser puts them there.
 """
 
 import importlib

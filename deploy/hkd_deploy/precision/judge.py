@@ -18,6 +18,7 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.curve import MissRate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 
+ONNX_RUNTIME = "onnxruntime"  # is always there: the search needs it anyway
 TIMED_PICTURES = 16
 ROUNDS = 40
 WARM_UP = 5
@@ -46,18 +47,17 @@ def judged_samples(data: str) -> list[Sample]:
         samples = open_data(data, "val")
     except HkdError as error:
         raise type(error)(f"no pictures to judge by: {error} (--data DATA names others)") from error
-    if evaluate(TruthTable.of([one.truth for one in samples]), DetectionTable.of([]), [REASONABLE])[
-        "Reasonable"
-    ].people:
-        return samples
-    raise DataError(
-        f"{data}: nobody to be found in its split val; --data DATA names pictures with people from 50 px up"
-    )
+    truth = TruthTable.of([sample.truth for sample in samples])
+    if not evaluate(truth, DetectionTable.of([]), [REASONABLE])[REASONABLE.name].people:
+        raise DataError(f"{data}: nobody of 50 px or more in its split val to judge by; --data DATA names others")
+    return samples
 
 
-def judge(path: Path, device: str, samples: Sequence[Sample], conf: float, what: str) -> Judgement:
-    """Run a file over all samples, with ONNX Runtime. what: for the progress bar. conf: the operating threshold."""
-    with open_detector(path, device) as detector:
+def judge(
+    path: Path, device: str, samples: Sequence[Sample], conf: float, what: str, backend: str = ONNX_RUNTIME
+) -> Judgement:
+    """Run a file over all samples. conf: the operating threshold. what: for the progress bar."""
+    with open_detector(path, device, backend=backend) as detector:
         found = [detector(read_picture(sample.path)) for sample in tqdm(samples, what, unit="picture", leave=False)]
     truth = TruthTable.of([sample.truth for sample in samples])
     judged = evaluate(truth, DetectionTable.of(found), [REASONABLE])[REASONABLE.name]
@@ -92,4 +92,4 @@ def race(fp32: Path, path: Path, device: str, samples: Sequence[Sample]) -> list
 def _backends(device: str) -> list[str]:
     """Those that an ONNX file runs on as it is, without an engine being built first."""
     with_openvino = device == "cpu" and importlib.util.find_spec("openvino") is not None
-    return ["onnxruntime", *(["openvino"] if with_openvino else [])]
+    return [ONNX_RUNTIME, *(["openvino"] if with_openvino else [])]

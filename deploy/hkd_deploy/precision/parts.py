@@ -2,11 +2,11 @@
 
     preprocessing | body: first convolution .. what the last layers read | last layers | decoding
 
-A *layer* is a node with trained weights: Conv, ConvTranspose, Gemm, MatMul. The *last* layers have no layer behind them:
-they give scores and sides. The *body* has a layer, or is one, and has another behind it. All else stays FP32: what is
-before the first layer is preprocessing; what is behind the last is decoding, where half a pixel counts. A detector of
-two stages has two such ends: what chooses regions (integers: which, how many; and RoiAlign's regions) passes no
-features on, so the first stage's own answers are an end, too.
+A *layer* is a node with trained weights: Conv, ConvTranspose, Gemm, MatMul. The *last* layers have no layer behind
+them: they give scores and sides. The *body* is a layer or has one before it, and has another behind it. All else stays
+FP32: what is before the first layer is preprocessing, what is behind the last is decoding, where half a pixel counts.
+A detector of two stages has two such ends: what chooses regions (integers: which, how many; RoiAlign's regions) passes
+no features on, so the first stage's own answers are an end, too.
 """
 
 from collections.abc import Iterable
@@ -50,8 +50,8 @@ def constants(model: Any) -> dict[str, Any]:
     """Name to TensorProto of all that is fixed: initializers, and the values of Constant nodes."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Constant":
-            found.update({node.output[0]: attribute.t for attribute in node.attribute if attribute.name == "value"})
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
     return found
 
 

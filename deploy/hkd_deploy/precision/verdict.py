@@ -13,7 +13,8 @@ MOST_RECALL_FALL = 1.0  # percentage points
 class Verdict:
     """What a smaller file costs and brings on the device it was made on.
 
-    races: one a runtime. conf: the threshold of recall. max_mr_rise: percentage points.
+    before, after: of the FP32 file and of this one, on this one's fastest runtime. races: one a runtime.
+    conf: the threshold of recall. max_mr_rise: percentage points.
     """
 
     precision: str
@@ -62,8 +63,8 @@ class Verdict:
         ratios = ", ".join(f"{race.backend} {race.fp32_ms / race.ms:.2f}x" for race in self.races)
         end = f"not worth it: {' and '.join(self.reasons)}" if self.reasons else "worth it"
         return (
-            f"{self.precision} against fp32 on this device: {self.speed:.2f}x as fast end to end ({ratios}), "
-            f"miss rate {self.miss_rate_rise:+.2f} points ({100 * self.after.miss_rate:.2f} %), "
+            f"{self.precision} against fp32 on this device: {self.speed:.2f}x as fast end to end ({ratios}); "
+            f"on {self.fastest.backend} miss rate {self.miss_rate_rise:+.2f} points ({100 * self.after.miss_rate:.2f} %), "
             f"recall at {self.conf:g} {self.recall_rise:+.2f} points ({100 * self.after.recall:.2f} %): {end}"
         )
 
