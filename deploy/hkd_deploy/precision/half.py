@@ -25,6 +25,7 @@ HALF_OPS = frozenset({
     "MaxPool", "Min", "Mul", "PRelu", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze",
     "Sub", "Tanh", "Transpose", "Unsqueeze",
 })  # fmt: skip
+FP16_MOST = float(np.finfo(np.float16).max)
 BF16_OPSET, BF16_IR = 22, 10  # the first in which Conv and the poolings take bfloat16, and the IR that goes with it
 
 
@@ -101,7 +102,7 @@ class _Halving:
     def _half_tensor(self, name: str, twin: str) -> Any:
         values = self.onnx.numpy_helper.to_array(self.fixed[name])
         largest = float(np.abs(values).max(initial=0))
-        if self.kind == "fp16" and largest > np.finfo(np.float16).max:
+        if self.kind == "fp16" and largest > FP16_MOST:
             raise DataError(f"weight {name} reaches {largest:.3g}, more than float16 can hold; use --precision bf16")
         if self.kind == "fp16":
             return self.onnx.numpy_helper.from_array(values.astype(np.float16), twin)

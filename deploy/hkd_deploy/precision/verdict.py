@@ -64,8 +64,9 @@ class Verdict:
         end = f"not worth it: {' and '.join(self.reasons)}" if self.reasons else "worth it"
         return (
             f"{self.precision} against fp32 on this device: {self.speed:.2f}x as fast end to end ({ratios}); "
-            f"on {self.fastest.backend} miss rate {self.miss_rate_rise:+.2f} points ({100 * self.after.miss_rate:.2f} %), "
-            f"recall at {self.conf:g} {self.recall_rise:+.2f} points ({100 * self.after.recall:.2f} %): {end}"
+            f"on {self.fastest.backend} miss rate {self.miss_rate_rise:+.2f} points "
+            f"({100 * self.after.miss_rate:.2f} %), recall at {self.conf:g} {self.recall_rise:+.2f} points "
+            f"({100 * self.after.recall:.2f} %): {end}"
         )
 
     def facts(self) -> dict[str, Any]:
