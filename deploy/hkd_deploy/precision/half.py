@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hkd_deploy.precision.parts import Parts, constants, float_tensors
+from hkd_deploy.precision.parts import Parts, constants, float_tensors, reads
 from hkd_deploy.precision.source import import_onnx
 from hkd_det.errors import DataError
 
@@ -63,8 +63,10 @@ class _Halving:
         for node in list(self.graph.node):
             if node.name in self.halved:
                 self._halve(node)
+            elif node.op_type == "Shape":  # the twin has the same
+                node.input[0] = self._twin(node.input[0]) if node.input[0] in self.only_half else node.input[0]
             else:
-                for name in node.input:
+                for name in reads(node):
                     self._back(name)
             self.nodes.append(node)
         for output in self.graph.output:
@@ -117,9 +119,13 @@ class _Halving:
 
 def _drop_unused(model: Any) -> None:
     """Take out the FP32 weights of which only the half twin is read."""
-    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    nodes = [node for node in model.graph.node if node.op_type != "Constant" or node.output[0] in read]
+    read = {value.name for value in model.graph.output}
+    nodes = []
+    for node in reversed(model.graph.node):
+        if read.intersection(node.output):
+            read.update(reads(node))
+            nodes.append(node)
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in read]
     del model.graph.initializer[:], model.graph.node[:]
-    model.graph.initializer.extend(kept)
-    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(weights)
+    model.graph.node.extend(reversed(nodes))

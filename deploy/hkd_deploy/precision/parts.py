@@ -47,12 +47,20 @@ def parts_of(model: Any) -> Parts:
 
 
 def constants(model: Any) -> dict[str, Any]:
-    """Name to TensorProto of all that is fixed: initializers, and the values of Constant nodes."""
+    """Name to TensorProto of all that is fixed: initializers, values of Constant nodes, and other names for either."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             found[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in found:  # torch writes equal weights once
+            found[node.output[0]] = found[node.input[0]]
     return found
+
+
+def reads(node: Any) -> list[str]:
+    """All that a node reads: its inputs, and what the graphs inside it (of an If) take from around them."""
+    inside = [inner for attribute in node.attribute for inner in attribute.g.node]
+    return [*node.input, *(name for inner in inside for name in reads(inner))]
 
 
 def float_tensors(model: Any) -> frozenset[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hkd_deploy.precision.half import Half, to_half
@@ -62,6 +62,37 @@ def test_weights_are_halved_once_and_the_old_ones_are_gone(box_net: Callable[...
         f"{name}_fp16" for name in ("w_first", "b_first", "w_second", "b_second")
     }
     assert "w_first" not in weights and weights["w_score"] == TensorProto.FLOAT
+
+
+def test_equal_weights_that_torch_writes_once_are_halved_in_the_file(box_net: Callable[..., Path]) -> None:
+    source = read_source(box_net())
+    graph = source.model.graph
+    graph.node.insert(0, helper.make_node("Identity", ["b_first"], ["b_again"], "again"))
+    (second,) = (node for node in graph.node if node.name == "second_node")
+    second.input[2] = "b_again"
+    model = halved(source, "fp16")
+    added = [node for node in model.graph.node if node.op_type == "Cast" and node.name.endswith("_cast")]
+    assert {node.output[0] for node in added} == {"normal_fp16", "second_relu"}
+    assert "Identity" not in {node.op_type for node in model.graph.node}
+
+
+def test_what_an_inner_graph_takes_from_around_it_is_still_there(box_net: Callable[..., Path]) -> None:
+    """An If reads `first_relu` without naming it among its inputs, and in float32."""
+    source = read_source(box_net())
+    graph = source.model.graph
+    inner = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
+    branches = [
+        helper.make_graph([helper.make_node(op, ["first_relu"], ["inner"], op)], op, [], [inner])
+        for op in ("Abs", "Neg")
+    ]
+    graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    node = helper.make_node("If", ["yes"], ["extra"], "if", then_branch=branches[0], else_branch=branches[1])
+    graph.node.append(node)
+    graph.output.append(helper.make_tensor_value_info("extra", TensorProto.FLOAT, [1, 2, 96, 96]))
+    model = halved(source, "fp16")
+    picture = np.full((1, 96, 96, 3), 51, np.uint8)
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(["extra"], {"images": picture})[0]
+    np.testing.assert_allclose(found[:, 0], 0.2, atol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "step"), [("fp16", 2**-10), ("bf16", 2**-7)])

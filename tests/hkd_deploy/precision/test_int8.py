@@ -74,7 +74,7 @@ def test_features_reach_as_far_as_was_measured(quantised: onnx.ModelProto) -> No
         assert stored[node.input[2]].dtype == np.int8 and stored[node.input[2]] == 0
 
 
-def test_all_else_stays_float(quantised: onnx.ModelProto, box_net: Callable[..., Path]) -> None:
+def test_all_else_stays_float(quantised: onnx.ModelProto) -> None:
     """No INT32 bias, no pair behind a layer, none at the last layer or in decoding; opset and IR as they were."""
     made = producers(quantised)
     for node in quantised.graph.node:

@@ -11,11 +11,12 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 
 
-def verdict(
-    races: tuple[Race, ...] = (Race("onnxruntime", 10, 16), Race("openvino", 8, 4)),
-    after: Judgement = Judgement(0.204, 0.795),
-) -> Verdict:
-    return Verdict("int8", Judgement(0.2, 0.8), after, races, 0.3, 0.5)
+BEFORE, AFTER = Judgement(0.2, 0.8), Judgement(0.204, 0.795)
+RACES = (Race("onnxruntime", 10, 16), Race("openvino", 8, 4))
+
+
+def verdict(races: tuple[Race, ...] = RACES, after: Judgement = AFTER) -> Verdict:
+    return Verdict("int8", BEFORE, after, races, 0.3, 0.5)
 
 
 def test_speed_is_the_fastest_runtime_of_each_file_against_that_of_the_other() -> None:
