@@ -56,6 +56,7 @@ def to_int8(model: Any, layers: Iterable[str], reach: Reach) -> Any:
     names = list(layers)
     if not names:
         return copied
+    _part_shared_weights(copied, set(names))
     ends = {name: np.float32(max(most, LEAST_REACH)) for name, most in reach.items()}
     ranges = calibrate.TensorsData(
         quantization.CalibrationMethod.MinMax, {name: (np.array(-most), np.array(most)) for name, most in ends.items()}
@@ -84,6 +85,20 @@ def to_int8(model: Any, layers: Iterable[str], reach: Reach) -> Any:
     onnx.helper.set_model_props(made, {entry.key: entry.value for entry in model.metadata_props})
     onnx.checker.check_model(made)
     return made
+
+
+def _part_shared_weights(model: Any, quantised: set[str]) -> None:
+    """Give the quantised layers a copy of weights that others read, too: those others keep the exact ones."""
+    readers = [node for node in model.graph.node if node.op_type in LAYERS]
+    theirs = {node.input[1] for node in readers if node.name not in quantised}
+    shared = theirs.intersection(node.input[1] for node in readers if node.name in quantised)
+    for tensor in [one for one in model.graph.initializer if one.name in shared]:
+        copy = model.graph.initializer.add()
+        copy.CopyFrom(tensor)
+        copy.name = f"{tensor.name}_to_quantise"
+    for node in readers:
+        if node.name in quantised and node.input[1] in shared:
+            node.input[1] = f"{node.input[1]}_to_quantise"
 
 
 @contextmanager

@@ -96,6 +96,38 @@ def test_a_layer_left_out_is_as_it_was(box_net: Callable[..., Path]) -> None:
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == 1
 
 
+def sharing() -> onnx.ModelProto:
+    """Two layers with the same weights, then a last one."""
+    shared = np.random.default_rng(0).normal(size=(4, 4, 3, 3)).astype(np.float32)
+    weights = {"w": shared, "w_last": np.ones((1, 4, 1, 1), np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "one", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], "relu"),
+        helper.make_node("Conv", ["b", "w"], ["c"], "two", pads=[1] * 4),
+        helper.make_node("Conv", ["c", "w_last"], ["y"], "last"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "sharing",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 8, 8])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_shared_weights_stay_shared_and_a_layer_left_out_keeps_the_exact_ones() -> None:
+    reach = {"x": 1.0, "b": 4.0}
+    both, one = to_int8(sharing(), ["one", "two"], reach), to_int8(sharing(), ["one"], reach)
+    first, second = ({node.name: node for node in both.graph.node}[name] for name in ("one", "two"))
+    assert first.input[1] == second.input[1]
+    assert sum(tensor.dims == [4, 4, 3, 3] for tensor in both.graph.initializer) == 1
+    (left_out,) = (node for node in one.graph.node if node.name == "two")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in one.graph.initializer}
+    before = numpy_helper.to_array(sharing().graph.initializer[0])
+    np.testing.assert_array_equal(stored[left_out.input[1]], before)
+
+
 def test_no_layer_at_all_is_the_same_model(box_net: Callable[..., Path]) -> None:
     model = read_source(box_net()).model
     assert to_int8(model, [], REACH) == model

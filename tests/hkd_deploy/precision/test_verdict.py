@@ -10,7 +10,6 @@ from hkd_det.detections import Detections
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 
-
 BEFORE, AFTER = Judgement(0.2, 0.8), Judgement(0.204, 0.795)
 RACES = (Race("onnxruntime", 10, 16), Race("openvino", 8, 4))
 
