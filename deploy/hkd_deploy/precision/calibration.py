@@ -45,7 +45,8 @@ def calibration_samples(data: str, count: int) -> list[Sample]:
         raise type(error)(f"no pictures to calibrate on: {error} (--calib DATA names others)") from error
     drawn = sorted(Random(SEED).sample(range(len(samples)), min(count, len(samples))))
     if len(drawn) < FEW:
-        print(f"hkd-export: {len(drawn)} pictures to calibrate on: with fewer than {FEW} it is luck", file=sys.stderr)
+        few = f"{len(drawn)} pictures to calibrate on, fewer than {FEW}: much depends on which they are"
+        print(f"hkd-export: {few}", file=sys.stderr)
     return [samples[index] for index in drawn]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hkd_deploy.precision.calibration import calibration_samples
 from hkd_deploy.precision.half import to_half
-from hkd_deploy.precision.judge import ONNX_RUNTIME, Judgement, judge, judged_samples, race
+from hkd_deploy.precision.judge import Judgement, judge, judged_samples, judging_backend, race
 from hkd_deploy.precision.parts import parts_of
 from hkd_deploy.precision.quantise import quantise
 from hkd_deploy.precision.source import Source, read_source
@@ -68,7 +68,10 @@ def _write_judged(source: Source, path: Path, flags: argparse.Namespace) -> str:
     before, model, quantised = _made(source, samples, data, flags)
     with replacing(path) as aside:
         save(source, model, aside, flags.precision, quantised, {})
-        verdict = _verdict(source.path, aside, samples, before, flags)
+        after = judge(aside, flags.measure_on, samples, flags.conf, flags.precision)
+        races = tuple(race(source.path, aside, flags.measure_on, samples))
+        judged_on = judging_backend(flags.measure_on)
+        verdict = Verdict(flags.precision, before, after, judged_on, races, flags.conf, flags.max_mr_rise)
         if verdict.miss_rate_rise > flags.max_mr_rise and not flags.force:
             raise PrecisionError(_refusal(path, verdict, quantised))
         save(source, model, aside, flags.precision, quantised, verdict.facts())
@@ -94,23 +97,14 @@ def _made(
     return before, made.model, made.facts(calib, len(calibration))
 
 
-def _verdict(
-    fp32: Path, path: Path, samples: Sequence[Sample], before: Judgement, flags: argparse.Namespace
-) -> Verdict:
-    """Judged on the runtime that is fastest with the file: each rounds in its own way. before: on ONNX Runtime."""
-    races = race(fp32, path, flags.measure_on, samples)
-    backend = min(races, key=lambda one: one.ms).backend
-    if backend != ONNX_RUNTIME:
-        before = judge(fp32, flags.measure_on, samples, flags.conf, f"fp32 on {backend}", backend)
-    after = judge(path, flags.measure_on, samples, flags.conf, f"{flags.precision} on {backend}", backend)
-    return Verdict(flags.precision, before, after, tuple(races), flags.conf, flags.max_mr_rise)
-
-
 def _refusal(path: Path, verdict: Verdict, quantised: dict[str, Any]) -> str:
-    tried = f", even with {len(quantised['left_out'])} of {quantised['layers']} layers left out" if quantised else ""
+    tried, remedy = "", "stay with fp32"
+    if quantised:
+        tried = f", even with {len(quantised['left_out'])} of {quantised['layers']} layers left out"
+        remedy = "try more --calib-images or other --calib data"
     return (
         f"{path}: not written: the miss rate rises by {verdict.miss_rate_rise:.2f} points{tried}, more than "
-        f"--max-mr-rise {verdict.max_mr_rise:g}; try more --calib-images or other --calib data, or --force"
+        f"--max-mr-rise {verdict.max_mr_rise:g}; {remedy}, or --force"
     )
 
 

@@ -18,7 +18,6 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.curve import MissRate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 
-ONNX_RUNTIME = "onnxruntime"  # is always there: the search needs it anyway
 TIMED_PICTURES = 16
 ROUNDS = 40
 WARM_UP = 5
@@ -53,11 +52,9 @@ def judged_samples(data: str) -> list[Sample]:
     return samples
 
 
-def judge(
-    path: Path, device: str, samples: Sequence[Sample], conf: float, what: str, backend: str = ONNX_RUNTIME
-) -> Judgement:
-    """Run a file over all samples. conf: the operating threshold. what: for the progress bar."""
-    with open_detector(path, device, backend=backend) as detector:
+def judge(path: Path, device: str, samples: Sequence[Sample], conf: float, what: str) -> Judgement:
+    """Run a file over all samples, on `judging_backend`. conf: the operating threshold. what: for the progress bar."""
+    with open_detector(path, device, backend=judging_backend(device)) as detector:
         found = [detector(read_picture(sample.path)) for sample in tqdm(samples, what, unit="picture", leave=False)]
     truth = TruthTable.of([sample.truth for sample in samples])
     judged = evaluate(truth, DetectionTable.of(found), [REASONABLE])[REASONABLE.name]
@@ -75,7 +72,7 @@ def race(fp32: Path, path: Path, device: str, samples: Sequence[Sample]) -> list
     places = np.linspace(0, len(samples) - 1, min(TIMED_PICTURES, len(samples))).round().astype(int)
     pictures = [read_picture(samples[place].path) for place in places]
     races = []
-    for backend in _backends(device):
+    for backend in backends(device):
         times_ms: list[list[float]] = [[], []]
         with ExitStack() as opened:
             detectors = [opened.enter_context(open_detector(one, device, backend=backend)) for one in (fp32, path)]
@@ -89,7 +86,12 @@ def race(fp32: Path, path: Path, device: str, samples: Sequence[Sample]) -> list
     return races
 
 
-def _backends(device: str) -> list[str]:
-    """Those that an ONNX file runs on as it is, without an engine being built first."""
+def judging_backend(device: str) -> str:
+    """The runtime that miss rates are measured on: OpenVINO where it is, which is the one that reckons in INT8."""
+    return backends(device)[-1]
+
+
+def backends(device: str) -> list[str]:
+    """The installed runtimes that an ONNX file runs on as it is, without an engine being built first."""
     with_openvino = device == "cpu" and importlib.util.find_spec("openvino") is not None
-    return [ONNX_RUNTIME, *(["openvino"] if with_openvino else [])]
+    return ["onnxruntime", *(["openvino"] if with_openvino else [])]

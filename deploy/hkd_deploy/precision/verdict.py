@@ -13,13 +13,14 @@ MOST_RECALL_FALL = 1.0  # percentage points
 class Verdict:
     """What a smaller file costs and brings on the device it was made on.
 
-    before, after: of the FP32 file and of this one, on this one's fastest runtime. races: one a runtime.
+    before, after: of the FP32 file and of this one, on the runtime `judged_on`. races: one a runtime.
     conf: the threshold of recall. max_mr_rise: percentage points.
     """
 
     precision: str
     before: Judgement
     after: Judgement
+    judged_on: str
     races: tuple[Race, ...]
     conf: float
     max_mr_rise: float
@@ -64,7 +65,7 @@ class Verdict:
         end = f"not worth it: {' and '.join(self.reasons)}" if self.reasons else "worth it"
         return (
             f"{self.precision} against fp32 on this device: {self.speed:.2f}x as fast end to end ({ratios}); "
-            f"on {self.fastest.backend} miss rate {self.miss_rate_rise:+.2f} points "
+            f"on {self.judged_on} miss rate {self.miss_rate_rise:+.2f} points "
             f"({100 * self.after.miss_rate:.2f} %), recall at {self.conf:g} {self.recall_rise:+.2f} points "
             f"({100 * self.after.recall:.2f} %): {end}"
         )

@@ -15,7 +15,7 @@ RACES = (Race("onnxruntime", 10, 16), Race("openvino", 8, 4))
 
 
 def verdict(races: tuple[Race, ...] = RACES, after: Judgement = AFTER) -> Verdict:
-    return Verdict("int8", BEFORE, after, races, 0.3, 0.5)
+    return Verdict("int8", BEFORE, after, "openvino", races, 0.3, 0.5)
 
 
 def test_speed_is_the_fastest_runtime_of_each_file_against_that_of_the_other() -> None:
