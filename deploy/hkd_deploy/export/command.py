@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hkd_deploy.backends import openvino_folder
-from hkd_deploy.export.options import add_arguments, graph_options
+from hkd_deploy.export import options as graph
+from hkd_deploy.precision import command as precision
 from hkd_deploy.targets import command as targets
 from hkd_deploy.trt import arguments as tensorrt
 from hkd_det.datasets.catalogue import open_data
@@ -26,32 +27,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _body(argv: Sequence[str] | None) -> int:
     flags = _parser().parse_args(argv)
-    source = Path(flags.model)
-    if flags.check and not flags.trt:
-        raise UsageError("--check: belongs to --trt")
-    if flags.trt and flags.target:
-        raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
-    match source.suffix:
-        case ".pt":
-            onnx = _onnx_of_weights(source, flags)
-        case ".onnx" if flags.trt or flags.openvino or flags.target:
-            onnx = source
-        case ".engine" if flags.target:
-            targets.write_targets(source, flags)
-            return 0
-        case ".onnx":
-            raise UsageError(f"{source}: is ONNX already; say what to make of it: --trt, --openvino, --target")
-        case _:
-            raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    source, output = Path(flags.model), Path(flags.output) if flags.output else None
+    _check(source, output, flags)
+    if source.suffix == ".engine":
+        targets.write_targets(source, flags)
+        return 0
+    smaller = flags.precision != "fp32"
+    onnx_output = output if output and output.suffix == ".onnx" else None
+    # --output names what was asked for; an FP32 file on the way to a smaller one keeps its usual name.
+    onnx = _onnx_of_weights(source, None if smaller else onnx_output, flags) if source.suffix == ".pt" else source
+    if smaller:
+        onnx = precision.write_precision(onnx, onnx_output, flags)
     if flags.trt:
-        tensorrt.run(onnx, flags, Path(flags.output) if flags.output and onnx == source else None)
+        tensorrt.run(onnx, flags, output if output != onnx_output else None)
     if flags.openvino:
         openvino_folder.export_openvino(onnx)
     targets.write_targets(onnx, flags)
     return 0
 
 
-def _onnx_of_weights(weights: Path, flags: argparse.Namespace) -> Path:
+def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
+    """What would otherwise show only after a file or two have been written."""
+    if source.suffix not in (".pt", ".onnx", ".engine"):
+        raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    if source.suffix == ".engine" and not flags.target:
+        raise UsageError(f"{source}: is an engine already; only --target makes something of it")
+    if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.target):
+        raise UsageError(f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --target")
+    if flags.check and not flags.trt:
+        raise UsageError("--check: belongs to --trt")
+    if flags.trt and flags.target:
+        raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
+    endings = (".onnx", ".engine") if flags.trt and not flags.check else (".onnx",)
+    if output and output.suffix not in endings:
+        raise UsageError(f"--output {output}: must end in {' or '.join(endings)}")
+
+
+def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> Path:
     """Write the ONNX file and say what was seen; its path."""
     try:
         from hkd_deploy.export.from_weights import export  # noqa: PLC0415 - torch, for this source only
@@ -64,10 +76,8 @@ def _onnx_of_weights(weights: Path, flags: argparse.Namespace) -> Path:
         ) from None
     checkpoint = read_detector(weights)
     trained_hw = tuple(checkpoint.config["imgsz_hw"])
-    options = graph_options(flags, (trained_hw[0], trained_hw[1]))
-    path = Path(flags.output or weights.with_suffix(".onnx"))
-    if path.suffix != ".onnx":
-        raise UsageError(f"--output {path}: must end in .onnx")
+    options = graph.graph_options(flags, (trained_hw[0], trained_hw[1]))
+    path = output or weights.with_suffix(".onnx")
     if flags.no_verify:
         write_onnx(checkpoint, path, options)
         verdict = "not compared with torch, as asked by --no-verify"
@@ -97,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="the file to write; by default best.onnx beside the weights")
     parser.add_argument("--data", help="pictures to verify on; by default the training data's val split")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
-    openvino_folder.add_arguments(parser)
-    add_arguments(parser)
+    graph.add_arguments(parser)
+    precision.add_arguments(parser)
     tensorrt.add_arguments(parser)
+    openvino_folder.add_arguments(parser)
     targets.add_arguments(parser)
     return parser

@@ -1,0 +1,121 @@
+"""`hkd-export --precision`: the flags, and the way from an FP32 file to a smaller one with its verdict."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hkd_deploy.precision.calibration import calibration_samples
+from hkd_deploy.precision.half import to_half
+from hkd_deploy.precision.judge import Judgement, judge, judged_samples, judging_backend, race
+from hkd_deploy.precision.parts import parts_of
+from hkd_deploy.precision.quantise import quantise
+from hkd_deploy.precision.source import Source, read_source
+from hkd_deploy.precision.verdict import Verdict, unmeasured
+from hkd_deploy.precision.write import save
+from hkd_det.datasets.sample import Sample
+from hkd_det.errors import HkdError, UsageError
+from hkd_det.files import replacing
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+NO_BF16 = "ONNX Runtime has no bfloat16 convolution; it is for TensorRT: measure it there with hkd-bench"
+
+
+class PrecisionError(HkdError):
+    """The file would see too little."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of hkd-export that this package reads; --data and --output are the command's own."""
+    group = parser.add_argument_group(
+        "precision", "smaller numbers than float32, judged on --data's val split (docs/export/precision.md)"
+    )
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="numbers of the written file")
+    group.add_argument("--calib", metavar="DATA", help="int8: calibrate on its train split; by default --data's")
+    group.add_argument("--calib-images", type=int, default=512, metavar="N", help="pictures to calibrate on")
+    group.add_argument(
+        "--max-mr-rise", type=float, default=0.5, metavar="POINTS", help="how much the miss rate may rise"
+    )
+    group.add_argument("--conf", type=float, default=0.3, help="score from which a detection counts for recall")
+    group.add_argument("--measure-on", default="cpu", metavar="DEVICE", help="device to judge it on: cpu, cuda, cuda:N")
+    group.add_argument("--force", action="store_true", help="write the file even if the miss rate rises by more")
+
+
+def write_precision(fp32: Path, output: Path | None, flags: argparse.Namespace) -> Path:
+    """Make the file that --precision asks for of an FP32 ONNX file, and print its verdict; its path.
+
+    output: by default NAME.PRECISION.onnx beside it.
+
+    Raises PrecisionError, and writes nothing, if the miss rate rises by more than --max-mr-rise without --force; else
+    as reading, calibrating and judging raise.
+    """
+    path = output or fp32.with_suffix(f".{flags.precision}.onnx")
+    if path.resolve() == fp32.resolve():
+        raise UsageError(f"--output {path}: is the FP32 file itself; name another")
+    _check(flags)
+    source = read_source(fp32)
+    if flags.precision == "bf16":
+        line, facts = unmeasured("bf16", NO_BF16)
+        with replacing(path) as aside:
+            save(source, to_half(source.model, parts_of(source.model), "bf16"), aside, "bf16", {}, facts)
+    else:
+        line = _write_judged(source, path, flags)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; {line}")
+    return path
+
+
+def _write_judged(source: Source, path: Path, flags: argparse.Namespace) -> str:
+    """Make, judge and write the file; the verdict's line. What the data lacks is said before an hour has gone by."""
+    data = flags.data or source.manifest.data
+    samples = judged_samples(data)
+    before, model, quantised = _made(source, samples, data, flags)
+    with replacing(path) as aside:
+        save(source, model, aside, flags.precision, quantised, {})
+        after = judge(aside, flags.measure_on, samples, flags.conf, flags.precision)
+        races = tuple(race(source.path, aside, flags.measure_on, samples))
+        judged_on = judging_backend(flags.measure_on)
+        verdict = Verdict(flags.precision, before, after, judged_on, races, flags.conf, flags.max_mr_rise)
+        if verdict.miss_rate_rise > flags.max_mr_rise and not flags.force:
+            raise PrecisionError(_refusal(path, verdict, quantised))
+        save(source, model, aside, flags.precision, quantised, verdict.facts())
+    return verdict.line()
+
+
+def _made(
+    source: Source, samples: Sequence[Sample], data: str, flags: argparse.Namespace
+) -> tuple[Judgement, Any, dict[str, Any]]:
+    """How well FP32 sees, the smaller model, and how INT8 was made."""
+    if flags.precision == "fp16":
+        before = judge(source.path, flags.measure_on, samples, flags.conf, "fp32")
+        return before, to_half(source.model, parts_of(source.model), "fp16"), {}
+    calib = flags.calib or data
+    calibration = calibration_samples(calib, flags.calib_images)
+    before = judge(source.path, flags.measure_on, samples, flags.conf, "fp32")
+
+    def rise_of(trial: Path, what: str) -> float:
+        seen = judge(trial, flags.measure_on, samples, flags.conf, what)
+        return 100 * (seen.miss_rate - before.miss_rate)
+
+    made = quantise(source, calibration, rise_of, flags.max_mr_rise)
+    return before, made.model, made.facts(calib, len(calibration))
+
+
+def _refusal(path: Path, verdict: Verdict, quantised: dict[str, Any]) -> str:
+    tried, remedy = "", "stay with fp32"
+    if quantised:
+        tried = f", even with {len(quantised['left_out'])} of {quantised['layers']} layers left out"
+        remedy = "try more --calib-images or other --calib data"
+    return (
+        f"{path}: not written: the miss rate rises by {verdict.miss_rate_rise:.2f} points{tried}, more than "
+        f"--max-mr-rise {verdict.max_mr_rise:g}; {remedy}, or --force"
+    )
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if not (math.isfinite(flags.max_mr_rise) and flags.max_mr_rise >= 0):
+        raise UsageError(f"--max-mr-rise {flags.max_mr_rise}: percentage points, from 0 up")
+    if not 0 < flags.conf < 1:
+        raise UsageError(f"--conf {flags.conf}: between 0 and 1")
+    if flags.calib and flags.precision != "int8":
+        raise UsageError(f"--calib {flags.calib}: only --precision int8 is calibrated")

@@ -1,0 +1,97 @@
+"""How well a file sees and how fast it runs on this device, against another: real pictures, end to end."""
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from tqdm import tqdm
+
+from hkd_deploy.pipeline import open_detector
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.sample import Sample, read_picture
+from hkd_det.errors import DataError, HkdError
+from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.curve import MissRate
+from hkd_det.metrics.tables import DetectionTable, TruthTable
+
+TIMED_PICTURES = 16
+ROUNDS = 40
+WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """miss_rate: MR^-2, Reasonable, 0..1. recall: of the people to be found, at the operating threshold, 0..1."""
+
+    miss_rate: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Race:
+    """Median milliseconds from frame to detections of the FP32 file and of the other, on one runtime."""
+
+    backend: str
+    fp32_ms: float
+    ms: float
+
+
+def judged_samples(data: str) -> list[Sample]:
+    """A data set's val split. Raises as `open_data` does, with what to do about it; DataError if it shows nobody."""
+    try:
+        samples = open_data(data, "val")
+    except HkdError as error:
+        raise type(error)(f"no pictures to judge by: {error} (--data DATA names others)") from error
+    truth = TruthTable.of([sample.truth for sample in samples])
+    if not evaluate(truth, DetectionTable.of([]), [REASONABLE])[REASONABLE.name].people:
+        raise DataError(f"{data}: nobody of 50 px or more in its split val to judge by; --data DATA names others")
+    return samples
+
+
+def judge(path: Path, device: str, samples: Sequence[Sample], conf: float, what: str) -> Judgement:
+    """Run a file over all samples, on `judging_backend`. conf: the operating threshold. what: for the progress bar."""
+    with open_detector(path, device, backend=judging_backend(device)) as detector:
+        found = [detector(read_picture(sample.path)) for sample in tqdm(samples, what, unit="picture", leave=False)]
+    truth = TruthTable.of([sample.truth for sample in samples])
+    judged = evaluate(truth, DetectionTable.of(found), [REASONABLE])[REASONABLE.name]
+    return Judgement(judged.value, recall_at(judged, conf))
+
+
+def recall_at(judged: MissRate, conf: float) -> float:
+    """The share of people that detections with a score of at least `conf` find."""
+    count = int((judged.scores >= conf).sum())
+    return 1 - float(judged.miss_rate[count - 1]) if count else 0.0
+
+
+def race(fp32: Path, path: Path, device: str, samples: Sequence[Sample]) -> list[Race]:
+    """Both files in turn, picture by picture, on every runtime that is installed and takes the device."""
+    places = np.linspace(0, len(samples) - 1, min(TIMED_PICTURES, len(samples))).round().astype(int)
+    pictures = [read_picture(samples[place].path) for place in places]
+    races = []
+    for backend in backends(device):
+        times_ms: list[list[float]] = [[], []]
+        with ExitStack() as opened:
+            detectors = [opened.enter_context(open_detector(one, device, backend=backend)) for one in (fp32, path)]
+            for turn in tqdm(range(WARM_UP + ROUNDS), f"timing on {backend}", leave=False):
+                for detector, times in zip(detectors, times_ms, strict=True):
+                    start = perf_counter()
+                    detector(pictures[turn % len(pictures)])
+                    times.append(1e3 * (perf_counter() - start))
+        fp32_ms, ms = (float(np.median(times[WARM_UP:])) for times in times_ms)
+        races.append(Race(backend, fp32_ms, ms))
+    return races
+
+
+def judging_backend(device: str) -> str:
+    """The runtime that miss rates are measured on: OpenVINO where it is, which is the one that reckons in INT8."""
+    return backends(device)[-1]
+
+
+def backends(device: str) -> list[str]:
+    """The installed runtimes that an ONNX file runs on as it is, without an engine being built first."""
+    with_openvino = device == "cpu" and importlib.util.find_spec("openvino") is not None
+    return ["onnxruntime", *(["openvino"] if with_openvino else [])]

@@ -1,0 +1,101 @@
+"""The FP32 file that a smaller one is made of."""
+
+import importlib
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hkd_deploy.artifact import Manifest
+from hkd_det.errors import DataError, UnavailableError, UsageError
+
+OPSETS = range(13, 21)  # scales per channel came with 13; ONNX Runtime's quantiser stops before 21
+SMALL_TYPES = ("FLOAT16", "BFLOAT16", "INT8", "UINT8")  # of weights: a file that has any is no FP32 file
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An FP32 file as hkd-export wrote it.
+
+    model: the onnx.ModelProto; every node has a name of its own. sha256: 64 hexadecimal digits, of the file.
+    """
+
+    path: Path
+    model: Any
+    manifest: Manifest
+    sha256: str
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself."""
+        return {entry.key: entry.value for entry in self.model.metadata_props}
+
+
+def read_source(path: Path) -> Source:
+    """Read an FP32 file of hkd-export.
+
+    Raises UnavailableError without the onnx package, DataError for what is no ONNX file, no file of hkd-export, not
+    FP32 any more, or of an opset that is too old or too new, UsageError for a graph that cannot be judged.
+    """
+    onnx = import_onnx()
+    if not path.is_file():
+        raise DataError(f"{path}: no such model file; hkd-export writes one")
+    packed = path.read_bytes()
+    model = _parsed(onnx, packed, path)
+    source = Source(path, model, Manifest.from_metadata(_metadata(model), path), sha256(packed).hexdigest())
+    _check_numbers(onnx, source)
+    _check_opset(source)
+    if source.manifest.raw:
+        raise UsageError(f"{path}: exported with --raw, which gives no detections to judge by; export without it")
+    _name_nodes(model)
+    return source
+
+
+def import_onnx() -> Any:
+    """The onnx package; UnavailableError where it is missing."""
+    try:
+        return importlib.import_module("onnx")
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{error.name} is not installed; --precision needs: pip install 'hkd-det[quant]'"
+        ) from None
+
+
+def _parsed(onnx: Any, packed: bytes, path: Path) -> Any:
+    decode_error = importlib.import_module("google.protobuf.message").DecodeError
+    try:
+        model = onnx.load_model_from_string(packed)
+    except decode_error:
+        model = None
+    if model is None or not model.graph.node:  # an empty file, and many a text, is a valid message that says nothing
+        raise DataError(f"{path}: not an ONNX file, or a truncated one; hkd-export writes one")
+    return model
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _check_numbers(onnx: Any, source: Source) -> None:
+    marks = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"}
+    types = {onnx.TensorProto.DataType.Name(weight.data_type) for weight in source.model.graph.initializer}
+    small = sorted(types.intersection(SMALL_TYPES))
+    if small or any(node.op_type in marks for node in source.model.graph.node):
+        known = source.metadata().get("hkd.precision", small[0].lower() if small else "int8")
+        raise DataError(f"{source.path}: is {known} already; start from the FP32 file that hkd-export wrote")
+
+
+def _check_opset(source: Source) -> None:
+    (opset,) = [entry.version for entry in source.model.opset_import if entry.domain in ("", "ai.onnx")] or [0]
+    if opset not in OPSETS:
+        raise DataError(
+            f"{source.path}: opset {opset}, and --precision takes {OPSETS[0]} to {OPSETS[-1]}; "
+            "export it again with hkd-export, which writes 17"
+        )
+
+
+def _name_nodes(model: Any) -> None:
+    taken: set[str] = set()
+    for number, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{number}"
+        taken.add(node.name)

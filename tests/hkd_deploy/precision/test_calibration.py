@@ -1,0 +1,48 @@
+"""Calibration sees what a picture makes of each layer's input, on the same pictures in the same order every time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hkd_deploy.artifact import Manifest
+from hkd_deploy.precision.calibration import METHODS, calibrate, calibration_samples, network_input
+from hkd_deploy.precision.source import read_source
+from hkd_det.datasets.sample import read_picture
+from hkd_det.errors import DataError, UsageError
+
+
+def test_reach_is_the_largest_value_that_enters_a_layer(box_net: Callable[..., Path], street: Path) -> None:
+    samples = calibration_samples(str(street), 6)
+    found = calibrate(read_source(box_net()), ("first_node", "second_node"), samples)
+    brightest = max(float(read_picture(sample.path).max()) for sample in samples) / 255
+    assert found["minmax"] == pytest.approx({"normal": brightest, "first_relu": brightest}, rel=1e-5)
+    for method in METHODS:
+        assert set(found[method]) == {"normal", "first_relu"}
+        assert all(0 < found[method][name] <= brightest * 1.02 for name in found[method])
+
+
+def test_the_same_pictures_every_time_and_a_word_where_they_are_few(
+    street: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = (calibration_samples(str(street), 4) for _ in range(2))
+    assert [sample.path for sample in first] == [sample.path for sample in again]
+    assert len({sample.path for sample in first}) == 4 and all("train" in str(sample.path) for sample in first)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "4 pictures to calibrate on" in said[0] and "300" in said[0]
+
+
+def test_missing_pictures_say_what_to_do(tmp_path: Path, street: Path) -> None:
+    with pytest.raises(DataError, match=r"no pictures to calibrate on: .*no such data yaml.*--calib"):
+        calibration_samples(str(tmp_path / "none.yaml"), 4)
+    with pytest.raises(UsageError, match="--calib-images 0: at least 1"):
+        calibration_samples(str(street), 0)
+
+
+def test_a_graph_that_takes_floats_gets_them(box_net: Callable[..., Path]) -> None:
+    manifest: Manifest = read_source(box_net()).manifest
+    picture = np.random.default_rng(0).integers(0, 256, (48, 96, 3), np.uint8)
+    packed = network_input(manifest, picture)
+    assert packed.dtype == np.uint8 and packed.shape == (1, 96, 96, 3)
+    np.testing.assert_array_equal(packed[0, :48], picture)
