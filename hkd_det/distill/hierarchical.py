@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from hkd_det.distill.adapter import Adapter, Projection
 from hkd_det.distill.detections import taught_by
@@ -24,7 +25,7 @@ from hkd_det.losses.imitation import balanced_mean, imitation_error
 from hkd_det.losses.localisation import localisation_loss
 from hkd_det.losses.overlap import giou_loss
 from hkd_det.losses.soft_score import soft_score_loss
-from hkd_det.models.assignment import TruthBatch, points_inside
+from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.prediction import Branch, Prediction
 from hkd_det.models.tap import Tap
 
@@ -96,16 +97,17 @@ class HierarchicalDistillation(nn.Module):
     def _region(self, adapted: Sequence[Tensor], lesson: Lesson) -> Tensor:
         truth, maps = lesson.truth, lesson.other_maps
         found, most = lesson.found, self.weights.regions
-        regions = [
-            torch.cat([truth.boxes_xyxy[b][truth.real[b]], boxes[:most][scores[:most] >= self.weights.confident]])
-            for b, (boxes, scores) in enumerate(zip(found.boxes_xyxy, found.scores, strict=True))
-        ]
-        count = torch.tensor(float(sum(len(boxes) for boxes in regions)), device=maps[0].device)
-        norm = lesson.norm_of(count)
-        if count == 0:
+        scores = pad_sequence([of_one[:most] for of_one in found.scores], batch_first=True, padding_value=-1.0)
+        theirs = pad_sequence([of_one[:most] for of_one in found.boxes_xyxy], batch_first=True)
+        read = torch.cat([truth.real, scores >= self.weights.confident], 1)
+        picture, place = read.nonzero(as_tuple=True)
+        boxes = torch.cat([truth.boxes_xyxy, theirs], 1)[picture, place]
+        norm = lesson.norm_of(torch.tensor(float(len(boxes)), device=boxes.device))
+        if not len(boxes):
             return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
         mine, other = ([of_one[index] for index in self.region_levels] for of_one in (adapted, maps))
-        return region_errors(mine, other, [self.strides[index] for index in self.region_levels], regions).sum() / norm
+        strides = [self.strides[index] for index in self.region_levels]
+        return region_errors(mine, other, strides, boxes, picture).sum() / norm
 
     def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         student, teacher = lesson.mine, lesson.other
@@ -130,8 +132,7 @@ def _box_error(student: Branch, teacher: Branch) -> Tensor:
 
 def _cells_with_people(map_hw: tuple[int, int], stride: int, truth: TruthBatch) -> Tensor:
     """[B, H, W] bool: the cell's centre lies in a person's box."""
-    height, width = map_hw
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    centres = (torch.stack([x, y], -1).reshape(-1, 2).float() + 0.5) * stride
-    inside = points_inside(centres.to(truth.boxes_xyxy.device), truth.boxes_xyxy) & truth.real[..., None]
-    return inside.any(1).view(-1, height, width)
+    x1, y1, x2, y2 = truth.boxes_xyxy[..., None].unbind(2)  # [B, M, 1]
+    y, x = (stride * (torch.arange(cells, device=x1.device) + 0.5) for cells in map_hw)
+    rows, columns = (y > y1) & (y < y2), (x > x1) & (x < x2) & truth.real[..., None]  # [B, M, H] and [B, M, W]
+    return (rows[..., None] & columns[:, :, None]).any(1)

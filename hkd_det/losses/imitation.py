@@ -1,24 +1,23 @@
 """Imitation of feature maps: standardised mean squared error (PKD, Cao et al. 2022)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-
-def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
-    """[N, C, ...] with mean 0 and variance 1 in each channel of each item."""
-    # A group a channel; contiguous, since other layouts take torch several times as long.
-    plain = features.to(torch.float32, memory_format=torch.contiguous_format)
-    return torch.group_norm(plain, features.shape[1], eps=eps)
+EPS = 1e-5  # added to a channel's variance
 
 
 def imitation_error(student: Tensor, teacher: Tensor) -> Tensor:
     """[N, ...] half the squared difference of standardised [N, C, ...] features, averaged over channels.
 
-    Its mean is 1 - Pearson's correlation: 0 for equal patterns of any scale and offset, 1 for unrelated
-    ones, 2 for opposite ones.
+    Standardised: mean 0 and variance 1 in each channel of each item. The mean of what comes back is 1 - Pearson's
+    correlation: 0 for equal patterns of any scale and offset, 1 for unrelated ones, 2 for opposite ones. The student
+    alone gets a gradient.
     """
-    return 0.5 * F.mse_loss(standardise(student), standardise(teacher), reduction="none").mean(1)
+    errors: Tensor = _CellErrors.apply(_cells(student), _cells(teacher))
+    return errors.view(len(student), *student.shape[2:])
 
 
 def balanced_mean(error: Tensor, foreground: Tensor, share: float) -> Tensor:
@@ -26,9 +25,45 @@ def balanced_mean(error: Tensor, foreground: Tensor, share: float) -> Tensor:
 
     A picture with only one of the two kinds gets the plain mean of that kind.
     """
-    mask = foreground.to(error.dtype)
-    inside = (error * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
-    outside = (error * (1 - mask)).sum((1, 2)) / (1 - mask).sum((1, 2)).clamp(min=1)
-    part = torch.where(mask.sum((1, 2)) > 0, share, 0.0)
-    part = torch.where((1 - mask).sum((1, 2)) > 0, part, 1.0)
-    return part * inside + (1 - part) * outside
+    inside = foreground.sum((1, 2))
+    outside = foreground[0].numel() - inside
+    part = torch.where(inside > 0, share, 0.0)
+    part = torch.where(outside > 0, part, 1.0)
+    of_inside, of_outside = part / inside.clamp(min=1), (1 - part) / outside.clamp(min=1)
+    weight = torch.where(foreground, of_inside[:, None, None], of_outside[:, None, None])
+    return (error * weight).sum((1, 2))
+
+
+class _CellErrors(torch.autograd.Function):
+    """[N, T] errors of [N, T, C] float32 features at T cells.
+
+    By hand, as this is most of what the levels cost: torch's normalisations are slow unless a channel lies in one piece,
+    which maps, channels last, would first have to be brought to; and without them it would keep many more maps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        mine, scale = _standardised(student)
+        difference = mine - _standardised(teacher)[0]
+        ctx.save_for_backward(mine, scale, difference)
+        return 0.5 * difference.square().mean(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        mine, scale, difference = ctx.saved_tensors
+        of_mine = difference * (gradient / difference.shape[2])[..., None]
+        along = (of_mine * mine).mean(1, keepdim=True)  # what would change mean and variance alone has no effect
+        return (of_mine - of_mine.mean(1, keepdim=True)).sub_(mine * along).mul_(scale), None
+
+
+def _cells(features: Tensor) -> Tensor:
+    """[N, C, ...] as [N, T, C] float32, cell by cell: as they lie in memory, if they are channels last."""
+    return features.movedim(1, -1).flatten(1, -2).float()
+
+
+def _standardised(features: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, T, C] with mean 0 and variance 1 over the cells, and the factor [N, 1, C] that it took."""
+    centred = features - features.mean(1, keepdim=True)
+    scale = (centred.square().mean(1, keepdim=True) + EPS).rsqrt()
+    return centred.mul_(scale), scale
