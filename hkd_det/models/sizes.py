@@ -20,10 +20,20 @@ SIZES: dict[str, DetectorSpec | FasterRcnnSpec] = {
     "student-r18": DetectorSpec("resnet18", {"channels": (32, 64, 128, 256), "stem_width": 32}, channels=96),
     "mini-teacher": DetectorSpec("resnet18", {"channels": (32, 64, 128, 256), "stem_width": 32}, channels=96),
     "mini-student": DetectorSpec("resnet10t", {"channels": (16, 32, 64, 128), "stem_width": 16}, channels=40),
+    "slim-student": DetectorSpec(
+        "resnet10t",
+        {"channels": (16, 32, 64, 128), "stem_width": 8, "stem_type": "deep", "layers": (1, 1, 2, 1)},
+        channels=40,
+    ),
     "fasterrcnn-r50": FasterRcnnSpec(),
     "fasterrcnn-r18": FasterRcnnSpec("resnet18", width=0.5, channels=112, head_width=512),
 }
-TEACHER_OF = {"student-r18": "teacher-r50", "mini-student": "mini-teacher", "fasterrcnn-r18": "fasterrcnn-r50"}
+TEACHER_OF = {
+    "student-r18": "teacher-r50",
+    "mini-student": "mini-teacher",
+    "slim-student": "mini-teacher",
+    "fasterrcnn-r18": "fasterrcnn-r50",
+}
 
 
 @dataclass(frozen=True)
