@@ -1,7 +1,6 @@
 """The pipeline: frames in, people out, each stage timed. Letterbox, a backend, the way back."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +100,8 @@ class Detector:
 
         batches = self._split(boxes)
         if self._parallel > 1 and len(batches) > 1:
+            from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - needed by few, and not light
+
             with ThreadPoolExecutor(self._parallel) as pool:
                 list(pool.map(detect, batches))
         else:

@@ -51,8 +51,8 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> No
         kinds = ", ".join(f"{count} {kind.lower()}" for kind, count in checked.operators.items())
         print(
             f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.operators.values())} layers: {kinds}) and "
-            f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s: {words(histogram(checked.layers))} "
-            f"(asked: {source.precision}); nothing was written"
+            f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s; layers that multiply: "
+            f"{words(histogram(checked.layers))} (asked: {source.precision}); nothing was written"
         )
         if flags.layers:
             print(table(checked.layers))
@@ -65,8 +65,8 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> No
     sidecar, layers = build_engine(source, engine, options, flags.gpu)
     print(
         f"{engine}: {sidecar.gpu}, TensorRT {sidecar.tensorrt}, {engine.stat().st_size / MIB:.1f} MiB, built in "
-        f"{sidecar.build_s:.0f} s; {words(sidecar.precision_found)} (asked: {sidecar.precision_asked}); "
-        f"facts in {sidecar_path(engine).name}"
+        f"{sidecar.build_s:.0f} s; layers that multiply: {words(sidecar.precision_found)} "
+        f"(asked: {sidecar.precision_asked}); facts in {sidecar_path(engine).name}"
     )
     if flags.layers:
         print(table(layers))

@@ -50,15 +50,14 @@ def check_precision(source: OnnxSource, layers: Sequence[Layer]) -> None:
     found = histogram(layers)
     if source.precision not in found:
         raise DataError(
-            f"{source.path}: asked for {source.precision}, but TensorRT has built {words(found)}; nothing was written; "
-            f"export the file again with --precision {source.precision}"
+            f"{source.path}: asked for {source.precision}, but TensorRT has built layers of {words(found)}; "
+            f"nothing was written; export the file again with --precision {source.precision}"
         )
 
 
 def words(found: dict[str, int]) -> str:
-    """A histogram in a few words: `42 layers int8, 5 fp16`."""
-    first, *others = [f"{count} {precision}" for precision, count in found.items()] or ["no layer"]
-    return ", ".join([first.replace(" ", " layers ", 1), *others])
+    """A histogram in a few words: `40 int8, 7 fp16`."""
+    return ", ".join(f"{count} {precision}" for precision, count in found.items()) or "none"
 
 
 def inspect(trt: Any, built: Built, log: Log, path: Path) -> Inspected:
