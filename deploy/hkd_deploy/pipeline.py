@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.artifact import Manifest
-from hkd_deploy.backends.backend import Answer, Backend
-from hkd_deploy.backends.opening import Hint, Opened, open_backend
+from hkd_deploy.backends.backend import Answer, Backend, Hint
+from hkd_deploy.backends.opening import Opened, open_backend
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError
 from hkd_det.imgsz import STRIDE, format_imgsz
