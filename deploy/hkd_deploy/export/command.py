@@ -37,10 +37,13 @@ def _body(argv: Sequence[str] | None) -> int:
             raise UsageError(f"{source}: is ONNX already; say what to make of it: --trt, --openvino")
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    output = Path(flags.output) if flags.output and onnx == source else None
+    if output and flags.trt and flags.openvino:
+        raise UsageError(f"--output {output}: of --trt or of --openvino? ask for one at a time")
     if flags.trt:
-        tensorrt.run(onnx, flags, Path(flags.output) if flags.output and onnx == source else None)
+        tensorrt.run(onnx, flags, output)
     if flags.openvino:
-        openvino_folder.export_openvino(onnx)
+        openvino_folder.export_openvino(onnx, output)
     return 0
 
 
