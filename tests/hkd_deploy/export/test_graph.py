@@ -75,7 +75,12 @@ def checkpoint(spec: Any) -> DetectorCheckpoint:
             for name, module in detector.named_modules():
                 if re.search(r"cv[23]\.\d\.2$|head\.(many|one)$", name):
                     torch.nn.init.normal_(module.weight, std=0.5)  # type: ignore[arg-type]
+            for seed in range(3):  # normalisation has seen pictures
+                detector(torch.from_numpy(np.stack([picture(96, 96, seed)] * 2)).permute(0, 3, 1, 2))
+        if isinstance(spec, YoloSpec):  # and has noise of its own, or it would fade on the way
+            for module in detector.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
+                    torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
                     torch.nn.init.uniform_(module.running_var, 0.2, 1.0)  # type: ignore[arg-type]
                     torch.nn.init.uniform_(module.weight, 0.8, 1.6)
     config = {"data": "street.yaml", "imgsz_hw": list(HW), "setup": "Reasonable"}
@@ -141,9 +146,11 @@ def test_any_number_of_any_size_for_every_family(spec: Any, tmp_path: Path) -> N
             assert boxes.shape == (batch, 300, 4) and scores.shape == (batch, 300) and count.dtype == np.int64
             for index in range(batch):
                 wanted = detected(detector, grey_padded(pictures[index]))
-                assert abs(len(wanted[1]) - count[index]) <= 1 and count[index] > 10
-                np.testing.assert_allclose(scores[index, : len(wanted[1])], wanted[1], atol=1e-3)
-                assert box_difference(*(part[:50] for part in wanted), boxes[index], scores[index]) < 0.05
+                # Over flat grey scores tie, and each runtime suppresses another of two.
+                assert abs(len(wanted[1]) - count[index]) <= 0.05 * count[index] and count[index] > 10
+                surest = [part[:50] for part in wanted]
+                np.testing.assert_allclose(scores[index, : len(surest[1])], surest[1], atol=1e-3)
+                assert box_difference(*surest, boxes[index], scores[index]) < 0.05
 
 
 @pytest.fixture(scope="module")
