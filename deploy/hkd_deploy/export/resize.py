@@ -53,7 +53,7 @@ def padded(pictures: Tensor, least_hw: tuple[int, int]) -> Tensor:
     """[B, 3, H, W] pictures, grey added below and at the right up to multiples of 32, `least_hw` at least."""
     sides = shape_as_tensor(pictures)[2:]
     missing = torch.maximum((sides + STRIDE - 1) // STRIDE * STRIDE, torch.tensor(least_hw)) - sides
-    return F.pad(pictures, (0, missing[1], 0, missing[0]), value=float(PAD_VALUE))  # type: ignore[list-item]
+    return F.pad(pictures, (0, missing[1], 0, missing[0]), value=float(PAD_VALUE))  # type: ignore[arg-type]
 
 
 def content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hkd_det.models.suppression import CANDIDATES, IOU
 
-BLOCK = 125  # boxes, by falling score, that are settled together before the next are looked at
+BLOCK = 250  # boxes, by falling score, that are settled together before the next are looked at
 # A round settles one more link of a chain within a block (A beats B, so B no longer beats C, ...). Chains in which
 # scores fall from neighbour to neighbour 16 times are not seen where a detector has learnt anything.
 ROUNDS = 16
