@@ -73,9 +73,8 @@ def _onnx_of_weights(weights: Path, flags: argparse.Namespace) -> Path:
             f"agrees with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
             f"scores within {parity.score:.2g}"
         )
-    print(
-        f"{path}: {checkpoint.model}, {format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB; {verdict}"
-    )
+    size = f"{format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB"
+    print(f"{path}: {checkpoint.model}, {size}; {verdict}")
     return path
 
 
