@@ -1,5 +1,6 @@
 """Files that are never half written: write aside, then rename."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,10 +30,36 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` to write into; on success it takes `path`'s place, with all it holds.
+
+    On any error, Ctrl-C included, it is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as name:
+        aside = Path(name) / "new"
+        aside.mkdir()
+        yield aside
+        if path.exists():
+            path.rename(Path(name) / "old")  # a folder that is not empty can't be renamed over
+        try:
+            aside.rename(path)
+        except BaseException:
+            (Path(name) / "old").rename(path)
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file in one step."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """64 hexadecimal digits of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

@@ -35,17 +35,20 @@ class Letterbox:
         )
         return height, width
 
-    def apply(self, picture_rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB of `source_hw` to (h, w, 3) uint8 of `input_hw`."""
+    def apply(self, picture_rgb: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB of `source_hw` to (h, w, 3) uint8 of `input_hw`, written to `out` where it is given."""
         height, width = self.content_hw
-        canvas = np.full((*self.input_hw, 3), PAD_VALUE, dtype=np.uint8)
+        canvas = np.empty((*self.input_hw, 3), dtype=np.uint8) if out is None else out
+        content = canvas[:height, :width]
+        canvas[height:] = PAD_VALUE
+        canvas[:height, width:] = PAD_VALUE
         if (height, width) == self.source_hw:
-            canvas[:height, :width] = picture_rgb
+            content[:] = picture_rgb
         else:
             # INTER_AREA is what shrinking needs: bilinear skips pixels below half size and small people flicker.
             shrinks = height < self.source_hw[0]
             how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            canvas[:height, :width] = cv2.resize(picture_rgb, (width, height), interpolation=how)
+            cv2.resize(picture_rgb, (width, height), content, interpolation=how)
         return canvas
 
     def to_source(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,40 @@ LOAD_ERRORS = (
 )  # fmt: skip
 
 
-def open_session(path: Path, device: str = "cpu", threads: int | None = None) -> Any:
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider of ONNX Runtime and its options, both as ONNX Runtime names them.
+
+    absent, broken: what to say where ONNX Runtime has no such provider, and where it has but takes another in silence.
+    others: providers for the operators that it does not take; the CPU's is always among them.
+    devices: of a provider that is a plugin, what it runs on.
+    """
+
+    name: str
+    absent: str
+    broken: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[tuple[str, Mapping[str, str]], ...] = ()
+    devices: tuple[Any, ...] = ()
+
+
+def open_session(path: Path, device: str = "cpu", threads: int | None = None, provider: Provider | None = None) -> Any:
     """ONNX Runtime's InferenceSession of an ONNX file on `device`: cpu, cuda or cuda:N.
 
     threads: CPU threads inside one operator; None leaves it to ONNX Runtime (one a physical core).
+    provider: by default ONNX Runtime's own for the device.
     Raises UsageError for a device or thread count that makes no sense, UnavailableError if ONNX
     Runtime or the device is not there, DataError if the file can't be loaded.
     """
-    provider, options = _provider(device)
+    taken = provider or _provider(device)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: at least 1")
     _check_file(path)
-    runtime = _import_onnxruntime()
-    if provider not in runtime.get_available_providers():
-        raise UnavailableError(f"--device {device}: {_GET_CUDA}")
-    session = _load(runtime, path, provider, options, threads)
-    _check_device(session, device, provider, options)
+    runtime = import_onnxruntime()
+    if not taken.devices and taken.name not in runtime.get_available_providers():
+        raise UnavailableError(f"--device {device}: {taken.absent}")
+    session = _load(runtime, path, taken, threads)
+    _check_device(session, device, taken)
     return session
 
 
@@ -37,15 +57,27 @@ _GET_CUDA = (
     "the ONNX Runtime installed here has no CUDA; for an NVIDIA GPU: "
     "pip uninstall -y onnxruntime && pip install 'hkd-det[gpu]' (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
 )
+_MEND_CUDA = (
+    "CUDA or cuDNN is missing or of another version than onnxruntime-gpu was built for; "
+    "try pip install 'onnxruntime-gpu[cuda,cudnn]'"
+)
 
 
-def _provider(device: str) -> tuple[str, dict[str, str]]:
+def gpu_index(device: str) -> str | None:
+    """The N of cuda:N, "0" of cuda, None of cpu. Raises UsageError for any other device."""
     if device == "cpu":
-        return "CPUExecutionProvider", {}
+        return None
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if not match:
         raise UsageError(f"--device {device}: expected cpu, cuda or cuda:0")
-    return "CUDAExecutionProvider", {"device_id": match[1] or "0"}
+    return match[1] or "0"
+
+
+def _provider(device: str) -> Provider:
+    index = gpu_index(device)
+    if index is None:
+        return Provider("CPUExecutionProvider", absent="ONNX Runtime without a CPU", broken="install it again")
+    return Provider("CUDAExecutionProvider", _GET_CUDA, _MEND_CUDA, {"device_id": index})
 
 
 def _check_file(path: Path) -> None:
@@ -55,7 +87,8 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: no such model file; hkd-export writes one")
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The package. Raises UnavailableError where it is missing or does not load."""
     try:
         return importlib.import_module("onnxruntime")
     except ModuleNotFoundError as error:
@@ -65,45 +98,58 @@ def _import_onnxruntime() -> Any:
             "ONNX Runtime is not installed; pip install 'hkd-det[cpu]' (or 'hkd-det[gpu]')"
         ) from None
     except ImportError as error:
-        raise UnavailableError(f"ONNX Runtime is installed but does not load: {_first_line(error)}") from None
+        raise UnavailableError(f"ONNX Runtime is installed but does not load: {first_line(error)}") from None
 
 
-def _load(runtime: Any, path: Path, provider: str, options: dict[str, str], threads: int | None) -> Any:
+def _load(runtime: Any, path: Path, provider: Provider, threads: int | None) -> Any:
     settings = runtime.SessionOptions()
     settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 4  # fatal only: what goes wrong is raised, and said once
     if threads is not None:
         settings.intra_op_num_threads = threads
+    asked: dict[str, Any] = {"providers": [(provider.name, dict(provider.options)), *provider.others]}
+    if provider.devices:
+        settings.add_provider_for_devices(list(provider.devices), dict(provider.options))
+        asked = {}
     state = runtime.capi.onnxruntime_pybind11_state
     load_errors = tuple(getattr(state, name) for name in LOAD_ERRORS if hasattr(state, name))
     try:
-        return runtime.InferenceSession(str(path), settings, providers=[(provider, options)])
+        # enable_fallback: or a provider that fails, now or in a later run, is replaced by the CPU's.
+        return runtime.InferenceSession(str(path), settings, enable_fallback=0, **asked)
     except load_errors as error:
         raise DataError(
             f"{path}: ONNX Runtime {runtime.__version__} cannot load it (truncated, no ONNX file, or too new): "
             f"{_reason(error)}"
         ) from None
+    except (RuntimeError, ValueError, getattr(state, "EPFail", RuntimeError)) as error:
+        raise UnavailableError(f"{provider.name} does not start: {_reason(error)}; {provider.broken}") from None
 
 
-def _check_device(session: Any, device: str, provider: str, options: dict[str, str]) -> None:
+def _check_device(session: Any, device: str, provider: Provider) -> None:
     """ONNX Runtime takes the CPU in silence when CUDA's libraries are missing: read back what it took."""
     found = session.get_providers()[0]
-    if found != provider:
+    if found != provider.name:
         raise UnavailableError(
-            f"--device {device}: ONNX Runtime has opened the model on {found} instead; "
-            "CUDA or cuDNN is missing or of another version than onnxruntime-gpu was built for; "
-            "try pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            f"--device {device}: ONNX Runtime has opened the model on {found} instead of {provider.name}; "
+            f"{provider.broken}"
         )
-    taken = session.get_provider_options()[provider].get("device_id", "0")
-    if taken != options.get("device_id", "0"):
+    if "device_id" not in provider.options:
+        return
+    taken = session.get_provider_options()[provider.name].get("device_id", "0")
+    if taken != provider.options["device_id"]:
         raise UnavailableError(f"--device {device}: ONNX Runtime has taken GPU {taken} instead")
 
 
 def _reason(error: Exception) -> str:
-    """ONNX Runtime's message without its code prefix and the path, which are said already."""
-    text = _first_line(error)
+    """ONNX Runtime's message without its code prefix and paths: of the model, said already, and of its own source."""
+    text = first_line(error)
+    opset = re.search(r"Opset (\d+) .* till opset (\d+)", text)
+    if opset:
+        return f"its opset is {opset[1]}, this version reads up to {opset[2]}; update ONNX Runtime"
+    text = re.sub(r" ?/\S+\.(?:h|cc):\d+ .*?\) (?=[A-Z])", " ", text)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : (Load model from .*? failed: ?)?", "", text)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error's message."""
     return str(error).strip().split("\n", 1)[0]

@@ -21,9 +21,12 @@ from tqdm import tqdm
 from hkd_bench.host import host_facts
 from hkd_bench.result import SCHEMA, BenchResult, Curve, ModelResult, StageSamples
 from hkd_bench.worker import ERRORS, Job, Measured, read_detections
+from hkd_deploy.backends.opening import BACKENDS, backend_of
+from hkd_deploy.backends.openvino_folder import model_files
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.files import sha256_of
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.curve import MissRate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
@@ -34,13 +37,14 @@ class BenchOptions:
     """How to measure.
 
     data, split, command: where the samples come from and what was typed, for the record. annotated: the samples' truth
-    is known; without it no miss rate is measured. threads: CPU threads, None leaves it to the runtime.
-    runs: timed runs a model over all rounds. warm_up, warm_up_s: untimed runs a round, at least so many and for at
-    least so long. staged_runs: runs a round that time the stages. timed_pictures: most different pictures that are
-    timed; they are held in memory.
+    is known; without it no miss rate is measured. backends: each of them measures every model; None is the one of the
+    model's kind of file. threads: CPU threads, None leaves it to the runtime. runs: timed runs a model over all rounds.
+    warm_up, warm_up_s: untimed runs a round, at least so many and for at least so long. staged_runs: runs a round that
+    time the stages. timed_pictures: most different pictures that are timed; they are held in memory.
     """
 
     device: str = "cpu"
+    backends: tuple[str | None, ...] = (None,)
     threads: int | None = None
     runs: int = 200
     rounds: int = 3
@@ -54,26 +58,35 @@ class BenchOptions:
     annotated: bool = True
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A model file on a backend, under the name it has in the tables. sha256: 64 hexadecimal digits of the file."""
+
+    path: Path
+    backend: str
+    name: str
+    sha256: str
+
+
 def bench(
     models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions, names: Sequence[str] | None = None
 ) -> BenchResult:
     """Measure model files side by side: miss rate over all samples, latency on some of them, memory.
 
-    names: one a model for the tables, the file names by default. Raises UsageError for options that make no
+    names: one a model and backend for the tables, the file names by default. Raises UsageError for options that make no
     sense, DataError and UnavailableError as opening and reading raise them.
     """
     _check(models, samples, options)
-    labels = _names(models, names)
-    digests = [_sha256(path) for path in models]
+    contenders = _contenders(models, options.backends, names)
     facts = host_facts()  # before the measurement itself raises the load
-    rounds: list[list[Measured]] = [[] for _ in models]
-    detections: list[list[Detections]] = [[] for _ in models]
-    with tempfile.TemporaryDirectory(prefix="hkd-bench-") as folder, _progress(models, samples, options) as bar:
+    rounds: list[list[Measured]] = [[] for _ in contenders]
+    detections: list[list[Detections]] = [[] for _ in contenders]
+    with tempfile.TemporaryDirectory(prefix="hkd-bench-") as folder, _progress(contenders, samples, options) as bar:
         for number in range(options.rounds):
-            for turn in range(len(models)):
-                index = (turn + number) % len(models)
-                bar.set_description(f"round {number + 1}/{options.rounds} {labels[index]}")
-                job = _job(models[index], samples, options, number, Path(folder))
+            for turn in range(len(contenders)):
+                index = (turn + number) % len(contenders)
+                bar.set_description(f"round {number + 1}/{options.rounds} {contenders[index].name}")
+                job = _job(contenders[index], samples, options, number, Path(folder))
                 rounds[index].append(_measure(job, Path(folder), bar))
                 if job.evaluated_pictures:
                     detections[index] = read_detections(Path(job.detections_npz))
@@ -93,8 +106,8 @@ def bench(
         warm_up=options.warm_up,
         warm_up_s=options.warm_up_s,
         models=tuple(
-            _model_result(label, path, digest, measured, _judged(found, samples))
-            for label, path, digest, measured, found in zip(labels, models, digests, rounds, detections, strict=True)
+            _model_result(contender, measured, _judged(found, samples))
+            for contender, measured, found in zip(contenders, rounds, detections, strict=True)
         ),
     )
 
@@ -104,6 +117,9 @@ def _check(models: Sequence[Path], samples: Sequence[Sample], options: BenchOpti
         raise UsageError("no model to measure")
     if not samples:
         raise DataError("no pictures to measure on")
+    for backend in options.backends:
+        if backend is not None and backend not in BACKENDS:
+            raise UsageError(f"--backend {backend}: expected {', '.join(BACKENDS)}")
     for name in ("runs", "rounds", "staged_runs", "timed_pictures"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
@@ -111,21 +127,31 @@ def _check(models: Sequence[Path], samples: Sequence[Sample], options: BenchOpti
         raise UsageError(f"--runs {options.runs}: fewer than the {options.rounds} rounds")
 
 
-def _names(models: Sequence[Path], names: Sequence[str] | None) -> list[str]:
+def _contenders(models: Sequence[Path], backends: Sequence[str | None], names: Sequence[str] | None) -> list[Contender]:
+    pairs = [(path, backend or backend_of(path)) for path in models for backend in backends]
+    digests = {path: _sha256(path) for path in models}
+    return [
+        Contender(path, backend, name, digests[path])
+        for (path, backend), name in zip(pairs, _names(pairs, names), strict=True)
+    ]
+
+
+def _names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:
     if names is None:
-        stems = [path.stem for path in models]
-        names = stems if len(set(stems)) == len(stems) else [str(path) for path in models]
-    if len(names) != len(models):
-        raise UsageError(f"--names: {len(names)} names for {len(models)} models")
+        stems, backends = [path.stem for path, _ in pairs], [backend for _, backend in pairs]
+        names = stems if len(set(stems)) == len(stems) else [str(path) for path, _ in pairs]
+        if len(set(backends)) > 1:
+            names = [f"{stem} {backend}" for stem, backend in zip(stems, backends, strict=True)]
+    if len(names) != len(pairs):
+        raise UsageError(f"--names: {len(names)} names for {len(pairs)} models (each on each backend)")
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise UsageError(f"--names {','.join(names)}: every model needs a name of its own")
     return list(names)
 
 
 def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such model file; hkd-export writes one")
-    return sha256(path.read_bytes()).hexdigest()
+    digests = [sha256_of(file) for file in model_files(path)]
+    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
 
 
 def _timed(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
@@ -134,12 +160,13 @@ def _timed(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
     return [samples[place] for place in places.round().astype(int)]
 
 
-def _job(model: Path, samples: Sequence[Sample], options: BenchOptions, number: int, folder: Path) -> Job:
+def _job(contender: Contender, samples: Sequence[Sample], options: BenchOptions, number: int, folder: Path) -> Job:
     """The first round evaluates too, after its times are taken: what is wrong with the data shows early."""
     evaluated = samples if options.annotated and number == 0 else ()
     return Job(
-        model=str(model),
+        model=str(contender.path),
         device=options.device,
+        backend=contender.backend,
         threads=options.threads,
         timed_pictures=tuple(str(sample.path) for sample in _timed(samples, options)),
         warm_up=options.warm_up,
@@ -151,9 +178,9 @@ def _job(model: Path, samples: Sequence[Sample], options: BenchOptions, number: 
     )
 
 
-def _progress(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
+def _progress(contenders: Sequence[Contender], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
     each = options.runs + options.rounds * (options.warm_up + options.staged_runs) + options.annotated * len(samples)
-    return tqdm(total=len(models) * each, unit="run", leave=False)
+    return tqdm(total=len(contenders) * each, unit="run", leave=False)
 
 
 def _measure(job: Job, folder: Path, bar: "tqdm[Any]") -> Measured:
@@ -192,20 +219,19 @@ def _judged(detections: Sequence[Detections], samples: Sequence[Sample]) -> dict
     return evaluate(TruthTable.of(truths), DetectionTable.of(detections))
 
 
-def _model_result(
-    name: str, path: Path, digest: str, rounds: Sequence[Measured], judged: dict[str, MissRate]
-) -> ModelResult:
+def _model_result(contender: Contender, rounds: Sequence[Measured], judged: dict[str, MissRate]) -> ModelResult:
     first, largest = rounds[0], max(rounds, key=lambda one: one.peak_memory_mib)
     stages = np.concatenate([one.stages_ms for one in rounds])
     return ModelResult(
-        name=name,
-        path=str(path),
-        sha256=digest,
+        name=contender.name,
+        path=str(contender.path),
+        sha256=contender.sha256,
+        backend=contender.backend,
         model=first.model,
         parameters=first.parameters,
         flops=first.flops,
         imgsz_hw=(first.imgsz_hw[0], first.imgsz_hw[1]),
-        file_mib=path.stat().st_size / 2**20,
+        file_mib=sum(file.stat().st_size for file in model_files(contender.path)) / 2**20,
         miss_rates={setup: found.value if found.people else None for setup, found in judged.items()},
         people={setup: found.people for setup, found in judged.items()},
         curve=Curve.of(judged[REASONABLE.name]),

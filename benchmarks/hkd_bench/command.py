@@ -13,6 +13,7 @@ from hkd_bench.result import BenchResult, write_result
 from hkd_bench.score.command import score
 from hkd_bench.table import text_table
 from hkd_deploy import open_detector
+from hkd_deploy.backends.opening import BACKENDS
 from hkd_deploy.streams.recorded import pictures_in
 from hkd_det.datasets.catalogue import SPLITS, open_data
 from hkd_det.datasets.sample import Sample
@@ -37,6 +38,7 @@ def _body(argv: Sequence[str] | None) -> int:
     options = BenchOptions(
         device=flags.device,
         threads=flags.threads,
+        backends=tuple(flags.backend.split(",")) if flags.backend else (None,),
         runs=flags.runs,
         data=flags.data or str(flags.pictures),
         split=flags.split if flags.data else "",
@@ -66,7 +68,8 @@ def _gallery(flags: argparse.Namespace, samples: Sequence[Sample]) -> Gallery | 
     """Of the last model; None where no truth is known that could judge it."""
     if not flags.data:
         return None
-    with open_detector(flags.models[-1], flags.device, flags.threads) as detector:
+    last = flags.backend.split(",")[-1] if flags.backend else None
+    with open_detector(flags.models[-1], flags.device, flags.threads, last) as detector:
         return judged_pictures(detector, samples, GALLERY_CONF, GALLERY_PICTURES)
 
 
@@ -83,11 +86,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "`hkd-bench score --help`: the miss rate of detections that lie in files.",
         epilog="example: hkd-bench teacher.onnx student.onnx --data citypersons --split val --html report.html",
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help=".onnx files written by hkd-export")
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="files or folders written by hkd-export")
     parser.add_argument("--data", help="a name in datasets.yaml, or your own data .yaml")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="instead of --data: time these, without miss rate")
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: %(default)s)")
+    parser.add_argument(
+        "--backend",
+        metavar="A,B",
+        help=f"measure every model on each of {', '.join(BACKENDS)} (default: the one of its kind of file)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: one a physical core)")
     parser.add_argument("--runs", type=int, default=200, help="timed runs a model (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of the split")

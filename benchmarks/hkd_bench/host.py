@@ -48,6 +48,8 @@ def host_facts() -> tuple[Fact, ...]:
 
 DISTRIBUTIONS = {
     "ONNX Runtime": ("onnxruntime", "onnxruntime-gpu"),
+    "OpenVINO": ("openvino",),
+    "TensorRT": ("tensorrt",),
     "NumPy": ("numpy",),
     "OpenCV": ("opencv-python-headless", "opencv-python"),
     "hkd-det": ("hkd-det",),

@@ -49,11 +49,12 @@ class StageSamples:
 class ModelResult:
     """One model file, measured.
 
-    path: as it was given. sha256: of the file. flops: of one picture, a multiply-add counts as two.
-    miss_rates: MR^-2 as a fraction by setup, None where no one was to be found. people: to be found, by setup.
-    curve, curve_all: of Reasonable and of All. e2e_ms: one entry a run, from frame to detections. load_ms: of opening
-    the file, one entry a round. peak_memory_mib: most resident while timing, the largest of the rounds; baseline_mib:
-    before the model was opened, with the interpreter, the libraries and the decoded pictures, of the same round.
+    path: as it was given. sha256: of the file, or of the digests of a folder's files. backend: what ran it.
+    flops: of one picture, a multiply-add counts as two. miss_rates: MR^-2 as a fraction by setup, None where no one was
+    to be found. people: to be found, by setup. curve, curve_all: of Reasonable and of All. e2e_ms: one entry a run,
+    from frame to detections. load_ms: of opening the file, one entry a round. peak_memory_mib: most resident while
+    timing, the largest of the rounds; baseline_mib: before the model was opened, with the interpreter, the libraries
+    and the decoded pictures, of the same round.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ModelResult:
     peak_memory_mib: float
     baseline_mib: float
     curve_all: Curve | None = None  # results of version 0.1.0 may be without
+    backend: str = "onnxruntime"  # the only one there was, in results that are without
 
     @property
     def latency(self) -> LatencySummary:

@@ -88,7 +88,8 @@ def notes(result: BenchResult) -> list[str]:
         f"Miss rate over {result.pictures} pictures ({data}; {people} people in Reasonable)."
         if result.pictures
         else f"No miss rate: {result.data or 'the pictures'} come without annotations.",
-        f"Latency of one frame, decoded picture to boxes, on {result.device} with {threads}: {result.runs} runs in "
+        f"Latency of one frame, decoded picture to boxes, on {result.device} with {threads}, {_by(result)}: "
+        f"{result.runs} runs in "
         f"{result.rounds} processes, after {result.warm_up} warm-up runs{_seconds(result)} each.",
         *_bounds(result),
     ]
@@ -97,6 +98,14 @@ def notes(result: BenchResult) -> list[str]:
         names = " and ".join(f"p{percentile}" for percentile in short)
         lines.append(f"{names}: of too few runs for a 99 % bound (p90 takes 64 runs, p99 662): read as an indication.")
     return lines
+
+
+def _by(result: BenchResult) -> str:
+    """What ran the models."""
+    backends = list(dict.fromkeys(model.backend for model in result.models))
+    if len(backends) == 1:
+        return f"by {backends[0]}"
+    return "by " + ", ".join(f"{model.backend} ({model.name})" for model in result.models)
 
 
 def _seconds(result: BenchResult) -> str:

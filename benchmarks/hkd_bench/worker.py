@@ -28,6 +28,9 @@ from hkd_det.files import write_text
 
 ERRORS: dict[str, type[HkdError]] = {kind.__name__: kind for kind in (UsageError, DataError, UnavailableError)}
 
+# What a backend imports, where that is not ONNX Runtime.
+LIBRARIES = {"openvino": "openvino", "openvino-bf16": "openvino", "tensorrt": "tensorrt"}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -40,6 +43,7 @@ class Job:
 
     model: str
     device: str
+    backend: str
     threads: int | None
     timed_pictures: tuple[str, ...]
     warm_up: int
@@ -96,11 +100,11 @@ def measure(job: Job) -> Measured:
     pictures = [read_picture(Path(path)) for path in job.timed_pictures]
     # The library's own weight and loading are not the model's. Where it is missing, opening the model says so.
     with suppress(ImportError):
-        importlib.import_module("onnxruntime")
+        importlib.import_module(LIBRARIES.get(job.backend, "onnxruntime"))
     memory.reset_peak()
     baseline_mib = memory.resident_mib()
     start = perf_counter()
-    with open_detector(job.model, job.device, job.threads) as detector:
+    with open_detector(job.model, job.device, job.threads, job.backend) as detector:
         load_ms = 1e3 * (perf_counter() - start)
         _warm_up(detector, pictures, job)
         e2e_ms = _end_to_end(detector, pictures, job.runs)

@@ -2,18 +2,29 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from hkd_det.errors import DataError
 from hkd_det.letterbox import PAD_VALUE
 
-FORMAT = 1  # of the metadata and of the graph's inputs and outputs; a reader knows all up to its own
+FORMAT = 2  # of the metadata and of the graph's inputs and outputs; a reader knows all up to its own
 
-# What the graph expects its input to have been through. There is one way; a file that asks for another is refused.
-PREPROCESS = {"layout": "NHWC", "color": "RGB", "dtype": "uint8", "letterbox": "top-left", "pad": PAD_VALUE}
+# What the graph expects its input to have been through; a file that asks for anything else is refused.
+PREPROCESS: dict[str, object] = {
+    "layout": "NHWC",
+    "color": "RGB",
+    "dtype": "uint8",
+    "letterbox": "top-left",
+    "pad": PAD_VALUE,
+}
+# The graph letterboxes: nothing at all.
+PREPROCESS_IN_GRAPH = {**PREPROCESS, "letterbox": "in graph"}
+# All but the detector's own mean and deviation.
+PREPROCESS_FLOAT01 = {**PREPROCESS, "layout": "NCHW", "dtype": "float32", "range": [0, 1]}
 
 T = TypeVar("T")
 
@@ -22,11 +33,16 @@ T = TypeVar("T")
 class Manifest:
     """Facts about one exported detector.
 
-    imgsz_hw: (height, width) pixels of the graph's input.
+    imgsz_hw: (height, width) pixels the network sees; the most it sees where `dynamic_size`.
     batch: pictures the graph takes at once; None where any number will do.
     flops: of one picture at imgsz_hw; one multiply-add counts as two.
     weights_sha256: 64 hexadecimal digits, of the trained weights that were exported.
     data: what the weights were trained on.
+    max_hw: (height, width) pixels of the largest picture the graph takes: imgsz_hw, unless it letterboxes.
+    dynamic_size: whether it takes any size up to max_hw and pads inside.
+    letterbox: whether it takes any size up to max_hw, letterboxes inside, and answers in pixels of the picture.
+    preprocess: "uint8": (B, H, W, 3) RGB; "float01": float32 (B, 3, H, W) RGB, 0..1.
+    raw: whether every candidate comes out, before any is chosen.
     """
 
     model: str
@@ -39,6 +55,11 @@ class Manifest:
     license: str
     date: str
     version: str
+    max_hw: tuple[int, int]
+    dynamic_size: bool = False
+    letterbox: bool = False
+    preprocess: Literal["uint8", "float01"] = "uint8"
+    raw: bool = False
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> "Manifest":
@@ -47,7 +68,7 @@ class Manifest:
         Raises DataError, naming the file, for a file that hkd-export did not write, one of a newer
         format, a missing key or a value that cannot be read.
         """
-        _check_format(metadata, path)
+        written_in = _checked_format(metadata, path)
 
         def read(key: str, parse: Callable[[str], T]) -> T:
             if key not in metadata:
@@ -58,7 +79,9 @@ class Manifest:
                 raise DataError(f"{path}: metadata {key} is {metadata[key]!r}: {error}; export it again") from None
 
         read("task", _detect_task)
-        read("hkd.preprocess", _known_preprocess)
+        first = written_in == 1  # the one graph there was: uint8 pictures of one size, letterboxed by the reader
+        known = (PREPROCESS,) if first else (PREPROCESS, PREPROCESS_IN_GRAPH, PREPROCESS_FLOAT01)
+        prepared = read("hkd.preprocess", partial(_one_of, known))
         return cls(
             model=read("hkd.model", _text),
             imgsz_hw=read("imgsz", _size_hw),
@@ -70,10 +93,15 @@ class Manifest:
             license=read("license", _text),
             date=read("date", _text),
             version=read("version", _text),
+            max_hw=read("imgsz" if first else "hkd.max_hw", _size_hw),
+            dynamic_size=not first and read("hkd.dynamic_size", _truth),
+            letterbox=prepared == PREPROCESS_IN_GRAPH,
+            preprocess="float01" if prepared == PREPROCESS_FLOAT01 else "uint8",
+            raw=not first and read("hkd.raw", _truth),
         )
 
 
-def _check_format(metadata: Mapping[str, str], path: Path) -> None:
+def _checked_format(metadata: Mapping[str, str], path: Path) -> int:
     if "hkd.format" not in metadata:
         raise DataError(f"{path}: not an hkd-det model (its metadata has no hkd.format); make one with hkd-export")
     found = metadata["hkd.format"]
@@ -84,6 +112,7 @@ def _check_format(metadata: Mapping[str, str], path: Path) -> None:
             f"{path}: written in format {found} by a newer hkd-det, this one reads up to {FORMAT}; "
             "update with pip install -U hkd-det"
         )
+    return int(found)
 
 
 def _text(value: str) -> str:
@@ -120,6 +149,14 @@ def _detect_task(value: str) -> None:
         raise ValueError("only 'detect' is known here")
 
 
-def _known_preprocess(value: str) -> None:
-    if json.loads(value) != PREPROCESS:  # JSONDecodeError is a ValueError
-        raise ValueError(f"only {json.dumps(PREPROCESS)} is known here")
+def _truth(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ValueError("neither true nor false")
+    return value == "true"
+
+
+def _one_of(known: Sequence[dict[str, object]], value: str) -> dict[str, object]:
+    found = json.loads(value)  # JSONDecodeError is a ValueError
+    if found not in known:
+        raise ValueError(f"only {' or '.join(json.dumps(one) for one in known)} is known here")
+    return dict(found)

@@ -1,24 +1,31 @@
-"""The pipeline: a frame in, people out, each stage timed. Letterbox, ONNX Runtime, the way back."""
+"""The pipeline: frames in, people out, each stage timed. Letterbox, a backend, the way back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.artifact import Manifest
-from hkd_deploy.backends.onnx_runtime import OnnxRuntime, open_onnx_runtime
+from hkd_deploy.backends.backend import Answer, Backend
+from hkd_deploy.backends.opening import Hint, Opened, open_backend
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError
-from hkd_det.letterbox import Letterbox
+from hkd_det.imgsz import STRIDE, format_imgsz
+from hkd_det.letterbox import PAD_VALUE, Letterbox
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Wall-clock milliseconds of one frame: letterbox, the graph, and the boxes' way back."""
+    """Wall-clock milliseconds of one frame: letterbox, the graph, and the boxes' way back.
+
+    A graph that letterboxes itself does so in `inference_ms`; what comes before is then next to nothing.
+    """
 
     preprocess_ms: float
     inference_ms: float
@@ -31,38 +38,51 @@ class StageTimes:
 
 
 class Detector:
-    """An open model. `manifest` says what it is, `device` where it runs.
+    """An open model. `manifest` says what it is, `backend` and `device` what runs it where.
 
     Keeps nothing between frames: several threads may call one detector.
     """
 
-    def __init__(self, runtime: OnnxRuntime) -> None:
+    def __init__(self, opened: Opened) -> None:
+        runtime = opened.runtime
         self.manifest = Manifest.from_metadata(runtime.metadata, runtime.path)
+        self.backend = opened.name
         self.device = runtime.device
-        self._runtime = runtime
-        if self.manifest.imgsz_hw != runtime.input_hw:
+        self._runtime: Backend = runtime
+        self._parallel = opened.parallel
+        self._most = runtime.batch or (1 if opened.parallel > 1 else opened.max_batch)
+        free = self.manifest.dynamic_size or self.manifest.letterbox
+        if runtime.input_hw != (None if free else self.manifest.imgsz_hw):
             raise DataError(
-                f"{runtime.path}: metadata says imgsz {self.manifest.imgsz_hw}, the graph takes {runtime.input_hw}; "
-                "export it again"
+                f"{runtime.path}: metadata says imgsz {'any' if free else self.manifest.imgsz_hw}, "
+                f"the graph takes {runtime.input_hw or 'any'}; export it again"
             )
-        if runtime.batch not in (None, 1):
-            raise DataError(f"{runtime.path}: takes {runtime.batch} pictures at once, not one; export it with batch 1")
 
-    def __call__(self, frame_rgb: NDArray[np.uint8]) -> Detections:
-        """People in one frame, uint8 RGB (H, W, 3) of any size: boxes in pixels of the frame."""
-        return self.timed(frame_rgb)[0]
+    @overload
+    def __call__(self, frame_rgb: NDArray[np.uint8]) -> Detections: ...
+
+    @overload
+    def __call__(self, frame_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
+
+    def __call__(self, frame_rgb: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Detections | list[Detections]:
+        """People in one frame, uint8 RGB (H, W, 3) of any size, or in each of a list: boxes in pixels of the frame.
+
+        A list goes through the graph in batches as large as it takes. Raises ValueError for what is no frame,
+        DataError for a frame larger than a graph takes that letterboxes itself.
+        """
+        if isinstance(frame_rgb, (list, tuple)):
+            return self._detect_all(frame_rgb)
+        return self.timed(frame_rgb)[0]  # type: ignore[arg-type]
 
     def timed(self, frame_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
-        """As a call, and how long each stage took. Raises ValueError for what is no frame."""
-        _check_frame(frame_rgb)
+        """One frame as in a call, and how long each stage took."""
         start = perf_counter()
-        box = Letterbox((frame_rgb.shape[0], frame_rgb.shape[1]), self.manifest.imgsz_hw)
-        batch = box.apply(frame_rgb)[None]  # [1, H, W, 3]
+        box = self._letterbox(frame_rgb)
+        batch = self._batch([box], [frame_rgb])
         prepared = perf_counter()
-        boxes, scores, count = self._runtime.run(batch)
+        answers = self._runtime.run(batch)
         inferred = perf_counter()
-        found = int(count[0])
-        detections = Detections(box.to_source(boxes[0, :found]), scores[0, :found])
+        detections = _in_source(box, answers, 0)
         done = perf_counter()
         return detections, StageTimes(
             preprocess_ms=1e3 * (prepared - start),
@@ -70,16 +90,89 @@ class Detector:
             postprocess_ms=1e3 * (done - inferred),
         )
 
+    def _detect_all(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        boxes = [self._letterbox(frame) for frame in frames_rgb]
+        found: dict[int, Detections] = {}
+
+        def detect(places: Sequence[int]) -> None:
+            batch = self._batch([boxes[place] for place in places], [frames_rgb[place] for place in places])
+            answers = self._runtime.run(batch)
+            found.update((place, _in_source(boxes[place], answers, row)) for row, place in enumerate(places))
+
+        batches = self._split(boxes)
+        if self._parallel > 1 and len(batches) > 1:
+            with ThreadPoolExecutor(self._parallel) as pool:
+                list(pool.map(detect, batches))
+        else:
+            for places in batches:
+                detect(places)
+        return [found[place] for place in range(len(frames_rgb))]
+
+    def _letterbox(self, frame_rgb: NDArray[np.uint8]) -> Letterbox:
+        """Where the frame goes in the graph's input."""
+        _check_frame(frame_rgb)
+        frame_hw = (frame_rgb.shape[0], frame_rgb.shape[1])
+        manifest = self.manifest
+        if manifest.letterbox:
+            if frame_hw[0] > manifest.max_hw[0] or frame_hw[1] > manifest.max_hw[1]:
+                raise DataError(
+                    f"{self._runtime.path}: a frame of {format_imgsz(frame_hw)}, the graph takes up to "
+                    f"{format_imgsz(manifest.max_hw)}; export it with --max-size {format_imgsz(frame_hw)}"
+                )
+            return Letterbox(frame_hw, frame_hw)
+        if manifest.dynamic_size:
+            # The picture as large as in imgsz, in the smallest input that holds it.
+            height, width = Letterbox(frame_hw, manifest.imgsz_hw).content_hw
+            return Letterbox(frame_hw, (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE))
+        return Letterbox(frame_hw, manifest.imgsz_hw)
+
+    def _batch(self, boxes: Sequence[Letterbox], frames_rgb: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """[B, H, W, 3] of frames that go into the same input; a fixed batch is filled up with grey."""
+        size = self._runtime.batch or len(boxes)
+        if size == 1 and boxes[0].source_hw == boxes[0].input_hw:
+            return np.ascontiguousarray(frames_rgb[0])[None]  # a frame of a graph's own size is not even copied
+        batch = np.empty((size, *boxes[0].input_hw, 3), np.uint8)
+        for row, (box, frame) in enumerate(zip(boxes, frames_rgb, strict=True)):
+            box.apply(frame, batch[row])
+        batch[len(boxes) :] = PAD_VALUE
+        return batch
+
+    def _split(self, boxes: Sequence[Letterbox]) -> list[list[int]]:
+        """Places of the frames that go through together: of one input size, as many as the graph takes.
+
+        Where calls run side by side, a graph of any batch is given single frames: that keeps all of them busy.
+        """
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for place, box in enumerate(boxes):
+            by_size.setdefault(box.input_hw, []).append(place)
+        most = self._most or max(1, len(boxes))
+        return [places[start : start + most] for places in by_size.values() for start in range(0, len(places), most)]
+
 
 @contextmanager
-def open_detector(path: Path | str, device: str = "cpu", threads: int | None = None) -> Iterator[Detector]:
+def open_detector(
+    path: Path | str,
+    device: str = "cpu",
+    threads: int | None = None,
+    backend: str | None = None,
+    hint: Hint = "latency",
+) -> Iterator[Detector]:
     """Open an exported model on cpu, cuda or cuda:N, and on nothing else.
 
-    threads: CPU threads inside one operator; None leaves it to the runtime.
+    path: an .onnx file, an .engine file or an OpenVINO folder. threads: CPU threads inside one operator; None leaves
+    it to the runtime. backend: one of `backends.opening.BACKENDS`; None takes the one of the file.
+    hint: of OpenVINO only, "throughput" answers lists as fast as it can, "latency" single frames.
     Raises UsageError, DataError or UnavailableError, each saying what to do.
     """
-    with open_onnx_runtime(Path(path), device, threads) as runtime:
-        yield Detector(runtime)
+    with open_backend(Path(path), device, threads, backend, hint) as opened:
+        yield Detector(opened)
+
+
+def _in_source(box: Letterbox, answers: Answer, row: int) -> Detections:
+    """One picture's people, in pixels of its frame."""
+    boxes, scores, count = answers
+    found = int(count[row])
+    return Detections(box.to_source(boxes[row, :found]), scores[row, :found])
 
 
 def _check_frame(frame_rgb: object) -> None:

@@ -20,7 +20,7 @@ from hkd_det.distill.arbiter import Together
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.mokd import arbiter_of
 from hkd_det.errors import DataError
-from hkd_det.files import write_text
+from hkd_det.files import sha256_of, write_text
 from hkd_det.losses.detection import total
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
@@ -93,6 +93,7 @@ class Run:
         detector.to(processes.device).to(memory_format=torch.channels_last)
         self.average = MovingAverage(detector, config.ema_decay)
         distiller = _distiller(config, detector, processes.device)
+        self.teacher_sha256 = sha256_of(Path(config.teacher)) if config.teacher else ""
         self.learner = Learner(detector, distiller, processes.norm_of).to(processes.device)
         self.learner = self.learner.to(memory_format=torch.channels_last)
         self.arbiter = arbiter_of(config.distill.mokd, self.learner, detector, processes.average)
@@ -143,6 +144,10 @@ class Run:
             raise DataError(f"{path}: belongs to a run of {saved.model}, not {self.config.model}")
         if saved.distill != self.config.distill:
             raise DataError(f"{path}: belongs to a run with other settings under distill; its config.yaml has them")
+        if state.get("teacher_sha256", self.teacher_sha256) != self.teacher_sha256:
+            raise DataError(
+                f"{path}: its teacher was another file than {self.config.teacher} is now; put that back or start again"
+            )
         try:
             self.learner.load_state_dict(state["learner"])
             self.average.average.load_state_dict(state["average"])
@@ -234,6 +239,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "arbiter": self.arbiter.state(),
             "history": [past.as_dict() for past in self.history],
+            "teacher_sha256": self.teacher_sha256,
         }
         write_state(config.run_dir / "last.pt", state)
         write_history(config.run_dir / "results.csv", self.history)

@@ -51,11 +51,13 @@ def _fresh(arguments: argparse.Namespace) -> TrainConfig:
     config = _asked(arguments)
     if not _starts_from(config.as_dict()):
         spec_of(config.model)
-    if (config.run_dir / "last.pt").exists() and not arguments.exist_ok:
-        raise UsageError(
-            f"{config.run_dir} already holds a run: --resume {config.run_dir} goes on with it, "
-            "--name NAME starts another, --exist-ok starts over in its place"
-        )
+    folders = [config.run_dir, *([control_of(config).run_dir] if arguments.control else [])]
+    for folder in folders:
+        if (folder / "last.pt").exists() and not arguments.exist_ok:
+            raise UsageError(
+                f"{folder} already holds a run: --resume {config.run_dir} goes on with it, "
+                "--name NAME starts another, --exist-ok starts over in its place"
+            )
     return config
 
 

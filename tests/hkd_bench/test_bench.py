@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hkd_bench.memory import peak_mib, reset_peak, resident_mib
 from hkd_bench.report import write_report
 from hkd_bench.result import BenchResult, read_result, write_result
 from hkd_bench.table import markdown_table, text_table
+from hkd_deploy.backends.openvino_folder import export_openvino
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import DataError
 
@@ -56,6 +58,25 @@ def test_every_run_is_counted_and_facts_come_from_the_file(result: BenchResult, 
         assert (found.parameters, found.flops, found.imgsz_hw) == (12, 3456, (96, 160))
         assert found.file_mib == model.stat().st_size / 2**20
         assert 0 < found.baseline_mib < found.peak_memory_mib
+
+
+@pytest.mark.slow
+def test_one_file_on_two_backends(model: Path, half_right: Path, tmp_path: Path) -> None:
+    folder = export_openvino(model)
+    options = BenchOptions(runs=2, rounds=1, warm_up=1, warm_up_s=0, staged_runs=1, data=str(half_right), split="val")
+    samples = open_data(str(half_right), "val")
+    both = bench([model], samples, replace(options, backends=("onnxruntime", "openvino")))
+    assert [(one.name, one.backend) for one in both.models] == [
+        ("tiny onnxruntime", "onnxruntime"),
+        ("tiny openvino", "openvino"),
+    ]
+    assert [one.miss_rates["Reasonable"] for one in both.models] == pytest.approx([0.5, 0.5])
+    assert "by onnxruntime (tiny onnxruntime), openvino (tiny openvino)" in text_table(both)
+    write_result(tmp_path / "r.json", both)
+    assert read_result(tmp_path / "r.json") == both
+    whole = bench([folder], samples, options)
+    assert whole.models[0].backend == "openvino" and "by openvino:" in text_table(whole)
+    assert whole.models[0].file_mib == sum(path.stat().st_size for path in folder.iterdir()) / 2**20
 
 
 def test_json_there_and_back(result: BenchResult, tmp_path: Path) -> None:
@@ -140,6 +161,8 @@ def test_the_runtimes_own_weight_is_not_the_models(result: BenchResult) -> None:
         (["DATA", "--data", "DATA"], 1, "data.yaml"),
         (["MODEL", "--data", "DATA", "--split", "test"], 2, "test"),
         (["MODEL", "--data", "DATA", "--device", "tpu"], 2, "tpu"),
+        (["MODEL", "--data", "DATA", "--backend", "onnx"], 2, "--backend onnx: expected onnxruntime, openvino"),
+        (["MODEL", "--data", "DATA", "--backend", "openvino,"], 2, "--backend : expected"),
         (["MODEL", "--data", "DATA", "--device", "cuda"], 1, "cuda"),
         (["MODEL", "--data", "DATA", "--limit", "0"], 2, "--limit"),
         (["MODEL", "--data", "DATA", "--names", "a,b"], 2, "--names"),

@@ -62,15 +62,16 @@ def write_tiny_onnx(
     changes: dict[str, str | None] | None = None,
     input_name: str = "images",
     output_name: str = "boxes",
+    free_size: bool = False,
 ) -> Path:
     """A model by the contract: row 0 is the box of pixels whose mean is at least 200, its score the picture's mean
-    of red / 255; row 1 is never valid. `changes` to the metadata; None takes a key out."""
+    of red / 255; row 1 is never valid. `changes` to the metadata; None takes a key out. free_size: height and width."""
     outputs = [
         helper.make_tensor_value_info(output_name, TensorProto.FLOAT, [batch or "batch", 2, 4]),
         helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch or "batch", 2]),
         helper.make_tensor_value_info("count", TensorProto.INT64, [batch or "batch"]),
     ]
-    shape = [batch or "batch", *imgsz_hw, 3]
+    shape = [batch or "batch", *(("height", "width") if free_size else imgsz_hw), 3]
     images = helper.make_tensor_value_info(input_name, TensorProto.UINT8, shape)
     graph = helper.make_graph(_nodes(input_name, output_name), "tiny", [images], outputs, _constants())
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

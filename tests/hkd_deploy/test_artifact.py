@@ -1,6 +1,7 @@
 """The manifest: what hkd-export writes is read, everything else is refused by name."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ GOOD = {
     "hkd.weights_sha256": "ab" * 32,
     "hkd.data": "citypersons",
 }
+GOOD_2 = {**GOOD, "hkd.format": "2", "hkd.max_hw": "[1080, 1920]", "hkd.dynamic_size": "false", "hkd.raw": "false"}
 PATH = Path("some/model.onnx")
 
 
@@ -42,11 +44,38 @@ def test_reads_every_field() -> None:
         license="Apache-2.0",
         date="2026-01-02",
         version="0.1.0",
+        max_hw=(512, 640),
     )
 
 
 def test_a_free_batch_is_none() -> None:
     assert Manifest.from_metadata({**GOOD, "batch": "dynamic"}, PATH).batch is None
+
+
+def test_format_2_says_which_graph_it_is() -> None:
+    plain = Manifest.from_metadata(GOOD_2, PATH)
+    assert (plain.max_hw, plain.dynamic_size, plain.letterbox, plain.preprocess, plain.raw) == (
+        (1080, 1920), False, False, "uint8", False
+    )  # fmt: skip
+    free = Manifest.from_metadata({**GOOD_2, "hkd.dynamic_size": "true", "hkd.raw": "true"}, PATH)
+    assert free.dynamic_size and free.raw
+    for change, letterbox, preprocess in (
+        ({"letterbox": "in graph"}, True, "uint8"),
+        ({"layout": "NCHW", "dtype": "float32", "range": [0, 1]}, False, "float01"),
+    ):
+        metadata = {**GOOD_2, "hkd.preprocess": json.dumps({**PREPROCESS, **change})}
+        manifest = Manifest.from_metadata(metadata, PATH)
+        assert (manifest.letterbox, manifest.preprocess) == (letterbox, preprocess)
+        with pytest.raises(DataError, match=r"metadata hkd\.preprocess is"):
+            Manifest.from_metadata({**metadata, "hkd.format": "1"}, PATH)
+
+
+@pytest.mark.parametrize("key", sorted(set(GOOD_2) - set(GOOD)))
+@pytest.mark.parametrize("value", [None, "", "True", "1", "[0, 3]"])
+def test_what_format_2_adds_is_read_strictly(key: str, value: str | None) -> None:
+    metadata = {name: text for name, text in {**GOOD_2, key: value}.items() if text is not None}
+    with pytest.raises(DataError, match=f"metadata (has no )?{re.escape(key)}"):
+        Manifest.from_metadata(metadata, PATH)
 
 
 def test_the_preprocess_contract_is_what_the_field_notes_say() -> None:
@@ -90,7 +119,7 @@ def test_a_bad_value_is_named(key: str, value: str) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("found", ["2", "10"])
+@pytest.mark.parametrize("found", ["3", "10"])
 def test_a_newer_format_asks_for_an_update(found: str) -> None:
     with pytest.raises(DataError, match=rf"format {found} by a newer hkd-det.*pip install -U hkd-det"):
         Manifest.from_metadata({**GOOD, "hkd.format": found}, PATH)
@@ -108,10 +137,10 @@ def test_a_foreign_file_is_sent_to_the_exporter() -> None:
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(GOOD)), st.text(max_size=12)))
-def test_any_text_is_read_or_refused_as_bad_data(changes: dict[str, str]) -> None:
+@given(st.sampled_from([GOOD, GOOD_2]), st.dictionaries(st.sampled_from(sorted(GOOD_2)), st.text(max_size=12)))
+def test_any_text_is_read_or_refused_as_bad_data(good: dict[str, str], changes: dict[str, str]) -> None:
     try:
-        manifest = Manifest.from_metadata({**GOOD, **changes}, PATH)
+        manifest = Manifest.from_metadata({**good, **changes}, PATH)
     except DataError:
         return
     assert manifest.parameters > 0

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_deploy import open_detector
+from hkd_deploy import Detector, open_detector
+from hkd_deploy.backends.backend import Answer, Backend
 from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
+from hkd_deploy.backends.opening import Opened
 from hkd_det.errors import DataError
 from hkd_det.letterbox import Letterbox
 
@@ -88,6 +90,46 @@ def test_several_threads_share_a_detector(tiny_onnx: Callable[..., Path]) -> Non
     assert [tuple(each.boxes_xyxy[0][:2]) for each in found] == corners
 
 
+class Recording:
+    """A session whose batches are written down."""
+
+    def __init__(self, session: Backend, batch: int | None) -> None:
+        self.path, self.device, self.metadata = session.path, session.device, session.metadata
+        self.batch, self.input_hw = batch, session.input_hw
+        self.shapes: list[tuple[int, ...]] = []
+        self._session = session
+
+    def run(self, pictures: np.ndarray) -> Answer:
+        self.shapes.append(pictures.shape)
+        return self._session.run(pictures)
+
+    def close(self) -> None:
+        """Not ours."""
+
+
+@pytest.mark.parametrize(
+    ("batch", "parallel", "max_batch", "batches"),
+    [
+        (None, 1, None, [10]),
+        (None, 1, 4, [2, 4, 4]),  # an engine of up to four
+        (4, 1, None, [4, 4, 4]),
+        (1, 1, None, [1] * 10),
+        (None, 3, None, [1] * 10),  # three calls at once
+        (4, 3, None, [4, 4, 4]),
+    ],
+)
+def test_how_a_list_is_split(
+    tiny_onnx: Callable[..., Path], batch: int | None, parallel: int, max_batch: int | None, batches: list[int]
+) -> None:
+    corners = [(x, x // 2) for x in range(0, 100, 10)]
+    frames = [frame_with_box((96, 160), (x, y, x + 60, y + 40)) for x, y in corners]
+    with open_onnx_runtime(tiny_onnx(), threads=1) as session:
+        recording = Recording(session, batch)
+        found = Detector(Opened(recording, "onnxruntime", parallel, max_batch))(frames)
+    assert sorted(shape[0] for shape in recording.shapes) == batches
+    assert [tuple(each.boxes_xyxy[0][:2]) for each in found] == corners
+
+
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
@@ -112,11 +154,6 @@ def test_metadata_against_the_graph(tiny_onnx: Callable[..., Path]) -> None:
         pytest.raises(DataError, match=r"tiny.onnx: metadata says imgsz \(160, 96\), the graph takes \(96, 160\)"),
         open_detector(path),
     ):
-        pass
-
-
-def test_a_batch_that_is_not_one(tiny_onnx: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match="takes 4 pictures at once"), open_detector(tiny_onnx(batch=4)):
         pass
 
 

@@ -14,7 +14,7 @@ from hkd_det import boxes as box_math
 from hkd_det.datasets import read_picture
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UsageError, run_command
-from hkd_det.files import replacing, write_text
+from hkd_det.files import replacing, replacing_folder, write_text
 from hkd_det.imgsz import format_imgsz, parse_imgsz
 from hkd_det.letterbox import PAD_VALUE, Letterbox
 
@@ -76,6 +76,16 @@ def test_letterbox_there_and_back(height: int, width: int, rows: int, columns: i
     assert (there <= np.array([content_width, content_height] * 2) + 1e-3).all()
 
 
+@pytest.mark.parametrize("source_hw", [(32, 64), (20, 64), (90, 50), (7, 300), (96, 64)])
+def test_letterbox_writes_into_a_row_of_a_batch_and_nowhere_else(source_hw: tuple[int, int]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (*source_hw, 3), dtype=np.uint8)
+    batch = np.full((3, 32, 64, 3), 7, np.uint8)
+    letterbox = Letterbox(source_hw, (32, 64))
+    assert np.shares_memory(letterbox.apply(picture[..., ::-1], batch[1]), batch)
+    assert np.array_equal(batch[1], letterbox.apply(picture[..., ::-1].copy()))
+    assert (batch[[0, 2]] == 7).all()
+
+
 def test_letterbox_keeps_content_and_pads_with_grey() -> None:
     picture = np.zeros((20, 80, 3), np.uint8)
     picture[5:15, 20:40] = (255, 0, 0)
@@ -110,6 +120,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
     write_text(path, "second")
     assert path.read_text() == "second" and path.stat().st_mode & 0o444
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder"
+    for text in ("first", "second"):
+        with replacing_folder(path) as aside:
+            (aside / f"{text}.txt").write_text(text)
+        assert [p.name for p in path.iterdir()] == [f"{text}.txt"] and path.stat().st_mode & 0o055
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), replacing_folder(path) as aside:
+            (aside / "half.txt").touch()
+            raise error
+    assert [p.name for p in path.iterdir()] == ["second.txt"] and [p.name for p in path.parent.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize(

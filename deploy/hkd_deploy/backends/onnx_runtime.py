@@ -1,6 +1,6 @@
 """ONNX Runtime: open a model file on the device that was asked for, or fail."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,32 +8,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.errors import DataError
-from hkd_det.onnx_session import open_session
+from hkd_deploy.backends.backend import OUTPUTS, Answer, End, checked_ends, closed_error
+from hkd_det.onnx_session import Provider, open_session
 
-OUTPUTS = {"boxes": "tensor(float)", "scores": "tensor(float)", "count": "tensor(int64)"}
+DTYPES = {
+    "tensor(uint8)": "uint8",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
 
 
 class OnnxRuntime:
     """An open session; several threads may call `run`, which keeps nothing.
 
-    metadata: the file's own strings. input_hw: (height, width) pixels. batch: pictures a call takes,
-    None for any number.
+    metadata: the file's own strings. batch: pictures a call takes, None for any number.
+    input_hw: (height, width) pixels, None where the graph leaves them free.
     """
 
     def __init__(self, path: Path, device: str, session: Any) -> None:
         self.path = path
         self.device = device
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-        self.batch, self.input_hw = _checked_input(session, path)
-        _check_outputs(session, path)
+        self.batch, self.input_hw = checked_ends(
+            path, self.metadata, _ends(session.get_inputs()), _ends(session.get_outputs())
+        )
+        self._names = list(OUTPUTS)
         self._session: Any | None = session
 
-    def run(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """(B, H, W, 3) uint8 RGB, letterboxed, to boxes [B, K, 4] in input pixels, scores [B, K], valid rows [B]."""
-        if self._session is None:
-            raise ValueError(f"{self.path}: this model has been closed; call it inside its `with` block")
-        boxes, scores, count = self._session.run(list(OUTPUTS), {"images": pictures})
+    def run(self, pictures: NDArray[np.uint8]) -> Answer:
+        """(B, H, W, 3) uint8 RGB to boxes [B, K, 4] in pixels of them, scores [B, K], valid rows [B]."""
+        session = self._session
+        if session is None:
+            raise closed_error(self.path)
+        boxes, scores, count = session.run(self._names, {"images": pictures})
         return boxes, scores, count
 
     def close(self) -> None:
@@ -42,30 +51,29 @@ class OnnxRuntime:
 
 
 @contextmanager
-def open_onnx_runtime(path: Path, device: str = "cpu", threads: int | None = None) -> Iterator[OnnxRuntime]:
+def open_onnx_runtime(
+    path: Path, device: str = "cpu", threads: int | None = None, provider: Provider | None = None
+) -> Iterator[OnnxRuntime]:
     """Open an ONNX file on `device`: cpu, cuda or cuda:N.
 
     threads: CPU threads inside one operator; None leaves it to ONNX Runtime (one a physical core).
+    provider: the execution provider, by default ONNX Runtime's own for the device.
     Raises UsageError for a device or thread count that makes no sense, UnavailableError if ONNX
     Runtime or the device is not there, DataError if the file is none of ours.
     """
-    opened = OnnxRuntime(path, device, open_session(path, device, threads))
+    opened = OnnxRuntime(path, device, open_session(path, device, threads, provider))
     try:
         yield opened
     finally:
         opened.close()
 
 
-def _checked_input(session: Any, path: Path) -> tuple[int | None, tuple[int, int]]:
-    """(batch or None, (height, width)) of the one input, images: uint8 (B, H, W, 3)."""
-    found = [(value.name, value.type, value.shape) for value in session.get_inputs()]
-    match found:
-        case [("images", "tensor(uint8)", [batch, int(height), int(width), 3])]:
-            return (batch if isinstance(batch, int) else None), (height, width)
-    raise DataError(f"{path}: not a model of hkd-export: expected one input images uint8 (B, H, W, 3), found {found}")
-
-
-def _check_outputs(session: Any, path: Path) -> None:
-    found = {value.name: value.type for value in session.get_outputs()}
-    if found != OUTPUTS:
-        raise DataError(f"{path}: not a model of hkd-export: expected outputs {OUTPUTS}, found {found}")
+def _ends(values: Sequence[Any]) -> list[End]:
+    return [
+        End(
+            value.name,
+            DTYPES.get(value.type, value.type),
+            tuple(side if isinstance(side, int) else None for side in value.shape),
+        )
+        for value in values
+    ]

@@ -172,8 +172,8 @@ class InFlight:
 class TensorRT:
     """An open engine. Several threads may call `run`; they take turns.
 
-    metadata: the ONNX file's own strings. input_hw: (height, width) pixels, the largest where free. batch: pictures a
-    call takes, None for any number up to `max_batch`.
+    metadata: the ONNX file's own strings. input_hw: (height, width) pixels, None where free. batch: pictures a call
+    takes, None for any number up to `max_batch`.
     """
 
     def __init__(self, opened: Opened, device: str, sidecar: Sidecar, new_slot: Callable[[], Slot]) -> None:
@@ -181,9 +181,10 @@ class TensorRT:
         self.device = device
         self.sidecar = sidecar
         self.metadata = sidecar.metadata
-        self.input_hw = (opened.largest[1], opened.largest[2])
-        self.max_batch = opened.largest[0]
-        self.batch = self.max_batch if opened.smallest[0] == self.max_batch else None
+        (low, *low_hw), (high, *high_hw) = opened.smallest[:3], opened.largest[:3]
+        self.input_hw = (high_hw[0], high_hw[1]) if low_hw == high_hw else None
+        self.max_batch = high
+        self.batch = high if low == high else None
         self._new_slot: Callable[[], Slot] | None = new_slot
         self._lock = threading.Lock()
         self._slot = new_slot()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 
+from hkd_deploy.backends.opening import BACKENDS
 from hkd_deploy.demo.run import open_output, run
 from hkd_deploy.demo.tally import Tally
 from hkd_deploy.demo.window import open_window
@@ -31,7 +32,7 @@ def _body(argv: Sequence[str] | None) -> int:
     try:
         with ExitStack() as stack:
             window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.window else None
-            detector = stack.enter_context(open_detector(flags.model, flags.device, flags.threads))
+            detector = stack.enter_context(open_detector(flags.model, flags.device, flags.threads, flags.backend))
             source = stack.enter_context(open_source(flags.source))
             output = open_output(stack, flags.save, source) if flags.save else None
             tally = Tally()  # its clock starts when everything is open
@@ -54,12 +55,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Run an exported model on a film, pictures, a webcam or a network camera; show it or save it.",
         epilog="example: hkd-demo student.onnx --source street.mp4 --save seen.mp4",
     )
-    parser.add_argument("model", type=Path, help="an .onnx file written by hkd-export")
+    parser.add_argument("model", type=Path, help="a file or folder written by hkd-export")
     parser.add_argument(
         "--source", required=True, help="film, picture, folder of pictures, webcam (0), rtsp:// or http://"
     )
     parser.add_argument("--conf", type=float, default=0.3, help="least score drawn, 0 to 1 (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: %(default)s)")
+    parser.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default: the one of the file's kind)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one a physical core)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write .mp4, .avi or .webm (.png, .jpg of a picture)")
     parser.add_argument("--window", action=argparse.BooleanOptionalAction, help="show it (default: unless --save)")

@@ -103,7 +103,7 @@ def _figures(
     """The panel's lines."""
     manifest = detector.manifest
     lines = [
-        f"{manifest.model}  {format_imgsz(manifest.imgsz_hw)}  {detector.device}",
+        f"{manifest.model}  {format_imgsz(manifest.imgsz_hw)}  {detector.backend} {detector.device}",
         f"{tally.recent_fps:.1f} fps   people {people}",
         f"{times.total_ms:.1f} ms = {times.preprocess_ms:.1f} pre + {times.inference_ms:.1f} net"
         f" + {times.postprocess_ms:.1f} post",

@@ -64,6 +64,14 @@ def test_broken_off_it_says_how_to_go_on_with_the_control_too(
     assert f"hkd-train --resume {tmp_path / 'run'} --control" in capsys.readouterr().err
 
 
+def test_an_older_control_is_not_written_over(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run-control").mkdir()
+    (tmp_path / "run-control/last.pt").touch()
+    taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--control"]
+    assert main(["--data", str(people), *taught, "--project", str(tmp_path), "--name", "run"]) == 2
+    assert "run-control already holds a run" in capsys.readouterr().err
+
+
 def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data", str(people), "--model", "mini-student", "--control"]) == 2
     assert "--teacher" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from hkd_det.distill.methods import Methods
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models import sizes
 from hkd_det.models.detector import DetectorSpec
-from hkd_det.train.checkpoint import read_detector, read_state, write_state
+from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector, write_state
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import train
@@ -84,6 +84,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     whole, resumed = (read_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert same(whole["learner"], resumed["learner"]) and same(whole["average"], resumed["average"])
     assert [e["losses"] for e in whole["history"]] == [e["losses"] for e in resumed["history"]]
+    other = DetectorCheckpoint.of(read_detector(teacher).build(), "mini-student", {}, 2, 0.5)
+    write_detector(teacher, other)
+    with pytest.raises(DataError, match="its teacher was another file"):
+        train(config, resume=True)
 
 
 @pytest.mark.slow

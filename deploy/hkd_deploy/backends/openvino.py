@@ -1,0 +1,184 @@
+"""OpenVINO on the CPU: an ONNX file or a folder of hkd-export, in the precision that was asked for."""
+
+import importlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_deploy.backends.backend import OUTPUTS, Answer, End, checked_ends, closed_error
+from hkd_deploy.backends.openvino_folder import model_files, read_metadata
+from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.onnx_session import first_line
+
+Precision = Literal["bf16"]
+Hint = Literal["latency", "throughput"]
+HINTS = ("latency", "throughput")
+DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
+LOAD_ERRORS = (
+    "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
+)  # fmt: skip
+NOISE = (
+    "Check '", "Errors during", "Exception from ", "FrontEnd API failed", "Model wasn't fully converted",
+    "While validating",
+)  # fmt: skip
+
+
+class OpenVino:
+    """A compiled model; several threads may call `run`, each takes a request of its own.
+
+    metadata: the file's own strings. batch: pictures a call takes, None for any number. input_hw: (height, width)
+    pixels, None where the graph leaves them free. parallel: calls at once that make the most of the processor.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, str], compiled: Any) -> None:
+        self.path = path
+        self.device = "cpu"
+        self.metadata = metadata
+        self.batch, self.input_hw = checked_ends(path, metadata, _ends(compiled.inputs), _ends(compiled.outputs))
+        self.parallel: int = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self._compiled: Any | None = compiled
+        self._idle: deque[Any] = deque()  # requests nobody is using: a request serves one thread at a time
+
+    def run(self, pictures: NDArray[np.uint8]) -> Answer:
+        """(B, H, W, 3) uint8 RGB to boxes [B, K, 4] in pixels of them, scores [B, K], valid rows [B]."""
+        compiled = self._compiled
+        if compiled is None:
+            raise closed_error(self.path)
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        try:
+            request.infer({"images": pictures}, share_inputs=True)
+            # Copied: the memory is the request's, and the next caller's answers lie there.
+            boxes, scores, count = (request.get_tensor(name).data.copy() for name in OUTPUTS)
+        finally:
+            self._idle.append(request)
+        return boxes, scores, count
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._compiled = None
+        self._idle.clear()
+
+
+@contextmanager
+def open_openvino(
+    path: Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    precision: Precision | None = None,
+    hint: Hint = "latency",
+) -> Iterator[OpenVino]:
+    """Open an ONNX file, a folder that hkd-export --openvino wrote, or the .xml in it.
+
+    threads: CPU threads; None leaves it to OpenVINO. precision: bf16 where it is asked for; else float32, which
+    OpenVINO itself would leave for bfloat16 in silence on processors that have it.
+    hint: latency answers one call as fast as it can; throughput answers `parallel` calls at once, each more slowly.
+    Raises UsageError for what makes no sense, UnavailableError if OpenVINO is not there or the processor has no
+    bfloat16, DataError if the file is none of ours.
+    """
+    if device != "cpu":
+        raise UsageError(
+            f"--device {device}: OpenVINO runs on cpu here; for an NVIDIA GPU: --backend onnxruntime or tensorrt"
+        )
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: at least 1")
+    if hint not in HINTS:
+        raise UsageError(f"hint {hint}: expected {' or '.join(HINTS)}")
+    model_path = model_files(path)[0]
+    openvino = _import_openvino()
+    core = openvino.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UnavailableError("--backend openvino-bf16: this processor has no bfloat16; say --backend openvino")
+    wanted = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": hint.upper()}
+    if threads is not None:
+        wanted["INFERENCE_NUM_THREADS"] = str(threads)
+    with _told(model_path):
+        model = read_model(model_path)
+        compiled = core.compile_model(model, "CPU", wanted)
+    _check_precision(compiled, precision)
+    opened = OpenVino(path, _metadata(model, model_path), compiled)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _import_openvino() -> Any:
+    try:
+        return importlib.import_module("openvino")
+    except ModuleNotFoundError as error:
+        if error.name != "openvino":
+            raise
+        raise UnavailableError("OpenVINO is not installed; pip install 'hkd-det[openvino]'") from None
+    except ImportError as error:
+        raise UnavailableError(f"OpenVINO is installed but does not load: {first_line(error)}") from None
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What OpenVINO raises for a file it can't load, as a DataError; its errors share no base but Exception."""
+    front_ends = importlib.import_module("openvino.frontend")
+    known = [getattr(front_ends, name) for name in LOAD_ERRORS if hasattr(front_ends, name)]
+    try:
+        yield
+    except (RuntimeError, *known) as error:
+        version = importlib.import_module("openvino").__version__.partition("-")[0]
+        raise DataError(
+            f"{path}: OpenVINO {version} cannot load it (truncated, no model, or too new): {_reason(error)}"
+        ) from None
+
+
+def read_model(path: Path) -> Any:
+    """OpenVINO's Model of an .onnx or .xml file.
+
+    By the one front end that fits: left to choose, OpenVINO tries all, and TensorFlow's prints to the terminal.
+    """
+    manager = importlib.import_module("openvino.frontend").FrontEndManager()
+    front_end = manager.load_by_framework("ir" if path.suffix == ".xml" else "onnx")
+    return front_end.convert(front_end.load(str(path)))
+
+
+def _metadata(model: Any, path: Path) -> dict[str, str]:
+    if path.suffix == ".xml":
+        return read_metadata(path.parent)
+    if not model.has_rt_info(["framework"]):
+        return {}
+    found = _plain(model.get_rt_info(["framework"]))
+    return {key: str(_plain(value)) for key, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Some of OpenVINO's values come wrapped (OVAny)."""
+    return getattr(value, "value", value)
+
+
+def _check_precision(compiled: Any, precision: Precision | None) -> None:
+    asked = "bf16" if precision == "bf16" else "f32"
+    found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if found != asked:
+        raise UnavailableError(f"OpenVINO computes in {found} here, not in {asked} as it was asked to")
+
+
+def _ends(ports: Sequence[Any]) -> list[End]:
+    return [
+        End(
+            port.get_any_name(),
+            DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
+            tuple(side.get_length() if side.is_static else None for side in port.partial_shape),
+        )
+        for port in ports
+    ]
+
+
+def _reason(error: Exception) -> str:
+    """What is left of OpenVINO's message without the places in its source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(NOISE)]
+    return said[0].removeprefix("-- ").removesuffix(" with a message:") if said else type(error).__name__

@@ -1,0 +1,164 @@
+"""ONNX Runtime's TensorRT providers, on a machine without: what is asked of ONNX Runtime, and what a user is told."""
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from hkd_deploy.backends import ort_tensorrt
+from hkd_deploy.backends.opening import open_backend
+from hkd_deploy.backends.ort_tensorrt import engine_cache, tensorrt_provider
+from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.onnx_session import open_session
+
+RTX = "NvTensorRTRTXExecutionProvider"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Engines are kept here."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def open_once(path: Path, backend: str, device: str = "cuda") -> None:
+    with open_backend(path, device, backend=backend):
+        pass
+
+
+@pytest.mark.parametrize("backend", ["ort-tensorrt", "ort-tensorrt-rtx"])
+def test_a_gpu_is_needed(tiny_onnx: Callable[..., Path], backend: str) -> None:
+    with pytest.raises(UsageError, match=f"--backend {backend} --device cpu: runs on an NVIDIA GPU only; say"):
+        open_once(tiny_onnx(), backend, "cpu")
+
+
+def test_tensorrt_missing(tiny_onnx: Callable[..., Path]) -> None:
+    with pytest.raises(UnavailableError, match=r"--device cuda: .*has no TensorRT; .*'hkd-det\[gpu\]' tensorrt"):
+        open_once(tiny_onnx(), "ort-tensorrt")
+
+
+def test_the_plugin_missing(tiny_onnx: Callable[..., Path]) -> None:
+    with pytest.raises(UnavailableError, match=r"not installed; .*onnxruntime-ep-nv-tensorrt-rtx$"):
+        open_once(tiny_onnx(), "ort-tensorrt-rtx")
+
+
+def test_precision_is_the_files_and_what_is_left_stays_on_the_gpu(tiny_onnx: Callable[..., Path]) -> None:
+    provider = tensorrt_provider(tiny_onnx(), "cuda:1")
+    assert provider.options["device_id"] == "1" and provider.others == (("CUDAExecutionProvider", {"device_id": "1"}),)
+    assert provider.options["trt_fp16_enable"] == provider.options["trt_int8_enable"] == "0"
+    assert provider.options["trt_engine_cache_enable"] == "1"
+
+
+def test_engines_of_other_weights_under_the_same_name_are_not_taken(tiny_onnx: Callable[..., Path], home: Path) -> None:
+    first = engine_cache(tiny_onnx())
+    assert engine_cache(tiny_onnx()) == first and first.is_dir() and first.is_relative_to(home)
+    assert engine_cache(tiny_onnx(changes={"hkd.weights_sha256": "ab" * 32})) != first
+    with pytest.raises(DataError, match=r"none\.onnx: no such model file"):
+        engine_cache(home / "none.onnx")
+
+
+class Session:
+    """Opened on a provider; knows how it was asked."""
+
+    def __init__(self, *_: object, **asked: object) -> None:
+        self.asked = asked
+        Session.last = self
+
+    last: "Session"
+    on = "TensorrtExecutionProvider"
+
+    def get_providers(self) -> list[str]:
+        return [self.on]
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        return {self.on: {"device_id": "0"}}
+
+
+def test_a_silent_fall_back_to_cuda_is_an_error(
+    tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    path = tiny_onnx()
+    open_session(path, "cuda", provider=tensorrt_provider(path, "cuda"))
+    asked = Session.last.asked
+    assert [name for name, _ in asked["providers"]] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]  # type: ignore[attr-defined]
+    assert asked["enable_fallback"] == 0
+    monkeypatch.setattr(Session, "on", "CUDAExecutionProvider")
+    with pytest.raises(UnavailableError, match=r"on CUDAExecutionProvider instead of Tensorrt.*; TensorRT, CUDA or"):
+        open_once(path, "ort-tensorrt")
+
+
+def test_a_provider_that_does_not_start(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("libnvinfer.so.10: cannot open shared object file\nmore")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", broken)
+    with pytest.raises(UnavailableError, match=r"TensorrtExecutionProvider does not start: libnvinfer[^\n]*; TensorRT"):
+        open_once(tiny_onnx(), "ort-tensorrt")
+
+
+class Plugin(types.ModuleType):
+    """NVIDIA's package, by its two functions."""
+
+    @staticmethod
+    def get_ep_name() -> str:
+        return RTX
+
+    @staticmethod
+    def get_library_path() -> str:
+        return "plugin.so"
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Installed, on a machine with two RTX GPUs beside the CPU; what was registered."""
+    registered: list[tuple[str, str]] = []
+    module = Plugin("onnxruntime_ep_nv_tensorrt_rtx")
+    devices = [types.SimpleNamespace(ep_name=name) for name in ("CPUExecutionProvider", RTX, RTX)]
+    monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
+    monkeypatch.setattr(
+        onnxruntime, "register_execution_provider_library", lambda *named: registered.append(named), raising=False
+    )
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: devices, raising=False)
+    ort_tensorrt._register.cache_clear()
+    return registered
+
+
+def test_the_plugin_is_registered_once_and_given_its_gpu(
+    tiny_onnx: Callable[..., Path], plugin: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[list[object], dict[str, str]]] = []
+    monkeypatch.setattr(
+        onnxruntime.SessionOptions, "add_provider_for_devices", lambda _, *asked: taken.append(asked), raising=False
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(Session, "on", RTX)
+    path = tiny_onnx()
+    for device in ("cuda:1", "cuda"):
+        provider = ort_tensorrt.tensorrt_rtx_provider(path, device)
+        open_session(path, device, provider=provider)
+        assert "providers" not in Session.last.asked  # given by the settings, and not twice
+    assert plugin == [(RTX, "plugin.so")]
+    gpus = [device for device in onnxruntime.get_ep_devices() if device.ep_name == RTX]
+    assert [devices for devices, _ in taken] == [[gpus[1]], [gpus[0]]]
+    assert Path(taken[0][1]["nv_runtime_cache_path"]) == engine_cache(path)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_gpu_that_the_plugin_does_not_see(tiny_onnx: Callable[..., Path]) -> None:
+    with pytest.raises(UnavailableError, match="--device cuda:2: TensorRT for RTX sees 2 RTX GPUs"):
+        open_once(tiny_onnx(), "ort-tensorrt-rtx", "cuda:2")
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_plugin_that_does_not_load(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str, library: str) -> None:
+        raise onnxruntime.capi.onnxruntime_pybind11_state.Fail(f"{library}: undefined symbol\nmore")
+
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", broken, raising=False)
+    with pytest.raises(UnavailableError, match=r"the plugin does not load: plugin\.so: undefined symbol; see that"):
+        open_once(tiny_onnx(), "ort-tensorrt-rtx")
