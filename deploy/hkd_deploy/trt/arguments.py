@@ -18,6 +18,7 @@ from hkd_det.files import replacing
 
 WORKSPACE_MIB = 1024
 MIB = 2**20
+MOST_KINDS = 4  # of layers, on one line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +49,10 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> No
     source = read_source(onnx)
     if flags.check:
         checked = check(onnx, options)
-        kinds = ", ".join(f"{count} {kind.lower()}" for kind, count in checked.operators.items())
+        kinds = [f"{count} {kind.lower()}" for kind, count in checked.operators.items()]
+        kinds = [*kinds[:MOST_KINDS], *["..."] * (len(kinds) > MOST_KINDS)]
         print(
-            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.operators.values())} layers: {kinds}) and "
+            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.operators.values())} layers: {', '.join(kinds)}) and "
             f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s; layers that multiply: "
             f"{words(histogram(checked.layers))} (asked: {source.precision}); nothing was written"
         )
