@@ -1,11 +1,13 @@
 """--check: TensorRT's real parser and builder, without a GPU, on every kind of graph that hkd-export writes."""
 
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
+import psutil
 import pytest
 
 from hkd_deploy.export.command import main
@@ -156,16 +158,39 @@ def test_without_any_tensorrt(graph: Callable[..., Path], tmp_path: Path, monkey
         check(graph(), BuildOptions())
 
 
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`launcher(script)` puts a shell script in place of the Python with TensorRT."""
+
+    def write(script: str) -> None:
+        path = tmp_path / "elsewhere" / ".tensorrt" / "python"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("script", "words"), [("kill -9 $$", "code -9 and said nothing"), ("exit 3", "code 3 and said")]
 )
 def test_a_builder_that_crashes(
-    graph: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str
+    graph: Callable[..., Path], launcher: Callable[[str], None], script: str, words: str
 ) -> None:
-    launcher = tmp_path / "elsewhere" / ".tensorrt" / "python"
-    launcher.parent.mkdir(parents=True)
-    launcher.write_text(f"#!/bin/sh\n{script}\n")
-    launcher.chmod(0o755)
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    launcher(script)
     with pytest.raises(DataError, match=f"TensorRT's process ended with {words}"):
         check(graph(), BuildOptions())
+
+
+def test_control_c_ends_the_builders_process(
+    graph: Callable[..., Path], launcher: Callable[[str], None], tmp_path: Path
+) -> None:
+    launcher(f"echo $$ > {tmp_path}/number; kill -INT $PPID; exec sleep 600")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started pytest may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            check(graph(), BuildOptions())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not psutil.pid_exists(int((tmp_path / "number").read_text()))
