@@ -33,15 +33,15 @@ def _body(argv: Sequence[str] | None) -> int:
         targets.write_targets(source, flags)
         return 0
     smaller = flags.precision != "fp32"
-    onnx_output = output if output and output.suffix == ".onnx" else None
+    onnx_output, engine_output, folder_output = _of_endings(output)
     # --output names what was asked for; an FP32 file on the way to a smaller one keeps its usual name.
     onnx = _onnx_of_weights(source, None if smaller else onnx_output, flags) if source.suffix == ".pt" else source
     if smaller:
         onnx = precision.write_precision(onnx, onnx_output, flags)
     if flags.trt:
-        tensorrt.run(onnx, flags, output if output != onnx_output else None)
+        tensorrt.run(onnx, flags, engine_output)
     if flags.openvino:
-        openvino_folder.export_openvino(onnx)
+        openvino_folder.export_openvino(onnx, folder_output)
     targets.write_targets(onnx, flags)
     return 0
 
@@ -58,9 +58,24 @@ def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None
         raise UsageError("--check: belongs to --trt")
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
-    endings = (".onnx", ".engine") if flags.trt and not flags.check else (".onnx",)
-    if output and output.suffix not in endings:
-        raise UsageError(f"--output {output}: must end in {' or '.join(endings)}")
+    _, engine, folder = _of_endings(output)
+    if engine and (not flags.trt or flags.check):
+        raise UsageError(f"--output {output}: an engine is written by --trt, without --check")
+    if folder and not flags.openvino:
+        raise UsageError(f"--output {output}: must end in .onnx, or in .engine with --trt; a folder is for --openvino")
+
+
+def _of_endings(output: Path | None) -> tuple[Path | None, Path | None, Path | None]:
+    """--output as the ONNX file, the engine or the OpenVINO folder that it names by its ending."""
+    match output.suffix if output else None:
+        case None:
+            return None, None, None
+        case ".onnx":
+            return output, None, None
+        case ".engine":
+            return None, output, None
+        case _:
+            return None, None, output
 
 
 def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> Path:
@@ -87,9 +102,8 @@ def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespa
             f"agrees with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
             f"scores within {parity.score:.2g}"
         )
-    print(
-        f"{path}: {checkpoint.model}, {format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB; {verdict}"
-    )
+    size = f"{format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB"
+    print(f"{path}: {checkpoint.model}, {size}; {verdict}")
     return path
 
 

@@ -46,9 +46,13 @@ def build_engine(source: OnnxSource, engine: Path, options: BuildOptions, device
 
 
 def check_precision(source: OnnxSource, layers: Sequence[Layer]) -> None:
-    """Raises DataError if no layer runs in the precision that the file was made for."""
+    """Raises DataError if no layer runs in the precision that the file was made for, or an FP32 file's runs in less.
+
+    Parts of an FP16, BF16 or INT8 file stay in FP32, so there the rest may be anything.
+    """
     found = histogram(layers)
-    if source.precision not in found:
+    less = [precision for precision in found if precision not in ("fp32", "other")]
+    if source.precision not in found or (source.precision == "fp32" and less):
         raise DataError(
             f"{source.path}: asked for {source.precision}, but TensorRT has built layers of {words(found)}; "
             f"nothing was written; export the file again with --precision {source.precision}"
