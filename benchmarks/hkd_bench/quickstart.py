@@ -23,6 +23,7 @@ from hkd_bench.table import text_table
 from hkd_deploy import open_detector
 from hkd_deploy.demo.run import save_film
 from hkd_deploy.export.from_weights import export
+from hkd_deploy.export.options import GraphOptions
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.datasets.synthetic import write_clip, write_street
 from hkd_det.distill.hierarchical import Hierarchical
@@ -73,7 +74,7 @@ def quickstart(run_dir: Path, seed: int = 0, plan: Plan | None = None) -> BenchR
     for folder in runs.values():
         model = run_dir / f"{folder}.onnx"
         checkpoint = read_detector(run_dir / folder / "best.pt")
-        parity = export(checkpoint, model, plan.imgsz_hw, 1, [sample.path for sample in samples[:8]])
+        parity = export(checkpoint, model, GraphOptions(plan.imgsz_hw), [sample.path for sample in samples[:8]])
         print(f"{model}: boxes within {parity.box_px:.2g} px, scores within {parity.score:.2g} of torch")
         models.append(model)
     _say(6, "measuring: miss rate, latency, memory")

@@ -17,6 +17,7 @@ from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.host import host_facts
 from hkd_bench.result import BenchResult
 from hkd_deploy.export.from_weights import export
+from hkd_deploy.export.options import GraphOptions
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.files import replacing, write_text
 from hkd_det.train.checkpoint import read_detector
@@ -89,7 +90,7 @@ def measure_latency(budget: Budget, runs: Path, rows: Sequence[tuple[Row, dict[s
     for row, first in rows:
         file = runs / f"{row.name}.onnx"
         checkpoint = read_detector(runs / f"seed{first['seed']}" / row.name / "best.pt")
-        export(checkpoint, file, budget.imgsz_hw, 1, [sample.path for sample in samples[:VERIFIED]])
+        export(checkpoint, file, GraphOptions(budget.imgsz_hw), [sample.path for sample in samples[:VERIFIED]])
         files.append(file)
     return bench(files, samples, BenchOptions(data=str(DATA), split="test"), [row.name for row, _ in rows])
 

@@ -16,7 +16,8 @@ def anchor_points(
         columns = torch.arange(input_hw[1] // stride, device=device)
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         points.append((torch.stack([x, y], -1).reshape(-1, 2).float() + 0.5) * stride)
-        steps.append(torch.full((len(points[-1]),), float(stride), device=device))
+        # shape[0], not len(), stays free when exported.
+        steps.append(torch.full((points[-1].shape[0],), float(stride), device=device))
     return torch.cat(points), torch.cat(steps)
 
 

@@ -8,10 +8,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_deploy.precision.command import add_arguments, write_precision
+from hkd_deploy.export.options import add_arguments, graph_options
+from hkd_deploy.precision import command as precision
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
-from hkd_det.imgsz import format_imgsz, parse_imgsz
+from hkd_det.imgsz import format_imgsz
 
 VERIFY_ON = 16  # pictures
 
@@ -34,7 +35,7 @@ def _body(argv: Sequence[str] | None) -> int:
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
     if flags.precision != "fp32":
-        write_precision(fp32, flags)
+        precision.write_precision(fp32, flags)
     return 0
 
 
@@ -51,23 +52,24 @@ def _onnx_of_weights(weights: Path, flags: argparse.Namespace) -> Path:
         ) from None
     checkpoint = read_detector(weights)
     trained_hw = tuple(checkpoint.config["imgsz_hw"])
-    imgsz_hw = parse_imgsz(flags.imgsz or format_imgsz((trained_hw[0], trained_hw[1])))
+    options = graph_options(flags, (trained_hw[0], trained_hw[1]))
     # --output names what was asked for; the FP32 file is then only what it is made of.
     named = flags.output if flags.precision == "fp32" else None
     path = Path(named or weights.with_suffix(".onnx"))
     if path.suffix != ".onnx":
         raise UsageError(f"--output {path}: must end in .onnx")
-    batch = None if flags.dynamic else flags.batch
     if flags.no_verify:
-        write_onnx(checkpoint, path, imgsz_hw, batch)
+        write_onnx(checkpoint, path, options)
         verdict = "not compared with torch, as asked by --no-verify"
     else:
-        parity = export(checkpoint, path, imgsz_hw, batch, _pictures(flags.data or str(checkpoint.config["data"])))
+        parity = export(checkpoint, path, options, _pictures(flags.data or str(checkpoint.config["data"])))
         verdict = (
             f"agrees with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
             f"scores within {parity.score:.2g}"
         )
-    print(f"{path}: {checkpoint.model}, {format_imgsz(imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB; {verdict}")
+    print(
+        f"{path}: {checkpoint.model}, {format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB; {verdict}"
+    )
     return path
 
 
@@ -83,10 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-export", description=__doc__)
     parser.add_argument("model", help="best.pt of a run, or an .onnx file that hkd-export wrote")
     parser.add_argument("--output", help="the file to write; by default best.onnx beside the weights")
-    parser.add_argument("--imgsz", help="input size, width x height; by default the one trained at")
-    parser.add_argument("--batch", type=int, default=1, help="pictures the graph takes at once")
-    parser.add_argument("--dynamic", action="store_true", help="leave the batch size free")
     parser.add_argument("--data", help="pictures to verify on; by default the training data's val split")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
     add_arguments(parser)
+    precision.add_arguments(parser)
     return parser

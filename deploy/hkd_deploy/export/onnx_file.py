@@ -1,79 +1,69 @@
 """Writing ONNX: the deployed graph with its description inside, in one step."""
 
-import json
 import warnings
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx
 import torch
+from torch import Tensor
 
-from hkd_deploy.artifact import FORMAT, PREPROCESS
-from hkd_deploy.export.graph import DeployedDetector
+from hkd_deploy.export.graph import DeployedDetector, least_hw
+from hkd_deploy.export.metadata import metadata
+from hkd_deploy.export.options import GraphOptions
 from hkd_det.files import replacing
-from hkd_det.imgsz import STRIDE
-from hkd_det.models.sizes import cost
-from hkd_det.models.yolo import YoloSpec
-from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256
+from hkd_det.train.checkpoint import DetectorCheckpoint
 
 OPSET = 17  # what ONNX Runtime 1.16, TensorRT 8.6 and OpenVINO 2024 all read
+IR = 8  # what goes with it
 
 
-def write_onnx(checkpoint: DetectorCheckpoint, path: Path, imgsz_hw: tuple[int, int], batch: int | None) -> None:
-    """Export a trained detector for pictures of `imgsz_hw`; `batch` None leaves the batch size free.
-
-    FP32. The metadata holds the keys the field's readers know and ours under `hkd.`.
-    """
-    deployed = DeployedDetector(checkpoint.build()).eval()
-    example = torch.zeros(batch or 1, *imgsz_hw, 3, dtype=torch.uint8)
-    names = ["boxes", "scores", "count"]
-    free = None if batch else {name: {0: "batch"} for name in ("images", *names)}
+def write_onnx(checkpoint: DetectorCheckpoint, path: Path, options: GraphOptions) -> None:
+    """Export a trained detector, FP32. The metadata holds the keys the field's readers know and ours under `hkd.`."""
+    deployed = DeployedDetector(checkpoint.build(), options).eval()
+    names = output_names(options)
     with replacing(path) as aside:
         with warnings.catch_warnings():
-            # The tracer warns of shapes that become constants: they should, height and width are fixed here.
+            # The tracer warns of shapes that become constants: where they should, nothing free depends on them.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 deployed,
-                (example,),
+                (_example(options),),
                 str(aside),
                 input_names=["images"],
                 output_names=names,
-                dynamic_axes=free,
+                dynamic_axes=_free_axes(options, names),
                 opset_version=OPSET,
                 dynamo=False,
             )
         model = onnx.load(aside)
-        model.ir_version = min(model.ir_version, 8)
-        onnx.helper.set_model_props(model, metadata(checkpoint, imgsz_hw, batch))
+        model.ir_version = min(model.ir_version, IR)
+        onnx.helper.set_model_props(model, metadata(checkpoint, options))
         onnx.checker.check_model(model)
         onnx.save(model, aside)
 
 
-def metadata(checkpoint: DetectorCheckpoint, imgsz_hw: tuple[int, int], batch: int | None) -> dict[str, str]:
-    """What the file says of itself."""
-    weight = cost(checkpoint.build(), imgsz_hw)
-    return {
-        "description": f"hkd-det {checkpoint.model}, pedestrian detector, end to end",
-        "author": "hkd-det",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": version("hkd-det"),
-        "license": f"{_licence(checkpoint)} (code); weights: as their training data allows",
-        "task": "detect",
-        "stride": str(STRIDE),
-        "batch": str(batch or "dynamic"),
-        "imgsz": str(list(imgsz_hw)),
-        "names": "{0: 'person'}",
-        "hkd.format": str(FORMAT),
-        "hkd.model": checkpoint.model,
-        "hkd.parameters": str(weight.parameters),
-        "hkd.flops": str(weight.flops),
-        "hkd.preprocess": json.dumps(PREPROCESS),
-        "hkd.weights_sha256": weights_sha256(checkpoint.weights),
-        "hkd.data": str(checkpoint.config["data"]),
-    }
+def output_names(options: GraphOptions) -> list[str]:
+    """What the graph gives, in order."""
+    return ["boxes", "logits"] if options.raw else ["boxes", "scores", "count"]
 
 
-def _licence(checkpoint: DetectorCheckpoint) -> str:
-    """A YOLO model's network is Ultralytics' work, whoever trained it."""
-    return "AGPL-3.0" if isinstance(checkpoint.spec, YoloSpec) else "Apache-2.0"
+def _example(options: GraphOptions) -> Tensor:
+    """The smallest input: what the tracer makes a constant of (how many are chosen) is there in every larger one."""
+    height, width = least_hw(options.imgsz_hw) if options.dynamic_size else options.imgsz_hw
+    if options.preprocess:
+        return torch.zeros(options.batch or 1, height, width, 3, dtype=torch.uint8)
+    return torch.zeros(options.batch or 1, 3, height, width)
+
+
+def _free_axes(options: GraphOptions, names: list[str]) -> dict[str, dict[int, str]]:
+    axes: dict[str, dict[int, str]] = {name: {} for name in ("images", *names)}
+    if options.batch is None:
+        for free in axes.values():
+            free[0] = "batch"
+    if options.dynamic_size or options.letterbox_hw:
+        rows = 1 if options.preprocess else 2
+        axes["images"] |= {rows: "height", rows + 1: "width"}
+    if options.dynamic_size and options.raw:
+        for name in names:
+            axes[name][1] = "points"
+    return axes

@@ -17,7 +17,7 @@ class GraphOptions:
     imgsz_hw: (height, width) pixels the network sees; the most it sees where `dynamic_size`.
     batch: pictures at once; None for any number.
     dynamic_size: pictures of any size up to imgsz_hw, padded inside to a multiple of 32.
-    letterbox_hw: the largest picture, where the graph takes pictures of any size and letterboxes them itself; else None.
+    letterbox_hw: the largest picture where the graph takes pictures of any size and letterboxes them itself, else None.
     preprocess: uint8 (B, H, W, 3) RGB comes in; without it float32 (B, 3, H, W) RGB, 0..1.
     raw: every candidate's box and logit go out, before any is chosen.
     """

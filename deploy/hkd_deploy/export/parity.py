@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
-from hkd_deploy.export.graph import DeployedDetector
+from hkd_deploy.export.graph import TOP, DeployedDetector
+from hkd_deploy.export.onnx_file import output_names
+from hkd_deploy.export.options import GraphOptions
 from hkd_det.datasets import read_picture
 from hkd_det.errors import DataError
 from hkd_det.letterbox import Letterbox
+from hkd_det.onnx_session import open_session
 from hkd_det.train.checkpoint import DetectorCheckpoint
 
 BOX_TOLERANCE_PX = 0.5
@@ -36,24 +39,60 @@ class Parity:
         return self.box_px <= BOX_TOLERANCE_PX and self.score <= SCORE_TOLERANCE
 
 
-def compare(checkpoint: DetectorCheckpoint, path: Path, imgsz_hw: tuple[int, int], pictures: Sequence[Path]) -> Parity:
-    """Run both on each picture, through the same letterbox. Raises DataError without a picture to look at."""
+def compare(checkpoint: DetectorCheckpoint, path: Path, options: GraphOptions, pictures: Sequence[Path]) -> Parity:
+    """Run both on each picture, prepared alike. Raises DataError without a picture to look at."""
     if not pictures:
         raise DataError(f"{path}: no pictures to check it on; give --data with a val split")
-    deployed = DeployedDetector(checkpoint.build()).eval()
+    deployed = DeployedDetector(checkpoint.build(), options).eval()
+    session = open_session(path, "cpu")
     worst_box, worst_score = 0.0, 0.0
-    with open_onnx_runtime(path, "cpu") as runtime, torch.no_grad():
+    with torch.no_grad():
         for picture_path in pictures:
-            picture = read_picture(picture_path)
-            batch = Letterbox((picture.shape[0], picture.shape[1]), imgsz_hw).apply(picture)[None]
+            batch = prepare(read_picture(picture_path), options)
             wanted = [value.numpy() for value in deployed(torch.from_numpy(batch))]
-            found = runtime.run(batch)
-            worst_score = max(worst_score, float(np.abs(wanted[1] - found[1]).max()))
-            count = int(max(wanted[2][0], found[2][0]))
-            worst_box = max(
-                worst_box, box_difference(wanted[0][0, :count], wanted[1][0, :count], found[0][0], found[1][0])
-            )
+            box, score = _differences(wanted, session.run(output_names(options), {"images": batch}))
+            worst_box, worst_score = max(worst_box, box), max(worst_score, score)
     return Parity(len(pictures), worst_box, worst_score)
+
+
+def prepare(picture_rgb: NDArray[np.uint8], options: GraphOptions) -> NDArray[Any]:
+    """A picture (H, W, 3) uint8 as a graph of these options takes it, as often as it takes at once."""
+    source_hw = (picture_rgb.shape[0], picture_rgb.shape[1])
+    if options.letterbox_hw:
+        fits = all(side <= limit for side, limit in zip(source_hw, options.letterbox_hw, strict=True))
+        one = picture_rgb if fits else _content(picture_rgb, options.letterbox_hw)
+    elif options.dynamic_size:
+        one = _content(picture_rgb, options.imgsz_hw)
+    else:
+        one = Letterbox(source_hw, options.imgsz_hw).apply(picture_rgb)
+    batch = np.repeat(one[None], options.batch or 1, axis=0)
+    return batch if options.preprocess else (batch.transpose(0, 3, 1, 2) / 255).astype(np.float32)
+
+
+def _content(picture_rgb: NDArray[np.uint8], limit_hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """The picture scaled to lie within `limit_hw`, without the grey."""
+    letterbox = Letterbox((picture_rgb.shape[0], picture_rgb.shape[1]), limit_hw)
+    height, width = letterbox.content_hw
+    return letterbox.apply(picture_rgb)[:height, :width]
+
+
+def _differences(wanted: list[NDArray[Any]], found: list[NDArray[Any]]) -> tuple[float, float]:
+    """The largest of any box's side, in pixels, and of any score, of both graphs' outputs."""
+    if len(wanted) == 2:  # raw
+        wanted, found = _surest(*wanted), _surest(*found)
+    counts = np.maximum(wanted[2], found[2])
+    boxes = [
+        box_difference(wanted[0][one, :count], wanted[1][one, :count], found[0][one], found[1][one])
+        for one, count in enumerate(counts)
+    ]
+    return max(boxes), float(np.abs(wanted[1] - found[1]).max())
+
+
+def _surest(boxes: NDArray[np.float32], logits: NDArray[np.float32]) -> list[NDArray[Any]]:
+    """Of all candidates the best `TOP` boxes, their scores, falling, and their number, as a graph that is not raw."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
+    scores = 1 / (1 + np.exp(-np.take_along_axis(logits, order, 1).astype(np.float64)))
+    return [np.take_along_axis(boxes, order[..., None], 1), scores, np.full(len(boxes), order.shape[1])]
 
 
 def box_difference(

@@ -8,6 +8,7 @@ import onnxruntime
 import torch
 
 from hkd_deploy.export.onnx_file import write_onnx
+from hkd_deploy.export.options import GraphOptions
 from hkd_det.distill.capacity.compactor import can_shed, compact
 from hkd_det.distill.capacity.folding import folded
 from hkd_det.models.detector import DetectorSpec
@@ -22,7 +23,9 @@ HW = (64, 96)
 
 def exported(detector: PersonDetector, path: Path) -> onnx.ModelProto:
     config = {"data": "none"}
-    write_onnx(DetectorCheckpoint("x", SPEC, detector.state_dict(), config, 1, 1.0, detector.changes), path, HW, 1)
+    write_onnx(
+        DetectorCheckpoint("x", SPEC, detector.state_dict(), config, 1, 1.0, detector.changes), path, GraphOptions(HW)
+    )
     return onnx.load(path)
 
 

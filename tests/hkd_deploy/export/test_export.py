@@ -13,6 +13,7 @@ from hkd_deploy import open_detector
 from hkd_deploy.export.command import main
 from hkd_deploy.export.from_weights import ParityError, export
 from hkd_deploy.export.onnx_file import write_onnx
+from hkd_deploy.export.options import GraphOptions
 from hkd_deploy.export.parity import box_difference
 from hkd_det.letterbox import Letterbox
 from hkd_det.models.sizes import build_detector, cost
@@ -74,7 +75,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_parity_on_pictures(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path, batch: int | None
 ) -> None:
-    parity = export(checkpoint, tmp_path / "model.onnx", SIZE_HW, batch, pictures)
+    parity = export(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW, batch), pictures)
     assert parity.pictures == 4 and parity.box_px <= 0.5 and parity.score <= 1e-3
 
 
@@ -82,7 +83,7 @@ def test_the_runtime_opens_it_and_finds_the_same_people(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path
 ) -> None:
     """End to end, in pixels of the original picture, against torch by hand."""
-    write_onnx(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1)
+    write_onnx(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW))
     picture = cv2.imread(str(pictures[0]))[:, :, ::-1].copy()
     with open_detector(tmp_path / "model.onnx") as detector:
         found = detector(picture)
@@ -97,7 +98,7 @@ def test_the_runtime_opens_it_and_finds_the_same_people(
 
 
 def test_the_file_describes_itself(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
-    write_onnx(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1)
+    write_onnx(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW))
     with open_detector(tmp_path / "model.onnx") as detector:
         manifest = detector.manifest
     weight = cost(checkpoint.build(), SIZE_HW)
@@ -117,8 +118,8 @@ def test_a_file_that_differs_is_not_written(
 
     written = from_weights.write_onnx
 
-    def spoiled(source: DetectorCheckpoint, path: Path, imgsz_hw: tuple[int, int], batch: int | None) -> None:
-        written(source, path, imgsz_hw, batch)
+    def spoiled(source: DetectorCheckpoint, path: Path, options: GraphOptions) -> None:
+        written(source, path, options)
         model = onnx.load(path)
         bias = next(t for t in model.graph.initializer if t.name.endswith("head.many.bias"))
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.5, bias.name))
@@ -126,7 +127,7 @@ def test_a_file_that_differs_is_not_written(
 
     monkeypatch.setattr(from_weights, "write_onnx", spoiled)
     with pytest.raises(ParityError, match="scores by"):
-        export(checkpoint, tmp_path / "model.onnx", SIZE_HW, 1, pictures)
+        export(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW), pictures)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +164,7 @@ def test_tensorrt_parses_and_builds_it(name: str, batch: int | None, tmp_path: P
     """With the real parser and builder; running the plan needs a GPU and is not seen here."""
     detector = build_detector(name)
     source = DetectorCheckpoint(name, detector.spec, detector.state_dict(), {"data": "none"}, 1, 1.0)
-    write_onnx(source, tmp_path / "model.onnx", SIZE_HW, batch)
+    write_onnx(source, tmp_path / "model.onnx", GraphOptions(SIZE_HW, batch))
     done = subprocess.run(
         [tensorrt_python, "-c", BUILD, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False
     )

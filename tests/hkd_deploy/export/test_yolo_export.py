@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hkd_deploy.export.onnx_file import write_onnx
+from hkd_deploy.export.options import GraphOptions
 from hkd_det.models.yolo import YoloDetector, YoloSpec, yolo_spec
 from hkd_det.train.checkpoint import DetectorCheckpoint
 
@@ -37,7 +38,7 @@ def test_an_exported_yolo_model_says_what_torch_says(tmp_path: Path, name: str, 
     detector = lively(name)
     config = {"data": "street.yaml", "imgsz_hw": list(SIZE_HW)}
     checkpoint = DetectorCheckpoint(name, detector.spec, detector.state_dict(), config, 1, 0.5)
-    write_onnx(checkpoint, tmp_path / "best.onnx", SIZE_HW, batch=None)
+    write_onnx(checkpoint, tmp_path / "best.onnx", GraphOptions(SIZE_HW, batch=None))
     pictures = np.random.default_rng(0).integers(0, 256, (3, *SIZE_HW, 3)).astype(np.uint8)
     session = onnxruntime.InferenceSession(tmp_path / "best.onnx", providers=["CPUExecutionProvider"])
     boxes, scores, count = session.run(None, {"images": pictures})

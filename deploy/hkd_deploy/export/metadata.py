@@ -1,0 +1,73 @@
+"""What an exported file says of itself: the keys the field's readers know, and ours under `hkd.`."""
+
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+from hkd_deploy.artifact import FORMAT, PREPROCESS, PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
+from hkd_deploy.export.options import GraphOptions
+from hkd_det.imgsz import STRIDE
+from hkd_det.models.sizes import cost
+from hkd_det.models.yolo import YoloSpec
+from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256
+
+
+def metadata(checkpoint: DetectorCheckpoint, options: GraphOptions) -> dict[str, str]:
+    """Every key with its text; `hkd_deploy.artifact.Manifest` reads them."""
+    weight = cost(checkpoint.build(), options.imgsz_hw)
+    return {
+        "description": f"hkd-det {checkpoint.model}, pedestrian detector, {'raw' if options.raw else 'end to end'}",
+        "author": "hkd-det",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("hkd-det"),
+        "license": f"{_licence(checkpoint)} (code); weights: as their training data allows",
+        "task": "detect",
+        "stride": str(STRIDE),
+        "batch": str(options.batch or "dynamic"),
+        "imgsz": str(list(options.imgsz_hw)),
+        "channels": "3",
+        "names": "{0: 'person'}",
+        "hkd.format": str(_format(options)),
+        "hkd.model": checkpoint.model,
+        "hkd.parameters": str(weight.parameters),
+        "hkd.flops": str(weight.flops),
+        "hkd.preprocess": json.dumps(_preprocess(options)),
+        "hkd.max_hw": str(list(options.max_hw)),
+        "hkd.dynamic_size": _truth(options.dynamic_size),
+        "hkd.raw": _truth(options.raw),
+        "hkd.weights_sha256": weights_sha256(checkpoint.weights),
+        "hkd.data": str(checkpoint.config["data"]),
+        **_judgement(checkpoint),
+    }
+
+
+def _format(options: GraphOptions) -> int:
+    """Readers of format 1 can run the one graph that there was then."""
+    plain = options.preprocess and not (options.dynamic_size or options.letterbox_hw or options.raw)
+    return 1 if plain else FORMAT
+
+
+def _preprocess(options: GraphOptions) -> dict[str, object]:
+    if options.letterbox_hw:
+        return PREPROCESS_IN_GRAPH
+    return PREPROCESS if options.preprocess else PREPROCESS_FLOAT01
+
+
+def _judgement(checkpoint: DetectorCheckpoint) -> dict[str, str]:
+    """How good the weights were when they were chosen, and on what."""
+    if "setup" not in checkpoint.config:  # nobody judged it
+        return {}
+    return {
+        "hkd.epoch": str(checkpoint.epoch),
+        "hkd.miss_rate": f"{checkpoint.miss_rate:.6f}",
+        "hkd.miss_rate_on": f"{checkpoint.config['data']}, val, {checkpoint.config['setup']}, trained weights in torch",
+    }
+
+
+def _licence(checkpoint: DetectorCheckpoint) -> str:
+    """A YOLO model's network is Ultralytics' work, whoever trained it."""
+    return "AGPL-3.0" if isinstance(checkpoint.spec, YoloSpec) else "Apache-2.0"
+
+
+def _truth(value: bool) -> str:
+    return "true" if value else "false"
