@@ -20,9 +20,9 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.curve import MissRate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 
-TIMED_PICTURES = 16
 ROUNDS, RUNS = 4, 10  # on each runtime in every round
 WARM_UP = 3  # runs of a round; the other runtime's threads have come to rest then
+TIMED_PICTURES = WARM_UP + RUNS
 
 
 @dataclass(frozen=True)
