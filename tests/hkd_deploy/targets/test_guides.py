@@ -24,7 +24,9 @@ def hkd_lines() -> list[str]:
     """The command lines in code blocks, continued ones joined; inside `docker run` too, from the command on."""
     blocks = [block for guide in GUIDES for block in re.findall(r"^```\n(.*?)^```", guide.read_text(), re.M | re.S)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [match[1] for line in lines if (match := re.search(r"(?:^|hkd-det:\w+ )(hkd-(?:export|bench|demo) .*)$", line))]
+    return [
+        match[1] for line in lines if (match := re.search(r"(?:^|hkd-det:\w+ )(hkd-(?:export|bench|demo) .*)$", line))
+    ]
 
 
 @pytest.mark.parametrize("line", hkd_lines())
