@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--openvino", action="store_true", help="write the folder OpenVINO opens, NAME_openvino, too")
 
 
-def export_openvino(onnx: Path) -> Path:
-    """Write NAME_openvino beside NAME.onnx, and say so; its path."""
-    folder = onnx.with_name(f"{onnx.stem}_openvino")
+def export_openvino(onnx: Path, folder: Path | None = None) -> Path:
+    """Write `folder`, by default NAME_openvino beside NAME.onnx, and say so; its path."""
+    folder = folder or onnx.with_name(f"{onnx.stem}_openvino")
     write_folder(onnx, folder)
     size_mib = sum(file.stat().st_size for file in model_files(folder)) / 2**20
     print(f"{folder}: OpenVINO's form of {onnx}, {size_mib:.1f} MiB, weights as they were")

@@ -43,10 +43,13 @@ def _body(argv: Sequence[str] | None) -> int:
             raise UsageError(f"{source}: is ONNX already; say what to make of it: --trt, --openvino, --target")
         case _:
             raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    output = Path(flags.output) if flags.output and onnx == source else None
+    if output and flags.trt and flags.openvino:
+        raise UsageError(f"--output {output}: of --trt or of --openvino? ask for one at a time")
     if flags.trt:
-        tensorrt.run(onnx, flags, Path(flags.output) if flags.output and onnx == source else None)
+        tensorrt.run(onnx, flags, output)
     if flags.openvino:
-        openvino_folder.export_openvino(onnx)
+        openvino_folder.export_openvino(onnx, output)
     targets.write_targets(onnx, flags)
     return 0
 
@@ -77,9 +80,8 @@ def _onnx_of_weights(weights: Path, flags: argparse.Namespace) -> Path:
             f"agrees with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
             f"scores within {parity.score:.2g}"
         )
-    print(
-        f"{path}: {checkpoint.model}, {format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB; {verdict}"
-    )
+    size = f"{format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB"
+    print(f"{path}: {checkpoint.model}, {size}; {verdict}")
     return path
 
 

@@ -5,9 +5,10 @@ The network is always strongly typed: its precision is the file's, and nothing e
 
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -140,7 +141,8 @@ def _parser_error(parser: Any) -> str:
     if not parser.num_errors:
         return "it gave no reason"
     error = parser.get_error(0)
-    return f"node {error.node()} {error.node_name()} ({error.node_operator()}): {' '.join(error.desc().split())}"
+    words = f"node {error.node()} {error.node_name()} ({error.node_operator()}): {error.desc()}"
+    return " ".join(words.split())
 
 
 def _add_profile(builder: Any, network: Any, config: Any, source: OnnxSource, options: BuildOptions) -> Profile | None:
@@ -183,18 +185,24 @@ def _use_dla(trt: Any, builder: Any, config: Any, source: OnnxSource, core: int)
 
 def _interruptible(work: Callable[[], Any], progress: Progress, on_thread: Callable[[], None]) -> Any:
     """`work` on a thread of its own: Python hears Ctrl-C only between its own steps, and the build is one long one."""
+    outcome: Future[Any] = Future()
 
-    def prepared() -> Any:
-        on_thread()
-        return work()
-
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(prepared)
+    def run() -> None:
         try:
-            return running.result()
-        except KeyboardInterrupt:
-            progress.cancel()  # leaving the block waits until the build has stopped
-            raise
+            on_thread()
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            outcome.set_exception(error)
+
+    thread = Thread(target=run)
+    try:
+        thread.start()
+        return outcome.result()
+    except KeyboardInterrupt:
+        progress.cancel()
+        if thread.is_alive():
+            thread.join()  # until the builder has let go of what it works on
+        raise
 
 
 def _load_timing_cache(config: Any, path: Path | None, log: Log) -> None:

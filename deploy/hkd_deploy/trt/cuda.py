@@ -132,4 +132,7 @@ def open_cuda(device: str) -> Cuda:
         runtime = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise UnavailableError(f"cuda-python is not installed or does not load ({error}); {INSTALL}") from None
-    return Cuda(runtime, int(match[1] or 0))
+    try:
+        return Cuda(runtime, int(match[1] or 0))
+    except RuntimeError as error:  # cuda-python 12.6, where the driver's library is missing
+        raise UnavailableError(f"--device {device}: no NVIDIA driver here: {error}") from None

@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hkd_deploy.backends.opening import open_backend
 from hkd_deploy.backends.tensorrt import TensorRT, open_tensorrt
 from hkd_deploy.trt import cuda as cuda_module
 from hkd_deploy.trt.sidecar import Sidecar, TensorFacts, sha256_of, this_platform, write_engine
@@ -355,6 +357,22 @@ def test_any_batch_of_the_profile(board: Board) -> None:
     assert board.all_given_back()
 
 
+def test_the_pipeline_hears_what_is_free(board: Board) -> None:
+    board.put(smallest=1, largest=4)
+    with open_backend(board.path, "cuda") as opened:
+        assert (opened.name, opened.max_batch, opened.runtime.batch, opened.runtime.input_hw) == (
+            "tensorrt",
+            4,
+            None,
+            HW,
+        )
+    board.put()
+    board.engine.shape = (1, -1, -1, 3)
+    board.engine.limits = [(1, 32, 32, 3), (1, *HW, 3), (1, *HW, 3)]
+    with open_backend(board.path, "cuda") as opened:
+        assert (opened.max_batch, opened.runtime.batch, opened.runtime.input_hw) == (1, 1, None)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -539,10 +557,14 @@ def recorded(board: Board) -> list[tuple[str, tuple[Any, ...]]]:
 
 
 @pytest.fixture
-def real_cuda() -> Iterator[Any]:
+def real_cuda() -> Any:
     """cuda-python itself, where no GPU can come to harm."""
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
+    try:
+        error, _ = runtime.cudaGetDeviceCount()
+    except RuntimeError:
+        return runtime  # cuda-python 12.6 without the driver's library
+    if error == runtime.cudaError_t.cudaSuccess:
         pytest.skip("a real GPU is here")
     return runtime
 
@@ -561,18 +583,20 @@ def test_cuda_python_takes_every_call_as_it_is_made(real_cuda: Any, board: Board
             given = [0]
         if name == "cudaStreamBeginCapture":
             given[1] = mode
-        error, *values = getattr(real_cuda, name)(*given)
-        assert isinstance(error, real_cuda.cudaError_t), name
+        with suppress(RuntimeError):  # cuda-python 12.6 says so that there is no driver
+            error, *values = getattr(real_cuda, name)(*given)
+            assert isinstance(error, real_cuda.cudaError_t) and len(values) <= 1, name
         documented = re.match(rf"{name}\((.*?)\)", getattr(real_cuda, name).__doc__.strip())
         assert documented is not None and len([part for part in documented[1].split(",") if part]) == len(given), name
-        assert len(values) <= 1
-    assert real_cuda.cudaGetErrorString(real_cuda.cudaError_t.cudaErrorInsufficientDriver)[1].startswith(b"CUDA driver")
+    with suppress(RuntimeError):
+        words = real_cuda.cudaGetErrorString(real_cuda.cudaError_t.cudaErrorInsufficientDriver)[1]
+        assert words.startswith(b"CUDA driver")
     assert isinstance(real_cuda.cudaDeviceProp().name, bytes) and int(real_cuda.cudaStream_t(5)) == 5
     assert (real_cuda.cudaHostAllocDefault, real_cuda.cudaStreamNonBlocking) == (0, 1)
 
 
 def test_without_a_driver(real_cuda: Any) -> None:  # noqa: ARG001 - there is none where this fixture is
-    with pytest.raises(UnavailableError, match=r"cudaGetDeviceCount: .*no NVIDIA driver here"):
+    with pytest.raises(UnavailableError, match="no NVIDIA driver here"):
         cuda_module.open_cuda("cuda")
 
 
