@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _sidecar(trt: Any, cuda: Cuda, source: OnnxSource, options: BuildOptions, bu
         workspace_mib=options.workspace_mib,
         context_mib=seen.context_mib,
         build_s=round(built.build_s, 1),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         source=source.path.name,
         source_sha256=source.sha256,
         engine_sha256=sha256_of(built.plan),
