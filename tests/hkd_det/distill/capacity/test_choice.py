@@ -30,14 +30,15 @@ def test_a_gallery_is_first_in_first_out() -> None:
     assert torch.equal(twin.vectors, gallery.vectors)
 
 
-@pytest.mark.parametrize("count", [1, 2, 50])
-def test_neighbours_are_those_of_a_search_by_hand(count: int) -> None:
+@pytest.mark.parametrize(("size", "count"), [(20, 1), (20, 2), (20, 50), (128, 2), (200, 2), (200, 90)])
+def test_neighbours_are_those_of_a_search_by_hand(size: int, count: int) -> None:
     chance = np.random.default_rng(count)
-    known, asked = chance.normal(size=(20, 7)), chance.normal(size=(4, 7))
-    gallery = Gallery(20, 7)
+    known, asked = chance.normal(size=(size, 7)), chance.normal(size=(4, 7))
+    known = (known / np.linalg.norm(known, axis=1, keepdims=True)).astype(np.float16).astype(float)  # as it is kept
+    gallery = Gallery(size, 7)
     gallery.add(torch.from_numpy(known))
     found = gallery.nearest(torch.from_numpy(asked).float(), count).numpy()
-    assert found.shape == (4, min(count, 20), 7)
+    assert found.shape == (4, min(count, size), 7)
     for query, rows in zip(asked, found, strict=True):
         cosines = [float(query @ row / np.linalg.norm(query) / np.linalg.norm(row)) for row in known]
         best = known[np.argsort(cosines)[::-1][:count]]
