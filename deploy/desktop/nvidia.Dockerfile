@@ -13,7 +13,7 @@ COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # --system-site-packages: the image's own tensorrt is the one that fits its libraries.
 RUN python3 -m venv --system-site-packages /opt/hkd \
-    && /opt/hkd/bin/pip install --no-cache-dir '.[gpu]' "${ONNXRUNTIME_GPU}" 'cuda-python<13'
+    && /opt/hkd/bin/pip install --no-cache-dir '.[gpu,tensorrt]' "${ONNXRUNTIME_GPU}" 'cuda-python<13'
 RUN useradd --uid 10001 --create-home hkd && install -d -o hkd /data
 ENV PATH=/opt/hkd/bin:$PATH
 USER 10001

@@ -20,7 +20,7 @@ COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # --system-site-packages: JetPack's tensorrt has no wheel on a package index.
 RUN python3 -m venv --system-site-packages /opt/hkd \
     && /opt/hkd/bin/pip install --no-cache-dir --upgrade 'pip>=24' \
-    && /opt/hkd/bin/pip install --no-cache-dir '.[cpu]' 'cuda-python<13'
+    && /opt/hkd/bin/pip install --no-cache-dir '.[cpu,tensorrt]' 'cuda-python<13'
 # Without dependencies: what it needs is there, and pip would else take a newer build without CUDA from elsewhere.
 RUN if [ -n "${ONNXRUNTIME_INDEX}" ]; then \
         /opt/hkd/bin/pip uninstall -y onnxruntime \

@@ -14,7 +14,7 @@ COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # --system-site-packages: the image's own tensorrt is the one that fits its libraries.
 RUN python3 -m venv --system-site-packages /opt/hkd \
-    && /opt/hkd/bin/pip install --no-cache-dir '.[cpu]' 'cuda-python>=13,<14'
+    && /opt/hkd/bin/pip install --no-cache-dir '.[cpu,tensorrt]' 'cuda-python>=13,<14'
 # Without dependencies: what it needs is there, and pip would else take a newer build without CUDA from elsewhere.
 RUN if [ -n "${ONNXRUNTIME_INDEX}" ]; then \
         /opt/hkd/bin/pip uninstall -y onnxruntime \
