@@ -50,12 +50,12 @@ def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None
     """What would otherwise show only after a file or two have been written."""
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    if flags.check and not flags.trt:
+        raise UsageError("--check: belongs to --trt")
     if source.suffix == ".engine" and not flags.target:
         raise UsageError(f"{source}: is an engine already; only --target makes something of it")
     if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.target):
         raise UsageError(f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --target")
-    if flags.check and not flags.trt:
-        raise UsageError("--check: belongs to --trt")
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
     _, engine, folder = _of_endings(output)

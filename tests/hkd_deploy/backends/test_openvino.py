@@ -129,7 +129,6 @@ def test_export_command(tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFi
     assert "tiny_openvino: OpenVINO's form of" in capsys.readouterr().out
     assert export([str(path), "--openvino", "--output", str(path.parent / "elsewhere")]) == 0
     open_once(path.parent / "elsewhere")
-    assert export([str(path), "--openvino", "--trt", "--output", "x"]) == 2
     capsys.readouterr()
     path.write_bytes(b"no model")
     assert export([str(path), "--openvino"]) == 1
