@@ -8,11 +8,14 @@ READY := .venv/.ready
 demo: $(READY)  ## the whole way on a synthetic street: runs/quickstart/report.html
 	$(BIN)/hkd-quickstart --run runs/quickstart
 
+# Each package's tests in a process of their own: OpenVINO's tests after a training in the same one have ended it.
+PACKAGES := tests/hkd_deploy tests/hkd_bench tests/hkd_det tests/test_torch_free.py
+
 test: $(READY)  ## every test
-	$(BIN)/pytest
+	for tests in $(PACKAGES); do $(BIN)/pytest $$tests || exit 1; done
 
 test-fast: $(READY)  ## the tests that need no training, no engine build and no child process
-	$(BIN)/pytest -m "not slow"
+	for tests in $(PACKAGES); do $(BIN)/pytest -m "not slow" $$tests || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check .
