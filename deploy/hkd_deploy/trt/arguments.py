@@ -42,8 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", default="cuda", metavar="CUDA", help="cuda or cuda:1: the GPU to build on and for")
 
 
-def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> None:
-    """What --trt says: build the engine of an ONNX file, or --check that it can be built, and tell what came out."""
+def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
+    """What --trt says: build the engine of an ONNX file, or --check that it can be built, and tell what came out.
+
+    The engine's path; None where nothing was written.
+    """
     options = _options(flags)
     source = read_source(onnx)
     if flags.check:
@@ -56,7 +59,7 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> No
         )
         if flags.layers:
             print(table(checked.layers))
-        return
+        return None
     engine = output or onnx.with_suffix(".engine")
     if engine.suffix != ".engine":
         raise UsageError(f"--output {engine}: must end in .engine")
@@ -71,6 +74,7 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> No
     if flags.layers:
         print(table(layers))
         _write_layers(engine, layers)
+    return engine
 
 
 def _write_layers(engine: Path, layers: list[Layer]) -> None:
