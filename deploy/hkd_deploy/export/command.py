@@ -42,17 +42,17 @@ def _body(argv: Sequence[str] | None) -> int:
         # --output names what was asked for; an FP32 file on the way to a smaller one keeps its usual name.
         onnx, verification = _onnx_of_weights(source, None if smaller else onnx_output, flags)
     if smaller:
-        fp32 = onnx
-        onnx, known = precision.write_precision(fp32, onnx_output, flags)
-        verification = verification or verifying.verification_of_onnx(fp32, flags)
-        _take_smaller(onnx, flags.precision, verification)
-    elif source.suffix == ".onnx" and (flags.openvino or (flags.trt and not flags.check)):
+        onnx, known = precision.write_precision(onnx, onnx_output, flags)
+    engine = tensorrt.run(onnx, flags, output if output != onnx_output else None) if flags.trt else None
+    if source.suffix == ".onnx" and (smaller or engine or flags.openvino):
         verification = verifying.verification_of_onnx(source, flags)
-    if flags.trt:
-        engine = tensorrt.run(onnx, flags, output if output != onnx_output else None)
-        if engine and verification:
-            # Not exact: TensorRT multiplies FP32 in TF32, which keeps 10 bits, on every GPU since Ampere.
-            verification.take(Form(engine, "tensorrt", exact=False, device=flags.gpu))
+    if smaller:
+        _take_smaller(onnx, flags.precision, verification)
+    if engine and verification:
+        # Not exact: TensorRT multiplies FP32 in TF32, which keeps 10 bits, on every GPU since Ampere.
+        verification.take(Form(engine, "tensorrt", exact=False, device=flags.gpu))
+    elif flags.trt and verification:
+        verification.skip(Form(onnx.with_suffix(".engine"), "tensorrt", exact=False), "--check writes none")
     if flags.openvino:
         _write_openvino(onnx, verification)
     if verification:
@@ -82,15 +82,15 @@ def _write_openvino(onnx: Path, verification: Verification | None) -> None:
 
 def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
     """What would otherwise show only after a file or two have been written."""
+    verifying.check(flags)
+    if flags.check and not flags.trt:
+        raise UsageError("--check: belongs to --trt")
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
     if source.suffix == ".engine" and not flags.target:
         raise UsageError(f"{source}: is an engine already; only --target makes something of it")
     if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.target):
         raise UsageError(f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --target")
-    verifying.check(flags)
-    if flags.check and not flags.trt:
-        raise UsageError("--check: belongs to --trt")
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
     endings = (".onnx", ".engine") if flags.trt and not flags.check else (".onnx",)

@@ -23,7 +23,7 @@ class Reference:
 
     name, runs_on: for the reader. options: of the graph that `run` runs, a picture at a time.
     detect: people in whole pictures. explain: where inside an ONNX file the difference begins, by a batch of one on
-    which it shows: part of a sentence, or "" where nothing can be said.
+    which it shows; part of a sentence.
     """
 
     name: str
@@ -46,4 +46,6 @@ def exported_reference(path: Path) -> Reference:
     def detect(samples: Sequence[Sample]) -> list[Detections]:
         return detect_all(path, "cpu", "onnxruntime", samples, path.name)
 
-    return Reference(str(path), "onnxruntime", options, run, detect, lambda _form, _batch: "")
+    return Reference(
+        str(path), "onnxruntime", options, run, detect, lambda _path, _batch: "there is no torch to tell where"
+    )

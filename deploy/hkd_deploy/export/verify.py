@@ -11,8 +11,9 @@ from hkd_deploy.export.reference import Reference
 from hkd_deploy.precision.judge import detect_all
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
-from hkd_det.errors import HkdError
+from hkd_det.errors import DataError, HkdError
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.curve import ABSENT
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.onnx_session import open_session
 
@@ -87,17 +88,25 @@ class Verification:
         reference, unjudged = self._reference, self._unjudged()
         before = None if unjudged else _miss_rate(reference.detect(self._samples), self._samples)
         lines: list[tuple[str, ...]] = [HEADS]
-        lines.append((reference.name, reference.runs_on, "-", "-", unjudged or _percent(before), "-"))
+        lines.append(
+            (reference.name, reference.runs_on, "-", "-", unjudged if before is None else _percent(before), "-")
+        )
+        notes = [self._note()]
         for row in self._rows:
             start = (str(row.form.path), row.form.backend)
             if row.parity is None:
                 lines.append((*start, f"not run here: {row.why_not}"))
                 continue
-            after = None if unjudged else self._rate(row.form, known)
-            rise = "-" if before is None or after is None else f"{100 * (after - before):+.2f} points"
-            differ = (f"{row.parity.box_px:.2g} px", f"{row.parity.score:.2g}")
-            lines.append((*start, *differ, unjudged or _percent(after), rise))
-        return "\n".join([*_aligned(lines), self._notes()])
+            seen, rise = unjudged, "-"
+            if before is not None:
+                try:
+                    after = self._rate(row.form, known)
+                    seen, rise = _percent(after), f"{100 * (after - before):+.2f} points"
+                except DataError as error:  # a picture larger than a graph takes that letterboxes itself
+                    seen = "not measured"
+                    notes.append(str(error))
+            lines.append((*start, f"{row.parity.box_px:.2g} px", f"{row.parity.score:.2g}", seen, rise))
+        return "\n".join([*_aligned(lines), *notes])
 
     def _seen(self) -> Seen:
         if self._looked is None:
@@ -106,32 +115,33 @@ class Verification:
         return self._looked
 
     def _refusal(self, form: Form, parity: Parity, path: Path) -> ParityError:
-        where = ""
+        where = "what differs inside can't be seen on this runtime"
         if form.backend == "onnxruntime":
             where = self._reference.explain(path, self._seen().batches[parity.worst])
         return ParityError(
             f"{form.path}: not written: boxes differ by up to {parity.box_px:.3g} px and scores by {parity.score:.3g} "
-            f"from {self._reference.name} on {self._reference.runs_on}; {where + '; ' if where else ''}"
-            "please report this with both versions"
+            f"from {self._reference.name} on {self._reference.runs_on}; {where}; please report this with both versions"
         )
 
     def _unjudged(self) -> str:
         """Why no miss rate can be measured, or nothing."""
         if self._reference.options.raw or not self._reference.options.preprocess:
             return "not measured"  # a program of the user's own prepares the pictures or chooses the boxes
-        return "no people" if _miss_rate([], self._samples) is None else ""
+        return "no people" if _miss_rate([], self._samples) == ABSENT else ""
 
-    def _rate(self, form: Form, known: Mapping[tuple[Path, str], float]) -> float | None:
+    def _rate(self, form: Form, known: Mapping[tuple[Path, str], float]) -> float:
         if (form.path, form.backend) in known:
             return known[form.path, form.backend]
         found = detect_all(form.path, form.device, form.backend, self._samples, form.path.name)
         return _miss_rate(found, self._samples)
 
-    def _notes(self) -> str:
-        notes = f"boxes, scores: largest difference on {len(self._pictures)} pictures"
-        if not all(row.form.exact for row in self._rows):
-            notes += f" (in smaller numbers: of detections from {SURE:g} up, to the nearest)"
-        return f"{notes}; miss rate: MR^-2 Reasonable on {len(self._samples)} of {self._data}"
+    def _note(self) -> str:
+        smaller = f" (of numbers smaller than FP32: of detections from {SURE:g} up, to the nearest)"
+        return (
+            f"boxes, scores: largest difference on {len(self._pictures)} pictures"
+            f"{'' if all(row.form.exact for row in self._rows) else smaller}; "
+            f"miss rate: MR^-2 Reasonable on {len(self._samples)} of {self._data}"
+        )
 
 
 @contextmanager
@@ -147,15 +157,14 @@ def _running(path: Path, form: Form) -> Iterator[tuple[Run, int]]:
             yield opened.runtime.run, opened.runtime.batch or 1
 
 
-def _miss_rate(found: Sequence[Detections], samples: Sequence[Sample]) -> float | None:
-    """MR^-2, Reasonable, a fraction; None where nobody is to be found."""
+def _miss_rate(found: Sequence[Detections], samples: Sequence[Sample]) -> float:
+    """MR^-2, Reasonable, a fraction; `curve.ABSENT` where nobody is to be found."""
     truth = TruthTable.of([sample.truth for sample in samples])
-    judged = evaluate(truth, DetectionTable.of(found), [REASONABLE])[REASONABLE.name]
-    return judged.value if judged.people else None
+    return evaluate(truth, DetectionTable.of(found), [REASONABLE])[REASONABLE.name].value
 
 
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.2f} %"
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2f} %"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hkd_deploy.artifact import Manifest
 from hkd_deploy.export.reference import Reference, exported_reference
 from hkd_deploy.export.verify import Verification
 from hkd_deploy.trt.source import read_source
@@ -59,7 +60,8 @@ def verification_of_onnx(onnx: Path, flags: argparse.Namespace) -> Verification 
         return None
     source = read_source(onnx)
     try:
-        return verification(exported_reference(onnx), flags.data or source.metadata.get("hkd.data", ""), flags)
+        data = flags.data or Manifest.from_metadata(source.metadata, onnx).data
+        return verification(exported_reference(onnx), data, flags)
     except HkdError as error:
         if flags.verify or flags.data:
             raise

@@ -404,7 +404,7 @@ def test_a_profile_wish_reaches_the_builder(graph: Callable[..., Path]) -> None:
         (["--trt", "--workspace", "0"], "--workspace 0: at least 1 MiB"),
         (["--trt", "--dla", "-1"], "--dla -1: a core's number"),
         (["--trt", "--profile", "8"], "--profile 8: expected smallest,usual,largest"),
-        (["--trt", "--output", "x.plan"], "--output x.plan: must end in .engine"),
+        (["--trt", "--output", "x.plan"], "--output x.plan: must end in .onnx or .engine"),
         ([], "is ONNX already; say what to make of it"),
     ],
 )
