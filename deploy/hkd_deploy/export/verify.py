@@ -18,6 +18,7 @@ from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.onnx_session import open_session
 
 HEADS = ("form", "runs on", "boxes", "scores", "miss rate", "rise")
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,17 @@ class Verification:
 
         known: miss rates, fractions, that have been measured on all samples already, by path and backend.
         """
-        reference, unjudged = self._reference, self._unjudged()
-        before = None if unjudged else _miss_rate(reference.detect(self._samples), self._samples)
+        reference, unjudged, notes = self._reference, self._unjudged(), [self._note()]
+        before = None
+        try:
+            before = None if unjudged else _miss_rate(reference.detect(self._samples), self._samples)
+        except DataError as error:  # a picture larger than a graph takes that letterboxes itself
+            unjudged = NOT_MEASURED
+            notes.append(str(error))
         lines: list[tuple[str, ...]] = [HEADS]
         lines.append(
             (reference.name, reference.runs_on, "-", "-", unjudged if before is None else _percent(before), "-")
         )
-        notes = [self._note()]
         for row in self._rows:
             start = (str(row.form.path), row.form.backend)
             if row.parity is None:
@@ -102,8 +107,8 @@ class Verification:
                 try:
                     after = self._rate(row.form, known)
                     seen, rise = _percent(after), f"{100 * (after - before):+.2f} points"
-                except DataError as error:  # a picture larger than a graph takes that letterboxes itself
-                    seen = "not measured"
+                except DataError as error:
+                    seen = NOT_MEASURED
                     notes.append(str(error))
             lines.append((*start, f"{row.parity.box_px:.2g} px", f"{row.parity.score:.2g}", seen, rise))
         return "\n".join([*_aligned(lines), *notes])
@@ -126,7 +131,7 @@ class Verification:
     def _unjudged(self) -> str:
         """Why no miss rate can be measured, or nothing."""
         if self._reference.options.raw or not self._reference.options.preprocess:
-            return "not measured"  # a program of the user's own prepares the pictures or chooses the boxes
+            return NOT_MEASURED  # a program of the user's own prepares the pictures or chooses the boxes
         return "no people" if _miss_rate([], self._samples) == ABSENT else ""
 
     def _rate(self, form: Form, known: Mapping[tuple[Path, str], float]) -> float:
