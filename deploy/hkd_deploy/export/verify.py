@@ -1,5 +1,6 @@
 """Verification: every exported form of a detector against what it was made of, on real pictures. No torch."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class Verification:
     def take(self, form: Form, at: Path | None = None) -> Parity | None:
         """Compare a form; `at` is where it lies until it gets its name. None if it does not run here.
 
-        Raises ParityError, which says where the difference begins, if an exact form is out of tolerance; DataError
-        without pictures.
+        Raises ParityError if an exact form is out of tolerance, which says where the difference begins, or if any form
+        answers NaN; DataError without pictures.
         """
         path, seen = at or form.path, self._seen()
         try:
@@ -72,6 +73,8 @@ class Verification:
                 raise
             self.skip(form, str(error))
             return None
+        if math.isnan(parity.box_px) or math.isnan(parity.score):
+            raise ParityError(f"{form.path}: answers NaN on {form.backend}, of no use there")
         if form.exact and not parity.holds:
             raise self._refusal(form, parity, path)
         self._rows.append(Row(form, parity))
