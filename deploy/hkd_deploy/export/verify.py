@@ -126,9 +126,10 @@ class Verification:
         where = "what differs inside can't be seen on this runtime"
         if form.backend == "onnxruntime":
             where = self._reference.explain(path, self._seen().batches[parity.worst])
+        boxes = f"by up to {parity.box_px:.3g} px" if math.isfinite(parity.box_px) else "beyond all pairing"
         return ParityError(
-            f"{form.path}: not written: boxes differ by up to {parity.box_px:.3g} px and scores by {parity.score:.3g} "
-            f"from {self._reference.name} on {self._reference.runs_on}; {where}; please report this with both versions"
+            f"{form.path}: not written: boxes differ {boxes} and scores by {parity.score:.3g} from "
+            f"{self._reference.name} on {self._reference.runs_on}; {where}; please report this with both versions"
         )
 
     def _unjudged(self) -> str:
