@@ -39,7 +39,7 @@ $(READY): requirements.lock pyproject.toml
 
 lock: $(READY)  ## write requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--extra cpu --extra openvino --extra train --extra cluster --extra yolo --group dev pyproject.toml -o requirements.lock
+		--extra cpu --extra openvino --extra tensorrt --extra quant --extra train --extra cluster --extra yolo --group dev pyproject.toml -o requirements.lock
 
 tensorrt-cpu: $(READY)  ## a real TensorRT parser and builder without a GPU, in .tensorrt/
 	$(BIN)/python deploy/tensorrt_cpu.py .tensorrt

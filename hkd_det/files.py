@@ -58,8 +58,11 @@ def write_text(path: Path, text: str) -> None:
 
 def sha256_of(path: Path) -> str:
     """64 hexadecimal digits of a file's bytes."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

@@ -16,7 +16,10 @@ LEARNING = (
     "hkd_det.losses",
     "hkd_det.distill",
     "hkd_det.train",
-    "hkd_deploy.export",
+    *(
+        f"hkd_deploy.export.{name}"
+        for name in ("from_weights", "graph", "onnx_file", "metadata", "parity", "resize", "suppress", "two_stage")
+    ),
     "hkd_bench.quickstart",
 )
 NO_TORCH = """

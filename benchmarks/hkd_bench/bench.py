@@ -138,10 +138,11 @@ def _contenders(models: Sequence[Path], backends: Sequence[str | None], names: S
 
 def _names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:
     if names is None:
-        stems, backends = [path.stem for path, _ in pairs], [backend for _, backend in pairs]
-        names = stems if len(set(stems)) == len(stems) else [str(path) for path, _ in pairs]
-        if len(set(backends)) > 1:
-            names = [f"{stem} {backend}" for stem, backend in zip(stems, backends, strict=True)]
+        paths = {path for path, _ in pairs}
+        short = len({path.stem for path in paths}) == len(paths)
+        names = [path.stem if short else str(path) for path, _ in pairs]
+        if len(set(names)) < len(names):
+            names = [f"{name} {backend}" for name, (_, backend) in zip(names, pairs, strict=True)]
     if len(names) != len(pairs):
         raise UsageError(f"--names: {len(names)} names for {len(pairs)} models (each on each backend)")
     if len(set(names)) < len(names) or not all(name.strip() for name in names):

@@ -101,10 +101,10 @@ def notes(result: BenchResult) -> list[str]:
 
 
 def _by(result: BenchResult) -> str:
-    """What ran the models."""
+    """What ran the models; which ran which, where the names do not say it."""
     backends = list(dict.fromkeys(model.backend for model in result.models))
-    if len(backends) == 1:
-        return f"by {backends[0]}"
+    if len(backends) == 1 or all(model.backend in model.name for model in result.models):
+        return f"by {', '.join(backends)}"
     return "by " + ", ".join(f"{model.backend} ({model.name})" for model in result.models)
 
 

@@ -1,13 +1,14 @@
 """What a distilled step costs: against the student's step and the teacher's forward pass, each measured alone.
 
-    python benchmarks/studies/distillation_cost.py [--rounds 15] [--only NAME]     results: distillation_cost.md
+    python benchmarks/studies/distillation_cost.py [--rounds 15] [--only NAME] [--compile]    -> distillation_cost.md
 
 A round measures, one after the other on the same batch: the student's step (forward, loss, backward, optimiser), the
 teacher's forward pass as the distiller runs it (no gradients, bf16, channels last), and the step distilled by HKD. The
 ratio, third over the sum of the others, is that of one round, since the machine's speed drifts; the table gives the
 median and the range. Weights are random; every picture holds three people, and the teacher finds three, so that
 six regions a picture are compared. On the CPU one thread works and its own processor time is what counts, which other
-programs hardly change. On a GPU it is the time on the wall, from idle to idle.
+programs hardly change. On a GPU it is the time on the wall, from idle to idle. `--compile` puts teacher and students
+through `torch.compile` first, prints how long that took on the wall, and writes nothing.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="a student's name")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -71,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for device in devices:
         for case in CPU if device.type == "cpu" else CUDA:
             if arguments.only in ("", case.student):
-                lines.append(row(case, device, measure(case, device, arguments.rounds)))
+                lines.append(row(case, device, measure(case, device, arguments.rounds, arguments.compile)))
                 print(lines[-1], flush=True)
+    if arguments.compile:
+        return
     cpu = next(fact.value for fact in host_facts() if fact.name == "CPU")
     write_text(
         arguments.result,
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, float, float]]:
+def measure(case: Case, device: torch.device, rounds: int, compiled: bool = False) -> list[tuple[float, float, float]]:
     """Seconds of the student's step, the teacher's forward pass and the distilled step, a round each."""
     torch.manual_seed(0)
     pictures, truth = batch_of(case, device)
@@ -94,9 +98,15 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, 
     taught = Learner(student, Distiller(student, teacher, methods).to(device), norm_alone)
     timed = timer(device)
     steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth))
-    for step in steps:  # memory is laid out, kernels are chosen
+    if compiled:
+        for network in (alone.detector, teacher, student):
+            network.compile()
+    for name, step in zip(("student's step", "teacher's forward", "distilled"), steps, strict=True):
+        started = time.perf_counter()
+        step()  # memory is laid out, kernels are chosen
         step()
-        step()
+        if compiled:
+            print(f"{case.name}: {name} ready after {time.perf_counter() - started:.0f} s", flush=True)
     return [tuple(timed(step) for step in steps) for _ in range(rounds)]  # type: ignore[misc]
 
 

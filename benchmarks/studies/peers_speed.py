@@ -180,9 +180,7 @@ def opened(stack: ExitStack, name: str, path: Path, runtime: str, threads: int) 
     return lambda picture: model([picture])
 
 
-def time_all(
-    files: dict[tuple[str, str], Path], pictures: Sequence[Picture], rounds: int, threads: int
-) -> list[Entry]:
+def time_all(files: dict[tuple[str, str], Path], pictures: Sequence[Picture], rounds: int, threads: int) -> list[Entry]:
     """Every model in every precision on every runtime that has it, in turn."""
     with ExitStack() as stack:
         entries = [
@@ -209,7 +207,8 @@ def told(entries: Sequence[Entry], threads: int) -> str:
         "",
         f"`{' '.join(['python', *sys.argv])}`",
         "",
-        f"{processor}, {threads} threads, pictures at {SIZE_HW[1]}x{SIZE_HW[0]}, median of {rounds} rounds (p10-p90), ms",
+        f"{processor}, {threads} threads, pictures at {SIZE_HW[1]}x{SIZE_HW[0]}; milliseconds, median of",
+        f"{rounds} rounds (p10-p90).",
         "",
         f"| runtime | precision | student | {' | '.join(PEERS)} | student / fastest peer | student / its FP32 |",
         f"|{' --- |' * (len(PEERS) + 5)}",

@@ -14,6 +14,6 @@ FROM python:3.12-slim-bookworm
 COPY --from=build /opt/hkd /opt/hkd
 RUN useradd --uid 10001 --create-home hkd && install -d -o hkd /data
 ENV PATH=/opt/hkd/bin:$PATH
-USER hkd
+USER 10001
 WORKDIR /data
 CMD ["hkd-demo", "--help"]

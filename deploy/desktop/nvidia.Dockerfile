@@ -5,7 +5,7 @@
 # Python, CUDA and TensorRT come with the image. ONNX Runtime must be of the same CUDA: see docs/deploy/containers.md.
 ARG TENSORRT_IMAGE=nvcr.io/nvidia/tensorrt:25.06-py3
 FROM ${TENSORRT_IMAGE}
-ARG ONNXRUNTIME_GPU="onnxruntime-gpu>=1.20,<1.24"
+ARG ONNXRUNTIME_GPU="onnxruntime-gpu>=1.22,<1.27"
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
@@ -16,6 +16,6 @@ RUN python3 -m venv --system-site-packages /opt/hkd \
     && /opt/hkd/bin/pip install --no-cache-dir '.[gpu,tensorrt]' "${ONNXRUNTIME_GPU}" 'cuda-python<13'
 RUN useradd --uid 10001 --create-home hkd && install -d -o hkd /data
 ENV PATH=/opt/hkd/bin:$PATH
-USER hkd
+USER 10001
 WORKDIR /data
 CMD ["hkd-demo", "--help"]

@@ -1,7 +1,6 @@
 """The pipeline: frames in, people out, each stage timed. Letterbox, a backend, the way back."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.artifact import Manifest
-from hkd_deploy.backends.backend import Answer, Backend
-from hkd_deploy.backends.opening import Hint, Opened, open_backend
+from hkd_deploy.backends.backend import Answer, Backend, Hint
+from hkd_deploy.backends.opening import Opened, open_backend
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError
 from hkd_det.imgsz import STRIDE, format_imgsz
@@ -101,6 +100,8 @@ class Detector:
 
         batches = self._split(boxes)
         if self._parallel > 1 and len(batches) > 1:
+            from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - needed by few, and not light
+
             with ThreadPoolExecutor(self._parallel) as pool:
                 list(pool.map(detect, batches))
         else:

@@ -33,6 +33,13 @@ def detect(url: str, model: str, picture_rgb: NDArray[np.uint8]) -> Detections:
     Raises UnavailableError if the server does not answer, DataError if it answers something else.
     """
     address = f"{url.rstrip('/')}/v2/models/{model}"
+    try:
+        return _detect(address, picture_rgb)
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{address}: does not answer as a detector of hkd-export does: {error!r}") from None
+
+
+def _detect(address: str, picture_rgb: NDArray[np.uint8]) -> Detections:
     (images,) = _answer(requests.get, address).json()["inputs"]
     height, width = images["shape"][1:3]
     if images["datatype"] != "UINT8" or height < 1 or width < 1:

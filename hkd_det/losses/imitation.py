@@ -37,24 +37,26 @@ def balanced_mean(error: Tensor, foreground: Tensor, share: float) -> Tensor:
 class _CellErrors(torch.autograd.Function):
     """[N, T] errors of [N, T, C] float32 features at T cells.
 
-    By hand, as this is most of what the levels cost: torch's normalisations are slow unless a channel lies in one piece,
-    which maps, channels last, would first have to be brought to; and without them it would keep many more maps.
+    By hand, as this is much of what the levels cost: torch's normalisations are slow unless a channel lies in one
+    piece, which maps, channels last, would first have to be brought to, and autograd would keep twice as many of them.
     """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         mine, scale = _standardised(student)
-        difference = mine - _standardised(teacher)[0]
+        theirs, _ = _standardised(teacher)
+        difference = torch.sub(mine, theirs, out=theirs)
         ctx.save_for_backward(mine, scale, difference)
-        return 0.5 * difference.square().mean(2)
+        return torch.linalg.vector_norm(difference, dim=2).square() * (0.5 / difference.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         mine, scale, difference = ctx.saved_tensors
         of_mine = difference * (gradient / difference.shape[2])[..., None]
-        along = (of_mine * mine).mean(1, keepdim=True)  # what would change mean and variance alone has no effect
-        return (of_mine - of_mine.mean(1, keepdim=True)).sub_(mine * along).mul_(scale), None
+        along = (of_mine * mine).mean(1, keepdim=True)
+        # What would only shift or stretch the channel changes nothing of its standardised form.
+        return of_mine.sub_(of_mine.mean(1, keepdim=True)).addcmul_(mine, along, value=-1).mul_(scale), None
 
 
 def _cells(features: Tensor) -> Tensor:

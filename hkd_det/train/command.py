@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="", metavar="YAML", help="a whole run's settings; flags come on top")
     parser.add_argument(
         "--model",
-        help="what to train: teacher-r50, student-r18, mini-teacher, mini-student, fasterrcnn-r50, fasterrcnn-r18",
+        help="what to train: teacher-r50, student-r18, mini-teacher, mini-student, slim-student, fasterrcnn-r50, fasterrcnn-r18",
     )
     parser.add_argument(
         "--init", metavar="CHECKPOINT", help="start from a checkpoint's shape and weights; --model may be left out"

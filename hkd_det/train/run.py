@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Never
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ class Run:
                 "--teacher is another detector by now: start the run again"
             ) from error
 
-    def _epoch(self, learner: nn.Module, epoch: int, bar: "tqdm[Never]") -> EpochRecord:
+    def _epoch(self, learner: nn.Module, epoch: int, bar: "tqdm[NoReturn]") -> EpochRecord:
         config, started = self.config, time.monotonic()
         self.sampler.epoch = epoch
         torch.manual_seed(_seed_of(config.seed, epoch, self.processes.rank))
@@ -180,7 +180,7 @@ class Run:
         return record
 
     def _steps(
-        self, learner: nn.Module, epoch: int, strength: float, bar: "tqdm[Never]"
+        self, learner: nn.Module, epoch: int, strength: float, bar: "tqdm[NoReturn]"
     ) -> tuple[dict[str, float], dict[str, float]]:
         """One epoch's steps; the means of the loss terms, and of what the arbiter told."""
         config, device = self.config, self.processes.device

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from hkd_deploy.artifact import Manifest
 from hkd_det.errors import DataError
 
 Answer = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
+Hint = Literal["latency", "throughput"]  # what matters: one answer soon, or many a second
 OUTPUTS = {"boxes": "float32", "scores": "float32", "count": "int64"}
 
 

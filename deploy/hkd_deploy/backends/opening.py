@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hkd_deploy.backends.backend import Backend
+from hkd_deploy.backends.backend import Backend, Hint
 from hkd_det.errors import DataError, UsageError
 
-Hint = Literal["latency", "throughput"]
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt", "ort-tensorrt", "ort-tensorrt-rtx")
 
 

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.backend import OUTPUTS, Answer, End, checked_ends, closed_error
+from hkd_deploy.backends.backend import OUTPUTS, Answer, End, Hint, checked_ends, closed_error
 from hkd_deploy.backends.openvino_folder import model_files, read_metadata
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.onnx_session import first_line
 
 Precision = Literal["bf16"]
-Hint = Literal["latency", "throughput"]
 HINTS = ("latency", "throughput")
 DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
 LOAD_ERRORS = (
@@ -99,15 +98,21 @@ def open_openvino(
     wanted = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": hint.upper()}
     if threads is not None:
         wanted["INFERENCE_NUM_THREADS"] = str(threads)
-    with _told(model_path):
-        model = read_model(model_path)
-        compiled = core.compile_model(model, "CPU", wanted)
+    metadata, compiled = _compile(core, model_path, wanted)
     _check_precision(compiled, precision)
-    opened = OpenVino(path, _metadata(model, model_path), compiled)
+    opened = OpenVino(path, metadata, compiled)
     try:
         yield opened
     finally:
         opened.close()
+
+
+def _compile(core: Any, path: Path, wanted: dict[str, str]) -> tuple[dict[str, str], Any]:
+    """The metadata and the compiled model; the model itself, with its weights, is let go."""
+    with _told(path):
+        model = read_model(path)
+        compiled = core.compile_model(model, "CPU", wanted)
+    return _metadata(model, path), compiled
 
 
 def _import_openvino() -> Any:

@@ -58,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--openvino", action="store_true", help="write the folder OpenVINO opens, NAME_openvino, too")
 
 
-def export_openvino(onnx: Path, check: Check | None = None) -> Path:
-    """Write NAME_openvino beside NAME.onnx, and say so; its path. What `check` raises for is not written."""
-    folder = onnx.with_name(f"{onnx.stem}_openvino")
+def export_openvino(onnx: Path, folder: Path | None = None, check: Check | None = None) -> Path:
+    """Write `folder`, by default NAME_openvino beside NAME.onnx, and say so; its path.
+
+    What `check` raises for is not written.
+    """
+    folder = folder or onnx.with_name(f"{onnx.stem}_openvino")
     write_folder(onnx, folder, check)
     size_mib = sum(file.stat().st_size for file in model_files(folder)) / 2**20
     print(f"{folder}: OpenVINO's form of {onnx}, {size_mib:.1f} MiB, weights as they were")

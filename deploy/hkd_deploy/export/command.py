@@ -34,7 +34,7 @@ def _body(argv: Sequence[str] | None) -> int:
         targets.write_targets(source, flags)
         return 0
     smaller = flags.precision != "fp32"
-    onnx_output = output if output and output.suffix == ".onnx" else None
+    onnx_output, engine_output, folder_output = _of_endings(output)
     verification = None
     known: precision.MissRates = {}
     onnx = source
@@ -43,7 +43,7 @@ def _body(argv: Sequence[str] | None) -> int:
         onnx, verification = _onnx_of_weights(source, None if smaller else onnx_output, flags)
     if smaller:
         onnx, known = precision.write_precision(onnx, onnx_output, flags)
-    engine = tensorrt.run(onnx, flags, output if output != onnx_output else None) if flags.trt else None
+    engine = tensorrt.run(onnx, flags, engine_output) if flags.trt else None
     if source.suffix == ".onnx" and (smaller or engine or flags.openvino):
         verification = verifying.verification_of_onnx(source, flags)
     if smaller:
@@ -54,7 +54,7 @@ def _body(argv: Sequence[str] | None) -> int:
     elif flags.trt and verification:
         verification.skip(Form(onnx.with_suffix(".engine"), "tensorrt", exact=False), "--check writes none")
     if flags.openvino:
-        _write_openvino(onnx, verification)
+        _write_openvino(onnx, folder_output, verification)
     if verification:
         print(verification.table({} if flags.verify_images else known))
     targets.write_targets(onnx, flags)
@@ -70,32 +70,47 @@ def _take_smaller(onnx: Path, kind: str, verification: Verification | None) -> N
             verification.take(Form(onnx, backend, exact=False))
 
 
-def _write_openvino(onnx: Path, verification: Verification | None) -> None:
-    if verification is None:
-        openvino_folder.export_openvino(onnx)
-        return
+def _write_openvino(onnx: Path, output: Path | None, verification: Verification | None) -> None:
     exact = read_source(onnx).precision == "fp32"
-    openvino_folder.export_openvino(
-        onnx, lambda folder, aside: verification.take(Form(folder, "openvino", exact), aside)
-    )
+
+    def check(folder: Path, aside: Path) -> None:
+        if verification:
+            verification.take(Form(folder, "openvino", exact), aside)
+
+    openvino_folder.export_openvino(onnx, output, check)
 
 
 def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
     """What would otherwise show only after a file or two have been written."""
     verifying.check(flags)
-    if flags.check and not flags.trt:
-        raise UsageError("--check: belongs to --trt")
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
+    if flags.check and not flags.trt:
+        raise UsageError("--check: belongs to --trt")
     if source.suffix == ".engine" and not flags.target:
         raise UsageError(f"{source}: is an engine already; only --target makes something of it")
     if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.target):
         raise UsageError(f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --target")
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
-    endings = (".onnx", ".engine") if flags.trt and not flags.check else (".onnx",)
-    if output and output.suffix not in endings:
-        raise UsageError(f"--output {output}: must end in {' or '.join(endings)}")
+    _, engine, folder = _of_endings(output)
+    if engine and (not flags.trt or flags.check):
+        raise UsageError(f"--output {output}: an engine is written by --trt, without --check")
+    if folder and not flags.openvino:
+        raise UsageError(f"--output {output}: must end in .onnx, or in .engine with --trt; a folder is for --openvino")
+
+
+def _of_endings(output: Path | None) -> tuple[Path | None, Path | None, Path | None]:
+    """--output as the ONNX file, the engine or the OpenVINO folder that it names by its ending."""
+    match output.suffix if output else None:
+        case None:
+            return None, None, None
+        case ".onnx":
+            return output, None, None
+        case ".engine":
+            return None, output, None
+        case _:
+            return None, None, output
 
 
 def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> tuple[Path, Verification | None]:

@@ -1,7 +1,7 @@
 """What an exported file says of itself: the keys the field's readers know, and ours under `hkd.`."""
 
 import json
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 
 from hkd_deploy.artifact import FORMAT, PREPROCESS, PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
@@ -18,7 +18,7 @@ def metadata(checkpoint: DetectorCheckpoint, options: GraphOptions) -> dict[str,
     return {
         "description": f"hkd-det {checkpoint.model}, pedestrian detector, {'raw' if options.raw else 'end to end'}",
         "author": "hkd-det",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": version("hkd-det"),
         "license": f"{_licence(checkpoint)} (code); weights: as their training data allows",
         "task": "detect",

@@ -21,24 +21,27 @@ class GraphLetterbox(nn.Module):
         self.input_hw = input_hw
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, H, W, 3] float RGB to inputs [B, 3, h, w] in whole grey levels, source_hw [2] and content_hw [2]."""
+        """[B, H, W, 3] float RGB to inputs [B, 3, h, w] in whole grey levels, (H, W) [2] and their size inside [2]."""
         source_hw = shape_as_tensor(pictures)[1:3].float()
-        content_hw = _content_hw(source_hw, self.input_hw)
-        shrinks = content_hw[0] < source_hw[0]
+        inside_hw = content_hw(source_hw, self.input_hw)
+        shrinks = inside_hw[0] < source_hw[0]
         down, across = (
-            _weights(torch.arange(pictures.shape[axis + 1]).float(), source_hw[axis], content_hw[axis], size, shrinks)
+            _weights(torch.arange(pictures.shape[axis + 1]).float(), source_hw[axis], inside_hw[axis], size, shrinks)
             for axis, size in enumerate(self.input_hw)
         )
         lower = pictures.permute(0, 3, 2, 1) @ down.transpose(0, 1)  # [B, 3, W, h]
         resized = lower.transpose(2, 3) @ across.transpose(0, 1)  # [B, 3, h, w]
         rows, columns = (torch.arange(size).float() for size in self.input_hw)
-        inside = (rows < content_hw[0])[:, None] & (columns < content_hw[1])
-        return torch.where(inside, resized.round(), float(PAD_VALUE)), source_hw, content_hw
+        inside = (rows < inside_hw[0])[:, None] & (columns < inside_hw[1])
+        return torch.where(inside, resized.round(), float(PAD_VALUE)), source_hw, inside_hw
 
 
-def to_source(boxes_xyxy: Tensor, source_hw: Tensor, content_hw: Tensor) -> Tensor:
-    """Boxes [B, K, 4] in input pixels to pixels of pictures of source_hw [2], cut at their borders."""
-    return cut(boxes_xyxy * (source_hw / content_hw).flip(0).repeat(2), source_hw)
+def to_source(boxes_xyxy: Tensor, source_hw: Tensor, inside_hw: Tensor) -> Tensor:
+    """Boxes [B, K, 4] in input pixels to pixels of pictures of source_hw [2], cut at their borders.
+
+    inside_hw [2]: their size inside the input.
+    """
+    return cut(boxes_xyxy * (source_hw / inside_hw).flip(0).repeat(2), source_hw)
 
 
 def cut(boxes_xyxy: Tensor, picture_hw: Tensor) -> Tensor:
@@ -50,10 +53,10 @@ def padded(pictures: Tensor, least_hw: tuple[int, int]) -> Tensor:
     """[B, 3, H, W] pictures, grey added below and at the right up to multiples of 32, `least_hw` at least."""
     sides = shape_as_tensor(pictures)[2:]
     missing = torch.maximum((sides + STRIDE - 1) // STRIDE * STRIDE, torch.tensor(least_hw)) - sides
-    return F.pad(pictures, (0, missing[1], 0, missing[0]), value=float(PAD_VALUE))  # type: ignore[list-item]
+    return F.pad(pictures, (0, missing[1], 0, missing[0]), value=float(PAD_VALUE))  # type: ignore[arg-type]
 
 
-def _content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:
+def content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:
     """Size [2] of the scaled picture inside the input, at least one pixel; whole numbers as float32."""
     limits = torch.tensor(input_hw).float()
     # By whole numbers, exact in float32: a scale would be off at halves.

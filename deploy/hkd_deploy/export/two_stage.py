@@ -35,15 +35,12 @@ def candidates(detector: FasterRcnn, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 def _proposals(detector: FasterRcnn, maps: tuple[Tensor, ...], pictures: Tensor) -> tuple[Tensor, Tensor]:
     """The first stage's boxes [B, P, 4] and scores [B, P], best first; 0 for those that are none."""
-    boxes, scores = [], []
-    for level, features in enumerate(maps):
-        every, score = _of_level(detector, level, features, pictures)
-        every, score = suppressed(every, score, detector.rpn.pre_nms_top_n(), detector.rpn.nms_thresh)
-        boxes.append(every)
-        scores.append(score)
-    every, score = torch.cat(boxes, 1), torch.cat(scores, 1)
-    score, index = score.topk(detector.rpn.post_nms_top_n())
-    return every.gather(1, index[..., None].expand(-1, -1, 4)), score
+    levels = [_of_level(detector, level, features, pictures) for level, features in enumerate(maps)]
+    boxes, scores = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*levels, strict=True))  # [B * levels, C]
+    boxes, scores = suppressed(boxes, scores, int(scores.shape[1]), detector.rpn.nms_thresh)  # each level alone
+    boxes, scores = boxes.reshape(-1, len(maps) * boxes.shape[1], 4), scores.reshape(-1, len(maps) * scores.shape[1])
+    scores, index = scores.topk(detector.rpn.post_nms_top_n())
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4)), scores
 
 
 def _of_level(detector: FasterRcnn, level: int, features: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +81,7 @@ def _pooled(maps: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
         for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True))
     ]
     pooled = torch.stack(every).sum(0)  # [B, C, P * 7, 7]
-    return pooled.unflatten(2, (-1, POOLED)).transpose(1, 2).flatten(0, 1)
+    return pooled.reshape(*pooled.shape[:2], -1, POOLED, POOLED).transpose(1, 2).flatten(0, 1)
 
 
 def _pooled_from(features: Tensor, boxes: Tensor, chosen: Tensor) -> Tensor:
@@ -100,6 +97,6 @@ def _pooled_from(features: Tensor, boxes: Tensor, chosen: Tensor) -> Tensor:
     rows, columns = features.shape[-2], features.shape[-1]
     read = (y <= rows)[..., None] & (x <= columns)[:, :, None] & chosen[..., None, None]  # [B, P, 14, 14]
     x, y = (2 * x + 1) / columns - 1, (2 * y + 1) / rows - 1
-    grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), -1).flatten(1, 2)
+    grid = torch.stack([x[:, :, None].expand(read.shape), y[..., None].expand(read.shape)], -1).flatten(1, 2)
     values = F.grid_sample(features, grid, padding_mode="border", align_corners=False)
     return F.avg_pool2d(values * read.flatten(1, 2)[:, None], SAMPLES)

@@ -50,12 +50,9 @@ def calibration_samples(data: str, count: int) -> list[Sample]:
     return [samples[index] for index in drawn]
 
 
-def network_input(manifest: Manifest, picture_rgb: NDArray[np.uint8]) -> NDArray[np.generic]:
-    """A picture [H, W, 3] as a batch of one, as the graph takes it."""
-    batch = Letterbox((picture_rgb.shape[0], picture_rgb.shape[1]), manifest.imgsz_hw).apply(picture_rgb)[None]
-    if manifest.preprocess == "float01":
-        return batch.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
-    return batch
+def network_input(manifest: Manifest, picture_rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture [H, W, 3] as a batch of one, letterboxed; a graph that takes other sizes takes this one, too."""
+    return Letterbox((picture_rgb.shape[0], picture_rgb.shape[1]), manifest.imgsz_hw).apply(picture_rgb)[None]
 
 
 def calibrate(source: Source, layers: Sequence[str], samples: Sequence[Sample]) -> dict[Method, Reach]:
@@ -80,7 +77,7 @@ def calibrate(source: Source, layers: Sequence[str], samples: Sequence[Sample]) 
 
 
 def values_of(
-    model: Any, names: Sequence[str], inputs: Iterable[NDArray[np.generic]]
+    model: Any, names: Sequence[str], inputs: Iterable[NDArray[Any]]
 ) -> Iterable[dict[str, NDArray[np.float32]]]:
     """The values `names` inside a graph, for each input in turn."""
     onnx = import_onnx()

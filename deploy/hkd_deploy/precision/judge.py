@@ -1,16 +1,18 @@
 """How well a file sees and how fast it runs on this device, against another: real pictures, end to end."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hkd_deploy.pipeline import open_detector
+from hkd_deploy.pipeline import Detector, open_detector
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.datasets.sample import Sample, read_picture
 from hkd_det.detections import Detections
@@ -19,9 +21,9 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.curve import MissRate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 
-TIMED_PICTURES = 16
-ROUNDS = 40
-WARM_UP = 5
+ROUNDS, RUNS = 4, 10  # on each runtime in every round
+WARM_UP = 3  # runs of a round; the other runtime's threads have come to rest then
+TIMED_PICTURES = WARM_UP + RUNS
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,35 @@ def recall_at(judged: MissRate, conf: float) -> float:
 
 
 def race(fp32: Path, path: Path, device: str, samples: Sequence[Sample]) -> list[Race]:
-    """Both files in turn, picture by picture, on every runtime that is installed and takes the device."""
+    """Both files in turn, picture by picture, on every runtime that is installed and takes the device.
+
+    The runtimes take turns, too: what else the machine does then slows all of them alike.
+    """
     places = np.linspace(0, len(samples) - 1, min(TIMED_PICTURES, len(samples))).round().astype(int)
     pictures = [read_picture(samples[place].path) for place in places]
-    races = []
-    for backend in backends(device):
-        times_ms: list[list[float]] = [[], []]
-        with ExitStack() as opened:
-            detectors = [opened.enter_context(open_detector(one, device, backend=backend)) for one in (fp32, path)]
-            for turn in tqdm(range(WARM_UP + ROUNDS), f"timing on {backend}", leave=False):
-                for detector, times in zip(detectors, times_ms, strict=True):
-                    start = perf_counter()
-                    detector(pictures[turn % len(pictures)])
-                    times.append(1e3 * (perf_counter() - start))
-        fp32_ms, ms = (float(np.median(times[WARM_UP:])) for times in times_ms)
-        races.append(Race(backend, fp32_ms, ms))
-    return races
+    names = backends(device)
+    times_ms: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    with ExitStack() as opened:
+        pairs = {
+            name: [opened.enter_context(open_detector(one, device, backend=name)) for one in (fp32, path)]
+            for name in names
+        }
+        for name in tqdm(names * ROUNDS, "timing", unit="round", leave=False):
+            first, second = pairs[name]
+            runs = [(_timed_ms(first, picture), _timed_ms(second, picture)) for picture in _round_of(pictures)]
+            times_ms[name] += runs[WARM_UP:]
+    return [Race(name, *(float(median) for median in np.median(times_ms[name], axis=0))) for name in names]
+
+
+def _round_of(pictures: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """As many as a round needs."""
+    return islice(cycle(pictures), WARM_UP + RUNS)
+
+
+def _timed_ms(detector: Detector, picture: NDArray[np.uint8]) -> float:
+    start = perf_counter()
+    detector(picture)
+    return 1e3 * (perf_counter() - start)
 
 
 def judging_backend(device: str) -> str:

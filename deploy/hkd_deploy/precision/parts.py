@@ -5,8 +5,8 @@
 A *layer* is a node with trained weights: Conv, ConvTranspose, Gemm, MatMul. The *last* layers have no layer behind
 them: they give scores and sides. The *body* is a layer or has one before it, and has another behind it. All else stays
 FP32: what is before the first layer is preprocessing, what is behind the last is decoding, where half a pixel counts.
-A detector of two stages has two such ends: what chooses regions (integers: which, how many; RoiAlign's regions) passes
-no features on, so the first stage's own answers are an end, too.
+A detector of two stages has two such ends: what chooses regions (integers: which, how many; the places at which maps
+are read) passes no features on, so the first stage's own answers are an end, too.
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from typing import Any
 from hkd_deploy.precision.source import import_onnx
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+READERS = frozenset({"RoiAlign", "GridSample"})  # of maps, their first input, at places that the others say
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ def float_tensors(model: Any) -> frozenset[str]:
 
 
 def _feature_inputs(model: Any) -> dict[str, list[str]]:
-    """Of each node the inputs by which features come: floats, and of RoiAlign only the maps."""
+    """Of each node the inputs by which features come: floats, and of those that read maps at places only the maps."""
     floats = float_tensors(model)
     return {
-        node.name: [name for name in (node.input[:1] if node.op_type == "RoiAlign" else node.input) if name in floats]
+        node.name: [name for name in (node.input[:1] if node.op_type in READERS else node.input) if name in floats]
         for node in model.graph.node
     }
 

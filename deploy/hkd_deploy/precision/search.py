@@ -27,9 +27,7 @@ class Trial:
     rise_points: float
 
 
-def noise_by_layer(
-    model: Any, parts: Parts, reach: Reach, inputs: Sequence[NDArray[np.generic]]
-) -> list[tuple[str, float]]:
+def noise_by_layer(model: Any, parts: Parts, reach: Reach, inputs: Sequence[NDArray[Any]]) -> list[tuple[str, float]]:
     """Every layer with the noise that it alone in INT8 puts on what the last layers say, the noisiest first.
 
     Noise is a share: the error's energy over the energy by which the answers vary, summed over the last layers.

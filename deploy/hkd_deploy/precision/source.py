@@ -44,8 +44,9 @@ def read_source(path: Path) -> Source:
     source = Source(path, model, Manifest.from_metadata(_metadata(model), path), sha256(packed).hexdigest())
     _check_numbers(onnx, source)
     _check_opset(source)
-    if source.manifest.raw:
-        raise UsageError(f"{path}: exported with --raw, which gives no detections to judge by; export without it")
+    if source.manifest.raw or source.manifest.preprocess != "uint8":
+        flag = "--raw" if source.manifest.raw else "--no-preprocess"
+        raise UsageError(f"{path}: exported with {flag}: nothing here can run and judge it; export it again without")
     _name_nodes(model)
     return source
 

@@ -53,7 +53,7 @@ class Verdict:
             found.append(f"the miss rate rises by more than {self.max_mr_rise:g} points")
         if self.recall_rise < -MOST_RECALL_FALL:
             found.append(f"recall falls by more than {MOST_RECALL_FALL:g} points")
-        if self.speed < 1:
+        if self.speed * FASTER < 1:
             found.append("it is slower")
         elif self.speed < FASTER:
             found.append("it is hardly faster")

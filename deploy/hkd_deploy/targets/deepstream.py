@@ -29,6 +29,7 @@ def write_deepstream(model: ModelFile, folder: Path, max_batch: int) -> Path:
     """
     manifest = Manifest.from_metadata(model.metadata, model.path)
     _check(model, manifest)
+    labels, settings = _labels(model), config(model, manifest, max_batch)
     target = folder / model.path.stem
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / model.path.name) as aside:
@@ -38,25 +39,20 @@ def write_deepstream(model: ModelFile, folder: Path, max_batch: int) -> Path:
             without_output(model.path, COUNT, aside)
     for name in PARSER_FILES:
         write_text(target / name, (files("hkd_deploy.targets") / "nvdsinfer_hkd" / name).read_text(encoding="utf-8"))
-    write_text(target / "labels.txt", "\n".join(_labels(model)) + "\n")
-    write_text(target / "config_infer_primary.txt", config(model, manifest, max_batch))
+    write_text(target / "labels.txt", "\n".join(labels) + "\n")
+    write_text(target / "config_infer_primary.txt", settings)
     return target
 
 
 def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
     """The text of config_infer_primary.txt; its paths are relative to itself."""
     batch = manifest.batch or max_batch
-    name = model.path.name
-    if model.is_engine:
-        sources = [f"model-engine-file={name}"]
-    else:  # nvinfer builds the engine on first start and saves it under exactly this name
-        sources = [f"onnx-file={name}", f"model-engine-file={name}_b{batch}_gpu0_fp32.engine"]
     height, width = manifest.imgsz_hw
     lines = [
         "[property]",
         "gpu-id=0",
         "gie-unique-id=1",
-        *sources,
+        *_sources(model, batch),
         "network-mode=0",
         "network-type=0",
         f"batch-size={batch}",
@@ -79,6 +75,20 @@ def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
         f"pre-cluster-threshold={THRESHOLD}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sources(model: ModelFile, batch: int) -> list[str]:
+    name = model.path.name
+    if model.is_engine:
+        return [f"model-engine-file={name}"]
+    if model.metadata.get("hkd.precision", "fp32") != "fp32":
+        engine = model.path.with_suffix(".engine").name
+        build = (
+            f"# made on the device, in this folder: hkd-export {name} --trt (nvinfer's builder does not type strongly)"
+        )
+        return [build, f"model-engine-file={engine}"]
+    # nvinfer builds the engine on first start and saves it under exactly this name
+    return [f"onnx-file={name}", f"model-engine-file={name}_b{batch}_gpu0_fp32.engine"]
 
 
 def _check(model: ModelFile, manifest: Manifest) -> None:

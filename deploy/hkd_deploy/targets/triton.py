@@ -83,8 +83,8 @@ def _tensor_block(kind: str, tensor: Tensor, batched: bool) -> str:
 
 def _warmup(model: ModelFile, batched: bool) -> str:
     """One call with a black picture before the first request: allocations and kernel choices are then done."""
-    (images,) = model.inputs
     height, width = Manifest.from_metadata(model.metadata, model.path).imgsz_hw
+    (images,) = model.inputs
     sides = images.shape[1:] if batched else images.shape
     usual = iter((height, width))
     known = tuple(next(usual) if side is None else side for side in sides)

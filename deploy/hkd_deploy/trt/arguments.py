@@ -18,6 +18,7 @@ from hkd_det.files import replacing
 
 WORKSPACE_MIB = 1024
 MIB = 2**20
+MOST_KINDS = 4  # of layers, on one line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["version", "hardware"],
         help="run on later TensorRTs, other GPUs",
     )
-    group.add_argument("--gpu", default="cuda", metavar="CUDA", help="cuda or cuda:1: the GPU to build on and for")
+    group.add_argument("--device", default="cuda", help="with --trt: the GPU to build on and for, cuda or cuda:1")
 
 
 def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
@@ -51,9 +52,10 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Pa
     source = read_source(onnx)
     if flags.check:
         checked = check(onnx, options)
-        kinds = ", ".join(f"{count} {kind.lower()}" for kind, count in checked.operators.items())
+        kinds = [f"{count} {kind.lower()}" for kind, count in checked.operators.items()]
+        common = ", ".join([*kinds[:MOST_KINDS], *["..."] * (len(kinds) > MOST_KINDS)])
         print(
-            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.operators.values())} layers: {kinds}) and "
+            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.operators.values())} layers: {common}) and "
             f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s; layers that multiply: "
             f"{words(histogram(checked.layers))} (asked: {source.precision}); nothing was written"
         )
@@ -65,7 +67,7 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Pa
         raise UsageError(f"--output {engine}: must end in .engine")
     if line := memory_line(len(source.content), options.workspace_mib):
         print(line)
-    sidecar, layers = build_engine(source, engine, options, flags.gpu)
+    sidecar, layers = build_engine(source, engine, options, flags.device)
     print(
         f"{engine}: {sidecar.gpu}, TensorRT {sidecar.tensorrt}, {engine.stat().st_size / MIB:.1f} MiB, built in "
         f"{sidecar.build_s:.0f} s; layers that multiply: {words(sidecar.precision_found)} "

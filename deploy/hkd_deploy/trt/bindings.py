@@ -51,8 +51,9 @@ def _how(system: str, machine: str, jetson: bool) -> str:
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if jetson:
         return (
-            "on a Jetson it comes with JetPack: sudo apt install python3-libnvinfer, and a virtual environment "
-            f"of the system's own Python made with --system-site-packages (this is {python})"
+            "on a Jetson it comes with JetPack: sudo apt install python3-libnvinfer, and a virtual environment of the "
+            "system's own Python, made with --system-site-packages "
+            f"(this is {python}; JetPack 7 has 3.12, JetPack 6 3.10)"
         )
     if system == "Linux" and machine in ("x86_64", "aarch64"):
         return "pip install tensorrt (needs NVIDIA's driver); to check a file without a GPU: make tensorrt-cpu"

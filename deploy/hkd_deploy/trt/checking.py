@@ -54,9 +54,8 @@ def check(path: Path, options: BuildOptions) -> Checked:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [*_interpreter(), "-m", __name__, str(path), str(answer), msgspec.json.encode(options).decode()]
-        done = subprocess.run(command, check=False)
-        if done.returncode == 130:
-            raise KeyboardInterrupt
+        # A session of its own: Ctrl-C is for this process, which then ends that one.
+        done = subprocess.run(command, check=False, start_new_session=True)
         if not answer.exists():
             raise DataError(f"{path}: TensorRT's process ended with code {done.returncode} and said nothing")
         found = msgspec.json.decode(answer.read_bytes(), type=dict[str, msgspec.Raw])
@@ -91,7 +90,7 @@ def _checked(path: Path, options: BuildOptions) -> Checked:
     return Checked(trt.__version__, built.operators, layers, len(built.plan), built.build_s)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """The child's body: the answer goes into the file named second."""
     path, answer, options = argv
     try:
@@ -99,11 +98,8 @@ def main(argv: Sequence[str]) -> int:
         found: dict[str, object] = {"checked": checked}
     except HkdError as error:
         found = {"refused": Refused(type(error).__name__, str(error))}
-    except KeyboardInterrupt:
-        return 130
     Path(answer).write_bytes(msgspec.json.encode(found))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

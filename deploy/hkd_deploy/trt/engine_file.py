@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,13 @@ def build_engine(source: OnnxSource, engine: Path, options: BuildOptions, device
 
 
 def check_precision(source: OnnxSource, layers: Sequence[Layer]) -> None:
-    """Raises DataError if no layer runs in the precision that the file was made for."""
+    """Raises DataError if no layer runs in the precision that the file was made for, or an FP32 file's runs in less.
+
+    Parts of an FP16, BF16 or INT8 file stay in FP32, so there the rest may be anything.
+    """
     found = histogram(layers)
-    if source.precision not in found:
+    less = [precision for precision in found if precision not in ("fp32", "other")]
+    if source.precision not in found or (source.precision == "fp32" and less):
         raise DataError(
             f"{source.path}: asked for {source.precision}, but TensorRT has built layers of {words(found)}; "
             f"nothing was written; export the file again with --precision {source.precision}"
@@ -112,7 +116,7 @@ def _sidecar(trt: Any, cuda: Cuda, source: OnnxSource, options: BuildOptions, bu
         workspace_mib=options.workspace_mib,
         context_mib=seen.context_mib,
         build_s=round(built.build_s, 1),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         source=source.path.name,
         source_sha256=source.sha256,
         engine_sha256=sha256_of(built.plan),

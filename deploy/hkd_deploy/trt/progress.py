@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar of per cent. `cancel` makes the build stop at its next step."""
+    """A bar of per cent, from 0 anew for each outermost phase. `cancel` makes the build stop at its next step."""
 
     def __init__(self, label: str) -> None:
         bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -22,6 +22,8 @@ class Progress:
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         """A phase begins inside `parent`."""
+        if parent not in self._steps:
+            self._bar.n = 0
         self._steps[phase] = (parent, 0, max(1, steps))
         self._bar.set_postfix_str(phase, refresh=False)
         self._show()
@@ -37,8 +39,6 @@ class Progress:
     def finish(self, phase: str) -> None:
         """A phase is over; its parent's step is counted by the parent."""
         self._steps.pop(phase, None)
-        if not self._steps and not self.cancelled.is_set():
-            self._bar.update(100 - self._bar.n)
 
     def __enter__(self) -> "Progress":
         return self

@@ -37,37 +37,72 @@ def drawn_regions(truth: TruthBatch, input_hw: tuple[int, int]) -> Regions:
     return Regions(torch.cat(rois), len(rois[0]))
 
 
-def pooled(maps: Sequence[Tensor], rois: Tensor, input_hw: tuple[int, int]) -> Tensor:
-    """[R, C] means over the boxes [R, 5] of a layer's map [B, C, H, W], or of its maps, fine to coarse.
+class Pooling:
+    """Reads boxes [R, 5] as vectors from maps of a network; a step makes one for all layers.
 
-    Of several each box is read from the one on which it is about `CELLS_A_PERSON` cells high.
+    Which cells a box reads depends on a map's size alone, and few sizes serve many layers: worked out once for each.
     """
-    strides = [input_hw[0] / level.shape[-2] for level in maps]
-    height_px = (rois[:, 4] - rois[:, 2]).clamp(min=1)
-    octaves = torch.tensor([math.log2(CELLS_A_PERSON * stride) for stride in strides], device=rois.device)
-    level_of = (height_px.log2()[:, None] - octaves).abs().argmin(1)  # [R]
-    vectors = maps[0].new_zeros((len(rois), maps[0].shape[1]), dtype=torch.float32)
-    for level, stride in enumerate(strides):
-        chosen = (level_of == level).nonzero()[:, 0]
-        vectors = vectors.index_add(0, chosen, _means(maps[level], rois[chosen], stride))
-    return vectors
+
+    def __init__(self, rois: Tensor, input_hw: tuple[int, int]) -> None:
+        self.rois, self.input_hw = rois, input_hw
+        self._readings: dict[tuple[torch.Size, ...], list[_Reading]] = {}
+
+    def __call__(self, maps: Sequence[Tensor]) -> Tensor:
+        """[R, C] means over the boxes of a layer's map [B, C, H, W], or of its maps, fine to coarse.
+
+        Of several each box is read from the one on which it is about `CELLS_A_PERSON` cells high.
+        """
+        sizes = tuple(level[:, 0].shape for level in maps)
+        if sizes not in self._readings:
+            self._readings[sizes] = self._look(sizes, maps[0].dtype)
+        vectors = [reading(level) for reading, level in zip(self._readings[sizes], maps, strict=True)]
+        if len(vectors) == 1:
+            return vectors[0]
+        joined = maps[0].new_zeros((len(self.rois), maps[0].shape[1]), dtype=torch.float32)
+        for reading, of_level in zip(self._readings[sizes], vectors, strict=True):
+            joined = joined.index_add(0, reading.boxes, of_level)
+        return joined
+
+    def _look(self, sizes: Sequence[torch.Size], dtype: torch.dtype) -> "list[_Reading]":
+        strides = [self.input_hw[0] / height for _, height, _ in sizes]
+        height_px = (self.rois[:, 4] - self.rois[:, 2]).clamp(min=1)
+        octaves = torch.tensor([math.log2(CELLS_A_PERSON * stride) for stride in strides], device=self.rois.device)
+        level_of = (height_px.log2()[:, None] - octaves).abs().argmin(1)  # [R]
+        readings = []
+        for level, (stride, size) in enumerate(zip(strides, sizes, strict=True)):
+            boxes = (level_of == level).nonzero()[:, 0]
+            readings.append(_Reading.of(boxes, self.rois[boxes], stride, size, dtype))
+        return readings
 
 
-def _means(features: Tensor, rois: Tensor, stride: float) -> Tensor:
-    """[R, C] RoIAlign with one cell a box: a sum over [B, C, H, W] weighted by rows times columns.
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """RoIAlign with one cell a box: a sum over maps [B, C, H, W] weighted by rows times columns.
 
     As one product a picture, since RoIAlign itself turns whole maps into float32 and back, forwards and backwards.
+    boxes: [R] which of all. picture, place: [R] its picture, and which of the picture's own. shares: [B, most, H W].
     """
-    height, width = features.shape[-2:]
-    rows, columns = _shares(rois[:, 2], rois[:, 4], stride, height), _shares(rois[:, 1], rois[:, 3], stride, width)
-    shares = (rows[:, :, None] * columns[:, None]).flatten(1)  # [R, H W]
-    picture = rois[:, 0].long()
-    mine = picture[:, None] == torch.arange(len(features), device=rois.device)  # [R, B]
-    place = mine.cumsum(0).gather(1, picture[:, None])[:, 0] - 1  # among the picture's own
-    placed = shares.new_zeros(len(features), int(mine.sum(0).max()), height * width)
-    placed[picture, place] = shares
-    means = placed.to(features.dtype) @ features.flatten(2).transpose(1, 2)  # [B, most, C]
-    return means[picture, place].float()
+
+    boxes: Tensor
+    picture: Tensor
+    place: Tensor
+    shares: Tensor
+
+    @classmethod
+    def of(cls, boxes: Tensor, rois: Tensor, stride: float, size: torch.Size, dtype: torch.dtype) -> "_Reading":
+        batch, height, width = size
+        rows, columns = _shares(rois[:, 2], rois[:, 4], stride, height), _shares(rois[:, 1], rois[:, 3], stride, width)
+        picture = rois[:, 0].long()
+        mine = picture[:, None] == torch.arange(batch, device=rois.device)  # [R, B]
+        place = mine.cumsum(0).gather(1, picture[:, None])[:, 0] - 1
+        shares = rois.new_zeros(batch, int(mine.sum(0).max()), height * width)
+        shares[picture, place] = (rows[:, :, None] * columns[:, None]).flatten(1)
+        return cls(boxes, picture, place, shares.to(dtype))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[R, C] float32."""
+        means = self.shares.to(features.dtype) @ features.flatten(2).transpose(1, 2)  # [B, most, C]
+        return means[self.picture, self.place].float()
 
 
 def _shares(low: Tensor, high: Tensor, stride: float, cells: int) -> Tensor:

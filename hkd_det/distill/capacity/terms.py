@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hkd_det.distill.capacity.compactor import Site, sites_of
 from hkd_det.distill.capacity.evidence import Evidence, Seen
-from hkd_det.distill.capacity.people import drawn_regions, pooled
+from hkd_det.distill.capacity.people import Pooling, drawn_regions
 from hkd_det.distill.capacity.settings import CapacityDynamic
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.taps import TapRecorder
@@ -50,14 +50,15 @@ class CapacityTerms(nn.Module):
         height, width = lesson.pictures.shape[-2:]
         regions = drawn_regions(lesson.truth, (height, width))
         people = regions.rois[: regions.people]
+        of_people, of_all = Pooling(people, (height, width)), Pooling(regions.rois, (height, width))
         norm = lesson.norm_of(torch.tensor(float(len(people)), device=people.device))
         distances = lesson.pictures.new_zeros((), dtype=torch.float32)
         self.seen = []
         mine, other = iter(self._student_recorder.take()), iter(self._teacher_recorder.take())
         for site, adapter in zip(self.sites, self.adapters, strict=True):
             levels = range(len(site.layer.norms))
-            student = pooled([next(mine) for _ in levels], people, (height, width))
-            teacher = pooled([next(other) for _ in levels], regions.rois, (height, width))
+            student = of_people([next(mine) for _ in levels])
+            teacher = of_all([next(other) for _ in levels])
             distances = distances + _distance(adapter(student), teacher[: len(people)]).sum() / norm
             with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
                 self.seen.append(Seen(teacher, site.compactor.of_pooled(student)))

@@ -95,6 +95,14 @@ def test_many_threads_on_one_detector(tiny_onnx: Callable[..., Path], open_with:
             assert all(found == [list(boxes[place])] for place, found in answers)
 
 
+def test_an_answer_is_the_callers_own(tiny_onnx: Callable[..., Path], open_with: Open) -> None:
+    """Not a view of memory that the next call writes to."""
+    with open_with(tiny_onnx()) as detector:
+        first = detector._runtime.run(frame_with_box((96, 160), (30, 10, 50, 90))[None])
+        detector._runtime.run(frame_with_box((96, 160), (1, 2, 150, 40))[None])
+    assert first[0][0, 0].tolist() == [30, 10, 50, 90] and first[1][0, 0] == pytest.approx(20 * 80 / (96 * 160))
+
+
 def test_a_free_size_is_the_smallest_that_holds_the_picture(tiny_onnx: Callable[..., Path], open_with: Open) -> None:
     """A frame twice as tall as wide, in a graph of up to 160x96: seen at 48x96, in an input 64 wide."""
     seen: list[tuple[int, ...]] = []

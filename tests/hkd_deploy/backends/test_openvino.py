@@ -127,6 +127,9 @@ def test_export_command(tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFi
     path = tiny_onnx()
     assert export([str(path), "--openvino"]) == 0
     assert "tiny_openvino: OpenVINO's form of" in capsys.readouterr().out
+    assert export([str(path), "--openvino", "--output", str(path.parent / "elsewhere")]) == 0
+    open_once(path.parent / "elsewhere")
+    capsys.readouterr()
     path.write_bytes(b"no model")
     assert export([str(path), "--openvino"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1

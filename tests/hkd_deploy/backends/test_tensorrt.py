@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hkd_deploy.backends.opening import open_backend
 from hkd_deploy.backends.tensorrt import TensorRT, open_tensorrt
 from hkd_deploy.trt import cuda as cuda_module
 from hkd_deploy.trt.sidecar import Sidecar, TensorFacts, sha256_of, this_platform, write_engine
@@ -354,6 +355,22 @@ def test_any_batch_of_the_profile(board: Board) -> None:
             assert found[0].shape == (batch, K, 4)
             assert_answers(found, pictures(batch, batch))
     assert board.all_given_back()
+
+
+def test_the_pipeline_hears_what_is_free(board: Board) -> None:
+    board.put(smallest=1, largest=4)
+    with open_backend(board.path, "cuda") as opened:
+        assert (opened.name, opened.max_batch, opened.runtime.batch, opened.runtime.input_hw) == (
+            "tensorrt",
+            4,
+            None,
+            HW,
+        )
+    board.put()
+    board.engine.shape = (1, -1, -1, 3)
+    board.engine.limits = [(1, 32, 32, 3), (1, *HW, 3), (1, *HW, 3)]
+    with open_backend(board.path, "cuda") as opened:
+        assert (opened.max_batch, opened.runtime.batch, opened.runtime.input_hw) == (1, 1, None)
 
 
 @pytest.mark.parametrize(

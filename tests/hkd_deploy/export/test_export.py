@@ -147,7 +147,7 @@ def test_command(checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.
         assert detector.manifest.imgsz_hw == (64, 96)
     capsys.readouterr()
     for flags, code, message in (
-        ([str(weights), "--output", "model.engine", "--no-verify"], 2, ".onnx"),
+        ([str(weights), "--output", "model.engine", "--no-verify"], 2, "--trt"),
         ([str(weights), "--data", str(tmp_path / "none.yaml")], 1, "none.yaml"),
         ([str(tmp_path / "none.pt")], 1, "none.pt"),
         ([str(tmp_path / "best.onnx")], 2, "is ONNX already"),

@@ -49,7 +49,8 @@ def test_an_exported_yolo_model_says_what_torch_says(tmp_path: Path, name: str, 
     for b, alive in enumerate(count):
         np.testing.assert_allclose(boxes[b, :alive], wanted_boxes[b, :alive].numpy(), atol=1e-2)
     model = onnx.load(tmp_path / "best.onnx")
-    assert any(node.op_type == "NonMaxSuppression" for node in model.graph.node) == suppresses
+    assert not any(node.op_type == "NonMaxSuppression" for node in model.graph.node)  # TensorRT for RTX has it not
+    assert any(node.op_type == "Less" for node in model.graph.node) == suppresses  # by rounds instead
     weights = [weight.name for weight in model.graph.initializer]
     assert any(".cv3." in name for name in weights) == suppresses  # the one-to-many head's scores
     said = {entry.key: entry.value for entry in model.metadata_props}

@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from hkd_deploy.artifact import Manifest
-from hkd_deploy.precision.calibration import METHODS, calibrate, calibration_samples, network_input
+from hkd_deploy.precision.calibration import METHODS, calibrate, calibration_samples
 from hkd_deploy.precision.source import read_source
 from hkd_det.datasets.sample import read_picture
 from hkd_det.errors import DataError, UsageError
@@ -38,11 +36,3 @@ def test_missing_pictures_say_what_to_do(tmp_path: Path, street: Path) -> None:
         calibration_samples(str(tmp_path / "none.yaml"), 4)
     with pytest.raises(UsageError, match="--calib-images 0: at least 1"):
         calibration_samples(str(street), 0)
-
-
-def test_a_graph_that_takes_floats_gets_them(box_net: Callable[..., Path]) -> None:
-    manifest: Manifest = read_source(box_net()).manifest
-    picture = np.random.default_rng(0).integers(0, 256, (48, 96, 3), np.uint8)
-    packed = network_input(manifest, picture)
-    assert packed.dtype == np.uint8 and packed.shape == (1, 96, 96, 3)
-    np.testing.assert_array_equal(packed[0, :48], picture)

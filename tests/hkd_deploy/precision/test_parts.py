@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hkd_deploy.precision.parts import parts_of
@@ -18,7 +19,8 @@ def test_of_one_stage(box_net: Callable[..., Path]) -> None:
     assert parts.body == {"first_node", "first_relu_node", "second_node", "second_relu_node"}
 
 
-def test_of_two_stages() -> None:
+@pytest.mark.parametrize("reader", ["RoiAlign", "GridSample"])
+def test_of_two_stages(reader: str) -> None:
     """What proposes regions is as final as what judges them: between them pass numbers of regions, no features."""
     constants = {
         "w": np.ones((4, 3, 1, 1), np.float32),
@@ -30,6 +32,7 @@ def test_of_two_stages() -> None:
         "two": np.array([2], np.int64),
         "boxes": np.ones((64, 4), np.float32),
         "zeros": np.zeros(2, np.int64),
+        "grid_shape": np.array([1, 2, 2, 2], np.int64),
     }
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["map"], "backbone"),
@@ -40,7 +43,10 @@ def test_of_two_stages() -> None:
         helper.make_node("Sigmoid", ["best"], ["weight"], "sigmoid"),
         helper.make_node("Unsqueeze", ["weight", "axis"], ["column"], "column"),
         helper.make_node("Mul", ["chosen", "column"], ["regions"], "move"),
-        helper.make_node("RoiAlign", ["map", "regions", "zeros"], ["pooled"], "roi"),
+        helper.make_node("Reshape", ["regions", "grid_shape"], ["grid"], "grid"),
+        helper.make_node("RoiAlign", ["map", "regions", "zeros"], ["pooled"], "roi")
+        if reader == "RoiAlign"
+        else helper.make_node("GridSample", ["map", "grid"], ["pooled"], "roi"),
         helper.make_node("Reshape", ["pooled", "rows"], ["row"], "row"),
         helper.make_node("Gemm", ["row", "w_fc"], ["hidden"], "fc"),
         helper.make_node("Relu", ["hidden"], ["active"], "relu"),

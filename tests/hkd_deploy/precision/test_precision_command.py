@@ -132,6 +132,24 @@ def test_mistakes_are_one_line(
     assert set(tmp_path.iterdir()) == there
 
 
+@pytest.mark.parametrize("flag", ["--raw", "--no-preprocess"])
+def test_a_graph_that_nothing_here_runs_is_refused_at_once(
+    flag: str, box_net: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    floats = {
+        "layout": "NCHW",
+        "color": "RGB",
+        "dtype": "float32",
+        "letterbox": "top-left",
+        "pad": 114,
+        "range": [0, 1],
+    }
+    changes = {"hkd.format": "2", "hkd.max_hw": "[96, 96]", "hkd.dynamic_size": "false", "hkd.raw": "false"}
+    changes |= {"hkd.raw": "true"} if flag == "--raw" else {"hkd.preprocess": json.dumps(floats)}
+    assert main([str(box_net(changes=changes)), "--precision", "bf16"]) == 2
+    assert f"exported with {flag}: nothing here can run and judge it" in capsys.readouterr().err
+
+
 def test_an_opset_too_new_says_what_will_do(
     box_net: Callable[..., Path], street: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

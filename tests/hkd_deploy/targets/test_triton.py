@@ -57,6 +57,17 @@ def test_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -
 
 
 @pytest.mark.slow
+def test_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
+    """Pictures of any size: the warm-up's is the network's own."""
+    model = tiny_onnx("student.onnx", imgsz_hw=("height", "width"), changes={"imgsz": "[96, 160]"})
+    assert main([str(model), "--target", "triton", "--max-batch", "1"]) == 0
+    config = read_config(triton_proto, model.parent / "triton" / "student" / "config.pbtxt")
+    assert list(config.input[0].dims) == [-1, -1, 3] and config.max_batch_size == 1
+    assert list(config.model_warmup[0].inputs["images"].dims) == [96, 160, 3]
+    assert not config.HasField("dynamic_batching")
+
+
+@pytest.mark.slow
 def test_engine(engine: Callable[..., Path], triton_proto: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """Types and free sides from the sidecar, the batch at most the profile's."""
     model = engine()
@@ -118,13 +129,16 @@ def test_wrong_flags_are_one_line(
     assert list(model.parent.iterdir()) == [model]
 
 
-def test_what_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_model_is_one_line(
+    tiny_onnx: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"not onnx")
     foreign = tmp_path / "student.onnx"
     shutil.copyfile(__file__, foreign)
-    for path in (broken, foreign, tmp_path / "none.onnx"):
+    others = tiny_onnx("others.onnx", changes={"hkd.format": None})
+    for path in (broken, foreign, others, tmp_path / "none.onnx"):
         assert main([str(path), "--target", "triton"]) == 1
         error = capsys.readouterr().err.strip()
         assert str(path) in error and len(error.splitlines()) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"broken.onnx", "student.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.onnx", "student.onnx", "others.onnx"}

@@ -49,6 +49,9 @@ class Server:
         self._server.server_close()
 
     def describe(self, request: BaseHTTPRequestHandler) -> None:
+        if request.path == "/v2/models/odd":
+            self._send(request, 200, b"{}")
+            return
         if request.path != "/v2/models/student":
             self._send(request, 404, json.dumps({"error": f"no model at {request.path}"}).encode())
             return
@@ -141,6 +144,7 @@ def test_command(
     assert capsys.readouterr().out == ""
     for flags, message in (
         ([str(picture), "--url", server.url, "--model", "teacher"], "404"),
+        ([str(picture), "--url", server.url, "--model", "odd"], "does not answer as a detector"),
         ([str(picture), "--url", "http://127.0.0.1:1"], "is tritonserver running there?"),
         ([str(tmp_path / "none.png"), "--url", server.url], "none.png"),
     ):

@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -42,9 +43,21 @@ def test_a_fp32_file_that_says_fp16(graph: Callable[..., Path], capfd: pytest.Ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, None])
-def test_the_students_graph(tmp_path: Path, batch: int | None, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "first"),  # what the first convolution writes: it halves 96x160
+    [
+        ({}, "1x12x48x80"),
+        ({"batch": None}, "-1x12x48x80"),
+        ({"batch": None, "dynamic_size": True}, "-1x12x48x80"),
+        ({"letterbox_hw": (120, 320)}, "1x12x48x80"),
+        ({"batch": 2, "preprocess": False, "raw": True}, "2x12x48x80"),
+    ],
+)
+def test_every_form_of_the_students_graph(
+    tmp_path: Path, wanted: dict[str, Any], first: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     from hkd_deploy.export.onnx_file import write_onnx
+    from hkd_deploy.export.options import GraphOptions
     from hkd_det.models.sizes import build_detector
     from hkd_det.train.checkpoint import DetectorCheckpoint
 
@@ -52,11 +65,11 @@ def test_the_students_graph(tmp_path: Path, batch: int | None, capfd: pytest.Cap
     config = {"data": "street.yaml", "imgsz_hw": [96, 160]}
     checkpoint = DetectorCheckpoint("mini-student", detector.spec, detector.state_dict(), config, 1, 0.5)
     path = tmp_path / "student.onnx"
-    write_onnx(checkpoint, path, (96, 160), batch)
+    write_onnx(checkpoint, path, GraphOptions((96, 160), **wanted))
     assert main([str(path), "--trt", "--check", "--layers"]) == 0
     said = capfd.readouterr().out
     assert "TensorRT 11" in said and " fp32 (asked: fp32); nothing was written" in said
-    assert f"{'1' if batch else '-1'}x12x48x80" in said  # the first convolution halves 96x160
+    assert any(line.split()[1] == first for line in said.splitlines() if "/conv1/conv1.0/Conv" in line), said
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -143,16 +156,26 @@ def test_without_any_tensorrt(graph: Callable[..., Path], tmp_path: Path, monkey
         check(graph(), BuildOptions())
 
 
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`launcher(script)` puts a shell script in place of the Python with TensorRT."""
+
+    def write(script: str) -> None:
+        path = tmp_path / "elsewhere" / ".tensorrt" / "python"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("script", "words"), [("kill -9 $$", "code -9 and said nothing"), ("exit 3", "code 3 and said")]
 )
 def test_a_builder_that_crashes(
-    graph: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str
+    graph: Callable[..., Path], launcher: Callable[[str], None], script: str, words: str
 ) -> None:
-    launcher = tmp_path / "elsewhere" / ".tensorrt" / "python"
-    launcher.parent.mkdir(parents=True)
-    launcher.write_text(f"#!/bin/sh\n{script}\n")
-    launcher.chmod(0o755)
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    launcher(script)
     with pytest.raises(DataError, match=f"TensorRT's process ended with {words}"):
         check(graph(), BuildOptions())

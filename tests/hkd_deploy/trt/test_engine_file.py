@@ -5,6 +5,7 @@ The real parser and builder are asked in test_checking.py; what only a GPU can d
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from hkd_deploy.export.command import main
 from hkd_deploy.trt import bindings, builder, engine_file
 from hkd_deploy.trt.builder import BuildOptions, Built, Log
-from hkd_deploy.trt.engine_file import build_engine
+from hkd_deploy.trt.engine_file import build_engine, check_precision
+from hkd_deploy.trt.layers import Layer
 from hkd_deploy.trt.profile import Profile, parse_profile
 from hkd_deploy.trt.sidecar import read_plan, read_sidecar
 from hkd_deploy.trt.source import read_source
@@ -242,6 +244,14 @@ def test_another_precision_than_asked_is_not_written(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_parts_in_fp32_are_as_it_should_be_but_fp32_stays_fp32(graph: Callable[..., Path]) -> None:
+    mixed = [Layer(name, "correlation", precision, (1,), True) for name, precision in (("a", "fp16"), ("b", "fp32"))]
+    check_precision(read_source(graph(precision="fp16")), mixed)
+    check_precision(read_source(graph()), [mixed[1], Layer("c", "gemm", "other", (1,), True)])
+    with pytest.raises(DataError, match="asked for fp32, but TensorRT has built layers of 1 fp16, 1 fp32"):
+        check_precision(read_source(graph()), mixed)
+
+
 def test_a_dynamic_graph_is_inspected_at_its_usual_shape(
     graph: Callable[..., Path], board: Callable[..., FakeTensorRT]
 ) -> None:
@@ -404,7 +414,9 @@ def test_a_profile_wish_reaches_the_builder(graph: Callable[..., Path]) -> None:
         (["--trt", "--workspace", "0"], "--workspace 0: at least 1 MiB"),
         (["--trt", "--dla", "-1"], "--dla -1: a core's number"),
         (["--trt", "--profile", "8"], "--profile 8: expected smallest,usual,largest"),
-        (["--trt", "--output", "x.plan"], "--output x.plan: must end in .onnx or .engine"),
+        (["--trt", "--output", "x.plan"], "--output x.plan: must end in .onnx, or in .engine"),
+        (["--trt", "--check", "--output", "x.engine"], "--output x.engine: an engine is written by --trt, without"),
+        (["--target", "triton", "--trt"], "two steps"),
         ([], "is ONNX already; say what to make of it"),
     ],
 )
@@ -418,3 +430,44 @@ def test_flags_that_make_no_sense(
 
 def test_words_for_a_histogram() -> None:
     assert engine_file.words({"int8": 40, "fp16": 7}) == "40 int8, 7 fp16" and engine_file.words({}) == "none"
+
+
+# What the make-believe TensorRT above answers to, by class.
+USED = {
+    "Builder": ["create_network", "create_builder_config", "create_optimization_profile", "num_DLA_cores"],
+    "IBuilderConfig": [
+        *("set_memory_pool_limit", "set_flag", "add_optimization_profile", "progress_monitor", "profiling_verbosity"),
+        *("create_timing_cache", "set_timing_cache", "get_timing_cache", "default_device_type", "DLA_core"),
+        "hardware_compatibility_level",
+    ],
+    "INetworkDefinition": ["num_layers", "get_layer", "get_input"],
+    "OnnxParser": ["parse", "num_errors", "get_error"],
+    "ParserError": ["node", "node_name", "node_operator", "desc"],
+    "IOptimizationProfile": ["set_shape"],
+    "IProgressMonitor": ["phase_start", "step_complete", "phase_finish"],
+    "ICudaEngine": ["create_engine_inspector", "create_execution_context", "device_memory_size_v2", "get_tensor_mode"],
+    "EngineInspector": ["execution_context", "get_engine_information"],
+    "Runtime": ["deserialize_cuda_engine", "engine_host_code_allowed"],
+    "ITimingCache": ["serialize"],
+    "ILogger": ["ERROR", "INTERNAL_ERROR"],
+    "ProfilingVerbosity": ["DETAILED"],
+    "MemoryPoolType": ["WORKSPACE"],
+    "BuilderFlag": ["VERSION_COMPATIBLE", "GPU_FALLBACK"],
+    "HardwareCompatibilityLevel": ["AMPERE_PLUS"],
+    "DeviceType": ["DLA"],
+    "TensorIOMode": ["INPUT"],
+    "LayerInformationFormat": ["JSON"],
+}
+CLASSES = """
+import json, sys
+import tensorrt as trt
+print(json.dumps([f"{kind}.{name}" for kind, names in json.loads(sys.argv[1]).items() for name in names
+                  if not hasattr(getattr(trt, kind), name)]))
+"""
+
+
+@pytest.mark.slow
+def test_tensorrt_has_all_that_is_asked_of_it(tensorrt_python: Path) -> None:
+    command = [str(tensorrt_python), "-c", CLASSES, json.dumps(USED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

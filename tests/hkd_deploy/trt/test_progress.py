@@ -31,7 +31,10 @@ def test_phases_inside_phases_are_parts_of_a_step(progress: Progress) -> None:
         assert progress.step("all")
         assert percent(progress) == 50
         progress.finish("all")
-        assert percent(progress) == 100
+        progress.start("next", None, 10)
+        assert percent(progress) == 0
+        progress.step("next")
+        assert percent(progress) == 10
 
 
 def test_it_never_goes_back_nor_beyond(progress: Progress) -> None:
@@ -41,7 +44,6 @@ def test_it_never_goes_back_nor_beyond(progress: Progress) -> None:
         progress.step("all")  # one step too many
         progress.start("late", "all", 10)
         assert percent(progress) == 100
-        progress.start("another", None, 10)
         progress.step("never announced")
         progress.finish("never announced")
         assert percent(progress) == 100

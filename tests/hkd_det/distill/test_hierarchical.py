@@ -11,11 +11,15 @@ from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.methods import Methods
+from hkd_det.distill.regions import region_errors
 from hkd_det.distill.taps import TapRecorder
 from hkd_det.errors import UsageError
 from hkd_det.losses.detection import norm_alone
-from hkd_det.models.assignment import TruthBatch
+from hkd_det.losses.imitation import balanced_mean, imitation_error
+from hkd_det.models.assignment import TruthBatch, points_inside
 from hkd_det.models.detector import Detector, DetectorSpec
+from hkd_det.models.points import anchor_points
+from hkd_det.models.prediction import Branch, Found, Prediction
 from hkd_det.models.tap import Tap
 
 STUDENT = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
@@ -152,6 +156,37 @@ def test_the_logit_level_is_made_of_its_formulas(pair: tuple[Detector, Detector]
     assert confidence.max() > 0.5 > confidence.min()
     torch.testing.assert_close(terms["hkd_score"].double(), 3 * scores, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(terms["hkd_box"], 5 * boxes / confidence.sum().clamp(min=1), atol=1e-5, rtol=1e-3)
+
+
+def test_pyramid_and_regions_are_read_where_people_are() -> None:
+    """Two pictures, one of the people in them padding; the teacher finds three and none, two of them well enough."""
+    chance = torch.Generator().manual_seed(3)
+    boxes = torch.tensor([[[10.0, 8, 40, 60], [0, 0, 0, 0]], [[-5, 4, 20, 50], [30, 12, 52, 64]]])
+    real = torch.tensor([[True, False], [True, True]])
+    people = TruthBatch(boxes, real, torch.zeros_like(real))
+    seen = torch.tensor([[12.0, 9, 45, 63], [20, 0, 30, 20], [50, 40, 60, 64]])
+    found = Found((seen, torch.zeros(0, 4)), (torch.tensor([0.9, 0.5, 0.3]), torch.zeros(0)))
+    tap = [Tap("t", 8, 6)]
+    method = HierarchicalDistillation(tap, tap, Hierarchical(pyramid=1.0, confident=0.4, regions=2))
+    mine, other = torch.randn(2, 2, 6, 8, 8, generator=chance)
+    silent = Prediction(
+        Branch(torch.zeros(2, 64), torch.zeros(2, 64, 4)), None, *anchor_points((64, 64), (8,)), (64, 64)
+    )
+
+    class Teacher:
+        def found(self, _output: object) -> Found:
+            return found
+
+    detector = Detector(STUDENT)
+    lesson = Lesson(mine, people, detector, Teacher(), silent, silent, [mine], [other], norm_alone)
+    terms = method(lesson)
+    adapted = method.adapters[0](mine)
+    read = torch.stack([boxes[0, 0], seen[0], seen[1], boxes[1, 0], boxes[1, 1]])
+    regions = region_errors([adapted], [other], (8,), read, torch.tensor([0, 0, 0, 1, 1]))
+    torch.testing.assert_close(terms["hkd_region"], regions.mean())
+    inside = points_inside(silent.points, boxes) & real[..., None]
+    balanced = balanced_mean(imitation_error(adapted, other), inside.any(1).view(2, 8, 8), 0.5)
+    torch.testing.assert_close(terms["hkd_pyramid"], balanced.mean())
 
 
 def test_no_steps_maps_outlive_the_step(pair: tuple[Detector, Detector]) -> None:

@@ -16,6 +16,7 @@ REGIONS = [
     torch.zeros(0, 4),
     torch.tensor([[300.0, 200, 500, 510], [7, 9, 11, 30]]),
 ]
+BOXES, PICTURE = torch.cat(REGIONS), torch.tensor([0, 0, 0, 2, 2])
 
 
 def maps(seed: int, channels: tuple[int, int, int]) -> list[Tensor]:
@@ -35,23 +36,23 @@ def test_errors_are_those_of_torchvisions_pooling() -> None:
     )
     expected = imitation_error(pooled, wanted).mean((1, 2))
     assert expected.std() > 0.01
-    torch.testing.assert_close(region_errors(mine, other, STRIDES, REGIONS), expected)
+    torch.testing.assert_close(region_errors(mine, other, STRIDES, BOXES, PICTURE), expected)
 
 
 def test_levels_may_differ_in_width() -> None:
     mine, other = maps(0, (3, 5, 7)), maps(1, (3, 5, 7))
     for level in mine:
         level.requires_grad_()
-    errors = region_errors(mine, other, STRIDES, REGIONS)
+    errors = region_errors(mine, other, STRIDES, BOXES, PICTURE)
     assert errors.shape == (5,)
     errors.sum().backward()
     assert all(level.grad is not None and level.grad.any() for level in mine)
-    torch.testing.assert_close(region_errors(other, other, STRIDES, REGIONS), torch.zeros(5))
+    torch.testing.assert_close(region_errors(other, other, STRIDES, BOXES, PICTURE), torch.zeros(5))
 
 
 def test_no_regions_give_no_errors() -> None:
     mine = maps(0, (3, 5, 7))
-    assert region_errors(mine, mine, STRIDES, [torch.zeros(0, 4)] * 3).shape == (0,)
+    assert region_errors(mine, mine, STRIDES, BOXES[:0], PICTURE[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -112,10 +112,11 @@ def test_regions_are_read_from_the_nearest_stride_that_is_there() -> None:
     """Strides 8 and 32: what the rule reads at 16 goes to 8."""
     chance = torch.Generator().manual_seed(1)
     mine, other = ([torch.randn(1, 3, 512 // s, 512 // s, generator=chance) for s in (8, 32)] for _ in range(2))
-    boxes = [torch.tensor([[10.0, 10, 60, 120], [50, 50, 270, 270], [0, 0, 500, 500]])]  # the rule: 8, 16, 32
-    told = region_errors(mine, other, (8, 32), boxes)
-    fine = region_errors(mine[:1], other[:1], (8,), boxes)
-    coarse = region_errors(mine[1:], other[1:], (32,), boxes)
+    boxes = torch.tensor([[10.0, 10, 60, 120], [50, 50, 270, 270], [0, 0, 500, 500]])  # the rule: 8, 16, 32
+    regions = boxes, torch.zeros(3, dtype=torch.int64)
+    told = region_errors(mine, other, (8, 32), *regions)
+    fine = region_errors(mine[:1], other[:1], (8,), *regions)
+    coarse = region_errors(mine[1:], other[1:], (32,), *regions)
     torch.testing.assert_close(told, torch.stack([fine[0], fine[1], coarse[2]]))
 
 

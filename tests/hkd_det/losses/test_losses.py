@@ -123,3 +123,23 @@ def test_imitation_has_the_gradient_of_finite_differences() -> None:
     with torch.no_grad():
         difference = (loss(student + 1e-2 * direction) - loss(student - 1e-2 * direction)) / 2e-2
     torch.testing.assert_close(along, difference, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_imitation_is_torchs_own_normalisation_in_value_and_gradient(layout: torch.memory_format) -> None:
+    """Also for a gradient asked for twice, and of a channel that says the same everywhere."""
+    chance = torch.Generator().manual_seed(0)
+    student, teacher = (3 + torch.randn(2, 5, 6, 7, generator=chance).to(memory_format=layout) for _ in range(2))
+    student[0, 1] = 2.0
+    before = student.clone(), teacher.clone()
+    weight = torch.rand(2, 6, 7, generator=chance)
+    student.requires_grad_()
+    errors = imitation_error(student, teacher)
+    standardised = (torch.nn.functional.instance_norm(features) for features in (student, teacher))
+    expected = 0.5 * (next(standardised) - next(standardised)).square().mean(1)
+    torch.testing.assert_close(errors, expected)
+    wanted = torch.autograd.grad((weight * expected).sum(), student)[0]
+    for keep in (True, False):
+        told = torch.autograd.grad((weight * errors).sum(), student, retain_graph=keep)[0]
+        torch.testing.assert_close(told, wanted, atol=1e-6, rtol=1e-4)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])

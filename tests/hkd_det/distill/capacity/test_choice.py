@@ -8,7 +8,7 @@ from torchvision.ops import roi_align
 
 from hkd_det.distill.capacity.evidence import MEMORY, Evidence, Seen
 from hkd_det.distill.capacity.gallery import Gallery
-from hkd_det.distill.capacity.people import drawn_regions, pooled
+from hkd_det.distill.capacity.people import Pooling, drawn_regions
 from hkd_det.distill.capacity.response import responses, unneeded
 from hkd_det.distill.capacity.settings import CapacityDynamic
 from hkd_det.models.assignment import TruthBatch
@@ -30,14 +30,15 @@ def test_a_gallery_is_first_in_first_out() -> None:
     assert torch.equal(twin.vectors, gallery.vectors)
 
 
-@pytest.mark.parametrize("count", [1, 2, 50])
-def test_neighbours_are_those_of_a_search_by_hand(count: int) -> None:
+@pytest.mark.parametrize(("size", "count"), [(20, 1), (20, 2), (20, 50), (128, 2), (200, 2), (200, 90)])
+def test_neighbours_are_those_of_a_search_by_hand(size: int, count: int) -> None:
     chance = np.random.default_rng(count)
-    known, asked = chance.normal(size=(20, 7)), chance.normal(size=(4, 7))
-    gallery = Gallery(20, 7)
+    known, asked = chance.normal(size=(size, 7)), chance.normal(size=(4, 7))
+    known = (known / np.linalg.norm(known, axis=1, keepdims=True)).astype(np.float16).astype(float)  # as it is kept
+    gallery = Gallery(size, 7)
     gallery.add(torch.from_numpy(known))
     found = gallery.nearest(torch.from_numpy(asked).float(), count).numpy()
-    assert found.shape == (4, min(count, 20), 7)
+    assert found.shape == (4, min(count, size), 7)
     for query, rows in zip(asked, found, strict=True):
         cosines = [float(query @ row / np.linalg.norm(query) / np.linalg.norm(row)) for row in known]
         best = known[np.argsort(cosines)[::-1][:count]]
@@ -80,14 +81,14 @@ def test_a_pooled_vector_is_the_mean_over_the_box() -> None:
     rois = torch.tensor([[0.0, 8.0, 8.0, 40.0, 50.0], [1.0, 20.0, 10.0, 31.0, 53.0]])
     middle = ((rois[:, 1:3] + rois[:, 3:5]) / 2 / 4 - 0.5).unbind(1)
     expected = torch.stack([middle[0], middle[1], 2 * middle[0] - middle[1]], 1)
-    torch.testing.assert_close(pooled([ramp], rois, (64, 96)), expected)
+    torch.testing.assert_close(Pooling(rois, (64, 96))([ramp]), expected)
 
 
 def test_pooling_is_roi_align_of_one_cell() -> None:
     torch.manual_seed(0)
     features = torch.randn(3, 5, 16, 24, requires_grad=True)
     rois = torch.tensor([[2.0, 8, 8, 40, 50], [0, 20, 10, 31, 53], [2, 5.5, 3.3, 17.1, 61], [0, 0, 0, 96, 64]])
-    mine, theirs = pooled([features], rois, (64, 96)), roi_align(features, rois, 1, 0.25, 4, aligned=True).flatten(1)
+    mine, theirs = Pooling(rois, (64, 96))([features]), roi_align(features, rois, 1, 0.25, 4, aligned=True).flatten(1)
     torch.testing.assert_close(mine, theirs)
     slopes = [torch.autograd.grad(vectors.square().sum(), features)[0] for vectors in (mine, theirs)]
     torch.testing.assert_close(*slopes)
@@ -96,7 +97,7 @@ def test_pooling_is_roi_align_of_one_cell() -> None:
 def test_of_several_levels_the_one_of_the_box_height_is_read() -> None:
     maps = [torch.full((1, 2, 128 // stride, 128 // stride), float(stride)) for stride in (8, 16)]
     rois = torch.tensor([[0.0, 2.0, 2.0, 20.0, 60.0], [0.0, 2.0, 2.0, 30.0, 120.0]])  # 58 px: stride 8; 118 px: 16
-    assert pooled(maps, rois, (128, 128))[:, 0].tolist() == [8.0, 16.0]
+    assert Pooling(rois, (128, 128))(maps)[:, 0].tolist() == [8.0, 16.0]
 
 
 def test_distractors_are_of_peoples_size_and_apart_from_them() -> None:
@@ -115,4 +116,4 @@ def test_distractors_are_of_peoples_size_and_apart_from_them() -> None:
             assert shared <= 0.31 * ((x2 - x1) * (y2 - y1) + 1500 - shared)
     assert any(len(regions.rois) > 2 for regions in drawn)
     nobody = drawn_regions(TruthBatch(boxes, torch.zeros(2, 2).bool(), torch.zeros(2, 2).bool()), (64, 96))
-    assert nobody.rois.shape == (0, 5) and pooled([torch.ones(2, 3, 8, 8)], nobody.rois, (64, 64)).shape == (0, 3)
+    assert nobody.rois.shape == (0, 5) and Pooling(nobody.rois, (64, 64))([torch.ones(2, 3, 8, 8)]).shape == (0, 3)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hkd_det.distill.capacity.lasso import faded, lasso, lasso_gradient, reset_gradient
 from hkd_det.distill.capacity.ledger import Ledger
-from hkd_det.distill.capacity.people import pooled
+from hkd_det.distill.capacity.people import Pooling
 from hkd_det.distill.capacity.settings import CapacityDynamic
 from hkd_det.distill.capacity.shrinking import Course, Shrinking, begin
 from hkd_det.distill.capacity.terms import CapacityTerms
@@ -194,7 +194,7 @@ def test_the_terms_are_those_of_the_formulas(ours: PersonDetector) -> None:
     rois = torch.cat([torch.tensor([[0.0], [1.0]]), PEOPLE.boxes_xyxy[:, 0]], 1)
     distance = torch.zeros(())
     for site in terms.sites:
-        s, t = (pooled([seen[f"{who} {name}"] for name in site.layer.norms], rois, HW) for who in ("mine", "other"))
+        s, t = (Pooling(rois, HW)([seen[f"{who} {name}"] for name in site.layer.norms]) for who in ("mine", "other"))
         distance = distance + (t - s).norm(dim=1).mean()
     torch.testing.assert_close(told["cdd_feature"], 0.2 * distance, rtol=1e-4, atol=1e-6)
 

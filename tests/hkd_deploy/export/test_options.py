@@ -1,0 +1,73 @@
+"""The flags of the graph: what they mean, and what does not go together."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from hkd_deploy.export.command import main
+from hkd_deploy.export.options import GraphOptions, add_arguments, graph_options
+from hkd_det.models.sizes import build_detector
+from hkd_det.train.checkpoint import DetectorCheckpoint, write_detector
+
+TRAINED_HW = (512, 640)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("", GraphOptions(TRAINED_HW)),
+        ("--imgsz 320x256 --batch 4", GraphOptions((256, 320), 4)),
+        ("--dynamic", GraphOptions(TRAINED_HW, None)),
+        ("--dynamic batch", GraphOptions(TRAINED_HW, None)),
+        ("--dynamic size --batch 2", GraphOptions(TRAINED_HW, 2, dynamic_size=True)),
+        ("--dynamic size,batch", GraphOptions(TRAINED_HW, None, dynamic_size=True)),
+        ("--letterbox", GraphOptions(TRAINED_HW, letterbox_hw=(1080, 1920))),
+        ("--letterbox --max-size 1280x720", GraphOptions(TRAINED_HW, letterbox_hw=(720, 1280))),
+        ("--no-preprocess --raw", GraphOptions(TRAINED_HW, preprocess=False, raw=True)),
+    ],
+)
+def test_what_the_flags_mean(flags: str, wanted: GraphOptions) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert graph_options(parser.parse_args(flags.split()), TRAINED_HW) == wanted
+
+
+def test_the_largest_picture() -> None:
+    assert GraphOptions(TRAINED_HW).max_hw == TRAINED_HW
+    assert GraphOptions(TRAINED_HW, letterbox_hw=(1080, 1920)).max_hw == (1080, 1920)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "best.pt"
+    detector = build_detector("mini-student")
+    config = {"data": "none", "imgsz_hw": list(TRAINED_HW)}
+    write_detector(path, DetectorCheckpoint.of(detector, "mini-student", config, 1, 1.0))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--raw --letterbox", "--raw --letterbox"),
+        ("--no-preprocess --letterbox", "--no-preprocess --letterbox"),
+        ("--dynamic size --letterbox", "any size already"),
+        ("--imgsz 640x500", "multiples of 32"),
+        ("--batch 0", "--batch 0: at least 1"),
+        ("--batch -2", "--batch -2: at least 1"),
+        ("--batch 4 --dynamic", "fixed or free"),
+        ("--dynamic width", "--dynamic width: expected batch, size or batch,size"),
+        ("--dynamic batch,", "expected batch, size"),
+        ("--letterbox --max-size 1920", "--max-size 1920"),
+        ("--letterbox --max-size 0x9", "--max-size 0x9"),
+        ("--max-size 1920x1080", "only for --letterbox"),
+    ],
+)
+def test_bad_combinations_end_in_one_line(
+    weights: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    assert main([str(weights), "--no-verify", *flags.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+    assert list(weights.parent.iterdir()) == [weights]

@@ -1,0 +1,59 @@
+"""What a step has recorded and compared is gone when the next one begins, whatever the method."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hkd_det.distill.capacity.shrinking import begin
+from hkd_det.distill.distiller import Distiller
+from hkd_det.distill.methods import Methods
+from hkd_det.distill.mokd import arbiter_of
+from hkd_det.losses.detection import norm_alone, total
+from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.detector import Detector, DetectorSpec
+from hkd_det.train.learner import Learner
+
+STUDENT = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TEACHER = DetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
+BATCH = 7  # no layer has as many channels, so that a map is known by it
+PICTURES = torch.randint(0, 255, (BATCH, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+PEOPLE = TruthBatch(
+    torch.tensor([[[10.0, 10, 40, 60]]]).expand(BATCH, -1, -1),
+    torch.ones(BATCH, 1, dtype=torch.bool),
+    torch.zeros(BATCH, 1, dtype=torch.bool),
+)
+
+
+def maps_alive() -> int:
+    """Maps of a batch that somebody in Python holds, of what was made since `gc.freeze`."""
+    return sum(type(thing) is torch.Tensor and thing.ndim == 4 and len(thing) == BATCH for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("names", ["hkd,noise", "detections", "hkd,mokd", "cdd", "hkd,cdd"])
+def test_no_method_holds_a_map_beyond_its_step(names: str) -> None:
+    torch.manual_seed(0)
+    methods, student = Methods.of(names), Detector(STUDENT)
+    if methods.cdd:
+        begin(student, replace(methods.cdd, keep_flops=0.9), (64, 64), "student")
+    learner = Learner(student, Distiller(student, Detector(TEACHER), methods), norm_alone).train()
+    arbiter = arbiter_of(methods.mokd, learner, student, lambda _: None)
+    held: list[int] = []
+    student.neck.register_forward_hook(lambda *_: held.append(maps_alive()))
+
+    def step(strength: float) -> None:
+        task, taught = learner(PICTURES, PEOPLE, strength)
+        arbiter.backward(total(task), total(taught) if taught else None, strength)
+        learner.zero_grad(set_to_none=True)
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # what only the collector frees is held for too long
+    try:
+        for strength in (1.0, 1.0, 0.0):
+            step(strength)
+            assert held.pop() > 0 and maps_alive() == 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
