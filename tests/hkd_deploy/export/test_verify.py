@@ -108,7 +108,7 @@ def test_a_folder_that_differs_is_not_written(tiny_onnx: Callable[..., Path], st
     verification = Verification(exported_reference(other), pictures)
     there = sorted(path.parent.iterdir())
     with pytest.raises(ParityError, match=r"tiny_openvino: not written: .* scores by 0\.0.* from .*other\.onnx"):
-        export_openvino(path, lambda folder, aside: verification.take(Form(folder, "openvino", exact=True), aside))
+        export_openvino(path, check=lambda name, aside: verification.take(Form(name, "openvino", exact=True), aside))
     assert sorted(path.parent.iterdir()) == there
 
 
