@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from hkd_det.files import replacing_folder
 MODEL, METADATA = "model.xml", "metadata.yaml"
 FILES = (MODEL, "model.bin", METADATA)
 NATIVE = ("stride", "batch", "imgsz", "names")  # numbers, a list and a mapping in the YAML; all else is text
+
+# Called with a finished folder's name and where it still lies; raises if it must not get that name.
+Check = Callable[[Path, Path], object]
 
 
 def model_files(path: Path) -> list[Path]:
@@ -54,16 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--openvino", action="store_true", help="write the folder OpenVINO opens, NAME_openvino, too")
 
 
-def export_openvino(onnx: Path, folder: Path | None = None) -> Path:
-    """Write `folder`, by default NAME_openvino beside NAME.onnx, and say so; its path."""
+def export_openvino(onnx: Path, folder: Path | None = None, check: Check | None = None) -> Path:
+    """Write `folder`, by default NAME_openvino beside NAME.onnx, and say so; its path.
+
+    What `check` raises for is not written.
+    """
     folder = folder or onnx.with_name(f"{onnx.stem}_openvino")
-    write_folder(onnx, folder)
+    write_folder(onnx, folder, check)
     size_mib = sum(file.stat().st_size for file in model_files(folder)) / 2**20
     print(f"{folder}: OpenVINO's form of {onnx}, {size_mib:.1f} MiB, weights as they were")
     return folder
 
 
-def write_folder(onnx: Path, folder: Path) -> None:
+def write_folder(onnx: Path, folder: Path, check: Check | None = None) -> None:
     """Write the folder from an ONNX file of hkd-export, weights as they are, in one step.
 
     Raises DataError for a file that OpenVINO can't read, or where `folder` holds anything else than such a model.
@@ -79,6 +86,8 @@ def write_folder(onnx: Path, folder: Path) -> None:
         (aside / METADATA).write_text(text, encoding="utf-8")
         with open_openvino(aside):
             pass
+        if check:
+            check(folder, aside)
 
 
 def _check_replaceable(folder: Path) -> None:

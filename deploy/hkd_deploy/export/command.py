@@ -10,14 +10,15 @@ from pathlib import Path
 
 from hkd_deploy.backends import openvino_folder
 from hkd_deploy.export import options as graph
+from hkd_deploy.export import verify_arguments as verifying
+from hkd_deploy.export.verify import Form, Verification
 from hkd_deploy.precision import command as precision
+from hkd_deploy.precision.judge import backends
 from hkd_deploy.targets import command as targets
 from hkd_deploy.trt import arguments as tensorrt
-from hkd_det.datasets.catalogue import open_data
-from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
+from hkd_deploy.trt.source import read_source
+from hkd_det.errors import UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz
-
-VERIFY_ON = 16  # pictures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,20 +35,54 @@ def _body(argv: Sequence[str] | None) -> int:
         return 0
     smaller = flags.precision != "fp32"
     onnx_output, engine_output, folder_output = _of_endings(output)
-    # --output names what was asked for; an FP32 file on the way to a smaller one keeps its usual name.
-    onnx = _onnx_of_weights(source, None if smaller else onnx_output, flags) if source.suffix == ".pt" else source
+    verification = None
+    known: precision.MissRates = {}
+    onnx = source
+    if source.suffix == ".pt":
+        # --output names what was asked for; an FP32 file on the way to a smaller one keeps its usual name.
+        onnx, verification = _onnx_of_weights(source, None if smaller else onnx_output, flags)
     if smaller:
-        onnx = precision.write_precision(onnx, onnx_output, flags)
-    if flags.trt:
-        tensorrt.run(onnx, flags, engine_output)
+        onnx, known = precision.write_precision(onnx, onnx_output, flags)
+    engine = tensorrt.run(onnx, flags, engine_output) if flags.trt else None
+    if source.suffix == ".onnx" and (smaller or engine or flags.openvino):
+        verification = verifying.verification_of_onnx(source, flags)
+    if smaller:
+        _take_smaller(onnx, flags.precision, verification)
+    if engine and verification:
+        # Not exact: TensorRT multiplies FP32 in TF32, which keeps 10 bits, on every GPU since Ampere.
+        verification.take(Form(engine, "tensorrt", exact=False, device=flags.gpu))
+    elif flags.trt and verification:
+        verification.skip(Form(onnx.with_suffix(".engine"), "tensorrt", exact=False), "--check writes none")
     if flags.openvino:
-        openvino_folder.export_openvino(onnx, folder_output)
+        _write_openvino(onnx, folder_output, verification)
+    if verification:
+        print(verification.table({} if flags.verify_images else known))
     targets.write_targets(onnx, flags)
     return 0
 
 
+def _take_smaller(onnx: Path, kind: str, verification: Verification | None) -> None:
+    """Compare a file of --precision on every runtime that is installed."""
+    if verification and kind == "bf16":
+        verification.skip(Form(onnx, "onnxruntime", exact=False), precision.NO_BF16)
+    elif verification:
+        for backend in backends("cpu"):
+            verification.take(Form(onnx, backend, exact=False))
+
+
+def _write_openvino(onnx: Path, output: Path | None, verification: Verification | None) -> None:
+    exact = read_source(onnx).precision == "fp32"
+
+    def check(folder: Path, aside: Path) -> None:
+        if verification:
+            verification.take(Form(folder, "openvino", exact), aside)
+
+    openvino_folder.export_openvino(onnx, output, check)
+
+
 def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
     """What would otherwise show only after a file or two have been written."""
+    verifying.check(flags)
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
     if flags.check and not flags.trt:
@@ -78,10 +113,10 @@ def _of_endings(output: Path | None) -> tuple[Path | None, Path | None, Path | N
             return None, None, output
 
 
-def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> Path:
-    """Write the ONNX file and say what was seen; its path."""
+def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> tuple[Path, Verification | None]:
+    """Write the ONNX file and say what it is; its path, and what compares further forms with the weights."""
     try:
-        from hkd_deploy.export.from_weights import export  # noqa: PLC0415 - torch, for this source only
+        from hkd_deploy.export.from_weights import trained_reference, write_verified  # noqa: PLC0415 - torch, only here
         from hkd_deploy.export.onnx_file import write_onnx  # noqa: PLC0415
         from hkd_det.train.checkpoint import read_detector  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -93,37 +128,32 @@ def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespa
     trained_hw = tuple(checkpoint.config["imgsz_hw"])
     options = graph.graph_options(flags, (trained_hw[0], trained_hw[1]))
     path = output or weights.with_suffix(".onnx")
-    if flags.no_verify:
+    verification = None
+    if flags.verify is False:
         write_onnx(checkpoint, path, options)
-        verdict = "not compared with torch, as asked by --no-verify"
+        verdict = "; not compared with torch, as asked by --no-verify"
     else:
-        parity = export(checkpoint, path, options, _pictures(flags.data or str(checkpoint.config["data"])))
-        verdict = (
-            f"agrees with torch on {parity.pictures} pictures: boxes within {parity.box_px:.2g} px, "
-            f"scores within {parity.score:.2g}"
-        )
-    size = f"{format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB"
-    print(f"{path}: {checkpoint.model}, {size}; {verdict}")
-    return path
-
-
-def _pictures(data: str) -> list[Path]:
-    try:
-        samples = open_data(data, "val")
-    except HkdError as error:
-        raise type(error)(f"no pictures to verify on: {error} (or --data OTHER, or --no-verify)") from error
-    return [sample.path for sample in samples[:VERIFY_ON]]
+        reference = trained_reference(checkpoint, str(weights), options)
+        verification = verifying.verification(reference, flags.data or str(checkpoint.config["data"]), flags)
+        write_verified(checkpoint, path, options, verification)
+        verdict = ""
+    print(
+        f"{path}: {checkpoint.model}, {format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB{verdict}"
+    )
+    return path, verification
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-export", description=__doc__)
     parser.add_argument("model", help="best.pt of a run, or an .onnx file that hkd-export wrote")
     parser.add_argument("--output", help="the file to write; by default best.onnx beside the weights")
-    parser.add_argument("--data", help="pictures to verify on; by default the training data's val split")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare with the trained detector")
+    parser.add_argument(
+        "--data", help="data set to verify and judge on, its val split; by default what it was trained on"
+    )
     graph.add_arguments(parser)
     precision.add_arguments(parser)
     tensorrt.add_arguments(parser)
     openvino_folder.add_arguments(parser)
     targets.add_arguments(parser)
+    verifying.add_arguments(parser)
     return parser

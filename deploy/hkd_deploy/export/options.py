@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
+from hkd_deploy.artifact import Manifest
 from hkd_det.errors import UsageError
 from hkd_det.imgsz import format_imgsz, parse_imgsz
 
@@ -86,6 +87,18 @@ def graph_options(flags: argparse.Namespace, trained_hw: tuple[int, int]) -> Gra
         _parse_max_size(flags.max_size or MAX_SIZE) if flags.letterbox else None,
         not flags.no_preprocess,
         flags.raw,
+    )
+
+
+def options_of(manifest: Manifest) -> GraphOptions:
+    """The options that a file was exported with."""
+    return GraphOptions(
+        manifest.imgsz_hw,
+        manifest.batch,
+        manifest.dynamic_size,
+        manifest.max_hw if manifest.letterbox else None,
+        manifest.preprocess == "uint8",
+        manifest.raw,
     )
 
 

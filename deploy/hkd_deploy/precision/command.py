@@ -22,6 +22,10 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 NO_BF16 = "ONNX Runtime has no bfloat16 convolution; it is for TensorRT: measure it there with hkd-bench"
 
 
+# Fractions, on all pictures of the val split, by file and backend on the CPU.
+MissRates = dict[tuple[Path, str], float]
+
+
 class PrecisionError(HkdError):
     """The file would see too little."""
 
@@ -42,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="write the file even if the miss rate rises by more")
 
 
-def write_precision(fp32: Path, output: Path | None, flags: argparse.Namespace) -> Path:
-    """Make the file that --precision asks for of an FP32 ONNX file, and print its verdict; its path.
+def write_precision(fp32: Path, output: Path | None, flags: argparse.Namespace) -> tuple[Path, MissRates]:
+    """Make the file that --precision asks for of an FP32 ONNX file, and print its verdict.
 
+    Gives its path and the miss rates that were measured for it.
     output: by default NAME.PRECISION.onnx beside it.
 
     Raises PrecisionError, and writes nothing, if the miss rate rises by more than --max-mr-rise without --force; else
@@ -57,16 +62,25 @@ def write_precision(fp32: Path, output: Path | None, flags: argparse.Namespace) 
     source = read_source(fp32)
     if flags.precision == "bf16":
         line, facts = unmeasured("bf16", NO_BF16)
+        known: MissRates = {}
         with replacing(path) as aside:
             save(source, to_half(source.model, parts_of(source.model), "bf16"), aside, "bf16", {}, facts)
     else:
-        line = _write_judged(source, path, flags)
+        verdict = _write_judged(source, path, flags)
+        line, known = verdict.line(), _miss_rates(source.path, path, verdict, flags.measure_on)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; {line}")
-    return path
+    return path, known
 
 
-def _write_judged(source: Source, path: Path, flags: argparse.Namespace) -> str:
-    """Make, judge and write the file; the verdict's line. What the data lacks is said before an hour has gone by."""
+def _miss_rates(fp32: Path, path: Path, verdict: Verdict, device: str) -> MissRates:
+    if device != "cpu":
+        return {}
+    on = verdict.judged_on
+    return {(fp32, on): verdict.before.miss_rate, (path, on): verdict.after.miss_rate}
+
+
+def _write_judged(source: Source, path: Path, flags: argparse.Namespace) -> Verdict:
+    """Make, judge and write the file; the verdict. What the data lacks is said before an hour has gone by."""
     data = flags.data or source.manifest.data
     samples = judged_samples(data)
     before, model, quantised = _made(source, samples, data, flags)
@@ -79,7 +93,7 @@ def _write_judged(source: Source, path: Path, flags: argparse.Namespace) -> str:
         if verdict.miss_rate_rise > flags.max_mr_rise and not flags.force:
             raise PrecisionError(_refusal(path, verdict, quantised))
         save(source, model, aside, flags.precision, quantised, verdict.facts())
-    return verdict.line()
+    return verdict
 
 
 def _made(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hkd_deploy.pipeline import Detector, open_detector
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.datasets.sample import Sample, read_picture
+from hkd_det.detections import Detections
 from hkd_det.errors import DataError, HkdError
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.curve import MissRate
@@ -56,11 +57,16 @@ def judged_samples(data: str) -> list[Sample]:
 
 def judge(path: Path, device: str, samples: Sequence[Sample], conf: float, what: str) -> Judgement:
     """Run a file over all samples, on `judging_backend`. conf: the operating threshold. what: for the progress bar."""
-    with open_detector(path, device, backend=judging_backend(device)) as detector:
-        found = [detector(read_picture(sample.path)) for sample in tqdm(samples, what, unit="picture", leave=False)]
+    found = detect_all(path, device, judging_backend(device), samples, what)
     truth = TruthTable.of([sample.truth for sample in samples])
     judged = evaluate(truth, DetectionTable.of(found), [REASONABLE])[REASONABLE.name]
     return Judgement(judged.value, recall_at(judged, conf))
+
+
+def detect_all(path: Path, device: str, backend: str, samples: Sequence[Sample], what: str) -> list[Detections]:
+    """Detections of every sample, in order, in pixels of its picture. what: for the progress bar."""
+    with open_detector(path, device, backend=backend) as detector:
+        return [detector(read_picture(sample.path)) for sample in tqdm(samples, what, unit="picture", leave=False)]
 
 
 def recall_at(judged: MissRate, conf: float) -> float:

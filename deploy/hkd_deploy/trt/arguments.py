@@ -43,8 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cuda", help="with --trt: the GPU to build on and for, cuda or cuda:1")
 
 
-def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> None:
-    """What --trt says: build the engine of an ONNX file, or --check that it can be built, and tell what came out."""
+def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
+    """What --trt says: build the engine of an ONNX file, or --check that it can be built, and tell what came out.
+
+    The engine's path; None where nothing was written.
+    """
     options = _options(flags)
     source = read_source(onnx)
     if flags.check:
@@ -58,7 +61,7 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> No
         )
         if flags.layers:
             print(table(checked.layers))
-        return
+        return None
     engine = output or onnx.with_suffix(".engine")
     if engine.suffix != ".engine":
         raise UsageError(f"--output {engine}: must end in .engine")
@@ -73,6 +76,7 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> No
     if flags.layers:
         print(table(layers))
         _write_layers(engine, layers)
+    return engine
 
 
 def _write_layers(engine: Path, layers: list[Layer]) -> None:

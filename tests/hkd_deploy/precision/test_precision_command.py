@@ -11,7 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy import open_detector
+from hkd_deploy.export import verify
 from hkd_deploy.export.command import main
+from hkd_deploy.precision.judge import backends, detect_all, judging_backend
+from hkd_det.datasets.sample import Sample
+from hkd_det.detections import Detections
 
 Outliers = dict[str, NDArray[np.float32]]
 
@@ -26,7 +30,7 @@ def test_int8_leaves_the_layer_out_that_would_blind_it(
     source = box_net("student.onnx", **outlier)
     assert main([str(source), "--precision", "int8", "--data", str(street)]) == 0
     path = source.with_name("student.int8.onnx")
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{path}: "))
     assert line.startswith(f"{path}: 0.0 MiB; int8 against fp32 on this device: ")
     assert "miss rate +0.00 points (0.00 %), recall at 0.3 +0.00 points (100.00 %): " in line
     written, before = metadata(path), metadata(source)
@@ -41,6 +45,29 @@ def test_int8_leaves_the_layer_out_that_would_blind_it(
     assert [node.input[0] for node in pairs] == ["normal"]
     with open_detector(path) as detector:
         assert len(detector(np.full((96, 96, 3), 230, np.uint8))) == 1
+
+
+def test_what_precision_has_measured_is_not_measured_again(
+    box_net: Callable[..., Path], street: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A miss rate a file and runtime; with --verify-images on other pictures than the verdict, so all anew."""
+    source = box_net()
+    measured = []
+
+    def noted(path: Path, device: str, backend: str, samples: list[Sample], what: str) -> list[Detections]:
+        measured.append((path.name, backend))
+        return detect_all(path, device, backend, samples, what)
+
+    monkeypatch.setattr(verify, "detect_all", noted)
+    judged_on = judging_backend("cpu")
+    for flags, again in (([], False), (["--verify-images", "3"], True)):
+        measured.clear()
+        assert main([str(source), "--precision", "fp16", "--data", str(street), *flags]) == 0
+        others = [("net.fp16.onnx", backend) for backend in backends("cpu") if again or backend != judged_on]
+        assert measured == others
+        lines = [line for line in capsys.readouterr().out.splitlines() if "net.fp16.onnx  " in line]
+        assert len(lines) == len(backends("cpu"))
+        assert all("0.00 %" in line and line.endswith("+0.00 points") for line in lines)
 
 
 def test_where_int8_stays_blind_nothing_is_written_unless_forced(

@@ -1,0 +1,196 @@
+"""Which node of an exported graph is which layer in torch, and what both make of the same picture.
+
+torch's exporter names nodes by the modules they come from: `/neck/outputs.0/outputs.0.0/Conv` is of the layer
+`neck.outputs.0.0`, and `/head/many_1/Conv` of the second call of `head.many`. So layers of every family pair.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hkd_deploy.precision.calibration import values_of
+from hkd_deploy.precision.parts import constants
+
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer in torch.
+
+    scope: the beginning of its nodes' names. parts: the layer, then the normalisation that the exporter folds into it.
+    entered, left: values as they were. read, given: the tensors themselves, to see who reads whose.
+    """
+
+    name: str
+    scope: str
+    parts: list[nn.Module]
+    entered: Tensor
+    left: Tensor
+    read: Tensor
+    given: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How far a layer in the file is from torch's, as shares of the size of the values (norms).
+
+    entered, left: of what goes in and comes out, each running on its own values. alone: of what comes out where torch's
+    layer is given the file's input: what this layer does wrong itself.
+    """
+
+    name: str
+    entered: float
+    left: float
+    alone: float
+
+
+@torch.no_grad()
+def compared_layers(
+    deployed: nn.Module, model: Any, batch: NDArray[Any]
+) -> tuple[list[Layer], list[NDArray[Any]], list[NDArray[Any]]]:
+    """The layers that pair, in torch's order, and the outputs of both for a batch: torch's, the file's.
+
+    model: an onnx.ModelProto. Looking at its inside keeps the runtime from fusing operators.
+    """
+    nodes = _nodes_by_scope(model)
+    outputs = [output.name for output in model.graph.output]
+    with _recording(deployed) as calls:
+        wanted = [value.numpy() for value in deployed(torch.from_numpy(batch))]
+    pairs = _with_ends(model, _paired(_folded(calls, nodes), nodes))
+    inside = sorted({name for _, ends in pairs for name in ends} - set(outputs))
+    (values,) = values_of(model, [*outputs, *inside], [batch])
+    layers = [
+        _layer(call, values[entry], values[end])
+        for call, (entry, end) in pairs
+        if values[entry].shape == call.entered.shape and values[end].shape == call.left.shape
+    ]
+    return layers, wanted, [values[name] for name in outputs]
+
+
+def relative(wanted: NDArray[Any], found: NDArray[Any]) -> float:
+    """The norm of the difference over the norm of what is wanted; infinite where a value is no number."""
+    error = np.linalg.norm((found - wanted).astype(np.float64).ravel())
+    share = error / max(1e-12, float(np.linalg.norm(wanted.astype(np.float64).ravel())))
+    return float(share) if np.isfinite(share) else float("inf")
+
+
+@dataclass(eq=False)
+class _Underway:
+    """A module that has been called and has not answered. leaf: it has called no other so far."""
+
+    module: nn.Module
+    name: str
+    entered: Tensor | None
+    leaf: bool = True
+
+
+@contextmanager
+def _recording(network: nn.Module) -> Iterator[list[Call]]:
+    """While it lasts, every call of a layer that takes one tensor and gives one is noted, in order."""
+    known = {module: name for name, module in network.named_modules()}
+    stack: list[_Underway] = []
+    calls: list[Call] = []
+
+    def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
+        name = known[module]
+        if stack:
+            stack[-1].leaf = False
+            # A module that several share has the name that it has with its caller.
+            own = [part for part, child in stack[-1].module.named_children() if child is module]
+            name = f"{stack[-1].name}.{own[0]}" if own else name
+        plain = len(given) == 1 and isinstance(given[0], Tensor)
+        stack.append(_Underway(module, name, given[0].clone() if plain else None))
+
+    def leave(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        scope = "".join(f"/{_segment(known[one.module])}" for one in stack)
+        call = stack.pop()
+        if call.leaf and call.entered is not None and isinstance(output, Tensor):
+            calls.append(Call(call.name, scope, [module], call.entered, output.clone(), given[0], output))
+
+    inner = [module for module in known if module is not network]
+    hooks = [module.register_forward_pre_hook(enter) for module in inner]
+    hooks += [module.register_forward_hook(leave) for module in inner]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _segment(name: str) -> str:
+    """A module's part of a node's name: its own last name, with the numbers behind it."""
+    atoms = name.split(".")
+    start = next((at for at in reversed(range(len(atoms))) if not atoms[at].isnumeric()), 0)
+    return ".".join(atoms[start:])
+
+
+def _nodes_by_scope(model: Any) -> dict[str, list[Any]]:
+    nodes: dict[str, list[Any]] = defaultdict(list)
+    for node in model.graph.node:
+        nodes[node.name.rpartition("/")[0]].append(node)
+    return nodes
+
+
+def _folded(calls: Sequence[Call], nodes: dict[str, list[Any]]) -> list[Call]:
+    """The calls, each normalisation that left no node joined to the layer whose output it reads."""
+    givers: dict[int, Call] = {}  # by the tensor, which its call keeps alive
+    kept = []
+    for call in calls:
+        giver = givers.get(id(call.read))
+        if isinstance(call.parts[0], _BatchNorm) and call.scope not in nodes and giver is not None:
+            giver.parts, giver.left = [*giver.parts, *call.parts], call.left
+        else:
+            kept.append(call)
+            givers[id(call.given)] = call
+    return kept
+
+
+def _paired(calls: Sequence[Call], nodes: dict[str, list[Any]]) -> list[tuple[Call, list[Any]]]:
+    """Each call with its nodes; calls of one scope are told apart by the number behind it."""
+    by_scope: dict[str, list[Call]] = defaultdict(list)
+    for call in calls:
+        by_scope[call.scope].append(call)
+    found = {}
+    for scope, same in by_scope.items():
+        names = [f"{scope}_{number}" if number else scope for number in range(len(same))]
+        if all(name in nodes for name in names):  # else it can't be told which call left no node
+            found.update({id(call): nodes[name] for call, name in zip(same, names, strict=True)})
+    return [(call, found[id(call)]) for call in calls if id(call) in found]
+
+
+def _with_ends(model: Any, pairs: Sequence[tuple[Call, list[Any]]]) -> list[tuple[Call, tuple[str, str]]]:
+    """Each call with the names of the value that enters its nodes and of the one that leaves them.
+
+    Without those of which this is not plain.
+    """
+    fixed = {*constants(model), *(entry.name for entry in model.graph.input), ""}
+    found = []
+    for call, nodes in pairs:
+        # Of another name than in torch: something was folded into it.
+        folded = any(node.op_type in CONVOLUTIONS and node.input[1].startswith("onnx::") for node in nodes)
+        made = {name for node in nodes for name in node.output}
+        read = {name for node in nodes for name in node.input} - made - fixed
+        if len(read) == 1 and folded == (len(call.parts) > 1):
+            found.append((call, (read.pop(), nodes[-1].output[0])))
+    return found
+
+
+def _layer(call: Call, entered: NDArray[Any], left: NDArray[Any]) -> Layer:
+    alone = torch.tensor(entered)
+    for part in call.parts:
+        alone = part(alone)
+    return Layer(
+        call.name,
+        relative(call.entered.numpy(), entered),
+        relative(call.left.numpy(), left),
+        relative(alone.numpy(), left),
+    )

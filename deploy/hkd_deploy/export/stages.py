@@ -1,0 +1,59 @@
+"""Where inside an exported file the difference begins: stage by stage against torch, and the worst layer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from hkd_deploy.export.graph import DeployedDetector
+from hkd_deploy.export.layers import Layer, compared_layers
+from hkd_deploy.export.parity import BOX_TOLERANCE_PX, SCORE_TOLERANCE, exact_differences
+
+# Share of the values' size. Rounding alone gives some 1e-6 behind a deep network; what shows in an answer is more.
+APART = 1e-4
+
+
+def explain(deployed: DeployedDetector, path: Path, batch: NDArray[Any]) -> str:
+    """Which stage is the first that differs, and which layer is the worst: part of a sentence.
+
+    batch: one picture, on which the difference shows.
+    """
+    rows = deployed.options.batch or 1
+    layers, wanted, found = compared_layers(deployed, onnx.load(path), np.repeat(batch, rows, axis=0))
+    if not layers:
+        return "where the difference begins can't be told: no node's name says of which of torch's layers it is"
+    box_px, score = exact_differences(wanted, found)
+    if box_px <= BOX_TOLERANCE_PX and score <= SCORE_TOLERANCE:
+        return "it agrees as soon as its inside is looked at, so it is the runtime that fuses its operators wrongly"
+    return f"{_first_stage(layers)}; {_worst_layer(layers)}"
+
+
+def _first_stage(layers: list[Layer]) -> str:
+    """preprocessing ends where the first layer begins, decoding begins where the last ends."""
+    stages = {"preprocessing": layers[0].entered}
+    for layer in layers:
+        stage = _stage(layer.name)
+        stages[stage] = max(stages.get(stage, 0), layer.left)
+    for stage, apart in stages.items():
+        if apart > APART:
+            return f"the first stage that differs is {stage} (by {apart:.2g} of its values)"
+    return f"the first stage that differs is decoding (all {len(layers)} layers before it agree)"
+
+
+def _stage(name: str) -> str:
+    """backbone, neck, head; of a detector that is one row of layers, the layer's place in the row."""
+    parts = name.removeprefix("detector.").split(".")
+    return ".".join(parts[:3]) if parts[0] == "network" else parts[0]
+
+
+def _worst_layer(layers: list[Layer]) -> str:
+    worst = max(layers, key=lambda layer: layer.alone)
+    if worst.alone <= APART:
+        return f"given the same input, every layer agrees (the worst, {_name(worst)}, by {worst.alone:.2g})"
+    return f"the worst layer is {_name(worst)} (given the same input, by {worst.alone:.2g} of its values)"
+
+
+def _name(layer: Layer) -> str:
+    return layer.name.removeprefix("detector.")
