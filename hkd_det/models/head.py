@@ -79,7 +79,8 @@ class Head(nn.Module):
 
     def _sides(self, features: Tensor, level: int) -> Tensor:
         logits = self.sides(self.tower_sides(features, level)).float()
-        return logits.flatten(2).transpose(1, 2).unflatten(2, (4, self.bins))
+        # Channels last all the way: processors compute convolutions so, and turning 64 channels takes as long as one.
+        return logits.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (4, self.bins))
 
 
 def head_inner_layers(head: Head, name: str) -> list[Inner]:
