@@ -18,7 +18,17 @@ LEARNING = (
     "hkd_det.train",
     *(
         f"hkd_deploy.export.{name}"
-        for name in ("from_weights", "graph", "onnx_file", "metadata", "parity", "resize", "suppress", "two_stage")
+        for name in (
+            "from_weights",
+            "graph",
+            "onnx_file",
+            "metadata",
+            "layers",
+            "resize",
+            "stages",
+            "suppress",
+            "two_stage",
+        )
     ),
     "hkd_bench.quickstart",
 )
