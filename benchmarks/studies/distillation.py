@@ -93,8 +93,20 @@ def epochs_of(budget: Budget, row: Row, folder: Path) -> int:
     """The budget's, or as many as fit into the time of other rows together."""
     if not row.as_long_as:
         return budget.teacher_epochs if row.model == "teacher" else budget.epochs
-    spent = {name: json.loads((folder / name / "judged.json").read_text())["train_s"] for name in row.as_long_as}
+    spent = {name: undisturbed(folder / name) for name in row.as_long_as}
     return round(budget.epochs * sum(spent.values()) / spent["alone"])
+
+
+def undisturbed(run: Path) -> float:
+    """Training time in seconds a picture, as if every epoch had been as quick as the quickest: others share a machine."""
+    speeds = speeds_of(run)
+    return len(speeds) / max(speeds)
+
+
+def speeds_of(run: Path) -> list[float]:
+    """Pictures a second in each epoch."""
+    with (run / "results.csv").open(encoding="utf-8", newline="") as file:
+        return [float(line["pictures_per_s"]) for line in csv.DictReader(file)]
 
 
 def course(run: Path) -> list[float]:
@@ -106,10 +118,8 @@ def course(run: Path) -> list[float]:
 def seconds(recipe: dict[str, Any], run: Path) -> float:
     """Training time without validation; of blockwise students with the blocks' own."""
     pictures, batch = len(open_data(str(DATA), "train")), recipe["batch"]
-    with (run / "results.csv").open(encoding="utf-8", newline="") as file:
-        speeds = [float(line["pictures_per_s"]) for line in csv.DictReader(file)]
     views = -(-pictures // batch) * batch
-    return sum(views / speed for speed in speeds) + block_seconds(run / "blockwise/report.json")
+    return sum(views / speed for speed in speeds_of(run)) + block_seconds(run / "blockwise/report.json")
 
 
 def block_seconds(report: Path) -> float:
