@@ -98,7 +98,7 @@ def epochs_of(budget: Budget, row: Row, folder: Path) -> int:
 
 
 def undisturbed(run: Path) -> float:
-    """Training time in seconds a picture, as if every epoch had been as quick as the quickest: others share a machine."""
+    """Training seconds a picture, as if every epoch had been as quick as the quickest: others share a machine."""
     speeds = speeds_of(run)
     return len(speeds) / max(speeds)
 
