@@ -15,7 +15,7 @@ from hkd_det.errors import DataError, HkdError
 from hkd_det.letterbox import Letterbox
 
 # FP32 runtimes differ by rounding; seen: 2e-4 px and 5e-7 of a score (docs/export/verification.md). A thousand times as
-# much leaves room for larger pictures, deeper networks and other processors. Less than this nobody sees: boxes are drawn
+# much leaves room for larger pictures, deeper networks, other processors. Less than this nobody sees: boxes are drawn
 # in whole pixels, and a thousandth is the lowest score that counts.
 BOX_TOLERANCE_PX = 0.5
 SCORE_TOLERANCE = 1e-3
