@@ -14,9 +14,9 @@ from hkd_det.datasets.sample import read_picture
 from hkd_det.errors import DataError, HkdError
 from hkd_det.letterbox import Letterbox
 
-# FP32 runtimes differ by rounding: some 1e-3 px and 1e-6 of a score. The smallest mistakes in a graph that we know of
-# (a resize that rounds otherwise, a shift by half a pixel) cost more than these. And less than these nobody sees: boxes
-# are drawn in whole pixels, and a thousandth is the lowest score that counts.
+# FP32 runtimes differ by rounding; seen: 2e-4 px and 5e-7 of a score (docs/export/verification.md). A thousand times as
+# much leaves room for larger pictures, deeper networks, other processors. Less than this nobody sees: boxes are drawn
+# in whole pixels, and a thousandth is the lowest score that counts.
 BOX_TOLERANCE_PX = 0.5
 SCORE_TOLERANCE = 1e-3
 TOP = 300  # of raw candidates, the best that are compared
