@@ -7,8 +7,8 @@ teacher's forward pass as the distiller runs it (no gradients, bf16, channels la
 ratio, third over the sum of the others, is that of one round, since the machine's speed drifts; the table gives the
 median and the range. Weights are random; every picture holds three people, and the teacher finds three, so that
 six regions a picture are compared. On the CPU one thread works and its own processor time is what counts, which other
-programs hardly change. On a GPU it is the time on the wall, from idle to idle. `--compile` puts teacher and students
-through `torch.compile` first, prints how long that took on the wall, and writes nothing.
+programs hardly change. On a GPU it is the time on the wall, from idle to idle. `--compile` prints instead what
+`torch.compile` makes of the student's step and of the teacher's forward pass, and how long it takes to.
 """
 
 import argparse
@@ -72,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     for device in devices:
         for case in CPU if device.type == "cpu" else CUDA:
-            if arguments.only in ("", case.student):
-                lines.append(row(case, device, measure(case, device, arguments.rounds, arguments.compile)))
+            if arguments.only not in ("", case.student):
+                continue
+            if arguments.compile:
+                print_compiled(case, device, arguments.rounds)
+            else:
+                lines.append(row(case, device, measure(case, device, arguments.rounds)))
                 print(lines[-1], flush=True)
     if arguments.compile:
         return
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def measure(case: Case, device: torch.device, rounds: int, compiled: bool = False) -> list[tuple[float, float, float]]:
+def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, float, float]]:
     """Seconds of the student's step, the teacher's forward pass and the distilled step, a round each."""
     torch.manual_seed(0)
     pictures, truth = batch_of(case, device)
@@ -98,16 +102,32 @@ def measure(case: Case, device: torch.device, rounds: int, compiled: bool = Fals
     taught = Learner(student, Distiller(student, teacher, methods).to(device), norm_alone)
     timed = timer(device)
     steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth))
-    if compiled:
-        for network in (alone.detector, teacher, student):
-            network.compile()
-    for name, step in zip(("student's step", "teacher's forward", "distilled"), steps, strict=True):
-        started = time.perf_counter()
-        step()  # memory is laid out, kernels are chosen
+    for step in steps:  # memory is laid out, kernels are chosen
         step()
-        if compiled:
-            print(f"{case.name}: {name} ready after {time.perf_counter() - started:.0f} s", flush=True)
+        step()
     return [tuple(timed(step) for step in steps) for _ in range(rounds)]  # type: ignore[misc]
+
+
+def print_compiled(case: Case, device: torch.device, rounds: int) -> None:
+    """Both parts as they are and compiled, in turns: medians, and the wall's seconds until the compiled is ready."""
+    pictures, truth = batch_of(case, device)
+    students = [Learner(placed(build_detector(case.student), device), None, norm_alone) for _ in range(2)]
+    teachers = [placed(build_detector(TEACHER_OF[case.student]), device).eval().requires_grad_(False) for _ in range(2)]
+    students[1].detector.compile()
+    teachers[1].compile()
+    timed = timer(device)
+    for what, plain, compiled in (
+        ("student's step", *(step_of(learner, pictures, truth) for learner in students)),
+        ("teacher's forward", *(forward_of(teacher, pictures) for teacher in teachers)),
+    ):
+        started = time.perf_counter()
+        compiled()
+        ready_s = time.perf_counter() - started
+        for call in (plain, compiled):
+            call()
+        turns = [(timed(plain), timed(compiled)) for _ in range(rounds)]
+        before, after = (1000 * median(times) for times in zip(*turns, strict=True))
+        print(f"{case.name}, {what}: {before:.1f} ms, compiled {after:.1f} ms, after {ready_s:.0f} s", flush=True)
 
 
 def row(case: Case, device: torch.device, seconds: list[tuple[float, float, float]]) -> str:
