@@ -4,12 +4,14 @@
 `camera`: a network camera on this machine, MJPEG over HTTP, that can be switched off, on, and made to hang.
 `real_film`: a film of people walking, where the shared data is.
 `tensorrt_python`: an interpreter that has a real TensorRT parser and builder, without a GPU.
+`tensorrt_builds`: parses and builds a file with it; running the engine needs a GPU and is not seen.
 """
 
 import importlib.util
 import json
 import shutil
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -238,3 +241,19 @@ def tensorrt_python() -> Path:
     spec.loader.exec_module(tensorrt_cpu)
     launcher: Path = tensorrt_cpu.install(TENSORRT.parents[1] / ".tensorrt")
     return launcher
+
+
+@pytest.fixture(scope="session")
+def tensorrt_builds(tensorrt_python: Path) -> Callable[..., dict[str, Any]]:
+    """Facts of the network and its engine; ValueError with the parser's words where it builds none."""
+
+    def build(path: Path, smallest: tuple[int, ...] = (), largest: tuple[int, ...] = ()) -> dict[str, Any]:
+        profile = [",".join(map(str, sizes)) for sizes in (smallest, largest) if sizes]
+        command = [tensorrt_python, Path(__file__).with_name("build_with_tensorrt.py"), path, *profile]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(done.stderr)
+        facts: dict[str, Any] = json.loads(done.stdout)
+        return facts
+
+    return build
