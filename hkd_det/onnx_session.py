@@ -1,6 +1,5 @@
 """ONNX Runtime sessions: a model file on the device that was asked for, or an error."""
 
-import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.packages import first_line, import_package
 
 # What ONNX Runtime raises for a file it cannot load; they share no base but Exception.
 LOAD_ERRORS = (
@@ -89,16 +89,7 @@ def _check_file(path: Path) -> None:
 
 def import_onnxruntime() -> Any:
     """The package. Raises UnavailableError where it is missing or does not load."""
-    try:
-        return importlib.import_module("onnxruntime")
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise
-        raise UnavailableError(
-            "ONNX Runtime is not installed; pip install 'hkd-det[cpu]' (or 'hkd-det[gpu]')"
-        ) from None
-    except ImportError as error:
-        raise UnavailableError(f"ONNX Runtime is installed but does not load: {first_line(error)}") from None
+    return import_package("onnxruntime", "ONNX Runtime", "pip install 'hkd-det[cpu]' (or 'hkd-det[gpu]')")
 
 
 def _load(runtime: Any, path: Path, provider: Provider, threads: int | None) -> Any:
@@ -148,8 +139,3 @@ def _reason(error: Exception) -> str:
         return f"its opset is {opset[1]}, this version reads up to {opset[2]}; update ONNX Runtime"
     text = re.sub(r" ?/\S+\.(?:h|cc):\d+ .*?\) (?=[A-Z])", " ", text)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : (Load model from .*? failed: ?)?", "", text)
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's message."""
-    return str(error).strip().split("\n", 1)[0]

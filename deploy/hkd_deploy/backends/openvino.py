@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hkd_deploy.backends.backend import OUTPUTS, Answer, End, Hint, checked_ends, closed_error
 from hkd_deploy.backends.openvino_folder import model_files, read_metadata
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.onnx_session import first_line
+from hkd_det.packages import import_package
 
 Precision = Literal["bf16"]
 HINTS = ("latency", "throughput")
@@ -116,14 +116,7 @@ def _compile(core: Any, path: Path, wanted: dict[str, str]) -> tuple[dict[str, s
 
 
 def _import_openvino() -> Any:
-    try:
-        return importlib.import_module("openvino")
-    except ModuleNotFoundError as error:
-        if error.name != "openvino":
-            raise
-        raise UnavailableError("OpenVINO is not installed; pip install 'hkd-det[openvino]'") from None
-    except ImportError as error:
-        raise UnavailableError(f"OpenVINO is installed but does not load: {first_line(error)}") from None
+    return import_package("openvino", "OpenVINO", "pip install 'hkd-det[openvino]'")
 
 
 @contextmanager

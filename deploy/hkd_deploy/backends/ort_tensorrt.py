@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.onnx_session import Provider, first_line, gpu_index, import_onnxruntime
+from hkd_det.onnx_session import Provider, gpu_index, import_onnxruntime
+from hkd_det.packages import first_line
 
 _GET_TENSORRT = (
     "the ONNX Runtime installed here has no TensorRT; pip uninstall -y onnxruntime && "

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hkd_deploy.artifact import Manifest
-from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.errors import DataError, UsageError
+from hkd_det.packages import import_package
 
 OPSETS = range(13, 21)  # scales per channel came with 13; ONNX Runtime's quantiser stops before 21
 SMALL_TYPES = ("FLOAT16", "BFLOAT16", "INT8", "UINT8")  # of weights: a file that has any is no FP32 file
@@ -53,12 +54,7 @@ def read_source(path: Path) -> Source:
 
 def import_onnx() -> Any:
     """The onnx package; UnavailableError where it is missing."""
-    try:
-        return importlib.import_module("onnx")
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"{error.name} is not installed; --precision needs: pip install 'hkd-det[quant]'"
-        ) from None
+    return import_package("onnx", "onnx", "--precision needs it: pip install 'hkd-det[quant]'")
 
 
 def _parsed(onnx: Any, packed: bytes, path: Path) -> Any:

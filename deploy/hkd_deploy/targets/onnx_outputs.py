@@ -1,9 +1,8 @@
 """An ONNX graph without one of its outputs."""
 
-import importlib
 from pathlib import Path
 
-from hkd_det.errors import UnavailableError
+from hkd_det.packages import import_package
 
 
 def without_output(source: Path, name: str, target: Path) -> None:
@@ -12,12 +11,10 @@ def without_output(source: Path, name: str, target: Path) -> None:
     nvinfer takes the first side of every output for the batch and gives memory for the rest: of a number a
     picture, [B], nothing is left, and TensorRT would write to no address.
     """
-    try:
-        onnx = importlib.import_module("onnx")  # not on a device
-    except ModuleNotFoundError:
-        raise UnavailableError(
-            "onnx is not installed; DeepStream's files are made where the weights are, with it: pip install onnx"
-        ) from None
+    # Not on a device.
+    onnx = import_package(
+        "onnx", "onnx", "DeepStream's files are made where the weights are, with it: pip install onnx"
+    )
     model = onnx.load(source)
     kept = [output for output in model.graph.output if output.name != name]
     del model.graph.output[:]

@@ -1,12 +1,12 @@
 """The tensorrt package: there and new enough, or how to get it on this machine."""
 
-import importlib
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 from hkd_det.errors import UnavailableError
+from hkd_det.packages import import_package
 
 OLDEST = (10, 0)  # strongly typed networks and the progress monitor; JetPack 6 has 10.3
 JETSON = Path("/etc/nv_tegra_release")
@@ -14,15 +14,7 @@ JETSON = Path("/etc/nv_tegra_release")
 
 def import_tensorrt() -> Any:
     """The module. Raises UnavailableError where it is missing, broken or too old, saying what to do."""
-    try:
-        trt = importlib.import_module("tensorrt")
-    except ModuleNotFoundError as error:
-        if error.name != "tensorrt":
-            raise UnavailableError(f"TensorRT is installed but does not load: {error}; {how_to_install()}") from None
-        raise UnavailableError(f"TensorRT is not installed; {how_to_install()}") from None
-    except (ImportError, OSError) as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise UnavailableError(f"TensorRT is installed but does not load: {first}; {how_to_install()}") from None
+    trt = import_package("tensorrt", "TensorRT", how_to_install())
     if version_of(trt) < OLDEST:
         raise UnavailableError(
             f"TensorRT {trt.__version__} is too old: from {OLDEST[0]}.{OLDEST[1]} on (JetPack 6); "

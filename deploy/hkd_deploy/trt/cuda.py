@@ -1,7 +1,6 @@
 """CUDA's runtime through cuda-python: memory, streams, graphs. Every call is checked; there is no logic here."""
 
 import ctypes
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.errors import UnavailableError, UsageError
+from hkd_det.packages import import_package
 
 INSTALL = "pip install 'hkd-det[tensorrt]' (with CUDA 12, as on JetPack 6: pip install 'cuda-python<13')"
 
@@ -128,10 +128,7 @@ def open_cuda(device: str) -> Cuda:
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if not match:
         raise UsageError(f"--device {device}: an engine runs on a GPU: expected cuda or cuda:0")
-    try:
-        runtime = importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise UnavailableError(f"cuda-python is not installed or does not load ({error}); {INSTALL}") from None
+    runtime = import_package("cuda.bindings.runtime", "cuda-python", INSTALL)
     try:
         return Cuda(runtime, int(match[1] or 0))
     except RuntimeError as error:  # cuda-python 12.6, where the driver's library is missing
