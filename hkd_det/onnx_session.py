@@ -137,5 +137,8 @@ def _reason(error: Exception) -> str:
     opset = re.search(r"Opset (\d+) .* till opset (\d+)", text)
     if opset:
         return f"its opset is {opset[1]}, this version reads up to {opset[2]}; update ONNX Runtime"
+    missing = re.search(r"Could not find an implementation for (\w+)", text)
+    if missing:
+        return f"it has no {missing[1]} for this file's numbers here; a file of --precision bf16 is for TensorRT"
     text = re.sub(r" ?/\S+\.(?:h|cc):\d+ .*?\) (?=[A-Z])", " ", text)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : (Load model from .*? failed: ?)?", "", text)

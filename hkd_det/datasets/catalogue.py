@@ -7,6 +7,7 @@ The yaml has Ultralytics' keys (`path, train, val, test, names`) and a few more:
   time          eurocity: day (default) or night
   annotations   caltech: old (default) or new
   every         caltech: of the training sets, every 30th frame (default), or 3 for ten times as many
+  terms         what its owners allow, in words: it goes with the weights into exported files
 A yolo split is a folder of pictures or a text file that lists them, a coco split is
 `{images: FOLDER, annotations: FILE}`; of both there may be a list. A caltech split is its sets, such as set00-set05;
 of the other formats it is the name that the split has in their files, such as train, val or Train.
@@ -36,7 +37,7 @@ from hkd_det.errors import DataError, UsageError
 SPLITS = ("train", "val", "test")
 YAML = (".yaml", ".yml")
 # `nc`, `download` and, for other formats than yolo, `names` stand in Ultralytics' files and say nothing new here.
-KEYS = {"format", "path", *SPLITS, "names", "nc", "download"}
+KEYS = {"format", "path", *SPLITS, "names", "nc", "download", "terms"}
 FORMAT_KEYS = {
     "yolo": {"category"},
     "coco": {"category", "present_only"},
@@ -48,7 +49,7 @@ FORMAT_KEYS = {
     "crowdhuman": {"present_only"},
     "eurocity": {"time", "present_only"},
 }
-ABOUT_KEYS = {"page", "terms", "layout"}  # datasets.yaml only: what a user has to know to get it
+ABOUT_KEYS = {"page", "layout"}  # datasets.yaml only: what a user has to know to get it
 HOME = Path("datasets")  # where the named data sets lie, under the working directory
 
 
@@ -78,6 +79,15 @@ def splits_of(data: str) -> list[str]:
     """Which of train, val and test a data set has; raises as `open_data` does."""
     entry = _entry(data)
     return [split for split in SPLITS if entry.get(split) is not None]
+
+
+def terms_of(data: str) -> str:
+    """What the owners of a data set allow, in words: its `terms`, "" where it has none.
+
+    Raises as `open_data` does for a name or yaml that is not there; the data itself need not be.
+    """
+    terms: str = _entry(data).get("terms", "")
+    return terms
 
 
 def _entry(data: str) -> dict[str, Any]:
@@ -210,6 +220,7 @@ def _checked(entry: Any, name: str, more_keys: set[str]) -> dict[str, Any]:
             raise UsageError(f"{name}: unknown key {key!r} for format {form}{_near(str(key), keys)}")
     _check_type(entry, "path", str, "a folder", name)
     _check_type(entry, "category", str, "a name", name)
+    _check_type(entry, "terms", str, "words", name)
     _check_type(entry, "present_only", bool, "true or false", name)
     _check_type(entry, "annotations", str, "old or new", name)
     _check_type(entry, "every", int, "a whole number", name)

@@ -6,6 +6,8 @@ from importlib.metadata import version
 
 from hkd_deploy.artifact import FORMAT, PREPROCESS, PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 from hkd_deploy.export.options import GraphOptions
+from hkd_det.datasets.catalogue import terms_of
+from hkd_det.errors import HkdError
 from hkd_det.imgsz import STRIDE
 from hkd_det.models.sizes import cost
 from hkd_det.models.yolo import YoloSpec
@@ -20,7 +22,7 @@ def metadata(checkpoint: DetectorCheckpoint, options: GraphOptions) -> dict[str,
         "author": "hkd-det",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": version("hkd-det"),
-        "license": f"{_licence(checkpoint)} (code); weights: as their training data allows",
+        "license": f"{_licence(checkpoint)} (code); weights: as {_terms(checkpoint)}",
         "task": "detect",
         "stride": str(STRIDE),
         "batch": str(options.batch or "dynamic"),
@@ -67,6 +69,15 @@ def _judgement(checkpoint: DetectorCheckpoint) -> dict[str, str]:
 def _licence(checkpoint: DetectorCheckpoint) -> str:
     """A YOLO model's network is Ultralytics' work, whoever trained it."""
     return "AGPL-3.0" if isinstance(checkpoint.spec, YoloSpec) else "Apache-2.0"
+
+
+def _terms(checkpoint: DetectorCheckpoint) -> str:
+    """In words, as far as is known: the data's yaml may not have come along with the weights."""
+    try:
+        terms = terms_of(str(checkpoint.config["data"]))
+    except HkdError:
+        terms = ""
+    return f"the owners of {checkpoint.config['data']} allow: {terms}" if terms else "their training data allows"
 
 
 def _truth(value: bool) -> str:

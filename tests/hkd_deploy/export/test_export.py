@@ -1,6 +1,7 @@
 """The exported file says what the trained detector says: to ONNX Runtime, to TensorRT, and about itself."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,22 @@ def test_the_file_describes_itself(checkpoint: DetectorCheckpoint, tmp_path: Pat
     assert model.opset_import[0].version == 17 and model.ir_version <= 8
     assert {prop.key for prop in model.metadata_props} >= {"names", "stride", "task", "imgsz", "author", "license"}
     assert "NonMaxSuppression" not in {node.op_type for node in model.graph.node}
+
+
+def test_the_licence_names_what_the_datas_owners_allow(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
+    """A public set's, a user's own, and neither where the yaml stayed behind on another machine."""
+    own = tmp_path / "own.yaml"
+    own.write_text("train: images\nterms: ours, for sale\n")
+    for data, ending in (
+        ("caltech", "allow: research; cite Dollár et al. 2012"),
+        (str(own), "allow: ours, for sale"),
+        ("elsewhere.yaml", "as their training data allows"),
+    ):
+        trained = replace(checkpoint, config={**checkpoint.config, "data": data})
+        write_onnx(trained, tmp_path / "model.onnx", GraphOptions(SIZE_HW))
+        with open_detector(tmp_path / "model.onnx") as detector:
+            licence = detector.manifest.license
+        assert licence.startswith("Apache-2.0 (code); weights: ") and licence.endswith(ending), data
 
 
 def test_a_file_that_differs_is_not_written(

@@ -16,6 +16,7 @@ from hkd_deploy.export.command import main
 from hkd_deploy.precision.judge import backends, detect_all, judging_backend
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
+from hkd_det.errors import DataError
 
 Outliers = dict[str, NDArray[np.float32]]
 
@@ -98,6 +99,8 @@ def test_fp16_is_judged_and_bf16_says_that_it_is_not(
     assert main([str(source), "--precision", "bf16"]) == 0
     assert "bf16: not measured" in capsys.readouterr().out
     assert "unmeasured" in json.loads(metadata(brain)["hkd.verdict"])
+    with pytest.raises(DataError, match=r"net\.bf16\.onnx: .*: it has no Conv for .*is for TensorRT$"):
+        open_detector(brain).__enter__()
 
 
 def test_mistakes_are_one_line(

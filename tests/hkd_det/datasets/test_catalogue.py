@@ -119,7 +119,7 @@ def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     content = yaml.safe_load(catalogue.catalogue_file().read_text())
     for entry in content.values():
         keys = catalogue.KEYS | catalogue.FORMAT_KEYS[entry["format"]] | catalogue.ABOUT_KEYS
-        assert catalogue.ABOUT_KEYS <= set(entry) <= keys
+        assert catalogue.ABOUT_KEYS | {"terms"} <= set(entry) <= keys
 
 
 def test_a_name_is_looked_for_under_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
