@@ -1,6 +1,7 @@
 """What each way of teaching is worth: teacher, student alone, student alone for longer, student under every method.
 
     python benchmarks/studies/distillation.py --budget small [--seeds 0,1,2] [--only hkd,alone] [--report]
+    python benchmarks/studies/distillation.py --budget medium --only alone,hkd-noise
 
 Trains on the real pictures in ../shared/data (INRIA and `people`), chooses the epoch on `people`'s validation pictures
 and measures on INRIA's test pictures, which nothing before has seen. Within a seed all students begin with the same
@@ -93,14 +94,14 @@ def epochs_of(budget: Budget, row: Row, folder: Path) -> int:
     """The budget's, or as many as fit into the time of other rows together."""
     if not row.as_long_as:
         return budget.teacher_epochs if row.model == "teacher" else budget.epochs
-    spent = {name: undisturbed(folder / name) for name in row.as_long_as}
+    spent = {name: undisturbed(name, folder.parent) for name in row.as_long_as}
     return round(budget.epochs * sum(spent.values()) / spent["alone"])
 
 
-def undisturbed(run: Path) -> float:
-    """Training seconds a picture, as if every epoch had been as quick as the quickest: others share a machine."""
-    speeds = speeds_of(run)
-    return len(speeds) / max(speeds)
+def undisturbed(row: str, runs: Path) -> float:
+    """Training seconds a picture, as if every epoch had been as quick as any seed's quickest: machines are shared."""
+    speeds = [speeds_of(path.parent) for path in runs.glob(f"seed*/{row}/results.csv")]
+    return len(speeds[0]) / max(map(max, speeds))
 
 
 def speeds_of(run: Path) -> list[float]:

@@ -31,6 +31,8 @@ BUDGETS = {
     for budget in (
         Budget("trial", "mini-teacher", "mini-student", (64, 96), 1, 2, {**SHORT, "workers": 0}),
         Budget("small", "mini-teacher", "mini-student", (160, 224), 4, 8, {**SHORT, "device": "cpu", "workers": 1}),
+        # The same pair, teacher and students for five times as long: is a teacher of use to a student that has time?
+        Budget("medium", "mini-teacher", "mini-student", (160, 224), 19, 19, {**SHORT, "device": "cpu", "workers": 1}),
         Budget("full", "teacher-r50", "student-r18", (512, 640), 60, 60, {"batch": 32, "device": "cuda", "workers": 8}),
     )
 }
