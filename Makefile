@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: $(READY)  ## the whole way on a synthetic street: runs/quickstart/report.html
 	$(BIN)/hkd-quickstart --run runs/quickstart
 
-# Each package's tests in a process of their own: OpenVINO's tests after a training in the same one have ended it.
+# Each package's tests in a process of their own: whatever libraries leave behind in one, the next begins afresh.
 PACKAGES := tests/hkd_deploy tests/hkd_bench tests/hkd_det tests/test_torch_free.py
 
 test: $(READY)  ## every test

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from hkd_bench.host import host_facts
 from hkd_deploy import open_detector
+from hkd_deploy.backends.openvino import new_core
 from hkd_deploy.export.from_weights import write_onnx
 from hkd_deploy.export.options import GraphOptions
 from hkd_deploy.precision.calibration import values_of
@@ -153,12 +154,10 @@ class OpenVinoSession:
     """OpenVINO behind the few calls of ONNX Runtime's session that a ForeignModel makes."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
-        import openvino  # noqa: PLC0415
-
         settings = {
             "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads
         }  # fmt: skip
-        self._compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        self._compiled = new_core().compile_model(str(path), "CPU", settings)
         self._request = self._compiled.create_infer_request()
 
     def get_inputs(self) -> list[SimpleNamespace]:

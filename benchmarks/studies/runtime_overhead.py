@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import read_model
+from hkd_deploy.backends.openvino import new_core, read_model
 from hkd_det.letterbox import PAD_VALUE
 from hkd_det.onnx_session import open_session
 
@@ -71,10 +71,8 @@ def bare_onnxruntime(model: Path, threads: int) -> Callable[[Frame], Any]:
 
 def bare_openvino(model: Path, threads: int) -> Callable[[Frame], Any]:
     """The same, in float32 as the detector has it."""
-    import openvino  # noqa: PLC0415
-
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(threads)}
-    request = openvino.Core().compile_model(read_model(model), "CPU", settings).create_infer_request()
+    request = new_core().compile_model(read_model(model), "CPU", settings).create_infer_request()
     return lambda frame: request.infer({"images": frame[None]}, share_inputs=True)
 
 

@@ -3,6 +3,7 @@
 import importlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -91,8 +92,7 @@ def open_openvino(
     if hint not in HINTS:
         raise UsageError(f"hint {hint}: expected {' or '.join(HINTS)}")
     model_path = model_files(path)[0]
-    openvino = _import_openvino()
-    core = openvino.Core()
+    core = new_core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UnavailableError("--backend openvino-bf16: this processor has no bfloat16; say --backend openvino")
     wanted = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": hint.upper()}
@@ -115,8 +115,17 @@ def _compile(core: Any, path: Path, wanted: dict[str, str]) -> tuple[dict[str, s
     return _metadata(model, path), compiled
 
 
-def _import_openvino() -> Any:
-    return import_package("openvino", "OpenVINO", "pip install 'hkd-det[openvino]'")
+def new_core() -> Any:
+    """A Core of OpenVINO's that leaves the caller's signals alone. Raises UnavailableError if OpenVINO is not there."""
+    core = import_package("openvino", "OpenVINO", "pip install 'hkd-det[openvino]'").Core()
+    # The CPU plugin gives the thread that loads it another stack for signal handlers, unmaps it when the Core goes, and
+    # puts back the one before. After two Cores that go in the order they came, or one that goes in another thread, the
+    # stack is no longer there: the next signal that Python hears (Ctrl-C; a child's end, once torch has loaded pictures
+    # with workers) ends the process, or overwrites what lies there by then. So a thread that ends at once loads it.
+    # Seen in OpenVINO 2026.4.1.
+    with ThreadPoolExecutor(1) as aside:
+        aside.submit(core.get_versions, "CPU").result()
+    return core
 
 
 @contextmanager

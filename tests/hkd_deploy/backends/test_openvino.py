@@ -1,6 +1,7 @@
 """OpenVINO: the precision that was asked for, folders that are whole or refused, one line for every bad file."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,45 @@ import pytest
 import yaml
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import open_openvino
+from hkd_deploy.backends.openvino import new_core, open_openvino
 from hkd_deploy.backends.openvino_folder import FILES, export_openvino, model_files, write_folder
 from hkd_deploy.export.command import main as export
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 ov = importlib.import_module("openvino")
+
+
+CTRL_C = """
+import signal, sys, threading
+from pathlib import Path
+from hkd_deploy.backends.openvino import open_openvino
+
+class Opened:
+    def __init__(self):
+        self.context = open_openvino(Path(sys.argv[1]))
+        self.context.__enter__()
+
+    def close(self):
+        self.context.__exit__(None, None, None)
+        del self.context
+
+def in_order():
+    first, second = Opened(), Opened()
+    first.close()
+    second.close()
+
+def elsewhere():
+    closing = threading.Thread(target=Opened().close)
+    closing.start()
+    closing.join()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+globals()[sys.argv[2]]()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
 
 
 def open_once(path: Path, **wanted: object) -> None:
@@ -49,7 +83,7 @@ def test_float32_is_asked_for_where_openvino_would_choose_bfloat16(
 
 
 def test_bfloat16_is_read_back(folder: Path) -> None:
-    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in new_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(UnavailableError, match="this processor has no bfloat16"):
             open_once(folder, precision="bf16")
         return
@@ -70,6 +104,15 @@ def test_another_precision_than_asked_is_an_error(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["BF16"])
     with pytest.raises(UnavailableError, match="computes in f32 here, not in bf16"):
         open_once(folder, precision="bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["in_order", "elsewhere"])
+def test_ctrl_c_is_heard_after_models_have_gone(folder: Path, way: str) -> None:
+    """Two in the order they came, or one in another thread: OpenVINO can leave an unmapped stack to the handler."""
+    command = [sys.executable, "-c", CTRL_C, str(folder), way]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_throughput_runs_several_requests_side_by_side(folder: Path) -> None:

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 
 from hkd_deploy.artifact import Manifest
+from hkd_deploy.backends.openvino import new_core
 from hkd_deploy.export.from_weights import export
 from hkd_deploy.export.graph import SCORE_FLOOR
 from hkd_deploy.export.onnx_file import output_names, write_onnx
@@ -78,7 +78,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 def runtimes(path: Path) -> list[Any]:
     """The file in ONNX Runtime and in OpenVINO: callables from pictures to outputs, in order."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = new_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [
         lambda images: session.run(None, {"images": images}),
         lambda images: [compiled({"images": images})[index] for index in range(len(compiled.outputs))],

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hkd_deploy.backends.openvino import new_core
 from hkd_deploy.export.resize import GraphLetterbox, content_hw, padded, to_source
 from hkd_det.letterbox import Letterbox
 
@@ -79,7 +79,7 @@ def letterbox_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore")
 def test_one_file_for_all_sizes_in_every_runtime(letterbox_onnx: Path) -> None:
     session = onnxruntime.InferenceSession(letterbox_onnx, providers=["CPUExecutionProvider"])
-    compiled = openvino.Core().compile_model(str(letterbox_onnx), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = new_core().compile_model(str(letterbox_onnx), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for source_hw in SIZES:
         pictures = np.stack([noise(*source_hw), 255 - noise(*source_hw)])
         wanted = [Letterbox(source_hw, INPUT_HW).apply(picture) for picture in pictures]
