@@ -99,6 +99,11 @@ def open_openvino(
     if threads is not None:
         wanted["INFERENCE_NUM_THREADS"] = str(threads)
     metadata, compiled = _compile(core, model_path, wanted)
+    if metadata.get("hkd.precision") == "bf16":
+        raise DataError(
+            f"{path}: a file of --precision bf16 is for TensorRT, OpenVINO answers NaN; "
+            "say --backend openvino-bf16 with the FP32 file"
+        )
     _check_precision(compiled, precision)
     opened = OpenVino(path, metadata, compiled)
     try:

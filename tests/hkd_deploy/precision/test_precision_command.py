@@ -101,6 +101,8 @@ def test_fp16_is_judged_and_bf16_says_that_it_is_not(
     assert "unmeasured" in json.loads(metadata(brain)["hkd.verdict"])
     with pytest.raises(DataError, match=r"net\.bf16\.onnx: .*: it has no Conv for .*is for TensorRT$"):
         open_detector(brain).__enter__()
+    with pytest.raises(DataError, match=r"net\.bf16\.onnx: .* is for TensorRT, .* with the FP32 file"):
+        open_detector(brain, backend="openvino").__enter__()
 
 
 def test_mistakes_are_one_line(
