@@ -22,8 +22,8 @@ SIZES: dict[str, DetectorSpec | FasterRcnnSpec] = {
     "mini-student": DetectorSpec("resnet10t", {"channels": (16, 32, 64, 128), "stem_width": 16}, channels=40),
     "slim-student": DetectorSpec(
         "resnet10t",
-        {"channels": (16, 32, 64, 128), "stem_width": 8, "stem_type": "deep", "layers": (1, 1, 2, 1)},
-        channels=40,
+        {"channels": (16, 32, 64, 128), "stem_width": 8, "stem_type": "deep", "layers": (1, 2, 2, 1)},
+        channels=32,
     ),
     "fasterrcnn-r50": FasterRcnnSpec(),
     "fasterrcnn-r18": FasterRcnnSpec("resnet18", width=0.5, channels=112, head_width=512),
