@@ -3,25 +3,36 @@
     python benchmarks/studies/distillation_cost.py [--rounds 15] [--only NAME] [--compile]    -> distillation_cost.md
 
 A round measures, one after the other on the same batch: the student's step (forward, loss, backward, optimiser), the
-teacher's forward pass as the distiller runs it (no gradients, bf16, channels last), and the step distilled by HKD. The
-ratio, third over the sum of the others, is that of one round, since the machine's speed drifts; the table gives the
-median and the range. Weights are random; every picture holds three people, and the teacher finds three, so that
-six regions a picture are compared. On the CPU one thread works and its own processor time is what counts, which other
-programs hardly change. On a GPU it is the time on the wall, from idle to idle. `--compile` prints instead what
-`torch.compile` makes of the student's step and of the teacher's forward pass, and how long it takes to.
+teacher's forward pass as the distiller runs it (no gradients, bf16, channels last), and the step distilled by HKD, or
+by CDD where a model is its own teacher. The ratio, third over the sum of the others, is that of one round, since the
+machine's speed drifts; the table gives the median and the range. Weights are random; every picture holds three people,
+and the teacher finds three, so that six regions a picture are compared. On the CPU one thread works and its own
+processor time is what counts, which other programs hardly change. On a GPU it is the time on the wall, from idle to
+idle.
+
+CDD is measured where it costs most: while channels are chosen, galleries full (24,000 vectors a layer). It compares
+people in every `look_every`-th step: a round takes all three as many times, and their means. The student's step is that
+of the model without compactors. Before its galleries are full, and once its target is met, a step costs less; in short
+runs, which compare more often, more.
+
+`--compile` prints instead what `torch.compile` makes of the student's step and of the teacher's forward pass, and how
+long it takes to.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import Tensor, nn
 
 from hkd_bench.host import host_facts
+from hkd_det.distill.capacity.settings import CapacityDynamic
+from hkd_det.distill.capacity.shrinking import Course, Shrinking, begin
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.hierarchical import Hierarchical
 from hkd_det.distill.methods import Methods
@@ -32,15 +43,17 @@ from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.sizes import TEACHER_OF, build_detector
 from hkd_det.train.learner import Learner
+from hkd_det.train.shape import Shape, Unchanged
 
 RESULT = Path(__file__).parent / "../results/distillation_cost.md"
 ALLOWED = 1.10  # what a distilled step may cost, of student and teacher alone
 PEOPLE = 3
+COURSE, CHOOSING = 4000, 704  # steps of CDD's run, and the first measured: channels are chosen from 667 to 2667
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pair of models, its input size and its batch."""
+    """A pair of models, its input size and its batch. Who has no teacher of its own is taught by itself, by CDD."""
 
     student: str
     imgsz_hw: tuple[int, int]
@@ -49,11 +62,22 @@ class Case:
     @property
     def name(self) -> str:
         """As the table shows it."""
-        return f"{self.student} by {TEACHER_OF[self.student]}, {format_imgsz(self.imgsz_hw)}, batch {self.batch}"
+        by = "itself, cdd" if self.shrinks else self.teacher
+        return f"{self.student} by {by}, {format_imgsz(self.imgsz_hw)}, batch {self.batch}"
+
+    @property
+    def teacher(self) -> str:
+        """Its size's name."""
+        return TEACHER_OF.get(self.student, self.student)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the method is CDD."""
+        return self.teacher == self.student
 
 
-CPU = [Case("mini-student", (160, 224), 16), Case("student-r18", (160, 224), 8)]
-CUDA = [Case("mini-student", (512, 640), 32), Case("student-r18", (512, 640), 32)]
+CPU = [Case("mini-student", (160, 224), 16), Case("student-r18", (160, 224), 8), Case("mini-teacher", (160, 224), 16)]
+CUDA = [Case(student, (512, 640), 32) for student in ("mini-student", "student-r18", "mini-teacher")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,28 +115,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, float, float]]:
+def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, ...]]:
     """Seconds of the student's step, the teacher's forward pass and the distilled step, a round each."""
     torch.manual_seed(0)
     pictures, truth = batch_of(case, device)
-    teacher = placed(build_detector(TEACHER_OF[case.student]), device)
+    teacher = placed(build_detector(case.teacher), device)
     alone = Learner(placed(build_detector(case.student), device), None, norm_alone)
     student = placed(build_detector(case.student), device)
-    methods = Methods(hkd=Hierarchical(confident=0.0, regions=PEOPLE))
-    taught = Learner(student, Distiller(student, teacher, methods).to(device), norm_alone)
+    if case.shrinks:
+        taught, shape = shrinking(student, teacher, case, device)
+    else:
+        methods = Methods(hkd=Hierarchical(confident=0.0, regions=PEOPLE))
+        taught, shape = Learner(student, Distiller(student, teacher, methods).to(device), norm_alone), Unchanged()
     timed = timer(device)
-    steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth))
+    steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth, shape))
     for step in steps:  # memory is laid out, kernels are chosen
         step()
         step()
-    return [tuple(timed(step) for step in steps) for _ in range(rounds)]  # type: ignore[misc]
+    times = shape.course.every if isinstance(shape, Shrinking) else 1
+    return [
+        tuple(mean(part) for part in zip(*([timed(step) for step in steps] for _ in range(times)), strict=True))
+        for _ in range(rounds)
+    ]
+
+
+def shrinking(
+    student: PersonDetector, teacher: PersonDetector, case: Case, device: torch.device
+) -> tuple[Learner, Shrinking]:
+    """A student that begins as its teacher and sheds channels, its galleries full."""
+    settings = CapacityDynamic()
+    student.load_state_dict(teacher.state_dict())
+    ledger = begin(student, settings, case.imgsz_hw, case.student)
+    distiller = Distiller(placed(student, device), teacher, Methods(cdd=settings)).to(device)
+    assert distiller.capacity is not None
+    for site, evidence in zip(distiller.capacity.sites, distiller.capacity.evidence, strict=True):
+        evidence.gallery.add(torch.rand(settings.gallery, len(site.compactor.masked), device=device))  # type: ignore[operator,union-attr]
+    course = Course.of(settings, COURSE, 1.0)
+    shape = Shrinking(distiller.capacity, ledger, settings, course, lambda mine: [mine])
+    return Learner(student, distiller, norm_alone), shape
 
 
 def print_compiled(case: Case, device: torch.device, rounds: int) -> None:
     """Both parts as they are and compiled, in turns: medians, and the wall's seconds until the compiled is ready."""
     pictures, truth = batch_of(case, device)
     students = [Learner(placed(build_detector(case.student), device), None, norm_alone) for _ in range(2)]
-    teachers = [placed(build_detector(TEACHER_OF[case.student]), device).eval().requires_grad_(False) for _ in range(2)]
+    teachers = [placed(build_detector(case.teacher), device).eval().requires_grad_(False) for _ in range(2)]
     students[1].detector.compile()
     teachers[1].compile()
     timed = timer(device)
@@ -130,7 +177,7 @@ def print_compiled(case: Case, device: torch.device, rounds: int) -> None:
         print(f"{case.name}, {what}: {before:.1f} ms, compiled {after:.1f} ms, after {ready_s:.0f} s", flush=True)
 
 
-def row(case: Case, device: torch.device, seconds: list[tuple[float, float, float]]) -> str:
+def row(case: Case, device: torch.device, seconds: list[tuple[float, ...]]) -> str:
     """The case as a line of the table."""
     ratios = [distilled / (student + teacher) for student, teacher, distilled in seconds]
     figures = " | ".join(f"{1000 * median(times):.1f}" for times in zip(*seconds, strict=True))
@@ -156,18 +203,23 @@ def placed(detector: PersonDetector, device: torch.device) -> PersonDetector:
     return detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def step_of(learner: Learner, pictures: Tensor, truth: TruthBatch) -> Callable[[], None]:
+def step_of(learner: Learner, pictures: Tensor, truth: TruthBatch, shape: Shape | None = None) -> Callable[[], None]:
     """One step as a run makes it, at full strength where there is a teacher."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
     learner.train()
+    numbers, shape = count(CHOOSING), shape or Unchanged()
 
     def step() -> None:
+        number = next(numbers)
+        shape.before_forward(number)
         with torch.autocast(pictures.device.type, torch.bfloat16):
             task, taught = learner(pictures, truth, 1.0)
         optimizer.zero_grad(set_to_none=True)
         total(task | taught).backward()
+        shape.after_backward(number)
         nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
         optimizer.step()
+        shape.after_step()
 
     return step
 

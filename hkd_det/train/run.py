@@ -192,6 +192,7 @@ class Run:
         for index, (pictures, truth) in enumerate(batches(self.loader)):
             step = epoch * self.epochs.steps + index
             self._set_rate(step)
+            self.shape.before_forward(step)
             inputs = pictures.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 task, taught = learner(inputs, truth.to(device), strength)

@@ -18,8 +18,11 @@ class Shape(Protocol):
     def met(self) -> bool:
         """Whether the detector has the shape that was asked for."""
 
+    def before_forward(self, step: int) -> None:
+        """Before a step, counted over the whole run."""
+
     def after_backward(self, step: int) -> dict[str, float]:
-        """After the backward pass of a step, counted over the whole run; returns figures to log."""
+        """After the backward pass of the same step; returns figures to log."""
 
     def after_step(self) -> None:
         """After the optimizer's step."""
@@ -35,6 +38,9 @@ class Unchanged:
     """The shape it began with."""
 
     met = True
+
+    def before_forward(self, _step: int) -> None:
+        """Nothing."""
 
     def after_backward(self, _step: int) -> dict[str, float]:
         """Nothing."""

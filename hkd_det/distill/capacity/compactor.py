@@ -32,7 +32,10 @@ class Compactor(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, H, W], the same shape out."""
-        return F.conv2d(features, self.weight) if self.mixes else features * self.weight[:, 0]
+        if self.mixes:
+            return F.conv2d(features, self.weight)
+        # Else autocast's bfloat16 features would become float32 here, and all that follows would be slower.
+        return features * self.weight[:, 0].to(features.dtype)
 
     @property
     def rows(self) -> Tensor:

@@ -9,7 +9,7 @@ from hkd_det.distill.capacity.gallery import Gallery
 from hkd_det.distill.capacity.response import responses, unneeded
 from hkd_det.distill.capacity.settings import CapacityDynamic
 
-MEMORY = 0.9  # of the running response, a step with people
+MEMORY = 0.9  # of the running response, a comparison with people
 
 
 @dataclass(frozen=True, eq=False)

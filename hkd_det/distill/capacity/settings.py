@@ -18,6 +18,7 @@ class CapacityDynamic:
     teaches, by whose end all have been chosen. fade: share of the schedule in which a chosen channel goes from 1 to 0.
     gallery: pooled teacher vectors remembered a layer. neighbours: of them, how many a person is compared with.
     lowest: share of a layer's remaining channels that one comparison marks.
+    look_every: steps from one comparison to the next, at most; see `Course.every`. The paper compares in each.
     """
 
     keep_flops: float = 0.35
@@ -33,6 +34,7 @@ class CapacityDynamic:
     gallery: int = 24000
     neighbours: int = 2
     lowest: float = 0.5
+    look_every: int = 16
 
     def __post_init__(self) -> None:
         for name in ("keep_flops", "keep_parameters", "masked_by", "fade", "lowest"):
@@ -40,7 +42,7 @@ class CapacityDynamic:
                 raise UsageError(f"distill.cdd.{name} = {getattr(self, name)}: a share, above 0 and at most 1")
         if self.keep_flops == self.keep_parameters == 1:
             raise UsageError("distill.cdd: keep_flops or keep_parameters must be below 1, or there is nothing to shed")
-        for name, least in {"least": 1, "gallery": 1, "neighbours": 1}.items():
+        for name, least in {"least": 1, "gallery": 1, "neighbours": 1, "look_every": 1}.items():
             if getattr(self, name) < least:
                 raise UsageError(f"distill.cdd.{name} = {getattr(self, name)}: must be at least {least}")
         if self.temperature <= 0 or min(self.score, self.feature, self.lasso) < 0:

@@ -19,16 +19,22 @@ from hkd_det.models.sizes import Cost
 
 Everyones = Callable[[list[tuple[Tensor, Tensor]]], list[list[tuple[Tensor, Tensor]]]]
 """One process's vectors to those of all processes, the same in each."""
+LOOKS = 32  # comparisons at least, of which channels are chosen by; fewer if there are fewer steps
 
 
 @dataclass(frozen=True)
 class Course:
-    """The schedule in shares of all steps: no masking before `start`, all masked at `end`, all faded at `gone`."""
+    """The schedule in shares of all steps: no masking before `start`, all masked at `end`, all faded at `gone`.
+
+    every: steps from one comparison to the next: the settings', fewer where a short run would choose by less than
+    `LOOKS` of them.
+    """
 
     steps: int
     start: float
     end: float
     gone: float
+    every: int = 1
 
     @classmethod
     def of(cls, settings: CapacityDynamic, steps: int, taught: float) -> "Course":
@@ -39,11 +45,16 @@ class Course:
                 f"distill.cdd: the teacher teaches for {100 * taught:.0f} % of this run, too short for channels to be "
                 f"chosen after warmup={settings.warmup:.2f}; a smaller finale, or more epochs"
             )
-        return cls(steps, settings.warmup, end, min(1.0, end + settings.fade))
+        every = min(settings.look_every, max(1, int((end - settings.warmup) * steps) // LOOKS))
+        return cls(steps, settings.warmup, end, min(1.0, end + settings.fade), every)
 
     def surplus(self, progress: float) -> float:
         """1 .. 0: the part of what is to be shed that may still be there."""
         return 1 - min(1.0, max(0.0, (progress - self.start) / (self.end - self.start)))
+
+    def compares(self, step: int) -> bool:
+        """Whether step 0 .. steps - 1 is one of comparison, if anything is left to choose: a resumed run's, too."""
+        return step % self.every == 0 or (step + 1) / self.steps >= self.end
 
 
 def begin(detector: PersonDetector, settings: CapacityDynamic, imgsz_hw: tuple[int, int], name: str) -> Ledger:
@@ -89,11 +100,15 @@ class Shrinking:
         """Whether the target is reached and all that is masked has faded, so that folding changes nothing."""
         return self._within(0.0) and all(compactor.gone for compactor in self.compactors)
 
+    def before_forward(self, step: int) -> None:
+        """Say whether the lesson of step 0 .. steps - 1 is to show what channels are chosen by."""
+        self.terms.looks = self.course.compares(step) and not self._within(0.0)
+
     @torch.no_grad()
     def after_backward(self, step: int) -> dict[str, float]:
-        """Choose channels and reset gradients in step 0 .. steps - 1; the lasso's value comes back."""
+        """Choose channels, if this step shows them, and reset gradients; the lasso's value comes back."""
         self._progress = (step + 1) / self.course.steps
-        if not self._within(0.0):
+        if self.terms.looks:
             unanimous = self._look()
             surplus = self.course.surplus(self._progress)
             if self._progress > self.course.start and not self._within(surplus):

@@ -25,7 +25,8 @@ PROPOSALS = 64  # of a two-stage teacher, whose scores are learnt beside those o
 class CapacityTerms(nn.Module):
     """The terms `cdd_score` and `cdd_feature`. Its parameters are adapters where widths differ.
 
-    seen: what the last lesson showed, a layer each; empty when there was none.
+    looks: whether the next lesson is to show what channels are chosen by. seen: what the last one showed, a layer each;
+    empty when it was not to, or when there was none.
     """
 
     def __init__(self, student: PersonDetector, teacher: PersonDetector, settings: CapacityDynamic) -> None:
@@ -43,14 +44,16 @@ class CapacityTerms(nn.Module):
         self.evidence = nn.ModuleList(
             Evidence(settings, len(site.compactor.masked), _width(site, teacher)) for site in sites
         )
+        self.looks = True
         self.seen: list[Seen] = []
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
         """The weighted terms, each a scalar."""
         height, width = lesson.pictures.shape[-2:]
-        regions = drawn_regions(lesson.truth, (height, width))
+        regions = drawn_regions(lesson.truth, (height, width), distractors=self.looks)
         people = regions.rois[: regions.people]
-        of_people, of_all = Pooling(people, (height, width)), Pooling(regions.rois, (height, width))
+        of_people = Pooling(people, (height, width))
+        of_all = Pooling(regions.rois, (height, width)) if self.looks else of_people
         norm = lesson.norm_of(torch.tensor(float(len(people)), device=people.device))
         distances = lesson.pictures.new_zeros((), dtype=torch.float32)
         self.seen = []
@@ -60,8 +63,9 @@ class CapacityTerms(nn.Module):
             student = of_people([next(mine) for _ in levels])
             teacher = of_all([next(other) for _ in levels])
             distances = distances + _distance(adapter(student), teacher[: len(people)]).sum() / norm
-            with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-                self.seen.append(Seen(teacher, site.compactor.of_pooled(student)))
+            if self.looks:
+                with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+                    self.seen.append(Seen(teacher, site.compactor.of_pooled(student)))
         return {
             "cdd_feature": self.settings.feature * distances,
             "cdd_score": self.settings.score * self._score(lesson),

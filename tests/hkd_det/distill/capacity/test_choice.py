@@ -98,6 +98,22 @@ def test_of_several_levels_the_one_of_the_box_height_is_read() -> None:
     maps = [torch.full((1, 2, 128 // stride, 128 // stride), float(stride)) for stride in (8, 16)]
     rois = torch.tensor([[0.0, 2.0, 2.0, 20.0, 60.0], [0.0, 2.0, 2.0, 30.0, 120.0]])  # 58 px: stride 8; 118 px: 16
     assert Pooling(rois, (128, 128))(maps)[:, 0].tolist() == [8.0, 16.0]
+    assert Pooling(rois[:1], (128, 128))(maps)[:, 0].tolist() == [8.0]  # one level has nobody to read
+
+
+def test_reading_from_levels_teaches_the_levels_read() -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 3, 128 // stride, 128 // stride, requires_grad=True) for stride in (8, 16)]
+    rois = torch.tensor([[1.0, 2, 2, 20, 60], [0, 2, 2, 30, 120], [1, 40, 3, 60, 62]])
+    mine = Pooling(rois, (128, 128))(maps)
+    fine, coarse = (
+        roi_align(level, rois, 1, 1 / stride, 4, aligned=True) for level, stride in zip(maps, (8, 16), strict=True)
+    )
+    theirs = torch.stack([fine[0], coarse[1], fine[2]]).flatten(1)
+    torch.testing.assert_close(mine, theirs)
+    slopes = [torch.autograd.grad(vectors.square().sum(), maps) for vectors in (mine, theirs)]
+    for ours, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(ours, other)
 
 
 def test_distractors_are_of_peoples_size_and_apart_from_them() -> None:

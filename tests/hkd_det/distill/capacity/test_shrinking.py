@@ -71,6 +71,28 @@ def test_the_course_sheds_between_warmup_and_its_end() -> None:
         Course.of(CapacityDynamic(), 100, 0.2)
 
 
+def test_people_are_compared_now_and_then_in_short_runs_often_and_at_the_courses_end() -> None:
+    settings = CapacityDynamic(warmup=0.25, masked_by=0.75, look_every=16)
+    assert [Course.of(settings, steps, 1.0).every for steps in (10, 100, 256, 1000, 10000)] == [1, 1, 4, 15, 16]
+    course = Course.of(settings, 256, 1.0)
+    assert [step for step in range(256) if course.compares(step)] == [*range(0, 191, 4), *range(191, 256)]
+    assert Course.of(replace(settings, look_every=1), 10000, 1.0).every == 1
+
+
+def test_a_step_without_comparison_shows_nothing_and_masks_nothing(ours: PersonDetector) -> None:
+    school = School(ours, build(ours.spec), CapacityDynamic(keep_flops=0.8), 12)
+    school.shrinking.course = replace(school.shrinking.course, every=4)
+    shown, masked = [], []
+    for number in range(12):
+        school.step(number)
+        shown.append(bool(school.terms.seen))
+        masked.append(sum(int(compactor.masked.sum()) for compactor in school.shrinking.compactors))
+    # Choosing begins after step 1 and ends with step 7, by which all is masked and nothing is left to compare.
+    assert [number for number in range(12) if shown[number]] == [0, 4, 7]
+    assert masked[:4] == [0] * 4 and 0 < masked[4] == masked[6] < masked[7] == masked[-1]
+    assert school.shrinking.met
+
+
 @pytest.mark.parametrize("what", ["flops", "parameters"])
 def test_a_target_that_cannot_be_met_is_refused_at_once(ours: PersonDetector, what: str) -> None:
     settings = CapacityDynamic(**{"keep_flops": 1.0, "keep_parameters": 1.0, f"keep_{what}": 0.05})
@@ -90,6 +112,7 @@ class School:
         self.optimizer = torch.optim.AdamW([*student.parameters(), *self.terms.parameters()], lr=1e-2)
 
     def step(self, number: int) -> None:
+        self.shrinking.before_forward(number)
         mine = self.student(PICTURE)
         with torch.no_grad():
             other = self.teacher(PICTURE)
