@@ -80,11 +80,14 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
         model = name_of(Path(start))
         if settings.setdefault("model", model) != model:
             raise UsageError(f"--model {settings['model']}: {start} is a {model}; leave --model out to start from it")
-    for flag in ("data", "model"):
+    begins_as_teacher = _uses(settings, "cdd") or _uses(settings, "blockwise")
+    for flag in ("data", "teacher" if begins_as_teacher else "model", "model"):
         if not settings.get(flag):
             raise UsageError(f"--{flag} is needed (or --recipe YAML, or --resume RUN)")
     if arguments.name or arguments.project or "run" not in settings:
-        name = arguments.name or "-".join([str(settings["model"]), *(settings.get("distill") or {})])
+        distill = settings.get("distill")
+        methods = map(str, distill) if isinstance(distill, dict) else ()  # what else it may be, is refused below
+        name = arguments.name or "-".join([str(settings["model"]), *methods])
         settings["run"] = str(Path(arguments.project or "runs/train") / name)
     return TrainConfig.from_dict(settings, arguments.recipe)
 
