@@ -36,6 +36,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
         (["--data", "x.yaml", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
         (["--resume", "nothing-here"], 1, "last.pt"),
+        (["--resume", "nothing-here", "--epochs", "9", "--workers", "0", "--set", "lr=1"], 2, "--epochs --workers"),
     ],
 )
 def test_mistakes_get_one_line(
