@@ -38,14 +38,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=BUDGETS, default="small")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default="", help="names of rows, comma-separated; the teacher comes always")
+    parser.add_argument("--only", default="", help="names of rows, comma-separated; those they need come along")
     parser.add_argument("--runs", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--results", type=Path, default=HERE / "../results", help="folder of the report")
     parser.add_argument("--report", action="store_true", help="train nothing, only write the report")
     parser.add_argument("--also", type=Path, help="an earlier report's JSON: its seeds that are not trained here")
     arguments = parser.parse_args(argv)
     budget, runs = BUDGETS[arguments.budget], arguments.runs / arguments.budget
-    wanted = {"teacher", *arguments.only.split(",")} if arguments.only else {row.name for row in ROWS}
+    names = {row.name for row in ROWS}
+    wanted = {"teacher", *arguments.only.split(",")} if arguments.only else names
+    if not wanted <= names:
+        parser.error(f"--only: {', '.join(sorted(wanted - names))}: there are {', '.join(row.name for row in ROWS)}")
+    wanted |= {name for row in ROWS if row.name in wanted for name in row.as_long_as}
     if not arguments.report:
         for seed in map(int, arguments.seeds.split(",")):
             for row in ROWS:

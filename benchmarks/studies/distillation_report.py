@@ -201,6 +201,8 @@ def epochs_needed(lines: dict[str, Line]) -> str:
         needed = []
         alone_by_seed = {one["seed"]: one for one in lines["alone"].seeds}
         for taught in lines[name].seeds:
+            if taught["seed"] not in alone_by_seed:
+                continue
             alone = alone_by_seed[taught["seed"]]
             reached = [epoch for epoch, rate in enumerate(taught["course"], 1) if rate <= min(alone["course"])]
             needed.append(str(reached[0]) if reached else "never")

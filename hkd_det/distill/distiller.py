@@ -37,8 +37,10 @@ class Distiller(nn.Module):
         inside = _inside(teacher, methods)
         names = methods.hkd.taps if methods.hkd else TapNames()
         student_taps, teacher_taps = tapped(student, inside, names) if inside else ([], [])
-        self._student_recorder = TapRecorder(student, student_taps)
-        self._teacher_recorder = TapRecorder(teacher, teacher_taps)
+        # Nothing works in place behind the ends of a pyramid, but behind a layer that somebody names something may.
+        copies = bool(names.student)
+        self._student_recorder = TapRecorder(student, student_taps, copies)
+        self._teacher_recorder = TapRecorder(teacher, teacher_taps, copies)
         noise = methods.noise
         self.noisy = NoisyTeacher(noise) if noise and noise.form == "targets" else None
         self.truth_weight = methods.hkd.truth if methods.hkd else 1.0

@@ -3,8 +3,9 @@
 Pyramid: the student's neck maps, through adapters, imitate the teacher's, people and background balanced.
 Region: the same on 7x7 RoIAligned features of the true boxes and of the teacher's confident ones.
 Logit: the student's scores learn the teacher's where they differ, its side distributions the teacher's
-where the teacher sees somebody. Where the two have no points in common, its detections take their place
-(`detections.py`). `../shared/methods.md`, section 1, has the reasons.
+where the teacher sees somebody, in each branch that both have. Where the two have no points in common, and for a
+one-to-one branch that the teacher lacks, its detections take their place (`detections.py`). `../shared/methods.md`,
+section 1, has the reasons.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hkd_det.distill.adapter import Adapter, Projection
 from hkd_det.distill.detections import taught_by
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.regions import region_errors
+from hkd_det.distill.soft_points import soft_points
 from hkd_det.distill.tap_choice import TapNames, paired
 from hkd_det.distill.two_stage import TwoStageLevels
 from hkd_det.errors import UsageError
@@ -113,13 +115,19 @@ class HierarchicalDistillation(nn.Module):
         student, teacher = lesson.mine, lesson.other
         if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and student.shares_points(teacher)):
             return taught_by(lesson, lesson.found)
-        scores = student.many.logits.new_zeros(())
+        scores, boxes = student.many.logits.new_zeros(()), student.many.logits.new_zeros(())
         for mine, other in ((student.many, teacher.many), (student.one, teacher.one)):
-            if mine is not None and other is not None:
-                norm = lesson.norm_of(other.logits.sigmoid().sum())
-                scores = scores + soft_score_loss(mine.logits, other.logits).sum() / norm
-        confidence = teacher.many.logits.sigmoid()
-        boxes = (confidence * _box_error(student.many, teacher.many)).sum() / lesson.norm_of(confidence.sum())
+            if mine is None or other is None:
+                continue
+            confidence = other.logits.sigmoid()
+            norm = lesson.norm_of(confidence.sum())
+            scores = scores + soft_score_loss(mine.logits, other.logits).sum() / norm
+            if mine.learns_boxes:
+                boxes = boxes + (confidence * _box_error(mine, other)).sum() / norm
+        if student.one is not None and teacher.one is None:
+            # The teacher's branch `many` would have it answer several times; what is left after suppression does not.
+            more = soft_points(student, lesson.found, lesson.truth, lesson.norm_of, one_alone=True)
+            scores, boxes = scores + more[0], boxes + more[1]
         return scores, boxes
 
 

@@ -21,9 +21,14 @@ LOSS = DetectionLoss()  # its assigners, and the form of its box terms
 
 
 def soft_points(
-    student: Prediction, found: Found, truth: TruthBatch, norm_of: Norm, silence: float = 1.0
+    student: Prediction,
+    found: Found,
+    truth: TruthBatch,
+    norm_of: Norm,
+    silence: float = 1.0,
+    one_alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The score term and the box term, scalars, summed over the student's branches.
+    """The score term and the box term, scalars, summed over the student's branches, or of its branch `one` alone.
 
     Score: the binary divergence of the student's score from its target, weighted by how far they are apart, `silence`
     times that where nobody is to be found. Box: 1 - GIoU to the teacher's box, and a fifth of the distribution's
@@ -32,7 +37,7 @@ def soft_points(
     people, certainty = _as_truth(found)
     known = (points_inside(student.points, truth.boxes_xyxy) & truth.real[..., None]).any(1)
     scores, boxes = student.many.logits.new_zeros(()), student.many.logits.new_zeros(())
-    for branch, assigner in ((student.many, LOSS.many), (student.one, LOSS.one)):
+    for branch, assigner in ((None if one_alone else student.many, LOSS.many), (student.one, LOSS.one)):
         if branch is None:
             continue
         targets = soft_targets(student, branch, assigner, people, certainty)

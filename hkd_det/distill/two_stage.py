@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hkd_det.distill.adapter import Adapter, Projection, pair_by_stride
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.noise import NoisyTeacher
+from hkd_det.errors import UsageError
 from hkd_det.losses.imitation import imitation_error
 from hkd_det.losses.two_stage import people_and_ignored
 from hkd_det.models.faster_rcnn import FasterRcnn
@@ -33,6 +34,10 @@ class TwoStageLevels:
     region: float = 1.0
     logit: float = 1.0
     proposals: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.pyramid, self.region, self.logit, self.proposals) < 0:
+            raise UsageError("hkd.two_stage: pyramid, region, logit and proposals are not negative")
 
 
 class TwoStageDistillation(nn.Module):

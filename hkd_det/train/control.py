@@ -66,7 +66,7 @@ def compare(config: TrainConfig, split: str = "val") -> Brought:
     """Judge both runs' best.pt and write `control.json` into the taught run's folder."""
     samples, device, bf16 = open_data(config.data, split), device_of(config.device), config.precision == "bf16"
     (taught, found), (alone, found_alone) = (
-        judge(read_detector(Path(run) / "best.pt").build().to(device), samples, config.imgsz_hw, bf16)
+        judge(read_detector(Path(run) / "best.pt").build().to(device), samples, config.imgsz_hw, bf16, config.setup)
         for run in (config.run, control_of(config).run)
     )
     low, high = interval(samples, found, found_alone, config.setup)

@@ -48,12 +48,16 @@ class Judged:
 
 
 def judge(
-    detector: PersonDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool
+    detector: PersonDetector,
+    samples: Sequence[Sample],
+    imgsz_hw: tuple[int, int],
+    bf16: bool,
+    setup: str = "Reasonable",
 ) -> tuple[Judged, list[Detections]]:
-    """Measure a detector on samples; its detections come along, a picture each."""
+    """Measure a detector on samples, in `setup` and those of JUDGED_SETUPS; its detections come along."""
     found = detect_all(detector, samples, imgsz_hw, bf16)
     table, detections = TruthTable.of([sample.truth for sample in samples]), DetectionTable.of(found)
-    rates = evaluate(table, detections, JUDGED_SETUPS)
+    rates = evaluate(table, detections, dict.fromkeys((SETUPS[setup], *JUDGED_SETUPS)))
     area_px = table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]
     truth = CocoTruth(Path(), tuple(range(len(samples))), 1, table, area_px, np.zeros(len(area_px), bool))
     precision = coco.evaluate(truth, detections)

@@ -4,15 +4,18 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count as counted
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from hkd_det.errors import UnavailableError, UsageError
 
 T = TypeVar("T")
+JOINED = counted()  # how many times this process has joined others
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ def joined_processes(device: str) -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # Under a name of its own: torchrun keeps what an earlier group wrote, addresses nobody listens at any more.
+    name = f"joined {next(JOINED)}"
+    store = dist.PrefixStore(name, next(iter(rendezvous("env://")))[0])  # type: ignore[attr-defined]
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
         yield Processes(rank, count, chosen)
         dist.barrier()  # nobody leaves while another still speaks

@@ -22,11 +22,13 @@ FLAGS = (
     "data", "model", "init", "teacher", "teacher_description", "unlabelled", "epochs", "batch", "backbone",
     "pretrained", "device", "workers", "seed",
 )  # fmt: skip
+MORE_FLAGS = ("recipe", "imgsz", "distill", "keep_flops", "set")  # that decide settings, each in a way of its own
 
 
 def start(arguments: argparse.Namespace) -> int:
     """Train as `hkd-train`'s flags say; returns the exit code."""
     if arguments.resume:
+        _check_nothing_else_is_asked(arguments)
         config = _resumed(Path(arguments.resume))
     else:
         config = _fresh(arguments)
@@ -80,11 +82,14 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
         model = name_of(Path(start))
         if settings.setdefault("model", model) != model:
             raise UsageError(f"--model {settings['model']}: {start} is a {model}; leave --model out to start from it")
-    for flag in ("data", "model"):
+    begins_as_teacher = _uses(settings, "cdd") or _uses(settings, "blockwise")
+    for flag in ("data", "teacher" if begins_as_teacher else "model", "model"):
         if not settings.get(flag):
             raise UsageError(f"--{flag} is needed (or --recipe YAML, or --resume RUN)")
     if arguments.name or arguments.project or "run" not in settings:
-        name = arguments.name or "-".join([str(settings["model"]), *(settings.get("distill") or {})])
+        distill = settings.get("distill")
+        methods = map(str, distill) if isinstance(distill, dict) else ()  # what else it may be, is refused below
+        name = arguments.name or "-".join([str(settings["model"]), *methods])
         settings["run"] = str(Path(arguments.project or "runs/train") / name)
     return TrainConfig.from_dict(settings, arguments.recipe)
 
@@ -115,6 +120,15 @@ def _recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"--recipe {path}: expected settings, `key: value`")
     return content
+
+
+def _check_nothing_else_is_asked(arguments: argparse.Namespace) -> None:
+    """UsageError for flags that would not be heard: a resumed run has the settings that it began with."""
+    asked = [name for name in (*FLAGS, *MORE_FLAGS) if getattr(arguments, name) not in (None, "", [])]
+    unheard = [name for name in asked if not (name == "data" and arguments.download)]
+    if unheard:
+        flags = " ".join(f"--{name.replace('_', '-')}" for name in unheard)
+        raise UsageError(f"--resume goes on with the run's own settings; leave out {flags}, or start another run")
 
 
 def _resumed(run_dir: Path) -> TrainConfig:

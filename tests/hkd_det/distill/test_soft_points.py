@@ -19,6 +19,7 @@ from hkd_det.distill.noise import Noise, NoisyTeacher
 from hkd_det.distill.soft_points import LEAST
 from hkd_det.distill.soft_regions import soft_regions
 from hkd_det.losses.detection import norm_alone
+from hkd_det.losses.soft_score import soft_score_loss
 from hkd_det.models.assignment import Targets, TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec
 from hkd_det.models.family import PersonDetector
@@ -245,6 +246,49 @@ def test_hkd_teaches_by_detections_where_the_two_have_no_points_in_common() -> N
         torch.testing.assert_close(terms["hkd_score"], score)
         torch.testing.assert_close(terms["hkd_box"], 0.5 * box)
         assert score > 0
+
+
+def test_a_one_to_one_branch_with_boxes_of_its_own_hears_hkd_of_them_too() -> None:
+    """YOLO26's is what is deployed, and nothing that `many` learns about boxes reaches it."""
+    torch.manual_seed(0)
+    mine, teacher = YoloDetector(thin("yolo26n")).train(), Detector(TINY)
+    distiller = Distiller(mine, teacher, Methods(hkd=Hierarchical(box=1.0)))
+    output = mine(PICTURES)
+    told = distiller(PICTURES, output, unknown(2), 1.0, norm_alone)["hkd_box"]
+    with torch.no_grad():
+        other = teacher(PICTURES)
+    assert output.one is not None and output.one.learns_boxes and other.one is not None
+    wanted = 0.0
+    for a, b in ((output.many, other.many), (output.one, other.one)):
+        distance = 1 - torch.stack(
+            [generalized_box_iou(a.boxes_xyxy[i], b.boxes_xyxy[i]).diagonal() for i in range(len(PICTURES))]
+        )
+        confidence = b.logits.sigmoid()
+        wanted += (confidence * distance).sum() / confidence.sum().clamp(min=1)
+    torch.testing.assert_close(told, wanted)
+    (gradient,) = torch.autograd.grad(told, output.one.boxes_xyxy)
+    assert gradient.any()
+
+
+def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -> None:
+    """YOLO11 over ours: its points one by one for `many`, what is left after suppression for `one`."""
+    torch.manual_seed(0)
+    mine, teacher = Detector(TINY).train(), YoloDetector(thin("yolo11n"))
+    distiller = Distiller(mine, teacher, Methods(hkd=Hierarchical()))
+    output = mine(PICTURES)
+    terms = distiller(PICTURES, output, unknown(2), 1.0, norm_alone)
+    with torch.no_grad():
+        other = teacher.eval()(PICTURES)
+        told = teacher.found(other)
+    assert output.one is not None and other.one is None
+    pointwise = soft_score_loss(output.many.logits, other.many.logits).sum()
+    by_points = pointwise / other.many.logits.sigmoid().sum().clamp(min=1)
+    by_detections, boxes = soft_points.soft_points(output, told, unknown(2), norm_alone)
+    many_alone, boxes_alone = soft_points.soft_points(replace(output, one=None), told, unknown(2), norm_alone)
+    torch.testing.assert_close(terms["hkd_score"], by_points + by_detections - many_alone)
+    torch.testing.assert_close(boxes, boxes_alone)  # ours has no boxes of its own in that branch
+    (gradient,) = torch.autograd.grad(terms["hkd_score"], output.one.logits)
+    assert gradient.any()
 
 
 def test_noise_multiplies_the_logits_of_a_black_boxs_scores() -> None:

@@ -51,10 +51,11 @@ def terms_of(student: PersonDetector, teacher: PersonDetector, mine: list[str], 
 def test_named_layers_are_compared_in_their_order() -> None:
     """A student that is its teacher: each pair's own correlation, worked out from the named layers' outputs."""
     twin, seen = Detector(OURS).eval(), {}
-    names = ["backbone.body.layer3", "neck.outputs.2", "neck.laterals.1"]
-    other = ["neck.outputs.1", "neck.downs.1", "backbone.body.layer4"]
+    # Behind bn2 a shortcut is added and an activation taken, both in place.
+    names = ["backbone.body.layer3", "neck.outputs.2", "neck.laterals.1", "backbone.body.layer3.0.bn2"]
+    other = ["neck.outputs.1", "neck.downs.1", "backbone.body.layer4", "backbone.body.layer2.0.bn2"]
     for name in (*names, *other):
-        twin.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+        twin.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.clone()}))
     taught = Hierarchical(pyramid=1.0, foreground=0.5, taps=TapNames(tuple(names), tuple(other)))
     distiller = Distiller(twin, twin, Methods(hkd=taught))
     nobody = TruthBatch(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))

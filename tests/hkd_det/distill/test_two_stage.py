@@ -253,3 +253,5 @@ def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:
     for wrong in ({"foreground": 1.5}, {"confident": -0.1}, {"region": -1.0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Hierarchical(**wrong)
+    with pytest.raises(UsageError, match="proposals"):
+        TwoStageLevels(proposals=-1)

@@ -23,6 +23,8 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "nowhere.yaml", "--model", "huge"], 2, "mini-student"),
         (["--data", "x.yaml", *FLAGS, "--teacher", "t.pt"], 2, "--distill"),
         (["--data", "x.yaml", *FLAGS, "--distill", "magic", "--teacher", "t.pt"], 2, "magic"),
+        (["--data", "x.yaml", "--distill", "cdd"], 2, "--teacher is needed"),
+        (["--data", "x.yaml", "--distill", "blockwise"], 2, "--teacher is needed"),
         (["--data", "x.yaml", "--model", "mini-student", "--imgsz", "100"], 2, "multiples of 32"),
         (["--data", "x.yaml", *FLAGS, "--set", "lr=fast"], 2, "not a number"),
         (["--data", "x.yaml", *FLAGS, "--set", "speed=1"], 2, "speed"),
@@ -34,6 +36,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
         (["--data", "x.yaml", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
         (["--resume", "nothing-here"], 1, "last.pt"),
+        (["--resume", "nothing-here", "--epochs", "9", "--workers", "0", "--set", "lr=1"], 2, "--epochs --workers"),
     ],
 )
 def test_mistakes_get_one_line(
@@ -42,6 +45,15 @@ def test_mistakes_get_one_line(
     assert main([*(str(people) if flag == "DATA" else flag for flag in flags), "--project", str(tmp_path)]) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_a_recipe_without_a_mapping_of_methods_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("distill: true\n")
+    assert main(["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--recipe", str(recipe)]) == 2
+    assert "distill: expected a mapping of hkd" in capsys.readouterr().err
 
 
 def test_the_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:

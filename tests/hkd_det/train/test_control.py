@@ -49,6 +49,19 @@ def test_the_control_differs_in_nothing_but_the_teacher(
         assert written[which]["miss_rates"]["Reasonable"] == read_detector(tmp_path / folder / "best.pt").miss_rate
 
 
+@pytest.mark.usefixtures("tiny_sizes")
+def test_the_comparison_is_in_the_runs_own_setup(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", str(people), "--model", "mini-student", *FLAGS, "--project", str(tmp_path), "--epochs", "1"]
+    assert main([*common, "--name", "teacher"]) == 0
+    taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--control", "--set", "setup=bare"]
+    assert main([*common, *taught, "--name", "taught"]) == 0
+    assert "What the teacher brought, MR^-2 bare" in capsys.readouterr().out
+    written = json.loads((tmp_path / "taught/control.json").read_text())
+    assert written["taught"]["miss_rates"]["bare"] == read_detector(tmp_path / "taught/best.pt").miss_rate
+
+
 def test_broken_off_it_says_how_to_go_on_with_the_control_too(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,15 +57,37 @@ with joined_processes("cpu") as processes:
             torch.save({"gradients": gradients, "told": told}, f"{sys.argv[1]}-{name}")
 """
 
+TWICE = """
+import torch
+from hkd_det.train.processes import joined_processes
+
+for _ in range(3):
+    with joined_processes("cpu") as processes:
+        ranks = [torch.tensor(float(processes.rank))]
+        processes.average(ranks)
+        assert ranks[0] == 0.5
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.mark.slow
+def test_two_processes_join_again_for_the_next_run(tmp_path: Path) -> None:
+    """As for a control run after the taught one: what the first group left with torchrun must not be found."""
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     """The plain sum's, and arbitrated ones by each way to weigh."""
     script = tmp_path / "step.py"
     script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
         command = [*launcher, str(script), str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -86,8 +108,7 @@ def test_torchrun_trains_like_one_process(people: Path, tmp_path: Path) -> None:
     flags += ["--workers", "0", "--device", "cpu", "--set", "freeze_norm=true", "--set", "precision=fp32"]
     flags += ["--project", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
         command = [*launcher, "-m", "hkd_det.train", *flags, "--name", name]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
