@@ -39,7 +39,12 @@ def _first_stage(layers: list[Layer]) -> str:
     for stage, apart in stages.items():
         if apart > APART:
             return f"the first stage that differs is {stage} (by {apart:.2g} of its values)"
-    return f"the first stage that differs is decoding (all {len(layers)} layers before it agree)"
+    # Which of two overlapping boxes suppresses the other, and which peaks or proposals are among the best, is rounding's
+    # choice where scores are that close: of a detector that has learnt for a minute they all are.
+    return (
+        f"the first stage that differs is decoding (all {len(layers)} layers before it agree): of a hardly trained "
+        "detector rounding chooses among scores that are all alike, then train it longer or say --no-verify"
+    )
 
 
 def _stage(name: str) -> str:
