@@ -39,7 +39,7 @@ def _first_stage(layers: list[Layer]) -> str:
     for stage, apart in stages.items():
         if apart > APART:
             return f"the first stage that differs is {stage} (by {apart:.2g} of its values)"
-    # Which of two overlapping boxes suppresses the other, and which peaks or proposals are among the best, is rounding's
+    # Which of two overlapping boxes suppresses the other, or which peaks or proposals are best, is rounding's
     # choice where scores are that close: of a detector that has learnt for a minute they all are.
     return (
         f"the first stage that differs is decoding (all {len(layers)} layers before it agree): of a hardly trained "
