@@ -50,7 +50,7 @@ def _body(argv: Sequence[str] | None) -> int:
         _take_smaller(onnx, flags.precision, verification)
     if engine and verification:
         # Not exact: TensorRT multiplies FP32 in TF32, which keeps 10 bits, on every GPU since Ampere.
-        verification.take(Form(engine, "tensorrt", exact=False, device=flags.gpu))
+        verification.take(Form(engine, "tensorrt", exact=False, device=flags.device))
     elif flags.trt and verification:
         verification.skip(Form(onnx.with_suffix(".engine"), "tensorrt", exact=False), "--check writes none")
     if flags.openvino:
