@@ -166,6 +166,19 @@ def test_what_cannot_be_opened_is_not_written(tiny_onnx: Callable[..., Path], tm
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny.onnx", "tiny_openvino"]
 
 
+def test_a_full_disk(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What save_model raised on a file system of 1.5 MB."""
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    path = tiny_onnx()
+    monkeypatch.setattr("openvino.save_model", full)
+    with pytest.raises(DataError, match=r"/ov: OpenVINO cannot write it: basic_ios.*; is the disk full\?$"):
+        write_folder(path, path.with_name("ov"))
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_export_command(tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny_onnx()
     assert export([str(path), "--openvino"]) == 0
