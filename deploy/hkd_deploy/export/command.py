@@ -5,6 +5,7 @@ on the device itself, which does not.
 """
 
 import argparse
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,12 @@ from hkd_det.imgsz import format_imgsz
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry; returns its exit code."""
-    return run_command("hkd-export", _body, argv)
+    # `docker stop`, `timeout` and the like leave no more behind than Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_command("hkd-export", _body, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _body(argv: Sequence[str] | None) -> int:
