@@ -97,6 +97,9 @@ def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None
         raise UsageError(f"{source}: is an engine already; only --target makes something of it")
     if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.target):
         raise UsageError(f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --target")
+    for name, odd in (("--raw", flags.raw), ("--no-preprocess", flags.no_preprocess)):
+        if odd and (flags.precision != "fp32" or flags.openvino):
+            raise UsageError(f"{name}: for a program of your own; --precision can't judge it, --openvino can't open it")
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
     onnx, engine, folder = _of_endings(output)
