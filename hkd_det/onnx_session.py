@@ -50,6 +50,7 @@ def open_session(path: Path, device: str = "cpu", threads: int | None = None, pr
         raise UnavailableError(f"--device {device}: {taken.absent}")
     session = _load(runtime, path, taken, threads)
     _check_device(session, device, taken)
+    _check_text(session, path)
     return session
 
 
@@ -107,6 +108,8 @@ def _load(runtime: Any, path: Path, provider: Provider, threads: int | None) -> 
     try:
         # enable_fallback: or a provider that fails, now or in a later run, is replaced by the CPU's.
         return runtime.InferenceSession(str(path), settings, enable_fallback=0, **asked)
+    except UnicodeDecodeError:  # of ONNX Runtime's words for what it can't load
+        raise _damaged(path) from None
     except load_errors as error:
         raise DataError(
             f"{path}: ONNX Runtime {runtime.__version__} cannot load it (truncated, no ONNX file, or too new): "
@@ -129,6 +132,19 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
     taken = session.get_provider_options()[provider.name].get("device_id", "0")
     if taken != provider.options["device_id"]:
         raise UnavailableError(f"--device {device}: ONNX Runtime has taken GPU {taken} instead")
+
+
+def _check_text(session: Any, path: Path) -> None:
+    """ONNX Runtime does not look whether names and metadata are text, and fails each time somebody asks for them."""
+    try:
+        _ = session.get_modelmeta().custom_metadata_map
+        _ = [(end.name, end.shape) for end in (*session.get_inputs(), *session.get_outputs())]
+    except UnicodeDecodeError:
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path}: damaged: a name in it, or its metadata, is no text; export it again")
 
 
 def _reason(error: Exception) -> str:

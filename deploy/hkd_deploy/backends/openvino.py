@@ -116,8 +116,7 @@ def _compile(core: Any, path: Path, wanted: dict[str, str]) -> tuple[dict[str, s
     """The metadata and the compiled model; the model itself, with its weights, is let go."""
     with _told(path):
         model = read_model(path)
-        compiled = core.compile_model(model, "CPU", wanted)
-    return _metadata(model, path), compiled
+        return _metadata(model, path), core.compile_model(model, "CPU", wanted)
 
 
 def new_core() -> Any:
@@ -140,7 +139,7 @@ def _told(path: Path) -> Iterator[None]:
     known = [getattr(front_ends, name) for name in LOAD_ERRORS if hasattr(front_ends, name)]
     try:
         yield
-    except (RuntimeError, *known) as error:
+    except (RuntimeError, UnicodeDecodeError, *known) as error:  # of names or metadata that are no text
         version = importlib.import_module("openvino").__version__.partition("-")[0]
         raise DataError(
             f"{path}: OpenVINO {version} cannot load it (truncated, no model, or too new): {_reason(error)}"

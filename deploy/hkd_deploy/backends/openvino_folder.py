@@ -11,6 +11,7 @@ import yaml
 
 from hkd_det.errors import DataError
 from hkd_det.files import replacing_folder
+from hkd_det.packages import first_line
 
 MODEL, METADATA = "model.xml", "metadata.yaml"
 FILES = (MODEL, "model.bin", METADATA)
@@ -73,7 +74,8 @@ def export_openvino(onnx: Path, folder: Path | None = None, check: Check | None 
 def write_folder(onnx: Path, folder: Path, check: Check | None = None) -> None:
     """Write the folder from an ONNX file of hkd-export, weights as they are, in one step.
 
-    Raises DataError for a file that OpenVINO can't read, or where `folder` holds anything else than such a model.
+    Raises DataError for a file that OpenVINO can't read, where `folder` holds anything else than such a model, or where
+    the disk does not take it.
     """
     from hkd_deploy.backends.openvino import open_openvino, read_model  # noqa: PLC0415 - it imports this file
 
@@ -81,7 +83,11 @@ def write_folder(onnx: Path, folder: Path, check: Check | None = None) -> None:
     with open_openvino(onnx) as runtime:  # what can't be opened is not written
         metadata = runtime.metadata
     with replacing_folder(folder) as aside:
-        importlib.import_module("openvino").save_model(read_model(onnx), aside / MODEL, compress_to_fp16=False)
+        model = read_model(onnx)
+        try:
+            importlib.import_module("openvino").save_model(model, aside / MODEL, compress_to_fp16=False)
+        except RuntimeError as error:  # "basic_ios::clear: iostream error": OpenVINO says no more of a full disk
+            raise DataError(f"{folder}: OpenVINO cannot write it: {first_line(error)}; is the disk full?") from None
         text = yaml.safe_dump({key: _native(key, value) for key, value in metadata.items()}, sort_keys=False)
         (aside / METADATA).write_text(text, encoding="utf-8")
         with open_openvino(aside):

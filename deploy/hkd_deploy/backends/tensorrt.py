@@ -91,7 +91,10 @@ class Slot:
             self._undo = undo.pop_all()
 
     def start(self, pictures: NDArray[np.uint8]) -> None:
-        """Set the GPU to work on [B, H, W, 3] uint8 RGB. Raises ValueError for what the engine does not take."""
+        """Set the GPU to work on [B, H, W, 3] uint8 RGB.
+
+        Raises ValueError for what no engine takes, DataError for a batch or a size outside this one's profile.
+        """
         self._check(pictures)
         self._cuda.use()
         if pictures.shape != self._shape:
@@ -133,10 +136,14 @@ class Slot:
 
     def _check(self, pictures: NDArray[np.uint8]) -> None:
         low, high = self._opened.smallest, self._opened.largest
-        fits = pictures.ndim == len(low) and all(a <= n <= b for a, n, b in zip(low, pictures.shape, high, strict=True))
-        if pictures.dtype != np.uint8 or not fits:
-            sizes = f"{low}" if low == high else f"{low} to {high}"
-            raise ValueError(f"{self._opened.path} takes uint8 {sizes}, not {pictures.dtype} {pictures.shape}")
+        said = (
+            f"{self._opened.path} takes uint8 {low if low == high else f'{low} to {high}'}, "
+            f"not {pictures.dtype} {pictures.shape}"
+        )
+        if pictures.dtype != np.uint8 or pictures.ndim != len(low) or pictures.shape[3] != low[3]:
+            raise ValueError(said)
+        if not all(a <= n <= b for a, n, b in zip(low, pictures.shape, high, strict=True)):
+            raise DataError(f"{said}; build it for that: hkd-export MODEL.onnx --trt --profile SMALLEST,USUAL,LARGEST")
 
     def _done(self, succeeded: bool, call: str) -> None:
         if not succeeded:

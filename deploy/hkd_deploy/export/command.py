@@ -5,6 +5,7 @@ on the device itself, which does not.
 """
 
 import argparse
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +24,19 @@ from hkd_det.imgsz import format_imgsz
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry; returns its exit code."""
-    return run_command("hkd-export", _body, argv)
+    # `docker stop`, `timeout` and the like leave no more behind than Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_command("hkd-export", _body, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _body(argv: Sequence[str] | None) -> int:
-    flags = _parser().parse_args(argv)
+    parser = _parser()
+    flags = parser.parse_args(argv)
     source, output = Path(flags.model), Path(flags.output) if flags.output else None
+    _check_heard(source, parser, flags)
     _check(source, output, flags)
     if source.suffix == ".engine":
         targets.write_targets(source, flags)
@@ -50,7 +58,7 @@ def _body(argv: Sequence[str] | None) -> int:
         _take_smaller(onnx, flags.precision, verification)
     if engine and verification:
         # Not exact: TensorRT multiplies FP32 in TF32, which keeps 10 bits, on every GPU since Ampere.
-        verification.take(Form(engine, "tensorrt", exact=False, device=flags.gpu))
+        verification.take(Form(engine, "tensorrt", exact=False, device=tensorrt.device_of(flags)))
     elif flags.trt and verification:
         verification.skip(Form(onnx.with_suffix(".engine"), "tensorrt", exact=False), "--check writes none")
     if flags.openvino:
@@ -85,19 +93,35 @@ def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None
     verifying.check(flags)
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
-    if flags.check and not flags.trt:
-        raise UsageError("--check: belongs to --trt")
-    if source.suffix == ".engine" and not flags.target:
+    if source.suffix == ".engine" and (not flags.target or flags.precision != "fp32" or flags.openvino):
         raise UsageError(f"{source}: is an engine already; only --target makes something of it")
     if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.target):
         raise UsageError(f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --target")
+    for name, odd in (("--raw", flags.raw), ("--no-preprocess", flags.no_preprocess)):
+        if odd and (flags.precision != "fp32" or flags.openvino):
+            raise UsageError(f"{name}: for a program of your own; --precision can't judge it, --openvino can't open it")
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
-    _, engine, folder = _of_endings(output)
+    onnx, engine, folder = _of_endings(output)
+    if onnx and source.suffix != ".pt" and flags.precision == "fp32":
+        raise UsageError(f"--output {output}: no .onnx file is written of {source}, unless by --precision")
     if engine and (not flags.trt or flags.check):
         raise UsageError(f"--output {output}: an engine is written by --trt, without --check")
     if folder and not flags.openvino:
         raise UsageError(f"--output {output}: must end in .onnx, or in .engine with --trt; a folder is for --openvino")
+
+
+def _check_heard(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Raises UsageError for a flag that nothing here would listen to."""
+    for heard, names, why in (
+        (source.suffix == ".pt", graph.FLAGS, f"{source} is finished; give the best.pt that it was made of"),
+        (flags.precision != "fp32", precision.FLAGS, "belongs to --precision"),
+        (flags.trt, tensorrt.FLAGS, "belongs to --trt"),
+        (bool(flags.target), targets.FLAGS, "belongs to --target"),
+    ):
+        for name in () if heard else names:
+            if getattr(flags, name) != parser.get_default(name):
+                raise UsageError(f"--{name.replace('_', '-')}: {why}")
 
 
 def _of_endings(output: Path | None) -> tuple[Path | None, Path | None, Path | None]:

@@ -9,6 +9,7 @@ from hkd_det.imgsz import format_imgsz, parse_imgsz
 
 MAX_SIZE = "1920x1080"  # the largest picture of most cameras
 DYNAMIC = ("batch", "size")
+FLAGS = ("imgsz", "batch", "dynamic", "letterbox", "max_size", "no_preprocess", "raw")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Verification:
         try:
             with _running(path, form) as (run, batch):
                 parity = compare(seen, run, batch, form.exact, form.path.name)
-        except (HkdError, ValueError) as error:  # ValueError: of an engine for other batches or sizes only
+        except HkdError as error:
             if form.exact:
                 raise
             self.skip(form, str(error))

@@ -19,6 +19,7 @@ from hkd_det.errors import HkdError, UsageError
 from hkd_det.files import replacing
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+FLAGS = ("calib", "calib_images", "max_mr_rise", "conf", "measure_on", "force")
 NO_BF16 = "ONNX Runtime has no bfloat16 convolution; it is for TensorRT: measure it there with hkd-bench"
 
 

@@ -1,6 +1,7 @@
 """The FP32 file that a smaller one is made of."""
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -63,9 +64,17 @@ def _parsed(onnx: Any, packed: bytes, path: Path) -> Any:
         model = onnx.load_model_from_string(packed)
     except decode_error:
         model = None
-    if model is None or not model.graph.node:  # an empty file, and many a text, is a valid message that says nothing
+    # An empty file, and many a text, is a valid message that says nothing; a damaged text comes as bytes.
+    if model is None or not model.graph.node or not all(isinstance(text, str) for text in _texts(model)):
         raise DataError(f"{path}: not an ONNX file, or a truncated one; hkd-export writes one")
     return model
+
+
+def _texts(model: Any) -> Iterator[str | bytes]:
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+    for node in model.graph.node:
+        yield from (node.name, node.op_type, *node.input, *node.output)
 
 
 def _metadata(model: Any) -> dict[str, str]:

@@ -9,6 +9,7 @@ from hkd_deploy.targets.triton import write_repository
 from hkd_det.errors import UsageError
 
 TARGETS = ("triton", "deepstream")
+FLAGS = ("target_dir", "target_device", "max_batch")  # that say nothing without --target
 MAX_BATCH = 8
 
 

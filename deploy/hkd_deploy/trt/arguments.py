@@ -19,6 +19,7 @@ from hkd_det.files import replacing
 WORKSPACE_MIB = 1024
 MIB = 2**20
 MOST_KINDS = 4  # of layers, on one line
+FLAGS = ("check", "layers", "profile", "workspace", "timing_cache", "dla", "compatible", "device")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["version", "hardware"],
         help="run on later TensorRTs, other GPUs",
     )
-    group.add_argument("--device", default="cuda", help="with --trt: the GPU to build on and for, cuda or cuda:1")
+    group.add_argument("--device", help="with --trt: the GPU to build on and for, cuda or cuda:1")
+
+
+def device_of(flags: argparse.Namespace) -> str:
+    """The GPU to build on and for."""
+    device: str = flags.device or "cuda"
+    return device
 
 
 def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
@@ -67,7 +74,7 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Pa
         raise UsageError(f"--output {engine}: must end in .engine")
     if line := memory_line(len(source.content), options.workspace_mib):
         print(line)
-    sidecar, layers = build_engine(source, engine, options, flags.device)
+    sidecar, layers = build_engine(source, engine, options, device_of(flags))
     print(
         f"{engine}: {sidecar.gpu}, TensorRT {sidecar.tensorrt}, {engine.stat().st_size / MIB:.1f} MiB, built in "
         f"{sidecar.build_s:.0f} s; layers that multiply: {words(sidecar.precision_found)} "

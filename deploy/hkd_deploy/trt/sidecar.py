@@ -5,6 +5,7 @@ The engine itself is TensorRT's plain plan, as trtexec, Triton and DeepStream re
 
 import hashlib
 import platform
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def read_sidecar(engine: Path) -> Sidecar:
         )
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Sidecar)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: damaged ({error}); build the engine again: hkd-export MODEL.onnx --trt") from None
     if found.format > FORMAT:
         raise DataError(f"{path}: written by a newer hkd-det; update with pip install -U hkd-det")
@@ -137,11 +138,11 @@ def _runs_with(tensorrt: str, sidecar: Sidecar) -> bool:
     if "version" not in sidecar.compatible:
         return tensorrt == sidecar.tensorrt
     here, built = _numbers(tensorrt), _numbers(sidecar.tensorrt)
-    return here[0] == built[0] and here >= built
+    return here[:1] == built[:1] and here >= built
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    return tuple(int(part) for part in re.findall(r"[0-9]+", version))  # "10.0.0b6" was one
 
 
 def _runs_on(gpu: Gpu, sidecar: Sidecar) -> bool:

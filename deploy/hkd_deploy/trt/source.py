@@ -46,7 +46,7 @@ def read_source(path: Path) -> OnnxSource:
     content = path.read_bytes()
     try:
         opset, metadata = _model(content)
-    except (ValueError, IndexError):
+    except (ValueError, LookupError, TypeError):  # ends too early, lacks a field, or has another kind of field there
         raise DataError(f"{path}: not an ONNX file, or a truncated one") from None
     precision = metadata.get("hkd.precision", "fp32")
     if precision not in PRECISIONS:
@@ -55,7 +55,7 @@ def read_source(path: Path) -> OnnxSource:
 
 
 def _model(content: bytes) -> tuple[int, dict[str, str]]:
-    """(opset, metadata) of a serialised ModelProto. Raises ValueError or IndexError if it can't be one."""
+    """(opset, metadata) of a serialised ModelProto. Raises ValueError, LookupError or TypeError if it can't be one."""
     opsets: dict[str, int] = {}
     metadata: dict[str, str] = {}
     seen = set()

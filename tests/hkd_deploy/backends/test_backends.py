@@ -166,6 +166,16 @@ def test_a_graph_that_is_not_as_its_metadata_says(
         open_with(tiny_onnx(**wanted)).__enter__()
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("text", [b"hkd.weights_sha256", b"0f0f0f", b"x1_at", b"nothing"])
+def test_a_text_that_is_damaged(tiny_onnx: Callable[..., Path], backend: str, text: bytes) -> None:
+    """A byte in a name or in the metadata: neither runtime looks, and both fail where it is read."""
+    path = tiny_onnx()
+    path.write_bytes(path.read_bytes().replace(text, text[:2] + b"\xff" + text[3:], 1))
+    with pytest.raises(DataError, match=f"^{path}: [^\n]+$"), open_detector(path, backend=backend):
+        pass
+
+
 def test_a_closed_detector_says_so(tiny_onnx: Callable[..., Path], open_with: Open) -> None:
     with open_with(tiny_onnx()) as detector:
         pass

@@ -1,6 +1,7 @@
 """OpenVINO: the precision that was asked for, folders that are whole or refused, one line for every bad file."""
 
 import importlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,6 +165,41 @@ def test_what_cannot_be_opened_is_not_written(tiny_onnx: Callable[..., Path], tm
         write_folder(path, folder)
     assert (folder / "model.xml").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny.onnx", "tiny_openvino"]
+
+
+def test_a_full_disk(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What save_model raised on a file system of 1.5 MB."""
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    path = tiny_onnx()
+    monkeypatch.setattr("openvino.save_model", full)
+    with pytest.raises(DataError, match=r"/ov: OpenVINO cannot write it: basic_ios.*; is the disk full\?$"):
+        write_folder(path, path.with_name("ov"))
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_nothing_behind(
+    tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
+) -> None:
+    def stopped(_: object, path: Path, **__: object) -> None:
+        path.write_text("half a model")
+        signal.raise_signal(stop)
+
+    def unheard(*_: object) -> None:
+        raise AssertionError("nobody listens to SIGTERM")
+
+    path = tiny_onnx()
+    monkeypatch.setattr("openvino.save_model", stopped)
+    before = signal.signal(signal.SIGTERM, unheard)
+    try:
+        assert export([str(path), "--openvino"]) == 130
+        assert signal.getsignal(signal.SIGTERM) is unheard
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_export_command(tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,14 @@ class Session:
     def get_provider_options(self) -> dict[str, dict[str, str]]:
         return {self.on: {"device_id": "0"}}
 
+    def get_modelmeta(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(custom_metadata_map={})
+
+    def get_inputs(self) -> list[object]:
+        return []
+
+    get_outputs = get_inputs
+
 
 def test_a_silent_fall_back_to_cuda_is_an_error(
     tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

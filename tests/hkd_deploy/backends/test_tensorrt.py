@@ -388,7 +388,7 @@ def test_what_does_not_fit_is_refused_before_the_gpu_hears_of_it(board: Board, w
     board.put(smallest=1, largest=4)
     with open_tensorrt(board.path) as engine:
         before = len(board.cuda.calls)
-        with pytest.raises(ValueError, match=r"takes uint8 \(1, 4, 6, 3\) to \(4, 4, 6, 3\), not"):
+        with pytest.raises((ValueError, DataError), match=r"takes uint8 \(1, 4, 6, 3\) to \(4, 4, 6, 3\), not"):
             engine.run(wrong)
         assert len(board.cuda.calls) == before
         assert_answers(engine.run(pictures(2, 0)), pictures(2, 0))
@@ -445,9 +445,20 @@ def test_a_queue_left_while_batches_fly(board: Board) -> None:
     assert board.all_given_back()
 
 
+@pytest.mark.parametrize("batch", [3, 5])
+def test_a_batch_outside_the_profile_is_the_users_to_mend(board: Board, batch: int) -> None:
+    """A frame that the command line brings may be of any size, a list of any length: no programming error."""
+    board.put(smallest=4, largest=4)
+    with (
+        open_tensorrt(board.path) as engine,
+        pytest.raises(DataError, match=r"; build it for that: .* --trt --profile SMALLEST,USUAL,LARGEST"),
+    ):
+        engine.run(pictures(batch, 0))
+
+
 def test_a_batch_that_does_not_fit_takes_no_slot(board: Board) -> None:
     with open_tensorrt(board.path) as engine, engine.in_flight(1) as flying:
-        with pytest.raises(ValueError, match="takes uint8"):
+        with pytest.raises(DataError, match="takes uint8"):
             flying.submit(pictures(2, 0))
         flying.submit(pictures(1, 0))
         assert_answers(flying.collect(), pictures(1, 0))

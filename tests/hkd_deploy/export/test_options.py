@@ -53,6 +53,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--raw --letterbox", "--raw --letterbox"),
         ("--no-preprocess --letterbox", "--no-preprocess --letterbox"),
         ("--dynamic size --letterbox", "any size already"),
+        ("--no-preprocess --precision fp16", "--no-preprocess: for a program of your own"),
+        ("--raw --openvino", "--raw: for a program of your own"),
         ("--imgsz 640x500", "multiples of 32"),
         ("--batch 0", "--batch 0: at least 1"),
         ("--batch -2", "--batch -2: at least 1"),

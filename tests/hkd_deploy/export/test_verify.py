@@ -94,6 +94,21 @@ def test_miss_rates_of_an_onnx_file_and_its_openvino_form(
     assert "on 6 pictures" in said and "Reasonable on 4 of " in said
 
 
+def test_an_engine_has_its_row(
+    tiny_onnx: Callable[..., Path],
+    street: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No engine is built here: what builds it says that it has, and the row says why it does not run."""
+    path = tiny_onnx()
+    monkeypatch.setattr("hkd_deploy.trt.arguments.run", lambda onnx, _flags, _output: onnx.with_suffix(".engine"))
+    assert main([str(path), "--trt", "--device", "cuda:1", "--data", str(street())]) == 0
+    _, engine = rows(capsys.readouterr().out)
+    assert engine[0].strip() == str(path.with_suffix(".engine")) and engine[1].strip() == "tensorrt"
+    assert engine[2].strip().startswith("not run here: ")
+
+
 def test_without_people_parity_is_shown_all_the_same(
     tiny_onnx: Callable[..., Path], street: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty.onnx").write_bytes(b"")
     (tmp_path / "text.onnx").write_text("no graph at all")
     (tmp_path / "half.onnx").write_bytes(source.read_bytes()[:-300])
+    (tmp_path / "byte.onnx").write_bytes(source.read_bytes().replace(b"0f0f0f", b"0f\xfff0f", 1))
     assert main([str(source), "--precision", "int8", "--data", str(street), "--output", str(tmp_path / "q.onnx")]) == 0
     capsys.readouterr()
     there = set(tmp_path.iterdir())
@@ -119,6 +120,7 @@ def test_mistakes_are_one_line(
         ("empty.onnx", [], 1, "not an ONNX file, or a truncated one"),
         ("text.onnx", [], 1, "not an ONNX file, or a truncated one"),
         ("half.onnx", [], 1, "not an ONNX file, or a truncated one"),
+        ("byte.onnx", [], 1, "not an ONNX file, or a truncated one"),
         ("absent.onnx", [], 1, "no such model file"),
         ("q.onnx", [], 1, "is int8 already; start from the FP32 file"),
         ("net.onnx", ["--calib", "none.yaml"], 1, "no pictures to calibrate on: none.yaml: no such data yaml"),

@@ -411,6 +411,13 @@ def test_a_profile_wish_reaches_the_builder(graph: Callable[..., Path]) -> None:
     ("flags", "words"),
     [
         (["--check"], "--check: belongs to --trt"),
+        (["--openvino", "--imgsz", "320x256"], "--imgsz: "),
+        (["--trt", "--dynamic", "batch"], "is finished; give the best.pt that it was made of"),
+        (["--openvino", "--layers"], "--layers: belongs to --trt"),
+        (["--precision", "int8", "--device", "cuda"], "--device: belongs to --trt"),
+        (["--openvino", "--max-batch", "4"], "--max-batch: belongs to --target"),
+        (["--openvino", "--conf", "0.5"], "--conf: belongs to --precision"),
+        (["--openvino", "--output", "x.onnx"], "--output x.onnx: no .onnx file is written of "),
         (["--trt", "--workspace", "0"], "--workspace 0: at least 1 MiB"),
         (["--trt", "--dla", "-1"], "--dla -1: a core's number"),
         (["--trt", "--profile", "8"], "--profile 8: expected smallest,usual,largest"),

@@ -92,6 +92,13 @@ def test_a_damaged_sidecar(engine: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_byte_wrong_in_a_text(engine: Path) -> None:
+    text = sidecar_path(engine).read_bytes()
+    sidecar_path(engine).write_bytes(text.replace(b"linux", b"l\xffnux").replace(b'"gpu": "', b'"gpu": "\xff'))
+    with pytest.raises(DataError, match=r"student\.engine\.json: damaged \(.*build the engine again"):
+        read_sidecar(engine)
+
+
 def test_a_sidecar_of_the_future(engine: Path) -> None:
     write_engine(engine, b"plan", facts(format=2))
     with pytest.raises(DataError, match="written by a newer hkd-det; update"):
@@ -109,6 +116,7 @@ HOME = Path("student.engine")
         ("10.7.0", [], False),
         ("10.7.0", ["version"], True),
         ("10.13.0", ["version"], True),
+        ("10.4.0b6", ["version"], True),
         ("10.2.0", ["version"], False),
         ("11.0.0", ["version"], False),
         ("10.7.0", ["hardware"], False),

@@ -45,6 +45,20 @@ def test_truncated_anywhere_in_the_graph(tiny_onnx: Callable[..., Path]) -> None
             read_source(path)
 
 
+def test_a_byte_wrong_anywhere_around_the_graph(tiny_onnx: Callable[..., Path]) -> None:
+    path = tiny_onnx()
+    whole = path.read_bytes()
+    refused = 0
+    for place in [*range(20), *range(whole.index(b"description") - 10, len(whole))]:
+        for byte in (0, 0x12, 0xFF):
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            try:
+                read_source(path)  # a letter changed is still a file
+            except DataError:
+                refused += 1
+    assert refused > 100
+
+
 @pytest.mark.parametrize("content", [b"hello\n", b"\x00" * 99, b"\xff" * 99, b"PK\x03\x04 a zip", b"\x08\x08"])
 def test_no_onnx_at_all(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "no.onnx").write_bytes(content)
