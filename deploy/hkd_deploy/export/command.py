@@ -102,6 +102,8 @@ def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None
             raise UsageError(f"{name}: for a program of your own; --precision can't judge it, --openvino can't open it")
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
+    if flags.trt:
+        tensorrt.build_options(flags)
     onnx, engine, folder = _of_endings(output)
     if onnx and source.suffix != ".pt" and flags.precision == "fp32":
         raise UsageError(f"--output {output}: no .onnx file is written of {source}, unless by --precision")

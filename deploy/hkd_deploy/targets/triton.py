@@ -4,6 +4,7 @@ Field names and their meaning: model_config.proto of triton-inference-server/com
 docs/user_guide/model_configuration.md.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -46,7 +47,7 @@ def config(model: ModelFile, name: str, device: Device, max_batch: int) -> str:
     """The text of config.pbtxt."""
     batched = model.batch is None
     blocks = [
-        f'name: "{name}"',
+        f"name: {json.dumps(name, ensure_ascii=False)}",  # quotes and backslashes in it escaped
         'platform: "tensorrt_plan"' if model.is_engine else 'platform: "onnxruntime_onnx"',
         f"max_batch_size: {max_batch if batched else 0}",
         *(_tensor_block("input", tensor, batched) for tensor in model.inputs),

@@ -55,7 +55,7 @@ def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Pa
 
     The engine's path; None where nothing was written.
     """
-    options = _options(flags)
+    options = build_options(flags)
     source = read_source(onnx)
     if flags.check:
         checked = check(onnx, options)
@@ -93,7 +93,8 @@ def _write_layers(engine: Path, layers: list[Layer]) -> None:
     print(f"{path}: {len(layers)} layers")
 
 
-def _options(flags: argparse.Namespace) -> BuildOptions:
+def build_options(flags: argparse.Namespace) -> BuildOptions:
+    """What the flags ask of the builder. Raises UsageError for what makes no sense."""
     if flags.workspace < 1:
         raise UsageError(f"--workspace {flags.workspace}: at least 1 MiB")
     if flags.dla is not None and flags.dla < 0:

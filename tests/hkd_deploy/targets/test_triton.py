@@ -57,6 +57,14 @@ def test_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -
 
 
 @pytest.mark.slow
+def test_an_odd_name(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
+    model = tiny_onnx('day "2" \\ ü.onnx')
+    assert main([str(model), "--target", "triton"]) == 0
+    path = model.parent / "triton" / model.stem / "config.pbtxt"
+    assert text_format.Parse(path.read_text(encoding="utf-8"), triton_proto.ModelConfig()).name == model.stem
+
+
+@pytest.mark.slow
 def test_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     """Pictures of any size: the warm-up's is the network's own."""
     model = tiny_onnx("student.onnx", imgsz_hw=("height", "width"), changes={"imgsz": "[96, 160]"})
