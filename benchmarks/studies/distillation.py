@@ -1,7 +1,7 @@
 """What each way of teaching is worth: teacher, student alone, student alone for longer, student under every method.
 
     python benchmarks/studies/distillation.py --budget small [--seeds 0,1,2] [--only hkd,alone] [--report]
-    python benchmarks/studies/distillation.py --budget medium --only alone,hkd-noise
+    python benchmarks/studies/distillation.py --budget medium --only alone,hkd-noise [--student slim-student]
 
 Trains on the real pictures in ../shared/data (INRIA and `people`), chooses the epoch on `people`'s validation pictures
 and measures on INRIA's test pictures, which nothing before has seen. Within a seed all students begin with the same
@@ -15,7 +15,7 @@ import argparse
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="small")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="names of rows, comma-separated; those they need come along")
+    parser.add_argument(
+        "--student", default="", help="a --model in place of the budget's student, in a report of its own"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--results", type=Path, default=HERE / "../results", help="folder of the report")
     parser.add_argument("--report", action="store_true", help="train nothing, only write the report")
     parser.add_argument("--also", type=Path, help="an earlier report's JSON: its seeds that are not trained here")
     arguments = parser.parse_args(argv)
-    budget, runs = BUDGETS[arguments.budget], arguments.runs / arguments.budget
+    budget = BUDGETS[arguments.budget]
+    if arguments.student:
+        budget = replace(budget, name=f"{budget.name}_{arguments.student}", student=arguments.student)
+    runs = arguments.runs / budget.name
     names = {row.name for row in ROWS}
     wanted = {"teacher", *arguments.only.split(",")} if arguments.only else names
     if not wanted <= names:
