@@ -57,7 +57,7 @@ def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
         "gpu-id=0",
         "gie-unique-id=1",
         *_sources(model, manifest, batch),
-        f"network-mode={NETWORK_MODES.get(_precision(model), 0)}",
+        f"network-mode={NETWORK_MODES.get(model.precision, 0)}",
         "network-type=0",
         f"batch-size={batch}",
         f"infer-dims=3;{height};{width}",
@@ -81,15 +81,11 @@ def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _precision(model: ModelFile) -> str:
-    return model.metadata.get("hkd.precision", "fp32")
-
-
 def _sources(model: ModelFile, manifest: Manifest, batch: int) -> list[str]:
     name = model.path.name
     if model.is_engine:
         return [f"model-engine-file={name}"]
-    if _precision(model) != "fp32":
+    if model.precision != "fp32":
         # an engine for fewer pictures than batch-size is refused
         profile = f" --profile 1,{batch},{batch}" if manifest.batch is None else ""
         return [

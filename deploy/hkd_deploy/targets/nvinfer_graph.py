@@ -8,6 +8,7 @@ import numpy as np
 
 from hkd_deploy.artifact import FORMAT, PREPROCESS_FLOAT01, Manifest
 from hkd_deploy.precision.parts import reads
+from hkd_deploy.precision.source import parsed
 from hkd_det.errors import DataError
 from hkd_det.packages import import_package
 
@@ -25,7 +26,7 @@ def write_graph(source: Path, manifest: Manifest, target: Path) -> None:
     onnx = import_package(
         "onnx", "onnx", "DeepStream's files are made where the weights are, with it: pip install onnx"
     )
-    model = onnx.load(source)
+    model = parsed(onnx, source.read_bytes(), source)
     if manifest.preprocess == "uint8":
         _take_planes(onnx, model, source)
         _describe(onnx, model, manifest)

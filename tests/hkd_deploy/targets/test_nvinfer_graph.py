@@ -21,6 +21,8 @@ from hkd_deploy.precision.int8 import to_int8, with_folded_norms
 from hkd_deploy.precision.parts import parts_of
 from hkd_deploy.precision.source import Source, read_source
 from hkd_deploy.precision.write import save
+from hkd_deploy.targets import model_file
+from hkd_deploy.targets.model_file import read_model_file
 from hkd_det.models.sizes import build_detector
 from hkd_det.train.checkpoint import DetectorCheckpoint
 
@@ -130,9 +132,40 @@ def test_a_graph_that_begins_otherwise_is_refused(
     assert not (path.parent / "deepstream" / "student" / "student.onnx").exists()
 
 
+def test_bfloat16_which_onnx_runtime_does_not_open(
+    exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported("bf16", None)
+    assert main([str(path), "--target", "deepstream"]) == 0
+    folder = path.parent / "deepstream" / "student"
+    assert "network-mode=0\n" in (folder / "config_infer_primary.txt").read_text()
+    images = onnx.load(folder / "student.onnx").graph.input[0].type.tensor_type
+    assert images.elem_type == onnx.TensorProto.FLOAT
+    assert [side.dim_param or side.dim_value for side in images.shape.dim] == ["batch", 3, *HW]
+    capsys.readouterr()
+    assert main([str(path), "--target", "triton"]) == 2  # nor does Triton's
+    error = capsys.readouterr().err.strip()
+    assert f"first hkd-export {path} --trt, then" in error and len(error.splitlines()) == 1
+    assert not (path.parent / "triton").exists()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert main([str(path), "--target", "deepstream"]) == 1
+    assert "truncated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [2, None])
+def test_the_interface_is_the_same_whoever_reads_it(exported: Callable[..., Path], batch: int | None) -> None:
+    """Of the input, all of it; of outputs, ONNX Runtime knows more sides than the file says."""
+    path = exported("fp32", batch)
+    seen, says = read_model_file(path), model_file._of_graph(path)
+    assert says.inputs == seen.inputs and says.metadata == seen.metadata and says.batch == seen.batch
+    assert [(one.name, one.dtype) for one in says.outputs] == [(one.name, one.dtype) for one in seen.outputs]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, None])
-@pytest.mark.parametrize(("precision", "kind"), [("fp32", "FLOAT"), ("fp16", "HALF"), ("int8", "INT8")])
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16"), ("int8", "INT8")]
+)
 def test_tensorrt_builds_it(
     exported: Callable[..., Path],
     tensorrt_builds: Callable[..., dict[str, Any]],
