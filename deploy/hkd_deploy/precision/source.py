@@ -42,7 +42,7 @@ def read_source(path: Path) -> Source:
     if not path.is_file():
         raise DataError(f"{path}: no such model file; hkd-export writes one")
     packed = path.read_bytes()
-    model = _parsed(onnx, packed, path)
+    model = parsed(onnx, packed, path)
     source = Source(path, model, Manifest.from_metadata(_metadata(model), path), sha256(packed).hexdigest())
     _check_numbers(onnx, source)
     _check_opset(source)
@@ -58,7 +58,8 @@ def import_onnx() -> Any:
     return import_package("onnx", "onnx", "--precision needs it: pip install 'hkd-det[quant]'")
 
 
-def _parsed(onnx: Any, packed: bytes, path: Path) -> Any:
+def parsed(onnx: Any, packed: bytes, path: Path) -> Any:
+    """The onnx.ModelProto in the bytes of the file at `path`. Raises DataError if they are none."""
     decode_error = importlib.import_module("google.protobuf.message").DecodeError
     try:
         model = onnx.load_model_from_string(packed)

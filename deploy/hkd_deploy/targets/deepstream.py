@@ -1,7 +1,7 @@
 """DeepStream: a folder with nvinfer's configuration, the labels, the model and the source of its output parser.
 
 nvinfer prepares pictures itself: scaled with the aspect ratio kept, top left, float32 (B, 3, H, W) RGB times
-net-scale-factor. That is the graph of `hkd-export --no-preprocess`. (It pads with black, not with our grey.)
+net-scale-factor. Any graph of one size is made to take that (`nvinfer_graph.py`). (It pads with black, not our grey.)
 Keys: the page "Gst-nvinfer" of the DeepStream developer guide.
 """
 
@@ -12,13 +12,17 @@ from pathlib import Path
 
 from hkd_deploy.artifact import Manifest
 from hkd_deploy.targets.model_file import ModelFile
-from hkd_deploy.targets.onnx_outputs import without_output
+from hkd_deploy.targets.nvinfer_graph import COUNT, write_graph
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import replacing, write_text
 
 PARSER_FILES = ("nvdsinfer_hkd.cpp", "Makefile")
 THRESHOLD = 0.3  # the least score that becomes an object, as hkd-demo's --conf
-COUNT = "count"
+# nvinfer's numbers for what it builds itself. It has none for bfloat16, and an engine is run as it was built.
+NETWORK_MODES = {"fp32": 0, "int8": 1, "fp16": 2}
+BUILD_FROM_FOLDER = (
+    "first hkd-export MODEL.onnx --target deepstream, then build the engine from the .onnx written there"
+)
 
 
 def write_deepstream(model: ModelFile, folder: Path, max_batch: int) -> Path:
@@ -36,7 +40,7 @@ def write_deepstream(model: ModelFile, folder: Path, max_batch: int) -> Path:
         if model.is_engine:
             shutil.copyfile(model.path, aside)
         else:
-            without_output(model.path, COUNT, aside)
+            write_graph(model.path, manifest, aside)
     for name in PARSER_FILES:
         write_text(target / name, (files("hkd_deploy.targets") / "nvdsinfer_hkd" / name).read_text(encoding="utf-8"))
     write_text(target / "labels.txt", "\n".join(labels) + "\n")
@@ -52,8 +56,8 @@ def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
         "[property]",
         "gpu-id=0",
         "gie-unique-id=1",
-        *_sources(model, batch),
-        "network-mode=0",
+        *_sources(model, manifest, batch),
+        f"network-mode={NETWORK_MODES.get(model.precision, 0)}",
         "network-type=0",
         f"batch-size={batch}",
         f"infer-dims=3;{height};{width}",
@@ -77,27 +81,28 @@ def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sources(model: ModelFile, batch: int) -> list[str]:
+def _sources(model: ModelFile, manifest: Manifest, batch: int) -> list[str]:
     name = model.path.name
     if model.is_engine:
         return [f"model-engine-file={name}"]
-    if model.metadata.get("hkd.precision", "fp32") != "fp32":
-        engine = model.path.with_suffix(".engine").name
-        build = (
-            f"# made on the device, in this folder: hkd-export {name} --trt (nvinfer's builder does not type strongly)"
-        )
-        return [build, f"model-engine-file={engine}"]
+    if model.precision != "fp32":
+        # an engine for fewer pictures than batch-size is refused
+        profile = f" --profile 1,{batch},{batch}" if manifest.batch is None else ""
+        return [
+            "# made on the device, in this folder (nvinfer's builder does not type strongly):",
+            f"#   hkd-export {name} --trt{profile}",
+            f"model-engine-file={model.path.with_suffix('.engine').name}",
+        ]
     # nvinfer builds the engine on first start and saves it under exactly this name
     return [f"onnx-file={name}", f"model-engine-file={name}_b{batch}_gpu0_fp32.engine"]
 
 
 def _check(model: ModelFile, manifest: Manifest) -> None:
     (images,) = model.inputs
-    if manifest.preprocess != "float01":
-        raise UsageError(
-            f"{model.path}: takes {images}, nvinfer gives float32 (B, 3, H, W); "
-            "export the weights for it: hkd-export best.pt --no-preprocess --target deepstream"
-        )
+    if model.is_engine and manifest.preprocess != "float01":
+        raise UsageError(f"{model.path}: takes {images}, nvinfer gives float32 (B, 3, H, W); {BUILD_FROM_FOLDER}")
+    if manifest.letterbox:
+        raise UsageError(f"{model.path}: letterboxes (--letterbox), nvinfer does so itself; export without it")
     if manifest.raw:
         raise UsageError(f"{model.path}: gives raw candidates (--raw), nvinfer's parser wants boxes; export without it")
     if manifest.dynamic_size:
@@ -105,7 +110,7 @@ def _check(model: ModelFile, manifest: Manifest) -> None:
     if model.is_engine and COUNT in {output.name for output in model.outputs}:
         raise UsageError(
             f"{model.path}: its output count has no side behind the batch, and nvinfer gives it no memory; "
-            "first hkd-export MODEL.onnx --target deepstream, then build the engine from the .onnx written there"
+            f"{BUILD_FROM_FOLDER}"
         )
 
 

@@ -1,13 +1,16 @@
 """What a model file takes and gives, from the file itself, or for an engine from the JSON beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hkd_deploy.precision.source import parsed
 from hkd_deploy.trt.sidecar import TensorFacts, read_plan, read_sidecar
+from hkd_deploy.trt.source import read_source
 from hkd_det.errors import DataError, UsageError
 from hkd_det.onnx_session import open_session
+from hkd_det.packages import import_package
 
 DTYPES = {  # ONNX Runtime's words and TensorRT's to numpy's
     "tensor(uint8)": "uint8",
@@ -56,6 +59,11 @@ class ModelFile:
         return self.path.suffix == ".engine"
 
     @property
+    def precision(self) -> str:
+        """fp32, fp16, bf16 or int8, as hkd-export made it."""
+        return self.metadata.get("hkd.precision", "fp32")
+
+    @property
     def batch(self) -> int | None:
         """Pictures a call takes; None where every input and output leaves the first side free."""
         sides = {tensor.shape[0] for tensor in (*self.inputs, *self.outputs)}
@@ -74,7 +82,9 @@ def read_model_file(path: Path) -> ModelFile:
 
 
 def _of_onnx(path: Path) -> ModelFile:
-    """As ONNX Runtime sees it."""
+    """As ONNX Runtime sees it, which knows more sides than the file says; but it opens no bfloat16."""
+    if read_source(path).precision == "bf16":
+        return _of_graph(path)
     session = open_session(path)
 
     def tensors(values: list[Any]) -> tuple[Tensor, ...]:
@@ -82,6 +92,23 @@ def _of_onnx(path: Path) -> ModelFile:
 
     metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
     return ModelFile(path, tensors(session.get_inputs()), tensors(session.get_outputs()), metadata)
+
+
+def _of_graph(path: Path) -> ModelFile:
+    """As the file itself says. Needs onnx."""
+    onnx = import_package("onnx", "onnx", f"{path} is of bfloat16 and read with it: pip install onnx")
+    model = parsed(onnx, path.read_bytes(), path)
+
+    def tensors(values: Iterable[Any]) -> tuple[Tensor, ...]:
+        return tuple(_of_proto(onnx, value.name, value.type.tensor_type) for value in values)
+
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return ModelFile(path, tensors(model.graph.input), tensors(model.graph.output), metadata)
+
+
+def _of_proto(onnx: Any, name: str, kind: Any) -> Tensor:
+    sides = tuple(side.dim_value if side.HasField("dim_value") else None for side in kind.shape.dim)
+    return Tensor(name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, sides)
 
 
 def _of_engine(path: Path) -> ModelFile:

@@ -31,10 +31,15 @@ def write_repository(model: ModelFile, folder: Path, device: Device | None, max_
 
     device: by default the GPU for an engine, else the CPU. max_batch: pictures that Triton puts into one call,
     where the file leaves the batch free.
-    Raises UsageError for an engine on the CPU.
+    Raises UsageError for an engine on the CPU, and for an .onnx file of bfloat16: Triton's ONNX Runtime can't run it.
     """
     if model.is_engine and device == "cpu":
         raise UsageError(f"{model.path}: a TensorRT engine runs on a GPU only; say --target-device gpu")
+    if not model.is_engine and model.precision == "bf16":
+        raise UsageError(
+            f"{model.path}: Triton runs .onnx files with ONNX Runtime, which has no bfloat16 convolution; first "
+            f"hkd-export {model.path} --trt, then --target triton with the .engine"
+        )
     name = model.path.stem
     text = config(model, name, device or ("gpu" if model.is_engine else "cpu"), max_batch)
     with replacing(folder / name / "1" / ("model.plan" if model.is_engine else "model.onnx")) as aside:

@@ -17,7 +17,6 @@ from hkd_deploy.trt.profile import Profile, Step, profile_of
 from hkd_deploy.trt.progress import Progress, monitor
 from hkd_deploy.trt.source import OnnxSource
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.files import replacing
 
 MIB = 2**20
 # The newest opset that a parser knows, from that TensorRT on; it takes newer ones without a word, and guesses.
@@ -57,12 +56,16 @@ class Log:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine, ready to be written. operators: how many layers of each kind the parser made."""
+    """An engine, ready to be written.
+
+    operators: how many layers of each kind the parser made. timing_cache: what was measured, if it was asked for.
+    """
 
     plan: bytes
     profile: Profile | None
     operators: dict[str, int]
     build_s: float
+    timing_cache: bytes | None = None
 
 
 def recording_logger(trt: Any, log: Log) -> Any:
@@ -108,8 +111,8 @@ def build(
         plan = _interruptible(lambda: builder.build_serialized_network(network, config), progress, on_thread)
     if plan is None:
         raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot build it: {log.reason}")
-    _save_timing_cache(config, options.timing_cache)
-    return Built(bytes(plan), profile, dict(operators.most_common()), perf_counter() - start)
+    cache = bytes(config.get_timing_cache().serialize()) if options.timing_cache else None
+    return Built(bytes(plan), profile, dict(operators.most_common()), perf_counter() - start, cache)
 
 
 def _check_opset(trt: Any, source: OnnxSource) -> None:
@@ -212,9 +215,3 @@ def _load_timing_cache(config: Any, path: Path | None, log: Log) -> None:
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False) or len(log.errors) > said:
         raise UsageError(f"--timing-cache {path}: of another GPU or TensorRT, or no timing cache; name another file")
-
-
-def _save_timing_cache(config: Any, path: Path | None) -> None:
-    if path is not None:
-        with replacing(path) as aside:
-            aside.write_bytes(bytes(config.get_timing_cache().serialize()))

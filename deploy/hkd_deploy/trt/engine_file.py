@@ -13,7 +13,8 @@ from hkd_deploy.trt.layers import Layer, histogram, layers_of_inspector
 from hkd_deploy.trt.profile import Profile
 from hkd_deploy.trt.sidecar import FORMAT, ProfileFacts, Sidecar, TensorFacts, sha256_of, this_platform, write_engine
 from hkd_deploy.trt.source import OnnxSource
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
+from hkd_det.files import replacing
 
 MIB = 2**20
 
@@ -31,8 +32,8 @@ class Inspected:
 def build_engine(source: OnnxSource, engine: Path, options: BuildOptions, device: str) -> tuple[Sidecar, list[Layer]]:
     """Build `engine` and its sidecar from an ONNX file, on `device`: cuda or cuda:N.
 
-    Nothing is written unless the engine has layers in the file's precision.
-    Raises UsageError, DataError or UnavailableError.
+    Nothing is written unless the engine has layers in the file's precision; then the engine first, which took minutes,
+    and the timing cache behind it. Raises UsageError, DataError or UnavailableError.
     """
     trt = import_tensorrt()
     cuda = open_cuda(device)
@@ -42,7 +43,19 @@ def build_engine(source: OnnxSource, engine: Path, options: BuildOptions, device
     check_precision(source, seen.layers)
     sidecar = _sidecar(trt, cuda, source, options, built, seen)
     write_engine(engine, built.plan, sidecar)
+    if options.timing_cache and built.timing_cache is not None:
+        _write_timing_cache(options.timing_cache, built.timing_cache, engine)
     return sidecar, seen.layers
+
+
+def _write_timing_cache(path: Path, content: bytes, engine: Path) -> None:
+    try:
+        with replacing(path) as aside:
+            aside.write_bytes(content)
+    except OSError as error:
+        raise UsageError(
+            f"--timing-cache {path}: cannot be written ({error.strerror or error}); the engine is there: {engine}"
+        ) from None
 
 
 def check_precision(source: OnnxSource, layers: Sequence[Layer]) -> None:

@@ -1,5 +1,6 @@
 """DeepStream's folder: nvinfer's configuration against its documentation, and the model it names."""
 
+import json
 from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from hkd_deploy.artifact import PREPROCESS_FLOAT01
+from hkd_deploy.artifact import PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 from hkd_deploy.export.command import main
 
 # Of the page "Gst-nvinfer", DeepStream developer guide: the keys of [property] and [class-attrs-...] used here.
@@ -73,15 +74,20 @@ def test_tensorrt_builds_it(float_onnx: Callable[..., Path], tensorrt_builds: Ca
     assert built["outputs"] == {"boxes": ["FLOAT", 3], "scores": ["FLOAT", 2]}
 
 
+@pytest.mark.parametrize(("precision", "mode"), [("fp16", "2"), ("int8", "1")])
+@pytest.mark.parametrize(("batch", "profile"), [(None, " --profile 1,8,8"), (2, "")])
 def test_what_nvinfer_would_build_in_another_precision_it_is_not_given_to_build(
-    float_onnx: Callable[..., Path],
+    float_onnx: Callable[..., Path], precision: str, mode: str, batch: int | None, profile: str
 ) -> None:
-    model = float_onnx(changes={"hkd.precision": "fp16"})
+    model = float_onnx(batch=batch, changes={"hkd.precision": precision})
     assert main([str(model), "--target", "deepstream"]) == 0
     folder = model.parent / "deepstream" / "student"
+    text = (folder / "config_infer_primary.txt").read_text()
     found = read_config(folder / "config_infer_primary.txt")["property"]
     assert "onnx-file" not in found and found["model-engine-file"] == "student.engine"
-    assert (folder / "student.onnx").is_file()  # to build it from
+    assert found["network-mode"] == mode
+    assert (folder / "student.onnx").is_file()  # to build it from, by this command
+    assert f"#   hkd-export student.onnx --trt{profile}\n" in text
 
 
 def test_engine(engine: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,13 +100,23 @@ def test_engine(engine: Callable[..., Path], capsys: pytest.CaptureFixture[str])
     capsys.readouterr()
     assert main([str(engine(preprocess=PREPROCESS_FLOAT01)), "--target", "deepstream"]) == 2
     assert "first hkd-export MODEL.onnx --target deepstream" in capsys.readouterr().err
+    assert main([str(engine(count=False)), "--target", "deepstream"]) == 2
+    assert "takes images uint8 (any, 96, 160, 3), nvinfer gives float32" in capsys.readouterr().err
 
 
 def test_a_graph_that_nvinfer_cannot_feed_is_refused_in_one_line(
     tiny_onnx: Callable[..., Path], float_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    in_graph = {
+        "hkd.format": "2",
+        "hkd.preprocess": json.dumps(PREPROCESS_IN_GRAPH),
+        "hkd.max_hw": "[720, 1280]",
+        "hkd.dynamic_size": "false",
+        "hkd.raw": "false",
+    }
     for model, message in (
-        (tiny_onnx("plain.onnx"), "--no-preprocess"),
+        (tiny_onnx("boxed.onnx", changes=in_graph), "nvinfer does so itself"),
+        (float_onnx("asked.onnx", changes={"hkd.preprocess": "{}"}), "metadata hkd.preprocess is"),
         (float_onnx("raw.onnx", changes={"hkd.raw": "true"}), "--raw"),
         (float_onnx("free.onnx", changes={"hkd.dynamic_size": "true"}), "its size is free"),
         (float_onnx("names.onnx", changes={"names": "person"}), "metadata names cannot be read"),

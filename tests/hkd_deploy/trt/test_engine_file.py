@@ -298,11 +298,27 @@ def test_dla_that_cannot_be(
         build(graph(precision=precision), FakeTensorRT(shape=shape), dla=core)
 
 
-def test_a_timing_cache_is_read_and_written(graph: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_timing_cache_is_read_and_written(
+    graph: Callable[..., Path], board: Callable[..., FakeTensorRT], tmp_path: Path
+) -> None:
     cache = tmp_path / "orin.cache"
     for rounds in (1, 2):
-        build(graph(), FakeTensorRT(), timing_cache=cache)
+        board(FakeTensorRT())
+        assert main([str(graph()), "--trt", "--timing-cache", str(cache)]) == 0
         assert cache.read_bytes() == rounds * b"measured"
+
+
+def test_a_timing_cache_that_cannot_be_written_does_not_cost_the_engine(
+    graph: Callable[..., Path], board: Callable[..., FakeTensorRT], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board(FakeTensorRT())
+    path, cache = graph(), tmp_path / "a file" / "orin.cache"
+    cache.parent.write_text("no folder")
+    assert main([str(path), "--trt", "--timing-cache", str(cache)]) == 2
+    engine = path.with_suffix(".engine")
+    assert read_plan(engine, read_sidecar(engine)) == b"plan"
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-export: "))
+    assert f"--timing-cache {cache}: cannot be written (" in line and f"the engine is there: {engine}" in line
 
 
 @pytest.mark.parametrize("content", [b"of another GPU", b"of another TensorRT"])
