@@ -99,6 +99,7 @@ def page(budget: Budget, lines: Sequence[Line]) -> str:
     """Markdown: the table, the miss rates by height, and the published claims beside ours."""
     seeds = sorted({one["seed"] for line in lines for one in line.seeds})
     height, width = budget.imgsz_hw
+    told = claims({line.row.name: line for line in lines})
     return "\n".join(
         [
             f"# What each way of teaching is worth: budget {budget.name}",
@@ -116,10 +117,7 @@ def page(budget: Budget, lines: Sequence[Line]) -> str:
             "",
             *by_height(lines),
             "",
-            "## The published claims beside ours",
-            "",
-            *claims({line.row.name: line for line in lines}),
-            "",
+            *(["## The published claims beside ours", "", *told, ""] if told else []),
         ]
     )
 
@@ -226,7 +224,7 @@ def plot(lines: Sequence[Line]) -> Figure:
     axes.set_xscale("log")
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     beside: Counter[float] = Counter()
-    for line, colour in zip(lines, colours, strict=False):
+    for index, (line, colour) in enumerate(zip(lines, colours, strict=False)):
         rates = [100 * rate for rate in line.of("miss_rates", SETUP)]
         mean = statistics.fmean(rates)
         spread = [[mean - min(rates)], [max(rates) - mean]]
@@ -235,7 +233,8 @@ def plot(lines: Sequence[Line]) -> Figure:
         beside[flops] += 1
         label = f"{mean:.1f} %  {line.row.title}"
         axes.errorbar([x], [mean], yerr=spread, fmt="o", capsize=3, color=colour, label=label)
-        axes.annotate(line.row.name, (x, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        below = -10 if index % 2 else 4  # neighbours' names apart
+        axes.annotate(line.row.name, (x, mean), textcoords="offset points", xytext=(4, below), fontsize=7)
     axes.set_xlabel("GFLOPs a picture (rows of the same FLOPs stand side by side, the first at its place)")
     axes.set_ylabel("MR$^{-2}$ Reasonable, %")
     low, high = axes.get_xlim()
