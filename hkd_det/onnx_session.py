@@ -33,11 +33,18 @@ class Provider:
     devices: tuple[Any, ...] = ()
 
 
-def open_session(path: Path, device: str = "cpu", threads: int | None = None, provider: Provider | None = None) -> Any:
+def open_session(
+    path: Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    provider: Provider | None = None,
+    plain_qdq: bool = False,
+) -> Any:
     """ONNX Runtime's InferenceSession of an ONNX file on `device`: cpu, cuda or cuda:N.
 
     threads: CPU threads inside one operator; None leaves it to ONNX Runtime (one a physical core).
     provider: by default ONNX Runtime's own for the device.
+    plain_qdq: reckon between an INT8 file's Q/DQ nodes in floats, instead of making integer operators of them.
     Raises UsageError for a device or thread count that makes no sense, UnavailableError if ONNX
     Runtime or the device is not there, DataError if the file can't be loaded.
     """
@@ -48,7 +55,7 @@ def open_session(path: Path, device: str = "cpu", threads: int | None = None, pr
     runtime = import_onnxruntime()
     if not taken.devices and taken.name not in runtime.get_available_providers():
         raise UnavailableError(f"--device {device}: {taken.absent}")
-    session = _load(runtime, path, taken, threads)
+    session = _load(runtime, path, taken, threads, plain_qdq)
     _check_device(session, device, taken)
     _check_text(session, path)
     return session
@@ -93,12 +100,13 @@ def import_onnxruntime() -> Any:
     return import_package("onnxruntime", "ONNX Runtime", "pip install 'hkd-det[cpu]' (or 'hkd-det[gpu]')")
 
 
-def _load(runtime: Any, path: Path, provider: Provider, threads: int | None) -> Any:
+def _load(runtime: Any, path: Path, provider: Provider, threads: int | None, plain_qdq: bool) -> Any:
     settings = runtime.SessionOptions()
     settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 4  # fatal only: what goes wrong is raised, and said once
     if threads is not None:
         settings.intra_op_num_threads = threads
+    settings.add_session_config_entry("session.disable_quant_qdq", "1" if plain_qdq else "0")
     asked: dict[str, Any] = {"providers": [(provider.name, dict(provider.options)), *provider.others]}
     if provider.devices:
         settings.add_provider_for_devices(list(provider.devices), dict(provider.options))

@@ -179,7 +179,8 @@ def opened(stack: ExitStack, name: str, path: Path, runtime: str, threads: int) 
     if name == "student":
         return stack.enter_context(open_detector(path, "cpu", threads, runtime))
     if runtime == "onnxruntime":
-        session: Any = open_session(path, "cpu", threads)
+        # As the student's, since the same quantiser has made the peers' INT8.
+        session: Any = open_session(path, "cpu", threads, plain_qdq=True)
     else:
         session = OpenVinoSession(path, "bf16" if runtime == "openvino-bf16" else "f32", threads)
     model = ForeignModel(path, session, PEERS[name])

@@ -1,5 +1,6 @@
 """ONNX Runtime: open a model file on the device that was asked for, or fail."""
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from hkd_deploy.backends.backend import OUTPUTS, Answer, End, checked_ends, closed_error
 from hkd_det.onnx_session import Provider, open_session
 
+X86 = ("x86_64", "AMD64")
 DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(float)": "float32",
@@ -61,7 +63,10 @@ def open_onnx_runtime(
     Raises UsageError for a device or thread count that makes no sense, UnavailableError if ONNX
     Runtime or the device is not there, DataError if the file is none of ours.
     """
-    opened = OnnxRuntime(path, device, open_session(path, device, threads, provider))
+    # ONNX Runtime's quick INT8 kernels for x86 want unsigned zero points, our files have the 0 that TensorRT wants:
+    # what it would make of them is slower than floats with the weights folded once.
+    plain_qdq = device == "cpu" and platform.machine() in X86
+    opened = OnnxRuntime(path, device, open_session(path, device, threads, provider, plain_qdq))
     try:
         yield opened
     finally:

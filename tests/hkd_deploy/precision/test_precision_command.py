@@ -1,16 +1,20 @@
 """`hkd-export net.onnx --precision ...`: files, verdicts, and one line for what goes wrong."""
 
 import json
+import platform
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy import open_detector
+from hkd_deploy.backends.backend import OUTPUTS
+from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
 from hkd_deploy.export import verify
 from hkd_deploy.export.command import main
 from hkd_deploy.precision.judge import backends, detect_all, judging_backend
@@ -46,6 +50,24 @@ def test_int8_leaves_the_layer_out_that_would_blind_it(
     assert [node.input[0] for node in pairs] == ["normal"]
     with open_detector(path) as detector:
         assert len(detector(np.full((96, 96, 3), 230, np.uint8))) == 1
+
+
+def test_int8_says_the_same_without_the_runtimes_integer_operators(box_net: Callable[..., Path], street: Path) -> None:
+    """On x86 our backend leaves Q/DQ nodes as they are: what the file itself says, to rounding, optimised or not."""
+    source = box_net()
+    assert main([str(source), "--precision", "int8", "--data", str(street), "--force"]) == 0
+    path = source.with_name(f"{source.stem}.int8.onnx")
+    literal = onnxruntime.SessionOptions()
+    literal.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, literal, providers=["CPUExecutionProvider"])
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3)).astype(np.uint8)
+    with open_onnx_runtime(path) as runtime:
+        found = runtime.run(pictures)
+        settings = runtime._session.get_session_options()  # type: ignore[union-attr]
+    left_alone = settings.get_session_config_entry("session.disable_quant_qdq") == "1"
+    assert left_alone == (platform.machine() in ("x86_64", "AMD64"))
+    for value, wanted in zip(found, session.run(list(OUTPUTS), {"images": pictures}), strict=True):
+        np.testing.assert_allclose(value, wanted, atol=1e-5)
 
 
 def test_what_precision_has_measured_is_not_measured_again(
