@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count as counted
 from typing import TypeVar
 
 import torch
@@ -15,7 +14,6 @@ from torch.distributed.rendezvous import rendezvous
 from hkd_det.errors import UnavailableError, UsageError
 
 T = TypeVar("T")
-JOINED = counted()  # how many times this process has joined others
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,10 @@ def joined_processes(device: str) -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1, chosen)
         return
+    shared = next(iter(rendezvous("env://")))[0]
     # Under a name of its own: torchrun keeps what an earlier group wrote, addresses nobody listens at any more.
-    name = f"joined {next(JOINED)}"
-    store = dist.PrefixStore(name, next(iter(rendezvous("env://")))[0])  # type: ignore[attr-defined]
+    name = f"group {shared.add(f'groups that {rank} has joined', 1)}"
+    store = dist.PrefixStore(name, shared)  # type: ignore[attr-defined]
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
