@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.models.backbone import Backbone
+from hkd_det.models.doubles import ranked
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.head import Head, RawMaps, head_inner_layers
 from hkd_det.models.neck import FeaturePyramid
@@ -74,25 +75,26 @@ class Detector(PersonDetector):
         return anchor_points((height, width), self.spec.strides, pictures.device)
 
     def detect(self, pictures: Tensor, top: int = 300) -> tuple[Tensor, Tensor]:
-        """End to end, without suppression: the best boxes [B, K, 4] xyxy input pixels and scores [B, K], 0..1.
+        """End to end: the best boxes [B, K, 4] xyxy input pixels and scores [B, K], 0..1, falling.
 
-        K is `top`, or the number of points where that is smaller. The `one` branch's peaks are the answer.
+        K is `top`, or the number of points where that is smaller. The answer is the `one` branch's peaks, less doubles.
         """
         raw: RawMaps = self.head(self.pyramid(pictures))
         points, strides = self.points(pictures)
         peaks = keep_peaks(raw.one, (pictures.shape[-2], pictures.shape[-1]), self.spec.strides)
         best, index = peaks.topk(min(top, peaks.shape[1]))  # [B, K]
         chosen = raw.sides.gather(1, index[..., None, None].expand(-1, -1, *raw.sides.shape[2:]))
-        return decode_boxes(chosen, points[index], strides[index]), best.sigmoid()
+        return ranked(decode_boxes(chosen, points[index], strides[index]), best)
 
     def found(self, output: Prediction, top: int = 100) -> Found:
-        """The `one` branch's peaks."""
+        """The `one` branch's peaks, less doubles."""
         assert output.one is not None
-        scores, index = keep_peaks(output.one.logits, output.input_hw, self.spec.strides).topk(
+        logits, index = keep_peaks(output.one.logits, output.input_hw, self.spec.strides).topk(
             min(top, output.one.logits.shape[1])
         )
         boxes = output.one.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
-        return Found(tuple(boxes), tuple(scores.sigmoid()))
+        boxes, scores = ranked(boxes, logits)
+        return Found(tuple(boxes), tuple(scores))
 
     def taps(self) -> list[Tap]:
         """The ends of the neck's levels."""

@@ -7,6 +7,7 @@ from torch import nn
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models.backbone import Backbone, load_pretrained
 from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
+from hkd_det.models.doubles import ranked
 from hkd_det.models.peaks import SILENT, keep_peaks
 from hkd_det.models.sizes import SIZES, TEACHER_OF, build_detector, cost
 
@@ -27,14 +28,33 @@ def test_raw_maps_have_a_row_for_every_point(tiny: Detector) -> None:
     assert prediction.many.boxes_xyxy.shape == (2, count, 4) and prediction.points.shape == (count, 2)
 
 
-def test_detect_gives_the_best_peaks_of_the_one_branch(tiny: Detector) -> None:
+def test_detect_gives_the_best_peaks_of_the_one_branch_less_doubles(tiny: Detector) -> None:
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
         prediction, (boxes, scores) = tiny(pictures), tiny.detect(pictures, top=7)
     peaks = keep_peaks(prediction.one.logits, (64, 96), TINY.strides)
-    wanted, index = peaks.sigmoid().sort(dim=1, descending=True, stable=True)
-    torch.testing.assert_close(scores, wanted[:, :7])
-    torch.testing.assert_close(boxes[0, 0], prediction.many.boxes_xyxy[0, index[0, 0]], atol=1e-3, rtol=1e-4)
+    best, index = peaks.sort(dim=1, descending=True, stable=True)
+    chosen = prediction.many.boxes_xyxy.gather(1, index[:, :7, None].expand(-1, -1, 4))
+    wanted_boxes, wanted = ranked(chosen, best[:, :7])
+    torch.testing.assert_close(scores, wanted)
+    torch.testing.assert_close(boxes[0, 0], wanted_boxes[0, 0], atol=1e-3, rtol=1e-4)
+    assert not torch.equal(wanted, best[:, :7].sigmoid())  # there are doubles among them
+
+
+def test_whoever_is_found_on_two_levels_is_one(tiny: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every point of every level gives the same box: the best alone is heard, from `detect` and `found` alike."""
+
+    def decoded(sides: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.0, 0, 40, 40]).expand(*sides.shape[:2], 4)
+
+    monkeypatch.setattr("hkd_det.models.detector.decode_boxes", decoded)
+    torch.nn.init.normal_(tiny.head.one.weight)
+    with torch.no_grad():
+        pictures = torch.randint(0, 255, (1, 3, 64, 96), dtype=torch.uint8)
+        _, scores = tiny.detect(pictures)
+        found = tiny.found(tiny(pictures))
+    assert scores[0, 0] > 0.003 and (scores[0] > 1e-6).sum() == 1
+    torch.testing.assert_close(found.scores[0], scores[0, :100])
 
 
 def test_the_one_branch_leaves_the_pyramid_to_the_many_branch(tiny: Detector) -> None:
