@@ -205,6 +205,11 @@ def test_misuse_is_refused() -> None:
         Noise(alpha=1.5)
     with pytest.raises(UsageError, match="share"):
         Noise(foreground=-0.1)
+    with pytest.raises(UsageError, match="maps noisy that hkd compares"):
+        Methods(noise=Noise("targets", features=0.1), detections=DetectionTerms())
+    for unheard in ({"weight": 0.5}, {"foreground": 0.2}):
+        with pytest.raises(UsageError, match="no term of its own"):
+            Noise("targets", **unheard)
     student, teacher = Detector(DENSE), Detector(COARSE)
     with pytest.raises(UsageError, match="same pyramid strides"):
         Distiller(student, teacher, Methods.of("noise"))

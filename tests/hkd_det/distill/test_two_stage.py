@@ -254,6 +254,14 @@ def test_a_score_of_one_is_no_infinite_demand(pair: tuple[FasterRcnn, FasterRcnn
     assert torch.isfinite(score) and score > 0
 
 
+def test_settings_of_the_form_that_is_not_used_are_refused(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
+    with pytest.raises(UsageError, match=r"hkd\.pyramid is not heard"):
+        Distiller(*pair, Methods(hkd=Hierarchical(pyramid=5.0)))
+    with pytest.raises(UsageError, match=r"hkd\.two_stage is not heard"):
+        Distiller(pair[0], Detector(DENSE), Methods(hkd=Hierarchical(two_stage=TwoStageLevels(logit=5.0))))
+    Distiller(*pair, Methods(hkd=Hierarchical(two_stage=TwoStageLevels(logit=5.0), truth=0.5, adapter="norm")))
+
+
 def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:
     from hkd_det.distill.arbitration import Arbitration
 
