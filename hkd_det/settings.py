@@ -1,6 +1,7 @@
 """Settings from text: YAML mappings and `key=value` flags into nested frozen dataclasses, strictly."""
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -111,6 +112,8 @@ def _plain(kind: Any, value: Any, where: str) -> Any:
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
             number = kind(value)
+            if kind is float and math.isnan(number):  # neither below nor above anything, it would pass every check
+                number = None
         except (ValueError, OverflowError):
             number = None
         if number is not None and (not isinstance(value, float) or number == value):

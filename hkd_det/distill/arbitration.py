@@ -37,6 +37,8 @@ class Arbitration:
             raise UsageError("mokd: eps is positive, rate and decay are not negative")
         if self.rule == "amortised" and self.at == "feature":
             raise UsageError("mokd: the amortised rule compares no gradients: leave distill.mokd.at out")
+        if self.rule != "amortised" and (self.rate, self.decay) != (Arbitration.rate, Arbitration.decay):
+            raise UsageError(f"mokd: rate and decay are the amortised rule's; {self.rule} learns no shares")
 
 
 @dataclass(frozen=True)

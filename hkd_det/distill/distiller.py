@@ -1,5 +1,6 @@
 """Distiller: runs the frozen teacher on the student's batch and asks the methods for their terms."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -124,6 +125,18 @@ def _hierarchical(
 ) -> nn.Module:
     """The published form between two-stage detectors, ours where either is dense; `taps` are both's."""
     if isinstance(student, FasterRcnn) and isinstance(teacher, FasterRcnn):
+        _check_heard(settings, ("pyramid", "region", "score", "box", "foreground", "confident", "regions"))
         pairs = paired(*taps, settings.taps)
         return TwoStageDistillation(student, teacher, settings.two_stage, noisy, settings.adapter, pairs)
+    _check_heard(settings, ("two_stage",))
     return HierarchicalDistillation(*taps, settings)
+
+
+def _check_heard(settings: Hierarchical, others: Sequence[str]) -> None:
+    """UsageError for a setting of the other form, which nobody would hear."""
+    for name in others:
+        if getattr(settings, name) != getattr(Hierarchical(), name):
+            raise UsageError(
+                f"distill.hkd.{name} is not heard here: between two Faster R-CNNs the levels' weights are those of "
+                "two_stage, for all others those of hkd itself"
+            )

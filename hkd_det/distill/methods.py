@@ -31,6 +31,8 @@ class Methods:
     def __post_init__(self) -> None:
         if self.noise and self.noise.form == "targets" and not (self.hkd or self.detections):
             raise UsageError("noise.form=targets perturbs what another method learns from: add one, such as hkd")
+        if self.noise and self.noise.features and not self.hkd:
+            raise UsageError("noise.features makes the maps noisy that hkd compares: add it, or leave features out")
         if self.mokd and not (self.hkd or self.detections or self.noise or self.cdd):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
         if self.mokd and self.hkd and self.hkd.truth < 1:

@@ -41,6 +41,8 @@ class Noise:
             raise UsageError("noise: foreground is a share, 0..1; weight is not negative")
         if self.features and self.form == "l2":
             raise UsageError("noise.features: the form l2 compares logits alone; noisy maps need noise.form=targets")
+        if self.form == "targets" and (self.weight, self.foreground) != (Noise.weight, Noise.foreground):
+            raise UsageError("noise: weight and foreground are the form l2's; form=targets has no term of its own")
 
 
 class NoisyTeacher:

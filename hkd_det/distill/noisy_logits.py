@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hkd_det.distill.lesson import Lesson
 from hkd_det.distill.noise import Noise, NoisyTeacher
+from hkd_det.distill.soft_regions import without_doubles
 from hkd_det.distill.two_stage import shared_regions
 from hkd_det.errors import UsageError
 from hkd_det.losses.detection import Norm
@@ -68,8 +69,9 @@ def _pairs(lesson: Lesson) -> list[tuple[Tensor, Tensor]]:
         if isinstance(other, TwoStage):
             regions = shared_regions(lesson, other, REGIONS)
             return [(_judged(lesson.student, mine, regions), _taught(lesson, other, regions))]
-        wanted = torch.cat(lesson.found.scores).logit(eps=CERTAIN).detach()
-        return [(_judged(lesson.student, mine, lesson.found.boxes_xyxy), wanted)]
+        found = without_doubles(lesson.found)
+        wanted = torch.cat(found.scores).logit(eps=CERTAIN).detach()
+        return [(_judged(lesson.student, mine, found.boxes_xyxy), wanted)]
     if isinstance(mine, Prediction) and isinstance(other, TwoStage):
         # The branch `one` is left out: it must be silent about boxes beside its best, where the teacher is not.
         best = mine.many.logits.topk(min(REGIONS, mine.many.logits.shape[1])).indices  # [B, K]

@@ -77,6 +77,7 @@ def _identity(config: TrainConfig, teacher: PersonDetector) -> dict[str, object]
         "data": config.data,
         "imgsz_hw": list(config.imgsz_hw),
         "mosaic": config.mosaic,
+        "views_batch": config.batch,  # which views are drawn depends on it
         "seed": config.seed,
     }
 

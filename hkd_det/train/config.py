@@ -68,7 +68,7 @@ class TrainConfig:
         self._check_start()
 
     def _check_ranges(self) -> None:
-        low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0}
+        low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0, "weight_decay": 0, "seed": 0}
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} = {getattr(self, name)}: must be at least {least}")
@@ -79,8 +79,9 @@ class TrainConfig:
             raise UsageError(f"setup = {self.setup}: there are {', '.join(SETUPS)}")
         if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
             raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
-        if self.unlabelled_share <= 0:
-            raise UsageError(f"unlabelled_share = {self.unlabelled_share}: must be above 0")
+        for name in ("unlabelled_share", "clip_norm"):  # clipped to less than nothing, gradients would climb
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} = {getattr(self, name)}: must be above 0")
 
     def _check_teacher(self) -> None:
         if bool(self.teacher) != bool(self.distill.names):

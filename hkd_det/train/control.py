@@ -49,7 +49,7 @@ def control_of(config: TrainConfig) -> TrainConfig:
 
     Unlabelled pictures go with the teacher; the labelled ones come in the same steps, views and order.
 
-    Raises UsageError for a run without a teacher.
+    Raises UsageError for a run without a teacher, and for a teacher in the control's place.
     """
     if not config.teacher:
         raise UsageError("--control shows what a teacher brings: it needs --teacher and --distill")
@@ -57,9 +57,12 @@ def control_of(config: TrainConfig) -> TrainConfig:
         raise UsageError("--control: blockwise makes the student from its teacher; without there is none to train")
     if config.distill.cdd:
         raise UsageError("--control: cdd asks the teacher which channels may go; without one the student stays wide")
-    return replace(
+    control = replace(
         config, teacher="", teacher_description="", unlabelled=(), distill=Methods(), run=f"{config.run}-control"
     )
+    if Path(config.teacher).resolve() == (control.run_dir / "best.pt").resolve():
+        raise UsageError(f"--teacher {config.teacher}: the control run would write over it; --name another")
+    return control
 
 
 def compare(config: TrainConfig, split: str = "val") -> Brought:

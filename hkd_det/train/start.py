@@ -33,20 +33,32 @@ def start(arguments: argparse.Namespace) -> int:
     else:
         config = _fresh(arguments)
     control = control_of(config) if arguments.control else None
+    before = _stamp(config.run_dir / "last.pt")
     try:
         train(config, resume=bool(arguments.resume))
         if control:
-            train(control, resume=bool(arguments.resume) and (control.run_dir / "last.pt").exists())
+            train(control, resume=bool(arguments.resume) and _was_begun(control))
             if os.environ.get("RANK", "0") == "0":
                 print(told(compare(config)))
     except KeyboardInterrupt:
-        if (config.run_dir / "last.pt").exists():
+        # Under --exist-ok last.pt is the earlier run's until this one has finished an epoch.
+        if arguments.resume or _stamp(config.run_dir / "last.pt") != before:
             command = f"hkd-train --resume {config.run}{' --control' if control else ''}"
             print(f"hkd-train: the finished epochs are kept; go on with: {command}", file=sys.stderr)
         elif (config.run_dir / "blockwise/plan.json").exists():
             print("hkd-train: the finished blocks are kept; the same command goes on with the others", file=sys.stderr)
         raise
     return 0
+
+
+def _stamp(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _was_begun(control: TrainConfig) -> bool:
+    """Whether the control's folder holds a run of these settings, not one whose place it is to take (--exist-ok)."""
+    path = control.run_dir / "last.pt"
+    return path.exists() and TrainConfig.from_dict({**read_state(path)["config"], "run": control.run}) == control
 
 
 def _fresh(arguments: argparse.Namespace) -> TrainConfig:

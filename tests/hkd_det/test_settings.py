@@ -72,6 +72,8 @@ def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
         ({"run": "r", "count": "many"}, "whole number"),
         ({"run": "r", "count": True}, "whole number"),
         ({"run": "r", "count": float("inf")}, "whole number"),
+        ({"run": "r", "inner": {"weight": float("nan")}}, r"inner\.weight.*not a number"),
+        ({"run": "r", "inner": {"weight": "nan"}}, r"inner\.weight.*not a number"),
         ({"run": "r", "on": "yes"}, "true nor false"),
         ({"run": "r", "size": 3}, "not a list"),
         ({"run": "r", "inner": {"rule": "three"}}, "one, two"),

@@ -125,7 +125,15 @@ def test_near_a_loss_of_zero_the_weights_stay_finite(rule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"eps": 0.0}, {"rate": -1.0}, {"decay": -0.1}, {"rule": "amortised", "at": "feature"}]
+    "wrong",
+    [
+        {"eps": 0.0},
+        {"rule": "amortised", "rate": -1.0},
+        {"rule": "amortised", "decay": -0.1},
+        {"rule": "amortised", "at": "feature"},
+        {"rate": 0.1},
+        {"rule": "min-norm", "decay": 0.1},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="mokd"):

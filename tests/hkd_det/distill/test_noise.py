@@ -19,6 +19,7 @@ from hkd_det.models.assignment import TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec
 from hkd_det.models.family import PersonDetector
 from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
+from hkd_det.models.prediction import Found
 
 ANCHORS = (16, 32, 64, 128, 256)
 TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=ANCHORS)
@@ -162,6 +163,20 @@ def test_a_two_stage_teacher_judges_the_dense_students_best_boxes() -> None:
     torch.testing.assert_close(told, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_a_second_stage_regresses_no_logits_of_doubles() -> None:
+    """A dense teacher's silenced neighbour of a peak shows the person whom the peak stands for."""
+    student, teacher = FasterRcnn(TWO_STAGE).eval(), Detector(DENSE).eval()
+    best, beside = [10.0, 10.0, 40.0, 60.0], [11.0, 10.0, 41.0, 60.0]
+    with torch.no_grad():
+        mine, other = student(PICTURES), teacher(PICTURES)
+        told = []
+        for boxes, scores in (([best], [0.9]), ([best, beside], [0.9, 1e-9])):
+            lesson = Lesson(PICTURES, PEOPLE, student, teacher, mine, other, [], [], norm_alone)
+            lesson.__dict__["found"] = Found((torch.tensor(boxes),) * 2, (torch.tensor(scores),) * 2)
+            told.append(NoisyLogits(Noise(sigma=0.0))(lesson)["noise"])
+    torch.testing.assert_close(told[1], told[0])
+
+
 def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
     """The scores change, maps and boxes don't; with features noisy, the maps do."""
     student, teacher = Detector(DENSE).eval(), Detector(DENSE)
@@ -190,6 +205,11 @@ def test_misuse_is_refused() -> None:
         Noise(alpha=1.5)
     with pytest.raises(UsageError, match="share"):
         Noise(foreground=-0.1)
+    with pytest.raises(UsageError, match="maps noisy that hkd compares"):
+        Methods(noise=Noise("targets", features=0.1), detections=DetectionTerms())
+    for unheard in ({"weight": 0.5}, {"foreground": 0.2}):
+        with pytest.raises(UsageError, match="no term of its own"):
+            Noise("targets", **unheard)
     student, teacher = Detector(DENSE), Detector(COARSE)
     with pytest.raises(UsageError, match="same pyramid strides"):
         Distiller(student, teacher, Methods.of("noise"))

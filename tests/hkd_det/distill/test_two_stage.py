@@ -229,6 +229,17 @@ def test_soft_terms_by_hand(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
     torch.testing.assert_close(box_term, torch.tensor(2 * 0.8 * 0.25 / weight))
 
 
+def test_silence_about_a_double_is_no_word_against_the_person(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
+    """A teacher that answers once a person scores the box beside its best next to 0; both show the same person."""
+    student = pair[0].eval()
+    best, beside, elsewhere = [10.0, 10.0, 30.0, 50.0], [11.0, 10.0, 31.0, 50.0], [40.0, 5.0, 60.0, 45.0]
+    with torch.no_grad():
+        output = student(PICTURES)
+        once = soft_regions(student, output, found([best, elsewhere], [0.9, 0.1]), norm_alone)
+        doubled = soft_regions(student, output, found([beside, best, elsewhere], [1e-9, 0.9, 0.1]), norm_alone)
+    torch.testing.assert_close(doubled, once)
+
+
 def test_a_teacher_that_finds_nobody_gives_finite_soft_terms(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
     student = pair[0]
     terms = soft_regions(student, student(PICTURES), found([], []), norm_alone)
@@ -241,6 +252,14 @@ def test_a_score_of_one_is_no_infinite_demand(pair: tuple[FasterRcnn, FasterRcnn
     student = pair[0]
     score, _ = soft_regions(student, student(PICTURES), found([[5.0, 5.0, 30.0, 60.0]], [1.0]), norm_alone)
     assert torch.isfinite(score) and score > 0
+
+
+def test_settings_of_the_form_that_is_not_used_are_refused(pair: tuple[FasterRcnn, FasterRcnn]) -> None:
+    with pytest.raises(UsageError, match=r"hkd\.pyramid is not heard"):
+        Distiller(*pair, Methods(hkd=Hierarchical(pyramid=5.0)))
+    with pytest.raises(UsageError, match=r"hkd\.two_stage is not heard"):
+        Distiller(pair[0], Detector(DENSE), Methods(hkd=Hierarchical(two_stage=TwoStageLevels(logit=5.0))))
+    Distiller(*pair, Methods(hkd=Hierarchical(two_stage=TwoStageLevels(logit=5.0), truth=0.5, adapter="norm")))
 
 
 def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:

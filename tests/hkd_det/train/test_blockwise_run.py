@@ -139,6 +139,20 @@ def test_another_teacher_or_setting_starts_over(people: Path, tmp_path: Path, mo
     assert [path.stem for path in blocks] == BLOCKS[:1] and blocks[0].read_bytes() != old
 
 
+def test_another_batch_draws_other_views_and_starts_over(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = written(tmp_path / "teacher.pt")
+    for batch in (4, 6):
+        with stopped_at(2, monkeypatch, stage, "learn"):
+            train(settings(people, tmp_path / "run", teacher, blockwise(), batch=batch))
+        views = (tmp_path / "run/blockwise/views.npy").read_bytes()
+        blocks = [path.read_bytes() for path in (tmp_path / "run/blockwise/blocks").iterdir()]
+        (tmp_path / f"run/{batch}").write_bytes(b"".join([views, *blocks]))
+        assert len(blocks) == 1
+    assert (tmp_path / "run/4").read_bytes() != (tmp_path / "run/6").read_bytes()
+
+
 def test_broken_off_in_fine_tuning_it_ends_with_the_same_weights(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

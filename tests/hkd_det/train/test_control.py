@@ -1,6 +1,7 @@
 """The control student and the judgement that compares it with the taught one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.detections import Detections
+from hkd_det.distill.methods import Methods
+from hkd_det.errors import UsageError
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, TruthTable
 from hkd_det.models import sizes
 from hkd_det.models.detector import DetectorSpec
 from hkd_det.train import control, judge, start
-from hkd_det.train.checkpoint import read_detector
+from hkd_det.train.checkpoint import read_detector, write_state
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 
@@ -77,12 +80,53 @@ def test_broken_off_it_says_how_to_go_on_with_the_control_too(
     assert f"hkd-train --resume {tmp_path / 'run'} --control" in capsys.readouterr().err
 
 
+def test_only_epochs_of_this_run_are_gone_on_with(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started over with --exist-ok and broken off in its first epoch: last.pt is still the earlier run's."""
+
+    def cut(_config: TrainConfig, resume: bool) -> None:
+        assert not resume
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "train", cut)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/last.pt").touch()
+    flags = ["--model", "mini-student", "--project", str(tmp_path), "--name", "run", "--exist-ok"]
+    assert main(["--data", str(people), *flags]) == 130
+    assert "--resume" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seed", "goes_on"), [(0, True), (1, False)])
+def test_an_earlier_runs_control_is_not_gone_on_with(
+    seed: int, goes_on: bool, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--exist-ok leaves it there until the new run's control takes its place; its miss rate would be compared."""
+    run = TrainConfig(str(people), "mini-student", str(tmp_path / "run"), teacher="t.pt", distill=Methods.of("hkd"))
+    older = replace(control.control_of(run), seed=seed)
+    write_state(tmp_path / "run/last.pt", {"config": run.as_dict()})
+    write_state(tmp_path / "run-control/last.pt", {"config": older.as_dict()})
+    resumed = []
+    monkeypatch.setattr(start, "train", lambda config, resume: resumed.append((Path(config.run).name, resume)))
+    monkeypatch.setattr(start, "compare", lambda _config: None)
+    monkeypatch.setattr(start, "told", lambda _brought: "")
+    assert main(["--resume", str(tmp_path / "run"), "--control"]) == 0
+    assert resumed == [("run", True), ("run-control", goes_on)]
+
+
 def test_an_older_control_is_not_written_over(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run-control").mkdir()
     (tmp_path / "run-control/last.pt").touch()
     taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--control"]
     assert main(["--data", str(people), *taught, "--project", str(tmp_path), "--name", "run"]) == 2
     assert "run-control already holds a run" in capsys.readouterr().err
+
+
+def test_the_control_does_not_write_over_the_teacher(people: Path, tmp_path: Path) -> None:
+    teacher = str(tmp_path / "run-control/best.pt")
+    run = TrainConfig(str(people), "mini-student", str(tmp_path / "run"), teacher=teacher, distill=Methods.of("hkd"))
+    with pytest.raises(UsageError, match="write over it"):
+        control.control_of(run)
 
 
 def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
