@@ -2,7 +2,7 @@
 
 Decoupled (YOLOX) and shared between levels, each level with its own normalisation (RTMDet). Scores come in
 two branches (YOLOv10): `many` learns from several points a person and shapes the features; `one` learns from
-a single point a person, so that its answers need no non-maximum suppression. `one` is `many` plus a learnt
+a single point a person, so that few answer twice and people who overlap both stay. `one` is `many` plus a learnt
 correction that only has to silence the neighbours of the best point; its gradient stays out of all it
 stands on. Sides are distributions over distances (GFL).
 """

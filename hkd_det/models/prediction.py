@@ -26,8 +26,8 @@ class Branch:
 class Prediction:
     """A dense detector's answers: one score and one box at each of A points.
 
-    many: the branch that learns from several points a person. one: the branch that answers once a person and needs
-    no suppression; None if the detector has none. points: [A, 2] (x, y) in input pixels. strides: [A].
+    many: the branch that learns from several points a person. one: the branch that is to answer once a person;
+    None if the detector has none. points: [A, 2] (x, y) in input pixels. strides: [A].
     input_hw: the pictures' (height, width).
     """
 

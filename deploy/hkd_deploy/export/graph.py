@@ -59,7 +59,7 @@ def detections(detector: PersonDetector, pictures: Tensor) -> tuple[Tensor, Tens
             iou = detector.roi_heads.nms_thresh
         case YoloDetector(answers_once=False):
             iou = IOU
-        case _:  # needs no suppression
+        case _:  # leaves its doubles out itself, or has none
             return detector.detect(pictures, TOP)
     boxes, logits = candidates(detector, pictures)
     return suppressed(boxes, logits.sigmoid(), TOP, iou)

@@ -68,7 +68,7 @@ def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
         "model-color-format=0",
         "maintain-aspect-ratio=1",
         "symmetric-padding=0",
-        "# a box is found once: no clustering, no NMS",
+        "# doubles are left out in the graph: no clustering, no NMS",
         "cluster-mode=4",
         f"num-detected-classes={len(_labels(model))}",
         "labelfile-path=labels.txt",

@@ -1,0 +1,96 @@
+"""What leaving out doubles brings and costs: miss rates and latency of trained detectors with and without it.
+
+    python benchmarks/studies/doubles.py runs/a/best.pt runs/b/best.pt ... [--latency 640x512]
+
+Miss rates are MR^-2 Reasonable on val and test of the real pictures (real_data.yaml), at the size each detector was
+trained at: as its `one` branch's peaks say, less doubles (as deployed), and after torchvision's NMS at IoU 0.5. The
+latencies are those of two files exported from the first checkpoint, in turn in one run.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from distillation_plan import DATA
+from torch import Tensor
+from torchvision.ops import nms
+
+from hkd_bench.bench import BenchOptions, bench
+from hkd_deploy.export.from_weights import export
+from hkd_deploy.export.options import GraphOptions
+from hkd_det.datasets import Sample
+from hkd_det.datasets.catalogue import open_data
+from hkd_det.detections import Detections
+from hkd_det.imgsz import parse_imgsz
+from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector
+from hkd_det.train.validate import detect_all
+
+VERIFIED = 8  # pictures on which an exported file is compared with torch
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--latency", nargs="*", default=[], metavar="WxH", help="sizes of the input to time")
+    arguments = parser.parse_args(argv)
+    splits = {split: open_data(str(DATA), split) for split in ("val", "test")}
+    print("| | split | all peaks | less doubles | NMS 0.5 |\n| --- | --- | --- | --- | --- |")
+    for path in arguments.checkpoints:
+        for split, samples in splits.items():
+            rates = " | ".join(f"{100 * rate:.1f} %" for rate in miss_rates(read_detector(path), samples))
+            print(f"| {path.parent} | {split} | {rates} |", flush=True)
+    for size in arguments.latency:
+        share = latency_share(read_detector(arguments.checkpoints[0]), parse_imgsz(size), splits["test"])
+        print(f"\nlatency p50 at {size}, less doubles over all peaks: {share:.3f}", flush=True)
+
+
+def miss_rates(checkpoint: DetectorCheckpoint, samples: Sequence[Sample]) -> list[float]:
+    """Of all peaks, less doubles, and after NMS."""
+    imgsz_hw = tuple(checkpoint.config["imgsz_hw"])
+    bf16 = checkpoint.config["precision"] == "bf16"
+    truth = TruthTable.of([sample.truth for sample in samples])
+    detector = checkpoint.build()
+    with all_peaks():
+        peaks = detect_all(detector, samples, imgsz_hw, bf16)
+    found = (peaks, detect_all(detector, samples, imgsz_hw, bf16), [suppressed(one) for one in peaks])
+    return [evaluate(truth, DetectionTable.of(one), [REASONABLE])[REASONABLE.name].value for one in found]
+
+
+@contextmanager
+def all_peaks() -> Iterator[None]:
+    """Our detectors as if nobody left doubles out."""
+
+    def plain(boxes_xyxy: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return boxes_xyxy, logits.sigmoid()
+
+    with patch("hkd_det.models.detector.ranked", plain):
+        yield
+
+
+def suppressed(found: Detections) -> Detections:
+    """Hard suppression at the protocol's own overlap."""
+    kept = nms(torch.from_numpy(found.boxes_xyxy).float(), torch.from_numpy(found.scores).float(), 0.5).numpy()
+    return Detections(found.boxes_xyxy[kept], found.scores[kept])
+
+
+def latency_share(checkpoint: DetectorCheckpoint, imgsz_hw: tuple[int, int], samples: Sequence[Sample]) -> float:
+    """p50 from a frame to its people, with doubles left out over without, on this machine's CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / "less.onnx", Path(folder) / "all.onnx"]
+        pictures = [sample.path for sample in samples[:VERIFIED]]
+        export(checkpoint, files[0], GraphOptions(imgsz_hw), pictures)
+        with all_peaks():
+            export(checkpoint, files[1], GraphOptions(imgsz_hw), pictures)
+        less, every = bench(files, samples, BenchOptions(data=str(DATA), split="test"), ["less", "all"]).models
+    return less.latency.p50_ms / every.latency.p50_ms
+
+
+if __name__ == "__main__":
+    main()
