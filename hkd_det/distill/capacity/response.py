@@ -12,16 +12,16 @@ def responses(students: Tensor, neighbours: Tensor) -> Tensor:
 
 
 def unneeded(response: Tensor, masked: Tensor, lowest: float) -> Tensor:
-    """[C] bool: channels among the lowest share in every comparison; none where there was no comparison.
+    """[C] bool: channels among the layer's lowest share in every comparison; none where there was no comparison.
 
-    response: [N, K, C]. The share is of channels not masked yet [C]: of all, it could never exceed itself. Masked ones
-    are not named again.
+    response: [N, K, C]. masked: [C] bool, channels that went before: they are the lowest, and not named again. So
+    agreement takes no more than the share of a layer, however long it goes on.
     """
     left = (~masked).nonzero()[:, 0]
     comparisons = response.flatten(0, 1)[:, left]  # [N K, left]
     chosen = masked.new_zeros(len(masked))
-    count = int(lowest * len(left))
-    if len(comparisons) and count:
+    count = int(lowest * len(masked)) - int(masked.sum())
+    if len(comparisons) and count > 0:
         marks = comparisons.new_zeros(comparisons.shape).scatter_(1, comparisons.topk(count, largest=False).indices, 1)
         chosen[left] = marks.bool().all(0)
     return chosen

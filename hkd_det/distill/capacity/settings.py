@@ -17,7 +17,7 @@ class CapacityDynamic:
     warmup: share of the schedule before any channel is taken. masked_by: share of the part in which the teacher
     teaches, by whose end all have been chosen. fade: share of the schedule in which a chosen channel goes from 1 to 0.
     gallery: pooled teacher vectors remembered a layer. neighbours: of them, how many a person is compared with.
-    lowest: share of a layer's remaining channels that one comparison marks.
+    lowest: share of a layer's channels that a comparison marks, those that have gone among them.
     look_every: steps from one comparison to the next, at most; see `Course.every`. The paper compares in each.
     """
 

@@ -54,9 +54,17 @@ def test_what_every_comparison_marks_is_unneeded() -> None:
     assert unneeded(response, nobody, 0.5).tolist() == [False, True, False, False]
     assert unneeded(response[:1], nobody, 0.5).tolist() == [True, True, False, False]
     assert not unneeded(response[:0], nobody, 0.5).any()
-    # With 1 gone, the lowest of the other three is asked for: 0 of the first, 2 of the second.
+    # With 1 gone, one is left of the lowest half: 0 of the first, 2 of the second.
     assert not unneeded(response, mask(1, of=4), 0.5).any()
     assert unneeded(response[1:], mask(1, of=4), 0.5).tolist() == [False, False, True, False]
+
+
+def test_agreement_takes_no_more_than_its_share_of_a_layer() -> None:
+    """Else layers in which people differ little would be squeezed to nothing, the longer the more."""
+    response = torch.arange(8.0).expand(5, 2, 8)  # all say the same
+    assert unneeded(response, mask(0, 1, of=8), 0.5).tolist() == [False, False, True, True] + 4 * [False]
+    for gone in (mask(*range(4), of=8), mask(*range(6), of=8)):
+        assert not unneeded(response, gone, 0.5).any()
 
 
 def test_evidence_runs_over_batches_and_sees_through_an_adapter() -> None:
