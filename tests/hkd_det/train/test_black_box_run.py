@@ -73,7 +73,7 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
     ]  # fmt: skip
     assert main(flags) == 2
     assert "--set distill.noise.form=targets" in capsys.readouterr().err
-    flags += ["--set", "distill.noise.features=0.1", "--set", "distill.noise.form=targets"]  # in any order
+    flags += ["--set", "distill.noise.sigma=0.2", "--set", "distill.noise.form=targets"]  # in any order
     assert main(flags) == 0
     course = (tmp_path / "run" / "results.csv").read_text()
     assert "soft_score" in course and "soft_box" in course
