@@ -60,7 +60,7 @@ def test_what_every_comparison_marks_is_unneeded() -> None:
 
 
 def test_agreement_takes_no_more_than_its_share_of_a_layer() -> None:
-    """Else layers in which people differ little would be squeezed to nothing, the longer the more."""
+    """However often people agree: what is beyond it, the course asks for."""
     response = torch.arange(8.0).expand(5, 2, 8)  # all say the same
     assert unneeded(response, mask(0, 1, of=8), 0.5).tolist() == [False, False, True, True] + 4 * [False]
     for gone in (mask(*range(4), of=8), mask(*range(6), of=8)):
