@@ -13,20 +13,26 @@ SAME = (0.6, 0.8)
 # From 0 to this lead in logits a better box takes a worse one's score. Steps would make each runtime choose differently
 # where scores or overlaps differ by rounding; of two that are the same to the last digit both stay, as peaks do.
 LEAD = 0.02
-RIVALS = 100  # the best boxes, that all are compared with: a picture has few people, and a graph few products so
+# The best boxes are compared with each other: further down nobody is found, once or twice. Over the second half of them
+# it fades out, as who is the hundredth is rounding's choice, too.
+RIVALS = 100
 
 
 def distinct(boxes_xyxy: Tensor, logits: Tensor) -> Tensor:
     """Scores [B, K], 0..1, of boxes [B, K, 4] with logits [B, K], falling: less the more a better box shows the same.
 
-    s_j = sigmoid(l_j) min_i (1 - same(IoU_ij) lead(l_i - l_j)), both rising from 0 to 1 within `SAME` and `LEAD`: a
-    Matrix NMS (SOLOv2, Wang et al. 2020) that is continuous in all that it is given. Shapes depend on no value.
+    s_j = sigmoid(l_j) (1 - f_j max_i same(IoU_ij) lead(l_i - l_j)); same and lead rise from 0 to 1 within `SAME` and
+    `LEAD`, f falls from 1 to 0 over the second half of `RIVALS`. A Matrix NMS (SOLOv2, Wang et al. 2020) that is
+    continuous in all that it is given. Shapes depend on no value.
     """
-    boxes, logits = boxes_xyxy.float(), logits.float()
-    rivals = boxes[:, :RIVALS, None]  # [B, R, 1, 4]
-    same = ((_iou(rivals, boxes[:, None]) - SAME[0]) / (SAME[1] - SAME[0])).clamp(0, 1)
-    lead = ((logits[:, :RIVALS, None] - logits[:, None]) / LEAD).clamp(0, 1)
-    return logits.sigmoid() * (1 - (same * lead).amax(1))
+    best, leads = boxes_xyxy[:, :RIVALS].float(), logits[:, :RIVALS].float() / LEAD
+    steep = 1 / (SAME[1] - SAME[0])
+    same = (_iou(best[:, :, None], best[:, None]) * steep - SAME[0] * steep).clamp(0, 1)
+    lead = (leads[:, :, None] - leads[:, None]).clamp(0, 1)
+    rank = torch.arange(best.shape[1], dtype=best.dtype, device=best.device)
+    fade = (2 - rank * (2 / RIVALS)).clamp(0, 1)
+    scores = logits.float().sigmoid()
+    return torch.cat([scores[:, :RIVALS] * (1 - fade * (same * lead).amax(1)), scores[:, RIVALS:]], 1)
 
 
 def ranked(boxes_xyxy: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,5 +46,6 @@ def _iou(some: Tensor, others: Tensor) -> Tensor:
     across = (torch.minimum(some[..., 2], others[..., 2]) - torch.maximum(some[..., 0], others[..., 0])).clamp(min=0)
     down = (torch.minimum(some[..., 3], others[..., 3]) - torch.maximum(some[..., 1], others[..., 1])).clamp(min=0)
     shared = across * down
-    areas = [(one[..., 2] - one[..., 0]) * (one[..., 3] - one[..., 1]) for one in (some, others)]
-    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
+    # The millionth of a square pixel keeps empty boxes from dividing by 0.
+    areas = [(one[..., 2] - one[..., 0]) * (one[..., 3] - one[..., 1]) + 1e-6 for one in (some, others)]
+    return shared / (areas[0] + areas[1] - shared)
