@@ -1,10 +1,12 @@
 """What leaving out doubles brings and costs: miss rates and latency of trained detectors with and without it.
 
     python benchmarks/studies/doubles.py runs/a/best.pt runs/b/best.pt ... [--latency 640x512]
+    python benchmarks/studies/doubles.py --crowd ../shared/data/citypersons/val_gt.json
 
 Miss rates are MR^-2 Reasonable on val and test of the real pictures (real_data.yaml), at the size each detector was
 trained at: as its `one` branch's peaks say, less doubles (as deployed), and after torchvision's NMS at IoU 0.5. The
-latencies are those of two files exported from the first checkpoint, in turn in one run.
+latencies are those of two files exported from the first checkpoint, in turn in one run. --crowd tells how many of an
+annotation file's people (COCO's layout, setup Reasonable) share more of a union with another person than `SAME`.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from distillation_plan import DATA
 from torch import Tensor
@@ -22,12 +25,15 @@ from torchvision.ops import nms
 from hkd_bench.bench import BenchOptions, bench
 from hkd_deploy.export.from_weights import export
 from hkd_deploy.export.options import GraphOptions
+from hkd_det.boxes import iou, xyxy_from_xywh
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalogue import open_data
 from hkd_det.detections import Detections
 from hkd_det.imgsz import parse_imgsz
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.coco_files import read_truth
 from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.models.doubles import SAME
 from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector
 from hkd_det.train.validate import detect_all
 
@@ -37,9 +43,14 @@ VERIFIED = 8  # pictures on which an exported file is compared with torch
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("checkpoints", nargs="*", type=Path)
+    parser.add_argument("--crowd", type=Path, metavar="JSON", help="tell of an annotation file how close people stand")
     parser.add_argument("--latency", nargs="*", default=[], metavar="WxH", help="sizes of the input to time")
     arguments = parser.parse_args(argv)
+    if arguments.crowd:
+        print_crowd(arguments.crowd)
+    if not arguments.checkpoints:
+        return
     splits = {split: open_data(str(DATA), split) for split in ("val", "test")}
     print("| | split | all peaks | less doubles | NMS 0.5 |\n| --- | --- | --- | --- | --- |")
     for path in arguments.checkpoints:
@@ -49,6 +60,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     for size in arguments.latency:
         share = latency_share(read_detector(arguments.checkpoints[0]), parse_imgsz(size), splits["test"])
         print(f"\nlatency p50 at {size}, less doubles over all peaks: {share:.3f}", flush=True)
+
+
+def print_crowd(path: Path) -> None:
+    """How many Reasonable people overlap another by more than the ends of `SAME`."""
+    table = read_truth(path).table
+    (low, _), (visible, _) = REASONABLE.height_px, REASONABLE.visibility
+    real = ~table.ignore & (table.height_px >= low) & (table.visibility >= visible)
+    most = np.zeros(len(real))
+    for picture in range(table.pictures):
+        mine = np.flatnonzero(real & (table.picture == picture))
+        boxes = xyxy_from_xywh(table.boxes_xywh[mine])
+        shared = iou(boxes, boxes)
+        np.fill_diagonal(shared, 0)
+        most[mine] = shared.max(1, initial=0)
+    shares = ", ".join(f"{100 * (most[real] > end).mean():.1f} % more than {end}" for end in SAME)
+    print(f"{path}: of {real.sum()} people, {shares} of a union with another")
 
 
 def miss_rates(checkpoint: DetectorCheckpoint, samples: Sequence[Sample]) -> list[float]:
