@@ -15,9 +15,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-BINDINGS = "tensorrt_cu13_bindings==11.4.0.106"
-LIBRARIES = "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0"
-LINKS = {
+BINDINGS_PACKAGE = "tensorrt_cu13_bindings==11.4.0.106"
+LIBRARIES_PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0"
+LIBRARY_LINKS = {
     "libnvinfer.so.11": "libtensorrt_rtx.so.1.*",
     "libnvonnxparser.so.11": "libtensorrt_onnxparser_rtx.so.1.*",
     "libtensorrt_rtx.so.1": "libtensorrt_rtx.so.1.*",
@@ -27,7 +27,7 @@ LINKS = {
 PLUGIN_STUB = "int initLibNvInferPlugins(void *logger, const char *name) { return 1; }"
 
 
-def install(folder: Path) -> Path:
+def install_tensorrt(folder: Path) -> Path:
     """Fill `folder` and return its `python`, a launcher that finds tensorrt; at once if it is there already."""
     launcher = folder / "python"
     if launcher.exists():
@@ -36,8 +36,8 @@ def install(folder: Path) -> Path:
     for part in (site, lib):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    _download(folder / "wheels", site)
-    _link(site / "onnxruntime_ep_nv_tensorrt_rtx", lib)
+    _download_wheels(folder / "wheels", site)
+    _link_libraries(site / "onnxruntime_ep_nv_tensorrt_rtx", lib)
     _compile_stub(lib)
     (site / "tensorrt").mkdir()
     (site / "tensorrt" / "__init__.py").write_text(
@@ -51,17 +51,17 @@ def install(folder: Path) -> Path:
     return launcher
 
 
-def _download(wheels: Path, site: Path) -> None:
+def _download_wheels(wheels: Path, site: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    subprocess.run([*command, "--dest", str(wheels), BINDINGS, LIBRARIES], check=True)
+    subprocess.run([*command, "--dest", str(wheels), BINDINGS_PACKAGE, LIBRARIES_PACKAGE], check=True)
     for wheel in wheels.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
     shutil.rmtree(wheels)
 
 
-def _link(source: Path, lib: Path) -> None:
-    for name, pattern in LINKS.items():
+def _link_libraries(source: Path, lib: Path) -> None:
+    for name, pattern in LIBRARY_LINKS.items():
         (found,) = source.glob(pattern)
         (lib / name).symlink_to(found)
 
@@ -75,4 +75,4 @@ def _compile_stub(lib: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Put a real TensorRT into a folder, without a GPU.")
     parser.add_argument("folder", type=Path)
-    print(install(parser.parse_args().folder.resolve()))
+    print(install_tensorrt(parser.parse_args().folder.resolve()))

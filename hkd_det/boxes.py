@@ -22,28 +22,28 @@ def xywh_from_xyxy(boxes_xyxy: Boxes) -> Boxes:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def area(boxes_xyxy: Boxes) -> NDArray[np.floating]:
+def box_area(boxes_xyxy: Boxes) -> NDArray[np.floating]:
     """[N] areas in square pixels; 0 for an inverted box."""
     sides = np.clip(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], 0, None)
     return sides[:, 0] * sides[:, 1]
 
 
-def intersection(a_xyxy: Boxes, b_xyxy: Boxes) -> NDArray[np.floating]:
+def box_intersection(boxes1_xyxy: Boxes, boxes2_xyxy: Boxes) -> NDArray[np.floating]:
     """[N, M] shared areas of N and M boxes, in square pixels."""
-    low = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])  # [N, M, 2]
-    high = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])  # [N, M, 2]
+    low = np.maximum(boxes1_xyxy[:, None, :2], boxes2_xyxy[None, :, :2])  # [N, M, 2]
+    high = np.minimum(boxes1_xyxy[:, None, 2:], boxes2_xyxy[None, :, 2:])  # [N, M, 2]
     sides = np.clip(high - low, 0, None)
     return sides[..., 0] * sides[..., 1]
 
 
-def iou(a_xyxy: Boxes, b_xyxy: Boxes) -> NDArray[np.floating]:
+def box_iou(boxes1_xyxy: Boxes, boxes2_xyxy: Boxes) -> NDArray[np.floating]:
     """[N, M] intersection over union, 0..1; 0 where both boxes are empty."""
-    shared = intersection(a_xyxy, b_xyxy)
-    union = area(a_xyxy)[:, None] + area(b_xyxy)[None, :] - shared
+    shared = box_intersection(boxes1_xyxy, boxes2_xyxy)
+    union = box_area(boxes1_xyxy)[:, None] + box_area(boxes2_xyxy)[None, :] - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def clip(boxes_xyxy: Boxes, size_hw: tuple[int, int]) -> Boxes:
+def clip_boxes(boxes_xyxy: Boxes, size_hw: tuple[int, int]) -> Boxes:
     """[N, 4] boxes cut at the borders of a picture of (height, width) pixels."""
     height, width = size_hw
     return np.clip(boxes_xyxy, 0, [width, height, width, height])

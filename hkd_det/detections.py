@@ -34,7 +34,7 @@ class Detections:
         """No detections."""
         return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
 
-    def above(self, conf: float) -> "Detections":
+    def filter(self, min_score: float) -> "Detections":
         """Those with a score of at least `conf`."""
-        keep = self.scores >= conf
+        keep = self.scores >= min_score
         return Detections(self.boxes_xyxy[keep], self.scores[keep])

@@ -32,14 +32,14 @@ class UnavailableError(HkdError):
     """A device, a package or a precision that was asked for is not on this machine."""
 
 
-def run_command(name: str, body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+def run_command(name: str, func: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run a command's body; turn the errors a user can mend into one line on stderr and an exit code.
 
     Returns the body's code, 1 or 2 for an `HkdError`, 1 for a full disk or a file-system error,
     130 for Ctrl-C.
     """
     try:
-        return body(argv)
+        return func(argv)
     except HkdError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code

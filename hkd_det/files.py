@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it takes `path`'s place in one step.
 
     On any error, Ctrl-C included, the aside file is removed and `path` stays as it was.
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield aside
         with aside.open("rb") as written:
             os.fsync(written.fileno())
-        aside.chmod(0o666 & ~_umask())
+        aside.chmod(0o666 & ~_get_umask())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def atomic_write_dir(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` to write into; on success it takes `path`'s place, with all it holds.
 
     On any error, Ctrl-C included, it is removed and `path` stays as it was.
@@ -52,11 +52,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file in one step."""
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """64 hexadecimal digits of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -65,7 +65,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _umask() -> int:
+def _get_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -35,7 +35,7 @@ class Letterbox:
         )
         return height, width
 
-    def apply(self, picture_rgb: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    def apply(self, image_rgb: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB of `source_hw` to (h, w, 3) uint8 of `input_hw`, written to `out` where it is given."""
         height, width = self.content_hw
         canvas = np.empty((*self.input_hw, 3), dtype=np.uint8) if out is None else out
@@ -43,27 +43,27 @@ class Letterbox:
         canvas[height:] = PAD_VALUE
         canvas[:height, width:] = PAD_VALUE
         if (height, width) == self.source_hw:
-            content[:] = picture_rgb
+            content[:] = image_rgb
         else:
             # INTER_AREA is what shrinking needs: bilinear skips pixels below half size and small people flicker.
             shrinks = height < self.source_hw[0]
             how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            cv2.resize(picture_rgb, (width, height), content, interpolation=how)
+            cv2.resize(image_rgb, (width, height), content, interpolation=how)
         return canvas
 
-    def to_source(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:
+    def boxes_to_source(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:
         """[N, 4] boxes in input pixels to source pixels, cut at the picture's borders."""
-        ratio = self._ratio_xyxy()
+        ratio = self._compute_scale_xyxy()
         height, width = self.source_hw
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4) / ratio
         return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
 
-    def to_input(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:
+    def boxes_to_input(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:
         """[N, 4] boxes in source pixels to input pixels."""
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
-        return (boxes * self._ratio_xyxy()).astype(np.float32)
+        return (boxes * self._compute_scale_xyxy()).astype(np.float32)
 
-    def _ratio_xyxy(self) -> NDArray[np.float32]:
+    def _compute_scale_xyxy(self) -> NDArray[np.float32]:
         # The rounded size, not `scale`: a 3-pixel-wide picture may be off by a sixth.
         height, width = self.content_hw
         down, across = height / self.source_hw[0], width / self.source_hw[1]

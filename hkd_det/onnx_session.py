@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.packages import first_line, import_package
+from hkd_det.packages import first_error_line, import_package
 
 # What ONNX Runtime raises for a file it cannot load; they share no base but Exception.
 LOAD_ERRORS = (
@@ -26,10 +26,10 @@ class Provider:
     """
 
     name: str
-    absent: str
-    broken: str
+    missing_hint: str
+    failure_hint: str
     options: Mapping[str, str] = field(default_factory=dict)
-    others: tuple[tuple[str, Mapping[str, str]], ...] = ()
+    extra_providers: tuple[tuple[str, Mapping[str, str]], ...] = ()
     devices: tuple[Any, ...] = ()
 
 
@@ -38,7 +38,7 @@ def open_session(
     device: str = "cpu",
     threads: int | None = None,
     provider: Provider | None = None,
-    plain_qdq: bool = False,
+    disable_quant_qdq: bool = False,
 ) -> Any:
     """ONNX Runtime's InferenceSession of an ONNX file on `device`: cpu, cuda or cuda:N.
 
@@ -48,30 +48,30 @@ def open_session(
     Raises UsageError for a device or thread count that makes no sense, UnavailableError if ONNX
     Runtime or the device is not there, DataError if the file can't be loaded.
     """
-    taken = provider or _provider(device)
+    taken = provider or _select_provider(device)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: at least 1")
     _check_file(path)
     runtime = import_onnxruntime()
     if not taken.devices and taken.name not in runtime.get_available_providers():
-        raise UnavailableError(f"--device {device}: {taken.absent}")
-    session = _load(runtime, path, taken, threads, plain_qdq)
+        raise UnavailableError(f"--device {device}: {taken.missing_hint}")
+    session = _create_session(runtime, path, taken, threads, disable_quant_qdq)
     _check_device(session, device, taken)
-    _check_text(session, path)
+    _check_utf8(session, path)
     return session
 
 
-_GET_CUDA = (
+_CUDA_MISSING_HINT = (
     "the ONNX Runtime installed here has no CUDA; for an NVIDIA GPU: "
     "pip uninstall -y onnxruntime && pip install 'hkd-det[gpu]' (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
 )
-_MEND_CUDA = (
+_CUDA_FAILURE_HINT = (
     "CUDA or cuDNN is missing or of another version than onnxruntime-gpu was built for; "
     "try pip install 'onnxruntime-gpu[cuda,cudnn]'"
 )
 
 
-def gpu_index(device: str) -> str | None:
+def parse_gpu_index(device: str) -> str | None:
     """The N of cuda:N, "0" of cuda, None of cpu. Raises UsageError for any other device."""
     if device == "cpu":
         return None
@@ -81,11 +81,13 @@ def gpu_index(device: str) -> str | None:
     return match[1] or "0"
 
 
-def _provider(device: str) -> Provider:
-    index = gpu_index(device)
+def _select_provider(device: str) -> Provider:
+    index = parse_gpu_index(device)
     if index is None:
-        return Provider("CPUExecutionProvider", absent="ONNX Runtime without a CPU", broken="install it again")
-    return Provider("CUDAExecutionProvider", _GET_CUDA, _MEND_CUDA, {"device_id": index})
+        return Provider(
+            "CPUExecutionProvider", missing_hint="ONNX Runtime without a CPU", failure_hint="install it again"
+        )
+    return Provider("CUDAExecutionProvider", _CUDA_MISSING_HINT, _CUDA_FAILURE_HINT, {"device_id": index})
 
 
 def _check_file(path: Path) -> None:
@@ -100,14 +102,14 @@ def import_onnxruntime() -> Any:
     return import_package("onnxruntime", "ONNX Runtime", "pip install 'hkd-det[cpu]' (or 'hkd-det[gpu]')")
 
 
-def _load(runtime: Any, path: Path, provider: Provider, threads: int | None, plain_qdq: bool) -> Any:
+def _create_session(runtime: Any, path: Path, provider: Provider, threads: int | None, disable_quant_qdq: bool) -> Any:
     settings = runtime.SessionOptions()
     settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 4  # fatal only: what goes wrong is raised, and said once
     if threads is not None:
         settings.intra_op_num_threads = threads
-    settings.add_session_config_entry("session.disable_quant_qdq", "1" if plain_qdq else "0")
-    asked: dict[str, Any] = {"providers": [(provider.name, dict(provider.options)), *provider.others]}
+    settings.add_session_config_entry("session.disable_quant_qdq", "1" if disable_quant_qdq else "0")
+    asked: dict[str, Any] = {"providers": [(provider.name, dict(provider.options)), *provider.extra_providers]}
     if provider.devices:
         settings.add_provider_for_devices(list(provider.devices), dict(provider.options))
         asked = {}
@@ -117,14 +119,16 @@ def _load(runtime: Any, path: Path, provider: Provider, threads: int | None, pla
         # enable_fallback: or a provider that fails, now or in a later run, is replaced by the CPU's.
         return runtime.InferenceSession(str(path), settings, enable_fallback=0, **asked)
     except UnicodeDecodeError:  # of ONNX Runtime's words for what it can't load
-        raise _damaged(path) from None
+        raise _make_damaged_error(path) from None
     except load_errors as error:
         raise DataError(
             f"{path}: ONNX Runtime {runtime.__version__} cannot load it (truncated, no ONNX file, or too new): "
-            f"{_reason(error)}"
+            f"{_format_load_error(error)}"
         ) from None
     except (RuntimeError, ValueError, getattr(state, "EPFail", RuntimeError)) as error:
-        raise UnavailableError(f"{provider.name} does not start: {_reason(error)}; {provider.broken}") from None
+        raise UnavailableError(
+            f"{provider.name} does not start: {_format_load_error(error)}; {provider.failure_hint}"
+        ) from None
 
 
 def _check_device(session: Any, device: str, provider: Provider) -> None:
@@ -133,7 +137,7 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
     if found != provider.name:
         raise UnavailableError(
             f"--device {device}: ONNX Runtime has opened the model on {found} instead of {provider.name}; "
-            f"{provider.broken}"
+            f"{provider.failure_hint}"
         )
     if "device_id" not in provider.options:
         return
@@ -142,22 +146,22 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
         raise UnavailableError(f"--device {device}: ONNX Runtime has taken GPU {taken} instead")
 
 
-def _check_text(session: Any, path: Path) -> None:
+def _check_utf8(session: Any, path: Path) -> None:
     """ONNX Runtime does not look whether names and metadata are text, and fails each time somebody asks for them."""
     try:
         _ = session.get_modelmeta().custom_metadata_map
         _ = [(end.name, end.shape) for end in (*session.get_inputs(), *session.get_outputs())]
     except UnicodeDecodeError:
-        raise _damaged(path) from None
+        raise _make_damaged_error(path) from None
 
 
-def _damaged(path: Path) -> DataError:
+def _make_damaged_error(path: Path) -> DataError:
     return DataError(f"{path}: damaged: a name in it, or its metadata, is no text; export it again")
 
 
-def _reason(error: Exception) -> str:
+def _format_load_error(error: Exception) -> str:
     """ONNX Runtime's message without its code prefix and paths: of the model, said already, and of its own source."""
-    text = first_line(error)
+    text = first_error_line(error)
     opset = re.search(r"Opset (\d+) .* till opset (\d+)", text)
     if opset:
         return f"its opset is {opset[1]}, this version reads up to {opset[2]}; update ONNX Runtime"

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hkd_bench.host import host_facts
-from hkd_bench.result import SCHEMA, BenchResult, Curve, ModelResult, StageSamples
-from hkd_bench.worker import ERRORS, Job, Measured, read_detections
-from hkd_deploy.backends.opening import BACKENDS, backend_of
-from hkd_deploy.backends.openvino_folder import model_files
+from hkd_bench.host import read_host_fields
+from hkd_bench.result import SCHEMA_VERSION, BenchResult, ModelResult, StageSamples, StoredCurve
+from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
+from hkd_deploy.backends.opening import BACKENDS, default_backend
+from hkd_deploy.backends.openvino_folder import list_model_files
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.files import sha256_of
+from hkd_det.files import file_sha256
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
-from hkd_det.metrics.curve import MissRate
-from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.metrics.curve import MissRateResult
+from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ class BenchOptions:
     threads: int | None = None
     runs: int = 200
     rounds: int = 3
-    warm_up: int = 10
-    warm_up_s: float = 0.5
-    staged_runs: int = 20
-    timed_pictures: int = 32
+    warmup: int = 10
+    warmup_s: float = 0.5
+    stage_runs: int = 20
+    max_timed_images: int = 32
     data: str = ""
     split: str = ""
     command: str = ""
-    annotated: bool = True
+    has_ground_truth: bool = True
 
 
 @dataclass(frozen=True)
-class Contender:
+class BenchEntry:
     """A model file on a backend, under the name it has in the tables. sha256: 64 hexadecimal digits of the file."""
 
     path: Path
@@ -76,22 +76,25 @@ def bench(
     names: one a model and backend for the tables, the file names by default. Raises UsageError for options that make no
     sense, DataError and UnavailableError as opening and reading raise them.
     """
-    _check(models, samples, options)
-    contenders = _contenders(models, options.backends, names)
-    facts = host_facts()  # before the measurement itself raises the load
-    rounds: list[list[Measured]] = [[] for _ in contenders]
+    _check_options(models, samples, options)
+    contenders = _make_entries(models, options.backends, names)
+    facts = read_host_fields()  # before the measurement itself raises the load
+    rounds: list[list[WorkerResult]] = [[] for _ in contenders]
     detections: list[list[Detections]] = [[] for _ in contenders]
-    with tempfile.TemporaryDirectory(prefix="hkd-bench-") as folder, _progress(contenders, samples, options) as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix="hkd-bench-") as folder,
+        _make_progress_bar(contenders, samples, options) as bar,
+    ):
         for number in range(options.rounds):
             for turn in range(len(contenders)):
                 index = (turn + number) % len(contenders)
                 bar.set_description(f"round {number + 1}/{options.rounds} {contenders[index].name}")
-                job = _job(contenders[index], samples, options, number, Path(folder))
-                rounds[index].append(_measure(job, Path(folder), bar))
-                if job.evaluated_pictures:
-                    detections[index] = read_detections(Path(job.detections_npz))
+                job = _make_job(contenders[index], samples, options, number, Path(folder))
+                rounds[index].append(_run_worker(job, Path(folder), bar))
+                if job.eval_images:
+                    detections[index] = read_detections_npz(Path(job.detections_npz))
     return BenchResult(
-        schema=SCHEMA,
+        schema=SCHEMA_VERSION,
         command=options.command,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         host=facts,
@@ -99,20 +102,20 @@ def bench(
         threads=options.threads,
         data=options.data,
         split=options.split,
-        pictures=len(samples) if options.annotated else 0,
-        timed_pictures=len(_timed(samples, options)),
+        num_images=len(samples) if options.has_ground_truth else 0,
+        num_timed_images=len(_select_timed_samples(samples, options)),
         runs=options.runs,
         rounds=options.rounds,
-        warm_up=options.warm_up,
-        warm_up_s=options.warm_up_s,
+        warmup=options.warmup,
+        warmup_s=options.warmup_s,
         models=tuple(
-            _model_result(contender, measured, _judged(found, samples))
+            _make_model_result(contender, measured, _evaluate_detections(found, samples))
             for contender, measured, found in zip(contenders, rounds, detections, strict=True)
         ),
     )
 
 
-def _check(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> None:
+def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> None:
     if not models:
         raise UsageError("no model to measure")
     if not samples:
@@ -127,16 +130,18 @@ def _check(models: Sequence[Path], samples: Sequence[Sample], options: BenchOpti
         raise UsageError(f"--runs {options.runs}: fewer than the {options.rounds} rounds")
 
 
-def _contenders(models: Sequence[Path], backends: Sequence[str | None], names: Sequence[str] | None) -> list[Contender]:
-    pairs = [(path, backend or backend_of(path)) for path in models for backend in backends]
-    digests = {path: _sha256(path) for path in models}
+def _make_entries(
+    models: Sequence[Path], backends: Sequence[str | None], names: Sequence[str] | None
+) -> list[BenchEntry]:
+    pairs = [(path, backend or default_backend(path)) for path in models for backend in backends]
+    digests = {path: _hash_model_files(path) for path in models}
     return [
-        Contender(path, backend, name, digests[path])
-        for (path, backend), name in zip(pairs, _names(pairs, names), strict=True)
+        BenchEntry(path, backend, name, digests[path])
+        for (path, backend), name in zip(pairs, _make_names(pairs, names), strict=True)
     ]
 
 
-def _names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:
+def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:
     if names is None:
         paths = {path for path, _ in pairs}
         short = len({path.stem for path in paths}) == len(paths)
@@ -150,43 +155,47 @@ def _names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> li
     return list(names)
 
 
-def _sha256(path: Path) -> str:
-    digests = [sha256_of(file) for file in model_files(path)]
+def _hash_model_files(path: Path) -> str:
+    digests = [file_sha256(file) for file in list_model_files(path)]
     return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
 
 
-def _timed(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
+def _select_timed_samples(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
     """Spread over the split."""
-    places = np.linspace(0, len(samples) - 1, min(options.timed_pictures, len(samples)))
+    places = np.linspace(0, len(samples) - 1, min(options.max_timed_images, len(samples)))
     return [samples[place] for place in places.round().astype(int)]
 
 
-def _job(contender: Contender, samples: Sequence[Sample], options: BenchOptions, number: int, folder: Path) -> Job:
+def _make_job(
+    entry: BenchEntry, samples: Sequence[Sample], options: BenchOptions, round_index: int, work_dir: Path
+) -> WorkerJob:
     """The first round evaluates too, after its times are taken: what is wrong with the data shows early."""
-    evaluated = samples if options.annotated and number == 0 else ()
-    return Job(
-        model=str(contender.path),
+    evaluated = samples if options.has_ground_truth and round_index == 0 else ()
+    return WorkerJob(
+        model=str(entry.path),
         device=options.device,
-        backend=contender.backend,
+        backend=entry.backend,
         threads=options.threads,
-        timed_pictures=tuple(str(sample.path) for sample in _timed(samples, options)),
-        warm_up=options.warm_up,
-        warm_up_s=options.warm_up_s,
-        runs=options.runs // options.rounds + (number < options.runs % options.rounds),
-        staged_runs=options.staged_runs,
-        evaluated_pictures=tuple(str(sample.path) for sample in evaluated),
-        detections_npz=str(folder / "detections.npz"),
+        timed_images=tuple(str(sample.path) for sample in _select_timed_samples(samples, options)),
+        warmup=options.warmup,
+        warmup_s=options.warmup_s,
+        runs=options.runs // options.rounds + (round_index < options.runs % options.rounds),
+        stage_runs=options.stage_runs,
+        eval_images=tuple(str(sample.path) for sample in evaluated),
+        detections_npz=str(work_dir / "detections.npz"),
     )
 
 
-def _progress(contenders: Sequence[Contender], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
-    each = options.runs + options.rounds * (options.warm_up + options.staged_runs) + options.annotated * len(samples)
-    return tqdm(total=len(contenders) * each, unit="run", leave=False)
+def _make_progress_bar(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
+    each = (
+        options.runs + options.rounds * (options.warmup + options.stage_runs) + options.has_ground_truth * len(samples)
+    )
+    return tqdm(total=len(entries) * each, unit="run", leave=False)
 
 
-def _measure(job: Job, folder: Path, bar: "tqdm[Any]") -> Measured:
+def _run_worker(job: WorkerJob, work_dir: Path, bar: "tqdm[Any]") -> WorkerResult:
     """Run one worker to its end; its HkdError is raised here."""
-    job_path, out_path, log_path = folder / "job.json", folder / "out.json", folder / "worker.log"
+    job_path, out_path, log_path = work_dir / "job.json", work_dir / "out.json", work_dir / "worker.log"
     job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     out_path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "hkd_bench.worker", str(job_path), str(out_path)]
@@ -199,44 +208,46 @@ def _measure(job: Job, folder: Path, bar: "tqdm[Any]") -> Measured:
             worker.kill()
             raise
     if not out_path.exists():
-        raise UnavailableError(f"{job.model}: {_death(worker.returncode, log_path)}")
+        raise UnavailableError(f"{job.model}: {_worker_error(worker.returncode, log_path)}")
     found = json.loads(out_path.read_text(encoding="utf-8"))
     if "error" in found:
-        raise ERRORS[found["error"]](found["message"])
-    return Measured(**found["measured"])
+        raise ERROR_CLASSES[found["error"]](found["message"])
+    return WorkerResult(**found["measured"])
 
 
-def _death(code: int, log: Path) -> str:
+def _worker_error(returncode: int, log_path: Path) -> str:
     """Why a worker ended without a word."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if code == -9:
+    lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if returncode == -9:
         return "the measuring process was killed (signal 9), most likely for lack of memory; close other programs"
-    return f"the measuring process ended with code {code}: {lines[-1] if lines else 'no message'}"
+    return f"the measuring process ended with code {returncode}: {lines[-1] if lines else 'no message'}"
 
 
-def _judged(detections: Sequence[Detections], samples: Sequence[Sample]) -> dict[str, MissRate]:
+def _evaluate_detections(detections: Sequence[Detections], samples: Sequence[Sample]) -> dict[str, MissRateResult]:
     """By setup; over no pictures where none was evaluated."""
-    truths = [sample.truth for sample in samples] if detections else []
-    return evaluate(TruthTable.of(truths), DetectionTable.of(detections))
+    truths = [sample.ground_truth for sample in samples] if detections else []
+    return evaluate(GroundTruthTable.from_samples(truths), DetectionTable.from_detections(detections))
 
 
-def _model_result(contender: Contender, rounds: Sequence[Measured], judged: dict[str, MissRate]) -> ModelResult:
+def _make_model_result(
+    entry: BenchEntry, rounds: Sequence[WorkerResult], evaluation: dict[str, MissRateResult]
+) -> ModelResult:
     first, largest = rounds[0], max(rounds, key=lambda one: one.peak_memory_mib)
     stages = np.concatenate([one.stages_ms for one in rounds])
     return ModelResult(
-        name=contender.name,
-        path=str(contender.path),
-        sha256=contender.sha256,
-        backend=contender.backend,
+        name=entry.name,
+        path=str(entry.path),
+        sha256=entry.sha256,
+        backend=entry.backend,
         model=first.model,
         parameters=first.parameters,
         flops=first.flops,
         imgsz_hw=(first.imgsz_hw[0], first.imgsz_hw[1]),
-        file_mib=sum(file.stat().st_size for file in model_files(contender.path)) / 2**20,
-        miss_rates={setup: found.value if found.people else None for setup, found in judged.items()},
-        people={setup: found.people for setup, found in judged.items()},
-        curve=Curve.of(judged[REASONABLE.name]),
-        curve_all=Curve.of(judged["All"]),
+        file_mib=sum(file.stat().st_size for file in list_model_files(entry.path)) / 2**20,
+        miss_rates={setup: found.value if found.num_gt else None for setup, found in evaluation.items()},
+        num_gt={setup: found.num_gt for setup, found in evaluation.items()},
+        curve=StoredCurve.from_miss_rate(evaluation[REASONABLE.name]),
+        curve_all=StoredCurve.from_miss_rate(evaluation["All"]),
         e2e_ms=tuple(sample for one in rounds for sample in one.e2e_ms),
         stages=StageSamples(*(tuple(column.tolist()) for column in stages.T)),
         load_ms=tuple(one.load_ms for one in rounds),

@@ -7,34 +7,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_bench.gallery import Gallery, judged_pictures
-from hkd_bench.report import write_report
+from hkd_bench.gallery import ExampleImages, render_examples
+from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, write_result
-from hkd_bench.score.command import score
-from hkd_bench.table import text_table
+from hkd_bench.score.command import run_score
+from hkd_bench.table import format_text_table
 from hkd_deploy import open_detector
 from hkd_deploy.backends.opening import BACKENDS
-from hkd_deploy.streams.recorded import pictures_in
-from hkd_det.datasets.catalogue import SPLITS, open_data
+from hkd_deploy.streams.recorded import list_images
+from hkd_det.datasets.catalogue import SPLITS, load_dataset
 from hkd_det.datasets.sample import Sample
 from hkd_det.errors import UsageError, run_command
 
-GALLERY_CONF = 0.3  # from which a box is drawn on the page; the miss rate itself has no threshold
-GALLERY_PICTURES = 6
+EXAMPLE_CONF = 0.3  # from which a box is drawn on the page; the miss rate itself has no threshold
+EXAMPLE_COUNT = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     typed = sys.argv[1:] if argv is None else argv
     if typed[:1] == ["score"]:
-        return run_command("hkd-bench", score, typed[1:])
-    return run_command("hkd-bench", _body, typed)
+        return run_command("hkd-bench", run_score, typed[1:])
+    return run_command("hkd-bench", _run_bench_cli, typed)
 
 
-def _body(argv: Sequence[str] | None) -> int:
+def _run_bench_cli(argv: Sequence[str] | None) -> int:
     typed = argv or []
-    flags = _parse(typed)
-    samples = _samples(flags)[: flags.limit]
+    flags = _parse_bench_args(typed)
+    samples = _load_samples(flags)[: flags.limit]
     options = BenchOptions(
         device=flags.device,
         threads=flags.threads,
@@ -43,43 +43,43 @@ def _body(argv: Sequence[str] | None) -> int:
         data=flags.data or str(flags.pictures),
         split=flags.split if flags.data else "",
         command=shlex.join(["hkd-bench", *typed]),
-        annotated=bool(flags.data),
+        has_ground_truth=bool(flags.data),
     )
     result = bench(flags.models, samples, options, names=flags.names.split(",") if flags.names else None)
-    print(text_table(result))
+    print(format_text_table(result))
     if flags.json:
         write_result(flags.json, result)
         print(f"saved {flags.json}")
     if flags.html:
-        write_report(flags.html, result, title=_title(result), gallery=_gallery(flags, samples))
+        write_bench_report(flags.html, result, title=_make_title(result), examples=_make_examples(flags, samples))
         print(f"saved {flags.html}")
     return 0
 
 
-def _samples(flags: argparse.Namespace) -> list[Sample]:
+def _load_samples(flags: argparse.Namespace) -> list[Sample]:
     if flags.data:
-        return open_data(flags.data, flags.split)
+        return load_dataset(flags.data, flags.split)
     if not flags.pictures.is_dir():
         raise UsageError(f"--pictures {flags.pictures}: no such folder")
-    return [Sample(path.name, path) for path in pictures_in(flags.pictures)]
+    return [Sample(path.name, path) for path in list_images(flags.pictures)]
 
 
-def _gallery(flags: argparse.Namespace, samples: Sequence[Sample]) -> Gallery | None:
+def _make_examples(flags: argparse.Namespace, samples: Sequence[Sample]) -> ExampleImages | None:
     """Of the last model; None where no truth is known that could judge it."""
     if not flags.data:
         return None
     last = flags.backend.split(",")[-1] if flags.backend else None
     with open_detector(flags.models[-1], flags.device, flags.threads, last) as detector:
-        return judged_pictures(detector, samples, GALLERY_CONF, GALLERY_PICTURES)
+        return render_examples(detector, samples, EXAMPLE_CONF, EXAMPLE_COUNT)
 
 
-def _title(result: BenchResult) -> str:
+def _make_title(result: BenchResult) -> str:
     names = [model.name for model in result.models]
     listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
     return f"{listed} on {Path(result.data).name} {result.split}".rstrip()
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-bench",
         description="Measure exported models side by side: miss rate on a data set, latency, memory, this machine. "
@@ -103,11 +103,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and sample")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report, one self-contained page")
     flags = parser.parse_args(argv)
-    _check(flags)
+    _check_bench_args(flags)
     return flags
 
 
-def _check(flags: argparse.Namespace) -> None:
+def _check_bench_args(flags: argparse.Namespace) -> None:
     """What would otherwise show only after minutes of measuring, too."""
     if bool(flags.data) == bool(flags.pictures):
         raise UsageError(

@@ -14,7 +14,7 @@ class Energy:
     reason: str = ""
 
 
-class ProcessorEnergy:
+class RaplMeter:
     """Counts from its making on. The counters wrap around: ask at least once an hour."""
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
@@ -22,18 +22,18 @@ class ProcessorEnergy:
         self.zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
         self.reason = "" if self.zones else f"{powercap}/intel-rapl:*: no such counters on this machine"
         self.joules = 0.0
-        self.last = self._read()
+        self.last_uj = self._read_energy_uj()
 
-    def so_far(self) -> Energy:
+    def total(self) -> Energy:
         """Since the making."""
-        now = self._read()
-        for zone, (before, after) in enumerate(zip(self.last, now, strict=True)):
+        now = self._read_energy_uj()
+        for zone, (before, after) in enumerate(zip(self.last_uj, now, strict=True)):
             wrapped = after < before
-            self.joules += (after - before + (self._range_uj(zone) if wrapped else 0)) / 1e6
-        self.last = now
+            self.joules += (after - before + (self._read_range_uj(zone) if wrapped else 0)) / 1e6
+        self.last_uj = now
         return Energy(None, self.reason) if self.reason else Energy(self.joules)
 
-    def _read(self) -> list[int]:
+    def _read_energy_uj(self) -> list[int]:
         try:
             return [int((zone / "energy_uj").read_text()) for zone in self.zones]
         except PermissionError as error:
@@ -43,5 +43,5 @@ class ProcessorEnergy:
         self.zones = []
         return []
 
-    def _range_uj(self, zone: int) -> int:
+    def _read_range_uj(self, zone: int) -> int:
         return int((self.zones[zone] / "max_energy_range_uj").read_text())

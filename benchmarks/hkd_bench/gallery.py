@@ -7,50 +7,59 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy import Detector
-from hkd_deploy.draw import Verdict, draw_box, draw_detections
-from hkd_det.datasets.sample import Sample, read_picture
+from hkd_deploy.draw import MatchStatus, draw_box, draw_detections
+from hkd_det.datasets.sample import Sample, read_image
 from hkd_det.detections import Detections
-from hkd_det.metrics.citypersons import REASONABLE, Setup, match
-from hkd_det.metrics.matching import FALSE, IGNORED, TRUE
+from hkd_det.metrics.citypersons import REASONABLE, CityPersonsSetup, match_image
+from hkd_det.metrics.matching import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE
 
-VERDICTS = {TRUE: Verdict.HIT, FALSE: Verdict.FALSE_POSITIVE, IGNORED: Verdict.IGNORED}
+MATCH_STATUS = {
+    TRUE_POSITIVE: MatchStatus.TRUE_POSITIVE,
+    FALSE_POSITIVE: MatchStatus.FALSE_POSITIVE,
+    IGNORED: MatchStatus.IGNORED,
+}
 
-Picture = tuple[str, NDArray[np.uint8]]
+CaptionedImage = tuple[str, NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, eq=False)
-class Gallery:
+class ExampleImages:
     """Pictures, each (caption, uint8 RGB with boxes drawn), and the score from which a box is drawn."""
 
     conf: float
-    pictures: tuple[Picture, ...]
+    images: tuple[CaptionedImage, ...]
 
 
-def judged_pictures(
-    detector: Detector, samples: Sequence[Sample], conf: float, count: int, setup: Setup = REASONABLE
-) -> Gallery:
+def render_examples(
+    detector: Detector, samples: Sequence[Sample], conf: float, num_images: int, setup: CityPersonsSetup = REASONABLE
+) -> ExampleImages:
     """`count` pictures spread over those with people to be found.
 
     Drawn are detections with a score of at least `conf`, and the people that are then missed.
     """
-    peopled = [sample for sample in samples if (~sample.truth.ignore).any()] or list(samples)
-    places = np.unique(np.linspace(0, len(peopled) - 1, min(count, len(peopled))).round().astype(int))
+    peopled = [sample for sample in samples if (~sample.ground_truth.ignore).any()] or list(samples)
+    places = np.unique(np.linspace(0, len(peopled) - 1, min(num_images, len(peopled))).round().astype(int))
     pictures = []
     for place in places:
         sample = peopled[place]
-        picture = read_picture(sample.path)
-        pictures.append(judged(picture, sample, detector(picture).above(conf), setup))
-    return Gallery(conf, tuple(pictures))
+        picture = read_image(sample.path)
+        pictures.append(render_matches(picture, sample, detector(picture).filter(conf), setup))
+    return ExampleImages(conf, tuple(pictures))
 
 
-def judged(picture_rgb: NDArray[np.uint8], sample: Sample, found: Detections, setup: Setup = REASONABLE) -> Picture:
+def render_matches(
+    image_rgb: NDArray[np.uint8], sample: Sample, detections: Detections, setup: CityPersonsSetup = REASONABLE
+) -> CaptionedImage:
     """(caption, a copy of the picture): every detection in its verdict's colour, every missed person dashed."""
-    judgement = match(sample.truth, found, setup)
-    kept = Detections(found.boxes_xyxy[judgement.kept], found.scores[judgement.kept])
-    canvas = draw_detections(picture_rgb, kept, [VERDICTS[int(verdict)] for verdict in judgement.verdict])
-    for index in judgement.missed:
-        draw_box(canvas, sample.truth.boxes_xyxy[index], Verdict.MISS)
-    hits, wrong = int((judgement.verdict == TRUE).sum()), int((judgement.verdict == FALSE).sum())
-    people = hits + len(judgement.missed)
+    judgement = match_image(sample.ground_truth, detections, setup)
+    kept = Detections(detections.boxes_xyxy[judgement.eval_indices], detections.scores[judgement.eval_indices])
+    canvas = draw_detections(image_rgb, kept, [MATCH_STATUS[int(verdict)] for verdict in judgement.match_status])
+    for index in judgement.missed_gt:
+        draw_box(canvas, sample.ground_truth.boxes_xyxy[index], MatchStatus.FALSE_NEGATIVE)
+    hits, wrong = (
+        int((judgement.match_status == TRUE_POSITIVE).sum()),
+        int((judgement.match_status == FALSE_POSITIVE).sum()),
+    )
+    people = hits + len(judgement.missed_gt)
     caption = f"{sample.path.name}: {hits} of {people} found, {wrong} false alarm{'' if wrong == 1 else 's'}"
     return caption, canvas

@@ -13,7 +13,7 @@ import psutil
 
 
 @dataclass(frozen=True)
-class Fact:
+class HostField:
     """One fact; where `value` is None, `reason` says why."""
 
     name: str
@@ -21,29 +21,29 @@ class Fact:
     reason: str = ""
 
 
-class MissingError(Exception):
+class HostFieldError(Exception):
     """Why a fact cannot be read."""
 
 
-def host_facts() -> tuple[Fact, ...]:
+def read_host_fields() -> tuple[HostField, ...]:
     """All facts, in the order they are shown."""
     readers: tuple[tuple[str, Callable[[], str]], ...] = (
-        ("CPU", _cpu_model),
-        ("cores", _cores),
-        ("CPU frequency", _frequency),
-        ("CPU governor", lambda: _text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"))),
+        ("CPU", _read_cpu_model),
+        ("cores", _read_core_count),
+        ("CPU frequency", _read_cpu_frequency),
+        ("CPU governor", lambda: _read_first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"))),
         ("load average at the start", lambda: f"{os.getloadavg()[0]:.2f} over the last minute"),
         ("memory", lambda: f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
-        ("operating system", _system),
+        ("operating system", _read_os_name),
         ("kernel", platform.release),
-        ("GPU", _nvidia_gpu),
-        ("Jetson", lambda: _text(Path("/proc/device-tree/model"))),
-        ("L4T", lambda: _text(Path("/etc/nv_tegra_release"))),
+        ("GPU", _query_nvidia_gpu),
+        ("Jetson", lambda: _read_first_line(Path("/proc/device-tree/model"))),
+        ("L4T", lambda: _read_first_line(Path("/etc/nv_tegra_release"))),
         ("Python", platform.python_version),
-        *((name, _version_reader(names)) for name, names in DISTRIBUTIONS.items()),
-        ("git commit", _git_commit),
+        *((name, _make_version_reader(names)) for name, names in DISTRIBUTIONS.items()),
+        ("git commit", _read_git_commit),
     )
-    return tuple(_fact(name, read) for name, read in readers)
+    return tuple(_read_field(name, read) for name, read in readers)
 
 
 DISTRIBUTIONS = {
@@ -56,24 +56,24 @@ DISTRIBUTIONS = {
 }
 
 
-def _fact(name: str, read: Callable[[], str]) -> Fact:
+def _read_field(name: str, read: Callable[[], str]) -> HostField:
     try:
         value = read()
-        return Fact(name, value) if value else Fact(name, None, "empty")
-    except (MissingError, OSError, ValueError) as error:  # ValueError: a system file that holds no number
-        return Fact(name, None, str(error))
+        return HostField(name, value) if value else HostField(name, None, "empty")
+    except (HostFieldError, OSError, ValueError) as error:  # ValueError: a system file that holds no number
+        return HostField(name, None, str(error))
 
 
-def _text(path: Path) -> str:
+def _read_first_line(path: Path) -> str:
     """A small system file's first line."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError as error:
-        raise MissingError(f"{path}: {error.strerror}") from None
+        raise HostFieldError(f"{path}: {error.strerror}") from None
     return text.splitlines()[0] if text else ""
 
 
-def _cpu_model() -> str:
+def _read_cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
@@ -81,64 +81,66 @@ def _cpu_model() -> str:
             return found[1].strip()
     if platform.processor():
         return platform.processor()
-    found = re.search(r"Model name:\s*([^;]+)", _output(["lscpu"]))  # Arm's cpuinfo holds numbers, lscpu the name
+    found = re.search(r"Model name:\s*([^;]+)", _run_program(["lscpu"]))  # Arm's cpuinfo holds numbers, lscpu the name
     if found and found[1].strip() != "-":
         return found[1].strip()
-    raise MissingError("neither /proc/cpuinfo nor lscpu names it")
+    raise HostFieldError("neither /proc/cpuinfo nor lscpu names it")
 
 
-def _cores() -> str:
+def _read_core_count() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     physical = psutil.cpu_count(logical=False)
     return f"{usable} usable, {os.cpu_count()} logical" + (f", {physical} physical" if physical else "")
 
 
-def _frequency() -> str:
+def _read_cpu_frequency() -> str:
     folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-    low, high = (int(_text(folder / f"cpuinfo_{end}_freq")) / 1000 for end in ("min", "max"))
+    low, high = (int(_read_first_line(folder / f"cpuinfo_{end}_freq")) / 1000 for end in ("min", "max"))
     return f"{low:.0f} to {high:.0f} MHz"
 
 
-def _system() -> str:
+def _read_os_name() -> str:
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         return platform.platform()
 
 
-def _nvidia_gpu() -> str:
-    return _output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
+def _query_nvidia_gpu() -> str:
+    return _run_program(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
 
 
-def _git_commit() -> str:
+def _read_git_commit() -> str:
     folder = Path(__file__).parent
-    _output(["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name])  # ours, not a user's around
-    commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
-    dirty = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    _run_program(
+        ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
+    )  # ours, not a user's around
+    commit = _run_program(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    dirty = _run_program(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
     return commit + (" and uncommitted changes" if dirty else "")
 
 
-def _version_reader(distributions: tuple[str, ...]) -> Callable[[], str]:
+def _make_version_reader(distributions: tuple[str, ...]) -> Callable[[], str]:
     def read() -> str:
         for name in distributions:
             try:
                 return f"{importlib.metadata.version(name)} ({name})"
             except importlib.metadata.PackageNotFoundError:
                 continue
-        raise MissingError("not installed by pip")
+        raise HostFieldError("not installed by pip")
 
     return read
 
 
-def _output(command: list[str]) -> str:
+def _run_program(command: list[str]) -> str:
     """What a program prints, in one line."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except FileNotFoundError:
-        raise MissingError(f"no {command[0]} on this machine") from None
+        raise HostFieldError(f"no {command[0]} on this machine") from None
     except subprocess.TimeoutExpired:
-        raise MissingError(f"{command[0]} did not answer within 10 s") from None
+        raise HostFieldError(f"{command[0]} did not answer within 10 s") from None
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()
-        raise MissingError(f"{command[0]}: {reason[0] if reason else f'exit code {done.returncode}'}")
+        raise HostFieldError(f"{command[0]}: {reason[0] if reason else f'exit code {done.returncode}'}")
     return "; ".join(line.strip() for line in done.stdout.splitlines() if line.strip())

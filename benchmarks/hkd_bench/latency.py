@@ -15,12 +15,12 @@ class LatencySummary:
     p90_ms: float
     p99_ms: float
     mean_ms: float
-    maximum_ms: float
-    count: int
-    variation: float
+    max_ms: float
+    num_samples: int
+    cv: float
 
 
-def summary(samples_ms: Sequence[float]) -> LatencySummary:
+def summarize_latency(samples_ms: Sequence[float]) -> LatencySummary:
     """Percentiles as numpy interpolates them. Raises ValueError without samples."""
     if not len(samples_ms):
         raise ValueError("no latency samples")
@@ -32,13 +32,13 @@ def summary(samples_ms: Sequence[float]) -> LatencySummary:
         p90_ms=float(p90),
         p99_ms=float(p99),
         mean_ms=float(mean),
-        maximum_ms=float(samples.max()),
-        count=len(samples),
-        variation=float(samples.std() / mean) if mean else 0.0,
+        max_ms=float(samples.max()),
+        num_samples=len(samples),
+        cv=float(samples.std() / mean) if mean else 0.0,
     )
 
 
-def bound_ms(samples_ms: Sequence[float], percentile: float, confidence: float = 0.99) -> float | None:
+def confidence_bound_ms(samples_ms: Sequence[float], percentile: float, confidence: float = 0.99) -> float | None:
     """The latency below which the true percentile lies with `confidence`; None if the samples are too few.
 
     MLPerf's early stopping (Reddi et al. 2020; inference rules, appendix "Early Stopping"): with n samples, of which

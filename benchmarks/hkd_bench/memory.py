@@ -11,7 +11,7 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def resident_mib() -> float:
+def read_resident_mib() -> float:
     """Resident now."""
     return float(psutil.Process().memory_info().rss) / 2**20
 
@@ -22,7 +22,7 @@ def reset_peak() -> None:
         CLEAR_REFS.write_text("5", encoding="ascii")
 
 
-def peak_mib() -> float:
+def read_peak_mib() -> float:
     """Most ever resident, or most since `reset_peak`."""
     if STATUS.exists():
         for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():

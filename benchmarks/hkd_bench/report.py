@@ -11,17 +11,17 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from hkd_bench import plots
-from hkd_bench.gallery import Gallery
-from hkd_bench.latency import bound_ms
+from hkd_bench.gallery import ExampleImages
+from hkd_bench.latency import confidence_bound_ms
 from hkd_bench.result import BenchResult, ModelResult
-from hkd_bench.table import COLUMNS, cells, notes
-from hkd_deploy.draw import Verdict
+from hkd_bench.table import COLUMNS, make_cells, make_notes
+from hkd_deploy.draw import MatchStatus
 from hkd_det.files import write_text
 from hkd_det.imgsz import format_imgsz
 from hkd_det.metrics.citypersons import SETUPS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MOST_PX = 1024  # the longer side of a picture on the page
+MAX_IMAGE_PX = 1024  # the longer side of a picture on the page
 JPEG_QUALITY = 82
 DETAILS = (
     ("p50", "ms"),
@@ -37,36 +37,36 @@ DETAILS = (
     ("of it added by the model", "MiB"),
 )
 LEGEND = (
-    ("found", Verdict.HIT),
-    ("missed", Verdict.MISS),
-    ("false alarm", Verdict.FALSE_POSITIVE),
-    ("not judged (ignore region, or outside Reasonable)", Verdict.IGNORED),
+    ("found", MatchStatus.TRUE_POSITIVE),
+    ("missed", MatchStatus.FALSE_NEGATIVE),
+    ("false alarm", MatchStatus.FALSE_POSITIVE),
+    ("not judged (ignore region, or outside Reasonable)", MatchStatus.IGNORED),
 )
 
 
-def write_report(
+def write_bench_report(
     path: Path,
     result: BenchResult,
     title: str,
     intro: str = "",
-    gallery: Gallery | None = None,
+    examples: ExampleImages | None = None,
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
-    film_frames: Sequence[NDArray[np.uint8]] = (),
+    video_frames: Sequence[NDArray[np.uint8]] = (),
 ) -> None:
     """Write the page in one step.
 
     gallery: of the last model. training: by name, (epoch, miss rate as a fraction). film_frames: uint8 RGB.
     """
-    write_text(path, render(result, title, intro, gallery, training or {}, film_frames))
+    write_text(path, render_html(result, title, intro, examples, training or {}, video_frames))
 
 
-def render(
+def render_html(
     result: BenchResult,
     title: str,
     intro: str,
-    gallery: Gallery | None,
+    examples: ExampleImages | None,
     training: Mapping[str, Sequence[tuple[int, float]]],
-    film_frames: Sequence[NDArray[np.uint8]],
+    video_frames: Sequence[NDArray[np.uint8]],
 ) -> str:
     """The page's HTML."""
     environment = jinja2.Environment(
@@ -78,78 +78,79 @@ def render(
         title=title,
         intro=intro,
         result=result,
-        colours=[plots.COLOURS[number % len(plots.COLOURS)] for number in range(len(result.models))],
-        figures=_figure_rows(result),
-        setups=_setup_rows(result),
+        colours=[plots.COLORS[number % len(plots.COLORS)] for number in range(len(result.models))],
+        figures=_make_metric_rows(result),
+        setups=_make_setup_rows(result),
         details=[
             (name, unit, row)
-            for (name, unit), row in zip(DETAILS, zip(*map(_details, result.models), strict=True), strict=True)
+            for (name, unit), row in zip(DETAILS, zip(*map(_format_details, result.models), strict=True), strict=True)
         ],
         imgsz=[format_imgsz(model.imgsz_hw) for model in result.models],
-        notes=notes(result),
-        miss_rate_figure=Markup(plots.miss_rate_figure(result)),
-        all_figure=Markup(plots.miss_rate_figure(result, "All")),
-        latency_figure=Markup(plots.latency_figure(result)),
-        stage_figure=Markup(plots.stage_figure(result)),
-        training_figure=Markup(plots.training_figure(trained)) if trained else "",
+        notes=make_notes(result),
+        miss_rate_figure=Markup(plots.plot_miss_rate(result)),
+        all_figure=Markup(plots.plot_miss_rate(result, "All")),
+        latency_figure=Markup(plots.plot_latency(result)),
+        stage_figure=Markup(plots.plot_stages(result)),
+        training_figure=Markup(plots.plot_training(trained)) if trained else "",
         gallery_model=result.models[-1].name,
         legend=[
-            (name, "#{:02x}{:02x}{:02x}".format(*verdict.value), verdict is Verdict.MISS) for name, verdict in LEGEND
+            (name, "#{:02x}{:02x}{:02x}".format(*verdict.value), verdict is MatchStatus.FALSE_NEGATIVE)
+            for name, verdict in LEGEND
         ],
-        conf=gallery.conf if gallery else None,
-        pictures=[(caption, _data_uri(picture)) for caption, picture in gallery.pictures] if gallery else [],
-        film_frames=[_data_uri(frame) for frame in film_frames],
+        conf=examples.conf if examples else None,
+        pictures=[(caption, _encode_data_uri(picture)) for caption, picture in examples.images] if examples else [],
+        film_frames=[_encode_data_uri(frame) for frame in video_frames],
     )
 
 
-def _figure_rows(result: BenchResult) -> list[tuple[str, str, list[tuple[str, str]]]]:
+def _make_metric_rows(result: BenchResult) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(title, unit, [(value, ratio to the first model)]): the table stood on its side, for a phone."""
-    columns = list(zip(*cells(result), strict=True))
+    columns = list(zip(*make_cells(result), strict=True))
     return [
         (column.title, column.unit, [(cell.value, cell.ratio) for cell in row])
         for column, row in zip(COLUMNS, columns, strict=True)
     ]
 
 
-def _setup_rows(result: BenchResult) -> list[tuple[str, str, int, list[str]]]:
+def _make_setup_rows(result: BenchResult) -> list[tuple[str, str, int, list[str]]]:
     """(setup, whom it asks for, people, miss rates)."""
     return [
         (
             name,
-            f"{_range(setup.height_px, ' px')} high, {_range(setup.visibility, '')} visible",
-            result.models[0].people[name],
-            [plots.percent(model.miss_rates[name]) for model in result.models],
+            f"{_format_limits(setup.height_px, ' px')} high, {_format_limits(setup.visible_ratio, '')} visible",
+            result.models[0].num_gt[name],
+            [plots.format_percent(model.miss_rates[name]) for model in result.models],
         )
         for name, setup in SETUPS.items()
     ]
 
 
-def _range(ends: tuple[float, float], unit: str) -> str:
+def _format_limits(ends: tuple[float, float], unit: str) -> str:
     low, high = ends
     return f"at least {low:g}{unit}" if high > 1e6 else f"{low:g} to {high:g}{unit}"
 
 
-def _details(model: ModelResult) -> list[str]:
+def _format_details(model: ModelResult) -> list[str]:
     """In the order of DETAILS."""
     latency = model.latency
-    bounds = [bound_ms(model.e2e_ms, percentile) for percentile in (90, 99)]
+    bounds = [confidence_bound_ms(model.e2e_ms, percentile) for percentile in (90, 99)]
     return [
         *(f"{value:.2f}" for value in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
         *("too few runs" if bound is None else f"{bound:.2f}" for bound in bounds),
-        *(f"{value:.2f}" for value in (latency.mean_ms, latency.maximum_ms)),
-        f"{100 * latency.variation:.0f} %",
+        *(f"{value:.2f}" for value in (latency.mean_ms, latency.max_ms)),
+        f"{100 * latency.cv:.0f} %",
         f"{np.median(model.load_ms):.0f}",
         *(f"{value:.0f}" for value in (model.peak_memory_mib, model.memory_mib)),
     ]
 
 
-def _data_uri(picture_rgb: NDArray[np.uint8]) -> str:
+def _encode_data_uri(image_rgb: NDArray[np.uint8]) -> str:
     """A JPEG inside the page, made smaller where it is larger than a page can show."""
-    height, width = picture_rgb.shape[:2]
-    scale = min(1.0, MOST_PX / max(height, width))
+    height, width = image_rgb.shape[:2]
+    scale = min(1.0, MAX_IMAGE_PX / max(height, width))
     if scale < 1:
         size = round(width * scale), round(height * scale)
-        picture_rgb = cv2.resize(picture_rgb, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
-    bgr = cv2.cvtColor(picture_rgb, cv2.COLOR_RGB2BGR)
+        image_rgb = cv2.resize(image_rgb, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+    bgr = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
     packed = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     return "data:image/jpeg;base64," + base64.b64encode(packed.tobytes()).decode("ascii")

@@ -9,31 +9,31 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from hkd_bench.host import Fact
-from hkd_bench.latency import LatencySummary, summary
+from hkd_bench.host import HostField
+from hkd_bench.latency import LatencySummary, summarize_latency
 from hkd_det.errors import DataError
 from hkd_det.files import write_text
-from hkd_det.metrics.curve import MissRate
+from hkd_det.metrics.curve import MissRateResult
 
-SCHEMA = 1
-CURVE_POINTS = 2000
+SCHEMA_VERSION = 1
+MAX_CURVE_POINTS = 2000
 
 
 @dataclass(frozen=True)
-class Curve:
+class StoredCurve:
     """Miss rate (0..1) against false positives per picture, by falling score; thinned to CURVE_POINTS."""
 
     fppi: tuple[float, ...]
     miss_rate: tuple[float, ...]
 
     @classmethod
-    def of(cls, found: MissRate) -> "Curve":
+    def from_miss_rate(cls, result: MissRateResult) -> "StoredCurve":
         """The curve, thinned evenly on a logarithmic axis; first and last point stay."""
-        count = len(found.fppi)
+        count = len(result.fppi)
         kept = np.arange(count)
-        if count > CURVE_POINTS:
-            kept = np.unique(np.geomspace(1, count, CURVE_POINTS).round().astype(int)) - 1
-        return cls(tuple(found.fppi[kept].tolist()), tuple(found.miss_rate[kept].tolist()))
+        if count > MAX_CURVE_POINTS:
+            kept = np.unique(np.geomspace(1, count, MAX_CURVE_POINTS).round().astype(int)) - 1
+        return cls(tuple(result.fppi[kept].tolist()), tuple(result.miss_rate[kept].tolist()))
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ class ModelResult:
     imgsz_hw: tuple[int, int]
     file_mib: float
     miss_rates: dict[str, float | None]
-    people: dict[str, int]
-    curve: Curve
+    num_gt: dict[str, int]
+    curve: StoredCurve
     e2e_ms: tuple[float, ...]
     stages: StageSamples
     load_ms: tuple[float, ...]
     peak_memory_mib: float
     baseline_mib: float
-    curve_all: Curve | None = None  # results of version 0.1.0 may be without
+    curve_all: StoredCurve | None = None  # results of version 0.1.0 may be without
     backend: str = "onnxruntime"  # the only one there was, in results that are without
 
     @property
     def latency(self) -> LatencySummary:
         """Of the runs from frame to detections."""
-        return summary(self.e2e_ms)
+        return summarize_latency(self.e2e_ms)
 
     @property
     def memory_mib(self) -> float:
@@ -100,18 +100,18 @@ class BenchResult:
     schema: int
     command: str
     date: str
-    host: tuple[Fact, ...]
+    host: tuple[HostField, ...]
     device: str
     threads: int | None
     data: str
     split: str
-    pictures: int
-    timed_pictures: int
+    num_images: int
+    num_timed_images: int
     runs: int
     rounds: int
-    warm_up: int
+    warmup: int
     models: tuple[ModelResult, ...]
-    warm_up_s: float = 0.0
+    warmup_s: float = 0.0
 
 
 def write_result(path: Path, result: BenchResult) -> None:
@@ -128,43 +128,45 @@ def read_result(path: Path) -> BenchResult:
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from None
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise DataError(f"{path}: not a result of hkd-bench that this version reads (schema {schema}, not {SCHEMA})")
+    if schema != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: not a result of hkd-bench that this version reads (schema {schema}, not {SCHEMA_VERSION})"
+        )
     try:
-        found = _decode(BenchResult, content, "result")
+        found = _decode_value(BenchResult, content, "result")
     except ValueError as error:
         raise DataError(f"{path}: {error}; measure again with hkd-bench --json") from None
     assert isinstance(found, BenchResult)
     return found
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
+def _decode_value(cls: Any, value: Any, location: str) -> Any:
     """A JSON value as the type asks; ValueError, naming the place, for what does not fit."""
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, value, where)
-    origin, inner = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(cls):
+        return _decode_dataclass(cls, value, location)
+    origin, inner = get_origin(cls), get_args(cls)
     if origin in (Union, types.UnionType):
-        return None if value is None else _decode(inner[0], value, where)
+        return None if value is None else _decode_value(inner[0], value, location)
     if origin is tuple and isinstance(value, list):
         kinds = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
         if len(kinds) == len(value):
             pairs = enumerate(zip(kinds, value, strict=True))
-            return tuple(_decode(one, item, f"{where}[{place}]") for place, (one, item) in pairs)
+            return tuple(_decode_value(one, item, f"{location}[{place}]") for place, (one, item) in pairs)
     elif origin is dict and isinstance(value, dict):
-        return {key: _decode(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif kind is float and type(value) in (int, float):
+        return {key: _decode_value(inner[1], item, f"{location}.{key}") for key, item in value.items()}
+    elif cls is float and type(value) in (int, float):
         return float(value)
-    elif type(value) is kind:
+    elif type(value) is cls:
         return value
-    raise ValueError(f"{where} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")
+    raise ValueError(f"{location} is {str(value)[:40]!r}, expected {getattr(cls, '__name__', cls)}")
 
 
-def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
-    hints = get_type_hints(kind)
-    fields = dataclasses.fields(kind)
+def _decode_dataclass(cls: Any, value: Any, location: str) -> Any:
+    hints = get_type_hints(cls)
+    fields = dataclasses.fields(cls)
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     found: set[str] = set(value) if isinstance(value, dict) else set()
     odd = sorted((needed - found) | (found - {field.name for field in fields}))
     if odd:
-        raise ValueError(f"{where}: missing or unknown {', '.join(odd)}")
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})
+        raise ValueError(f"{location}: missing or unknown {', '.join(odd)}")
+    return cls(**{name: _decode_value(hints[name], value[name], f"{location}.{name}") for name in value})

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hkd_bench.latency import bound_ms
+from hkd_bench.latency import confidence_bound_ms
 from hkd_bench.result import BenchResult, ModelResult
 
 
@@ -25,7 +25,7 @@ class Cell:
     ratio: str
 
 
-UNSTEADY = 0.1  # standard deviation over mean; an idle machine with fixed clocks stays below 0.025 (trtexec's alarm)
+MAX_CV = 0.1  # standard deviation over mean; an idle machine with fixed clocks stays below 0.025 (trtexec's alarm)
 COLUMNS = (
     Column("parameters", "M", 2, ratio=True),
     Column("GFLOPs", "", 2, ratio=True),
@@ -40,20 +40,20 @@ COLUMNS = (
 )
 
 
-def cells(result: BenchResult) -> list[list[Cell]]:
+def make_cells(result: BenchResult) -> list[list[Cell]]:
     """A row a model, a cell a column of COLUMNS."""
-    rows = [_figures(model) for model in result.models]
+    rows = [_collect_metrics(model) for model in result.models]
     nothing: Sequence[float | None] = [None] * len(COLUMNS)  # the first model is not compared with itself
     return [
-        [_cell(*each) for each in zip(COLUMNS, row, rows[0] if number else nothing, strict=True)]
+        [_make_cell(*each) for each in zip(COLUMNS, row, rows[0] if number else nothing, strict=True)]
         for number, row in enumerate(rows)
     ]
 
 
-def text_table(result: BenchResult) -> str:
+def format_text_table(result: BenchResult) -> str:
     """Aligned columns; below each further model its ratios to the first."""
     grid = [["", *(column.title for column in COLUMNS)], ["", *(column.unit for column in COLUMNS)]]
-    for model, row in zip(result.models, cells(result), strict=True):
+    for model, row in zip(result.models, make_cells(result), strict=True):
         grid.append([model.name, *(cell.value for cell in row)])
         if any(cell.ratio for cell in row):
             grid.append(["", *(cell.ratio for cell in row)])
@@ -65,42 +65,42 @@ def text_table(result: BenchResult) -> str:
         ).rstrip()
         for line in grid
     ]
-    return "\n".join([*lines, "", *notes(result)])
+    return "\n".join([*lines, "", *make_notes(result)])
 
 
-def markdown_table(result: BenchResult) -> str:
+def format_markdown_table(result: BenchResult) -> str:
     """A GitHub table; ratios to the first model in brackets."""
     titles = ["model", *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS)]
     rows = [
         [model.name, *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in row)]
-        for model, row in zip(result.models, cells(result), strict=True)
+        for model, row in zip(result.models, make_cells(result), strict=True)
     ]
     lines = [titles, ["---", *["---:"] * len(COLUMNS)], *rows]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *notes(result)])
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *make_notes(result)])
 
 
-def notes(result: BenchResult) -> list[str]:
+def make_notes(result: BenchResult) -> list[str]:
     """What a reader must know to read the table."""
     first = result.models[0]
     threads = "the runtime's own number of threads" if result.threads is None else f"{result.threads} threads"
-    data, people = f"{result.data or 'unnamed data'}, {result.split or 'no split'}", first.people["Reasonable"]
+    data, people = f"{result.data or 'unnamed data'}, {result.split or 'no split'}", first.num_gt["Reasonable"]
     lines = [
-        f"Miss rate over {result.pictures} pictures ({data}; {people} people in Reasonable)."
-        if result.pictures
+        f"Miss rate over {result.num_images} pictures ({data}; {people} people in Reasonable)."
+        if result.num_images
         else f"No miss rate: {result.data or 'the pictures'} come without annotations.",
-        f"Latency of one frame, decoded picture to boxes, on {result.device} with {threads}, {_by(result)}: "
+        f"Latency of one frame, decoded picture to boxes, on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in "
-        f"{result.rounds} processes, after {result.warm_up} warm-up runs{_seconds(result)} each.",
-        *_bounds(result),
+        f"{result.rounds} processes, after {result.warmup} warm-up runs{_format_warmup(result)} each.",
+        *_format_bounds(result),
     ]
-    short = [percentile for percentile in (90, 99) if bound_ms(first.e2e_ms, percentile) is None]
+    short = [percentile for percentile in (90, 99) if confidence_bound_ms(first.e2e_ms, percentile) is None]
     if short:
         names = " and ".join(f"p{percentile}" for percentile in short)
         lines.append(f"{names}: of too few runs for a 99 % bound (p90 takes 64 runs, p99 662): read as an indication.")
     return lines
 
 
-def _by(result: BenchResult) -> str:
+def _format_backends(result: BenchResult) -> str:
     """What ran the models; which ran which, where the names do not say it."""
     backends = list(dict.fromkeys(model.backend for model in result.models))
     if len(backends) == 1 or all(model.backend in model.name for model in result.models):
@@ -108,22 +108,20 @@ def _by(result: BenchResult) -> str:
     return "by " + ", ".join(f"{model.backend} ({model.name})" for model in result.models)
 
 
-def _seconds(result: BenchResult) -> str:
-    return f" and at least {result.warm_up_s:g} s" if result.warm_up_s else ""
+def _format_warmup(result: BenchResult) -> str:
+    return f" and at least {result.warmup_s:g} s" if result.warmup_s else ""
 
 
-def _bounds(result: BenchResult) -> list[str]:
+def _format_bounds(result: BenchResult) -> list[str]:
     """What the runs can vouch for."""
     lines = []
     for percentile in (90, 99):
-        bounds = [bound_ms(model.e2e_ms, percentile) for model in result.models]
+        bounds = [confidence_bound_ms(model.e2e_ms, percentile) for model in result.models]
         told = [f"{bound:.1f} ms ({model.name})" for model, bound in zip(result.models, bounds, strict=True) if bound]
         if told:
             lines.append(f"With 99 % confidence p{percentile} is at most {', '.join(told)}.")
     unsteady = [
-        f"{100 * model.latency.variation:.0f} % ({model.name})"
-        for model in result.models
-        if model.latency.variation > UNSTEADY
+        f"{100 * model.latency.cv:.0f} % ({model.name})" for model in result.models if model.latency.cv > MAX_CV
     ]
     if unsteady:
         lines.append(
@@ -133,14 +131,14 @@ def _bounds(result: BenchResult) -> list[str]:
     return lines
 
 
-def _figures(model: ModelResult) -> Sequence[float | None]:
+def _collect_metrics(model: ModelResult) -> Sequence[float | None]:
     latency = model.latency
     return (
         model.parameters / 1e6,
         model.flops / 1e9,
         model.file_mib,
-        _percent(model.miss_rates["Reasonable"]),
-        _percent(model.miss_rates["All"]),
+        _to_percent(model.miss_rates["Reasonable"]),
+        _to_percent(model.miss_rates["All"]),
         latency.p50_ms,
         latency.p90_ms,
         latency.p99_ms,
@@ -149,11 +147,11 @@ def _figures(model: ModelResult) -> Sequence[float | None]:
     )
 
 
-def _percent(fraction: float | None) -> float | None:
+def _to_percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def _cell(column: Column, value: float | None, first: float | None) -> Cell:
+def _make_cell(column: Column, value: float | None, first: float | None) -> Cell:
     if value is None:
         return Cell("-", "")
     return Cell(f"{value:.{column.digits}f}", f"x {value / first:.2f}" if column.ratio and first else "")

@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 
 from hkd_bench import memory
 from hkd_deploy import Detector, open_detector
-from hkd_det.datasets.sample import read_picture
+from hkd_det.datasets.sample import read_image
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text
 
-ERRORS: dict[str, type[HkdError]] = {kind.__name__: kind for kind in (UsageError, DataError, UnavailableError)}
+ERROR_CLASSES: dict[str, type[HkdError]] = {kind.__name__: kind for kind in (UsageError, DataError, UnavailableError)}
 
 # What a backend imports, where that is not ONNX Runtime.
-LIBRARIES = {"openvino": "openvino", "openvino-bf16": "openvino", "tensorrt": "tensorrt"}
+BACKEND_MODULES = {"openvino": "openvino", "openvino-bf16": "openvino", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """What one worker does.
 
     timed_pictures: decoded beforehand, then run in turn. warm_up, warm_up_s: untimed runs, at least so many and for at
@@ -45,17 +45,17 @@ class Job:
     device: str
     backend: str
     threads: int | None
-    timed_pictures: tuple[str, ...]
-    warm_up: int
-    warm_up_s: float
+    timed_images: tuple[str, ...]
+    warmup: int
+    warmup_s: float
     runs: int
-    staged_runs: int
-    evaluated_pictures: tuple[str, ...]
+    stage_runs: int
+    eval_images: tuple[str, ...]
     detections_npz: str
 
 
 @dataclass(frozen=True)
-class Measured:
+class WorkerResult:
     """What one worker found. stages_ms: a row a staged run: preprocess, inference, postprocess."""
 
     model: str
@@ -72,19 +72,19 @@ class Measured:
 def main(argv: Sequence[str]) -> int:
     """Measure; an HkdError goes to OUT.json, for the parent to raise."""
     job_path, out_path = map(Path, argv)
-    job = job_from(json.loads(job_path.read_text(encoding="utf-8")))
+    job = parse_job(json.loads(job_path.read_text(encoding="utf-8")))
     found: dict[str, Any]
     try:
-        found = {"measured": asdict(measure(job))}
+        found = {"measured": asdict(measure_model(job))}
     except HkdError as error:
         found = {"error": type(error).__name__, "message": str(error)}
     write_text(out_path, json.dumps(found))
     return 0
 
 
-def job_from(values: dict[str, Any]) -> Job:
+def parse_job(values: dict[str, Any]) -> WorkerJob:
     """A job from its JSON form."""
-    return Job(
+    return WorkerJob(
         **{
             **values,
             "timed_pictures": tuple(values["timed_pictures"]),
@@ -93,28 +93,28 @@ def job_from(values: dict[str, Any]) -> Job:
     )
 
 
-def measure(job: Job) -> Measured:
+def measure_model(job: WorkerJob) -> WorkerResult:
     """Times and memory first, then the detections of the evaluated pictures, outside both."""
     if job.threads is not None:
         cv2.setNumThreads(job.threads)
-    pictures = [read_picture(Path(path)) for path in job.timed_pictures]
+    pictures = [read_image(Path(path)) for path in job.timed_images]
     # The library's own weight and loading are not the model's. Where it is missing, opening the model says so.
     with suppress(ImportError):
-        importlib.import_module(LIBRARIES.get(job.backend, "onnxruntime"))
+        importlib.import_module(BACKEND_MODULES.get(job.backend, "onnxruntime"))
     memory.reset_peak()
-    baseline_mib = memory.resident_mib()
+    baseline_mib = memory.read_resident_mib()
     start = perf_counter()
     with open_detector(job.model, job.device, job.threads, job.backend) as detector:
         load_ms = 1e3 * (perf_counter() - start)
-        _warm_up(detector, pictures, job)
-        e2e_ms = _end_to_end(detector, pictures, job.runs)
-        stages_ms = _staged(detector, pictures, job.staged_runs)
-        peak_memory_mib = memory.peak_mib()
-        if job.evaluated_pictures:
-            found = [_detect(detector, path) for path in job.evaluated_pictures]
-            write_detections(Path(job.detections_npz), found)
-        manifest = detector.manifest
-    return Measured(
+        _run_warmup(detector, pictures, job)
+        e2e_ms = _time_end_to_end(detector, pictures, job.runs)
+        stages_ms = _time_stages(detector, pictures, job.stage_runs)
+        peak_memory_mib = memory.read_peak_mib()
+        if job.eval_images:
+            found = [_predict_image(detector, path) for path in job.eval_images]
+            write_detections_npz(Path(job.detections_npz), found)
+        manifest = detector.metadata
+    return WorkerResult(
         model=manifest.model,
         parameters=manifest.parameters,
         flops=manifest.flops,
@@ -127,42 +127,44 @@ def measure(job: Job) -> Measured:
     )
 
 
-def _warm_up(detector: Detector, pictures: Sequence[NDArray[np.uint8]], job: Job) -> None:
+def _run_warmup(detector: Detector, images: Sequence[NDArray[np.uint8]], job: WorkerJob) -> None:
     """By count and by time: ten runs of a small model are over before a processor has raised its clock."""
     turn, start = 0, perf_counter()
-    while turn < job.warm_up or perf_counter() - start < job.warm_up_s:
-        detector(pictures[turn % len(pictures)])
+    while turn < job.warmup or perf_counter() - start < job.warmup_s:
+        detector(images[turn % len(images)])
         turn += 1
-    _report(job.warm_up)
+    _report_progress(job.warmup)
 
 
-def _end_to_end(detector: Detector, pictures: Sequence[NDArray[np.uint8]], runs: int) -> list[float]:
+def _time_end_to_end(detector: Detector, images: Sequence[NDArray[np.uint8]], runs: int) -> list[float]:
     samples = []
     for turn in range(runs):
-        picture = pictures[turn % len(pictures)]
+        picture = images[turn % len(images)]
         start = perf_counter()
         detector(picture)
         samples.append(1e3 * (perf_counter() - start))
-    _report(runs)
+    _report_progress(runs)
     return samples
 
 
-def _staged(detector: Detector, pictures: Sequence[NDArray[np.uint8]], runs: int) -> list[tuple[float, float, float]]:
+def _time_stages(
+    detector: Detector, images: Sequence[NDArray[np.uint8]], runs: int
+) -> list[tuple[float, float, float]]:
     samples = []
     for turn in range(runs):
-        _, times = detector.timed(pictures[turn % len(pictures)])
+        _, times = detector.predict_timed(images[turn % len(images)])
         samples.append((times.preprocess_ms, times.inference_ms, times.postprocess_ms))
-    _report(runs)
+    _report_progress(runs)
     return samples
 
 
-def _detect(detector: Detector, path: str) -> Detections:
-    found = detector(read_picture(Path(path)))
-    _report(1)
+def _predict_image(detector: Detector, path: str) -> Detections:
+    found = detector(read_image(Path(path)))
+    _report_progress(1)
     return found
 
 
-def write_detections(path: Path, detections: Sequence[Detections]) -> None:
+def write_detections_npz(path: Path, detections: Sequence[Detections]) -> None:
     """All pictures' detections in one .npz."""
     np.savez(
         path,
@@ -172,7 +174,7 @@ def write_detections(path: Path, detections: Sequence[Detections]) -> None:
     )
 
 
-def read_detections(path: Path) -> list[Detections]:
+def read_detections_npz(path: Path) -> list[Detections]:
     """What `write_detections` wrote, in the same order."""
     with np.load(path) as stored:
         ends = np.cumsum(stored["count"])[:-1]
@@ -180,7 +182,7 @@ def read_detections(path: Path) -> list[Detections]:
     return [Detections(*pair) for pair in zip(boxes, scores, strict=True)]
 
 
-def _report(runs: int) -> None:
+def _report_progress(runs: int) -> None:
     print(runs, flush=True)
 
 

@@ -19,29 +19,29 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hkd_bench.host import host_facts
-from hkd_det.distill.arbiter import Arbiter
-from hkd_det.distill.arbitration import Arbitration
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.mokd import arbiter_of
+from hkd_bench.host import read_host_fields
+from hkd_det.distill.arbiter import GradientBalancer
+from hkd_det.distill.arbitration import MoKDConfig
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.mokd import build_balancer
 from hkd_det.files import write_text
-from hkd_det.losses.detection import norm_alone, total
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.sizes import build_detector
-from hkd_det.train.learner import Learner
+from hkd_det.losses.detection import clamp_min_one, sum_losses
+from hkd_det.models.assignment import Targets
+from hkd_det.models.sizes import build_model
+from hkd_det.train.learner import Distiller
 
 HERE = Path(__file__).parent
 RESULT = HERE / "../results/arbitration_cost.md"
 BATCH, IMGSZ_HW, PEOPLE = 16, (160, 224), 3
-RULES: dict[str, Arbitration | None] = {
+RULES: dict[str, MoKDConfig | None] = {
     "plain sum": None,
-    "min-norm, parameters": Arbitration("min-norm"),
-    "min-norm, feature": Arbitration("min-norm", at="feature"),
-    "bisector, parameters": Arbitration("bisector"),
-    "bisector, feature": Arbitration("bisector", at="feature"),
-    "amortised": Arbitration("amortised"),
+    "min-norm, parameters": MoKDConfig("min-norm"),
+    "min-norm, feature": MoKDConfig("min-norm", gradient_level="feature"),
+    "bisector, parameters": MoKDConfig("bisector"),
+    "bisector, feature": MoKDConfig("bisector", gradient_level="feature"),
+    "amortised": MoKDConfig("amortised"),
 }
 
 
@@ -66,33 +66,35 @@ def main() -> None:
     print(text)
 
 
-def setup() -> tuple[Learner, torch.Tensor, TruthBatch]:
+def setup() -> tuple[Distiller, torch.Tensor, Targets]:
     """mini-student under mini-teacher, fresh weights, and one batch of noise with people in it."""
     torch.manual_seed(0)
-    student = build_detector("mini-student").to(memory_format=torch.channels_last)
-    teacher = build_detector("mini-teacher").to(memory_format=torch.channels_last)
-    learner = Learner(student, Distiller(student, teacher, Methods(hkd=Hierarchical())), norm_alone).train()
+    student = build_model("mini-student").to(memory_format=torch.channels_last)
+    teacher = build_model("mini-teacher").to(memory_format=torch.channels_last)
+    learner = Distiller(
+        student, DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig())), clamp_min_one
+    ).train()
     pictures = torch.randint(0, 255, (BATCH, 3, *IMGSZ_HW), dtype=torch.uint8).to(memory_format=torch.channels_last)
     corners = torch.rand(BATCH, PEOPLE, 2) * torch.tensor([170.0, 80.0])
     boxes = torch.cat([corners, corners + torch.tensor([30.0, 75.0])], -1)
     flags = torch.ones(BATCH, PEOPLE, dtype=torch.bool)
-    return learner, pictures, TruthBatch(boxes, flags, ~flags)
+    return learner, pictures, Targets(boxes, flags, ~flags)
 
 
-def steps_of(learner: Learner, pictures: torch.Tensor, truth: TruthBatch) -> dict[str, Callable[[], None]]:
+def steps_of(learner: Distiller, pictures: torch.Tensor, truth: Targets) -> dict[str, Callable[[], None]]:
     """A training step by each rule; all learn on the same student, at a rate of nothing."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr=0.0)
 
-    def step(arbiter: Arbiter) -> None:
+    def step(arbiter: GradientBalancer) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             task, taught = learner(pictures, truth, 1.0)
         optimizer.zero_grad(set_to_none=True)
-        arbiter.backward(total(task), total(taught), 1.0)
+        arbiter.backward(sum_losses(task), sum_losses(taught), 1.0)
         nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
         optimizer.step()
 
-    def made(settings: Arbitration | None) -> Callable[[], None]:
-        arbiter = arbiter_of(settings, learner, learner.detector, lambda _tensors: None)
+    def made(settings: MoKDConfig | None) -> Callable[[], None]:
+        arbiter = build_balancer(settings, learner, learner.student, lambda _tensors: None)
         return lambda: step(arbiter)
 
     return {name: made(settings) for name, settings in RULES.items()}
@@ -100,7 +102,7 @@ def steps_of(learner: Learner, pictures: torch.Tensor, truth: TruthBatch) -> dic
 
 def report(taken_s: dict[str, list[float]], rounds: int) -> str:
     """The result as Markdown."""
-    facts = {fact.name: fact.value for fact in host_facts() if fact.value}
+    facts = {fact.name: fact.value for fact in read_host_fields() if fact.value}
     lines = [
         "# What an arbitrated step costs",
         "",

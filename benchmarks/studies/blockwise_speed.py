@@ -16,18 +16,18 @@ from typing import Any, get_args
 
 from distillation_plan import DATA
 
-from hkd_bench.energy import ProcessorEnergy
-from hkd_bench.host import host_facts
-from hkd_det.datasets.catalogue import open_data
-from hkd_det.distill.blockwise.schedule import Scheduler, lower_bound, replay
-from hkd_det.distill.blockwise.settings import Blockwise
-from hkd_det.distill.methods import Methods
+from hkd_bench.energy import RaplMeter
+from hkd_bench.host import read_host_fields
+from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.distill.blockwise.schedule import Scheduler, compute_lower_bound, simulate
+from hkd_det.distill.blockwise.settings import BlockwiseConfig
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.files import write_text
 from hkd_det.imgsz import parse_imgsz
-from hkd_det.train.blockwise import assemble
+from hkd_det.train.blockwise import prepare_blockwise_student
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.processes import joined_processes
-from hkd_det.train.teachers import name_of
+from hkd_det.train.processes import init_distributed
+from hkd_det.train.teachers import model_name
 
 RESULT = Path(__file__).parent / "../results/blockwise.md"
 WORKERS = (1, 2, 3, 4, 8)
@@ -67,8 +67,8 @@ def main() -> None:
 def replayed(blocks: dict[str, float]) -> str:
     """Speed-ups of the measured times, schedule by schedule."""
     times, whole = list(blocks.values()), sum(blocks.values())
-    rows = [[name, *(f"{whole / replay(times, n, name):.2f}" for n in WORKERS)] for name in get_args(Scheduler)]
-    rows.append(["none can beat", *(f"{whole / lower_bound(times, n):.2f}" for n in WORKERS)])
+    rows = [[name, *(f"{whole / simulate(times, n, name):.2f}" for n in WORKERS)] for name in get_args(Scheduler)]
+    rows.append(["none can beat", *(f"{whole / compute_lower_bound(times, n):.2f}" for n in WORKERS)])
     longest = max(blocks, key=lambda layer: blocks[layer])
     return (
         f"## Replay of measured times\n{len(blocks)} blocks of one run, {whole:.1f} s in all, the longest "
@@ -84,7 +84,7 @@ def published() -> str:
     for network, layers, scheduler, seconds in PUBLISHED:
         costs = [float(c_in * c_out * side**2) for c_in, c_out, side in layers]
         told = [f"{seconds[1] / seconds[n]:.2f}" if n in seconds else "-" for n in (2, 3, 4)]
-        ours = [f"{sum(costs) / replay(costs, n, scheduler):.2f}" for n in (2, 3, 4)]
+        ours = [f"{sum(costs) / simulate(costs, n, scheduler):.2f}" for n in (2, 3, 4)]
         rows.append([f"{network}, {scheduler}", *(f"{a} / {b}" for a, b in zip(told, ours, strict=True))])
     return (
         "## Published\nSpeed-up on 2, 3 and 4 GPUs as published (Blakeney et al. 2021) / by replay. Their block times "
@@ -99,9 +99,9 @@ def energy(times: Sequence[float]) -> str:
     shares = {network: saved / (1 - 1 / faster) for network, (saved, faster) in SAVED.items()}
     rows = []
     for network, share in shares.items():
-        savings = [share * (1 - replay(times, n, "bin-packing") / sum(times)) for n in WORKERS]
+        savings = [share * (1 - simulate(times, n, "bin-packing") / sum(times)) for n in WORKERS]
         rows.append([f"{100 * share:.0f} % ({network})", *(f"{-100 * saving:.0f} %" for saving in savings)])
-    meter = ProcessorEnergy().so_far()
+    meter = RaplMeter().total()
     here = "can be read here; --measure reads it." if meter.joules is not None else f"is not known: {meter.reason}."
     return (
         f"## Energy\nComputed, not measured; this machine's own {here} The model: one machine draws a share of its "
@@ -116,9 +116,9 @@ def measured(teacher: Path, imgsz: str, views: int) -> str:
     """One and two workers in turn, for real."""
     rows, makespans = [], {}
     for workers in (1, 2):
-        meter = ProcessorEnergy()
-        content = learnt(teacher, imgsz, Blockwise(views=views, epochs=4, workers=workers))
-        ran, spent = content["ran"], meter.so_far()
+        meter = RaplMeter()
+        content = learnt(teacher, imgsz, BlockwiseConfig(num_images=views, epochs=4, workers=workers))
+        ran, spent = content["ran"], meter.total()
         makespans[workers] = ran["makespan_s"]
         joules = "-" if spent.joules is None else f"{spent.joules:.0f} J"
         rows.append(
@@ -132,28 +132,28 @@ def measured(teacher: Path, imgsz: str, views: int) -> str:
             ]
         )
     told = ("CPU", "cores", "load average at the start")
-    here = ", ".join(f"{fact.name} {fact.value}" for fact in host_facts() if fact.name in told)
+    here = ", ".join(f"{fact.name} {fact.value}" for fact in read_host_fields() if fact.name in told)
     return (
-        f"## Measured\n{name_of(teacher)} at {imgsz}, {views} views, 4 epochs, bin packing by estimated times, on "
+        f"## Measured\n{model_name(teacher)} at {imgsz}, {views} views, 4 epochs, bin packing by estimated times, on "
         f"{here}: two workers are {makespans[1] / makespans[2]:.2f} times as fast.\n\n"
         + table(["workers", "start-up", "makespan", "bound", "sum of block times", "energy"], rows)
     )
 
 
-def learnt(teacher: Path, imgsz: str, settings: Blockwise) -> dict[str, Any]:
+def learnt(teacher: Path, imgsz: str, settings: BlockwiseConfig) -> dict[str, Any]:
     """The report of one block stage."""
-    with tempfile.TemporaryDirectory() as folder, joined_processes("cpu") as processes:
+    with tempfile.TemporaryDirectory() as folder, init_distributed("cpu") as processes:
         config = TrainConfig(
             str(DATA),
-            name_of(teacher),
+            model_name(teacher),
             folder,
             parse_imgsz(imgsz),
             teacher=str(teacher),
-            distill=Methods(blockwise=settings),
+            distill=DistillConfig(blockwise=settings),
             device="cpu",
         )
-        training, validation = open_data(config.data, "train"), open_data(config.data, "val")
-        assemble(config, settings, processes, training, validation[:64], resume=False)
+        training, validation = load_dataset(config.data, "train"), load_dataset(config.data, "val")
+        prepare_blockwise_student(config, settings, processes, training, validation[:64], resume=False)
         content: dict[str, Any] = json.loads((Path(folder) / "blockwise/report.json").read_text())
         return content
 

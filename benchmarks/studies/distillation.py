@@ -23,12 +23,12 @@ import yaml
 from distillation_plan import BUDGETS, DATA, ROWS, Budget, Row
 from distillation_report import write_report
 
-from hkd_bench.energy import ProcessorEnergy
-from hkd_det.datasets.catalogue import open_data
+from hkd_bench.energy import RaplMeter
+from hkd_det.datasets.catalogue import load_dataset
 from hkd_det.files import write_text
 from hkd_det.train import command
-from hkd_det.train.checkpoint import read_detector
-from hkd_det.train.judge import judge
+from hkd_det.train.checkpoint import load_detector_checkpoint
+from hkd_det.train.judge import evaluate_detector
 
 HERE = Path(__file__).parent
 
@@ -71,12 +71,12 @@ def run_row(budget: Budget, row: Row, seed: int, folder: Path) -> None:
         return
     print(f"\n== seed {seed}: {row.title}", flush=True)
     recipe = row.recipe(budget, seed, folder, epochs_of(budget, row, folder))
-    meter = ProcessorEnergy()
+    meter = RaplMeter()
     train(recipe, run)
-    energy = meter.so_far()
-    checkpoint = read_detector(run / "best.pt")
+    energy = meter.total()
+    checkpoint = load_detector_checkpoint(run / "best.pt")
     bf16 = checkpoint.config["precision"] == "bf16"
-    judged, _ = judge(checkpoint.build(), open_data(str(DATA), "test"), budget.imgsz_hw, bf16)
+    judged, _ = evaluate_detector(checkpoint.build(), load_dataset(str(DATA), "test"), budget.imgsz_hw, bf16)
     content = {
         "row": row.name,
         "seed": seed,
@@ -128,7 +128,7 @@ def course(run: Path) -> list[float]:
 
 def seconds(recipe: dict[str, Any], run: Path) -> float:
     """Training time without validation; of blockwise students with the blocks' own."""
-    pictures, batch = len(open_data(str(DATA), "train")), recipe["batch"]
+    pictures, batch = len(load_dataset(str(DATA), "train")), recipe["batch"]
     views = -(-pictures // batch) * batch
     return sum(views / speed for speed in speeds_of(run)) + block_seconds(run / "blockwise/report.json")
 

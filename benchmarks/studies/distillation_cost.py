@@ -30,20 +30,20 @@ from statistics import mean, median
 import torch
 from torch import Tensor, nn
 
-from hkd_bench.host import host_facts
-from hkd_det.distill.capacity.settings import CapacityDynamic
-from hkd_det.distill.capacity.shrinking import Course, Shrinking, begin
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
+from hkd_bench.host import read_host_fields
+from hkd_det.distill.capacity.settings import CDDConfig
+from hkd_det.distill.capacity.shrinking import ChannelPruner, PruningSchedule, prepare_student
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.files import write_text
 from hkd_det.imgsz import format_imgsz
-from hkd_det.losses.detection import norm_alone, total
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.sizes import TEACHER_OF, build_detector
-from hkd_det.train.learner import Learner
-from hkd_det.train.shape import Shape, Unchanged
+from hkd_det.losses.detection import clamp_min_one, sum_losses
+from hkd_det.models.assignment import Targets
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.sizes import DEFAULT_TEACHER, build_model
+from hkd_det.train.learner import Distiller
+from hkd_det.train.shape import NoOpHook, TrainHook
 
 RESULT = Path(__file__).parent / "../results/distillation_cost.md"
 ALLOWED = 1.10  # what a distilled step may cost, of student and teacher alone
@@ -68,7 +68,7 @@ class Case:
     @property
     def teacher(self) -> str:
         """Its size's name."""
-        return TEACHER_OF.get(self.student, self.student)
+        return DEFAULT_TEACHER.get(self.student, self.student)
 
     @property
     def shrinks(self) -> bool:
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(lines[-1], flush=True)
     if arguments.compile:
         return
-    cpu = next(fact.value for fact in host_facts() if fact.name == "CPU")
+    cpu = next(fact.value for fact in read_host_fields() if fact.name == "CPU")
     write_text(
         arguments.result,
         "# What a distilled step costs\n\n`python benchmarks/studies/distillation_cost.py`; its head says how. "
@@ -119,20 +119,23 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, 
     """Seconds of the student's step, the teacher's forward pass and the distilled step, a round each."""
     torch.manual_seed(0)
     pictures, truth = batch_of(case, device)
-    teacher = placed(build_detector(case.teacher), device)
-    alone = Learner(placed(build_detector(case.student), device), None, norm_alone)
-    student = placed(build_detector(case.student), device)
+    teacher = placed(build_model(case.teacher), device)
+    alone = Distiller(placed(build_model(case.student), device), None, clamp_min_one)
+    student = placed(build_model(case.student), device)
     if case.shrinks:
         taught, shape = shrinking(student, teacher, case, device)
     else:
-        methods = Methods(hkd=Hierarchical(confident=0.0, regions=PEOPLE))
-        taught, shape = Learner(student, Distiller(student, teacher, methods).to(device), norm_alone), Unchanged()
+        methods = DistillConfig(hkd=HKDConfig(region_min_score=0.0, max_regions=PEOPLE))
+        taught, shape = (
+            Distiller(student, DistillationLoss(student, teacher, methods).to(device), clamp_min_one),
+            NoOpHook(),
+        )
     timed = timer(device)
     steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth, shape))
     for step in steps:  # memory is laid out, kernels are chosen
         step()
         step()
-    times = shape.course.every if isinstance(shape, Shrinking) else 1
+    times = shape.schedule.compare_interval if isinstance(shape, ChannelPruner) else 1
     return [
         tuple(mean(part) for part in zip(*([timed(step) for step in steps] for _ in range(times)), strict=True))
         for _ in range(rounds)
@@ -140,27 +143,27 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, 
 
 
 def shrinking(
-    student: PersonDetector, teacher: PersonDetector, case: Case, device: torch.device
-) -> tuple[Learner, Shrinking]:
+    student: BaseDetector, teacher: BaseDetector, case: Case, device: torch.device
+) -> tuple[Distiller, ChannelPruner]:
     """A student that begins as its teacher and sheds channels, its galleries full."""
-    settings = CapacityDynamic()
+    settings = CDDConfig()
     student.load_state_dict(teacher.state_dict())
-    ledger = begin(student, settings, case.imgsz_hw, case.student)
-    distiller = Distiller(placed(student, device), teacher, Methods(cdd=settings)).to(device)
-    assert distiller.capacity is not None
-    for site, evidence in zip(distiller.capacity.sites, distiller.capacity.evidence, strict=True):
-        evidence.gallery.add(torch.rand(settings.gallery, len(site.compactor.masked), device=device))  # type: ignore[operator,union-attr]
-    course = Course.of(settings, COURSE, 1.0)
-    shape = Shrinking(distiller.capacity, ledger, settings, course, lambda mine: [mine])
-    return Learner(student, distiller, norm_alone), shape
+    ledger = prepare_student(student, settings, case.imgsz_hw, case.student)
+    distiller = DistillationLoss(placed(student, device), teacher, DistillConfig(cdd=settings)).to(device)
+    assert distiller.cdd is not None
+    for site, evidence in zip(distiller.cdd.sites, distiller.cdd.importance, strict=True):
+        evidence.gallery.add(torch.rand(settings.queue_size, len(site.compactor.masked), device=device))  # type: ignore[operator,union-attr]
+    course = PruningSchedule.from_config(settings, COURSE, 1.0)
+    shape = ChannelPruner(distiller.cdd, ledger, settings, course, lambda mine: [mine])
+    return Distiller(student, distiller, clamp_min_one), shape
 
 
 def print_compiled(case: Case, device: torch.device, rounds: int) -> None:
     """Both parts as they are and compiled, in turns: medians, and the wall's seconds until the compiled is ready."""
     pictures, truth = batch_of(case, device)
-    students = [Learner(placed(build_detector(case.student), device), None, norm_alone) for _ in range(2)]
-    teachers = [placed(build_detector(case.teacher), device).eval().requires_grad_(False) for _ in range(2)]
-    students[1].detector.compile()
+    students = [Distiller(placed(build_model(case.student), device), None, clamp_min_one) for _ in range(2)]
+    teachers = [placed(build_model(case.teacher), device).eval().requires_grad_(False) for _ in range(2)]
+    students[1].student.compile()
     teachers[1].compile()
     timed = timer(device)
     for what, plain, compiled in (
@@ -185,7 +188,7 @@ def row(case: Case, device: torch.device, seconds: list[tuple[float, ...]]) -> s
     return f"| {case.name} | {device.type} | {figures} | {spread} |"
 
 
-def batch_of(case: Case, device: torch.device) -> tuple[Tensor, TruthBatch]:
+def batch_of(case: Case, device: torch.device) -> tuple[Tensor, Targets]:
     """Pictures of noise and people a quarter to three quarters of their height."""
     height, width = case.imgsz_hw
     pictures = torch.randint(0, 256, (case.batch, 3, height, width), dtype=torch.uint8, device=device)
@@ -195,27 +198,27 @@ def batch_of(case: Case, device: torch.device) -> tuple[Tensor, TruthBatch]:
     top = torch.rand(case.batch, PEOPLE, device=device) * (height - tall)
     real = torch.ones(case.batch, PEOPLE, dtype=torch.bool, device=device)
     boxes = torch.stack([left, top, left + wide, top + tall], -1)
-    return pictures.to(memory_format=torch.channels_last), TruthBatch(boxes, real, ~real)
+    return pictures.to(memory_format=torch.channels_last), Targets(boxes, real, ~real)
 
 
-def placed(detector: PersonDetector, device: torch.device) -> PersonDetector:
+def placed(detector: BaseDetector, device: torch.device) -> BaseDetector:
     """On the device, as a run puts it there."""
     return detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def step_of(learner: Learner, pictures: Tensor, truth: TruthBatch, shape: Shape | None = None) -> Callable[[], None]:
+def step_of(learner: Distiller, pictures: Tensor, truth: Targets, shape: TrainHook | None = None) -> Callable[[], None]:
     """One step as a run makes it, at full strength where there is a teacher."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
     learner.train()
-    numbers, shape = count(CHOOSING), shape or Unchanged()
+    numbers, shape = count(CHOOSING), shape or NoOpHook()
 
     def step() -> None:
         number = next(numbers)
-        shape.before_forward(number)
+        shape.before_step(number)
         with torch.autocast(pictures.device.type, torch.bfloat16):
             task, taught = learner(pictures, truth, 1.0)
         optimizer.zero_grad(set_to_none=True)
-        total(task | taught).backward()
+        sum_losses(task | taught).backward()
         shape.after_backward(number)
         nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
         optimizer.step()

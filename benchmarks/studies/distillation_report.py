@@ -14,13 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_bench.host import host_facts
+from hkd_bench.host import read_host_fields
 from hkd_bench.result import BenchResult
-from hkd_deploy.export.from_weights import export
-from hkd_deploy.export.options import GraphOptions
-from hkd_det.datasets.catalogue import open_data
-from hkd_det.files import replacing, write_text
-from hkd_det.train.checkpoint import read_detector
+from hkd_deploy.export.from_weights import export_detector
+from hkd_deploy.export.options import ExportOptions
+from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.files import atomic_write, write_text
+from hkd_det.train.checkpoint import load_detector_checkpoint
 
 SETUP = "Reasonable"
 STEP = 1.06  # between neighbours of the same FLOPs in the plot
@@ -64,12 +64,12 @@ def write_report(budget: Budget, runs: Path, results: Path, also: Path | None = 
     stem = results / f"distillation_{budget.name}"
     content = {
         "budget": asdict(budget),
-        "host": [asdict(fact) for fact in host_facts()],
+        "host": [asdict(fact) for fact in read_host_fields()],
         "rows": [{"row": asdict(line.row), "latency_p50_ms": line.latency_ms, "seeds": line.seeds} for line in lines],
     }
     write_text(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     write_text(stem.with_suffix(".md"), page(budget, lines))
-    with replacing(stem.with_suffix(".png")) as aside:
+    with atomic_write(stem.with_suffix(".png")) as aside:
         plot(lines).savefig(aside, dpi=120, format="png")
 
 
@@ -85,12 +85,14 @@ def _with(seeds: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dic
 
 def measure_latency(budget: Budget, runs: Path, rows: Sequence[tuple[Row, dict[str, Any]]]) -> BenchResult:
     """Every row's exported file on the CPU, in turn, in one run."""
-    samples = open_data(str(DATA), "test")
+    samples = load_dataset(str(DATA), "test")
     files = []
     for row, first in rows:
         file = runs / f"{row.name}.onnx"
-        checkpoint = read_detector(runs / f"seed{first['seed']}" / row.name / "best.pt")
-        export(checkpoint, file, GraphOptions(budget.imgsz_hw), [sample.path for sample in samples[:VERIFIED]])
+        checkpoint = load_detector_checkpoint(runs / f"seed{first['seed']}" / row.name / "best.pt")
+        export_detector(
+            checkpoint, file, ExportOptions(budget.imgsz_hw), [sample.path for sample in samples[:VERIFIED]]
+        )
         files.append(file)
     return bench(files, samples, BenchOptions(data=str(DATA), split="test"), [row.name for row, _ in rows])
 

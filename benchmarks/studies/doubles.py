@@ -23,19 +23,19 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_deploy.export.from_weights import export
-from hkd_deploy.export.options import GraphOptions
-from hkd_det.boxes import iou, xyxy_from_xywh
+from hkd_deploy.export.from_weights import export_detector
+from hkd_deploy.export.options import ExportOptions
+from hkd_det.boxes import box_iou, xyxy_from_xywh
 from hkd_det.datasets import Sample
-from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.catalogue import load_dataset
 from hkd_det.detections import Detections
 from hkd_det.imgsz import parse_imgsz
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
-from hkd_det.metrics.coco_files import read_truth
-from hkd_det.metrics.tables import DetectionTable, TruthTable
-from hkd_det.models.doubles import SAME
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector
-from hkd_det.train.validate import detect_all
+from hkd_det.metrics.coco_files import read_coco_ground_truth
+from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.models.doubles import IOU_LIMITS
+from hkd_det.train.checkpoint import DetectorCheckpoint, load_detector_checkpoint
+from hkd_det.train.validate import predict_dataset
 
 VERIFIED = 8  # pictures on which an exported file is compared with torch
 
@@ -51,30 +51,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_crowd(arguments.crowd)
     if not arguments.checkpoints:
         return
-    splits = {split: open_data(str(DATA), split) for split in ("val", "test")}
+    splits = {split: load_dataset(str(DATA), split) for split in ("val", "test")}
     print("| | split | all peaks | less doubles | NMS 0.5 |\n| --- | --- | --- | --- | --- |")
     for path in arguments.checkpoints:
         for split, samples in splits.items():
-            rates = " | ".join(f"{100 * rate:.1f} %" for rate in miss_rates(read_detector(path), samples))
+            rates = " | ".join(f"{100 * rate:.1f} %" for rate in miss_rates(load_detector_checkpoint(path), samples))
             print(f"| {path.parent} | {split} | {rates} |", flush=True)
     for size in arguments.latency:
-        share = latency_share(read_detector(arguments.checkpoints[0]), parse_imgsz(size), splits["test"])
+        share = latency_share(load_detector_checkpoint(arguments.checkpoints[0]), parse_imgsz(size), splits["test"])
         print(f"\nlatency p50 at {size}, less doubles over all peaks: {share:.3f}", flush=True)
 
 
 def print_crowd(path: Path) -> None:
     """How many Reasonable people overlap another by more than the ends of `SAME`."""
-    table = read_truth(path).table
-    (low, _), (visible, _) = REASONABLE.height_px, REASONABLE.visibility
-    real = ~table.ignore & (table.height_px >= low) & (table.visibility >= visible)
+    table = read_coco_ground_truth(path).table
+    (low, _), (visible, _) = REASONABLE.height_px, REASONABLE.visible_ratio
+    real = ~table.ignore & (table.height_px >= low) & (table.visible_ratio >= visible)
     most = np.zeros(len(real))
-    for picture in range(table.pictures):
-        mine = np.flatnonzero(real & (table.picture == picture))
+    for picture in range(table.num_images):
+        mine = np.flatnonzero(real & (table.image_index == picture))
         boxes = xyxy_from_xywh(table.boxes_xywh[mine])
-        shared = iou(boxes, boxes)
+        shared = box_iou(boxes, boxes)
         np.fill_diagonal(shared, 0)
         most[mine] = shared.max(1, initial=0)
-    shares = ", ".join(f"{100 * (most[real] > end).mean():.1f} % more than {end}" for end in SAME)
+    shares = ", ".join(f"{100 * (most[real] > end).mean():.1f} % more than {end}" for end in IOU_LIMITS)
     print(f"{path}: of {real.sum()} people, {shares} of a union with another")
 
 
@@ -82,12 +82,12 @@ def miss_rates(checkpoint: DetectorCheckpoint, samples: Sequence[Sample]) -> lis
     """Of all peaks, less doubles, and after NMS."""
     imgsz_hw = tuple(checkpoint.config["imgsz_hw"])
     bf16 = checkpoint.config["precision"] == "bf16"
-    truth = TruthTable.of([sample.truth for sample in samples])
+    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
     detector = checkpoint.build()
     with all_peaks():
-        peaks = detect_all(detector, samples, imgsz_hw, bf16)
-    found = (peaks, detect_all(detector, samples, imgsz_hw, bf16), [suppressed(one) for one in peaks])
-    return [evaluate(truth, DetectionTable.of(one), [REASONABLE])[REASONABLE.name].value for one in found]
+        peaks = predict_dataset(detector, samples, imgsz_hw, bf16)
+    found = (peaks, predict_dataset(detector, samples, imgsz_hw, bf16), [suppressed(one) for one in peaks])
+    return [evaluate(truth, DetectionTable.from_detections(one), [REASONABLE])[REASONABLE.name].value for one in found]
 
 
 @contextmanager
@@ -112,9 +112,9 @@ def latency_share(checkpoint: DetectorCheckpoint, imgsz_hw: tuple[int, int], sam
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "less.onnx", Path(folder) / "all.onnx"]
         pictures = [sample.path for sample in samples[:VERIFIED]]
-        export(checkpoint, files[0], GraphOptions(imgsz_hw), pictures)
+        export_detector(checkpoint, files[0], ExportOptions(imgsz_hw), pictures)
         with all_peaks():
-            export(checkpoint, files[1], GraphOptions(imgsz_hw), pictures)
+            export_detector(checkpoint, files[1], ExportOptions(imgsz_hw), pictures)
         less, every = bench(files, samples, BenchOptions(data=str(DATA), split="test"), ["less", "all"]).models
     return less.latency.p50_ms / every.latency.p50_ms
 

@@ -28,21 +28,21 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from hkd_bench.host import host_facts
+from hkd_bench.host import read_host_fields
 from hkd_det.datasets import Sample
-from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.catalogue import load_dataset
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.errors import HkdError
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.loader import Batch, RankSampler, TrainingViews, batches, open_loader
-from hkd_det.train.processes import Processes
-from hkd_det.train.run import Run
+from hkd_det.train.loader import Batch, DistributedBatchSampler, TrainDataset, build_dataloader, iterate_batches
+from hkd_det.train.processes import DistributedContext
+from hkd_det.train.run import Trainer
 
 HERE = Path(__file__).parent
 CITYPERSONS = HERE / "../../../shared/data/citypersons"
 WORKERS = (0, 1, 2)
 QUIET, TRIES = 0.1, 5
-Opened = tuple[DataLoader[Batch | HkdError], RankSampler]
+Opened = tuple[DataLoader[Batch | HkdError], DistributedBatchSampler]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=96, help="a multiple of the batch of 16")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     arguments = parser.parse_args()
-    for fact in host_facts():
+    for fact in read_host_fields():
         print(f"{fact.name}: {fact.value or fact.reason}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     for case in CASES:
@@ -95,8 +95,10 @@ def measure(case: Case, rounds: int, pictures: int) -> None:
     warm_files(samples)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig("measured", case.model, folder, case.imgsz_hw, device="cpu", setup="All")
-        run = Run(config, Processes(0, 1, torch.device("cpu")), samples, samples)
-    loaders = {workers: open_loader(samples, run.epochs, 0, 1, workers, config.cache_mib) for workers in WORKERS}
+        run = Trainer(config, DistributedContext(0, 1, torch.device("cpu")), samples, samples)
+    loaders = {
+        workers: build_dataloader(samples, run.epoch_plan, 0, 1, workers, config.cache_mib) for workers in WORKERS
+    }
     in_memory = list(epoch_of(loaders[0]))
     steps(run, in_memory)  # fills torch's caches of compiled operations, once per size
     for opened in loaders.values():
@@ -117,9 +119,9 @@ def measure(case: Case, rounds: int, pictures: int) -> None:
 def samples_of(data: str, count: int) -> list[Sample]:
     """`count` training pictures; there are five full-size PNGs only, so those repeat, each a picture of its own."""
     if data == "photographs":
-        samples = open_data(str(HERE / "real_data.yaml"), "train")
+        samples = load_dataset(str(HERE / "real_data.yaml"), "train")
         return [samples[index] for index in np.random.default_rng(0).permutation(len(samples))[:count]]
-    five = [sample for split in ("train", "val") for sample in read_citypersons(CITYPERSONS, split, present_only=True)]
+    five = [sample for split in ("train", "val") for sample in read_citypersons(CITYPERSONS, split, skip_missing=True)]
     return [five[index % len(five)] for index in range(count)]
 
 
@@ -133,21 +135,21 @@ def epoch_of(opened: Opened) -> Iterator[Batch]:
     """The first epoch's batches: the same draws every time."""
     loader, sampler = opened
     sampler.epoch = 0
-    return batches(loader)
+    return iterate_batches(loader)
 
 
 def forget(opened: Opened) -> None:
     """Remove what the loader has packed."""
     views = opened[0].dataset
-    assert isinstance(views, TrainingViews)
-    views.pictures.kept.clear()
+    assert isinstance(views, TrainDataset)
+    views.images.cache.clear()
 
 
-def steps(run: Run, given: Iterable[Batch]) -> None:
+def steps(run: Trainer, given: Iterable[Batch]) -> None:
     """One epoch of training steps, made by the run itself."""
     run.loader = _Given(given)  # type: ignore[assignment]
     with tqdm(disable=True) as bar:
-        run._steps(run.learner, 0, 0.0, bar)
+        run.train_one_epoch(run.distiller, 0, 0.0, bar)
 
 
 class _Given:

@@ -28,23 +28,23 @@ import onnx
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hkd_bench.host import host_facts
+from hkd_bench.host import read_host_fields
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import new_core
-from hkd_deploy.export.from_weights import write_onnx
-from hkd_deploy.export.options import GraphOptions
-from hkd_deploy.precision.calibration import values_of
-from hkd_deploy.precision.int8 import to_int8, with_folded_norms
-from hkd_deploy.precision.parts import parts_of
-from hkd_det.datasets import read_picture
-from hkd_det.datasets.catalogue import open_data
+from hkd_deploy.backends.openvino import create_core
+from hkd_deploy.export.from_weights import export_onnx
+from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.precision.calibration import run_model
+from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
+from hkd_deploy.precision.parts import find_graph_regions
+from hkd_det.datasets import read_image
+from hkd_det.datasets.catalogue import load_dataset
 from hkd_det.files import write_text
-from hkd_det.foreign.description import Description
-from hkd_det.foreign.model import ForeignModel
-from hkd_det.foreign.placement import Placement, as_input
+from hkd_det.foreign.description import OnnxModelConfig
+from hkd_det.foreign.model import OnnxDetector
+from hkd_det.foreign.placement import AlignedLetterbox, normalize_input
 from hkd_det.letterbox import Letterbox
 from hkd_det.onnx_session import open_session
-from hkd_det.train.checkpoint import read_detector
+from hkd_det.train.checkpoint import load_detector_checkpoint
 
 HERE = Path(__file__).parent
 DATA = HERE / "real_data.yaml"
@@ -52,9 +52,9 @@ SIZE_HW = (512, 640)
 CALIBRATION, PICTURES = 48, 16
 BURST, WARM_UP, PAUSE_S = 8, 3, 0.1
 PEERS = {
-    "yolo26n": Description("yolo-e2e", placement="centre", white=1.0, conf=0.25),
-    "yolo11n": Description("yolo-raw", placement="centre", white=1.0, conf=0.25, iou=0.7),
-    "yolov8n": Description("yolo-raw", placement="centre", white=1.0, conf=0.25, iou=0.7),
+    "yolo26n": OnnxModelConfig("yolo-e2e", resize_mode="centre", input_scale=1.0, conf=0.25),
+    "yolo11n": OnnxModelConfig("yolo-raw", resize_mode="centre", input_scale=1.0, conf=0.25, iou=0.7),
+    "yolov8n": OnnxModelConfig("yolo-raw", resize_mode="centre", input_scale=1.0, conf=0.25, iou=0.7),
 }
 RUNTIMES = {"fp32": ("onnxruntime", "openvino"), "bf16": ("openvino-bf16",), "int8": ("onnxruntime", "openvino")}
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/peers_speed"), help="folder for the model files")
     parser.add_argument("--results", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
-    pictures = [read_picture(sample.path) for sample in open_data(str(DATA), "test")[:PICTURES]]
+    pictures = [read_image(sample.path) for sample in load_dataset(str(DATA), "test")[:PICTURES]]
     files = build(arguments.student, arguments.work)
     table = told(time_all(files, pictures, arguments.rounds, arguments.threads), arguments.threads)
     print(table)
@@ -113,11 +113,11 @@ def build(student: Path, folder: Path) -> dict[tuple[str, str], Path]:
     """(model, precision) to file; what lies in the folder already is not built again."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    calibration = [read_picture(sample.path) for sample in open_data(str(DATA), "train")[:CALIBRATION]]
+    calibration = [read_image(sample.path) for sample in load_dataset(str(DATA), "train")[:CALIBRATION]]
     for name in ("student", *PEERS):
         fp32, int8 = folder / f"{name}.onnx", folder / f"{name}.int8.onnx"
         if not fp32.exists() and name == "student":
-            write_onnx(read_detector(student), fp32, GraphOptions(SIZE_HW))
+            export_onnx(load_detector_checkpoint(student), fp32, ExportOptions(SIZE_HW))
         elif not fp32.exists():
             subprocess.run([sys.executable, "-W", "ignore", "-c", BUILD_PEER, name, str(fp32)], check=True)
         if not int8.exists():
@@ -132,22 +132,24 @@ def as_fed(name: str, picture: Picture) -> NDArray[Any]:
     if name == "student":
         return Letterbox(size_hw, SIZE_HW).apply(picture)[None]
     described = PEERS[name]
-    placed = Placement.of(size_hw, SIZE_HW, described.placement).apply(picture, described.pad)
-    return as_input(placed[None], described, np.float32)
+    placed = AlignedLetterbox.from_resize_mode(size_hw, SIZE_HW, described.resize_mode).apply(
+        picture, described.pad_value
+    )
+    return normalize_input(placed[None], described, np.float32)
 
 
 def write_int8(fp32: Path, int8: Path, inputs: Sequence[NDArray[Any]]) -> None:
     """All layers but the last, by the largest value that enters each."""
-    model = with_folded_norms(onnx.load(fp32))
+    model = fold_norms(onnx.load(fp32))
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{index}"
-    layers = parts_of(model).layers
+    layers = find_graph_regions(model).layers
     names = sorted({node.input[0] for node in model.graph.node if node.name in set(layers)})
     reach = dict.fromkeys(names, 0.0)
-    for found in values_of(model, names, inputs):
+    for found in run_model(model, names, inputs):
         for name, values in found.items():
             reach[name] = max(reach[name], float(np.abs(values).max()))
-    onnx.save(to_int8(model, layers, reach), int8)
+    onnx.save(convert_to_int8(model, layers, reach), int8)
 
 
 class OpenVinoSession:
@@ -157,7 +159,7 @@ class OpenVinoSession:
         settings = {
             "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads
         }  # fmt: skip
-        self._compiled = new_core().compile_model(str(path), "CPU", settings)
+        self._compiled = create_core().compile_model(str(path), "CPU", settings)
         self._request = self._compiled.create_infer_request()
 
     def get_inputs(self) -> list[SimpleNamespace]:
@@ -180,10 +182,10 @@ def opened(stack: ExitStack, name: str, path: Path, runtime: str, threads: int) 
         return stack.enter_context(open_detector(path, "cpu", threads, runtime))
     if runtime == "onnxruntime":
         # As the student's, since the same quantiser has made the peers' INT8.
-        session: Any = open_session(path, "cpu", threads, plain_qdq=True)
+        session: Any = open_session(path, "cpu", threads, disable_quant_qdq=True)
     else:
         session = OpenVinoSession(path, "bf16" if runtime == "openvino-bf16" else "f32", threads)
-    model = ForeignModel(path, session, PEERS[name])
+    model = OnnxDetector(path, session, PEERS[name])
     return lambda picture: model([picture])
 
 
@@ -209,7 +211,7 @@ def time_all(files: dict[tuple[str, str], Path], pictures: Sequence[Picture], ro
 
 def told(entries: Sequence[Entry], threads: int) -> str:
     """A Markdown table: a line a runtime and precision, what the student takes of the fastest peer, INT8 of FP32."""
-    processor = next(fact.value for fact in host_facts() if fact.name == "CPU")
+    processor = next(fact.value for fact in read_host_fields() if fact.name == "CPU")
     runs = len(entries[0].ms)
     lines = [
         "# The student against small YOLO models, from picture to people",

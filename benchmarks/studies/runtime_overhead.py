@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import new_core, read_model
+from hkd_deploy.backends.openvino import create_core, read_model
 from hkd_det.letterbox import PAD_VALUE
 from hkd_det.onnx_session import open_session
 
@@ -56,7 +56,7 @@ def overhead(model: Path, backend: str, runs: int, threads: int) -> None:
     """A row for a frame of the input's size, and one for a camera's."""
     bare = {"onnxruntime": bare_onnxruntime, "openvino": bare_openvino}[backend](model, threads)
     with open_detector(model, backend=backend, threads=threads) as detector:
-        input_hw = detector.manifest.imgsz_hw
+        input_hw = detector.metadata.imgsz_hw
         for frame_hw in (input_hw, CAMERA_HW):
             frame = np.random.default_rng(0).integers(0, 256, (*frame_hw, 3), dtype=np.uint8)
             least = bare if frame_hw == input_hw else letterboxing(bare, input_hw)
@@ -72,7 +72,7 @@ def bare_onnxruntime(model: Path, threads: int) -> Callable[[Frame], Any]:
 def bare_openvino(model: Path, threads: int) -> Callable[[Frame], Any]:
     """The same, in float32 as the detector has it."""
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(threads)}
-    request = new_core().compile_model(read_model(model), "CPU", settings).create_infer_request()
+    request = create_core().compile_model(read_model(model), "CPU", settings).create_infer_request()
     return lambda frame: request.infer({"images": frame[None]}, share_inputs=True)
 
 

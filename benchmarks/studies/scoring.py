@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hkd_det.metrics import citypersons
-from hkd_det.metrics.coco_files import CocoTruth, read_detections, read_truth
+from hkd_det.metrics.coco_files import CocoGroundTruth, read_coco_detections, read_coco_ground_truth
 from hkd_det.metrics.tables import DetectionTable
 
 LITERAL = Path(__file__).parents[2] / "tests" / "hkd_det" / "metrics" / "official_citypersons.py"
@@ -34,12 +34,12 @@ def main() -> None:
     parser.add_argument("--detections", type=int, default=20_000)
     parser.add_argument("--many", type=int, default=10_000_000, help="0 leaves the test of memory out")
     flags = parser.parse_args()
-    truth = read_truth(flags.annotations)
+    truth = read_coco_ground_truth(flags.annotations)
     rows = made_up(flags.annotations, flags.detections)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dt.json"
         path.write_text(json.dumps(rows))
-        found = read_detections(path, truth)
+        found = read_coco_detections(path, truth)
     compare(truth, found, by_picture(flags.annotations, rows))
     if flags.many:
         judge_many(truth, flags.many)
@@ -76,7 +76,7 @@ def by_picture(annotations: Path, rows: Rows) -> list[tuple[Rows, list[tuple[lis
 
 
 def compare(
-    truth: CocoTruth, found: DetectionTable, pictures: list[tuple[Rows, list[tuple[list[float], float]]]]
+    truth: CocoGroundTruth, found: DetectionTable, pictures: list[tuple[Rows, list[tuple[list[float], float]]]]
 ) -> None:
     """Ours in turn with the literal program, the fastest of each counted."""
     spec = importlib.util.spec_from_file_location("official_citypersons", LITERAL)
@@ -90,7 +90,7 @@ def compare(
         ours_s.append(time.perf_counter() - start)
         start = time.perf_counter()
         theirs = {
-            name: program.miss_rate(pictures, setup.height_px, setup.visibility)
+            name: program.miss_rate(pictures, setup.height_px, setup.visible_ratio)
             for name, setup in citypersons.SETUPS.items()
         }
         literal_s.append(time.perf_counter() - start)
@@ -100,13 +100,13 @@ def compare(
     print(f"  largest difference of a miss rate {apart:.1e}")
 
 
-def judge_many(truth: CocoTruth, count: int) -> None:
+def judge_many(truth: CocoGroundTruth, count: int) -> None:
     """From a JSON file to the figures; the most memory the process ever held is printed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "many.json"
         write_many(path, count)
         start = time.perf_counter()
-        found = read_detections(path, truth)
+        found = read_coco_detections(path, truth)
         read_s = time.perf_counter() - start
         start = time.perf_counter()
         citypersons.evaluate(truth.table, found)

@@ -10,9 +10,9 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.artifact import Manifest
-from hkd_deploy.backends.backend import Answer, Backend, Hint
-from hkd_deploy.backends.opening import Opened, open_backend
+from hkd_deploy.artifact import ModelMetadata
+from hkd_deploy.backends.backend import Backend, PerformanceHint, RuntimeOutputs
+from hkd_deploy.backends.opening import OpenedBackend, open_backend
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError
 from hkd_det.imgsz import STRIDE, format_imgsz
@@ -42,18 +42,18 @@ class Detector:
     Keeps nothing between frames: several threads may call one detector.
     """
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: OpenedBackend) -> None:
         runtime = opened.runtime
-        self.manifest = Manifest.from_metadata(runtime.metadata, runtime.path)
+        self.metadata = ModelMetadata.from_metadata(runtime.metadata, runtime.path)
         self.backend = opened.name
         self.device = runtime.device
         self._runtime: Backend = runtime
-        self._parallel = opened.parallel
-        self._most = runtime.batch or (1 if opened.parallel > 1 else opened.max_batch)
-        free = self.manifest.dynamic_size or self.manifest.letterbox
-        if runtime.input_hw != (None if free else self.manifest.imgsz_hw):
+        self._num_requests = opened.num_requests
+        self._max_batch = runtime.batch or (1 if opened.num_requests > 1 else opened.max_batch)
+        free = self.metadata.dynamic or self.metadata.letterbox
+        if runtime.input_hw != (None if free else self.metadata.imgsz_hw):
             raise DataError(
-                f"{runtime.path}: metadata says imgsz {'any' if free else self.manifest.imgsz_hw}, "
+                f"{runtime.path}: metadata says imgsz {'any' if free else self.metadata.imgsz_hw}, "
                 f"the graph takes {runtime.input_hw or 'any'}; export it again"
             )
 
@@ -70,18 +70,18 @@ class Detector:
         DataError for a frame larger than a graph takes that letterboxes itself.
         """
         if isinstance(frame_rgb, (list, tuple)):
-            return self._detect_all(frame_rgb)
-        return self.timed(frame_rgb)[0]  # type: ignore[arg-type]
+            return self._predict_batches(frame_rgb)
+        return self.predict_timed(frame_rgb)[0]  # type: ignore[arg-type]
 
-    def timed(self, frame_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
+    def predict_timed(self, frame_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
         """One frame as in a call, and how long each stage took."""
         start = perf_counter()
-        box = self._letterbox(frame_rgb)
-        batch = self._batch([box], [frame_rgb])
+        box = self._make_letterbox(frame_rgb)
+        batch = self._make_batch([box], [frame_rgb])
         prepared = perf_counter()
         answers = self._runtime.run(batch)
         inferred = perf_counter()
-        detections = _in_source(box, answers, 0)
+        detections = _to_source_detections(box, answers, 0)
         done = perf_counter()
         return detections, StageTimes(
             preprocess_ms=1e3 * (prepared - start),
@@ -89,64 +89,66 @@ class Detector:
             postprocess_ms=1e3 * (done - inferred),
         )
 
-    def _detect_all(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        boxes = [self._letterbox(frame) for frame in frames_rgb]
+    def _predict_batches(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        boxes = [self._make_letterbox(frame) for frame in frames_rgb]
         found: dict[int, Detections] = {}
 
         def detect(places: Sequence[int]) -> None:
-            batch = self._batch([boxes[place] for place in places], [frames_rgb[place] for place in places])
+            batch = self._make_batch([boxes[place] for place in places], [frames_rgb[place] for place in places])
             answers = self._runtime.run(batch)
-            found.update((place, _in_source(boxes[place], answers, row)) for row, place in enumerate(places))
+            found.update((place, _to_source_detections(boxes[place], answers, row)) for row, place in enumerate(places))
 
-        batches = self._split(boxes)
-        if self._parallel > 1 and len(batches) > 1:
+        batches = self._split_batches(boxes)
+        if self._num_requests > 1 and len(batches) > 1:
             from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - needed by few, and not light
 
-            with ThreadPoolExecutor(self._parallel) as pool:
+            with ThreadPoolExecutor(self._num_requests) as pool:
                 list(pool.map(detect, batches))
         else:
             for places in batches:
                 detect(places)
         return [found[place] for place in range(len(frames_rgb))]
 
-    def _letterbox(self, frame_rgb: NDArray[np.uint8]) -> Letterbox:
+    def _make_letterbox(self, frame_rgb: NDArray[np.uint8]) -> Letterbox:
         """Where the frame goes in the graph's input."""
         _check_frame(frame_rgb)
         frame_hw = (frame_rgb.shape[0], frame_rgb.shape[1])
-        manifest = self.manifest
+        manifest = self.metadata
         if manifest.letterbox:
-            if frame_hw[0] > manifest.max_hw[0] or frame_hw[1] > manifest.max_hw[1]:
+            if frame_hw[0] > manifest.max_imgsz_hw[0] or frame_hw[1] > manifest.max_imgsz_hw[1]:
                 raise DataError(
                     f"{self._runtime.path}: a frame of {format_imgsz(frame_hw)}, the graph takes up to "
-                    f"{format_imgsz(manifest.max_hw)}; export it with --max-size {format_imgsz(frame_hw)}"
+                    f"{format_imgsz(manifest.max_imgsz_hw)}; export it with --max-size {format_imgsz(frame_hw)}"
                 )
             return Letterbox(frame_hw, frame_hw)
-        if manifest.dynamic_size:
+        if manifest.dynamic:
             # The picture as large as in imgsz, in the smallest input that holds it.
             height, width = Letterbox(frame_hw, manifest.imgsz_hw).content_hw
             return Letterbox(frame_hw, (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE))
         return Letterbox(frame_hw, manifest.imgsz_hw)
 
-    def _batch(self, boxes: Sequence[Letterbox], frames_rgb: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    def _make_batch(
+        self, letterboxes: Sequence[Letterbox], frames_rgb: Sequence[NDArray[np.uint8]]
+    ) -> NDArray[np.uint8]:
         """[B, H, W, 3] of frames that go into the same input; a fixed batch is filled up with grey."""
-        size = self._runtime.batch or len(boxes)
-        if size == 1 and boxes[0].source_hw == boxes[0].input_hw:
+        size = self._runtime.batch or len(letterboxes)
+        if size == 1 and letterboxes[0].source_hw == letterboxes[0].input_hw:
             return np.ascontiguousarray(frames_rgb[0])[None]  # a frame of a graph's own size is not even copied
-        batch = np.empty((size, *boxes[0].input_hw, 3), np.uint8)
-        for row, (box, frame) in enumerate(zip(boxes, frames_rgb, strict=True)):
+        batch = np.empty((size, *letterboxes[0].input_hw, 3), np.uint8)
+        for row, (box, frame) in enumerate(zip(letterboxes, frames_rgb, strict=True)):
             box.apply(frame, batch[row])
-        batch[len(boxes) :] = PAD_VALUE
+        batch[len(letterboxes) :] = PAD_VALUE
         return batch
 
-    def _split(self, boxes: Sequence[Letterbox]) -> list[list[int]]:
+    def _split_batches(self, letterboxes: Sequence[Letterbox]) -> list[list[int]]:
         """Places of the frames that go through together: of one input size, as many as the graph takes.
 
         Where calls run side by side, a graph of any batch is given single frames: that keeps all of them busy.
         """
         by_size: dict[tuple[int, int], list[int]] = {}
-        for place, box in enumerate(boxes):
+        for place, box in enumerate(letterboxes):
             by_size.setdefault(box.input_hw, []).append(place)
-        most = self._most or max(1, len(boxes))
+        most = self._max_batch or max(1, len(letterboxes))
         return [places[start : start + most] for places in by_size.values() for start in range(0, len(places), most)]
 
 
@@ -156,7 +158,7 @@ def open_detector(
     device: str = "cpu",
     threads: int | None = None,
     backend: str | None = None,
-    hint: Hint = "latency",
+    performance_hint: PerformanceHint = "latency",
 ) -> Iterator[Detector]:
     """Open an exported model on cpu, cuda or cuda:N, and on nothing else.
 
@@ -165,15 +167,15 @@ def open_detector(
     hint: of OpenVINO only, "throughput" answers lists as fast as it can, "latency" single frames.
     Raises UsageError, DataError or UnavailableError, each saying what to do.
     """
-    with open_backend(Path(path), device, threads, backend, hint) as opened:
+    with open_backend(Path(path), device, threads, backend, performance_hint) as opened:
         yield Detector(opened)
 
 
-def _in_source(box: Letterbox, answers: Answer, row: int) -> Detections:
+def _to_source_detections(letterbox: Letterbox, outputs: RuntimeOutputs, index: int) -> Detections:
     """One picture's people, in pixels of its frame."""
-    boxes, scores, count = answers
-    found = int(count[row])
-    return Detections(box.to_source(boxes[row, :found]), scores[row, :found])
+    boxes, scores, count = outputs
+    found = int(count[index])
+    return Detections(letterbox.boxes_to_source(boxes[index, :found]), scores[index, :found])
 
 
 def _check_frame(frame_rgb: object) -> None:

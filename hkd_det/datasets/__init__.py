@@ -1,5 +1,5 @@
 """Readers of annotated pictures; numpy and OpenCV only."""
 
-from hkd_det.datasets.sample import Sample, Truth, read_picture
+from hkd_det.datasets.sample import GroundTruth, Sample, read_image
 
-__all__ = ["Sample", "Truth", "read_picture"]
+__all__ = ["Sample", "GroundTruth", "read_image"]

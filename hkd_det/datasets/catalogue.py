@@ -21,23 +21,23 @@ from typing import Any
 
 import yaml
 
-from hkd_det.datasets.caltech import OLD, TEST_EVERY, read_caltech
+from hkd_det.datasets.caltech import ORIGINAL, TEST_FRAME_STEP, read_caltech
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
 from hkd_det.datasets.crowdhuman import read_crowdhuman
-from hkd_det.datasets.eurocity import TIMES, read_eurocity
-from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.eurocity import TIMES_OF_DAY, read_eurocity
+from hkd_det.datasets.faults import ErrorHandler, raise_error
 from hkd_det.datasets.pascal_text import read_inria, read_pennfudan
-from hkd_det.datasets.present import present
+from hkd_det.datasets.present import filter_missing_images
 from hkd_det.datasets.sample import Sample
 from hkd_det.datasets.voc import read_voc
 from hkd_det.datasets.yolo import read_yolo
 from hkd_det.errors import DataError, UsageError
 
 SPLITS = ("train", "val", "test")
-YAML = (".yaml", ".yml")
+YAML_SUFFIXES = (".yaml", ".yml")
 # `nc`, `download` and, for other formats than yolo, `names` stand in Ultralytics' files and say nothing new here.
-KEYS = {"format", "path", *SPLITS, "names", "nc", "download", "terms"}
+COMMON_KEYS = {"format", "path", *SPLITS, "names", "nc", "download", "terms"}
 FORMAT_KEYS = {
     "yolo": {"category"},
     "coco": {"category", "present_only"},
@@ -49,22 +49,22 @@ FORMAT_KEYS = {
     "crowdhuman": {"present_only"},
     "eurocity": {"time", "present_only"},
 }
-ABOUT_KEYS = {"page", "layout"}  # datasets.yaml only: what a user has to know to get it
-HOME = Path("datasets")  # where the named data sets lie, under the working directory
+CATALOG_KEYS = {"page", "layout"}  # datasets.yaml only: what a user has to know to get it
+DATASETS_DIR = Path("datasets")  # where the named data sets lie, under the working directory
 
 
-def open_data(data: str, split: str, on_fault: OnFault = stop) -> list[Sample]:
+def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) -> list[Sample]:
     """The samples of a split (train, val or test) of a data set, never empty.
 
     data: a name in datasets.yaml, or the path of a yaml file. on_fault: what to do with a faulty record; by default it
     is raised. Raises UsageError for a name or key that does
     not exist, DataError for what is wrong on disk.
     """
-    entry = _entry(data)
-    if data.endswith(YAML):
+    entry = _load_entry(data)
+    if data.endswith(YAML_SUFFIXES):
         path = Path(data)
-        return _samples(entry, path.parent / entry.get("path", "."), split, str(path), on_fault)
-    root = HOME / entry.get("path", data)
+        return _read_split(entry, path.parent / entry.get("path", "."), split, str(path), on_error)
+    root = DATASETS_DIR / entry.get("path", data)
     if not root.is_dir():
         there = f"--data {data}: {root.resolve()} is not there"
         if "download" in entry:
@@ -72,47 +72,51 @@ def open_data(data: str, split: str, on_fault: OnFault = stop) -> list[Sample]:
         raise DataError(
             f"{there}; get it from {entry.get('page')} ({entry.get('terms')}) and unpack it as {entry.get('layout')}"
         )
-    return _samples(entry, root, split, data, on_fault)
+    return _read_split(entry, root, split, data, on_error)
 
 
-def splits_of(data: str) -> list[str]:
+def list_splits(data: str) -> list[str]:
     """Which of train, val and test a data set has; raises as `open_data` does."""
-    entry = _entry(data)
+    entry = _load_entry(data)
     return [split for split in SPLITS if entry.get(split) is not None]
 
 
-def terms_of(data: str) -> str:
+def dataset_license(data: str) -> str:
     """What the owners of a data set allow, in words: its `terms`, "" where it has none.
 
     Raises as `open_data` does for a name or yaml that is not there; the data itself need not be.
     """
-    terms: str = _entry(data).get("terms", "")
+    terms: str = _load_entry(data).get("terms", "")
     return terms
 
 
-def _entry(data: str) -> dict[str, Any]:
-    return _checked(_load_yaml(Path(data)), data, set()) if data.endswith(YAML) else catalogue_entry(data)
+def _load_entry(data: str) -> dict[str, Any]:
+    return (
+        _validate_entry(_load_yaml(Path(data)), data, set())
+        if data.endswith(YAML_SUFFIXES)
+        else load_catalog_entry(data)
+    )
 
 
-def catalogue_entry(data: str) -> dict[str, Any]:
+def load_catalog_entry(data: str) -> dict[str, Any]:
     """What datasets.yaml says of a data set; UsageError for a name that is not there."""
-    catalogue = _load_yaml(catalogue_file())
+    catalogue = _load_yaml(find_catalog_file())
     if data not in catalogue:
         raise UsageError(
-            f"--data {data}: not in datasets.yaml ({', '.join(catalogue)}){_near(data, catalogue)}, "
+            f"--data {data}: not in datasets.yaml ({', '.join(catalogue)}){_format_suggestion(data, catalogue)}, "
             "and no path to a .yaml file"
         )
-    return _checked(catalogue[data], f"{catalogue_file()}: {data}", ABOUT_KEYS)
+    return _validate_entry(catalogue[data], f"{find_catalog_file()}: {data}", CATALOG_KEYS)
 
 
-def catalogue_file() -> Path:
+def find_catalog_file() -> Path:
     """datasets.yaml: inside the installed package, or at the root of a checkout."""
     here = Path(__file__).parent
     packaged = here / "datasets.yaml"
     return packaged if packaged.exists() else here.parents[1] / "datasets.yaml"
 
 
-def _samples(entry: dict[str, Any], root: Path, split: str, name: str, on_fault: OnFault) -> list[Sample]:
+def _read_split(entry: dict[str, Any], root: Path, split: str, name: str, on_error: ErrorHandler) -> list[Sample]:
     if split not in SPLITS or entry.get(split) is None:
         there = [known for known in SPLITS if entry.get(known) is not None]
         raise UsageError(f"{name}: has no split {split!r}, only {', '.join(there) or 'none'}")
@@ -120,49 +124,52 @@ def _samples(entry: dict[str, Any], root: Path, split: str, name: str, on_fault:
     present_only = entry.get("present_only", False)
     match entry.get("format", "yolo"):
         case "coco":
-            read = (_coco(one, root, split, category, name, on_fault) for one in _sources(source))
-            samples = present(_joined(read), present_only, name, on_fault)
+            read = (_read_coco_split(one, root, split, category, name, on_error) for one in _ensure_list(source))
+            samples = filter_missing_images(_merge_samples(read), present_only, name, on_error)
         case "yolo":
-            names = _names(entry, name)
-            read = (read_yolo(root / _text(one, split, name), names, category, on_fault) for one in _sources(source))
-            samples = _joined(read)
+            names = _parse_class_names(entry, name)
+            read = (
+                read_yolo(root / _check_str(one, split, name), names, category, on_error)
+                for one in _ensure_list(source)
+            )
+            samples = _merge_samples(read)
         case form:
-            samples = _of_one_set(form, entry, root, _text(source, split, name), name, on_fault)
+            samples = _read_named_format(form, entry, root, _check_str(source, split, name), name, on_error)
     if not samples:
         raise DataError(f"{name}: split {split} holds no pictures")
     return samples
 
 
-def _of_one_set(
-    form: str, entry: dict[str, Any], root: Path, source: str, name: str, on_fault: OnFault
+def _read_named_format(
+    format_name: str, entry: dict[str, Any], root: Path, source: str, name: str, on_error: ErrorHandler
 ) -> list[Sample]:
     """The formats that are one public set's own, and VOC: a split is a word."""
     present_only = entry.get("present_only", False)
-    match form:
+    match format_name:
         case "citypersons":
-            samples = read_citypersons(root, source, present_only, on_fault)
+            samples = read_citypersons(root, source, present_only, on_error)
         case "caltech":
-            annotations, every = entry.get("annotations", OLD), entry.get("every", TEST_EVERY)
-            samples = read_caltech(root, source, annotations, every, present_only, on_fault)
+            annotations, every = entry.get("annotations", ORIGINAL), entry.get("every", TEST_FRAME_STEP)
+            samples = read_caltech(root, source, annotations, every, present_only, on_error)
         case "voc":
-            samples = read_voc(root, source, entry.get("category", ""), on_fault)
-            samples = present(samples, present_only, name, on_fault)
+            samples = read_voc(root, source, entry.get("category", ""), on_error)
+            samples = filter_missing_images(samples, present_only, name, on_error)
         case "inria":
-            samples = read_inria(root, source, present_only, on_fault)
+            samples = read_inria(root, source, present_only, on_error)
         case "pennfudan":
-            samples = read_pennfudan(root, source, present_only, on_fault)
+            samples = read_pennfudan(root, source, present_only, on_error)
         case "crowdhuman":
-            samples = read_crowdhuman(root, source, present_only, on_fault)
+            samples = read_crowdhuman(root, source, present_only, on_error)
         case _:
-            samples = read_eurocity(root, source, entry.get("time", TIMES[0]), present_only, on_fault)
+            samples = read_eurocity(root, source, entry.get("time", TIMES_OF_DAY[0]), present_only, on_error)
     return samples
 
 
-def _sources(source: Any) -> list[Any]:
+def _ensure_list(source: Any) -> list[Any]:
     return source if isinstance(source, list) else [source]
 
 
-def _joined(parts: Iterable[list[Sample]]) -> list[Sample]:
+def _merge_samples(parts: Iterable[list[Sample]]) -> list[Sample]:
     """All samples; where there are several parts their ids begin with the part's number: two may count alike."""
     lists = list(parts)
     if len(lists) == 1:
@@ -170,20 +177,22 @@ def _joined(parts: Iterable[list[Sample]]) -> list[Sample]:
     return [replace(one, image_id=f"{number}/{one.image_id}") for number, part in enumerate(lists) for one in part]
 
 
-def _coco(source: Any, root: Path, split: str, category: str, name: str, on_fault: OnFault) -> list[Sample]:
+def _read_coco_split(
+    source: Any, root: Path, split: str, category: str, name: str, on_error: ErrorHandler
+) -> list[Sample]:
     if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
         raise UsageError(f"{name}: split {split} must be {{images: FOLDER, annotations: FILE}}, or a list of those")
-    images, annotations = (root / _text(source[key], split, name) for key in ("images", "annotations"))
-    return read_coco(annotations, images, category, on_fault)
+    images, annotations = (root / _check_str(source[key], split, name) for key in ("images", "annotations"))
+    return read_coco(annotations, images, category, on_error)
 
 
-def _text(value: Any, split: str, name: str) -> str:
+def _check_str(value: Any, split: str, name: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{name}: split {split}: {value!r} must be a text")
     return value
 
 
-def _names(entry: dict[str, Any], name: str) -> dict[int, str]:
+def _parse_class_names(entry: dict[str, Any], name: str) -> dict[int, str]:
     names = entry.get("names")
     numbered = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(numbered, dict) or not numbered or not all(type(number) is int for number in numbered):
@@ -207,33 +216,33 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(entry: Any, name: str, more_keys: set[str]) -> dict[str, Any]:
+def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, Any]:
     """The entry, if its keys are known to its format and hold what they should."""
     if not isinstance(entry, dict):
         raise DataError(f"{name}: expected `key: value` lines such as path, train, val")
     form = entry.get("format", "yolo")
     if not isinstance(form, str) or form not in FORMAT_KEYS:
         raise UsageError(f"{name}: format {form!r} is none of {', '.join(FORMAT_KEYS)}")
-    keys = KEYS | FORMAT_KEYS[form] | more_keys
+    keys = COMMON_KEYS | FORMAT_KEYS[form] | extra_keys
     for key in entry:
         if key not in keys:
-            raise UsageError(f"{name}: unknown key {key!r} for format {form}{_near(str(key), keys)}")
+            raise UsageError(f"{name}: unknown key {key!r} for format {form}{_format_suggestion(str(key), keys)}")
     _check_type(entry, "path", str, "a folder", name)
     _check_type(entry, "category", str, "a name", name)
     _check_type(entry, "terms", str, "words", name)
     _check_type(entry, "present_only", bool, "true or false", name)
     _check_type(entry, "annotations", str, "old or new", name)
     _check_type(entry, "every", int, "a whole number", name)
-    if entry.get("time", TIMES[0]) not in TIMES:
-        raise UsageError(f"{name}: time: {entry['time']!r} must be {' or '.join(TIMES)}")
+    if entry.get("time", TIMES_OF_DAY[0]) not in TIMES_OF_DAY:
+        raise UsageError(f"{name}: time: {entry['time']!r} must be {' or '.join(TIMES_OF_DAY)}")
     return entry
 
 
-def _check_type(entry: dict[str, Any], key: str, kind: type, meaning: str, name: str) -> None:
-    if key in entry and not isinstance(entry[key], kind):
+def _check_type(entry: dict[str, Any], key: str, cls: type, meaning: str, name: str) -> None:
+    if key in entry and not isinstance(entry[key], cls):
         raise UsageError(f"{name}: {key}: {entry[key]!r} must be {meaning}")
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def _format_suggestion(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, sorted(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""

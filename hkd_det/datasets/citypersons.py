@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.faults import ErrorHandler, raise_error
 from hkd_det.datasets.json_file import read_json
-from hkd_det.datasets.json_places import JsonPlaces
-from hkd_det.datasets.mat_file import numbers, read_mat, text
-from hkd_det.datasets.present import present
-from hkd_det.datasets.sample import Sample, Truth
+from hkd_det.datasets.json_places import JsonLocations
+from hkd_det.datasets.mat_file import read_mat, to_float_array, to_text
+from hkd_det.datasets.present import filter_missing_images
+from hkd_det.datasets.sample import GroundTruth, Sample
 from hkd_det.errors import DataError
 
 LABELS = ("ignore", "pedestrian", "rider", "sitting person", "other person", "people group")
@@ -29,14 +29,16 @@ JSON_LABELS = {
     "person group": 5,
     "ignore region": 0,
 }
-LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
-LAYOUT = (
+MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
+DIRECTORY_LAYOUT = (
     "leftImg8bit/{split}/CITY/*_leftImg8bit.png and annotations/anno_{split}.mat, "
     "or gtBboxCityPersons/{split}/CITY/*_gtBboxCityPersons.json in its place"
 )
 
 
-def read_citypersons(root: Path, split: str, present_only: bool = False, on_fault: OnFault = stop) -> list[Sample]:
+def read_citypersons(
+    root: Path, split: str, skip_missing: bool = False, on_error: ErrorHandler = raise_error
+) -> list[Sample]:
     """Every picture of a split (train or val), every record kept.
 
     present_only: leave out pictures that are not on disk; otherwise a missing one is a DataError that names it.
@@ -48,28 +50,32 @@ def read_citypersons(root: Path, split: str, present_only: bool = False, on_faul
     tree = root / "gtBboxCityPersons" / split
     pictures = root / "leftImg8bit" / split
     if mat is not None:
-        samples = _samples_from_mat(mat, pictures, on_fault)
+        samples = _read_mat_samples(mat, pictures, on_error)
     elif tree.is_dir():
-        samples = _samples_from_json(tree, pictures, on_fault)
+        samples = _read_json_samples(tree, pictures, on_error)
     else:
-        raise DataError(f"{root}: no CityPersons annotations of {split}; expected {LAYOUT.format(split=split)}")
-    return present(samples, present_only, str(pictures), on_fault)
+        raise DataError(
+            f"{root}: no CityPersons annotations of {split}; expected {DIRECTORY_LAYOUT.format(split=split)}"
+        )
+    return filter_missing_images(samples, skip_missing, str(pictures), on_error)
 
 
-def _samples_from_mat(path: Path, pictures: Path, on_fault: OnFault = stop) -> list[Sample]:
+def _read_mat_samples(path: Path, image_dir: Path, on_error: ErrorHandler = raise_error) -> list[Sample]:
     samples = []
-    for number, record in enumerate(_mat_records(path), 1):
+    for number, record in enumerate(_read_mat_records(path), 1):
         try:
-            samples.append(_sample_from_mat(record, f"{path}: picture {number}", path, pictures, on_fault))
+            samples.append(_parse_mat_sample(record, f"{path}: picture {number}", path, image_dir, on_error))
         except DataError as fault:
-            on_fault(fault)
+            on_error(fault)
     return samples
 
 
-def _sample_from_mat(record: dict[str, Any], where: str, path: Path, pictures: Path, on_fault: OnFault) -> Sample:
+def _parse_mat_sample(
+    record: dict[str, Any], where: str, path: Path, image_dir: Path, on_error: ErrorHandler
+) -> Sample:
     try:
-        city, name = text(record["cityname"]), text(record["im_name"])
-        rows = numbers(record["bbs"])
+        city, name = to_text(record["cityname"]), to_text(record["im_name"])
+        rows = to_float_array(record["bbs"])
     except (ValueError, KeyError) as error:
         raise DataError(f"{where}: not a CityPersons record ({error})") from None
     if rows.size == 0:
@@ -79,13 +85,13 @@ def _sample_from_mat(record: dict[str, Any], where: str, path: Path, pictures: P
     kept = []
     for number, row in enumerate(rows[:, [0, 1, 2, 3, 4, 6, 7, 8, 9]], 1):
         try:
-            kept.append(_checked(row, f"{path}: {name}: record {number}"))
+            kept.append(_check_record(row, f"{path}: {name}: record {number}"))
         except DataError as fault:
-            on_fault(fault)
-    return Sample(_stem(name), pictures / city / name, _truth(kept))
+            on_error(fault)
+    return Sample(_get_image_id(name), image_dir / city / name, _build_ground_truth(kept))
 
 
-def _mat_records(path: Path) -> list[dict[str, Any]]:
+def _read_mat_records(path: Path) -> list[dict[str, Any]]:
     content = read_mat(path)
     cells = next(iter(content.values())) if len(content) == 1 else None
     if not isinstance(cells, np.ndarray) or cells.dtype != object or cells.ndim != 2 or cells.shape[0] != 1:
@@ -100,20 +106,20 @@ def _mat_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _samples_from_json(tree: Path, pictures: Path, on_fault: OnFault) -> list[Sample]:
-    files = sorted(tree.glob("*/*_gtBboxCityPersons.json"))
+def _read_json_samples(annotation_dir: Path, image_dir: Path, on_error: ErrorHandler) -> list[Sample]:
+    files = sorted(annotation_dir.glob("*/*_gtBboxCityPersons.json"))
     if not files:
-        raise DataError(f"{tree}: holds no CITY/*_gtBboxCityPersons.json")
+        raise DataError(f"{annotation_dir}: holds no CITY/*_gtBboxCityPersons.json")
     samples = []
     for path in files:
         try:
-            samples.append(_sample_from_json(path, pictures, on_fault))
+            samples.append(_read_json_sample(path, image_dir, on_error))
         except DataError as fault:
-            on_fault(fault)
+            on_error(fault)
     return samples
 
 
-def _sample_from_json(path: Path, pictures: Path, on_fault: OnFault) -> Sample:
+def _read_json_sample(path: Path, image_dir: Path, on_error: ErrorHandler) -> Sample:
     name = path.name.replace("_gtBboxCityPersons.json", "_leftImg8bit.png")
     content = read_json(path)
     try:
@@ -123,16 +129,16 @@ def _sample_from_json(path: Path, pictures: Path, on_fault: OnFault) -> Sample:
             raise ValueError("objects is no list")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a gtBboxCityPersons file ({type(error).__name__}: {error})") from None
-    places, kept = JsonPlaces(path), []
+    places, kept = JsonLocations(path), []
     for number, entry in enumerate(objects):
         try:
-            kept.append(_json_record(entry, f"{path}: record {number + 1}"))
+            kept.append(_parse_json_record(entry, f"{path}: record {number + 1}"))
         except DataError as fault:
-            on_fault(places.told(fault, "objects", number))
-    return Sample(_stem(name), pictures / path.parent.name / name, _truth(kept), size_hw)
+            on_error(places.annotate(fault, "objects", number))
+    return Sample(_get_image_id(name), image_dir / path.parent.name / name, _build_ground_truth(kept), size_hw)
 
 
-def _json_record(entry: Any, where: str) -> NDArray[np.float64]:
+def _parse_json_record(entry: Any, where: str) -> NDArray[np.float64]:
     try:
         label = JSON_LABELS[entry["label"]]
         boxes = np.array([entry["bbox"], entry["bboxVis"]], np.float64)
@@ -140,24 +146,24 @@ def _json_record(entry: Any, where: str) -> NDArray[np.float64]:
             raise ValueError("a box is four numbers")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: not a record of label, bbox and bboxVis ({type(error).__name__}: {error})") from None
-    return _checked(np.array([label, *boxes.ravel()]), where)
+    return _check_record(np.array([label, *boxes.ravel()]), where)
 
 
-def _checked(record: NDArray[np.float64], where: str) -> NDArray[np.float64]:
+def _check_record(record: NDArray[np.float64], where: str) -> NDArray[np.float64]:
     """A record of label, whole and visible box xywh [9], as it is; DataError for one that can't be meant."""
     label, box = record[0], record[1:]
     if label not in range(len(LABELS)):
         raise DataError(f"{where}: label {label:g} is none of 0 to {len(LABELS) - 1}")
-    if not (np.abs(box) <= LARGEST_PX).all():
+    if not (np.abs(box) <= MAX_COORDINATE_PX).all():
         raise DataError(f"{where}: {box.tolist()} holds NaN, infinity or no pixels")
     if (box[[2, 3, 6, 7]] < 0).any():
         raise DataError(f"{where}: {box.tolist()} has a negative width or height")
     return record
 
 
-def _truth(records: list[NDArray[np.float64]]) -> Truth:
+def _build_ground_truth(records: list[NDArray[np.float64]]) -> GroundTruth:
     rows = np.array(records, np.float64).reshape(-1, 9)
-    return Truth(
+    return GroundTruth(
         box_math.xyxy_from_xywh(rows[:, 1:5]).astype(np.float32),
         rows[:, 0] != PEDESTRIAN,
         box_math.xyxy_from_xywh(rows[:, 5:]).astype(np.float32),
@@ -165,6 +171,6 @@ def _truth(records: list[NDArray[np.float64]]) -> Truth:
     )
 
 
-def _stem(name: str) -> str:
+def _get_image_id(name: str) -> str:
     """A picture's id: its file name without ending and `_leftImg8bit`."""
     return name.removesuffix(".png").removesuffix("_leftImg8bit")

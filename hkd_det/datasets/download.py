@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hkd_det.datasets.catalogue import HOME, catalogue_entry, catalogue_file
-from hkd_det.datasets.fetch import RemoteFile, fetch
-from hkd_det.datasets.unpack import SUFFIXES, check_room, unpack
+from hkd_det.datasets.catalogue import DATASETS_DIR, find_catalog_file, load_catalog_entry
+from hkd_det.datasets.fetch import RemoteFile, download_file
+from hkd_det.datasets.unpack import ARCHIVE_SUFFIXES, check_disk_space, extract_archive
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
-WORK = ".downloads"
-RECORD = ".downloaded.json"  # in the data set's folder: the SHA-256 of what it was unpacked from
+TEMP_DIR = ".downloads"
+RECORD_FILE = ".downloaded.json"  # in the data set's folder: the SHA-256 of what it was unpacked from
 FILE_KEYS = {"url", "sha256", "bytes", "unpack_to"}
 
 
 @dataclass(frozen=True)
-class Part:
+class DownloadItem:
     """A file of a data set, and the folder in it where it is unpacked."""
 
     remote: RemoteFile
@@ -39,97 +39,99 @@ def download(data: str) -> Path:
     must be fetched by hand, and what `fetch` and `unpack` raise.
     """
     if data.endswith((".yaml", ".yml")):
-        raise UsageError(f"--data {data}: --download fetches the data sets of {catalogue_file()} only, by their names")
-    entry = catalogue_entry(data)
-    folder = HOME / PurePosixPath(entry.get("path", data)).parts[0]
-    parts = _parts(entry.get("download"), data)
-    if not parts and not _holds_something(folder):
+        raise UsageError(
+            f"--data {data}: --download fetches the data sets of {find_catalog_file()} only, by their names"
+        )
+    entry = load_catalog_entry(data)
+    folder = DATASETS_DIR / PurePosixPath(entry.get("path", data)).parts[0]
+    parts = _parse_items(entry.get("download"), data)
+    if not parts and not _is_nonempty_dir(folder):
         raise UnavailableError(
             f"--data {data}: cannot be downloaded without you. Get it from {entry.get('page')}; accepted there: "
             f"{entry.get('terms')}; unpack it into {folder.absolute()} as {entry.get('layout')}"
         )
-    with _alone(HOME / WORK / data) as work:
-        if _is_there(folder, parts):
+    with _lock_temp_dir(DATASETS_DIR / TEMP_DIR / data) as work:
+        if _is_downloaded(folder, parts):
             print(f"{data}: {folder} is there already; nothing is fetched")
         else:
             print(f"{data}: {entry.get('page')}; by using it you accept: {entry.get('terms')}")
-            _bring(parts, work, folder)
+            _download_and_extract(parts, work, folder)
             print(f"{data}: fetched, verified and unpacked into {folder}")
         shutil.rmtree(work)
     return folder
 
 
-def _bring(parts: list[Part], work: Path, folder: Path) -> None:
-    archives = [work / f"{number}-{part.remote.name}" for number, part in enumerate(parts)]
-    there = sum(path.stat().st_size for path in work.iterdir() if path.is_file())
-    check_room(work, sum(part.remote.size_bytes for part in parts) - there)
-    for part, archive in zip(parts, archives, strict=True):
-        fetch(part.remote, archive)
-    unpacked = work / "unpacked"
+def _download_and_extract(items: list[DownloadItem], temp_dir: Path, folder: Path) -> None:
+    archives = [temp_dir / f"{number}-{part.remote.name}" for number, part in enumerate(items)]
+    there = sum(path.stat().st_size for path in temp_dir.iterdir() if path.is_file())
+    check_disk_space(temp_dir, sum(part.remote.size_bytes for part in items) - there)
+    for part, archive in zip(items, archives, strict=True):
+        download_file(part.remote, archive)
+    unpacked = temp_dir / "unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)  # of a try that was interrupted
     try:
-        for part, archive in zip(parts, archives, strict=True):
+        for part, archive in zip(items, archives, strict=True):
             target = unpacked / part.unpack_to
-            if archive.name.endswith(SUFFIXES):
-                unpack(archive, target)
+            if archive.name.endswith(ARCHIVE_SUFFIXES):
+                extract_archive(archive, target)
             else:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(archive, target / part.remote.name)
-        (unpacked / RECORD).write_text(json.dumps(_record(parts)), encoding="utf-8")
+        (unpacked / RECORD_FILE).write_text(json.dumps(_make_record(items)), encoding="utf-8")
         unpacked.replace(folder)  # an empty folder may lie there
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
 
 
-def _is_there(folder: Path, parts: list[Part]) -> bool:
+def _is_downloaded(folder: Path, items: list[DownloadItem]) -> bool:
     """Whether the data set lies there: as it is downloaded now, or as the user has put it there."""
     try:
-        recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        recorded = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return _holds_something(folder)
+        return _is_nonempty_dir(folder)
     except ValueError:
         recorded = None
-    if recorded != _record(parts):
+    if recorded != _make_record(items):
         raise DataError(f"{folder}: downloaded from other files than datasets.yaml names now; remove it to fetch those")
     return True
 
 
-def _holds_something(folder: Path) -> bool:
+def _is_nonempty_dir(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _record(parts: list[Part]) -> dict[str, str]:
-    return {part.remote.url: part.remote.sha256 for part in parts}
+def _make_record(items: list[DownloadItem]) -> dict[str, str]:
+    return {part.remote.url: part.remote.sha256 for part in items}
 
 
 @contextmanager
-def _alone(work: Path) -> Iterator[Path]:
+def _lock_temp_dir(temp_dir: Path) -> Iterator[Path]:
     """The folder to work in, for one process at a time: others, as torchrun starts them, wait until it is done."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work.parent / f"{work.name}.lock").open("w") as lock:
+    temp_dir.mkdir(parents=True, exist_ok=True)
+    with (temp_dir.parent / f"{temp_dir.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{work.name}: another process is downloading it; waiting")
+            print(f"{temp_dir.name}: another process is downloading it; waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        work.mkdir(parents=True, exist_ok=True)  # the other one has removed it
-        yield work
+        temp_dir.mkdir(parents=True, exist_ok=True)  # the other one has removed it
+        yield temp_dir
 
 
-def _parts(said: Any, data: str) -> list[Part]:
+def _parse_items(entries: Any, data: str) -> list[DownloadItem]:
     """What datasets.yaml says under `download`, checked."""
-    name = f"{catalogue_file()}: {data}: download"
-    if said is None:
+    name = f"{find_catalog_file()}: {data}: download"
+    if entries is None:
         return []
-    if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
+    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
         raise DataError(f"{name}: expected a list of {{url, sha256, bytes, unpack_to}}")
-    return [_part(one, name) for one in said]
+    return [_parse_item(one, name) for one in entries]
 
 
-def _part(said: dict[str, Any], name: str) -> Part:
-    url, sha256, size, unpack_to = (said.get(key) for key in ("url", "sha256", "bytes", "unpack_to"))
-    if not set(said) <= FILE_KEYS:
-        raise DataError(f"{name}: unknown key {min(map(str, set(said) - FILE_KEYS))!r}")
+def _parse_item(entry: dict[str, Any], name: str) -> DownloadItem:
+    url, sha256, size, unpack_to = (entry.get(key) for key in ("url", "sha256", "bytes", "unpack_to"))
+    if not set(entry) <= FILE_KEYS:
+        raise DataError(f"{name}: unknown key {min(map(str, set(entry) - FILE_KEYS))!r}")
     if not isinstance(url, str) or not re.match(r"https?://[^/]+/", url):
         raise DataError(f"{name}: url {url!r} must begin with https:// or http://")
     if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
@@ -142,4 +144,4 @@ def _part(said: dict[str, Any], name: str) -> Part:
     remote = RemoteFile(url, sha256, size)
     if not remote.name:
         raise DataError(f"{name}: url {url!r} must end in a file's name")
-    return Part(remote, str(inside))
+    return DownloadItem(remote, str(inside))

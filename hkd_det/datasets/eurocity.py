@@ -18,27 +18,31 @@ import numpy as np
 from tqdm import tqdm
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.faults import ErrorHandler, raise_error
 from hkd_det.datasets.json_file import read_json
-from hkd_det.datasets.json_places import JsonPlaces
-from hkd_det.datasets.present import present
-from hkd_det.datasets.sample import Sample, Truth
+from hkd_det.datasets.json_places import JsonLocations
+from hkd_det.datasets.present import filter_missing_images
+from hkd_det.datasets.sample import GroundTruth, Sample
 from hkd_det.errors import DataError
 
-PEDESTRIAN, GROUP = "pedestrian", "person-group-far-away"
-IGNORED = ("rider", "co-rider", GROUP, "rider+vehicle-group-far-away")
+PEDESTRIAN, DISTANT_GROUP = "pedestrian", "person-group-far-away"
+IGNORED_IDENTITIES = ("rider", "co-rider", DISTANT_GROUP, "rider+vehicle-group-far-away")
 VEHICLES = ("bicycle", "buggy", "motorbike", "scooter", "tricycle", "wheelchair")
-NOTHING = (None, *VEHICLES, *(f"{name}-group" for name in VEHICLES))  # None: the annotators left it open
+SKIPPED_IDENTITIES = (None, *VEHICLES, *(f"{name}-group" for name in VEHICLES))  # None: the annotators left it open
 IGNORED_TAGS = {"sitting-lying", "behind-glass"}
-SEEN = {10: 0.75, 40: 0.4, 80: 0.1}
-SEEN_BY_TAG = {f"{what}>{level}": share for what in ("occluded", "truncated") for level, share in SEEN.items()}
-TIMES = ("day", "night")
-LARGEST_PX = 2**24  # whole pixels beyond it are not exact in float32
-Record = tuple[list[float], float, bool, str]  # box xyxy, the share of its height that is seen, ignore, identity
+VISIBLE_RATIO_BY_LEVEL = {10: 0.75, 40: 0.4, 80: 0.1}
+VISIBLE_RATIO_BY_TAG = {
+    f"{what}>{level}": share for what in ("occluded", "truncated") for level, share in VISIBLE_RATIO_BY_LEVEL.items()
+}
+TIMES_OF_DAY = ("day", "night")
+MAX_COORDINATE_PX = 2**24  # whole pixels beyond it are not exact in float32
+EuroCityRecord = tuple[
+    list[float], float, bool, str
+]  # box xyxy, the share of its height that is seen, ignore, identity
 
 
 def read_eurocity(
-    root: Path, split: str, time: str = "day", present_only: bool = False, on_fault: OnFault = stop
+    root: Path, split: str, time: str = "day", skip_missing: bool = False, on_error: ErrorHandler = raise_error
 ) -> list[Sample]:
     """`TIME/labels/SPLIT/CITY/*.json` and `TIME/img/SPLIT/CITY/*.png`; time: day or night, split: train or val.
 
@@ -51,71 +55,80 @@ def read_eurocity(
     samples = []
     for path in tqdm(files, desc="read .json", unit="file", leave=False, delay=2):
         try:
-            samples.append(_sample(path, pictures / path.parent.name / f"{path.stem}.png", on_fault))
+            samples.append(_read_sample(path, pictures / path.parent.name / f"{path.stem}.png", on_error))
         except DataError as fault:
-            on_fault(fault)
-    return present(samples, present_only, str(pictures), on_fault)
+            on_error(fault)
+    return filter_missing_images(samples, skip_missing, str(pictures), on_error)
 
 
-def _sample(path: Path, picture: Path, on_fault: OnFault) -> Sample:
+def _read_sample(path: Path, image_path: Path, on_error: ErrorHandler) -> Sample:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("children"), list):
         raise DataError(f"{path}: not an annotation of EuroCity Persons: it has no list 'children'")
     height, width = (content.get(key) for key in ("imageheight", "imagewidth"))
-    if type(height) is not int or type(width) is not int or not (0 < height < LARGEST_PX and 0 < width < LARGEST_PX):
+    if (
+        type(height) is not int
+        or type(width) is not int
+        or not (0 < height < MAX_COORDINATE_PX and 0 < width < MAX_COORDINATE_PX)
+    ):
         raise DataError(f"{path}: imagewidth {width!r} and imageheight {height!r} are no size in pixels")
-    people: list[Record] = []
-    places = JsonPlaces(path)
+    people: list[EuroCityRecord] = []
+    places = JsonLocations(path)
     for number, child in enumerate(content["children"]):
         try:
-            found = _record(child, (height, width), f"{path}: child {number + 1}")
+            found = _parse_record(child, (height, width), f"{path}: child {number + 1}")
             people += [found] if found else []
         except DataError as fault:
-            on_fault(places.told(fault, "children", number))
-    return Sample(f"{path.parent.name}/{path.stem}", picture, _truth(people), (height, width))
+            on_error(places.annotate(fault, "children", number))
+    return Sample(f"{path.parent.name}/{path.stem}", image_path, _build_ground_truth(people), (height, width))
 
 
-def _truth(people: list[Record]) -> Truth:
-    whole = np.array([one[0] for one in people], np.float64).reshape(-1, 4)
-    shares, marked = np.array([one[1] for one in people], np.float64), np.array([one[2] for one in people], bool)
+def _build_ground_truth(records: list[EuroCityRecord]) -> GroundTruth:
+    whole = np.array([one[0] for one in records], np.float64).reshape(-1, 4)
+    shares, marked = np.array([one[1] for one in records], np.float64), np.array([one[2] for one in records], bool)
     seen = whole.copy()
     seen[:, 3] = whole[:, 1] + shares * (whole[:, 3] - whole[:, 1])
-    ignore = marked | (box_math.area(whole) <= 0)
-    return Truth(whole.astype(np.float32), ignore, seen.astype(np.float32), tuple(one[3] for one in people))
+    ignore = marked | (box_math.box_area(whole) <= 0)
+    return GroundTruth(whole.astype(np.float32), ignore, seen.astype(np.float32), tuple(one[3] for one in records))
 
 
-def _record(child: Any, size_hw: tuple[int, int], where: str) -> Record | None:
+def _parse_record(child: Any, size_hw: tuple[int, int], where: str) -> EuroCityRecord | None:
     """None for what is neither a person nor to be ignored."""
     if not isinstance(child, dict) or "identity" not in child:
         raise DataError(f"{where}: has no identity")
-    identity, tags = child["identity"], _tags(child, where)
-    if identity in NOTHING or (identity == GROUP and "depiction" in tags):
+    identity, tags = child["identity"], _parse_tags(child, where)
+    if identity in SKIPPED_IDENTITIES or (identity == DISTANT_GROUP and "depiction" in tags):
         return None
-    if identity != PEDESTRIAN and identity not in IGNORED:
+    if identity != PEDESTRIAN and identity not in IGNORED_IDENTITIES:
         raise DataError(f"{where}: identity {str(identity)[:40]!r} is none of EuroCity Persons'")
-    share = min((SEEN_BY_TAG[tag] for tag in tags if tag in SEEN_BY_TAG), default=1.0)
-    return _box(child, size_hw, where), share, identity != PEDESTRIAN or not IGNORED_TAGS.isdisjoint(tags), identity
+    share = min((VISIBLE_RATIO_BY_TAG[tag] for tag in tags if tag in VISIBLE_RATIO_BY_TAG), default=1.0)
+    return (
+        _parse_box(child, size_hw, where),
+        share,
+        identity != PEDESTRIAN or not IGNORED_TAGS.isdisjoint(tags),
+        identity,
+    )
 
 
-def _tags(child: dict[str, Any], where: str) -> list[str]:
+def _parse_tags(child: dict[str, Any], where: str) -> list[str]:
     tags = child.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise DataError(f"{where}: its tags are no list of texts")
     for tag in tags:
-        if tag.startswith(("occluded", "truncated")) and tag not in SEEN_BY_TAG:
-            raise DataError(f"{where}: tag {tag[:40]!r} is none of {', '.join(SEEN_BY_TAG)}")
+        if tag.startswith(("occluded", "truncated")) and tag not in VISIBLE_RATIO_BY_TAG:
+            raise DataError(f"{where}: tag {tag[:40]!r} is none of {', '.join(VISIBLE_RATIO_BY_TAG)}")
     return tags
 
 
-def _box(child: dict[str, Any], size_hw: tuple[int, int], where: str) -> list[float]:
+def _parse_box(child: dict[str, Any], size_hw: tuple[int, int], where: str) -> list[float]:
     """xyxy, cut at the picture's border."""
     box: list[Any] = [child.get(key) for key in ("x0", "y0", "x1", "y1")]
-    if not all(type(value) in (int, float) and abs(value) <= LARGEST_PX for value in box):
+    if not all(type(value) in (int, float) and abs(value) <= MAX_COORDINATE_PX for value in box):
         raise DataError(f"{where}: x0, y0, x1, y1 {str(box)[:80]} are not pixels")
     x0, y0, x1, y1 = box
     if x1 < x0 or y1 < y0:
         raise DataError(f"{where}: the box {box} has a negative width or height")
     if x0 >= size_hw[1] or y0 >= size_hw[0] or x1 <= 0 or y1 <= 0:
         raise DataError(f"{where}: the box {box} is outside its picture of {size_hw[1]} x {size_hw[0]} pixels")
-    cut: list[float] = box_math.clip(np.array([box], np.float64), size_hw)[0].tolist()
+    cut: list[float] = box_math.clip_boxes(np.array([box], np.float64), size_hw)[0].tolist()
     return cut

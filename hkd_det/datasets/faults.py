@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from hkd_det.errors import DataError
 
-OnFault = Callable[[DataError], None]
+ErrorHandler = Callable[[DataError], None]
 
 
-def stop(fault: DataError) -> None:
+def raise_error(error: DataError) -> None:
     """For training and measuring: nothing is left out in silence."""
-    raise fault
+    raise error

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
+MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 
 
 @dataclass(frozen=True, eq=False)
-class FrameBoxes:
+class FrameAnnotations:
     """The objects of one frame, in the order of the file.
 
     labels: N names ("person", "people", "person?", "person-fa", "ignore").
@@ -29,12 +29,12 @@ class FrameBoxes:
     visible_xywh: NDArray[np.float64]
     occluded: NDArray[np.bool_]
     ignore: NDArray[np.bool_]
-    objects: NDArray[np.int64]
-    lines: tuple[int, ...] = ()
+    object_ids: NDArray[np.int64]
+    line_numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.labels)
-        boxes, flags = (self.boxes_xywh, self.visible_xywh), (self.occluded, self.ignore, self.objects)
+        boxes, flags = (self.boxes_xywh, self.visible_xywh), (self.occluded, self.ignore, self.object_ids)
         if any(one.shape != (count, 4) for one in boxes) or any(one.shape != (count,) for one in flags):
             raise ValueError(f"{[one.shape for one in (*boxes, *flags)]} and {count} labels do not belong together")
 
@@ -42,10 +42,10 @@ class FrameBoxes:
         return len(self.labels)
 
 
-def box_fault(box_xywh: Sequence[float], visible_xywh: Sequence[float]) -> str:
+def check_box(box_xywh: Sequence[float], visible_xywh: Sequence[float]) -> str:
     """What is wrong with an object's numbers; empty if nothing is."""
     for box in (box_xywh, visible_xywh):
-        if not all(abs(value) <= LARGEST_PX for value in box):  # as a comparison with NaN is false, so told too
+        if not all(abs(value) <= MAX_COORDINATE_PX for value in box):  # as a comparison with NaN is false, so told too
             return f"the box {list(box)} holds NaN, infinity or no pixels"
         if box[2] < 0 or box[3] < 0:
             return f"the box {list(box)} has a negative width or height"

@@ -14,46 +14,50 @@ from pathlib import Path
 
 import numpy as np
 
-from hkd_det.datasets.faults import OnFault, stop
-from hkd_det.datasets.pixel_box import xyxy_from_pixels
-from hkd_det.datasets.present import present
-from hkd_det.datasets.sample import Sample, Truth
-from hkd_det.datasets.yolo import PICTURES
+from hkd_det.datasets.faults import ErrorHandler, raise_error
+from hkd_det.datasets.pixel_box import xyxy_from_inclusive
+from hkd_det.datasets.present import filter_missing_images
+from hkd_det.datasets.sample import GroundTruth, Sample
+from hkd_det.datasets.yolo import IMAGE_SUFFIXES
 from hkd_det.errors import DataError, UsageError
 
-VERSION = "PASCAL Annotation Version 1.00"
-PERSON = "PASperson"  # PASpersonWalking and PASpersonStanding too
-SIZE = re.compile(r"Image size[^:]*:\s*(\d{1,7}) x (\d{1,7})", re.ASCII)
-OBJECTS = re.compile(r"Objects with ground truth[^:]*:[^{]*\{([^}]*)\}")
-ORIGIN = re.compile(r"#\s*Top left pixel co-ordinates\s*:\s*\(([01])\s*,\s*\1\)")
-BOX = re.compile(
+FORMAT_LINE = "PASCAL Annotation Version 1.00"
+PERSON_LABEL = "PASperson"  # PASpersonWalking and PASpersonStanding too
+SIZE_PATTERN = re.compile(r"Image size[^:]*:\s*(\d{1,7}) x (\d{1,7})", re.ASCII)
+OBJECTS_PATTERN = re.compile(r"Objects with ground truth[^:]*:[^{]*\{([^}]*)\}")
+ORIGIN_PATTERN = re.compile(r"#\s*Top left pixel co-ordinates\s*:\s*\(([01])\s*,\s*\1\)")
+BOX_PATTERN = re.compile(
     r'Bounding box for object \d+ "([^"]*)"[^:]*:\s*\(\s*(-?\d{1,7})\s*,\s*(-?\d{1,7})\s*\)\s*-\s*'
     r"\(\s*(-?\d{1,7})\s*,\s*(-?\d{1,7})\s*\)",
     re.ASCII,
 )
-VAL_EVERY = 5  # Penn-Fudan has no split of its own: every fifth picture is val, the others train
+VAL_STEP = 5  # Penn-Fudan has no split of its own: every fifth picture is val, the others train
 
 
-def read_inria(root: Path, split: str, present_only: bool = False, on_fault: OnFault = stop) -> list[Sample]:
+def read_inria(
+    root: Path, split: str, skip_missing: bool = False, on_error: ErrorHandler = raise_error
+) -> list[Sample]:
     """INRIA Person (`Train` or `Test`): the pictures of `pos/`, and those of `neg/`, in which nobody is.
 
     A picture is called as its annotation file; its id is its path below `root`. Of those in `neg/` no size is known.
     Raises DataError, naming file and line, for what is missing or wrong.
     """
     folder = root / split / "pos"
-    there = {path.stem: path for path in _pictures(folder)}
+    there = {path.stem: path for path in _list_images(folder)}
     samples = []
-    for path in _annotations(root / split / "annotations"):
+    for path in _list_annotations(root / split / "annotations"):
         picture = there.get(path.stem, folder / f"{path.stem}.png")
         try:
-            samples.append(_sample(path, picture.relative_to(root).as_posix(), picture, on_fault))
+            samples.append(_read_sample(path, picture.relative_to(root).as_posix(), picture, on_error))
         except DataError as fault:
-            on_fault(fault)
-    samples += [Sample(path.relative_to(root).as_posix(), path) for path in _pictures(root / split / "neg")]
-    return present(samples, present_only, str(root / split), on_fault)
+            on_error(fault)
+    samples += [Sample(path.relative_to(root).as_posix(), path) for path in _list_images(root / split / "neg")]
+    return filter_missing_images(samples, skip_missing, str(root / split), on_error)
 
 
-def read_pennfudan(root: Path, split: str, present_only: bool = False, on_fault: OnFault = stop) -> list[Sample]:
+def read_pennfudan(
+    root: Path, split: str, skip_missing: bool = False, on_error: ErrorHandler = raise_error
+) -> list[Sample]:
     """Penn-Fudan: `Annotation/*.txt` and `PNGImages/*.png`. split: train or val, see VAL_EVERY.
 
     A picture's id is its name without `.png`.
@@ -62,71 +66,71 @@ def read_pennfudan(root: Path, split: str, present_only: bool = False, on_fault:
     if split not in ("train", "val"):
         raise UsageError(f"{root}: Penn-Fudan has the splits train and val, not {split!r}")
     samples = []
-    for number, path in enumerate(_annotations(root / "Annotation"), 1):
-        if (number % VAL_EVERY == 0) == (split == "val"):
+    for number, path in enumerate(_list_annotations(root / "Annotation"), 1):
+        if (number % VAL_STEP == 0) == (split == "val"):
             try:
-                samples.append(_sample(path, path.stem, root / "PNGImages" / f"{path.stem}.png", on_fault))
+                samples.append(_read_sample(path, path.stem, root / "PNGImages" / f"{path.stem}.png", on_error))
             except DataError as fault:
-                on_fault(fault)
-    return present(samples, present_only, str(root / "PNGImages"), on_fault)
+                on_error(fault)
+    return filter_missing_images(samples, skip_missing, str(root / "PNGImages"), on_error)
 
 
-def _annotations(folder: Path) -> list[Path]:
+def _list_annotations(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.glob("*.txt") if path.is_file())
     if not files:
         raise DataError(f"{folder}: no such folder, or no .txt annotations in it")
     return files
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+def _list_images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _sample(path: Path, image_id: str, picture: Path, on_fault: OnFault) -> Sample:
+def _read_sample(path: Path, image_id: str, image_path: Path, on_error: ErrorHandler) -> Sample:
     text = path.read_text(encoding="latin-1")  # INRIA's own files name "Rhône-Alpes" so
-    if VERSION not in text:
-        raise DataError(f"{path}: not a {VERSION}")
+    if FORMAT_LINE not in text:
+        raise DataError(f"{path}: not a {FORMAT_LINE}")
     lines = text.split("\n")
-    origin = _said(ORIGIN, lines)
+    origin = _find_match(ORIGIN_PATTERN, lines)
     if origin is None:
         raise DataError(f"{path}: has no line `# Top left pixel co-ordinates : (0, 0)`, or (1, 1)")
-    size = _said(SIZE, lines)
+    size = _find_match(SIZE_PATTERN, lines)
     size_hw = (int(size[2]), int(size[1])) if size and int(size[1]) and int(size[2]) else None
-    whole = np.array(_people(path, lines, int(origin[1]), size_hw, on_fault), np.float32).reshape(-1, 4)
-    truth = Truth(whole, np.zeros(len(whole), bool), whole, ("person",) * len(whole))
-    return Sample(image_id, picture, truth, size_hw)
+    whole = np.array(_parse_boxes(path, lines, int(origin[1]), size_hw, on_error), np.float32).reshape(-1, 4)
+    truth = GroundTruth(whole, np.zeros(len(whole), bool), whole, ("person",) * len(whole))
+    return Sample(image_id, image_path, truth, size_hw)
 
 
-def _said(what: re.Pattern[str], lines: list[str]) -> re.Match[str] | None:
+def _find_match(pattern: re.Pattern[str], lines: list[str]) -> re.Match[str] | None:
     """The first line that says it."""
-    return next((found for line in lines if (found := what.match(line))), None)
+    return next((found for line in lines if (found := pattern.match(line))), None)
 
 
-def _people(
-    path: Path, lines: list[str], counted_from: int, size_hw: tuple[int, int] | None, on_fault: OnFault
+def _parse_boxes(
+    path: Path, lines: list[str], first_pixel: int, size_hw: tuple[int, int] | None, on_error: ErrorHandler
 ) -> list[list[float]]:
     """N boxes xyxy."""
     marked = [(number, line) for number, line in enumerate(lines, 1) if line.startswith("Bounding box")]
-    listed = _said(OBJECTS, lines)
+    listed = _find_match(OBJECTS_PATTERN, lines)
     # Not by the number before the braces: in copies of Penn-Fudan it is wrong.
     count = listed[1].count('"') // 2 if listed else 0
     if len(marked) < count:
-        on_fault(DataError(f"{path}: lists {count} objects and has {len(marked)} boxes; is its end missing?"))
+        on_error(DataError(f"{path}: lists {count} objects and has {len(marked)} boxes; is its end missing?"))
     boxes = []
     for number, line in marked:
         where = f"{path}, line {number}"
         try:
-            label, pixels = _box(line, where)
-            if label.startswith(PERSON):
-                boxes.append(xyxy_from_pixels(pixels, counted_from, size_hw, where))
+            label, pixels = _parse_box(line, where)
+            if label.startswith(PERSON_LABEL):
+                boxes.append(xyxy_from_inclusive(pixels, first_pixel, size_hw, where))
         except DataError as fault:
-            on_fault(fault)
+            on_error(fault)
     return boxes
 
 
-def _box(line: str, where: str) -> tuple[str, tuple[float, float, float, float]]:
+def _parse_box(line: str, where: str) -> tuple[str, tuple[float, float, float, float]]:
     """Label, and the first and last pixels."""
-    found = BOX.match(line)
+    found = BOX_PATTERN.match(line)
     if not found:
         raise DataError(f"{where}: {line[:60]!r} has no `: (Xmin, Ymin) - (Xmax, Ymax)` in pixels")
     left, top, right, bottom = (float(value) for value in found.groups()[1:])

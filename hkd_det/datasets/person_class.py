@@ -10,7 +10,7 @@ PERSON_NAMES = ("person", "pedestrian", "people", "human")
 Key = TypeVar("Key")
 
 
-def choose_person(names: Mapping[Key, str], category: str, where: str) -> Key:
+def select_person_class(names: Mapping[Key, str], category: str, where: str) -> Key:
     """The key of the class called `category`; without one, the first of `PERSON_NAMES`, or the only class.
 
     Upper and lower case are alike. Raises DataError that begins with `where` and tells the names there are.

@@ -1,7 +1,7 @@
 """Whether a PNG file is all there, told before it is decoded."""
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-LAST = b"IEND"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_END_CHUNK = b"IEND"
 
 
 def is_truncated_png(raw: bytes) -> bool:
@@ -9,11 +9,11 @@ def is_truncated_png(raw: bytes) -> bool:
 
     OpenCV reserves and clears what a chunk claims, up to 2 GiB, before it looks whether it is there.
     """
-    if not raw.startswith(SIGNATURE):
+    if not raw.startswith(PNG_SIGNATURE):
         return False
-    at = len(SIGNATURE)
+    at = len(PNG_SIGNATURE)
     while at + 12 <= len(raw):  # length, name, content, checksum
-        if raw[at + 4 : at + 8] == LAST:
+        if raw[at + 4 : at + 8] == PNG_END_CHUNK:
             return False
         at += 12 + int.from_bytes(raw[at : at + 4], "big")
     return True

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
-from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.faults import ErrorHandler, raise_error
 from hkd_det.datasets.sample import Sample
 from hkd_det.errors import DataError
 
 
-def present(samples: Sequence[Sample], present_only: bool, where: str, on_fault: OnFault = stop) -> list[Sample]:
+def filter_missing_images(
+    samples: Sequence[Sample], skip_missing: bool, where: str, on_error: ErrorHandler = raise_error
+) -> list[Sample]:
     """The samples whose pictures are there.
 
     Raises DataError that begins with `where` if one is missing, or, with present_only, if all are: better now
@@ -15,11 +17,11 @@ def present(samples: Sequence[Sample], present_only: bool, where: str, on_fault:
     """
     there = [sample for sample in samples if sample.path.is_file()]
     lost = len(samples) - len(there)
-    if lost and (not there or not present_only):
+    if lost and (not there or not skip_missing):
         first = next(sample.path for sample in samples if not sample.path.is_file())
-        remedy = "put them there" if present_only else "put them there, or say `present_only: true` to go without them"
-        on_fault(DataError(f"{where}: {lost} of {len(samples)} pictures are missing, the first {first}; {remedy}"))
+        remedy = "put them there" if skip_missing else "put them there, or say `present_only: true` to go without them"
+        on_error(DataError(f"{where}: {lost} of {len(samples)} pictures are missing, the first {first}; {remedy}"))
         for sample in samples:
             if sample.path != first and not sample.path.is_file():
-                on_fault(DataError(f"{sample.path}: the picture is missing"))
+                on_error(DataError(f"{sample.path}: the picture is missing"))
     return there

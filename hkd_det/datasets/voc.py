@@ -11,18 +11,18 @@ from xml.parsers import expat
 import numpy as np
 from tqdm import tqdm
 
-from hkd_det.datasets.faults import OnFault, stop
+from hkd_det.datasets.faults import ErrorHandler, raise_error
 from hkd_det.datasets.person_class import PERSON_NAMES
-from hkd_det.datasets.pixel_box import xyxy_from_pixels
-from hkd_det.datasets.sample import Sample, Truth
+from hkd_det.datasets.pixel_box import xyxy_from_inclusive
+from hkd_det.datasets.sample import GroundTruth, Sample
 from hkd_det.errors import DataError
 
-PICTURES = "JPEGImages"
-SUFFIXES = (".jpg", ".jpeg", ".png")
-LARGEST_PX = 2.0**24  # whole pixels beyond it are not exact in float32
+IMAGE_DIR = "JPEGImages"
+VOC_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 
 
-def read_voc(root: Path, split: str, category: str = "", on_fault: OnFault = stop) -> list[Sample]:
+def read_voc(root: Path, split: str, category: str = "", on_error: ErrorHandler = raise_error) -> list[Sample]:
     """The pictures that `ImageSets/Main/SPLIT.txt` lists, or, if there is no such folder, all of `Annotations/`.
 
     category: the person class's name; by default any of person, pedestrian, people, human. A picture's id is its name
@@ -31,11 +31,11 @@ def read_voc(root: Path, split: str, category: str = "", on_fault: OnFault = sto
     """
     wanted = (category.lower(),) if category else PERSON_NAMES
     samples, classes = [], set()
-    for name in tqdm(_names(root, split), desc="read .xml", unit="file", leave=False, delay=2):
+    for name in tqdm(_list_names(root, split), desc="read .xml", unit="file", leave=False, delay=2):
         try:
-            sample, found = _sample(root, name, wanted, on_fault)
+            sample, found = _read_sample(root, name, wanted, on_error)
         except DataError as fault:
-            on_fault(fault)
+            on_error(fault)
             continue
         samples.append(sample)
         classes |= found
@@ -47,7 +47,7 @@ def read_voc(root: Path, split: str, category: str = "", on_fault: OnFault = sto
     return samples
 
 
-def _names(root: Path, split: str) -> list[str]:
+def _list_names(root: Path, split: str) -> list[str]:
     listed = root / "ImageSets" / "Main" / f"{split}.txt"
     if listed.is_file():
         text = listed.read_text(encoding="utf-8-sig", errors="replace")
@@ -55,34 +55,36 @@ def _names(root: Path, split: str) -> list[str]:
             raise DataError(f"{listed}: not a text file; expected a list of pictures")
         return list(dict.fromkeys(line.split()[0] for line in text.splitlines() if line.strip()))
     if (root / "ImageSets").is_dir() or not (root / "Annotations").is_dir():
-        raise DataError(f"{listed}: no such list of pictures; expected it beside Annotations/ and {PICTURES}/")
+        raise DataError(f"{listed}: no such list of pictures; expected it beside Annotations/ and {IMAGE_DIR}/")
     return sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
 
 
-def _sample(root: Path, name: str, wanted: tuple[str, ...], on_fault: OnFault) -> tuple[Sample, set[str]]:
+def _read_sample(
+    root: Path, name: str, class_names: tuple[str, ...], on_error: ErrorHandler
+) -> tuple[Sample, set[str]]:
     """The picture's people, and all classes of its objects."""
     path = root / "Annotations" / f"{name}.xml"
-    pictures = [root / PICTURES / f"{name}{suffix}" for suffix in SUFFIXES]
+    pictures = [root / IMAGE_DIR / f"{name}{suffix}" for suffix in VOC_IMAGE_SUFFIXES]
     picture = next((one for one in pictures if one.is_file()), pictures[0])
-    text = _text(path)
-    document = _document(text, path)
-    size_hw = _size(document)
+    text = _read_text(path)
+    document = _parse_document(text, path)
+    size_hw = _parse_size_hw(document)
     boxes, ignore, classes = [], [], set()
     for number, found in enumerate(document.iter("object")):
         label = (found.findtext("name") or "").strip().lower()
         classes.add(label)
-        if label in wanted:
+        if label in class_names:
             try:
-                boxes.append(_box(found, size_hw, f"{path}: object {number + 1}"))
+                boxes.append(_parse_box(found, size_hw, f"{path}: object {number + 1}"))
                 ignore.append((found.findtext("difficult") or "0").strip() == "1")
             except DataError as fault:
-                on_fault(DataError(str(fault).replace(str(path), f"{path}, line {_line(text, number)}", 1)))
+                on_error(DataError(str(fault).replace(str(path), f"{path}, line {_find_line(text, number)}", 1)))
     whole = np.array(boxes, np.float32).reshape(-1, 4)
-    truth = Truth(whole, np.array(ignore, bool), whole, ("person",) * len(whole))
+    truth = GroundTruth(whole, np.array(ignore, bool), whole, ("person",) * len(whole))
     return Sample(name, picture, truth, size_hw), classes
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """Decoded here, as UTF-8 or else Latin-1, so that no encoding hides a document type."""
     try:
         raw = path.read_bytes()
@@ -94,7 +96,7 @@ def _text(path: Path) -> str:
         return raw.decode("latin-1")
 
 
-def _document(text: str, path: Path) -> ET.Element:
+def _parse_document(text: str, path: Path) -> ET.Element:
     if "<!DOCTYPE" in text:  # no VOC file has one; only it can declare entities, which can blow up to gigabytes
         raise DataError(f"{path}: declares a document type; an annotation needs none")
     try:
@@ -103,7 +105,7 @@ def _document(text: str, path: Path) -> ET.Element:
         raise DataError(f"{path}: not XML ({error})") from None
 
 
-def _line(text: str, number: int) -> int:
+def _find_line(text: str, number: int) -> int:
     """The line where an object begins: ElementTree does not keep it, so it is looked up where one is wrong."""
     lines: list[int] = []
     parser = expat.ParserCreate(namespace_separator="}")  # as ElementTree has it
@@ -117,20 +119,22 @@ def _line(text: str, number: int) -> int:
     return lines[number]
 
 
-def _size(document: ET.Element) -> tuple[int, int] | None:
+def _parse_size_hw(document: ET.Element) -> tuple[int, int] | None:
     """None where the file says 0, as some tools write it."""
-    height, width = (_number(document.findtext(f"size/{side}")) for side in ("height", "width"))
-    return (int(height), int(width)) if 1 <= height < LARGEST_PX and 1 <= width < LARGEST_PX else None
+    height, width = (_parse_float(document.findtext(f"size/{side}")) for side in ("height", "width"))
+    return (int(height), int(width)) if 1 <= height < MAX_COORDINATE_PX and 1 <= width < MAX_COORDINATE_PX else None
 
 
-def _box(found: ET.Element, size_hw: tuple[int, int] | None, where: str) -> list[float]:
-    left, top, right, bottom = (_number(found.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-    if not all(abs(value) <= LARGEST_PX for value in (left, top, right, bottom)):
+def _parse_box(element: ET.Element, size_hw: tuple[int, int] | None, where: str) -> list[float]:
+    left, top, right, bottom = (
+        _parse_float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")
+    )
+    if not all(abs(value) <= MAX_COORDINATE_PX for value in (left, top, right, bottom)):
         raise DataError(f"{where}: its bndbox has no xmin, ymin, xmax, ymax in pixels")
-    return xyxy_from_pixels((left, top, right, bottom), 1, size_hw, where)
+    return xyxy_from_inclusive((left, top, right, bottom), 1, size_hw, where)
 
 
-def _number(text: str | None) -> float:
+def _parse_float(text: str | None) -> float:
     """NaN for what is no number."""
     try:
         return float(text or "nan")

@@ -12,16 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import OnFault, stop
-from hkd_det.datasets.person_class import choose_person
-from hkd_det.datasets.sample import Sample, Truth
+from hkd_det.datasets.faults import ErrorHandler, raise_error
+from hkd_det.datasets.person_class import select_person_class
+from hkd_det.datasets.sample import GroundTruth, Sample
 from hkd_det.errors import DataError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-LARGEST_SHARE = 2.0  # a person half outside the picture; what is larger was meant as pixels
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MAX_COORDINATE_RATIO = 2.0  # a person half outside the picture; what is larger was meant as pixels
 
 
-def read_yolo(source: Path, names: Mapping[int, str], category: str = "", on_fault: OnFault = stop) -> list[Sample]:
+def read_yolo(
+    source: Path, names: Mapping[int, str], category: str = "", on_error: ErrorHandler = raise_error
+) -> list[Sample]:
     """Every picture of a folder, or of a text file that lists them, with its people.
 
     names: class number to name, as in data.yaml. category: the person class's name; by default the one called
@@ -29,36 +31,36 @@ def read_yolo(source: Path, names: Mapping[int, str], category: str = "", on_fau
     A picture's id is its path below `source`, or as listed; listed twice it is taken once.
     Raises DataError, naming file and line.
     """
-    person = choose_person(names, category, f"{source}: `names`")
-    pictures = _listed(source)
+    person = select_person_class(names, category, f"{source}: `names`")
+    pictures = _list_images(source)
     if not pictures:
-        raise DataError(f"{source}: holds no pictures ({', '.join(sorted(PICTURES))})")
+        raise DataError(f"{source}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
     missing = [path for path in pictures.values() if not path.is_file()]
     for number, path in enumerate(missing):
         others = f", and {len(missing) - 1} others of the {len(pictures)} that {source} lists" if number == 0 else ""
-        on_fault(DataError(f"{path}: no such picture{others}"))
+        on_error(DataError(f"{path}: no such picture{others}"))
     samples = []
     for image_id, path in pictures.items():
         if path.is_file():
             try:
-                samples.append(_sample(image_id, path, person, names, on_fault))
+                samples.append(_read_sample(image_id, path, person, names, on_error))
             except DataError as fault:
-                on_fault(fault)
+                on_error(fault)
     return samples
 
 
-def label_path(picture: Path) -> Path:
+def get_label_path(image_path: Path) -> Path:
     """Where the labels of a picture lie: the last folder named `images` becomes `labels`, the ending `.txt`."""
-    parts = list(picture.parts)
+    parts = list(image_path.parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     return Path(*parts).with_suffix(".txt")
 
 
-def _listed(source: Path) -> dict[str, Path]:
+def _list_images(source: Path) -> dict[str, Path]:
     """Pictures by their id."""
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
+        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         return {path.relative_to(source).as_posix(): path for path in found}
     if not source.is_file():
         raise DataError(f"{source}: no such folder or list of pictures")
@@ -71,16 +73,20 @@ def _listed(source: Path) -> dict[str, Path]:
     return {line: source.parent / line for line in lines if line}
 
 
-def _sample(image_id: str, path: Path, person: int, names: Mapping[int, str], on_fault: OnFault) -> Sample:
-    size_hw = _size_hw(path)
-    labels = label_path(path)
-    shares = _people(labels, person, names, on_fault) if labels.exists() else np.zeros((0, 4))
+def _read_sample(
+    image_id: str, path: Path, person_class_id: int, names: Mapping[int, str], on_error: ErrorHandler
+) -> Sample:
+    size_hw = _read_size_hw(path)
+    labels = get_label_path(path)
+    shares = _read_boxes(labels, person_class_id, names, on_error) if labels.exists() else np.zeros((0, 4))
     height, width = size_hw
     boxes = (shares * [width, height, width, height]).astype(np.float32)
-    return Sample(image_id, path, Truth(boxes, box_math.area(boxes) <= 0, boxes, ("person",) * len(boxes)), size_hw)
+    return Sample(
+        image_id, path, GroundTruth(boxes, box_math.box_area(boxes) <= 0, boxes, ("person",) * len(boxes)), size_hw
+    )
 
 
-def _size_hw(path: Path) -> tuple[int, int]:
+def _read_size_hw(path: Path) -> tuple[int, int]:
     """Height and width from the file's header, without decoding it."""
     try:
         width, height = imagesize.get(str(path))
@@ -91,23 +97,25 @@ def _size_hw(path: Path) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _people(path: Path, person: int, names: Mapping[int, str], on_fault: OnFault) -> NDArray[np.float64]:
+def _read_boxes(
+    path: Path, person_class_id: int, names: Mapping[int, str], on_error: ErrorHandler
+) -> NDArray[np.float64]:
     """[N, 4] xyxy of a label file's people, shares of the picture, cut at its borders."""
     boxes = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            label, box = _record(line, names, f"{path}, line {number}")
+            label, box = _parse_line(line, names, f"{path}, line {number}")
         except DataError as fault:
-            on_fault(fault)
+            on_error(fault)
             continue
-        if label == person:
+        if label == person_class_id:
             boxes.append(box)
     return np.array(boxes, np.float64).reshape(-1, 4)
 
 
-def _record(line: str, names: Mapping[int, str], where: str) -> tuple[int, list[float]]:
+def _parse_line(line: str, names: Mapping[int, str], where: str) -> tuple[int, list[float]]:
     """Class number and xyxy."""
     try:
         row = [float(word) for word in line.split()]
@@ -120,7 +128,7 @@ def _record(line: str, names: Mapping[int, str], where: str) -> tuple[int, list[
         raise DataError(f"{where}: class {label:g} is not among the {len(names)} `names`")
     if width < 0 or height < 0:
         raise DataError(f"{where}: the box has a negative size: width {width:g}, height {height:g}")
-    if max(map(abs, row[1:])) > LARGEST_SHARE:
+    if max(map(abs, row[1:])) > MAX_COORDINATE_RATIO:
         raise DataError(f"{where}: {row[1:]} are not shares of the picture (0 to 1); are they pixels?")
     box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
     if box[0] >= 1 or box[1] >= 1 or box[2] <= 0 or box[3] <= 0:

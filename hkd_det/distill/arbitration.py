@@ -17,7 +17,7 @@ from hkd_det.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Arbitration:
+class MoKDConfig:
     """How the two gradients become one step.
 
     rule: "bisector" of their directions; "min-norm", the shortest convex combination, which serves both equally, and
@@ -26,105 +26,119 @@ class Arbitration:
     keeps the log's gradient finite near a loss of 0. rate, decay: of the amortised rule's logits.
     """
 
-    rule: Literal["bisector", "min-norm", "amortised"] = "bisector"
-    at: Literal["parameters", "feature"] = "parameters"
+    solver: Literal["bisector", "min-norm", "amortised"] = "bisector"
+    gradient_level: Literal["parameters", "feature"] = "parameters"
     eps: float = 1e-3
-    rate: float = 0.025
-    decay: float = 0.01
+    lr: float = 0.025
+    weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.eps <= 0 or self.rate < 0 or self.decay < 0:
+        if self.eps <= 0 or self.lr < 0 or self.weight_decay < 0:
             raise UsageError("mokd: eps is positive, rate and decay are not negative")
-        if self.rule == "amortised" and self.at == "feature":
+        if self.solver == "amortised" and self.gradient_level == "feature":
             raise UsageError("mokd: the amortised rule compares no gradients: leave distill.mokd.at out")
-        if self.rule != "amortised" and (self.rate, self.decay) != (Arbitration.rate, Arbitration.decay):
-            raise UsageError(f"mokd: rate and decay are the amortised rule's; {self.rule} learns no shares")
+        if self.solver != "amortised" and (self.lr, self.weight_decay) != (MoKDConfig.lr, MoKDConfig.weight_decay):
+            raise UsageError(f"mokd: rate and decay are the amortised rule's; {self.solver} learns no shares")
 
 
 @dataclass(frozen=True)
-class Gram:
+class GramMatrix:
     """Inner products of two gradients g: <g_task, g_task>, <g_task, g_taught>, <g_taught, g_taught>."""
 
-    task: float
-    both: float
-    taught: float
+    det_det: float
+    det_distill: float
+    distill_distill: float
 
     @property
     def cosine(self) -> float:
         """Of the angle between them, -1 where they are opposed; 0 if one is nothing."""
-        return self.both / math.sqrt(self.task * self.taught) if self.task > 0 < self.taught else 0.0
+        return (
+            self.det_distill / math.sqrt(self.det_det * self.distill_distill)
+            if self.det_det > 0 < self.distill_distill
+            else 0.0
+        )
 
-    def scaled(self, task: float, taught: float) -> "Gram":
+    def scale(self, det_factor: float, distill_factor: float) -> "GramMatrix":
         """Of the gradients times these factors."""
-        return Gram(self.task * task**2, self.both * task * taught, self.taught * taught**2)
+        return GramMatrix(
+            self.det_det * det_factor**2,
+            self.det_distill * det_factor * distill_factor,
+            self.distill_distill * distill_factor**2,
+        )
 
-    def length(self, share: float) -> float:
+    def norm(self, det_weight: float) -> float:
         """Of share x g_task + (1 - share) x g_taught."""
-        rest = 1 - share
-        squared = share**2 * self.task + 2 * share * rest * self.both + rest**2 * self.taught
+        rest = 1 - det_weight
+        squared = (
+            det_weight**2 * self.det_det + 2 * det_weight * rest * self.det_distill + rest**2 * self.distill_distill
+        )
         return math.sqrt(max(0.0, squared))
 
 
-def min_norm_share(gram: Gram) -> float:
+def min_norm_weight(gram: GramMatrix) -> float:
     """The task's weight, 0..1, in the shortest convex combination of both gradients.
 
     pi = (g22 - g12) / (g11 + g22 - 2 g12), clipped to [0, 1]: inside, the combination has equal inner products with
     both (MGDA: Desideri 2012). 0.5 for two equal gradients, where every weight gives the same.
     """
-    apart = gram.task + gram.taught - 2 * gram.both
+    apart = gram.det_det + gram.distill_distill - 2 * gram.det_distill
     if apart <= 0:
         return 0.5
-    return min(1.0, max(0.0, (gram.taught - gram.both) / apart))
+    return min(1.0, max(0.0, (gram.distill_distill - gram.det_distill) / apart))
 
 
-def bisector_share(gram: Gram) -> float:
+def bisector_weight(gram: GramMatrix) -> float:
     """The task's weight at which the convex combination halves the angle between both gradients.
 
     Each has the other's length as its weight: |g2| / (|g1| + |g2|).
     """
-    task, taught = math.sqrt(gram.task), math.sqrt(gram.taught)
+    task, taught = math.sqrt(gram.det_det), math.sqrt(gram.distill_distill)
     return taught / (task + taught)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LossWeights:
     """What the two losses are weighted with, for what both reach.
 
     share: the task's weight, 0..1, among the gradients of log losses. gram: theirs. task, taught: the same as weights
     of the losses themselves, the length of the step included.
     """
 
-    share: float
-    gram: Gram
-    task: float
-    taught: float
+    det_weight: float
+    gram: GramMatrix
+    det_loss_scale: float
+    distill_loss_scale: float
 
-    def faded(self, strength: float) -> "Verdict":
+    def blend(self, distill_weight: float) -> "LossWeights":
         """For a teacher's loss that is scaled by `strength`, 0..1: the rest of the step is the task's gradient alone.
 
         The scale itself would change nothing: log losses don't hear it.
         """
-        return replace(self, task=1 - strength + strength * self.task)
+        return replace(self, det_loss_scale=1 - distill_weight + distill_weight * self.det_loss_scale)
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """To log: the angle's cosine (conflict), log10 of the lengths' ratio, task to taught (dominance), the share."""
-        ratio = 0.5 * math.log10(self.gram.task / self.gram.taught) if self.gram.task > 0 < self.gram.taught else 0.0
-        return {"mokd_cosine": self.gram.cosine, "mokd_dominance": ratio, "mokd_share": self.share}
+        ratio = (
+            0.5 * math.log10(self.gram.det_det / self.gram.distill_distill)
+            if self.gram.det_det > 0 < self.gram.distill_distill
+            else 0.0
+        )
+        return {"mokd_cosine": self.gram.cosine, "mokd_dominance": ratio, "mokd_share": self.det_weight}
 
 
-def judge(settings: Arbitration, gram: Gram, task: float, taught: float) -> Verdict:
+def solve_loss_weights(config: MoKDConfig, gram: GramMatrix, det_loss: float, distill_loss: float) -> LossWeights:
     """The weights of two losses, whose values are `task` and `taught`, from the Gram matrix of their gradients.
 
     A gradient of nothing is in nobody's way: the losses are summed as they are.
     """
-    by_task, by_taught = 1 / (task + settings.eps), 1 / (taught + settings.eps)
-    logs = gram.scaled(by_task, by_taught)
-    if not (logs.task > 0 < logs.taught):
-        return Verdict(0.5, logs, 1.0, 1.0)
-    share = (min_norm_share if settings.rule == "min-norm" else bisector_share)(logs)
-    own, other = math.sqrt(logs.task), math.sqrt(logs.taught)
+    by_task, by_taught = 1 / (det_loss + config.eps), 1 / (distill_loss + config.eps)
+    logs = gram.scale(by_task, by_taught)
+    if not (logs.det_det > 0 < logs.distill_distill):
+        return LossWeights(0.5, logs, 1.0, 1.0)
+    share = (min_norm_weight if config.solver == "min-norm" else bisector_weight)(logs)
+    own, other = math.sqrt(logs.det_det), math.sqrt(logs.distill_distill)
     # The bisector is this long at 120 degrees; both rules' combinations are longer wherever the two don't disagree.
     least = own * other / (own + other)
-    stretch = math.sqrt(gram.task) / max(logs.length(share), least)
-    return Verdict(share, logs, stretch * share * by_task, stretch * (1 - share) * by_taught)
+    stretch = math.sqrt(gram.det_det) / max(logs.norm(share), least)
+    return LossWeights(share, logs, stretch * share * by_task, stretch * (1 - share) * by_taught)

@@ -6,136 +6,150 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.capacity.terms import CapacityTerms
-from hkd_det.distill.detections import DetectionsDistillation
-from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
-from hkd_det.distill.lesson import Lesson
-from hkd_det.distill.methods import Methods
+from hkd_det.distill.capacity.terms import CDD
+from hkd_det.distill.detections import SoftLabelDistillation
+from hkd_det.distill.hierarchical import HKD, HKDConfig
+from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.noise import NoisyTeacher
-from hkd_det.distill.noisy_logits import NoisyLogits, check_points
-from hkd_det.distill.tap_choice import TapNames, paired, tapped
-from hkd_det.distill.taps import TapRecorder
-from hkd_det.distill.two_stage import TwoStageDistillation
+from hkd_det.distill.noisy_logits import NoisyLogitLoss, check_same_strides
+from hkd_det.distill.tap_choice import LayerPairs, pair_layers, select_layers
+from hkd_det.distill.taps import FeatureHooks
+from hkd_det.distill.two_stage import TwoStageHKD
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import Norm
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.black_box import BlackBox
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnn
-from hkd_det.models.output import Output
-from hkd_det.models.prediction import TwoStage
-from hkd_det.models.tap import Tap
+from hkd_det.losses.detection import ReduceMean
+from hkd_det.models.assignment import Targets
+from hkd_det.models.black_box import OnnxTeacher
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.faster_rcnn import FasterRCNN
+from hkd_det.models.output import ModelOutputs
+from hkd_det.models.prediction import ProposalOutputs
+from hkd_det.models.tap import FeatureInfo
 
 
-class Distiller(nn.Module):
+class DistillationLoss(nn.Module):
     """The methods that teach one detector by another. Its parameters are the methods' own, never the teacher's."""
 
-    def __init__(self, student: PersonDetector, teacher: PersonDetector | BlackBox, methods: Methods) -> None:
+    def __init__(self, student: BaseDetector, teacher: BaseDetector | OnnxTeacher, config: DistillConfig) -> None:
         super().__init__()
         # In tuples, so no submodules: the teacher is not trained, averaged or saved, and the student not twice.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._student = (student,)
-        inside = _inside(teacher, methods)
-        names = methods.hkd.taps if methods.hkd else TapNames()
-        student_taps, teacher_taps = tapped(student, inside, names) if inside else ([], [])
+        inside = white_box_teacher(teacher, config)
+        names = config.hkd.feature_layers if config.hkd else LayerPairs()
+        student_taps, teacher_taps = select_layers(student, inside, names) if inside else ([], [])
         # Nothing works in place behind the ends of a pyramid, but behind a layer that somebody names something may.
         copies = bool(names.student)
-        self._student_recorder = TapRecorder(student, student_taps, copies)
-        self._teacher_recorder = TapRecorder(teacher, teacher_taps, copies)
-        noise = methods.noise
-        self.noisy = NoisyTeacher(noise) if noise and noise.form == "targets" else None
-        self.truth_weight = methods.hkd.truth if methods.hkd else 1.0
-        self._heard: tuple[Output, list[Tensor]] | None = None
+        self._student_hooks = FeatureHooks(student, student_taps, copies)
+        self._teacher_hooks = FeatureHooks(teacher, teacher_taps, copies)
+        noise = config.noisy_teacher
+        self.noisy_teacher = NoisyTeacher(noise) if noise and noise.mode == "targets" else None
+        self.det_loss_weight = config.hkd.det_loss_weight if config.hkd else 1.0
+        self._teacher_cache: tuple[ModelOutputs, list[Tensor]] | None = None
         self.methods = nn.ModuleList()
-        if methods.hkd and inside:
-            self.methods.append(_hierarchical(student, inside, (student_taps, teacher_taps), methods.hkd, self.noisy))
-        if methods.detections:
-            self.methods.append(DetectionsDistillation(methods.detections))
-        if noise and noise.form == "l2" and inside:
-            check_points(student, inside)
-            self.methods.append(NoisyLogits(noise))
-        self.capacity: CapacityTerms | None = None
-        if methods.cdd and inside:
+        if config.hkd and inside:
+            self.methods.append(
+                _build_hkd(student, inside, (student_taps, teacher_taps), config.hkd, self.noisy_teacher)
+            )
+        if config.soft_labels:
+            self.methods.append(SoftLabelDistillation(config.soft_labels))
+        if noise and noise.mode == "l2" and inside:
+            check_same_strides(student, inside)
+            self.methods.append(NoisyLogitLoss(noise))
+        self.cdd: CDD | None = None
+        if config.cdd and inside:
             # Hierarchical distillation has a logit level of its own.
-            settings = replace(methods.cdd, score=0.0) if methods.hkd else methods.cdd
-            self.capacity = CapacityTerms(student, inside, settings)
-            self.methods.append(self.capacity)
+            settings = replace(config.cdd, cls=0.0) if config.hkd else config.cdd
+            self.cdd = CDD(student, inside, settings)
+            self.methods.append(self.cdd)
 
-    def hear(self, pictures: Tensor) -> None:
+    def forward_teacher(self, images: Tensor) -> None:
         """Run the teacher on the batch that the student sees next: what it needed meanwhile is then the student's."""
         with torch.no_grad():
-            output: Output = self._teacher[0](pictures)
-        self._heard = output, self._teacher_recorder.take()
+            output: ModelOutputs = self._teacher[0](images)
+        self._teacher_cache = output, self._teacher_hooks.pop()
 
     def forward(
-        self, pictures: Tensor, mine: Output, truth: TruthBatch, strength: float, norm_of: Norm
+        self,
+        images: Tensor,
+        student_outputs: ModelOutputs,
+        targets: Targets,
+        distill_weight: float,
+        reduce_mean: ReduceMean,
     ) -> dict[str, Tensor]:
         """The distillation terms for the batch the student has just seen, times `strength`, 0..1.
 
         Its teacher need not have been heard before; that only saves memory.
         """
         (teacher,), (student,) = self._teacher, self._student
-        if self._heard is None:
-            self.hear(pictures)
-        assert self._heard is not None
-        (other, other_maps), self._heard = self._heard, None
-        if self.noisy:
-            other, other_maps = self.noisy.output(other), self.noisy.maps(other_maps)
-        my_maps = self._student_recorder.take()
-        noise = self.noisy.found if self.noisy and isinstance(other, TwoStage) else None
-        lesson = Lesson(pictures, truth, student, teacher, mine, other, my_maps, other_maps, norm_of, noise)
+        if self._teacher_cache is None:
+            self.forward_teacher(images)
+        assert self._teacher_cache is not None
+        (other, other_maps), self._teacher_cache = self._teacher_cache, None
+        if self.noisy_teacher:
+            other, other_maps = (
+                self.noisy_teacher.perturb_outputs(other),
+                self.noisy_teacher.perturb_features(other_maps),
+            )
+        my_maps = self._student_hooks.pop()
+        noise = (
+            self.noisy_teacher.perturb_detections if self.noisy_teacher and isinstance(other, ProposalOutputs) else None
+        )
+        lesson = DistillationBatch(
+            images, targets, student, teacher, student_outputs, other, my_maps, other_maps, reduce_mean, noise
+        )
         terms: dict[str, Tensor] = {}
         for method in self.methods:
             terms |= method(lesson)
-        return {name: strength * term for name, term in terms.items()}
+        return {name: distill_weight * term for name, term in terms.items()}
 
-    def skip(self) -> None:
+    def clear(self) -> None:
         """Let go of what was recorded in a step that is not distilled."""
-        self._student_recorder.take()
-        if self.capacity:
-            self.capacity.skip()
+        self._student_hooks.pop()
+        if self.cdd:
+            self.cdd.clear()
 
     def close(self) -> None:
         """Remove the taps from both networks."""
-        self._student_recorder.close()
-        self._teacher_recorder.close()
-        if self.capacity:
-            self.capacity.close()
+        self._student_hooks.close()
+        self._teacher_hooks.close()
+        if self.cdd:
+            self.cdd.close()
 
 
-def _inside(teacher: PersonDetector | BlackBox, methods: Methods) -> PersonDetector | None:
+def white_box_teacher(teacher: BaseDetector | OnnxTeacher, config: DistillConfig) -> BaseDetector | None:
     """The teacher, if its features and logits can be read; UsageError for a method that would need them of another."""
-    if not isinstance(teacher, BlackBox):
+    if not isinstance(teacher, OnnxTeacher):
         return teacher
     shows = f"{teacher.model.path} shows neither features nor logits"
-    if methods.noise and methods.noise.form == "l2":
+    if config.noisy_teacher and config.noisy_teacher.mode == "l2":
         raise UsageError(f"--distill noise: {shows}; beside detections, distill.noise.form=targets is for it")
-    if methods.hkd or methods.cdd:
-        asked = "hkd" if methods.hkd else "cdd"
+    if config.hkd or config.cdd:
+        asked = "hkd" if config.hkd else "cdd"
         raise UsageError(f"--distill {asked}: {shows}; --distill detections learns from its boxes and scores")
     return None
 
 
-def _hierarchical(
-    student: PersonDetector,
-    teacher: PersonDetector,
-    taps: tuple[list[Tap], list[Tap]],
-    settings: Hierarchical,
-    noisy: NoisyTeacher | None,
+def _build_hkd(
+    student: BaseDetector,
+    teacher: BaseDetector,
+    layers: tuple[list[FeatureInfo], list[FeatureInfo]],
+    config: HKDConfig,
+    noisy_teacher: NoisyTeacher | None,
 ) -> nn.Module:
     """The published form between two-stage detectors, ours where either is dense; `taps` are both's."""
-    if isinstance(student, FasterRcnn) and isinstance(teacher, FasterRcnn):
-        _check_heard(settings, ("pyramid", "region", "score", "box", "foreground", "confident", "regions"))
-        pairs = paired(*taps, settings.taps)
-        return TwoStageDistillation(student, teacher, settings.two_stage, noisy, settings.adapter, pairs)
-    _check_heard(settings, ("two_stage",))
-    return HierarchicalDistillation(*taps, settings)
+    if isinstance(student, FasterRCNN) and isinstance(teacher, FasterRCNN):
+        _check_ignored_options(config, ("pyramid", "region", "score", "box", "foreground", "confident", "regions"))
+        pairs = pair_layers(*layers, config.feature_layers)
+        return TwoStageHKD(student, teacher, config.two_stage, noisy_teacher, config.adapter, pairs)
+    _check_ignored_options(config, ("two_stage",))
+    return HKD(*layers, config)
 
 
-def _check_heard(settings: Hierarchical, others: Sequence[str]) -> None:
+def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
     """UsageError for a setting of the other form, which nobody would hear."""
-    for name in others:
-        if getattr(settings, name) != getattr(Hierarchical(), name):
+    for name in names:
+        if getattr(config, name) != getattr(HKDConfig(), name):
             raise UsageError(
                 f"distill.hkd.{name} is not heard here: between two Faster R-CNNs the levels' weights are those of "
                 "two_stage, for all others those of hkd itself"

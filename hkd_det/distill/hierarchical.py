@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hkd_det.distill.adapter import Adapter, Projection
-from hkd_det.distill.detections import taught_by
-from hkd_det.distill.lesson import Lesson
-from hkd_det.distill.regions import region_errors
-from hkd_det.distill.soft_points import soft_points
-from hkd_det.distill.tap_choice import TapNames, paired
-from hkd_det.distill.two_stage import TwoStageLevels
+from hkd_det.distill.detections import soft_label_losses
+from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.regions import roi_feature_loss
+from hkd_det.distill.soft_points import dense_soft_label_losses
+from hkd_det.distill.tap_choice import LayerPairs, pair_layers
+from hkd_det.distill.two_stage import TwoStageConfig
 from hkd_det.errors import UsageError
-from hkd_det.losses.imitation import balanced_mean, imitation_error
-from hkd_det.losses.localisation import localisation_loss
-from hkd_det.losses.overlap import giou_loss
-from hkd_det.losses.soft_score import soft_score_loss
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.prediction import Branch, Prediction
-from hkd_det.models.tap import Tap
+from hkd_det.losses.imitation import fg_balanced_mean, pkd_loss
+from hkd_det.losses.localisation import localization_distillation_loss
+from hkd_det.losses.overlap import generalized_box_iou_loss
+from hkd_det.losses.soft_score import quality_focal_kd_loss
+from hkd_det.models.assignment import Targets
+from hkd_det.models.prediction import BranchOutputs, DenseOutputs
+from hkd_det.models.tap import FeatureInfo
 
 
 @dataclass(frozen=True)
-class Hierarchical:
+class HKDConfig:
     """How much each level counts, and its choices.
 
     foreground: share of the pyramid level's weight that lies on people. confident: teacher score, 0..1,
@@ -45,102 +45,114 @@ class Hierarchical:
 
     pyramid: float = 2.0
     region: float = 1.0
-    score: float = 1.0
+    cls: float = 1.0
     box: float = 0.5
-    foreground: float = 0.5
-    confident: float = 0.4
-    regions: int = 20
-    two_stage: TwoStageLevels = field(default_factory=TwoStageLevels)
-    truth: float = 1.0
+    fg_ratio: float = 0.5
+    region_min_score: float = 0.4
+    max_regions: int = 20
+    two_stage: TwoStageConfig = field(default_factory=TwoStageConfig)
+    det_loss_weight: float = 1.0
     adapter: Projection = "plain"
-    taps: TapNames = field(default_factory=TapNames)
+    feature_layers: LayerPairs = field(default_factory=LayerPairs)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.truth <= 1:
-            raise UsageError(f"hkd.truth = {self.truth}: the weight of the task's own terms is 0..1")
-        if not 0 <= self.foreground <= 1:
-            raise UsageError(f"hkd.foreground = {self.foreground}: a share, 0..1")
-        if min(self.pyramid, self.region, self.score, self.box, self.confident, self.regions) < 0:
+        if not 0 <= self.det_loss_weight <= 1:
+            raise UsageError(f"hkd.truth = {self.det_loss_weight}: the weight of the task's own terms is 0..1")
+        if not 0 <= self.fg_ratio <= 1:
+            raise UsageError(f"hkd.foreground = {self.fg_ratio}: a share, 0..1")
+        if min(self.pyramid, self.region, self.cls, self.box, self.region_min_score, self.max_regions) < 0:
             raise UsageError("hkd: pyramid, region, score, box, confident and regions are not negative")
 
 
-class HierarchicalDistillation(nn.Module):
+class HKD(nn.Module):
     """The three levels between a student's and a teacher's taps. Its parameters are the adapters'."""
 
-    def __init__(self, student: Sequence[Tap], teacher: Sequence[Tap], weights: Hierarchical) -> None:
+    def __init__(
+        self, student_layers: Sequence[FeatureInfo], teacher_layers: Sequence[FeatureInfo], config: HKDConfig
+    ) -> None:
         super().__init__()
-        self.weights = weights
-        pairs = paired(student, teacher, weights.taps)
-        self.sources = [list(student).index(mine) for mine, _ in pairs]
-        self.adapters = nn.ModuleList(Adapter(mine, other, weights.adapter) for mine, other in pairs)
+        self.config = config
+        pairs = pair_layers(student_layers, teacher_layers, config.feature_layers)
+        self.student_indices = [list(student_layers).index(mine) for mine, _ in pairs]
+        self.adapters = nn.ModuleList(Adapter(mine, other, config.adapter) for mine, other in pairs)
         self.strides = [other.stride for _, other in pairs]
         # Regions are read from one map a stride, fine to coarse: of several taps the last.
         self.region_levels = [index for _, index in sorted({s: i for i, s in enumerate(self.strides)}.items())]
 
-    def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_score`, `hkd_box`, each a scalar."""
-        maps = [lesson.my_maps[source] for source in self.sources]
+        maps = [batch.student_features[source] for source in self.student_indices]
         adapted = [adapter(level) for adapter, level in zip(self.adapters, maps, strict=True)]
-        scores, boxes = self._logits(lesson)
+        scores, boxes = self._compute_logit_losses(batch)
         return {
-            "hkd_pyramid": self.weights.pyramid * self._pyramid(adapted, lesson),
-            "hkd_region": self.weights.region * self._region(adapted, lesson),
-            "hkd_score": self.weights.score * scores,
-            "hkd_box": self.weights.box * boxes,
+            "hkd_pyramid": self.config.pyramid * self._compute_pyramid_loss(adapted, batch),
+            "hkd_region": self.config.region * self._compute_region_loss(adapted, batch),
+            "hkd_score": self.config.cls * scores,
+            "hkd_box": self.config.box * boxes,
         }
 
-    def _pyramid(self, adapted: Sequence[Tensor], lesson: Lesson) -> Tensor:
+    def _compute_pyramid_loss(self, student_features: Sequence[Tensor], batch: DistillationBatch) -> Tensor:
         levels = []
-        for mine, other, stride in zip(adapted, lesson.other_maps, self.strides, strict=True):
-            people = _cells_with_people((other.shape[-2], other.shape[-1]), stride, lesson.truth)
-            levels.append(balanced_mean(imitation_error(mine, other), people, self.weights.foreground).mean())
+        for mine, other, stride in zip(student_features, batch.teacher_features, self.strides, strict=True):
+            people = foreground_mask((other.shape[-2], other.shape[-1]), stride, batch.targets)
+            levels.append(fg_balanced_mean(pkd_loss(mine, other), people, self.config.fg_ratio).mean())
         return torch.stack(levels).mean()
 
-    def _region(self, adapted: Sequence[Tensor], lesson: Lesson) -> Tensor:
-        truth, maps = lesson.truth, lesson.other_maps
-        found, most = lesson.found, self.weights.regions
+    def _compute_region_loss(self, student_features: Sequence[Tensor], batch: DistillationBatch) -> Tensor:
+        truth, maps = batch.targets, batch.teacher_features
+        found, most = batch.teacher_detections, self.config.max_regions
         scores = pad_sequence([of_one[:most] for of_one in found.scores], batch_first=True, padding_value=-1.0)
         theirs = pad_sequence([of_one[:most] for of_one in found.boxes_xyxy], batch_first=True)
-        read = torch.cat([truth.real, scores >= self.weights.confident], 1)
+        read = torch.cat([truth.valid, scores >= self.config.region_min_score], 1)
         picture, place = read.nonzero(as_tuple=True)
         boxes = torch.cat([truth.boxes_xyxy, theirs], 1)[picture, place]
-        norm = lesson.norm_of(torch.tensor(float(len(boxes)), device=boxes.device))
+        norm = batch.reduce_mean(torch.tensor(float(len(boxes)), device=boxes.device))
         if not len(boxes):
-            return 0.0 * torch.stack([level.float().mean() for level in adapted]).sum()
-        mine, other = ([of_one[index] for index in self.region_levels] for of_one in (adapted, maps))
+            return 0.0 * torch.stack([level.float().mean() for level in student_features]).sum()
+        mine, other = ([of_one[index] for index in self.region_levels] for of_one in (student_features, maps))
         strides = [self.strides[index] for index in self.region_levels]
-        return region_errors(mine, other, strides, boxes, picture).sum() / norm
+        return roi_feature_loss(mine, other, strides, boxes, picture).sum() / norm
 
-    def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        student, teacher = lesson.mine, lesson.other
-        if not (isinstance(student, Prediction) and isinstance(teacher, Prediction) and student.shares_points(teacher)):
-            return taught_by(lesson, lesson.found)
-        scores, boxes = student.many.logits.new_zeros(()), student.many.logits.new_zeros(())
-        for mine, other in ((student.many, teacher.many), (student.one, teacher.one)):
+    def _compute_logit_losses(self, batch: DistillationBatch) -> tuple[Tensor, Tensor]:
+        student, teacher = batch.student_outputs, batch.teacher_outputs
+        if not (
+            isinstance(student, DenseOutputs)
+            and isinstance(teacher, DenseOutputs)
+            and student.has_same_anchor_points(teacher)
+        ):
+            return soft_label_losses(batch, batch.teacher_detections)
+        scores, boxes = student.one2many.logits.new_zeros(()), student.one2many.logits.new_zeros(())
+        for mine, other in ((student.one2many, teacher.one2many), (student.one2one, teacher.one2one)):
             if mine is None or other is None:
                 continue
             confidence = other.logits.sigmoid()
-            norm = lesson.norm_of(confidence.sum())
-            scores = scores + soft_score_loss(mine.logits, other.logits).sum() / norm
-            if mine.learns_boxes:
-                boxes = boxes + (confidence * _box_error(mine, other)).sum() / norm
-        if student.one is not None and teacher.one is None:
+            norm = batch.reduce_mean(confidence.sum())
+            scores = scores + quality_focal_kd_loss(mine.logits, other.logits).sum() / norm
+            if mine.has_box_loss:
+                boxes = boxes + (confidence * _compute_box_loss(mine, other)).sum() / norm
+        if student.one2one is not None and teacher.one2one is None:
             # The teacher's branch `many` would have it answer several times; what is left after suppression does not.
-            more = soft_points(student, lesson.found, lesson.truth, lesson.norm_of, one_alone=True)
+            more = dense_soft_label_losses(
+                student, batch.teacher_detections, batch.targets, batch.reduce_mean, one2one_only=True
+            )
             scores, boxes = scores + more[0], boxes + more[1]
         return scores, boxes
 
 
-def _box_error(student: Branch, teacher: Branch) -> Tensor:
+def _compute_box_loss(student: BranchOutputs, teacher: BranchOutputs) -> Tensor:
     """[B, A]: of the side distributions where both have the same bins, else of the boxes."""
-    if student.sides is not None and teacher.sides is not None and student.sides.shape == teacher.sides.shape:
-        return localisation_loss(student.sides, teacher.sides)
-    return giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
+    if (
+        student.box_logits is not None
+        and teacher.box_logits is not None
+        and student.box_logits.shape == teacher.box_logits.shape
+    ):
+        return localization_distillation_loss(student.box_logits, teacher.box_logits)
+    return generalized_box_iou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
 
 
-def _cells_with_people(map_hw: tuple[int, int], stride: int, truth: TruthBatch) -> Tensor:
+def foreground_mask(feature_hw: tuple[int, int], stride: int, targets: Targets) -> Tensor:
     """[B, H, W] bool: the cell's centre lies in a person's box."""
-    x1, y1, x2, y2 = truth.boxes_xyxy[..., None].unbind(2)  # [B, M, 1]
-    y, x = (stride * (torch.arange(cells, device=x1.device) + 0.5) for cells in map_hw)
-    rows, columns = (y > y1) & (y < y2), (x > x1) & (x < x2) & truth.real[..., None]  # [B, M, H] and [B, M, W]
+    x1, y1, x2, y2 = targets.boxes_xyxy[..., None].unbind(2)  # [B, M, 1]
+    y, x = (stride * (torch.arange(cells, device=x1.device) + 0.5) for cells in feature_hw)
+    rows, columns = (y > y1) & (y < y2), (x > x1) & (x < x2) & targets.valid[..., None]  # [B, M, H] and [B, M, W]
     return (rows[..., None] & columns[:, :, None]).any(1)

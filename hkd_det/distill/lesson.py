@@ -7,16 +7,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hkd_det.losses.detection import Norm
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.output import Output
-from hkd_det.models.prediction import Found
-from hkd_det.models.tap import Tap
+from hkd_det.losses.detection import ReduceMean
+from hkd_det.models.assignment import Targets
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.output import ModelOutputs
+from hkd_det.models.prediction import DetectionBatch
+from hkd_det.models.tap import FeatureInfo
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class DistillationBatch:
     """All that a method may use of one step.
 
     pictures: [B, 3, H, W] RGB, 0..255. mine, other: what student and teacher say, the teacher's without gradients.
@@ -25,39 +25,39 @@ class Lesson:
     norm_of: makes a sum over this process's pictures the divisor that is right over all processes.
     """
 
-    pictures: Tensor
-    truth: TruthBatch
-    student: PersonDetector
-    teacher: "Teacher"
-    mine: Output
-    other: Output
-    my_maps: Sequence[Tensor]
-    other_maps: Sequence[Tensor]
-    norm_of: Norm
-    noise: Callable[[Found], Found] | None = None
+    images: Tensor
+    targets: Targets
+    student: BaseDetector
+    teacher: "TeacherModel"
+    student_outputs: ModelOutputs
+    teacher_outputs: ModelOutputs
+    student_features: Sequence[Tensor]
+    teacher_features: Sequence[Tensor]
+    reduce_mean: ReduceMean
+    perturb_detections: Callable[[DetectionBatch], DetectionBatch] | None = None
 
     @cached_property
-    def found(self) -> Found:
+    def teacher_detections(self) -> DetectionBatch:
         """The teacher's finished detections, at most 100 a picture; worked out once, for all methods."""
-        found = self.teacher.found(self.other)
-        return self.noise(found) if self.noise else found
+        found = self.teacher.postprocess(self.teacher_outputs)
+        return self.perturb_detections(found) if self.perturb_detections else found
 
 
-class Method(Protocol):
+class DistillMethod(Protocol):
     """A way to teach: an nn.Module whose parameters, if any, are trained with the student and dropped afterwards."""
 
-    def __call__(self, lesson: Lesson) -> dict[str, Tensor]:
+    def __call__(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """The lesson's weighted terms, scalars under the method's own names."""
 
 
-class Teacher(Protocol):
+class TeacherModel(Protocol):
     """Whoever knows better: any family's detector, or a black box."""
 
-    def __call__(self, pictures: Tensor) -> Output:
+    def __call__(self, images: Tensor) -> ModelOutputs:
         """What it says of [B, 3, H, W] RGB pictures, 0..255."""
 
-    def found(self, output: Any, top: int = 100) -> Found:
+    def postprocess(self, outputs: Any, max_det: int = 100) -> DetectionBatch:
         """Finished detections, at most `top` a picture, from an output that it gave."""
 
-    def taps(self) -> list[Tap]:
+    def feature_info(self) -> list[FeatureInfo]:
         """The ends of its pyramid's levels, fine to coarse; none of a black box."""

@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass, fields, replace
 
-from hkd_det.distill.arbitration import Arbitration
-from hkd_det.distill.blockwise.settings import Blockwise
-from hkd_det.distill.capacity.settings import CapacityDynamic
-from hkd_det.distill.detections import DetectionTerms
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.noise import Noise
+from hkd_det.distill.arbitration import MoKDConfig
+from hkd_det.distill.blockwise.settings import BlockwiseConfig
+from hkd_det.distill.capacity.settings import CDDConfig
+from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.noise import NoisyTeacherConfig
 from hkd_det.errors import UsageError
-from hkd_det.settings import from_mapping
+from hkd_det.settings import dataclass_from_dict
 
 
 @dataclass(frozen=True)
-class Methods:
+class DistillConfig:
     """The methods of a run; None is not used.
 
     hkd: hierarchical distillation. detections: the teacher's boxes and scores alone. noise: a noisy teacher. mokd: task
@@ -21,21 +21,21 @@ class Methods:
     teach it. cdd: a student that begins wide and sheds channels.
     """
 
-    hkd: Hierarchical | None = None
-    detections: DetectionTerms | None = None
-    noise: Noise | None = None
-    mokd: Arbitration | None = None
-    blockwise: Blockwise | None = None
-    cdd: CapacityDynamic | None = None
+    hkd: HKDConfig | None = None
+    soft_labels: SoftLabelConfig | None = None
+    noisy_teacher: NoisyTeacherConfig | None = None
+    mokd: MoKDConfig | None = None
+    blockwise: BlockwiseConfig | None = None
+    cdd: CDDConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.noise and self.noise.form == "targets" and not (self.hkd or self.detections):
+        if self.noisy_teacher and self.noisy_teacher.mode == "targets" and not (self.hkd or self.soft_labels):
             raise UsageError("noise.form=targets perturbs what another method learns from: add one, such as hkd")
-        if self.noise and self.noise.features and not self.hkd:
+        if self.noisy_teacher and self.noisy_teacher.feature_sigma and not self.hkd:
             raise UsageError("noise.features makes the maps noisy that hkd compares: add it, or leave features out")
-        if self.mokd and not (self.hkd or self.detections or self.noise or self.cdd):
+        if self.mokd and not (self.hkd or self.soft_labels or self.noisy_teacher or self.cdd):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
-        if self.mokd and self.hkd and self.hkd.truth < 1:
+        if self.mokd and self.hkd and self.hkd.det_loss_weight < 1:
             raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.truth at 1")
         if self.cdd and self.blockwise:
             raise UsageError("--distill cdd,blockwise: both change the same layers; use one, then the other by --init")
@@ -46,11 +46,11 @@ class Methods:
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
     @property
-    def in_training(self) -> "Methods":
+    def online_methods(self) -> "DistillConfig":
         """Those that teach while the student trains: all but blockwise, which is over by then."""
         return replace(self, blockwise=None)
 
     @classmethod
-    def of(cls, names: str) -> "Methods":
+    def from_names(cls, names: str) -> "DistillConfig":
         """Methods by name with their defaults, as `--distill hkd,noise` gives them."""
-        return from_mapping(cls, {name.strip(): {} for name in names.split(",") if name.strip()}, "distill")
+        return dataclass_from_dict(cls, {name.strip(): {} for name in names.split(",") if name.strip()}, "distill")

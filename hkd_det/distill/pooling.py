@@ -12,32 +12,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-SIDE = 7  # bins across and down a region
-SAMPLES = 2  # across and down a bin
+OUTPUT_SIZE = 7  # bins across and down a region
+SAMPLING_RATIO = 2  # across and down a bin
 
 
-def region_cells(boxes_xyxy: Tensor, picture: Tensor, stride: int, map_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def roi_sampling_weights(
+    boxes_xyxy: Tensor, image_index: Tensor, stride: int, feature_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Which cells of maps [B, C, H, W] the bins of R regions read, [R * 49, 16], and with which weights.
 
     boxes_xyxy: [R, 4] input pixels. picture: [R] which of the B the region lies in.
     """
-    rows, down = _axis(boxes_xyxy[:, 1], boxes_xyxy[:, 3], stride, map_hw[0])
-    columns, across = _axis(boxes_xyxy[:, 0], boxes_xyxy[:, 2], stride, map_hw[1])
-    rows = rows + map_hw[0] * picture.int()[:, None, None]
-    cells = map_hw[1] * rows[:, :, None, :, None] + columns[:, None, :, None, :]  # [R, 7, 7, 4, 4]
+    rows, down = _compute_axis_weights(boxes_xyxy[:, 1], boxes_xyxy[:, 3], stride, feature_hw[0])
+    columns, across = _compute_axis_weights(boxes_xyxy[:, 0], boxes_xyxy[:, 2], stride, feature_hw[1])
+    rows = rows + feature_hw[0] * image_index.int()[:, None, None]
+    cells = feature_hw[1] * rows[:, :, None, :, None] + columns[:, None, :, None, :]  # [R, 7, 7, 4, 4]
     weights = down[:, :, None, :, None] * across[:, None, :, None, :]
-    return cells.reshape(-1, (2 * SAMPLES) ** 2), weights.reshape(-1, (2 * SAMPLES) ** 2)
+    return cells.reshape(-1, (2 * SAMPLING_RATIO) ** 2), weights.reshape(-1, (2 * SAMPLING_RATIO) ** 2)
 
 
-def pooled_regions(features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+def roi_align(features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
     """[R, C, 7, 7] float32 of maps [B, C, H, W], from the cells that `region_cells` gives."""
     channels = features.shape[1]
     in_a_row = features.permute(0, 2, 3, 1).reshape(-1, channels).float()
-    pooled: Tensor = _WeightedSums.apply(in_a_row, cells, weights)
-    return pooled.view(-1, SIDE, SIDE, channels).permute(0, 3, 1, 2)
+    pooled: Tensor = _WeightedRowSum.apply(in_a_row, cells, weights)
+    return pooled.view(-1, OUTPUT_SIZE, OUTPUT_SIZE, channels).permute(0, 3, 1, 2)
 
 
-class _WeightedSums(torch.autograd.Function):
+class _WeightedRowSum(torch.autograd.Function):
     """[S, C] sums of rows [N, C] float32, those that `cells` [S, K] names, weighted by `weights` [S, K].
 
     A row's gradient is a weighted sum, too, of the sums that read it. torch's own backward pass of `embedding_bag` adds
@@ -60,18 +62,18 @@ class _WeightedSums(torch.autograd.Function):
         return F.embedding_bag(readers, gradient, first, per_sample_weights=weights, mode="sum"), None, None
 
 
-def _axis(low: Tensor, high: Tensor, stride: int, cells: int) -> tuple[Tensor, Tensor]:
+def _compute_axis_weights(low: Tensor, high: Tensor, stride: int, num_cells: int) -> tuple[Tensor, Tensor]:
     """Along one axis, of R regions [R] .. [R]: the cells [R, 7, 4] that each bin reads and their weights.
 
     As torchvision has it: a region is a cell wide at least, and a sample more than a cell outside counts 0.
     """
     low, high = low.float() / stride, high.float() / stride
-    position = (torch.arange(SIDE * SAMPLES, device=low.device) + 0.5) / (SIDE * SAMPLES)
+    position = (torch.arange(OUTPUT_SIZE * SAMPLING_RATIO, device=low.device) + 0.5) / (OUTPUT_SIZE * SAMPLING_RATIO)
     at = low[:, None] + (high - low).clamp(min=1)[:, None] * position  # [R, 14]
-    counts = ((at >= -1) & (at <= cells)).float() / SAMPLES
-    at = at.clamp(0, cells - 1)
+    counts = ((at >= -1) & (at <= num_cells)).float() / SAMPLING_RATIO
+    at = at.clamp(0, num_cells - 1)
     before = at.floor()
     share = at - before
-    read = torch.stack([before, (before + 1).clamp(max=cells - 1)], -1).int()
+    read = torch.stack([before, (before + 1).clamp(max=num_cells - 1)], -1).int()
     weights = torch.stack([counts * (1 - share), counts * share], -1)
-    return read.view(-1, SIDE, 2 * SAMPLES), weights.view(-1, SIDE, 2 * SAMPLES)
+    return read.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO), weights.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def reached(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def reachable_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """[P] float: 1 where a backward pass from the loss would come to the parameter, else 0."""
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     found = torch.zeros(len(parameters))

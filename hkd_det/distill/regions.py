@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 from torchvision.ops.poolers import LevelMapper
 
-from hkd_det.distill.pooling import pooled_regions, region_cells
-from hkd_det.losses.imitation import imitation_error
+from hkd_det.distill.pooling import roi_align, roi_sampling_weights
+from hkd_det.losses.imitation import pkd_loss
 
 
-def region_errors(
-    mine: Sequence[Tensor], other: Sequence[Tensor], strides: Sequence[int], boxes_xyxy: Tensor, picture: Tensor
+def roi_feature_loss(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes_xyxy: Tensor,
+    image_index: Tensor,
 ) -> Tensor:
     """[R] imitation errors of the pooled features of regions [R, 4] in input pixels, of pictures [R] of the batch.
 
@@ -25,14 +29,14 @@ def region_errors(
         min(range(len(octaves)), key=lambda level: abs(octaves[level] - octave))
         for octave in range(octaves[0], octaves[-1] + 1)
     ]
-    level_of = torch.tensor(nearest, device=picture.device)[LevelMapper(octaves[0], octaves[-1])([boxes_xyxy])]
-    errors = mine[0].new_zeros(len(picture), dtype=torch.float32)
+    level_of = torch.tensor(nearest, device=image_index.device)[LevelMapper(octaves[0], octaves[-1])([boxes_xyxy])]
+    errors = student_features[0].new_zeros(len(image_index), dtype=torch.float32)
     for level, stride in enumerate(strides):
         chosen = (level_of == level).nonzero()[:, 0]
         if len(chosen) == 0:
             continue
-        height, width = mine[level].shape[-2:]
-        cells = region_cells(boxes_xyxy[chosen], picture[chosen], stride, (height, width))
-        pooled, wanted = (pooled_regions(maps[level], *cells) for maps in (mine, other))
-        errors = errors.index_add(0, chosen, imitation_error(pooled, wanted).mean((1, 2)))
+        height, width = student_features[level].shape[-2:]
+        cells = roi_sampling_weights(boxes_xyxy[chosen], image_index[chosen], stride, (height, width))
+        pooled, wanted = (roi_align(maps[level], *cells) for maps in (student_features, teacher_features))
+        errors = errors.index_add(0, chosen, pkd_loss(pooled, wanted).mean((1, 2)))
     return errors

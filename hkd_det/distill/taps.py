@@ -7,30 +7,30 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hkd_det.errors import UsageError
-from hkd_det.models.tap import Tap
+from hkd_det.models.tap import FeatureInfo
 
 
-class TapRecorder:
+class FeatureHooks:
     """Keeps the last output of each tapped layer until it is taken.
 
     copies: keep copies, for layers after which something works in place.
     """
 
-    def __init__(self, network: nn.Module, taps: Sequence[Tap], copies: bool = False) -> None:
-        modules = dict(network.named_modules())
-        unknown = [tap.name for tap in taps if tap.name not in modules]
+    def __init__(self, model: nn.Module, layers: Sequence[FeatureInfo], clone: bool = False) -> None:
+        modules = dict(model.named_modules())
+        unknown = [tap.name for tap in layers if tap.name not in modules]
         if unknown:
             raise UsageError(f"the network has no layer {unknown[0]!r} to tap")
         self._outputs: dict[str, Tensor] = {}
-        self._copies = copies
-        self._names = [tap.name for tap in taps]
+        self._clone = clone
+        self._layer_names = [tap.name for tap in layers]
         self._handles: list[RemovableHandle] = [
-            modules[name].register_forward_hook(self._recorder(name)) for name in self._names
+            modules[name].register_forward_hook(self._make_hook(name)) for name in self._layer_names
         ]
 
-    def take(self) -> list[Tensor]:
+    def pop(self) -> list[Tensor]:
         """The recorded maps in the order of the taps; they are forgotten here, so that no step holds the last one's."""
-        maps = [self._outputs[name] for name in self._names]
+        maps = [self._outputs[name] for name in self._layer_names]
         self._outputs.clear()
         return maps
 
@@ -40,8 +40,8 @@ class TapRecorder:
             handle.remove()
         self._outputs.clear()
 
-    def _recorder(self, name: str) -> Any:
+    def _make_hook(self, name: str) -> Any:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._outputs[name] = output.clone() if self._copies else output
+            self._outputs[name] = output.clone() if self._clone else output
 
         return record

@@ -9,14 +9,14 @@ from typing import Literal
 import yaml
 
 from hkd_det.errors import DataError, UsageError
-from hkd_det.settings import from_mapping
+from hkd_det.settings import dataclass_from_dict
 
-Output = Literal["yolox-raw", "yolo-raw", "yolo-e2e", "boxes-scores"]
-OURS_FORMAT = "1"  # of hkd-export's files: hkd.format in their metadata
+OutputFormat = Literal["yolox-raw", "yolo-raw", "yolo-e2e", "boxes-scores"]
+NATIVE_FORMAT = "1"  # of hkd-export's files: hkd.format in their metadata
 
 
 @dataclass(frozen=True)
-class Description:
+class OnnxModelConfig:
     """A foreign detector's interface. Batch, size and number type of the input stand in the file itself.
 
     output: how its answers are written, see below.
@@ -35,16 +35,16 @@ class Description:
                   labels [B, N]
     """
 
-    output: Output
+    output_format: OutputFormat
     layout: Literal["NCHW", "NHWC"] = "NCHW"
-    colours: Literal["rgb", "bgr"] = "rgb"
-    white: float = 255.0
+    color_order: Literal["rgb", "bgr"] = "rgb"
+    input_scale: float = 255.0
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    placement: Literal["top-left", "centre", "stretch"] = "top-left"
-    pad: int = 114
+    resize_mode: Literal["top-left", "centre", "stretch"] = "top-left"
+    pad_value: int = 114
     imgsz_hw: tuple[int, ...] | None = None
-    person: int = 0
+    person_class_id: int = 0
     strides: tuple[int, ...] = (8, 16, 32)
     conf: float = 0.01
     iou: float = 0.65
@@ -52,35 +52,37 @@ class Description:
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UsageError("mean and std: three numbers, those of std above 0")
-        if self.white <= 0 or not 0 <= self.pad <= 255:
+        if self.input_scale <= 0 or not 0 <= self.pad_value <= 255:
             raise UsageError("white: above 0; pad: 0..255")
         if self.imgsz_hw is not None and (len(self.imgsz_hw) != 2 or min(self.imgsz_hw) < 1):
             raise UsageError(f"imgsz_hw: {list(self.imgsz_hw)}: height and width in pixels")
-        if not self.strides or min(self.strides) < 1 or self.person < 0:
+        if not self.strides or min(self.strides) < 1 or self.person_class_id < 0:
             raise UsageError("strides: whole numbers from 1 on; person: a class number from 0 on")
         if not 0 <= self.conf <= 1 or not 0 < self.iou <= 1:
             raise UsageError("conf and iou: 0..1")
 
 
-def describe(model: Path, metadata: Mapping[str, str], given: Path | None = None) -> Description:
+def load_model_config(
+    model_path: Path, metadata: Mapping[str, str], config_path: Path | None = None
+) -> OnnxModelConfig:
     """The description of the model file: the one given, else what hkd-export wrote inside, else model.yaml beside it.
 
     metadata: the ONNX file's own. Raises DataError for a file that is missing or wrong.
     """
-    if given is not None:
-        return read_description(given)
+    if config_path is not None:
+        return read_model_config(config_path)
     if "hkd.format" in metadata:
-        return _ours(model, metadata)
-    beside = model.with_suffix(".yaml")
+        return _read_native_config(model_path, metadata)
+    beside = model_path.with_suffix(".yaml")
     if not beside.is_file():
         raise DataError(
-            f"{model}: none of hkd-export's models, and nothing says how to read it; describe it in {beside.name} "
+            f"{model_path}: none of hkd-export's models, and nothing says how to read it; describe it in {beside.name} "
             "beside it, or in a file that --teacher-description names (recipes/foreign/ has examples)"
         )
-    return read_description(beside)
+    return read_model_config(beside)
 
 
-def read_description(path: Path) -> Description:
+def read_model_config(path: Path) -> OnnxModelConfig:
     """A description from its YAML file, read strictly."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -89,19 +91,21 @@ def read_description(path: Path) -> Description:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     try:
-        return from_mapping(Description, content)
+        return dataclass_from_dict(OnnxModelConfig, content)
     except UsageError as error:
         raise DataError(f"{path}: {error}") from None
 
 
-def _ours(model: Path, metadata: Mapping[str, str]) -> Description:
-    if metadata["hkd.format"] != OURS_FORMAT:
+def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxModelConfig:
+    if metadata["hkd.format"] != NATIVE_FORMAT:
         raise DataError(
-            f"{model}: written in format {metadata['hkd.format']} by another hkd-det, this one reads {OURS_FORMAT}"
+            f"{model_path}: written in format {metadata['hkd.format']} by another hkd-det, this one reads {NATIVE_FORMAT}"
         )
     try:
         asked = json.loads(metadata["hkd.preprocess"])
         values = {"layout": asked["layout"], "colours": asked["color"].lower(), "placement": asked["letterbox"]}
-        return from_mapping(Description, {**values, "pad": asked["pad"], "output": "boxes-scores", "conf": 0.0})
+        return dataclass_from_dict(
+            OnnxModelConfig, {**values, "pad": asked["pad"], "output": "boxes-scores", "conf": 0.0}
+        )
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
-        raise DataError(f"{model}: its metadata hkd.preprocess is damaged ({error}); export it again") from None
+        raise DataError(f"{model_path}: its metadata hkd.preprocess is damaged ({error}); export it again") from None

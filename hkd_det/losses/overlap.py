@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def pairwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+def box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """[B, M, A] IoU of boxes [B, M, 4] with boxes [B, A, 4]; 0 where both are empty."""
     # Coordinate by coordinate: a trailing axis of two costs several times as much.
     ax1, ay1, ax2, ay2 = a_xyxy[:, :, None].unbind(-1)  # [B, M, 1]
@@ -12,21 +12,21 @@ def pairwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     across = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)  # [B, M, A]
     down = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
     shared = across * down
-    union = _area(a_xyxy)[:, :, None] + _area(b_xyxy)[:, None] - shared
+    union = _box_area(a_xyxy)[:, :, None] + _box_area(b_xyxy)[:, None] - shared
     return shared / union.clamp(min=1e-9)
 
 
-def giou_loss(predicted_xyxy: Tensor, target_xyxy: Tensor) -> Tensor:
+def generalized_box_iou_loss(predicted_xyxy: Tensor, target_xyxy: Tensor) -> Tensor:
     """[...] 1 - GIoU of partner boxes [..., 4], 0..2 (Rezatofighi et al. 2019)."""
     low = torch.maximum(predicted_xyxy[..., :2], target_xyxy[..., :2])
     high = torch.minimum(predicted_xyxy[..., 2:], target_xyxy[..., 2:])
     shared = (high - low).clamp(min=0).prod(-1)
-    union = (_area(predicted_xyxy) + _area(target_xyxy) - shared).clamp(min=1e-9)
+    union = (_box_area(predicted_xyxy) + _box_area(target_xyxy) - shared).clamp(min=1e-9)
     hull_low = torch.minimum(predicted_xyxy[..., :2], target_xyxy[..., :2])
     hull_high = torch.maximum(predicted_xyxy[..., 2:], target_xyxy[..., 2:])
     hull = (hull_high - hull_low).prod(-1).clamp(min=1e-9)
     return 1 - shared / union + (hull - union) / hull
 
 
-def _area(boxes_xyxy: Tensor) -> Tensor:
+def _box_area(boxes_xyxy: Tensor) -> Tensor:
     return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0).prod(-1)

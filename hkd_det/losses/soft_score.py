@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CERTAIN = 1e-4  # scores this near to 0 and 1 are no nearer: a black box may round
+SCORE_EPS = 1e-4  # scores this near to 0 and 1 are no nearer: a black box may round
 
 
-def soft_score_loss(student_logits: Tensor, teacher_logits: Tensor, power: float = 1.0) -> Tensor:
+def quality_focal_kd_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
     """[...] BCE of the student's score s against the teacher's score t, weighted by |t - s|^power, not reduced.
 
     Sigmoid, never softmax: over one class a softmax is identically 1. The teacher's own entropy is
@@ -15,7 +15,7 @@ def soft_score_loss(student_logits: Tensor, teacher_logits: Tensor, power: float
     """
     target = teacher_logits.detach().sigmoid()
     with torch.no_grad():
-        weight = (target - student_logits.sigmoid()).abs().pow(power)
+        weight = (target - student_logits.sigmoid()).abs().pow(beta)
     cross = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
     entropy = F.binary_cross_entropy_with_logits(teacher_logits.detach(), target, reduction="none")
     return weight * (cross - entropy)

@@ -14,23 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.metrics import matching
-from hkd_det.metrics.curve import MissRate, curve, log_average, miss_rate
-from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable
+from hkd_det.metrics.curve import MissRateResult, compute_curve, log_average_miss_rate, make_result
+from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable
 
 FPPI_POINTS = tuple((10.0 ** np.arange(-2, 0.25, 0.25)).tolist())
-ASPECT = 0.41  # width over height that every person is given
-BOUNDS = (5, 5, 635, 475)  # x, y, x, y in 1-based pixels of 640 x 480: people that reach beyond are ignored
+PERSON_ASPECT_RATIO = 0.41  # width over height that every person is given
+BOUNDS_XYXY = (5, 5, 635, 475)  # x, y, x, y in 1-based pixels of 640 x 480: people that reach beyond are ignored
 
 
-class Version(Enum):
+class AnnotationVersion(Enum):
     """Of annotations and program."""
 
-    OLD = "caltech"
-    NEW = "caltech-new"
+    ORIGINAL = "caltech"
+    CORRECTED = "caltech-new"
 
 
 @dataclass(frozen=True)
-class Setup:
+class CaltechSetup:
     """Whom to find, and how exactly.
 
     height_px, visibility: ranges; visibility (inf, inf) means not occluded at all. aspect: 0, or a > 0 for people whose
@@ -40,46 +40,46 @@ class Setup:
 
     name: str
     height_px: tuple[float, float]
-    visibility: tuple[float, float]
-    aspect: float = 0
-    overlap: float = 0.5
-    margin: float = 1.25
+    visible_ratio: tuple[float, float]
+    aspect_deviation: float = 0
+    iou_threshold: float = 0.5
+    height_margin: float = 1.25
 
 
-REASONABLE = Setup("Reasonable", (50, inf), (0.65, inf))
-SETUPS: dict[str, Setup] = {
+REASONABLE = CaltechSetup("Reasonable", (50, inf), (0.65, inf))
+SETUPS: dict[str, CaltechSetup] = {
     setup.name: setup
     for setup in (
         REASONABLE,
-        Setup("All", (20, inf), (0.2, inf)),
-        Setup("Overall", (20, inf), (0.2, inf)),  # the benchmark's first name of All
-        Setup("Scale=large", (100, inf), (inf, inf)),
-        Setup("Scale=near", (80, inf), (inf, inf)),
-        Setup("Scale=medium", (30, 80), (inf, inf)),
-        Setup("Scale=far", (20, 30), (inf, inf)),
-        Setup("Occ=none", (50, inf), (inf, inf)),
-        Setup("Occ=partial", (50, inf), (0.65, 1)),
-        Setup("Occ=heavy", (50, inf), (0.2, 0.65)),
-        Setup("Ar=all", (50, inf), (inf, inf)),
-        Setup("Ar=typical", (50, inf), (inf, inf), aspect=0.1),
-        Setup("Ar=atypical", (50, inf), (inf, inf), aspect=-0.1),
-        Setup("Overlap=25", (50, inf), (0.65, inf), overlap=0.25),
-        Setup("Overlap=50", (50, inf), (0.65, inf), overlap=0.5),
-        Setup("Overlap=75", (50, inf), (0.65, inf), overlap=0.75),
-        Setup("Expand=100", (50, inf), (0.65, inf), margin=1.0),
-        Setup("Expand=125", (50, inf), (0.65, inf), margin=1.25),
-        Setup("Expand=150", (50, inf), (0.65, inf), margin=1.5),
+        CaltechSetup("All", (20, inf), (0.2, inf)),
+        CaltechSetup("Overall", (20, inf), (0.2, inf)),  # the benchmark's first name of All
+        CaltechSetup("Scale=large", (100, inf), (inf, inf)),
+        CaltechSetup("Scale=near", (80, inf), (inf, inf)),
+        CaltechSetup("Scale=medium", (30, 80), (inf, inf)),
+        CaltechSetup("Scale=far", (20, 30), (inf, inf)),
+        CaltechSetup("Occ=none", (50, inf), (inf, inf)),
+        CaltechSetup("Occ=partial", (50, inf), (0.65, 1)),
+        CaltechSetup("Occ=heavy", (50, inf), (0.2, 0.65)),
+        CaltechSetup("Ar=all", (50, inf), (inf, inf)),
+        CaltechSetup("Ar=typical", (50, inf), (inf, inf), aspect_deviation=0.1),
+        CaltechSetup("Ar=atypical", (50, inf), (inf, inf), aspect_deviation=-0.1),
+        CaltechSetup("Overlap=25", (50, inf), (0.65, inf), iou_threshold=0.25),
+        CaltechSetup("Overlap=50", (50, inf), (0.65, inf), iou_threshold=0.5),
+        CaltechSetup("Overlap=75", (50, inf), (0.65, inf), iou_threshold=0.75),
+        CaltechSetup("Expand=100", (50, inf), (0.65, inf), height_margin=1.0),
+        CaltechSetup("Expand=125", (50, inf), (0.65, inf), height_margin=1.25),
+        CaltechSetup("Expand=150", (50, inf), (0.65, inf), height_margin=1.5),
     )
 }
 
 
 def evaluate(
-    truth: TruthTable,
+    ground_truth: GroundTruthTable,
     detections: DetectionTable,
-    version: Version,
-    setups: Iterable[Setup] = SETUPS.values(),
-    filtered: bool = False,
-) -> dict[str, MissRate]:
+    annotation_version: AnnotationVersion,
+    setups: Iterable[CaltechSetup] = SETUPS.values(),
+    is_prefiltered: bool = False,
+) -> dict[str, MissRateResult]:
     """The miss rates by setup; boxes in 1-based pixels, as the benchmark's files have them.
 
     truth: `ignore` holds what its label makes an ignore region; `visibility` of people who are not occluded is inf
@@ -87,58 +87,77 @@ def evaluate(
     already been applied and the boxes are reshaped.
     """
     setups = list(setups)
-    found = _reshaped(detections) if version is Version.OLD else detections
-    people = truth.boxes_xywh if filtered else standard_aspect(truth.boxes_xywh)
-    least = min((setup.overlap for setup in setups), default=0.5)
-    pairs = matching.overlapping(found, truth.picture, people, truth.boxes_xywh, least)
+    found = _standardize_detections(detections) if annotation_version is AnnotationVersion.ORIGINAL else detections
+    people = ground_truth.boxes_xywh if is_prefiltered else standardize_aspect_ratio(ground_truth.boxes_xywh)
+    least = min((setup.iou_threshold for setup in setups), default=0.5)
+    pairs = matching.compute_overlaps(found, ground_truth.image_index, people, ground_truth.boxes_xywh, least)
     order = np.argsort(-found.scores, kind="stable")
     rates = {}
     for setup in setups:
-        ignored = truth.ignore if filtered else truth.ignore | ~_wanted(truth, setup, version)
-        kept = _kept(found, setup)
-        verdict, _ = matching.match(pairs, kept, ignored, setup.overlap)
+        ignored = (
+            ground_truth.ignore
+            if is_prefiltered
+            else ground_truth.ignore | ~_is_in_caltech_setup(ground_truth, setup, annotation_version)
+        )
+        kept = _compute_caltech_eval_mask(found, setup)
+        verdict, _ = matching.match_detections(pairs, kept, ignored, setup.iou_threshold)
         count = int((~ignored).sum())
-        line = curve(found.scores, verdict, order[kept[order]], count, truth.pictures)
-        value = log_average(line, FPPI_POINTS, recall_before=0.0)
-        rates[setup.name] = miss_rate(line, value, count, truth.pictures)
+        line = compute_curve(found.scores, verdict, order[kept[order]], count, ground_truth.num_images)
+        value = log_average_miss_rate(line, FPPI_POINTS, recall_before_curve=0.0)
+        rates[setup.name] = make_result(line, value, count, ground_truth.num_images)
     return rates
 
 
-def standard_aspect(boxes_xywh: Floats) -> Floats:
+def standardize_aspect_ratio(boxes_xywh: Floats) -> Floats:
     """[N, 4] boxes of the same height and centre, ASPECT x height wide; as bbApply('resize', bb, 1, 0, ASPECT)."""
     x, y, width, height = boxes_xywh.T
-    wider = height * ASPECT - width
+    wider = height * PERSON_ASPECT_RATIO - width
     return np.stack([x - wider / 2, y, width + wider, height], axis=1)
 
 
-def _reshaped(detections: DetectionTable) -> DetectionTable:
-    boxes = standard_aspect(detections.boxes_xywh)
-    return DetectionTable(detections.picture, boxes, detections.scores, detections.row)
+def _standardize_detections(detections: DetectionTable) -> DetectionTable:
+    boxes = standardize_aspect_ratio(detections.boxes_xywh)
+    return DetectionTable(detections.image_index, boxes, detections.scores, detections.source_row)
 
 
-def _kept(detections: DetectionTable, setup: Setup) -> NDArray[np.bool_]:
+def _compute_caltech_eval_mask(detections: DetectionTable, setup: CaltechSetup) -> NDArray[np.bool_]:
     heights = detections.boxes_xywh[:, 3]
-    return (heights >= setup.height_px[0] * (1 / setup.margin)) & (heights < setup.height_px[1] * setup.margin)
+    return (heights >= setup.height_px[0] * (1 / setup.height_margin)) & (
+        heights < setup.height_px[1] * setup.height_margin
+    )
 
 
-def _wanted(truth: TruthTable, setup: Setup, version: Version) -> NDArray[np.bool_]:
+def _is_in_caltech_setup(
+    ground_truth: GroundTruthTable, setup: CaltechSetup, annotation_version: AnnotationVersion
+) -> NDArray[np.bool_]:
     """[N] people in the setup's ranges and inside BOUNDS."""
-    x, y, width, height = truth.boxes_xywh.T
+    x, y, width, height = ground_truth.boxes_xywh.T
     low, high = setup.height_px
-    tall = (height >= low) & ((height < high) if version is Version.OLD else (height <= high))
-    least, most = setup.visibility
-    if version is Version.NEW and least == inf:
+    tall = (height >= low) & ((height < high) if annotation_version is AnnotationVersion.ORIGINAL else (height <= high))
+    least, most = setup.visible_ratio
+    if annotation_version is AnnotationVersion.CORRECTED and least == inf:
         least = most = 1.0
-    seen = truth.visibility  # NaN for a box without area: outside for the old program, inside for the new
-    visible = (seen >= least) & (seen <= most) if version is Version.OLD else ~((seen < least) | (seen > most))
-    inside = (x >= BOUNDS[0]) & (x + width <= BOUNDS[2]) & (y >= BOUNDS[1]) & (y + height <= BOUNDS[3])
-    if version is Version.NEW:  # its program looks at both ends of both sides
-        inside &= (x <= BOUNDS[2]) & (x + width >= BOUNDS[0]) & (y <= BOUNDS[3]) & (y + height >= BOUNDS[1])
-    return tall & visible & inside & _aspect(width, height, setup.aspect)
+    seen = ground_truth.visible_ratio  # NaN for a box without area: outside for the old program, inside for the new
+    visible = (
+        (seen >= least) & (seen <= most)
+        if annotation_version is AnnotationVersion.ORIGINAL
+        else ~((seen < least) | (seen > most))
+    )
+    inside = (
+        (x >= BOUNDS_XYXY[0]) & (x + width <= BOUNDS_XYXY[2]) & (y >= BOUNDS_XYXY[1]) & (y + height <= BOUNDS_XYXY[3])
+    )
+    if annotation_version is AnnotationVersion.CORRECTED:  # its program looks at both ends of both sides
+        inside &= (
+            (x <= BOUNDS_XYXY[2])
+            & (x + width >= BOUNDS_XYXY[0])
+            & (y <= BOUNDS_XYXY[3])
+            & (y + height >= BOUNDS_XYXY[1])
+        )
+    return tall & visible & inside & _is_in_aspect_range(width, height, setup.aspect_deviation)
 
 
-def _aspect(width: Floats, height: Floats, limit: float) -> NDArray[np.bool_]:
-    if not limit:
+def _is_in_aspect_range(width: Floats, height: Floats, aspect_deviation: float) -> NDArray[np.bool_]:
+    if not aspect_deviation:
         return np.ones(len(width), bool)
     ratio = np.divide(width, height, out=np.full(len(width), np.nan), where=height > 0)
-    return np.sign(limit) * np.abs(ratio - ASPECT) < limit
+    return np.sign(aspect_deviation) * np.abs(ratio - PERSON_ASPECT_RATIO) < aspect_deviation

@@ -16,119 +16,123 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.datasets.person_class import choose_person
+from hkd_det.datasets.person_class import select_person_class
 from hkd_det.errors import DataError
-from hkd_det.metrics.tables import DetectionTable, Floats, TruthTable, are_boxes
+from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
 
-Id = int | float | str
-Box = tuple[float, float, float, float]
-PEDESTRIAN = 1  # the category that the official CityPersons program evaluates
+CocoId = int | float | str
+BoxXYWH = tuple[float, float, float, float]
+PEDESTRIAN_CATEGORY_ID = 1  # the category that the official CityPersons program evaluates
 
 Content = TypeVar("Content")
 
 
 class _Image(msgspec.Struct, gc=False):
-    id: Id
+    id: CocoId
 
 
 class _Category(msgspec.Struct, gc=False):
-    id: Id
+    id: CocoId
     name: str
 
 
-class _Record(msgspec.Struct, gc=False):
-    image_id: Id
-    category_id: Id
-    bbox: Box
+class _Annotation(msgspec.Struct, gc=False):
+    image_id: CocoId
+    category_id: CocoId
+    bbox: BoxXYWH
     height: float | None = None
     vis_ratio: float | None = None
-    vis_bbox: Box | None = None
+    vis_bbox: BoxXYWH | None = None
     ignore: float | bool | None = None
     iscrowd: float | bool = 0
     area: float | None = None
 
 
-class _Truth(msgspec.Struct):
+class _GroundTruthFile(msgspec.Struct):
     images: list[_Image]
-    annotations: list[_Record]
+    annotations: list[_Annotation]
     categories: list[_Category] = []
 
 
 class _Detection(msgspec.Struct, gc=False):
-    image_id: Id
-    bbox: Box
+    image_id: CocoId
+    bbox: BoxXYWH
     score: float
-    category_id: Id | None = None
-    id: Id | None = None
+    category_id: CocoId | None = None
+    id: CocoId | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class CocoTruth:
+class CocoGroundTruth:
     """A truth file. ids: of the pictures, sorted, as the official programs go through them; category: the person's.
 
     area_px: [N] float64 and crowd: [N] bool, of the records in `table`, for COCO's own measure.
     """
 
     path: Path
-    ids: tuple[Id, ...]
-    category: Id
-    table: TruthTable
-    area_px: Floats
-    crowd: NDArray[np.bool_]
+    image_ids: tuple[CocoId, ...]
+    category_id: CocoId
+    table: GroundTruthTable
+    area: Floats
+    iscrowd: NDArray[np.bool_]
 
 
-def read_truth(path: Path) -> CocoTruth:
+def read_coco_ground_truth(path: Path) -> CocoGroundTruth:
     """The people of a truth file. Raises DataError, naming the file and the record."""
-    content = _decode(path, _Truth)
-    ids = _sorted_ids([image.id for image in content.images], path)
+    content = _decode_json(path, _GroundTruthFile)
+    ids = _sort_ids([image.id for image in content.images], path)
     index = {one: number for number, one in enumerate(ids)}
-    category = _category(content.categories, path)
+    category = _find_person_category(content.categories, path)
     records = []
     for number, record in enumerate(content.annotations):
-        if _whole(record.image_id) not in index:
+        if _normalize_id(record.image_id) not in index:
             raise DataError(f"{path}: annotation {number}: image_id {record.image_id!r} is not among its images")
-        if _whole(record.category_id) == category:
+        if _normalize_id(record.category_id) == category:
             records.append(record)
-    boxes = _boxes([record.bbox for record in records], path, "annotation")
-    table = TruthTable(
+    boxes = _parse_coco_boxes([record.bbox for record in records], path, "annotation")
+    table = GroundTruthTable(
         len(ids),
-        np.array([index[_whole(record.image_id)] for record in records], np.intp),
+        np.array([index[_normalize_id(record.image_id)] for record in records], np.intp),
         boxes,
-        _column([record.bbox[3] if record.height is None else record.height for record in records]),
-        _column([_visibility(record) for record in records]),
-        np.array([_ignored(record) for record in records], bool),
+        _to_float_array([record.bbox[3] if record.height is None else record.height for record in records]),
+        _to_float_array([_compute_record_visible_ratio(record) for record in records]),
+        np.array([_is_ignored_record(record) for record in records], bool),
     )
-    area = _column([one.bbox[2] * one.bbox[3] if one.area is None else one.area for one in records])
+    area = _to_float_array([one.bbox[2] * one.bbox[3] if one.area is None else one.area for one in records])
     crowd = np.array([bool(record.iscrowd) for record in records], bool)
-    return CocoTruth(path, ids, category, table, area, crowd)
+    return CocoGroundTruth(path, ids, category, table, area, crowd)
 
 
-def read_detections(path: Path, truth: CocoTruth) -> DetectionTable:
+def read_coco_detections(path: Path, ground_truth: CocoGroundTruth) -> DetectionTable:
     """The people found in the truth's pictures; a detection without category_id is one.
 
     Raises DataError, naming the file and the detection, for unknown pictures, an id that stands twice, wrong numbers.
     """
-    content = _decode(path, list[_Detection] | _Detection)
+    content = _decode_json(path, list[_Detection] | _Detection)
     every = content if isinstance(content, list) else [content]
-    _check_ids(every, path)
-    found = [one for one in every if one.category_id is None or _whole(one.category_id) == truth.category]
+    _check_detection_ids(every, path)
+    found = [
+        one for one in every if one.category_id is None or _normalize_id(one.category_id) == ground_truth.category_id
+    ]
     if every and not found:
         raise DataError(
-            f"{path}: no detection is of category_id {truth.category!r}, the person of {truth.path}; "
+            f"{path}: no detection is of category_id {ground_truth.category_id!r}, the person of {ground_truth.path}; "
             f"the first is of {every[0].category_id!r}"
         )
-    index = {one: number for number, one in enumerate(truth.ids)}
-    pictures = np.array([index.get(_whole(one.image_id), -1) for one in found], np.intp)
+    index = {one: number for number, one in enumerate(ground_truth.image_ids)}
+    pictures = np.array([index.get(_normalize_id(one.image_id), -1) for one in found], np.intp)
     if (pictures < 0).any():
         unknown = found[int(np.argmax(pictures < 0))].image_id
-        raise DataError(f"{path}: image_id {unknown!r} is not among the {len(truth.ids)} pictures of {truth.path}")
-    scores = _column([one.score for one in found])
+        raise DataError(
+            f"{path}: image_id {unknown!r} is not among the {len(ground_truth.image_ids)} pictures of {ground_truth.path}"
+        )
+    scores = _to_float_array([one.score for one in found])
     if not np.isfinite(scores).all():
         raise DataError(f"{path}: a score is {scores[~np.isfinite(scores)][0]}")
-    return DetectionTable.sort(pictures, _boxes([one.bbox for one in found], path, "detection"), scores)
+    return DetectionTable.from_rows(pictures, _parse_coco_boxes([one.bbox for one in found], path, "detection"), scores)
 
 
-def _decode(path: Path, kind: Any) -> Any:
+def _decode_json(path: Path, cls: Any) -> Any:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -136,15 +140,15 @@ def _decode(path: Path, kind: Any) -> Any:
     except IsADirectoryError:
         raise DataError(f"{path}: a folder, expected a COCO JSON file") from None
     try:
-        return msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf"), type=kind)
+        return msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf"), type=cls)
     except RecursionError:
         raise DataError(f"{path}: not a COCO file: nested too deeply") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not as COCO JSON should be ({error})") from None
 
 
-def _sorted_ids(found: Sequence[Id], path: Path) -> tuple[Id, ...]:
-    ids = [_whole(one) for one in found]
+def _sort_ids(image_ids: Sequence[CocoId], path: Path) -> tuple[CocoId, ...]:
+    ids = [_normalize_id(one) for one in image_ids]
     if not ids:
         raise DataError(f"{path}: lists no pictures")
     if len({isinstance(one, str) for one in ids}) > 1:
@@ -155,28 +159,28 @@ def _sorted_ids(found: Sequence[Id], path: Path) -> tuple[Id, ...]:
     return tuple(sorted(ids))  # one kind, as just checked
 
 
-def _category(categories: Sequence[_Category], path: Path) -> Id:
-    names = {_whole(one.id): one.name for one in categories}
-    return choose_person(names, "", f"{path}: its categories") if names else PEDESTRIAN
+def _find_person_category(categories: Sequence[_Category], path: Path) -> CocoId:
+    names = {_normalize_id(one.id): one.name for one in categories}
+    return select_person_class(names, "", f"{path}: its categories") if names else PEDESTRIAN_CATEGORY_ID
 
 
-def _check_ids(found: Sequence[_Detection], path: Path) -> None:
-    ids = [_whole(one.id) for one in found if one.id is not None]
+def _check_detection_ids(detections: Sequence[_Detection], path: Path) -> None:
+    ids = [_normalize_id(one.id) for one in detections if one.id is not None]
     if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
         raise DataError(f"{path}: detection id {twice!r} stands twice; give each its own, or none")
 
 
-def _boxes(found: Sequence[Box], path: Path, what: str) -> Floats:
-    boxes = np.array(found, np.float64).reshape(-1, 4)
-    wrong = ~are_boxes(boxes)
+def _parse_coco_boxes(raw_boxes: Sequence[BoxXYWH], path: Path, record_name: str) -> Floats:
+    boxes = np.array(raw_boxes, np.float64).reshape(-1, 4)
+    wrong = ~is_valid_box(boxes)
     if wrong.any():
         box = boxes[int(np.argmax(wrong))].tolist()
-        raise DataError(f"{path}: {what} with bbox {box}: not [x, y, width, height] of finite sizes from 0")
+        raise DataError(f"{path}: {record_name} with bbox {box}: not [x, y, width, height] of finite sizes from 0")
     return boxes
 
 
-def _visibility(record: _Record) -> float:
+def _compute_record_visible_ratio(record: _Annotation) -> float:
     if record.vis_ratio is not None:
         return record.vis_ratio
     if record.vis_bbox is None or not record.bbox[2] * record.bbox[3]:
@@ -184,17 +188,17 @@ def _visibility(record: _Record) -> float:
     return record.vis_bbox[2] * record.vis_bbox[3] / (record.bbox[2] * record.bbox[3])
 
 
-def _ignored(record: _Record) -> bool:
+def _is_ignored_record(record: _Annotation) -> bool:
     """In a file of CityPersons' own form a record without `ignore` is a person, as for the official program."""
     if record.ignore is None and record.height is not None and record.vis_ratio is not None:
         return False
     return bool(record.iscrowd if record.ignore is None else record.ignore)
 
 
-def _column(values: Sequence[float]) -> Floats:
+def _to_float_array(values: Sequence[float]) -> Floats:
     return np.array(values, np.float64)
 
 
-def _whole(value: Id) -> Id:
+def _normalize_id(value: CocoId) -> CocoId:
     """An id as MATLAB's writers mean it: 1.0 is 1."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -17,13 +17,13 @@ class Backbone(nn.Module):
     channels: widths of those maps, in the order of `strides`.
     """
 
-    def __init__(self, name: str, strides: Sequence[int], arguments: dict[str, Any] | None = None) -> None:
+    def __init__(self, name: str, strides: Sequence[int], model_kwargs: dict[str, Any] | None = None) -> None:
         super().__init__()
         if not timm.is_model(name):
             near = timm.list_models(f"*{name}*")[:5]
             raise UsageError(f"backbone {name!r} is not a timm model; names like it: {', '.join(near) or 'none'}")
         try:
-            every = timm.create_model(name, features_only=True, **(arguments or {}))
+            every = timm.create_model(name, features_only=True, **(model_kwargs or {}))
         except (RuntimeError, TypeError, AttributeError) as error:
             raise UsageError(f"backbone {name!r} gives no feature pyramid: {error}") from error
         reductions = [int(reduction) for reduction in every.feature_info.reduction()]
@@ -31,12 +31,12 @@ class Backbone(nn.Module):
         if missing:
             raise UsageError(f"backbone {name!r} has maps at strides {reductions}, none at {missing}")
         indices = tuple(reductions.index(stride) for stride in strides)
-        self.body = timm.create_model(name, features_only=True, out_indices=indices, **(arguments or {}))
+        self.body = timm.create_model(name, features_only=True, out_indices=indices, **(model_kwargs or {}))
         self.channels = [int(width) for width in self.body.feature_info.channels()]
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised pictures to one [B, C_i, H / s_i, W / s_i] map a stride."""
-        maps: list[Tensor] = self.body(pictures)
+        maps: list[Tensor] = self.body(images)
         return maps
 
 
@@ -47,7 +47,7 @@ def load_pretrained(backbone: Backbone, name: str, source: str) -> None:
     classifier's weights are left out. Raises UnavailableError if the hub does not answer, DataError if
     the file does not fit this backbone.
     """
-    weights = _download(name) if source == "imagenet" else _read_weights(Path(source))
+    weights = _download_weights(name) if source == "imagenet" else _read_weights(Path(source))
     wanted = backbone.body.state_dict()
     fitting = {key: weights[key] for key in wanted if key in weights and weights[key].shape == wanted[key].shape}
     if len(fitting) < len(wanted):
@@ -59,7 +59,7 @@ def load_pretrained(backbone: Backbone, name: str, source: str) -> None:
     backbone.body.load_state_dict(fitting)
 
 
-def _download(name: str) -> dict[str, Tensor]:
+def _download_weights(name: str) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:

@@ -6,42 +6,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hkd_det.foreign.model import ForeignModel, open_foreign
-from hkd_det.models.prediction import Found
-from hkd_det.models.tap import Tap
+from hkd_det.foreign.model import OnnxDetector, open_onnx_detector
+from hkd_det.models.prediction import DetectionBatch
+from hkd_det.models.tap import FeatureInfo
 
 
-class BlackBox(nn.Module):
+class OnnxTeacher(nn.Module):
     """Pictures in, detections out; no gradients, no features, no parameters."""
 
-    def __init__(self, model: ForeignModel) -> None:
+    def __init__(self, model: OnnxDetector) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: Tensor) -> Found:
+    def forward(self, images: Tensor) -> DetectionBatch:
         """What it finds in [B, 3, H, W] RGB pictures, 0..255, in pixels of them, on their device."""
-        arrays = pictures.detach().permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+        arrays = images.detach().permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
         found = self.model(list(arrays))
-        return Found(
-            tuple(torch.from_numpy(one.boxes_xyxy).to(pictures.device) for one in found),
-            tuple(torch.from_numpy(one.scores).to(pictures.device) for one in found),
+        return DetectionBatch(
+            tuple(torch.from_numpy(one.boxes_xyxy).to(images.device) for one in found),
+            tuple(torch.from_numpy(one.scores).to(images.device) for one in found),
         )
 
-    def found(self, output: Any, top: int = 100) -> Found:
+    def postprocess(self, outputs: Any, max_det: int = 100) -> DetectionBatch:
         """The best `top` a picture of what it found."""
-        assert isinstance(output, Found)
-        return Found(tuple(boxes[:top] for boxes in output.boxes_xyxy), tuple(scores[:top] for scores in output.scores))
+        assert isinstance(outputs, DetectionBatch)
+        return DetectionBatch(
+            tuple(boxes[:max_det] for boxes in outputs.boxes_xyxy), tuple(scores[:max_det] for scores in outputs.scores)
+        )
 
-    def taps(self) -> list[Tap]:
+    def feature_info(self) -> list[FeatureInfo]:
         """None: nobody sees inside."""
         return []
 
 
-def is_black_box(path: Path) -> bool:
+def is_onnx_file(path: Path) -> bool:
     """Whether a teacher's file is taken as a black box, by its ending."""
     return path.suffix == ".onnx"
 
 
-def open_black_box(path: Path, device: torch.device, description: Path | None = None) -> BlackBox:
+def load_onnx_teacher(path: Path, device: torch.device, config_path: Path | None = None) -> OnnxTeacher:
     """The ONNX detector at `path` on a torch device, on as many threads as torch has. Raises as `open_foreign` does."""
-    return BlackBox(open_foreign(path, str(device), description, torch.get_num_threads()))
+    return OnnxTeacher(open_onnx_detector(path, str(device), config_path, torch.get_num_threads()))

@@ -7,22 +7,29 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.models.backbone import Backbone
-from hkd_det.models.doubles import ranked
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.head import Head, RawMaps, head_inner_layers
-from hkd_det.models.neck import FeaturePyramid
-from hkd_det.models.peaks import keep_peaks
-from hkd_det.models.points import anchor_points, decode_boxes
-from hkd_det.models.prediction import Branch, Found, Prediction
-from hkd_det.models.surgery import UNCHANGED, Changes, Inner, apply_changes, plain_layers, residual_inner_layers
-from hkd_det.models.tap import Tap
+from hkd_det.models.doubles import suppress_duplicates
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.head import Head, HeadOutputs, find_tower_layers
+from hkd_det.models.neck import PAFPN
+from hkd_det.models.peaks import peak_nms
+from hkd_det.models.points import dist2bbox, make_anchors
+from hkd_det.models.prediction import BranchOutputs, DenseOutputs, DetectionBatch
+from hkd_det.models.surgery import (
+    NO_CHANGES,
+    ModelChanges,
+    PrunableLayer,
+    apply_changes,
+    filter_dense_convs,
+    find_residual_layers,
+)
+from hkd_det.models.tap import FeatureInfo
 
 MEAN_RGB = (123.675, 116.28, 103.53)  # ImageNet, 0..255
 STD_RGB = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
-class DetectorSpec:
+class HKDDetectorSpec:
     """Everything that fixes a detector's shape; saved with its weights.
 
     strides: of the pyramid's levels, fine to coarse, each twice the one before.
@@ -30,84 +37,89 @@ class DetectorSpec:
     """
 
     backbone: str
-    backbone_arguments: dict[str, Any] = field(default_factory=dict)
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     strides: tuple[int, ...] = (8, 16, 32)
     channels: int = 96
     head_depth: int = 2
-    bins: int = 16
+    reg_max: int = 16
 
 
-class Detector(PersonDetector):
+class HKDDetector(BaseDetector):
     """Pictures in, people out."""
 
-    spec: DetectorSpec
+    spec: HKDDetectorSpec
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: DetectorSpec, changes: Changes = UNCHANGED) -> None:
+    def __init__(self, spec: HKDDetectorSpec, changes: ModelChanges = NO_CHANGES) -> None:
         super().__init__()
         self.spec, self.changes = spec, changes
-        self.backbone = Backbone(spec.backbone, spec.strides, spec.backbone_arguments)
-        self.neck = FeaturePyramid(self.backbone.channels, spec.channels)
-        self.head = Head(spec.channels, spec.head_depth, len(spec.strides), spec.bins)
+        self.backbone = Backbone(spec.backbone, spec.strides, spec.backbone_kwargs)
+        self.neck = PAFPN(self.backbone.channels, spec.channels)
+        self.head = Head(spec.channels, spec.head_depth, len(spec.strides), spec.reg_max)
         self.register_buffer("mean", torch.tensor(MEAN_RGB).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD_RGB).view(1, 3, 1, 1), persistent=False)
         apply_changes(self, changes)
 
-    def forward(self, pictures: Tensor) -> Prediction:
+    def forward(self, images: Tensor) -> DenseOutputs:
         """[B, 3, H, W] uint8 or float RGB, 0..255, H and W multiples of the coarsest stride, to a prediction."""
-        raw: RawMaps = self.head(self.pyramid(pictures))
-        points, strides = self.points(pictures)
-        boxes = decode_boxes(raw.sides, points, strides)
-        one = Branch(raw.one, boxes, learns_boxes=False)
-        return Prediction(
-            Branch(raw.many, boxes, raw.sides), one, points, strides, (pictures.shape[-2], pictures.shape[-1])
+        raw: HeadOutputs = self.head(self.forward_features(images))
+        points, strides = self.make_anchor_points(images)
+        boxes = dist2bbox(raw.box_logits, points, strides)
+        one = BranchOutputs(raw.one2one, boxes, has_box_loss=False)
+        return DenseOutputs(
+            BranchOutputs(raw.one2many, boxes, raw.box_logits),
+            one,
+            points,
+            strides,
+            (images.shape[-2], images.shape[-1]),
         )
 
-    def pyramid(self, pictures: Tensor) -> list[Tensor]:
+    def forward_features(self, images: Tensor) -> list[Tensor]:
         """The neck's maps, fine to coarse, of [B, 3, H, W] RGB pictures, 0..255."""
-        maps: list[Tensor] = self.neck(self.backbone((pictures.float() - self.mean) / self.std))
+        maps: list[Tensor] = self.neck(self.backbone((images.float() - self.mean) / self.std))
         return maps
 
-    def points(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def make_anchor_points(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The anchor points [A, 2] and strides [A] that belong to pictures of this size."""
-        height, width = pictures.shape[-2:]
-        return anchor_points((height, width), self.spec.strides, pictures.device)
+        height, width = images.shape[-2:]
+        return make_anchors((height, width), self.spec.strides, images.device)
 
-    def detect(self, pictures: Tensor, top: int = 300) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
         """End to end: the best boxes [B, K, 4] xyxy input pixels and scores [B, K], 0..1, falling.
 
         K is `top`, or the number of points where that is smaller. The answer is the `one` branch's peaks, less doubles.
         """
-        raw: RawMaps = self.head(self.pyramid(pictures))
-        points, strides = self.points(pictures)
-        peaks = keep_peaks(raw.one, (pictures.shape[-2], pictures.shape[-1]), self.spec.strides)
-        best, index = peaks.topk(min(top, peaks.shape[1]))  # [B, K]
-        chosen = raw.sides.gather(1, index[..., None, None].expand(-1, -1, *raw.sides.shape[2:]))
-        return ranked(decode_boxes(chosen, points[index], strides[index]), best)
+        raw: HeadOutputs = self.head(self.forward_features(images))
+        points, strides = self.make_anchor_points(images)
+        peaks = peak_nms(raw.one2one, (images.shape[-2], images.shape[-1]), self.spec.strides)
+        best, index = peaks.topk(min(max_det, peaks.shape[1]))  # [B, K]
+        chosen = raw.box_logits.gather(1, index[..., None, None].expand(-1, -1, *raw.box_logits.shape[2:]))
+        return suppress_duplicates(dist2bbox(chosen, points[index], strides[index]), best)
 
-    def found(self, output: Prediction, top: int = 100) -> Found:
+    def postprocess(self, outputs: DenseOutputs, max_det: int = 100) -> DetectionBatch:
         """The `one` branch's peaks, less doubles."""
-        assert output.one is not None
-        logits, index = keep_peaks(output.one.logits, output.input_hw, self.spec.strides).topk(
-            min(top, output.one.logits.shape[1])
+        assert outputs.one2one is not None
+        logits, index = peak_nms(outputs.one2one.logits, outputs.input_hw, self.spec.strides).topk(
+            min(max_det, outputs.one2one.logits.shape[1])
         )
-        boxes = output.one.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes, scores = ranked(boxes, logits)
-        return Found(tuple(boxes), tuple(scores))
+        boxes = outputs.one2one.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
+        boxes, scores = suppress_duplicates(boxes, logits)
+        return DetectionBatch(tuple(boxes), tuple(scores))
 
-    def taps(self) -> list[Tap]:
+    def feature_info(self) -> list[FeatureInfo]:
         """The ends of the neck's levels."""
         return [
-            Tap(f"neck.outputs.{level}", stride, self.spec.channels) for level, stride in enumerate(self.spec.strides)
+            FeatureInfo(f"neck.outputs.{level}", stride, self.spec.channels)
+            for level, stride in enumerate(self.spec.strides)
         ]
 
-    def inner_layers(self) -> list[Inner]:
+    def prunable_layers(self) -> list[PrunableLayer]:
         """The backbone's residual blocks' and the head's towers'."""
-        return [*residual_inner_layers(self), *plain_layers(self, head_inner_layers(self.head, "head"))]
+        return [*find_residual_layers(self), *filter_dense_convs(self, find_tower_layers(self.head, "head"))]
 
 
-def freeze_norms(model: nn.Module) -> None:
+def freeze_batch_norm(model: nn.Module) -> None:
     """Fix every batch normalisation: its statistics and its scale and shift no longer change."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

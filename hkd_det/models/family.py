@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hkd_det.models.prediction import Found
-from hkd_det.models.surgery import UNCHANGED, Changes, Inner
-from hkd_det.models.tap import Tap
+from hkd_det.models.prediction import DetectionBatch
+from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer
+from hkd_det.models.tap import FeatureInfo
 
 
-class PersonDetector(nn.Module, ABC):
+class BaseDetector(nn.Module, ABC):
     """Pictures in, people out; built from a `spec` (a frozen dataclass of its family) and `changes` made to it since.
 
     `forward` takes [B, 3, H, W] uint8 or float RGB pictures, 0..255, H and W multiples of 32, and gives the family's
@@ -18,23 +18,23 @@ class PersonDetector(nn.Module, ABC):
     """
 
     spec: Any
-    changes: Changes = UNCHANGED
+    changes: ModelChanges = NO_CHANGES
 
     @abstractmethod
-    def detect(self, pictures: Tensor, top: int = 300) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
         """End to end: the best boxes [B, K, 4] xyxy input pixels and scores [B, K], 0..1, falling; K at most `top`.
 
         Where a picture has fewer, scores of 0 fill up.
         """
 
     @abstractmethod
-    def found(self, output: Any, top: int = 100) -> Found:
+    def postprocess(self, outputs: Any, max_det: int = 100) -> DetectionBatch:
         """Finished detections, at most `top` a picture, from an output that this detector gave."""
 
     @abstractmethod
-    def taps(self) -> list[Tap]:
+    def feature_info(self) -> list[FeatureInfo]:
         """The ends of the pyramid's levels, fine to coarse: what is distilled unless somebody chooses otherwise."""
 
     @abstractmethod
-    def inner_layers(self) -> list[Inner]:
+    def prunable_layers(self) -> list[PrunableLayer]:
         """The layers whose channels nobody outside their block sees: what a capacity-dynamic student sheds."""

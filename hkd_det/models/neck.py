@@ -5,24 +5,24 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hkd_det.models.blocks import conv_norm_act
+from hkd_det.models.blocks import make_conv_norm_act
 
 
-class FeaturePyramid(nn.Module):
+class PAFPN(nn.Module):
     """Gives every level the same width; meaning flows down to the fine levels, position up to the coarse ones.
 
     `outputs[i]` ends level i: what distillation taps.
     """
 
-    def __init__(self, channels_in: Sequence[int], channels: int) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(conv_norm_act(width, channels, kernel=1) for width in channels_in)
-        self.downs = nn.ModuleList(conv_norm_act(channels, channels, stride=2) for _ in channels_in[1:])
-        self.outputs = nn.ModuleList(conv_norm_act(channels, channels) for _ in channels_in)
+        self.laterals = nn.ModuleList(make_conv_norm_act(width, out_channels, kernel_size=1) for width in in_channels)
+        self.downs = nn.ModuleList(make_conv_norm_act(out_channels, out_channels, stride=2) for _ in in_channels[1:])
+        self.outputs = nn.ModuleList(make_conv_norm_act(out_channels, out_channels) for _ in in_channels)
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps from fine to coarse, each half the size of the one before, to as many [B, channels, H_i, W_i]."""
-        levels = [lateral(level) for lateral, level in zip(self.laterals, maps, strict=True)]
+        levels = [lateral(level) for lateral, level in zip(self.laterals, features, strict=True)]
         for fine in range(len(levels) - 2, -1, -1):
             levels[fine] = levels[fine] + F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest")
         finished = [self.outputs[0](levels[0])]

@@ -1,5 +1,5 @@
 """The kinds of output that detectors of different families give."""
 
-from hkd_det.models.prediction import Found, Prediction, TwoStage
+from hkd_det.models.prediction import DenseOutputs, DetectionBatch, ProposalOutputs
 
-Output = Prediction | TwoStage | Found
+ModelOutputs = DenseOutputs | ProposalOutputs | DetectionBatch

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SILENT = -20.0  # a logit: a score of 2e-9
+SUPPRESSED_LOGIT = -20.0  # a logit: a score of 2e-9
 # Over flat ground neighbours differ by rounding alone, and each runtime would choose another: such ties all stay.
-TIE = 1e-3
+TIE_TOLERANCE = 1e-3
 
 
-def keep_peaks(logits: Tensor, input_hw: tuple[int, int], strides: Sequence[int]) -> Tensor:
+def peak_nms(logits: Tensor, input_hw: tuple[int, int], strides: Sequence[int]) -> Tensor:
     """[B, A] score logits with those silenced that a point next to them, on their own level, exceeds.
 
     A max-pooling, not a suppression by boxes: every runtime has it, and it costs nothing.
@@ -21,6 +21,8 @@ def keep_peaks(logits: Tensor, input_hw: tuple[int, int], strides: Sequence[int]
         height, width = input_hw[0] // stride, input_hw[1] // stride
         level = logits[:, start : start + height * width].reshape(-1, 1, height, width)
         highest = F.max_pool2d(level, 3, stride=1, padding=1)
-        kept.append(torch.where(level >= highest - TIE, level, torch.full_like(level, SILENT)).flatten(1))
+        kept.append(
+            torch.where(level >= highest - TIE_TOLERANCE, level, torch.full_like(level, SUPPRESSED_LOGIT)).flatten(1)
+        )
         start += height * width
     return torch.cat(kept, 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
+class BranchOutputs:
     """One set of answers at the A points of a dense detector.
 
     logits: [B, A] scores. boxes_xyxy: [B, A, 4] decoded boxes, input pixels.
@@ -18,12 +18,12 @@ class Branch:
 
     logits: Tensor
     boxes_xyxy: Tensor
-    sides: Tensor | None = None
-    learns_boxes: bool = True
+    box_logits: Tensor | None = None
+    has_box_loss: bool = True
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
+class DenseOutputs:
     """A dense detector's answers: one score and one box at each of A points.
 
     many: the branch that learns from several points a person. one: the branch that is to answer once a person;
@@ -31,19 +31,21 @@ class Prediction:
     input_hw: the pictures' (height, width).
     """
 
-    many: Branch
-    one: Branch | None
-    points: Tensor
+    one2many: BranchOutputs
+    one2one: BranchOutputs | None
+    anchor_points: Tensor
     strides: Tensor
     input_hw: tuple[int, int]
 
-    def shares_points(self, other: "Prediction") -> bool:
+    def has_same_anchor_points(self, other: "DenseOutputs") -> bool:
         """Whether both answer at the same points, so that their logits can be compared one by one."""
-        return self.points.shape == other.points.shape and torch.equal(self.points, other.points)
+        return self.anchor_points.shape == other.anchor_points.shape and torch.equal(
+            self.anchor_points, other.anchor_points
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class DetectionBatch:
     """Finished detections and nothing else: all that a black box says. One tensor a picture.
 
     boxes_xyxy: [N, 4] input pixels. scores: [N], 0..1.
@@ -54,7 +56,7 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
-class TwoStage:
+class ProposalOutputs:
     """A two-stage detector's first half: where people may be. The second half judges whatever regions it is given.
 
     maps: the pyramid's levels [B, C, H, W] that regions are read from, fine to coarse. anchors_xyxy: [A, 4] input
@@ -63,16 +65,16 @@ class TwoStage:
     input_hw: the pictures' (height, width).
     """
 
-    maps: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
     anchors_xyxy: Tensor
     objectness: Tensor
-    deltas: Tensor
+    box_deltas: Tensor
     proposals: tuple[Tensor, ...]
     input_hw: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class RegionAnswer:
+class RoIOutputs:
     """What a two-stage detector's second half says of R regions, those of the first picture first.
 
     pooled: [R, C, 7, 7] features as they enter the head. embedding: [R, D] as they leave its two layers: what HKD calls
@@ -80,8 +82,8 @@ class RegionAnswer:
     boxes_xyxy: [R, 4] the regions so moved, input pixels, not clipped.
     """
 
-    pooled: Tensor
-    embedding: Tensor
+    roi_features: Tensor
+    box_features: Tensor
     logits: Tensor
-    deltas: Tensor
+    box_deltas: Tensor
     boxes_xyxy: Tensor

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tap:
+class FeatureInfo:
     """A layer worth recording: its module name, the stride of its map in input pixels, and its channels."""
 
     name: str

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hkd_det.errors import UsageError
 from hkd_det.imgsz import format_imgsz
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.parts import Part, part_of
-from hkd_det.models.tap import Tap
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.parts import DetectorPart, part_of
+from hkd_det.models.tap import FeatureInfo
 
 PROBE_HW = (128, 192)  # not square, so that what is pooled to one cell is no map of stride 128
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -21,55 +21,59 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
-class ListedTap:
+class ListedLayer:
     """A layer worth tapping, the part it lies in, and whether it is tapped unless somebody chooses otherwise."""
 
-    tap: Tap
-    part: Part
-    default: bool
+    info: FeatureInfo
+    part: DetectorPart
+    is_default: bool
 
 
-def list_taps(detector: PersonDetector) -> list[ListedTap]:
+def list_feature_layers(detector: BaseDetector) -> list[ListedLayer]:
     """The layers worth tapping, in the order of the detector's modules: of what follows one another at one stride and
     width the last, of a block what leaves it, no predictions; and all the layers that are tapped by default.
     """
-    maps = _maps(detector)
-    default = {tap.name for tap in detector.taps()}
-    worth = {_shown(name, maps, default) for name in _worth(detector, detector, "", maps)} | default
+    maps = _record_features(detector)
+    default = {tap.name for tap in detector.feature_info()}
+    worth = {
+        _select_representative(name, maps, default) for name in _collect_layers(detector, detector, "", maps)
+    } | default
     ordered = [name for name, _ in detector.named_modules() if name in worth]
-    return [ListedTap(_tap(name, maps[name]), part_of(detector, name), name in default) for name in ordered]
+    return [
+        ListedLayer(_make_feature_info(name, maps[name]), part_of(detector, name), name in default) for name in ordered
+    ]
 
 
-def find_taps(detector: PersonDetector, names: Sequence[str], asked: str) -> list[Tap]:
+def find_feature_layers(detector: BaseDetector, names: Sequence[str], setting: str) -> list[FeatureInfo]:
     """The named layers' strides and channels, in the order of the names; any layer with a map will do, listed or not.
 
     `asked` is the setting that names them. Raises UsageError, which tells the nearest name, for one that is no layer or
     that gives no single map of a known stride.
     """
-    maps = _maps(detector)
+    maps = _record_features(detector)
     modules = dict(detector.named_modules())
     for name in names:
         if name not in maps:
             fault = "gives no single map at a stride of the input" if name in modules else "no such layer"
             near = difflib.get_close_matches(name, maps, 1, cutoff=0.0)[0]
-            raise UsageError(f"{asked}: {name}: {fault}; did you mean {near}? hkd-train --list-taps shows them")
-    return [_tap(name, maps[name]) for name in names]
+            raise UsageError(f"{setting}: {name}: {fault}; did you mean {near}? hkd-train --list-taps shows them")
+    return [_make_feature_info(name, maps[name]) for name in names]
 
 
-def told(listed: Sequence[ListedTap], imgsz_hw: tuple[int, int]) -> str:
+def format_feature_layers(layers: Sequence[ListedLayer], imgsz_hw: tuple[int, int]) -> str:
     """The list as a table for the terminal, * before the defaults, with the maps' sizes for pictures of `imgsz_hw`."""
-    width = max(len(one.tap.name) for one in listed)
+    width = max(len(one.info.name) for one in layers)
     lines = [f"  {'layer':<{width}}  {'part':<8}  {'stride':>6}  {'channels':>8}  {'map':>9}"]
-    for one in listed:
-        map_hw = (imgsz_hw[0] // one.tap.stride, imgsz_hw[1] // one.tap.stride)
+    for one in layers:
+        map_hw = (imgsz_hw[0] // one.info.stride, imgsz_hw[1] // one.info.stride)
         lines.append(
-            f"{'*' if one.default else ' '} {one.tap.name:<{width}}  {one.part:<8}  {one.tap.stride:>6}  "
-            f"{one.tap.channels:>8}  {format_imgsz(map_hw):>9}"
+            f"{'*' if one.is_default else ' '} {one.info.name:<{width}}  {one.part:<8}  {one.info.stride:>6}  "
+            f"{one.info.channels:>8}  {format_imgsz(map_hw):>9}"
         )
     return "\n".join([*lines, "* tapped by default"])
 
 
-def _maps(detector: PersonDetector) -> dict[str, Tensor]:
+def _record_features(detector: BaseDetector) -> dict[str, Tensor]:
     """Every module that ran once and gave one map [1, C, H, W] at a stride of the input, with that map, in order."""
     outputs: dict[str, list[Any]] = {}
 
@@ -87,42 +91,42 @@ def _maps(detector: PersonDetector) -> dict[str, Tensor]:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    return {name: seen[0] for name, seen in outputs.items() if len(seen) == 1 and _stride(seen[0])}
+    return {name: seen[0] for name, seen in outputs.items() if len(seen) == 1 and _infer_stride(seen[0])}
 
 
-def _stride(output: Any) -> int | None:
+def _infer_stride(output: Any) -> int | None:
     if not isinstance(output, Tensor) or output.ndim != 4:
         return None
     return next((step for step in STRIDES if output.shape[2:] == (PROBE_HW[0] // step, PROBE_HW[1] // step)), None)
 
 
-def _tap(name: str, output: Tensor) -> Tap:
-    stride = _stride(output)
+def _make_feature_info(name: str, output: Tensor) -> FeatureInfo:
+    stride = _infer_stride(output)
     assert stride is not None
-    return Tap(name, stride, output.shape[1])
+    return FeatureInfo(name, stride, output.shape[1])
 
 
-def _worth(detector: PersonDetector, module: nn.Module, name: str, maps: dict[str, Tensor]) -> list[str]:
+def _collect_layers(detector: BaseDetector, module: nn.Module, name: str, features: dict[str, Tensor]) -> list[str]:
     """The layers in `module` that are worth tapping, by the names under which they learn."""
     children = [(child, f"{name}.{part}" if name else part) for part, child in module.named_children()]
     if not children:
         # One layer. A bare convolution in a head is a prediction.
-        told = isinstance(module, nn.Conv2d) and name in maps and part_of(detector, name) == "head"
-        return [name] if name in maps and not told and any(True for _ in module.parameters()) else []
-    if name in maps and not isinstance(module, CONTAINERS):
+        told = isinstance(module, nn.Conv2d) and name in features and part_of(detector, name) == "head"
+        return [name] if name in features and not told and any(True for _ in module.parameters()) else []
+    if name in features and not isinstance(module, CONTAINERS):
         return [name]  # a block: what is inside is its own affair
-    inner = [one for child, path in children for one in _worth(detector, child, path, maps)]
-    if name in maps:
+    inner = [one for child, path in children for one in _collect_layers(detector, child, path, features)]
+    if name in features:
         return [name] if all(not list(child.children()) for child, _ in children) else inner[-1:]
     if not isinstance(module, CONTAINERS):
         return inner
-    return [next(reversed(list(alike))) for _, alike in groupby(inner, key=lambda one: maps[one].shape)]
+    return [next(reversed(list(alike))) for _, alike in groupby(inner, key=lambda one: features[one].shape)]
 
 
-def _shown(name: str, maps: dict[str, Tensor], default: set[str]) -> str:
+def _select_representative(name: str, features: dict[str, Tensor], default_names: set[str]) -> str:
     """Of the modules that give this very map (a stage, its last block, that block's activation) the outermost, and of
     two the later; but the one that is tapped by default if it is among them.
     """
-    place, shape = maps[name].data_ptr(), maps[name].shape
-    same = [other for other, output in maps.items() if output.data_ptr() == place and output.shape == shape]
-    return min(reversed(same), key=lambda other: (other not in default, other.count(".")))
+    place, shape = features[name].data_ptr(), features[name].shape
+    same = [other for other, output in features.items() if output.data_ptr() == place and output.shape == shape]
+    return min(reversed(same), key=lambda other: (other not in default_names, other.count(".")))

@@ -20,14 +20,14 @@ import torch
 from hkd_det.errors import UnavailableError
 
 # WORLD_SIZE: under torchrun its ranks would wait for one another, each at its own time.
-QUIET = {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "WORLD_SIZE": "1"}
+QUIET_ENV = {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "WORLD_SIZE": "1"}
 
 
 def import_tasks() -> Any:
     """`ultralytics.nn.tasks`, where its networks are built and read; UnavailableError without the package."""
     if "ultralytics.nn.tasks" not in sys.modules:
-        with _nothing_changed():
-            _import()
+        with _preserve_global_state():
+            _import_ultralytics()
     tasks: Any = sys.modules["ultralytics.nn.tasks"]
     if not hasattr(tasks, "SAFE_LOAD"):
         raise UnavailableError("this ultralytics is too old for hkd-det: pip install --upgrade 'hkd-det[yolo]'")
@@ -35,7 +35,7 @@ def import_tasks() -> Any:
 
 
 @contextmanager
-def known_layers_only(tasks: Any) -> Iterator[None]:
+def restrict_layer_types(tasks: Any) -> Iterator[None]:
     """Within, Ultralytics reads files without running code in them and builds networks of layers it knows.
 
     Both its files (pickles) and its network definitions (`activation` is given to `eval`) could otherwise run
@@ -51,7 +51,7 @@ def known_layers_only(tasks: Any) -> Iterator[None]:
         torch.serialization.add_safe_globals(safe_globals)
 
 
-def _import() -> None:
+def _import_ultralytics() -> None:
     try:
         import ultralytics.nn.tasks  # noqa: F401, PLC0415
     except ModuleNotFoundError as error:
@@ -62,10 +62,10 @@ def _import() -> None:
 
 
 @contextmanager
-def _nothing_changed() -> Iterator[None]:
+def _preserve_global_state() -> Iterator[None]:
     environment, threads, printing = dict(os.environ), cv2.getNumThreads(), np.get_printoptions()
     save, open_picture = torch.save, PIL.Image.open
-    os.environ.update(QUIET)
+    os.environ.update(QUIET_ENV)
     try:
         with warnings.catch_warnings(), torch._tensor_str.printoptions():
             yield

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import replacing
-from hkd_det.models.families import Spec, build, read_spec, spec_as_dict
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.surgery import UNCHANGED, Changes
+from hkd_det.files import atomic_write
+from hkd_det.models.families import ModelSpec, build_from_spec, spec_from_dict, spec_to_dict
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.surgery import NO_CHANGES, ModelChanges
 
-FORMAT = 2
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,36 +27,36 @@ class DetectorCheckpoint:
     """
 
     model: str
-    spec: Spec
+    spec: ModelSpec
     weights: dict[str, Tensor]
     config: dict[str, Any]
     epoch: int
     miss_rate: float
-    changes: Changes = UNCHANGED
+    changes: ModelChanges = NO_CHANGES
 
     @classmethod
-    def of(
-        cls, detector: PersonDetector, model: str, config: dict[str, Any], epoch: int, miss_rate: float
+    def from_detector(
+        cls, detector: BaseDetector, model: str, config: dict[str, Any], epoch: int, miss_rate: float
     ) -> "DetectorCheckpoint":
         """A detector as it stands, its weights on the CPU."""
         weights = {name: value.cpu() for name, value in detector.state_dict().items()}
         return cls(model, detector.spec, weights, config, epoch, miss_rate, detector.changes)
 
-    def build(self) -> PersonDetector:
+    def build(self) -> BaseDetector:
         """The detector with these weights, in evaluation mode on the CPU."""
-        detector = build(self.spec, self.changes)
+        detector = build_from_spec(self.spec, self.changes)
         detector.load_state_dict(self.weights)
         return detector.eval()
 
 
-def write_detector(path: Path, checkpoint: DetectorCheckpoint) -> None:
+def save_detector_checkpoint(path: Path, checkpoint: DetectorCheckpoint) -> None:
     """Write `best.pt` in one step."""
-    _write(
+    _write_checkpoint(
         path,
         {
             "kind": "detector",
             "model": checkpoint.model,
-            "spec": spec_as_dict(checkpoint.spec),
+            "spec": spec_to_dict(checkpoint.spec),
             "changes": asdict(checkpoint.changes),
             "weights": checkpoint.weights,
             "config": checkpoint.config,
@@ -66,32 +66,32 @@ def write_detector(path: Path, checkpoint: DetectorCheckpoint) -> None:
     )
 
 
-def read_detector(path: Path) -> DetectorCheckpoint:
+def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
     """Read `best.pt`; DataError if it is missing, broken or something else."""
-    content = _read(path, "detector", "give the best.pt of a finished run")
+    content = _read_checkpoint(path, "detector", "give the best.pt of a finished run")
     try:
         changes = dict(content["changes"])
         return DetectorCheckpoint(
             content["model"],
-            read_spec(content["spec"]),
+            spec_from_dict(content["spec"]),
             content["weights"],
             content["config"],
             content["epoch"],
             content["miss_rate"],
-            Changes(changes["widths"], tuple(changes["separable"])),
+            ModelChanges(changes["widths"], tuple(changes["separable"])),
         )
     except (KeyError, TypeError, UsageError) as error:
         raise DataError(f"{path}: written by another version of hkd-det ({error}); train or export it there") from error
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
+def save_training_state(path: Path, state: dict[str, Any]) -> None:
     """Write `last.pt` in one step."""
-    _write(path, {"kind": "state", **state})
+    _write_checkpoint(path, {"kind": "state", **state})
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def load_training_state(path: Path) -> dict[str, Any]:
     """Read `last.pt`; DataError if it is missing, broken or something else."""
-    return _read(path, "state", "give the folder of a run that was interrupted")
+    return _read_checkpoint(path, "state", "give the folder of a run that was interrupted")
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
@@ -103,22 +103,26 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     # Through memory: torch.save on a full disk raises an error of its own that names no file.
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
-    with replacing(path) as aside:
+    torch.save({"format": FORMAT_VERSION, **content}, buffer)
+    with atomic_write(path) as aside:
         aside.write_bytes(buffer.getbuffer())
 
 
-def _read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
+def _read_checkpoint(path: Path, checkpoint_type: str, hint: str) -> dict[str, Any]:
     if not path.is_file():
-        raise DataError(f"{path}: no such checkpoint; {remedy}")
+        raise DataError(f"{path}: no such checkpoint; {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken or foreign file
-        raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}); {remedy}") from error
-    if not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != FORMAT:
+        raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}); {hint}") from error
+    if (
+        not isinstance(content, dict)
+        or content.get("kind") != checkpoint_type
+        or content.get("format") != FORMAT_VERSION
+    ):
         found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: holds {found!r}, not an hkd-det {kind} of format {FORMAT}; {remedy}")
+        raise DataError(f"{path}: holds {found!r}, not an hkd-det {checkpoint_type} of format {FORMAT_VERSION}; {hint}")
     return content

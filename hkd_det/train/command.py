@@ -10,11 +10,11 @@ from hkd_det.errors import UnavailableError, UsageError, run_command
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry; returns its exit code."""
-    return run_command("hkd-train", _body, argv)
+    return run_command("hkd-train", _run_train_cli, argv)
 
 
-def _body(argv: Sequence[str] | None) -> int:
-    arguments = _parser().parse_args(argv)
+def _run_train_cli(argv: Sequence[str] | None) -> int:
+    arguments = _build_train_parser().parse_args(argv)
     if arguments.download:
         if not arguments.data:
             raise UsageError("--download needs --data NAME, a data set of datasets.yaml")
@@ -25,22 +25,22 @@ def _body(argv: Sequence[str] | None) -> int:
     if arguments.check:
         if not arguments.data:
             raise UsageError("--check needs --data, a data set of datasets.yaml or a data yaml")
-        from hkd_det.datasets.check import check  # noqa: PLC0415 - matplotlib: not in a training's loading processes
+        from hkd_det.datasets.check import check_dataset  # noqa: PLC0415 - matplotlib: not in a training's loading processes
 
         folder = Path(arguments.project or "runs/check") / (arguments.name or Path(arguments.data).stem)
-        return check(arguments.data, folder)
+        return check_dataset(arguments.data, folder)
     try:
-        from hkd_det.train.start import start  # noqa: PLC0415 - torch is needed from here on
+        from hkd_det.train.start import start_training  # noqa: PLC0415 - torch is needed from here on
     except ModuleNotFoundError as error:
         raise UnavailableError(f"{error.name} is not installed; training needs: pip install 'hkd-det[train]'") from None
     if arguments.list_taps:
-        from hkd_det.train.tap_command import show_taps  # noqa: PLC0415 - torch, too
+        from hkd_det.train.tap_command import print_feature_layers  # noqa: PLC0415 - torch, too
 
-        return show_taps(arguments)
-    return start(arguments)
+        return print_feature_layers(arguments)
+    return start_training(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-train", description=__doc__)
     parser.add_argument("--data", help="a name in datasets.yaml, or a path to a data yaml")
     parser.add_argument("--download", action="store_true", help="first fetch --data, a name in datasets.yaml")

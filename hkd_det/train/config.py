@@ -4,13 +4,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hkd_det.distill.methods import Methods
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import UsageError
 from hkd_det.imgsz import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
-from hkd_det.models.black_box import is_black_box
-from hkd_det.settings import from_mapping
-from hkd_det.train.schedule import plain_from
+from hkd_det.models.black_box import is_onnx_file
+from hkd_det.settings import dataclass_from_dict
+from hkd_det.train.schedule import no_aug_start_epoch
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,27 @@ class TrainConfig:
 
     data: str
     model: str
-    run: str
+    save_dir: str
     imgsz_hw: tuple[int, int] = (512, 640)
     epochs: int = 100
     batch: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip_norm: float = 10.0
+    warmup_ratio: float = 0.05
+    clip_grad_norm: float = 10.0
     ema_decay: float = 0.998
     multi_scale: float = 0.25
     mosaic: float = 0.5
-    finale: float = 0.1
+    no_aug_ratio: float = 0.1
     backbone: str = ""
     pretrained: str = ""
-    init: str = ""
+    weights: str = ""
     teacher: str = ""
-    teacher_description: str = ""
-    distill: Methods = field(default_factory=Methods)
-    unlabelled: tuple[str, ...] = ()
-    unlabelled_share: float = 0.5
-    freeze_norm: bool = False
+    teacher_config: str = ""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    unlabeled: tuple[str, ...] = ()
+    unlabeled_ratio: float = 0.5
+    freeze_bn: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     workers: int = 2
@@ -64,8 +64,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_teacher()
-        self._check_black_box()
-        self._check_start()
+        self._check_onnx_teacher()
+        self._check_weights()
 
     def _check_ranges(self) -> None:
         low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0, "weight_decay": 0, "seed": 0}
@@ -86,53 +86,55 @@ class TrainConfig:
     def _check_teacher(self) -> None:
         if bool(self.teacher) != bool(self.distill.names):
             raise UsageError("--teacher and --distill go together: who teaches, and how (in a recipe: hkd: {})")
-        if self.distill.in_training.names and not plain_from(self.epochs, self.finale):
-            raise UsageError(f"finale = {self.finale}: of {self.epochs} epochs it leaves none in which anybody teaches")
-        if self.unlabelled and not {"hkd", "detections", "noise"} & set(self.distill.names):
+        if self.distill.online_methods.names and not no_aug_start_epoch(self.epochs, self.no_aug_ratio):
+            raise UsageError(
+                f"finale = {self.no_aug_ratio}: of {self.epochs} epochs it leaves none in which anybody teaches"
+            )
+        if self.unlabeled and not {"hkd", "detections", "noise"} & set(self.distill.names):
             raise UsageError(
                 "--unlabelled needs somebody to speak of such pictures: --teacher, and --distill detections or hkd"
             )
 
-    def _check_black_box(self) -> None:
-        black_box = is_black_box(Path(self.teacher))
+    def _check_onnx_teacher(self) -> None:
+        black_box = is_onnx_file(Path(self.teacher))
         deaf = [name for name in self.distill.names if name not in ("detections", "noise", "mokd")]
-        if black_box and (deaf or not self.distill.detections):
+        if black_box and (deaf or not self.distill.soft_labels):
             raise UsageError(
                 f"--distill {','.join(self.distill.names)}: {self.teacher} is a black box, it shows no features or "
                 "weights; --distill detections learns from its boxes and scores"
             )
-        if black_box and self.distill.noise and self.distill.noise.form == "l2":
+        if black_box and self.distill.noisy_teacher and self.distill.noisy_teacher.mode == "l2":
             raise UsageError(
                 f"--distill noise: {self.teacher} is a black box, it shows no logits to regress; "
                 "--set distill.noise.form=targets makes the scores noisy that detections learns from"
             )
-        if self.teacher_description and not black_box:
+        if self.teacher_config and not black_box:
             raise UsageError("--teacher-description says how to read a teacher's .onnx file: give it with --teacher")
 
-    def _check_start(self) -> None:
-        for flag, file in {"teacher": self.teacher, "init": self.init}.items():
-            if file and Path(file).resolve() == (self.run_dir / "best.pt").resolve():
+    def _check_weights(self) -> None:
+        for flag, file in {"teacher": self.teacher, "init": self.weights}.items():
+            if file and Path(file).resolve() == (self.save_path / "best.pt").resolve():
                 raise UsageError(f"--{flag} {file}: this run would write over it; --name another")
-        if self.init and self.distill.blockwise:
+        if self.weights and self.distill.blockwise:
             raise UsageError("--distill blockwise starts from its teacher, not from --init: leave one out")
-        if (self.init or self.distill.blockwise) and (self.backbone or self.pretrained):
+        if (self.weights or self.distill.blockwise) and (self.backbone or self.pretrained):
             raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
 
     @property
-    def unlabelled_a_step(self) -> int:
+    def unlabeled_batch(self) -> int:
         """Unlabelled pictures that a step takes beside its `batch` labelled ones, over all processes."""
-        return max(1, round(self.unlabelled_share * self.batch)) if self.unlabelled else 0
+        return max(1, round(self.unlabeled_ratio * self.batch)) if self.unlabeled else 0
 
     @property
-    def run_dir(self) -> Path:
+    def save_path(self) -> Path:
         """The folder that holds all the run leaves behind."""
-        return Path(self.run)
+        return Path(self.save_dir)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and checkpoints."""
-        return {**asdict(self), "imgsz_hw": list(self.imgsz_hw), "unlabelled": list(self.unlabelled)}
+        return {**asdict(self), "imgsz_hw": list(self.imgsz_hw), "unlabelled": list(self.unlabeled)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "") -> "TrainConfig":
         """The inverse of `as_dict`, read strictly; whatever is wrong is a UsageError."""
-        return from_mapping(cls, values, where)
+        return dataclass_from_dict(cls, values, where)

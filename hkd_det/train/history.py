@@ -21,26 +21,26 @@ class EpochRecord:
     epoch: int
     losses: dict[str, float]
     miss_rate: float
-    pictures_per_s: float
-    figures: dict[str, float] = field(default_factory=dict)
-    eligible: bool = True
+    images_per_s: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    meets_target: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints."""
         return asdict(self)
 
-    def line(self, epochs: int, setup: str) -> str:
+    def log_line(self, epochs: int, setup: str) -> str:
         """The epoch in one line for the user."""
         loss = sum(self.losses.values())
         return (
             f"epoch {self.epoch}/{epochs}  loss {loss:.3f}  MR^-2 {setup} {100 * self.miss_rate:.2f} %  "
-            f"{self.pictures_per_s:.1f} pictures/s"
+            f"{self.images_per_s:.1f} pictures/s"
         )
 
 
 def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
     """`results.csv`: a row an epoch; a loss term or figure that an epoch did not have is left empty."""
-    names = list(dict.fromkeys(name for record in history for name in record.losses | record.figures))
+    names = list(dict.fromkeys(name for record in history for name in record.losses | record.metrics))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["epoch", *names, "miss_rate", "pictures_per_s"], lineterminator="\n")
     writer.writeheader()
@@ -49,9 +49,9 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
             {
                 "epoch": record.epoch,
                 **record.losses,
-                **record.figures,
+                **record.metrics,
                 "miss_rate": record.miss_rate,
-                "pictures_per_s": record.pictures_per_s,
+                "pictures_per_s": record.images_per_s,
             }
         )
     write_text(path, text.getvalue())

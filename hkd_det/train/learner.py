@@ -4,40 +4,42 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hkd_det.distill.distiller import Distiller
-from hkd_det.losses.detection import DetectionLoss, Norm
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnn
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.losses.detection import DetectionCriterion, ReduceMean
+from hkd_det.models.assignment import Targets
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.faster_rcnn import FasterRCNN
 
-Terms = dict[str, Tensor]
+LossDict = dict[str, Tensor]
 
 
-class Learner(nn.Module):
+class Distiller(nn.Module):
     """A detector with its loss and, if it has a teacher, its distiller."""
 
-    def __init__(self, detector: PersonDetector, distiller: Distiller | None, norm_of: Norm) -> None:
+    def __init__(
+        self, student: BaseDetector, distillation_loss: DistillationLoss | None, reduce_mean: ReduceMean
+    ) -> None:
         super().__init__()
-        self.detector = detector
-        self.distiller = distiller
-        self.loss = DetectionLoss()
-        self.norm_of = norm_of
+        self.student = student
+        self.distillation_loss = distillation_loss
+        self.criterion = DetectionCriterion()
+        self.reduce_mean = reduce_mean
 
-    def forward(self, pictures: Tensor, truth: TruthBatch, strength: float) -> tuple[Terms, Terms]:
+    def forward(self, images: Tensor, targets: Targets, distill_weight: float) -> tuple[LossDict, LossDict]:
         """The batch's terms, the task's and the teacher's; `strength` 0..1 scales the latter, at 0 there are none."""
-        if self.distiller is not None and strength > 0:
-            self.distiller.hear(pictures)
-        output = self.detector(pictures)
-        task = self._task(output, truth)
-        taught: Terms = {}
-        if self.distiller is not None and strength > 0:
-            taught = self.distiller(pictures, output, truth, strength, self.norm_of)
-            task = {name: self.distiller.truth_weight * term for name, term in task.items()}
-        elif self.distiller is not None:
-            self.distiller.skip()
+        if self.distillation_loss is not None and distill_weight > 0:
+            self.distillation_loss.forward_teacher(images)
+        output = self.student(images)
+        task = self._compute_det_loss(output, targets)
+        taught: LossDict = {}
+        if self.distillation_loss is not None and distill_weight > 0:
+            taught = self.distillation_loss(images, output, targets, distill_weight, self.reduce_mean)
+            task = {name: self.distillation_loss.det_loss_weight * term for name, term in task.items()}
+        elif self.distillation_loss is not None:
+            self.distillation_loss.clear()
         return task, taught
 
-    def _task(self, output: Any, truth: TruthBatch) -> Terms:
-        if isinstance(self.detector, FasterRcnn):
-            return self.detector.losses(output, truth, self.norm_of)
-        return self.loss(output, truth, self.norm_of)
+    def _compute_det_loss(self, outputs: Any, targets: Targets) -> LossDict:
+        if isinstance(self.student, FasterRCNN):
+            return self.student.loss(outputs, targets, self.reduce_mean)
+        return self.criterion(outputs, targets, self.reduce_mean)

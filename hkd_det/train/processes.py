@@ -17,58 +17,58 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """This process's place among `count`, and the device it trains on."""
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
-    def norm_of(self, total: Tensor) -> Tensor:
+    def reduce_mean(self, total: Tensor) -> Tensor:
         """The sum over all processes' pictures, at least 1, divided by the number of processes.
 
         Gradients are averaged over processes, so a loss divided by this is divided by the global sum.
         """
         whole = total.detach().clone()
-        if self.count > 1:
+        if self.world_size > 1:
             dist.all_reduce(whole)
-        return whole.clamp(min=1.0) / self.count
+        return whole.clamp(min=1.0) / self.world_size
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Replace each, in place, by its mean over all processes, in one exchange; alone they stay as they are."""
-        if self.count == 1 or not tensors:
+        if self.world_size == 1 or not tensors:
             return
         whole = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(whole)
-        parts = torch.split(whole / self.count, [tensor.numel() for tensor in tensors])
+        parts = torch.split(whole / self.world_size, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def everyones(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """What each process gave here, in the order of ranks; tensors may lie on the device of whoever gave them."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[T] = [value] * self.count
+        values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
 
 @contextmanager
-def joined_processes(device: str) -> Iterator[Processes]:
+def init_distributed(device: str) -> Iterator[DistributedContext]:
     """Join the processes that torchrun started, if it did; leave them at the end.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
     Raises UnavailableError for a CUDA device that is not there.
     """
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = device_of(device)
+    chosen = resolve_device(device)
     if count == 1:
-        yield Processes(0, 1, chosen)
+        yield DistributedContext(0, 1, chosen)
         return
     shared = next(iter(rendezvous("env://")))[0]
     # Under a name of its own: torchrun keeps what an earlier group wrote, addresses nobody listens at any more.
@@ -77,13 +77,13 @@ def joined_processes(device: str) -> Iterator[Processes]:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
-        yield Processes(rank, count, chosen)
+        yield DistributedContext(rank, count, chosen)
         dist.barrier()  # nobody leaves while another still speaks
     finally:
         dist.destroy_process_group()
 
 
-def device_of(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """This process's device by name, as `joined_processes` has it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,23 +2,23 @@
 
 from typing import Protocol
 
-from hkd_det.distill.capacity.ledger import Ledger
-from hkd_det.distill.capacity.shrinking import Course, Shrinking, begin
-from hkd_det.distill.distiller import Distiller
-from hkd_det.models.family import PersonDetector
+from hkd_det.distill.capacity.ledger import ChannelCostModel
+from hkd_det.distill.capacity.shrinking import ChannelPruner, PruningSchedule, prepare_student
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.models.family import BaseDetector
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.processes import Processes
-from hkd_det.train.schedule import plain_from
+from hkd_det.train.processes import DistributedContext
+from hkd_det.train.schedule import no_aug_start_epoch
 
 
-class Shape(Protocol):
+class TrainHook(Protocol):
     """What is done to the detector's shape between backward passes and steps."""
 
     @property
-    def met(self) -> bool:
+    def target_reached(self) -> bool:
         """Whether the detector has the shape that was asked for."""
 
-    def before_forward(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Before a step, counted over the whole run."""
 
     def after_backward(self, step: int) -> dict[str, float]:
@@ -27,19 +27,19 @@ class Shape(Protocol):
     def after_step(self) -> None:
         """After the optimizer's step."""
 
-    def deployed(self, detector: PersonDetector) -> PersonDetector:
+    def deployable_model(self, detector: BaseDetector) -> BaseDetector:
         """The plain network of the detector or its moving average, as it is judged and saved."""
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What has become of the shape, to go behind the run's result."""
 
 
-class Unchanged:
+class NoOpHook:
     """The shape it began with."""
 
-    met = True
+    target_reached = True
 
-    def before_forward(self, _step: int) -> None:
+    def before_step(self, _step: int) -> None:
         """Nothing."""
 
     def after_backward(self, _step: int) -> dict[str, float]:
@@ -49,28 +49,32 @@ class Unchanged:
     def after_step(self) -> None:
         """Nothing."""
 
-    def deployed(self, detector: PersonDetector) -> PersonDetector:
+    def deployable_model(self, detector: BaseDetector) -> BaseDetector:
         """The detector itself."""
         return detector
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Nothing."""
         return ""
 
 
-def prepare(detector: PersonDetector, config: TrainConfig) -> Ledger | None:
+def prepare_pruning(detector: BaseDetector, config: TrainConfig) -> ChannelCostModel | None:
     """Put in place, before training, what a student needs to shrink; None where it is not to."""
     settings = config.distill.cdd
-    return begin(detector, settings, config.imgsz_hw, config.model) if settings else None
+    return prepare_student(detector, settings, config.imgsz_hw, config.model) if settings else None
 
 
-def shape_of(
-    config: TrainConfig, ledger: Ledger | None, distiller: Distiller | None, steps: int, processes: Processes
-) -> Shape:
+def build_train_hook(
+    config: TrainConfig,
+    cost_model: ChannelCostModel | None,
+    distillation_loss: DistillationLoss | None,
+    steps_per_epoch: int,
+    dist_context: DistributedContext,
+) -> TrainHook:
     """The run's; `ledger` from `prepare`, `steps` an epoch."""
     settings = config.distill.cdd
-    if settings is None or ledger is None or distiller is None or distiller.capacity is None:
-        return Unchanged()
-    taught = plain_from(config.epochs, config.finale) / config.epochs
-    course = Course.of(settings, config.epochs * steps, taught)
-    return Shrinking(distiller.capacity, ledger, settings, course, processes.everyones)
+    if settings is None or cost_model is None or distillation_loss is None or distillation_loss.cdd is None:
+        return NoOpHook()
+    taught = no_aug_start_epoch(config.epochs, config.no_aug_ratio) / config.epochs
+    course = PruningSchedule.from_config(settings, config.epochs * steps_per_epoch, taught)
+    return ChannelPruner(distillation_loss.cdd, cost_model, settings, course, dist_context.all_gather)

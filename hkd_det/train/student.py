@@ -4,21 +4,21 @@ from pathlib import Path
 
 from hkd_det.errors import UsageError
 from hkd_det.models.backbone import load_pretrained
-from hkd_det.models.detector import Detector
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnn
-from hkd_det.models.sizes import build_detector
+from hkd_det.models.detector import HKDDetector
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.faster_rcnn import FasterRCNN
+from hkd_det.models.sizes import build_model
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.teachers import open_teacher
+from hkd_det.train.teachers import load_detector
 
 
-def build_student(config: TrainConfig, init: Path | None) -> PersonDetector:
+def build_student(config: TrainConfig, weights: Path | None) -> BaseDetector:
     """The detector to train, on the CPU; `init` is a checkpoint whose shape and weights are its start."""
-    if init is not None:
-        return open_teacher(init)
-    detector = build_detector(config.model, config.backbone)
+    if weights is not None:
+        return load_detector(weights)
+    detector = build_model(config.model, config.backbone)
     if config.pretrained:
-        if not isinstance(detector, Detector | FasterRcnn):
+        if not isinstance(detector, HKDDetector | FasterRCNN):
             raise UsageError(f"--pretrained fills timm's backbones; {config.model} has one of its own")
         load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
     return detector

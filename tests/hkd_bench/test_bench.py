@@ -13,13 +13,13 @@ import pytest
 
 from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.command import main
-from hkd_bench.host import host_facts
-from hkd_bench.memory import peak_mib, reset_peak, resident_mib
-from hkd_bench.report import write_report
+from hkd_bench.host import read_host_fields
+from hkd_bench.memory import read_peak_mib, read_resident_mib, reset_peak
+from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, read_result, write_result
-from hkd_bench.table import markdown_table, text_table
+from hkd_bench.table import format_markdown_table, format_text_table
 from hkd_deploy.backends.openvino_folder import export_openvino
-from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.catalogue import load_dataset
 from hkd_det.errors import DataError
 
 
@@ -33,22 +33,22 @@ def result(model: Path, half_right: Path) -> BenchResult:
     options = BenchOptions(
         runs=8,
         rounds=2,
-        warm_up=1,
-        warm_up_s=0.05,
-        staged_runs=3,
+        warmup=1,
+        warmup_s=0.05,
+        stage_runs=3,
         data=str(half_right),
         split="val",
         command="hkd-bench x",
     )
-    return bench([model, model], open_data(str(half_right), "val"), options, names=["one", "two"])
+    return bench([model, model], load_dataset(str(half_right), "val"), options, names=["one", "two"])
 
 
 def test_the_miss_rate_is_the_one_worked_out_by_hand(result: BenchResult) -> None:
     """One of two people found, whatever the order: a half at every point of the curve."""
     for found in result.models:
         assert found.miss_rates["Reasonable"] == pytest.approx(0.5, abs=1e-12)
-        assert found.people["Reasonable"] == 2 and result.pictures == 2
-        assert found.miss_rates["heavy"] is None and found.people["heavy"] == 0
+        assert found.num_gt["Reasonable"] == 2 and result.num_images == 2
+        assert found.miss_rates["heavy"] is None and found.num_gt["heavy"] == 0
 
 
 def test_every_run_is_counted_and_facts_come_from_the_file(result: BenchResult, model: Path) -> None:
@@ -63,21 +63,21 @@ def test_every_run_is_counted_and_facts_come_from_the_file(result: BenchResult, 
 @pytest.mark.slow
 def test_one_file_on_two_backends(model: Path, half_right: Path, tmp_path: Path) -> None:
     folder = export_openvino(model)
-    options = BenchOptions(runs=2, rounds=1, warm_up=1, warm_up_s=0, staged_runs=1, data=str(half_right), split="val")
-    samples = open_data(str(half_right), "val")
+    options = BenchOptions(runs=2, rounds=1, warmup=1, warmup_s=0, stage_runs=1, data=str(half_right), split="val")
+    samples = load_dataset(str(half_right), "val")
     both = bench([model], samples, replace(options, backends=("onnxruntime", "openvino")))
     assert [(one.name, one.backend) for one in both.models] == [
         ("tiny onnxruntime", "onnxruntime"),
         ("tiny openvino", "openvino"),
     ]
     assert [one.miss_rates["Reasonable"] for one in both.models] == pytest.approx([0.5, 0.5])
-    assert "by onnxruntime, openvino:" in text_table(both)
+    assert "by onnxruntime, openvino:" in format_text_table(both)
     renamed = replace(both, models=tuple(replace(one, name=f"m{place}") for place, one in enumerate(both.models)))
-    assert "by onnxruntime (m0), openvino (m1):" in text_table(renamed)
+    assert "by onnxruntime (m0), openvino (m1):" in format_text_table(renamed)
     write_result(tmp_path / "r.json", both)
     assert read_result(tmp_path / "r.json") == both
     whole = bench([folder], samples, options)
-    assert whole.models[0].backend == "openvino" and "by openvino:" in text_table(whole)
+    assert whole.models[0].backend == "openvino" and "by openvino:" in format_text_table(whole)
     assert whole.models[0].file_mib == sum(path.stat().st_size for path in folder.iterdir()) / 2**20
 
 
@@ -95,9 +95,9 @@ def test_json_there_and_back(result: BenchResult, tmp_path: Path) -> None:
 
 
 def test_tables_stand_in_columns(result: BenchResult) -> None:
-    lines = text_table(result).splitlines()
+    lines = format_text_table(result).splitlines()
     assert any(line.startswith("one ") and "50.00" in line for line in lines)
-    assert "| one |" in markdown_table(result) and "50.00" in markdown_table(result)
+    assert "| one |" in format_markdown_table(result) and "50.00" in format_markdown_table(result)
 
 
 class Page(HTMLParser):
@@ -117,7 +117,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_tells_the_result(result: BenchResult, tmp_path: Path) -> None:
-    write_report(tmp_path / "page.html", result, title="A <title> & more")
+    write_bench_report(tmp_path / "page.html", result, title="A <title> & more")
     text = (tmp_path / "page.html").read_text()
     page = Page()
     page.feed(text)
@@ -143,7 +143,7 @@ def test_pictures_of_ones_own_are_timed_without_a_miss_rate(
     flags = [str(model), "--pictures", str(half_right.parent), "--runs", "3", "--json", str(out), "--html", str(page)]
     assert main(flags) == 0
     found = read_result(out)
-    assert found.pictures == 0 and found.timed_pictures == 2 and found.split == ""
+    assert found.num_images == 0 and found.num_timed_images == 2 and found.split == ""
     assert found.models[0].miss_rates["Reasonable"] is None and len(found.models[0].e2e_ms) == 3
     assert "Miss rate was not measured" in page.read_text()
     assert "50.00" not in capsys.readouterr().out
@@ -189,11 +189,11 @@ def test_a_peak_is_seen_after_it_is_gone() -> None:
     block = bytearray(64 * 2**20)
     block[::4096] = b"x" * len(block[::4096])
     del block
-    assert peak_mib() - resident_mib() > 40
+    assert read_peak_mib() - read_resident_mib() > 40
 
 
 def test_facts_are_told_or_their_absence_is() -> None:
-    facts = host_facts()
+    facts = read_host_fields()
     assert {fact.name for fact in facts} >= {"CPU", "cores", "memory"}
     assert all((fact.value is None) == bool(fact.reason) for fact in facts)
 

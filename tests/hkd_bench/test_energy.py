@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_bench.energy import ProcessorEnergy
+from hkd_bench.energy import RaplMeter
 
 
 def write_zone(powercap: Path, name: str, energy_uj: int, range_uj: int = 262_143_328_850) -> None:
@@ -17,28 +17,28 @@ def write_zone(powercap: Path, name: str, energy_uj: int, range_uj: int = 262_14
 def test_packages_are_summed_and_their_parts_left_out(tmp_path: Path) -> None:
     for name, start in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 0), ("intel-rapl:0:0", 0)):
         write_zone(tmp_path, name, start)
-    meter = ProcessorEnergy(tmp_path)
+    meter = RaplMeter(tmp_path)
     for name, now in (("intel-rapl:0", 7_500_000), ("intel-rapl:1", 1_000_000), ("intel-rapl:0:0", 9_000_000)):
         write_zone(tmp_path, name, now)
-    assert meter.so_far().joules == pytest.approx(3.5)
+    assert meter.total().joules == pytest.approx(3.5)
     write_zone(tmp_path, "intel-rapl:1", 2_000_000)
-    assert meter.so_far().joules == pytest.approx(4.5)
+    assert meter.total().joules == pytest.approx(4.5)
 
 
 def test_a_counter_that_wrapped_around(tmp_path: Path) -> None:
     write_zone(tmp_path, "intel-rapl:0", 9_000_000, range_uj=10_000_000)
-    meter = ProcessorEnergy(tmp_path)
+    meter = RaplMeter(tmp_path)
     write_zone(tmp_path, "intel-rapl:0", 500_000, range_uj=10_000_000)
-    assert meter.so_far().joules == pytest.approx(1.5)
+    assert meter.total().joules == pytest.approx(1.5)
 
 
 def test_no_counters_give_no_figure_but_a_reason(tmp_path: Path) -> None:
-    energy = ProcessorEnergy(tmp_path).so_far()
+    energy = RaplMeter(tmp_path).total()
     assert energy.joules is None and str(tmp_path) in energy.reason
 
 
 def test_a_counter_that_cannot_be_read_gives_a_reason(tmp_path: Path) -> None:
     write_zone(tmp_path, "intel-rapl:0", 0)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("not a number")
-    energy = ProcessorEnergy(tmp_path).so_far()
+    energy = RaplMeter(tmp_path).total()
     assert energy.joules is None and energy.reason

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from hkd_bench.quickstart import Plan, quickstart
+from hkd_bench.quickstart import QuickstartConfig, run_quickstart
 from hkd_bench.result import read_result
 
 
 @pytest.mark.slow
 def test_the_whole_way_leaves_a_page_a_film_and_true_figures(tmp_path: Path) -> None:
-    plan = Plan(training=8, validation=4, imgsz_hw=(64, 128), epochs=1, batch=4, runs=9, film_frames=4)
-    result = quickstart(tmp_path, seed=1, plan=plan)
+    plan = QuickstartConfig(num_train=8, num_val=4, imgsz_hw=(64, 128), epochs=1, batch=4, runs=9, video_frames=4)
+    result = run_quickstart(tmp_path, seed=1, config=plan)
     teacher, alone, distilled = result.models
     assert [model.name for model in result.models] == ["teacher", "student alone", "student distilled"]
     assert alone.parameters == distilled.parameters <= teacher.parameters / 6

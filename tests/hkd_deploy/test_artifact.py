@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_deploy import open_detector
-from hkd_deploy.artifact import PREPROCESS, Manifest
+from hkd_deploy.artifact import PREPROCESS, ModelMetadata
 from hkd_det.errors import DataError
 
 GOOD = {
@@ -33,7 +33,7 @@ PATH = Path("some/model.onnx")
 
 
 def test_reads_every_field() -> None:
-    assert Manifest.from_metadata(GOOD, PATH) == Manifest(
+    assert ModelMetadata.from_metadata(GOOD, PATH) == ModelMetadata(
         model="mini-student",
         imgsz_hw=(512, 640),
         batch=1,
@@ -44,30 +44,30 @@ def test_reads_every_field() -> None:
         license="Apache-2.0",
         date="2026-01-02",
         version="0.1.0",
-        max_hw=(512, 640),
+        max_imgsz_hw=(512, 640),
     )
 
 
 def test_a_free_batch_is_none() -> None:
-    assert Manifest.from_metadata({**GOOD, "batch": "dynamic"}, PATH).batch is None
+    assert ModelMetadata.from_metadata({**GOOD, "batch": "dynamic"}, PATH).batch is None
 
 
 def test_format_2_says_which_graph_it_is() -> None:
-    plain = Manifest.from_metadata(GOOD_2, PATH)
-    assert (plain.max_hw, plain.dynamic_size, plain.letterbox, plain.preprocess, plain.raw) == (
+    plain = ModelMetadata.from_metadata(GOOD_2, PATH)
+    assert (plain.max_imgsz_hw, plain.dynamic, plain.letterbox, plain.preprocess, plain.raw) == (
         (1080, 1920), False, False, "uint8", False
     )  # fmt: skip
-    free = Manifest.from_metadata({**GOOD_2, "hkd.dynamic_size": "true", "hkd.raw": "true"}, PATH)
-    assert free.dynamic_size and free.raw
+    free = ModelMetadata.from_metadata({**GOOD_2, "hkd.dynamic_size": "true", "hkd.raw": "true"}, PATH)
+    assert free.dynamic and free.raw
     for change, letterbox, preprocess in (
         ({"letterbox": "in graph"}, True, "uint8"),
         ({"layout": "NCHW", "dtype": "float32", "range": [0, 1]}, False, "float01"),
     ):
         metadata = {**GOOD_2, "hkd.preprocess": json.dumps({**PREPROCESS, **change})}
-        manifest = Manifest.from_metadata(metadata, PATH)
+        manifest = ModelMetadata.from_metadata(metadata, PATH)
         assert (manifest.letterbox, manifest.preprocess) == (letterbox, preprocess)
         with pytest.raises(DataError, match=r"metadata hkd\.preprocess is"):
-            Manifest.from_metadata({**metadata, "hkd.format": "1"}, PATH)
+            ModelMetadata.from_metadata({**metadata, "hkd.format": "1"}, PATH)
 
 
 @pytest.mark.parametrize("key", sorted(set(GOOD_2) - set(GOOD)))
@@ -75,7 +75,7 @@ def test_format_2_says_which_graph_it_is() -> None:
 def test_what_format_2_adds_is_read_strictly(key: str, value: str | None) -> None:
     metadata = {name: text for name, text in {**GOOD_2, key: value}.items() if text is not None}
     with pytest.raises(DataError, match=f"metadata (has no )?{re.escape(key)}"):
-        Manifest.from_metadata(metadata, PATH)
+        ModelMetadata.from_metadata(metadata, PATH)
 
 
 def test_the_preprocess_contract_is_what_the_field_notes_say() -> None:
@@ -86,7 +86,7 @@ def test_the_preprocess_contract_is_what_the_field_notes_say() -> None:
 def test_a_missing_key_is_named(key: str) -> None:
     metadata = {name: value for name, value in GOOD.items() if name != key}
     with pytest.raises(DataError, match=rf"^some/model.onnx: its metadata has no {key}: .*export it again"):
-        Manifest.from_metadata(metadata, PATH)
+        ModelMetadata.from_metadata(metadata, PATH)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_missing_key_is_named(key: str) -> None:
 )
 def test_a_bad_value_is_named(key: str, value: str) -> None:
     with pytest.raises(DataError) as caught:
-        Manifest.from_metadata({**GOOD, key: value}, PATH)
+        ModelMetadata.from_metadata({**GOOD, key: value}, PATH)
     message = str(caught.value)
     assert message.startswith(f"some/model.onnx: metadata {key} is {value!r}: ")
     assert "\n" not in message
@@ -122,25 +122,25 @@ def test_a_bad_value_is_named(key: str, value: str) -> None:
 @pytest.mark.parametrize("found", ["3", "10"])
 def test_a_newer_format_asks_for_an_update(found: str) -> None:
     with pytest.raises(DataError, match=rf"format {found} by a newer hkd-det.*pip install -U hkd-det"):
-        Manifest.from_metadata({**GOOD, "hkd.format": found}, PATH)
+        ModelMetadata.from_metadata({**GOOD, "hkd.format": found}, PATH)
 
 
 @pytest.mark.parametrize("found", ["", "0", "one", "-1", "²"])
 def test_a_broken_format(found: str) -> None:
     with pytest.raises(DataError, match=r"hkd\.format is"):
-        Manifest.from_metadata({**GOOD, "hkd.format": found}, PATH)
+        ModelMetadata.from_metadata({**GOOD, "hkd.format": found}, PATH)
 
 
 def test_a_foreign_file_is_sent_to_the_exporter() -> None:
     with pytest.raises(DataError, match=r"some/model\.onnx: not an hkd-det model .*hkd-export"):
-        Manifest.from_metadata({"names": "{0: 'person'}", "task": "detect"}, PATH)
+        ModelMetadata.from_metadata({"names": "{0: 'person'}", "task": "detect"}, PATH)
 
 
 @settings(deadline=None)
 @given(st.sampled_from([GOOD, GOOD_2]), st.dictionaries(st.sampled_from(sorted(GOOD_2)), st.text(max_size=12)))
 def test_any_text_is_read_or_refused_as_bad_data(good: dict[str, str], changes: dict[str, str]) -> None:
     try:
-        manifest = Manifest.from_metadata({**good, **changes}, PATH)
+        manifest = ModelMetadata.from_metadata({**good, **changes}, PATH)
     except DataError:
         return
     assert manifest.parameters > 0
@@ -149,6 +149,6 @@ def test_any_text_is_read_or_refused_as_bad_data(good: dict[str, str], changes: 
 
 def test_the_metadata_survives_onnx(tiny_onnx: Callable[..., Path]) -> None:
     with open_detector(tiny_onnx(imgsz_hw=(64, 96))) as detector:
-        assert detector.manifest.model == "tiny"
-        assert detector.manifest.imgsz_hw == (64, 96)
-        assert detector.manifest.data == "nothing"
+        assert detector.metadata.model == "tiny"
+        assert detector.metadata.imgsz_hw == (64, 96)
+        assert detector.metadata.data == "nothing"

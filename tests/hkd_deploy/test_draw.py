@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_deploy.draw import Verdict, draw_box, draw_detections, draw_panel
+from hkd_deploy.draw import MatchStatus, draw_box, draw_detections, draw_overlay
 from hkd_det.detections import Detections
 
 GREY = 90
@@ -19,8 +19,8 @@ def one(box: tuple[float, ...], score: float = 0.5) -> Detections:
     return Detections(np.array([box], np.float32), np.array([score], np.float32))
 
 
-@pytest.mark.parametrize("verdict", list(Verdict))
-def test_an_edge_has_the_colour_of_its_verdict(verdict: Verdict) -> None:
+@pytest.mark.parametrize("verdict", list(MatchStatus))
+def test_an_edge_has_the_colour_of_its_verdict(verdict: MatchStatus) -> None:
     before = picture()
     canvas = draw_detections(before, one((100, 100, 200, 300)), [verdict])
     assert (before == GREY).all()
@@ -32,23 +32,25 @@ def test_an_edge_has_the_colour_of_its_verdict(verdict: Verdict) -> None:
 
 def test_a_miss_is_dashed_and_a_hit_is_not() -> None:
     parts = {}
-    for verdict in (Verdict.HIT, Verdict.MISS):
-        canvas = draw_detections(picture(), one((100, 100, 200, 300)), [verdict], captions=False)
+    for verdict in (MatchStatus.TRUE_POSITIVE, MatchStatus.FALSE_NEGATIVE):
+        canvas = draw_detections(picture(), one((100, 100, 200, 300)), [verdict], show_scores=False)
         parts[verdict] = (canvas[110:290, 100] == verdict.value).all(axis=1).mean()
-    assert parts[Verdict.HIT] == 1
-    assert 0.3 < parts[Verdict.MISS] < 0.7
+    assert parts[MatchStatus.TRUE_POSITIVE] == 1
+    assert 0.3 < parts[MatchStatus.FALSE_NEGATIVE] < 0.7
 
 
 def test_the_best_is_on_top() -> None:
     detections = Detections(np.array([[50, 50, 150, 250], [50, 50, 150, 250]], np.float32), np.array([0.9, 0.2]))
-    canvas = draw_detections(picture(), detections, [Verdict.FALSE_POSITIVE, Verdict.IGNORED], captions=False)
-    assert canvas[150, 50].tolist() == list(Verdict.FALSE_POSITIVE.value)
+    canvas = draw_detections(
+        picture(), detections, [MatchStatus.FALSE_POSITIVE, MatchStatus.IGNORED], show_scores=False
+    )
+    assert canvas[150, 50].tolist() == list(MatchStatus.FALSE_POSITIVE.value)
 
 
 def test_captions_are_left_out_on_request_and_on_narrow_boxes() -> None:
     wide, narrow = one((100, 100, 200, 300)), one((100, 100, 108, 130))
     assert (draw_detections(picture(), wide)[80:96, 100:140] != GREY).any()
-    assert (draw_detections(picture(), wide, captions=False)[80:96, 100:140] == GREY).all()
+    assert (draw_detections(picture(), wide, show_scores=False)[80:96, 100:140] == GREY).all()
     assert (draw_detections(picture(), narrow)[80:96, 90:140] == GREY).all()
 
 
@@ -64,20 +66,20 @@ def test_verdicts_must_be_as_many_as_detections() -> None:
 @settings(deadline=None)
 @given(
     st.tuples(*[st.floats(-300, 1500, width=32)] * 4),
-    st.sampled_from(list(Verdict)),
+    st.sampled_from(list(MatchStatus)),
     st.tuples(st.integers(1, 700), st.integers(1, 700)),
 )
-def test_any_box_on_any_picture(box: tuple[float, ...], verdict: Verdict, size_hw: tuple[int, int]) -> None:
+def test_any_box_on_any_picture(box: tuple[float, ...], verdict: MatchStatus, size_hw: tuple[int, int]) -> None:
     canvas = picture(*size_hw)
     draw_box(canvas, box, verdict, "0.50")
-    draw_panel(canvas, ["one", "two"], "three")
+    draw_overlay(canvas, ["one", "two"], "three")
     assert canvas.shape == (*size_hw, 3)
 
 
 @pytest.mark.parametrize("size_hw", [(512, 1024), (360, 640)])
 def test_the_panel_is_readable_and_small(size_hw: tuple[int, int]) -> None:
     canvas = np.full((*size_hw, 3), 255, np.uint8)  # the worst ground: white, under white text
-    draw_panel(canvas, ["mini-student  640x512  cpu", "31.4 fps   7 people"])
+    draw_overlay(canvas, ["mini-student  640x512  cpu", "31.4 fps   7 people"])
     changed = (canvas != 255).any(axis=2)
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     assert (rows[0], columns[0]) == (0, 0)

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_deploy import Detector, open_detector
-from hkd_deploy.backends.backend import Answer, Backend
+from hkd_deploy.backends.backend import Backend, RuntimeOutputs
 from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
-from hkd_deploy.backends.opening import Opened
+from hkd_deploy.backends.opening import OpenedBackend
 from hkd_det.errors import DataError
 from hkd_det.letterbox import Letterbox
 
@@ -61,7 +61,7 @@ def test_the_letterbox_is_the_one_of_training(tiny_onnx: Callable[..., Path]) ->
         found = detector(frame)
     assert count[0] == len(found) == 1
     assert found.scores[0] == scores[0, 0]
-    assert found.boxes_xyxy[0] == pytest.approx(Letterbox((333, 517), (96, 160)).to_source(boxes[0, :1])[0])
+    assert found.boxes_xyxy[0] == pytest.approx(Letterbox((333, 517), (96, 160)).boxes_to_source(boxes[0, :1])[0])
 
 
 def test_channels_are_red_green_blue(tiny_onnx: Callable[..., Path]) -> None:
@@ -74,7 +74,7 @@ def test_channels_are_red_green_blue(tiny_onnx: Callable[..., Path]) -> None:
 def test_timed_gives_the_same_and_times(tiny_onnx: Callable[..., Path]) -> None:
     frame = frame_with_box((200, 200), (20, 30, 90, 120))
     with open_detector(tiny_onnx()) as detector:
-        detections, times = detector.timed(frame)
+        detections, times = detector.predict_timed(frame)
         again = detector(frame)
     assert np.array_equal(detections.boxes_xyxy, again.boxes_xyxy)
     parts = (times.preprocess_ms, times.inference_ms, times.postprocess_ms)
@@ -99,7 +99,7 @@ class Recording:
         self.shapes: list[tuple[int, ...]] = []
         self._session = session
 
-    def run(self, pictures: np.ndarray) -> Answer:
+    def run(self, pictures: np.ndarray) -> RuntimeOutputs:
         self.shapes.append(pictures.shape)
         return self._session.run(pictures)
 
@@ -125,7 +125,7 @@ def test_how_a_list_is_split(
     frames = [frame_with_box((96, 160), (x, y, x + 60, y + 40)) for x, y in corners]
     with open_onnx_runtime(tiny_onnx(), threads=1) as session:
         recording = Recording(session, batch)
-        found = Detector(Opened(recording, "onnxruntime", parallel, max_batch))(frames)
+        found = Detector(OpenedBackend(recording, "onnxruntime", parallel, max_batch))(frames)
     assert sorted(shape[0] for shape in recording.shapes) == batches
     assert [tuple(each.boxes_xyxy[0][:2]) for each in found] == corners
 

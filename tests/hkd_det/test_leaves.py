@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets import read_picture
+from hkd_det.datasets import read_image
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UsageError, run_command
-from hkd_det.files import replacing, replacing_folder, write_text
+from hkd_det.files import atomic_write, atomic_write_dir, write_text
 from hkd_det.imgsz import format_imgsz, parse_imgsz
 from hkd_det.letterbox import PAD_VALUE, Letterbox
 
@@ -32,7 +32,7 @@ def test_overlaps_equal_counted_pixels(a: list[list[int]], b: list[list[int]]) -
         return canvas
 
     first, second = np.array(a, float), np.array(b, float)
-    shared, overlap = box_math.intersection(first, second), box_math.iou(first, second)
+    shared, overlap = box_math.box_intersection(first, second), box_math.box_iou(first, second)
     for i, one in enumerate(a):
         for j, other in enumerate(b):
             together = int((mask(one) & mask(other)).sum())
@@ -43,17 +43,17 @@ def test_overlaps_equal_counted_pixels(a: list[list[int]], b: list[list[int]]) -
 
 def test_empty_and_inverted_boxes_have_no_area() -> None:
     nothing = np.zeros((0, 4))
-    assert box_math.iou(nothing, nothing).shape == (0, 0)
-    assert box_math.area(np.array([[5.0, 5.0, 1.0, 9.0]])).tolist() == [0]
+    assert box_math.box_iou(nothing, nothing).shape == (0, 0)
+    assert box_math.box_area(np.array([[5.0, 5.0, 1.0, 9.0]])).tolist() == [0]
     point = np.array([[3.0, 3.0, 3.0, 3.0]])
-    assert box_math.iou(point, point).tolist() == [[0]]
+    assert box_math.box_iou(point, point).tolist() == [[0]]
 
 
 def test_detections_are_sorted_and_matched_in_length() -> None:
     found = Detections(np.arange(12, dtype=np.float64).reshape(3, 4), np.array([0.1, 0.9, 0.5]))
     np.testing.assert_allclose(found.scores, [0.9, 0.5, 0.1])
     assert found.boxes_xyxy[0].tolist() == [4, 5, 6, 7] and found.boxes_xyxy.dtype == np.float32
-    assert len(found.above(0.5)) == 2 and len(Detections.empty()) == 0
+    assert len(found.filter(0.5)) == 2 and len(Detections.empty()) == 0
     with pytest.raises(ValueError, match="2 boxes but 1 scores"):
         Detections(np.zeros((2, 4)), np.zeros(1))
 
@@ -68,8 +68,8 @@ def test_letterbox_there_and_back(height: int, width: int, rows: int, columns: i
     x1, x2 = sorted((shares[0] * width, shares[1] * width))
     y1, y2 = sorted((shares[2] * height, shares[3] * height))
     box = np.array([[x1, y1, x2, y2]])
-    there = letterbox.to_input(box)
-    np.testing.assert_allclose(letterbox.to_source(there), box, atol=1e-3)
+    there = letterbox.boxes_to_input(box)
+    np.testing.assert_allclose(letterbox.boxes_to_source(there), box, atol=1e-3)
     content_height, content_width = letterbox.content_hw
     assert 1 <= content_height <= 32 * rows and 1 <= content_width <= 32 * columns
     assert content_height == 32 * rows or content_width == 32 * columns
@@ -91,7 +91,7 @@ def test_letterbox_keeps_content_and_pads_with_grey() -> None:
     picture[5:15, 20:40] = (255, 0, 0)
     fitted = Letterbox((20, 80), (64, 160)).apply(picture)
     assert fitted.shape == (64, 160, 3) and (fitted[40:] == PAD_VALUE).all()
-    x1, y1, x2, y2 = Letterbox((20, 80), (64, 160)).to_input(np.array([[20, 5, 40, 15]]))[0].astype(int)
+    x1, y1, x2, y2 = Letterbox((20, 80), (64, 160)).boxes_to_input(np.array([[20, 5, 40, 15]]))[0].astype(int)
     assert (fitted[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2] == (255, 0, 0)).all()
     same = Letterbox((64, 160), (64, 160)).apply(np.full((64, 160, 3), 9, np.uint8))
     assert (same == 9).all()
@@ -113,7 +113,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
     write_text(path, "first")
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), replacing(path) as aside:
+        with pytest.raises(type(error)), atomic_write(path) as aside:
             aside.write_text("half")
             assert aside.suffix == ".txt"
             raise error
@@ -125,11 +125,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "folder"
     for text in ("first", "second"):
-        with replacing_folder(path) as aside:
+        with atomic_write_dir(path) as aside:
             (aside / f"{text}.txt").write_text(text)
         assert [p.name for p in path.iterdir()] == [f"{text}.txt"] and path.stat().st_mode & 0o055
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), replacing_folder(path) as aside:
+        with pytest.raises(type(error)), atomic_write_dir(path) as aside:
             (aside / "half.txt").touch()
             raise error
     assert [p.name for p in path.iterdir()] == ["second.txt"] and [p.name for p in path.parent.iterdir()] == ["folder"]
@@ -167,7 +167,7 @@ def test_a_truncated_picture_is_an_error_not_grey(tmp_path: Path, suffix: str) -
     path = tmp_path / f"whole{suffix}"
     picture = cv2.resize(np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8), (300, 200))
     cv2.imwrite(str(path), picture)
-    read = read_picture(path)
+    read = read_image(path)
     assert read.shape == (200, 300, 3)
     np.testing.assert_allclose(read[:, :, ::-1].astype(int).mean((0, 1)), picture.mean((0, 1)), atol=2)
     raw = path.read_bytes()
@@ -175,7 +175,7 @@ def test_a_truncated_picture_is_an_error_not_grey(tmp_path: Path, suffix: str) -
         cut = tmp_path / f"cut{suffix}"
         cut.write_bytes(raw[: int(len(raw) * share)])
         with pytest.raises(DataError, match="cut"):
-            read_picture(cut)
+            read_image(cut)
 
 
 def test_a_jpeg_with_a_thumbnail_or_a_film_behind_it(tmp_path: Path) -> None:
@@ -188,11 +188,11 @@ def test_a_jpeg_with_a_thumbnail_or_a_film_behind_it(tmp_path: Path) -> None:
     segment = b"\xff\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small  # markers may be padded with 0xFF
     whole = large[:2] + segment + large[2:]
     path.write_bytes(whole + b"film" * 5000)
-    assert read_picture(path).shape == (64, 64, 3)
+    assert read_image(path).shape == (64, 64, 3)
     for length in (2, 2 + len(segment), len(whole) // 2, len(whole) - 2):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"a\.jpg: not a readable picture"):
-            read_picture(path)
+            read_image(path)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -204,7 +204,7 @@ def test_a_mutated_picture_is_read_or_refused(tmp_path: Path, suffix: str, data:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(bytes(raw))
     try:
-        picture = read_picture(path)
+        picture = read_image(path)
     except DataError as error:
         assert str(path) in str(error)
     else:
@@ -216,7 +216,7 @@ def test_a_picture_too_large_for_opencv_is_one_line(tmp_path: Path) -> None:
     raw[18:26] = (100_000).to_bytes(4, "little") * 2  # width and height in a BMP's header
     (tmp_path / "a.bmp").write_bytes(bytes(raw))
     with pytest.raises(DataError, match=r"a\.bmp: not a readable picture"):
-        read_picture(tmp_path / "a.bmp")
+        read_image(tmp_path / "a.bmp")
 
 
 def test_what_is_no_picture_names_the_file(tmp_path: Path) -> None:
@@ -224,4 +224,4 @@ def test_what_is_no_picture_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("text.jpg", "empty.jpg", "none.jpg"):
         with pytest.raises(DataError, match=name):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hkd_det.errors import UsageError
-from hkd_det.settings import from_mapping, with_setting
+from hkd_det.settings import apply_override, dataclass_from_dict
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ INNERS = st.builds(
     )
 )
 def test_plain_values_give_the_same_settings_back(settings: Outer) -> None:
-    assert from_mapping(Outer, asdict(settings)) == settings
+    assert dataclass_from_dict(Outer, asdict(settings)) == settings
 
 
 def test_what_is_left_out_keeps_its_default_and_an_empty_mapping_means_in_use() -> None:
-    assert from_mapping(Outer, {"run": "r", "other": None}) == Outer("r")
-    assert from_mapping(Outer, {"run": "r", "other": {}}) == Outer("r", other=Inner())
+    assert dataclass_from_dict(Outer, {"run": "r", "other": None}) == Outer("r")
+    assert dataclass_from_dict(Outer, {"run": "r", "other": {}}) == Outer("r", other=Inner())
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
-    assert from_mapping(Inner, {"weight": "1e-3"}).weight == 0.001
+    assert dataclass_from_dict(Inner, {"weight": "1e-3"}).weight == 0.001
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
 )
 def test_what_is_wrong_is_named(values: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        from_mapping(Outer, values)
+        dataclass_from_dict(Outer, values)
 
 
 def test_flags_reach_into_what_is_nested() -> None:
     def changed(assignment: str) -> Outer:
-        return from_mapping(Outer, with_setting(Outer, {"run": "r", "other": {}}, assignment))
+        return dataclass_from_dict(Outer, apply_override(Outer, {"run": "r", "other": {}}, assignment))
 
     assert changed("inner.weight=2").inner.weight == 2
     assert changed("other.names=a,b").other == Inner(names=("a", "b"))
@@ -101,6 +101,6 @@ def test_flags_reach_into_what_is_nested() -> None:
 @pytest.mark.parametrize("assignment", ["count", "cuont=1", "inner.nothing=1", "other.weight=2", "count=x"])
 def test_a_flag_that_cannot_be_meant_is_refused(assignment: str) -> None:
     with pytest.raises(UsageError, match="--set"):
-        with_setting(Outer, {"run": "r"}, assignment)
+        apply_override(Outer, {"run": "r"}, assignment)
     with pytest.raises(UsageError, match="inner: expected a mapping"):
-        with_setting(Outer, {"run": "r", "inner": 3}, "inner.weight=1")
+        apply_override(Outer, {"run": "r", "inner": 3}, "inner.weight=1")

@@ -9,32 +9,32 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hkd_bench.score.judge import PROTOCOLS, Request, Score, judge
-from hkd_bench.score.plot import PLOT_SUFFIXES, write_plot
-from hkd_bench.score.table import text_table
+from hkd_bench.score.judge import PROTOCOLS, ScoreConfig, ScoreResult, score_files
+from hkd_bench.score.plot import PLOT_SUFFIXES, write_miss_rate_plot
+from hkd_bench.score.table import format_score_table
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
 
 
-def score(argv: Sequence[str] | None) -> int:
+def run_score(argv: Sequence[str] | None) -> int:
     """The command's body; returns its exit code."""
-    flags = _parse(argv or [])
+    flags = _parse_score_args(argv or [])
     setups = tuple(name for given in flags.setup for name in given.split(","))
-    request = Request(flags.annotations, flags.protocol, setups, flags.sets, flags.strict)
-    names = _names(flags)
+    request = ScoreConfig(flags.annotations, flags.protocol, setups, flags.sets, flags.strict)
+    names = _make_score_names(flags)
     scores = []
-    for found in tqdm(judge(request, flags.detections), total=len(names), unit="file", leave=False, delay=1):
+    for found in tqdm(score_files(request, flags.detections), total=len(names), unit="file", leave=False, delay=1):
         scores.append(found)
-        if found.odd_scores:
-            told = f"{found.odd_scores} of {found.count} scores lie outside 0 to 1; only their order counts"
+        if found.out_of_range_scores:
+            told = f"{found.out_of_range_scores} of {found.num_detections} scores lie outside 0 to 1; only their order counts"
             print(f"hkd-bench: warning: {found.detections}: {told}", file=sys.stderr)
     if flags.plot:
-        write_plot(flags.plot, dict(zip(names, scores, strict=True)))
-    result = json.dumps(_content(request, names, scores), indent=1, allow_nan=False) + "\n"
+        write_miss_rate_plot(flags.plot, dict(zip(names, scores, strict=True)))
+    result = json.dumps(_make_json_content(request, names, scores), indent=1, allow_nan=False) + "\n"
     if str(flags.json) == "-":
         print(result, end="")
         return 0
-    print(text_table(dict(zip(names, scores, strict=True))))
+    print(format_score_table(dict(zip(names, scores, strict=True))))
     if flags.json:
         write_text(flags.json, result)
     for path in (flags.json, flags.plot):
@@ -43,26 +43,26 @@ def score(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _content(request: Request, names: Sequence[str], scores: Sequence[Score]) -> dict[str, Any]:
+def _make_json_content(config: ScoreConfig, names: Sequence[str], scores: Sequence[ScoreResult]) -> dict[str, Any]:
     """One detection file: its figures at the top. Several: a list of such."""
-    about = {"protocol": request.protocol, "annotations": str(request.annotations)}
-    if request.strict:
+    about = {"protocol": config.protocol, "annotations": str(config.annotations)}
+    if config.zero_recall_before_curve:
         about["points_before_the_curve"] = "strict"
-    each = [{"name": name, **_figures(found)} for name, found in zip(names, scores, strict=True)]
+    each = [{"name": name, **_make_metrics(found)} for name, found in zip(names, scores, strict=True)]
     return {**about, **each[0]} if len(each) == 1 else {**about, "results": each}
 
 
-def _figures(found: Score) -> dict[str, Any]:
-    rates = found.rates
-    figures: dict[str, Any] = {"detections": str(found.detections), "count": found.count}
+def _make_metrics(result: ScoreResult) -> dict[str, Any]:
+    rates = result.miss_rates
+    figures: dict[str, Any] = {"detections": str(result.detections), "count": result.num_detections}
     if rates:
         figures["miss_rate"] = {name: rate.value for name, rate in rates.items()}
-        figures["people"] = {name: rate.people for name, rate in rates.items()}
-        figures["pictures"] = next(iter(rates.values())).pictures
-    return {**figures, **({"coco": found.precision} if found.precision else {})}
+        figures["people"] = {name: rate.num_gt for name, rate in rates.items()}
+        figures["pictures"] = next(iter(rates.values())).num_images
+    return {**figures, **({"coco": result.coco_metrics} if result.coco_metrics else {})}
 
 
-def _names(flags: argparse.Namespace) -> list[str]:
+def _make_score_names(flags: argparse.Namespace) -> list[str]:
     """As given, or the shortest ends of the paths that tell them apart."""
     paths: list[Path] = flags.detections
     if flags.names:
@@ -75,7 +75,7 @@ def _names(flags: argparse.Namespace) -> list[str]:
     return names
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-bench score",
         description="The official figures of detections in files, whoever made them.",
@@ -105,11 +105,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures, fractions unrounded; - for stdout")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="miss rate against FPPI, .svg, .png or .pdf")
     flags = parser.parse_args(argv)
-    _check(flags)
+    _check_score_args(flags)
     return flags
 
 
-def _check(flags: argparse.Namespace) -> None:
+def _check_score_args(flags: argparse.Namespace) -> None:
     if flags.plot and flags.plot.suffix not in PLOT_SUFFIXES:
         raise UsageError(f"--plot {flags.plot}: name a file that ends in {', '.join(PLOT_SUFFIXES)}")
     if flags.plot and flags.protocol == "coco":

@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping
 
-from hkd_bench.score.judge import Score
+from hkd_bench.score.judge import ScoreResult
 
 
-def text_table(scores: Mapping[str, Score]) -> str:
+def format_score_table(scores: Mapping[str, ScoreResult]) -> str:
     """A row a setup (or COCO figure), a column a detection file; per cent."""
     first = next(iter(scores.values()))
-    if first.precision:
-        rows = [[name, *(_percent(one.precision[name]) for one in scores.values())] for name in first.precision]
+    if first.coco_metrics:
+        rows = [
+            [name, *(_format_score_percent(one.coco_metrics[name]) for one in scores.values())]
+            for name in first.coco_metrics
+        ]
         head = ["COCO, %", *scores]
     else:
         rows = [
-            [name, str(rate.people), *(_percent(one.rates[name].value) for one in scores.values())]
-            for name, rate in first.rates.items()
+            [name, str(rate.num_gt), *(_format_score_percent(one.miss_rates[name].value) for one in scores.values())]
+            for name, rate in first.miss_rates.items()
         ]
         head = ["MR^-2, %", "people", *scores]
     widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
@@ -27,6 +30,6 @@ def text_table(scores: Mapping[str, Score]) -> str:
     )
 
 
-def _percent(value: float) -> str:
+def _format_score_percent(value: float) -> str:
     """-1 stands for nobody of that kind."""
     return "-" if value < 0 else f"{100 * value:.2f}"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.backend import OUTPUTS, Answer, End, checked_ends, closed_error
+from hkd_deploy.backends.backend import OUTPUT_DTYPES, RuntimeOutputs, TensorInfo, make_closed_error, validate_io
 from hkd_det.onnx_session import Provider, open_session
 
-X86 = ("x86_64", "AMD64")
-DTYPES = {
+X86_MACHINES = ("x86_64", "AMD64")
+ORT_DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -22,7 +22,7 @@ DTYPES = {
 }
 
 
-class OnnxRuntime:
+class OnnxRuntimeBackend:
     """An open session; several threads may call `run`, which keeps nothing.
 
     metadata: the file's own strings. batch: pictures a call takes, None for any number.
@@ -33,18 +33,18 @@ class OnnxRuntime:
         self.path = path
         self.device = device
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-        self.batch, self.input_hw = checked_ends(
-            path, self.metadata, _ends(session.get_inputs()), _ends(session.get_outputs())
+        self.batch, self.input_hw = validate_io(
+            path, self.metadata, _read_session_io(session.get_inputs()), _read_session_io(session.get_outputs())
         )
-        self._names = list(OUTPUTS)
+        self._output_names = list(OUTPUT_DTYPES)
         self._session: Any | None = session
 
-    def run(self, pictures: NDArray[np.uint8]) -> Answer:
+    def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
         """(B, H, W, 3) uint8 RGB to boxes [B, K, 4] in pixels of them, scores [B, K], valid rows [B]."""
         session = self._session
         if session is None:
-            raise closed_error(self.path)
-        boxes, scores, count = session.run(self._names, {"images": pictures})
+            raise make_closed_error(self.path)
+        boxes, scores, count = session.run(self._output_names, {"images": images})
         return boxes, scores, count
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class OnnxRuntime:
 @contextmanager
 def open_onnx_runtime(
     path: Path, device: str = "cpu", threads: int | None = None, provider: Provider | None = None
-) -> Iterator[OnnxRuntime]:
+) -> Iterator[OnnxRuntimeBackend]:
     """Open an ONNX file on `device`: cpu, cuda or cuda:N.
 
     threads: CPU threads inside one operator; None leaves it to ONNX Runtime (one a physical core).
@@ -65,20 +65,20 @@ def open_onnx_runtime(
     """
     # ONNX Runtime's quick INT8 kernels for x86 want unsigned zero points, our files have the 0 that TensorRT wants:
     # what it would make of them is slower than floats with the weights folded once.
-    plain_qdq = device == "cpu" and platform.machine() in X86
-    opened = OnnxRuntime(path, device, open_session(path, device, threads, provider, plain_qdq))
+    plain_qdq = device == "cpu" and platform.machine() in X86_MACHINES
+    opened = OnnxRuntimeBackend(path, device, open_session(path, device, threads, provider, plain_qdq))
     try:
         yield opened
     finally:
         opened.close()
 
 
-def _ends(values: Sequence[Any]) -> list[End]:
+def _read_session_io(nodes: Sequence[Any]) -> list[TensorInfo]:
     return [
-        End(
+        TensorInfo(
             value.name,
-            DTYPES.get(value.type, value.type),
+            ORT_DTYPES.get(value.type, value.type),
             tuple(side if isinstance(side, int) else None for side in value.shape),
         )
-        for value in values
+        for value in nodes
     ]

@@ -11,24 +11,31 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.backend import OUTPUTS, Answer, End, Hint, checked_ends, closed_error
-from hkd_deploy.backends.openvino_folder import model_files, read_metadata
+from hkd_deploy.backends.backend import (
+    OUTPUT_DTYPES,
+    PerformanceHint,
+    RuntimeOutputs,
+    TensorInfo,
+    make_closed_error,
+    validate_io,
+)
+from hkd_deploy.backends.openvino_folder import list_model_files, read_openvino_metadata
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.packages import import_package
 
 Precision = Literal["bf16"]
-HINTS = ("latency", "throughput")
-DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
-LOAD_ERRORS = (
+PERFORMANCE_HINTS = ("latency", "throughput")
+OPENVINO_DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
+OPENVINO_LOAD_ERRORS = (
     "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
 )  # fmt: skip
-NOISE = (
+IGNORED_MESSAGE_PREFIXES = (
     "Check '", "Errors during", "Exception from ", "FrontEnd API failed", "Model wasn't fully converted",
     "While validating",
 )  # fmt: skip
 
 
-class OpenVino:
+class OpenVinoBackend:
     """A compiled model; several threads may call `run`, each takes a request of its own.
 
     metadata: the file's own strings. batch: pictures a call takes, None for any number. input_hw: (height, width)
@@ -39,32 +46,34 @@ class OpenVino:
         self.path = path
         self.device = "cpu"
         self.metadata = metadata
-        self.batch, self.input_hw = checked_ends(path, metadata, _ends(compiled.inputs), _ends(compiled.outputs))
-        self.parallel: int = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self.batch, self.input_hw = validate_io(
+            path, metadata, _read_port_io(compiled.inputs), _read_port_io(compiled.outputs)
+        )
+        self.num_requests: int = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self._compiled: Any | None = compiled
-        self._idle: deque[Any] = deque()  # requests nobody is using: a request serves one thread at a time
+        self._idle_requests: deque[Any] = deque()  # requests nobody is using: a request serves one thread at a time
 
-    def run(self, pictures: NDArray[np.uint8]) -> Answer:
+    def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
         """(B, H, W, 3) uint8 RGB to boxes [B, K, 4] in pixels of them, scores [B, K], valid rows [B]."""
         compiled = self._compiled
         if compiled is None:
-            raise closed_error(self.path)
+            raise make_closed_error(self.path)
         try:
-            request = self._idle.pop()
+            request = self._idle_requests.pop()
         except IndexError:
             request = compiled.create_infer_request()
         try:
-            request.infer({"images": pictures}, share_inputs=True)
+            request.infer({"images": images}, share_inputs=True)
             # Copied: the memory is the request's, and the next caller's answers lie there.
-            boxes, scores, count = (request.get_tensor(name).data.copy() for name in OUTPUTS)
+            boxes, scores, count = (request.get_tensor(name).data.copy() for name in OUTPUT_DTYPES)
         finally:
-            self._idle.append(request)
+            self._idle_requests.append(request)
         return boxes, scores, count
 
     def close(self) -> None:
         """Give the model's memory back."""
         self._compiled = None
-        self._idle.clear()
+        self._idle_requests.clear()
 
 
 @contextmanager
@@ -73,8 +82,8 @@ def open_openvino(
     device: str = "cpu",
     threads: int | None = None,
     precision: Precision | None = None,
-    hint: Hint = "latency",
-) -> Iterator[OpenVino]:
+    performance_hint: PerformanceHint = "latency",
+) -> Iterator[OpenVinoBackend]:
     """Open an ONNX file, a folder that hkd-export --openvino wrote, or the .xml in it.
 
     threads: CPU threads; None leaves it to OpenVINO. precision: bf16 where it is asked for; else float32, which
@@ -89,37 +98,37 @@ def open_openvino(
         )
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: at least 1")
-    if hint not in HINTS:
-        raise UsageError(f"hint {hint}: expected {' or '.join(HINTS)}")
-    model_path = model_files(path)[0]
-    core = new_core()
+    if performance_hint not in PERFORMANCE_HINTS:
+        raise UsageError(f"hint {performance_hint}: expected {' or '.join(PERFORMANCE_HINTS)}")
+    model_path = list_model_files(path)[0]
+    core = create_core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UnavailableError("--backend openvino-bf16: this processor has no bfloat16; say --backend openvino")
-    wanted = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": hint.upper()}
+    wanted = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": performance_hint.upper()}
     if threads is not None:
         wanted["INFERENCE_NUM_THREADS"] = str(threads)
-    metadata, compiled = _compile(core, model_path, wanted)
+    metadata, compiled = _compile_model(core, model_path, wanted)
     if metadata.get("hkd.precision") == "bf16":
         raise DataError(
             f"{path}: a file of --precision bf16 is for TensorRT, OpenVINO answers NaN; "
             "say --backend openvino-bf16 with the FP32 file"
         )
-    _check_precision(compiled, precision)
-    opened = OpenVino(path, metadata, compiled)
+    _check_inference_precision(compiled, precision)
+    opened = OpenVinoBackend(path, metadata, compiled)
     try:
         yield opened
     finally:
         opened.close()
 
 
-def _compile(core: Any, path: Path, wanted: dict[str, str]) -> tuple[dict[str, str], Any]:
+def _compile_model(core: Any, path: Path, config: dict[str, str]) -> tuple[dict[str, str], Any]:
     """The metadata and the compiled model; the model itself, with its weights, is let go."""
-    with _told(path):
+    with _convert_load_errors(path):
         model = read_model(path)
-        return _metadata(model, path), core.compile_model(model, "CPU", wanted)
+        return _read_rt_info(model, path), core.compile_model(model, "CPU", config)
 
 
-def new_core() -> Any:
+def create_core() -> Any:
     """A Core of OpenVINO's that leaves the caller's signals alone. Raises UnavailableError if OpenVINO is not there."""
     core = import_package("openvino", "OpenVINO", "pip install 'hkd-det[openvino]'").Core()
     # The CPU plugin gives the thread that loads it another stack for signal handlers, unmaps it when the Core goes, and
@@ -133,16 +142,16 @@ def new_core() -> Any:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _convert_load_errors(path: Path) -> Iterator[None]:
     """What OpenVINO raises for a file it can't load, as a DataError; its errors share no base but Exception."""
     front_ends = importlib.import_module("openvino.frontend")
-    known = [getattr(front_ends, name) for name in LOAD_ERRORS if hasattr(front_ends, name)]
+    known = [getattr(front_ends, name) for name in OPENVINO_LOAD_ERRORS if hasattr(front_ends, name)]
     try:
         yield
     except (RuntimeError, UnicodeDecodeError, *known) as error:  # of names or metadata that are no text
         version = importlib.import_module("openvino").__version__.partition("-")[0]
         raise DataError(
-            f"{path}: OpenVINO {version} cannot load it (truncated, no model, or too new): {_reason(error)}"
+            f"{path}: OpenVINO {version} cannot load it (truncated, no model, or too new): {_extract_error_reason(error)}"
         ) from None
 
 
@@ -156,40 +165,40 @@ def read_model(path: Path) -> Any:
     return front_end.convert(front_end.load(str(path)))
 
 
-def _metadata(model: Any, path: Path) -> dict[str, str]:
+def _read_rt_info(model: Any, path: Path) -> dict[str, str]:
     if path.suffix == ".xml":
-        return read_metadata(path.parent)
+        return read_openvino_metadata(path.parent)
     if not model.has_rt_info(["framework"]):
         return {}
-    found = _plain(model.get_rt_info(["framework"]))
-    return {key: str(_plain(value)) for key, value in found.items()}
+    found = _unwrap_ovany(model.get_rt_info(["framework"]))
+    return {key: str(_unwrap_ovany(value)) for key, value in found.items()}
 
 
-def _plain(value: Any) -> Any:
+def _unwrap_ovany(value: Any) -> Any:
     """Some of OpenVINO's values come wrapped (OVAny)."""
     return getattr(value, "value", value)
 
 
-def _check_precision(compiled: Any, precision: Precision | None) -> None:
+def _check_inference_precision(compiled: Any, precision: Precision | None) -> None:
     asked = "bf16" if precision == "bf16" else "f32"
     found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if found != asked:
         raise UnavailableError(f"OpenVINO computes in {found} here, not in {asked} as it was asked to")
 
 
-def _ends(ports: Sequence[Any]) -> list[End]:
+def _read_port_io(ports: Sequence[Any]) -> list[TensorInfo]:
     return [
-        End(
+        TensorInfo(
             port.get_any_name(),
-            DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
+            OPENVINO_DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
             tuple(side.get_length() if side.is_static else None for side in port.partial_shape),
         )
         for port in ports
     ]
 
 
-def _reason(error: Exception) -> str:
+def _extract_error_reason(error: Exception) -> str:
     """What is left of OpenVINO's message without the places in its source."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = [line for line in lines if line and not line.startswith(NOISE)]
+    said = [line for line in lines if line and not line.startswith(IGNORED_MESSAGE_PREFIXES)]
     return said[0].removeprefix("-- ").removesuffix(" with a message:") if said else type(error).__name__

@@ -17,20 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.trt.bindings import import_tensorrt
-from hkd_deploy.trt.builder import Log, recording_logger
-from hkd_deploy.trt.cuda import Cuda, open_cuda
-from hkd_deploy.trt.sidecar import Sidecar, check_home, read_plan, read_sidecar
+from hkd_deploy.trt.builder import TrtLog, make_trt_logger
+from hkd_deploy.trt.cuda import CudaDevice, open_cuda
+from hkd_deploy.trt.sidecar import EngineInfo, check_compatibility, read_engine_info, read_plan
 from hkd_det.errors import DataError, UnavailableError
 
 INPUT = ("images", "uint8")
-OUTPUTS = {"boxes": "float32", "scores": "float32", "count": "int64"}
+OUTPUT_DTYPES = {"boxes": "float32", "scores": "float32", "count": "int64"}
 
-Answer = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
-Shape = tuple[int, ...]
+RuntimeOutputs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
+TensorShape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedEngine:
     """A deserialised engine. smallest, largest: shapes of `images` it runs from and to; equal where it is fixed.
 
     log: what TensorRT says goes wrong.
@@ -38,236 +38,248 @@ class Opened:
 
     path: Path
     engine: Any
-    log: Log
-    smallest: Shape
-    largest: Shape
+    log: TrtLog
+    min_shape: TensorShape
+    max_shape: TensorShape
 
 
-class Buffer:
+class HostDeviceBuffer:
     """Pinned host memory and device memory for a tensor of at most `shape`."""
 
-    def __init__(self, cuda: Cuda, shape: Shape, dtype: str, undo: ExitStack) -> None:
+    def __init__(self, cuda: CudaDevice, shape: TensorShape, dtype: str, stack: ExitStack) -> None:
         self._dtype = np.dtype(dtype)
         size = prod(shape) * self._dtype.itemsize
-        self.host, self._bytes = cuda.pinned(size)
-        undo.callback(cuda.free_pinned, self.host)
+        self.host, self._bytes = cuda.allocate_pinned(size)
+        stack.callback(cuda.free_pinned, self.host)
         self.device = cuda.allocate(size)
-        undo.callback(cuda.free, self.device)
+        stack.callback(cuda.free, self.device)
 
-    def size(self, shape: Shape) -> int:
+    def num_bytes(self, shape: TensorShape) -> int:
         """Bytes of a tensor of `shape`."""
         return prod(shape) * self._dtype.itemsize
 
-    def view(self, shape: Shape) -> NDArray[Any]:
+    def view(self, shape: TensorShape) -> NDArray[Any]:
         """The host memory as an array of `shape`; valid until the slot is closed."""
-        return self._bytes[: self.size(shape)].view(self._dtype).reshape(shape)
+        return self._bytes[: self.num_bytes(shape)].view(self._dtype).reshape(shape)
 
 
-class Slot:
+class InferRequest:
     """The way of one batch through the GPU: `start` returns at once, `finish` waits. For one batch at a time."""
 
-    def __init__(self, cuda: Cuda, opened: Opened, graph: bool) -> None:
-        self._cuda, self._opened = cuda, opened
-        self._graph: Any | None = None
-        cuda.use()
+    def __init__(self, cuda: CudaDevice, loaded_engine: LoadedEngine, use_cuda_graph: bool) -> None:
+        self._cuda, self._loaded_engine = cuda, loaded_engine
+        self._cuda_graph: Any | None = None
+        cuda.set_current()
         with ExitStack() as undo:
-            self._context = opened.engine.create_execution_context()
+            self._context = loaded_engine.engine.create_execution_context()
             if self._context is None:
-                raise UnavailableError(f"{opened.path}: the GPU has no memory left for it")
-            self._stream = cuda.stream()
+                raise UnavailableError(f"{loaded_engine.path}: the GPU has no memory left for it")
+            self._stream = cuda.create_stream()
             undo.callback(cuda.destroy_stream, self._stream)
-            self._reshape(opened.largest)
-            self._images = Buffer(cuda, opened.largest, INPUT[1], undo)
-            self._outputs = {name: Buffer(cuda, self._shapes[name], OUTPUTS[name], undo) for name in OUTPUTS}
-            undo.callback(self._let_go)
-            undo.callback(cuda.wait, self._stream)  # undone early: nothing may be under way when memory is freed
-            undo.callback(cuda.use)  # undone first: any thread may close
-            for name, buffer in {INPUT[0]: self._images, **self._outputs}.items():
-                self._done(self._context.set_tensor_address(name, buffer.device), f"set_tensor_address({name})")
-            if graph and opened.smallest == opened.largest:
+            self._set_input_shape(loaded_engine.max_shape)
+            self._input_buffer = HostDeviceBuffer(cuda, loaded_engine.max_shape, INPUT[1], undo)
+            self._output_buffers = {
+                name: HostDeviceBuffer(cuda, self._shapes[name], OUTPUT_DTYPES[name], undo) for name in OUTPUT_DTYPES
+            }
+            undo.callback(self._release)
+            undo.callback(cuda.synchronize, self._stream)  # undone early: nothing may be under way when memory is freed
+            undo.callback(cuda.set_current)  # undone first: any thread may close
+            for name, buffer in {INPUT[0]: self._input_buffer, **self._output_buffers}.items():
+                self._check_call(self._context.set_tensor_address(name, buffer.device), f"set_tensor_address({name})")
+            if use_cuda_graph and loaded_engine.min_shape == loaded_engine.max_shape:
                 self._enqueue()  # a first run: what TensorRT puts off until then can't be captured
-                cuda.wait(self._stream)
-                self._graph = cuda.capture(self._stream, self._enqueue)
-            self._undo = undo.pop_all()
+                cuda.synchronize(self._stream)
+                self._cuda_graph = cuda.capture_graph(self._stream, self._enqueue)
+            self._exit_stack = undo.pop_all()
 
-    def start(self, pictures: NDArray[np.uint8]) -> None:
+    def start_async(self, images: NDArray[np.uint8]) -> None:
         """Set the GPU to work on [B, H, W, 3] uint8 RGB.
 
         Raises ValueError for what no engine takes, DataError for a batch or a size outside this one's profile.
         """
-        self._check(pictures)
-        self._cuda.use()
-        if pictures.shape != self._shape:
-            self._reshape(pictures.shape)
-        self._images.view(self._shape)[...] = pictures
-        if self._graph is None:
+        self._check_input(images)
+        self._cuda.set_current()
+        if images.shape != self._shape:
+            self._set_input_shape(images.shape)
+        self._input_buffer.view(self._shape)[...] = images
+        if self._cuda_graph is None:
             self._enqueue()
         else:
-            self._cuda.launch(self._graph, self._stream)
+            self._cuda.launch_graph(self._cuda_graph, self._stream)
 
-    def finish(self) -> Answer:
+    def wait(self) -> RuntimeOutputs:
         """Wait, and give the answer as arrays of their own."""
-        self._cuda.use()
-        self._cuda.wait(self._stream)
-        boxes, scores, count = (buffer.view(self._shapes[name]).copy() for name, buffer in self._outputs.items())
+        self._cuda.set_current()
+        self._cuda.synchronize(self._stream)
+        boxes, scores, count = (buffer.view(self._shapes[name]).copy() for name, buffer in self._output_buffers.items())
         return boxes, scores, count
 
     def close(self) -> None:
         """Wait for what runs, and give everything back."""
-        self._undo.close()
+        self._exit_stack.close()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         """Of the graph and the context, which use the memory and the stream."""
-        graph, self._graph, self._context = self._graph, None, None
+        graph, self._cuda_graph, self._context = self._cuda_graph, None, None
         if graph is not None:
             self._cuda.destroy_graph(graph)
 
     def _enqueue(self) -> None:
         stream = self._stream
-        self._cuda.copy_in(self._images.device, self._images.host, self._images.size(self._shape), stream)
-        self._done(self._context.execute_async_v3(int(stream)), "execute_async_v3")
-        for name, buffer in self._outputs.items():
-            self._cuda.copy_out(buffer.host, buffer.device, buffer.size(self._shapes[name]), stream)
-
-    def _reshape(self, shape: Shape) -> None:
-        self._done(self._context.set_input_shape(INPUT[0], shape), f"set_input_shape{shape}")
-        self._shape = shape
-        self._shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in OUTPUTS}
-
-    def _check(self, pictures: NDArray[np.uint8]) -> None:
-        low, high = self._opened.smallest, self._opened.largest
-        said = (
-            f"{self._opened.path} takes uint8 {low if low == high else f'{low} to {high}'}, "
-            f"not {pictures.dtype} {pictures.shape}"
+        self._cuda.copy_host_to_device(
+            self._input_buffer.device, self._input_buffer.host, self._input_buffer.num_bytes(self._shape), stream
         )
-        if pictures.dtype != np.uint8 or pictures.ndim != len(low) or pictures.shape[3] != low[3]:
+        self._check_call(self._context.execute_async_v3(int(stream)), "execute_async_v3")
+        for name, buffer in self._output_buffers.items():
+            self._cuda.copy_device_to_host(buffer.host, buffer.device, buffer.num_bytes(self._shapes[name]), stream)
+
+    def _set_input_shape(self, shape: TensorShape) -> None:
+        self._check_call(self._context.set_input_shape(INPUT[0], shape), f"set_input_shape{shape}")
+        self._shape = shape
+        self._shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in OUTPUT_DTYPES}
+
+    def _check_input(self, images: NDArray[np.uint8]) -> None:
+        low, high = self._loaded_engine.min_shape, self._loaded_engine.max_shape
+        said = (
+            f"{self._loaded_engine.path} takes uint8 {low if low == high else f'{low} to {high}'}, "
+            f"not {images.dtype} {images.shape}"
+        )
+        if images.dtype != np.uint8 or images.ndim != len(low) or images.shape[3] != low[3]:
             raise ValueError(said)
-        if not all(a <= n <= b for a, n, b in zip(low, pictures.shape, high, strict=True)):
+        if not all(a <= n <= b for a, n, b in zip(low, images.shape, high, strict=True)):
             raise DataError(f"{said}; build it for that: hkd-export MODEL.onnx --trt --profile SMALLEST,USUAL,LARGEST")
 
-    def _done(self, succeeded: bool, call: str) -> None:
+    def _check_call(self, succeeded: bool, call: str) -> None:
         if not succeeded:
-            raise UnavailableError(f"{self._opened.path}: TensorRT's {call} failed: {self._opened.log.reason}")
+            raise UnavailableError(
+                f"{self._loaded_engine.path}: TensorRT's {call} failed: {self._loaded_engine.log.first_error}"
+            )
 
 
-class InFlight:
+class AsyncQueue:
     """Batches under way on the GPU, answered in the order they were submitted. For one thread."""
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self._free, self._flying = deque(slots), deque[Slot]()
+    def __init__(self, requests: list[InferRequest]) -> None:
+        self._idle_requests, self._active_requests = deque(requests), deque[InferRequest]()
 
     def __len__(self) -> int:
         """Batches submitted and not yet collected."""
-        return len(self._flying)
+        return len(self._active_requests)
 
-    def submit(self, pictures: NDArray[np.uint8]) -> None:
+    def submit(self, images: NDArray[np.uint8]) -> None:
         """Set off [B, H, W, 3] uint8 RGB and return. Raises ValueError if every slot is in flight: collect first."""
-        if not self._free:
-            raise ValueError(f"{len(self._flying)} batches are in flight already; collect one first")
-        self._free[0].start(pictures)
-        self._flying.append(self._free.popleft())
+        if not self._idle_requests:
+            raise ValueError(f"{len(self._active_requests)} batches are in flight already; collect one first")
+        self._idle_requests[0].start_async(images)
+        self._active_requests.append(self._idle_requests.popleft())
 
-    def collect(self) -> Answer:
+    def collect(self) -> RuntimeOutputs:
         """Wait for the oldest batch; its boxes, scores and count. Raises ValueError if nothing is in flight."""
-        if not self._flying:
+        if not self._active_requests:
             raise ValueError("nothing is in flight; submit first")
-        slot = self._flying.popleft()
-        self._free.append(slot)
-        return slot.finish()
+        slot = self._active_requests.popleft()
+        self._idle_requests.append(slot)
+        return slot.wait()
 
 
-class TensorRT:
+class TensorRTBackend:
     """An open engine. Several threads may call `run`; they take turns.
 
     metadata: the ONNX file's own strings. input_hw: (height, width) pixels, None where free. batch: pictures a call
     takes, None for any number up to `max_batch`.
     """
 
-    def __init__(self, opened: Opened, device: str, sidecar: Sidecar, new_slot: Callable[[], Slot]) -> None:
-        self.path = opened.path
+    def __init__(
+        self,
+        loaded_engine: LoadedEngine,
+        device: str,
+        engine_info: EngineInfo,
+        make_request: Callable[[], InferRequest],
+    ) -> None:
+        self.path = loaded_engine.path
         self.device = device
-        self.sidecar = sidecar
-        self.metadata = sidecar.metadata
-        (low, *low_hw), (high, *high_hw) = opened.smallest[:3], opened.largest[:3]
+        self.engine_info = engine_info
+        self.metadata = engine_info.metadata
+        (low, *low_hw), (high, *high_hw) = loaded_engine.min_shape[:3], loaded_engine.max_shape[:3]
         self.input_hw = (high_hw[0], high_hw[1]) if low_hw == high_hw else None
         self.max_batch = high
         self.batch = high if low == high else None
-        self._new_slot: Callable[[], Slot] | None = new_slot
+        self._make_request: Callable[[], InferRequest] | None = make_request
         self._lock = threading.Lock()
-        self._slot = new_slot()
+        self._request = make_request()
 
-    def run(self, pictures: NDArray[np.uint8]) -> Answer:
+    def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
         """(B, H, W, 3) uint8 RGB, letterboxed, to boxes [B, K, 4] in input pixels, scores [B, K], valid rows [B]."""
         with self._lock:
             self._check_open()
-            self._slot.start(pictures)
-            return self._slot.finish()
+            self._request.start_async(images)
+            return self._request.wait()
 
     @contextmanager
-    def in_flight(self, slots: int = 2) -> Iterator[InFlight]:
+    def open_async_queue(self, num_requests: int = 2) -> Iterator[AsyncQueue]:
         """A queue that lets `slots` batches be under way at once, each with memory of its own."""
-        if slots < 1:
-            raise ValueError(f"{slots} slots: at least one")
+        if num_requests < 1:
+            raise ValueError(f"{num_requests} slots: at least one")
         new_slot = self._check_open()
         with ExitStack() as undo:
             made = []
-            for _ in range(slots):
+            for _ in range(num_requests):
                 made.append(new_slot())
                 undo.callback(made[-1].close)
-            yield InFlight(made)
+            yield AsyncQueue(made)
 
     def close(self) -> None:
         """Give the model's memory back."""
         with self._lock:
-            if self._new_slot is not None:
-                self._new_slot = None
-                self._slot.close()
+            if self._make_request is not None:
+                self._make_request = None
+                self._request.close()
 
-    def _check_open(self) -> Callable[[], Slot]:
-        if self._new_slot is None:
+    def _check_open(self) -> Callable[[], InferRequest]:
+        if self._make_request is None:
             raise ValueError(f"{self.path}: this model has been closed; call it inside its `with` block")
-        return self._new_slot
+        return self._make_request
 
 
 @contextmanager
-def open_tensorrt(path: Path, device: str = "cuda", cuda_graph: bool = True) -> Iterator[TensorRT]:
+def open_tensorrt(path: Path, device: str = "cuda", use_cuda_graph: bool = True) -> Iterator[TensorRTBackend]:
     """Open an engine of hkd-export on `device`: cuda or cuda:N.
 
     cuda_graph: launch a fixed shape as one graph; never for an engine on DLA, or of a free shape.
     Opening runs code inside the file: only open engines you trust. Raises UsageError, DataError or
     UnavailableError; nothing is deserialised unless the sidecar says it was built for this machine.
     """
-    sidecar = read_sidecar(path)
+    sidecar = read_engine_info(path)
     trt, cuda = import_tensorrt(), open_cuda(device)
-    check_home(path, sidecar, trt.__version__, cuda.gpu())
+    check_compatibility(path, sidecar, trt.__version__, cuda.get_info())
     plan = read_plan(path, sidecar)
-    log = Log()
-    runtime = trt.Runtime(recording_logger(trt, log))
+    log = TrtLog()
+    runtime = trt.Runtime(make_trt_logger(trt, log))
     runtime.engine_host_code_allowed = "version" in sidecar.compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise DataError(f"{path}: TensorRT {trt.__version__} does not open it: {log.reason}")
-    opened = _checked(trt, engine, path, log)
-    graph = cuda_graph and sidecar.dla is None
-    running = TensorRT(opened, device, sidecar, lambda: Slot(cuda, opened, graph))
+        raise DataError(f"{path}: TensorRT {trt.__version__} does not open it: {log.first_error}")
+    opened = _validate_engine_io(trt, engine, path, log)
+    graph = use_cuda_graph and sidecar.dla is None
+    running = TensorRTBackend(opened, device, sidecar, lambda: InferRequest(cuda, opened, graph))
     try:
         yield running
     finally:
         running.close()
 
 
-def _checked(trt: Any, engine: Any, path: Path, log: Log) -> Opened:
+def _validate_engine_io(trt: Any, engine: Any, path: Path, log: TrtLog) -> LoadedEngine:
     """The engine, if its inputs and outputs are hkd-export's."""
     found = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         found[name] = np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
-    if found != dict([INPUT]) | OUTPUTS:
-        raise DataError(f"{path}: not an engine of hkd-export: expected {dict([INPUT]) | OUTPUTS}, found {found}")
+    if found != dict([INPUT]) | OUTPUT_DTYPES:
+        raise DataError(f"{path}: not an engine of hkd-export: expected {dict([INPUT]) | OUTPUT_DTYPES}, found {found}")
     shape = tuple(engine.get_tensor_shape(INPUT[0]))
     if len(shape) != 4 or shape[3] != 3:
         raise DataError(f"{path}: not an engine of hkd-export: images is {shape}, not (B, H, W, 3)")
     if -1 not in shape:
-        return Opened(path, engine, log, shape, shape)
+        return LoadedEngine(path, engine, log, shape, shape)
     smallest, _, largest = (tuple(dims) for dims in engine.get_tensor_profile_shape(INPUT[0], 0))
-    return Opened(path, engine, log, smallest, largest)
+    return LoadedEngine(path, engine, log, smallest, largest)

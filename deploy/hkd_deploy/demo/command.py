@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 
 from hkd_deploy.backends.opening import BACKENDS
-from hkd_deploy.demo.run import open_output, run
-from hkd_deploy.demo.tally import Tally
+from hkd_deploy.demo.run import open_output, run_demo
+from hkd_deploy.demo.tally import FrameStats
 from hkd_deploy.demo.window import open_window
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
@@ -20,36 +20,36 @@ from hkd_det.errors import UsageError, run_command
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command("hkd-demo", _body, argv)
+    return run_command("hkd-demo", _run_demo_command, argv)
 
 
-def _body(argv: Sequence[str] | None) -> int:
-    flags = _parse(argv)
+def _run_demo_command(argv: Sequence[str] | None) -> int:
+    flags = _parse_demo_arguments(argv)
     _silence_opencv()
     # A stopped service finishes its film as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    tally, dropped, stamp = Tally(), 0, _stamp(flags.save)
+    tally, dropped, stamp = FrameStats(), 0, _get_mtime_ns(flags.save)
     try:
         with ExitStack() as stack:
             window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.window else None
             detector = stack.enter_context(open_detector(flags.model, flags.device, flags.threads, flags.backend))
             source = stack.enter_context(open_source(flags.source))
             output = open_output(stack, flags.save, source) if flags.save else None
-            tally = Tally()  # its clock starts when everything is open
+            tally = FrameStats()  # its clock starts when everything is open
             try:
-                run(detector, source, flags.conf, tally, output, window, flags.max_frames)
+                run_demo(detector, source, flags.conf, tally, output, window, flags.max_frames)
             finally:
-                dropped = source.dropped
+                dropped = source.num_dropped
     finally:
         signal.signal(signal.SIGTERM, before)
-        if tally.frames:
+        if tally.num_frames:
             print(tally.summary(dropped))
-            if _stamp(flags.save) != stamp:
+            if _get_mtime_ns(flags.save) != stamp:
                 print(f"saved {flags.save}")
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-demo",
         description="Run an exported model on a film, pictures, a webcam or a network camera; show it or save it.",
@@ -77,7 +77,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def _stamp(path: Path | None) -> int | None:
+def _get_mtime_ns(path: Path | None) -> int | None:
     """When a file was last written, None if there is none: tells whether this run has saved one."""
     return path.stat().st_mtime_ns if path and path.exists() else None
 

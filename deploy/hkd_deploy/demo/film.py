@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.errors import DataError, HkdError, UsageError
-from hkd_det.files import replacing
+from hkd_det.files import atomic_write
 from hkd_det.letterbox import Letterbox
 
 # What the pip wheels of OpenCV can write: no H.264. Browsers play only the .webm.
 ENCODERS = {".mp4": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 
-LONGEST_HOLD_S = 2.0  # a longer silence of a live source is cut to this
+MAX_GAP_S = 2.0  # a longer silence of a live source is cut to this
 
 
-class FilmWriter:
+class VideoWriter:
     """An open film; the first frame fixes its size, later ones of another size are letterboxed into it."""
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -27,24 +27,24 @@ class FilmWriter:
         self._size_hw = (0, 0)
         self._first_s = 0.0
         self._writer: cv2.VideoWriter | None = None
-        self.frame_count = 0
+        self.num_frames = 0
 
-    def write(self, picture_rgb: NDArray[np.uint8], captured_s: float | None = None) -> None:
+    def write(self, image_rgb: NDArray[np.uint8], captured_s: float | None = None) -> None:
         """Append a frame, uint8 RGB (H, W, 3).
 
         captured_s: of a live source, whose frames come unevenly: the picture is held until the film is at that
         time, so that a minute of street is a minute of film.
         """
-        size_hw = (picture_rgb.shape[0], picture_rgb.shape[1])
+        size_hw = (image_rgb.shape[0], image_rgb.shape[1])
         if self._writer is None:
             self._writer = self._open(size_hw)
             self._size_hw, self._first_s = size_hw, captured_s or 0.0
         if size_hw != self._size_hw:
-            picture_rgb = Letterbox(size_hw, self._size_hw).apply(picture_rgb)
-        picture_bgr = cv2.cvtColor(picture_rgb, cv2.COLOR_RGB2BGR)
-        for _ in range(1 if captured_s is None else self._due(captured_s)):
+            image_rgb = Letterbox(size_hw, self._size_hw).apply(image_rgb)
+        picture_bgr = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
+        for _ in range(1 if captured_s is None else self._count_due_frames(captured_s)):
             self._writer.write(picture_bgr)
-            self.frame_count += 1
+            self.num_frames += 1
 
     def close(self) -> None:
         """Finish the file."""
@@ -59,17 +59,17 @@ class FilmWriter:
             raise DataError(f"{self._path.parent}: OpenCV cannot write a {self._path.suffix} film of {shape} here")
         return writer
 
-    def _due(self, captured_s: float) -> int:
+    def _count_due_frames(self, captured_s: float) -> int:
         """Frames the film is behind `captured_s`: at least one, as each picture is kept."""
-        longest = round(LONGEST_HOLD_S * self._fps) + 1
-        due = round((captured_s - self._first_s) * self._fps) + 1 - self.frame_count
+        longest = round(MAX_GAP_S * self._fps) + 1
+        due = round((captured_s - self._first_s) * self._fps) + 1 - self.num_frames
         if due > longest:
             self._first_s += (due - longest) / self._fps
         return min(max(1, due), longest)
 
 
 @contextmanager
-def open_film(path: Path, fps: float) -> Iterator[FilmWriter]:
+def open_video_writer(path: Path, fps: float) -> Iterator[VideoWriter]:
     """Write a film to `path`, .mp4, .avi or .webm, at `fps` frames a second; it appears when it is finished.
 
     On Ctrl-C or an error of the source the film so far is finished and kept; the error goes on.
@@ -78,28 +78,28 @@ def open_film(path: Path, fps: float) -> Iterator[FilmWriter]:
     if path.suffix.lower() not in ENCODERS:
         raise UsageError(f"--save {path}: expected a file ending in {', '.join(ENCODERS)}")
     stopped: BaseException | None = None
-    with replacing(path) as aside:
-        film = FilmWriter(aside, fps)
+    with atomic_write(path) as aside:
+        film = VideoWriter(aside, fps)
         try:
             yield film
         except (KeyboardInterrupt, HkdError) as stop:
-            if film.frame_count == 0:
+            if film.num_frames == 0:
                 raise
             stopped = stop
         finally:
             film.close()
-        _check_written(aside, path, film.frame_count)
+        _check_video_file(aside, path, film.num_frames)
     if stopped is not None:
         raise stopped
 
 
-def _check_written(aside: Path, path: Path, frame_count: int) -> None:
+def _check_video_file(temp_path: Path, path: Path, num_frames: int) -> None:
     """OpenCV says nothing when the disk is full: read the finished film's own count."""
-    if frame_count == 0:
+    if num_frames == 0:
         raise DataError(f"{path}: not written, no frame came")
-    reader = cv2.VideoCapture(str(aside), cv2.CAP_FFMPEG)
+    reader = cv2.VideoCapture(str(temp_path), cv2.CAP_FFMPEG)
     found = reader.get(cv2.CAP_PROP_FRAME_COUNT) if reader.isOpened() else 0
     playable = reader.isOpened() and reader.read()[0]
     reader.release()
-    if not playable or found < 0.99 * frame_count - 1:  # .webm has no count, only a duration
+    if not playable or found < 0.99 * num_frames - 1:  # .webm has no count, only a duration
         raise DataError(f"{path}: the film could not be written whole; is the disk full?")

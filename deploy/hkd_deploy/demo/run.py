@@ -10,54 +10,54 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hkd_deploy.demo.film import open_film
-from hkd_deploy.demo.still import STILL_SUFFIXES, open_still
-from hkd_deploy.demo.tally import Tally
+from hkd_deploy.demo.film import open_video_writer
+from hkd_deploy.demo.still import IMAGE_OUTPUT_SUFFIXES, open_image_writer
+from hkd_deploy.demo.tally import FrameStats
 from hkd_deploy.demo.window import Window
-from hkd_deploy.draw import draw_detections, draw_panel
+from hkd_deploy.draw import draw_detections, draw_overlay
 from hkd_deploy.pipeline import Detector, StageTimes, open_detector
 from hkd_deploy.streams import Frame, FrameSource, open_source
 from hkd_det.errors import UsageError
 from hkd_det.imgsz import format_imgsz
 
-DEFAULT_FPS = 25.0  # of a film whose source does not say
+DEFAULT_OUTPUT_FPS = 25.0  # of a film whose source does not say
 
 
-class Output(Protocol):
+class FrameWriter(Protocol):
     """A film or a picture that is being written."""
 
-    def write(self, picture_rgb: NDArray[np.uint8], captured_s: float | None = None) -> None:
+    def write(self, image_rgb: NDArray[np.uint8], captured_s: float | None = None) -> None:
         """Append uint8 RGB (H, W, 3), captured at `captured_s` if its source is live."""
 
 
-def save_film(
+def save_video(
     model: Path | str, source: str, path: Path | str, conf: float, device: str = "cpu", max_frames: int | None = None
-) -> Tally:
+) -> FrameStats:
     """Run a model over a source and save what it sees, as `hkd-demo MODEL --source ... --save PATH` does."""
-    tally = Tally()
+    tally = FrameStats()
     with ExitStack() as stack:
         detector = stack.enter_context(open_detector(model, device))
         frames = stack.enter_context(open_source(source))
         output = open_output(stack, Path(path), frames)
-        run(detector, frames, conf, tally, output=output, max_frames=max_frames)
+        run_demo(detector, frames, conf, tally, output=output, max_frames=max_frames)
     return tally
 
 
-def open_output(stack: ExitStack, path: Path, source: FrameSource) -> Output:
+def open_output(stack: ExitStack, path: Path, source: FrameSource) -> FrameWriter:
     """Open what --save asks for: a film, or a picture if the source is one."""
     if path.exists() and Path(source.name).exists() and path.samefile(source.name):
         raise UsageError(f"--save {path}: this is the source itself; choose another name")
-    if path.suffix.lower() in STILL_SUFFIXES and source.frame_count == 1:
-        return stack.enter_context(open_still(path))
-    return stack.enter_context(open_film(path, source.fps or DEFAULT_FPS))
+    if path.suffix.lower() in IMAGE_OUTPUT_SUFFIXES and source.num_frames == 1:
+        return stack.enter_context(open_image_writer(path))
+    return stack.enter_context(open_video_writer(path, source.fps or DEFAULT_OUTPUT_FPS))
 
 
-def run(
+def run_demo(
     detector: Detector,
     source: FrameSource,
     conf: float,
-    tally: Tally,
-    output: Output | None = None,
+    stats: FrameStats,
+    output: FrameWriter | None = None,
     window: Window | None = None,
     max_frames: int | None = None,
 ) -> None:
@@ -66,64 +66,69 @@ def run(
     conf: the least score that is drawn, 0..1. `tally` is filled as it goes, so that it holds what was
     measured when Ctrl-C ends the run.
     """
-    total = min(filter(None, (source.frame_count, max_frames)), default=None)
+    total = min(filter(None, (source.num_frames, max_frames)), default=None)
     canvas: NDArray[np.uint8] | None = None
     with tqdm(total=total, unit=" frames", desc=source.name) as bar:
 
         def waiting() -> bool:
             """While a live source has no frame: say so, and keep the window alive."""
-            bar.set_postfix_str(source.trouble)
-            return window is None or _wait_in(window, canvas, source.trouble)
+            bar.set_postfix_str(source.status)
+            return window is None or _update_idle_window(window, canvas, source.status)
 
         start_s = monotonic()
-        for frame in islice(source.frames(waiting), max_frames):
-            detections, times = detector.timed(frame.picture_rgb)
-            age_ms = 1e3 * (monotonic() - frame.timestamp_s) if source.live else None
-            tally.add(times, age_ms)
+        for frame in islice(source.iterate_frames(waiting), max_frames):
+            detections, times = detector.predict_timed(frame.image_rgb)
+            age_ms = 1e3 * (monotonic() - frame.timestamp_s) if source.is_live else None
+            stats.add(times, age_ms)
             if output or window:
-                people = detections.above(conf)
-                canvas = draw_detections(frame.picture_rgb, people)
-                draw_panel(canvas, _figures(detector, tally, times, len(people), age_ms, source.dropped))
+                people = detections.filter(conf)
+                canvas = draw_detections(frame.image_rgb, people)
+                draw_overlay(canvas, _format_overlay(detector, stats, times, len(people), age_ms, source.num_dropped))
                 if output:
-                    output.write(canvas, frame.timestamp_s if source.live else None)
+                    output.write(canvas, frame.timestamp_s if source.is_live else None)
                 if window:
                     window.show(canvas)
             bar.update()
-            bar.set_postfix_str(f"{source.dropped} dropped" if source.live else "", refresh=False)
-            if window and not window.stays_open(_wait_ms(source, frame, start_s)):
+            bar.set_postfix_str(f"{source.num_dropped} dropped" if source.is_live else "", refresh=False)
+            if window and not window.is_open(_compute_wait_ms(source, frame, start_s)):
                 return
-    if window and source.frame_count == 1:
-        while window.stays_open(wait_ms=50):  # a single picture is there to be looked at
+    if window and source.num_frames == 1:
+        while window.is_open(wait_ms=50):  # a single picture is there to be looked at
             pass
 
 
-def _figures(
-    detector: Detector, tally: Tally, times: StageTimes, people: int, age_ms: float | None, dropped: int
+def _format_overlay(
+    detector: Detector,
+    stats: FrameStats,
+    times: StageTimes,
+    num_detections: int,
+    age_ms: float | None,
+    num_dropped: int,
 ) -> list[str]:
     """The panel's lines."""
-    manifest = detector.manifest
+    manifest = detector.metadata
     lines = [
         f"{manifest.model}  {format_imgsz(manifest.imgsz_hw)}  {detector.backend} {detector.device}",
-        f"{tally.recent_fps:.1f} fps   people {people}",
+        f"{stats.recent_fps:.1f} fps   people {num_detections}",
         f"{times.total_ms:.1f} ms = {times.preprocess_ms:.1f} pre + {times.inference_ms:.1f} net"
         f" + {times.postprocess_ms:.1f} post",
     ]
     if age_ms is not None:
-        lines.append(f"frame age {age_ms:.0f} ms   {dropped} dropped")
+        lines.append(f"frame age {age_ms:.0f} ms   {num_dropped} dropped")
     return lines
 
 
-def _wait_ms(source: FrameSource, frame: Frame, start_s: float) -> int:
+def _compute_wait_ms(source: FrameSource, frame: Frame, start_s: float) -> int:
     """Until a recorded frame's time has come, so that a fast machine does not show people running."""
-    if source.live:
+    if source.is_live:
         return 1
     return max(1, round(1e3 * (start_s + frame.timestamp_s - monotonic())))
 
 
-def _wait_in(window: Window, last_canvas: NDArray[np.uint8] | None, trouble: str) -> bool:
+def _update_idle_window(window: Window, last_canvas: NDArray[np.uint8] | None, status: str) -> bool:
     """Keep a window alive; in trouble the last picture goes dark under the reason, so that nobody takes it for now."""
-    if trouble and last_canvas is not None:
+    if status and last_canvas is not None:
         dark = last_canvas // 3
-        draw_panel(dark, [], caution=trouble)
+        draw_overlay(dark, [], warning=status)
         window.show(dark)
-    return window.stays_open()
+    return window.is_open()

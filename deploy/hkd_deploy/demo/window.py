@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hkd_det.errors import UnavailableError
 
-CLOSING_KEYS = (ord("q"), ord("Q"), 27)  # 27 is Esc
+CLOSE_KEYS = (ord("q"), ord("Q"), 27)  # 27 is Esc
 
 
 class Window:
@@ -20,25 +20,25 @@ class Window:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._shown = False
+        self._is_shown = False
 
-    def show(self, picture_rgb: NDArray[np.uint8]) -> None:
+    def show(self, image_rgb: NDArray[np.uint8]) -> None:
         """Show a picture, uint8 RGB (H, W, 3)."""
-        cv2.imshow(self._title, cv2.cvtColor(picture_rgb, cv2.COLOR_RGB2BGR))
-        self._shown = True
+        cv2.imshow(self._title, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
+        self._is_shown = True
 
-    def stays_open(self, wait_ms: int = 1) -> bool:
+    def is_open(self, wait_ms: int = 1) -> bool:
         """Let the window breathe for `wait_ms`, at least 1; False once the user has closed it."""
-        if cv2.waitKey(max(1, wait_ms)) & 0xFF in CLOSING_KEYS:
+        if cv2.waitKey(max(1, wait_ms)) & 0xFF in CLOSE_KEYS:
             return False
         # Asked only after the first picture: some window systems report a window as hidden until then.
-        return not self._shown or cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) >= 1
+        return not self._is_shown or cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) >= 1
 
 
 @contextmanager
 def open_window(title: str) -> Iterator[Window]:
     """Open a window; UnavailableError, with what to do, where OpenCV or the machine has none."""
-    reason = why_no_window(cv2.getBuildInformation(), sys.platform, os.environ)
+    reason = display_error(cv2.getBuildInformation(), sys.platform, os.environ)
     if reason:
         raise UnavailableError(reason)
     try:
@@ -51,7 +51,7 @@ def open_window(title: str) -> Iterator[Window]:
         cv2.destroyAllWindows()
 
 
-def why_no_window(build_information: str, platform: str, environment: Mapping[str, str]) -> str:
+def display_error(build_information: str, platform: str, environment: Mapping[str, str]) -> str:
     """Why no window can be opened, and what to do; empty if one can.
 
     Asked first, as OpenCV's Qt ends the whole process when it finds no display.

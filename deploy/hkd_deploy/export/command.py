@@ -12,12 +12,12 @@ from pathlib import Path
 from hkd_deploy.backends import openvino_folder
 from hkd_deploy.export import options as graph
 from hkd_deploy.export import verify_arguments as verifying
-from hkd_deploy.export.verify import Form, Verification
+from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_deploy.precision import command as precision
-from hkd_deploy.precision.judge import backends
+from hkd_deploy.precision.judge import list_onnx_backends
 from hkd_deploy.targets import command as targets
 from hkd_deploy.trt import arguments as tensorrt
-from hkd_deploy.trt.source import read_source
+from hkd_deploy.trt.source import read_onnx_file
 from hkd_det.errors import UnavailableError, UsageError, run_command
 from hkd_det.imgsz import format_imgsz
 
@@ -27,70 +27,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     # `docker stop`, `timeout` and the like leave no more behind than Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run_command("hkd-export", _body, argv)
+        return run_command("hkd-export", _run_export, argv)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _body(argv: Sequence[str] | None) -> int:
-    parser = _parser()
+def _run_export(argv: Sequence[str] | None) -> int:
+    parser = _build_parser()
     flags = parser.parse_args(argv)
     source, output = Path(flags.model), Path(flags.output) if flags.output else None
-    _check_heard(source, parser, flags)
-    _check(source, output, flags)
+    _check_unused_flags(source, parser, flags)
+    _check_flags(source, output, flags)
     if source.suffix == ".engine":
-        targets.write_targets(source, flags)
+        targets.write_serving_folders(source, flags)
         return 0
     smaller = flags.precision != "fp32"
-    onnx_output, engine_output, folder_output = _of_endings(output)
+    onnx_output, engine_output, folder_output = _split_output_by_suffix(output)
     verification = None
     known: precision.MissRates = {}
     onnx = source
     if source.suffix == ".pt":
         # --output names what was asked for; an FP32 file on the way to a smaller one keeps its usual name.
-        onnx, verification = _onnx_of_weights(source, None if smaller else onnx_output, flags)
+        onnx, verification = _export_weights(source, None if smaller else onnx_output, flags)
     if smaller:
         onnx, known = precision.write_precision(onnx, onnx_output, flags)
-    engine = tensorrt.run(onnx, flags, engine_output) if flags.trt else None
+    engine = tensorrt.run_trt(onnx, flags, engine_output) if flags.trt else None
     if source.suffix == ".onnx" and (smaller or engine or flags.openvino):
-        verification = verifying.verification_of_onnx(source, flags)
+        verification = verifying.build_onnx_verification(source, flags)
     if smaller:
-        _take_smaller(onnx, flags.precision, verification)
+        _verify_reduced_model(onnx, flags.precision, verification)
     if engine and verification:
         # Not exact: TensorRT multiplies FP32 in TF32, which keeps 10 bits, on every GPU since Ampere.
-        verification.take(Form(engine, "tensorrt", exact=False, device=tensorrt.device_of(flags)))
+        verification.add(ExportedModel(engine, "tensorrt", is_exact=False, device=tensorrt.get_build_device(flags)))
     elif flags.trt and verification:
-        verification.skip(Form(onnx.with_suffix(".engine"), "tensorrt", exact=False), "--check writes none")
+        verification.skip(ExportedModel(onnx.with_suffix(".engine"), "tensorrt", is_exact=False), "--check writes none")
     if flags.openvino:
         _write_openvino(onnx, folder_output, verification)
     if verification:
-        print(verification.table({} if flags.verify_images else known))
-    targets.write_targets(onnx, flags)
+        print(verification.format_table({} if flags.verify_images else known))
+    targets.write_serving_folders(onnx, flags)
     return 0
 
 
-def _take_smaller(onnx: Path, kind: str, verification: Verification | None) -> None:
+def _verify_reduced_model(onnx: Path, precision_name: str, verification: Verification | None) -> None:
     """Compare a file of --precision on every runtime that is installed."""
-    if verification and kind == "bf16":
-        verification.skip(Form(onnx, "onnxruntime", exact=False), precision.NO_BF16)
+    if verification and precision_name == "bf16":
+        verification.skip(ExportedModel(onnx, "onnxruntime", is_exact=False), precision.BF16_SKIP_REASON)
     elif verification:
-        for backend in backends("cpu"):
-            verification.take(Form(onnx, backend, exact=False))
+        for backend in list_onnx_backends("cpu"):
+            verification.add(ExportedModel(onnx, backend, is_exact=False))
 
 
 def _write_openvino(onnx: Path, output: Path | None, verification: Verification | None) -> None:
-    exact = read_source(onnx).precision == "fp32"
+    exact = read_onnx_file(onnx).precision == "fp32"
 
     def check(folder: Path, aside: Path) -> None:
         if verification:
-            verification.take(Form(folder, "openvino", exact), aside)
+            verification.add(ExportedModel(folder, "openvino", exact), aside)
 
     openvino_folder.export_openvino(onnx, output, check)
 
 
-def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
+def _check_flags(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
     """What would otherwise show only after a file or two have been written."""
-    verifying.check(flags)
+    verifying.check_verify_flags(flags)
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
     if source.suffix == ".engine" and (not flags.target or flags.precision != "fp32" or flags.openvino):
@@ -103,8 +103,8 @@ def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None
     if flags.trt and flags.target:
         raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
     if flags.trt:
-        tensorrt.build_options(flags)
-    onnx, engine, folder = _of_endings(output)
+        tensorrt.make_build_options(flags)
+    onnx, engine, folder = _split_output_by_suffix(output)
     if onnx and source.suffix != ".pt" and flags.precision == "fp32":
         raise UsageError(f"--output {output}: no .onnx file is written of {source}, unless by --precision")
     if engine and (not flags.trt or flags.check):
@@ -113,20 +113,20 @@ def _check(source: Path, output: Path | None, flags: argparse.Namespace) -> None
         raise UsageError(f"--output {output}: must end in .onnx, or in .engine with --trt; a folder is for --openvino")
 
 
-def _check_heard(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Raises UsageError for a flag that nothing here would listen to."""
     for heard, names, why in (
         (source.suffix == ".pt", graph.FLAGS, f"{source} is finished; give the best.pt that it was made of"),
         (flags.precision != "fp32", precision.FLAGS, "belongs to --precision"),
         (flags.trt, tensorrt.FLAGS, "belongs to --trt"),
-        (bool(flags.target), targets.FLAGS, "belongs to --target"),
+        (bool(flags.target), targets.SERVING_FLAGS, "belongs to --target"),
     ):
         for name in () if heard else names:
             if getattr(flags, name) != parser.get_default(name):
                 raise UsageError(f"--{name.replace('_', '-')}: {why}")
 
 
-def _of_endings(output: Path | None) -> tuple[Path | None, Path | None, Path | None]:
+def _split_output_by_suffix(output: Path | None) -> tuple[Path | None, Path | None, Path | None]:
     """--output as the ONNX file, the engine or the OpenVINO folder that it names by its ending."""
     match output.suffix if output else None:
         case None:
@@ -139,29 +139,29 @@ def _of_endings(output: Path | None) -> tuple[Path | None, Path | None, Path | N
             return None, None, output
 
 
-def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> tuple[Path, Verification | None]:
+def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> tuple[Path, Verification | None]:
     """Write the ONNX file and say what it is; its path, and what compares further forms with the weights."""
     try:
-        from hkd_deploy.export.from_weights import trained_reference, write_verified  # noqa: PLC0415 - torch, only here
-        from hkd_deploy.export.onnx_file import write_onnx  # noqa: PLC0415
-        from hkd_det.train.checkpoint import read_detector  # noqa: PLC0415
+        from hkd_deploy.export.from_weights import export_and_verify, torch_reference  # noqa: PLC0415 - torch, only here
+        from hkd_deploy.export.onnx_file import export_onnx  # noqa: PLC0415
+        from hkd_det.train.checkpoint import load_detector_checkpoint  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise UnavailableError(
             f"{error.name} is not installed; {weights} needs: pip install 'hkd-det[train]' "
             "(a device needs it not: export there from the .onnx file)"
         ) from None
-    checkpoint = read_detector(weights)
+    checkpoint = load_detector_checkpoint(weights)
     trained_hw = tuple(checkpoint.config["imgsz_hw"])
-    options = graph.graph_options(flags, (trained_hw[0], trained_hw[1]))
+    options = graph.make_export_options(flags, (trained_hw[0], trained_hw[1]))
     path = output or weights.with_suffix(".onnx")
     verification = None
     if flags.verify is False:
-        write_onnx(checkpoint, path, options)
+        export_onnx(checkpoint, path, options)
         verdict = "; not compared with torch, as asked by --no-verify"
     else:
-        reference = trained_reference(checkpoint, str(weights), options)
-        verification = verifying.verification(reference, flags.data or str(checkpoint.config["data"]), flags)
-        write_verified(checkpoint, path, options, verification)
+        reference = torch_reference(checkpoint, str(weights), options)
+        verification = verifying.build_verification(reference, flags.data or str(checkpoint.config["data"]), flags)
+        export_and_verify(checkpoint, path, options, verification)
         verdict = ""
     print(
         f"{path}: {checkpoint.model}, {format_imgsz(options.imgsz_hw)}, {path.stat().st_size / 2**20:.1f} MiB{verdict}"
@@ -169,7 +169,7 @@ def _onnx_of_weights(weights: Path, output: Path | None, flags: argparse.Namespa
     return path, verification
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-export", description=__doc__)
     parser.add_argument("model", help="best.pt of a run, or an .onnx file that hkd-export wrote")
     parser.add_argument("--output", help="the file to write; by default best.onnx beside the weights")
@@ -181,5 +181,5 @@ def _parser() -> argparse.ArgumentParser:
     tensorrt.add_arguments(parser)
     openvino_folder.add_arguments(parser)
     targets.add_arguments(parser)
-    verifying.add_arguments(parser)
+    verifying.add_verify_arguments(parser)
     return parser

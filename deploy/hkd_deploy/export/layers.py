@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hkd_deploy.precision.calibration import values_of
-from hkd_deploy.precision.parts import constants
+from hkd_deploy.precision.calibration import run_model
+from hkd_deploy.precision.parts import find_constants
 
-CONVOLUTIONS = ("Conv", "ConvTranspose")
+CONV_OPS = ("Conv", "ConvTranspose")
 
 
 @dataclass(eq=False)
-class Call:
+class LayerTrace:
     """One call of a layer in torch.
 
     scope: the beginning of its nodes' names. parts: the layer, then the normalisation that the exporter folds into it.
@@ -32,15 +32,15 @@ class Call:
 
     name: str
     scope: str
-    parts: list[nn.Module]
-    entered: Tensor
-    left: Tensor
-    read: Tensor
-    given: Tensor
+    modules: list[nn.Module]
+    input_value: Tensor
+    output_value: Tensor
+    input_tensor: Tensor
+    output_tensor: Tensor
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerComparison:
     """How far a layer in the file is from torch's, as shares of the size of the values (norms).
 
     entered, left: of what goes in and comes out, each running on its own values. alone: of what comes out where torch's
@@ -48,73 +48,73 @@ class Layer:
     """
 
     name: str
-    entered: float
-    left: float
-    alone: float
+    input_error: float
+    output_error: float
+    layer_error: float
 
 
 @torch.no_grad()
-def compared_layers(
-    deployed: nn.Module, model: Any, batch: NDArray[Any]
-) -> tuple[list[Layer], list[NDArray[Any]], list[NDArray[Any]]]:
+def compare_layers(
+    export_module: nn.Module, model: Any, batch: NDArray[Any]
+) -> tuple[list[LayerComparison], list[NDArray[Any]], list[NDArray[Any]]]:
     """The layers that pair, in torch's order, and the outputs of both for a batch: torch's, the file's.
 
     model: an onnx.ModelProto. Looking at its inside keeps the runtime from fusing operators.
     """
-    nodes = _nodes_by_scope(model)
+    nodes = _group_nodes_by_scope(model)
     outputs = [output.name for output in model.graph.output]
-    with _recording(deployed) as calls:
-        wanted = [value.numpy() for value in deployed(torch.from_numpy(batch))]
-    pairs = _with_ends(model, _paired(_folded(calls, nodes), nodes))
+    with _record_calls(export_module) as calls:
+        wanted = [value.numpy() for value in export_module(torch.from_numpy(batch))]
+    pairs = _find_boundary_values(model, _pair_calls_with_nodes(_merge_folded_norms(calls, nodes), nodes))
     inside = sorted({name for _, ends in pairs for name in ends} - set(outputs))
-    (values,) = values_of(model, [*outputs, *inside], [batch])
+    (values,) = run_model(model, [*outputs, *inside], [batch])
     layers = [
-        _layer(call, values[entry], values[end])
+        _compare_layer(call, values[entry], values[end])
         for call, (entry, end) in pairs
-        if values[entry].shape == call.entered.shape and values[end].shape == call.left.shape
+        if values[entry].shape == call.input_value.shape and values[end].shape == call.output_value.shape
     ]
     return layers, wanted, [values[name] for name in outputs]
 
 
-def relative(wanted: NDArray[Any], found: NDArray[Any]) -> float:
+def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     """The norm of the difference over the norm of what is wanted; infinite where a value is no number."""
-    error = np.linalg.norm((found - wanted).astype(np.float64).ravel())
-    share = error / max(1e-12, float(np.linalg.norm(wanted.astype(np.float64).ravel())))
+    error = np.linalg.norm((actual - expected).astype(np.float64).ravel())
+    share = error / max(1e-12, float(np.linalg.norm(expected.astype(np.float64).ravel())))
     return float(share) if np.isfinite(share) else float("inf")
 
 
 @dataclass(eq=False)
-class _Underway:
+class _ActiveCall:
     """A module that has been called and has not answered. leaf: it has called no other so far."""
 
     module: nn.Module
     name: str
-    entered: Tensor | None
-    leaf: bool = True
+    input_value: Tensor | None
+    is_leaf: bool = True
 
 
 @contextmanager
-def _recording(network: nn.Module) -> Iterator[list[Call]]:
+def _record_calls(network: nn.Module) -> Iterator[list[LayerTrace]]:
     """While it lasts, every call of a layer that takes one tensor and gives one is noted, in order."""
     known = {module: name for name, module in network.named_modules()}
-    stack: list[_Underway] = []
-    calls: list[Call] = []
+    stack: list[_ActiveCall] = []
+    calls: list[LayerTrace] = []
 
     def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
         name = known[module]
         if stack:
-            stack[-1].leaf = False
+            stack[-1].is_leaf = False
             # A module that several share has the name that it has with its caller.
             own = [part for part, child in stack[-1].module.named_children() if child is module]
             name = f"{stack[-1].name}.{own[0]}" if own else name
         plain = len(given) == 1 and isinstance(given[0], Tensor)
-        stack.append(_Underway(module, name, given[0].clone() if plain else None))
+        stack.append(_ActiveCall(module, name, given[0].clone() if plain else None))
 
     def leave(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        scope = "".join(f"/{_segment(known[one.module])}" for one in stack)
+        scope = "".join(f"/{_get_scope_segment(known[one.module])}" for one in stack)
         call = stack.pop()
-        if call.leaf and call.entered is not None and isinstance(output, Tensor):
-            calls.append(Call(call.name, scope, [module], call.entered, output.clone(), given[0], output))
+        if call.is_leaf and call.input_value is not None and isinstance(output, Tensor):
+            calls.append(LayerTrace(call.name, scope, [module], call.input_value, output.clone(), given[0], output))
 
     inner = [module for module in known if module is not network]
     hooks = [module.register_forward_pre_hook(enter) for module in inner]
@@ -126,37 +126,39 @@ def _recording(network: nn.Module) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def _segment(name: str) -> str:
+def _get_scope_segment(name: str) -> str:
     """A module's part of a node's name: its own last name, with the numbers behind it."""
     atoms = name.split(".")
     start = next((at for at in reversed(range(len(atoms))) if not atoms[at].isnumeric()), 0)
     return ".".join(atoms[start:])
 
 
-def _nodes_by_scope(model: Any) -> dict[str, list[Any]]:
+def _group_nodes_by_scope(model: Any) -> dict[str, list[Any]]:
     nodes: dict[str, list[Any]] = defaultdict(list)
     for node in model.graph.node:
         nodes[node.name.rpartition("/")[0]].append(node)
     return nodes
 
 
-def _folded(calls: Sequence[Call], nodes: dict[str, list[Any]]) -> list[Call]:
+def _merge_folded_norms(calls: Sequence[LayerTrace], nodes: dict[str, list[Any]]) -> list[LayerTrace]:
     """The calls, each normalisation that left no node joined to the layer whose output it reads."""
-    givers: dict[int, Call] = {}  # by the tensor, which its call keeps alive
+    givers: dict[int, LayerTrace] = {}  # by the tensor, which its call keeps alive
     kept = []
     for call in calls:
-        giver = givers.get(id(call.read))
-        if isinstance(call.parts[0], _BatchNorm) and call.scope not in nodes and giver is not None:
-            giver.parts, giver.left = [*giver.parts, *call.parts], call.left
+        giver = givers.get(id(call.input_tensor))
+        if isinstance(call.modules[0], _BatchNorm) and call.scope not in nodes and giver is not None:
+            giver.modules, giver.output_value = [*giver.modules, *call.modules], call.output_value
         else:
             kept.append(call)
-            givers[id(call.given)] = call
+            givers[id(call.output_tensor)] = call
     return kept
 
 
-def _paired(calls: Sequence[Call], nodes: dict[str, list[Any]]) -> list[tuple[Call, list[Any]]]:
+def _pair_calls_with_nodes(
+    calls: Sequence[LayerTrace], nodes: dict[str, list[Any]]
+) -> list[tuple[LayerTrace, list[Any]]]:
     """Each call with its nodes; calls of one scope are told apart by the number behind it."""
-    by_scope: dict[str, list[Call]] = defaultdict(list)
+    by_scope: dict[str, list[LayerTrace]] = defaultdict(list)
     for call in calls:
         by_scope[call.scope].append(call)
     found = {}
@@ -167,30 +169,32 @@ def _paired(calls: Sequence[Call], nodes: dict[str, list[Any]]) -> list[tuple[Ca
     return [(call, found[id(call)]) for call in calls if id(call) in found]
 
 
-def _with_ends(model: Any, pairs: Sequence[tuple[Call, list[Any]]]) -> list[tuple[Call, tuple[str, str]]]:
+def _find_boundary_values(
+    model: Any, pairs: Sequence[tuple[LayerTrace, list[Any]]]
+) -> list[tuple[LayerTrace, tuple[str, str]]]:
     """Each call with the names of the value that enters its nodes and of the one that leaves them.
 
     Without those of which this is not plain.
     """
-    fixed = {*constants(model), *(entry.name for entry in model.graph.input), ""}
+    fixed = {*find_constants(model), *(entry.name for entry in model.graph.input), ""}
     found = []
     for call, nodes in pairs:
         # Of another name than in torch: something was folded into it.
-        folded = any(node.op_type in CONVOLUTIONS and node.input[1].startswith("onnx::") for node in nodes)
+        folded = any(node.op_type in CONV_OPS and node.input[1].startswith("onnx::") for node in nodes)
         made = {name for node in nodes for name in node.output}
         read = {name for node in nodes for name in node.input} - made - fixed
-        if len(read) == 1 and folded == (len(call.parts) > 1):
+        if len(read) == 1 and folded == (len(call.modules) > 1):
             found.append((call, (read.pop(), nodes[-1].output[0])))
     return found
 
 
-def _layer(call: Call, entered: NDArray[Any], left: NDArray[Any]) -> Layer:
-    alone = torch.tensor(entered)
-    for part in call.parts:
+def _compare_layer(call: LayerTrace, input_value: NDArray[Any], output_value: NDArray[Any]) -> LayerComparison:
+    alone = torch.tensor(input_value)
+    for part in call.modules:
         alone = part(alone)
-    return Layer(
+    return LayerComparison(
         call.name,
-        relative(call.entered.numpy(), entered),
-        relative(call.left.numpy(), left),
-        relative(alone.numpy(), left),
+        relative_error(call.input_value.numpy(), input_value),
+        relative_error(call.output_value.numpy(), output_value),
+        relative_error(alone.numpy(), output_value),
     )

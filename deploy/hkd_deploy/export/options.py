@@ -3,17 +3,17 @@
 import argparse
 from dataclasses import dataclass
 
-from hkd_deploy.artifact import Manifest
+from hkd_deploy.artifact import ModelMetadata
 from hkd_det.errors import UsageError
 from hkd_det.imgsz import format_imgsz, parse_imgsz
 
-MAX_SIZE = "1920x1080"  # the largest picture of most cameras
-DYNAMIC = ("batch", "size")
+DEFAULT_MAX_IMGSZ = "1920x1080"  # the largest picture of most cameras
+DYNAMIC_CHOICES = ("batch", "size")
 FLAGS = ("imgsz", "batch", "dynamic", "letterbox", "max_size", "no_preprocess", "raw")
 
 
 @dataclass(frozen=True)
-class GraphOptions:
+class ExportOptions:
     """The graph's interface. Raises UsageError for what does not go together.
 
     imgsz_hw: (height, width) pixels the network sees; the most it sees where `dynamic_size`.
@@ -68,50 +68,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--letterbox", action="store_true", help="take pictures of any size, resize inside, answer in their pixels"
     )
-    group.add_argument("--max-size", help=f"the largest picture for --letterbox, width x height; by default {MAX_SIZE}")
+    group.add_argument(
+        "--max-size", help=f"the largest picture for --letterbox, width x height; by default {DEFAULT_MAX_IMGSZ}"
+    )
     group.add_argument(
         "--no-preprocess", action="store_true", help="take float32 (B, 3, H, W) RGB 0..1 that you prepared yourself"
     )
     group.add_argument("--raw", action="store_true", help="give every candidate's box and logit, for your own decoder")
 
 
-def graph_options(flags: argparse.Namespace, trained_hw: tuple[int, int]) -> GraphOptions:
+def make_export_options(flags: argparse.Namespace, trained_hw: tuple[int, int]) -> ExportOptions:
     """The options that the flags of `add_arguments` ask for; UsageError for what does not go together."""
     if "batch" in flags.dynamic and flags.batch is not None:
         raise UsageError(f"--batch {flags.batch} --dynamic batch: fixed or free; leave one out")
     if flags.max_size and not flags.letterbox:
         raise UsageError(f"--max-size {flags.max_size}: only for --letterbox; the largest input is --imgsz")
-    return GraphOptions(
+    return ExportOptions(
         parse_imgsz(flags.imgsz or format_imgsz(trained_hw)),
         None if "batch" in flags.dynamic else 1 if flags.batch is None else flags.batch,
         "size" in flags.dynamic,
-        _parse_max_size(flags.max_size or MAX_SIZE) if flags.letterbox else None,
+        _parse_max_imgsz(flags.max_size or DEFAULT_MAX_IMGSZ) if flags.letterbox else None,
         not flags.no_preprocess,
         flags.raw,
     )
 
 
-def options_of(manifest: Manifest) -> GraphOptions:
+def read_export_options(metadata: ModelMetadata) -> ExportOptions:
     """The options that a file was exported with."""
-    return GraphOptions(
-        manifest.imgsz_hw,
-        manifest.batch,
-        manifest.dynamic_size,
-        manifest.max_hw if manifest.letterbox else None,
-        manifest.preprocess == "uint8",
-        manifest.raw,
+    return ExportOptions(
+        metadata.imgsz_hw,
+        metadata.batch,
+        metadata.dynamic,
+        metadata.max_imgsz_hw if metadata.letterbox else None,
+        metadata.preprocess == "uint8",
+        metadata.raw,
     )
 
 
 def _parse_dynamic(text: str) -> tuple[str, ...]:
     words = tuple(text.split(","))
-    if not set(words) <= set(DYNAMIC):
+    if not set(words) <= set(DYNAMIC_CHOICES):
         raise UsageError(f"--dynamic {text}: expected batch, size or batch,size (the model goes before it)")
     return words
 
 
-def _parse_max_size(text: str) -> tuple[int, int]:
+def _parse_max_imgsz(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     if not all(side.isascii() and side.isdigit() and int(side) > 0 for side in (width, height)):
-        raise UsageError(f"--max-size {text}: expected pixels as {MAX_SIZE} (width x height)")
+        raise UsageError(f"--max-size {text}: expected pixels as {DEFAULT_MAX_IMGSZ} (width x height)")
     return int(height), int(width)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.artifact import Manifest
-from hkd_deploy.export.options import GraphOptions, options_of
-from hkd_deploy.export.parity import Run
-from hkd_deploy.precision.judge import detect_all
+from hkd_deploy.artifact import ModelMetadata
+from hkd_deploy.export.options import ExportOptions, read_export_options
+from hkd_deploy.export.parity import RunFunction
+from hkd_deploy.precision.judge import predict_samples
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
 from hkd_det.onnx_session import open_session
@@ -27,24 +27,24 @@ class Reference:
     """
 
     name: str
-    runs_on: str
-    options: GraphOptions
-    run: Run
-    detect: Callable[[Sequence[Sample]], list[Detections]]
-    explain: Callable[[Path, NDArray[Any]], str]
+    backend: str
+    options: ExportOptions
+    run: RunFunction
+    predict: Callable[[Sequence[Sample]], list[Detections]]
+    locate_difference: Callable[[Path, NDArray[Any]], str]
 
 
-def exported_reference(path: Path) -> Reference:
+def onnx_reference(path: Path) -> Reference:
     """An ONNX file of hkd-export on ONNX Runtime. Raises as `open_session` and `Manifest.from_metadata` do."""
     session = open_session(path)
-    options = options_of(Manifest.from_metadata(session.get_modelmeta().custom_metadata_map, path))
+    options = read_export_options(ModelMetadata.from_metadata(session.get_modelmeta().custom_metadata_map, path))
 
     def run(batch: NDArray[Any]) -> list[NDArray[Any]]:
         answers = session.run(None, {"images": np.repeat(batch, options.batch or 1, axis=0)})
         return [answer[:1] for answer in answers]
 
     def detect(samples: Sequence[Sample]) -> list[Detections]:
-        return detect_all(path, "cpu", "onnxruntime", samples, path.name)
+        return predict_samples(path, "cpu", "onnxruntime", samples, path.name)
 
     return Reference(
         str(path), "onnxruntime", options, run, detect, lambda _path, _batch: "there is no torch to tell where"

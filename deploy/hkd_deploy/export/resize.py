@@ -13,50 +13,52 @@ from hkd_det.imgsz import STRIDE
 from hkd_det.letterbox import PAD_VALUE
 
 
-class GraphLetterbox(nn.Module):
+class LetterboxModule(nn.Module):
     """Pictures of any one size into inputs of `input_hw`, as `Letterbox` does it."""
 
     def __init__(self, input_hw: tuple[int, int]) -> None:
         super().__init__()
         self.input_hw = input_hw
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, W, 3] float RGB to inputs [B, 3, h, w] in whole grey levels, (H, W) [2] and their size inside [2]."""
-        source_hw = shape_as_tensor(pictures)[1:3].float()
-        inside_hw = content_hw(source_hw, self.input_hw)
+        source_hw = shape_as_tensor(images)[1:3].float()
+        inside_hw = compute_content_hw(source_hw, self.input_hw)
         shrinks = inside_hw[0] < source_hw[0]
         down, across = (
-            _weights(torch.arange(pictures.shape[axis + 1]).float(), source_hw[axis], inside_hw[axis], size, shrinks)
+            _compute_resize_weights(
+                torch.arange(images.shape[axis + 1]).float(), source_hw[axis], inside_hw[axis], size, shrinks
+            )
             for axis, size in enumerate(self.input_hw)
         )
-        lower = pictures.permute(0, 3, 2, 1) @ down.transpose(0, 1)  # [B, 3, W, h]
+        lower = images.permute(0, 3, 2, 1) @ down.transpose(0, 1)  # [B, 3, W, h]
         resized = lower.transpose(2, 3) @ across.transpose(0, 1)  # [B, 3, h, w]
         rows, columns = (torch.arange(size).float() for size in self.input_hw)
         inside = (rows < inside_hw[0])[:, None] & (columns < inside_hw[1])
         return torch.where(inside, resized.round(), float(PAD_VALUE)), source_hw, inside_hw
 
 
-def to_source(boxes_xyxy: Tensor, source_hw: Tensor, inside_hw: Tensor) -> Tensor:
+def scale_boxes_to_source(boxes_xyxy: Tensor, source_hw: Tensor, content_hw: Tensor) -> Tensor:
     """Boxes [B, K, 4] in input pixels to pixels of pictures of source_hw [2], cut at their borders.
 
     inside_hw [2]: their size inside the input.
     """
-    return cut(boxes_xyxy * (source_hw / inside_hw).flip(0).repeat(2), source_hw)
+    return clip_boxes_traceable(boxes_xyxy * (source_hw / content_hw).flip(0).repeat(2), source_hw)
 
 
-def cut(boxes_xyxy: Tensor, picture_hw: Tensor) -> Tensor:
+def clip_boxes_traceable(boxes_xyxy: Tensor, image_hw: Tensor) -> Tensor:
     """Boxes [..., 4] cut at the borders of pictures of picture_hw [2] pixels."""
-    return torch.minimum(boxes_xyxy.clamp(min=0), picture_hw.flip(0).repeat(2))
+    return torch.minimum(boxes_xyxy.clamp(min=0), image_hw.flip(0).repeat(2))
 
 
-def padded(pictures: Tensor, least_hw: tuple[int, int]) -> Tensor:
+def pad_to_stride(images: Tensor, min_hw: tuple[int, int]) -> Tensor:
     """[B, 3, H, W] pictures, grey added below and at the right up to multiples of 32, `least_hw` at least."""
-    sides = shape_as_tensor(pictures)[2:]
-    missing = torch.maximum((sides + STRIDE - 1) // STRIDE * STRIDE, torch.tensor(least_hw)) - sides
-    return F.pad(pictures, (0, missing[1], 0, missing[0]), value=float(PAD_VALUE))  # type: ignore[arg-type]
+    sides = shape_as_tensor(images)[2:]
+    missing = torch.maximum((sides + STRIDE - 1) // STRIDE * STRIDE, torch.tensor(min_hw)) - sides
+    return F.pad(images, (0, missing[1], 0, missing[0]), value=float(PAD_VALUE))  # type: ignore[arg-type]
 
 
-def content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:
+def compute_content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:
     """Size [2] of the scaled picture inside the input, at least one pixel; whole numbers as float32."""
     limits = torch.tensor(input_hw).float()
     # By whole numbers, exact in float32: a scale would be off at halves.
@@ -65,14 +67,16 @@ def content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:
     return torch.minimum((source_hw * side / source_side).round().clamp(min=1), limits)
 
 
-def _weights(pixels: Tensor, source: Tensor, content: Tensor, size: int, shrinks: Tensor) -> Tensor:
+def _compute_resize_weights(
+    pixels: Tensor, source_size: Tensor, content_size: Tensor, input_size: int, is_downscale: Tensor
+) -> Tensor:
     """What each of `size` input pixels takes of each source pixel: [size, len(pixels)]; nothing beyond `content`.
 
     Shares of the area where the picture shrinks (cv2.INTER_AREA), else linear between centres (INTER_LINEAR).
     """
-    places = torch.arange(size).float()[:, None]
-    start, end = places * source / content, (places + 1) * source / content
-    area = (torch.minimum(end, pixels + 1) - torch.maximum(start, pixels)).clamp(min=0) * content / source
-    centre = torch.minimum(((places + 0.5) * source / content - 0.5).clamp(min=0), source - 1)
+    places = torch.arange(input_size).float()[:, None]
+    start, end = places * source_size / content_size, (places + 1) * source_size / content_size
+    area = (torch.minimum(end, pixels + 1) - torch.maximum(start, pixels)).clamp(min=0) * content_size / source_size
+    centre = torch.minimum(((places + 0.5) * source_size / content_size - 0.5).clamp(min=0), source_size - 1)
     linear = (1 - (centre - pixels).abs()).clamp(min=0)
-    return torch.where(places < content, torch.where(shrinks, area, linear), 0.0)
+    return torch.where(places < content_size, torch.where(is_downscale, area, linear), 0.0)

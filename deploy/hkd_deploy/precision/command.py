@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hkd_deploy.precision.calibration import calibration_samples
-from hkd_deploy.precision.half import to_half
-from hkd_deploy.precision.judge import Judgement, judge, judged_samples, judging_backend, race
-from hkd_deploy.precision.parts import parts_of
-from hkd_deploy.precision.quantise import quantise
-from hkd_deploy.precision.source import Source, read_source
-from hkd_deploy.precision.verdict import Verdict, unmeasured
-from hkd_deploy.precision.write import save
+from hkd_deploy.precision.calibration import load_calibration_samples
+from hkd_deploy.precision.half import convert_to_half
+from hkd_deploy.precision.judge import Accuracy, compare_latency, eval_backend, evaluate_accuracy, load_eval_samples
+from hkd_deploy.precision.parts import find_graph_regions
+from hkd_deploy.precision.quantise import quantize
+from hkd_deploy.precision.source import Fp32Model, read_fp32_model
+from hkd_deploy.precision.verdict import PrecisionReport, not_measured
+from hkd_deploy.precision.write import save_model
 from hkd_det.datasets.sample import Sample
 from hkd_det.errors import HkdError, UsageError
-from hkd_det.files import replacing
+from hkd_det.files import atomic_write
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FLAGS = ("calib", "calib_images", "max_mr_rise", "conf", "measure_on", "force")
-NO_BF16 = "ONNX Runtime has no bfloat16 convolution; it is for TensorRT: measure it there with hkd-bench"
+BF16_SKIP_REASON = "ONNX Runtime has no bfloat16 convolution; it is for TensorRT: measure it there with hkd-bench"
 
 
 # Fractions, on all pictures of the val split, by file and backend on the CPU.
@@ -59,75 +59,82 @@ def write_precision(fp32: Path, output: Path | None, flags: argparse.Namespace) 
     path = output or fp32.with_suffix(f".{flags.precision}.onnx")
     if path.resolve() == fp32.resolve():
         raise UsageError(f"--output {path}: is the FP32 file itself; name another")
-    _check(flags)
-    source = read_source(fp32)
+    _check_flags(flags)
+    source = read_fp32_model(fp32)
     if flags.precision == "bf16":
-        line, facts = unmeasured("bf16", NO_BF16)
+        line, facts = not_measured("bf16", BF16_SKIP_REASON)
         known: MissRates = {}
-        with replacing(path) as aside:
-            save(source, to_half(source.model, parts_of(source.model), "bf16"), aside, "bf16", {}, facts)
+        with atomic_write(path) as aside:
+            save_model(
+                source,
+                convert_to_half(source.model, find_graph_regions(source.model), "bf16"),
+                aside,
+                "bf16",
+                {},
+                facts,
+            )
     else:
-        verdict = _write_judged(source, path, flags)
-        line, known = verdict.line(), _miss_rates(source.path, path, verdict, flags.measure_on)
+        verdict = _write_evaluated(source, path, flags)
+        line, known = verdict.log_line(), _collect_miss_rates(source.path, path, verdict, flags.measure_on)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; {line}")
     return path, known
 
 
-def _miss_rates(fp32: Path, path: Path, verdict: Verdict, device: str) -> MissRates:
+def _collect_miss_rates(fp32: Path, path: Path, report: PrecisionReport, device: str) -> MissRates:
     if device != "cpu":
         return {}
-    on = verdict.judged_on
-    return {(fp32, on): verdict.before.miss_rate, (path, on): verdict.after.miss_rate}
+    on = report.eval_backend
+    return {(fp32, on): report.before.miss_rate, (path, on): report.after.miss_rate}
 
 
-def _write_judged(source: Source, path: Path, flags: argparse.Namespace) -> Verdict:
+def _write_evaluated(source: Fp32Model, path: Path, flags: argparse.Namespace) -> PrecisionReport:
     """Make, judge and write the file; the verdict. What the data lacks is said before an hour has gone by."""
-    data = flags.data or source.manifest.data
-    samples = judged_samples(data)
-    before, model, quantised = _made(source, samples, data, flags)
-    with replacing(path) as aside:
-        save(source, model, aside, flags.precision, quantised, {})
-        after = judge(aside, flags.measure_on, samples, flags.conf, flags.precision)
-        races = tuple(race(source.path, aside, flags.measure_on, samples))
-        judged_on = judging_backend(flags.measure_on)
-        verdict = Verdict(flags.precision, before, after, judged_on, races, flags.conf, flags.max_mr_rise)
-        if verdict.miss_rate_rise > flags.max_mr_rise and not flags.force:
-            raise PrecisionError(_refusal(path, verdict, quantised))
-        save(source, model, aside, flags.precision, quantised, verdict.facts())
+    data = flags.data or source.model_metadata.data
+    samples = load_eval_samples(data)
+    before, model, quantised = _make_model(source, samples, data, flags)
+    with atomic_write(path) as aside:
+        save_model(source, model, aside, flags.precision, quantised, {})
+        after = evaluate_accuracy(aside, flags.measure_on, samples, flags.conf, flags.precision)
+        races = tuple(compare_latency(source.path, aside, flags.measure_on, samples))
+        judged_on = eval_backend(flags.measure_on)
+        verdict = PrecisionReport(flags.precision, before, after, judged_on, races, flags.conf, flags.max_mr_rise)
+        if verdict.mr_increase > flags.max_mr_rise and not flags.force:
+            raise PrecisionError(_format_refusal(path, verdict, quantised))
+        save_model(source, model, aside, flags.precision, quantised, verdict.to_metadata())
     return verdict
 
 
-def _made(
-    source: Source, samples: Sequence[Sample], data: str, flags: argparse.Namespace
-) -> tuple[Judgement, Any, dict[str, Any]]:
+def _make_model(
+    source: Fp32Model, samples: Sequence[Sample], data: str, flags: argparse.Namespace
+) -> tuple[Accuracy, Any, dict[str, Any]]:
     """How well FP32 sees, the smaller model, and how INT8 was made."""
     if flags.precision == "fp16":
-        before = judge(source.path, flags.measure_on, samples, flags.conf, "fp32")
-        return before, to_half(source.model, parts_of(source.model), "fp16"), {}
+        before = evaluate_accuracy(source.path, flags.measure_on, samples, flags.conf, "fp32")
+        return before, convert_to_half(source.model, find_graph_regions(source.model), "fp16"), {}
     calib = flags.calib or data
-    calibration = calibration_samples(calib, flags.calib_images)
-    before = judge(source.path, flags.measure_on, samples, flags.conf, "fp32")
+    calibration = load_calibration_samples(calib, flags.calib_images)
+    before = evaluate_accuracy(source.path, flags.measure_on, samples, flags.conf, "fp32")
 
     def rise_of(trial: Path, what: str) -> float:
-        seen = judge(trial, flags.measure_on, samples, flags.conf, what)
+        seen = evaluate_accuracy(trial, flags.measure_on, samples, flags.conf, what)
         return 100 * (seen.miss_rate - before.miss_rate)
 
-    made = quantise(source, calibration, rise_of, flags.max_mr_rise)
-    return before, made.model, made.facts(calib, len(calibration))
+    made = quantize(source, calibration, rise_of, flags.max_mr_rise)
+    return before, made.model, made.to_metadata(calib, len(calibration))
 
 
-def _refusal(path: Path, verdict: Verdict, quantised: dict[str, Any]) -> str:
+def _format_refusal(path: Path, report: PrecisionReport, quantization: dict[str, Any]) -> str:
     tried, remedy = "", "stay with fp32"
-    if quantised:
-        tried = f", even with {len(quantised['left_out'])} of {quantised['layers']} layers left out"
+    if quantization:
+        tried = f", even with {len(quantization['left_out'])} of {quantization['layers']} layers left out"
         remedy = "try more --calib-images or other --calib data"
     return (
-        f"{path}: not written: the miss rate rises by {verdict.miss_rate_rise:.2f} points{tried}, more than "
-        f"--max-mr-rise {verdict.max_mr_rise:g}; {remedy}, or --force"
+        f"{path}: not written: the miss rate rises by {report.mr_increase:.2f} points{tried}, more than "
+        f"--max-mr-rise {report.max_mr_increase:g}; {remedy}, or --force"
     )
 
 
-def _check(flags: argparse.Namespace) -> None:
+def _check_flags(flags: argparse.Namespace) -> None:
     if not (math.isfinite(flags.max_mr_rise) and flags.max_mr_rise >= 0):
         raise UsageError(f"--max-mr-rise {flags.max_mr_rise}: percentage points, from 0 up")
     if not 0 < flags.conf < 1:

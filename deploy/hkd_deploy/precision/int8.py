@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from hkd_deploy.precision.calibration import Reach
-from hkd_deploy.precision.parts import LAYERS
+from hkd_deploy.precision.calibration import TensorRanges
+from hkd_deploy.precision.parts import LAYER_OPS
 from hkd_deploy.precision.source import import_onnx
 
 # Of a scale of 0 nothing can be divided: a map that is silent in all of the calibration.
-LEAST_REACH = 1e-6
+MIN_RANGE = 1e-6
 
 
-def with_folded_norms(model: Any) -> Any:
+def fold_norms(model: Any) -> Any:
     """The same model with what follows a convolution and is as linear (a normalisation) folded into its weights.
 
     torch has done so for a normalisation of its own kind, not for a frozen one's multiplication and addition.
@@ -46,7 +46,7 @@ def with_folded_norms(model: Any) -> Any:
     return folded
 
 
-def to_int8(model: Any, layers: Iterable[str], reach: Reach) -> Any:
+def convert_to_int8(model: Any, layers: Iterable[str], tensor_ranges: TensorRanges) -> Any:
     """A copy of an FP32 model with `layers` (names of nodes) in INT8; reach: of what enters each of them."""
     quantization = importlib.import_module("onnxruntime.quantization")
     calibrate = importlib.import_module("onnxruntime.quantization.calibrate")
@@ -56,12 +56,12 @@ def to_int8(model: Any, layers: Iterable[str], reach: Reach) -> Any:
     names = list(layers)
     if not names:
         return copied
-    _part_shared_weights(copied, set(names))
-    ends = {name: np.float32(max(most, LEAST_REACH)) for name, most in reach.items()}
+    _duplicate_shared_weights(copied, set(names))
+    ends = {name: np.float32(max(most, MIN_RANGE)) for name, most in tensor_ranges.items()}
     ranges = calibrate.TensorsData(
         quantization.CalibrationMethod.MinMax, {name: (np.array(-most), np.array(most)) for name, most in ends.items()}
     )
-    with _quiet():
+    with _silence_logging():
         quantizer = quantization.QDQQuantizer(
             onnx.shape_inference.infer_shapes(copied),
             per_channel=True,
@@ -71,12 +71,12 @@ def to_int8(model: Any, layers: Iterable[str], reach: Reach) -> Any:
             tensors_range=ranges,
             nodes_to_quantize=names,
             nodes_to_exclude=[],
-            op_types_to_quantize=sorted(LAYERS),
+            op_types_to_quantize=sorted(LAYER_OPS),
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": sorted(LAYERS),
+                "OpTypesToExcludeOutputQuantization": sorted(LAYER_OPS),
             },
         )
         quantizer.quantize_model()
@@ -87,22 +87,22 @@ def to_int8(model: Any, layers: Iterable[str], reach: Reach) -> Any:
     return made
 
 
-def _part_shared_weights(model: Any, quantised: set[str]) -> None:
+def _duplicate_shared_weights(model: Any, quantized_nodes: set[str]) -> None:
     """Give the quantised layers a copy of weights that others read, too: those others keep the exact ones."""
-    readers = [node for node in model.graph.node if node.op_type in LAYERS]
-    theirs = {node.input[1] for node in readers if node.name not in quantised}
-    shared = theirs.intersection(node.input[1] for node in readers if node.name in quantised)
+    readers = [node for node in model.graph.node if node.op_type in LAYER_OPS]
+    theirs = {node.input[1] for node in readers if node.name not in quantized_nodes}
+    shared = theirs.intersection(node.input[1] for node in readers if node.name in quantized_nodes)
     for tensor in [one for one in model.graph.initializer if one.name in shared]:
         copy = model.graph.initializer.add()
         copy.CopyFrom(tensor)
         copy.name = f"{tensor.name}_to_quantise"
     for node in readers:
-        if node.name in quantised and node.input[1] in shared:
+        if node.name in quantized_nodes and node.input[1] in shared:
             node.input[1] = f"{node.input[1]}_to_quantise"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_logging() -> Iterator[None]:
     """The quantiser advises, on the root logger, to do what has been done."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

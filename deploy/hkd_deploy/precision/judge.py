@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hkd_deploy.pipeline import Detector, open_detector
-from hkd_det.datasets.catalogue import open_data
-from hkd_det.datasets.sample import Sample, read_picture
+from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets.sample import Sample, read_image
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError, HkdError
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
-from hkd_det.metrics.curve import MissRate
-from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.metrics.curve import MissRateResult
+from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 
-ROUNDS, RUNS = 4, 10  # on each runtime in every round
-WARM_UP = 3  # runs of a round; the other runtime's threads have come to rest then
-TIMED_PICTURES = WARM_UP + RUNS
+NUM_ROUNDS, NUM_RUNS = 4, 10  # on each runtime in every round
+NUM_WARMUP = 3  # runs of a round; the other runtime's threads have come to rest then
+NUM_TIMED_IMAGES = NUM_WARMUP + NUM_RUNS
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Accuracy:
     """miss_rate: MR^-2, Reasonable, 0..1. recall: of the people to be found, at the operating threshold, 0..1."""
 
     miss_rate: float
@@ -35,7 +35,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Race:
+class LatencyComparison:
     """Median milliseconds from frame to detections of the FP32 file and of the other, on one runtime."""
 
     backend: str
@@ -43,76 +43,76 @@ class Race:
     ms: float
 
 
-def judged_samples(data: str) -> list[Sample]:
+def load_eval_samples(data: str) -> list[Sample]:
     """A data set's val split. Raises as `open_data` does, with what to do about it; DataError if it shows nobody."""
     try:
-        samples = open_data(data, "val")
+        samples = load_dataset(data, "val")
     except HkdError as error:
         raise type(error)(f"no pictures to judge by: {error} (--data DATA names others)") from error
-    truth = TruthTable.of([sample.truth for sample in samples])
-    if not evaluate(truth, DetectionTable.of([]), [REASONABLE])[REASONABLE.name].people:
+    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
+    if not evaluate(truth, DetectionTable.from_detections([]), [REASONABLE])[REASONABLE.name].num_gt:
         raise DataError(f"{data}: nobody of 50 px or more in its split val to judge by; --data DATA names others")
     return samples
 
 
-def judge(path: Path, device: str, samples: Sequence[Sample], conf: float, what: str) -> Judgement:
+def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: float, desc: str) -> Accuracy:
     """Run a file over all samples, on `judging_backend`. conf: the operating threshold. what: for the progress bar."""
-    found = detect_all(path, device, judging_backend(device), samples, what)
-    truth = TruthTable.of([sample.truth for sample in samples])
-    judged = evaluate(truth, DetectionTable.of(found), [REASONABLE])[REASONABLE.name]
-    return Judgement(judged.value, recall_at(judged, conf))
+    found = predict_samples(path, device, eval_backend(device), samples, desc)
+    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
+    judged = evaluate(truth, DetectionTable.from_detections(found), [REASONABLE])[REASONABLE.name]
+    return Accuracy(judged.value, compute_recall(judged, conf))
 
 
-def detect_all(path: Path, device: str, backend: str, samples: Sequence[Sample], what: str) -> list[Detections]:
+def predict_samples(path: Path, device: str, backend: str, samples: Sequence[Sample], desc: str) -> list[Detections]:
     """Detections of every sample, in order, in pixels of its picture. what: for the progress bar."""
     with open_detector(path, device, backend=backend) as detector:
-        return [detector(read_picture(sample.path)) for sample in tqdm(samples, what, unit="picture", leave=False)]
+        return [detector(read_image(sample.path)) for sample in tqdm(samples, desc, unit="picture", leave=False)]
 
 
-def recall_at(judged: MissRate, conf: float) -> float:
+def compute_recall(result: MissRateResult, conf: float) -> float:
     """The share of people that detections with a score of at least `conf` find."""
-    count = int((judged.scores >= conf).sum())
-    return 1 - float(judged.miss_rate[count - 1]) if count else 0.0
+    count = int((result.scores >= conf).sum())
+    return 1 - float(result.miss_rate[count - 1]) if count else 0.0
 
 
-def race(fp32: Path, path: Path, device: str, samples: Sequence[Sample]) -> list[Race]:
+def compare_latency(fp32: Path, path: Path, device: str, samples: Sequence[Sample]) -> list[LatencyComparison]:
     """Both files in turn, picture by picture, on every runtime that is installed and takes the device.
 
     The runtimes take turns, too: what else the machine does then slows all of them alike.
     """
-    places = np.linspace(0, len(samples) - 1, min(TIMED_PICTURES, len(samples))).round().astype(int)
-    pictures = [read_picture(samples[place].path) for place in places]
-    names = backends(device)
+    places = np.linspace(0, len(samples) - 1, min(NUM_TIMED_IMAGES, len(samples))).round().astype(int)
+    pictures = [read_image(samples[place].path) for place in places]
+    names = list_onnx_backends(device)
     times_ms: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with ExitStack() as opened:
         pairs = {
             name: [opened.enter_context(open_detector(one, device, backend=name)) for one in (fp32, path)]
             for name in names
         }
-        for name in tqdm(names * ROUNDS, "timing", unit="round", leave=False):
+        for name in tqdm(names * NUM_ROUNDS, "timing", unit="round", leave=False):
             first, second = pairs[name]
-            runs = [(_timed_ms(first, picture), _timed_ms(second, picture)) for picture in _round_of(pictures)]
-            times_ms[name] += runs[WARM_UP:]
-    return [Race(name, *(float(median) for median in np.median(times_ms[name], axis=0))) for name in names]
+            runs = [(_measure_ms(first, picture), _measure_ms(second, picture)) for picture in _iterate_round(pictures)]
+            times_ms[name] += runs[NUM_WARMUP:]
+    return [LatencyComparison(name, *(float(median) for median in np.median(times_ms[name], axis=0))) for name in names]
 
 
-def _round_of(pictures: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+def _iterate_round(images: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
     """As many as a round needs."""
-    return islice(cycle(pictures), WARM_UP + RUNS)
+    return islice(cycle(images), NUM_WARMUP + NUM_RUNS)
 
 
-def _timed_ms(detector: Detector, picture: NDArray[np.uint8]) -> float:
+def _measure_ms(detector: Detector, image: NDArray[np.uint8]) -> float:
     start = perf_counter()
-    detector(picture)
+    detector(image)
     return 1e3 * (perf_counter() - start)
 
 
-def judging_backend(device: str) -> str:
+def eval_backend(device: str) -> str:
     """The runtime that miss rates are measured on: OpenVINO where it is, which is the one that reckons in INT8."""
-    return backends(device)[-1]
+    return list_onnx_backends(device)[-1]
 
 
-def backends(device: str) -> list[str]:
+def list_onnx_backends(device: str) -> list[str]:
     """The installed runtimes that an ONNX file runs on as it is, without an engine being built first."""
     with_openvino = device == "cpu" and importlib.util.find_spec("openvino") is not None
     return ["onnxruntime", *(["openvino"] if with_openvino else [])]

@@ -15,12 +15,12 @@ from typing import Any
 
 from hkd_deploy.precision.source import import_onnx
 
-LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-READERS = frozenset({"RoiAlign", "GridSample"})  # of maps, their first input, at places that the others say
+LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+SAMPLING_OPS = frozenset({"RoiAlign", "GridSample"})  # of maps, their first input, at places that the others say
 
 
 @dataclass(frozen=True)
-class Parts:
+class GraphRegions:
     """Names of nodes. layers: those of the body, in the graph's order. last: the last layers, in the graph's order.
 
     body: all nodes of the body, `layers` among them.
@@ -28,26 +28,26 @@ class Parts:
 
     body: frozenset[str]
     layers: tuple[str, ...]
-    last: tuple[str, ...]
+    output_layers: tuple[str, ...]
 
 
-def parts_of(model: Any) -> Parts:
+def find_graph_regions(model: Any) -> GraphRegions:
     """The parts of a model whose nodes have names of their own."""
-    features = _feature_inputs(model)
-    weights = constants(model)
+    features = _find_feature_inputs(model)
+    weights = find_constants(model)
     nodes = list(model.graph.node)
-    layers = {node.name for node in nodes if node.op_type in LAYERS and node.input[1] in weights}
-    after = _reached(nodes, features, layers)
-    before = _reaching(nodes, features, layers)
+    layers = {node.name for node in nodes if node.op_type in LAYER_OPS and node.input[1] in weights}
+    after = _find_downstream_nodes(nodes, features, layers)
+    before = _find_upstream_nodes(nodes, features, layers)
     body = {node.name for node in nodes if (node.name in layers or node.name in after) and node.name in before}
-    return Parts(
+    return GraphRegions(
         frozenset(body),
         tuple(node.name for node in nodes if node.name in layers and node.name in body),
         tuple(node.name for node in nodes if node.name in layers and node.name not in body),
     )
 
 
-def constants(model: Any) -> dict[str, Any]:
+def find_constants(model: Any) -> dict[str, Any]:
     """Name to TensorProto of all that is fixed: initializers, values of Constant nodes, and other names for either."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -58,32 +58,32 @@ def constants(model: Any) -> dict[str, Any]:
     return found
 
 
-def reads(node: Any) -> list[str]:
+def list_node_inputs(node: Any) -> list[str]:
     """All that a node reads: its inputs, and what the graphs inside it (of an If) take from around them."""
     inside = [inner for attribute in node.attribute for inner in attribute.g.node]
-    return [*node.input, *(name for inner in inside for name in reads(inner))]
+    return [*node.input, *(name for inner in inside for name in list_node_inputs(inner))]
 
 
-def float_tensors(model: Any) -> frozenset[str]:
+def find_float_tensors(model: Any) -> frozenset[str]:
     """Names of all values that are FP32."""
     onnx = import_onnx()
     graph = onnx.shape_inference.infer_shapes(model).graph
     infos = [*graph.input, *graph.output, *graph.value_info]
     typed = {info.name: info.type.tensor_type.elem_type for info in infos}
-    typed.update({name: tensor.data_type for name, tensor in constants(model).items()})
+    typed.update({name: tensor.data_type for name, tensor in find_constants(model).items()})
     return frozenset(name for name, kind in typed.items() if kind == onnx.TensorProto.FLOAT)
 
 
-def _feature_inputs(model: Any) -> dict[str, list[str]]:
+def _find_feature_inputs(model: Any) -> dict[str, list[str]]:
     """Of each node the inputs by which features come: floats, and of those that read maps at places only the maps."""
-    floats = float_tensors(model)
+    floats = find_float_tensors(model)
     return {
-        node.name: [name for name in (node.input[:1] if node.op_type in READERS else node.input) if name in floats]
+        node.name: [name for name in (node.input[:1] if node.op_type in SAMPLING_OPS else node.input) if name in floats]
         for node in model.graph.node
     }
 
 
-def _reached(nodes: Iterable[Any], features: dict[str, list[str]], layers: set[str]) -> set[str]:
+def _find_downstream_nodes(nodes: Iterable[Any], features: dict[str, list[str]], layers: set[str]) -> set[str]:
     """Names of the nodes that have a layer before them."""
     carried: set[str] = set()
     found = set()
@@ -96,7 +96,7 @@ def _reached(nodes: Iterable[Any], features: dict[str, list[str]], layers: set[s
     return found
 
 
-def _reaching(nodes: list[Any], features: dict[str, list[str]], layers: set[str]) -> set[str]:
+def _find_upstream_nodes(nodes: list[Any], features: dict[str, list[str]], layers: set[str]) -> set[str]:
     """Names of the nodes that have a layer behind them."""
     wanted: set[str] = set()
     found = set()

@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hkd_deploy.precision.source import Source, import_onnx
+from hkd_deploy.precision.source import Fp32Model, import_onnx
 
 
-def save(
-    source: Source, model: Any, path: Path, precision: str, quantised: dict[str, Any], verdict: dict[str, Any]
+def save_model(
+    source: Fp32Model,
+    model: Any,
+    path: Path,
+    precision: str,
+    quantization: dict[str, Any],
+    precision_report: dict[str, Any],
 ) -> None:
     """Write `model` with its source's metadata and with
 
@@ -19,10 +24,10 @@ def save(
     onnx.helper.set_model_props(
         model,
         {
-            **source.metadata(),
+            **source.get_metadata(),
             "hkd.precision": precision,
-            "hkd.quantised": json.dumps(quantised),
-            "hkd.verdict": json.dumps(verdict),
+            "hkd.quantised": json.dumps(quantization),
+            "hkd.verdict": json.dumps(precision_report),
             "hkd.source_sha256": source.sha256,
         },
     )

@@ -15,11 +15,11 @@ class Frame(NamedTuple):
     timestamp_s: of a live source when it was captured, by time.monotonic(); else its place in the film.
     """
 
-    picture_rgb: NDArray[np.uint8]
+    image_rgb: NDArray[np.uint8]
     timestamp_s: float
 
 
-def carry_on() -> bool:
+def wait_forever() -> bool:
     """Wait for as long as it takes: what `frames` does when nobody says otherwise."""
     return True
 
@@ -32,34 +32,34 @@ class FrameSource(ABC):
     meaningless. frame_count: None where unknown or endless. dropped: frames that came and were not given.
     """
 
-    def __init__(self, name: str, live: bool, fps: float | None, frame_count: int | None) -> None:
+    def __init__(self, name: str, is_live: bool, fps: float | None, num_frames: int | None) -> None:
         self.name = name
-        self.live = live
+        self.is_live = is_live
         self.fps = fps
-        self.frame_count = frame_count
+        self.num_frames = num_frames
 
     @property
-    def dropped(self) -> int:
+    def num_dropped(self) -> int:
         """Frames that came too late to be looked at."""
         return 0
 
     @property
-    def trouble(self) -> str:
+    def status(self) -> str:
         """What a live source is waiting for; empty while all is well."""
         return ""
 
     @abstractmethod
-    def frames(self, waiting: Callable[[], bool] = carry_on) -> Iterator[Frame]:
+    def iterate_frames(self, on_idle: Callable[[], bool] = wait_forever) -> Iterator[Frame]:
         """The frames. `waiting` is called some ten times a second while a live source has none; False ends it."""
 
     def __iter__(self) -> Iterator[Frame]:
-        return self.frames()
+        return self.iterate_frames()
 
     @abstractmethod
     def close(self) -> None:
         """Let go of the file or the camera."""
 
 
-def plausible_fps(fps: float) -> float | None:
+def sanitize_fps(fps: float) -> float | None:
     """A frame rate as a container declares it, None for the zeros, NaNs and clock rates that stand for unknown."""
     return fps if 0 < fps <= 1000 else None

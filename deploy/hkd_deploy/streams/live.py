@@ -15,68 +15,70 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.streams.frames import Frame, FrameSource, carry_on, plausible_fps
+from hkd_deploy.streams.frames import Frame, FrameSource, sanitize_fps, wait_forever
 from hkd_det.errors import UnavailableError
 
-WAITING_S = 0.1  # between two looks at a window's keys while no frame comes
+IDLE_INTERVAL_S = 0.1  # between two looks at a window's keys while no frame comes
 
 
 @dataclass(frozen=True)
-class Patience:
+class ReconnectPolicy:
     """How long to wait for a camera, in seconds: to open, for a frame, before asking again at first and at most."""
 
-    open_s: float = 5.0
-    read_s: float = 5.0
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 30.0
+    open_timeout_s: float = 5.0
+    read_timeout_s: float = 5.0
+    initial_backoff_s: float = 1.0
+    max_backoff_s: float = 30.0
 
-    def wait_s(self, failures: int) -> float:
+    def compute_backoff_s(self, num_failures: int) -> float:
         """Before the next try after so many failed ones: doubled each time, and up to a quarter off so that a
         room full of viewers does not ask a rebooted camera in step."""
-        return min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(failures, 30)) * random.uniform(0.75, 1.0)
+        return min(self.max_backoff_s, self.initial_backoff_s * 2.0 ** min(num_failures, 30)) * random.uniform(
+            0.75, 1.0
+        )
 
 
-class LiveSource(FrameSource):
+class CameraSource(FrameSource):
     """A webcam (its index) or a network camera (its address)."""
 
-    def __init__(self, address: int | str, name: str, remedy: str, patience: Patience) -> None:
+    def __init__(self, address: int | str, name: str, hint: str, reconnect_policy: ReconnectPolicy) -> None:
         self._address = address
-        self._patience = patience
+        self._reconnect_policy = reconnect_policy
         self._stop = Event()
-        self._mailbox = Condition()
-        self._newest: tuple[NDArray[np.uint8], float] | None = None  # BGR: converted only if somebody looks
-        self._overwritten = 0
-        self._trouble = ""
-        capture = _open(address, patience)
+        self._frame_condition = Condition()
+        self._latest_frame: tuple[NDArray[np.uint8], float] | None = None  # BGR: converted only if somebody looks
+        self._num_dropped = 0
+        self._status = ""
+        capture = _open_capture(address, reconnect_policy)
         found, picture_bgr = capture.read()
         if not found:
             capture.release()
-            raise UnavailableError(f"{name}: gives no picture; {remedy}")
-        super().__init__(name, live=True, fps=plausible_fps(capture.get(cv2.CAP_PROP_FPS)), frame_count=None)
-        self._put(picture_bgr)
-        self._thread = Thread(target=self._watch, args=(capture,), name=f"camera {name}", daemon=True)
+            raise UnavailableError(f"{name}: gives no picture; {hint}")
+        super().__init__(name, is_live=True, fps=sanitize_fps(capture.get(cv2.CAP_PROP_FPS)), num_frames=None)
+        self._put_frame(picture_bgr)
+        self._thread = Thread(target=self._run_capture_loop, args=(capture,), name=f"camera {name}", daemon=True)
         self._thread.start()
 
     @property
-    def dropped(self) -> int:
+    def num_dropped(self) -> int:
         """Frames that a newer one took the place of before anybody looked."""
-        return self._overwritten
+        return self._num_dropped
 
     @property
-    def trouble(self) -> str:
+    def status(self) -> str:
         """`camera lost ...` from the loss until a frame comes again."""
-        return self._trouble
+        return self._status
 
-    def frames(self, waiting: Callable[[], bool] = carry_on) -> Iterator[Frame]:
+    def iterate_frames(self, on_idle: Callable[[], bool] = wait_forever) -> Iterator[Frame]:
         """The newest frame each time, never one twice; waits while there is none."""
         while not self._stop.is_set():
-            with self._mailbox:
-                self._mailbox.wait_for(lambda: self._newest is not None, timeout=WAITING_S)
-                newest, self._newest = self._newest, None
+            with self._frame_condition:
+                self._frame_condition.wait_for(lambda: self._latest_frame is not None, timeout=IDLE_INTERVAL_S)
+                newest, self._latest_frame = self._latest_frame, None
             if newest is not None:
                 picture_bgr, captured_s = newest
                 yield Frame(cv2.cvtColor(picture_bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False), captured_s)
-            elif not waiting():
+            elif not on_idle():
                 return
 
     def close(self) -> None:
@@ -84,49 +86,49 @@ class LiveSource(FrameSource):
         self._stop.set()
         self._thread.join()
 
-    def _put(self, picture_bgr: NDArray[np.uint8]) -> None:
+    def _put_frame(self, image_bgr: NDArray[np.uint8]) -> None:
         captured_s = time.monotonic()
-        with self._mailbox:
-            self._overwritten += self._newest is not None
-            self._newest = (picture_bgr, captured_s)
-            self._mailbox.notify()
+        with self._frame_condition:
+            self._num_dropped += self._latest_frame is not None
+            self._latest_frame = (image_bgr, captured_s)
+            self._frame_condition.notify()
 
-    def _watch(self, capture: cv2.VideoCapture) -> None:
+    def _run_capture_loop(self, capture: cv2.VideoCapture) -> None:
         """The thread: read until the camera is lost, wait, open again."""
         failures = 0
         while True:
-            if self._read_on(capture):
+            if self._read_until_lost(capture):
                 failures = 0
             capture.release()
-            wait_s = self._patience.wait_s(failures)
+            wait_s = self._reconnect_policy.compute_backoff_s(failures)
             failures += 1
-            self._trouble = f"camera lost, asking again in {wait_s:.0f} s (try {failures})"
+            self._status = f"camera lost, asking again in {wait_s:.0f} s (try {failures})"
             if self._stop.wait(wait_s):
                 return
-            capture = _open(self._address, self._patience)
+            capture = _open_capture(self._address, self._reconnect_policy)
 
-    def _read_on(self, capture: cv2.VideoCapture) -> bool:
+    def _read_until_lost(self, capture: cv2.VideoCapture) -> bool:
         """Read until nothing more comes; True if anything came."""
         came = False
         while not self._stop.is_set():
             found, picture_bgr = capture.read()
             if not found:
                 break
-            self._put(picture_bgr)
-            self._trouble = ""
+            self._put_frame(picture_bgr)
+            self._status = ""
             came = True
         return came
 
 
-def _open(address: int | str, patience: Patience) -> cv2.VideoCapture:
+def _open_capture(address: int | str, reconnect_policy: ReconnectPolicy) -> cv2.VideoCapture:
     if isinstance(address, int):
         return cv2.VideoCapture(address)
     # Named, so that no other reader of OpenCV tries the address and prints it with its password.
     # FFmpeg prefers TCP for RTSP here: UDP loses packets and smears the picture.
     limits = [
         cv2.CAP_PROP_OPEN_TIMEOUT_MSEC,
-        round(1e3 * patience.open_s),
+        round(1e3 * reconnect_policy.open_timeout_s),
         cv2.CAP_PROP_READ_TIMEOUT_MSEC,
-        round(1e3 * patience.read_s),
+        round(1e3 * reconnect_policy.read_timeout_s),
     ]
     return cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)

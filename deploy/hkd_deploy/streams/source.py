@@ -6,17 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hkd_deploy.streams.frames import Frame, FrameSource
-from hkd_deploy.streams.live import LiveSource, Patience
-from hkd_deploy.streams.recorded import PICTURE_SUFFIXES, Film, Pictures, pictures_in
+from hkd_deploy.streams.live import CameraSource, ReconnectPolicy
+from hkd_deploy.streams.recorded import IMAGE_SUFFIXES, ImageSource, VideoSource, list_images
 from hkd_det.errors import DataError, UsageError
 
-__all__ = ["Frame", "FrameSource", "open_source", "without_password"]
+__all__ = ["Frame", "FrameSource", "open_source", "redact_url"]
 
-NETWORK = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
+URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
 
 
 @contextmanager
-def open_source(text: str, patience: Patience | None = None) -> Iterator[FrameSource]:
+def open_source(text: str, reconnect_policy: ReconnectPolicy | None = None) -> Iterator[FrameSource]:
     """Open a picture, a folder of pictures, a film file, a webcam ("0") or an address (rtsp://..., http://...).
 
     An address is taken for a camera: live, and asked again when it falls silent; a film on a web
@@ -24,14 +24,14 @@ def open_source(text: str, patience: Patience | None = None) -> Iterator[FrameSo
     Raises UsageError for an unknown kind of address, DataError for a bad file, UnavailableError for
     a camera that gives no picture now.
     """
-    source = _opened(text, patience or Patience())
+    source = _create_source(text, reconnect_policy or ReconnectPolicy())
     try:
         yield source
     finally:
         source.close()
 
 
-def without_password(address: str) -> str:
+def redact_url(address: str) -> str:
     """An address that may be shown: `rtsp://user:pass@host/x?key=1` to `rtsp://***@host/x?***`.
 
     All up to the last @ goes (passwords hold slashes and question marks), then the query (keys and tokens).
@@ -40,28 +40,28 @@ def without_password(address: str) -> str:
     return re.sub(r"^([A-Za-z][A-Za-z0-9+]+://[^?]*)\?.*", r"\1?***", address)
 
 
-def _opened(text: str, patience: Patience) -> FrameSource:
+def _create_source(text: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
     if text.isascii() and text.isdigit():
         remedy = "is it plugged in (ls /dev/video*), and not in use by another program?"
-        return LiveSource(int(text), f"camera {text}", remedy, patience)
+        return CameraSource(int(text), f"camera {text}", remedy, reconnect_policy)
     if "://" in text:
-        return _network(text, patience)
+        return _open_network_camera(text, reconnect_policy)
     path = Path(text)
     if path.is_dir():
-        return Pictures(text, pictures_in(path))
+        return ImageSource(text, list_images(path))
     if not path.exists():
-        shown = without_password(text)  # a mistyped address ends here as well
+        shown = redact_url(text)  # a mistyped address ends here as well
         raise DataError(f"{shown}: no such file or folder; --source takes a film, pictures, a webcam (0) or rtsp://...")
-    if path.suffix.lower() in PICTURE_SUFFIXES:
-        return Pictures(text, [path])
-    return Film(path)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return ImageSource(text, [path])
+    return VideoSource(path)
 
 
-def _network(address: str, patience: Patience) -> FrameSource:
-    name = without_password(address)
-    if address.split("://", 1)[0].lower() not in NETWORK:
-        raise UsageError(f"--source {name}: unknown kind of address; known: {', '.join(NETWORK)}")
+def _open_network_camera(address: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
+    name = redact_url(address)
+    if address.split("://", 1)[0].lower() not in URL_SCHEMES:
+        raise UsageError(f"--source {name}: unknown kind of address; known: {', '.join(URL_SCHEMES)}")
     remedy = (
         "check that the camera is on and reachable (ping), the path, and user and password (rtsp://user:pass@host/...)"
     )
-    return LiveSource(address, name, remedy, patience)
+    return CameraSource(address, name, remedy, reconnect_policy)

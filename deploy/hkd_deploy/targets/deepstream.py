@@ -10,17 +10,17 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
-from hkd_deploy.artifact import Manifest
+from hkd_deploy.artifact import ModelMetadata
 from hkd_deploy.targets.model_file import ModelFile
-from hkd_deploy.targets.nvinfer_graph import COUNT, write_graph
+from hkd_deploy.targets.nvinfer_graph import COUNT_OUTPUT, write_nvinfer_graph
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import replacing, write_text
+from hkd_det.files import atomic_write, write_text
 
 PARSER_FILES = ("nvdsinfer_hkd.cpp", "Makefile")
-THRESHOLD = 0.3  # the least score that becomes an object, as hkd-demo's --conf
+MIN_OBJECT_SCORE = 0.3  # the least score that becomes an object, as hkd-demo's --conf
 # nvinfer's numbers for what it builds itself. It has none for bfloat16, and an engine is run as it was built.
 NETWORK_MODES = {"fp32": 0, "int8": 1, "fp16": 2}
-BUILD_FROM_FOLDER = (
+BUILD_ENGINE_HINT = (
     "first hkd-export MODEL.onnx --target deepstream, then build the engine from the .onnx written there"
 )
 
@@ -31,16 +31,16 @@ def write_deepstream(model: ModelFile, folder: Path, max_batch: int) -> Path:
     max_batch: pictures in one call, where the file leaves the batch free.
     Raises UsageError, naming the flag to export with, for a graph that nvinfer cannot feed.
     """
-    manifest = Manifest.from_metadata(model.metadata, model.path)
-    _check(model, manifest)
-    labels, settings = _labels(model), config(model, manifest, max_batch)
+    manifest = ModelMetadata.from_metadata(model.metadata, model.path)
+    _check_deepstream_input(model, manifest)
+    labels, settings = _read_labels(model), make_deepstream_config(model, manifest, max_batch)
     target = folder / model.path.stem
     target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / model.path.name) as aside:
+    with atomic_write(target / model.path.name) as aside:
         if model.is_engine:
             shutil.copyfile(model.path, aside)
         else:
-            write_graph(model.path, manifest, aside)
+            write_nvinfer_graph(model.path, manifest, aside)
     for name in PARSER_FILES:
         write_text(target / name, (files("hkd_deploy.targets") / "nvdsinfer_hkd" / name).read_text(encoding="utf-8"))
     write_text(target / "labels.txt", "\n".join(labels) + "\n")
@@ -48,15 +48,15 @@ def write_deepstream(model: ModelFile, folder: Path, max_batch: int) -> Path:
     return target
 
 
-def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
+def make_deepstream_config(model: ModelFile, metadata: ModelMetadata, max_batch: int) -> str:
     """The text of config_infer_primary.txt; its paths are relative to itself."""
-    batch = manifest.batch or max_batch
-    height, width = manifest.imgsz_hw
+    batch = metadata.batch or max_batch
+    height, width = metadata.imgsz_hw
     lines = [
         "[property]",
         "gpu-id=0",
         "gie-unique-id=1",
-        *_sources(model, manifest, batch),
+        *_format_model_lines(model, metadata, batch),
         f"network-mode={NETWORK_MODES.get(model.precision, 0)}",
         "network-type=0",
         f"batch-size={batch}",
@@ -70,24 +70,24 @@ def config(model: ModelFile, manifest: Manifest, max_batch: int) -> str:
         "symmetric-padding=0",
         "# doubles are left out in the graph: no clustering, no NMS",
         "cluster-mode=4",
-        f"num-detected-classes={len(_labels(model))}",
+        f"num-detected-classes={len(_read_labels(model))}",
         "labelfile-path=labels.txt",
         "parse-bbox-func-name=NvDsInferParseCustomHkd",
         "custom-lib-path=libnvdsinfer_hkd.so",
         "",
         "[class-attrs-all]",
-        f"pre-cluster-threshold={THRESHOLD}",
+        f"pre-cluster-threshold={MIN_OBJECT_SCORE}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _sources(model: ModelFile, manifest: Manifest, batch: int) -> list[str]:
+def _format_model_lines(model: ModelFile, metadata: ModelMetadata, batch: int) -> list[str]:
     name = model.path.name
     if model.is_engine:
         return [f"model-engine-file={name}"]
     if model.precision != "fp32":
         # an engine for fewer pictures than batch-size is refused
-        profile = f" --profile 1,{batch},{batch}" if manifest.batch is None else ""
+        profile = f" --profile 1,{batch},{batch}" if metadata.batch is None else ""
         return [
             "# made on the device, in this folder (nvinfer's builder does not type strongly):",
             f"#   hkd-export {name} --trt{profile}",
@@ -97,24 +97,24 @@ def _sources(model: ModelFile, manifest: Manifest, batch: int) -> list[str]:
     return [f"onnx-file={name}", f"model-engine-file={name}_b{batch}_gpu0_fp32.engine"]
 
 
-def _check(model: ModelFile, manifest: Manifest) -> None:
+def _check_deepstream_input(model: ModelFile, metadata: ModelMetadata) -> None:
     (images,) = model.inputs
-    if model.is_engine and manifest.preprocess != "float01":
-        raise UsageError(f"{model.path}: takes {images}, nvinfer gives float32 (B, 3, H, W); {BUILD_FROM_FOLDER}")
-    if manifest.letterbox:
+    if model.is_engine and metadata.preprocess != "float01":
+        raise UsageError(f"{model.path}: takes {images}, nvinfer gives float32 (B, 3, H, W); {BUILD_ENGINE_HINT}")
+    if metadata.letterbox:
         raise UsageError(f"{model.path}: letterboxes (--letterbox), nvinfer does so itself; export without it")
-    if manifest.raw:
+    if metadata.raw:
         raise UsageError(f"{model.path}: gives raw candidates (--raw), nvinfer's parser wants boxes; export without it")
-    if manifest.dynamic_size:
+    if metadata.dynamic:
         raise UsageError(f"{model.path}: its size is free, nvinfer's is fixed; export with --dynamic batch, or none")
-    if model.is_engine and COUNT in {output.name for output in model.outputs}:
+    if model.is_engine and COUNT_OUTPUT in {output.name for output in model.outputs}:
         raise UsageError(
             f"{model.path}: its output count has no side behind the batch, and nvinfer gives it no memory; "
-            f"{BUILD_FROM_FOLDER}"
+            f"{BUILD_ENGINE_HINT}"
         )
 
 
-def _labels(model: ModelFile) -> list[str]:
+def _read_labels(model: ModelFile) -> list[str]:
     try:
         names = ast.literal_eval(model.metadata["names"])
         return [str(names[index]) for index in range(len(names))]

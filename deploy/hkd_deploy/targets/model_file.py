@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hkd_deploy.precision.source import parsed
-from hkd_deploy.trt.sidecar import TensorFacts, read_plan, read_sidecar
-from hkd_deploy.trt.source import read_source
+from hkd_deploy.precision.source import parse_onnx_model
+from hkd_deploy.trt.sidecar import TensorInfo, read_engine_info, read_plan
+from hkd_deploy.trt.source import read_onnx_file
 from hkd_det.errors import DataError, UsageError
 from hkd_det.onnx_session import open_session
 from hkd_det.packages import import_package
 
-DTYPES = {  # ONNX Runtime's words and TensorRT's to numpy's
+NUMPY_DTYPES = {  # ONNX Runtime's words and TensorRT's to numpy's
     "tensor(uint8)": "uint8",
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -27,7 +27,7 @@ DTYPES = {  # ONNX Runtime's words and TensorRT's to numpy's
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """One input or output. dtype: as numpy names it. shape: the batch in front; None where any number will do."""
 
     name: str
@@ -48,10 +48,10 @@ class ModelFile:
     """
 
     path: Path
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
-    most: int | None = None
+    max_batch: int | None = None
 
     @property
     def is_engine(self) -> bool:
@@ -74,57 +74,59 @@ def read_model_file(path: Path) -> ModelFile:
     """The interface of an .onnx or .engine file. Raises UsageError for another kind, DataError for a bad one."""
     match path.suffix:
         case ".onnx":
-            return _of_onnx(path)
+            return _read_with_onnxruntime(path)
         case ".engine":
-            return _of_engine(path)
+            return _read_from_engine_info(path)
         case _:
             raise UsageError(f"{path}: --target takes an .onnx file of hkd-export or an .engine it built")
 
 
-def _of_onnx(path: Path) -> ModelFile:
+def _read_with_onnxruntime(path: Path) -> ModelFile:
     """As ONNX Runtime sees it, which knows more sides than the file says; but it opens no bfloat16."""
-    if read_source(path).precision == "bf16":
-        return _of_graph(path)
+    if read_onnx_file(path).precision == "bf16":
+        return _read_with_onnx(path)
     session = open_session(path)
 
-    def tensors(values: list[Any]) -> tuple[Tensor, ...]:
-        return tuple(_tensor(path, value.name, value.type, value.shape) for value in values)
+    def tensors(values: list[Any]) -> tuple[TensorSpec, ...]:
+        return tuple(_make_tensor_spec(path, value.name, value.type, value.shape) for value in values)
 
     metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
     return ModelFile(path, tensors(session.get_inputs()), tensors(session.get_outputs()), metadata)
 
 
-def _of_graph(path: Path) -> ModelFile:
+def _read_with_onnx(path: Path) -> ModelFile:
     """As the file itself says. Needs onnx."""
     onnx = import_package("onnx", "onnx", f"{path} is of bfloat16 and read with it: pip install onnx")
-    model = parsed(onnx, path.read_bytes(), path)
+    model = parse_onnx_model(onnx, path.read_bytes(), path)
 
-    def tensors(values: Iterable[Any]) -> tuple[Tensor, ...]:
-        return tuple(_of_proto(onnx, value.name, value.type.tensor_type) for value in values)
+    def tensors(values: Iterable[Any]) -> tuple[TensorSpec, ...]:
+        return tuple(_parse_value_info(onnx, value.name, value.type.tensor_type) for value in values)
 
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return ModelFile(path, tensors(model.graph.input), tensors(model.graph.output), metadata)
 
 
-def _of_proto(onnx: Any, name: str, kind: Any) -> Tensor:
-    sides = tuple(side.dim_value if side.HasField("dim_value") else None for side in kind.shape.dim)
-    return Tensor(name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, sides)
+def _parse_value_info(onnx: Any, name: str, tensor_type: Any) -> TensorSpec:
+    sides = tuple(side.dim_value if side.HasField("dim_value") else None for side in tensor_type.shape.dim)
+    return TensorSpec(name, onnx.helper.tensor_dtype_to_np_dtype(tensor_type.elem_type).name, sides)
 
 
-def _of_engine(path: Path) -> ModelFile:
+def _read_from_engine_info(path: Path) -> ModelFile:
     """As the sidecar has it: an engine opens only on the GPU it was built for."""
-    facts = read_sidecar(path)
+    facts = read_engine_info(path)
     read_plan(path, facts)  # is it the one the sidecar speaks of, and whole?
 
-    def tensors(values: Sequence[TensorFacts]) -> tuple[Tensor, ...]:
-        return tuple(_tensor(path, value.name, value.dtype, value.shape) for value in values)
+    def tensors(values: Sequence[TensorInfo]) -> tuple[TensorSpec, ...]:
+        return tuple(_make_tensor_spec(path, value.name, value.dtype, value.shape) for value in values)
 
-    most = facts.profile.largest[0] if facts.profile else None
+    most = facts.profile.max[0] if facts.profile else None
     return ModelFile(path, tensors(facts.inputs), tensors(facts.outputs), facts.metadata, most)
 
 
-def _tensor(path: Path, name: str, dtype: str, sides: Sequence[Any]) -> Tensor:
-    if dtype not in DTYPES:
-        raise DataError(f"{path}: {name} is {dtype}; known are {', '.join(dict.fromkeys(DTYPES.values()))}")
+def _make_tensor_spec(path: Path, name: str, dtype: str, shape: Sequence[Any]) -> TensorSpec:
+    if dtype not in NUMPY_DTYPES:
+        raise DataError(f"{path}: {name} is {dtype}; known are {', '.join(dict.fromkeys(NUMPY_DTYPES.values()))}")
     # A free side is a name in ONNX, -1 in TensorRT.
-    return Tensor(name, DTYPES[dtype], tuple(side if isinstance(side, int) and side >= 0 else None for side in sides))
+    return TensorSpec(
+        name, NUMPY_DTYPES[dtype], tuple(side if isinstance(side, int) and side >= 0 else None for side in shape)
+    )

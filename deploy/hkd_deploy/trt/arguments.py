@@ -6,19 +6,19 @@ from pathlib import Path
 import msgspec
 
 from hkd_deploy.trt.builder import BuildOptions
-from hkd_deploy.trt.checking import check
-from hkd_deploy.trt.engine_file import build_engine, words
-from hkd_deploy.trt.layers import Layer, histogram, table
-from hkd_deploy.trt.memory import memory_line
+from hkd_deploy.trt.checking import check_build
+from hkd_deploy.trt.engine_file import build_engine, format_counts
+from hkd_deploy.trt.layers import EngineLayer, count_precisions, format_layer_table
+from hkd_deploy.trt.memory import memory_warning
 from hkd_deploy.trt.profile import parse_profile
-from hkd_deploy.trt.sidecar import sidecar_path
-from hkd_deploy.trt.source import read_source
+from hkd_deploy.trt.sidecar import get_engine_info_path
+from hkd_deploy.trt.source import read_onnx_file
 from hkd_det.errors import UsageError
-from hkd_det.files import replacing
+from hkd_det.files import atomic_write
 
-WORKSPACE_MIB = 1024
+DEFAULT_WORKSPACE_MIB = 1024
 MIB = 2**20
-MOST_KINDS = 4  # of layers, on one line
+MAX_LISTED_TYPES = 4  # of layers, on one line
 FLAGS = ("check", "layers", "profile", "workspace", "timing_cache", "dla", "compatible", "device")
 
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--layers", action="store_true", help="with --trt: list the layers that were really built")
     group.add_argument("--profile", metavar="MIN,OPT,MAX", help="of a dynamic graph: 1,4,8 or 1x320x256,4x640x512,...")
     group.add_argument(
-        "--workspace", type=int, default=WORKSPACE_MIB, metavar="MIB", help="for one layer; by default 1024"
+        "--workspace", type=int, default=DEFAULT_WORKSPACE_MIB, metavar="MIB", help="for one layer; by default 1024"
     )
     group.add_argument("--timing-cache", metavar="FILE", help="measured tactics: read if there, written afterwards")
     group.add_argument("--dla", type=int, metavar="CORE", help="Jetson's accelerator; the GPU does what it can't")
@@ -44,56 +44,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="with --trt: the GPU to build on and for, cuda or cuda:1")
 
 
-def device_of(flags: argparse.Namespace) -> str:
+def get_build_device(flags: argparse.Namespace) -> str:
     """The GPU to build on and for."""
     device: str = flags.device or "cuda"
     return device
 
 
-def run(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
+def run_trt(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
     """What --trt says: build the engine of an ONNX file, or --check that it can be built, and tell what came out.
 
     The engine's path; None where nothing was written.
     """
-    options = build_options(flags)
-    source = read_source(onnx)
+    options = make_build_options(flags)
+    source = read_onnx_file(onnx)
     if flags.check:
-        checked = check(onnx, options)
-        kinds = [f"{count} {kind.lower()}" for kind, count in checked.operators.items()]
-        common = ", ".join([*kinds[:MOST_KINDS], *["..."] * (len(kinds) > MOST_KINDS)])
+        checked = check_build(onnx, options)
+        kinds = [f"{count} {kind.lower()}" for kind, count in checked.layer_counts.items()]
+        common = ", ".join([*kinds[:MAX_LISTED_TYPES], *["..."] * (len(kinds) > MAX_LISTED_TYPES)])
         print(
-            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.operators.values())} layers: {common}) and "
+            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.layer_counts.values())} layers: {common}) and "
             f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s; layers that multiply: "
-            f"{words(histogram(checked.layers))} (asked: {source.precision}); nothing was written"
+            f"{format_counts(count_precisions(checked.layers))} (asked: {source.precision}); nothing was written"
         )
         if flags.layers:
-            print(table(checked.layers))
+            print(format_layer_table(checked.layers))
         return None
     engine = output or onnx.with_suffix(".engine")
     if engine.suffix != ".engine":
         raise UsageError(f"--output {engine}: must end in .engine")
-    if line := memory_line(len(source.content), options.workspace_mib):
+    if line := memory_warning(len(source.content), options.workspace_mib):
         print(line)
-    sidecar, layers = build_engine(source, engine, options, device_of(flags))
+    sidecar, layers = build_engine(source, engine, options, get_build_device(flags))
     print(
         f"{engine}: {sidecar.gpu}, TensorRT {sidecar.tensorrt}, {engine.stat().st_size / MIB:.1f} MiB, built in "
-        f"{sidecar.build_s:.0f} s; layers that multiply: {words(sidecar.precision_found)} "
-        f"(asked: {sidecar.precision_asked}); facts in {sidecar_path(engine).name}"
+        f"{sidecar.build_s:.0f} s; layers that multiply: {format_counts(sidecar.precision_actual)} "
+        f"(asked: {sidecar.precision_requested}); facts in {get_engine_info_path(engine).name}"
     )
     if flags.layers:
-        print(table(layers))
+        print(format_layer_table(layers))
         _write_layers(engine, layers)
     return engine
 
 
-def _write_layers(engine: Path, layers: list[Layer]) -> None:
+def _write_layers(engine: Path, layers: list[EngineLayer]) -> None:
     path = engine.with_name(f"{engine.name}.layers.json")
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_bytes(msgspec.json.format(msgspec.json.encode(layers), indent=2) + b"\n")
     print(f"{path}: {len(layers)} layers")
 
 
-def build_options(flags: argparse.Namespace) -> BuildOptions:
+def make_build_options(flags: argparse.Namespace) -> BuildOptions:
     """What the flags ask of the builder. Raises UsageError for what makes no sense."""
     if flags.workspace < 1:
         raise UsageError(f"--workspace {flags.workspace}: at least 1 MiB")

@@ -8,22 +8,22 @@ from typing import Any
 from hkd_det.errors import UnavailableError
 from hkd_det.packages import import_package
 
-OLDEST = (10, 0)  # strongly typed networks and the progress monitor; JetPack 6 has 10.3
-JETSON = Path("/etc/nv_tegra_release")
+MIN_VERSION = (10, 0)  # strongly typed networks and the progress monitor; JetPack 6 has 10.3
+JETSON_RELEASE_FILE = Path("/etc/nv_tegra_release")
 
 
 def import_tensorrt() -> Any:
     """The module. Raises UnavailableError where it is missing, broken or too old, saying what to do."""
-    trt = import_package("tensorrt", "TensorRT", how_to_install())
-    if version_of(trt) < OLDEST:
+    trt = import_package("tensorrt", "TensorRT", install_hint())
+    if parse_trt_version(trt) < MIN_VERSION:
         raise UnavailableError(
-            f"TensorRT {trt.__version__} is too old: from {OLDEST[0]}.{OLDEST[1]} on (JetPack 6); "
+            f"TensorRT {trt.__version__} is too old: from {MIN_VERSION[0]}.{MIN_VERSION[1]} on (JetPack 6); "
             "here the .onnx file runs with --backend onnxruntime"
         )
     return trt
 
 
-def version_of(trt: Any) -> tuple[int, int]:
+def parse_trt_version(trt: Any) -> tuple[int, int]:
     """(major, minor) of the module."""
     major, minor, *_ = trt.__version__.split(".")
     return int(major), int(minor)
@@ -31,15 +31,15 @@ def version_of(trt: Any) -> tuple[int, int]:
 
 def is_jetson() -> bool:
     """Whether this is an NVIDIA Jetson with its own Linux."""
-    return JETSON.exists()
+    return JETSON_RELEASE_FILE.exists()
 
 
-def how_to_install() -> str:
+def install_hint() -> str:
     """What to do for TensorRT on this machine."""
-    return _how(platform.system(), platform.machine(), is_jetson())
+    return _format_install_hint(platform.system(), platform.machine(), is_jetson())
 
 
-def _how(system: str, machine: str, jetson: bool) -> str:
+def _format_install_hint(system: str, machine: str, jetson: bool) -> str:
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if jetson:
         return (

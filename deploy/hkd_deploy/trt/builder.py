@@ -12,15 +12,15 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-from hkd_deploy.trt.bindings import is_jetson, version_of
-from hkd_deploy.trt.profile import Profile, Step, profile_of
-from hkd_deploy.trt.progress import Progress, monitor
-from hkd_deploy.trt.source import OnnxSource
+from hkd_deploy.trt.bindings import is_jetson, parse_trt_version
+from hkd_deploy.trt.profile import Profile, ProfileShape, resolve_profile
+from hkd_deploy.trt.progress import BuildProgress, make_progress_monitor
+from hkd_deploy.trt.source import OnnxFile
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 MIB = 2**20
 # The newest opset that a parser knows, from that TensorRT on; it takes newer ones without a word, and guesses.
-OPSETS = {(10, 13): 24, (10, 0): 20}
+MAX_OPSETS = {(10, 13): 24, (10, 0): 20}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class BuildOptions:
     timing_cache: measured tactics, read if there and written afterwards.
     """
 
-    profile: tuple[Step, Step, Step] | None = None
+    profile: tuple[ProfileShape, ProfileShape, ProfileShape] | None = None
     workspace_mib: int = 1024
     dla: int | None = None
     compatible: tuple[str, ...] = ()
@@ -42,20 +42,20 @@ class BuildOptions:
 
 
 @dataclass
-class Log:
+class TrtLog:
     """What TensorRT said that matters. layers: the message that lists what was built, if it was logged."""
 
     errors: list[str] = field(default_factory=list)
     layers: str = ""
 
     @property
-    def reason(self) -> str:
+    def first_error(self) -> str:
         """The first error, on one line."""
         return " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """An engine, ready to be written.
 
     operators: how many layers of each kind the parser made. timing_cache: what was measured, if it was asked for.
@@ -63,12 +63,12 @@ class Built:
 
     plan: bytes
     profile: Profile | None
-    operators: dict[str, int]
+    layer_counts: dict[str, int]
     build_s: float
     timing_cache: bytes | None = None
 
 
-def recording_logger(trt: Any, log: Log) -> Any:
+def make_trt_logger(trt: Any, log: TrtLog) -> Any:
     """TensorRT's ILogger that keeps errors and the list of layers, and prints nothing."""
 
     class Recorder(trt.ILogger):  # type: ignore[misc]
@@ -84,9 +84,9 @@ def recording_logger(trt: Any, log: Log) -> Any:
     return Recorder()
 
 
-def build(
-    trt: Any, source: OnnxSource, options: BuildOptions, log: Log, on_thread: Callable[[], None] = lambda: None
-) -> Built:
+def build_plan(
+    trt: Any, source: OnnxFile, options: BuildOptions, log: TrtLog, on_thread_start: Callable[[], None] = lambda: None
+) -> BuildResult:
     """Build an engine; a bar shows how far it is, Ctrl-C stops it.
 
     on_thread: called first on the thread that builds, to choose its GPU.
@@ -94,29 +94,29 @@ def build(
     fit the file, UnavailableError for what this machine does not have.
     """
     _check_opset(trt, source)
-    logger = recording_logger(trt, log)
-    builder = _builder(trt, logger, log)
-    network = builder.create_network(_strongly_typed(trt))
+    logger = make_trt_logger(trt, log)
+    builder = _create_builder(trt, logger, log)
+    network = builder.create_network(_get_strongly_typed_flag(trt))
     parser = trt.OnnxParser(network, logger)  # kept: it owns the weights until the engine is built
     if not parser.parse(source.content):
-        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot parse it: {_parser_error(parser)}")
+        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot parse it: {_format_parser_error(parser)}")
     config = builder.create_builder_config()
     profile = _add_profile(builder, network, config, source, options)
     _configure(trt, builder, config, source, options)
     _load_timing_cache(config, options.timing_cache, log)
     operators = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
     start = perf_counter()
-    with Progress("building the engine") as progress:
-        config.progress_monitor = monitor(trt, progress)
-        plan = _interruptible(lambda: builder.build_serialized_network(network, config), progress, on_thread)
+    with BuildProgress("building the engine") as progress:
+        config.progress_monitor = make_progress_monitor(trt, progress)
+        plan = _run_interruptible(lambda: builder.build_serialized_network(network, config), progress, on_thread_start)
     if plan is None:
-        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot build it: {log.reason}")
+        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot build it: {log.first_error}")
     cache = bytes(config.get_timing_cache().serialize()) if options.timing_cache else None
-    return Built(bytes(plan), profile, dict(operators.most_common()), perf_counter() - start, cache)
+    return BuildResult(bytes(plan), profile, dict(operators.most_common()), perf_counter() - start, cache)
 
 
-def _check_opset(trt: Any, source: OnnxSource) -> None:
-    newest = next(opset for since, opset in OPSETS.items() if version_of(trt) >= since)
+def _check_opset(trt: Any, source: OnnxFile) -> None:
+    newest = next(opset for since, opset in MAX_OPSETS.items() if parse_trt_version(trt) >= since)
     if source.opset > newest:
         raise DataError(
             f"{source.path}: opset {source.opset} is too new for TensorRT {trt.__version__}, which knows up to "
@@ -124,23 +124,23 @@ def _check_opset(trt: Any, source: OnnxSource) -> None:
         )
 
 
-def _builder(trt: Any, logger: Any, log: Log) -> Any:
+def _create_builder(trt: Any, logger: Any, log: TrtLog) -> Any:
     try:
         return trt.Builder(logger)
     except TypeError:  # pybind11's words for a constructor that returned nothing
         raise UnavailableError(
-            f"TensorRT {trt.__version__} does not start: {log.reason}; it needs an NVIDIA GPU and driver "
+            f"TensorRT {trt.__version__} does not start: {log.first_error}; it needs an NVIDIA GPU and driver "
             "(without one, --check works after make tensorrt-cpu)"
         ) from None
 
 
-def _strongly_typed(trt: Any) -> int:
+def _get_strongly_typed_flag(trt: Any) -> int:
     """The flag where there is one; some day networks are only ever so."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parser_error(parser: Any) -> str:
+def _format_parser_error(parser: Any) -> str:
     if not parser.num_errors:
         return "it gave no reason"
     error = parser.get_error(0)
@@ -148,19 +148,19 @@ def _parser_error(parser: Any) -> str:
     return " ".join(words.split())
 
 
-def _add_profile(builder: Any, network: Any, config: Any, source: OnnxSource, options: BuildOptions) -> Profile | None:
+def _add_profile(builder: Any, network: Any, config: Any, source: OnnxFile, options: BuildOptions) -> Profile | None:
     images = network.get_input(0)
-    profile = profile_of(tuple(images.shape), options.profile, source.metadata, source.path)
+    profile = resolve_profile(tuple(images.shape), options.profile, source.metadata, source.path)
     if profile:
-        if options.dla is not None and profile.smallest != profile.largest:
+        if options.dla is not None and profile.min != profile.max:
             raise UsageError(f"--dla {options.dla}: the accelerator runs one shape only; export with a fixed --batch")
         shapes = builder.create_optimization_profile()
-        shapes.set_shape(images.name, profile.smallest, profile.usual, profile.largest)
+        shapes.set_shape(images.name, profile.min, profile.opt, profile.max)
         config.add_optimization_profile(shapes)
     return profile
 
 
-def _configure(trt: Any, builder: Any, config: Any, source: OnnxSource, options: BuildOptions) -> None:
+def _configure(trt: Any, builder: Any, config: Any, source: OnnxFile, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names only
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
     if "version" in options.compatible:
@@ -173,7 +173,7 @@ def _configure(trt: Any, builder: Any, config: Any, source: OnnxSource, options:
         _use_dla(trt, builder, config, source, options.dla)
 
 
-def _use_dla(trt: Any, builder: Any, config: Any, source: OnnxSource, core: int) -> None:
+def _use_dla(trt: Any, builder: Any, config: Any, source: OnnxFile, core: int) -> None:
     if core >= builder.num_DLA_cores:
         raise UnavailableError(
             f"--dla {core}: TensorRT {trt.__version__} finds {builder.num_DLA_cores} accelerator(s) here; "
@@ -186,14 +186,16 @@ def _use_dla(trt: Any, builder: Any, config: Any, source: OnnxSource, core: int)
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
 
 
-def _interruptible(work: Callable[[], Any], progress: Progress, on_thread: Callable[[], None]) -> Any:
+def _run_interruptible(
+    function: Callable[[], Any], progress: BuildProgress, on_thread_start: Callable[[], None]
+) -> Any:
     """`work` on a thread of its own: Python hears Ctrl-C only between its own steps, and the build is one long one."""
     outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
-            on_thread()
-            outcome.set_result(work())
+            on_thread_start()
+            outcome.set_result(function())
         except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
             outcome.set_exception(error)
 
@@ -208,7 +210,7 @@ def _interruptible(work: Callable[[], Any], progress: Progress, on_thread: Calla
         raise
 
 
-def _load_timing_cache(config: Any, path: Path | None, log: Log) -> None:
+def _load_timing_cache(config: Any, path: Path | None, log: TrtLog) -> None:
     if path is None:
         return
     said = len(log.errors)  # what is no cache at all may be taken as an empty one, with an error in the log

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from hkd_det.errors import UnavailableError, UsageError
 from hkd_det.packages import import_package
 
-INSTALL = "pip install 'hkd-det[tensorrt]' (with CUDA 12, as on JetPack 6: pip install 'cuda-python<13')"
+CUDA_INSTALL_HINT = "pip install 'hkd-det[tensorrt]' (with CUDA 12, as on JetPack 6: pip install 'cuda-python<13')"
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuInfo:
     """What an engine is bound to. sm: compute capability, "8.7" on Orin."""
 
     name: str
     sm: str
 
 
-class Cuda:
+class CudaDevice:
     """One GPU. Addresses are plain integers; streams and graphs are cuda-python's handles.
 
     Every method raises UnavailableError with CUDA's own words if a call fails.
@@ -35,18 +35,18 @@ class Cuda:
         count = self._call("cudaGetDeviceCount")
         if device >= count:
             raise UnavailableError(f"--device cuda:{device}: this machine has {count} GPU(s), counted from 0")
-        self.use()
+        self.set_current()
 
-    def use(self) -> None:
+    def set_current(self) -> None:
         """Make this the GPU of the calling thread; each thread starts with the first."""
         self._call("cudaSetDevice", self._device)
 
-    def gpu(self) -> Gpu:
+    def get_info(self) -> GpuInfo:
         """Its name and compute capability."""
         found = self._call("cudaGetDeviceProperties", self._device)
-        return Gpu(found.name.split(b"\0")[0].decode(), f"{found.major}.{found.minor}")
+        return GpuInfo(found.name.split(b"\0")[0].decode(), f"{found.major}.{found.minor}")
 
-    def pinned(self, size: int) -> tuple[int, NDArray[np.uint8]]:
+    def allocate_pinned(self, size: int) -> tuple[int, NDArray[np.uint8]]:
         """Page-locked host memory of `size` bytes: its address and a view of it."""
         address = int(self._call("cudaHostAlloc", size, self._runtime.cudaHostAllocDefault))
         return address, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
@@ -63,7 +63,7 @@ class Cuda:
         """Give device memory back."""
         self._call("cudaFree", address)
 
-    def stream(self) -> Any:
+    def create_stream(self) -> Any:
         """A stream that waits for no other."""
         return self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
 
@@ -71,26 +71,26 @@ class Cuda:
         """Give a stream back."""
         self._call("cudaStreamDestroy", stream)
 
-    def wait(self, stream: Any) -> None:
+    def synchronize(self, stream: Any) -> None:
         """Until all work of the stream is done."""
         self._call("cudaStreamSynchronize", stream)
 
-    def copy_in(self, device: int, host: int, size: int, stream: Any) -> None:
+    def copy_host_to_device(self, device: int, host: int, size: int, stream: Any) -> None:
         """Host to device, in the stream's order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", device, host, size, kind, stream)
 
-    def copy_out(self, host: int, device: int, size: int, stream: Any) -> None:
+    def copy_device_to_host(self, host: int, device: int, size: int, stream: Any) -> None:
         """Device to host, in the stream's order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host, device, size, kind, stream)
 
-    def capture(self, stream: Any, work: Callable[[], None]) -> Any:
+    def capture_graph(self, stream: Any, function: Callable[[], None]) -> Any:
         """The calls that `work` makes on the stream as one graph; they are recorded, not run."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
         try:
-            work()
+            function()
         except BaseException:
             error, graph = self._runtime.cudaStreamEndCapture(stream)  # what went wrong in `work` is what to tell
             if error == self._runtime.cudaError_t.cudaSuccess:
@@ -102,7 +102,7 @@ class Cuda:
         finally:
             self._call("cudaGraphDestroy", graph)
 
-    def launch(self, graph: Any, stream: Any) -> None:
+    def launch_graph(self, graph: Any, stream: Any) -> None:
         """Run a captured graph."""
         self._call("cudaGraphLaunch", graph, stream)
 
@@ -113,23 +113,23 @@ class Cuda:
     def _call(self, name: str, *arguments: Any) -> Any:
         error, *values = getattr(self._runtime, name)(*arguments)
         if error != self._runtime.cudaError_t.cudaSuccess:
-            raise UnavailableError(f"--device cuda:{self._device}: {name}: {self._words(error)}")
+            raise UnavailableError(f"--device cuda:{self._device}: {name}: {self._format_error(error)}")
         return values[0] if values else None
 
-    def _words(self, error: Any) -> str:
+    def _format_error(self, error: Any) -> str:
         words = self._runtime.cudaGetErrorString(error)[1].decode()
         if error == self._runtime.cudaError_t.cudaErrorInsufficientDriver:
-            return f"{words}: no NVIDIA driver here, or one older than this cuda-python; {INSTALL}"
+            return f"{words}: no NVIDIA driver here, or one older than this cuda-python; {CUDA_INSTALL_HINT}"
         return words
 
 
-def open_cuda(device: str) -> Cuda:
+def open_cuda(device: str) -> CudaDevice:
     """The GPU named by `device`: cuda or cuda:N. Raises UsageError or UnavailableError."""
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if not match:
         raise UsageError(f"--device {device}: an engine runs on a GPU: expected cuda or cuda:0")
-    runtime = import_package("cuda.bindings.runtime", "cuda-python", INSTALL)
+    runtime = import_package("cuda.bindings.runtime", "cuda-python", CUDA_INSTALL_HINT)
     try:
-        return Cuda(runtime, int(match[1] or 0))
+        return CudaDevice(runtime, int(match[1] or 0))
     except RuntimeError as error:  # cuda-python 12.6, where the driver's library is missing
         raise UnavailableError(f"--device {device}: no NVIDIA driver here: {error}") from None

@@ -7,29 +7,39 @@ from pathlib import Path
 from typing import Any
 
 from hkd_deploy.trt.bindings import import_tensorrt
-from hkd_deploy.trt.builder import BuildOptions, Built, Log, build, recording_logger
-from hkd_deploy.trt.cuda import Cuda, open_cuda
-from hkd_deploy.trt.layers import Layer, histogram, layers_of_inspector
+from hkd_deploy.trt.builder import BuildOptions, BuildResult, TrtLog, build_plan, make_trt_logger
+from hkd_deploy.trt.cuda import CudaDevice, open_cuda
+from hkd_deploy.trt.layers import EngineLayer, count_precisions, parse_inspector_json
 from hkd_deploy.trt.profile import Profile
-from hkd_deploy.trt.sidecar import FORMAT, ProfileFacts, Sidecar, TensorFacts, sha256_of, this_platform, write_engine
-from hkd_deploy.trt.source import OnnxSource
+from hkd_deploy.trt.sidecar import (
+    FORMAT,
+    EngineInfo,
+    ProfileInfo,
+    TensorInfo,
+    bytes_sha256,
+    current_platform,
+    write_engine,
+)
+from hkd_deploy.trt.source import OnnxFile
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import replacing
+from hkd_det.files import atomic_write
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Inspected:
+class EngineInspection:
     """What an opened engine says of itself. context_mib: device memory while it runs, weights not counted."""
 
-    layers: list[Layer]
-    inputs: list[TensorFacts]
-    outputs: list[TensorFacts]
+    layers: list[EngineLayer]
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
     context_mib: float
 
 
-def build_engine(source: OnnxSource, engine: Path, options: BuildOptions, device: str) -> tuple[Sidecar, list[Layer]]:
+def build_engine(
+    source: OnnxFile, engine: Path, options: BuildOptions, device: str
+) -> tuple[EngineInfo, list[EngineLayer]]:
     """Build `engine` and its sidecar from an ONNX file, on `device`: cuda or cuda:N.
 
     Nothing is written unless the engine has layers in the file's precision; then the engine first, which took minutes,
@@ -37,11 +47,11 @@ def build_engine(source: OnnxSource, engine: Path, options: BuildOptions, device
     """
     trt = import_tensorrt()
     cuda = open_cuda(device)
-    log = Log()
-    built = build(trt, source, options, log, on_thread=cuda.use)
-    seen = inspect(trt, built, log, source.path)
+    log = TrtLog()
+    built = build_plan(trt, source, options, log, on_thread_start=cuda.set_current)
+    seen = inspect_engine(trt, built, log, source.path)
     check_precision(source, seen.layers)
-    sidecar = _sidecar(trt, cuda, source, options, built, seen)
+    sidecar = _make_engine_info(trt, cuda, source, options, built, seen)
     write_engine(engine, built.plan, sidecar)
     if options.timing_cache and built.timing_cache is not None:
         _write_timing_cache(options.timing_cache, built.timing_cache, engine)
@@ -50,7 +60,7 @@ def build_engine(source: OnnxSource, engine: Path, options: BuildOptions, device
 
 def _write_timing_cache(path: Path, content: bytes, engine: Path) -> None:
     try:
-        with replacing(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(content)
     except OSError as error:
         raise UsageError(
@@ -58,45 +68,45 @@ def _write_timing_cache(path: Path, content: bytes, engine: Path) -> None:
         ) from None
 
 
-def check_precision(source: OnnxSource, layers: Sequence[Layer]) -> None:
+def check_precision(source: OnnxFile, layers: Sequence[EngineLayer]) -> None:
     """Raises DataError if no layer runs in the precision that the file was made for, or an FP32 file's runs in less.
 
     Parts of an FP16, BF16 or INT8 file stay in FP32, so there the rest may be anything.
     """
-    found = histogram(layers)
+    found = count_precisions(layers)
     less = [precision for precision in found if precision not in ("fp32", "other")]
     if source.precision not in found or (source.precision == "fp32" and less):
         raise DataError(
-            f"{source.path}: asked for {source.precision}, but TensorRT has built layers of {words(found)}; "
+            f"{source.path}: asked for {source.precision}, but TensorRT has built layers of {format_counts(found)}; "
             f"nothing was written; export the file again with --precision {source.precision}"
         )
 
 
-def words(found: dict[str, int]) -> str:
+def format_counts(counts: dict[str, int]) -> str:
     """A histogram in a few words: `40 int8, 7 fp16`."""
-    return ", ".join(f"{count} {precision}" for precision, count in found.items()) or "none"
+    return ", ".join(f"{count} {precision}" for precision, count in counts.items()) or "none"
 
 
-def inspect(trt: Any, built: Built, log: Log, path: Path) -> Inspected:
+def inspect_engine(trt: Any, build_result: BuildResult, log: TrtLog, path: Path) -> EngineInspection:
     """Open a fresh engine and ask it. Raises DataError if it does not open or describe itself."""
-    runtime = trt.Runtime(recording_logger(trt, log))
+    runtime = trt.Runtime(make_trt_logger(trt, log))
     runtime.engine_host_code_allowed = True  # ours, of this minute; a version-compatible one holds code
-    engine = runtime.deserialize_cuda_engine(built.plan)
+    engine = runtime.deserialize_cuda_engine(build_result.plan)
     if engine is None:
-        raise DataError(f"{path}: the engine was built but does not open: {log.reason}")
+        raise DataError(f"{path}: the engine was built but does not open: {log.first_error}")
     inspector = engine.create_engine_inspector()
-    if built.profile:  # without shapes, formats and types are "N/A due to dynamic shapes"
-        inspector.execution_context = _shaped_context(engine, built.profile)
+    if build_result.profile:  # without shapes, formats and types are "N/A due to dynamic shapes"
+        inspector.execution_context = _create_shaped_context(engine, build_result.profile)
     try:
-        layers = layers_of_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        layers = parse_inspector_json(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     except (ValueError, KeyError) as error:
         raise DataError(f"{path}: the engine's precision can't be read back: {error}") from None
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     tensors = {
-        name: TensorFacts(name, engine.get_tensor_dtype(name).name, [*engine.get_tensor_shape(name)]) for name in names
+        name: TensorInfo(name, engine.get_tensor_dtype(name).name, [*engine.get_tensor_shape(name)]) for name in names
     }
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-    return Inspected(
+    return EngineInspection(
         layers,
         [tensors[name] for name in inputs],
         [tensors[name] for name in names if name not in inputs],
@@ -104,34 +114,41 @@ def inspect(trt: Any, built: Built, log: Log, path: Path) -> Inspected:
     )
 
 
-def _shaped_context(engine: Any, profile: Profile) -> Any:
+def _create_shaped_context(engine: Any, profile: Profile) -> Any:
     context = engine.create_execution_context()
-    context.set_input_shape(engine.get_tensor_name(0), profile.usual)
+    context.set_input_shape(engine.get_tensor_name(0), profile.opt)
     return context
 
 
-def _sidecar(trt: Any, cuda: Cuda, source: OnnxSource, options: BuildOptions, built: Built, seen: Inspected) -> Sidecar:
-    gpu = cuda.gpu()
-    shapes = built.profile
-    return Sidecar(
+def _make_engine_info(
+    trt: Any,
+    cuda: CudaDevice,
+    source: OnnxFile,
+    options: BuildOptions,
+    build_result: BuildResult,
+    inspection: EngineInspection,
+) -> EngineInfo:
+    gpu = cuda.get_info()
+    shapes = build_result.profile
+    return EngineInfo(
         format=FORMAT,
         tensorrt=trt.__version__,
         gpu=gpu.name,
         sm=gpu.sm,
-        platform=this_platform(),
+        platform=current_platform(),
         compatible=list(options.compatible),
         dla=options.dla,
-        precision_asked=source.precision,
-        precision_found=histogram(seen.layers),
-        inputs=seen.inputs,
-        outputs=seen.outputs,
-        profile=ProfileFacts([*shapes.smallest], [*shapes.usual], [*shapes.largest]) if shapes else None,
+        precision_requested=source.precision,
+        precision_actual=count_precisions(inspection.layers),
+        inputs=inspection.inputs,
+        outputs=inspection.outputs,
+        profile=ProfileInfo([*shapes.min], [*shapes.opt], [*shapes.max]) if shapes else None,
         workspace_mib=options.workspace_mib,
-        context_mib=seen.context_mib,
-        build_s=round(built.build_s, 1),
+        context_mib=inspection.context_mib,
+        build_s=round(build_result.build_s, 1),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         source=source.path.name,
         source_sha256=source.sha256,
-        engine_sha256=sha256_of(built.plan),
+        engine_sha256=bytes_sha256(build_result.plan),
         metadata=source.metadata,
     )

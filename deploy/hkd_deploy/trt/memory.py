@@ -6,21 +6,21 @@ MIB = 2**20
 # An estimate from how the builder works, not a measurement: CUDA's context and TensorRT's libraries; the weights as the
 # parser's copy, the builder's, the engine's and the one being timed; and the workspace that one tactic may take.
 BASE_MIB = 800
-COPIES_OF_WEIGHTS = 4
+NUM_WEIGHT_COPIES = 4
 SMALL_BOARD_MIB = 17 * 1024  # up to 16 GB, which CPU and GPU share on a Jetson
 
 
-def build_estimate_mib(onnx_bytes: int, workspace_mib: int) -> int:
+def estimate_build_mib(onnx_bytes: int, workspace_mib: int) -> int:
     """Estimated peak of a build, MiB: 800 + 4 x the file + the workspace."""
-    return BASE_MIB + COPIES_OF_WEIGHTS * -(-onnx_bytes // MIB) + workspace_mib
+    return BASE_MIB + NUM_WEIGHT_COPIES * -(-onnx_bytes // MIB) + workspace_mib
 
 
-def memory_line(onnx_bytes: int, workspace_mib: int) -> str | None:
+def memory_warning(onnx_bytes: int, workspace_mib: int) -> str | None:
     """What to say before a build; None on a machine with plenty."""
     memory = psutil.virtual_memory()
     if memory.total > SMALL_BOARD_MIB * MIB:
         return None
-    estimate, free = build_estimate_mib(onnx_bytes, workspace_mib), int(memory.available // MIB)
+    estimate, free = estimate_build_mib(onnx_bytes, workspace_mib), int(memory.available // MIB)
     if free >= estimate:
         return f"the build will want about {estimate} MiB (estimated); {free} MiB are available"
     return (

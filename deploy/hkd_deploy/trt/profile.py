@@ -9,7 +9,7 @@ from pathlib import Path
 from hkd_det.errors import DataError, UsageError
 from hkd_det.imgsz import STRIDE
 
-BATCHES = (1, 4, 8)  # a few cameras; smallest, usual, largest
+DEFAULT_BATCHES = (1, 4, 8)  # a few cameras; smallest, usual, largest
 
 Shape = tuple[int, ...]
 
@@ -18,22 +18,22 @@ Shape = tuple[int, ...]
 class Profile:
     """Shapes of `images`: the smallest, the one it is tuned for, the largest."""
 
-    smallest: Shape
-    usual: Shape
-    largest: Shape
+    min: Shape
+    opt: Shape
+    max: Shape
 
 
 @dataclass(frozen=True)
-class Step:
+class ProfileShape:
     """One of the three of --profile: pictures at once and, where the size is free, their (height, width)."""
 
     batch: int
     size_hw: tuple[int, int] | None
 
 
-def parse_profile(text: str) -> tuple[Step, Step, Step]:
+def parse_profile(text: str) -> tuple[ProfileShape, ProfileShape, ProfileShape]:
     """`"1,4,8"` (batch) or `"1x320x256,4x640x512,8x640x512"` (batch x width x height): smallest, usual, largest."""
-    steps = [_step(part) for part in text.split(",")]
+    steps = [_parse_profile_shape(part) for part in text.split(",")]
     if len(steps) != 3 or None in steps:
         raise UsageError(
             f"--profile {text}: expected smallest,usual,largest as 1,4,8 (batch) "
@@ -48,15 +48,18 @@ def parse_profile(text: str) -> tuple[Step, Step, Step]:
     return smallest, usual, largest
 
 
-def _step(text: str) -> Step | None:
+def _parse_profile_shape(text: str) -> ProfileShape | None:
     match = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*)x([1-9][0-9]*))?", text.strip())
     if not match:
         return None
-    return Step(int(match[1]), (int(match[3]), int(match[2])) if match[2] else None)
+    return ProfileShape(int(match[1]), (int(match[3]), int(match[2])) if match[2] else None)
 
 
-def profile_of(
-    shape: Sequence[int], wanted: tuple[Step, Step, Step] | None, metadata: Mapping[str, str], path: Path
+def resolve_profile(
+    shape: Sequence[int],
+    requested: tuple[ProfileShape, ProfileShape, ProfileShape] | None,
+    metadata: Mapping[str, str],
+    path: Path,
 ) -> Profile | None:
     """The profile for an input of `shape`, -1 where free; None if nothing is free.
 
@@ -64,31 +67,33 @@ def profile_of(
     the largest. Raises UsageError for a wish the graph cannot grant, DataError if the largest size is not named.
     """
     if -1 not in shape:
-        if wanted:
+        if requested:
             raise UsageError(f"--profile: {path} takes {list(shape)} and nothing else; export it with --dynamic")
         return None
-    steps = wanted or _usual(shape, metadata, path)
-    return Profile(*(_filled(shape, step, path) for step in steps))
+    steps = requested or _make_default_shapes(shape, metadata, path)
+    return Profile(*(_fill_free_dims(shape, step, path) for step in steps))
 
 
-def _axes_hw(shape: Sequence[int]) -> tuple[int, int]:
+def _get_hw_axes(shape: Sequence[int]) -> tuple[int, int]:
     return (1, 2) if shape[-1] == 3 else (2, 3)  # (B, H, W, 3), else (B, 3, H, W)
 
 
-def _size(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _axes_hw(shape))
+def _select_hw(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _get_hw_axes(shape))
 
 
-def _usual(shape: Sequence[int], metadata: Mapping[str, str], path: Path) -> tuple[Step, Step, Step]:
-    smallest, usual, largest = BATCHES if shape[0] == -1 else (shape[0],) * 3
+def _make_default_shapes(
+    shape: Sequence[int], metadata: Mapping[str, str], path: Path
+) -> tuple[ProfileShape, ProfileShape, ProfileShape]:
+    smallest, usual, largest = DEFAULT_BATCHES if shape[0] == -1 else (shape[0],) * 3
     largest_hw = smallest_hw = None
-    if -1 in _size(shape):
-        largest_hw = _largest_hw(metadata, path)
-        smallest_hw = (_quarter(largest_hw[0]), _quarter(largest_hw[1]))
-    return Step(smallest, smallest_hw), Step(usual, largest_hw), Step(largest, largest_hw)
+    if -1 in _select_hw(shape):
+        largest_hw = _read_max_hw(metadata, path)
+        smallest_hw = (_compute_quarter_side(largest_hw[0]), _compute_quarter_side(largest_hw[1]))
+    return ProfileShape(smallest, smallest_hw), ProfileShape(usual, largest_hw), ProfileShape(largest, largest_hw)
 
 
-def _largest_hw(metadata: Mapping[str, str], path: Path) -> tuple[int, int]:
+def _read_max_hw(metadata: Mapping[str, str], path: Path) -> tuple[int, int]:
     named = metadata.get("hkd.max_hw", metadata.get("imgsz", ""))
     match = re.fullmatch(r"\[([0-9]+), ?([0-9]+)\]", named)
     if not match:
@@ -96,21 +101,21 @@ def _largest_hw(metadata: Mapping[str, str], path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _quarter(side: int) -> int:
+def _compute_quarter_side(side: int) -> int:
     """Of a side, as a multiple of the stride."""
     return min(side, max(STRIDE, side // 4 // STRIDE * STRIDE))
 
 
-def _filled(shape: Sequence[int], step: Step, path: Path) -> Shape:
+def _fill_free_dims(shape: Sequence[int], profile_shape: ProfileShape, path: Path) -> Shape:
     """`shape` with its free places taken from the step; what is not free must be what the step says."""
-    axis_h, axis_w = _axes_hw(shape)
-    size_hw = step.size_hw
+    axis_h, axis_w = _get_hw_axes(shape)
+    size_hw = profile_shape.size_hw
     if size_hw is None:
-        if -1 in _size(shape):
+        if -1 in _select_hw(shape):
             raise UsageError(f"--profile: {path} leaves the size free; say batch x width x height, as 1x640x512")
         size_hw = (shape[axis_h], shape[axis_w])
     filled = list(shape)
-    filled[0], filled[axis_h], filled[axis_w] = step.batch, *size_hw
+    filled[0], filled[axis_h], filled[axis_w] = profile_shape.batch, *size_hw
     if any(free not in (-1, value) for free, value in zip(shape, filled, strict=True)):
         raise UsageError(
             f"--profile: {path} takes {list(shape)}, where -1 is free, not {filled}; export it with --dynamic"

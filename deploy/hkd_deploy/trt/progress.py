@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-class Progress:
+class BuildProgress:
     """A bar of per cent, from 0 anew for each outermost phase. `cancel` makes the build stop at its next step."""
 
     def __init__(self, label: str) -> None:
@@ -26,42 +26,42 @@ class Progress:
             self._bar.n = 0
         self._steps[phase] = (parent, 0, max(1, steps))
         self._bar.set_postfix_str(phase, refresh=False)
-        self._show()
+        self._refresh_bar()
 
     def step(self, phase: str) -> bool:
         """One step of a phase is done; whether to go on."""
         if phase in self._steps:
             parent, done, steps = self._steps[phase]
             self._steps[phase] = (parent, min(done + 1, steps), steps)
-            self._show()
+            self._refresh_bar()
         return not self.cancelled.is_set()
 
     def finish(self, phase: str) -> None:
         """A phase is over; its parent's step is counted by the parent."""
         self._steps.pop(phase, None)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "BuildProgress":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
 
-    def _show(self) -> None:
+    def _refresh_bar(self) -> None:
         roots = [phase for phase, (parent, _, _) in self._steps.items() if parent not in self._steps]
-        percent = 100 * max((self._done(phase) for phase in roots), default=0.0)
+        percent = 100 * max((self._compute_fraction(phase) for phase in roots), default=0.0)
         if percent > self._bar.n:  # phases that were not announced may come late: never go back
             self._bar.update(percent - self._bar.n)
 
-    def _done(self, phase: str) -> float:
+    def _compute_fraction(self, phase: str) -> float:
         """0..1; a running phase inside counts as its part of the step that waits for it."""
         _, done, steps = self._steps[phase]
-        inside = sum(self._done(child) for child, (parent, _, _) in self._steps.items() if parent == phase)
+        inside = sum(self._compute_fraction(child) for child, (parent, _, _) in self._steps.items() if parent == phase)
         return min(1.0, (done + min(1.0, inside)) / steps)
 
 
-def monitor(trt: Any, progress: Progress) -> Any:
+def make_progress_monitor(trt: Any, progress: BuildProgress) -> Any:
     """TensorRT's IProgressMonitor that tells `progress`."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

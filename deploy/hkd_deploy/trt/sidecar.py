@@ -11,15 +11,15 @@ from pathlib import Path
 
 import msgspec
 
-from hkd_deploy.trt.cuda import Gpu
+from hkd_deploy.trt.cuda import GpuInfo
 from hkd_det.errors import DataError, UnavailableError
-from hkd_det.files import replacing
+from hkd_det.files import atomic_write
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class TensorFacts:
+class TensorInfo:
     """An input or output of the engine; -1 in `shape` where the profile leaves it free."""
 
     name: str
@@ -28,16 +28,16 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
-class ProfileFacts:
+class ProfileInfo:
     """Shapes of the input: the smallest, the one it is tuned for, the largest."""
 
-    smallest: list[int]
-    usual: list[int]
-    largest: list[int]
+    min: list[int]
+    opt: list[int]
+    max: list[int]
 
 
 @dataclass(frozen=True)
-class Sidecar:
+class EngineInfo:
     """Facts about one engine.
 
     gpu, sm, platform: where it was built, and runs. compatible: "version", "hardware", or neither.
@@ -53,11 +53,11 @@ class Sidecar:
     platform: str
     compatible: list[str]
     dla: int | None
-    precision_asked: str
-    precision_found: dict[str, int]
-    inputs: list[TensorFacts]
-    outputs: list[TensorFacts]
-    profile: ProfileFacts | None
+    precision_requested: str
+    precision_actual: dict[str, int]
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    profile: ProfileInfo | None
     workspace_mib: int
     context_mib: float
     build_s: float
@@ -68,40 +68,40 @@ class Sidecar:
     metadata: dict[str, str]
 
 
-def this_platform() -> str:
+def current_platform() -> str:
     """As "linux-aarch64": an engine does not cross it."""
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
-def sidecar_path(engine: Path) -> Path:
+def get_engine_info_path(engine: Path) -> Path:
     """`student.engine` to `student.engine.json`, in the same folder."""
     return engine.with_name(f"{engine.name}.json")
 
 
-def sha256_of(content: bytes) -> str:
+def bytes_sha256(content: bytes) -> str:
     """64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
-def write_engine(path: Path, plan: bytes, sidecar: Sidecar) -> None:
+def write_engine(path: Path, plan: bytes, engine_info: EngineInfo) -> None:
     """Write engine and sidecar, each in one step. Killed between the two, the hash tells, and loading says so."""
-    text = msgspec.json.format(msgspec.json.encode(asdict(sidecar)), indent=2)
-    with replacing(path) as engine_aside, replacing(sidecar_path(path)) as sidecar_aside:
+    text = msgspec.json.format(msgspec.json.encode(asdict(engine_info)), indent=2)
+    with atomic_write(path) as engine_aside, atomic_write(get_engine_info_path(path)) as sidecar_aside:
         engine_aside.write_bytes(plan)
         sidecar_aside.write_bytes(text + b"\n")
 
 
-def read_sidecar(engine: Path) -> Sidecar:
+def read_engine_info(engine: Path) -> EngineInfo:
     """What the file beside `engine` says. Raises DataError if either is not there, or it is damaged or newer."""
     if not engine.is_file():
         raise DataError(f"{engine}: no such engine; hkd-export MODEL.onnx --trt builds one")
-    path = sidecar_path(engine)
+    path = get_engine_info_path(engine)
     if not path.is_file():
         raise DataError(
             f"{engine}: {path.name} is missing beside it; copy both, or build it: hkd-export MODEL.onnx --trt"
         )
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+        found = msgspec.json.decode(path.read_bytes(), type=EngineInfo)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: damaged ({error}); build the engine again: hkd-export MODEL.onnx --trt") from None
     if found.format > FORMAT:
@@ -109,43 +109,45 @@ def read_sidecar(engine: Path) -> Sidecar:
     return found
 
 
-def read_plan(engine: Path, sidecar: Sidecar) -> bytes:
+def read_plan(engine: Path, engine_info: EngineInfo) -> bytes:
     """The engine's bytes. Raises DataError if they are not those the sidecar was written for."""
     plan = engine.read_bytes()
-    if sha256_of(plan) != sidecar.engine_sha256:
-        raise DataError(f"{engine}: truncated or changed since it was built; {_again(sidecar)}")
+    if bytes_sha256(plan) != engine_info.engine_sha256:
+        raise DataError(f"{engine}: truncated or changed since it was built; {_format_rebuild_hint(engine_info)}")
     return plan
 
 
-def check_home(engine: Path, sidecar: Sidecar, tensorrt: str, gpu: Gpu) -> None:
+def check_compatibility(engine: Path, engine_info: EngineInfo, tensorrt: str, gpu: GpuInfo) -> None:
     """Raises UnavailableError unless `engine` was built for this TensorRT, this GPU and this platform."""
-    if not _runs_with(tensorrt, sidecar):
-        found, wanted = f"TensorRT {tensorrt}", f"TensorRT {sidecar.tensorrt}"
-    elif sidecar.platform != this_platform():
-        found, wanted = this_platform(), sidecar.platform
-    elif not _runs_on(gpu, sidecar):
-        found, wanted = f"{gpu.name} (SM {gpu.sm})", f"{sidecar.gpu} (SM {sidecar.sm})"
+    if not _is_version_compatible(tensorrt, engine_info):
+        found, wanted = f"TensorRT {tensorrt}", f"TensorRT {engine_info.tensorrt}"
+    elif engine_info.platform != current_platform():
+        found, wanted = current_platform(), engine_info.platform
+    elif not _is_gpu_compatible(gpu, engine_info):
+        found, wanted = f"{gpu.name} (SM {gpu.sm})", f"{engine_info.gpu} (SM {engine_info.sm})"
     else:
         return
-    raise UnavailableError(f"{engine}: built for {wanted}, this machine has {found}; {_again(sidecar)}")
+    raise UnavailableError(
+        f"{engine}: built for {wanted}, this machine has {found}; {_format_rebuild_hint(engine_info)}"
+    )
 
 
-def _again(sidecar: Sidecar) -> str:
-    return f"build it here: hkd-export {sidecar.source} --trt"
+def _format_rebuild_hint(engine_info: EngineInfo) -> str:
+    return f"build it here: hkd-export {engine_info.source} --trt"
 
 
-def _runs_with(tensorrt: str, sidecar: Sidecar) -> bool:
-    if "version" not in sidecar.compatible:
-        return tensorrt == sidecar.tensorrt
-    here, built = _numbers(tensorrt), _numbers(sidecar.tensorrt)
+def _is_version_compatible(tensorrt: str, engine_info: EngineInfo) -> bool:
+    if "version" not in engine_info.compatible:
+        return tensorrt == engine_info.tensorrt
+    here, built = _parse_version(tensorrt), _parse_version(engine_info.tensorrt)
     return here[:1] == built[:1] and here >= built
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _parse_version(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]+", version))  # "10.0.0b6" was one
 
 
-def _runs_on(gpu: Gpu, sidecar: Sidecar) -> bool:
-    if "hardware" in sidecar.compatible:
+def _is_gpu_compatible(gpu: GpuInfo, engine_info: EngineInfo) -> bool:
+    if "hardware" in engine_info.compatible:
         return int(gpu.sm.split(".")[0]) >= 8  # Ampere
-    return (gpu.name, gpu.sm) == (sidecar.gpu, sidecar.sm)
+    return (gpu.name, gpu.sm) == (engine_info.gpu, engine_info.sm)

@@ -8,26 +8,28 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from hkd_det.datasets.synthetic.scene import Record
-from hkd_det.files import replacing, write_text
+from hkd_det.datasets.synthetic.scene import AnnotationRecord
+from hkd_det.files import atomic_write, write_text
 
 JSON_LABELS = ("ignore", "pedestrian", "rider", "sitting person", "person (other)", "person group")
 
 
 @dataclass(frozen=True)
-class Annotated:
+class ImageAnnotations:
     """One picture's place in the tree, `city` and file stem (CITY_000000_000000), and its records."""
 
     city: str
     stem: str
-    records: list[Record]
+    records: list[AnnotationRecord]
 
 
-def write_mat(path: Path, split: str, pictures: Sequence[Annotated]) -> None:
+def write_citypersons_mat(path: Path, split: str, annotations: Sequence[ImageAnnotations]) -> None:
     """`anno_train.mat` or `anno_val.mat`, nested as the official ones: a (1, N) cell of (1, 1) structs."""
-    cells = np.empty((1, len(pictures)), object)
-    for index, picture in enumerate(pictures):
-        rows = [[record.label, *record.box_xywh, record.instance, *record.visible_xywh] for record in picture.records]
+    cells = np.empty((1, len(annotations)), object)
+    for index, picture in enumerate(annotations):
+        rows = [
+            [record.label, *record.box_xywh, record.instance_id, *record.visible_xywh] for record in picture.records
+        ]
         struct = np.empty((1, 1), [("cityname", "O"), ("im_name", "O"), ("bbs", "O")])
         struct[0, 0] = (
             picture.city,
@@ -35,15 +37,15 @@ def write_mat(path: Path, split: str, pictures: Sequence[Annotated]) -> None:
             np.array(rows, np.int16 if np.min(rows, initial=0) < 0 else np.uint16).reshape(-1, 10),
         )
         cells[0, index] = struct
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         scipy.io.savemat(aside, {f"anno_{split}_aligned": cells}, do_compression=True)
 
 
-def write_json(path: Path, size_hw: tuple[int, int], records: Sequence[Record]) -> None:
+def write_citypersons_json(path: Path, size_hw: tuple[int, int], records: Sequence[AnnotationRecord]) -> None:
     """`*_gtBboxCityPersons.json` of one picture."""
     objects = [
         {
-            "instanceId": record.instance,
+            "instanceId": record.instance_id,
             "bbox": list(record.box_xywh),
             "bboxVis": list(record.visible_xywh),
             "label": JSON_LABELS[record.label],

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Point = tuple[float, float]
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
-SHIFT = 4  # OpenCV's fixed point: sixteenths of a pixel
-NOBODY = 0
+SUBPIXEL_SHIFT = 4  # OpenCV's fixed point: sixteenths of a pixel
+BACKGROUND_ID = 0
 
 
 class Canvas:
@@ -19,36 +19,38 @@ class Canvas:
     Set `owner` before painting; `haze` mixes every colour with `air` (0 none, 1 all), as distance does.
     """
 
-    def __init__(self, size_hw: tuple[int, int], air: Colour) -> None:
-        self.picture = np.zeros((*size_hw, 3), np.uint8)
-        self.ids = np.zeros(size_hw, np.int32)
-        self.air = air
-        self.haze = 0.0
-        self.light = 1.0
-        self.owner = NOBODY
+    def __init__(self, size_hw: tuple[int, int], haze_color: Color) -> None:
+        self.image = np.zeros((*size_hw, 3), np.uint8)
+        self.id_map = np.zeros(size_hw, np.int32)
+        self.haze_color = haze_color
+        self.haze_ratio = 0.0
+        self.brightness = 1.0
+        self.object_id = BACKGROUND_ID
 
-    def polygon(self, points: Sequence[Point], colour: Colour) -> None:
+    def draw_polygon(self, points: Sequence[Point], color: Color) -> None:
         """Fill a polygon, its edges smoothed in the picture and sharp in the id map."""
-        fixed = np.round(np.array(points) * (1 << SHIFT)).astype(np.int32)
-        cv2.fillPoly(self.picture, [fixed], self._seen(colour), cv2.LINE_AA, SHIFT)
-        cv2.fillPoly(self.ids, [fixed], self.owner, cv2.LINE_8, SHIFT)
+        fixed = np.round(np.array(points) * (1 << SUBPIXEL_SHIFT)).astype(np.int32)
+        cv2.fillPoly(self.image, [fixed], self._apply_haze(color), cv2.LINE_AA, SUBPIXEL_SHIFT)
+        cv2.fillPoly(self.id_map, [fixed], self.object_id, cv2.LINE_8, SUBPIXEL_SHIFT)
 
-    def ellipse(self, centre: Point, radii: Point, colour: Colour, tilt: float = 0.0) -> None:
+    def draw_ellipse(self, center: Point, radii: Point, color: Color, angle_deg: float = 0.0) -> None:
         """Fill an ellipse; `tilt` in degrees, clockwise."""
-        fixed = (round(centre[0] * (1 << SHIFT)), round(centre[1] * (1 << SHIFT)))
-        axes = (max(1, round(radii[0] * (1 << SHIFT))), max(1, round(radii[1] * (1 << SHIFT))))
-        cv2.ellipse(self.picture, fixed, axes, tilt, 0, 360, self._seen(colour), -1, cv2.LINE_AA, SHIFT)
-        cv2.ellipse(self.ids, fixed, axes, tilt, 0, 360, self.owner, -1, cv2.LINE_8, SHIFT)
+        fixed = (round(center[0] * (1 << SUBPIXEL_SHIFT)), round(center[1] * (1 << SUBPIXEL_SHIFT)))
+        axes = (max(1, round(radii[0] * (1 << SUBPIXEL_SHIFT))), max(1, round(radii[1] * (1 << SUBPIXEL_SHIFT))))
+        cv2.ellipse(
+            self.image, fixed, axes, angle_deg, 0, 360, self._apply_haze(color), -1, cv2.LINE_AA, SUBPIXEL_SHIFT
+        )
+        cv2.ellipse(self.id_map, fixed, axes, angle_deg, 0, 360, self.object_id, -1, cv2.LINE_8, SUBPIXEL_SHIFT)
 
-    def ring(self, centre: Point, radii: Point, width_px: float, colour: Colour) -> None:
+    def draw_ring(self, center: Point, radii: Point, width_px: float, color: Color) -> None:
         """An ellipse's outline."""
-        fixed = (round(centre[0] * (1 << SHIFT)), round(centre[1] * (1 << SHIFT)))
-        axes = (max(1, round(radii[0] * (1 << SHIFT))), max(1, round(radii[1] * (1 << SHIFT))))
+        fixed = (round(center[0] * (1 << SUBPIXEL_SHIFT)), round(center[1] * (1 << SUBPIXEL_SHIFT)))
+        axes = (max(1, round(radii[0] * (1 << SUBPIXEL_SHIFT))), max(1, round(radii[1] * (1 << SUBPIXEL_SHIFT))))
         thickness = max(1, round(width_px))
-        cv2.ellipse(self.picture, fixed, axes, 0, 0, 360, self._seen(colour), thickness, cv2.LINE_AA, SHIFT)
-        cv2.ellipse(self.ids, fixed, axes, 0, 0, 360, self.owner, thickness, cv2.LINE_8, SHIFT)
+        cv2.ellipse(self.image, fixed, axes, 0, 0, 360, self._apply_haze(color), thickness, cv2.LINE_AA, SUBPIXEL_SHIFT)
+        cv2.ellipse(self.id_map, fixed, axes, 0, 0, 360, self.object_id, thickness, cv2.LINE_8, SUBPIXEL_SHIFT)
 
-    def limb(self, start: Point, end: Point, start_radius: float, end_radius: float, colour: Colour) -> None:
+    def draw_capsule(self, start: Point, end: Point, start_radius: float, end_radius: float, color: Color) -> None:
         """A tapered capsule: an upper arm, a shin, a trunk, a bicycle's tube."""
         along = np.array(end) - np.array(start)
         length = max(1e-6, float(np.hypot(*along)))
@@ -60,27 +62,27 @@ class Canvas:
             b - across * end_radius,
             a - across * start_radius,
         ]
-        self.polygon([(float(x), float(y)) for x, y in corners], colour)
-        self.ellipse(start, (start_radius, start_radius), colour)
-        self.ellipse(end, (end_radius, end_radius), colour)
+        self.draw_polygon([(float(x), float(y)) for x, y in corners], color)
+        self.draw_ellipse(start, (start_radius, start_radius), color)
+        self.draw_ellipse(end, (end_radius, end_radius), color)
 
-    def extent_xyxy(self, number: int) -> NDArray[np.float64] | None:
+    def compute_extent_xyxy(self, object_id: int) -> NDArray[np.float64] | None:
         """The tight box of an owner's pixels, right and bottom exclusive; None without any."""
-        mine = self.ids == number
+        mine = self.id_map == object_id
         columns, rows = np.flatnonzero(mine.any(0)), np.flatnonzero(mine.any(1))
         if not len(rows):
             return None
         return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
 
-    def _seen(self, colour: Colour) -> tuple[int, int, int]:
+    def _apply_haze(self, color: Color) -> tuple[int, int, int]:
         red, green, blue = (
-            round(min(255.0, (1 - self.haze) * self.light * own + self.haze * far))
-            for own, far in zip(colour, self.air, strict=True)
+            round(min(255.0, (1 - self.haze_ratio) * self.brightness * own + self.haze_ratio * far))
+            for own, far in zip(color, self.haze_color, strict=True)
         )
         return red, green, blue
 
 
-def shaded(colour: Colour, factor: float) -> Colour:
+def scale_color(color: Color, factor: float) -> Color:
     """A colour made darker (below 1) or lighter (above 1)."""
-    red, green, blue = (min(255.0, part * factor) for part in colour)
+    red, green, blue = (min(255.0, part * factor) for part in color)
     return red, green, blue

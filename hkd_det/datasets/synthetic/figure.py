@@ -6,18 +6,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hkd_det.datasets.synthetic.canvas import Canvas, Colour, Point, shaded
+from hkd_det.datasets.synthetic.canvas import Canvas, Color, Point, scale_color
 
-SKIN: list[Colour] = [(238, 200, 172), (222, 178, 142), (198, 146, 106), (150, 104, 72), (104, 70, 50)]
-HAIR: list[Colour] = [(36, 28, 24), (70, 48, 32), (120, 84, 48), (190, 160, 104), (150, 146, 142)]
-CLOTH: list[Colour] = [
+SKIN_COLORS: list[Color] = [(238, 200, 172), (222, 178, 142), (198, 146, 106), (150, 104, 72), (104, 70, 50)]
+HAIR_COLORS: list[Color] = [(36, 28, 24), (70, 48, 32), (120, 84, 48), (190, 160, 104), (150, 146, 142)]
+CLOTHING_COLORS: list[Color] = [
     (34, 36, 44), (58, 62, 74), (40, 52, 88), (96, 100, 108), (150, 40, 44), (188, 182, 168), (60, 92, 70),
     (200, 150, 60), (112, 78, 60), (70, 120, 160), (214, 214, 218), (128, 64, 110), (220, 110, 60),
 ]  # fmt: skip
-LOWER: list[Colour] = [(38, 44, 62), (30, 30, 34), (70, 78, 98), (104, 94, 78), (60, 56, 54), (128, 124, 116)]
+LOWER_CLOTHING_COLORS: list[Color] = [
+    (38, 44, 62),
+    (30, 30, 34),
+    (70, 78, 98),
+    (104, 94, 78),
+    (60, 56, 54),
+    (128, 124, 116),
+]
 
-At = Callable[[Point], Point]  # from shares of the height to pixels
-CROWN = 0.068  # above the head's centre
+PointTransform = Callable[[Point], Point]  # from shares of the height to pixels
+HEAD_TOP_OFFSET = 0.068  # above the head's centre
 
 
 @dataclass(frozen=True)
@@ -29,42 +36,42 @@ class Person:
     """
 
     build: float
-    skin: Colour
-    hair: Colour
-    upper: Colour
-    lower: Colour
-    shoes: Colour
+    skin: Color
+    hair: Color
+    upper: Color
+    lower: Color
+    shoes: Color
     garment: str  # "trousers", "skirt" or "coat"
-    bag: bool
-    hat: bool
-    turn: float
-    back: bool
+    has_bag: bool
+    has_hat: bool
+    facing: float
+    is_facing_away: bool
     phase: float
     stride: float
 
 
-def random_person(chance: np.random.Generator) -> Person:
+def sample_person(rng: np.random.Generator) -> Person:
     """Anybody."""
 
-    def pick(colours: list[Colour]) -> Colour:
-        red, green, blue = np.clip(np.array(colours[chance.integers(len(colours))]) + chance.normal(0, 9, 3), 0, 255)
+    def pick(colours: list[Color]) -> Color:
+        red, green, blue = np.clip(np.array(colours[rng.integers(len(colours))]) + rng.normal(0, 9, 3), 0, 255)
         return float(red), float(green), float(blue)
 
-    walks = chance.random() < 0.8
+    walks = rng.random() < 0.8
     return Person(
-        build=float(np.clip(chance.normal(1.0, 0.1), 0.8, 1.3)),
-        skin=pick(SKIN),
-        hair=pick(HAIR),
-        upper=pick(CLOTH),
-        lower=pick(LOWER),
-        shoes=pick(HAIR),
-        garment=str(chance.choice(["trousers", "skirt", "coat"], p=[0.65, 0.13, 0.22])),
-        bag=bool(chance.random() < 0.3),
-        hat=bool(chance.random() < 0.15),
-        turn=float(chance.choice([-1, 1]) * chance.random() ** 0.5),
-        back=bool(chance.random() < 0.5),
-        phase=float(chance.uniform(0, 2 * math.pi)),
-        stride=float(chance.uniform(0.25, 0.5)) if walks else 0.06,
+        build=float(np.clip(rng.normal(1.0, 0.1), 0.8, 1.3)),
+        skin=pick(SKIN_COLORS),
+        hair=pick(HAIR_COLORS),
+        upper=pick(CLOTHING_COLORS),
+        lower=pick(LOWER_CLOTHING_COLORS),
+        shoes=pick(HAIR_COLORS),
+        garment=str(rng.choice(["trousers", "skirt", "coat"], p=[0.65, 0.13, 0.22])),
+        has_bag=bool(rng.random() < 0.3),
+        has_hat=bool(rng.random() < 0.15),
+        facing=float(rng.choice([-1, 1]) * rng.random() ** 0.5),
+        is_facing_away=bool(rng.random() < 0.5),
+        phase=float(rng.uniform(0, 2 * math.pi)),
+        stride=float(rng.uniform(0.25, 0.5)) if walks else 0.06,
     )
 
 
@@ -81,10 +88,10 @@ class Joints:
     hands: tuple[Point, Point]
 
 
-def walking(person: Person) -> Joints:
+def walking_pose(person: Person) -> Joints:
     """The walk: legs swing against each other, the rear knee bends, arms swing against the legs."""
     swing = person.stride * math.sin(person.phase)
-    facing, side = math.copysign(1.0, person.turn), abs(person.turn)
+    facing, side = math.copysign(1.0, person.facing), abs(person.facing)
     hip, neck = (0.0, 0.52), (0.012 * facing * side, 0.83)
     knees, feet, elbows, hands = [], [], [], []
     for sign in (1.0, -1.0):  # near, far
@@ -106,35 +113,35 @@ def walking(person: Person) -> Joints:
     drop = min(foot[1] for foot in feet) - 0.018
     lowered = [(x, y - drop) for x, y in feet]
     return Joints(
-        (hip[0], hip[1] - drop), (neck[0], neck[1] - drop), (neck[0] + 0.012 * facing * side, 1 - CROWN - drop),
-        _pair([(x, y - drop) for x, y in knees]), _pair(lowered),
-        _pair([(x, y - drop) for x, y in elbows]), _pair([(x, y - drop) for x, y in hands]),
+        (hip[0], hip[1] - drop), (neck[0], neck[1] - drop), (neck[0] + 0.012 * facing * side, 1 - HEAD_TOP_OFFSET - drop),
+        _to_pair([(x, y - drop) for x, y in knees]), _to_pair(lowered),
+        _to_pair([(x, y - drop) for x, y in elbows]), _to_pair([(x, y - drop) for x, y in hands]),
     )  # fmt: skip
 
 
-def riding(person: Person) -> Joints:
+def riding_pose(person: Person) -> Joints:
     """On a bicycle, legs on the pedals, hands on the bar; the saddle at 0.5."""
-    facing = math.copysign(1.0, person.turn)
+    facing = math.copysign(1.0, person.facing)
     turn = person.phase
     feet = [(facing * (0.06 + s * 0.07 * math.cos(turn)), 0.16 + s * 0.07 * math.sin(turn)) for s in (1.0, -1.0)]
     knees = [(x + facing * 0.11, (y + 0.52) / 2 + 0.05) for x, y in feet]
     return Joints(
-        (-facing * 0.05, 0.52), (facing * 0.1, 0.8), (facing * 0.15, 0.9), _pair(knees), _pair(feet),
-        _pair([(facing * 0.2, 0.66), (facing * 0.2, 0.67)]), _pair([(facing * 0.3, 0.58), (facing * 0.3, 0.59)]),
+        (-facing * 0.05, 0.52), (facing * 0.1, 0.8), (facing * 0.15, 0.9), _to_pair(knees), _to_pair(feet),
+        _to_pair([(facing * 0.2, 0.66), (facing * 0.2, 0.67)]), _to_pair([(facing * 0.3, 0.58), (facing * 0.3, 0.59)]),
     )  # fmt: skip
 
 
-def sitting(person: Person) -> Joints:
+def sitting_pose(person: Person) -> Joints:
     """On a bench, its seat at 0.27."""
-    facing = math.copysign(1.0, person.turn)
+    facing = math.copysign(1.0, person.facing)
     return Joints(
         (0.0, 0.29), (-facing * 0.02, 0.59), (0.0, 0.69),
-        _pair([(facing * 0.23, 0.29), (facing * 0.22, 0.28)]), _pair([(facing * 0.24, 0.02), (facing * 0.2, 0.02)]),
-        _pair([(facing * 0.07, 0.42), (facing * 0.06, 0.42)]), _pair([(facing * 0.2, 0.33), (facing * 0.18, 0.33)]),
+        _to_pair([(facing * 0.23, 0.29), (facing * 0.22, 0.28)]), _to_pair([(facing * 0.24, 0.02), (facing * 0.2, 0.02)]),
+        _to_pair([(facing * 0.07, 0.42), (facing * 0.06, 0.42)]), _to_pair([(facing * 0.2, 0.33), (facing * 0.18, 0.33)]),
     )  # fmt: skip
 
 
-def paint(canvas: Canvas, person: Person, joints: Joints, foot: Point, height_px: float) -> None:
+def paint_person(canvas: Canvas, person: Person, joints: Joints, foot: Point, height_px: float) -> None:
     """Paint a person whose ground point is `foot` (x, y pixels), `height_px` tall when standing; far limbs first."""
 
     def at(point: Point) -> Point:
@@ -143,81 +150,95 @@ def paint(canvas: Canvas, person: Person, joints: Joints, foot: Point, height_px
     wide = person.build * height_px
     for limb in (1, 0):
         tone = 0.72 if limb else 1.0
-        _leg(canvas, person, at(joints.hip), at(joints.knees[limb]), at(joints.feet[limb]), wide, tone)
+        _paint_leg(canvas, person, at(joints.hip), at(joints.knees[limb]), at(joints.feet[limb]), wide, tone)
         if limb:
-            _arm(canvas, person, joints, limb, at, wide, tone)
-    _torso(canvas, person, joints, at, wide)
-    _head(canvas, person, at(joints.neck), at(joints.head), height_px)
-    _arm(canvas, person, joints, 0, at, wide, 1.0)
-    if person.bag:
+            _paint_arm(canvas, person, joints, limb, at, wide, tone)
+    _paint_torso(canvas, person, joints, at, wide)
+    _paint_head(canvas, person, at(joints.neck), at(joints.head), height_px)
+    _paint_arm(canvas, person, joints, 0, at, wide, 1.0)
+    if person.has_bag:
         hand = at(joints.hands[0])
-        canvas.polygon(
+        canvas.draw_polygon(
             [
                 (hand[0] + dx * wide, hand[1] + dy * wide)
                 for dx, dy in ((-0.05, 0.02), (0.05, 0.02), (0.06, 0.14), (-0.06, 0.14))
             ],
-            shaded(person.shoes, 1.3),
+            scale_color(person.shoes, 1.3),
         )
 
 
-def _pair(points: list[Point]) -> tuple[Point, Point]:
+def _to_pair(points: list[Point]) -> tuple[Point, Point]:
     return points[0], points[1]
 
 
-def _leg(canvas: Canvas, person: Person, hip: Point, knee: Point, foot: Point, wide: float, tone: float) -> None:
+def _paint_leg(
+    canvas: Canvas, person: Person, hip: Point, knee: Point, foot: Point, width_px: float, brightness: float
+) -> None:
     bare = person.garment == "skirt"
-    thigh = shaded(person.lower, tone)
-    shin = shaded(person.skin if bare else person.lower, tone)
-    canvas.limb(hip, knee, 0.058 * wide, 0.042 * wide, thigh)
-    canvas.limb(knee, foot, 0.042 * wide, 0.026 * wide, shin)
-    ahead = math.copysign(0.035 * wide, person.turn) * min(1.0, abs(person.turn) + 0.2)
-    canvas.ellipse((foot[0] + ahead, foot[1]), (0.05 * wide, 0.02 * wide), shaded(person.shoes, tone))
+    thigh = scale_color(person.lower, brightness)
+    shin = scale_color(person.skin if bare else person.lower, brightness)
+    canvas.draw_capsule(hip, knee, 0.058 * width_px, 0.042 * width_px, thigh)
+    canvas.draw_capsule(knee, foot, 0.042 * width_px, 0.026 * width_px, shin)
+    ahead = math.copysign(0.035 * width_px, person.facing) * min(1.0, abs(person.facing) + 0.2)
+    canvas.draw_ellipse(
+        (foot[0] + ahead, foot[1]), (0.05 * width_px, 0.02 * width_px), scale_color(person.shoes, brightness)
+    )
 
 
-def _arm(canvas: Canvas, person: Person, joints: Joints, limb: int, at: At, wide: float, tone: float) -> None:
-    sign = 1.0 if limb == 0 else -1.0
-    reach = sign * 0.105 * person.build * (1 - 0.6 * abs(person.turn))
-    shoulder = at((joints.neck[0] + reach, joints.neck[1] - 0.03))
-    elbow, hand = at(joints.elbows[limb]), at(joints.hands[limb])
-    sleeve = shaded(person.upper, 0.86 * tone)
-    canvas.limb(shoulder, elbow, 0.034 * wide, 0.027 * wide, sleeve)
-    canvas.limb(elbow, hand, 0.027 * wide, 0.02 * wide, sleeve)
-    canvas.ellipse(hand, (0.022 * wide, 0.024 * wide), shaded(person.skin, tone))
+def _paint_arm(
+    canvas: Canvas,
+    person: Person,
+    joints: Joints,
+    limb_index: int,
+    to_pixels: PointTransform,
+    width_px: float,
+    brightness: float,
+) -> None:
+    sign = 1.0 if limb_index == 0 else -1.0
+    reach = sign * 0.105 * person.build * (1 - 0.6 * abs(person.facing))
+    shoulder = to_pixels((joints.neck[0] + reach, joints.neck[1] - 0.03))
+    elbow, hand = to_pixels(joints.elbows[limb_index]), to_pixels(joints.hands[limb_index])
+    sleeve = scale_color(person.upper, 0.86 * brightness)
+    canvas.draw_capsule(shoulder, elbow, 0.034 * width_px, 0.027 * width_px, sleeve)
+    canvas.draw_capsule(elbow, hand, 0.027 * width_px, 0.02 * width_px, sleeve)
+    canvas.draw_ellipse(hand, (0.022 * width_px, 0.024 * width_px), scale_color(person.skin, brightness))
 
 
-def _torso(canvas: Canvas, person: Person, joints: Joints, at: At, wide: float) -> None:
-    narrow = 1 - 0.4 * abs(person.turn)
-    (hip_x, hip_y), (neck_x, neck_y) = at(joints.hip), at(joints.neck)
-    chest, waist = 0.13 * wide * narrow, 0.1 * wide * narrow
-    hem = {"trousers": 0.03, "skirt": 0.17, "coat": 0.2}[person.garment] * wide
+def _paint_torso(canvas: Canvas, person: Person, joints: Joints, to_pixels: PointTransform, width_px: float) -> None:
+    narrow = 1 - 0.4 * abs(person.facing)
+    (hip_x, hip_y), (neck_x, neck_y) = to_pixels(joints.hip), to_pixels(joints.neck)
+    chest, waist = 0.13 * width_px * narrow, 0.1 * width_px * narrow
+    hem = {"trousers": 0.03, "skirt": 0.17, "coat": 0.2}[person.garment] * width_px
     flare = {"trousers": 1.0, "skirt": 1.5, "coat": 1.15}[person.garment]
     if person.garment == "skirt":
-        canvas.polygon(
-            [(hip_x - waist, hip_y - 0.04 * wide), (hip_x + waist, hip_y - 0.04 * wide),
+        canvas.draw_polygon(
+            [(hip_x - waist, hip_y - 0.04 * width_px), (hip_x + waist, hip_y - 0.04 * width_px),
              (hip_x + flare * waist, hip_y + hem), (hip_x - flare * waist, hip_y + hem)],
-            shaded(person.lower, 1.1),
+            scale_color(person.lower, 1.1),
         )  # fmt: skip
-        hem, flare = 0.03 * wide, 1.0
-    shoulder_y = neck_y + 0.03 * wide
+        hem, flare = 0.03 * width_px, 1.0
+    shoulder_y = neck_y + 0.03 * width_px
     outline = [
         (neck_x - 0.4 * chest, neck_y), (neck_x + 0.4 * chest, neck_y), (neck_x + chest, shoulder_y),
         (hip_x + flare * waist, hip_y + hem), (hip_x - flare * waist, hip_y + hem), (neck_x - chest, shoulder_y),
     ]  # fmt: skip
-    canvas.polygon(outline, person.upper)
+    canvas.draw_polygon(outline, person.upper)
     shade = [(neck_x + 0.2 * chest, neck_y), outline[2], outline[3], (hip_x + 0.2 * waist, hip_y + hem)]
-    canvas.polygon(shade, shaded(person.upper, 0.82))
+    canvas.draw_polygon(shade, scale_color(person.upper, 0.82))
 
 
-def _head(canvas: Canvas, person: Person, neck: Point, head: Point, height_px: float) -> None:
+def _paint_head(canvas: Canvas, person: Person, neck: Point, head: Point, height_px: float) -> None:
     """Neck, hair, face, hat."""
-    canvas.limb(neck, head, 0.026 * height_px, 0.026 * height_px, shaded(person.skin, 0.85))
-    canvas.ellipse(head, (0.05 * height_px, CROWN * height_px), person.hair)
-    if not (person.back and abs(person.turn) < 0.5):
-        ahead = math.copysign(0.016 * height_px, person.turn) * abs(person.turn)
-        canvas.ellipse(
+    canvas.draw_capsule(neck, head, 0.026 * height_px, 0.026 * height_px, scale_color(person.skin, 0.85))
+    canvas.draw_ellipse(head, (0.05 * height_px, HEAD_TOP_OFFSET * height_px), person.hair)
+    if not (person.is_facing_away and abs(person.facing) < 0.5):
+        ahead = math.copysign(0.016 * height_px, person.facing) * abs(person.facing)
+        canvas.draw_ellipse(
             (head[0] + ahead, head[1] + 0.016 * height_px), (0.038 * height_px, 0.05 * height_px), person.skin
         )
-    if person.hat:
-        canvas.ellipse(
-            (head[0], head[1] - 0.03 * height_px), (0.056 * height_px, 0.034 * height_px), shaded(person.upper, 0.7)
+    if person.has_hat:
+        canvas.draw_ellipse(
+            (head[0], head[1] - 0.03 * height_px),
+            (0.056 * height_px, 0.034 * height_px),
+            scale_color(person.upper, 0.7),
         )

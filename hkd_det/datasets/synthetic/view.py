@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from hkd_det.datasets.synthetic.canvas import Point
 
-CAMERA_M = 1.4
+CAMERA_HEIGHT_M = 1.4
 
 
 @dataclass(frozen=True)
-class View:
+class Camera:
     """Where things of a street appear in a picture of `size_hw`.
 
     x metres to the right of the camera, z metres ahead, up metres above the road.
@@ -26,10 +26,12 @@ class View:
         """The row in which the road ends."""
         return 0.42 * self.size_hw[0]
 
-    def scale(self, z: float) -> float:
+    def pixels_per_meter(self, z: float) -> float:
         """Pixels a metre at distance z."""
         return self.focal_px / z
 
-    def at(self, x: float, z: float, up: float = 0.0) -> Point:
+    def project(self, x: float, z: float, height_m: float = 0.0) -> Point:
         """The pixel (x, y) of a place."""
-        return self.size_hw[1] / 2 + x * self.scale(z), self.horizon_px + (CAMERA_M - up) * self.scale(z)
+        return self.size_hw[1] / 2 + x * self.pixels_per_meter(z), self.horizon_px + (
+            CAMERA_HEIGHT_M - height_m
+        ) * self.pixels_per_meter(z)

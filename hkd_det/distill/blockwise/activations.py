@@ -14,33 +14,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hkd_det.distill.blockwise.replaceable import Layer
+from hkd_det.distill.blockwise.replaceable import ReplaceableConv
 from hkd_det.errors import DataError
-from hkd_det.files import replacing
+from hkd_det.files import atomic_write
 
 
-class _ReachedError(Exception):
+class _StopForwardError(Exception):
     """The last layer asked for has its input; the rest of the network need not run."""
 
 
-class Inputs:
+class LayerInputs:
     """What enters one layer of a frozen network, of any of the views; no larger than its batches in memory."""
 
-    def __init__(self, network: nn.Module, layer: str, views: NDArray[np.uint8], cached: Path | None = None) -> None:
-        self._network, self._layer, self._views = network, layer, views
-        self._cached = None if cached is None else np.load(cached, mmap_mode="r")
+    def __init__(
+        self, network: nn.Module, layer: str, images: NDArray[np.uint8], cache_path: Path | None = None
+    ) -> None:
+        self._network, self._layer, self._images = network, layer, images
+        self._cache = None if cache_path is None else np.load(cache_path, mmap_mode="r")
         self.device = next(network.parameters()).device
 
-    def of(self, indices: NDArray[np.intp]) -> Tensor:
+    def get_batch(self, indices: NDArray[np.intp]) -> Tensor:
         """Of the views with these indices: [B, C, H, W] float32."""
-        if self._cached is not None:
-            return torch.from_numpy(self._cached[indices]).to(self.device).float()
-        pictures = torch.from_numpy(self._views[indices]).to(self.device)
-        return recorded(self._network, [self._layer], pictures)[self._layer].float()
+        if self._cache is not None:
+            return torch.from_numpy(self._cache[indices]).to(self.device).float()
+        pictures = torch.from_numpy(self._images[indices]).to(self.device)
+        return record_inputs(self._network, [self._layer], pictures)[self._layer].float()
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """One thread, and convolutions that give the same bits each time; all as before at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -51,18 +53,18 @@ def repeatable() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> dict[str, Tensor]:
+def record_inputs(network: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
     """What enters the named layers, [B, C, H, W] float16 each, of pictures [B, 3, H, W].
 
     Raises DataError for activations beyond float16's range.
     """
-    with repeatable():
-        each = [_recorded(network, layers, picture[None]) for picture in pictures]
+    with deterministic():
+        each = [_record_image_inputs(network, layers, picture[None]) for picture in images]
     return {name: torch.cat([inputs[name] for inputs in each]) for name in layers}
 
 
 @torch.no_grad()
-def _recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> dict[str, Tensor]:
+def _record_image_inputs(network: nn.Module, layers: Sequence[str], image: Tensor) -> dict[str, Tensor]:
     """Of one picture; stops after the last layer."""
     inputs: dict[str, Tensor] = {}
     modules = dict(network.named_modules())
@@ -71,14 +73,14 @@ def _recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> di
         def look(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs[name] = arguments[0].half()
             if len(inputs) == len(layers):
-                raise _ReachedError
+                raise _StopForwardError
 
         return look
 
     handles = [modules[name].register_forward_pre_hook(record(name)) for name in layers]
     try:
-        with suppress(_ReachedError):
-            network(pictures)
+        with suppress(_StopForwardError):
+            network(image)
     finally:
         for handle in handles:
             handle.remove()
@@ -88,55 +90,57 @@ def _recorded(network: nn.Module, layers: Sequence[str], pictures: Tensor) -> di
     return inputs
 
 
-def cached_layers(layers: Sequence[Layer], views: int, room_bytes: int) -> list[Layer]:
+def select_cached_layers(
+    layers: Sequence[ReplaceableConv], num_images: int, capacity_bytes: int
+) -> list[ReplaceableConv]:
     """The layers whose inputs are kept in `room_bytes`: the smallest first, which are also the deepest, about."""
-    kept, room = [], room_bytes
-    for layer in sorted(layers, key=lambda layer: (input_bytes(layer, views), layer.name)):
-        room -= input_bytes(layer, views)
+    kept, room = [], capacity_bytes
+    for layer in sorted(layers, key=lambda layer: (count_input_bytes(layer, num_images), layer.name)):
+        room -= count_input_bytes(layer, num_images)
         if room < 0:
             break
         kept.append(layer)
     return kept
 
 
-def input_bytes(layer: Layer, views: int) -> int:
+def count_input_bytes(layer: ReplaceableConv, num_images: int) -> int:
     """Room that a layer's inputs take in float16."""
     channels, height, width = layer.input_chw
-    return 2 * views * channels * height * width
+    return 2 * num_images * channels * height * width
 
 
 def write_inputs(
-    teacher: nn.Module, layers: Sequence[Layer], views: NDArray[np.uint8], folder: Path, batch: int
+    teacher: nn.Module, layers: Sequence[ReplaceableConv], images: NDArray[np.uint8], folder: Path, batch: int
 ) -> None:
     """Run the teacher once over all views and write what enters each layer: `folder`/NAME.npy, [views, C, H, W].
 
     Files that are there stay.
     """
-    missing = [layer for layer in layers if not cached_file(folder, layer.name).exists()]
+    missing = [layer for layer in layers if not input_cache_path(folder, layer.name).exists()]
     if not missing:
         return
     device = next(teacher.parameters()).device
     with ExitStack() as stack:
-        shapes = {layer.name: (len(views), *layer.input_chw) for layer in missing}
+        shapes = {layer.name: (len(images), *layer.input_chw) for layer in missing}
         files = {
-            name: stack.enter_context(new_array(cached_file(folder, name), shape, np.float16))
+            name: stack.enter_context(create_npy(input_cache_path(folder, name), shape, np.float16))
             for name, shape in shapes.items()
         }
-        for start in range(0, len(views), batch):
-            pictures = torch.from_numpy(np.array(views[start : start + batch])).to(device)
-            for name, values in recorded(teacher, list(files), pictures).items():
+        for start in range(0, len(images), batch):
+            pictures = torch.from_numpy(np.array(images[start : start + batch])).to(device)
+            for name, values in record_inputs(teacher, list(files), pictures).items():
                 files[name][start : start + len(values)] = values.cpu().numpy()
 
 
-def cached_file(folder: Path, name: str) -> Path:
+def input_cache_path(folder: Path, name: str) -> Path:
     """Where a layer's inputs lie."""
     return folder / f"{name}.npy"
 
 
 @contextmanager
-def new_array(path: Path, shape: tuple[int, ...], kind: type[np.generic]) -> Iterator[NDArray[Any]]:
+def create_npy(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Iterator[NDArray[Any]]:
     """An array in a .npy file, written through memory mapping; the file appears once it is whole."""
-    with replacing(path) as aside:
-        array = np.lib.format.open_memmap(aside, mode="w+", dtype=kind, shape=shape)
+    with atomic_write(path) as aside:
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
         yield array
         array.flush()

@@ -5,19 +5,19 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from hkd_det.models.families import build
-from hkd_det.models.family import PersonDetector
+from hkd_det.models.families import build_from_spec
+from hkd_det.models.family import BaseDetector
 
-Weights = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 
 
-def assembled(teacher: PersonDetector, blocks: Mapping[str, Weights]) -> PersonDetector:
+def assemble(teacher: BaseDetector, blocks: Mapping[str, StateDict]) -> BaseDetector:
     """A new network, in evaluation mode on the teacher's device: the teacher with blocks in place of some layers.
 
     blocks: by layer, weights by their names in the network; what no block brings is the teacher's.
     """
     changes = replace(teacher.changes, separable=(*teacher.changes.separable, *blocks))
-    network = build(teacher.spec, changes)
+    network = build_from_spec(teacher.spec, changes)
     wanted = network.state_dict()
     state = {name: value for name, value in teacher.state_dict().items() if name in wanted}
     for block in blocks.values():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hkd_det.distill.blockwise.schedule import Scheduler, queues
+from hkd_det.distill.blockwise.schedule import Scheduler, make_schedule
 from hkd_det.errors import HkdError, UnavailableError
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-Done = Callable[[str, R], None]
-PATIENCE_S = 60  # for a running cluster to answer
-ONE_THREAD = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
-ONE_ARENA = {"MALLOC_ARENA_MAX": 1}  # glibc gives back what threads other than the first free; a task is in such a one
+OnDone = Callable[[str, R], None]
+CONNECT_TIMEOUT_S = 60  # for a running cluster to answer
+SINGLE_THREAD_ENV = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
+SINGLE_ARENA_ENV = {
+    "MALLOC_ARENA_MAX": 1
+}  # glibc gives back what threads other than the first free; a task is in such a one
 
 
 class BlockError(HkdError):
@@ -37,63 +39,63 @@ class BlockError(HkdError):
 
 
 @dataclass(frozen=True)
-class Workers:
+class ExecutorConfig:
     """Who works, and how tasks are shared.
 
     count: tasks at a time. cluster: a running Dask scheduler's address; its workers count then. retries: how many
     deaths of its worker a task survives; a running cluster has a setting of its own for this.
     """
 
-    count: int
+    num_workers: int
     scheduler: Scheduler
     cluster: str = ""
     retries: int = 3
 
     @property
-    def alone(self) -> bool:
+    def is_in_process(self) -> bool:
         """Whether this process does all the work."""
-        return self.count == 1 and not self.cluster
+        return self.num_workers == 1 and not self.cluster
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunStats:
     """How it went: on how many workers; seconds until they were ready; seconds from the first task's start to the
     last one's end."""
 
-    workers: int
-    started_s: float
+    num_workers: int
+    startup_s: float
     makespan_s: float
 
 
-def run_all(
+def run_tasks(
     function: Callable[[T], R],
     tasks: Mapping[str, T],
-    expected: Sequence[float],
-    workers: Workers,
-    scratch: Path,
-    done: Done[R],
-) -> Ran:
+    expected_times: Sequence[float],
+    config: ExecutorConfig,
+    temp_dir: Path,
+    on_done: OnDone[R],
+) -> RunStats:
     """Call `function` on every task, and `done` with each name and result as they come.
 
     expected: times, in any unit, that the schedule is planned with. scratch: a folder for Dask's own files, which go.
     Raises what `function` raises of our own errors, BlockError for all others and for a task whose workers die.
     """
     names, asked = list(tasks), time.monotonic()
-    if workers.alone:
+    if config.is_in_process:
         for name in names:
-            done(name, _called(function, name, tasks[name]))
-        return Ran(1, 0.0, time.monotonic() - asked)
-    with _client(workers, scratch) as (client, count):
-        client.run(_ready, function)
+            on_done(name, _call_task(function, name, tasks[name]))
+        return RunStats(1, 0.0, time.monotonic() - asked)
+    with _open_client(config, temp_dir) as (client, count):
+        client.run(_import_on_worker, function)
         started = time.monotonic()
-        planned = [[names[task] for task in queue] for queue in queues(expected, count, workers.scheduler)]
-        _feed(client, function, tasks, planned, count, done)
-        return Ran(count, started - asked, time.monotonic() - started)
+        planned = [[names[task] for task in queue] for queue in make_schedule(expected_times, count, config.scheduler)]
+        _submit_tasks(client, function, tasks, planned, count, on_done)
+        return RunStats(count, started - asked, time.monotonic() - started)
 
 
-def check_installed(workers: Workers) -> None:
+def check_dask_installed(config: ExecutorConfig) -> None:
     """Find out now that workers are asked for who need Dask, and it is not there: UnavailableError."""
-    if workers.alone:
+    if config.is_in_process:
         return
     try:
         import dask  # noqa: F401, PLC0415 - the extra `cluster`
@@ -104,7 +106,7 @@ def check_installed(workers: Workers) -> None:
         ) from None
 
 
-def worker_number() -> int:
+def get_worker_index() -> int:
     """Which of this machine's Dask workers runs this code, from 0; 0 outside of Dask and on a running cluster."""
     if "distributed" not in sys.modules:
         return 0
@@ -117,52 +119,52 @@ def worker_number() -> int:
     return name if isinstance(name, int) else 0
 
 
-def _ready(_function: Callable[[Any], Any]) -> None:
+def _import_on_worker(_function: Callable[[Any], Any]) -> None:
     """Called on every worker: imports all that the function needs, which takes seconds."""
 
 
-def _called(function: Callable[[T], R], name: str, task: T) -> R:
+def _call_task(function: Callable[[T], R], name: str, task: T) -> R:
     try:
         return function(task)
     except HkdError:
         raise
     except Exception as error:  # whatever it is, it is told with the block's name
-        raise _failed(name, error) from error
+        raise _make_block_error(name, error) from error
 
 
-def _feed(
+def _submit_tasks(
     client: "Client",
     function: Callable[[T], R],
     tasks: Mapping[str, T],
-    planned: Sequence[Sequence[str]],
-    count: int,
-    done: Done[R],
+    schedule: Sequence[Sequence[str]],
+    num_workers: int,
+    on_done: OnDone[R],
 ) -> None:
     """Keep the first task of `count` queues with Dask until all are done; the first failure stops everything."""
     from distributed import as_completed  # noqa: PLC0415 - needed by those who have several workers only
 
-    waiting = deque(deque(queue) for queue in planned)
+    waiting = deque(deque(queue) for queue in schedule)
     running: dict[Any, tuple[str, deque[str]]] = {}
 
     def submit(queue: deque[str]) -> Any:
         name = queue.popleft()
-        future = client.submit(_called, function, name, tasks[name], pure=False)
+        future = client.submit(_call_task, function, name, tasks[name], pure=False)
         running[future] = (name, queue)
         return future
 
-    completed = as_completed([submit(waiting.popleft()) for _ in range(min(count, len(waiting)))])
+    completed = as_completed([submit(waiting.popleft()) for _ in range(min(num_workers, len(waiting)))])
     for future in completed:
         name, queue = running.pop(future)
         if future.status != "finished":
             client.cancel(list(running))
-            raise _told(name, future.exception() if future.status == "error" else None)
-        done(name, future.result())
+            raise _to_hkd_error(name, future.exception() if future.status == "error" else None)
+        on_done(name, future.result())
         future.release()  # else Dask would run it again if the worker that holds the result died
         if queue or waiting:
             completed.add(submit(queue or waiting.popleft()))
 
 
-def _told(name: str, error: BaseException | None) -> HkdError:
+def _to_hkd_error(name: str, error: BaseException | None) -> HkdError:
     """What went wrong with a task, as one of our errors; None: Dask has lost it."""
     from distributed.scheduler import KilledWorker  # noqa: PLC0415
 
@@ -173,35 +175,35 @@ def _told(name: str, error: BaseException | None) -> HkdError:
             f"block {name}: its worker died {error.allowed_failures + 1} times; if memory ran out, take fewer workers "
             "(distill.blockwise.workers) or a smaller batch (distill.blockwise.batch)"
         )
-    return error if isinstance(error, HkdError) else _failed(name, error)
+    return error if isinstance(error, HkdError) else _make_block_error(name, error)
 
 
-def _failed(name: str, error: BaseException) -> BlockError:
+def _make_block_error(name: str, error: BaseException) -> BlockError:
     return BlockError(f"block {name}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 @contextmanager
-def _client(workers: Workers, scratch: Path) -> "Iterator[tuple[Client, int]]":
+def _open_client(config: ExecutorConfig, temp_dir: Path) -> "Iterator[tuple[Client, int]]":
     """A client of the cluster, and how many tasks that works on at a time."""
-    check_installed(workers)
+    check_dask_installed(config)
     import dask  # noqa: PLC0415 - the extra `cluster`
     from distributed import Client, LocalCluster  # noqa: PLC0415
 
     with ExitStack() as stack:
-        if workers.cluster:
+        if config.cluster:
             try:
-                client = stack.enter_context(Client(workers.cluster, timeout=PATIENCE_S))
-                client.wait_for_workers(1, timeout=PATIENCE_S)
+                client = stack.enter_context(Client(config.cluster, timeout=CONNECT_TIMEOUT_S))
+                client.wait_for_workers(1, timeout=CONNECT_TIMEOUT_S)
             except (OSError, ValueError, TimeoutError) as error:
-                address = f"distill.blockwise.cluster={workers.cluster}"
+                address = f"distill.blockwise.cluster={config.cluster}"
                 raise UnavailableError(f"{address}: no Dask scheduler with workers answers there ({error})") from None
             yield client, sum(client.nthreads().values())
             return
-        scratch.mkdir(parents=True, exist_ok=True)
-        folder = stack.enter_context(tempfile.TemporaryDirectory(".dask", dir=scratch, ignore_cleanup_errors=True))
-        stack.enter_context(dask.config.set(_quiet(workers.retries)))
+        temp_dir.mkdir(parents=True, exist_ok=True)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(".dask", dir=temp_dir, ignore_cleanup_errors=True))
+        stack.enter_context(dask.config.set(_make_dask_config(config.retries)))
         cluster = LocalCluster(
-            n_workers=workers.count,
+            n_workers=config.num_workers,
             threads_per_worker=1,
             processes=True,
             memory_limit=0,  # it counts mapped files as memory
@@ -211,13 +213,13 @@ def _client(workers: Workers, scratch: Path) -> "Iterator[tuple[Client, int]]":
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         )
         client = stack.enter_context(Client(stack.enter_context(cluster)))
-        yield client, workers.count
+        yield client, config.num_workers
 
 
-def _quiet(retries: int) -> dict[str, Any]:
+def _make_dask_config(retries: int) -> dict[str, Any]:
     return {
         # In the place of Dask's own, which has memory given back after each step and asked for again in the next.
-        "distributed.nanny.pre-spawn-environ": ONE_THREAD | ONE_ARENA,
+        "distributed.nanny.pre-spawn-environ": SINGLE_THREAD_ENV | SINGLE_ARENA_ENV,
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [],

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.errors import UsageError
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.parts import Part, part_of
-from hkd_det.models.separable import is_plain_3x3, pair_for
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.parts import DetectorPart, part_of
+from hkd_det.models.separable import is_dense_conv3x3, make_block
 
 
 @dataclass(frozen=True)
-class Layer:
+class ReplaceableConv:
     """A convolution that can be replaced; names as `named_modules` has them.
 
     norm: the normalisation that alone reads it, by its own statistics; "" if none follows directly.
@@ -30,85 +30,89 @@ class Layer:
     macs_before: int
     macs_block: int
 
-    def expected_work(self, cached: bool) -> int:
+    def estimate_macs(self, is_cached: bool) -> int:
         """Multiply-accumulates a view that learning it takes, about: forward, backward twice that, and the target."""
-        return 3 * self.macs_block + self.macs + (0 if cached else self.macs_before)
+        return 3 * self.macs_block + self.macs + (0 if is_cached else self.macs_before)
 
 
 @dataclass
-class _Trace:
+class _ConvTrace:
     """What one pass through a network has shown; convolutions in the order they ran."""
 
     calls: Counter[str]
     outputs: dict[str, Tensor]
     inputs: dict[str, tuple[int, ...]]
     macs: dict[str, int]
-    norm_of: dict[str, str]
+    norm_by_conv: dict[str, str]
 
 
-def replaceable(detector: PersonDetector, imgsz_hw: tuple[int, int], parts: Sequence[Part], least: int) -> list[Layer]:
+def find_replaceable_convs(
+    detector: BaseDetector, imgsz_hw: tuple[int, int], parts: Sequence[DetectorPart], min_channels: int
+) -> list[ReplaceableConv]:
     """The replaceable convolutions in the order they run; UsageError if there is none.
 
     Those are 3x3, of one group, with at least `least` channels in and out, in one of the `parts`, and run once a
     picture: a head's convolution shared by all levels stays.
     """
     modules = dict(detector.named_modules())
-    trace = _trace(detector, modules, imgsz_hw)
+    trace = _trace_convs(detector, modules, imgsz_hw)
     layers, before = [], 0
     for name, macs in trace.macs.items():
         module = modules[name]
-        if trace.calls[name] == 1 and _is_worth_it(module, least) and part_of(detector, name) in parts:
+        if trace.calls[name] == 1 and _is_replaceable(module, min_channels) and part_of(detector, name) in parts:
             assert isinstance(module, nn.Conv2d)
             _, channels, height, width = trace.inputs[name]
             layers.append(
-                Layer(
+                ReplaceableConv(
                     name,
-                    trace.norm_of.get(name, ""),
+                    trace.norm_by_conv.get(name, ""),
                     (channels, height, width),
                     macs,
                     before,
-                    _block_macs(module, height, width),
+                    _count_block_macs(module, height, width),
                 )
             )
         before += macs * trace.calls[name]
     if not layers:
         raise UsageError(
-            f"nothing to replace: {' and '.join(parts)} hold no 3x3 convolution of at least {least} channels that "
+            f"nothing to replace: {' and '.join(parts)} hold no 3x3 convolution of at least {min_channels} channels that "
             "runs once a picture (distill.blockwise.parts, distill.blockwise.least)"
         )
     return layers
 
 
-def has_statistics(module: nn.Module) -> bool:
+def has_running_stats(module: nn.Module) -> bool:
     """Whether a module is a batch normalisation, frozen or not, whose scale and shift can be set."""
     names = ("running_mean", "running_var", "weight", "bias", "eps")
     return all(getattr(module, name, None) is not None for name in names)
 
 
-def _is_worth_it(module: nn.Module, least: int) -> bool:
+def _is_replaceable(module: nn.Module, min_channels: int) -> bool:
     return (
-        isinstance(module, nn.Conv2d) and is_plain_3x3(module) and min(module.in_channels, module.out_channels) >= least
+        isinstance(module, nn.Conv2d)
+        and is_dense_conv3x3(module)
+        and min(module.in_channels, module.out_channels) >= min_channels
     )
 
 
-def _block_macs(convolution: nn.Conv2d, height: int, width: int) -> int:
-    block = pair_for(convolution)
+def _count_block_macs(convolution: nn.Conv2d, height: int, width: int) -> int:
+    block = make_block(convolution)
     outside = height * width // (convolution.stride[0] * convolution.stride[1])
     weights = (block.depthwise1, block.pointwise1, block.depthwise2, block.pointwise2)
     return outside * sum(part.weight.numel() for part in weights)
 
 
 @torch.no_grad()
-def _trace(detector: PersonDetector, modules: dict[str, nn.Module], imgsz_hw: tuple[int, int]) -> _Trace:
+def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw: tuple[int, int]) -> _ConvTrace:
     """Run the detector once on an empty picture and look at every convolution and normalisation."""
-    trace = _Trace(Counter(), {}, {}, {}, {})
+    trace = _ConvTrace(Counter(), {}, {}, {}, {})
 
     def ran(name: str) -> Any:
         def look(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             trace.calls[name] += 1
             trace.inputs[name] = tuple(inputs[0].shape)
             trace.macs[name] = module.weight.numel() * output.shape[-2] * output.shape[-1]
-            if is_plain_3x3(module):
+            if is_dense_conv3x3(module):
                 trace.outputs[name] = output  # kept, so that no other tensor takes its place in memory
 
         return look
@@ -117,7 +121,7 @@ def _trace(detector: PersonDetector, modules: dict[str, nn.Module], imgsz_hw: tu
         def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             for source, output in trace.outputs.items():
                 if inputs[0] is output:
-                    trace.norm_of[source] = name
+                    trace.norm_by_conv[source] = name
 
         return look
 
@@ -125,7 +129,7 @@ def _trace(detector: PersonDetector, modules: dict[str, nn.Module], imgsz_hw: tu
     for name, module in modules.items():
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(ran(name)))
-        elif has_statistics(module):
+        elif has_running_stats(module):
             handles.append(module.register_forward_pre_hook(normalises(name)))
     was_training = detector.training
     try:

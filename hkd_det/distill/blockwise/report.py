@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from hkd_det.distill.blockwise.schedule import Scheduler, lower_bound, replay
-from hkd_det.distill.blockwise.stage import Course
+from hkd_det.distill.blockwise.schedule import Scheduler, compute_lower_bound, simulate
+from hkd_det.distill.blockwise.stage import StageResult
 from hkd_det.files import write_text
 
-REPLAYED_ON = (1, 2, 3, 4, 8, 16)
+SIMULATED_WORKERS = (1, 2, 3, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class Assembled:
+class AssemblyResult:
     """What was put together, judged on the validation split before fine-tuning.
 
     miss_rate_teacher, miss_rate: MR^-2 of the run's setup, fractions. miss_rates_alone: of each block alone in the
@@ -22,33 +22,35 @@ class Assembled:
     parameters, flops: of teacher and assembled network, a picture of the run's size.
     """
 
-    miss_rate_teacher: float
+    teacher_miss_rate: float
     miss_rate: float
-    miss_rates_alone: dict[str, float]
-    left_out: list[str]
+    block_miss_rates: dict[str, float]
+    excluded_layers: list[str]
     parameters: tuple[int, int]
     flops: tuple[int, int]
 
 
-def write_report(path: Path, course: Course, scheduler: Scheduler, result: Assembled) -> None:
+def write_blockwise_report(
+    path: Path, stage_result: StageResult, scheduler: Scheduler, assembly_result: AssemblyResult
+) -> None:
     """`report.json`: times in seconds, errors as in `Learnt`; `replayed_s` are makespans on other numbers of workers.
 
     `ran` is null if the blocks come from several starts, one of which was broken off.
     """
-    times = [learnt.seconds for learnt in course.learnt]
-    ran = course.ran
+    times = [learnt.seconds for learnt in stage_result.block_results]
+    ran = stage_result.run_stats
     content: dict[str, Any] = {
         "scheduler": scheduler,
-        "ran": {**asdict(ran), "lower_bound_s": lower_bound(times, ran.workers)} if ran else None,
+        "ran": {**asdict(ran), "lower_bound_s": compute_lower_bound(times, ran.num_workers)} if ran else None,
         "sum_s": sum(times),
-        "replayed_s": replayed(times),
-        **asdict(result),
-        "blocks": [{**asdict(learnt), "unexplained": learnt.unexplained} for learnt in course.learnt],
+        "replayed_s": simulate_makespans(times),
+        **asdict(assembly_result),
+        "blocks": [{**asdict(learnt), "unexplained": learnt.residual_ratio} for learnt in stage_result.block_results],
     }
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def replayed(times: Sequence[float]) -> dict[str, dict[str, float]]:
+def simulate_makespans(times: Sequence[float]) -> dict[str, dict[str, float]]:
     """Makespans, s, of measured block times under every schedule, by number of workers, and the bound below them."""
-    schedules = {name: {str(n): replay(times, n, name) for n in REPLAYED_ON} for name in get_args(Scheduler)}
-    return {**schedules, "lower bound": {str(n): lower_bound(times, n) for n in REPLAYED_ON}}
+    schedules = {name: {str(n): simulate(times, n, name) for n in SIMULATED_WORKERS} for name in get_args(Scheduler)}
+    return {**schedules, "lower bound": {str(n): compute_lower_bound(times, n) for n in SIMULATED_WORKERS}}

@@ -12,41 +12,44 @@ from typing import Literal
 Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
 
 
-def queues(expected: Sequence[float], workers: int, scheduler: Scheduler) -> list[list[int]]:
+def make_schedule(expected_times: Sequence[float], num_workers: int, scheduler: Scheduler) -> list[list[int]]:
     """The tasks, by their index in `expected` times, in the order in which each queue is worked off; no empty queue.
 
     Under work stealing each task is a queue of its own, in the order in which they are handed out.
     """
-    longest_first = sorted(range(len(expected)), key=lambda task: (-expected[task], task))
+    longest_first = sorted(range(len(expected_times)), key=lambda task: (-expected_times[task], task))
     match scheduler:
         case "round-robin":
-            return [list(range(first, len(expected), workers)) for first in range(min(workers, len(expected)))]
+            return [
+                list(range(first, len(expected_times), num_workers))
+                for first in range(min(num_workers, len(expected_times)))
+            ]
         case "work-stealing":
             return [[task] for task in longest_first]
         case "bin-packing":
-            loads = [(0.0, worker) for worker in range(workers)]
-            packed: list[list[int]] = [[] for _ in range(workers)]
+            loads = [(0.0, worker) for worker in range(num_workers)]
+            packed: list[list[int]] = [[] for _ in range(num_workers)]
             for task in longest_first:
                 load, worker = heapq.heappop(loads)
                 packed[worker].append(task)
-                heapq.heappush(loads, (load + expected[task], worker))
+                heapq.heappush(loads, (load + expected_times[task], worker))
             return [queue for queue in packed if queue]
 
 
-def replay(
-    times: Sequence[float], workers: int, scheduler: Scheduler, expected: Sequence[float] | None = None
+def simulate(
+    times: Sequence[float], num_workers: int, scheduler: Scheduler, expected_times: Sequence[float] | None = None
 ) -> float:
     """Makespan of tasks that take `times`, on equal workers that do nothing else; the unit is that of `times`.
 
     expected: what the schedule is planned with, where that was not `times` themselves.
     """
-    planned = queues(times if expected is None else expected, workers, scheduler)
-    free = [0.0] * workers  # when each worker will be
+    planned = make_schedule(times if expected_times is None else expected_times, num_workers, scheduler)
+    free = [0.0] * num_workers  # when each worker will be
     for queue in planned:
         heapq.heapreplace(free, free[0] + sum(times[task] for task in queue))
     return max(free)
 
 
-def lower_bound(times: Sequence[float], workers: int) -> float:
+def compute_lower_bound(times: Sequence[float], num_workers: int) -> float:
     """No schedule ends before its longest task, or before everybody has worked without a pause."""
-    return max(max(times, default=0.0), sum(times) / workers)
+    return max(max(times, default=0.0), sum(times) / num_workers)

@@ -5,13 +5,13 @@ from typing import Literal
 
 from hkd_det.distill.blockwise.schedule import Scheduler
 from hkd_det.errors import UsageError
-from hkd_det.models.parts import Part
+from hkd_det.models.parts import DetectorPart
 
-Whose = Literal["teacher", "student"]
+InputSource = Literal["teacher", "student"]
 
 
 @dataclass(frozen=True)
-class Blockwise:
+class BlockwiseConfig:
     """What is replaced, how each block learns, and who works.
 
     parts: of the detector, whose 3x3 convolutions are replaced. least: channels, in and out, from which one is.
@@ -30,21 +30,21 @@ class Blockwise:
     miss rate (fraction); a block above stays out.
     """
 
-    parts: tuple[Part, ...] = ("backbone",)
-    least: int = 16
-    views: int = 512
+    parts: tuple[DetectorPart, ...] = ("backbone",)
+    min_channels: int = 16
+    num_images: int = 512
     epochs: int = 8
     batch: int = 16
     lr: float = 2e-3
-    inputs: Whose = "teacher"
+    input_source: InputSource = "teacher"
     cache_mib: int = 8192
     workers: int = 1
     scheduler: Scheduler = "bin-packing"
     cluster: str = ""
-    times: str = ""
+    timing_report: str = ""
     retries: int = 3
-    judge: bool = False
-    limit: float = 1.0
+    evaluate_blocks: bool = False
+    max_mr_increase: float = 1.0
 
     def __post_init__(self) -> None:
         low = {"least": 1, "views": 2, "epochs": 1, "batch": 1, "cache_mib": 0, "workers": 1, "retries": 0}
@@ -55,10 +55,10 @@ class Blockwise:
             raise UsageError(f"distill.blockwise.lr = {self.lr}: must be above 0")
         if self.cluster and self.workers > 1:
             raise UsageError("distill.blockwise: workers or cluster: a running cluster has its own workers")
-        if self.inputs == "student" and (self.workers > 1 or self.cluster):
+        if self.input_source == "student" and (self.workers > 1 or self.cluster):
             raise UsageError(
                 "distill.blockwise.inputs=student: each block waits for the one before it, more workers can't help; "
                 "leave out distill.blockwise.workers and cluster"
             )
-        if self.limit < 1 and not self.judge:
+        if self.max_mr_increase < 1 and not self.evaluate_blocks:
             raise UsageError("distill.blockwise.limit needs distill.blockwise.judge=true: blocks must be measured")

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hkd_det.distill.blockwise.activations import cached_file, cached_layers, write_inputs
-from hkd_det.distill.blockwise.assembly import Weights
-from hkd_det.distill.blockwise.engine import Ran, Workers, check_installed, run_all
-from hkd_det.distill.blockwise.replaceable import Layer
-from hkd_det.distill.blockwise.settings import Blockwise
-from hkd_det.distill.blockwise.task import Learnt, Task, learn, read_block
+from hkd_det.distill.blockwise.activations import input_cache_path, select_cached_layers, write_inputs
+from hkd_det.distill.blockwise.assembly import StateDict
+from hkd_det.distill.blockwise.engine import ExecutorConfig, RunStats, check_dask_installed, run_tasks
+from hkd_det.distill.blockwise.replaceable import ReplaceableConv
+from hkd_det.distill.blockwise.settings import BlockwiseConfig
+from hkd_det.distill.blockwise.task import BlockResult, BlockTask, read_block, train_block
 from hkd_det.errors import DataError
 from hkd_det.files import write_text
-from hkd_det.models.family import PersonDetector
+from hkd_det.models.family import BaseDetector
 
-DrawViews = Callable[[Path], None]
+WriteImages = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
-class Stage:
+class BlockwiseStage:
     """Where the blocks are learnt and from what.
 
     folder: holds `plan.json`, `blocks/`, `ran.json` and, while tasks run, the views and the teacher's activations.
@@ -33,53 +33,53 @@ class Stage:
     """
 
     folder: Path
-    open_teacher: Callable[[], PersonDetector]
-    draw_views: DrawViews
-    settings: Blockwise
-    identity: dict[str, Any]
+    load_teacher: Callable[[], BaseDetector]
+    write_images: WriteImages
+    config: BlockwiseConfig
+    fingerprint: dict[str, Any]
     seed: int
     device: str
 
 
 @dataclass(frozen=True)
-class Course:
+class StageResult:
     """How the tasks went, in the network's order.
 
     ran: None if the blocks come from several starts, one of which was broken off.
     """
 
-    learnt: list[Learnt]
-    ran: Ran | None
+    block_results: list[BlockResult]
+    run_stats: RunStats | None
 
 
-def learn_blocks(stage: Stage, teacher: PersonDetector, layers: Sequence[Layer]) -> Course:
+def train_blocks(stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[ReplaceableConv]) -> StageResult:
     """Learn the blocks that are not there yet; `teacher` is the one that `open_teacher` gives, on the run's device."""
-    _take_up(stage, layers)
-    missing = [layer for layer in layers if not _block(stage, layer.name).exists()]
+    _resume_or_clear(stage, layers)
+    missing = [layer for layer in layers if not _block_path(stage, layer.name).exists()]
     if missing:
-        check_installed(_workers(stage.settings))
-        measured = _measured(stage.settings, missing)
-        tasks = _prepared(stage, teacher, layers, missing)
-        ran = _run(stage, tasks, measured or _counted(tasks, missing))
+        check_dask_installed(_make_executor_config(stage.config))
+        measured = _read_measured_times(stage.config, missing)
+        tasks = _prepare_tasks(stage, teacher, layers, missing)
+        ran = _run_block_tasks(stage, tasks, measured or _estimate_work(tasks, missing))
         if len(missing) == len(layers):
             write_text(stage.folder / "ran.json", json.dumps(asdict(ran)) + "\n")
     for large in ("inputs", "views.npy"):
         _remove(stage.folder / large)
-    learnt = [read_block(_block(stage, layer.name))[1] for layer in layers]
+    learnt = [read_block(_block_path(stage, layer.name))[1] for layer in layers]
     told = stage.folder / "ran.json"
-    return Course(learnt, Ran(**json.loads(told.read_text(encoding="utf-8"))) if told.exists() else None)
+    return StageResult(learnt, RunStats(**json.loads(told.read_text(encoding="utf-8"))) if told.exists() else None)
 
 
-def read_blocks(folder: Path, layers: Sequence[Layer]) -> dict[str, Weights]:
+def read_blocks(folder: Path, layers: Sequence[ReplaceableConv]) -> dict[str, StateDict]:
     """The learnt blocks' weights by layer."""
     return {layer.name: read_block(folder / "blocks" / f"{layer.name}.pt")[0] for layer in layers}
 
 
-def _take_up(stage: Stage, layers: Sequence[Layer]) -> None:
+def _resume_or_clear(stage: BlockwiseStage, layers: Sequence[ReplaceableConv]) -> None:
     """Go on where an earlier start of this very stage was broken off; whatever else lies there goes."""
-    settings = stage.settings
+    settings = stage.config
     learning = {name: getattr(settings, name) for name in ("views", "epochs", "batch", "lr", "inputs")}
-    plan = {**stage.identity, **learning, "layers": [layer.name for layer in layers]}
+    plan = {**stage.fingerprint, **learning, "layers": [layer.name for layer in layers]}
     text = json.dumps(plan, indent=1) + "\n"
     path = stage.folder / "plan.json"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -89,27 +89,27 @@ def _take_up(stage: Stage, layers: Sequence[Layer]) -> None:
         _remove(aside)
 
 
-def _prepared(
-    stage: Stage, teacher: PersonDetector, layers: Sequence[Layer], missing: Sequence[Layer]
-) -> dict[str, Task]:
+def _prepare_tasks(
+    stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[ReplaceableConv], missing: Sequence[ReplaceableConv]
+) -> dict[str, BlockTask]:
     """Views and activations in files, and a task a layer."""
-    settings, views = stage.settings, stage.folder / "views.npy"
+    settings, views = stage.config, stage.folder / "views.npy"
     if not views.exists():
-        stage.draw_views(views)
-    cached = cached_layers(missing, settings.views, settings.cache_mib * 2**20)
+        stage.write_images(views)
+    cached = select_cached_layers(missing, settings.num_images, settings.cache_mib * 2**20)
     write_inputs(teacher, cached, np.load(views, mmap_mode="r"), stage.folder / "inputs", settings.batch)
-    blocks = [_block(stage, layer.name).resolve() for layer in layers]
+    blocks = [_block_path(stage, layer.name).resolve() for layer in layers]
     before = {layer.name: tuple(blocks[:place]) for place, layer in enumerate(layers)}
-    files = {layer.name: cached_file(stage.folder / "inputs", layer.name).resolve() for layer in cached}
+    files = {layer.name: input_cache_path(stage.folder / "inputs", layer.name).resolve() for layer in cached}
     return {
-        layer.name: Task(
+        layer.name: BlockTask(
             layer.name,
             layer.norm,
-            stage.open_teacher,
+            stage.load_teacher,
             views.resolve(),
             files.get(layer.name),
-            before[layer.name] if settings.inputs == "student" else (),
-            _block(stage, layer.name).resolve(),
+            before[layer.name] if settings.input_source == "student" else (),
+            _block_path(stage, layer.name).resolve(),
             settings,
             stage.seed,
             stage.device,
@@ -118,30 +118,30 @@ def _prepared(
     }
 
 
-def _run(stage: Stage, tasks: dict[str, Task], expected: Sequence[float]) -> Ran:
+def _run_block_tasks(stage: BlockwiseStage, tasks: dict[str, BlockTask], expected_times: Sequence[float]) -> RunStats:
     with tqdm(total=len(tasks), desc="blocks", unit="block") as bar:
 
-        def done(name: str, learnt: Learnt) -> None:
-            bar.write(f"{name}: {100 * (learnt.unexplained or 0):.1f} % left unexplained, {learnt.seconds:.1f} s")
+        def done(name: str, learnt: BlockResult) -> None:
+            bar.write(f"{name}: {100 * (learnt.residual_ratio or 0):.1f} % left unexplained, {learnt.seconds:.1f} s")
             bar.update()
 
-        return run_all(learn, tasks, expected, _workers(stage.settings), stage.folder, done)
+        return run_tasks(train_block, tasks, expected_times, _make_executor_config(stage.config), stage.folder, done)
 
 
-def _workers(settings: Blockwise) -> Workers:
-    return Workers(settings.workers, settings.scheduler, settings.cluster, settings.retries)
+def _make_executor_config(config: BlockwiseConfig) -> ExecutorConfig:
+    return ExecutorConfig(config.workers, config.scheduler, config.cluster, config.retries)
 
 
-def _counted(tasks: dict[str, Task], layers: Sequence[Layer]) -> list[float]:
+def _estimate_work(tasks: dict[str, BlockTask], layers: Sequence[ReplaceableConv]) -> list[float]:
     """The work that each task takes."""
-    return [float(layer.expected_work(tasks[layer.name].cached is not None)) for layer in layers]
+    return [float(layer.estimate_macs(tasks[layer.name].input_cache is not None)) for layer in layers]
 
 
-def _measured(settings: Blockwise, layers: Sequence[Layer]) -> list[float]:
+def _read_measured_times(config: BlockwiseConfig, layers: Sequence[ReplaceableConv]) -> list[float]:
     """Seconds that each task took in the earlier run that the settings name; empty if they name none."""
-    if not settings.times:
+    if not config.timing_report:
         return []
-    path = Path(settings.times)
+    path = Path(config.timing_report)
     try:
         blocks = json.loads(path.read_text(encoding="utf-8"))["blocks"]
         seconds = {block["layer"]: float(block["seconds"]) for block in blocks}
@@ -153,7 +153,7 @@ def _measured(settings: Blockwise, layers: Sequence[Layer]) -> list[float]:
         ) from None
 
 
-def _block(stage: Stage, layer: str) -> Path:
+def _block_path(stage: BlockwiseStage, layer: str) -> Path:
     return stage.folder / "blocks" / f"{layer}.pt"
 
 

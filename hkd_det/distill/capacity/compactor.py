@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.narrow import NORMS, is_plain
-from hkd_det.models.surgery import Inner
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.narrow import PRUNABLE_NORMS, is_dense_conv
+from hkd_det.models.surgery import PrunableLayer
 
 
 class Compactor(nn.Module):
@@ -23,16 +23,16 @@ class Compactor(nn.Module):
 
     masked: Tensor
 
-    def __init__(self, channels: int, mixes: bool) -> None:
+    def __init__(self, channels: int, is_dense: bool) -> None:
         super().__init__()
-        start = torch.eye(channels) if mixes else torch.ones(channels, 1)
-        self.mixes = mixes
+        start = torch.eye(channels) if is_dense else torch.ones(channels, 1)
+        self.is_dense = is_dense
         self.weight = nn.Parameter(start[..., None, None])
         self.register_buffer("masked", torch.zeros(channels, dtype=torch.bool))
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, H, W], the same shape out."""
-        if self.mixes:
+        if self.is_dense:
             return F.conv2d(features, self.weight)
         # Else autocast's bfloat16 features would become float32 here, and all that follows would be slower.
         return features * self.weight[:, 0].to(features.dtype)
@@ -43,22 +43,22 @@ class Compactor(nn.Module):
         return self.weight.flatten(1)
 
     @property
-    def gone(self) -> bool:
+    def is_faded(self) -> bool:
         """Whether every masked channel is 0 by now."""
         return not bool(self.rows[self.masked].any())
 
-    def of_pooled(self, vectors: Tensor) -> Tensor:
+    def apply_to_vectors(self, vectors: Tensor) -> Tensor:
         """[N, C] pooled vectors behind the compactor from those before it: averaging and 1x1 convolution commute."""
-        return vectors @ self.rows.T if self.mixes else vectors * self.rows[:, 0]
+        return vectors @ self.rows.T if self.is_dense else vectors * self.rows[:, 0]
 
 
-class Compacted(nn.Module):
+class NormWithCompactor(nn.Module):
     """A normalisation and the compactor behind it, in the normalisation's place."""
 
-    def __init__(self, norm: nn.Module, compactor: Compactor, owns: bool) -> None:
+    def __init__(self, norm: nn.Module, compactor: Compactor, is_owner: bool) -> None:
         super().__init__()
         self.norm = norm
-        self.compactor = compactor if owns else None
+        self.compactor = compactor if is_owner else None
         # In a tuple, so no submodule: what several levels share is trained, averaged and saved once. Copies share, too.
         self._shared = (compactor,)
 
@@ -70,46 +70,46 @@ class Compacted(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class CompactorSite:
     """An inner layer, named as before anything was put in, and its compactor."""
 
-    layer: Inner
+    layer: PrunableLayer
     compactor: Compactor
 
 
-def can_shed(network: PersonDetector) -> list[Inner]:
+def find_prunable_layers(network: BaseDetector) -> list[PrunableLayer]:
     """The inner layers that a compactor can stand in: batch-normalised ones, whose convolution so needs no bias."""
     return [
         layer
-        for layer in network.inner_layers()
+        for layer in network.prunable_layers()
         if layer.norms
-        and all(type(network.get_submodule(name)) in NORMS for name in layer.norms)
+        and all(type(network.get_submodule(name)) in PRUNABLE_NORMS for name in layer.norms)
         and network.get_submodule(layer.conv).bias is None
     ]
 
 
-def compact(network: PersonDetector, layers: Iterable[Inner]) -> list[Site]:
+def insert_compactors(network: BaseDetector, layers: Iterable[PrunableLayer]) -> list[CompactorSite]:
     """Put compactors, which change nothing yet, behind the layers' normalisations, in place."""
-    return [Site(layer, _put(network, layer)) for layer in layers]
+    return [CompactorSite(layer, _insert_compactor(network, layer)) for layer in layers]
 
 
-def sites_of(network: PersonDetector) -> list[Site]:
+def find_compactors(network: BaseDetector) -> list[CompactorSite]:
     """The compactors that stand in a network already."""
     return [
-        Site(layer, module.compactor)
-        for layer in network.inner_layers()
+        CompactorSite(layer, module.compactor)
+        for layer in network.prunable_layers()
         for module in map(network.get_submodule, layer.norms)
-        if isinstance(module, Compacted) and module.compactor is not None
+        if isinstance(module, NormWithCompactor) and module.compactor is not None
     ]
 
 
-def _put(network: PersonDetector, layer: Inner) -> Compactor:
+def _insert_compactor(network: BaseDetector, layer: PrunableLayer) -> Compactor:
     convolution = network.get_submodule(layer.conv)
-    assert isinstance(convolution, nn.Conv2d) and is_plain(convolution)
-    compactor = Compactor(convolution.out_channels, mixes=len(layer.norms) == 1)
+    assert isinstance(convolution, nn.Conv2d) and is_dense_conv(convolution)
+    compactor = Compactor(convolution.out_channels, is_dense=len(layer.norms) == 1)
     for index, name in enumerate(layer.norms):
         parent, _, last = name.rpartition(".")
-        wrapped = Compacted(network.get_submodule(name), compactor, owns=index == 0)
+        wrapped = NormWithCompactor(network.get_submodule(name), compactor, is_owner=index == 0)
         # Assigned by name, as a member of a Sequential or a list is registered, too.
         setattr(network.get_submodule(parent), last, wrapped)
     return compactor

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BLOCK = 64  # vectors of the gallery, of whose likenesses the highest is found first
+CHUNK_SIZE = 64  # vectors of the gallery, of whose likenesses the highest is found first
 
 
-class Gallery(nn.Module):
+class FeatureQueue(nn.Module):
     """First in, first out. Vectors are kept with length 1, in half precision: only their directions are asked for."""
 
     def __init__(self, size: int, channels: int) -> None:
@@ -22,11 +22,11 @@ class Gallery(nn.Module):
         fresh = F.normalize(vectors.float(), dim=1).half()
         self.vectors = torch.cat([self.vectors.to(fresh.device), fresh])[-self.size :]
 
-    def nearest(self, queries: Tensor, count: int) -> Tensor:
+    def find_nearest(self, queries: Tensor, k: int) -> Tensor:
         """[N, K, C] the vectors most alike in cosine to each of [N, C]; K is `count`, fewer in a smaller gallery."""
         known = self.vectors.to(queries.device, queries.dtype)
         likeness = F.normalize(queries, dim=1) @ known.T  # [N, G]
-        return known[_highest(likeness, min(count, len(known)))]
+        return known[_chunked_topk(likeness, min(k, len(known)))]
 
     def get_extra_state(self) -> Tensor:
         """What an exact resume needs: saved with the module's state."""
@@ -37,14 +37,14 @@ class Gallery(nn.Module):
         self.vectors = state
 
 
-def _highest(values: Tensor, count: int) -> Tensor:
+def _chunked_topk(values: Tensor, k: int) -> Tensor:
     """[N, K] places of the `count` highest of [N, G], falling.
 
     They lie in the `count` blocks with the highest maxima, and to find those takes a CPU a quarter of the time.
     """
-    filled = F.pad(values, (0, -values.shape[1] % BLOCK), value=-torch.inf)
-    blocks = filled.reshape(len(values), filled.shape[1] // BLOCK, BLOCK)
-    best = blocks.amax(2).topk(min(count, blocks.shape[1]), dim=1).indices  # [N, up to K]
-    places = (best[..., None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
-    within = blocks.gather(1, best[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(count, dim=1).indices
+    filled = F.pad(values, (0, -values.shape[1] % CHUNK_SIZE), value=-torch.inf)
+    blocks = filled.reshape(len(values), filled.shape[1] // CHUNK_SIZE, CHUNK_SIZE)
+    best = blocks.amax(2).topk(min(k, blocks.shape[1]), dim=1).indices  # [N, up to K]
+    places = (best[..., None] * CHUNK_SIZE + torch.arange(CHUNK_SIZE, device=values.device)).flatten(1)
+    within = blocks.gather(1, best[..., None].expand(-1, -1, CHUNK_SIZE)).flatten(1).topk(k, dim=1).indices
     return places.gather(1, within)

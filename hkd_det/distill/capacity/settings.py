@@ -6,7 +6,7 @@ from hkd_det.errors import UsageError
 
 
 @dataclass(frozen=True)
-class CapacityDynamic:
+class CDDConfig:
     """How far the student shrinks, by when, and what its teacher asks of it meanwhile.
 
     keep_flops, keep_parameters: shares of the starting network's that may be left, both of them; 1 sets no limit.
@@ -23,18 +23,18 @@ class CapacityDynamic:
 
     keep_flops: float = 0.35
     keep_parameters: float = 1.0
-    least: int = 4
-    score: float = 1.0
+    min_channels: int = 4
+    cls: float = 1.0
     temperature: float = 2.0
     feature: float = 0.05
     lasso: float = 0.004
-    warmup: float = 1 / 6
-    masked_by: float = 2 / 3
-    fade: float = 1 / 12
-    gallery: int = 24000
-    neighbours: int = 2
-    lowest: float = 0.5
-    look_every: int = 16
+    warmup_ratio: float = 1 / 6
+    mask_end: float = 2 / 3
+    fade_ratio: float = 1 / 12
+    queue_size: int = 24000
+    num_neighbors: int = 2
+    candidate_ratio: float = 0.5
+    compare_interval: int = 16
 
     def __post_init__(self) -> None:
         for name in ("keep_flops", "keep_parameters", "masked_by", "fade", "lowest"):
@@ -45,7 +45,7 @@ class CapacityDynamic:
         for name, least in {"least": 1, "gallery": 1, "neighbours": 1, "look_every": 1}.items():
             if getattr(self, name) < least:
                 raise UsageError(f"distill.cdd.{name} = {getattr(self, name)}: must be at least {least}")
-        if self.temperature <= 0 or min(self.score, self.feature, self.lasso) < 0:
+        if self.temperature <= 0 or min(self.cls, self.feature, self.lasso) < 0:
             raise UsageError("distill.cdd: the temperature is above 0, and score, feature and lasso are not negative")
-        if not 0 <= self.warmup < self.masked_by:
-            raise UsageError(f"distill.cdd.warmup = {self.warmup}: from 0 to below masked_by = {self.masked_by}")
+        if not 0 <= self.warmup_ratio < self.mask_end:
+            raise UsageError(f"distill.cdd.warmup = {self.warmup_ratio}: from 0 to below masked_by = {self.mask_end}")

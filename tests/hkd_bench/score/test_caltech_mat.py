@@ -10,8 +10,8 @@ import scipy.io
 from hkd_bench.command import main
 from hkd_det.datasets.vbb import read_vbb
 from hkd_det.metrics import caltech
-from hkd_det.metrics.caltech_files import read_truth
-from hkd_det.metrics.caltech_frames import measured_frames
+from hkd_det.metrics.caltech_files import read_caltech_ground_truth
+from hkd_det.metrics.caltech_frames import test_frame_ids
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")
@@ -21,12 +21,12 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annota
 def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own people as detections are all found; its frames are told from the detections' reach."""
     path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
-    table = read_truth(path, caltech.Version.NEW).table
-    assert (table.pictures, int((~table.ignore).sum())) == (4024, 912)
+    table = read_caltech_ground_truth(path, caltech.AnnotationVersion.CORRECTED).table
+    assert (table.num_images, int((~table.ignore).sum())) == (4024, 912)
     (tmp_path / "set06").mkdir()
     rows = [
         f"{30 * (picture + 1)},{','.join(map(repr, box))},1"
-        for picture, box in zip(table.picture.tolist(), table.boxes_xywh.tolist(), strict=True)
+        for picture, box in zip(table.image_index.tolist(), table.boxes_xywh.tolist(), strict=True)
     ]
     (tmp_path / "set06" / "V000.txt").write_text("\n".join([*rows, f"{30 * 4024},600,10,20.5,50,0.5"]))
     flags = ["--annotations", str(path), "--detections", str(tmp_path), "--protocol", "caltech-new", "--json", "-"]
@@ -40,10 +40,10 @@ def test_frames_of_a_gt_mat_when_a_detector_is_silent_at_a_videos_end(
 ) -> None:
     """Only pictures with people have detections, which then end before the videos do."""
     path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
-    table = read_truth(path, caltech.Version.NEW).table
-    place = [(video, 30 * number) for video, count in measured_frames().items() for number in range(1, count + 1)]
-    lines: dict[str, list[str]] = {video: [] for video in measured_frames()}
-    for picture, box in zip(table.picture.tolist(), table.boxes_xywh.tolist(), strict=True):
+    table = read_caltech_ground_truth(path, caltech.AnnotationVersion.CORRECTED).table
+    place = [(video, 30 * number) for video, count in test_frame_ids().items() for number in range(1, count + 1)]
+    lines: dict[str, list[str]] = {video: [] for video in test_frame_ids()}
+    for picture, box in zip(table.image_index.tolist(), table.boxes_xywh.tolist(), strict=True):
         video, frame = place[picture]
         lines[video].append(f"{frame},{','.join(map(repr, box))},1")
     for video, found in lines.items():
@@ -69,7 +69,7 @@ def test_frames_of_another_gt_mat_must_come_out_even(tmp_path: Path, capsys: pyt
 
 
 def test_the_measured_frames_are_those_that_the_annotations_have() -> None:
-    counts = measured_frames()
+    counts = test_frame_ids()
     assert (len(counts), sum(counts.values())) == (66, 4024)
     for path in sorted((SHARED / "caltech" / "annotations" / "set06").glob("*.vbb")):
         assert counts[f"set06/{path.stem}"] == len(read_vbb(path)) // 30

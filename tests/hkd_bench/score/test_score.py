@@ -16,7 +16,7 @@ from hkd_bench.command import main
 from hkd_det.datasets.vbb import read_vbb
 from hkd_det.errors import HkdError
 from hkd_det.metrics import caltech, citypersons
-from hkd_det.metrics.coco_files import read_detections, read_truth
+from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")
@@ -162,7 +162,7 @@ def test_the_official_val_file_as_the_literal_program_reads_it(
         for image in sorted(content["images"], key=lambda image: image["id"])
     ]
     for name, setup in citypersons.SETUPS.items():
-        assert abs(ours[name] - program.miss_rate(data, setup.height_px, setup.visibility)) < 1e-9
+        assert abs(ours[name] - program.miss_rate(data, setup.height_px, setup.visible_ratio)) < 1e-9
 
 
 @needs_data
@@ -196,7 +196,13 @@ def test_caltechs_films_as_the_literal_program_reads_them(tmp_path: Path, capsys
     program = literal("official_caltech")
     for name, setup in caltech.SETUPS.items():
         theirs = program.miss_rate(
-            data, "caltech", setup.height_px, setup.visibility, setup.aspect, setup.overlap, setup.margin
+            data,
+            "caltech",
+            setup.height_px,
+            setup.visible_ratio,
+            setup.aspect_deviation,
+            setup.iou_threshold,
+            setup.height_margin,
         )
         assert abs(printed["miss_rate"][name] - theirs) < 1e-9, name
     assert 0 < printed["miss_rate"]["Reasonable"] < 1
@@ -307,7 +313,7 @@ def test_mutated_files_raise_nothing_but_our_errors(files: Path, data: st.DataOb
     for one, raw in whole.items():
         (files / f"mutated_{one}.json").write_bytes(raw)
     try:
-        truth = read_truth(files / "mutated_gt.json")
-        citypersons.evaluate(truth.table, read_detections(files / "mutated_dt.json", truth))
+        truth = read_coco_ground_truth(files / "mutated_gt.json")
+        citypersons.evaluate(truth.table, read_coco_detections(files / "mutated_dt.json", truth))
     except HkdError as error:
         assert "mutated_" in str(error)

@@ -13,7 +13,7 @@ import pytest
 from hkd_deploy import Detector, open_detector
 from hkd_deploy.artifact import PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 from hkd_deploy.backends.opening import open_backend
-from hkd_deploy.backends.openvino_folder import write_folder
+from hkd_deploy.backends.openvino_folder import write_openvino_folder
 from hkd_det.errors import DataError, UsageError
 
 FORMAT_2 = {"hkd.format": "2", "hkd.max_hw": "[96, 160]", "hkd.dynamic_size": "false", "hkd.raw": "false"}
@@ -28,7 +28,7 @@ def open_with(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
 
     def opened(onnx: Path, **wanted: object) -> AbstractContextManager[Detector]:
         if request.param == "openvino folder":
-            write_folder(onnx, tmp_path / "tiny_openvino")
+            write_openvino_folder(onnx, tmp_path / "tiny_openvino")
             return open_detector(tmp_path / "tiny_openvino", threads=1, **wanted)  # type: ignore[arg-type]
         return open_detector(onnx, threads=1, backend=request.param, **wanted)  # type: ignore[arg-type]
 
@@ -46,7 +46,7 @@ def test_a_frame_of_the_input_size_is_exact(tiny_onnx: Callable[..., Path], open
     with open_with(tiny_onnx()) as detector:
         found = detector(frame_with_box((96, 160), (30, 10, 50, 90)))
         nobody = detector(np.zeros((96, 160, 3), np.uint8))
-        assert detector.manifest.model == "tiny" and detector.manifest.data == "nothing"
+        assert detector.metadata.model == "tiny" and detector.metadata.data == "nothing"
     assert found.boxes_xyxy.tolist() == [[30, 10, 50, 90]] and len(nobody) == 0
     assert found.scores.tolist() == pytest.approx([20 * 80 / (96 * 160)])
 
@@ -121,7 +121,7 @@ def test_a_graph_that_letterboxes_takes_frames_as_they_are(tiny_onnx: Callable[.
     frames = [frame_with_box((300, 400), (20, 40, 390, 299)), frame_with_box((33, 57), (1, 2, 50, 30))]
     with open_with(tiny_onnx(free_size=True, changes=IN_GRAPH)) as detector:
         assert [one.boxes_xyxy.tolist() for one in detector(frames)] == [[[20, 40, 390, 299]], [[1, 2, 50, 30]]]
-        _, times = detector.timed(frames[0])
+        _, times = detector.predict_timed(frames[0])
         assert times.preprocess_ms < times.inference_ms
         with pytest.raises(DataError, match=r"a frame of 400x301, the graph takes up to 400x300; export it with"):
             detector(np.zeros((301, 400, 3), np.uint8))

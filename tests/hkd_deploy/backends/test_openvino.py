@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import new_core, open_openvino
-from hkd_deploy.backends.openvino_folder import FILES, export_openvino, model_files, write_folder
+from hkd_deploy.backends.openvino import create_core, open_openvino
+from hkd_deploy.backends.openvino_folder import FOLDER_FILES, export_openvino, list_model_files, write_openvino_folder
 from hkd_deploy.export.command import main as export
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
@@ -84,7 +84,7 @@ def test_float32_is_asked_for_where_openvino_would_choose_bfloat16(
 
 
 def test_bfloat16_is_read_back(folder: Path) -> None:
-    if "BF16" not in new_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in create_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(UnavailableError, match="this processor has no bfloat16"):
             open_once(folder, precision="bf16")
         return
@@ -124,12 +124,12 @@ def test_throughput_runs_several_requests_side_by_side(folder: Path) -> None:
         frames[-1][20:60, x : x + 40] = 255
     with open_detector(folder, threads=2, hint="throughput") as detector:
         found = detector(frames)
-        assert detector._parallel >= 1
+        assert detector._num_requests >= 1
     assert [one.boxes_xyxy[0, 0] for one in found] == list(range(0, 100, 10))
 
 
 def test_the_folder_is_what_the_fields_readers_know(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FOLDER_FILES)
     said = yaml.safe_load((folder / "metadata.yaml").read_text())
     assert (said["task"], said["stride"], said["imgsz"], said["names"]) == ("detect", 32, [96, 160], {0: "person"})
     assert said["batch"] == "dynamic" and said["hkd.model"] == "tiny" and isinstance(said["date"], str)
@@ -162,7 +162,7 @@ def test_what_cannot_be_opened_is_not_written(tiny_onnx: Callable[..., Path], tm
     before = (folder / "model.xml").read_bytes()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"tiny\.onnx: OpenVINO .* cannot load it"):
-        write_folder(path, folder)
+        write_openvino_folder(path, folder)
     assert (folder / "model.xml").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny.onnx", "tiny_openvino"]
 
@@ -176,7 +176,7 @@ def test_a_full_disk(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyP
     path = tiny_onnx()
     monkeypatch.setattr("openvino.save_model", full)
     with pytest.raises(DataError, match=r"/ov: OpenVINO cannot write it: basic_ios.*; is the disk full\?$"):
-        write_folder(path, path.with_name("ov"))
+        write_openvino_folder(path, path.with_name("ov"))
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -240,7 +240,7 @@ def test_a_truncated_folder(folder: Path, name: str, share: float, capfd: pytest
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FOLDER_FILES)
 def test_a_folder_with_a_file_missing(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(DataError, match="not an OpenVINO folder" if name == "model.xml" else f"{name}: no such"):
@@ -299,6 +299,6 @@ def test_openvino_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_files_that_belong_to_a_model(folder: Path, tiny_onnx: Callable[..., Path]) -> None:
-    assert [path.name for path in model_files(folder)] == list(FILES)
-    assert model_files(folder / "model.xml") == model_files(folder)
-    assert model_files(tiny_onnx()) == [tiny_onnx()]
+    assert [path.name for path in list_model_files(folder)] == list(FOLDER_FILES)
+    assert list_model_files(folder / "model.xml") == list_model_files(folder)
+    assert list_model_files(tiny_onnx()) == [tiny_onnx()]

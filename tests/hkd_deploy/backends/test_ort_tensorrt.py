@@ -9,7 +9,7 @@ import pytest
 
 from hkd_deploy.backends import ort_tensorrt
 from hkd_deploy.backends.opening import open_backend
-from hkd_deploy.backends.ort_tensorrt import engine_cache, tensorrt_provider
+from hkd_deploy.backends.ort_tensorrt import create_engine_cache_dir, make_tensorrt_provider
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.onnx_session import open_session
 
@@ -45,18 +45,20 @@ def test_the_plugin_missing(tiny_onnx: Callable[..., Path]) -> None:
 
 
 def test_precision_is_the_files_and_what_is_left_stays_on_the_gpu(tiny_onnx: Callable[..., Path]) -> None:
-    provider = tensorrt_provider(tiny_onnx(), "cuda:1")
-    assert provider.options["device_id"] == "1" and provider.others == (("CUDAExecutionProvider", {"device_id": "1"}),)
+    provider = make_tensorrt_provider(tiny_onnx(), "cuda:1")
+    assert provider.options["device_id"] == "1" and provider.extra_providers == (
+        ("CUDAExecutionProvider", {"device_id": "1"}),
+    )
     assert provider.options["trt_fp16_enable"] == provider.options["trt_int8_enable"] == "0"
     assert provider.options["trt_engine_cache_enable"] == "1"
 
 
 def test_engines_of_other_weights_under_the_same_name_are_not_taken(tiny_onnx: Callable[..., Path], home: Path) -> None:
-    first = engine_cache(tiny_onnx())
-    assert engine_cache(tiny_onnx()) == first and first.is_dir() and first.is_relative_to(home)
-    assert engine_cache(tiny_onnx(changes={"hkd.weights_sha256": "ab" * 32})) != first
+    first = create_engine_cache_dir(tiny_onnx())
+    assert create_engine_cache_dir(tiny_onnx()) == first and first.is_dir() and first.is_relative_to(home)
+    assert create_engine_cache_dir(tiny_onnx(changes={"hkd.weights_sha256": "ab" * 32})) != first
     with pytest.raises(DataError, match=r"none\.onnx: no such model file"):
-        engine_cache(home / "none.onnx")
+        create_engine_cache_dir(home / "none.onnx")
 
 
 class Session:
@@ -90,7 +92,7 @@ def test_a_silent_fall_back_to_cuda_is_an_error(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     path = tiny_onnx()
-    open_session(path, "cuda", provider=tensorrt_provider(path, "cuda"))
+    open_session(path, "cuda", provider=make_tensorrt_provider(path, "cuda"))
     asked = Session.last.asked
     assert [name for name, _ in asked["providers"]] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]  # type: ignore[attr-defined]
     assert asked["enable_fallback"] == 0
@@ -132,7 +134,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         onnxruntime, "register_execution_provider_library", lambda *named: registered.append(named), raising=False
     )
     monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: devices, raising=False)
-    ort_tensorrt._register.cache_clear()
+    ort_tensorrt._register_provider_library.cache_clear()
     return registered
 
 
@@ -147,13 +149,13 @@ def test_the_plugin_is_registered_once_and_given_its_gpu(
     monkeypatch.setattr(Session, "on", RTX)
     path = tiny_onnx()
     for device in ("cuda:1", "cuda"):
-        provider = ort_tensorrt.tensorrt_rtx_provider(path, device)
+        provider = ort_tensorrt.make_tensorrt_rtx_provider(path, device)
         open_session(path, device, provider=provider)
         assert "providers" not in Session.last.asked  # given by the settings, and not twice
     assert plugin == [(RTX, "plugin.so")]
     gpus = [device for device in onnxruntime.get_ep_devices() if device.ep_name == RTX]
     assert [devices for devices, _ in taken] == [[gpus[1]], [gpus[0]]]
-    assert Path(taken[0][1]["nv_runtime_cache_path"]) == engine_cache(path)
+    assert Path(taken[0][1]["nv_runtime_cache_path"]) == create_engine_cache_dir(path)
 
 
 @pytest.mark.usefixtures("plugin")

@@ -27,9 +27,9 @@ import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy.backends.opening import open_backend
-from hkd_deploy.backends.tensorrt import TensorRT, open_tensorrt
+from hkd_deploy.backends.tensorrt import TensorRTBackend, open_tensorrt
 from hkd_deploy.trt import cuda as cuda_module
-from hkd_deploy.trt.sidecar import Sidecar, TensorFacts, sha256_of, this_platform, write_engine
+from hkd_deploy.trt.sidecar import EngineInfo, TensorInfo, bytes_sha256, current_platform, write_engine
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 K = 3  # boxes a picture
@@ -263,15 +263,15 @@ class FakeTensorRT:
         return SimpleNamespace(deserialize_cuda_engine=deserialize, engine_host_code_allowed=False)
 
 
-def facts(**changes: Any) -> Sidecar:
+def facts(**changes: Any) -> EngineInfo:
     known: dict[str, Any] = {
-        "format": 1, "tensorrt": "10.3.0", "gpu": "Orin", "sm": "8.7", "platform": this_platform(), "compatible": [],
+        "format": 1, "tensorrt": "10.3.0", "gpu": "Orin", "sm": "8.7", "platform": current_platform(), "compatible": [],
         "dla": None, "precision_asked": "fp16", "precision_found": {"fp16": 3},
-        "inputs": [TensorFacts("images", "UINT8", [1, *HW, 3])], "outputs": [], "profile": None, "workspace_mib": 1024,
+        "inputs": [TensorInfo("images", "UINT8", [1, *HW, 3])], "outputs": [], "profile": None, "workspace_mib": 1024,
         "context_mib": 1.5, "build_s": 2.0, "date": "2026-01-02T03:04:05+00:00", "source": "tiny.onnx",
-        "source_sha256": "0f" * 32, "engine_sha256": sha256_of(b"plan"), "metadata": {"hkd.model": "tiny"},
+        "source_sha256": "0f" * 32, "engine_sha256": bytes_sha256(b"plan"), "metadata": {"hkd.model": "tiny"},
     }  # fmt: skip
-    return Sidecar(**(known | changes))
+    return EngineInfo(**(known | changes))
 
 
 class Board:
@@ -399,7 +399,7 @@ def test_whatever_cuda_call_fails_all_is_given_back(board: Board, largest: int) 
     def session() -> None:
         with open_tensorrt(board.path) as engine:
             engine.run(pictures(1, 0))
-            with engine.in_flight(2) as flying:
+            with engine.open_async_queue(2) as flying:
                 flying.submit(pictures(1, 0))
                 flying.collect()
 
@@ -420,7 +420,7 @@ def test_whatever_cuda_call_fails_all_is_given_back(board: Board, largest: int) 
 def test_batches_in_flight_come_back_in_order(board: Board) -> None:
     board.put(largest=2)
     with open_tensorrt(board.path) as engine:
-        with engine.in_flight(3) as flying:
+        with engine.open_async_queue(3) as flying:
             for seed, batch in enumerate((1, 2, 1)):
                 flying.submit(pictures(batch, seed))
             assert len(flying) == 3
@@ -440,7 +440,7 @@ def test_batches_in_flight_come_back_in_order(board: Board) -> None:
 
 
 def test_a_queue_left_while_batches_fly(board: Board) -> None:
-    with open_tensorrt(board.path) as engine, engine.in_flight(2) as flying:
+    with open_tensorrt(board.path) as engine, engine.open_async_queue(2) as flying:
         flying.submit(pictures(1, 0))
     assert board.all_given_back()
 
@@ -457,7 +457,7 @@ def test_a_batch_outside_the_profile_is_the_users_to_mend(board: Board, batch: i
 
 
 def test_a_batch_that_does_not_fit_takes_no_slot(board: Board) -> None:
-    with open_tensorrt(board.path) as engine, engine.in_flight(1) as flying:
+    with open_tensorrt(board.path) as engine, engine.open_async_queue(1) as flying:
         with pytest.raises(DataError, match="takes uint8"):
             flying.submit(pictures(2, 0))
         flying.submit(pictures(1, 0))
@@ -468,7 +468,7 @@ def test_threads_take_turns(board: Board) -> None:
     board.put(largest=4)
     wrong: list[BaseException] = []
 
-    def ask(engine: TensorRT, batch: int) -> None:
+    def ask(engine: TensorRTBackend, batch: int) -> None:
         try:
             for seed in range(20):
                 assert_answers(engine.run(pictures(batch, seed)), pictures(batch, seed))
@@ -491,7 +491,7 @@ def test_a_closed_engine_says_so(board: Board) -> None:
     engine.close()
     with pytest.raises(ValueError, match="this model has been closed"):
         engine.run(pictures(1, 0))
-    with pytest.raises(ValueError, match="this model has been closed"), engine.in_flight():
+    with pytest.raises(ValueError, match="this model has been closed"), engine.open_async_queue():
         pass
 
 

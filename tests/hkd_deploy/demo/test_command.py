@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from hkd_deploy.demo.command import main
-from hkd_deploy.demo.run import run, save_film
-from hkd_deploy.demo.tally import Tally
-from hkd_deploy.draw import Verdict
+from hkd_deploy.demo.run import run_demo, save_video
+from hkd_deploy.demo.tally import FrameStats
+from hkd_deploy.draw import MatchStatus
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
 
@@ -58,7 +58,7 @@ def test_a_film_is_saved_with_its_boxes(
     assert frames[0].shape == (240, 320, 3)
     for index in (5, 30, 55):
         edge = frames[index][150:210, 18 + 4 * index : 23 + 4 * index].astype(int)
-        near_green = np.abs(edge - Verdict.HIT.value).sum(axis=2).min(axis=1)
+        near_green = np.abs(edge - MatchStatus.TRUE_POSITIVE.value).sum(axis=2).min(axis=1)
         assert near_green.mean() < 120, index
     assert cv2.VideoCapture(str(out)).get(cv2.CAP_PROP_FPS) == pytest.approx(20)
 
@@ -66,10 +66,10 @@ def test_a_film_is_saved_with_its_boxes(
 def test_scores_below_conf_are_not_drawn(tiny_onnx: Callable[..., Path], film: Path, tmp_path: Path) -> None:
     everything = tmp_path / "all.mp4"
     nothing = tmp_path / "none.mp4"
-    assert save_film(tiny_onnx(), str(film), everything, conf=0.0, max_frames=3).frames == 3
-    assert save_film(tiny_onnx(), str(film), nothing, conf=0.99, max_frames=3).frames == 3
+    assert save_video(tiny_onnx(), str(film), everything, conf=0.0, max_frames=3).num_frames == 3
+    assert save_video(tiny_onnx(), str(film), nothing, conf=0.99, max_frames=3).num_frames == 3
     below_panel = [frames_of(path)[2][120:].astype(int) for path in (everything, nothing)]
-    green = [(np.abs(picture - Verdict.HIT.value).sum(axis=2) < 90).sum() for picture in below_panel]
+    green = [(np.abs(picture - MatchStatus.TRUE_POSITIVE.value).sum(axis=2) < 90).sum() for picture in below_panel]
     assert green[0] > 100
     assert green[1] == 0
 
@@ -102,8 +102,8 @@ def test_no_window_only_measures(
 
 def test_a_real_film(tiny_onnx: Callable[..., Path], real_film: Path, tmp_path: Path) -> None:
     out = tmp_path / "seen.mp4"
-    tally = save_film(tiny_onnx(), str(real_film), out, conf=0.3, max_frames=40)
-    assert tally.frames == len(frames_of(out)) == 40
+    tally = save_video(tiny_onnx(), str(real_film), out, conf=0.3, max_frames=40)
+    assert tally.num_frames == len(frames_of(out)) == 40
 
 
 class ClosedAfter:
@@ -122,10 +122,10 @@ class ClosedAfter:
 
 
 def test_closing_the_window_ends_the_run(tiny_onnx: Callable[..., Path], film: Path) -> None:
-    tally = Tally()
+    tally = FrameStats()
     with open_detector(tiny_onnx()) as detector, open_source(str(film)) as source:
-        run(detector, source, 0.3, tally, window=ClosedAfter(4))  # type: ignore[arg-type]
-    assert tally.frames == 4
+        run_demo(detector, source, 0.3, tally, window=ClosedAfter(4))  # type: ignore[arg-type]
+    assert tally.num_frames == 4
 
 
 @pytest.mark.parametrize(

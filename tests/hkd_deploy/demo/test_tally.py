@@ -3,7 +3,7 @@
 import pytest
 
 from hkd_deploy.demo import tally as tally_module
-from hkd_deploy.demo.tally import Tally
+from hkd_deploy.demo.tally import FrameStats
 from hkd_deploy.pipeline import StageTimes
 
 
@@ -23,13 +23,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_nothing_yet() -> None:
-    tally = Tally()
-    assert (tally.frames, tally.recent_fps, tally.mean_fps) == (0, 0.0, 0.0)
-    assert tally.summary(dropped=0) == "no frames"
+    tally = FrameStats()
+    assert (tally.num_frames, tally.recent_fps, tally.mean_fps) == (0, 0.0, 0.0)
+    assert tally.summary(num_dropped=0) == "no frames"
 
 
 def test_rates(clock: Clock) -> None:
-    tally = Tally()
+    tally = FrameStats()
     for interval_s in [0.1] * 30 + [0.05] * 30:
         clock.now_s += interval_s
         tally.add(StageTimes(1, 1, 1), None)
@@ -38,11 +38,11 @@ def test_rates(clock: Clock) -> None:
 
 
 def test_summary(clock: Clock) -> None:
-    tally = Tally()
+    tally = FrameStats()
     for index in range(101):  # 0 ... 100: a percentile is its own number
         clock.now_s += 0.02
         tally.add(StageTimes(preprocess_ms=index, inference_ms=2 * index, postprocess_ms=0.5), age_ms=3 * index + 7)
-    assert tally.summary(dropped=12).splitlines() == [
+    assert tally.summary(num_dropped=12).splitlines() == [
         "101 frames, 12 dropped, 50.0 a second with reading and drawing",
         "milliseconds          p50      p90      p99",
         "preprocess          50.00    90.00    99.00",
@@ -51,20 +51,20 @@ def test_summary(clock: Clock) -> None:
         "frame to boxes     150.50   270.50   297.50",
         "camera to boxes    157.00   277.00   304.00",
     ]
-    assert "dropped" not in tally.summary(dropped=0)
+    assert "dropped" not in tally.summary(num_dropped=0)
 
 
 def test_a_recording_has_no_age(clock: Clock) -> None:
-    tally = Tally()
+    tally = FrameStats()
     clock.now_s += 1
     tally.add(StageTimes(1, 2, 3), None)
-    assert "camera" not in tally.summary(dropped=0)
+    assert "camera" not in tally.summary(num_dropped=0)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tally_module, "KEPT", 10)
-    tally = Tally()
+    tally = FrameStats()
     for index in range(25):
         tally.add(StageTimes(index, 0, 0), None)
-    assert tally.frames == 25
-    assert "preprocess          19.50" in tally.summary(dropped=0)  # the median of 15 ... 24
+    assert tally.num_frames == 25
+    assert "preprocess          19.50" in tally.summary(num_dropped=0)  # the median of 15 ... 24

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.demo.window import Window, open_window, why_no_window
+from hkd_deploy.demo.window import Window, display_error, open_window
 from hkd_det.errors import UnavailableError
 
 HEADLESS = "  GUI:                           NONE\n  Media I/O:\n"
@@ -14,14 +14,14 @@ WITH_GTK = "  GUI:                           GTK3\n    GTK+:  YES (ver 3.24)\n"
 
 
 def test_a_headless_opencv() -> None:
-    reason = why_no_window(HEADLESS, "linux", {"DISPLAY": ":0"})
+    reason = display_error(HEADLESS, "linux", {"DISPLAY": ":0"})
     assert "pip uninstall -y opencv-python-headless && pip install opencv-python" in reason
     assert "--save out.mp4" in reason
 
 
 @pytest.mark.parametrize("environment", [{}, {"DISPLAY": ""}])
 def test_no_display(environment: dict[str, str]) -> None:
-    assert "DISPLAY is not set" in why_no_window(WITH_GTK, "linux", environment)
+    assert "DISPLAY is not set" in display_error(WITH_GTK, "linux", environment)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_no_display(environment: dict[str, str]) -> None:
     [("linux", {"DISPLAY": ":0"}), ("linux", {"WAYLAND_DISPLAY": "wayland-0"}), ("darwin", {}), ("win32", {})],
 )
 def test_where_a_window_can_be(platform: str, environment: dict[str, str]) -> None:
-    assert why_no_window(WITH_GTK, platform, environment) == ""
+    assert display_error(WITH_GTK, platform, environment) == ""
 
 
 def test_what_this_opencv_says_of_itself() -> None:
@@ -65,16 +65,16 @@ def test_keys_that_close(screen: Screen, key: int) -> None:
     with open_window("test") as window:
         assert screen.open == 1
         screen.keys = [-1, ord("x"), key]
-        assert [window.stays_open() for _ in range(3)] == [True, True, False]
+        assert [window.is_open() for _ in range(3)] == [True, True, False]
     assert screen.open == 0
 
 
 def test_the_button_closes(screen: Screen) -> None:
     window = Window("test")
     screen.visible = 0
-    assert window.stays_open()  # not yet shown
+    assert window.is_open()  # not yet shown
     window.show(np.full((4, 5, 3), (1, 2, 3), np.uint8))
-    assert not window.stays_open()
+    assert not window.is_open()
     assert screen.shown[0][0, 0].tolist() == [3, 2, 1]
 
 

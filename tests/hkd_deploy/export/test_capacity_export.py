@@ -7,53 +7,57 @@ import onnx
 import onnxruntime
 import torch
 
-from hkd_deploy.export.onnx_file import write_onnx
-from hkd_deploy.export.options import GraphOptions
-from hkd_det.distill.capacity.compactor import can_shed, compact
-from hkd_det.distill.capacity.folding import folded
-from hkd_det.models.detector import DetectorSpec
-from hkd_det.models.families import build
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.sizes import cost
+from hkd_deploy.export.onnx_file import export_onnx
+from hkd_deploy.export.options import ExportOptions
+from hkd_det.distill.capacity.compactor import find_prunable_layers, insert_compactors
+from hkd_det.distill.capacity.folding import fuse_compactors
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.families import build_from_spec
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.sizes import count_params_and_flops
 from hkd_det.train.checkpoint import DetectorCheckpoint
 
-SPEC = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
+SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
 HW = (64, 96)
 
 
-def exported(detector: PersonDetector, path: Path) -> onnx.ModelProto:
+def exported(detector: BaseDetector, path: Path) -> onnx.ModelProto:
     config = {"data": "none"}
-    write_onnx(
-        DetectorCheckpoint("x", SPEC, detector.state_dict(), config, 1, 1.0, detector.changes), path, GraphOptions(HW)
+    export_onnx(
+        DetectorCheckpoint("x", SPEC, detector.state_dict(), config, 1, 1.0, detector.changes), path, ExportOptions(HW)
     )
     return onnx.load(path)
 
 
 def test_the_graph_holds_nothing_of_how_it_became_small(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    masked = build(SPEC).eval()
+    masked = build_from_spec(SPEC).eval()
     torch.nn.init.normal_(masked.head.one.weight, std=0.5)  # type: ignore[union-attr,arg-type]
     with torch.no_grad():
-        for site in compact(masked, can_shed(masked)):
+        for site in insert_compactors(masked, find_prunable_layers(masked)):
             weight = site.compactor.weight
             weight.add_(0.2 * torch.randn_like(weight))
             site.compactor.masked[1::2] = True
             weight[1::2] = 0
-    plain = folded(masked)
+    plain = fuse_compactors(masked)
     graph = exported(plain, tmp_path / "folded.onnx")
-    fresh = exported(build(SPEC, plain.changes), tmp_path / "fresh.onnx")
+    fresh = exported(build_from_spec(SPEC, plain.changes), tmp_path / "fresh.onnx")
     assert [node.op_type for node in graph.graph.node] == [node.op_type for node in fresh.graph.node]
     assert [(i.name, list(i.dims)) for i in graph.graph.initializer] == [
         (i.name, list(i.dims)) for i in fresh.graph.initializer
     ]
     assert not any("compact" in name for node in graph.graph.node for name in (node.name, *node.input))
     told = {prop.key: prop.value for prop in graph.metadata_props}
-    assert int(told["hkd.flops"]) == cost(plain, HW).flops < cost(build(SPEC), HW).flops
+    assert (
+        int(told["hkd.flops"])
+        == count_params_and_flops(plain, HW).flops
+        < count_params_and_flops(build_from_spec(SPEC), HW).flops
+    )
     picture = np.random.default_rng(0).integers(0, 255, (1, *HW, 3), dtype=np.uint8)
     session = onnxruntime.InferenceSession(tmp_path / "folded.onnx", providers=["CPUExecutionProvider"])
     boxes, scores, _ = session.run(None, {"images": picture})
     with torch.no_grad():
-        mine, theirs = masked.detect(torch.from_numpy(picture).permute(0, 3, 1, 2))
+        mine, theirs = masked.predict(torch.from_numpy(picture).permute(0, 3, 1, 2))
     np.testing.assert_allclose(scores, theirs.numpy(), atol=1e-5)
     sure = scores[0] > 0
     np.testing.assert_allclose(boxes[0][sure][:5], mine.numpy()[0][sure][:5], atol=1e-2)

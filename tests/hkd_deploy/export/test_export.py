@@ -13,13 +13,13 @@ import torch
 
 from hkd_deploy import open_detector
 from hkd_deploy.export.command import main
-from hkd_deploy.export.from_weights import ParityError, export
-from hkd_deploy.export.onnx_file import write_onnx
-from hkd_deploy.export.options import GraphOptions
-from hkd_deploy.export.parity import box_difference
+from hkd_deploy.export.from_weights import ParityError, export_detector
+from hkd_deploy.export.onnx_file import export_onnx
+from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.export.parity import compute_box_difference
 from hkd_det.letterbox import Letterbox
-from hkd_det.models.sizes import build_detector, cost
-from hkd_det.train.checkpoint import DetectorCheckpoint, weights_sha256, write_detector
+from hkd_det.models.sizes import build_model, count_params_and_flops
+from hkd_det.train.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
 
 PICTURES = Path(__file__).parents[4] / "shared" / "data" / "inria" / "test"
 SIZE_HW = (128, 160)
@@ -29,7 +29,7 @@ SIZE_HW = (128, 160)
 def checkpoint() -> DetectorCheckpoint:
     """A detector whose statistics have moved and whose scores differ: not trained, but not blank either."""
     torch.manual_seed(0)
-    detector = build_detector("mini-student")
+    detector = build_model("mini-student")
     torch.nn.init.normal_(detector.head.many.weight, std=0.5)
     torch.nn.init.normal_(detector.head.one.weight, std=0.5)
     detector.train()
@@ -56,35 +56,35 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_parity_on_pictures(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path, batch: int | None
 ) -> None:
-    parity = export(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW, batch), pictures)
-    assert parity.pictures == 4 and parity.box_px <= 0.5 and parity.score <= 1e-3
+    parity = export_detector(checkpoint, tmp_path / "model.onnx", ExportOptions(SIZE_HW, batch), pictures)
+    assert parity.num_images == 4 and parity.box_error_px <= 0.5 and parity.score_error <= 1e-3
 
 
 def test_the_runtime_opens_it_and_finds_the_same_people(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path
 ) -> None:
     """End to end, in pixels of the original picture, against torch by hand."""
-    write_onnx(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW))
+    export_onnx(checkpoint, tmp_path / "model.onnx", ExportOptions(SIZE_HW))
     picture = cv2.imread(str(pictures[0]))[:, :, ::-1].copy()
     with open_detector(tmp_path / "model.onnx") as detector:
         found = detector(picture)
     letterbox = Letterbox(picture.shape[:2], SIZE_HW)
     with torch.no_grad():
-        boxes, scores = checkpoint.build().detect(torch.from_numpy(letterbox.apply(picture)).permute(2, 0, 1)[None])
+        boxes, scores = checkpoint.build().predict(torch.from_numpy(letterbox.apply(picture)).permute(2, 0, 1)[None])
     valid = scores[0].numpy() >= 0.001
     assert len(found) == valid.sum() > 10
     np.testing.assert_allclose(found.scores, scores[0].numpy()[valid], atol=1e-4)
-    wanted = letterbox.to_source(boxes[0].numpy()[valid])
-    assert box_difference(wanted, scores[0].numpy()[valid], found.boxes_xyxy, found.scores) < 0.5
+    wanted = letterbox.boxes_to_source(boxes[0].numpy()[valid])
+    assert compute_box_difference(wanted, scores[0].numpy()[valid], found.boxes_xyxy, found.scores) < 0.5
 
 
 def test_the_file_describes_itself(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
-    write_onnx(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW))
+    export_onnx(checkpoint, tmp_path / "model.onnx", ExportOptions(SIZE_HW))
     with open_detector(tmp_path / "model.onnx") as detector:
-        manifest = detector.manifest
-    weight = cost(checkpoint.build(), SIZE_HW)
+        manifest = detector.metadata
+    weight = count_params_and_flops(checkpoint.build(), SIZE_HW)
     assert (manifest.model, manifest.imgsz_hw, manifest.batch) == ("mini-student", SIZE_HW, 1)
-    assert (manifest.parameters, manifest.flops) == (weight.parameters, weight.flops)
+    assert (manifest.parameters, manifest.flops) == (weight.num_params, weight.flops)
     assert manifest.weights_sha256 == weights_sha256(checkpoint.weights) and manifest.data == "street.yaml"
     model = onnx.load(tmp_path / "model.onnx")
     assert model.opset_import[0].version == 17 and model.ir_version <= 8
@@ -102,9 +102,9 @@ def test_the_licence_names_what_the_datas_owners_allow(checkpoint: DetectorCheck
         ("elsewhere.yaml", "as their training data allows"),
     ):
         trained = replace(checkpoint, config={**checkpoint.config, "data": data})
-        write_onnx(trained, tmp_path / "model.onnx", GraphOptions(SIZE_HW))
+        export_onnx(trained, tmp_path / "model.onnx", ExportOptions(SIZE_HW))
         with open_detector(tmp_path / "model.onnx") as detector:
-            licence = detector.manifest.license
+            licence = detector.metadata.license
         assert licence.startswith("Apache-2.0 (code); weights: ") and licence.endswith(ending), data
 
 
@@ -113,9 +113,9 @@ def test_a_file_that_differs_is_not_written(
 ) -> None:
     from hkd_deploy.export import from_weights
 
-    written = from_weights.write_onnx
+    written = from_weights.export_onnx
 
-    def spoiled(source: DetectorCheckpoint, path: Path, options: GraphOptions) -> None:
+    def spoiled(source: DetectorCheckpoint, path: Path, options: ExportOptions) -> None:
         written(source, path, options)
         model = onnx.load(path)
         bias = next(t for t in model.graph.initializer if t.name.endswith("head.many.bias"))
@@ -124,24 +124,24 @@ def test_a_file_that_differs_is_not_written(
 
     monkeypatch.setattr(from_weights, "write_onnx", spoiled)
     with pytest.raises(ParityError, match="scores by"):
-        export(checkpoint, tmp_path / "model.onnx", GraphOptions(SIZE_HW), pictures)
+        export_detector(checkpoint, tmp_path / "model.onnx", ExportOptions(SIZE_HW), pictures)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_boxes_are_compared_by_score_not_by_rank() -> None:
     boxes = np.array([[0, 0, 10, 10], [50, 50, 60, 60]], np.float32)
     scores = np.array([0.5, 0.4999], np.float32)
-    assert box_difference(boxes, scores, boxes[::-1], scores) == 0
-    assert box_difference(boxes, scores, boxes + 0.25, scores) == 0.25
-    assert box_difference(boxes, scores, boxes, scores - 0.1) == np.inf
+    assert compute_box_difference(boxes, scores, boxes[::-1], scores) == 0
+    assert compute_box_difference(boxes, scores, boxes + 0.25, scores) == 0.25
+    assert compute_box_difference(boxes, scores, boxes, scores - 0.1) == np.inf
 
 
 def test_command(checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = tmp_path / "best.pt"
-    write_detector(weights, checkpoint)
+    save_detector_checkpoint(weights, checkpoint)
     assert main([str(weights), "--imgsz", "96x64", "--no-verify"]) == 0
     with open_detector(tmp_path / "best.onnx") as detector:
-        assert detector.manifest.imgsz_hw == (64, 96)
+        assert detector.metadata.imgsz_hw == (64, 96)
     capsys.readouterr()
     for flags, code, message in (
         ([str(weights), "--output", "model.engine", "--no-verify"], 2, "--trt"),
@@ -160,8 +160,8 @@ def test_command(checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.
 def test_tensorrt_parses_and_builds_it(
     name: str, batch: int | None, tmp_path: Path, tensorrt_builds: Callable[..., dict[str, Any]]
 ) -> None:
-    detector = build_detector(name)
+    detector = build_model(name)
     source = DetectorCheckpoint(name, detector.spec, detector.state_dict(), {"data": "none"}, 1, 1.0)
-    write_onnx(source, tmp_path / "model.onnx", GraphOptions(SIZE_HW, batch))
+    export_onnx(source, tmp_path / "model.onnx", ExportOptions(SIZE_HW, batch))
     built = tensorrt_builds(tmp_path / "model.onnx", (1, *SIZE_HW, 3), (4, *SIZE_HW, 3))
     assert built["input"] == "UINT8" and list(built["outputs"]) == ["boxes", "scores", "count"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from hkd_deploy.export.command import main
-from hkd_deploy.export.options import GraphOptions, add_arguments, graph_options
-from hkd_det.models.sizes import build_detector
-from hkd_det.train.checkpoint import DetectorCheckpoint, write_detector
+from hkd_deploy.export.options import ExportOptions, add_arguments, make_export_options
+from hkd_det.models.sizes import build_model
+from hkd_det.train.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 
 TRAINED_HW = (512, 640)
 
@@ -16,34 +16,34 @@ TRAINED_HW = (512, 640)
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ("", GraphOptions(TRAINED_HW)),
-        ("--imgsz 320x256 --batch 4", GraphOptions((256, 320), 4)),
-        ("--dynamic", GraphOptions(TRAINED_HW, None)),
-        ("--dynamic batch", GraphOptions(TRAINED_HW, None)),
-        ("--dynamic size --batch 2", GraphOptions(TRAINED_HW, 2, dynamic_size=True)),
-        ("--dynamic size,batch", GraphOptions(TRAINED_HW, None, dynamic_size=True)),
-        ("--letterbox", GraphOptions(TRAINED_HW, letterbox_hw=(1080, 1920))),
-        ("--letterbox --max-size 1280x720", GraphOptions(TRAINED_HW, letterbox_hw=(720, 1280))),
-        ("--no-preprocess --raw", GraphOptions(TRAINED_HW, preprocess=False, raw=True)),
+        ("", ExportOptions(TRAINED_HW)),
+        ("--imgsz 320x256 --batch 4", ExportOptions((256, 320), 4)),
+        ("--dynamic", ExportOptions(TRAINED_HW, None)),
+        ("--dynamic batch", ExportOptions(TRAINED_HW, None)),
+        ("--dynamic size --batch 2", ExportOptions(TRAINED_HW, 2, dynamic_size=True)),
+        ("--dynamic size,batch", ExportOptions(TRAINED_HW, None, dynamic_size=True)),
+        ("--letterbox", ExportOptions(TRAINED_HW, letterbox_hw=(1080, 1920))),
+        ("--letterbox --max-size 1280x720", ExportOptions(TRAINED_HW, letterbox_hw=(720, 1280))),
+        ("--no-preprocess --raw", ExportOptions(TRAINED_HW, preprocess=False, raw=True)),
     ],
 )
-def test_what_the_flags_mean(flags: str, wanted: GraphOptions) -> None:
+def test_what_the_flags_mean(flags: str, wanted: ExportOptions) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert graph_options(parser.parse_args(flags.split()), TRAINED_HW) == wanted
+    assert make_export_options(parser.parse_args(flags.split()), TRAINED_HW) == wanted
 
 
 def test_the_largest_picture() -> None:
-    assert GraphOptions(TRAINED_HW).max_hw == TRAINED_HW
-    assert GraphOptions(TRAINED_HW, letterbox_hw=(1080, 1920)).max_hw == (1080, 1920)
+    assert ExportOptions(TRAINED_HW).max_hw == TRAINED_HW
+    assert ExportOptions(TRAINED_HW, letterbox_hw=(1080, 1920)).max_hw == (1080, 1920)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "best.pt"
-    detector = build_detector("mini-student")
+    detector = build_model("mini-student")
     config = {"data": "none", "imgsz_hw": list(TRAINED_HW)}
-    write_detector(path, DetectorCheckpoint.of(detector, "mini-student", config, 1, 1.0))
+    save_detector_checkpoint(path, DetectorCheckpoint.from_detector(detector, "mini-student", config, 1, 1.0))
     return path
 
 

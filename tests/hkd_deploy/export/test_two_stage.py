@@ -4,17 +4,17 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from hkd_deploy.export.graph import detections
-from hkd_deploy.export.parity import box_difference
-from hkd_deploy.export.two_stage import _pooled_from
-from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
+from hkd_deploy.export.graph import predict_traceable
+from hkd_deploy.export.parity import compute_box_difference
+from hkd_deploy.export.two_stage import _roi_align_level
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 
-TINY = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
+TINY = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 
 
-def lively() -> FasterRcnn:
+def lively() -> FasterRCNN:
     torch.manual_seed(0)
-    detector = FasterRcnn(TINY)
+    detector = FasterRCNN(TINY)
     for part in (detector.rpn.head, detector.roi_heads.box_predictor):
         for parameter in part.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -27,13 +27,13 @@ def test_the_same_people(size_hw: tuple[int, int]) -> None:
     """Few proposals, so that some are none, and more than are looked at."""
     detector = lively()
     pictures = torch.randint(0, 255, (2, 3, *size_hw), generator=torch.Generator().manual_seed(1)).float()
-    wanted_boxes, wanted_scores = detector.detect(pictures)
-    boxes, scores = detections(detector, pictures)
+    wanted_boxes, wanted_scores = detector.predict(pictures)
+    boxes, scores = predict_traceable(detector, pictures)
     torch.testing.assert_close(scores, wanted_scores, atol=1e-5, rtol=0)
     for picture in range(2):
         real = int((wanted_scores[picture] > 0).sum())
         wanted = wanted_boxes[picture, :real].numpy(), wanted_scores[picture, :real].numpy()
-        assert real > 200 and box_difference(*wanted, boxes[picture].numpy(), scores[picture].numpy()) < 1e-3
+        assert real > 200 and compute_box_difference(*wanted, boxes[picture].numpy(), scores[picture].numpy()) < 1e-3
 
 
 def test_regions_are_read_as_roi_align_reads_them() -> None:
@@ -44,5 +44,5 @@ def test_regions_are_read_as_roi_align_reads_them() -> None:
     boxes[:, :3] = torch.tensor([[23.9, 15.9, 24, 16], [0, 0, 24, 16], [3, 4, 3, 4]])  # at the border, all, none
     chosen = torch.arange(40).expand(2, -1) % 5 != 4
     wanted = roi_align(features, list(boxes), 7, 1.0, 2) * chosen.reshape(-1, 1, 1, 1)
-    found = _pooled_from(features, boxes, chosen).unflatten(2, (-1, 7)).transpose(1, 2).flatten(0, 1)
+    found = _roi_align_level(features, boxes, chosen).unflatten(2, (-1, 7)).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)

@@ -12,15 +12,15 @@ import torch
 from hkd_deploy.backends.openvino_folder import export_openvino
 from hkd_deploy.export import from_weights
 from hkd_deploy.export.command import main
-from hkd_deploy.export.options import GraphOptions
+from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import ParityError
-from hkd_deploy.export.reference import exported_reference
-from hkd_deploy.export.verify import Form, Verification
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.train.checkpoint import DetectorCheckpoint, write_detector
+from hkd_deploy.export.reference import onnx_reference
+from hkd_deploy.export.verify import ExportedModel, Verification
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.train.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 
 HW = (96, 160)  # of `tiny_onnx`, which finds the box of all bright pixels
-SPEC = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12)
+SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12)
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def street(tmp_path: Path) -> Callable[..., Path]:
 def weights(tmp_path: Path) -> Path:
     """A detector that is not trained, but whose scores differ."""
     torch.manual_seed(0)
-    detector = Detector(SPEC)
-    torch.nn.init.normal_(detector.head.many.weight, std=0.5)
-    torch.nn.init.normal_(detector.head.one.weight, std=0.5)
+    detector = HKDDetector(SPEC)
+    torch.nn.init.normal_(detector.head.one2many.weight, std=0.5)
+    torch.nn.init.normal_(detector.head.one2one.weight, std=0.5)
     config = {"data": "street.yaml", "imgsz_hw": [64, 96]}
     path = tmp_path / "best.pt"
-    write_detector(path, DetectorCheckpoint("small", SPEC, detector.state_dict(), config, 1, 0.5))
+    save_detector_checkpoint(path, DetectorCheckpoint("small", SPEC, detector.state_dict(), config, 1, 0.5))
     return path
 
 
@@ -120,10 +120,12 @@ def test_without_people_parity_is_shown_all_the_same(
 def test_a_folder_that_differs_is_not_written(tiny_onnx: Callable[..., Path], street: Callable[..., Path]) -> None:
     path, other = tiny_onnx(), scaled(tiny_onnx("other.onnx"), 0.9)
     pictures = sorted((street().parent / "street" / "images" / "val").iterdir())
-    verification = Verification(exported_reference(other), pictures)
+    verification = Verification(onnx_reference(other), pictures)
     there = sorted(path.parent.iterdir())
     with pytest.raises(ParityError, match=r"tiny_openvino: not written: .* scores by 0\.0.* from .*other\.onnx"):
-        export_openvino(path, check=lambda name, aside: verification.take(Form(name, "openvino", exact=True), aside))
+        export_openvino(
+            path, check=lambda name, aside: verification.add(ExportedModel(name, "openvino", is_exact=True), aside)
+        )
     assert sorted(path.parent.iterdir()) == there
 
 
@@ -132,12 +134,12 @@ def test_a_form_of_smaller_numbers_may_differ_but_not_answer_nan(
 ) -> None:
     pictures = sorted((street().parent / "street" / "images" / "val").iterdir())
     sure, less, nan = (scaled(tiny_onnx(f"{factor}.onnx"), factor) for factor in (3, 2.7, float("nan")))
-    verification = Verification(exported_reference(sure), pictures)
-    parity = verification.take(Form(less, "onnxruntime", exact=False))
+    verification = Verification(onnx_reference(sure), pictures)
+    parity = verification.add(ExportedModel(less, "onnxruntime", is_exact=False))
     red = (25 * 64 * 255 + (96 * 160 - 25 * 64) * 20) / (96 * 160 * 255)  # the score of `tiny_onnx`
-    assert parity is not None and parity.box_px == 0 and parity.score == pytest.approx(0.3 * red, rel=1e-3)
+    assert parity is not None and parity.box_error_px == 0 and parity.score_error == pytest.approx(0.3 * red, rel=1e-3)
     with pytest.raises(ParityError, match=r"nan\.onnx: answers NaN on onnxruntime"):
-        verification.take(Form(nan, "onnxruntime", exact=False))
+        verification.add(ExportedModel(nan, "onnxruntime", is_exact=False))
 
 
 def test_where_the_data_are_missing(
@@ -189,9 +191,9 @@ def test_a_picture_too_large_for_the_graph(
 def test_the_layer_at_fault_is_named(
     weights: Path, street: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = from_weights.write_onnx
+    written = from_weights.export_onnx
 
-    def spoiled(source: DetectorCheckpoint, path: Path, options: GraphOptions) -> None:
+    def spoiled(source: DetectorCheckpoint, path: Path, options: ExportOptions) -> None:
         written(source, path, options)
         model = onnx.load(path)
         bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("head.many.bias"))

@@ -10,19 +10,19 @@ import onnxruntime
 import pytest
 import torch
 
-from hkd_deploy.export.onnx_file import write_onnx
-from hkd_deploy.export.options import GraphOptions
-from hkd_det.models.yolo import YoloDetector, YoloSpec, yolo_spec
+from hkd_deploy.export.onnx_file import export_onnx
+from hkd_deploy.export.options import ExportOptions
+from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 from hkd_det.train.checkpoint import DetectorCheckpoint
 
 SIZE_HW = (64, 96)
 
 
-def lively(name: str) -> YoloDetector:
+def lively(name: str) -> UltralyticsDetector:
     torch.manual_seed(0)
-    layout = deepcopy(yolo_spec(name).layout)
+    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
-    detector = YoloDetector(YoloSpec(name, layout))
+    detector = UltralyticsDetector(UltralyticsSpec(name, layout))
     for part, module in detector.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
@@ -38,12 +38,12 @@ def test_an_exported_yolo_model_says_what_torch_says(tmp_path: Path, name: str, 
     detector = lively(name)
     config = {"data": "street.yaml", "imgsz_hw": list(SIZE_HW)}
     checkpoint = DetectorCheckpoint(name, detector.spec, detector.state_dict(), config, 1, 0.5)
-    write_onnx(checkpoint, tmp_path / "best.onnx", GraphOptions(SIZE_HW, batch=None))
+    export_onnx(checkpoint, tmp_path / "best.onnx", ExportOptions(SIZE_HW, batch=None))
     pictures = np.random.default_rng(0).integers(0, 256, (3, *SIZE_HW, 3)).astype(np.uint8)
     session = onnxruntime.InferenceSession(tmp_path / "best.onnx", providers=["CPUExecutionProvider"])
     boxes, scores, count = session.run(None, {"images": pictures})
     with torch.no_grad():
-        wanted_boxes, wanted_scores = detector.detect(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        wanted_boxes, wanted_scores = detector.predict(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     assert (count > 3).all() and (count < scores.shape[1]).all() == suppresses
     np.testing.assert_allclose(scores, wanted_scores.numpy(), atol=1e-4)
     for b, alive in enumerate(count):

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from hkd_deploy.precision.half import Half, to_half
-from hkd_deploy.precision.parts import parts_of
-from hkd_deploy.precision.source import Source, read_source
+from hkd_deploy.precision.half import HalfPrecision, convert_to_half
+from hkd_deploy.precision.parts import find_graph_regions
+from hkd_deploy.precision.source import Fp32Model, read_fp32_model
 from hkd_det.errors import DataError
 
 
@@ -22,13 +22,13 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
     return {info.name: info.type.tensor_type.elem_type for info in [*graph.input, *graph.output, *graph.value_info]}
 
 
-def halved(source: Source, kind: Half) -> onnx.ModelProto:
-    return to_half(source.model, parts_of(source.model), kind)
+def halved(source: Fp32Model, kind: HalfPrecision) -> onnx.ModelProto:
+    return convert_to_half(source.model, find_graph_regions(source.model), kind)
 
 
 @pytest.mark.parametrize(("kind", "wanted"), [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])
-def test_only_the_body_is_half(kind: Half, wanted: int, box_net: Callable[..., Path]) -> None:
-    source = read_source(box_net())
+def test_only_the_body_is_half(kind: HalfPrecision, wanted: int, box_net: Callable[..., Path]) -> None:
+    source = read_fp32_model(box_net())
     before, after = types_of(source.model), types_of(halved(source, kind))
     body = {"first", "first_relu", "second", "second_relu"}
     for name, was in before.items():
@@ -40,7 +40,7 @@ def test_only_the_body_is_half(kind: Half, wanted: int, box_net: Callable[..., P
 
 
 def test_weights_are_halved_once_and_the_old_ones_are_gone(box_net: Callable[..., Path]) -> None:
-    model = halved(read_source(box_net()), "fp16")
+    model = halved(read_fp32_model(box_net()), "fp16")
     weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert {name for name, kind in weights.items() if kind == TensorProto.FLOAT16} == {
         f"{name}_fp16" for name in ("w_first", "b_first", "w_second", "b_second")
@@ -49,7 +49,7 @@ def test_weights_are_halved_once_and_the_old_ones_are_gone(box_net: Callable[...
 
 
 def test_equal_weights_that_torch_writes_once_are_halved_in_the_file(box_net: Callable[..., Path]) -> None:
-    source = read_source(box_net())
+    source = read_fp32_model(box_net())
     graph = source.model.graph
     graph.node.insert(0, helper.make_node("Identity", ["b_first"], ["b_again"], "again"))
     (second,) = (node for node in graph.node if node.name == "second_node")
@@ -62,7 +62,7 @@ def test_equal_weights_that_torch_writes_once_are_halved_in_the_file(box_net: Ca
 
 def test_what_an_inner_graph_takes_from_around_it_is_still_there(box_net: Callable[..., Path]) -> None:
     """An If reads `first_relu` without naming it among its inputs, and in float32."""
-    source = read_source(box_net())
+    source = read_fp32_model(box_net())
     graph = source.model.graph
     inner = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
     branches = [
@@ -80,8 +80,8 @@ def test_what_an_inner_graph_takes_from_around_it_is_still_there(box_net: Callab
 
 
 @pytest.mark.parametrize(("kind", "step"), [("fp16", 2**-10), ("bf16", 2**-7)])
-def test_answers_differ_by_rounding(kind: Half, step: float, box_net: Callable[..., Path]) -> None:
-    source = read_source(box_net())
+def test_answers_differ_by_rounding(kind: HalfPrecision, step: float, box_net: Callable[..., Path]) -> None:
+    source = read_fp32_model(box_net())
     picture = np.random.default_rng(1).integers(0, 256, (1, 96, 96, 3), np.uint8)
     exact = ReferenceEvaluator(source.model).run(None, {"images": picture})
     rough = ReferenceEvaluator(halved(source, kind)).run(None, {"images": picture})
@@ -91,7 +91,7 @@ def test_answers_differ_by_rounding(kind: Half, step: float, box_net: Callable[.
 
 
 def test_onnx_runtime_runs_float16(box_net: Callable[..., Path], tmp_path: Path) -> None:
-    source = read_source(box_net())
+    source = read_fp32_model(box_net())
     onnx.save(halved(source, "fp16"), tmp_path / "half.onnx")
     picture = np.full((1, 96, 96, 3), 30, np.uint8)
     picture[:, 10:80, 20:50] = 240
@@ -102,28 +102,28 @@ def test_onnx_runtime_runs_float16(box_net: Callable[..., Path], tmp_path: Path)
 
 def test_a_weight_beyond_float16_is_refused(box_net: Callable[..., Path]) -> None:
     second = np.array([[1, 70000], [0, 1]], np.float32).reshape(2, 2, 1, 1)
-    source = read_source(box_net(second=second))
+    source = read_fp32_model(box_net(second=second))
     with pytest.raises(DataError, match=r"weight w_second reaches 7e\+04, more than float16 can hold; use --precision"):
         halved(source, "fp16")
     halved(source, "bf16")
 
 
 def test_bfloat16_says_the_opset_that_has_it(box_net: Callable[..., Path]) -> None:
-    source = read_source(box_net())
+    source = read_fp32_model(box_net())
     model = halved(source, "bf16")
     assert model.opset_import[0].version == 22 and model.ir_version == 10
-    assert {entry.key: entry.value for entry in model.metadata_props} == source.metadata()
+    assert {entry.key: entry.value for entry in model.metadata_props} == source.get_metadata()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "other"), [("fp16", "BF16"), ("bf16", "HALF")])
 def test_tensorrt_builds_what_is_written(
-    kind: Half,
+    kind: HalfPrecision,
     other: str,
     tensorrt_builds: Callable[..., dict[str, Any]],
     box_net: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    onnx.save(halved(read_source(box_net()), kind), tmp_path / "half.onnx")
+    onnx.save(halved(read_fp32_model(box_net()), kind), tmp_path / "half.onnx")
     types = tensorrt_builds(tmp_path / "half.onnx")["layer_types"]
     assert {"HALF" if kind == "fp16" else "BF16", "FLOAT"} <= set(types) and other not in types

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hkd_deploy.backends.openvino import open_openvino
-from hkd_deploy.precision.int8 import to_int8, with_folded_norms
-from hkd_deploy.precision.parts import LAYERS, parts_of
-from hkd_deploy.precision.source import read_source
+from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
+from hkd_deploy.precision.parts import LAYER_OPS, find_graph_regions
+from hkd_deploy.precision.source import read_fp32_model
 
 REACH = {"normal": 1.0, "first_relu": 1.0}
 LAYERS_HERE = ("first_node", "second_node")
@@ -33,7 +33,7 @@ def weights() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 @pytest.fixture
 def quantised(box_net: Callable[..., Path]) -> onnx.ModelProto:
     first, second = weights()
-    return to_int8(read_source(box_net(first=first, second=second)).model, LAYERS_HERE, REACH)
+    return convert_to_int8(read_fp32_model(box_net(first=first, second=second)).model, LAYERS_HERE, REACH)
 
 
 def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -65,7 +65,7 @@ def test_all_else_stays_float(quantised: onnx.ModelProto) -> None:
     """No INT32 bias, no pair behind a layer, none at the last layer or in decoding; opset and IR as they were."""
     made = producers(quantised)
     for node in quantised.graph.node:
-        if node.op_type in LAYERS:
+        if node.op_type in LAYER_OPS:
             wanted = node.name in LAYERS_HERE
             read = [made[name].op_type if name in made else "weight" for name in node.input]
             assert [kind == "DequantizeLinear" for kind in read] == [wanted, wanted, False]
@@ -76,7 +76,7 @@ def test_all_else_stays_float(quantised: onnx.ModelProto) -> None:
 
 
 def test_a_layer_left_out_is_as_it_was(box_net: Callable[..., Path]) -> None:
-    model = to_int8(read_source(box_net()).model, ["second_node"], REACH)
+    model = convert_to_int8(read_fp32_model(box_net()).model, ["second_node"], REACH)
     made = producers(model)
     (first,) = (node for node in model.graph.node if node.name == "first_node")
     assert made[first.input[0]].op_type == "Div"
@@ -105,7 +105,7 @@ def sharing() -> onnx.ModelProto:
 
 def test_shared_weights_stay_shared_and_a_layer_left_out_keeps_the_exact_ones() -> None:
     reach = {"x": 1.0, "b": 4.0}
-    both, one = to_int8(sharing(), ["one", "two"], reach), to_int8(sharing(), ["one"], reach)
+    both, one = convert_to_int8(sharing(), ["one", "two"], reach), convert_to_int8(sharing(), ["one"], reach)
     first, second = ({node.name: node for node in both.graph.node}[name] for name in ("one", "two"))
     assert first.input[1] == second.input[1]
     assert sum(tensor.dims == [4, 4, 3, 3] for tensor in both.graph.initializer) == 1
@@ -116,15 +116,15 @@ def test_shared_weights_stay_shared_and_a_layer_left_out_keeps_the_exact_ones() 
 
 
 def test_no_layer_at_all_is_the_same_model(box_net: Callable[..., Path]) -> None:
-    model = read_source(box_net()).model
-    assert to_int8(model, [], REACH) == model
+    model = read_fp32_model(box_net()).model
+    assert convert_to_int8(model, [], REACH) == model
 
 
 def test_answers_are_those_of_whole_numbers(box_net: Callable[..., Path]) -> None:
     """Against int8 arithmetic written out."""
     first, second = weights()
-    source = read_source(box_net(first=np.abs(first), second=np.abs(second)))
-    model = to_int8(source.model, LAYERS_HERE, {"normal": 1.0, "first_relu": 20.0})
+    source = read_fp32_model(box_net(first=np.abs(first), second=np.abs(second)))
+    model = convert_to_int8(source.model, LAYERS_HERE, {"normal": 1.0, "first_relu": 20.0})
     picture = np.random.default_rng(4).integers(0, 256, (1, 96, 96, 3), np.uint8)
 
     def layer(values: NDArray[np.float64], weight: NDArray[np.float32], reach: float) -> NDArray[np.float64]:
@@ -141,7 +141,7 @@ def test_answers_are_those_of_whole_numbers(box_net: Callable[..., Path]) -> Non
 
 
 def test_normalisation_is_folded_first(box_net: Callable[..., Path]) -> None:
-    source = read_source(box_net())
+    source = read_fp32_model(box_net())
     graph = source.model.graph
     for name, value in {"scale": [2, 3], "shift": [0.5, 1], "mean": [0.1, 0], "variance": [4, 1]}.items():
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
@@ -149,10 +149,10 @@ def test_normalisation_is_folded_first(box_net: Callable[..., Path]) -> None:
     relu.input[0] = "normed"
     norm = helper.make_node("BatchNormalization", ["first", "scale", "shift", "mean", "variance"], ["normed"], "norm")
     graph.node.insert(list(graph.node).index(relu), norm)
-    folded = replace(source, model=with_folded_norms(source.model))
+    folded = replace(source, model=fold_norms(source.model))
     assert "BatchNormalization" not in {node.op_type for node in folded.model.graph.node}
     assert {entry.domain for entry in folded.model.opset_import} == {""}
-    assert len(parts_of(folded.model).layers) == 2
+    assert len(find_graph_regions(folded.model).layers) == 2
     picture = np.random.default_rng(5).integers(0, 256, (1, 96, 96, 3), np.uint8)
     exact, found = (
         onnxruntime.InferenceSession(model.SerializeToString()).run(["scores"], {"images": picture})[0]
@@ -163,7 +163,7 @@ def test_normalisation_is_folded_first(box_net: Callable[..., Path]) -> None:
 
 def test_openvino_reads_it(box_net: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    model = to_int8(read_source(box_net()).model, LAYERS_HERE, REACH)
+    model = convert_to_int8(read_fp32_model(box_net()).model, LAYERS_HERE, REACH)
     onnx.save(model, tmp_path / "int8.onnx")
     picture = np.full((1, 96, 96, 3), 30, np.uint8)
     picture[:, 10:80, 20:50] = 240

@@ -8,14 +8,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hkd_deploy.precision.parts import parts_of
-from hkd_deploy.precision.source import read_source
+from hkd_deploy.precision.parts import find_graph_regions
+from hkd_deploy.precision.source import read_fp32_model
 
 
 def test_of_one_stage(box_net: Callable[..., Path]) -> None:
-    parts = parts_of(read_source(box_net()).model)
+    parts = find_graph_regions(read_fp32_model(box_net()).model)
     assert parts.layers == ("first_node", "second_node")
-    assert parts.last == ("score_node",)
+    assert parts.output_layers == ("score_node",)
     assert parts.body == {"first_node", "first_relu_node", "second_node", "second_relu_node"}
 
 
@@ -63,7 +63,7 @@ def test_of_two_stages(reader: str) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
-    parts = parts_of(model)
+    parts = find_graph_regions(model)
     assert parts.layers == ("backbone", "fc")
-    assert parts.last == ("rpn", "class")
+    assert parts.output_layers == ("rpn", "class")
     assert parts.body == {"backbone", "roi", "row", "fc", "relu"}

@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.backend import OUTPUTS
+from hkd_deploy.backends.backend import OUTPUT_DTYPES
 from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
 from hkd_deploy.export import verify
 from hkd_deploy.export.command import main
-from hkd_deploy.precision.judge import backends, detect_all, judging_backend
+from hkd_deploy.precision.judge import eval_backend, list_onnx_backends, predict_samples
 from hkd_det.datasets.sample import Sample
 from hkd_det.detections import Detections
 from hkd_det.errors import DataError
@@ -66,7 +66,7 @@ def test_int8_says_the_same_without_the_runtimes_integer_operators(box_net: Call
         settings = runtime._session.get_session_options()  # type: ignore[union-attr]
     left_alone = settings.get_session_config_entry("session.disable_quant_qdq") == "1"
     assert left_alone == (platform.machine() in ("x86_64", "AMD64"))
-    for value, wanted in zip(found, session.run(list(OUTPUTS), {"images": pictures}), strict=True):
+    for value, wanted in zip(found, session.run(list(OUTPUT_DTYPES), {"images": pictures}), strict=True):
         np.testing.assert_allclose(value, wanted, atol=1e-5)
 
 
@@ -79,17 +79,17 @@ def test_what_precision_has_measured_is_not_measured_again(
 
     def noted(path: Path, device: str, backend: str, samples: list[Sample], what: str) -> list[Detections]:
         measured.append((path.name, backend))
-        return detect_all(path, device, backend, samples, what)
+        return predict_samples(path, device, backend, samples, what)
 
     monkeypatch.setattr(verify, "detect_all", noted)
-    judged_on = judging_backend("cpu")
+    judged_on = eval_backend("cpu")
     for flags, again in (([], False), (["--verify-images", "3"], True)):
         measured.clear()
         assert main([str(source), "--precision", "fp16", "--data", str(street), *flags]) == 0
-        others = [("net.fp16.onnx", backend) for backend in backends("cpu") if again or backend != judged_on]
+        others = [("net.fp16.onnx", backend) for backend in list_onnx_backends("cpu") if again or backend != judged_on]
         assert measured == others
         lines = [line for line in capsys.readouterr().out.splitlines() if "net.fp16.onnx  " in line]
-        assert len(lines) == len(backends("cpu"))
+        assert len(lines) == len(list_onnx_backends("cpu"))
         assert all("0.00 %" in line and line.endswith("+0.00 points") for line in lines)
 
 

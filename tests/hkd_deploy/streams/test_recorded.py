@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hkd_deploy.streams import open_source
-from hkd_deploy.streams.source import without_password
+from hkd_deploy.streams.source import redact_url
 from hkd_det.errors import DataError, UsageError
 
 
@@ -28,24 +28,24 @@ def read_all(text: str) -> list[tuple[int, float]]:
 def test_a_film_gives_every_frame_in_order(tmp_path: Path) -> None:
     path = write_film(tmp_path / "film.avi", 40)
     with open_source(str(path)) as source:
-        assert (source.name, source.live, source.fps, source.frame_count) == (str(path), False, 10.0, 40)
+        assert (source.name, source.is_live, source.fps, source.num_frames) == (str(path), False, 10.0, 40)
         frames = list(source)
-        assert (source.dropped, source.trouble) == (0, "")
-    levels = np.array([frame.picture_rgb.mean() for frame in frames])
+        assert (source.num_dropped, source.status) == (0, "")
+    levels = np.array([frame.image_rgb.mean() for frame in frames])
     assert np.abs(levels - 5 * np.arange(40)).max() < 2
     assert [frame.timestamp_s for frame in frames] == pytest.approx(np.arange(40) / 10)
-    assert frames[0].picture_rgb.shape == (48, 64, 3)
-    assert frames[0].picture_rgb.dtype == np.uint8
+    assert frames[0].image_rgb.shape == (48, 64, 3)
+    assert frames[0].image_rgb.dtype == np.uint8
 
 
 def test_a_real_film(real_film: Path) -> None:
     with open_source(str(real_film)) as source:
         frame = next(iter(source))
-        assert source.frame_count == 370
+        assert source.num_frames == 370
         assert source.fps == pytest.approx(29.97, abs=0.01)
         reader = cv2.VideoCapture(str(real_film))
         _, picture_bgr = reader.read()
-        assert np.array_equal(frame.picture_rgb, picture_bgr[..., ::-1])
+        assert np.array_equal(frame.image_rgb, picture_bgr[..., ::-1])
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9])
@@ -91,8 +91,8 @@ def test_one_picture_red_first(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "one.png"), np.full((5, 7, 3), (1, 2, 3), np.uint8))
     with open_source(str(tmp_path / "one.png")) as source:
         (frame,) = source
-        assert source.frame_count == 1
-    assert frame.picture_rgb[0, 0].tolist() == [3, 2, 1]
+        assert source.num_frames == 1
+    assert frame.image_rgb[0, 0].tolist() == [3, 2, 1]
 
 
 def test_a_photograph_on_its_side_is_turned(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_a_photograph_on_its_side_is_turned(tmp_path: Path) -> None:
     (tmp_path / "phone.jpg").write_bytes(packed[:2] + exif + packed[2:])
     with open_source(str(tmp_path / "phone.jpg")) as source:
         (frame,) = source
-    assert frame.picture_rgb.shape == (60, 40, 3)
-    assert frame.picture_rgb[:18].mean() > 240
-    assert frame.picture_rgb[22:].mean() < 15
+    assert frame.image_rgb.shape == (60, 40, 3)
+    assert frame.image_rgb[:18].mean() > 240
+    assert frame.image_rgb[22:].mean() < 15
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
@@ -153,4 +153,4 @@ def test_a_mistyped_address_keeps_its_password() -> None:
     ],
 )
 def test_passwords_are_not_shown(address: str, shown: str) -> None:
-    assert without_password(address) == shown
+    assert redact_url(address) == shown

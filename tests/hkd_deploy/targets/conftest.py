@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hkd_deploy.artifact import PREPROCESS, PREPROCESS_FLOAT01
-from hkd_deploy.trt.sidecar import ProfileFacts, Sidecar, TensorFacts, sha256_of, write_engine
+from hkd_deploy.trt.sidecar import EngineInfo, ProfileInfo, TensorInfo, bytes_sha256, write_engine
 
 TRITON_CLIENT = "tritonclient==2.73.0"
 PROTO = "tritonclient/grpc/model_config_pb2.py"
@@ -87,8 +87,8 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
         path = tmp_path / "student.engine"
         batch, plan = (-1 if free else 1), b"a plan"
         nhwc = preprocess["layout"] == "NHWC"
-        images = TensorFacts("images", "UINT8" if nhwc else "FLOAT", [batch, *((96, 160, 3) if nhwc else (3, 96, 160))])
-        outputs = [TensorFacts("boxes", "FLOAT", [batch, 2, 4]), TensorFacts("scores", "FLOAT", [batch, 2])]
+        images = TensorInfo("images", "UINT8" if nhwc else "FLOAT", [batch, *((96, 160, 3) if nhwc else (3, 96, 160))])
+        outputs = [TensorInfo("boxes", "FLOAT", [batch, 2, 4]), TensorInfo("scores", "FLOAT", [batch, 2])]
         described = model_metadata((96, 160), None if free else 1) | {
             "hkd.format": "2",
             "hkd.preprocess": json.dumps(preprocess),
@@ -97,7 +97,7 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
             "hkd.raw": "false",
         }
         largest = [4, *images.shape[1:]]
-        sidecar = Sidecar(
+        sidecar = EngineInfo(
             format=1,
             tensorrt="10.3.0",
             gpu="Orin",
@@ -105,18 +105,18 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
             platform="linux-aarch64",
             compatible=[],
             dla=None,
-            precision_asked="fp32",
-            precision_found={"fp32": 9},
+            precision_requested="fp32",
+            precision_actual={"fp32": 9},
             inputs=[images],
-            outputs=[*outputs, *([TensorFacts("count", "INT64", [batch])] if count else [])],
-            profile=ProfileFacts([1, *largest[1:]], [2, *largest[1:]], largest) if free else None,
+            outputs=[*outputs, *([TensorInfo("count", "INT64", [batch])] if count else [])],
+            profile=ProfileInfo([1, *largest[1:]], [2, *largest[1:]], largest) if free else None,
             workspace_mib=1024,
             context_mib=1.0,
             build_s=1.0,
             date="2026-01-02T03:04:05+00:00",
             source="student.onnx",
             source_sha256="0f" * 32,
-            engine_sha256=sha256_of(plan),
+            engine_sha256=bytes_sha256(plan),
             metadata=described,
         )
         write_engine(path, plan, sidecar)

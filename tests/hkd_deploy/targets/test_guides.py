@@ -14,9 +14,9 @@ from hkd_deploy.export import command as export
 ROOT = Path(__file__).parents[3]
 GUIDES = [ROOT / "docs" / "deploy.md", *sorted((ROOT / "docs" / "deploy").glob("*.md"))]
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "hkd-export": export._parser().parse_args,
-    "hkd-bench": bench._parse,
-    "hkd-demo": demo._parse,
+    "hkd-export": export._build_parser().parse_args,
+    "hkd-bench": bench._parse_bench_args,
+    "hkd-demo": demo._parse_demo_arguments,
 }
 
 

@@ -12,18 +12,18 @@ import onnxruntime
 import pytest
 import torch
 
-from hkd_deploy.artifact import Manifest
+from hkd_deploy.artifact import ModelMetadata
 from hkd_deploy.export.command import main
-from hkd_deploy.export.onnx_file import write_onnx
-from hkd_deploy.export.options import GraphOptions
-from hkd_deploy.precision.half import to_half
-from hkd_deploy.precision.int8 import to_int8, with_folded_norms
-from hkd_deploy.precision.parts import parts_of
-from hkd_deploy.precision.source import Source, read_source
-from hkd_deploy.precision.write import save
+from hkd_deploy.export.onnx_file import export_onnx
+from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.precision.half import convert_to_half
+from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
+from hkd_deploy.precision.parts import find_graph_regions
+from hkd_deploy.precision.source import Fp32Model, read_fp32_model
+from hkd_deploy.precision.write import save_model
 from hkd_deploy.targets import model_file
 from hkd_deploy.targets.model_file import read_model_file
-from hkd_det.models.sizes import build_detector
+from hkd_det.models.sizes import build_model
 from hkd_det.train.checkpoint import DetectorCheckpoint
 
 HW = (128, 160)
@@ -34,7 +34,7 @@ REACH = 4.0
 def checkpoint() -> DetectorCheckpoint:
     """A detector whose statistics have moved and whose scores differ: not trained, but not blank either."""
     torch.manual_seed(0)
-    detector = build_detector("mini-student")
+    detector = build_model("mini-student")
     for branch in (detector.head.many, detector.head.one):
         torch.nn.init.normal_(branch.weight, std=0.5)
     detector.train()
@@ -45,17 +45,17 @@ def checkpoint() -> DetectorCheckpoint:
     return DetectorCheckpoint("mini-student", detector.spec, detector.eval().state_dict(), config, 1, 0.5)
 
 
-def in_precision(source: Source, precision: str) -> onnx.ModelProto:
+def in_precision(source: Fp32Model, precision: str) -> onnx.ModelProto:
     match precision:
         case "fp32":
             return source.model
         case "int8":
-            folded = replace(source, model=with_folded_norms(source.model)).model
-            layers = parts_of(folded).layers
+            folded = replace(source, model=fold_norms(source.model)).model
+            layers = find_graph_regions(folded).layers
             entering = {node.input[0] for node in folded.graph.node if node.name in layers}
-            return to_int8(folded, layers, dict.fromkeys(entering, REACH))
+            return convert_to_int8(folded, layers, dict.fromkeys(entering, REACH))
         case _:
-            return to_half(source.model, parts_of(source.model), precision)
+            return convert_to_half(source.model, find_graph_regions(source.model), precision)
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def exported(checkpoint: DetectorCheckpoint, tmp_path: Path) -> Callable[..., Pa
 
     def write(precision: str, batch: int | None) -> Path:
         path = tmp_path / "student.onnx"
-        write_onnx(checkpoint, path, GraphOptions(HW, batch))
-        source = read_source(path)
-        save(source, in_precision(source, precision), path, precision, {}, {})
+        export_onnx(checkpoint, path, ExportOptions(HW, batch))
+        source = read_fp32_model(path)
+        save_model(source, in_precision(source, precision), path, precision, {}, {})
         return path
 
     return write
@@ -112,8 +112,8 @@ def test_only_its_start_and_what_it_says_of_it_are_new(exported: Callable[..., P
     assert (after.opset_import, after.ir_version) == (before.opset_import, before.ir_version)
     said, says = ({entry.key: entry.value for entry in model.metadata_props} for model in (before, after))
     assert {key for key in says if says[key] != said.get(key)} == {"hkd.format", "hkd.preprocess"}
-    manifest = Manifest.from_metadata(says, written)
-    assert manifest == replace(Manifest.from_metadata(said, path), preprocess="float01")
+    manifest = ModelMetadata.from_metadata(says, written)
+    assert manifest == replace(ModelMetadata.from_metadata(said, path), preprocess="float01")
 
 
 def test_a_graph_that_begins_otherwise_is_refused(
@@ -156,7 +156,7 @@ def test_bfloat16_which_onnx_runtime_does_not_open(
 def test_the_interface_is_the_same_whoever_reads_it(exported: Callable[..., Path], batch: int | None) -> None:
     """Of the input, all of it; of outputs, ONNX Runtime knows more sides than the file says."""
     path = exported("fp32", batch)
-    seen, says = read_model_file(path), model_file._of_graph(path)
+    seen, says = read_model_file(path), model_file._read_with_onnx(path)
     assert says.inputs == seen.inputs and says.metadata == seen.metadata and says.batch == seen.batch
     assert [(one.name, one.dtype) for one in says.outputs] == [(one.name, one.dtype) for one in seen.outputs]
 

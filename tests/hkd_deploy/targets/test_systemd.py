@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_deploy.demo.command import _parse
+from hkd_deploy.demo.command import _parse_demo_arguments
 
 FOLDER = Path(__file__).parents[3] / "deploy" / "systemd"
 UNIT, SETTINGS = FOLDER / "hkd-demo.service", FOLDER / "hkd-demo.env"
@@ -30,7 +30,7 @@ def test_the_command_is_one_hkd_demo_takes() -> None:
             words += values.pop(match[1]).split()
         else:
             words.append(word)
-    flags = _parse(words)
+    flags = _parse_demo_arguments(words)
     assert (flags.source, flags.device, flags.conf) == ("rtsp://user:password@camera.local:554/stream", "cuda", 0.3)
     assert flags.window is False and flags.save == Path("/var/lib/hkd-demo/seen.mp4")
     assert not values  # each setting is used

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 
 from hkd_deploy.export.command import main
-from hkd_deploy.targets.triton import preferred_sizes
+from hkd_deploy.targets.triton import compute_preferred_batch_sizes
 
 
 def read_config(triton_proto: ModuleType, path: Path) -> Any:
@@ -116,7 +116,13 @@ def test_several_models_share_a_repository_and_a_new_export_replaces_its_own(tin
 
 
 def test_preferred_sizes() -> None:
-    assert [preferred_sizes(most) for most in (2, 3, 4, 8, 12)] == [[2], [2, 3], [2, 4], [2, 4, 8], [2, 4, 8, 12]]
+    assert [compute_preferred_batch_sizes(most) for most in (2, 3, 4, 8, 12)] == [
+        [2],
+        [2, 3],
+        [2, 4],
+        [2, 4, 8],
+        [2, 4, 8, 12],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from hkd_deploy.export.command import main
 from hkd_deploy.trt import checking
 from hkd_deploy.trt.builder import BuildOptions
-from hkd_deploy.trt.checking import check
-from hkd_deploy.trt.layers import histogram
+from hkd_deploy.trt.checking import check_build
+from hkd_deploy.trt.layers import count_precisions
 from hkd_deploy.trt.profile import parse_profile
 from hkd_det.errors import DataError, UnavailableError
 
@@ -27,11 +27,11 @@ def builder(tensorrt_python: Path) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_each_precision_is_built_as_asked(graph: Callable[..., Path], precision: str) -> None:
     path = graph(precision=precision)
-    checked = check(path, BuildOptions())
-    assert histogram(checked.layers) == {precision: 3}
-    convolutions = [layer for layer in checked.layers if layer.heavy]
+    checked = check_build(path, BuildOptions())
+    assert count_precisions(checked.layers) == {precision: 3}
+    convolutions = [layer for layer in checked.layers if layer.is_compute]
     assert {layer.shape for layer in convolutions} == {(1, 32, 32, 64)}
-    assert checked.operators["CONVOLUTION"] == 3 and checked.plan_bytes > 10_000
+    assert checked.layer_counts["CONVOLUTION"] == 3 and checked.plan_bytes > 10_000
     assert list(path.parent.iterdir()) == [path]  # nothing is left behind
 
 
@@ -56,16 +56,16 @@ def test_a_fp32_file_that_says_fp16(graph: Callable[..., Path], capfd: pytest.Ca
 def test_every_form_of_the_students_graph(
     tmp_path: Path, wanted: dict[str, Any], first: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from hkd_deploy.export.onnx_file import write_onnx
-    from hkd_deploy.export.options import GraphOptions
-    from hkd_det.models.sizes import build_detector
+    from hkd_deploy.export.onnx_file import export_onnx
+    from hkd_deploy.export.options import ExportOptions
+    from hkd_det.models.sizes import build_model
     from hkd_det.train.checkpoint import DetectorCheckpoint
 
-    detector = build_detector("mini-student").eval()
+    detector = build_model("mini-student").eval()
     config = {"data": "street.yaml", "imgsz_hw": [96, 160]}
     checkpoint = DetectorCheckpoint("mini-student", detector.spec, detector.state_dict(), config, 1, 0.5)
     path = tmp_path / "student.onnx"
-    write_onnx(checkpoint, path, GraphOptions((96, 160), **wanted))
+    export_onnx(checkpoint, path, ExportOptions((96, 160), **wanted))
     assert main([str(path), "--trt", "--check", "--layers"]) == 0
     said = capfd.readouterr().out
     assert "TensorRT 11" in said and " fp32 (asked: fp32); nothing was written" in said
@@ -75,8 +75,8 @@ def test_every_form_of_the_students_graph(
 
 @pytest.mark.slow
 def test_a_profile_is_part_of_what_is_checked(graph: Callable[..., Path]) -> None:
-    checked = check(graph(batch=None), BuildOptions(profile=parse_profile("1,2,3")))
-    assert histogram(checked.layers) == {"fp32": 3}
+    checked = check_build(graph(batch=None), BuildOptions(profile=parse_profile("1,2,3")))
+    assert count_precisions(checked.layers) == {"fp32": 3}
 
 
 @pytest.mark.slow
@@ -95,14 +95,14 @@ def test_what_tensorrt_cannot_parse_names_the_node(
     spoil(next(node for node in model.graph.node if node.name == "/1/Conv"))
     path.write_bytes(model.SerializeToString())
     with pytest.raises(DataError, match=f"cannot parse it: {words}") as caught:
-        check(path, BuildOptions())
+        check_build(path, BuildOptions())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
 def test_what_tensorrt_cannot_build(graph: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match=r"TensorRT 11.* cannot build it: .*workspace"):
-        check(graph(batch=None), BuildOptions(workspace_mib=1))
+        check_build(graph(batch=None), BuildOptions(workspace_mib=1))
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_an_opset_that_tensorrt_would_take_in_silence(graph: Callable[..., Path]
     model.opset_import[0].version = 99
     path.write_bytes(model.SerializeToString())
     with pytest.raises(DataError, match="opset 99 is too new for TensorRT 11"):
-        check(path, BuildOptions())
+        check_build(path, BuildOptions())
 
 
 CANCEL = """
@@ -153,7 +153,7 @@ def test_without_any_tensorrt(graph: Callable[..., Path], tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checking.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UnavailableError, match="--check needs TensorRT: make tensorrt-cpu"):
-        check(graph(), BuildOptions())
+        check_build(graph(), BuildOptions())
 
 
 @pytest.fixture
@@ -178,4 +178,4 @@ def test_a_builder_that_crashes(
 ) -> None:
     launcher(script)
     with pytest.raises(DataError, match=f"TensorRT's process ended with {words}"):
-        check(graph(), BuildOptions())
+        check_build(graph(), BuildOptions())

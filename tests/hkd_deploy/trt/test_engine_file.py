@@ -16,12 +16,12 @@ import pytest
 
 from hkd_deploy.export.command import main
 from hkd_deploy.trt import bindings, builder, engine_file
-from hkd_deploy.trt.builder import BuildOptions, Built, Log
+from hkd_deploy.trt.builder import BuildOptions, BuildResult, TrtLog
 from hkd_deploy.trt.engine_file import build_engine, check_precision
-from hkd_deploy.trt.layers import Layer
+from hkd_deploy.trt.layers import EngineLayer
 from hkd_deploy.trt.profile import Profile, parse_profile
-from hkd_deploy.trt.sidecar import read_plan, read_sidecar
-from hkd_deploy.trt.source import read_source
+from hkd_deploy.trt.sidecar import read_engine_info, read_plan
+from hkd_deploy.trt.source import read_onnx_file
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 
 
@@ -199,14 +199,16 @@ def test_an_engine_and_its_sidecar(
     path = graph(precision="fp16")
     assert main([str(path), "--trt", "--layers", "--workspace", "256"]) == 0
     engine = path.with_suffix(".engine")
-    sidecar = read_sidecar(engine)
+    sidecar = read_engine_info(engine)
     assert read_plan(engine, sidecar) == engine.read_bytes() == b"plan"  # nothing before it: trtexec must load it
     assert (sidecar.tensorrt, sidecar.gpu, sidecar.sm) == ("10.3.0", "Orin", "8.7")
-    assert (sidecar.precision_asked, sidecar.precision_found) == ("fp16", {"fp16": 1})
+    assert (sidecar.precision_requested, sidecar.precision_actual) == ("fp16", {"fp16": 1})
     assert [(facts.name, facts.dtype, facts.shape) for facts in sidecar.inputs] == [("images", "UINT8", [1, 32, 64, 3])]
     assert [facts.name for facts in sidecar.outputs] == ["out"]
     assert sidecar.metadata == {"hkd.precision": "fp16", "imgsz": "[32, 64]"} and sidecar.source == "small.onnx"
-    assert sidecar.source_sha256 == read_source(path).sha256 and sidecar.profile is None and sidecar.context_mib == 1.5
+    assert (
+        sidecar.source_sha256 == read_onnx_file(path).sha256 and sidecar.profile is None and sidecar.context_mib == 1.5
+    )
     said = capsys.readouterr().out
     assert (
         "small.engine: Orin, TensorRT 10.3.0" in said
@@ -245,11 +247,13 @@ def test_another_precision_than_asked_is_not_written(
 
 
 def test_parts_in_fp32_are_as_it_should_be_but_fp32_stays_fp32(graph: Callable[..., Path]) -> None:
-    mixed = [Layer(name, "correlation", precision, (1,), True) for name, precision in (("a", "fp16"), ("b", "fp32"))]
-    check_precision(read_source(graph(precision="fp16")), mixed)
-    check_precision(read_source(graph()), [mixed[1], Layer("c", "gemm", "other", (1,), True)])
+    mixed = [
+        EngineLayer(name, "correlation", precision, (1,), True) for name, precision in (("a", "fp16"), ("b", "fp32"))
+    ]
+    check_precision(read_onnx_file(graph(precision="fp16")), mixed)
+    check_precision(read_onnx_file(graph()), [mixed[1], EngineLayer("c", "gemm", "other", (1,), True)])
     with pytest.raises(DataError, match="asked for fp32, but TensorRT has built layers of 1 fp16, 1 fp32"):
-        check_precision(read_source(graph()), mixed)
+        check_precision(read_onnx_file(graph()), mixed)
 
 
 def test_a_dynamic_graph_is_inspected_at_its_usual_shape(
@@ -257,14 +261,14 @@ def test_a_dynamic_graph_is_inspected_at_its_usual_shape(
 ) -> None:
     trt = board(FakeTensorRT(shape=(-1, 32, 64, 3)))
     path = graph(batch=None)
-    sidecar, _ = build_engine(read_source(path), path.with_suffix(".engine"), BuildOptions(), "cuda")
+    sidecar, _ = build_engine(read_onnx_file(path), path.with_suffix(".engine"), BuildOptions(), "cuda")
     shapes = [(batch, 32, 64, 3) for batch in (1, 4, 8)]
     assert trt.config.profiles == [("images", *shapes)] and trt.context_shapes == [shapes[1]]
-    assert sidecar.profile is not None and sidecar.profile.largest == [8, 32, 64, 3]
+    assert sidecar.profile is not None and sidecar.profile.max == [8, 32, 64, 3]
 
 
-def build(path: Path, trt: FakeTensorRT, **options: Any) -> Built:
-    return builder.build(trt, read_source(path), BuildOptions(**options), Log())
+def build(path: Path, trt: FakeTensorRT, **options: Any) -> BuildResult:
+    return builder.build_plan(trt, read_onnx_file(path), BuildOptions(**options), TrtLog())
 
 
 def test_compatible_engines(graph: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -316,7 +320,7 @@ def test_a_timing_cache_that_cannot_be_written_does_not_cost_the_engine(
     cache.parent.write_text("no folder")
     assert main([str(path), "--trt", "--timing-cache", str(cache)]) == 2
     engine = path.with_suffix(".engine")
-    assert read_plan(engine, read_sidecar(engine)) == b"plan"
+    assert read_plan(engine, read_engine_info(engine)) == b"plan"
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-export: "))
     assert f"--timing-cache {cache}: cannot be written (" in line and f"the engine is there: {engine}" in line
 
@@ -343,7 +347,7 @@ def test_an_engine_that_does_not_open_is_not_written(
     board(FakeTensorRT(opens=False))
     path = graph()
     with pytest.raises(DataError, match="built but does not open: wrong tag"):
-        build_engine(read_source(path), path.with_suffix(".engine"), BuildOptions(), "cuda")
+        build_engine(read_onnx_file(path), path.with_suffix(".engine"), BuildOptions(), "cuda")
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -351,7 +355,7 @@ def test_a_gpu_that_is_not_there(graph: Callable[..., Path], board: Callable[...
     board(FakeTensorRT())
     path = graph()
     with pytest.raises(UnavailableError, match=r"--device cuda:1: this machine has 1 GPU"):
-        build_engine(read_source(path), path.with_suffix(".engine"), BuildOptions(), "cuda:1")
+        build_engine(read_onnx_file(path), path.with_suffix(".engine"), BuildOptions(), "cuda:1")
 
 
 def test_a_builder_that_does_not_start(graph: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,14 +417,14 @@ def test_tensorrt_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_how_to_install(system: str, machine: str, jetson: bool, words: str) -> None:
-    assert words in bindings._how(system, machine, jetson)
+    assert words in bindings._format_install_hint(system, machine, jetson)
 
 
 def test_a_profile_wish_reaches_the_builder(graph: Callable[..., Path]) -> None:
     trt = FakeTensorRT(shape=(-1, 32, 64, 3))
     built = build(graph(batch=None), trt, profile=parse_profile("1,2,3"))
     assert built.profile == Profile((1, 32, 64, 3), (2, 32, 64, 3), (3, 32, 64, 3))
-    assert built.operators == {"CAST": 1, "CONVOLUTION": 1}
+    assert built.layer_counts == {"CAST": 1, "CONVOLUTION": 1}
 
 
 @pytest.mark.parametrize(
@@ -452,7 +456,10 @@ def test_flags_that_make_no_sense(
 
 
 def test_words_for_a_histogram() -> None:
-    assert engine_file.words({"int8": 40, "fp16": 7}) == "40 int8, 7 fp16" and engine_file.words({}) == "none"
+    assert (
+        engine_file.format_counts({"int8": 40, "fp16": 7}) == "40 int8, 7 fp16"
+        and engine_file.format_counts({}) == "none"
+    )
 
 
 # What the make-believe TensorRT above answers to, by class.

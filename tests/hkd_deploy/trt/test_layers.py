@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from hkd_deploy.trt.layers import Layer, histogram, layers_of_inspector, layers_of_log, table
+from hkd_deploy.trt.layers import (
+    EngineLayer,
+    count_precisions,
+    format_layer_table,
+    parse_build_log,
+    parse_inspector_json,
+)
 
 
 def tensor(said: str, key: str = "Format/Datatype", **more: Any) -> dict[str, Any]:
@@ -55,27 +61,27 @@ ELEVEN = {
 
 
 def test_the_form_of_ten() -> None:
-    found = layers_of_inspector(json.dumps(TEN))
-    precisions = {layer.kind: layer.precision for layer in found}
+    found = parse_inspector_json(json.dumps(TEN))
+    precisions = {layer.layer_type: layer.precision for layer in found}
     assert precisions == {"CaskConvolution": "int8", "gemm": "fp16", "kgen": "bf16", "TopK": "fp32"}
-    assert histogram(found) == {"int8": 1, "fp16": 1}  # those that multiply
+    assert count_precisions(found) == {"int8": 1, "fp16": 1}  # those that multiply
     assert found[0].shape == (1, 32, 80, 112)
 
 
 def test_the_form_of_eleven() -> None:
-    found = layers_of_inspector(json.dumps(ELEVEN))
-    assert [(layer.kind, layer.precision) for layer in found] == [("correlation", "int8"), ("kgen", "other")]
-    assert histogram(found) == {"int8": 1}
+    found = parse_inspector_json(json.dumps(ELEVEN))
+    assert [(layer.layer_type, layer.precision) for layer in found] == [("correlation", "int8"), ("kgen", "other")]
+    assert count_precisions(found) == {"int8": 1}
 
 
 def test_a_type_that_is_not_said_counts_as_none() -> None:
     unsaid = layer("CaskConvolution", [tensor("N/A due to dynamic shapes")], [tensor("N/A due to dynamic shapes")])
-    assert histogram(layers_of_inspector(json.dumps({"Layers": [unsaid], "Bindings": []}))) == {"other": 1}
+    assert count_precisions(parse_inspector_json(json.dumps({"Layers": [unsaid], "Bindings": []}))) == {"other": 1}
 
 
 def test_mere_names_are_an_error() -> None:
     with pytest.raises(ValueError, match="does not describe them"):
-        layers_of_inspector(json.dumps({"Layers": ["conv1", "conv2"], "Bindings": ["images"]}))
+        parse_inspector_json(json.dumps({"Layers": ["conv1", "conv2"], "Bindings": ["images"]}))
 
 
 @pytest.mark.parametrize(
@@ -84,20 +90,20 @@ def test_mere_names_are_an_error() -> None:
      ("Two wide channel vectorized row major FP16 format", "fp16"), ("Float", "fp32"), ("", "other")],
 )  # fmt: skip
 def test_words_for_types(said: str, precision: str) -> None:
-    (found,) = layers_of_inspector(json.dumps({"Layers": [layer("gemm", [tensor(said)], [tensor("Int64")])]}))
+    (found,) = parse_inspector_json(json.dumps({"Layers": [layer("gemm", [tensor(said)], [tensor("Int64")])]}))
     assert found.precision == precision
 
 
 def test_without_layers_that_multiply_all_count() -> None:
-    assert histogram([Layer("a", "kgen", "fp32", (1,), False)]) == {"fp32": 1}
-    assert histogram([]) == {}
+    assert count_precisions([EngineLayer("a", "kgen", "fp32", (1,), False)]) == {"fp32": 1}
+    assert count_precisions([]) == {}
 
 
 def test_a_message_without_layers() -> None:
-    assert layers_of_log("") == [] and layers_of_log("Layers:\nName: nothing more") == []
+    assert parse_build_log("") == [] and parse_build_log("Layers:\nName: nothing more") == []
 
 
 def test_the_table_is_a_line_a_layer() -> None:
-    lines = table(layers_of_inspector(json.dumps(TEN))).splitlines()
+    lines = format_layer_table(parse_inspector_json(json.dumps(TEN))).splitlines()
     assert len(lines) == 5 and lines[0].split() == ["precision", "shape", "kind", "layer"]
     assert lines[1].split() == ["int8", "1x32x80x112", "CaskConvolution", "/CaskConvolution"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_deploy.trt.profile import Profile, parse_profile, profile_of
+from hkd_deploy.trt.profile import Profile, parse_profile, resolve_profile
 from hkd_det.errors import DataError, UsageError
 
 PATH = Path("student.onnx")
@@ -12,7 +12,7 @@ SAID = {"imgsz": "[512, 640]"}
 
 
 def shapes(shape: tuple[int, ...], text: str | None = None, said: dict[str, str] | None = None) -> Profile | None:
-    return profile_of(shape, parse_profile(text) if text else None, SAID if said is None else said, PATH)
+    return resolve_profile(shape, parse_profile(text) if text else None, SAID if said is None else said, PATH)
 
 
 def test_a_fixed_graph_needs_none() -> None:

@@ -2,19 +2,19 @@
 
 import pytest
 
-from hkd_deploy.trt.progress import Progress
+from hkd_deploy.trt.progress import BuildProgress
 
 
 @pytest.fixture
-def progress() -> Progress:
-    return Progress("building")
+def progress() -> BuildProgress:
+    return BuildProgress("building")
 
 
-def percent(progress: Progress) -> float:
+def percent(progress: BuildProgress) -> float:
     return float(progress._bar.n)
 
 
-def test_phases_inside_phases_are_parts_of_a_step(progress: Progress) -> None:
+def test_phases_inside_phases_are_parts_of_a_step(progress: BuildProgress) -> None:
     with progress:
         progress.start("all", None, 4)
         assert percent(progress) == 0
@@ -37,7 +37,7 @@ def test_phases_inside_phases_are_parts_of_a_step(progress: Progress) -> None:
         assert percent(progress) == 10
 
 
-def test_it_never_goes_back_nor_beyond(progress: Progress) -> None:
+def test_it_never_goes_back_nor_beyond(progress: BuildProgress) -> None:
     with progress:
         progress.start("all", None, 1)
         progress.step("all")
@@ -49,7 +49,7 @@ def test_it_never_goes_back_nor_beyond(progress: Progress) -> None:
         assert percent(progress) == 100
 
 
-def test_a_cancelled_build_is_told_to_stop(progress: Progress) -> None:
+def test_a_cancelled_build_is_told_to_stop(progress: BuildProgress) -> None:
     with progress:
         progress.start("all", None, 0)
         progress.cancel()

@@ -7,35 +7,35 @@ from typing import Any
 import pytest
 
 from hkd_deploy.trt import sidecar as sidecar_module
-from hkd_deploy.trt.cuda import Gpu
+from hkd_deploy.trt.cuda import GpuInfo
 from hkd_deploy.trt.sidecar import (
-    ProfileFacts,
-    Sidecar,
-    TensorFacts,
-    check_home,
+    EngineInfo,
+    ProfileInfo,
+    TensorInfo,
+    bytes_sha256,
+    check_compatibility,
+    current_platform,
+    get_engine_info_path,
+    read_engine_info,
     read_plan,
-    read_sidecar,
-    sha256_of,
-    sidecar_path,
-    this_platform,
     write_engine,
 )
 from hkd_det.errors import DataError, UnavailableError
 
-ORIN = Gpu("Orin", "8.7")
+ORIN = GpuInfo("Orin", "8.7")
 
 
-def facts(**changes: Any) -> Sidecar:
+def facts(**changes: Any) -> EngineInfo:
     known: dict[str, Any] = {
-        "format": 1, "tensorrt": "10.3.0", "gpu": "Orin", "sm": "8.7", "platform": this_platform(), "compatible": [],
+        "format": 1, "tensorrt": "10.3.0", "gpu": "Orin", "sm": "8.7", "platform": current_platform(), "compatible": [],
         "dla": 0, "precision_asked": "int8", "precision_found": {"int8": 40, "fp16": 7},
-        "inputs": [TensorFacts("images", "UINT8", [-1, 512, 640, 3])],
-        "outputs": [TensorFacts("boxes", "FLOAT", [-1, 300, 4])],
-        "profile": ProfileFacts([1, 512, 640, 3], [4, 512, 640, 3], [8, 512, 640, 3]), "workspace_mib": 1024,
+        "inputs": [TensorInfo("images", "UINT8", [-1, 512, 640, 3])],
+        "outputs": [TensorInfo("boxes", "FLOAT", [-1, 300, 4])],
+        "profile": ProfileInfo([1, 512, 640, 3], [4, 512, 640, 3], [8, 512, 640, 3]), "workspace_mib": 1024,
         "context_mib": 31.6, "build_s": 97.0, "date": "2026-01-02T03:04:05+00:00", "source": "student.onnx",
-        "source_sha256": "0f" * 32, "engine_sha256": sha256_of(b"plan"), "metadata": {"imgsz": "[512, 640]"},
+        "source_sha256": "0f" * 32, "engine_sha256": bytes_sha256(b"plan"), "metadata": {"imgsz": "[512, 640]"},
     }  # fmt: skip
-    return Sidecar(**(known | changes))
+    return EngineInfo(**(known | changes))
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def engine(tmp_path: Path) -> Path:
 
 
 def test_the_engine_is_the_plain_plan_and_all_else_comes_back(engine: Path) -> None:
-    assert engine.read_bytes() == b"plan" and sidecar_path(engine).name == "student.engine.json"
-    assert read_sidecar(engine) == facts() and read_plan(engine, facts()) == b"plan"
-    assert json.loads(sidecar_path(engine).read_text())["profile"]["largest"] == [8, 512, 640, 3]
+    assert engine.read_bytes() == b"plan" and get_engine_info_path(engine).name == "student.engine.json"
+    assert read_engine_info(engine) == facts() and read_plan(engine, facts()) == b"plan"
+    assert json.loads(get_engine_info_path(engine).read_text())["profile"]["largest"] == [8, 512, 640, 3]
     assert sorted(path.name for path in engine.parent.iterdir()) == ["student.engine", "student.engine.json"]
 
 
@@ -66,43 +66,43 @@ def test_nothing_is_half_written(engine: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_killed_between_the_two_files(engine: Path) -> None:
-    new = facts(engine_sha256=sha256_of(b"new plan"))
+    new = facts(engine_sha256=bytes_sha256(b"new plan"))
     write_engine(engine.with_name("new.engine"), b"new plan", new)
-    sidecar_path(engine.with_name("new.engine")).replace(sidecar_path(engine))
+    get_engine_info_path(engine.with_name("new.engine")).replace(get_engine_info_path(engine))
     with pytest.raises(DataError, match=r"truncated or changed since .*; build it here: hkd-export student\.onnx"):
-        read_plan(engine, read_sidecar(engine))
+        read_plan(engine, read_engine_info(engine))
 
 
 def test_an_engine_without_its_sidecar(engine: Path) -> None:
-    sidecar_path(engine).unlink()
+    get_engine_info_path(engine).unlink()
     with pytest.raises(DataError, match=r"student\.engine\.json is missing beside it; copy both, or build it"):
-        read_sidecar(engine)
+        read_engine_info(engine)
 
 
 def test_no_engine(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such engine"):
-        read_sidecar(tmp_path / "no.engine")
+        read_engine_info(tmp_path / "no.engine")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "1"}', "\xff"])
 def test_a_damaged_sidecar(engine: Path, text: str) -> None:
-    sidecar_path(engine).write_bytes(text.encode("latin1"))
+    get_engine_info_path(engine).write_bytes(text.encode("latin1"))
     with pytest.raises(DataError, match=r"student\.engine\.json: damaged \(.*build the engine again") as caught:
-        read_sidecar(engine)
+        read_engine_info(engine)
     assert "\n" not in str(caught.value)
 
 
 def test_a_byte_wrong_in_a_text(engine: Path) -> None:
-    text = sidecar_path(engine).read_bytes()
-    sidecar_path(engine).write_bytes(text.replace(b"linux", b"l\xffnux").replace(b'"gpu": "', b'"gpu": "\xff'))
+    text = get_engine_info_path(engine).read_bytes()
+    get_engine_info_path(engine).write_bytes(text.replace(b"linux", b"l\xffnux").replace(b'"gpu": "', b'"gpu": "\xff'))
     with pytest.raises(DataError, match=r"student\.engine\.json: damaged \(.*build the engine again"):
-        read_sidecar(engine)
+        read_engine_info(engine)
 
 
 def test_a_sidecar_of_the_future(engine: Path) -> None:
     write_engine(engine, b"plan", facts(format=2))
     with pytest.raises(DataError, match="written by a newer hkd-det; update"):
-        read_sidecar(engine)
+        read_engine_info(engine)
 
 
 HOME = Path("student.engine")
@@ -124,36 +124,36 @@ HOME = Path("student.engine")
 )
 def test_versions(here: str, compatible: list[str], runs: bool) -> None:
     if runs:
-        check_home(HOME, facts(compatible=compatible), here, ORIN)
+        check_compatibility(HOME, facts(compatible=compatible), here, ORIN)
         return
     with pytest.raises(
         UnavailableError, match=rf"built for TensorRT 10\.3\.0, this machine has TensorRT {here}; build"
     ):
-        check_home(HOME, facts(compatible=compatible), here, ORIN)
+        check_compatibility(HOME, facts(compatible=compatible), here, ORIN)
 
 
 @pytest.mark.parametrize(
     ("here", "compatible", "runs"),
     [
-        (Gpu("NVIDIA L4", "8.9"), [], False),
-        (Gpu("Orin Nano", "8.7"), [], False),
-        (Gpu("NVIDIA L4", "8.9"), ["hardware"], True),
-        (Gpu("NVIDIA Thor", "11.0"), ["hardware"], True),
-        (Gpu("Tesla T4", "7.5"), ["hardware"], False),
-        (Gpu("NVIDIA L4", "8.9"), ["version"], False),
+        (GpuInfo("NVIDIA L4", "8.9"), [], False),
+        (GpuInfo("Orin Nano", "8.7"), [], False),
+        (GpuInfo("NVIDIA L4", "8.9"), ["hardware"], True),
+        (GpuInfo("NVIDIA Thor", "11.0"), ["hardware"], True),
+        (GpuInfo("Tesla T4", "7.5"), ["hardware"], False),
+        (GpuInfo("NVIDIA L4", "8.9"), ["version"], False),
     ],
 )
-def test_gpus(here: Gpu, compatible: list[str], runs: bool) -> None:
+def test_gpus(here: GpuInfo, compatible: list[str], runs: bool) -> None:
     if runs:
-        check_home(HOME, facts(compatible=compatible), "10.3.0", here)
+        check_compatibility(HOME, facts(compatible=compatible), "10.3.0", here)
         return
     with pytest.raises(
         UnavailableError, match=r"built for Orin \(SM 8\.7\), this machine has .*; build it here: hkd-export"
     ):
-        check_home(HOME, facts(compatible=compatible), "10.3.0", here)
+        check_compatibility(HOME, facts(compatible=compatible), "10.3.0", here)
 
 
 def test_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidecar_module, "this_platform", lambda: "linux-riscv")
     with pytest.raises(UnavailableError, match="this machine has linux-riscv; build it here"):
-        check_home(HOME, facts(), "10.3.0", ORIN)
+        check_compatibility(HOME, facts(), "10.3.0", ORIN)

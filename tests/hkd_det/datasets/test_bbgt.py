@@ -21,7 +21,7 @@ def test_columns_and_their_meaning(tmp_path: Path) -> None:
     assert found.boxes_xywh.tolist() == [[309, 145.5, 45, 102], [1, 2, 3, 4]]
     assert found.visible_xywh.tolist() == [[309, 145, 20, 102], [0, 0, 0, 0]]
     assert found.occluded.tolist() == [True, False] and found.ignore.tolist() == [False, True]
-    assert found.objects.tolist() == [-1, -1]
+    assert found.object_ids.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(("version", "rest"), [(1, ""), (2, " 1"), (3, " 1 0")])

@@ -35,7 +35,7 @@ def test_it_goes_on_where_it_was_stopped(
     tmp_path: Path, write_seq: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = write_seq(tmp_path / "set06" / "V000.seq", SHOTS, 201)
-    real, shown = caltech_extract._picture, []
+    real, shown = caltech_extract._encode_frame, []
 
     def stopped(film: object, index: int) -> bytes:
         shown.append(index)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets import catalogue
-from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.catalogue import load_dataset
 from hkd_det.errors import DataError, HkdError, UsageError
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
@@ -38,12 +38,14 @@ def data_yaml(root: Path, **content: Any) -> str:
 
 def test_the_users_own_yaml(root: Path) -> None:
     data = data_yaml(root, path=".", train="images/train", names=["person", "dog"])
-    (sample,) = open_data(data, "train")
-    assert sample.path.is_file() and len(sample.truth) == 1
+    (sample,) = load_dataset(data, "train")
+    assert sample.path.is_file() and len(sample.ground_truth) == 1
     for other in ("val", "path", "trian"):
         with pytest.raises(UsageError, match=f"no split '{other}', only train"):
-            open_data(data, other)
-    assert len(open_data(data_yaml(root, path=str(root / "images"), train="train", names={0: "person"}), "train")) == 1
+            load_dataset(data, other)
+    assert (
+        len(load_dataset(data_yaml(root, path=str(root / "images"), train="train", names={0: "person"}), "train")) == 1
+    )
 
 
 COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
@@ -72,7 +74,7 @@ COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
 )
 def test_a_yaml_that_says_something_else_is_refused(root: Path, content: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        open_data(data_yaml(root, **content), "train")
+        load_dataset(data_yaml(root, **content), "train")
     assert "data.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -93,69 +95,69 @@ def test_what_is_no_data_yaml_is_one_line(tmp_path: Path, text: str, message: st
     path = tmp_path / "bad.yaml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=message) as caught:
-        open_data(str(path), "train")
+        load_dataset(str(path), "train")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_key_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("train: images\n5: 5\n")
     with pytest.raises(UsageError, match="unknown key 5"):
-        open_data(str(tmp_path / "data.yaml"), "train")
+        load_dataset(str(tmp_path / "data.yaml"), "train")
 
 
 def test_a_yaml_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     for name in ("folder.yaml", "none.yaml"):
         with pytest.raises(DataError, match=name):
-            open_data(str(tmp_path / name), "train")
+            load_dataset(str(tmp_path / name), "train")
 
 
 def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="did you mean 'citypersons'"):
-        open_data("cityperson", "train")
+        load_dataset("cityperson", "train")
     with pytest.raises(DataError, match=r"datasets/citypersons is not there.*cityscapes-dataset\.com.*leftImg8bit"):
-        open_data("citypersons", "train")
-    content = yaml.safe_load(catalogue.catalogue_file().read_text())
+        load_dataset("citypersons", "train")
+    content = yaml.safe_load(catalogue.find_catalog_file().read_text())
     for entry in content.values():
-        keys = catalogue.KEYS | catalogue.FORMAT_KEYS[entry["format"]] | catalogue.ABOUT_KEYS
-        assert catalogue.ABOUT_KEYS | {"terms"} <= set(entry) <= keys
+        keys = catalogue.COMMON_KEYS | catalogue.FORMAT_KEYS[entry["format"]] | catalogue.CATALOG_KEYS
+        assert catalogue.CATALOG_KEYS | {"terms"} <= set(entry) <= keys
 
 
 def test_a_name_is_looked_for_under_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hkd_det.datasets.synthetic.annotations import write_json
-    from hkd_det.datasets.synthetic.scene import Record
+    from hkd_det.datasets.synthetic.annotations import write_citypersons_json
+    from hkd_det.datasets.synthetic.scene import AnnotationRecord
 
     monkeypatch.chdir(tmp_path)
     home = Path("datasets/citypersons")
-    record = [Record(1, 24000, (1, 2, 4, 10), (1, 2, 4, 10))]
-    write_json(home / "gtBboxCityPersons/val/ulm/u_gtBboxCityPersons.json", (64, 128), record)
+    record = [AnnotationRecord(1, 24000, (1, 2, 4, 10), (1, 2, 4, 10))]
+    write_citypersons_json(home / "gtBboxCityPersons/val/ulm/u_gtBboxCityPersons.json", (64, 128), record)
     (home / "leftImg8bit/val/ulm").mkdir(parents=True)
     cv2.imwrite(str(home / "leftImg8bit/val/ulm/u_leftImg8bit.png"), np.zeros((64, 128, 3), np.uint8))
-    (sample,) = open_data("citypersons", "val")
-    assert sample.truth.boxes_xyxy.tolist() == [[1, 2, 5, 12]]
+    (sample,) = load_dataset("citypersons", "val")
+    assert sample.ground_truth.boxes_xyxy.tolist() == [[1, 2, 5, 12]]
 
 
 def test_lists_are_joined_with_ids_of_their_own(root: Path) -> None:
     shutil.copytree(root / "images/train", root / "images/more")
     both = [COCO_SPLIT, {**COCO_SPLIT, "images": "images/more"}]
-    samples = open_data(data_yaml(root, format="coco", train=both), "train")
+    samples = load_dataset(data_yaml(root, format="coco", train=both), "train")
     assert [sample.image_id for sample in samples] == ["0/1", "1/1"]
-    samples = open_data(data_yaml(root, train=["images/train", "images/more"], names=["person"]), "train")
-    assert [(s.image_id, len(s.truth)) for s in samples] == [("0/a.jpg", 1), ("1/a.jpg", 0)]
+    samples = load_dataset(data_yaml(root, train=["images/train", "images/more"], names=["person"]), "train")
+    assert [(s.image_id, len(s.ground_truth)) for s in samples] == [("0/a.jpg", 1), ("1/a.jpg", 0)]
 
 
 def test_coco_pictures_that_are_missing_are_told_at_once(root: Path) -> None:
     images = [{"id": number, "file_name": f"{name}.jpg"} for number, name in enumerate("abc")]
     (root / "coco.json").write_text(json.dumps({**COCO, "images": images}))
     with pytest.raises(DataError, match=r"2 of 3 pictures are missing, the first .*b\.jpg; .*present_only: true"):
-        open_data(data_yaml(root, format="coco", train=COCO_SPLIT), "train")
-    assert len(open_data(data_yaml(root, format="coco", train=COCO_SPLIT, present_only=True), "train")) == 1
+        load_dataset(data_yaml(root, format="coco", train=COCO_SPLIT), "train")
+    assert len(load_dataset(data_yaml(root, format="coco", train=COCO_SPLIT, present_only=True), "train")) == 1
     nowhere = {**COCO_SPLIT, "images": "nowhere"}
     with pytest.raises(DataError, match=r"3 of 3 pictures are missing, the first .*nowhere/a\.jpg"):
-        open_data(data_yaml(root, format="coco", train=nowhere, present_only=True), "train")
+        load_dataset(data_yaml(root, format="coco", train=nowhere, present_only=True), "train")
     with pytest.raises(DataError, match="holds no pictures"):
-        open_data(data_yaml(root, format="coco", train=[]), "train")
+        load_dataset(data_yaml(root, format="coco", train=[]), "train")
 
 
 junk = st.recursive(
@@ -179,4 +181,4 @@ def test_any_value_of_any_key_raises_nothing_but_our_errors(root: Path, form: st
     else:
         content[key] = value
     with contextlib.suppress(HkdError):
-        assert open_data(data_yaml(root, **content), "train")
+        assert load_dataset(data_yaml(root, **content), "train")

@@ -12,14 +12,17 @@ import scipy.io
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.citypersons import _samples_from_mat, read_citypersons
-from hkd_det.datasets.synthetic.annotations import Annotated, write_json, write_mat
-from hkd_det.datasets.synthetic.scene import Record
+from hkd_det.datasets.citypersons import _read_mat_samples, read_citypersons
+from hkd_det.datasets.synthetic.annotations import ImageAnnotations, write_citypersons_json, write_citypersons_mat
+from hkd_det.datasets.synthetic.scene import AnnotationRecord
 from hkd_det.errors import DataError, HkdError
 
 OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "citypersons"
 official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official annotations lie in ../shared/data")
-RECORDS = [Record(1, 24000, (10, 20, 41, 100), (10, 20, 41, 80)), Record(5, 24001, (-5, 0, 30, 60), (0, 0, 25, 60))]
+RECORDS = [
+    AnnotationRecord(1, 24000, (10, 20, 41, 100), (10, 20, 41, 80)),
+    AnnotationRecord(5, 24001, (-5, 0, 30, 60), (0, 0, 25, 60)),
+]
 
 
 def write_set(root: Path, pictures: int = 2) -> None:
@@ -30,39 +33,41 @@ def write_set(root: Path, pictures: int = 2) -> None:
         path = root / "leftImg8bit" / "train" / "ulm" / f"{stem}_leftImg8bit.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), np.zeros((64, 128, 3), np.uint8))
-        write_json(root / "gtBboxCityPersons" / "train" / "ulm" / f"{stem}_gtBboxCityPersons.json", (64, 128), RECORDS)
-        annotated.append(Annotated("ulm", stem, RECORDS))
-    write_mat(root / "annotations" / "anno_train.mat", "train", annotated)
+        write_citypersons_json(
+            root / "gtBboxCityPersons" / "train" / "ulm" / f"{stem}_gtBboxCityPersons.json", (64, 128), RECORDS
+        )
+        annotated.append(ImageAnnotations("ulm", stem, RECORDS))
+    write_citypersons_mat(root / "annotations" / "anno_train.mat", "train", annotated)
 
 
 @official
 @pytest.mark.parametrize(("split", "pictures", "records"), [("train", 2975, 27770), ("val", 500, 5795)])
 def test_every_record_of_the_official_files_is_kept(split: str, pictures: int, records: int) -> None:
-    samples = _samples_from_mat(OFFICIAL / f"anno_{split}.mat", OFFICIAL)
-    assert (len(samples), sum(len(sample.truth) for sample in samples)) == (pictures, records)
+    samples = _read_mat_samples(OFFICIAL / f"anno_{split}.mat", OFFICIAL)
+    assert (len(samples), sum(len(sample.ground_truth) for sample in samples)) == (pictures, records)
     raw = scipy.io.loadmat(OFFICIAL / f"anno_{split}.mat")[f"anno_{split}_aligned"]
     numbers = Counter(int(row[0]) for i in range(pictures) for row in raw[0, i][0, 0]["bbs"])
-    names = Counter(label for sample in samples for label in sample.truth.labels)
+    names = Counter(label for sample in samples for label in sample.ground_truth.labels)
     order = ("ignore", "pedestrian", "rider", "sitting person", "other person", "people group")
     assert names == {order[number]: count for number, count in numbers.items()}
-    assert sum(int((~sample.truth.ignore).sum()) for sample in samples) == numbers[1]
+    assert sum(int((~sample.ground_truth.ignore).sum()) for sample in samples) == numbers[1]
 
 
 @official
 def test_boxes_of_all_dtypes_equal_the_official_json() -> None:
     content = json.loads((OFFICIAL / "val_gt.json").read_text())
-    samples = _samples_from_mat(OFFICIAL / "anno_val.mat", OFFICIAL)
+    samples = _read_mat_samples(OFFICIAL / "anno_val.mat", OFFICIAL)
     wanted: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for record in content["annotations"]:
         wanted[record["image_id"]].append(record)
     for image, sample in zip(content["images"], samples, strict=True):
         records = wanted[image["id"]]
-        assert image["im_name"] == sample.path.name and len(records) == len(sample.truth)
+        assert image["im_name"] == sample.path.name and len(records) == len(sample.ground_truth)
         boxes = np.array([r["bbox"] for r in records], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        np.testing.assert_array_equal(sample.truth.boxes_xyxy, boxes)
-        np.testing.assert_allclose(sample.truth.visibility, [r["vis_ratio"] for r in records], atol=1e-12)
-        np.testing.assert_array_equal(sample.truth.ignore, [bool(r["ignore"]) for r in records])
+        np.testing.assert_array_equal(sample.ground_truth.boxes_xyxy, boxes)
+        np.testing.assert_allclose(sample.ground_truth.visible_ratio, [r["vis_ratio"] for r in records], atol=1e-12)
+        np.testing.assert_array_equal(sample.ground_truth.ignore, [bool(r["ignore"]) for r in records])
 
 
 @official
@@ -82,11 +87,14 @@ def test_mat_and_json_give_the_same(tmp_path: Path) -> None:
         [s.image_id for s in from_mat] == [s.image_id for s in from_json] == ["ulm_000000_000019", "ulm_000001_000019"]
     )
     for one, other in zip(from_mat, from_json, strict=True):
-        assert one.path == other.path and one.truth.labels == other.truth.labels == ("pedestrian", "people group")
-        np.testing.assert_array_equal(one.truth.boxes_xyxy, other.truth.boxes_xyxy)
-        np.testing.assert_array_equal(one.truth.boxes_xyxy, [[10, 20, 51, 120], [-5, 0, 25, 60]])
-        np.testing.assert_array_equal(one.truth.visible_xyxy, other.truth.visible_xyxy)
-        assert one.truth.ignore.tolist() == [False, True] and one.truth.visibility[0] == 0.8
+        assert one.path == other.path and one.ground_truth.labels == other.ground_truth.labels == (
+            "pedestrian",
+            "people group",
+        )
+        np.testing.assert_array_equal(one.ground_truth.boxes_xyxy, other.ground_truth.boxes_xyxy)
+        np.testing.assert_array_equal(one.ground_truth.boxes_xyxy, [[10, 20, 51, 120], [-5, 0, 25, 60]])
+        np.testing.assert_array_equal(one.ground_truth.visible_xyxy, other.ground_truth.visible_xyxy)
+        assert one.ground_truth.ignore.tolist() == [False, True] and one.ground_truth.visible_ratio[0] == 0.8
 
 
 def mat(path: Path, content: dict[str, Any]) -> None:
@@ -138,7 +146,7 @@ def test_a_faulty_json_record_names_its_file(tmp_path: Path, change: dict[str, A
         read_citypersons(tmp_path, "train")
     assert f"{path.name}, line 1, column " in str(caught.value)
     faults: list[DataError] = []
-    assert len(read_citypersons(tmp_path, "train", on_fault=faults.append)) == 2 and len(faults) == 1
+    assert len(read_citypersons(tmp_path, "train", on_error=faults.append)) == 2 and len(faults) == 1
 
 
 def test_missing_pictures_and_annotations_say_what_was_expected(tmp_path: Path) -> None:
@@ -149,10 +157,10 @@ def test_missing_pictures_and_annotations_say_what_was_expected(tmp_path: Path) 
     gone.unlink()
     with pytest.raises(DataError, match="ulm_000001_000019"):
         read_citypersons(tmp_path, "train")
-    assert [s.image_id for s in read_citypersons(tmp_path, "train", present_only=True)] == ["ulm_000000_000019"]
+    assert [s.image_id for s in read_citypersons(tmp_path, "train", skip_missing=True)] == ["ulm_000000_000019"]
     next((tmp_path / "leftImg8bit").rglob("*.png")).unlink()
     with pytest.raises(DataError, match=r"2 of 2 pictures are missing, the first .*000000_000019_leftImg8bit\.png"):
-        read_citypersons(tmp_path, "train", present_only=True)
+        read_citypersons(tmp_path, "train", skip_missing=True)
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"imgHeight": Infinity, "imgWidth": 1, "objects": []}', "{"])
@@ -179,6 +187,6 @@ def test_a_mutated_mat_raises_nothing_but_our_errors(tmp_path: Path, data: st.Da
     spoiled.parent.mkdir(exist_ok=True)
     spoiled.write_bytes(bytes(raw))
     try:
-        _samples_from_mat(spoiled, tmp_path)
+        _read_mat_samples(spoiled, tmp_path)
     except HkdError as error:
         assert str(spoiled) in str(error)

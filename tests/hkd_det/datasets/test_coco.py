@@ -41,40 +41,40 @@ def annotation(**changes: Any) -> list[dict[str, Any]]:
 def test_people_are_read_crowds_ignored_boxes_cut_at_the_border(tmp_path: Path) -> None:
     first, second = read_coco(written(tmp_path, content()), tmp_path / "pictures")
     assert first.path == tmp_path / "pictures" / "a.jpg" and first.size_hw == (80, 100) and second.size_hw is None
-    np.testing.assert_array_equal(first.truth.boxes_xyxy, [[10, 20, 40, 60], [80, 50, 100, 80]])
-    assert first.truth.ignore.tolist() == [False, True] and len(second.truth) == 0
+    np.testing.assert_array_equal(first.ground_truth.boxes_xyxy, [[10, 20, 40, 60], [80, 50, 100, 80]])
+    assert first.ground_truth.ignore.tolist() == [False, True] and len(second.ground_truth) == 0
 
 
 def test_visible_boxes_and_ignore_flags_are_kept(tmp_path: Path) -> None:
     value = content(annotations=annotation(bbox=[10, 20, 30, 40], vis_bbox=[10, 20, 30, 20], ignore=1))
-    truth = read_coco(written(tmp_path, value), tmp_path)[0].truth
-    assert truth.visibility.tolist() == [0.5] and truth.ignore.tolist() == [True]
+    truth = read_coco(written(tmp_path, value), tmp_path)[0].ground_truth
+    assert truth.visible_ratio.tolist() == [0.5] and truth.ignore.tolist() == [True]
 
 
 def test_with_a_visible_box_the_whole_one_may_reach_beyond_the_picture(tmp_path: Path) -> None:
     """And it alone: another person in the same picture is cut as ever."""
     both = annotation(bbox=[80, 20, 40, 40], vis_bbox=[80, 20, 20, 40]) + annotation(bbox=[90, 0, 20, 10])
-    truth = read_coco(written(tmp_path, content(annotations=both)), tmp_path)[0].truth
+    truth = read_coco(written(tmp_path, content(annotations=both)), tmp_path)[0].ground_truth
     np.testing.assert_array_equal(truth.boxes_xyxy, [[80, 20, 120, 60], [90, 0, 100, 10]])
     np.testing.assert_array_equal(truth.visible_xyxy, [[80, 20, 100, 60], [90, 0, 100, 10]])
-    assert truth.visibility.tolist() == [0.5, 1]
+    assert truth.visible_ratio.tolist() == [0.5, 1]
 
 
 def test_a_box_without_area_is_kept_and_ignored(tmp_path: Path) -> None:
     """COCO has a few: there is nobody to find, and no reason to refuse the file."""
     value = content(annotations=annotation(bbox=[10, 20, 0, 40]) + annotation())
-    assert read_coco(written(tmp_path, value), tmp_path)[0].truth.ignore.tolist() == [True, False]
+    assert read_coco(written(tmp_path, value), tmp_path)[0].ground_truth.ignore.tolist() == [True, False]
 
 
 def test_the_person_category_by_name_or_alone_or_as_asked(tmp_path: Path) -> None:
     large = content(categories=[{"id": 1, "name": "Person"}, {"id": 2, "name": "car"}])
-    assert len(read_coco(written(tmp_path, large), tmp_path)[0].truth) == 2
+    assert len(read_coco(written(tmp_path, large), tmp_path)[0].ground_truth) == 2
     only = content(categories=[{"id": 9, "name": "worker"}], annotations=annotation(category_id=9))
-    assert len(read_coco(written(tmp_path, only), tmp_path)[0].truth) == 1
+    assert len(read_coco(written(tmp_path, only), tmp_path)[0].ground_truth) == 1
     two = content(categories=[{"id": 1, "name": "worker"}, {"id": 2, "name": "car"}])
     with pytest.raises(DataError, match="worker, car"):
         read_coco(written(tmp_path, two), tmp_path)
-    assert len(read_coco(written(tmp_path, two), tmp_path, "worker")[0].truth) == 2
+    assert len(read_coco(written(tmp_path, two), tmp_path, "worker")[0].ground_truth) == 2
 
 
 @pytest.mark.parametrize(
@@ -165,5 +165,5 @@ def test_any_mutation_raises_nothing_but_our_errors(
 def test_inria_person_in_full() -> None:
     training, test = (read_coco(INRIA / f"{split}.json", INRIA) for split in ("train", "test"))
     assert (len(training), len(test)) == (614, 288)
-    assert (sum(len(s.truth) for s in training), sum(len(s.truth) for s in test)) == (1240, 597)
+    assert (sum(len(s.ground_truth) for s in training), sum(len(s.ground_truth) for s in test)) == (1240, 597)
     assert all(sample.path.is_file() for sample in test)

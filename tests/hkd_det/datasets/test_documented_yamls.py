@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hkd_det.datasets.catalogue import splits_of
+from hkd_det.datasets.catalogue import list_splits
 
 DOC = Path(__file__).parents[3] / "docs" / "data.md"
 EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", DOC.read_text(), re.DOTALL) if "train:" in text]
@@ -15,7 +15,7 @@ EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", DOC.read_text(), r
 @pytest.mark.parametrize("text", EXAMPLES, ids=lambda text: yaml.safe_load(text).get("format", "yolo"))
 def test_an_example_is_understood(text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text)
-    assert "train" in splits_of(str(tmp_path / "mine.yaml"))
+    assert "train" in list_splits(str(tmp_path / "mine.yaml"))
 
 
 def test_all_formats_are_shown() -> None:

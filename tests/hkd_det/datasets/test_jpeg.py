@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.jpeg import is_truncated_jpeg, jpeg_size_hw
+from hkd_det.datasets.jpeg import is_truncated_jpeg, parse_jpeg_size_hw
 
 
 def encoded(size_hw: tuple[int, int], *options: int) -> bytes:
@@ -18,21 +18,21 @@ def encoded(size_hw: tuple[int, int], *options: int) -> bytes:
 @given(st.tuples(*[st.integers(1, 300)] * 2), st.booleans(), st.integers(0, 20))
 def test_the_size_is_that_of_the_decoded_picture(size_hw: tuple[int, int], progressive: bool, restart: int) -> None:
     raw = encoded(size_hw, cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive), cv2.IMWRITE_JPEG_RST_INTERVAL, restart)
-    assert jpeg_size_hw(raw) == size_hw
+    assert parse_jpeg_size_hw(raw) == size_hw
     thumbnail = encoded((8, 9))
     segment = b"\xff\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
-    assert jpeg_size_hw(raw[:2] + segment + raw[2:]) == size_hw
+    assert parse_jpeg_size_hw(raw[:2] + segment + raw[2:]) == size_hw
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"\x89PNG" + encoded((4, 4)), b"text"])
 def test_what_has_no_header_has_no_size(raw: bytes) -> None:
-    assert jpeg_size_hw(raw) is None
+    assert parse_jpeg_size_hw(raw) is None
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=200) | st.integers(0, 700).map(lambda length: encoded((9, 12))[:length]))
 def test_any_bytes_have_a_size_or_none(rest: bytes) -> None:
-    size_hw = jpeg_size_hw(rest if rest.startswith(b"\xff\xd8") else b"\xff\xd8" + rest)
+    size_hw = parse_jpeg_size_hw(rest if rest.startswith(b"\xff\xd8") else b"\xff\xd8" + rest)
     assert size_hw is None or min(size_hw) > 0
 
 

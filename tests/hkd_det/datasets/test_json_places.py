@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.json_places import JsonPlaces
+from hkd_det.datasets.json_places import JsonLocations
 from hkd_det.errors import DataError
 
 VALUES = st.recursive(
@@ -38,7 +38,7 @@ def test_the_line_or_column_where_it_was_written(
     path = tmp_path / "a.json"
     path.write_text(text + "\n", encoding="utf-8")
     for number, start in enumerate(starts):
-        told = str(JsonPlaces(path).told(DataError(f"{path}: wrong"), "boxes", number))
+        told = str(JsonLocations(path).annotate(DataError(f"{path}: wrong"), "boxes", number))
         line, column = len(text[:start].split("\n")), start + 1
         where = f"line {line}" if "\n" in text else f"line 1, column {column}"
         assert told == f"{path}, {where}: wrong"

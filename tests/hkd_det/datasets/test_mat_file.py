@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets import mat_file
-from hkd_det.datasets.mat_file import numbers, read_mat, text
+from hkd_det.datasets.mat_file import read_mat, to_float_array, to_text
 from hkd_det.errors import DataError
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -196,13 +196,13 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_values_of_the_wrong_kind() -> None:
-    assert numbers(np.uint8([[250]])).tolist() == [[250.0]] and text("ulm") == "ulm"
+    assert to_float_array(np.uint8([[250]])).tolist() == [[250.0]] and to_text("ulm") == "ulm"
     for value in ("1", cell("1"), [1.0], None):
         with pytest.raises(ValueError, match="numbers should be"):
-            numbers(value)
+            to_float_array(value)
     for value in (np.zeros(1), ["a", "b"], "two\nlines", None):
         with pytest.raises(ValueError, match="text should be"):
-            text(value)
+            to_text(value)
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets import Sample
-from hkd_det.datasets.catalogue import open_data
-from hkd_det.datasets.faults import stop
+from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets.faults import raise_error
 from hkd_det.errors import DataError, HkdError, UsageError
 
 VOC = """<annotation><size><width>100</width><height>80</height><depth>3</depth></size>
@@ -126,7 +126,7 @@ def built(name: str, root: Path, **more: Any) -> Path:
 
 
 def read(name: str, root: Path, split: str = "train") -> list[Sample]:
-    return open_data(str(built(name, root)), split)
+    return load_dataset(str(built(name, root)), split)
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
@@ -134,12 +134,12 @@ def test_the_same_person_in_every_format(name: str, tmp_path: Path) -> None:
     """Pixels 10 to 39 and 20 to 69, counted from 0: every format's own way of writing it."""
     first = read(name, tmp_path)[0]
     assert first.path.is_file()
-    assert first.truth.boxes_xyxy[0].tolist() == [10, 20, 40, 70] and not first.truth.ignore[0]
+    assert first.ground_truth.boxes_xyxy[0].tolist() == [10, 20, 40, 70] and not first.ground_truth.ignore[0]
     assert first.size_hw in ((80, 100), None)
 
 
 def test_what_is_ignored_and_what_is_seen(tmp_path: Path) -> None:
-    ignored = {name: read(name, tmp_path / name)[0].truth.ignore.tolist() for name in BUILDERS}
+    ignored = {name: read(name, tmp_path / name)[0].ground_truth.ignore.tolist() for name in BUILDERS}
     assert ignored == {
         "voc": [False, True],
         "inria": [False],
@@ -147,13 +147,15 @@ def test_what_is_ignored_and_what_is_seen(tmp_path: Path) -> None:
         "crowdhuman": [False, True, True],
         "eurocity": [False, True],
     }
-    assert read("crowdhuman", tmp_path / "c")[0].truth.visibility.tolist()[0] == 0.5
-    assert read("eurocity", tmp_path / "e")[0].truth.visibility.tolist() == pytest.approx([0.4, 1.0])
+    assert read("crowdhuman", tmp_path / "c")[0].ground_truth.visible_ratio.tolist()[0] == 0.5
+    assert read("eurocity", tmp_path / "e")[0].ground_truth.visible_ratio.tolist() == pytest.approx([0.4, 1.0])
 
 
 def test_pictures_with_nobody_and_the_split_of_pennfudan(tmp_path: Path) -> None:
     samples = read("inria", tmp_path / "i")
-    assert [one.image_id for one in samples] == ["Train/pos/a.png", "Train/neg/b.jpg"] and not len(samples[1].truth)
+    assert [one.image_id for one in samples] == ["Train/pos/a.png", "Train/neg/b.jpg"] and not len(
+        samples[1].ground_truth
+    )
     train, val = (read("pennfudan", tmp_path / "p", split) for split in ("train", "val"))
     assert [one.image_id for one in val] == ["a4"] and len(train) == 4
 
@@ -189,11 +191,11 @@ def test_a_fault_names_its_place_and_can_be_gone_round(
     assert old in text
     write(path, text.replace(old, new, 1))
     with pytest.raises(DataError, match=path.name) as caught:
-        open_data(str(data), "train")
+        load_dataset(str(data), "train")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     faults: list[DataError] = []
     try:
-        open_data(str(data), "train", faults.append)
+        load_dataset(str(data), "train", faults.append)
     except DataError as nothing_left:
         assert "holds no pictures" in str(nothing_left)
     assert str(caught.value) in map(str, faults)
@@ -205,19 +207,19 @@ def test_missing_pictures(name: str, tmp_path: Path) -> None:
     for picture in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
         picture.unlink()
     with pytest.raises(DataError, match="missing"):
-        open_data(str(data), "train")
+        load_dataset(str(data), "train")
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="time: 'noon'"):
-        open_data(str(built("eurocity", tmp_path / "e", time="noon")), "train")
+        load_dataset(str(built("eurocity", tmp_path / "e", time="noon")), "train")
     with pytest.raises(UsageError, match="did you mean 'present_only'"):
-        open_data(str(built("crowdhuman", tmp_path / "c", present_onyl=True)), "train")
+        load_dataset(str(built("crowdhuman", tmp_path / "c", present_onyl=True)), "train")
     with pytest.raises(DataError, match="no such annotation file"):
-        open_data(str(built("crowdhuman", tmp_path / "c", train="test")), "train")
+        load_dataset(str(built("crowdhuman", tmp_path / "c", train="test")), "train")
     for name in ("inria", "eurocity", "voc"):
         with pytest.raises(DataError, match="no such"):
-            open_data(str(built(name, tmp_path / name, train="elsewhere")), "train")
+            load_dataset(str(built(name, tmp_path / name, train="elsewhere")), "train")
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
@@ -233,8 +235,8 @@ def test_mutated_files_raise_nothing_but_our_errors(name: str, tmp_path: Path, d
     path.write_bytes(raw)
     faults: list[DataError] = []
     try:
-        for sample in open_data(str(entry), "train", data.draw(st.sampled_from([stop, faults.append]))):
-            assert np.isfinite(sample.truth.boxes_xyxy).all()
+        for sample in load_dataset(str(entry), "train", data.draw(st.sampled_from([raise_error, faults.append]))):
+            assert np.isfinite(sample.ground_truth.boxes_xyxy).all()
     except HkdError as error:
         faults.append(DataError(str(error)))
     assert not any("\n" in str(fault) for fault in faults)

@@ -34,21 +34,21 @@ def pictures(count: int = 3, height: int = 24, width: int = 32, grey: bool = Fal
 def test_the_toolboxs_own_film() -> None:
     raw = PEDS30.read_bytes()
     with open_seq(PEDS30) as film:
-        assert (len(film), film.size_hw, film.as_jpeg) == (30, (480, 640), True)
+        assert (len(film), film.size_hw, film.is_jpeg) == (30, (480, 640), True)
         # The frame rate that seqIo(..., 'getInfo') reckons; the first and last times as the file has them.
-        assert film.fps == pytest.approx(1000 / 33) and (film.times[0], film.times[-1]) == (9.9, 10.857)
+        assert film.fps == pytest.approx(1000 / 33) and (film.timestamps_s[0], film.timestamps_s[-1]) == (9.9, 10.857)
         at = 1024
         for index in range(30):
             size = struct.unpack_from("<I", raw, at)[0]
             packed = raw[at + 4 : at + size]
-            assert film.stored(index) == packed and packed[:2] == b"\xff\xd8" and packed[-2:] == b"\xff\xd9"
+            assert film.read_raw(index) == packed and packed[:2] == b"\xff\xd8" and packed[-2:] == b"\xff\xd9"
             at += size + 16
         assert at == len(raw)
         for index in (29, 0, 17):  # in any order
-            expected = cv2.imdecode(np.frombuffer(film.stored(index), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-            np.testing.assert_array_equal(film.frame(index), expected)
+            expected = cv2.imdecode(np.frombuffer(film.read_raw(index), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+            np.testing.assert_array_equal(film.read_frame(index), expected)
         # A blue sky above a grey road: channels are not swapped.
-        sky = film.frame(0)[10:60].reshape(-1, 3).mean(axis=0)
+        sky = film.read_frame(0)[10:60].reshape(-1, 3).mean(axis=0)
         assert sky[2] > sky[0] + 20
 
 
@@ -59,7 +59,7 @@ def test_a_film_that_is_cut_off_says_how_much_is_whole(tmp_path: Path, end: int,
     path.write_bytes(PEDS30.read_bytes()[:end])
     if whole == 30:  # the last picture is there, of its time and padding there need not be anything
         with open_seq(path) as film:
-            assert film.frame(29).shape == (480, 640, 3) and np.isnan(film.times[29]) == (end == -16)
+            assert film.read_frame(29).shape == (480, 640, 3) and np.isnan(film.timestamps_s[29]) == (end == -16)
             assert film.fps == pytest.approx(1000 / 33)
         return
     with pytest.raises(DataError, match=rf"cut\.seq: {whole} of 30 frames are whole"), open_seq(path):
@@ -74,13 +74,13 @@ def test_compressed_films_with_and_without_empty_bytes(
     path, shots = tmp_path / "film.seq", pictures(grey=grey)
     frames = write_seq(path, shots, codec, padding)
     with open_seq(path) as film:
-        assert len(film) == 3 and film.times.tolist() == [7.0, 7.04, 7.08] and film.fps == pytest.approx(25)
-        assert film.as_jpeg == (codec > 100)
+        assert len(film) == 3 and film.timestamps_s.tolist() == [7.0, 7.04, 7.08] and film.fps == pytest.approx(25)
+        assert film.is_jpeg == (codec > 100)
         for index in (2, 0, 1):
-            assert film.stored(index) == frames[index]
+            assert film.read_raw(index) == frames[index]
             wanted = np.stack([shots[index]] * 3, axis=-1) if grey else shots[index]
-            error = np.abs(film.frame(index).astype(int) - wanted)
-            assert film.frame(index).dtype == np.uint8 and error.mean() <= (8 if codec > 100 else 0)
+            error = np.abs(film.read_frame(index).astype(int) - wanted)
+            assert film.read_frame(index).dtype == np.uint8 and error.mean() <= (8 if codec > 100 else 0)
 
 
 @pytest.mark.parametrize(("codec", "grey"), [(200, False), (100, True), (200, True)])
@@ -88,10 +88,10 @@ def test_uncompressed_films_are_exact(tmp_path: Path, write_seq: Write, codec: i
     shots = pictures(5, grey=grey)
     write_seq(tmp_path / "film.seq", shots, codec)
     with open_seq(tmp_path / "film.seq") as film:
-        assert len(film) == 5 and not film.as_jpeg and film.times[4] == 7.16
+        assert len(film) == 5 and not film.is_jpeg and film.timestamps_s[4] == 7.16
         for index in (4, 0, 2):
             np.testing.assert_array_equal(
-                film.frame(index), np.stack([shots[index]] * 3, axis=-1) if grey else shots[index]
+                film.read_frame(index), np.stack([shots[index]] * 3, axis=-1) if grey else shots[index]
             )
 
 
@@ -101,8 +101,8 @@ def test_mosaics_get_their_colours_back(tmp_path: Path, write_seq: Write, codec:
     mosaic[::2, ::2], mosaic[::2, 1::2], mosaic[1::2, ::2], mosaic[1::2, 1::2] = 30, 100, 100, 220
     write_seq(tmp_path / "film.seq", [mosaic], codec)
     with open_seq(tmp_path / "film.seq") as film:
-        assert not film.as_jpeg
-        np.testing.assert_allclose(film.frame(0)[8, 8], [220, 100, 30], atol=0 if codec == 101 else 30)
+        assert not film.is_jpeg
+        np.testing.assert_allclose(film.read_frame(0)[8, 8], [220, 100, 30], atol=0 if codec == 101 else 30)
 
 
 def test_a_header_without_a_number_of_frames_is_counted(tmp_path: Path, write_seq: Write) -> None:
@@ -121,7 +121,7 @@ def test_one_frame_alone_and_equal_times_take_the_headers_rate(tmp_path: Path, w
         assert film.fps == 12.5 and len(film) == 1
         for index in (-1, 1):
             with pytest.raises(IndexError):
-                film.frame(index)
+                film.read_frame(index)
     write_seq(tmp_path / "film.seq", pictures(1), 201, fps=float("nan"))
     with open_seq(tmp_path / "film.seq") as film:
         assert film.fps == 0
@@ -156,7 +156,7 @@ def test_what_cannot_be_read_is_one_line(
     path = tmp_path / "film.seq"
     write_seq(path, pictures(), codec, **changes)
     with pytest.raises(DataError, match=message) as caught, open_seq(path) as film:
-        film.frame(0)
+        film.read_frame(0)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
@@ -168,9 +168,9 @@ def test_a_spoiled_frame_is_told_and_the_others_are_read(tmp_path: Path, write_s
     raw[at + len(frames[1]) - 1] = 0  # the second picture's end mark
     path.write_bytes(raw)
     with open_seq(path) as film:
-        assert film.frame(0).shape == film.frame(2).shape == (24, 32, 3)
+        assert film.read_frame(0).shape == film.read_frame(2).shape == (24, 32, 3)
         with pytest.raises(DataError, match="frame 1 is no whole JPEG"):
-            film.stored(1)
+            film.read_raw(1)
     raw[1024:1028] = bytes(4)
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"0 of 3 frames are whole: .* byte 1024"), open_seq(path):
@@ -199,8 +199,8 @@ def test_a_mutated_film_raises_nothing_but_our_errors(
     spoiled.write_bytes(raw[: data.draw(st.integers(1000, len(raw)))])
     try:
         with open_seq(spoiled) as film:
-            assert len(film.times) == len(film) and np.isfinite(film.fps)
+            assert len(film.timestamps_s) == len(film) and np.isfinite(film.fps)
             for index in range(len(film)):
-                assert film.frame(index).shape == (*film.size_hw, 3)
+                assert film.read_frame(index).shape == (*film.size_hw, 3)
     except DataError as error:
         assert str(spoiled) in str(error) and "\n" not in str(error)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.yolo import label_path, read_yolo
+from hkd_det.datasets.yolo import get_label_path, read_yolo
 from hkd_det.errors import DataError, HkdError
 
 
@@ -25,22 +25,22 @@ def yolo(root: Path, labels: str | None = "0 0.5 0.5 0.2 0.5\n1 0.1 0.1 0.1 0.1\
 def test_shares_become_pixels_and_other_classes_are_left_out(tmp_path: Path) -> None:
     (sample,) = read_yolo(yolo(tmp_path), {0: "person", 1: "dog"})
     assert sample.size_hw == (60, 100) and sample.image_id == "a.jpg"
-    np.testing.assert_allclose(sample.truth.boxes_xyxy, [[40, 15, 60, 45]])
+    np.testing.assert_allclose(sample.ground_truth.boxes_xyxy, [[40, 15, 60, 45]])
     (dog,) = read_yolo(tmp_path / "images" / "train", {0: "person", 1: "dog"}, "dog")
-    np.testing.assert_allclose(dog.truth.boxes_xyxy, [[5, 3, 15, 9]])
+    np.testing.assert_allclose(dog.ground_truth.boxes_xyxy, [[5, 3, 15, 9]])
 
 
 def test_boxes_are_cut_at_the_border_and_empty_ones_ignored(tmp_path: Path) -> None:
     (sample,) = read_yolo(yolo(tmp_path, "0 1.05 0.5 0.4 0.5\n0 0.5 0.0 1.2 0.5\n0 0.5 0.5 0 0.5\n"), {0: "person"})
     np.testing.assert_allclose(
-        sample.truth.boxes_xyxy, [[85, 15, 100, 45], [0, 0, 100, 15], [50, 15, 50, 45]], atol=1e-4
+        sample.ground_truth.boxes_xyxy, [[85, 15, 100, 45], [0, 0, 100, 15], [50, 15, 50, 45]], atol=1e-4
     )
-    assert sample.truth.ignore.tolist() == [False, False, True]
+    assert sample.ground_truth.ignore.tolist() == [False, False, True]
 
 
 def test_class_numbers_may_have_gaps_and_names_any_case(tmp_path: Path) -> None:
     (sample,) = read_yolo(yolo(tmp_path, "\ufeff7 0.5 0.5 0.2 0.5\n2 0.5 0.5 0.2 0.5\n"), {2: "dog", 7: "Person"})
-    assert len(sample.truth) == 1
+    assert len(sample.ground_truth) == 1
 
 
 def test_pictures_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_pictures_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Pat
     (source / "more").mkdir()
     (source / "a.jpg").rename(source / "more" / "a.jpg")
     found = read_yolo(yolo(tmp_path), {0: "person", 1: "dog"})
-    assert [(sample.image_id, len(sample.truth)) for sample in found] == [("a.jpg", 1), ("more/a.jpg", 0)]
+    assert [(sample.image_id, len(sample.ground_truth)) for sample in found] == [("a.jpg", 1), ("more/a.jpg", 0)]
 
 
 def test_a_list_that_is_none(tmp_path: Path) -> None:
@@ -66,18 +66,18 @@ def test_a_list_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_labels_shows_nobody(tmp_path: Path) -> None:
-    assert len(read_yolo(yolo(tmp_path, labels=None), {0: "person"})[0].truth) == 0
-    assert len(read_yolo(yolo(tmp_path, labels="\n"), {0: "person"})[0].truth) == 0
+    assert len(read_yolo(yolo(tmp_path, labels=None), {0: "person"})[0].ground_truth) == 0
+    assert len(read_yolo(yolo(tmp_path, labels="\n"), {0: "person"})[0].ground_truth) == 0
 
 
 def test_a_text_file_may_list_the_pictures(tmp_path: Path) -> None:
     yolo(tmp_path)
     (tmp_path / "train.txt").write_text("./images/train/a.jpg\n\n")
-    assert len(read_yolo(tmp_path / "train.txt", {0: "person", 1: "dog"})[0].truth) == 1
+    assert len(read_yolo(tmp_path / "train.txt", {0: "person", 1: "dog"})[0].ground_truth) == 1
 
 
 def test_labels_lie_where_the_last_images_folder_says() -> None:
-    assert label_path(Path("/data/images/set/images/a.b.jpg")) == Path("/data/images/set/labels/a.b.txt")
+    assert get_label_path(Path("/data/images/set/images/a.b.jpg")) == Path("/data/images/set/labels/a.b.txt")
 
 
 @pytest.mark.parametrize(

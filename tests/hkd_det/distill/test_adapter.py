@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.distill.adapter import RATES, Adapter, MultiScale, Projection, Turn
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
-from hkd_det.losses.imitation import imitation_error
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
-from hkd_det.models.tap import Tap
+from hkd_det.distill.adapter import DILATIONS, Adapter, MultiScaleProjection, OrthogonalProjection, Projection
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.losses.imitation import pkd_loss
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.tap import FeatureInfo
 
 KINDS: list[Projection] = ["plain", "norm", "multi-scale", "orthogonal"]
 ANCHORS = (16, 32, 64, 128, 256)
@@ -22,7 +22,7 @@ ANCHORS = (16, 32, 64, 128, 256)
 def test_every_kind_gives_the_teachers_shape(
     projection: Projection, mine: tuple[int, int], other: tuple[int, int]
 ) -> None:
-    adapter = Adapter(Tap("s", *mine), Tap("t", *other), projection)
+    adapter = Adapter(FeatureInfo("s", *mine), FeatureInfo("t", *other), projection)
     out = adapter(torch.randn(2, mine[1], 64 // mine[0], 96 // mine[0]))
     assert out.shape == (2, other[1], 64 // other[0], 96 // other[0])
 
@@ -35,13 +35,13 @@ def far_from_orthonormal(weight: Tensor) -> float:
 @pytest.mark.parametrize(("mine", "other"), [(5, 9), (9, 5), (6, 6)])
 def test_a_turn_stays_orthonormal_while_it_learns(mine: int, other: int) -> None:
     torch.manual_seed(0)
-    turn = Turn(mine, other)
+    turn = OrthogonalProjection(mine, other)
     maps, wanted = torch.randn(2, mine, 6, 6), torch.randn(2, other, 6, 6)
     optimizer = torch.optim.AdamW(turn.parameters(), lr=0.05, weight_decay=0.05)
     before, course = turn.linear.weight.detach().clone(), []
     for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = imitation_error(turn(maps), wanted).mean()
+            loss = pkd_loss(turn(maps), wanted).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -52,31 +52,36 @@ def test_a_turn_stays_orthonormal_while_it_learns(mine: int, other: int) -> None
 
 def test_a_turn_into_more_channels_keeps_lengths_and_angles() -> None:
     a, b = torch.randn(2, 1, 5, 3, 3)
-    turn = Turn(5, 9)
+    turn = OrthogonalProjection(5, 9)
     torch.testing.assert_close((turn(a) * turn(b)).sum(1), (a * b).sum(1))
 
 
 def test_the_multi_scale_projection_starts_plain_and_sees_as_far_as_its_rates() -> None:
-    projection = MultiScale(4, 6)
+    projection = MultiScaleProjection(4, 6)
     maps = torch.zeros(1, 4, 15, 15)
     maps[..., 7, 7] = 1.0
-    torch.testing.assert_close(projection(maps), projection.mix(maps))
-    for view in projection.around:
+    torch.testing.assert_close(projection(maps), projection.pointwise(maps))
+    for view in projection.dilated_convs:
         torch.nn.init.ones_(view.weight)
-    seen = (projection(maps) - projection.mix(torch.zeros_like(maps))).abs().sum(1)[0] > 1e-6
+    seen = (projection(maps) - projection.pointwise(torch.zeros_like(maps))).abs().sum(1)[0] > 1e-6
     rows, columns = seen.nonzero().T.tolist()
     offsets = {(row - 7, column - 7) for row, column in zip(rows, columns, strict=True)}
-    assert offsets == {(i * rate, j * rate) for rate in RATES for i in (-1, 0, 1) for j in (-1, 0, 1)}
-    assert sum(p.numel() for p in projection.parameters()) == 4 * 6 + 6 + 4 * 9 * len(RATES)
+    assert offsets == {(i * rate, j * rate) for rate in DILATIONS for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    assert sum(p.numel() for p in projection.parameters()) == 4 * 6 + 6 + 4 * 9 * len(DILATIONS)
 
 
 @pytest.mark.parametrize("projection", KINDS)
 def test_the_recipe_chooses_it_for_dense_and_two_stage_students(projection: Projection) -> None:
-    spec = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-    thin = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=ANCHORS)
-    methods = Methods(hkd=Hierarchical(adapter=projection))
-    for student, teacher in ((Detector(spec), Detector(spec)), (FasterRcnn(thin), FasterRcnn(thin))):
-        adapters = [m for m in Distiller(student, teacher, methods).modules() if isinstance(m, Adapter)]
-        assert adapters and all(type(a.project) is type(adapters[0].project) for a in adapters)
-        kind = {"plain": torch.nn.Conv2d, "norm": torch.nn.Sequential, "multi-scale": MultiScale, "orthogonal": Turn}
-        assert isinstance(adapters[0].project, kind[projection])
+    spec = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+    thin = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
+    methods = DistillConfig(hkd=HKDConfig(adapter=projection))
+    for student, teacher in ((HKDDetector(spec), HKDDetector(spec)), (FasterRCNN(thin), FasterRCNN(thin))):
+        adapters = [m for m in DistillationLoss(student, teacher, methods).modules() if isinstance(m, Adapter)]
+        assert adapters and all(type(a.projection) is type(adapters[0].projection) for a in adapters)
+        kind = {
+            "plain": torch.nn.Conv2d,
+            "norm": torch.nn.Sequential,
+            "multi-scale": MultiScaleProjection,
+            "orthogonal": OrthogonalProjection,
+        }
+        assert isinstance(adapters[0].projection, kind[projection])

@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
-from hkd_det.distill.arbitration import Arbitration, Gram, judge, min_norm_share
+from hkd_det.distill.arbitration import GramMatrix, MoKDConfig, min_norm_weight, solve_loss_weights
 from hkd_det.errors import UsageError
 
 PAIRS = arrays(np.float64, (2, 3), elements=st.floats(-10, 10).map(lambda x: round(x, 2)))
 LOSSES = st.floats(0.05, 20)
-LOGS = Arbitration("min-norm", eps=1e-9)
+LOGS = MoKDConfig("min-norm", eps=1e-9)
 
 
-def gram_of(pair: np.ndarray) -> Gram:
-    return Gram(float(pair[0] @ pair[0]), float(pair[0] @ pair[1]), float(pair[1] @ pair[1]))
+def gram_of(pair: np.ndarray) -> GramMatrix:
+    return GramMatrix(float(pair[0] @ pair[0]), float(pair[0] @ pair[1]), float(pair[1] @ pair[1]))
 
 
-def step_of(settings: Arbitration, pair: np.ndarray, losses: tuple[float, float]) -> np.ndarray:
-    verdict = judge(settings, gram_of(pair), *losses)
-    return verdict.task * pair[0] + verdict.taught * pair[1]
+def step_of(settings: MoKDConfig, pair: np.ndarray, losses: tuple[float, float]) -> np.ndarray:
+    verdict = solve_loss_weights(settings, gram_of(pair), *losses)
+    return verdict.det_loss_scale * pair[0] + verdict.distill_loss_scale * pair[1]
 
 
 @effort(max_examples=150, deadline=None)
@@ -39,7 +39,7 @@ def test_the_share_is_a_quadratic_programs(pair: np.ndarray, kind: str, factor: 
         constraints={"type": "eq", "fun": lambda pi: pi.sum() - 1, "jac": lambda _: np.ones(2)},
         options={"ftol": 1e-14, "maxiter": 200},
     )  # fmt: skip
-    share = min_norm_share(gram_of(pair))
+    share = min_norm_weight(gram_of(pair))
     assert 0 <= share <= 1
     pi = np.array([share, 1 - share])
     assert pi @ gram @ pi <= found.x @ gram @ found.x + 1e-7 * (1 + np.trace(gram))
@@ -57,7 +57,7 @@ def test_inside_the_simplex_both_losses_gain_the_same(pair: np.ndarray, task: fl
         return
     gains, rounding = logs @ step, 1e-7 * np.linalg.norm(logs) * np.linalg.norm(pair)
     assert gains.min() >= -rounding
-    if 0 < min_norm_share(gram_of(logs)) < 1:
+    if 0 < min_norm_weight(gram_of(logs)) < 1:
         assert gains[0] == pytest.approx(gains[1], rel=1e-5, abs=rounding)
 
 
@@ -67,7 +67,7 @@ def test_a_loss_may_be_measured_in_anything(
     pair: np.ndarray, task: float, taught: float, factor: float, rule: str
 ) -> None:
     """c L_taught moves as L_taught does; c L_task as c times that: it is the task that sets the step's length."""
-    settings = Arbitration(rule, eps=1e-9)  # type: ignore[arg-type]
+    settings = MoKDConfig(rule, eps=1e-9)  # type: ignore[arg-type]
     if (pair**2).sum(1).min() < 1e-3:
         return
     step = step_of(settings, pair, (task, taught))
@@ -85,7 +85,7 @@ def test_the_step_is_as_long_as_the_tasks_or_shorter(pair: np.ndarray, task: flo
         return
     step, own = (
         np.linalg.norm(g)
-        for g in (step_of(Arbitration(rule), pair, (task, taught)), pair[0])  # type: ignore[arg-type]
+        for g in (step_of(MoKDConfig(rule), pair, (task, taught)), pair[0])  # type: ignore[arg-type]
     )
     assert step <= own * (1 + 1e-9)
     if pair[0] @ pair[1] >= 0:
@@ -95,33 +95,36 @@ def test_the_step_is_as_long_as_the_tasks_or_shorter(pair: np.ndarray, task: flo
 def test_opposed_gradients_cancel_and_nearly_opposed_ones_are_not_stretched() -> None:
     for rule in ("min-norm", "bisector"):
         opposed = np.array([[3.0, 0.0], [-1.0, 0.0]])
-        np.testing.assert_allclose(step_of(Arbitration(rule), opposed, (3.0, 1.0)), 0, atol=1e-12)
+        np.testing.assert_allclose(step_of(MoKDConfig(rule), opposed, (3.0, 1.0)), 0, atol=1e-12)
         angle = math.radians(170)
         nearly = np.array([[1.0, 0.0], [math.cos(angle), math.sin(angle)]])
-        step = step_of(Arbitration(rule), nearly, (1.0, 1.0))
+        step = step_of(MoKDConfig(rule), nearly, (1.0, 1.0))
         assert np.linalg.norm(step) == pytest.approx(2 * math.cos(angle / 2))
 
 
 def test_the_bisector_has_the_same_angle_to_both() -> None:
     pair = np.array([[4.0, 0.0], [0.0, 0.1]])
-    step = step_of(Arbitration("bisector"), pair, (1.0, 7.0))
+    step = step_of(MoKDConfig("bisector"), pair, (1.0, 7.0))
     np.testing.assert_allclose(step, np.array([1.0, 1.0]) * 4 / math.sqrt(2))
 
 
 def test_min_norm_by_hand() -> None:
     """Losses 2 and 1, gradients (2, 0) and (0, 2): logs (1, 0) and (0, 2), shares 0.8 and 0.2, sum (0.8, 0.4)."""
-    verdict = judge(LOGS, Gram(4.0, 0.0, 4.0), 2.0, 1.0)
-    assert verdict.share == pytest.approx(0.8)
+    verdict = solve_loss_weights(LOGS, GramMatrix(4.0, 0.0, 4.0), 2.0, 1.0)
+    assert verdict.det_weight == pytest.approx(0.8)
     stretch = 2 / math.sqrt(0.8)
-    assert (verdict.task, verdict.taught) == (pytest.approx(stretch * 0.4), pytest.approx(stretch * 0.2))
-    told = verdict.figures
+    assert (verdict.det_loss_scale, verdict.distill_loss_scale) == (
+        pytest.approx(stretch * 0.4),
+        pytest.approx(stretch * 0.2),
+    )
+    told = verdict.metrics
     assert told["mokd_cosine"] == 0 and told["mokd_dominance"] == pytest.approx(math.log10(0.5))
 
 
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
 def test_near_a_loss_of_zero_the_weights_stay_finite(rule: str) -> None:
-    verdict = judge(Arbitration(rule), Gram(1.0, 1e-9, 1e-16), 1.0, 0.0)  # type: ignore[arg-type]
-    assert math.isfinite(verdict.task) and math.isfinite(verdict.taught)
+    verdict = solve_loss_weights(MoKDConfig(rule), GramMatrix(1.0, 1e-9, 1e-16), 1.0, 0.0)  # type: ignore[arg-type]
+    assert math.isfinite(verdict.det_loss_scale) and math.isfinite(verdict.distill_loss_scale)
 
 
 @pytest.mark.parametrize(
@@ -137,4 +140,4 @@ def test_near_a_loss_of_zero_the_weights_stay_finite(rule: str) -> None:
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="mokd"):
-        Arbitration(**wrong)  # type: ignore[arg-type]
+        MoKDConfig(**wrong)  # type: ignore[arg-type]

@@ -7,28 +7,28 @@ import pytest
 import torch
 
 from hkd_det.distill.adapter import Adapter, pair_by_stride
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import Hierarchical, HierarchicalDistillation
-from hkd_det.distill.lesson import Lesson
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.regions import region_errors
-from hkd_det.distill.taps import TapRecorder
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.hierarchical import HKD, HKDConfig
+from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.regions import roi_feature_loss
+from hkd_det.distill.taps import FeatureHooks
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import norm_alone
-from hkd_det.losses.imitation import balanced_mean, imitation_error
-from hkd_det.models.assignment import TruthBatch, points_inside
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.points import anchor_points
-from hkd_det.models.prediction import Branch, Found, Prediction
-from hkd_det.models.tap import Tap
+from hkd_det.losses.detection import clamp_min_one
+from hkd_det.losses.imitation import fg_balanced_mean, pkd_loss
+from hkd_det.models.assignment import Targets, points_in_boxes
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.points import make_anchors
+from hkd_det.models.prediction import BranchOutputs, DenseOutputs, DetectionBatch
+from hkd_det.models.tap import FeatureInfo
 
-STUDENT = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-TEACHER = DetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
+STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
 
 
-def truth(*boxes: list[float]) -> TruthBatch:
+def truth(*boxes: list[float]) -> Targets:
     tensor = torch.tensor([boxes], dtype=torch.float32).view(1, -1, 4)
-    return TruthBatch(tensor, torch.ones(1, len(boxes), dtype=torch.bool), torch.zeros(1, len(boxes), dtype=torch.bool))
+    return Targets(tensor, torch.ones(1, len(boxes), dtype=torch.bool), torch.zeros(1, len(boxes), dtype=torch.bool))
 
 
 PERSON = truth([10.0, 10.0, 40.0, 60.0])
@@ -36,52 +36,52 @@ PICTURE = torch.randint(0, 255, (1, 3, 64, 64), generator=torch.Generator().manu
 
 
 @pytest.fixture
-def pair() -> tuple[Detector, Detector]:
+def pair() -> tuple[HKDDetector, HKDDetector]:
     torch.manual_seed(0)
-    return Detector(STUDENT).train(), Detector(TEACHER)
+    return HKDDetector(STUDENT).train(), HKDDetector(TEACHER)
 
 
-def test_a_recorder_keeps_the_outputs_and_forgets_them_when_taken(pair: tuple[Detector, Detector]) -> None:
+def test_a_recorder_keeps_the_outputs_and_forgets_them_when_taken(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, _ = pair
-    recorder = TapRecorder(student, student.taps())
-    maps = student.pyramid(PICTURE)
-    assert all(torch.equal(a, b) for a, b in zip(recorder.take(), maps, strict=True))
+    recorder = FeatureHooks(student, student.feature_info())
+    maps = student.forward_features(PICTURE)
+    assert all(torch.equal(a, b) for a, b in zip(recorder.pop(), maps, strict=True))
     with pytest.raises(KeyError):
-        recorder.take()
+        recorder.pop()
     recorder.close()
-    student.pyramid(PICTURE)
+    student.forward_features(PICTURE)
     with pytest.raises(KeyError):
-        recorder.take()
+        recorder.pop()
 
 
-def test_a_tap_on_a_layer_that_is_not_there_is_refused(pair: tuple[Detector, Detector]) -> None:
+def test_a_tap_on_a_layer_that_is_not_there_is_refused(pair: tuple[HKDDetector, HKDDetector]) -> None:
     with pytest.raises(UsageError, match=r"neck\.nothing"):
-        TapRecorder(pair[0], [Tap("neck.nothing", 8, 16)])
+        FeatureHooks(pair[0], [FeatureInfo("neck.nothing", 8, 16)])
 
 
 @pytest.mark.parametrize(("mine", "other"), [(8, 8), (8, 16), (32, 16)])
 def test_an_adapter_gives_the_teachers_channels_and_stride(mine: int, other: int) -> None:
-    adapter = Adapter(Tap("s", mine, 5), Tap("t", other, 7))
+    adapter = Adapter(FeatureInfo("s", mine, 5), FeatureInfo("t", other, 7))
     assert adapter(torch.zeros(2, 5, 64 // mine, 96 // mine)).shape == (2, 7, 64 // other, 96 // other)
 
 
 def test_adapters_between_strides_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UsageError):
-        Adapter(Tap("s", 12, 5), Tap("t", 8, 7))
+        Adapter(FeatureInfo("s", 12, 5), FeatureInfo("t", 8, 7))
 
 
 def test_taps_are_paired_by_the_nearest_stride() -> None:
-    student = [Tap("s8", 8, 1), Tap("s16", 16, 1)]
-    teacher = [Tap("t4", 4, 1), Tap("t16", 16, 1), Tap("t32", 32, 1)]
+    student = [FeatureInfo("s8", 8, 1), FeatureInfo("s16", 16, 1)]
+    teacher = [FeatureInfo("t4", 4, 1), FeatureInfo("t16", 16, 1), FeatureInfo("t32", 32, 1)]
     assert [(a.name, b.name) for a, b in pair_by_stride(student, teacher)] == [
         ("s8", "t4"), ("s16", "t16"), ("s16", "t32"),
     ]  # fmt: skip
 
 
-def test_every_level_gives_a_term_and_a_gradient(pair: tuple[Detector, Detector]) -> None:
+def test_every_level_gives_a_term_and_a_gradient(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical()))
-    terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
+    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
+    terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
     assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
@@ -89,61 +89,61 @@ def test_every_level_gives_a_term_and_a_gradient(pair: tuple[Detector, Detector]
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_the_teacher_is_no_part_of_what_learns(pair: tuple[Detector, Detector]) -> None:
+def test_the_teacher_is_no_part_of_what_learns(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical()))
+    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
     ours = {id(parameter) for parameter in distiller.parameters()}
     assert not ours & {id(parameter) for parameter in teacher.parameters()}
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
+    distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_teacher_heard_before_the_student_says_the_same_once(pair: tuple[Detector, Detector]) -> None:
+def test_a_teacher_heard_before_the_student_says_the_same_once(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student.eval(), teacher, Methods(hkd=Hierarchical()))
-    after = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
-    distiller.hear(PICTURE)
-    assert distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone) == after
+    distiller = DistillationLoss(student.eval(), teacher, DistillConfig(hkd=HKDConfig()))
+    after = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
+    distiller.forward_teacher(PICTURE)
+    assert distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one) == after
     other = 255 - PICTURE  # the next batch is heard anew
-    assert distiller(other, student(other), PERSON, 1.0, norm_alone)["hkd_score"] != after["hkd_score"]
+    assert distiller(other, student(other), PERSON, 1.0, clamp_min_one)["hkd_score"] != after["hkd_score"]
 
 
-def test_strength_scales_every_term(pair: tuple[Detector, Detector]) -> None:
+def test_strength_scales_every_term(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student.eval(), teacher, Methods(hkd=Hierarchical()))
-    full = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
-    half = distiller(PICTURE, student(PICTURE), PERSON, 0.5, norm_alone)
+    distiller = DistillationLoss(student.eval(), teacher, DistillConfig(hkd=HKDConfig()))
+    full = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
+    half = distiller(PICTURE, student(PICTURE), PERSON, 0.5, clamp_min_one)
     for name in full:
         torch.testing.assert_close(half[name] * 2, full[name])
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
     torch.manual_seed(0)
-    twin = Detector(TEACHER).eval()
-    taps = twin.taps()
-    method = HierarchicalDistillation(taps, taps, Hierarchical(confident=0.0))
+    twin = HKDDetector(TEACHER).eval()
+    taps = twin.feature_info()
+    method = HKD(taps, taps, HKDConfig(region_min_score=0.0))
     for adapter in method.adapters:
         torch.nn.init.dirac_(adapter.project.weight)
         torch.nn.init.zeros_(adapter.project.bias)
     with torch.no_grad():
-        maps, prediction = twin.pyramid(PICTURE), twin(PICTURE)
-        lesson = Lesson(PICTURE, PERSON, twin, twin, prediction, prediction, maps, maps, norm_alone)
+        maps, prediction = twin.forward_features(PICTURE), twin(PICTURE)
+        lesson = DistillationBatch(PICTURE, PERSON, twin, twin, prediction, prediction, maps, maps, clamp_min_one)
         terms = method(lesson)
     for term in terms.values():
         torch.testing.assert_close(term, torch.zeros(()), atol=1e-4, rtol=0)
 
 
-def test_the_logit_level_is_made_of_its_formulas(pair: tuple[Detector, Detector]) -> None:
+def test_the_logit_level_is_made_of_its_formulas(pair: tuple[HKDDetector, HKDDetector]) -> None:
     """Worked out point by point: both branches' scores, and the sides weighted by the teacher's score."""
     student, teacher = pair[0].eval(), pair[1].eval()
     with torch.no_grad():
-        torch.nn.init.normal_(teacher.head.many.weight, std=20.0)  # some points of any confidence
-        torch.nn.init.zeros_(teacher.head.many.bias)
-        distiller = Distiller(student, teacher, Methods(hkd=Hierarchical(score=3.0, box=5.0)))
+        torch.nn.init.normal_(teacher.head.one2many.weight, std=20.0)  # some points of any confidence
+        torch.nn.init.zeros_(teacher.head.one2many.bias)
+        distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig(cls=3.0, box=5.0)))
         mine, other = student(PICTURE), teacher(PICTURE)
-        terms = distiller(PICTURE, mine, PERSON, 1.0, norm_alone)
+        terms = distiller(PICTURE, mine, PERSON, 1.0, clamp_min_one)
     scores, boxes, confidence = 0.0, 0.0, other.many.logits[0].sigmoid()
     for a, b in ((mine.many, other.many), (mine.one, other.one)):
         s, t = (branch.logits[0].double().sigmoid() for branch in (a, b))
@@ -163,47 +163,49 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
     chance = torch.Generator().manual_seed(3)
     boxes = torch.tensor([[[10.0, 8, 40, 60], [0, 0, 0, 0]], [[-5, 4, 20, 50], [30, 12, 52, 64]]])
     real = torch.tensor([[True, False], [True, True]])
-    people = TruthBatch(boxes, real, torch.zeros_like(real))
+    people = Targets(boxes, real, torch.zeros_like(real))
     seen = torch.tensor([[12.0, 9, 45, 63], [20, 0, 30, 20], [50, 40, 60, 64]])
-    found = Found((seen, torch.zeros(0, 4)), (torch.tensor([0.9, 0.5, 0.3]), torch.zeros(0)))
-    tap = [Tap("t", 8, 6)]
-    method = HierarchicalDistillation(tap, tap, Hierarchical(pyramid=1.0, confident=0.4, regions=2))
+    found = DetectionBatch((seen, torch.zeros(0, 4)), (torch.tensor([0.9, 0.5, 0.3]), torch.zeros(0)))
+    tap = [FeatureInfo("t", 8, 6)]
+    method = HKD(tap, tap, HKDConfig(pyramid=1.0, region_min_score=0.4, max_regions=2))
     mine, other = torch.randn(2, 2, 6, 8, 8, generator=chance)
-    silent = Prediction(
-        Branch(torch.zeros(2, 64), torch.zeros(2, 64, 4)), None, *anchor_points((64, 64), (8,)), (64, 64)
+    silent = DenseOutputs(
+        BranchOutputs(torch.zeros(2, 64), torch.zeros(2, 64, 4)), None, *make_anchors((64, 64), (8,)), (64, 64)
     )
 
     class Teacher:
-        def found(self, _output: object) -> Found:
+        def found(self, _output: object) -> DetectionBatch:
             return found
 
-    detector = Detector(STUDENT)
-    lesson = Lesson(mine, people, detector, Teacher(), silent, silent, [mine], [other], norm_alone)
+    detector = HKDDetector(STUDENT)
+    lesson = DistillationBatch(mine, people, detector, Teacher(), silent, silent, [mine], [other], clamp_min_one)
     terms = method(lesson)
     adapted = method.adapters[0](mine)
     read = torch.stack([boxes[0, 0], seen[0], seen[1], boxes[1, 0], boxes[1, 1]])
-    regions = region_errors([adapted], [other], (8,), read, torch.tensor([0, 0, 0, 1, 1]))
+    regions = roi_feature_loss([adapted], [other], (8,), read, torch.tensor([0, 0, 0, 1, 1]))
     torch.testing.assert_close(terms["hkd_region"], regions.mean())
-    inside = points_inside(silent.points, boxes) & real[..., None]
-    balanced = balanced_mean(imitation_error(adapted, other), inside.any(1).view(2, 8, 8), 0.5)
+    inside = points_in_boxes(silent.anchor_points, boxes) & real[..., None]
+    balanced = fg_balanced_mean(pkd_loss(adapted, other), inside.any(1).view(2, 8, 8), 0.5)
     torch.testing.assert_close(terms["hkd_pyramid"], balanced.mean())
 
 
-def test_no_steps_maps_outlive_the_step(pair: tuple[Detector, Detector]) -> None:
+def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -> None:
     """Whoever still held a map, its output would not be gone when the step's own names are."""
     student, teacher = pair
-    distiller = Distiller(student, teacher, Methods.of("hkd,noise"))
+    distiller = DistillationLoss(student, teacher, DistillConfig.from_names("hkd,noise"))
     alive: list[weakref.ref[torch.Tensor]] = []
-    names = [(student, tap.name) for tap in student.taps()] + [(teacher, tap.name) for tap in teacher.taps()]
+    names = [(student, tap.name) for tap in student.feature_info()] + [
+        (teacher, tap.name) for tap in teacher.feature_info()
+    ]
     for network, name in names:
         network.get_submodule(name).register_forward_hook(lambda _m, _i, out: alive.append(weakref.ref(out)))
 
     def step(strength: float) -> None:
         output = student(PICTURE)
         if strength > 0:
-            torch.stack(list(distiller(PICTURE, output, PERSON, strength, norm_alone).values())).sum().backward()
+            torch.stack(list(distiller(PICTURE, output, PERSON, strength, clamp_min_one).values())).sum().backward()
         else:
-            distiller.skip()
+            distiller.clear()
 
     gc.disable()  # what only the collector frees is held for too long
     try:
@@ -215,23 +217,23 @@ def test_no_steps_maps_outlive_the_step(pair: tuple[Detector, Detector]) -> None
         gc.enable()
 
 
-def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[Detector, Detector]) -> None:
+def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical(confident=1.1)))
-    terms = distiller(PICTURE, student(PICTURE), truth(), 1.0, norm_alone)
+    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig(region_min_score=1.1)))
+    terms = distiller(PICTURE, student(PICTURE), truth(), 1.0, clamp_min_one)
     torch.stack(list(terms.values())).sum().backward()
     assert terms["hkd_region"] == 0
     assert all(torch.isfinite(term) for term in terms.values())
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[Detector, Detector]) -> None:
+def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = Distiller(student, teacher, Methods(hkd=Hierarchical()))
+    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
     optimizer = torch.optim.Adam([*student.parameters(), *distiller.parameters()], lr=3e-3)
     course = []
     for _ in range(25):
-        terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, norm_alone)
+        terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()

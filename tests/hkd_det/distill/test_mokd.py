@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.arbiter import Arbiter, Together
-from hkd_det.distill.arbitration import Arbitration, Gram, judge
-from hkd_det.distill.mokd import AmortisedArbiter, GradientArbiter
-from hkd_det.distill.reach import reached
-from hkd_det.distill.taps import TapRecorder
-from hkd_det.models.tap import Tap
+from hkd_det.distill.arbiter import GradientBalancer, SumBalancer
+from hkd_det.distill.arbitration import GramMatrix, MoKDConfig, solve_loss_weights
+from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer
+from hkd_det.distill.reach import reachable_parameters
+from hkd_det.distill.taps import FeatureHooks
+from hkd_det.models.tap import FeatureInfo
 
-EPS = Arbitration().eps
+EPS = MoKDConfig().eps
 INPUTS = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
-TAPS = [Tap("fine", 8, 4), Tap("coarse", 16, 2)]
+TAPS = [FeatureInfo("fine", 8, 4), FeatureInfo("coarse", 16, 2)]
 TASK_ONLY, TEACHER_ONLY = {"head.weight", "head.bias"}, {"adapter.weight", "adapter.bias"}
 IDLE = {"idle.weight", "idle.bias"}
 
@@ -44,11 +44,11 @@ def in_place(_tensors: object) -> None:
     """The mean over one process."""
 
 
-def arbiter(net: Net, settings: Arbitration) -> Arbiter:
-    if settings.rule == "amortised":
-        return AmortisedArbiter(settings, list(net.parameters()), in_place)
-    taps = TapRecorder(net, TAPS) if settings.at == "feature" else None
-    return GradientArbiter(settings, list(net.parameters()), taps, in_place)
+def arbiter(net: Net, settings: MoKDConfig) -> GradientBalancer:
+    if settings.solver == "amortised":
+        return AmortizedBalancer(settings, list(net.parameters()), in_place)
+    taps = FeatureHooks(net, TAPS) if settings.gradient_level == "feature" else None
+    return GradientSpaceBalancer(settings, list(net.parameters()), taps, in_place)
 
 
 def by_hand(net: Net) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -76,29 +76,29 @@ def assert_gradients(net: Net, task: float, taught: float, teacher_only: float =
             torch.testing.assert_close(parameter.grad, task * own[name] + taught * other[name])
 
 
-def gram_of(own: Tensor, other: Tensor) -> Gram:
-    return Gram((own @ own).item(), (own @ other).item(), (other @ other).item())
+def gram_of(own: Tensor, other: Tensor) -> GramMatrix:
+    return GramMatrix((own @ own).item(), (own @ other).item(), (other @ other).item())
 
 
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
 def test_at_the_parameters_the_gradients_are_autograds(net: Net, rule: str) -> None:
-    settings = Arbitration(rule)  # type: ignore[arg-type]
+    settings = MoKDConfig(rule)  # type: ignore[arg-type]
     told = arbiter(net, settings).backward(*net.losses(), 1.0)
     shared = sorted({name for name, _ in net.named_parameters()} - TASK_ONLY - TEACHER_ONLY - IDLE)
     own, other = (torch.cat([one[name].flatten() for name in shared]) for one in by_hand(net))
     task, taught = (loss.item() for loss in net.losses())
-    verdict = judge(settings, gram_of(own, other), task, taught)
-    assert_gradients(net, verdict.task, verdict.taught)
+    verdict = solve_loss_weights(settings, gram_of(own, other), task, taught)
+    assert_gradients(net, verdict.det_loss_scale, verdict.distill_loss_scale)
     assert told["mokd_cosine"] == pytest.approx(torch.cosine_similarity(own, other, dim=0).item(), rel=1e-4)
     ratio = (own.norm() / (task + EPS)) / (other.norm() / (taught + EPS))
     assert told["mokd_dominance"] == pytest.approx(math.log10(ratio), rel=1e-4)
-    assert told["mokd_share"] == pytest.approx(verdict.share)
+    assert told["mokd_share"] == pytest.approx(verdict.det_weight)
 
 
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
 def test_at_the_taps_the_maps_gradients_decide(net: Net, rule: str) -> None:
     """By hand: the coarse map also speaks through the fine one's gradient, as it is computed from it."""
-    settings = Arbitration(rule, at="feature")  # type: ignore[arg-type]
+    settings = MoKDConfig(rule, gradient_level="feature")  # type: ignore[arg-type]
     arbiter(net, settings).backward(*net.losses(), 1.0)
     found = []
     for index in (0, 1):
@@ -112,13 +112,13 @@ def test_at_the_taps_the_maps_gradients_decide(net: Net, rule: str) -> None:
         )
         gradients = torch.autograd.grad(loss, [fine, coarse])
         found.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    verdict = judge(settings, gram_of(*found), *(loss.item() for loss in net.losses()))
-    assert_gradients(net, verdict.task, verdict.taught)
+    verdict = solve_loss_weights(settings, gram_of(*found), *(loss.item() for loss in net.losses()))
+    assert_gradients(net, verdict.det_loss_scale, verdict.distill_loss_scale)
 
 
 def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
     """Over some steps of descent on the net, the logits against autograd's gradient of the half square."""
-    settings = Arbitration("amortised", rate=0.5, decay=0.1)
+    settings = MoKDConfig("amortised", lr=0.5, weight_decay=0.1)
     amortised = arbiter(net, settings)
     logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     for _ in range(5):
@@ -137,25 +137,25 @@ def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
             for parameter in net.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(0.1 * parameter.grad)
-    assert amortised.state() == pytest.approx({"task": logits[0].item(), "taught": logits[1].item()}, rel=1e-5)
+    assert amortised.state_dict() == pytest.approx({"task": logits[0].item(), "taught": logits[1].item()}, rel=1e-5)
     assert logits.abs().min() > 0.01
     twin = arbiter(net, settings)
-    twin.restore(amortised.state())
+    twin.load_state_dict(amortised.state_dict())
     assert twin.backward(*net.losses(), 1.0) == amortised.backward(*net.losses(), 1.0)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [Arbitration("min-norm"), Arbitration("bisector", at="feature"), Arbitration("amortised")],
+    [MoKDConfig("min-norm"), MoKDConfig("bisector", gradient_level="feature"), MoKDConfig("amortised")],
     ids=lambda s: s.rule,
 )
-def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: Arbitration) -> None:
+def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: MoKDConfig) -> None:
     made = arbiter(net, settings)
     task, _ = net.losses()
     assert made.backward(task, None, 0.0) == {}
     plain = Net()
     plain.load_state_dict(net.state_dict())
-    Together().backward(plain.losses()[0], None, 0.0)
+    SumBalancer().backward(plain.losses()[0], None, 0.0)
     for mine, other in zip(net.parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None)
         if mine.grad is not None:
@@ -165,7 +165,7 @@ def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: Arbitrat
 @pytest.mark.parametrize("at", ["parameters", "feature"])
 def test_following_min_norm_both_losses_fall(net: Net, at: str) -> None:
     """To first order: a small step along the arbitrated gradient lowers the logs of both."""
-    made = arbiter(net, Arbitration("min-norm", at=at))  # type: ignore[arg-type]
+    made = arbiter(net, MoKDConfig("min-norm", gradient_level=at))  # type: ignore[arg-type]
     before = torch.stack(net.losses()).log()
     made.backward(*net.losses(), 1.0)
     with torch.no_grad():
@@ -176,8 +176,8 @@ def test_following_min_norm_both_losses_fall(net: Net, at: str) -> None:
     assert (after < before).all()
 
 
-@pytest.mark.parametrize("settings", [Arbitration(), Arbitration(at="feature"), Arbitration("amortised")])
-def test_the_teacher_fades_with_its_strength(net: Net, settings: Arbitration) -> None:
+@pytest.mark.parametrize("settings", [MoKDConfig(), MoKDConfig(gradient_level="feature"), MoKDConfig("amortised")])
+def test_the_teacher_fades_with_its_strength(net: Net, settings: MoKDConfig) -> None:
     """A quarter of the full step and three quarters of the task's own gradient, though log losses hear no scale."""
     full, quarter = Net(), Net()
     full.load_state_dict(net.state_dict())
@@ -196,13 +196,13 @@ def test_the_teacher_fades_with_its_strength(net: Net, settings: Arbitration) ->
 def test_reach_is_where_autograd_gives_a_gradient(net: Net) -> None:
     for loss in net.losses():
         given = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
-        assert reached(loss, list(net.parameters())).tolist() == [float(one is not None) for one in given]
+        assert reachable_parameters(loss, list(net.parameters())).tolist() == [float(one is not None) for one in given]
 
 
 def test_equal_gradients_of_two_parameters_are_clipped_once() -> None:
     """Autograd may hand one tensor out twice, and clipping writes in place."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    made = AmortisedArbiter(Arbitration("amortised"), [a, b], in_place)
+    made = AmortizedBalancer(MoKDConfig("amortised"), [a, b], in_place)
     made.backward((a + b).square().sum(), None, 0.0)
     torch.nn.utils.clip_grad_norm_([a, b], 1.0)
     assert torch.stack([a.grad, b.grad]).norm().item() == pytest.approx(1.0, rel=1e-4)

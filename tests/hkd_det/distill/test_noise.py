@@ -6,33 +6,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.distill.detections import DetectionTerms
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.lesson import Lesson
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.noise import Noise, NoisyTeacher
-from hkd_det.distill.noisy_logits import NoisyLogits, balanced_l2
+from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.noise import NoisyTeacher, NoisyTeacherConfig
+from hkd_det.distill.noisy_logits import NoisyLogitLoss, fg_balanced_l2
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import norm_alone
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
-from hkd_det.models.prediction import Found
+from hkd_det.losses.detection import clamp_min_one
+from hkd_det.models.assignment import Targets
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.prediction import DetectionBatch
 
 ANCHORS = (16, 32, 64, 128, 256)
-TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=ANCHORS)
-DENSE = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-COARSE = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, strides=(16, 32), channels=16)
+TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
+DENSE = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+COARSE = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, strides=(16, 32), channels=16)
 PICTURES = torch.randint(0, 255, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-PEOPLE = TruthBatch(
+PEOPLE = Targets(
     torch.tensor([[[10.0, 10.0, 40.0, 60.0]], [[30.0, 5.0, 50.0, 55.0]]]),
     torch.ones(2, 1, dtype=torch.bool),
     torch.zeros(2, 1, dtype=torch.bool),
 )
-Make = Callable[[], PersonDetector]
-MAKE: dict[str, Make] = {"dense": lambda: Detector(DENSE), "two-stage": lambda: FasterRcnn(TWO_STAGE)}
+Make = Callable[[], BaseDetector]
+MAKE: dict[str, Make] = {"dense": lambda: HKDDetector(DENSE), "two-stage": lambda: FasterRCNN(TWO_STAGE)}
 
 
 @pytest.fixture(autouse=True)
@@ -40,22 +40,22 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def perturbed(noise: Noise, logits: Tensor) -> Tensor:
-    return NoisyTeacher(noise).logits(logits)
+def perturbed(noise: NoisyTeacherConfig, logits: Tensor) -> Tensor:
+    return NoisyTeacher(noise).perturb_logits(logits)
 
 
-def terms_of(student: PersonDetector, teacher: PersonDetector, methods: Methods) -> dict[str, Tensor]:
+def terms_of(student: BaseDetector, teacher: BaseDetector, methods: DistillConfig) -> dict[str, Tensor]:
     """The terms of one batch, adapters the same whatever the methods."""
     torch.manual_seed(1)
-    distiller = Distiller(student, teacher, methods)
-    return distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, norm_alone)
+    distiller = DistillationLoss(student, teacher, methods)
+    return distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one)
 
 
 def test_noise_has_the_published_mean_and_variance() -> None:
     """Mean z, variance alpha sigma^2 z^2, four standard errors allowed: a forgotten `1 +` would give mean 0."""
     z = torch.tensor([-6.0, 0.0, 2.0])
     alpha, sigma, count = 0.4, 0.5, 40_000
-    drawn = perturbed(Noise(alpha=alpha, sigma=sigma), z.expand(count, 3))
+    drawn = perturbed(NoisyTeacherConfig(alpha=alpha, sigma=sigma), z.expand(count, 3))
     variance = alpha * sigma**2 * z**2
     assert ((drawn.mean(0) - z).abs() <= 4 * (variance / count).sqrt()).all()
     # A mixture of N(0, sigma^2 z^2) with probability alpha has the fourth moment 3 alpha sigma^4 z^4.
@@ -66,7 +66,7 @@ def test_noise_has_the_published_mean_and_variance() -> None:
 @pytest.mark.parametrize("each", ["logit", "sample"])
 def test_every_sample_tosses_its_own_coin(each: str) -> None:
     z = torch.full((20_000, 5), 3.0)
-    factor = perturbed(Noise(alpha=0.3, sigma=0.5, each=each), z) / z  # type: ignore[arg-type]
+    factor = perturbed(NoisyTeacherConfig(alpha=0.3, sigma=0.5, granularity=each), z) / z  # type: ignore[arg-type]
     touched = factor != 1
     assert (touched.all(1) | ~touched.any(1)).all()  # a sample as a whole, never some of its logits
     assert abs(touched[:, 0].float().mean().item() - 0.3) < 4 * (0.3 * 0.7 / 20_000) ** 0.5
@@ -80,14 +80,16 @@ def test_the_terms_gradient_is_that_of_finite_differences() -> None:
     student.requires_grad_()
 
     def loss(logits: Tensor) -> Tensor:
-        return balanced_l2(logits, noisy, teacher.sigmoid(), 0.3, norm_alone)
+        return fg_balanced_l2(logits, noisy, teacher.sigmoid(), 0.3, clamp_min_one)
 
     assert torch.autograd.gradcheck(loss, (student,))
 
 
 def test_the_term_by_hand() -> None:
     """Two points of score 0.75 and 0.25: people (0.75 * 2 + 0.25 * 8) / 1, the others (0.25 * 2 + 0.75 * 8) / 1."""
-    told = balanced_l2(torch.tensor([0.0, 0.0]), torch.tensor([2.0, -4.0]), torch.tensor([0.75, 0.25]), 0.4, norm_alone)
+    told = fg_balanced_l2(
+        torch.tensor([0.0, 0.0]), torch.tensor([2.0, -4.0]), torch.tensor([0.75, 0.25]), 0.4, clamp_min_one
+    )
     assert told.item() == pytest.approx(0.4 * 3.5 + 0.6 * 6.5)
 
 
@@ -95,7 +97,7 @@ def test_a_thousand_points_of_background_weigh_no_more_than_one_person() -> None
     student, teacher = torch.zeros(1, 1001, requires_grad=True), torch.full((1, 1001), -12.0)
     with torch.no_grad():
         teacher[0, 0] = 12.0
-    balanced_l2(student, teacher, teacher.sigmoid(), 0.5, norm_alone).backward()
+    fg_balanced_l2(student, teacher, teacher.sigmoid(), 0.5, clamp_min_one).backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad[0, 0].abs(), student.grad[0, 1:].abs().sum(), rtol=0.05, atol=0)
 
@@ -103,12 +105,12 @@ def test_a_thousand_points_of_background_weigh_no_more_than_one_person() -> None
 def test_noise_leaves_the_expected_gradient_of_l2_and_softens_sigmoid_targets() -> None:
     count = 20_000
     z, s = torch.tensor([-5.0, -2.0, 1.5, 4.0]), torch.tensor([0.5, -3.0, 1.0, 1.0])
-    noisy = perturbed(Noise(alpha=1.0, sigma=0.8), z.expand(count, 4))
+    noisy = perturbed(NoisyTeacherConfig(alpha=1.0, sigma=0.8), z.expand(count, 4))
     score = z.sigmoid()
 
     def gradient(targets: Tensor) -> Tensor:
         student = s.expand(len(targets), 4).clone().requires_grad_()
-        error = balanced_l2(student, targets, score.expand_as(targets), 0.5, norm_alone)
+        error = fg_balanced_l2(student, targets, score.expand_as(targets), 0.5, clamp_min_one)
         return len(targets) * torch.autograd.grad(error, student)[0]
 
     drawn, clean = gradient(noisy), gradient(z[None])[0]
@@ -125,8 +127,8 @@ def test_noise_leaves_the_expected_gradient_of_l2_and_softens_sigmoid_targets() 
 @pytest.mark.parametrize("student", MAKE)
 def test_alone_it_teaches_whatever_the_families(student: str, teacher: str) -> None:
     mine, other = MAKE[student]().train(), MAKE[teacher]()
-    distiller = Distiller(mine, other, Methods(noise=Noise(weight=1.0)))
-    terms = distiller(PICTURES, mine(PICTURES), PEOPLE, 1.0, norm_alone)
+    distiller = DistillationLoss(mine, other, DistillConfig(noisy_teacher=NoisyTeacherConfig(weight=1.0)))
+    terms = distiller(PICTURES, mine(PICTURES), PEOPLE, 1.0, clamp_min_one)
     assert terms.keys() == {"noise"} and terms["noise"] > 0
     terms["noise"].backward()
     assert not list(distiller.parameters())
@@ -140,49 +142,55 @@ def test_a_student_equal_to_its_teacher_learns_nothing_from_it_but_noise(family:
     twin = MAKE[family]().eval()
     with torch.no_grad():
         output = twin(PICTURES)
-        lesson = Lesson(PICTURES, PEOPLE, twin, twin, output, output, [], [], norm_alone)
-        quiet, loud = (NoisyLogits(Noise(alpha=1.0, sigma=sigma))(lesson)["noise"] for sigma in (0.0, 1.0))
+        lesson = DistillationBatch(PICTURES, PEOPLE, twin, twin, output, output, [], [], clamp_min_one)
+        quiet, loud = (
+            NoisyLogitLoss(NoisyTeacherConfig(alpha=1.0, sigma=sigma))(lesson)["noise"] for sigma in (0.0, 1.0)
+        )
     assert quiet == 0 and loud > 0
 
 
 def test_a_two_stage_teacher_judges_the_dense_students_best_boxes() -> None:
     """Told where the student is sure of itself, by a teacher that is asked about one box at a time."""
-    student, teacher = Detector(DENSE).eval(), FasterRcnn(TWO_STAGE).eval()
+    student, teacher = HKDDetector(DENSE).eval(), FasterRCNN(TWO_STAGE).eval()
     with torch.no_grad():
         mine, other = student(PICTURES), teacher(PICTURES)
-        lesson = Lesson(PICTURES, PEOPLE, student, teacher, mine, other, [], [], norm_alone)
-        told = NoisyLogits(Noise(weight=1.0, sigma=0.0))(lesson)["noise"]
+        lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, [], [], clamp_min_one)
+        told = NoisyLogitLoss(NoisyTeacherConfig(weight=1.0, sigma=0.0))(lesson)["noise"]
         s, z = [], []
         for b in range(2):
             for point in mine.many.logits[b].argsort(descending=True)[:64]:
                 alone = [torch.zeros(0, 4), torch.zeros(0, 4)]
                 alone[b] = mine.many.boxes_xyxy[b, point][None]
                 s.append(mine.many.logits[b, point])
-                z.append(teacher.regions(other, alone).logits[0])
-        wanted = balanced_l2(torch.stack(s), torch.stack(z), torch.stack(z).sigmoid(), 0.5, norm_alone)
+                z.append(teacher.forward_rois(other, alone).logits[0])
+        wanted = fg_balanced_l2(torch.stack(s), torch.stack(z), torch.stack(z).sigmoid(), 0.5, clamp_min_one)
     torch.testing.assert_close(told, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_second_stage_regresses_no_logits_of_doubles() -> None:
     """A dense teacher's silenced neighbour of a peak shows the person whom the peak stands for."""
-    student, teacher = FasterRcnn(TWO_STAGE).eval(), Detector(DENSE).eval()
+    student, teacher = FasterRCNN(TWO_STAGE).eval(), HKDDetector(DENSE).eval()
     best, beside = [10.0, 10.0, 40.0, 60.0], [11.0, 10.0, 41.0, 60.0]
     with torch.no_grad():
         mine, other = student(PICTURES), teacher(PICTURES)
         told = []
         for boxes, scores in (([best], [0.9]), ([best, beside], [0.9, 1e-9])):
-            lesson = Lesson(PICTURES, PEOPLE, student, teacher, mine, other, [], [], norm_alone)
-            lesson.__dict__["found"] = Found((torch.tensor(boxes),) * 2, (torch.tensor(scores),) * 2)
-            told.append(NoisyLogits(Noise(sigma=0.0))(lesson)["noise"])
+            lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, [], [], clamp_min_one)
+            lesson.__dict__["found"] = DetectionBatch((torch.tensor(boxes),) * 2, (torch.tensor(scores),) * 2)
+            told.append(NoisyLogitLoss(NoisyTeacherConfig(sigma=0.0))(lesson)["noise"])
     torch.testing.assert_close(told[1], told[0])
 
 
 def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
     """The scores change, maps and boxes don't; with features noisy, the maps do."""
-    student, teacher = Detector(DENSE).eval(), Detector(DENSE)
+    student, teacher = HKDDetector(DENSE).eval(), HKDDetector(DENSE)
     clean, scores, maps = (
-        terms_of(student, teacher, Methods(hkd=Hierarchical(region=0.0), noise=noise))
-        for noise in (None, Noise("targets", alpha=1.0), Noise("targets", alpha=1.0, sigma=0.0, features=0.5))
+        terms_of(student, teacher, DistillConfig(hkd=HKDConfig(region=0.0), noisy_teacher=noise))
+        for noise in (
+            None,
+            NoisyTeacherConfig("targets", alpha=1.0),
+            NoisyTeacherConfig("targets", alpha=1.0, sigma=0.0, feature_sigma=0.5),
+        )
     )
     assert clean.keys() == scores.keys() == maps.keys()
     assert scores["hkd_score"] != clean["hkd_score"] and scores["hkd_pyramid"] == clean["hkd_pyramid"]
@@ -190,27 +198,32 @@ def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
 
 
 def test_beside_hkd_the_l2_form_is_one_more_term_and_leaves_the_others() -> None:
-    student, teacher = Detector(DENSE).eval(), Detector(DENSE)
-    alone, both = (terms_of(student, teacher, methods) for methods in (Methods.of("hkd"), Methods.of("hkd,noise")))
+    student, teacher = HKDDetector(DENSE).eval(), HKDDetector(DENSE)
+    alone, both = (
+        terms_of(student, teacher, methods)
+        for methods in (DistillConfig.from_names("hkd"), DistillConfig.from_names("hkd,noise"))
+    )
     assert both.keys() == alone.keys() | {"noise"}
     assert all(both[name] == alone[name] for name in alone)
 
 
 def test_misuse_is_refused() -> None:
     with pytest.raises(UsageError, match="another method"):
-        Methods(noise=Noise("targets"))
+        DistillConfig(noisy_teacher=NoisyTeacherConfig("targets"))
     with pytest.raises(UsageError, match=r"noise\.form=targets"):
-        Noise(features=0.1)
+        NoisyTeacherConfig(feature_sigma=0.1)
     with pytest.raises(UsageError, match="probability"):
-        Noise(alpha=1.5)
+        NoisyTeacherConfig(alpha=1.5)
     with pytest.raises(UsageError, match="share"):
-        Noise(foreground=-0.1)
+        NoisyTeacherConfig(fg_ratio=-0.1)
     with pytest.raises(UsageError, match="maps noisy that hkd compares"):
-        Methods(noise=Noise("targets", features=0.1), detections=DetectionTerms())
+        DistillConfig(noisy_teacher=NoisyTeacherConfig("targets", feature_sigma=0.1), soft_labels=SoftLabelConfig())
     for unheard in ({"weight": 0.5}, {"foreground": 0.2}):
         with pytest.raises(UsageError, match="no term of its own"):
-            Noise("targets", **unheard)
-    student, teacher = Detector(DENSE), Detector(COARSE)
+            NoisyTeacherConfig("targets", **unheard)
+    student, teacher = HKDDetector(DENSE), HKDDetector(COARSE)
     with pytest.raises(UsageError, match="same pyramid strides"):
-        Distiller(student, teacher, Methods.of("noise"))
-    Distiller(student, teacher, Methods(noise=Noise("targets"), detections=DetectionTerms()))
+        DistillationLoss(student, teacher, DistillConfig.from_names("noise"))
+    DistillationLoss(
+        student, teacher, DistillConfig(noisy_teacher=NoisyTeacherConfig("targets"), soft_labels=SoftLabelConfig())
+    )

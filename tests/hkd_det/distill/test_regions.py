@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import roi_align as torchvision_roi_align
 
-from hkd_det.distill.pooling import pooled_regions, region_cells
-from hkd_det.distill.regions import region_errors
-from hkd_det.losses.imitation import imitation_error
+from hkd_det.distill.pooling import roi_align, roi_sampling_weights
+from hkd_det.distill.regions import roi_feature_loss
+from hkd_det.losses.imitation import pkd_loss
 
 STRIDES = (8, 16, 32)
 SIDE = 512
@@ -34,25 +35,25 @@ def test_errors_are_those_of_torchvisions_pooling() -> None:
         pool({str(stride): level for stride, level in zip(STRIDES, of_one, strict=True)}, REGIONS, [(SIDE, SIDE)] * 3)
         for of_one in (mine, other)
     )
-    expected = imitation_error(pooled, wanted).mean((1, 2))
+    expected = pkd_loss(pooled, wanted).mean((1, 2))
     assert expected.std() > 0.01
-    torch.testing.assert_close(region_errors(mine, other, STRIDES, BOXES, PICTURE), expected)
+    torch.testing.assert_close(roi_feature_loss(mine, other, STRIDES, BOXES, PICTURE), expected)
 
 
 def test_levels_may_differ_in_width() -> None:
     mine, other = maps(0, (3, 5, 7)), maps(1, (3, 5, 7))
     for level in mine:
         level.requires_grad_()
-    errors = region_errors(mine, other, STRIDES, BOXES, PICTURE)
+    errors = roi_feature_loss(mine, other, STRIDES, BOXES, PICTURE)
     assert errors.shape == (5,)
     errors.sum().backward()
     assert all(level.grad is not None and level.grad.any() for level in mine)
-    torch.testing.assert_close(region_errors(other, other, STRIDES, BOXES, PICTURE), torch.zeros(5))
+    torch.testing.assert_close(roi_feature_loss(other, other, STRIDES, BOXES, PICTURE), torch.zeros(5))
 
 
 def test_no_regions_give_no_errors() -> None:
     mine = maps(0, (3, 5, 7))
-    assert region_errors(mine, mine, STRIDES, BOXES[:0], PICTURE[:0]).shape == (0,)
+    assert roi_feature_loss(mine, mine, STRIDES, BOXES[:0], PICTURE[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -72,8 +73,8 @@ def test_pooling_is_torchvisions_in_value_and_gradient(layout: torch.memory_form
     boxes = torch.cat([boxes, 120 * torch.rand(20, 4, generator=chance) - 10])
     picture = torch.randint(0, 2, (len(boxes),), generator=chance)
     maps = torch.randn(2, 5, 12, 10, generator=chance).to(memory_format=layout).requires_grad_()
-    told = pooled_regions(maps, *region_cells(boxes, picture, 8, (12, 10)))
-    wanted = roi_align(maps, torch.cat([picture[:, None], boxes], 1), 7, 1 / 8, 2)
+    told = roi_align(maps, *roi_sampling_weights(boxes, picture, 8, (12, 10)))
+    wanted = torchvision_roi_align(maps, torch.cat([picture[:, None], boxes], 1), 7, 1 / 8, 2)
     torch.testing.assert_close(told, wanted, atol=1e-5, rtol=1e-4)
     weight = torch.randn(wanted.shape, generator=chance)
     mine, theirs = (torch.autograd.grad((weight * pooled).sum(), maps)[0] for pooled in (told, wanted))

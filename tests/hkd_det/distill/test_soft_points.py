@@ -10,54 +10,54 @@ from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
 from hkd_det.distill import soft_points
-from hkd_det.distill.detections import DetectionTerms
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.lesson import Lesson
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.noise import Noise, NoisyTeacher
-from hkd_det.distill.soft_points import LEAST
-from hkd_det.distill.soft_regions import soft_regions
-from hkd_det.losses.detection import norm_alone
-from hkd_det.losses.soft_score import soft_score_loss
-from hkd_det.models.assignment import Targets, TruthBatch
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
-from hkd_det.models.points import anchor_points, decode_boxes
-from hkd_det.models.prediction import Branch, Found, Prediction
-from hkd_det.models.yolo import YoloDetector, YoloSpec, yolo_spec
+from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.noise import NoisyTeacher, NoisyTeacherConfig
+from hkd_det.distill.soft_points import MIN_TEACHER_SCORE
+from hkd_det.distill.soft_regions import roi_soft_label_losses
+from hkd_det.losses.detection import clamp_min_one
+from hkd_det.losses.soft_score import quality_focal_kd_loss
+from hkd_det.models.assignment import AssignResult, Targets
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.points import dist2bbox, make_anchors
+from hkd_det.models.prediction import BranchOutputs, DenseOutputs, DetectionBatch
+from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 
 HW = (64, 96)
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-TWO_STAGE = FasterRcnnSpec(
-    "resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TWO_STAGE = FasterRCNNSpec(
+    "resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256)
 )  # fmt: skip
 BOX = [20.0, 4.0, 44.0, 60.0]
 PICTURES = torch.randint(0, 255, (2, 3, *HW), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def unknown(count: int = 1) -> TruthBatch:
+def unknown(count: int = 1) -> Targets:
     """Truth of pictures without labels: one ignore region each."""
     everywhere = torch.tensor([[[0.0, 0.0, HW[1], HW[0]]]]).expand(count, -1, -1)
-    return TruthBatch(everywhere, torch.zeros(count, 1, dtype=torch.bool), torch.ones(count, 1, dtype=torch.bool))
+    return Targets(everywhere, torch.zeros(count, 1, dtype=torch.bool), torch.ones(count, 1, dtype=torch.bool))
 
 
-def person(*box: float) -> TruthBatch:
-    return TruthBatch(torch.tensor([[box]]), torch.tensor([[True]]), torch.tensor([[False]]))
+def person(*box: float) -> Targets:
+    return Targets(torch.tensor([[box]]), torch.tensor([[True]]), torch.tensor([[False]]))
 
 
-def found(*scored: tuple[list[float], float], count: int = 1) -> Found:
+def found(*scored: tuple[list[float], float], count: int = 1) -> DetectionBatch:
     boxes = torch.tensor([box for box, _ in scored]).view(-1, 4)
-    return Found((boxes,) * count, (torch.tensor([score for _, score in scored]),) * count)
+    return DetectionBatch((boxes,) * count, (torch.tensor([score for _, score in scored]),) * count)
 
 
-def student(logits: Tensor, boxes: Tensor, sides: Tensor | None = None) -> Prediction:
-    points, strides = anchor_points(HW, (8, 16, 32))
-    return Prediction(Branch(logits, boxes, sides), None, points, strides, HW)
+def student(logits: Tensor, boxes: Tensor, sides: Tensor | None = None) -> DenseOutputs:
+    points, strides = make_anchors(HW, (8, 16, 32))
+    return DenseOutputs(BranchOutputs(logits, boxes, sides), None, points, strides, HW)
 
 
-def everywhere(box: list[float], score: float) -> Prediction:
+def everywhere(box: list[float], score: float) -> DenseOutputs:
     """A student that says the same box and score at each of its 126 points."""
     logit = math.log(score / (1 - score))
     return student(torch.full((1, 126), logit), torch.tensor(box).expand(1, 126, 4))
@@ -70,7 +70,9 @@ def divergence(p: float, t: float) -> float:
 def test_ten_points_are_asked_for_the_teachers_score_and_the_others_for_nothing() -> None:
     """All points lie inside the box at its exact place: ten of them answer, each by quality 1 times 0.6."""
     whole = [-1.0, -1.0, 97.0, 65.0]
-    score, box = soft_points.soft_points(everywhere(whole, 0.3), found((whole, 0.6)), unknown(), norm_alone)
+    score, box = soft_points.dense_soft_label_losses(
+        everywhere(whole, 0.3), found((whole, 0.6)), unknown(), clamp_min_one
+    )
     there, elsewhere = 0.3 * divergence(0.3, 0.6), 0.3 * divergence(0.3, 1e-4)
     assert score.item() == pytest.approx((10 * there + 116 * elsewhere) / (10 * 0.6), rel=1e-3)
     assert box.item() == pytest.approx(0, abs=1e-6)
@@ -79,7 +81,9 @@ def test_ten_points_are_asked_for_the_teachers_score_and_the_others_for_nothing(
 def test_silence_counts_as_much_as_it_is_told_to() -> None:
     whole = [-1.0, -1.0, 97.0, 65.0]
     full, half, none = (
-        soft_points.soft_points(everywhere(whole, 0.3), found((whole, 0.6)), unknown(), norm_alone, silence)[0].item()
+        soft_points.dense_soft_label_losses(
+            everywhere(whole, 0.3), found((whole, 0.6)), unknown(), clamp_min_one, silence
+        )[0].item()
         for silence in (1.0, 0.5, 0.0)
     )
     assert none == pytest.approx(10 * 0.3 * divergence(0.3, 0.6) / 6, rel=1e-3)
@@ -89,10 +93,10 @@ def test_silence_counts_as_much_as_it_is_told_to() -> None:
 def test_a_teachers_silence_is_no_evidence_against_an_annotated_person() -> None:
     """Points in the person's box are left alone, though the teacher sees nobody; those outside are not."""
     prediction = everywhere(BOX, 0.3)
-    logits = prediction.many.logits.clone().requires_grad_()
-    output = replace(prediction, many=replace(prediction.many, logits=logits))
-    soft_points.soft_points(output, found(), person(*BOX), norm_alone)[0].backward()
-    x, y = prediction.points.unbind(-1)
+    logits = prediction.one2many.logits.clone().requires_grad_()
+    output = replace(prediction, many=replace(prediction.one2many, logits=logits))
+    soft_points.dense_soft_label_losses(output, found(), person(*BOX), clamp_min_one)[0].backward()
+    x, y = prediction.anchor_points.unbind(-1)
     inside = (x > BOX[0]) & (x < BOX[2]) & (y > BOX[1]) & (y < BOX[3])
     assert inside.sum() > 10 and not logits.grad[0, inside].any() and (logits.grad[0, ~inside] > 0).all()
 
@@ -100,15 +104,17 @@ def test_a_teachers_silence_is_no_evidence_against_an_annotated_person() -> None
 def test_boxes_are_learnt_by_giou_weighted_by_the_target() -> None:
     """The student's box is the upper half of the teacher's: quality 0.5 at its ten best points, GIoU 0.5."""
     whole, half = [-1.0, -1.0, 97.0, 65.0], [-1.0, -1.0, 97.0, 32.0]
-    _, box = soft_points.soft_points(everywhere(half, 0.3), found((whole, 0.8)), unknown(), norm_alone)
+    _, box = soft_points.dense_soft_label_losses(everywhere(half, 0.3), found((whole, 0.8)), unknown(), clamp_min_one)
     weight = 10 * 0.5 * 0.8
     assert box.item() == pytest.approx(weight * 0.5 / max(weight, 1.0), rel=1e-4)
 
 
 def test_a_box_below_the_least_score_is_as_good_as_none() -> None:
     prediction = everywhere(BOX, 0.3)
-    none = soft_points.soft_points(prediction, found(), unknown(), norm_alone)
-    weak = soft_points.soft_points(prediction, found((BOX, LEAST - 1e-3)), unknown(), norm_alone)
+    none = soft_points.dense_soft_label_losses(prediction, found(), unknown(), clamp_min_one)
+    weak = soft_points.dense_soft_label_losses(
+        prediction, found((BOX, MIN_TEACHER_SCORE - 1e-3)), unknown(), clamp_min_one
+    )
     assert none[0] == weak[0] and none[1] == weak[1] == 0
 
 
@@ -117,20 +123,20 @@ def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPat
     chance = torch.Generator().manual_seed(1)
     logits = (torch.randn(1, 126, generator=chance, dtype=torch.double) - 1).requires_grad_()
     sides = torch.randn(1, 126, 4, 8, generator=chance, dtype=torch.double).requires_grad_()
-    points, strides = anchor_points(HW, (8, 16, 32))
+    points, strides = make_anchors(HW, (8, 16, 32))
     told = found((BOX, 0.7), ([60.0, 10.0, 80.0, 60.0], 0.4))
 
     def terms(values: Tensor) -> tuple[Tensor, Tensor]:
-        boxes = decode_boxes(values, points, strides)
-        return soft_points.soft_points(student(logits, boxes, values), told, unknown(), norm_alone)
+        boxes = dist2bbox(values, points, strides)
+        return soft_points.dense_soft_label_losses(student(logits, boxes, values), told, unknown(), clamp_min_one)
 
-    kept: list[Targets] = []
-    work_out = soft_points.soft_targets
+    kept: list[AssignResult] = []
+    work_out = soft_points.assign_soft_targets
     monkeypatch.setattr(soft_points, "soft_targets", lambda *given: kept.append(work_out(*given)) or kept[0])
     score, box = terms(sides)
     (of_score,) = torch.autograd.grad(score, logits, retain_graph=True)
-    s, t = logits.detach().sigmoid(), kept[0].quality.double().clamp(1e-4)
-    norm = kept[0].quality.sum().clamp(min=1)
+    s, t = logits.detach().sigmoid(), kept[0].target_scores.double().clamp(1e-4)
+    norm = kept[0].target_scores.sum().clamp(min=1)
     torch.testing.assert_close(of_score, (s - t).abs() * (s - t) / norm, atol=1e-7, rtol=1e-4)
     (of_box,) = torch.autograd.grad(box, sides)
     assert of_box.abs().sum() > 0.01
@@ -147,22 +153,22 @@ def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(
     torch.manual_seed(0)
     detector = detector_of(family)
     taught = found((BOX, 0.9), ([60.0, 10.0, 84.0, 62.0], 0.5), count=2)
-    distiller = Distiller(detector, Told(taught), Methods(detections=DetectionTerms()))
+    distiller = DistillationLoss(detector, Told(taught), DistillConfig(soft_labels=SoftLabelConfig()))
     optimizer = torch.optim.Adam(detector.parameters(), lr=5e-3)
     detector.train()
     for _ in range(60):
-        terms = distiller(PICTURES, detector(PICTURES), unknown(2), 1.0, norm_alone)
+        terms = distiller(PICTURES, detector(PICTURES), unknown(2), 1.0, clamp_min_one)
         assert terms.keys() == {"soft_score", "soft_box"}
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
     with torch.no_grad():
         output = detector(PICTURES)
-        if isinstance(detector, FasterRcnn):
+        if isinstance(detector, FasterRCNN):
             output = replace(
                 output, proposals=tuple(box + torch.tensor([2.0, 1.0, -1.0, 2.0]) for box in taught.boxes_xyxy)
             )
-        answers = detector.found(output)
+        answers = detector.postprocess(output)
     for boxes, scores in zip(answers.boxes_xyxy, answers.scores, strict=True):
         overlap = box_iou(taught.boxes_xyxy[0], boxes[:2])
         assert overlap.max(1).values.min() > 0.8, (boxes[:3], scores[:3])
@@ -172,12 +178,12 @@ def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(
 
 def test_in_regions_scores_are_a_mean_and_boxes_are_weighted_by_the_teachers_score() -> None:
     torch.manual_seed(0)
-    pupil = FasterRcnn(TWO_STAGE).eval()
+    pupil = FasterRCNN(TWO_STAGE).eval()
     told = found((BOX, 0.9), ([60.0, 2.0, 80.0, 50.0], 0.2))
     with torch.no_grad():
         output = replace(pupil(PICTURES[:1]), proposals=(torch.tensor([[0.0, 0.0, 4.0, 4.0]]),))  # near nobody
-        score, box = soft_regions(pupil, output, told, norm_alone)
-        answer = pupil.regions(output, told.boxes_xyxy)
+        score, box = roi_soft_label_losses(pupil, output, told, clamp_min_one)
+        answer = pupil.forward_rois(output, told.boxes_xyxy)
     wanted, weights = (torch.distributions.Bernoulli(probs=told.scores[0]), told.scores[0])
     divergence = torch.distributions.kl_divergence(wanted, torch.distributions.Bernoulli(logits=answer.logits))
     torch.testing.assert_close(score, divergence.mean(), rtol=1e-4, atol=1e-6)
@@ -188,14 +194,14 @@ def test_in_regions_scores_are_a_mean_and_boxes_are_weighted_by_the_teachers_sco
 class Told(torch.nn.Module):
     """A teacher that always finds the same."""
 
-    def __init__(self, answer: Found) -> None:
+    def __init__(self, answer: DetectionBatch) -> None:
         super().__init__()
         self.answer = answer
 
-    def forward(self, _pictures: Tensor) -> Found:
+    def forward(self, _pictures: Tensor) -> DetectionBatch:
         return self.answer
 
-    def found(self, output: Found, top: int = 100) -> Found:
+    def found(self, output: DetectionBatch, top: int = 100) -> DetectionBatch:
         assert top >= 2
         return output
 
@@ -203,20 +209,20 @@ class Told(torch.nn.Module):
         return []
 
 
-def detector_of(family: str) -> PersonDetector:
+def detector_of(family: str) -> BaseDetector:
     match family:
         case "ours":
-            return Detector(TINY)
+            return HKDDetector(TINY)
         case "yolo":
-            return YoloDetector(thin("yolo11n"))
+            return UltralyticsDetector(thin("yolo11n"))
         case _:
-            return FasterRcnn(TWO_STAGE)
+            return FasterRCNN(TWO_STAGE)
 
 
-def thin(name: str) -> YoloSpec:
-    layout = deepcopy(yolo_spec(name).layout)
+def thin(name: str) -> UltralyticsSpec:
+    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
-    return YoloSpec(name, {**layout, "nc": 1})
+    return UltralyticsSpec(name, {**layout, "nc": 1})
 
 
 @pytest.mark.parametrize("teacher", ["ours", "yolo", "faster-rcnn"])
@@ -224,8 +230,8 @@ def thin(name: str) -> YoloSpec:
 def test_every_family_teaches_every_family_by_its_detections(teacher: str, pupil: str) -> None:
     torch.manual_seed(0)
     mine = detector_of(pupil).train()
-    distiller = Distiller(mine, detector_of(teacher), Methods(detections=DetectionTerms()))
-    terms = distiller(PICTURES, mine(PICTURES), unknown(2), 1.0, norm_alone)
+    distiller = DistillationLoss(mine, detector_of(teacher), DistillConfig(soft_labels=SoftLabelConfig()))
+    terms = distiller(PICTURES, mine(PICTURES), unknown(2), 1.0, clamp_min_one)
     torch.stack(list(terms.values())).sum().backward()
     assert terms.keys() == {"soft_score", "soft_box"} and all(torch.isfinite(term) for term in terms.values())
     assert any(p.grad is not None and p.grad.any() for p in mine.parameters())
@@ -234,15 +240,15 @@ def test_every_family_teaches_every_family_by_its_detections(teacher: str, pupil
 def test_hkd_teaches_by_detections_where_the_two_have_no_points_in_common() -> None:
     """A two-stage teacher, and one of ours with other strides, over our student."""
     torch.manual_seed(0)
-    coarse = Detector(replace(TINY, strides=(16, 32)))
-    for teacher in (FasterRcnn(TWO_STAGE), coarse):
-        mine = Detector(TINY).train()
-        distiller = Distiller(mine, teacher, Methods(hkd=Hierarchical()))
+    coarse = HKDDetector(replace(TINY, strides=(16, 32)))
+    for teacher in (FasterRCNN(TWO_STAGE), coarse):
+        mine = HKDDetector(TINY).train()
+        distiller = DistillationLoss(mine, teacher, DistillConfig(hkd=HKDConfig()))
         output = mine(PICTURES)
-        terms = distiller(PICTURES, output, unknown(2), 1.0, norm_alone)
+        terms = distiller(PICTURES, output, unknown(2), 1.0, clamp_min_one)
         with torch.no_grad():
-            told = teacher.eval().found(teacher(PICTURES))
-        score, box = soft_points.soft_points(output, told, unknown(2), norm_alone)
+            told = teacher.eval().postprocess(teacher(PICTURES))
+        score, box = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
         torch.testing.assert_close(terms["hkd_score"], score)
         torch.testing.assert_close(terms["hkd_box"], 0.5 * box)
         assert score > 0
@@ -251,10 +257,10 @@ def test_hkd_teaches_by_detections_where_the_two_have_no_points_in_common() -> N
 def test_a_one_to_one_branch_with_boxes_of_its_own_hears_hkd_of_them_too() -> None:
     """YOLO26's is what is deployed, and nothing that `many` learns about boxes reaches it."""
     torch.manual_seed(0)
-    mine, teacher = YoloDetector(thin("yolo26n")).train(), Detector(TINY)
-    distiller = Distiller(mine, teacher, Methods(hkd=Hierarchical(box=1.0)))
+    mine, teacher = UltralyticsDetector(thin("yolo26n")).train(), HKDDetector(TINY)
+    distiller = DistillationLoss(mine, teacher, DistillConfig(hkd=HKDConfig(box=1.0)))
     output = mine(PICTURES)
-    told = distiller(PICTURES, output, unknown(2), 1.0, norm_alone)["hkd_box"]
+    told = distiller(PICTURES, output, unknown(2), 1.0, clamp_min_one)["hkd_box"]
     with torch.no_grad():
         other = teacher(PICTURES)
     assert output.one is not None and output.one.learns_boxes and other.one is not None
@@ -273,18 +279,20 @@ def test_a_one_to_one_branch_with_boxes_of_its_own_hears_hkd_of_them_too() -> No
 def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -> None:
     """YOLO11 over ours: its points one by one for `many`, what is left after suppression for `one`."""
     torch.manual_seed(0)
-    mine, teacher = Detector(TINY).train(), YoloDetector(thin("yolo11n"))
-    distiller = Distiller(mine, teacher, Methods(hkd=Hierarchical()))
+    mine, teacher = HKDDetector(TINY).train(), UltralyticsDetector(thin("yolo11n"))
+    distiller = DistillationLoss(mine, teacher, DistillConfig(hkd=HKDConfig()))
     output = mine(PICTURES)
-    terms = distiller(PICTURES, output, unknown(2), 1.0, norm_alone)
+    terms = distiller(PICTURES, output, unknown(2), 1.0, clamp_min_one)
     with torch.no_grad():
         other = teacher.eval()(PICTURES)
-        told = teacher.found(other)
+        told = teacher.postprocess(other)
     assert output.one is not None and other.one is None
-    pointwise = soft_score_loss(output.many.logits, other.many.logits).sum()
+    pointwise = quality_focal_kd_loss(output.many.logits, other.many.logits).sum()
     by_points = pointwise / other.many.logits.sigmoid().sum().clamp(min=1)
-    by_detections, boxes = soft_points.soft_points(output, told, unknown(2), norm_alone)
-    many_alone, boxes_alone = soft_points.soft_points(replace(output, one=None), told, unknown(2), norm_alone)
+    by_detections, boxes = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
+    many_alone, boxes_alone = soft_points.dense_soft_label_losses(
+        replace(output, one=None), told, unknown(2), clamp_min_one
+    )
     torch.testing.assert_close(terms["hkd_score"], by_points + by_detections - many_alone)
     torch.testing.assert_close(boxes, boxes_alone)  # ours has no boxes of its own in that branch
     (gradient,) = torch.autograd.grad(terms["hkd_score"], output.one.logits)
@@ -294,15 +302,15 @@ def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -
 def test_noise_multiplies_the_logits_of_a_black_boxs_scores() -> None:
     torch.manual_seed(0)
     told = found((BOX, 0.8), (BOX, 0.3), count=400)
-    noisy = NoisyTeacher(Noise(alpha=0.5, sigma=0.2, each="sample")).output(told)
-    assert isinstance(noisy, Found) and noisy.boxes_xyxy is told.boxes_xyxy
+    noisy = NoisyTeacher(NoisyTeacherConfig(alpha=0.5, sigma=0.2, granularity="sample")).perturb_outputs(told)
+    assert isinstance(noisy, DetectionBatch) and noisy.boxes_xyxy is told.boxes_xyxy
     factors = torch.stack(noisy.scores).logit() / torch.stack(told.scores).logit()
     torch.testing.assert_close(factors[:, 0], factors[:, 1])  # one for a whole picture
     still = (factors[:, 0] - 1).abs() < 1e-5
     assert 0.4 < still.float().mean() < 0.6
     moved = factors[~still, 0]
     assert moved.mean().item() == pytest.approx(1, abs=0.05) and moved.std().item() == pytest.approx(0.2, abs=0.04)
-    certain = NoisyTeacher(Noise(alpha=1.0)).found(found((BOX, 1.0), (BOX, 0.0)))
+    certain = NoisyTeacher(NoisyTeacherConfig(alpha=1.0)).perturb_detections(found((BOX, 1.0), (BOX, 0.0)))
     assert all(0 <= score <= 1 for score in certain.scores[0])
 
 
@@ -310,11 +318,13 @@ def test_a_lessons_detections_are_worked_out_once() -> None:
     class Counting(Told):
         asked = 0
 
-        def found(self, output: Found, top: int = 100) -> Found:
+        def found(self, output: DetectionBatch, top: int = 100) -> DetectionBatch:
             self.asked += 1
             return super().found(output, top)
 
     teacher = Counting(found((BOX, 0.5)))
-    mine = Detector(TINY)
-    lesson = Lesson(PICTURES, unknown(2), mine, teacher, mine(PICTURES), teacher.answer, [], [], norm_alone)
-    assert lesson.found is lesson.found and teacher.asked == 1
+    mine = HKDDetector(TINY)
+    lesson = DistillationBatch(
+        PICTURES, unknown(2), mine, teacher, mine(PICTURES), teacher.answer, [], [], clamp_min_one
+    )
+    assert lesson.teacher_detections is lesson.teacher_detections and teacher.asked == 1

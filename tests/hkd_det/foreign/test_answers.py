@@ -7,23 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.ops import nms
+from torchvision.ops import nms as torchvision_nms
 
-from hkd_det.foreign.answers import people, suppress
-from hkd_det.foreign.description import Description, Output
+from hkd_det.foreign.answers import decode_outputs, nms
+from hkd_det.foreign.description import OnnxModelConfig, OutputFormat
 
 INPUT_HW = (64, 96)
 PERSON = 2
 Rows = list[tuple[float, ...]]
 
 
-def described(output: Output, **changes: float) -> Description:
-    return Description(output, **{"person": PERSON, "conf": 0.1, "iou": 1.0, **changes})  # type: ignore[arg-type]
+def described(output: OutputFormat, **changes: float) -> OnnxModelConfig:
+    return OnnxModelConfig(output, **{"person": PERSON, "conf": 0.1, "iou": 1.0, **changes})  # type: ignore[arg-type]
 
 
-def said(output: Output, *arrays: np.ndarray, names: tuple[str, ...] = ("output",), **changes: float) -> list[Rows]:
+def said(
+    output: OutputFormat, *arrays: np.ndarray, names: tuple[str, ...] = ("output",), **changes: float
+) -> list[Rows]:
     """For each picture rows x1, y1, x2, y2, score."""
-    found = people(dict(zip(names, arrays, strict=True)), described(output, **changes), INPUT_HW)
+    found = decode_outputs(dict(zip(names, arrays, strict=True)), described(output, **changes), INPUT_HW)
     return [
         [(*box, score) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)] for boxes, scores in found
     ]
@@ -78,7 +80,7 @@ def test_suppression_keeps_whom_torchvision_keeps(seed: int, count: int, iou: fl
     corner = chance.uniform(0, 40, (count, 2))
     boxes = np.concatenate([corner, corner + chance.uniform(5, 40, (count, 2))], 1)
     falling = torch.arange(count, 0, -1, dtype=torch.float64)
-    assert suppress(boxes, iou).tolist() == nms(torch.from_numpy(boxes), falling, iou).tolist()
+    assert nms(boxes, iou).tolist() == torchvision_nms(torch.from_numpy(boxes), falling, iou).tolist()
 
 
 def test_the_description_s_overlap_decides_who_is_suppressed() -> None:
@@ -103,6 +105,6 @@ def test_no_answer_of_score_zero_comes_through_even_where_every_score_counts() -
         ("boxes-scores", (1, 5, 4), "outputs boxes and scores, found output"),
     ],
 )
-def test_other_shapes_than_described_are_told(output: Output, shape: tuple[int, ...], match: str) -> None:
+def test_other_shapes_than_described_are_told(output: OutputFormat, shape: tuple[int, ...], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         said(output, np.zeros(shape, np.float32))

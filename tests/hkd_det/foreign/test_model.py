@@ -10,11 +10,11 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
-from hkd_det.boxes import iou
+from hkd_det.boxes import box_iou
 from hkd_det.datasets.coco import read_coco
-from hkd_det.datasets.sample import read_picture
+from hkd_det.datasets.sample import read_image
 from hkd_det.errors import DataError
-from hkd_det.foreign.model import ForeignModel, open_foreign
+from hkd_det.foreign.model import OnnxDetector, open_onnx_detector
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 RECIPES = Path(__file__).parents[3] / "recipes" / "foreign"
@@ -52,9 +52,9 @@ def write_light_meter(
     return path
 
 
-def described(path: Path, **values: Any) -> ForeignModel:
+def described(path: Path, **values: Any) -> OnnxDetector:
     path.with_suffix(".yaml").write_text(yaml.safe_dump({"output": "boxes-scores", **values}))
-    return open_foreign(path)
+    return open_onnx_detector(path)
 
 
 def grey(value: int, hw: tuple[int, int] = HW) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_a_size_that_the_file_leaves_open_is_the_descriptions(tmp_path: Path) ->
 def test_what_is_wrong_is_one_line_with_the_file(tmp_path: Path) -> None:
     path = write_light_meter(tmp_path / "meter.onnx")
     with pytest.raises(DataError, match=r"meter\.onnx: none of hkd-export's models.*meter\.yaml"):
-        open_foreign(path)
+        open_onnx_detector(path)
     with pytest.raises(DataError, match=r"meter\.yaml: colour: no such setting; did you mean colours\?"):
         described(path, colour="bgr")
     with pytest.raises(DataError, match="no three colours in the layout NHWC"):
@@ -102,12 +102,12 @@ def test_what_is_wrong_is_one_line_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not what its description says of yolo-e2e: expected \[B, N, 6\]"):
         described(path, output="yolo-e2e")([grey(9)])
     with pytest.raises(DataError, match=r"other\.yaml: no such description"):
-        open_foreign(path, description=tmp_path / "other.yaml")
+        open_onnx_detector(path, config_path=tmp_path / "other.yaml")
     with pytest.raises(DataError, match=r"gone\.onnx: no such model file"):
-        open_foreign(tmp_path / "gone.onnx")
+        open_onnx_detector(tmp_path / "gone.onnx")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"meter\.onnx: ONNX Runtime .* cannot load it"):
-        open_foreign(path)
+        open_onnx_detector(path)
 
 
 def test_metadata_of_our_exports_goes_before_a_file_beside_it(tmp_path: Path) -> None:
@@ -116,22 +116,22 @@ def test_metadata_of_our_exports_goes_before_a_file_beside_it(tmp_path: Path) ->
     asked = {"layout": "NCHW", "color": "BGR", "letterbox": "top-left", "pad": 7}
     helper.set_model_props(model, {"hkd.format": "1", "hkd.preprocess": json.dumps(asked)})
     onnx.save(model, path)
-    found = described(path, conf=0.9).description
-    assert (found.colours, found.pad, found.conf) == ("bgr", 7, 0.0)
+    found = described(path, conf=0.9).config
+    assert (found.color_order, found.pad_value, found.conf) == ("bgr", 7, 0.0)
     helper.set_model_props(model, {"hkd.format": "1", "hkd.preprocess": "{}"})
     onnx.save(model, path)
     with pytest.raises(DataError, match=r"hkd\.preprocess is damaged"):
-        open_foreign(path)
+        open_onnx_detector(path)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="a real model and real pictures lie in ../shared/data")
 def test_a_real_foreign_detector_finds_the_people_of_real_pictures() -> None:
-    model = open_foreign(SHARED / "models" / "yolox_nano.onnx", description=RECIPES / "yolox.yaml", threads=1)
+    model = open_onnx_detector(SHARED / "models" / "yolox_nano.onnx", config_path=RECIPES / "yolox.yaml", threads=1)
     samples = read_coco(SHARED / "inria" / "test.json", SHARED / "inria")[:8]
     people = met = 0
     for sample in samples:
-        found = model([read_picture(sample.path)])[0].above(0.3)
-        tall = sample.truth.boxes_xyxy[~sample.truth.ignore & (sample.truth.heights_px >= 100)]
+        found = model([read_image(sample.path)])[0].filter(0.3)
+        tall = sample.ground_truth.boxes_xyxy[~sample.ground_truth.ignore & (sample.ground_truth.heights_px >= 100)]
         people += len(tall)
-        met += int((iou(tall, found.boxes_xyxy) >= 0.5).any(1).sum()) if len(found) else 0
+        met += int((box_iou(tall, found.boxes_xyxy) >= 0.5).any(1).sum()) if len(found) else 0
     assert people >= 8 and met >= 0.8 * people

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.foreign.description import Description
-from hkd_det.foreign.placement import Placement, as_input
+from hkd_det.foreign.description import OnnxModelConfig
+from hkd_det.foreign.placement import AlignedLetterbox, normalize_input
 
 PAD = 114
 side = st.integers(60, 300)
@@ -21,13 +21,13 @@ def test_a_painted_box_comes_back(how: str, source_hw: tuple[int, int], input_hw
     y2, x2 = (int(chance.integers(limit - limit // 3, limit + 1)) for limit in source_hw)
     picture = np.zeros((*source_hw, 3), np.uint8)
     picture[y1:y2, x1:x2] = 255
-    place = Placement.of(source_hw, input_hw, how)
+    place = AlignedLetterbox.from_resize_mode(source_hw, input_hw, how)
     placed = place.apply(picture, PAD)
     assert placed.shape == (*input_hw, 3)
     rows, columns = np.nonzero(placed[..., 0] > 127)
     found = np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]], np.float32)
     pixel = max(2.0, *(1.5 * a / b for a, b in zip(source_hw, place.content_hw, strict=True)))
-    assert np.abs(place.to_source(found) - [x1, y1, x2, y2]).max() <= pixel
+    assert np.abs(place.boxes_to_source(found) - [x1, y1, x2, y2]).max() <= pixel
 
 
 @settings(deadline=None, max_examples=25)
@@ -38,7 +38,7 @@ def test_proportions_are_kept_the_rest_is_grey_and_lies_where_it_should(
     picture = np.zeros((*source_hw, 3), np.uint8)
     free = {}
     for how in ("top-left", "centre"):
-        black = Placement.of(source_hw, input_hw, how).apply(picture, PAD)[..., 0] == 0
+        black = AlignedLetterbox.from_resize_mode(source_hw, input_hw, how).apply(picture, PAD)[..., 0] == 0
         rows, columns = np.flatnonzero(black.any(1)), np.flatnonzero(black.any(0))
         scale = min(a / b for a, b in zip(input_hw, source_hw, strict=True))
         assert abs(len(rows) - scale * source_hw[0]) <= 0.5 + 1e-6 or len(rows) == 1
@@ -50,8 +50,10 @@ def test_proportions_are_kept_the_rest_is_grey_and_lies_where_it_should(
 
 
 def test_boxes_are_cut_at_the_pictures_borders() -> None:
-    place = Placement.of((100, 200), (100, 100), "centre")  # half size, 25 px of grey above and below
-    back = place.to_source(np.array([[-10.0, 0.0, 120.0, 60.0], [10.0, 35.0, 20.0, 45.0]]))
+    place = AlignedLetterbox.from_resize_mode(
+        (100, 200), (100, 100), "centre"
+    )  # half size, 25 px of grey above and below
+    back = place.boxes_to_source(np.array([[-10.0, 0.0, 120.0, 60.0], [10.0, 35.0, 20.0, 45.0]]))
     assert back.tolist() == [[0, 0, 200, 70], [20, 20, 40, 40]]
 
 
@@ -60,8 +62,8 @@ def test_boxes_are_cut_at_the_pictures_borders() -> None:
 def test_numbers_are_pixel_by_pixel_what_the_description_asks_for(layout: str, colours: str) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3)).astype(np.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    description = Description("yolo-raw", layout=layout, colours=colours, white=1.0, mean=mean, std=std)  # type: ignore[arg-type]
-    numbers = as_input(picture, description, np.float32)
+    description = OnnxModelConfig("yolo-raw", layout=layout, color_order=colours, input_scale=1.0, mean=mean, std=std)  # type: ignore[arg-type]
+    numbers = normalize_input(picture, description, np.float32)
     assert numbers.dtype == np.float32 and numbers.flags.c_contiguous
     for b, y, x, c in np.ndindex(picture.shape):
         channel = c if colours == "rgb" else 2 - c
@@ -71,5 +73,5 @@ def test_numbers_are_pixel_by_pixel_what_the_description_asks_for(layout: str, c
 
 def test_plain_pixels_stay_what_they_are() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (1, 3, 4, 3)).astype(np.uint8)
-    numbers = as_input(picture, Description("boxes-scores", layout="NHWC"), np.uint8)
+    numbers = normalize_input(picture, OnnxModelConfig("boxes-scores", layout="NHWC"), np.uint8)
     assert numbers.dtype == np.uint8 and np.array_equal(numbers, picture)

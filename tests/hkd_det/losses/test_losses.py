@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Bernoulli, Categorical, kl_divergence
-from torchvision.ops import box_iou, generalized_box_iou_loss
+from torchvision.ops import box_iou as torchvision_box_iou
+from torchvision.ops import generalized_box_iou_loss as torchvision_giou_loss
 
 from hkd_det.losses.distribution_focal import distribution_focal_loss
-from hkd_det.losses.imitation import balanced_mean, imitation_error
-from hkd_det.losses.localisation import localisation_loss
-from hkd_det.losses.overlap import giou_loss, pairwise_iou
-from hkd_det.losses.soft_score import soft_score_loss
+from hkd_det.losses.imitation import fg_balanced_mean, pkd_loss
+from hkd_det.losses.localisation import localization_distillation_loss
+from hkd_det.losses.overlap import box_iou, generalized_box_iou_loss
+from hkd_det.losses.soft_score import quality_focal_kd_loss
 from hkd_det.losses.varifocal import varifocal_loss
 
 
@@ -27,8 +28,8 @@ def random_boxes(seed: int, count: int) -> torch.Tensor:
 @given(st.integers(0, 10_000))
 def test_overlaps_equal_torchvision(seed: int) -> None:
     a, b = random_boxes(seed, 5), random_boxes(seed + 1, 5)
-    torch.testing.assert_close(pairwise_iou(a[None], b[None])[0], box_iou(a, b))
-    torch.testing.assert_close(giou_loss(a, b), generalized_box_iou_loss(a, b), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(box_iou(a[None], b[None])[0], torchvision_box_iou(a, b))
+    torch.testing.assert_close(generalized_box_iou_loss(a, b), torchvision_giou_loss(a, b), atol=1e-4, rtol=1e-4)
 
 
 def test_varifocal_by_hand() -> None:
@@ -59,17 +60,17 @@ def test_distribution_focal_is_least_at_the_split_it_asks_for() -> None:
 def test_imitation_ignores_scale_and_offset_and_is_one_minus_pearson(seed: int, scale: float, offset: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, 3, 4, 5, 6, generator=generator)
-    assert imitation_error(a, a * scale + offset).max() < 1e-4
+    assert pkd_loss(a, a * scale + offset).max() < 1e-4
     stacked = torch.stack([a.flatten(2), b.flatten(2)])
     centred = stacked - stacked.mean(-1, keepdim=True)
     pearson = (centred[0] * centred[1]).sum(-1) / centred.square().sum(-1).sqrt().prod(0)
-    torch.testing.assert_close(imitation_error(a, b).mean((1, 2)), 1 - pearson.mean(1), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(imitation_error(a, -a).mean(), torch.tensor(2.0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pkd_loss(a, b).mean((1, 2)), 1 - pearson.mean(1), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pkd_loss(a, -a).mean(), torch.tensor(2.0), atol=1e-3, rtol=1e-3)
 
 
 def test_imitation_of_a_constant_map_is_finite() -> None:
     flat = torch.zeros(1, 2, 4, 4, requires_grad=True)
-    imitation_error(flat, torch.ones(1, 2, 4, 4)).sum().backward()
+    pkd_loss(flat, torch.ones(1, 2, 4, 4)).sum().backward()
     assert flat.grad is not None and torch.isfinite(flat.grad).all()
 
 
@@ -79,14 +80,14 @@ def test_balance_gives_people_their_share_whatever_their_area() -> None:
     people = torch.zeros(3, 4, 4, dtype=torch.bool)
     people[0, 0, 0] = True
     people[2] = True
-    torch.testing.assert_close(balanced_mean(error, people, 0.5), torch.tensor([4.0, 0.5, 0.5]))
+    torch.testing.assert_close(fg_balanced_mean(error, people, 0.5), torch.tensor([4.0, 0.5, 0.5]))
 
 
 def test_soft_scores_cost_nothing_in_agreement_and_pull_towards_the_teacher() -> None:
     teacher = torch.tensor([2.0, -3.0, 0.0])
-    torch.testing.assert_close(soft_score_loss(teacher, teacher), torch.zeros(3))
+    torch.testing.assert_close(quality_focal_kd_loss(teacher, teacher), torch.zeros(3))
     student = torch.tensor([0.0, 0.0, 1.0], requires_grad=True)
-    soft_score_loss(student, teacher).sum().backward()
+    quality_focal_kd_loss(student, teacher).sum().backward()
     s, t = student.detach().sigmoid(), teacher.sigmoid()
     torch.testing.assert_close(student.grad, (s - t).abs() * (s - t))
 
@@ -96,17 +97,17 @@ def test_soft_scores_are_bernoullis_divergence_weighted_by_the_difference(power:
     teacher, student = torch.tensor([2.0, -3.0, 0.5]), torch.tensor([-1.0, 0.0, 4.0])
     divergence = kl_divergence(Bernoulli(logits=teacher), Bernoulli(logits=student))
     weight = (teacher.sigmoid() - student.sigmoid()).abs() ** power
-    torch.testing.assert_close(soft_score_loss(student, teacher, power), weight * divergence)
+    torch.testing.assert_close(quality_focal_kd_loss(student, teacher, power), weight * divergence)
 
 
 def test_localisation_is_the_kl_divergence_of_the_sides_distributions() -> None:
     chance = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 4, 16, generator=chance)
     hot = [Categorical(logits=sides / 2) for sides in (teacher, student)]
-    torch.testing.assert_close(localisation_loss(student, teacher), 4 * kl_divergence(*hot).mean(-1))
-    torch.testing.assert_close(localisation_loss(teacher, teacher), torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(localization_distillation_loss(student, teacher), 4 * kl_divergence(*hot).mean(-1))
+    torch.testing.assert_close(localization_distillation_loss(teacher, teacher), torch.zeros(5), atol=1e-6, rtol=0)
     student = student.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda sides: localisation_loss(sides, teacher.double()), (student,))
+    assert torch.autograd.gradcheck(lambda sides: localization_distillation_loss(sides, teacher.double()), (student,))
 
 
 def test_imitation_has_the_gradient_of_finite_differences() -> None:
@@ -116,7 +117,7 @@ def test_imitation_has_the_gradient_of_finite_differences() -> None:
     weight = torch.rand(2, 3, 4, generator=chance)
 
     def loss(features: torch.Tensor) -> torch.Tensor:
-        return (weight * imitation_error(features, teacher)).sum()
+        return (weight * pkd_loss(features, teacher)).sum()
 
     student.requires_grad_()
     along = (torch.autograd.grad(loss(student), student)[0] * direction).sum()
@@ -134,7 +135,7 @@ def test_imitation_is_torchs_own_normalisation_in_value_and_gradient(layout: tor
     before = student.clone(), teacher.clone()
     weight = torch.rand(2, 6, 7, generator=chance)
     student.requires_grad_()
-    errors = imitation_error(student, teacher)
+    errors = pkd_loss(student, teacher)
     standardised = (torch.nn.functional.instance_norm(features) for features in (student, teacher))
     expected = 0.5 * (next(standardised) - next(standardised)).square().mean(1)
     torch.testing.assert_close(errors, expected)

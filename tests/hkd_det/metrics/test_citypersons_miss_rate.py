@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_det.boxes import xyxy_from_xywh
-from hkd_det.datasets import Truth
-from hkd_det.datasets.citypersons import _samples_from_mat
+from hkd_det.datasets import GroundTruth
+from hkd_det.datasets.citypersons import _read_mat_samples
 from hkd_det.detections import Detections
-from hkd_det.metrics.citypersons import REASONABLE, SETUPS, evaluate, match
-from hkd_det.metrics.curve import MissRate
-from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.metrics.citypersons import REASONABLE, SETUPS, evaluate, match_image
+from hkd_det.metrics.curve import MissRateResult
+from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 
 spec = importlib.util.spec_from_file_location("official", Path(__file__).with_name("official_citypersons.py"))
 assert spec is not None and spec.loader is not None
@@ -46,10 +46,10 @@ detections = st.tuples(boxes, st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]))
 pictures = st.lists(st.tuples(st.lists(truths, max_size=6), st.lists(detections, max_size=9)), min_size=1, max_size=8)
 
 
-def as_truth(records: list[dict[str, Any]]) -> Truth:
+def as_truth(records: list[dict[str, Any]]) -> GroundTruth:
     whole = np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4)
     visible = np.array([record["vis_bbox"] for record in records], np.float64).reshape(-1, 4)
-    return Truth(
+    return GroundTruth(
         xyxy_from_xywh(whole).astype(np.float32),
         np.array([bool(record["ignore"]) for record in records], bool),
         xyxy_from_xywh(visible).astype(np.float32),
@@ -74,11 +74,11 @@ def completed(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tables(data: list[Picture]) -> tuple[TruthTable, DetectionTable]:
+def tables(data: list[Picture]) -> tuple[GroundTruthTable, DetectionTable]:
     """As stored, in double precision: `height` and `vis_ratio` are the file's, not reckoned from the box."""
     records = [(number, record) for number, (truths, _) in enumerate(data) for record in truths]
     found = [(number, box, score) for number, (_, found) in enumerate(data) for box, score in found]
-    truth = TruthTable(
+    truth = GroundTruthTable(
         len(data),
         np.array([number for number, _ in records], np.intp),
         np.array([record["bbox"] for _, record in records], np.float64).reshape(-1, 4),
@@ -86,7 +86,7 @@ def tables(data: list[Picture]) -> tuple[TruthTable, DetectionTable]:
         np.array([record["vis_ratio"] for _, record in records], np.float64),
         np.array([bool(record["ignore"]) for _, record in records], bool),
     )
-    return truth, DetectionTable.sort(
+    return truth, DetectionTable.from_rows(
         np.array([number for number, _, _ in found], np.intp),
         np.array([box for _, box, _ in found], np.float64).reshape(-1, 4),
         np.array([score for _, _, score in found], np.float64),
@@ -94,9 +94,9 @@ def tables(data: list[Picture]) -> tuple[TruthTable, DetectionTable]:
 
 
 def both(data: list[Picture], strict: bool = False) -> list[tuple[float, float]]:
-    ours = evaluate(*tables(data), strict=strict)
+    ours = evaluate(*tables(data), zero_recall_before_curve=strict)
     return [
-        (ours[name].value, official.miss_rate(data, setup.height_px, setup.visibility, strict))
+        (ours[name].value, official.miss_rate(data, setup.height_px, setup.visible_ratio, strict))
         for name, setup in SETUPS.items()
     ]
 
@@ -125,8 +125,10 @@ def test_more_than_a_thousand_detections_a_picture() -> None:
     assert len(all_of_them.scores) < sum(box[3] > 40 for box, _ in found) - 200
 
 
-def judged(truths: list[Truth], found: list[Detections]) -> MissRate:
-    return evaluate(TruthTable.of(truths), DetectionTable.of(found), [REASONABLE])["Reasonable"]
+def judged(truths: list[GroundTruth], found: list[Detections]) -> MissRateResult:
+    return evaluate(GroundTruthTable.from_samples(truths), DetectionTable.from_detections(found), [REASONABLE])[
+        "Reasonable"
+    ]
 
 
 def test_closed_forms() -> None:
@@ -136,7 +138,7 @@ def test_closed_forms() -> None:
     assert judged([truth], [hit]).value == 0.0
     assert judged([truth], [Detections.empty()]).value == 1.0
     assert judged([truth], [miss]).value == 1.0
-    assert judged([Truth.empty()], [miss]).value == -1  # the official mark for nobody to be found
+    assert judged([GroundTruth.empty()], [miss]).value == -1  # the official mark for nobody to be found
     # Two people, one found without a false alarm: a miss rate of a half at every point.
     assert judged([truth, truth], [hit, Detections.empty()]).value == pytest.approx(0.5, abs=1e-12)
 
@@ -148,9 +150,9 @@ def test_match_tells_hits_misses_and_what_is_ignored() -> None:
     found = as_detections(
         [([0, 0, 40, 100], 0.9), ([100, 0, 40, 100], 0.8), ([400, 0, 40, 100], 0.7), ([0, 0, 10, 20], 0.6)]
     )
-    result = match(as_truth([person, hidden, other]), found, REASONABLE)
-    assert result.kept.tolist() == [0, 1, 2] and result.verdict.tolist() == [1, -1, 0]
-    assert result.partner.tolist() == [0, 1, -1] and result.missed.tolist() == [2]
+    result = match_image(as_truth([person, hidden, other]), found, REASONABLE)
+    assert result.eval_indices.tolist() == [0, 1, 2] and result.match_status.tolist() == [1, -1, 0]
+    assert result.matched_gt.tolist() == [0, 1, -1] and result.missed_gt.tolist() == [2]
 
 
 def test_a_curve_that_begins_beyond_a_point_takes_its_last_recall_there() -> None:
@@ -169,8 +171,11 @@ def test_a_curve_that_begins_beyond_a_point_takes_its_last_recall_there() -> Non
     more = as_detections([([500, 0, 40, 100], 0.9), ([0, 0, 40, 100], 0.8), ([800, 0, 40, 100], 0.1)])
     assert judged([truth, truth], [more, Detections.empty()]).value == pytest.approx(0.5, abs=1e-12)
     # The strict reading has recall 0, a miss rate of 1, at the seven points: 0.5 ** (2 / 9) in the mean.
-    tables_of = TruthTable.of([truth, truth]), DetectionTable.of([found, Detections.empty()])
-    strict = evaluate(*tables_of, [REASONABLE], strict=True)["Reasonable"]
+    tables_of = (
+        GroundTruthTable.from_samples([truth, truth]),
+        DetectionTable.from_detections([found, Detections.empty()]),
+    )
+    strict = evaluate(*tables_of, [REASONABLE], zero_recall_before_curve=True)["Reasonable"]
     assert strict.value == pytest.approx(0.5 ** (2 / 9), abs=1e-12)
 
 
@@ -204,12 +209,14 @@ def test_our_reader_is_judged_as_the_official_ground_truth_file(whole_pixels: bo
         ]
         found += [([int(chance.integers(0, 2000)), 400, 40, 98], float(chance.random() ** 2)) for _ in range(3)]
         data.append((records, [(box, float(np.float32(score))) for box, score in found]))
-    samples = _samples_from_mat(CITYPERSONS / "anno_val.mat", CITYPERSONS)
-    ours = [sample.truth for sample in samples]
-    values = evaluate(TruthTable.of(ours), DetectionTable.of([as_detections(found) for _, found in data]))
+    samples = _read_mat_samples(CITYPERSONS / "anno_val.mat", CITYPERSONS)
+    ours = [sample.ground_truth for sample in samples]
+    values = evaluate(
+        GroundTruthTable.from_samples(ours), DetectionTable.from_detections([as_detections(found) for _, found in data])
+    )
     from_file = evaluate(*tables(data))
     for name, setup in SETUPS.items():
-        theirs = official.miss_rate(data, setup.height_px, setup.visibility)
+        theirs = official.miss_rate(data, setup.height_px, setup.visible_ratio)
         assert values[name].value == pytest.approx(theirs, abs=1e-9)
         assert from_file[name].value == pytest.approx(theirs, abs=1e-9)
         assert 0.1 < theirs < 0.9

@@ -6,85 +6,85 @@ from torch import nn
 
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models.backbone import Backbone, load_pretrained
-from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
-from hkd_det.models.doubles import ranked
-from hkd_det.models.peaks import SILENT, keep_peaks
-from hkd_det.models.sizes import SIZES, TEACHER_OF, build_detector, cost
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec, freeze_batch_norm
+from hkd_det.models.doubles import suppress_duplicates
+from hkd_det.models.peaks import SUPPRESSED_LOGIT, peak_nms
+from hkd_det.models.sizes import DEFAULT_TEACHER, MODELS, build_model, count_params_and_flops
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 
 
 @pytest.fixture
-def tiny() -> Detector:
+def tiny() -> HKDDetector:
     torch.manual_seed(0)
-    return Detector(TINY).eval()
+    return HKDDetector(TINY).eval()
 
 
-def test_raw_maps_have_a_row_for_every_point(tiny: Detector) -> None:
+def test_raw_maps_have_a_row_for_every_point(tiny: HKDDetector) -> None:
     prediction = tiny(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
     count = 8 * 12 + 4 * 6 + 2 * 3
     assert prediction.many.logits.shape == prediction.one.logits.shape == (2, count)
-    assert prediction.many.sides.shape == (2, count, 4, TINY.bins)
+    assert prediction.many.sides.shape == (2, count, 4, TINY.reg_max)
     assert prediction.many.boxes_xyxy.shape == (2, count, 4) and prediction.points.shape == (count, 2)
 
 
-def test_detect_gives_the_best_peaks_of_the_one_branch_less_doubles(tiny: Detector) -> None:
+def test_detect_gives_the_best_peaks_of_the_one_branch_less_doubles(tiny: HKDDetector) -> None:
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
-        prediction, (boxes, scores) = tiny(pictures), tiny.detect(pictures, top=7)
-    peaks = keep_peaks(prediction.one.logits, (64, 96), TINY.strides)
+        prediction, (boxes, scores) = tiny(pictures), tiny.predict(pictures, max_det=7)
+    peaks = peak_nms(prediction.one.logits, (64, 96), TINY.strides)
     best, index = peaks.sort(dim=1, descending=True, stable=True)
     chosen = prediction.many.boxes_xyxy.gather(1, index[:, :7, None].expand(-1, -1, 4))
-    wanted_boxes, wanted = ranked(chosen, best[:, :7])
+    wanted_boxes, wanted = suppress_duplicates(chosen, best[:, :7])
     torch.testing.assert_close(scores, wanted)
     torch.testing.assert_close(boxes[0, 0], wanted_boxes[0, 0], atol=1e-3, rtol=1e-4)
     assert not torch.equal(wanted, best[:, :7].sigmoid())  # there are doubles among them
 
 
-def test_whoever_is_found_on_two_levels_is_one(tiny: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_is_found_on_two_levels_is_one(tiny: HKDDetector, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every point of every level gives the same box: the best alone is heard, from `detect` and `found` alike."""
 
     def decoded(sides: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return torch.tensor([0.0, 0, 40, 40]).expand(*sides.shape[:2], 4)
 
     monkeypatch.setattr("hkd_det.models.detector.decode_boxes", decoded)
-    torch.nn.init.normal_(tiny.head.one.weight)
+    torch.nn.init.normal_(tiny.head.one2one.weight)
     with torch.no_grad():
         pictures = torch.randint(0, 255, (1, 3, 64, 96), dtype=torch.uint8)
-        _, scores = tiny.detect(pictures)
-        found = tiny.found(tiny(pictures))
+        _, scores = tiny.predict(pictures)
+        found = tiny.postprocess(tiny(pictures))
     assert scores[0, 0] > 0.003 and (scores[0] > 1e-6).sum() == 1
     torch.testing.assert_close(found.scores[0], scores[0, :100])
 
 
-def test_the_one_branch_leaves_the_pyramid_to_the_many_branch(tiny: Detector) -> None:
+def test_the_one_branch_leaves_the_pyramid_to_the_many_branch(tiny: HKDDetector) -> None:
     tiny.train()
     tiny(torch.rand(1, 3, 64, 64) * 255).one.logits.sum().backward()
     assert all(parameter.grad is None for parameter in tiny.neck.parameters())
-    assert all(parameter.grad is not None for parameter in tiny.head.tower_one.convs.parameters())
+    assert all(parameter.grad is not None for parameter in tiny.head.one2one_tower.convs.parameters())
 
 
-def test_scores_start_at_the_prior(tiny: Detector) -> None:
+def test_scores_start_at_the_prior(tiny: HKDDetector) -> None:
     with torch.no_grad():
         prediction = tiny(torch.zeros(1, 3, 64, 64))
     assert 0.003 < prediction.one.logits.sigmoid().mean() < 0.03
 
 
-@pytest.mark.parametrize("student", TEACHER_OF)
+@pytest.mark.parametrize("student", DEFAULT_TEACHER)
 def test_a_student_has_at_most_a_sixth_of_its_teacher(student: str) -> None:
-    small = cost(build_detector(student), (64, 64))
-    large = cost(build_detector(TEACHER_OF[student]), (64, 64))
-    assert small.parameters * 6 <= large.parameters
+    small = count_params_and_flops(build_model(student), (64, 64))
+    large = count_params_and_flops(build_model(DEFAULT_TEACHER[student]), (64, 64))
+    assert small.num_params * 6 <= large.num_params
     assert small.flops < large.flops
 
 
 def test_the_heavy_teacher_is_of_the_resnet50_class() -> None:
-    backbone = build_detector("teacher-r50").backbone
+    backbone = build_model("teacher-r50").backbone
     # torchvision's ResNet-50 has 25,557,032 parameters, 2,049,000 of them in the classifier.
     assert sum(parameter.numel() for parameter in backbone.parameters()) == 25_557_032 - 2_049_000
 
 
-def test_cost_counts_multiply_accumulates_twice(tiny: Detector) -> None:
+def test_cost_counts_multiply_accumulates_twice(tiny: HKDDetector) -> None:
     """Against hooks that count by the layers' own shapes, on the exported part only."""
     macs = 0
 
@@ -95,15 +95,15 @@ def test_cost_counts_multiply_accumulates_twice(tiny: Detector) -> None:
 
     handles = [m.register_forward_hook(count) for m in tiny.modules() if isinstance(m, nn.Conv2d)]
     with torch.no_grad():
-        tiny.detect(torch.zeros(1, 3, 64, 96))
+        tiny.predict(torch.zeros(1, 3, 64, 96))
     for handle in handles:
         handle.remove()
-    assert cost(tiny, (64, 96)).flops == 2 * macs
+    assert count_params_and_flops(tiny, (64, 96)).flops == 2 * macs
 
 
-def test_frozen_norms_do_not_move(tiny: Detector) -> None:
+def test_frozen_norms_do_not_move(tiny: HKDDetector) -> None:
     tiny.train()
-    freeze_norms(tiny)
+    freeze_batch_norm(tiny)
     before = {name: value.clone() for name, value in tiny.state_dict().items() if "running" in name}
     tiny(torch.rand(2, 3, 64, 64) * 255).many.logits.sum().backward()
     after = tiny.state_dict()
@@ -113,7 +113,7 @@ def test_frozen_norms_do_not_move(tiny: Detector) -> None:
 
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(UsageError, match="mini-student"):
-        build_detector("huge")
+        build_model("huge")
     with pytest.raises(UsageError, match="resnet18"):
         Backbone("resnet1", (8, 16, 32))
     with pytest.raises(UsageError, match="strides"):
@@ -121,15 +121,15 @@ def test_unknown_names_say_what_there_is() -> None:
 
 
 def test_pretrained_weights_of_the_same_backbone_are_loaded(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    donor, heir = Detector(TINY).backbone, Detector(TINY).backbone
+    donor, heir = HKDDetector(TINY).backbone, HKDDetector(TINY).backbone
     torch.save(donor.body.state_dict(), tmp_path / "weights.pth")
     load_pretrained(heir, TINY.backbone, str(tmp_path / "weights.pth"))
     assert all(torch.equal(a, b) for a, b in zip(donor.state_dict().values(), heir.state_dict().values(), strict=True))
 
 
 def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    heir = Detector(TINY).backbone
-    torch.save(Detector(SIZES["mini-student"]).backbone.body.state_dict(), tmp_path / "other.pth")
+    heir = HKDDetector(TINY).backbone
+    torch.save(HKDDetector(MODELS["mini-student"]).backbone.body.state_dict(), tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
     for name, message in (("other.pth", "fits"), ("text.pth", "not a weights file"), ("none.pth", "no such file")):
         with pytest.raises(DataError, match=message):
@@ -139,7 +139,7 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path) -> None:  # ty
 def test_only_local_maxima_of_a_level_keep_their_score() -> None:
     """Against a plain loop over neighbours."""
     logits = torch.randn(2, 8 * 12 + 4 * 6, generator=torch.Generator().manual_seed(0))
-    kept = keep_peaks(logits, (64, 96), (8, 16))
+    kept = peak_nms(logits, (64, 96), (8, 16))
     for picture in range(2):
         start = 0
         for height, width in ((8, 12), (4, 6)):
@@ -147,6 +147,6 @@ def test_only_local_maxima_of_a_level_keep_their_score() -> None:
             for y in range(height):
                 for x in range(width):
                     around = level[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
-                    wanted = level[y, x] if level[y, x] >= around.max() - 1e-3 else torch.tensor(SILENT)
+                    wanted = level[y, x] if level[y, x] >= around.max() - 1e-3 else torch.tensor(SUPPRESSED_LOGIT)
                     assert kept[picture, start + y * width + x] == wanted
             start += height * width

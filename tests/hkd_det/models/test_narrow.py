@@ -6,19 +6,19 @@ from timm.layers import BlurPool2d
 from torch import nn
 
 from hkd_det.errors import UsageError
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.surgery import Changes
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.surgery import ModelChanges
 
-BASIC = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=2)
-BOTTLENECK = DetectorSpec("resnet14t", {"channels": (4, 4, 8, 8), "stem_width": 8}, channels=12, head_depth=1)
-ANTI_ALIASED = DetectorSpec(
+BASIC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=2)
+BOTTLENECK = HKDDetectorSpec("resnet14t", {"channels": (4, 4, 8, 8), "stem_width": 8}, channels=12, head_depth=1)
+ANTI_ALIASED = HKDDetectorSpec(
     "resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8, "aa_layer": BlurPool2d}, channels=16, head_depth=1
 )
-GROUPED = DetectorSpec("resnext50_32x4d", {"layers": (1, 1, 1, 1)}, channels=16, head_depth=1)
+GROUPED = HKDDetectorSpec("resnext50_32x4d", {"layers": (1, 1, 1, 1)}, channels=16, head_depth=1)
 PICTURE = torch.randint(0, 255, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def lively(detector: Detector) -> Detector:
+def lively(detector: HKDDetector) -> HKDDetector:
     """With statistics, scales and scores that are no one's start values."""
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -26,67 +26,67 @@ def lively(detector: Detector) -> Detector:
             nn.init.normal_(module.bias, std=0.3)
             nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
-    nn.init.normal_(detector.head.many.weight, std=0.5)
-    nn.init.normal_(detector.head.one.weight, std=0.5)
+    nn.init.normal_(detector.head.one2many.weight, std=0.5)
+    nn.init.normal_(detector.head.one2one.weight, std=0.5)
     return detector.eval()
 
 
 @pytest.mark.parametrize("spec", [BASIC, BOTTLENECK])
-def test_what_an_inner_layer_gives_is_read_by_its_consumers_alone(spec: DetectorSpec) -> None:
+def test_what_an_inner_layer_gives_is_read_by_its_consumers_alone(spec: HKDDetectorSpec) -> None:
     torch.manual_seed(0)
-    detector = lively(Detector(spec))
+    detector = lively(HKDDetector(spec))
     modules: dict[str, nn.Module] = dict(detector.named_modules())
     blocks = 8 if spec is BOTTLENECK else 4
-    assert len(detector.inner_layers()) == blocks + 3 * spec.head_depth
+    assert len(detector.prunable_layers()) == blocks + 3 * spec.head_depth
     with torch.no_grad():
-        for layer in detector.inner_layers():
+        for layer in detector.prunable_layers():
             for name in layer.consumers:
                 modules[name].weight[:, 0] = 0  # type: ignore[index,operator]
         before = detector(PICTURE)
-        for layer in detector.inner_layers():
+        for layer in detector.prunable_layers():
             for name in layer.norms:
                 modules[name].bias[0] += 3.0  # type: ignore[index,operator]
         after = detector(PICTURE)
         assert torch.equal(before.many.logits, after.many.logits) and torch.equal(before.one.logits, after.one.logits)
         assert torch.equal(before.many.sides, after.many.sides)
-        for layer in detector.inner_layers():
+        for layer in detector.prunable_layers():
             for name in layer.norms:
                 modules[name].bias[1] += 3.0  # type: ignore[index,operator]
         assert not torch.allclose(detector(PICTURE).many.logits, before.many.logits)
 
 
 def test_layers_whose_channels_hang_together_are_none() -> None:
-    inside = {layer.conv for layer in Detector(GROUPED).inner_layers() if "backbone" in layer.conv}
+    inside = {layer.conv for layer in HKDDetector(GROUPED).prunable_layers() if "backbone" in layer.conv}
     assert not inside  # conv1 is read by a grouped convolution, conv2 is one
-    anti_aliased = {layer.conv for layer in Detector(ANTI_ALIASED).inner_layers()}
-    plain = {layer.conv for layer in Detector(BASIC).inner_layers()}
+    anti_aliased = {layer.conv for layer in HKDDetector(ANTI_ALIASED).prunable_layers()}
+    plain = {layer.conv for layer in HKDDetector(BASIC).prunable_layers()}
     assert {name for name in plain - anti_aliased if "backbone" in name} == {
         f"backbone.body.layer{stage}.0.conv1" for stage in (2, 3, 4)
     }
 
 
 @pytest.mark.parametrize("spec", [BASIC, BOTTLENECK])
-def test_a_network_is_built_with_the_widths_of_its_changes(spec: DetectorSpec) -> None:
-    layers = Detector(spec).inner_layers()
+def test_a_network_is_built_with_the_widths_of_its_changes(spec: HKDDetectorSpec) -> None:
+    layers = HKDDetector(spec).prunable_layers()
     widths = {layer.conv: 1 + index % 3 for index, layer in enumerate(layers)}
-    narrow = Detector(spec, Changes(widths=widths))
+    narrow = HKDDetector(spec, ModelChanges(widths=widths))
     modules: dict[str, nn.Module] = dict(narrow.named_modules())
     for layer in layers:
         assert modules[layer.conv].out_channels == widths[layer.conv]
         assert all(modules[name].in_channels == widths[layer.conv] for name in layer.consumers)
         assert all(modules[name].num_features == widths[layer.conv] for name in layer.norms)
-    assert narrow(PICTURE).many.logits.shape == Detector(spec)(PICTURE).many.logits.shape
-    assert narrow.inner_layers() == layers
+    assert narrow(PICTURE).many.logits.shape == HKDDetector(spec)(PICTURE).many.logits.shape
+    assert narrow.prunable_layers() == layers
 
 
 def test_what_was_narrowed_can_be_made_separable() -> None:
     """As blockwise distillation of a student that shed channels does."""
     inner, reader = "backbone.body.layer1.0.conv1", "backbone.body.layer1.0.conv2"
-    changed = Detector(BASIC, Changes({inner: 3}, (inner, reader))).eval()
+    changed = HKDDetector(BASIC, ModelChanges({inner: 3}, (inner, reader))).eval()
     modules: dict[str, nn.Module] = dict(changed.named_modules())
     assert modules[f"{inner}.pointwise2"].out_channels == modules[f"{reader}.depthwise1"].in_channels == 3
-    assert changed(PICTURE).many.logits.shape == Detector(BASIC)(PICTURE).many.logits.shape
-    assert not {inner, reader} & {layer.conv for layer in changed.inner_layers()}
+    assert changed(PICTURE).many.logits.shape == HKDDetector(BASIC)(PICTURE).many.logits.shape
+    assert not {inner, reader} & {layer.conv for layer in changed.prunable_layers()}
 
 
 @pytest.mark.parametrize(
@@ -96,4 +96,4 @@ def test_what_was_narrowed_can_be_made_separable() -> None:
 )  # fmt: skip
 def test_widths_that_cannot_be_are_refused(widths: dict[str, int], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        Detector(BASIC, Changes(widths=widths))
+        HKDDetector(BASIC, ModelChanges(widths=widths))

@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.models.points import anchor_points, decode_boxes, encode_sides
+from hkd_det.models.points import bbox2dist, dist2bbox, make_anchors
 
 
 def test_points_are_the_cell_centres() -> None:
-    points, strides = anchor_points((16, 32), (8, 16))
+    points, strides = make_anchors((16, 32), (8, 16))
     assert points.tolist() == [
         [4, 4], [12, 4], [20, 4], [28, 4],
         [4, 12], [12, 12], [20, 12], [28, 12],
@@ -23,15 +23,15 @@ def test_decoding_a_sharp_distribution_gives_the_encoded_box_back(distances: lis
     point, step = torch.tensor([[200.0, 100.0]]), torch.tensor([stride])
     left, up, right, down = (distance * stride for distance in distances)
     box = torch.tensor([[200 - left, 100 - up, 200 + right, 100 + down]])
-    encoded = encode_sides(box, point, step, bins=16)
+    encoded = bbox2dist(box, point, step, reg_max=16)
     low = encoded.long()
     share = encoded - low
     probability = torch.zeros(1, 4, 16).scatter_(2, low[..., None], (1 - share)[..., None])
     probability = probability.scatter_add(2, low[..., None] + 1, share[..., None])
-    decoded = decode_boxes(probability.clamp(min=1e-30).log()[None], point, step)
+    decoded = dist2bbox(probability.clamp(min=1e-30).log()[None], point, step)
     torch.testing.assert_close(decoded[0], box, atol=1e-2, rtol=1e-4)
 
 
 def test_a_side_beyond_the_last_bin_is_cut_to_it() -> None:
-    encoded = encode_sides(torch.tensor([[-1000.0, 0, 10, 10]]), torch.tensor([[5.0, 5.0]]), torch.tensor([8.0]), 16)
+    encoded = bbox2dist(torch.tensor([[-1000.0, 0, 10, 10]]), torch.tensor([[5.0, 5.0]]), torch.tensor([8.0]), 16)
     assert encoded[0, 0] < 15 and encoded[0, 0] > 14.9

@@ -7,30 +7,30 @@ import torch
 from torch import nn
 
 from hkd_det.errors import UsageError
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
-from hkd_det.models.tap import Tap
-from hkd_det.models.tap_list import find_taps, list_taps, told
-from hkd_det.models.yolo import YoloDetector, YoloSpec, yolo_spec
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.tap import FeatureInfo
+from hkd_det.models.tap_list import find_feature_layers, format_feature_layers, list_feature_layers
+from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 
-OURS = DetectorSpec("resnet10t", {"channels": (8, 12, 16, 20), "stem_width": 8}, channels=24, head_depth=2)
-TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=24, head_width=16)
+OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 12, 16, 20), "stem_width": 8}, channels=24, head_depth=2)
+TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=24, head_width=16)
 
 
-def thin_yolo(name: str) -> YoloDetector:
-    layout = deepcopy(yolo_spec(name).layout)
+def thin_yolo(name: str) -> UltralyticsDetector:
+    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
-    return YoloDetector(YoloSpec(name, layout))
+    return UltralyticsDetector(UltralyticsSpec(name, layout))
 
 
-def listed(detector: PersonDetector, part: str) -> list[tuple[str, int, int]]:
-    taps = [(one.tap, one.part) for one in list_taps(detector)]
+def listed(detector: BaseDetector, part: str) -> list[tuple[str, int, int]]:
+    taps = [(one.info, one.part) for one in list_feature_layers(detector)]
     return [(tap.name, tap.stride, tap.channels) for tap, where in taps if where == part]
 
 
 def test_ours_are_the_stages_the_necks_layers_and_the_ends_of_the_heads_towers() -> None:
-    detector = Detector(OURS)
+    detector = HKDDetector(OURS)
     stages = [(f"backbone.body.layer{i + 1}", 4 * 2**i, width) for i, width in enumerate((8, 12, 16, 20))]
     assert listed(detector, "backbone") == [("backbone.body.act1", 2, 16), *stages]
     necks = [("laterals", (8, 16, 32)), ("downs", (16, 32)), ("outputs", (8, 16, 32))]
@@ -43,7 +43,7 @@ def test_ours_are_the_stages_the_necks_layers_and_the_ends_of_the_heads_towers()
 
 def test_a_faster_rcnns_are_the_stages_and_the_pyramid() -> None:
     """Its heads run once a level, so none of their layers has a map of one stride."""
-    detector = FasterRcnn(TWO_STAGE)
+    detector = FasterRCNN(TWO_STAGE)
     stages = [(f"backbone.body.layer{i + 1}", 4 * 2**i, 8 * 2**i) for i in range(4)]
     assert listed(detector, "backbone") == [("backbone.body.act1", 2, 64), *stages]
     assert listed(detector, "neck") == [
@@ -63,30 +63,32 @@ def test_a_yolo_models_are_its_definitions_layers(name: str) -> None:
         halves = any(m.stride == (2, 2) for m in layer.modules() if isinstance(m, nn.Conv2d))
         strides.append(before // 2 if isinstance(layer, nn.Upsample) else before * 2 if halves else before)
     found = listed(detector, "backbone") + listed(detector, "neck")
-    assert len(found) > 8 and {tap.name for tap in detector.taps()} <= {name for name, _, _ in found}
+    assert len(found) > 8 and {tap.name for tap in detector.feature_info()} <= {name for name, _, _ in found}
     for layer, stride, channels in found:
         block = modules[int(layer.rpartition(".")[2])]
         last = [m for m in block.modules() if isinstance(m, nn.Conv2d)] if block.type.endswith("Conv") else [block.cv2]
         assert stride == strides[block.i]
         assert channels == getattr(last[-1], "conv", last[-1]).out_channels
     kinds = {one.partition("model.")[2].split(".")[1] for one, _, _ in listed(detector, "head")}
-    assert kinds == {"cv2", "cv3"} | ({"one2one_cv2", "one2one_cv3"} if detector.answers_once else set())
+    assert kinds == {"cv2", "cv3"} | ({"one2one_cv2", "one2one_cv3"} if detector.is_end2end else set())
 
 
-@pytest.mark.parametrize("make", [lambda: Detector(OURS), lambda: FasterRcnn(TWO_STAGE), lambda: thin_yolo("yolo11n")])
-def test_the_defaults_are_marked_and_the_list_is_short(make: type[PersonDetector]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: HKDDetector(OURS), lambda: FasterRCNN(TWO_STAGE), lambda: thin_yolo("yolo11n")]
+)
+def test_the_defaults_are_marked_and_the_list_is_short(make: type[BaseDetector]) -> None:
     detector = make().train()
     before = {name: value.clone() for name, value in detector.state_dict().items()}
-    listed = list_taps(detector)
-    assert [one.tap for one in listed if one.default] == detector.taps()
+    listed = list_feature_layers(detector)
+    assert [one.info for one in listed if one.is_default] == detector.feature_info()
     assert len(listed) <= 25
     assert detector.training and all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
 
 
 def test_any_layer_with_a_map_can_be_found_in_the_order_asked() -> None:
     names = ["neck.outputs.2", "backbone.body.layer3.0.conv1", "neck.outputs.0"]
-    wanted = [Tap(names[0], 32, 24), Tap(names[1], 16, 16), Tap(names[2], 8, 24)]
-    assert find_taps(Detector(OURS), names, "taps") == wanted
+    wanted = [FeatureInfo(names[0], 32, 24), FeatureInfo(names[1], 16, 16), FeatureInfo(names[2], 8, 24)]
+    assert find_feature_layers(HKDDetector(OURS), names, "taps") == wanted
 
 
 @pytest.mark.parametrize(
@@ -100,11 +102,11 @@ def test_any_layer_with_a_map_can_be_found_in_the_order_asked() -> None:
 )
 def test_what_is_no_layer_with_a_map_is_refused_with_the_nearest_name(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        find_taps(Detector(OURS), [name], "taps")
+        find_feature_layers(HKDDetector(OURS), [name], "taps")
 
 
 def test_the_table_tells_the_maps_sizes_and_the_defaults() -> None:
-    lines = told(list_taps(Detector(OURS)), (160, 224)).splitlines()
+    lines = format_feature_layers(list_feature_layers(HKDDetector(OURS)), (160, 224)).splitlines()
     row = next(line for line in lines if "neck.outputs.1" in line)
     assert row.split() == ["*", "neck.outputs.1", "neck", "16", "24", "14x10"]
     assert sum(line.startswith("* neck") for line in lines) == 3

@@ -12,32 +12,32 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.losses.detection import DetectionLoss, total
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.families import build, read_spec, spec_as_dict
-from hkd_det.models.points import anchor_points
-from hkd_det.models.sizes import build_detector, cost, spec_of
-from hkd_det.models.suppression import suppressed
-from hkd_det.models.surgery import UNCHANGED
-from hkd_det.models.yolo import YoloDetector, YoloSpec, yolo_spec
-from hkd_det.models.yolo_file import is_yolo_file, read_yolo
+from hkd_det.losses.detection import DetectionCriterion, sum_losses
+from hkd_det.models.assignment import Targets
+from hkd_det.models.families import build_from_spec, spec_from_dict, spec_to_dict
+from hkd_det.models.points import make_anchors
+from hkd_det.models.sizes import build_model, count_params_and_flops, get_spec
+from hkd_det.models.suppression import batched_nms
+from hkd_det.models.surgery import NO_CHANGES
+from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
+from hkd_det.models.yolo_file import is_ultralytics_file, load_ultralytics
 from hkd_det.models.yolo_package import import_tasks
 
 NAMES = ("yolov8n", "yolo11n", "yolo26n", "yolov10n")
 HW = (64, 96)
 
 
-def thin(name: str, classes: int = 1, person: int = 0) -> YoloSpec:
+def thin(name: str, classes: int = 1, person: int = 0) -> UltralyticsSpec:
     """The named model with an eighth of a nano's channels."""
-    layout = deepcopy(yolo_spec(name).layout)
+    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
-    return YoloSpec(name, {**layout, "nc": classes}, person)
+    return UltralyticsSpec(name, {**layout, "nc": classes}, person)
 
 
-def lively(spec: YoloSpec) -> YoloDetector:
+def lively(spec: UltralyticsSpec) -> UltralyticsDetector:
     """Random weights and statistics, so that no two points say the same."""
     torch.manual_seed(0)
-    detector = YoloDetector(spec)
+    detector = UltralyticsDetector(spec)
     for module in detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
@@ -50,18 +50,18 @@ def pictures(count: int = 2) -> Tensor:
     return torch.randint(0, 256, (count, 3, *HW), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-def truth() -> TruthBatch:
+def truth() -> Targets:
     boxes = torch.tensor([[[20.0, 8, 44, 60], [60, 4, 90, 30]]]).repeat(2, 1, 1)
-    return TruthBatch(boxes, torch.tensor([[True, False]] * 2), torch.tensor([[False, True]] * 2))
+    return Targets(boxes, torch.tensor([[True, False]] * 2), torch.tensor([[False, True]] * 2))
 
 
-def theirs(detector: YoloDetector) -> tuple[Tensor, Tensor]:
+def theirs(detector: UltralyticsDetector) -> tuple[Tensor, Tensor]:
     """Boxes [B, A, 4] xyxy and scores [B, A] of Ultralytics' own inference, by the one-to-many head."""
     head: Any = detector.network.model[-1]
     head.xyxy, head.end2end = True, False
     with torch.no_grad():
         decoded = detector.network(pictures().float() / 255)[0]  # [B, 4 + classes, A]
-    return decoded[:, :4].transpose(1, 2), decoded[:, 4 + detector.spec.person]
+    return decoded[:, :4].transpose(1, 2), decoded[:, 4 + detector.spec.person_class_id]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +74,7 @@ def test_boxes_and_scores_are_ultralytics_own(name: str, classes: int, person: i
     assert scores.std() > 1e-4 and boxes.std() > 1
     torch.testing.assert_close(prediction.many.boxes_xyxy, boxes, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(prediction.many.logits.sigmoid(), scores)
-    points, strides = anchor_points(HW, detector.strides)
+    points, strides = make_anchors(HW, detector.strides)
     assert torch.equal(prediction.points, points) and torch.equal(prediction.strides, strides)
 
 
@@ -85,8 +85,8 @@ def test_detections_of_models_without_suppression_are_ultralytics_own(name: str)
     head.end2end, head.max_det = True, 20
     with torch.no_grad():
         wanted = detector.network(pictures().float() / 255)[0]  # [B, 20, 6]: box, score, class
-        boxes, scores = detector.detect(pictures(), top=20)
-        found = detector.found(detector(pictures()), top=20)
+        boxes, scores = detector.predict(pictures(), max_det=20)
+        found = detector.postprocess(detector(pictures()), max_det=20)
     torch.testing.assert_close(boxes, wanted[..., :4], atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(scores, wanted[..., 4])
     torch.testing.assert_close(torch.stack(found.boxes_xyxy), boxes)
@@ -95,8 +95,8 @@ def test_detections_of_models_without_suppression_are_ultralytics_own(name: str)
 def test_detections_of_models_with_suppression_are_torchvisions() -> None:
     detector = lively(thin("yolo11n"))
     with torch.no_grad():
-        boxes, scores = detector.detect(pictures(), top=50)
-        found = detector.found(detector(pictures()), top=50)
+        boxes, scores = detector.predict(pictures(), max_det=50)
+        found = detector.postprocess(detector(pictures()), max_det=50)
     all_boxes, all_scores = theirs(detector)
     for b in range(2):
         kept = nms(all_boxes[b], all_scores[b], 0.7)[:50]
@@ -109,7 +109,7 @@ def test_detections_of_models_with_suppression_are_torchvisions() -> None:
 
 def test_suppression_keeps_pictures_apart_and_fills_up_with_zero() -> None:
     same = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10.5], [20, 0, 30, 10]])
-    boxes, scores = suppressed(same.repeat(2, 1, 1), torch.tensor([[0.9, 0.8, 0.7], [0.1, 0.2, 0.0]]), top=5)
+    boxes, scores = batched_nms(same.repeat(2, 1, 1), torch.tensor([[0.9, 0.8, 0.7], [0.1, 0.2, 0.0]]), max_det=5)
     assert scores.tolist() == [pytest.approx([0.9, 0.7, 0]), pytest.approx([0.2, 0, 0])]
     assert boxes[0, :2].tolist() == same[[0, 2]].tolist() and boxes[1, 0].tolist() == same[1].tolist()
 
@@ -127,9 +127,9 @@ def test_both_modes_say_the_same_and_learn(name: str) -> None:
     for mine, other in ((quiet.many, loud.many), (quiet.one, loud.one)):
         if mine is not None and other is not None:
             assert torch.equal(mine.logits, other.logits) and torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
-    terms = DetectionLoss()(loud, truth())
+    terms = DetectionCriterion()(loud, truth())
     assert ("box_one" in terms) == (name == "yolo26n") and ("distribution" in terms) == (name == "yolo11n")
-    assert torch.isfinite(total(terms))
+    assert torch.isfinite(sum_losses(terms))
     branches = [branch for branch in (loud.many, loud.one) if branch is not None]
     torch.stack([out.square().mean() for one in branches for out in (one.logits, one.boxes_xyxy)]).sum().backward()
     still = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
@@ -138,7 +138,7 @@ def test_both_modes_say_the_same_and_learn(name: str) -> None:
 
 def test_the_one_to_one_heads_gradient_stays_out_of_the_neck() -> None:
     detector = lively(thin("yolo26n")).train()
-    terms = DetectionLoss()(detector(pictures()), truth())
+    terms = DetectionCriterion()(detector(pictures()), truth())
     torch.stack([term for name, term in terms.items() if name.endswith("_one")]).sum().backward()
     head = f"network.model.{len(detector.network.model) - 1}.one2one_"
     touched = {name for name, parameter in detector.named_parameters() if parameter.grad is not None}
@@ -146,7 +146,7 @@ def test_the_one_to_one_heads_gradient_stays_out_of_the_neck() -> None:
 
 
 def test_a_fresh_model_gives_every_point_our_prior() -> None:
-    detector = YoloDetector(thin("yolo26n"))
+    detector = UltralyticsDetector(thin("yolo26n"))
     head: Any = detector.network.model[-1]
     for branch in (*head.cv3, *head.one2one_cv3):
         assert branch[-1].bias.sigmoid().item() == pytest.approx(0.01)
@@ -154,22 +154,22 @@ def test_a_fresh_model_gives_every_point_our_prior() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "yolov8n-p2"])
 def test_taps_are_the_heads_inputs_with_the_strides_and_channels_they_claim(name: str) -> None:
-    detector = YoloDetector(thin(name)).eval()
+    detector = UltralyticsDetector(thin(name)).eval()
     modules, seen = dict(detector.named_modules()), {}
-    for tap in detector.taps():
+    for tap in detector.feature_info():
         modules[tap.name].register_forward_hook(lambda _m, _i, out, name=tap.name: seen.update({name: out}))
-    maps = detector.pyramid(pictures())
-    for tap, level in zip(detector.taps(), maps, strict=True):
+    maps = detector.forward_features(pictures())
+    for tap, level in zip(detector.feature_info(), maps, strict=True):
         assert seen[tap.name] is level
         assert level.shape == (2, tap.channels, HW[0] // tap.stride, HW[1] // tap.stride)
-    assert [tap.stride for tap in detector.taps()] == ([4, 8, 16, 32] if "p2" in name else [8, 16, 32])
+    assert [tap.stride for tap in detector.feature_info()] == ([4, 8, 16, 32] if "p2" in name else [8, 16, 32])
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
 def test_inner_layers_are_read_by_their_consumer_alone(name: str) -> None:
     """A channel whose normalised value is shifted changes nothing once the consumer's weights for it are 0."""
     detector = lively(thin(name))
-    inner = detector.inner_layers()
+    inner = detector.prunable_layers()
     assert len(inner) > 5
     modules: dict[str, Any] = dict(detector.named_modules())
     with torch.no_grad():
@@ -187,10 +187,10 @@ def test_inner_layers_are_read_by_their_consumer_alone(name: str) -> None:
 
 def test_a_spec_goes_through_plain_values() -> None:
     spec = thin("yolo26n", 3, 1)
-    again = read_spec(spec_as_dict(spec))
+    again = spec_from_dict(spec_to_dict(spec))
     assert again == spec
     detector = lively(spec)
-    twin = build(again, UNCHANGED).eval()
+    twin = build_from_spec(again, NO_CHANGES).eval()
     twin.load_state_dict(detector.state_dict())
     with torch.no_grad():
         assert torch.equal(twin(pictures()).many.logits, detector(pictures()).many.logits)
@@ -204,7 +204,7 @@ def test_a_named_model_has_ultralytics_parameters() -> None:
             published.end2end = True
             published.model[-1].fuse()
         wanted = sum(parameter.numel() for parameter in published.parameters() if parameter.requires_grad)
-        assert cost(build_detector(name), HW).parameters == wanted
+        assert count_params_and_flops(build_model(name), HW).num_params == wanted
 
 
 @pytest.mark.parametrize(
@@ -216,31 +216,31 @@ def test_a_named_model_has_ultralytics_parameters() -> None:
 )  # fmt: skip
 def test_a_name_that_ultralytics_has_not_is_refused(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=f"--model {name}: .*{said}"):
-        spec_of(name)
+        get_spec(name)
 
 
 def test_other_misfits_are_refused() -> None:
     with pytest.raises(UsageError, match="stride 64"):
-        build_detector("yolov8n-p6")
+        build_model("yolov8n-p6")
     with pytest.raises(UsageError, match="--backbone resnet18: yolo11n has a backbone of its own"):
-        build_detector("yolo11n", "resnet18")
+        build_model("yolo11n", "resnet18")
     with pytest.raises(UsageError, match="no such size"):
-        spec_of("nolo11n")
+        get_spec("nolo11n")
 
 
 def test_a_definition_can_run_no_code(tmp_path: Path) -> None:
     """`activation` goes to `eval` in Ultralytics, and a layer's name to its module's globals."""
     spec, mark = thin("yolov8n"), tmp_path / "mark"
-    evil = {**spec.layout, "activation": f"open({str(mark)!r}, 'w') and nn.SiLU()"}
+    evil = {**spec.model_yaml, "activation": f"open({str(mark)!r}, 'w') and nn.SiLU()"}
     with pytest.raises(UsageError, match="does not build"):
-        YoloDetector(YoloSpec("evil", evil))
-    backbone = [[-1, 1, "check_requirements", ["left-pad"]], *spec.layout["backbone"][1:]]
+        UltralyticsDetector(UltralyticsSpec("evil", evil))
+    backbone = [[-1, 1, "check_requirements", ["left-pad"]], *spec.model_yaml["backbone"][1:]]
     with pytest.raises(UsageError, match="does not build"):
-        YoloDetector(YoloSpec("evil", {**spec.layout, "backbone": backbone}))
+        UltralyticsDetector(UltralyticsSpec("evil", {**spec.model_yaml, "backbone": backbone}))
     assert not mark.exists()
 
 
-def write(path: Path, spec: YoloSpec, names: dict[int, str]) -> YoloDetector:
+def write(path: Path, spec: UltralyticsSpec, names: dict[int, str]) -> UltralyticsDetector:
     """Ultralytics' file form: the pickled network in half precision."""
     detector = lively(spec)
     network = deepcopy(detector.network)
@@ -253,9 +253,9 @@ def write(path: Path, spec: YoloSpec, names: dict[int, str]) -> YoloDetector:
 def test_ultralytics_files_are_read(name: str, tmp_path: Path) -> None:
     detector = write(tmp_path / "some.pt", thin(name, 3, 1), {0: "dog", 1: "person", 2: "car"})
     before = torch.serialization.get_safe_globals()
-    assert is_yolo_file(tmp_path / "some.pt")
-    read = read_yolo(tmp_path / "some.pt")
-    assert read.spec.person == 1 and read.spec.name == "some" and not read.training
+    assert is_ultralytics_file(tmp_path / "some.pt")
+    read = load_ultralytics(tmp_path / "some.pt")
+    assert read.spec.person_class_id == 1 and read.spec.name == "some" and not read.training
     detector.network.half().float()
     with torch.no_grad():
         assert torch.equal(read(pictures()).many.logits, detector(pictures()).many.logits)
@@ -266,15 +266,15 @@ def test_ultralytics_files_of_no_use_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "some.pt"
     write(path, thin("yolov8n", 2), {0: "dog", 1: "car"})
     with pytest.raises(DataError, match=r"some\.pt: none of its 2 classes is called person \(dog, car"):
-        read_yolo(path)
+        load_ultralytics(path)
     segments = import_tasks().SegmentationModel("yolov8n-seg.yaml", nc=1, verbose=False)
     torch.save({"model": segments}, path)
     with pytest.raises(DataError, match="SegmentationModel is no detector"):
-        read_yolo(path)
+        load_ultralytics(path)
     path.write_bytes(b"nothing")
-    assert not is_yolo_file(path) and not is_yolo_file(tmp_path / "missing.pt")
+    assert not is_ultralytics_file(path) and not is_ultralytics_file(tmp_path / "missing.pt")
     with pytest.raises(DataError, match=r"some\.pt: not a YOLO model"):
-        read_yolo(path)
+        load_ultralytics(path)
 
 
 class Bomb:
@@ -292,9 +292,9 @@ def test_an_ultralytics_file_can_run_no_code(tmp_path: Path) -> None:
     network = lively(thin("yolov8n")).network
     network.names = Bomb(mark)
     torch.save({"model": network}, path)
-    assert is_yolo_file(path)
+    assert is_ultralytics_file(path)
     with pytest.raises(DataError, match="can be loaded safely"):
-        read_yolo(path)
+        load_ultralytics(path)
     assert not mark.exists()
 
 
@@ -330,10 +330,10 @@ def test_without_ultralytics_there_is_one_clear_line(monkeypatch: pytest.MonkeyP
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ultralytics", None)
     with pytest.raises(UnavailableError, match=r"ultralytics is not installed; .* pip install 'hkd-det\[yolo\]'"):
-        spec_of("yolo11n")
+        get_spec("yolo11n")
 
 
 def test_an_ultralytics_without_its_safe_loader_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(import_tasks(), "SAFE_LOAD")
     with pytest.raises(UnavailableError, match="too old"):
-        spec_of("yolo11n")
+        get_spec("yolo11n")

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from torchvision.transforms.v2 import functional as torchvision_light
 
 from hkd_det.train import augment
-from hkd_det.train.augment import LARGEST_FRAME, Source, View, judged, mirrored, relit, training_view
+from hkd_det.train.augment import (
+    MAX_FRAME_SCALE,
+    AugmentedImage,
+    ImageLoader,
+    augment,
+    color_jitter,
+    filter_boxes,
+    horizontal_flip,
+)
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]], np.uint8)
 GROUND = 128
@@ -48,7 +56,7 @@ def people(draw: st.DrawFn, colours: Sequence[int]) -> list[Person]:
     return [Person(colour, draw(corners), draw(sides), draw(shares), draw(st.booleans())) for colour in colours]
 
 
-def scene(persons: Sequence[Person], size_hw: tuple[int, int], painted: str = "box") -> View:
+def scene(persons: Sequence[Person], size_hw: tuple[int, int], painted: str = "box") -> AugmentedImage:
     """Grey ground with every person's whole box, or only the visible part, in its colour."""
     picture = np.full((*size_hw, 3), GROUND, np.uint8)
     for person in persons:
@@ -58,16 +66,16 @@ def scene(persons: Sequence[Person], size_hw: tuple[int, int], painted: str = "b
         np.array([getattr(person, part) for person in persons], np.float32).reshape(-1, 4)
         for part in ("box", "visible")
     )
-    return View(picture, boxes, visible, np.array([person.ignore for person in persons], bool))
+    return AugmentedImage(picture, boxes, visible, np.array([person.ignore for person in persons], bool))
 
 
-def source(view: View) -> Source:
+def source(view: AugmentedImage) -> ImageLoader:
     return lambda _frame_hw: view
 
 
-def found(view: View, colour: int) -> NDArray[np.float64] | None:
+def found(view: AugmentedImage, colour: int) -> NDArray[np.float64] | None:
     """The rectangle around all pixels of a colour, whatever the light; None for less than a few pixels."""
-    values = view.picture.astype(int)
+    values = view.image.astype(int)
     spread = values.max(2) - values.min(2)
     bright = values > (values.max(2) + values.min(2))[..., None] / 2
     mask = (bright == (COLOURS[colour] > 0)).all(2) & (spread > 60)
@@ -77,7 +85,7 @@ def found(view: View, colour: int) -> NDArray[np.float64] | None:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
 
 
-def colour_of(view: View, box: NDArray[np.float32]) -> int | None:
+def colour_of(view: AugmentedImage, box: NDArray[np.float32]) -> int | None:
     """Whose box it is: the colour found where it lies."""
     middle = (box[:2] + box[2:]) / 2
     for colour in range(len(COLOURS)):
@@ -107,10 +115,10 @@ def test_boxes_and_visible_parts_lie_where_they_are_painted(
 ) -> None:
     """The same chance over a picture of whole people and one of their visible parts: every box on its own colour."""
     whole, seen = (
-        training_view([source(scene(group, large, painted)) for group in groups], size_hw, np.random.default_rng(seed))
+        augment([source(scene(group, large, painted)) for group in groups], size_hw, np.random.default_rng(seed))
         for painted in ("box", "visible")
     )
-    assert whole.picture.shape == (*size_hw, 3) and whole.picture.dtype == np.uint8
+    assert whole.image.shape == (*size_hw, 3) and whole.image.dtype == np.uint8
     persons = {person.colour: person for group in groups for person in group}
     met = []
     for box, visible, ignored in zip(whole.boxes_xyxy, whole.visible_xyxy, whole.ignore, strict=True):
@@ -137,7 +145,7 @@ def test_boxes_and_visible_parts_lie_where_they_are_painted(
 @settings(deadline=None, max_examples=60)
 @given(seeds, sizes, single | mosaic)
 def test_nothing_lies_outside(seed: int, size_hw: tuple[int, int], groups: list[list[Person]]) -> None:
-    view = training_view([source(scene(group, large)) for group in groups], size_hw, np.random.default_rng(seed))
+    view = augment([source(scene(group, large)) for group in groups], size_hw, np.random.default_rng(seed))
     height, width = size_hw
     box, visible = view.boxes_xyxy, view.visible_xyxy
     assert box.dtype == visible.dtype == np.float32 and view.ignore.dtype == bool
@@ -161,7 +169,7 @@ def test_who_is_left_is_judged_by_counted_pixels(
     part[50 + v1 : 50 + v2, 50 + u1 : 50 + u2] = True
     inside[50:98, 50:114] = True  # a view of 48 x 64
     boxes, visible = (np.array([box], np.float32) for box in ((x1, y1, x2, y2), (u1, v1, u2, v2)))
-    view = judged(View(np.zeros((48, 64, 3), np.uint8), boxes, visible, np.array([ignore])))
+    view = filter_boxes(AugmentedImage(np.zeros((48, 64, 3), np.uint8), boxes, visible, np.array([ignore])))
     assert len(view.ignore) == (person & inside).any()
     for box, seen, ignored in zip(view.boxes_xyxy, view.visible_xyxy, view.ignore, strict=True):
         left, shown = (person & inside).sum(), (part & inside).sum()
@@ -176,8 +184,8 @@ def test_a_person_whose_visible_part_is_cut_away_is_ignored() -> None:
     box = np.array([[10, -40, 50, 40]], np.float32)
     head, legs = np.array([[10, -40, 50, -10]], np.float32), np.array([[10, 10, 50, 40]], np.float32)
     picture, nobody = np.zeros((64, 64, 3), np.uint8), np.array([False])
-    assert judged(View(picture, box, head, nobody)).ignore.tolist() == [True]
-    assert judged(View(picture, box, legs, nobody)).ignore.tolist() == [False]
+    assert filter_boxes(AugmentedImage(picture, box, head, nobody)).ignore.tolist() == [True]
+    assert filter_boxes(AugmentedImage(picture, box, legs, nobody)).ignore.tolist() == [False]
 
 
 def test_a_person_cut_to_a_sliver_is_ignored() -> None:
@@ -185,8 +193,8 @@ def test_a_person_cut_to_a_sliver_is_ignored() -> None:
     picture = np.zeros((128, 128, 3), np.uint8)
     person = np.array([[0, 30, 20, 110]], np.float32)
     for seed in range(60):
-        given_view = View(picture, person, person, np.array([False]))
-        view = training_view([source(given_view)], (128, 128), np.random.default_rng(seed))
+        given_view = AugmentedImage(picture, person, person, np.array([False]))
+        view = augment([source(given_view)], (128, 128), np.random.default_rng(seed))
         for (x1, y1, x2, y2), ignored in zip(view.boxes_xyxy.tolist(), view.ignore.tolist(), strict=True):
             narrow = (x2 - x1) / (y2 - y1) < 0.08  # whole: 0.25
             outcomes.add((narrow, ignored))
@@ -198,9 +206,9 @@ def test_a_person_cut_to_a_sliver_is_ignored() -> None:
 @given(people(range(6)))
 def test_mirrored_twice_is_the_same(persons: list[Person]) -> None:
     view = scene(persons, large)
-    once, twice = mirrored(view), mirrored(mirrored(view))
-    np.testing.assert_array_equal(once.picture, view.picture[:, ::-1])
-    np.testing.assert_array_equal(twice.picture, view.picture)
+    once, twice = horizontal_flip(view), horizontal_flip(horizontal_flip(view))
+    np.testing.assert_array_equal(once.image, view.image[:, ::-1])
+    np.testing.assert_array_equal(twice.image, view.image)
     np.testing.assert_array_equal(twice.boxes_xyxy, view.boxes_xyxy)
     np.testing.assert_array_equal(twice.visible_xyxy, view.visible_xyxy)
     for person, box, visible in zip(persons, once.boxes_xyxy, once.visible_xyxy, strict=True):
@@ -218,46 +226,46 @@ def test_light_is_torchvisions(seed: int, brightness: float, contrast: float, sa
     expected = torchvision_light.adjust_contrast(expected, contrast)
     expected = torchvision_light.adjust_saturation(expected, saturation).permute(1, 2, 0)
     np.testing.assert_allclose(
-        relit(picture, brightness, contrast, saturation).astype(int), expected.numpy().astype(int), atol=5
+        color_jitter(picture, brightness, contrast, saturation).astype(int), expected.numpy().astype(int), atol=5
     )
 
 
 def test_sources_are_asked_for_no_more_than_the_largest_frame() -> None:
     asked = []
 
-    def ask(frame_hw: tuple[float, float]) -> View:
+    def ask(frame_hw: tuple[float, float]) -> AugmentedImage:
         asked.append(frame_hw)
         return scene([], (50, 70))
 
     for seed in range(200):
-        training_view([ask] * (1 if seed % 2 else 4), (96, 128), np.random.default_rng(seed))
+        augment([ask] * (1 if seed % 2 else 4), (96, 128), np.random.default_rng(seed))
     largest = np.max(asked, axis=0) / (96, 128)
-    assert (largest <= LARGEST_FRAME).all() and (largest > 0.9 * LARGEST_FRAME).all()
+    assert (largest <= MAX_FRAME_SCALE).all() and (largest > 0.9 * MAX_FRAME_SCALE).all()
 
 
 @pytest.mark.parametrize("picture_hw", [(1, 1), (1, 500), (500, 1), (3, 2000), (50, 70)])
 @pytest.mark.parametrize("count", [1, 4])
 def test_empty_and_odd_pictures_pass(picture_hw: tuple[int, int], count: int) -> None:
     for seed in range(10):
-        view = training_view([source(scene([], picture_hw))] * count, (64, 96), np.random.default_rng(seed))
-        assert view.picture.shape == (64, 96, 3) and view.boxes_xyxy.shape == view.visible_xyxy.shape == (0, 4)
+        view = augment([source(scene([], picture_hw))] * count, (64, 96), np.random.default_rng(seed))
+        assert view.image.shape == (64, 96, 3) and view.boxes_xyxy.shape == view.visible_xyxy.shape == (0, 4)
 
 
 def test_the_same_chance_gives_the_same_view_and_another_another() -> None:
     persons = [Person(colour, (5, 5), (20, 40), (1, 1), False) for colour in range(6)]
     first, second, other = (
-        training_view([source(scene(persons, large))] * 4, (64, 96), np.random.default_rng(seed)) for seed in (7, 7, 8)
+        augment([source(scene(persons, large))] * 4, (64, 96), np.random.default_rng(seed)) for seed in (7, 7, 8)
     )
-    np.testing.assert_array_equal(first.picture, second.picture)
+    np.testing.assert_array_equal(first.image, second.image)
     np.testing.assert_array_equal(first.boxes_xyxy, second.boxes_xyxy)
-    assert not np.array_equal(first.picture, other.picture)
+    assert not np.array_equal(first.image, other.image)
 
 
 def test_a_source_is_left_as_it_was() -> None:
     """Views of what is kept in memory must not write into it."""
     view = scene([Person(0, (5, 5), (20, 40), (0.5, 0.5), False)], large)
-    before = replace(view, picture=view.picture.copy(), boxes_xyxy=view.boxes_xyxy.copy())
+    before = replace(view, picture=view.image.copy(), boxes_xyxy=view.boxes_xyxy.copy())
     for seed in range(20):
-        training_view([source(view)], (96, 128), np.random.default_rng(seed))
-    np.testing.assert_array_equal(view.picture, before.picture)
+        augment([source(view)], (96, 128), np.random.default_rng(seed))
+    np.testing.assert_array_equal(view.image, before.image)
     np.testing.assert_array_equal(view.boxes_xyxy, before.boxes_xyxy)

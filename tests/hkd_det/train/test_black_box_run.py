@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from hkd_deploy.export.command import main as export
-from hkd_det.datasets.catalogue import open_data
-from hkd_det.datasets.sample import read_picture
-from hkd_det.distill.detections import DetectionTerms
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.methods import Methods
+from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets.sample import read_image
+from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models import sizes
-from hkd_det.models.black_box import BlackBox, open_black_box
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.train.checkpoint import read_detector
+from hkd_det.models.black_box import OnnxTeacher, load_onnx_teacher
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.train.checkpoint import load_detector_checkpoint
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import train
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 YOLOX, DESCRIPTION = SHARED / "models" / "yolox_nano.onnx", Path(__file__).parents[3] / "recipes/foreign/yolox.yaml"
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
+    monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
 
 
 def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
@@ -48,18 +48,18 @@ def exported(people: Path, folder: Path, **changes: object) -> Path:
 def test_our_own_export_says_what_its_detector_says(people: Path, tmp_path: Path) -> None:
     """Boxes and scores, picture by picture; boxes cut at the picture's borders."""
     path = exported(people, tmp_path)
-    teacher, detector = open_black_box(path, CPU), read_detector(path.with_suffix(".pt")).build()
+    teacher, detector = load_onnx_teacher(path, CPU), load_detector_checkpoint(path.with_suffix(".pt")).build()
     pictures = torch.randint(0, 255, (3, 3, 64, 96), dtype=torch.uint8)
-    found = teacher.found(teacher(pictures.contiguous(memory_format=torch.channels_last)), top=20)
+    found = teacher.postprocess(teacher(pictures.contiguous(memory_format=torch.channels_last)), max_det=20)
     with torch.no_grad():
-        boxes, scores = detector.detect(pictures, 20)
+        boxes, scores = detector.predict(pictures, 20)
     for b in range(3):
         count = int((scores[b] > 1e-6).sum())  # points silenced by a better neighbour say next to nothing
         assert count > 5
         torch.testing.assert_close(found.scores[b][:count], scores[b, :count], atol=1e-4, rtol=1e-3)
         inside = boxes[b, :count].clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))
         torch.testing.assert_close(found.boxes_xyxy[b][:count], inside, atol=0.1, rtol=1e-3)
-    assert teacher.taps() == [] and not list(teacher.parameters())
+    assert teacher.feature_info() == [] and not list(teacher.parameters())
 
 
 def test_a_black_box_teaches_a_whole_run_by_the_command(
@@ -77,7 +77,7 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
     assert main(flags) == 0
     course = (tmp_path / "run" / "results.csv").read_text()
     assert "soft_score" in course and "soft_box" in course
-    assert read_detector(tmp_path / "run" / "best.pt").spec == TINY
+    assert load_detector_checkpoint(tmp_path / "run" / "best.pt").spec == TINY
     assert main(["--resume", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     assert main([*flags[:-4], "--name", "other", "--distill", "hkd"]) == 2
@@ -88,15 +88,15 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
 @pytest.mark.skipif(not YOLOX.is_file(), reason="a real foreign model lies in ../shared/data")
 def test_a_real_foreign_model_teaches(people: Path, tmp_path: Path) -> None:
     taught = {"teacher": str(YOLOX), "teacher_description": str(DESCRIPTION)}
-    result = train(settings(people, tmp_path, **taught, distill=Methods(detections=DetectionTerms())))
+    result = train(settings(people, tmp_path, **taught, distill=DistillConfig(soft_labels=SoftLabelConfig())))
     assert {"soft_score", "soft_box"} <= result.history[0].losses.keys()
 
 
 @pytest.mark.skipif(not YOLOX.is_file(), reason="a real foreign model and real pictures lie in ../shared/data")
 def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None:
-    teacher = open_black_box(YOLOX, CPU, DESCRIPTION)
-    picture = read_picture(sorted((SHARED / "inria" / "test").iterdir())[0])
-    alone = teacher.model([picture])[0].above(0.3)
+    teacher = load_onnx_teacher(YOLOX, CPU, DESCRIPTION)
+    picture = read_image(sorted((SHARED / "inria" / "test").iterdir())[0])
+    alone = teacher.model([picture])[0].filter(0.3)
     batch = torch.from_numpy(picture).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
     for boxes, scores in zip(*vars(teacher(batch)).values(), strict=True):
         assert torch.equal(scores[: len(alone)], torch.from_numpy(alone.scores)) and len(alone) > 0
@@ -106,7 +106,7 @@ def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None
 @pytest.mark.parametrize("names", ["hkd", "blockwise", "noise", "hkd,detections"])
 def test_what_a_black_box_cannot_do_is_refused_at_once(people: Path, tmp_path: Path, names: str) -> None:
     with pytest.raises(UsageError, match=r"model\.onnx is a black box.*--distill detections"):
-        settings(people, tmp_path, teacher="model.onnx", distill=Methods.of(names))
+        settings(people, tmp_path, teacher="model.onnx", distill=DistillConfig.from_names(names))
 
 
 @pytest.mark.parametrize("asked", [["--distill", "blockwise"], ["--distill", "cdd"], ["--list-taps"]])
@@ -122,14 +122,18 @@ def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
         path = tmp_path / "closed.onnx"
 
     with pytest.raises(UsageError, match=r"closed\.onnx shows neither features nor logits; --distill detections"):
-        Distiller(Detector(TINY), BlackBox(Closed()), Methods.of("hkd"))  # type: ignore[arg-type]
+        DistillationLoss(HKDDetector(TINY), OnnxTeacher(Closed()), DistillConfig.from_names("hkd"))  # type: ignore[arg-type]
 
 
 def test_a_description_without_a_black_box_and_a_black_box_without_description(people: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--teacher-description .* \.onnx"):
-        settings(people, tmp_path, teacher="best.pt", teacher_description="a.yaml", distill=Methods.of("hkd"))
+        settings(
+            people, tmp_path, teacher="best.pt", teacher_description="a.yaml", distill=DistillConfig.from_names("hkd")
+        )
     (tmp_path / "model.onnx").write_bytes(b"nothing")
-    taught = settings(people, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill=Methods.of("detections"))
+    taught = settings(
+        people, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill=DistillConfig.from_names("detections")
+    )
     with pytest.raises(DataError, match=r"model\.onnx: ONNX Runtime .* cannot load it"):
         train(taught)
-    assert len(open_data(str(people), "val")) == 4
+    assert len(load_dataset(str(people), "val")) == 4

@@ -16,37 +16,42 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.distill.arbitration import Arbitration
+from hkd_det.distill.arbitration import MoKDConfig
 from hkd_det.distill.blockwise import stage
-from hkd_det.distill.blockwise.settings import Blockwise
-from hkd_det.distill.detections import DetectionTerms
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.noise import Noise
-from hkd_det.distill.tap_choice import TapNames
+from hkd_det.distill.blockwise.settings import BlockwiseConfig
+from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.noise import NoisyTeacherConfig
+from hkd_det.distill.tap_choice import LayerPairs
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.models.detector import DetectorSpec
-from hkd_det.models.families import Spec, build
-from hkd_det.models.faster_rcnn import FasterRcnnSpec
-from hkd_det.models.yolo import YoloSpec, yolo_spec
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.families import ModelSpec, build_from_spec
+from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.models.yolo import UltralyticsSpec, make_ultralytics_spec
 from hkd_det.train import run
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector
+from hkd_det.train.checkpoint import (
+    DetectorCheckpoint,
+    load_detector_checkpoint,
+    load_training_state,
+    save_detector_checkpoint,
+)
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import TrainResult, train
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 QUICK: dict[str, Any] = {"least": 16, "views": 16, "epochs": 1, "batch": 8}
 BLOCKS = [f"backbone.body.{name}" for name in ("layer3.0.conv2", "layer4.0.conv1", "layer4.0.conv2")]
 
 
-def written(path: Path, spec: Spec = TINY) -> Path:
+def written(path: Path, spec: ModelSpec = TINY) -> Path:
     torch.manual_seed(3)
-    write_detector(path, DetectorCheckpoint("tiny", spec, build(spec).state_dict(), {}, 1, 1.0))
+    save_detector_checkpoint(path, DetectorCheckpoint("tiny", spec, build_from_spec(spec).state_dict(), {}, 1, 1.0))
     return path
 
 
-def settings(people: Path, folder: Path, teacher: Path, methods: Methods, **changes: object) -> TrainConfig:
+def settings(people: Path, folder: Path, teacher: Path, methods: DistillConfig, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
         "data": str(people), "model": "tiny", "run": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
         "workers": 0, "device": "cpu", "finale": 0.0, "teacher": str(teacher), "distill": methods,
@@ -54,12 +59,12 @@ def settings(people: Path, folder: Path, teacher: Path, methods: Methods, **chan
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def blockwise(**changes: Any) -> Methods:
-    return Methods(blockwise=Blockwise(**{**QUICK, **changes}))
+def blockwise(**changes: Any) -> DistillConfig:
+    return DistillConfig(blockwise=BlockwiseConfig(**{**QUICK, **changes}))
 
 
 def weights(folder: Path, file: str = "blockwise/assembled.pt") -> dict[str, Tensor]:
-    return read_detector(folder / file).weights
+    return load_detector_checkpoint(folder / file).weights
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -98,11 +103,14 @@ def test_the_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Pat
     report = json.loads((folder / "blockwise/report.json").read_text())
     assert [block["layer"] for block in report["blocks"]] == BLOCKS == list(report["miss_rates_alone"])
     assert report["ran"]["makespan_s"] >= report["ran"]["lower_bound_s"] == pytest.approx(report["sum_s"])
-    assembled, best = read_detector(folder / "blockwise/assembled.pt"), read_detector(folder / "best.pt")
+    assembled, best = (
+        load_detector_checkpoint(folder / "blockwise/assembled.pt"),
+        load_detector_checkpoint(folder / "best.pt"),
+    )
     assert assembled.miss_rate == report["miss_rate"]
     assert assembled.changes == best.changes and list(best.changes.separable) == BLOCKS
     # 9 C_in C_out weights for 9 C_in + C_in C_out + 2 C_out + 9 C_out + C_out^2.
-    shapes = [tuple(build(TINY).get_submodule(name).weight.shape[:2]) for name in BLOCKS]
+    shapes = [tuple(build_from_spec(TINY).get_submodule(name).weight.shape[:2]) for name in BLOCKS]
     saved = sum(9 * o * i - (9 * i + i * o + 2 * o + 9 * o + o * o) for o, i in shapes)
     assert report["parameters"][0] - report["parameters"][1] == saved > 0
     assert main(flags) == 2  # it holds a run
@@ -160,13 +168,13 @@ def test_broken_off_in_fine_tuning_it_ends_with_the_same_weights(
     whole = settings(people, tmp_path / "whole", teacher, methods, epochs=2)
     cut = settings(people, tmp_path / "cut", teacher, methods, epochs=2)
     train(whole)
-    with stopped_at(5, monkeypatch, run.Run, "_set_rate"):  # the second epoch's second step
+    with stopped_at(5, monkeypatch, run.Trainer, "_set_rate"):  # the second epoch's second step
         train(cut)
-    assert len(read_state(tmp_path / "cut/last.pt")["history"]) == 1
+    assert len(load_training_state(tmp_path / "cut/last.pt")["history"]) == 1
     with monkeypatch.context() as patch:
         patch.setattr(stage, "learn", None)  # nothing is left to learn
         train(cut, resume=True)
-    ends = [read_state(tmp_path / name / "last.pt") for name in ("whole", "cut")]
+    ends = [load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut")]
     assert same(ends[0]["learner"], ends[1]["learner"]) and same(ends[0]["average"], ends[1]["average"])
 
 
@@ -212,26 +220,26 @@ def test_killed_workers_or_not_the_assembled_network_is_the_same(people: Path, t
 @pytest.mark.parametrize(
     ("changes", "terms"),
     [
-        ({"hkd": Hierarchical()}, {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}),
-        ({"hkd": Hierarchical(), "noise": Noise(), "mokd": Arbitration()}, {"hkd_pyramid"}),
+        ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}),
+        ({"hkd": HKDConfig(), "noise": NoisyTeacherConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
     ],
 )
 def test_fine_tuned_under_its_own_teacher(
     people: Path, tmp_path: Path, changes: dict[str, Any], terms: set[str]
 ) -> None:
-    methods = Methods(blockwise=Blockwise(**QUICK), **changes)
+    methods = DistillConfig(blockwise=BlockwiseConfig(**QUICK), **changes)
     result = train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt"), methods))
     assert result.history[0].losses.keys() >= terms
 
 
-def thin_yolo() -> YoloSpec:
-    layout = deepcopy(yolo_spec("yolo11n").layout)
+def thin_yolo() -> UltralyticsSpec:
+    layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
-    return YoloSpec("yolo11n", {**layout, "nc": 1})
+    return UltralyticsSpec("yolo11n", {**layout, "nc": 1})
 
 
 def test_a_faster_rcnn(people: Path, tmp_path: Path) -> None:
-    spec = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
+    spec = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
     _family(people, tmp_path, spec)
 
 
@@ -239,15 +247,15 @@ def test_a_yolo_model(people: Path, tmp_path: Path) -> None:
     _family(people, tmp_path, thin_yolo())
 
 
-def _family(people: Path, tmp_path: Path, spec: Spec) -> None:
+def _family(people: Path, tmp_path: Path, spec: ModelSpec) -> None:
     result = _trained(people, tmp_path, spec)
-    best = read_detector(result.best)
+    best = load_detector_checkpoint(result.best)
     assert best.spec == spec and best.changes.separable
     assert all(f"{name}.pointwise2.weight" in best.weights for name in best.changes.separable)
     best.build()
 
 
-def _trained(people: Path, tmp_path: Path, spec: Spec) -> TrainResult:
+def _trained(people: Path, tmp_path: Path, spec: ModelSpec) -> TrainResult:
     return train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt", spec), blockwise(least=8)))
 
 
@@ -261,7 +269,7 @@ def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monk
     train(settings(people, tmp_path / "run", teacher, blockwise(judge=True, limit=0.1)))
     report = json.loads((tmp_path / "run/blockwise/report.json").read_text())
     assert report["left_out"] == [BLOCKS[1]] and report["miss_rate"] == 0.6
-    assert read_detector(tmp_path / "run/best.pt").changes.separable == (BLOCKS[0], BLOCKS[2])
+    assert load_detector_checkpoint(tmp_path / "run/best.pt").changes.separable == (BLOCKS[0], BLOCKS[2])
     with pytest.raises(DataError, match=r"every block alone raises the miss rate by more, 40\.00 points at least"):
         train(settings(people, tmp_path / "none", teacher, blockwise(judge=True, limit=0.1)))
 
@@ -283,13 +291,15 @@ def test_what_cannot_be_is_said_at_once(
     for wrong in ({"inputs": "student", "workers": 2}, {"workers": 2, "cluster": "tcp://a:1"}, {"limit": 0.1}):
         with pytest.raises(UsageError, match=r"distill\.blockwise"):
             blockwise(**wrong)
-    from hkd_det.train.blockwise import assemble
-    from hkd_det.train.processes import Processes
+    from hkd_det.train.blockwise import prepare_blockwise_student
+    from hkd_det.train.processes import DistributedContext
 
     config = settings(people, tmp_path / "run", teacher, blockwise())
     assert config.distill.blockwise
     with pytest.raises(UsageError, match="not under torchrun"):
-        assemble(config, config.distill.blockwise, Processes(0, 2, torch.device("cpu")), [], [], False)
+        prepare_blockwise_student(
+            config, config.distill.blockwise, DistributedContext(0, 2, torch.device("cpu")), [], [], False
+        )
     with pytest.raises(DataError, match="no times of these blocks there"):
         train(settings(people, tmp_path / "run", teacher, blockwise(times=str(people))))
     monkeypatch.setitem(sys.modules, "distributed", None)
@@ -300,10 +310,12 @@ def test_what_cannot_be_is_said_at_once(
 
 def test_what_cannot_be_afterwards_is_said_before_the_blocks_are_learnt(people: Path, tmp_path: Path) -> None:
     teacher, folder = written(tmp_path / "teacher.pt"), tmp_path / "run"
-    elsewhere = Methods(blockwise=Blockwise(**QUICK), hkd=Hierarchical(taps=TapNames(("neck",), ("nowhere",))))
+    elsewhere = DistillConfig(
+        blockwise=BlockwiseConfig(**QUICK), hkd=HKDConfig(feature_layers=LayerPairs(("neck",), ("nowhere",)))
+    )
     with pytest.raises(UsageError, match=r"distill\.hkd\.taps"):
         train(settings(people, folder, teacher, elsewhere))
-    methods = Methods(blockwise=Blockwise(**QUICK), detections=DetectionTerms())
+    methods = DistillConfig(blockwise=BlockwiseConfig(**QUICK), soft_labels=SoftLabelConfig())
     with pytest.raises(DataError, match="no such folder"):
         train(settings(people, folder, teacher, methods, unlabelled=("nowhere",)))
     assert not folder.exists()

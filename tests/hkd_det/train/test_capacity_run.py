@@ -10,37 +10,42 @@ from typing import Any
 import pytest
 import torch
 
-from hkd_det.distill.arbitration import Arbitration
-from hkd_det.distill.blockwise.settings import Blockwise
+from hkd_det.distill.arbitration import MoKDConfig
+from hkd_det.distill.blockwise.settings import BlockwiseConfig
 from hkd_det.distill.capacity.compactor import Compactor
-from hkd_det.distill.capacity.settings import CapacityDynamic
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.noise import Noise
+from hkd_det.distill.capacity.settings import CDDConfig
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.noise import NoisyTeacherConfig
 from hkd_det.errors import UsageError
 from hkd_det.models import sizes
-from hkd_det.models.detector import DetectorSpec
-from hkd_det.models.faster_rcnn import FasterRcnnSpec
-from hkd_det.models.sizes import cost
-from hkd_det.models.surgery import UNCHANGED
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.models.sizes import count_params_and_flops
+from hkd_det.models.surgery import NO_CHANGES
 from hkd_det.train import run as runs
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector
+from hkd_det.train.checkpoint import (
+    DetectorCheckpoint,
+    load_detector_checkpoint,
+    load_training_state,
+    save_detector_checkpoint,
+)
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import TrainResult, train
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 WIDE = replace(TINY, backbone_arguments={"channels": (12, 12, 24, 24), "stem_width": 8})
-TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
+TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 HW = (64, 96)
-CDD = CapacityDynamic(keep_flops=0.8)
+CDD = CDDConfig(keep_flops=0.8)
 CDD_TERMS = {"cdd_feature", "cdd_score"}
 
 
 @pytest.fixture(autouse=True)
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, spec in {"mini-student": TINY, "mini-teacher": WIDE, "fasterrcnn-r18": TWO_STAGE}.items():
-        monkeypatch.setitem(sizes.SIZES, name, spec)
+        monkeypatch.setitem(sizes.MODELS, name, spec)
 
 
 @pytest.fixture
@@ -50,21 +55,23 @@ def teacher(tmp_path: Path) -> Path:
 
 def saved(path: Path, model: str) -> Path:
     torch.manual_seed(3)
-    detector = sizes.build_detector(model)
-    write_detector(path, DetectorCheckpoint(model, sizes.spec_of(model), detector.state_dict(), {}, 1, 1.0))
+    detector = sizes.build_model(model)
+    save_detector_checkpoint(path, DetectorCheckpoint(model, sizes.get_spec(model), detector.state_dict(), {}, 1, 1.0))
     return path
 
 
 def configured(people: Path, folder: Path, teacher: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "data": str(people), "model": "mini-student", "run": str(folder), "imgsz_hw": HW, "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "teacher": str(teacher), "init": str(teacher), "distill": Methods(cdd=CDD),
+        "workers": 0, "device": "cpu", "teacher": str(teacher), "init": str(teacher), "distill": DistillConfig(cdd=CDD),
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})
 
 
 def share_left(result: TrainResult, teacher: Path) -> float:
-    before, after = (cost(read_detector(path).build(), HW).flops for path in (teacher, result.best))
+    before, after = (
+        count_params_and_flops(load_detector_checkpoint(path).build(), HW).flops for path in (teacher, result.best)
+    )
     return after / before
 
 
@@ -74,22 +81,24 @@ def test_the_command_starts_as_the_teacher_and_leaves_a_plain_smaller_network(
     flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "cdd", "--set", "lr=1e-9"]
     assert main([*flags, "--teacher", str(teacher), "--distill", "cdd", "--keep-flops", "0.8"]) == 0
-    best, state = read_detector(tmp_path / "cdd/best.pt"), read_state(tmp_path / "cdd/last.pt")
-    before, after = (cost(network, HW) for network in (read_detector(teacher).build(), best.build()))
+    best, state = load_detector_checkpoint(tmp_path / "cdd/best.pt"), load_training_state(tmp_path / "cdd/last.pt")
+    before, after = (
+        count_params_and_flops(network, HW) for network in (load_detector_checkpoint(teacher).build(), best.build())
+    )
     assert 0.75 < after.flops / before.flops <= 0.8
     assert best.spec == TINY and best.changes.widths and not best.changes.separable
     stem = "backbone.body.conv1.0.weight"
-    torch.testing.assert_close(best.weights[stem], read_detector(teacher).weights[stem], atol=1e-6, rtol=0)
+    torch.testing.assert_close(best.weights[stem], load_detector_checkpoint(teacher).weights[stem], atol=1e-6, rtol=0)
     # Chosen by two thirds of the run, so the first of two epochs can't have been the best.
     assert [epoch["eligible"] for epoch in state["history"]] == [False, True] and best.epoch == 2
-    twin = sizes.build(best.spec, best.changes)
+    twin = sizes.build_from_spec(best.spec, best.changes)
     twin.load_state_dict(best.weights)
     assert not any(isinstance(module, Compactor) for module in twin.modules())
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tmp_path: Path, teacher: Path) -> None:
     """Cut while channels fade; neighbours and distractors are as they would have been."""
-    settings = {"distill": Methods(cdd=CDD, hkd=Hierarchical()), "epochs": 3}
+    settings = {"distill": DistillConfig(cdd=CDD, hkd=HKDConfig()), "epochs": 3}
     train(configured(people, tmp_path / "whole", teacher, **settings))
     config = configured(people, tmp_path / "cut", teacher, **settings)
 
@@ -97,34 +106,34 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        kept = runs.Run._set_rate
-        patch.setattr(runs.Run, "_set_rate", lambda self, step: cut() if step == 5 else kept(self, step))
+        kept = runs.Trainer._set_learning_rate
+        patch.setattr(runs.Trainer, "_set_rate", lambda self, step: cut() if step == 5 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    middle = read_state(tmp_path / "cut/last.pt")["learner"]
+    middle = load_training_state(tmp_path / "cut/last.pt")["learner"]
     masked = [value for name, value in middle.items() if name.endswith("compactor.masked")]
     assert any(mask.any() for mask in masked)
     train(config, resume=True)
-    whole, resumed = (read_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     for part in ("learner", "average"):
         assert whole[part].keys() == resumed[part].keys()
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
-    best, again = (read_detector(tmp_path / name / "best.pt") for name in ("whole", "cut"))
+    best, again = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("whole", "cut"))
     assert best.changes == again.changes and all(torch.equal(v, again.weights[n]) for n, v in best.weights.items())
 
 
 @pytest.mark.parametrize(
     ("others", "terms"),
     [
-        ({"hkd": Hierarchical()}, {"hkd_pyramid", "hkd_score"}),
-        ({"hkd": Hierarchical(), "mokd": Arbitration()}, {"hkd_pyramid"}),
-        ({"noise": Noise()}, set()),
+        ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_score"}),
+        ({"hkd": HKDConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
+        ({"noise": NoisyTeacherConfig()}, set()),
     ],
 )
 def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[str, Any], terms: set[str]) -> None:
-    methods = Methods(cdd=CDD, **others)
+    methods = DistillConfig(cdd=CDD, **others)
     result = train(configured(people, tmp_path / "run", teacher, distill=methods, epochs=1))
-    losses, figures = result.history[0].losses, result.history[0].figures
+    losses, figures = result.history[0].losses, result.history[0].metrics
     assert losses.keys() >= terms | CDD_TERMS and figures["cdd_lasso"] > 0 and share_left(result, teacher) <= 0.8
     assert (losses["cdd_score"] > 0) == ("hkd" not in others)  # hierarchical distillation has a logit level itself
 
@@ -133,22 +142,24 @@ def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[s
 def test_a_wider_fresh_student_shrinks_under_its_teacher(people: Path, tmp_path: Path, teacher: Path) -> None:
     result = train(configured(people, tmp_path / "run", teacher, model="mini-teacher", init="", epochs=1))
     wide = saved(tmp_path / "wide.pt", "mini-teacher")
-    assert read_detector(result.best).spec == WIDE and share_left(result, wide) <= 0.8
+    assert load_detector_checkpoint(result.best).spec == WIDE and share_left(result, wide) <= 0.8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["fasterrcnn-r18", "yolo26n"])
 def test_other_families_shrink(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     if model == "yolo26n":
-        layout = dict(sizes.spec_of(model).layout)  # type: ignore[union-attr]
+        layout = dict(sizes.get_spec(model).model_yaml)  # type: ignore[union-attr]
         layout["scales"] = {layout["scale"]: [0.33, 0.0625, 1024]}
-        monkeypatch.setitem(sizes.SIZES, model, replace(sizes.spec_of(model), layout=layout))  # type: ignore[type-var]
+        monkeypatch.setitem(sizes.MODELS, model, replace(sizes.get_spec(model), layout=layout))  # type: ignore[type-var]
     teacher = saved(tmp_path / "teacher.pt", model)
-    methods = Methods(cdd=CapacityDynamic(keep_flops=1.0, keep_parameters=0.97, least=2))
+    methods = DistillConfig(cdd=CDDConfig(keep_flops=1.0, keep_parameters=0.97, min_channels=2))
     result = train(configured(people, tmp_path / "run", teacher, model=model, epochs=1, distill=methods))
-    before, after = (cost(read_detector(path).build(), HW).parameters for path in (teacher, result.best))
+    before, after = (
+        count_params_and_flops(load_detector_checkpoint(path).build(), HW).num_params for path in (teacher, result.best)
+    )
     assert after <= 0.97 * before and result.history[0].losses["cdd_score"] >= 0
-    assert read_detector(result.best).changes != UNCHANGED
+    assert load_detector_checkpoint(result.best).changes != NO_CHANGES
 
 
 @pytest.mark.slow
@@ -160,16 +171,19 @@ def test_two_processes_shed_together(people: Path, tmp_path: Path, teacher: Path
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    before, after = (cost(read_detector(path).build(), HW) for path in (teacher, tmp_path / "two/best.pt"))
+    before, after = (
+        count_params_and_flops(load_detector_checkpoint(path).build(), HW)
+        for path in (teacher, tmp_path / "two/best.pt")
+    )
     assert after.flops <= 0.8 * before.flops
 
 
 def test_what_cannot_be_says_so_at_once(people: Path, tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(UsageError, match="cdd,blockwise"):
-        Methods(cdd=CDD, blockwise=Blockwise())
-    assert Methods(cdd=CDD, mokd=Arbitration()).names == ["mokd", "cdd"]
+        DistillConfig(cdd=CDD, blockwise=BlockwiseConfig())
+    assert DistillConfig(cdd=CDD, mokd=MoKDConfig()).names == ["mokd", "cdd"]
     with pytest.raises(UsageError, match=r"keep_flops=0\.1: .* mini-student's"):
-        train(configured(people, tmp_path / "run", teacher, distill=Methods(cdd=CapacityDynamic(keep_flops=0.1))))
+        train(configured(people, tmp_path / "run", teacher, distill=DistillConfig(cdd=CDDConfig(keep_flops=0.1))))
     with pytest.raises(UsageError, match="student's own family"):
         train(configured(people, tmp_path / "run", saved(tmp_path / "two.pt", "fasterrcnn-r18"), init=""))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hkd_det.models.sizes import SIZES
-from hkd_det.train.checkpoint import read_detector
+from hkd_det.models.sizes import MODELS
+from hkd_det.train.checkpoint import load_detector_checkpoint
 from hkd_det.train.command import main
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
@@ -63,7 +63,7 @@ def test_the_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert all(name in said for name in SIZES)
+    assert all(name in said for name in MODELS)
 
 
 def test_taps_are_listed_without_data_and_without_training(
@@ -130,7 +130,9 @@ def test_a_truncated_picture_stops_training_with_its_name(
 def test_any_timm_backbone_can_be_named(people: Path, tmp_path: Path) -> None:
     flags = ["--data", str(people), *FLAGS, "--workers", "0", "--project", str(tmp_path), "--batch", "4"]
     assert main([*flags, "--backbone", "mobilenetv3_small_050"]) == 0
-    assert read_detector(tmp_path / "mini-student" / "best.pt").build().spec.backbone == "mobilenetv3_small_050"
+    assert (
+        load_detector_checkpoint(tmp_path / "mini-student" / "best.pt").build().spec.backbone == "mobilenetv3_small_050"
+    )
 
 
 @pytest.mark.slow

@@ -8,30 +8,33 @@ import numpy as np
 import pytest
 import torch
 
-from hkd_det.datasets.catalogue import open_data
+from hkd_det.datasets.catalogue import load_dataset
 from hkd_det.detections import Detections
-from hkd_det.distill.methods import Methods
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import UsageError
 from hkd_det.metrics.citypersons import SETUPS, evaluate
-from hkd_det.metrics.tables import DetectionTable, TruthTable
+from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 from hkd_det.models import sizes
-from hkd_det.models.detector import DetectorSpec
+from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.train import control, judge, start
-from hkd_det.train.checkpoint import read_detector, write_state
+from hkd_det.train.checkpoint import load_detector_checkpoint, save_training_state
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 FLAGS = ["--imgsz", "96x64", "--batch", "4", "--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
+    monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
 
 
 def perfect(people: Path) -> list[Detections]:
-    return [Detections(s.truth.boxes_xyxy, np.ones(len(s.truth), np.float32)) for s in open_data(str(people), "val")]
+    return [
+        Detections(s.ground_truth.boxes_xyxy, np.ones(len(s.ground_truth), np.float32))
+        for s in load_dataset(str(people), "val")
+    ]
 
 
 @pytest.mark.usefixtures("tiny_sizes")
@@ -44,12 +47,15 @@ def test_the_control_differs_in_nothing_but_the_teacher(
     assert main([*common, *taught, "--name", "taught"]) == 0
     assert "What the teacher brought" in capsys.readouterr().out
     assert main([*common, "--epochs", "2", "--name", "alone"]) == 0
-    controlled, alone = (read_detector(tmp_path / name / "best.pt") for name in ("taught-control", "alone"))
+    controlled, alone = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("taught-control", "alone"))
     assert all(torch.equal(value, alone.weights[name]) for name, value in controlled.weights.items())
     written = json.loads((tmp_path / "taught/control.json").read_text())
     assert written["low"] <= written["high"]
     for which, folder in (("taught", "taught"), ("alone", "taught-control")):
-        assert written[which]["miss_rates"]["Reasonable"] == read_detector(tmp_path / folder / "best.pt").miss_rate
+        assert (
+            written[which]["miss_rates"]["Reasonable"]
+            == load_detector_checkpoint(tmp_path / folder / "best.pt").miss_rate
+        )
 
 
 @pytest.mark.usefixtures("tiny_sizes")
@@ -62,7 +68,7 @@ def test_the_comparison_is_in_the_runs_own_setup(
     assert main([*common, *taught, "--name", "taught"]) == 0
     assert "What the teacher brought, MR^-2 bare" in capsys.readouterr().out
     written = json.loads((tmp_path / "taught/control.json").read_text())
-    assert written["taught"]["miss_rates"]["bare"] == read_detector(tmp_path / "taught/best.pt").miss_rate
+    assert written["taught"]["miss_rates"]["bare"] == load_detector_checkpoint(tmp_path / "taught/best.pt").miss_rate
 
 
 def test_broken_off_it_says_how_to_go_on_with_the_control_too(
@@ -70,8 +76,8 @@ def test_broken_off_it_says_how_to_go_on_with_the_control_too(
 ) -> None:
     def cut(config: TrainConfig, resume: bool) -> None:
         assert not resume
-        config.run_dir.mkdir()
-        (config.run_dir / "last.pt").touch()
+        config.save_path.mkdir()
+        (config.save_path / "last.pt").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(start, "train", cut)
@@ -102,10 +108,12 @@ def test_an_earlier_runs_control_is_not_gone_on_with(
     seed: int, goes_on: bool, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--exist-ok leaves it there until the new run's control takes its place; its miss rate would be compared."""
-    run = TrainConfig(str(people), "mini-student", str(tmp_path / "run"), teacher="t.pt", distill=Methods.of("hkd"))
-    older = replace(control.control_of(run), seed=seed)
-    write_state(tmp_path / "run/last.pt", {"config": run.as_dict()})
-    write_state(tmp_path / "run-control/last.pt", {"config": older.as_dict()})
+    run = TrainConfig(
+        str(people), "mini-student", str(tmp_path / "run"), teacher="t.pt", distill=DistillConfig.from_names("hkd")
+    )
+    older = replace(control.control_config(run), seed=seed)
+    save_training_state(tmp_path / "run/last.pt", {"config": run.as_dict()})
+    save_training_state(tmp_path / "run-control/last.pt", {"config": older.as_dict()})
     resumed = []
     monkeypatch.setattr(start, "train", lambda config, resume: resumed.append((Path(config.run).name, resume)))
     monkeypatch.setattr(start, "compare", lambda _config: None)
@@ -124,9 +132,11 @@ def test_an_older_control_is_not_written_over(people: Path, tmp_path: Path, caps
 
 def test_the_control_does_not_write_over_the_teacher(people: Path, tmp_path: Path) -> None:
     teacher = str(tmp_path / "run-control/best.pt")
-    run = TrainConfig(str(people), "mini-student", str(tmp_path / "run"), teacher=teacher, distill=Methods.of("hkd"))
+    run = TrainConfig(
+        str(people), "mini-student", str(tmp_path / "run"), teacher=teacher, distill=DistillConfig.from_names("hkd")
+    )
     with pytest.raises(UsageError, match="write over it"):
-        control.control_of(run)
+        control.control_config(run)
 
 
 def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,27 +145,29 @@ def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.Cap
 
 
 def test_the_interval_of_equals_is_nothing_and_of_all_against_nothing_is_all(people: Path) -> None:
-    samples, found = open_data(str(people), "val"), perfect(people)
+    samples, found = load_dataset(str(people), "val"), perfect(people)
     nothing = [Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))] * len(samples)
-    assert control.interval(samples, found, found, "Reasonable", draws=20) == (0.0, 0.0)
-    assert control.interval(samples, found, nothing, "Reasonable", draws=20) == (-1.0, -1.0)
+    assert control.bootstrap_interval(samples, found, found, "Reasonable", num_resamples=20) == (0.0, 0.0)
+    assert control.bootstrap_interval(samples, found, nothing, "Reasonable", num_resamples=20) == (-1.0, -1.0)
 
 
 def test_every_person_stands_in_just_one_range_of_height() -> None:
     chance = np.random.default_rng(0)
-    heights_px = np.concatenate([chance.uniform(20, 400, 300), judge.EDGES_PX])
+    heights_px = np.concatenate([chance.uniform(20, 400, 300), judge.HEIGHT_BINS_PX])
     boxes = np.stack([np.zeros_like(heights_px), np.zeros_like(heights_px), heights_px / 2, heights_px], 1)
     count = len(heights_px)
-    table = TruthTable(1, np.zeros(count, int), boxes, heights_px, np.ones(count), np.zeros(count, bool))
-    nobody = DetectionTable.of([Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))])
-    rates = evaluate(table, nobody, [*judge.heights(), SETUPS["All"]])
-    assert sum(rate.people for name, rate in rates.items() if name != "All") == rates["All"].people == count
+    table = GroundTruthTable(1, np.zeros(count, int), boxes, heights_px, np.ones(count), np.zeros(count, bool))
+    nobody = DetectionTable.from_detections([Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))])
+    rates = evaluate(table, nobody, [*judge.height_setups(), SETUPS["All"]])
+    assert sum(rate.num_gt for name, rate in rates.items() if name != "All") == rates["All"].num_gt == count
 
 
 @pytest.mark.usefixtures("tiny_sizes")
 def test_perfect_detections_miss_nobody(people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = perfect(people)
     monkeypatch.setattr(judge, "detect_all", lambda *_: found)
-    judged, _ = judge.judge(sizes.build_detector("mini-student"), open_data(str(people), "val"), (64, 96), bf16=False)
+    judged, _ = judge.evaluate_detector(
+        sizes.build_model("mini-student"), load_dataset(str(people), "val"), (64, 96), bf16=False
+    )
     assert judged.ap == pytest.approx(1) and judged.miss_rates["Reasonable"] == judged.miss_rates["All"] == 0
-    assert judged.parameters == sum(p.numel() for p in sizes.build_detector("mini-student").parameters())
+    assert judged.parameters == sum(p.numel() for p in sizes.build_model("mini-student").parameters())

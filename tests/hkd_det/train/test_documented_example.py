@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hkd_det.distill.methods import Methods
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.train import run
 from hkd_det.train.config import TrainConfig
 
@@ -24,4 +24,4 @@ def test_the_example_trains_in_its_own_process_alone(
     assert found is not None
     exec(compile(found[1], str(DOC), "exec"), {"__name__": name})
     assert len(asked) == trained and capsys.readouterr().out.split() == ["0.5"] * trained
-    assert all(config.distill == Methods.of("hkd,mokd") and config.workers > 0 for config in asked)
+    assert all(config.distill == DistillConfig.from_names("hkd,mokd") and config.workers > 0 for config in asked)

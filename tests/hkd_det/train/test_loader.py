@@ -11,11 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from hkd_det.datasets import Sample, Truth
+from hkd_det.datasets import GroundTruth, Sample
 from hkd_det.errors import DataError
-from hkd_det.train.augment import View
-from hkd_det.train.loader import Batch, Epochs, TrainingViews, _left_alone, batches, collate, open_loader
-from hkd_det.train.pictures import SharedFolder
+from hkd_det.train.augment import AugmentedImage
+from hkd_det.train.loader import (
+    Batch,
+    EpochPlan,
+    TrainDataset,
+    _ignore_broken_pipe,
+    build_dataloader,
+    collate,
+    iterate_batches,
+)
+from hkd_det.train.pictures import DirectoryCache
 
 SIZE_HW = (64, 96)
 
@@ -34,23 +42,23 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
         picture[y1:y2, x1:x2] = 255
         path = folder / f"{number}.{'png' if number % 2 else 'jpg'}"
         cv2.imwrite(str(path), picture)
-        made.append(Sample(number, path, Truth(box, np.array([False]), visible.astype(np.float32), ("person",))))
+        made.append(Sample(number, path, GroundTruth(box, np.array([False]), visible.astype(np.float32), ("person",))))
     return made
 
 
-def epochs_of(samples: list[Sample], **changes: float) -> Epochs:
-    return Epochs(**{"pictures": len(samples), "batch": 4, "size_hw": SIZE_HW, "multi_scale": 0.25, "mosaic": 0.5,
+def epochs_of(samples: list[Sample], **changes: float) -> EpochPlan:
+    return EpochPlan(**{"pictures": len(samples), "batch": 4, "size_hw": SIZE_HW, "multi_scale": 0.25, "mosaic": 0.5,
                      "seed": 3, **changes})  # type: ignore[arg-type]  # fmt: skip
 
 
 def batches_of(samples: list[Sample], workers: int = 0, cache_mib: int = 64, rounds: int = 1) -> list[list[Batch]]:
-    loader, _ = open_loader(samples, epochs_of(samples), 0, 1, workers, cache_mib)
-    return [list(batches(loader)) for _ in range(rounds)]
+    loader, _ = build_dataloader(samples, epochs_of(samples), 0, 1, workers, cache_mib)
+    return [list(iterate_batches(loader)) for _ in range(rounds)]
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
     def tensors(batch: Batch) -> list[torch.Tensor]:
-        return [batch[0], batch[1].boxes_xyxy, batch[1].real, batch[1].ignore]
+        return [batch[0], batch[1].boxes_xyxy, batch[1].valid, batch[1].ignore]
 
     return len(one) == len(other) and all(
         torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(tensors(x), tensors(y), strict=True)
@@ -69,17 +77,17 @@ def test_batches_are_what_the_detector_takes(samples: list[Sample]) -> None:
     for pictures, truth in batches_of(samples)[0]:
         assert pictures.dtype == torch.uint8 and pictures.shape[:2] == (4, 3)
         assert pictures.is_contiguous(memory_format=torch.channels_last)
-        assert truth.boxes_xyxy.dtype == torch.float32 and truth.real.dtype == truth.ignore.dtype == torch.bool
-        assert not (truth.real & truth.ignore).any()
+        assert truth.boxes_xyxy.dtype == torch.float32 and truth.valid.dtype == truth.ignore.dtype == torch.bool
+        assert not (truth.valid & truth.ignore).any()
 
 
 def test_people_lie_where_they_are_painted_through_the_whole_loader(samples: list[Sample]) -> None:
     """Packed, decoded at a fraction, scaled, cropped, mirrored: the white that is found is the box."""
-    loader, sampler = open_loader(samples, epochs_of(samples, mosaic=0, multi_scale=0), 0, 1, 0, 64)
+    loader, sampler = build_dataloader(samples, epochs_of(samples, mosaic=0, multi_scale=0), 0, 1, 0, 64)
     seen = 0
     for sampler.epoch in range(4):
-        for pictures, truth in batches(loader):
-            for picture, box, there in zip(pictures, truth.boxes_xyxy, truth.real | truth.ignore, strict=True):
+        for pictures, truth in iterate_batches(loader):
+            for picture, box, there in zip(pictures, truth.boxes_xyxy, truth.valid | truth.ignore, strict=True):
                 if not there[0] or (box[0, 2:] - box[0, :2]).min() < 4:
                     continue
                 # Against the padding's 114 in any light; the ground is black.
@@ -93,12 +101,12 @@ def test_people_lie_where_they_are_painted_through_the_whole_loader(samples: lis
 
 def test_whose_visible_part_is_too_small_is_ignored(samples: list[Sample]) -> None:
     """Visible by a tenth: never somebody to find. By half: often."""
-    truth = samples[1].truth
+    truth = samples[1].ground_truth
     least = (truth.boxes_xyxy * [1, 1, 1, 0.2]).astype(np.float32)
-    hidden = Truth(truth.boxes_xyxy, truth.ignore, least, truth.labels)
+    hidden = GroundTruth(truth.boxes_xyxy, truth.ignore, least, truth.labels)
     for known, expected in ((hidden, False), (truth, True)):
         made = batches_of([Sample(0, samples[1].path, known)] * 8)[0]
-        assert bool(torch.cat([batch[1].real.any(1) for batch in made]).any()) == expected
+        assert bool(torch.cat([batch[1].valid.any(1) for batch in made]).any()) == expected
 
 
 def test_a_broken_picture_is_one_line_from_a_worker_too(samples: list[Sample], tmp_path: Path) -> None:
@@ -112,11 +120,11 @@ def test_a_broken_picture_is_one_line_from_a_worker_too(samples: list[Sample], t
 
 
 def test_the_folder_goes_with_the_loader(samples: list[Sample]) -> None:
-    loader, _ = open_loader(samples, epochs_of(samples), 0, 1, 1, 64)
+    loader, _ = build_dataloader(samples, epochs_of(samples), 0, 1, 1, 64)
     views = loader.dataset
-    assert isinstance(views, TrainingViews) and isinstance(views.pictures.kept, SharedFolder)
-    folder = views.pictures.kept.folder
-    list(batches(loader))
+    assert isinstance(views, TrainDataset) and isinstance(views.images.cache, DirectoryCache)
+    folder = views.images.cache.directory
+    list(iterate_batches(loader))
     assert list(folder.iterdir())
     del loader, views
     gc.collect()
@@ -155,30 +163,30 @@ def test_views_of_unequal_counts_are_padded() -> None:
     picture = np.zeros((64, 96, 3), np.uint8)
     nobody = np.zeros((0, 4), np.float32)
     views = [
-        View(picture, np.concatenate([one, one + 5]), np.concatenate([one, one]), np.array([False, True])),
-        View(picture, nobody, nobody, np.zeros(0, bool)),
+        AugmentedImage(picture, np.concatenate([one, one + 5]), np.concatenate([one, one]), np.array([False, True])),
+        AugmentedImage(picture, nobody, nobody, np.zeros(0, bool)),
     ]
     batch = collate(list(views))
     assert isinstance(batch, tuple)
     _, truth = batch
-    assert truth.real.tolist() == [[True, False], [False, False]]
+    assert truth.valid.tolist() == [[True, False], [False, False]]
     assert truth.ignore.tolist() == [[False, True], [False, False]]
     assert truth.boxes_xyxy[0].tolist() == [[1, 2, 30, 40], [6, 7, 35, 45]] and not truth.boxes_xyxy[1].any()
 
 
 def test_an_epoch_shows_every_picture_and_ranks_share_it() -> None:
-    epochs = Epochs(pictures=10, batch=4, size_hw=SIZE_HW, multi_scale=0.25, mosaic=0.5, seed=0)
-    drawn = [draw for batch in epochs.batches(3, plain=False) for draw in batch]
-    assert epochs.steps == 3 and {draw.indices[0] for draw in drawn} == set(range(10))
+    epochs = EpochPlan(num_images=10, batch=4, size_hw=SIZE_HW, multi_scale=0.25, mosaic=0.5, seed=0)
+    drawn = [draw for batch in epochs.sample_batches(3, no_aug=False) for draw in batch]
+    assert epochs.steps_per_epoch == 3 and {draw.indices[0] for draw in drawn} == set(range(10))
     assert {len(draw.indices) for draw in drawn} == {1, 4} and len({draw.seed for draw in drawn}) == 12
-    plain = [draw for batch in epochs.batches(3, plain=True) for draw in batch]
+    plain = [draw for batch in epochs.sample_batches(3, no_aug=True) for draw in batch]
     assert all(len(draw.indices) == 1 and draw.size_hw == SIZE_HW for draw in plain)
 
 
 def test_a_worker_whose_main_process_stops_says_nothing_but_other_errors_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _left_alone(BrokenPipeError, BrokenPipeError("gone"), None)
+    _ignore_broken_pipe(BrokenPipeError, BrokenPipeError("gone"), None)
     assert not capsys.readouterr().err
-    _left_alone(ValueError, ValueError("wrong"), None)
+    _ignore_broken_pipe(ValueError, ValueError("wrong"), None)
     assert "wrong" in capsys.readouterr().err

@@ -7,34 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_det.distill.arbitration import Arbitration
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.noise import Noise
+from hkd_det.distill.arbitration import MoKDConfig
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.noise import NoisyTeacherConfig
 from hkd_det.models import sizes
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
-from hkd_det.models.yolo import YoloSpec, yolo_spec
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.yolo import UltralyticsSpec, make_ultralytics_spec
 from hkd_det.train import run as runs
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_state, write_detector
+from hkd_det.train.checkpoint import DetectorCheckpoint, load_training_state, save_detector_checkpoint
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import train
 
 pytestmark = pytest.mark.slow
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 
 
 @pytest.fixture(autouse=True)
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = deepcopy(yolo_spec("yolo11n").layout)
+    layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
-    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
-    monkeypatch.setitem(sizes.SIZES, "fasterrcnn-r18", TWO_STAGE)
-    monkeypatch.setitem(sizes.SIZES, "yolo11n", YoloSpec("yolo11n", {**layout, "nc": 1}))  # type: ignore[arg-type]
+    monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
+    monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r18", TWO_STAGE)
+    monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**layout, "nc": 1}))  # type: ignore[arg-type]
 
 
-def settings(people: Path, run: Path, teacher: Path, methods: Methods, **changes: object) -> TrainConfig:
+def settings(people: Path, run: Path, teacher: Path, methods: DistillConfig, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
         "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
         "workers": 0, "device": "cpu", "finale": 0.0, "teacher": str(teacher), "distill": methods,
@@ -46,59 +46,63 @@ def settings(people: Path, run: Path, teacher: Path, methods: Methods, **changes
 def teachers(tmp_path: Path) -> dict[str, Path]:
     torch.manual_seed(3)
     paths = {"dense": tmp_path / "dense.pt", "two-stage": tmp_path / "two.pt"}
-    write_detector(paths["dense"], DetectorCheckpoint("tiny", TINY, Detector(TINY).state_dict(), {}, 1, 1.0))
-    two = FasterRcnn(TWO_STAGE).state_dict()
-    write_detector(paths["two-stage"], DetectorCheckpoint("two", TWO_STAGE, two, {}, 1, 1.0))
+    save_detector_checkpoint(
+        paths["dense"], DetectorCheckpoint("tiny", TINY, HKDDetector(TINY).state_dict(), {}, 1, 1.0)
+    )
+    two = FasterRCNN(TWO_STAGE).state_dict()
+    save_detector_checkpoint(paths["two-stage"], DetectorCheckpoint("two", TWO_STAGE, two, {}, 1, 1.0))
     return paths
 
 
 @pytest.mark.parametrize(
     ("model", "teacher", "mokd"),
     [
-        ("mini-student", "dense", Arbitration()),
-        ("fasterrcnn-r18", "two-stage", Arbitration("min-norm")),
-        ("fasterrcnn-r18", "two-stage", Arbitration(at="feature")),
-        ("fasterrcnn-r18", "dense", Arbitration()),
-        ("yolo11n", "dense", Arbitration("min-norm", at="feature")),
+        ("mini-student", "dense", MoKDConfig()),
+        ("fasterrcnn-r18", "two-stage", MoKDConfig("min-norm")),
+        ("fasterrcnn-r18", "two-stage", MoKDConfig(gradient_level="feature")),
+        ("fasterrcnn-r18", "dense", MoKDConfig()),
+        ("yolo11n", "dense", MoKDConfig("min-norm", gradient_level="feature")),
     ],
-    ids=lambda value: f"{value.rule}-{value.at}" if isinstance(value, Arbitration) else value,
+    ids=lambda value: f"{value.solver}-{value.gradient_level}" if isinstance(value, MoKDConfig) else value,
 )
 def test_hkd_with_noise_and_mokd_trains(
-    people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: Arbitration
+    people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: MoKDConfig
 ) -> None:
-    methods = Methods(hkd=Hierarchical(), noise=Noise(), mokd=mokd)
+    methods = DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig(), mokd=mokd)
     result = train(settings(people, tmp_path / "run", teachers[teacher], methods, model=model, epochs=2, finale=0.5))
     first, last = result.history
-    assert set(first.figures) == {"mokd_cosine", "mokd_dominance", "mokd_share"} and not last.figures
-    assert -1 <= first.figures["mokd_cosine"] <= 1 and 0 < first.figures["mokd_share"] < 1
+    assert set(first.metrics) == {"mokd_cosine", "mokd_dominance", "mokd_share"} and not last.metrics
+    assert -1 <= first.metrics["mokd_cosine"] <= 1 and 0 < first.metrics["mokd_share"] < 1
     rows = list(csv.DictReader((tmp_path / "run" / "results.csv").read_text().splitlines()))
-    assert float(rows[0]["mokd_share"]) == first.figures["mokd_share"] and rows[1]["mokd_share"] == ""
-    state = read_state(tmp_path / "run" / "last.pt")["learner"]
+    assert float(rows[0]["mokd_share"]) == first.metrics["mokd_share"] and rows[1]["mokd_share"] == ""
+    state = load_training_state(tmp_path / "run" / "last.pt")["learner"]
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
-@pytest.mark.parametrize("settings_of", [Arbitration(at="feature"), Arbitration("amortised")], ids=lambda s: s.rule)
+@pytest.mark.parametrize(
+    "settings_of", [MoKDConfig(gradient_level="feature"), MoKDConfig("amortised")], ids=lambda s: s.rule
+)
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     people: Path,
     tmp_path: Path,
     teachers: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
-    settings_of: Arbitration,
+    settings_of: MoKDConfig,
 ) -> None:
-    methods = Methods(hkd=Hierarchical(), noise=Noise(), mokd=settings_of)
+    methods = DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig(), mokd=settings_of)
     train(settings(people, tmp_path / "whole", teachers["dense"], methods))
 
     def cut(*_arguments: object) -> float:
         raise KeyboardInterrupt
 
     config = settings(people, tmp_path / "cut", teachers["dense"], methods)
-    kept = runs.Run._set_rate
+    kept = runs.Trainer._set_learning_rate
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        patch.setattr(runs.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)
-    whole, resumed = (read_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     for name, value in whole["learner"].items():
         assert torch.equal(value, resumed["learner"][name]), name
     assert whole["arbiter"] == resumed["arbiter"]

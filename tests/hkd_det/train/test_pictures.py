@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets import read_picture
+from hkd_det.datasets import read_image
 from hkd_det.errors import DataError
-from hkd_det.train.pictures import SharedFolder, TrainingPictures
+from hkd_det.train.pictures import CachedImages, DirectoryCache
 
 fixtures_stay = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -23,10 +23,10 @@ def write(path: Path, size_hw: tuple[int, int], box: tuple[int, int, int, int]) 
     return path
 
 
-def opened(path: Path, largest_hw: tuple[float, float], room_bytes: int = 2**20) -> TrainingPictures:
+def opened(path: Path, largest_hw: tuple[float, float], room_bytes: int = 2**20) -> CachedImages:
     folder = path.parent / "kept"
     folder.mkdir(exist_ok=True)
-    return TrainingPictures([path], largest_hw, SharedFolder(folder), room_bytes)
+    return CachedImages([path], largest_hw, DirectoryCache(folder), room_bytes)
 
 
 @settings(fixtures_stay, max_examples=80)
@@ -43,15 +43,15 @@ def test_boxes_scale_with_the_picture(
     box = (width // 4, height // 4, width - width // 8, height - height // 8)
     path = write(tmp_path / f"a{suffix}", size_hw, box)
     pictures = opened(path, largest_hw)
-    pictures.kept.clear()
+    pictures.cache.clear()
     frame_hw = (largest_hw[0] * part, largest_hw[1] * part)
     fit = min(1.0, frame_hw[0] / height, frame_hw[1] / width)
     for _ in range(2):  # packed now, and kept
         decoded = pictures.read(0, frame_hw)
-        rows, columns = decoded.picture.shape[:2]
+        rows, columns = decoded.image.shape[:2]
         assert rows >= height * fit - 1 and columns >= width * fit - 1
         across, down = decoded.scale_xy
-        white = decoded.picture.mean(2) > 127
+        white = decoded.image.mean(2) > 127
         where = np.flatnonzero(white.any(0))[[0, -1]], np.flatnonzero(white.any(1))[[0, -1]]
         found = np.array([where[0][0], where[1][0], where[0][1] + 1, where[1][1] + 1])
         np.testing.assert_allclose(np.array(box) * [across, down, across, down], found, atol=1)
@@ -60,9 +60,9 @@ def test_boxes_scale_with_the_picture(
 def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jpg", (401, 603), (10, 10, 50, 50))
     pictures = opened(path, (400, 600))
-    shapes = {frame: pictures.read(0, frame).picture.shape[:2] for frame in [(400, 600), (200, 300), (100, 150)]}
+    shapes = {frame: pictures.read(0, frame).image.shape[:2] for frame in [(400, 600), (200, 300), (100, 150)]}
     assert shapes == {(400, 600): (401, 603), (200, 300): (201, 302), (100, 150): (101, 151)}
-    assert pictures.read(0, (10, 10)).picture.shape[:2] == (51, 76)
+    assert pictures.read(0, (10, 10)).image.shape[:2] == (51, 76)
     assert not list((tmp_path / "kept").iterdir())  # the file itself is good enough
 
 
@@ -70,10 +70,10 @@ def test_a_jpeg_far_too_large_is_packed_once(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jpg", (800, 1200), (10, 10, 50, 50))
     pictures = opened(path, (100, 200))
     first = pictures.read(0, (100, 200))
-    assert first.picture.shape == (100, 150, 3)
+    assert first.image.shape == (100, 150, 3)
     path.unlink()
     again = opened(path, (100, 200)).read(0, (100, 200))  # another worker
-    np.testing.assert_array_equal(first.picture, again.picture)
+    np.testing.assert_array_equal(first.image, again.image)
     assert first.scale_xy == again.scale_xy == (0.125, 0.125)
 
 
@@ -81,23 +81,23 @@ def test_packing_changes_little_and_is_the_same_without_room(tmp_path: Path) -> 
     smooth = cv2.resize(np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8), (300, 200))
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), smooth)
-    without_room = opened(path, (400, 600), room_bytes=100).read(0, (400, 600)).picture
+    without_room = opened(path, (400, 600), room_bytes=100).read(0, (400, 600)).image
     assert not list((tmp_path / "kept").iterdir())
     pictures = opened(path, (400, 600))
-    packed, kept = (pictures.read(0, (400, 600)).picture for _ in range(2))
+    packed, kept = (pictures.read(0, (400, 600)).image for _ in range(2))
     np.testing.assert_array_equal(packed, without_room)
     np.testing.assert_array_equal(packed, kept)
-    assert cv2.PSNR(packed, read_picture(path)) > 38
+    assert cv2.PSNR(packed, read_image(path)) > 38
 
 
 def test_no_more_is_kept_than_there_is_room(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{number}.png", (60, 80), (10, 10, 50, 50)) for number in range(6)]
     folder = tmp_path / "kept"
     folder.mkdir()
-    pictures = TrainingPictures(paths, (60, 80), SharedFolder(folder), 2**20)
+    pictures = CachedImages(paths, (60, 80), DirectoryCache(folder), 2**20)
     pictures.read(0, (60, 80))
     size = next(folder.iterdir()).stat().st_size
-    pictures = TrainingPictures(paths, (60, 80), SharedFolder(folder), 3 * size)
+    pictures = CachedImages(paths, (60, 80), DirectoryCache(folder), 3 * size)
     for index in range(6):
         pictures.read(index, (60, 80))
     assert {kept.name for kept in folder.iterdir()} == {f"{number}.packed" for number in range(4)}
@@ -105,10 +105,10 @@ def test_no_more_is_kept_than_there_is_room(tmp_path: Path) -> None:
 
 def test_one_process_keeps_them_in_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", (60, 80), (10, 10, 50, 50))
-    pictures = TrainingPictures([path], (60, 80), {}, 2**20)
-    first = pictures.read(0, (60, 80)).picture
+    pictures = CachedImages([path], (60, 80), {}, 2**20)
+    first = pictures.read(0, (60, 80)).image
     path.unlink()
-    np.testing.assert_array_equal(pictures.read(0, (60, 80)).picture, first)
+    np.testing.assert_array_equal(pictures.read(0, (60, 80)).image, first)
 
 
 def test_a_full_disk_ends_the_keeping_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_full_disk_ends_the_keeping_only(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "write_bytes", full)
     for _ in range(2):
-        assert pictures.read(0, (60, 80)).picture.shape == (60, 80, 3)
+        assert pictures.read(0, (60, 80)).image.shape == (60, 80, 3)
     assert not list((tmp_path / "kept").iterdir())
 
 
@@ -147,4 +147,4 @@ def test_a_mutated_picture_is_read_or_refused(tmp_path: Path, suffix: str, chang
     except DataError as error:
         assert str(path) in str(error)
     else:
-        assert decoded.picture.ndim == 3 and min(decoded.scale_xy) > 0
+        assert decoded.image.ndim == 3 and min(decoded.scale_xy) > 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hkd_det.distill.methods import Methods
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.train.config import TrainConfig
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
@@ -13,7 +13,7 @@ RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
 def test_there_is_one_for_every_method() -> None:
     used = {name for path in RECIPES for name in yaml.safe_load(path.read_text(encoding="utf-8"))["distill"]}
-    assert used == set(Methods.__dataclass_fields__)
+    assert used == set(DistillConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -21,5 +21,5 @@ def test_a_recipe_is_a_runs_settings(path: Path) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     rest = {"data": "street.yaml", "run": "runs/x", "teacher": "best.pt", "model": content.get("model", "teacher-r50")}
     config = TrainConfig.from_dict({**rest, **content}, str(path))
-    assert config.distill.names == [name for name in Methods.__dataclass_fields__ if name in content["distill"]]
+    assert config.distill.names == [name for name in DistillConfig.__dataclass_fields__ if name in content["distill"]]
     assert f"--recipe recipes/{path.name}" in path.read_text(encoding="utf-8")

@@ -11,22 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models import sizes
-from hkd_det.models.detector import DetectorSpec
-from hkd_det.train.checkpoint import DetectorCheckpoint, read_detector, read_state, write_detector, write_state
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.train.checkpoint import (
+    DetectorCheckpoint,
+    load_detector_checkpoint,
+    load_training_state,
+    save_detector_checkpoint,
+    save_training_state,
+)
 from hkd_det.train.command import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import train
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 
 
 @pytest.fixture
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
+    monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
 
 
 def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
@@ -45,7 +51,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_run_leaves_checkpoints_settings_and_history(people: Path, tmp_path: Path) -> None:
     result = train(settings(people, tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt", "config.yaml", "results.csv"}
-    best = read_detector(result.best)
+    best = load_detector_checkpoint(result.best)
     assert best.model == "mini-student" and best.spec == TINY and best.miss_rate == result.miss_rate
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
     assert result.history[-1].losses["score"] < result.history[0].losses["score"] * 1.5
@@ -65,7 +71,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 ) -> None:
     """Cut in the middle of the second epoch, distilling: the hardest state there is."""
     teacher = train(settings(people, tmp_path / "teacher", epochs=1)).best
-    taught = {"teacher": str(teacher), "distill": Methods(hkd=Hierarchical()), "workers": workers}
+    taught = {"teacher": str(teacher), "distill": DistillConfig(hkd=HKDConfig()), "workers": workers}
     train(settings(people, tmp_path / "whole", **taught))
 
     def cut(*_arguments: object) -> float:
@@ -75,17 +81,17 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     with monkeypatch.context() as patch:
         from hkd_det.train import run
 
-        kept = run.Run._set_rate
-        patch.setattr(run.Run, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        kept = run.Trainer._set_learning_rate
+        patch.setattr(run.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert len(read_state(tmp_path / "cut" / "last.pt")["history"]) == 1
+    assert len(load_training_state(tmp_path / "cut" / "last.pt")["history"]) == 1
     train(config, resume=True)
-    whole, resumed = (read_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert same(whole["learner"], resumed["learner"]) and same(whole["average"], resumed["average"])
     assert [e["losses"] for e in whole["history"]] == [e["losses"] for e in resumed["history"]]
-    other = DetectorCheckpoint.of(read_detector(teacher).build(), "mini-student", {}, 2, 0.5)
-    write_detector(teacher, other)
+    other = DetectorCheckpoint.from_detector(load_detector_checkpoint(teacher).build(), "mini-student", {}, 2, 0.5)
+    save_detector_checkpoint(teacher, other)
     with pytest.raises(DataError, match="its teacher was another file"):
         train(config, resume=True)
 
@@ -110,7 +116,7 @@ def test_kill_9_at_any_moment_then_resume(people: Path, tmp_path: Path) -> None:
         process.wait()
         command = [*base, "--resume", str(tmp_path / "killed")]
     subprocess.run(command, check=True, env=environment, capture_output=True)
-    whole, resumed = (read_state(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "killed"))
     assert same(whole["average"], resumed["average"]) and len(resumed["history"]) == 4
 
 
@@ -136,7 +142,7 @@ def test_a_full_disk_loses_nothing(
 def test_a_run_does_not_write_over_its_own_start(people: Path, tmp_path: Path) -> None:
     """Going on after a kill, it would be taught by itself."""
     own = str(tmp_path / "elsewhere/../best.pt")
-    for asked in ({"init": own}, {"teacher": own, "distill": Methods(hkd=Hierarchical())}):
+    for asked in ({"init": own}, {"teacher": own, "distill": DistillConfig(hkd=HKDConfig())}):
         with pytest.raises(UsageError, match=f"--{next(iter(asked))} .* write over it"):
             settings(people, tmp_path, **asked)
 
@@ -147,12 +153,12 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(
 ) -> None:
     """One of an older version, which had no arbiters; one whose detector has another shape now."""
     train(settings(people, tmp_path, epochs=1))
-    older = {name: value for name, value in read_state(tmp_path / "last.pt").items() if name != "arbiter"}
+    older = {name: value for name, value in load_training_state(tmp_path / "last.pt").items() if name != "arbiter"}
     state = (tmp_path / "last.pt").read_bytes()
-    write_state(tmp_path / "last.pt", older)
+    save_training_state(tmp_path / "last.pt", older)
     assert main(["--resume", str(tmp_path)]) == 1
     (tmp_path / "last.pt").write_bytes(state)
-    monkeypatch.setitem(sizes.SIZES, "mini-student", replace(TINY, channels=8))
+    monkeypatch.setitem(sizes.MODELS, "mini-student", replace(TINY, channels=8))
     assert main(["--resume", str(tmp_path)]) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-train: ")]
     assert len(told) == 2 and all("does not fit this run" in line and "start the run again" in line for line in told)
@@ -165,8 +171,8 @@ def test_a_checkpoint_of_another_model_is_refused(people: Path, tmp_path: Path) 
     with pytest.raises(DataError, match="mini-teacher"):
         train(settings(people, tmp_path, model="mini-teacher", epochs=1), resume=True)
     with pytest.raises(DataError, match="state"):
-        read_detector(tmp_path / "last.pt")
+        load_detector_checkpoint(tmp_path / "last.pt")
     broken = tmp_path / "broken.pt"
     broken.write_bytes((tmp_path / "best.pt").read_bytes()[:1000])
     with pytest.raises(DataError, match="not a readable checkpoint"):
-        read_detector(broken)
+        load_detector_checkpoint(broken)

@@ -6,20 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hkd_det.distill.capacity.shrinking import begin
-from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.mokd import arbiter_of
-from hkd_det.losses.detection import norm_alone, total
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.train.learner import Learner
+from hkd_det.distill.capacity.shrinking import prepare_student
+from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.mokd import build_balancer
+from hkd_det.losses.detection import clamp_min_one, sum_losses
+from hkd_det.models.assignment import Targets
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.train.learner import Distiller
 
-STUDENT = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-TEACHER = DetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
+STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
 BATCH = 7  # no layer has as many channels, so that a map is known by it
 PICTURES = torch.randint(0, 255, (BATCH, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-PEOPLE = TruthBatch(
+PEOPLE = Targets(
     torch.tensor([[[10.0, 10, 40, 60]]]).expand(BATCH, -1, -1),
     torch.ones(BATCH, 1, dtype=torch.bool),
     torch.zeros(BATCH, 1, dtype=torch.bool),
@@ -34,17 +34,17 @@ def maps_alive() -> int:
 @pytest.mark.parametrize("names", ["hkd,noise", "detections", "hkd,mokd", "cdd", "hkd,cdd"])
 def test_no_method_holds_a_map_beyond_its_step(names: str) -> None:
     torch.manual_seed(0)
-    methods, student = Methods.of(names), Detector(STUDENT)
+    methods, student = DistillConfig.from_names(names), HKDDetector(STUDENT)
     if methods.cdd:
-        begin(student, replace(methods.cdd, keep_flops=0.9), (64, 64), "student")
-    learner = Learner(student, Distiller(student, Detector(TEACHER), methods), norm_alone).train()
-    arbiter = arbiter_of(methods.mokd, learner, student, lambda _: None)
+        prepare_student(student, replace(methods.cdd, keep_flops=0.9), (64, 64), "student")
+    learner = Distiller(student, DistillationLoss(student, HKDDetector(TEACHER), methods), clamp_min_one).train()
+    arbiter = build_balancer(methods.mokd, learner, student, lambda _: None)
     held: list[int] = []
     student.neck.register_forward_hook(lambda *_: held.append(maps_alive()))
 
     def step(strength: float) -> None:
         task, taught = learner(PICTURES, PEOPLE, strength)
-        arbiter.backward(total(task), total(taught) if taught else None, strength)
+        arbiter.backward(sum_losses(task), sum_losses(taught) if taught else None, strength)
         learner.zero_grad(set_to_none=True)
 
     gc.collect()

@@ -5,29 +5,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_det.distill.hierarchical import Hierarchical
-from hkd_det.distill.methods import Methods
-from hkd_det.distill.noise import Noise
+from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.noise import NoisyTeacherConfig
 from hkd_det.models import sizes
-from hkd_det.models.detector import DetectorSpec
-from hkd_det.models.faster_rcnn import FasterRcnnSpec
-from hkd_det.train.checkpoint import read_detector, read_state
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.train.checkpoint import load_detector_checkpoint, load_training_state
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import TrainResult, train
 
 ANCHORS = (16, 32, 64, 128, 256)
-STUDENT = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=ANCHORS)
-TEACHER = FasterRcnnSpec("resnet18", width=0.25, channels=12, head_width=24, anchor_px=ANCHORS)
-DENSE = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+STUDENT = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
+TEACHER = FasterRCNNSpec("resnet18", width_mult=0.25, channels=12, head_width=24, anchor_sizes=ANCHORS)
+DENSE = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 LEVELS = {"hkd_pyramid", "hkd_region", "hkd_logit"}
 TASK = {"rpn_score", "rpn_box", "score", "box"}
 
 
 @pytest.fixture(autouse=True)
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.SIZES, "fasterrcnn-r50", TEACHER)
-    monkeypatch.setitem(sizes.SIZES, "fasterrcnn-r18", STUDENT)
-    monkeypatch.setitem(sizes.SIZES, "mini-teacher", DENSE)
+    monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r50", TEACHER)
+    monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r18", STUDENT)
+    monkeypatch.setitem(sizes.MODELS, "mini-teacher", DENSE)
 
 
 def run(people: Path, folder: Path, model: str = "fasterrcnn-r18", **changes: object) -> TrainResult:
@@ -49,17 +49,20 @@ def teacher(people: Path, tmp_path: Path) -> str:
 
 def test_a_pair_trains_and_the_student_detects_the_same_when_loaded(people: Path, tmp_path: Path, teacher: str) -> None:
     result = run(
-        people, tmp_path / "student", teacher=teacher, distill=Methods(hkd=Hierarchical(), noise=Noise("targets"))
+        people,
+        tmp_path / "student",
+        teacher=teacher,
+        distill=DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig("targets")),
     )
     assert result.history[0].losses.keys() == TASK | LEVELS
     assert all(value > 0 for value in result.history[0].losses.values())
-    loaded = read_detector(result.best)
-    assert loaded.spec == STUDENT and read_detector(Path(teacher)).spec == TEACHER
+    loaded = load_detector_checkpoint(result.best)
+    assert loaded.spec == STUDENT and load_detector_checkpoint(Path(teacher)).spec == TEACHER
     twin = loaded.build()
-    twin.load_state_dict(read_state(tmp_path / "student" / "last.pt")["average"])
+    twin.load_state_dict(load_training_state(tmp_path / "student" / "last.pt")["average"])
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
-        (boxes, scores), (again, same) = (detector.detect(pictures, 20) for detector in (twin, loaded.build()))
+        (boxes, scores), (again, same) = (detector.predict(pictures, 20) for detector in (twin, loaded.build()))
     assert torch.equal(boxes, again) and torch.equal(scores, same) and boxes.shape == (2, 20, 4)
 
 
@@ -71,7 +74,7 @@ def test_it_learns(people: Path, tmp_path: Path) -> None:
 
 
 def test_the_teacher_alone_teaches_until_the_end_of_training(people: Path, tmp_path: Path, teacher: str) -> None:
-    taught = Methods(hkd=Hierarchical(truth=0.0))
+    taught = DistillConfig(hkd=HKDConfig(det_loss_weight=0.0))
     result = run(people, tmp_path / "alone", teacher=teacher, distill=taught, epochs=2, finale=0.5)
     first, last = (record.losses for record in result.history)
     assert all(first[name] == 0 for name in TASK) and all(first[name] > 0 for name in LEVELS)
@@ -80,7 +83,11 @@ def test_the_teacher_alone_teaches_until_the_end_of_training(people: Path, tmp_p
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tmp_path: Path, teacher: str) -> None:
     """Samples and noise are drawn anew: the epoch, not what went before, decides how."""
-    taught = {"teacher": teacher, "distill": Methods(hkd=Hierarchical(), noise=Noise("targets")), "epochs": 2}
+    taught = {
+        "teacher": teacher,
+        "distill": DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig("targets")),
+        "epochs": 2,
+    }
     run(people, tmp_path / "whole", **taught)
 
     def cut(*_arguments: object) -> float:
@@ -90,16 +97,16 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
     with pytest.MonkeyPatch.context() as patch:
         from hkd_det.train import run as runs
 
-        kept = runs.Run._set_rate
-        patch.setattr(runs.Run, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        kept = runs.Trainer._set_learning_rate
+        patch.setattr(runs.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)
-    whole, resumed = (read_state(tmp_path / name / "last.pt")["learner"] for name in ("whole", "cut"))
+    whole, resumed = (load_training_state(tmp_path / name / "last.pt")["learner"] for name in ("whole", "cut"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_dense_teacher_teaches_a_two_stage_student(people: Path, tmp_path: Path) -> None:
     dense = run(people, tmp_path / "dense", "mini-teacher")
-    result = run(people, tmp_path / "taught", teacher=str(dense.best), distill=Methods(hkd=Hierarchical()))
+    result = run(people, tmp_path / "taught", teacher=str(dense.best), distill=DistillConfig(hkd=HKDConfig()))
     assert {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"} <= result.history[0].losses.keys()

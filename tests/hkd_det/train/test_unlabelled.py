@@ -7,30 +7,30 @@ import numpy as np
 import pytest
 import torch
 
-from hkd_det.datasets import Sample, Truth
-from hkd_det.datasets.catalogue import open_data
-from hkd_det.datasets.unlabelled import nothing_known, read_unlabelled
-from hkd_det.distill.detections import DetectionTerms
-from hkd_det.distill.methods import Methods
+from hkd_det.datasets import GroundTruth, Sample
+from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets.unlabelled import read_unlabeled, unlabeled_ground_truth
+from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import DataError, UsageError
-from hkd_det.losses.detection import norm_alone
+from hkd_det.losses.detection import clamp_min_one
 from hkd_det.models import sizes
-from hkd_det.models.assignment import TruthBatch
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.faster_rcnn import FasterRcnn, FasterRcnnSpec
-from hkd_det.models.prediction import Prediction, TwoStage
-from hkd_det.models.sizes import build_detector
-from hkd_det.train.augment import View, training_view
-from hkd_det.train.checkpoint import read_state
+from hkd_det.models.assignment import Targets
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.prediction import DenseOutputs, ProposalOutputs
+from hkd_det.models.sizes import build_model
+from hkd_det.train.augment import AugmentedImage, augment
+from hkd_det.train.checkpoint import load_training_state
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.control import control_of
-from hkd_det.train.learner import Learner
-from hkd_det.train.loader import Epochs, batches, open_loader
+from hkd_det.train.control import control_config
+from hkd_det.train.learner import Distiller
+from hkd_det.train.loader import EpochPlan, build_dataloader, iterate_batches
 from hkd_det.train.run import train
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-TWO_STAGE = FasterRcnnSpec(
-    "resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TWO_STAGE = FasterRCNNSpec(
+    "resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256)
 )  # fmt: skip
 
 
@@ -50,29 +50,29 @@ def config(people: Path, run: Path, folder: Path, teacher: str, **changes: objec
     values: dict[str, object] = {
         "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
         "workers": 0, "device": "cpu", "finale": 0.0, "teacher": teacher, "unlabelled": (str(folder),),
-        "distill": Methods(detections=DetectionTerms()),
+        "distill": DistillConfig(soft_labels=SoftLabelConfig()),
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_a_folders_pictures_are_read_in_order_and_what_is_missing_is_told(folder: Path, tmp_path: Path) -> None:
-    names = [sample.path.relative_to(folder).as_posix() for sample in read_unlabelled([folder])]
+    names = [sample.path.relative_to(folder).as_posix() for sample in read_unlabeled([folder])]
     assert names == ["a.jpg", "b.png", "c.JPG", "more/d.png", "wide.png"]
-    assert len(read_unlabelled([folder, folder / "more"])) == 6
+    assert len(read_unlabeled([folder, folder / "more"])) == 6
     with pytest.raises(DataError, match=r"--unlabelled .*nowhere: no such folder"):
-        read_unlabelled([folder, tmp_path / "nowhere"])
+        read_unlabeled([folder, tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"--unlabelled .*empty: holds no pictures"):
-        read_unlabelled([tmp_path / "empty"])
+        read_unlabeled([tmp_path / "empty"])
 
 
-def views_of(size_hw: tuple[int, int], tiles: int, seed: int) -> View:
+def views_of(size_hw: tuple[int, int], tiles: int, seed: int) -> AugmentedImage:
     """A view of a picture, or mosaic, that nobody knows anything of."""
     chance = np.random.default_rng(seed)
     hw = (int(chance.integers(20, 200)), int(chance.integers(20, 200)))
-    truth = nothing_known()
-    source = View(np.full((*hw, 3), 200, np.uint8), truth.boxes_xyxy, truth.visible_xyxy, truth.ignore)
-    return training_view([lambda _frame: source] * tiles, size_hw, chance)
+    truth = unlabeled_ground_truth()
+    source = AugmentedImage(np.full((*hw, 3), 200, np.uint8), truth.boxes_xyxy, truth.visible_xyxy, truth.ignore)
+    return augment([lambda _frame: source] * tiles, size_hw, chance)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -91,43 +91,48 @@ def test_the_ignore_region_covers_the_whole_view_however_it_is_cut(seed: int) ->
 def test_no_task_loss_of_any_family_hears_of_them(name: str) -> None:
     """Zero gradient at everything that a task loss reads of an unlabelled picture beside a labelled one."""
     torch.manual_seed(0)
-    detector = {"ours": lambda: Detector(TINY), "faster-rcnn": lambda: FasterRcnn(TWO_STAGE)}.get(
-        name, lambda: build_detector(name)
+    detector = {"ours": lambda: HKDDetector(TINY), "faster-rcnn": lambda: FasterRCNN(TWO_STAGE)}.get(
+        name, lambda: build_model(name)
     )()
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     boxes = torch.tensor([[[10.0, 5.0, 34.0, 60.0]], [[0.0, 0.0, 96.0, 64.0]]])
     known = torch.tensor([[True], [False]])
-    learner = Learner(detector.eval(), None, norm_alone)
+    learner = Distiller(detector.eval(), None, clamp_min_one)
     output = detector(pictures)
-    if isinstance(output, Prediction):
-        read = [part for branch in (output.many, output.one) if branch for part in (branch.logits, branch.boxes_xyxy)]
+    if isinstance(output, DenseOutputs):
+        read = [
+            part
+            for branch in (output.one2many, output.one2one)
+            if branch
+            for part in (branch.logits, branch.boxes_xyxy)
+        ]
     else:
-        assert isinstance(output, TwoStage)
-        read = [output.objectness, output.deltas, *output.maps]
+        assert isinstance(output, ProposalOutputs)
+        read = [output.objectness, output.box_deltas, *output.features]
     for part in read:
         part.retain_grad()
-    torch.stack(list(learner._task(output, TruthBatch(boxes, known, ~known)).values())).sum().backward()
+    torch.stack(list(learner._compute_det_loss(output, Targets(boxes, known, ~known)).values())).sum().backward()
     heard = [part.grad for part in read if part.grad is not None]
     assert len(heard) >= 3 and all(grad[0].any() for grad in heard[:2])
     assert not any(grad[1].any() for grad in heard)
 
 
-def epochs(**changes: object) -> Epochs:
+def epochs(**changes: object) -> EpochPlan:
     values = {"pictures": 10, "batch": 4, "size_hw": (64, 96), "multi_scale": 0.25, "mosaic": 0.5, "seed": 3}
-    return Epochs(**{**values, **changes})  # type: ignore[arg-type]
+    return EpochPlan(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_they_come_on_top_and_change_nothing_of_the_labelled_ones() -> None:
     alone, mixed = epochs(), epochs(unlabelled=5, unlabelled_a_step=2)
     for epoch in range(3):
-        batches_alone, batches_mixed = (list(one.batches(epoch, plain=False)) for one in (alone, mixed))
+        batches_alone, batches_mixed = (list(one.sample_batches(epoch, no_aug=False)) for one in (alone, mixed))
         assert [batch[:4] for batch in batches_mixed] == batches_alone
         others = [draw for batch in batches_mixed for draw in batch[4:]]
         assert len(others) == 6 and {draw.indices for draw in others} == {(index,) for index in range(10, 15)}
         assert len({draw.seed for draw in others}) == 6
         assert all(len({draw.size_hw for draw in batch}) == 1 for batch in batches_mixed)
-        assert list(mixed.batches(epoch, plain=True)) == list(alone.batches(epoch, plain=True))
-    first, second = ([draw.indices for batch in mixed.batches(e, False) for draw in batch[4:]] for e in (0, 1))
+        assert list(mixed.sample_batches(epoch, no_aug=True)) == list(alone.sample_batches(epoch, no_aug=True))
+    first, second = ([draw.indices for batch in mixed.sample_batches(e, False) for draw in batch[4:]] for e in (0, 1))
     assert first != second
 
 
@@ -140,8 +145,10 @@ def test_a_photograph_is_turned_upright_only_where_no_boxes_refer_to_it(tmp_path
     raw = jpeg.tobytes()
     path = tmp_path / "turned.jpg"
     path.write_bytes(raw[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + raw[2:])
-    samples = [Sample(0, path), Sample(1, path, nothing_known())]
-    loader, sampler = open_loader(samples, epochs(pictures=1, batch=1, unlabelled=1, unlabelled_a_step=1), 0, 1, 0, 1)
+    samples = [Sample(0, path), Sample(1, path, unlabeled_ground_truth())]
+    loader, sampler = build_dataloader(
+        samples, epochs(pictures=1, batch=1, unlabelled=1, unlabelled_a_step=1), 0, 1, 0, 1
+    )
     stored, upright = (loader.dataset.pictures.read(index, (64, 64)).picture[..., 0] for index in (0, 1))  # type: ignore[attr-defined]
     assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
     assert upright[:30].max() < 50 and upright[34:].min() > 200
@@ -150,17 +157,19 @@ def test_a_photograph_is_turned_upright_only_where_no_boxes_refer_to_it(tmp_path
 
 def test_an_unreadable_one_is_told_with_its_file(folder: Path, people: Path) -> None:
     (folder / "a.jpg").write_bytes(b"nothing")
-    samples, others = open_data(str(people), "train"), read_unlabelled([folder])
+    samples, others = load_dataset(str(people), "train"), read_unlabeled([folder])
     drawn = epochs(pictures=len(samples), unlabelled=len(others), unlabelled_a_step=4)
-    loader, _ = open_loader([*samples, *others], drawn, 0, 1, 0, 1)
+    loader, _ = build_dataloader([*samples, *others], drawn, 0, 1, 0, 1)
     with pytest.raises(DataError, match=r"a\.jpg: not a readable picture"):
-        list(batches(loader))
+        list(iterate_batches(loader))
 
 
 @pytest.fixture
 def teacher(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(sizes.SIZES, "mini-student", TINY)
-    return str(train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabelled=(), distill=Methods())).best)
+    monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
+    return str(
+        train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabelled=(), distill=DistillConfig())).best
+    )
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
@@ -176,28 +185,28 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     with monkeypatch.context() as patch:
         from hkd_det.train import run
 
-        kept = run.Run._set_rate
-        patch.setattr(run.Run, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        kept = run.Trainer._set_learning_rate
+        patch.setattr(run.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(interrupted)
-    saved = TrainConfig.from_dict(read_state(tmp_path / "cut" / "last.pt")["config"])
+    saved = TrainConfig.from_dict(load_training_state(tmp_path / "cut" / "last.pt")["config"])
     assert saved == interrupted
     train(saved, resume=True)
-    one, other = (read_state(tmp_path / name / "last.pt")["learner"] for name in ("whole", "cut"))
+    one, other = (load_training_state(tmp_path / name / "last.pt")["learner"] for name in ("whole", "cut"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_settings_that_make_no_sense_are_refused(people: Path, tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--unlabelled.*--teacher"):
-        config(people, tmp_path, folder, "", distill=Methods())
+        config(people, tmp_path, folder, "", distill=DistillConfig())
     with pytest.raises(UsageError, match="--unlabelled"):
-        config(people, tmp_path, folder, "best.pt", distill=Methods.of("blockwise"))
+        config(people, tmp_path, folder, "best.pt", distill=DistillConfig.from_names("blockwise"))
     with pytest.raises(UsageError, match="unlabelled_share"):
         config(people, tmp_path, folder, "best.pt", unlabelled_share=0.0)
     asked = config(people, tmp_path, folder, "best.pt", unlabelled_share=0.01)
-    assert asked.unlabelled_a_step == 1
-    alone = control_of(asked)
-    assert alone.unlabelled == () and alone.unlabelled_a_step == 0 and alone.batch == asked.batch
+    assert asked.unlabeled_batch == 1
+    alone = control_config(asked)
+    assert alone.unlabeled == () and alone.unlabeled_batch == 0 and alone.batch == asked.batch
 
 
 def test_the_check_for_people_looks_at_the_labelled_pictures_only(
@@ -205,8 +214,10 @@ def test_the_check_for_people_looks_at_the_labelled_pictures_only(
 ) -> None:
     from hkd_det.train import run
 
-    nobody = [Sample(sample.image_id, sample.path, Truth.empty()) for sample in open_data(str(people), "train")]
-    kept = run.open_data
+    nobody = [
+        Sample(sample.image_id, sample.path, GroundTruth.empty()) for sample in load_dataset(str(people), "train")
+    ]
+    kept = run.load_dataset
     monkeypatch.setattr(run, "open_data", lambda data, split: nobody if split == "train" else kept(data, split))
     with pytest.raises(DataError, match="nobody to find in the train split"):
         train(config(people, tmp_path / "nobody", folder, teacher))

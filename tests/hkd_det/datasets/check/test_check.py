@@ -15,10 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_det.boxes import xyxy_from_xywh
-from hkd_det.datasets import Sample, Truth
-from hkd_det.datasets.check.drawings import GAP_PX, IGNORED, LINE_PX, PERSON, VISIBLE, contact_sheet
-from hkd_det.datasets.check.summary import HEIGHTS_PX, VISIBILITIES, Spread, summarise
-from hkd_det.datasets.check.words import printable
+from hkd_det.datasets import GroundTruth, Sample
+from hkd_det.datasets.check.drawings import (
+    CAPTION_HEIGHT_PX,
+    GAP_PX,
+    IGNORED_COLOR,
+    PERSON_COLOR,
+    VISIBLE_COLOR,
+    make_contact_sheet,
+)
+from hkd_det.datasets.check.summary import HEIGHT_EDGES_PX, VISIBLE_RATIO_EDGES, Range, summarize
+from hkd_det.datasets.check.words import escape_nonprintable
 from hkd_det.train.command import main
 
 SHARED = Path(__file__).parents[5] / "shared" / "data"
@@ -41,20 +48,26 @@ def sample(number: int, boxes: list[list[float]], ignore: list[bool], seen: floa
     visible = whole.copy()
     visible[:, 3] = whole[:, 1] + seen * (whole[:, 3] - whole[:, 1])
     labels = tuple("rider" if flag else "pedestrian" for flag in ignore)
-    return Sample(number, Path(f"{number}.png"), Truth(whole, np.array(ignore, bool), visible, labels))
+    return Sample(number, Path(f"{number}.png"), GroundTruth(whole, np.array(ignore, bool), visible, labels))
 
 
 def test_figures_counted_by_hand() -> None:
     first = sample(1, [[0, 0, 20, 50], [0, 0, 20, 49], [0, 0, 9, 600]], [False, False, True])
     second = sample(2, [[0, 0, 10, 19.5]], [False], seen=0.5)
     third = sample(3, [[0, 0, 10, 30]], [True])
-    found = summarise("val", [first, second, third], [(100, 200), (100, 200), None])
-    assert (found.pictures, found.empty, found.unreadable, found.people, found.regions) == (3, 1, 1, 3, 2)
-    assert found.width == Spread(200, 200, 200) and found.height == Spread(100, 100, 100)
-    assert dict(found.labels) == {"pedestrian": 3, "rider": 2} and found.sizes == (("200 x 100", 2),)
-    heights = {bar.label: bar.count for bar in found.heights if bar.count}
+    found = summarize("val", [first, second, third], [(100, 200), (100, 200), None])
+    assert (found.num_images, found.num_empty, found.num_unreadable, found.num_gt, found.num_ignore_regions) == (
+        3,
+        1,
+        1,
+        3,
+        2,
+    )
+    assert found.width_range == Range(200, 200, 200) and found.height_range == Range(100, 100, 100)
+    assert dict(found.label_counts) == {"pedestrian": 3, "rider": 2} and found.size_counts == (("200 x 100", 2),)
+    heights = {bar.label: bar.count for bar in found.height_bins if bar.count}
     assert heights == {"0 to 20 px": 1, "30 to 50 px": 1, "50 to 75 px": 1}
-    assert {bar.label: bar.count for bar in found.visibilities if bar.count} == {"0.4 to 0.65": 1, "all of it": 2}
+    assert {bar.label: bar.count for bar in found.visible_ratio_bins if bar.count} == {"0.4 to 0.65": 1, "all of it": 2}
 
 
 @settings(deadline=None, max_examples=50)
@@ -64,13 +77,13 @@ def test_histograms_equal_numpy(people: list[tuple[int, int, bool]]) -> None:
         sample(number, [[0, 0, 5, height]], [ignore], seen / 100)
         for number, (height, seen, ignore) in enumerate(people)
     ]
-    found = summarise("val", samples, [None] * len(samples))
-    kept = [one.truth for one in samples if not one.truth.ignore[0]]
-    heights = np.histogram([truth.heights_px[0] for truth in kept], HEIGHTS_PX)[0]
-    shares = np.histogram([truth.visibility[0] for truth in kept], VISIBILITIES)[0]
-    assert [bar.count for bar in found.heights] == heights.tolist()
-    assert [bar.count for bar in found.visibilities] == shares.tolist()
-    assert found.people == len(kept) and found.width is None
+    found = summarize("val", samples, [None] * len(samples))
+    kept = [one.ground_truth for one in samples if not one.ground_truth.ignore[0]]
+    heights = np.histogram([truth.heights_px[0] for truth in kept], HEIGHT_EDGES_PX)[0]
+    shares = np.histogram([truth.visible_ratio[0] for truth in kept], VISIBLE_RATIO_EDGES)[0]
+    assert [bar.count for bar in found.height_bins] == heights.tolist()
+    assert [bar.count for bar in found.visible_ratio_bins] == shares.tolist()
+    assert found.num_gt == len(kept) and found.width_range is None
 
 
 def coco(root: Path, **changes: Any) -> Path:
@@ -193,21 +206,21 @@ def test_a_yolo_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_boxes_are_drawn_where_people_stand(tmp_path: Path) -> None:
     """A black picture of 4:3, drawn 400 pixels high but for the gap: each colour lies where its box was put."""
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((300, 400, 3), np.uint8))
-    truth = sample(1, [[100, 50, 60, 200], [300, 100, 40, 100]], [False, True], seen=0.5).truth
-    sheet = contact_sheet([(Sample(1, tmp_path / "a.png", truth), (300, 400))])
+    truth = sample(1, [[100, 50, 60, 200], [300, 100, 40, 100]], [False, True], seen=0.5).ground_truth
+    sheet = make_contact_sheet([(Sample(1, tmp_path / "a.png", truth), (300, 400))])
     scale = (400 * 4 / 3 - GAP_PX) / 400
-    top = LINE_PX + 4 + (400 - 300 * scale) / 2
-    tile = sheet[LINE_PX + 4 : LINE_PX + 4 + 400]
-    assert sheet.shape[0] == 2 * LINE_PX + 4 + 400
+    top = CAPTION_HEIGHT_PX + 4 + (400 - 300 * scale) / 2
+    tile = sheet[CAPTION_HEIGHT_PX + 4 : CAPTION_HEIGHT_PX + 4 + 400]
+    assert sheet.shape[0] == 2 * CAPTION_HEIGHT_PX + 4 + 400
     for colour, (left, upper, right, lower) in (
-        (PERSON, (100, 50, 160, 250)),
-        (VISIBLE, (100, 50, 160, 150)),
-        (IGNORED, (300, 100, 340, 200)),
+        (PERSON_COLOR, (100, 50, 160, 250)),
+        (VISIBLE_COLOR, (100, 50, 160, 150)),
+        (IGNORED_COLOR, (300, 100, 340, 200)),
     ):
         there = (tile == colour).all(2)
-        rows, columns = np.flatnonzero(there.any(1)) + LINE_PX + 4, np.flatnonzero(there.any(0))
+        rows, columns = np.flatnonzero(there.any(1)) + CAPTION_HEIGHT_PX + 4, np.flatnonzero(there.any(0))
         assert abs(rows[-1] - (top + lower * scale)) <= 2, colour
-        if colour != VISIBLE:  # its other sides lie under the person's
+        if colour != VISIBLE_COLOR:  # its other sides lie under the person's
             assert abs(rows[0] - (top + upper * scale)) <= 2
             assert abs(columns[0] - left * scale) <= 2 and abs(columns[-1] - right * scale) <= 2
 
@@ -219,16 +232,16 @@ def test_pictures_of_any_shape_and_number_make_a_sheet(tmp_path: Path) -> None:
         path = tmp_path / f"caf\u00e9 {number} {'long ' * 30}.png"
         cv2.imencode(".png", np.zeros((height, width, 3), np.uint8))[1].tofile(path)
         readable.append(
-            (Sample(number, path, sample(1, [[-5e6, -1, 1e7, 900]], [bool(number % 2)]).truth), (height, width))
+            (Sample(number, path, sample(1, [[-5e6, -1, 1e7, 900]], [bool(number % 2)]).ground_truth), (height, width))
         )
     for count in (1, 2, len(shapes)):
-        sheet = contact_sheet(readable[:count])
+        sheet = make_contact_sheet(readable[:count])
         assert sheet.shape[1] < 1700 and sheet.shape[0] > 100
 
 
 def test_what_is_printed_is_one_line_of_letters() -> None:
-    assert printable("caf\u00e9\n\ud800\x1b[31m") == r"caf\u00e9\n\ud800\x1b[31m".replace(r"\u00e9", "\u00e9")
-    assert len(printable("x" * 10_000)) < 1000
+    assert escape_nonprintable("caf\u00e9\n\ud800\x1b[31m") == r"caf\u00e9\n\ud800\x1b[31m".replace(r"\u00e9", "\u00e9")
+    assert len(escape_nonprintable("x" * 10_000)) < 1000
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data lies in ../shared/data, not in the project")

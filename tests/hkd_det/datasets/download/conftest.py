@@ -110,5 +110,5 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Every pause that would have been made; none is made."""
     pauses: list[float] = []
-    monkeypatch.setattr(fetch.fetch, "__defaults__", (pauses.append,))
+    monkeypatch.setattr(fetch.download_file, "__defaults__", (pauses.append,))
     return pauses

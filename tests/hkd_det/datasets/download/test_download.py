@@ -20,7 +20,7 @@ from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.train.command import main
 
 CONTENT = random.Random(3).randbytes(300_000)  # what the server has, unless it is told
-SHIPPED = catalogue.catalogue_file()
+SHIPPED = catalogue.find_catalog_file()
 ANNOTATION = """# Compatible with PASCAL Annotation Version 1.00
 Image filename : "PennFudanPed/PNGImages/FudanPed00001.png"
 Image size (X x Y x C) : 80 x 60 x 3
@@ -75,7 +75,7 @@ def test_a_set_is_fetched_unpacked_and_not_fetched_again(
     assert download.download("walkers") == Path("datasets/walkers")
     root = tmp_path / "datasets" / "walkers"
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    assert files == {"inner/images/a.jpg", "inner/labels/a.txt", "notes.json", download.RECORD}
+    assert files == {"inner/images/a.jpg", "inner/labels/a.txt", "notes.json", download.RECORD_FILE}
     assert left(tmp_path / "datasets" / ".downloads") == {"walkers.lock"}
     out = capsys.readouterr().out
     assert "https://people.example; by using it you accept: be kind" in out and "verified" in out
@@ -97,7 +97,7 @@ def test_other_files_than_now_are_not_taken_for_them(tmp_path: Path, serve: Serv
     known([said(site)])
     download.download("walkers")
     for record in ("{", json.dumps({"http://old/set.zip": "0" * 64})):
-        (tmp_path / "datasets" / "walkers" / download.RECORD).write_text(record)
+        (tmp_path / "datasets" / "walkers" / download.RECORD_FILE).write_text(record)
         with pytest.raises(DataError, match="remove it to fetch those"):
             download.download("walkers")
 
@@ -116,7 +116,7 @@ def test_a_set_that_breaks_in_the_second_file_goes_on_there(tmp_path: Path, serv
 def test_a_set_is_never_half_there(tmp_path: Path, serve: Serve, known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
     site = serve(content=people_zip())
     known([said(site), said(site, unpack_to="again")])
-    real, calls = download.unpack, []
+    real, calls = download.extract_archive, []
 
     def stopped(archive: Path, folder: Path) -> None:
         real(archive, folder)
@@ -203,14 +203,14 @@ def test_what_is_fetched_can_be_read(serve: Serve, known: Known) -> None:
     del content["names"]
     Path("datasets.yaml").write_text(yaml.safe_dump({"pennfudan": {**content, "path": shipped["path"]}}))
     download.download("pennfudan")
-    train, val = (catalogue.open_data("pennfudan", split) for split in ("train", "val"))
-    assert [len(train), len(val)] == [8, 2] and train[0].truth.boxes_xyxy.tolist() == [[9, 4, 30, 50]]
+    train, val = (catalogue.load_dataset("pennfudan", split) for split in ("train", "val"))
+    assert [len(train), len(val)] == [8, 2] and train[0].ground_truth.boxes_xyxy.tolist() == [[9, 4, 30, 50]]
     assert all(sample.path.is_file() for sample in train + val)
 
 
 def test_the_catalogue_that_is_shipped() -> None:
-    shipped = yaml.safe_load(catalogue.catalogue_file().read_text(encoding="utf-8"))
-    fetched = {name: download._parts(entry.get("download"), name) for name, entry in shipped.items()}
+    shipped = yaml.safe_load(catalogue.find_catalog_file().read_text(encoding="utf-8"))
+    fetched = {name: download._parse_items(entry.get("download"), name) for name, entry in shipped.items()}
     assert {name: len(parts) for name, parts in fetched.items() if parts} == {"coco-person": 3, "pennfudan": 1}
     for name, entry in shipped.items():
         assert len(Path(entry["path"]).parts) >= 1 and not Path(entry["path"]).is_absolute(), name

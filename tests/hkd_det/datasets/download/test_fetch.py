@@ -25,11 +25,11 @@ def left(folder: Path) -> set[str]:
 def test_a_file_is_fetched_once(tmp_path: Path, serve: Serve, waited: list[float]) -> None:
     site = serve()
     for _ in range(2):
-        fetch.fetch(site.file(), tmp_path / "new" / "set.zip")
+        fetch.download_file(site.file(), tmp_path / "new" / "set.zip")
     assert (tmp_path / "new" / "set.zip").read_bytes() == CONTENT and left(tmp_path / "new") == {"set.zip"}
     assert len(site.asked) == 1 and site.asked[0]["accept-encoding"] == "identity" and not waited
     (tmp_path / "new" / "set.zip").write_bytes(CONTENT[:-1] + b"!")  # damaged since
-    fetch.fetch(site.file(), tmp_path / "new" / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "new" / "set.zip")
     assert (tmp_path / "new" / "set.zip").read_bytes() == CONTENT
 
 
@@ -38,7 +38,7 @@ def test_a_broken_connection_goes_on_where_it_broke(
     tmp_path: Path, serve: Serve, waited: list[float], headers: dict[str, str]
 ) -> None:
     site = serve(breaks=[100_000, 0, 0, 50_000, 0, 0, 0, 1], headers=headers)
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT and left(tmp_path) == {"set.zip"}
     begins = [int(one.get("range", "bytes=0-")[6:-1]) for one in site.asked]
     assert begins == [0, *[100_000] * 3, *[150_000] * 4, 150_001]  # not a byte is fetched twice
@@ -48,7 +48,7 @@ def test_a_broken_connection_goes_on_where_it_broke(
 
 def test_a_server_without_ranges_sends_all_of_it_again(tmp_path: Path, serve: Serve, waited: list[float]) -> None:
     site = serve(ranges=False, breaks=[200_000, 100_000])
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT and len(site.asked) == 3 and waited == [1, 2]
 
 
@@ -57,11 +57,11 @@ def test_a_connection_that_stays_dead_is_given_up_and_what_came_is_kept(
 ) -> None:
     site = serve(breaks=[70_000] + [0] * 9)
     with pytest.raises(UnavailableError, match=r"5 times in a row.*70,000 of 300,000 bytes.*goes on") as caught:
-        fetch.fetch(site.file(), tmp_path / "set.zip")
+        fetch.download_file(site.file(), tmp_path / "set.zip")
     assert "\n" not in str(caught.value) and waited == [1, 2, 4, 8]
     assert (tmp_path / "set.zip.part").read_bytes() == CONTENT[:70_000] and not (tmp_path / "set.zip").exists()
     site.breaks.clear()
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert site.asked[-1]["range"] == "bytes=70000-" and left(tmp_path) == {"set.zip"}
 
 
@@ -70,13 +70,13 @@ def test_nobody_listens(tmp_path: Path, waited: list[float]) -> None:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/set.zip"
         with pytest.raises(UnavailableError, match=r"set\.zip: Connection refused, 5 times in a row"):
-            fetch.fetch(RemoteFile(url, "0" * 64, 5), tmp_path / "set.zip")
+            fetch.download_file(RemoteFile(url, "0" * 64, 5), tmp_path / "set.zip")
     assert len(waited) == 4
 
 
 def test_a_busy_server_is_asked_again(tmp_path: Path, serve: Serve, waited: list[float]) -> None:
     site = serve(statuses=[503, 429, 500])
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert waited == [1, 2, 4] and (tmp_path / "set.zip").read_bytes() == CONTENT
 
 
@@ -84,7 +84,7 @@ def test_a_busy_server_is_asked_again(tmp_path: Path, serve: Serve, waited: list
 def test_a_refusal_is_told_at_once(tmp_path: Path, serve: Serve, waited: list[float], status: int) -> None:
     site = serve(statuses=[status])
     with pytest.raises(UnavailableError, match=rf"{site.address}/data/set\.zip: the server answers {status}"):
-        fetch.fetch(site.file(), tmp_path / "set.zip")
+        fetch.download_file(site.file(), tmp_path / "set.zip")
     assert not waited and left(tmp_path) == set()
 
 
@@ -92,7 +92,7 @@ def test_another_file_is_removed_and_both_hashes_told(tmp_path: Path, serve: Ser
     site = serve(content=b"x" * 1000)
     found = hashlib.sha256(b"x" * 1000).hexdigest()
     with pytest.raises(DataError, match=rf"set\.zip: not the file.*{found}, not {'0' * 64}; removed"):
-        fetch.fetch(site.file(sha256="0" * 64), tmp_path / "set.zip")
+        fetch.download_file(site.file(sha256="0" * 64), tmp_path / "set.zip")
     assert left(tmp_path) == set()
 
 
@@ -100,26 +100,26 @@ def test_another_file_is_removed_and_both_hashes_told(tmp_path: Path, serve: Ser
 def test_another_length_is_told_before_it_is_fetched(tmp_path: Path, serve: Serve, length: int, size: int) -> None:
     site = serve(length=length)
     with pytest.raises(DataError, match=rf"bytes there, {size:,} in the file|sends more than the {size:,} bytes"):
-        fetch.fetch(site.file(size_bytes=size), tmp_path / "set.zip")
+        fetch.download_file(site.file(size_bytes=size), tmp_path / "set.zip")
     assert left(tmp_path) == set()
 
 
 def test_a_file_changed_between_two_halves_is_fetched_anew(tmp_path: Path, serve: Serve) -> None:
     site = serve(breaks=[100_000] + [0] * 4)
     with pytest.raises(UnavailableError):
-        fetch.fetch(site.file(), tmp_path / "set.zip")
+        fetch.download_file(site.file(), tmp_path / "set.zip")
     site.content, site.headers = CONTENT[::-1], {"ETag": '"two"'}
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT[::-1]
 
 
 def test_a_server_that_heeds_no_if_range_joins_no_halves(tmp_path: Path, serve: Serve) -> None:
     site = serve(breaks=[100_000] + [0] * 4)
     with pytest.raises(UnavailableError):
-        fetch.fetch(site.file(), tmp_path / "set.zip")
+        fetch.download_file(site.file(), tmp_path / "set.zip")
     # what was asked for counts as this version, too, and so the rest is sent
     site.content, site.headers = CONTENT[::-1], {"ETag": '"two"', "Last-Modified": '"one"'}
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT[::-1]
 
 
@@ -129,22 +129,22 @@ def test_a_useless_part_is_replaced(tmp_path: Path, serve: Serve, part: bytes) -
     (tmp_path / "set.zip.part").write_bytes(part)
     if len(part) == len(CONTENT):  # as long as the file, but another
         with pytest.raises(DataError, match="removed"):
-            fetch.fetch(site.file(), tmp_path / "set.zip")
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+            fetch.download_file(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT and left(tmp_path) == {"set.zip"}
 
 
 def test_a_part_that_the_server_cannot_go_on_with(tmp_path: Path, serve: Serve) -> None:
     site = serve(statuses=[416])
     (tmp_path / "set.zip.part").write_bytes(CONTENT[:1000])
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert "range" not in site.asked[-1] and (tmp_path / "set.zip").read_bytes() == CONTENT
 
 
 def test_a_redirect_to_another_host_is_followed(tmp_path: Path, serve: Serve) -> None:
     there = serve(host="localhost", breaks=[1000])
     here = serve(redirect_to=f"{there.address}/elsewhere.zip")
-    fetch.fetch(here.file(), tmp_path / "set.zip")
+    fetch.download_file(here.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT
     assert there.asked[1]["range"] == "bytes=1000-" and there.asked[1]["if-range"] == '"one"'
 
@@ -155,13 +155,13 @@ def test_a_redirect_that_leads_nowhere(tmp_path: Path, serve: Serve, waited: lis
     if target == "SELF":
         site.redirect_to = f"{site.address}/data/set.zip"
     with pytest.raises(UnavailableError, match=r"set\.zip") as caught:
-        fetch.fetch(site.file(), tmp_path / "set.zip")
+        fetch.download_file(site.file(), tmp_path / "set.zip")
     assert "\n" not in str(caught.value) and not waited and left(tmp_path) == set()
 
 
 def test_a_file_that_the_server_calls_compressed_stays_as_it_is(tmp_path: Path, serve: Serve) -> None:
     site = serve(headers={"Content-Encoding": "gzip", "ETag": '"one"'})  # as old servers do with every .gz
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT
 
 
@@ -174,8 +174,8 @@ def test_ctrl_c_keeps_what_has_come(tmp_path: Path, serve: Serve, monkeypatch: p
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fetch, "_pour", pour)
-        fetch.fetch(site.file(), tmp_path / "set.zip")
-    fetch.fetch(site.file(), tmp_path / "set.zip")
+        fetch.download_file(site.file(), tmp_path / "set.zip")
+    fetch.download_file(site.file(), tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == CONTENT
     assert site.asked[1]["range"] == "bytes=90000-" and site.asked[1]["if-range"] == '"one"'
 
@@ -185,12 +185,12 @@ def test_a_full_disk_is_one_line(tmp_path: Path, serve: Serve, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "_pour", lambda *_: os.open(tmp_path / "no" / "such", 0))
         with pytest.raises(DataError, match=r"set\.zip\.part: No such file.*what has come is kept"):
-            fetch.fetch(site.file(), tmp_path / "set.zip")
+            fetch.download_file(site.file(), tmp_path / "set.zip")
     if Path("/dev/full").exists():
         (tmp_path / "set.zip.part").unlink()
         (tmp_path / "set.zip.part").symlink_to("/dev/full")
         with pytest.raises(DataError, match=r"set\.zip\.part: No space left on device; what has come is kept"):
-            fetch.fetch(site.file(), tmp_path / "set.zip")
+            fetch.download_file(site.file(), tmp_path / "set.zip")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_nothing_but_our_errors(tmp_path: Path, serve: Serve) -> None:
             length=chance.choice([None, 0, 1, 1999, 5000]),
         )
         try:
-            fetch.fetch(site.file(), tmp_path / f"{number}.zip")
+            fetch.download_file(site.file(), tmp_path / f"{number}.zip")
         except HkdError as error:
             assert "\n" not in str(error)
             assert not (tmp_path / f"{number}.zip").exists()

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets import unpack as unpack_module
-from hkd_det.datasets.unpack import unpack
+from hkd_det.datasets.unpack import extract_archive
 from hkd_det.errors import DataError, HkdError, UnavailableError
 
 FILES = {"set/images/a.png": random.Random(1).randbytes(1_500_000), "set/labels/a.txt": b"", "readme": b"hello"}
@@ -70,7 +70,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("suffix", ["zip", *PACK])
 def test_all_files_come_out(tmp_path: Path, suffix: str) -> None:
     content = zipped(FILES) if suffix == "zip" else PACK[suffix](tarred(FILES, mode=0o4777))
-    unpack(written(tmp_path, f"a.{suffix}", content), tmp_path / "out")
+    extract_archive(written(tmp_path, f"a.{suffix}", content), tmp_path / "out")
     assert everything(tmp_path / "out") == FILES
     for path in (tmp_path / "out").rglob("*"):
         assert not path.stat().st_mode & (stat.S_ISUID | stat.S_IWOTH)  # rights are not taken from the archive
@@ -82,7 +82,7 @@ def test_folders_as_tar_writes_them(tmp_path: Path) -> None:
     (source / "a.txt").write_text("a")
     for form, name in (("gztar", "t.tar.gz"), ("zip", "z.zip")):  # shutil writes "./" and the folders, too
         made = shutil.make_archive(str(tmp_path / name.partition(".")[0]), form, source)
-        unpack(Path(made), tmp_path / form)
+        extract_archive(Path(made), tmp_path / form)
         assert everything(tmp_path / form) == {"a.txt": b"a"} and (tmp_path / form / "empty").is_dir()
 
 
@@ -106,7 +106,7 @@ def test_no_member_outside(tmp_path: Path, name: str, pack: Callable[..., bytes]
     suffix, name = "zip" if pack is zipped else "tar", name.replace("ROOT", str(tmp_path))
     archive = written(tmp_path, f"a.{suffix}", pack({"good": b"1", name: b"evil"}))
     with pytest.raises(DataError, match=rf"a\.{suffix}: member '.*' would lie outside"):
-        unpack(archive, tmp_path / "deep" / "out")
+        extract_archive(archive, tmp_path / "deep" / "out")
     assert everything(tmp_path / "deep") == {"out/good": b"1"}
     assert {path.name for path in tmp_path.iterdir()} == {f"a.{suffix}", "deep"}
 
@@ -117,11 +117,11 @@ def test_no_links_and_devices_in_tar(tmp_path: Path, kind: str, target: str) -> 
     evil = tarred({"way": b""}, type=getattr(tarfile, kind), linkname=target)
     archive = written(tmp_path, "a.tar", evil)
     if kind == "CONTTYPE":  # an old word for a plain file
-        unpack(archive, tmp_path / "out")
+        extract_archive(archive, tmp_path / "out")
         assert everything(tmp_path / "out") == {"way": b""}
         return
     with pytest.raises(DataError, match="'way' is a link or device"):
-        unpack(archive, tmp_path / "out")
+        extract_archive(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -129,7 +129,7 @@ def test_no_links_and_devices_in_tar(tmp_path: Path, kind: str, target: str) -> 
 def test_no_links_and_devices_in_zip(tmp_path: Path, kind: int) -> None:
     archive = written(tmp_path, "a.zip", zipped({"way": b"../.."}, external_attr=(kind | 0o777) << 16, create_system=3))
     with pytest.raises(DataError, match="'way' is a link or device"):
-        unpack(archive, tmp_path / "out")
+        extract_archive(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -140,7 +140,7 @@ def test_members_that_are_in_each_others_way(
 ) -> None:
     archive = written(tmp_path, "a.zip" if pack is zipped else "a.tar", pack(dict.fromkeys(names, b"1")))
     with pytest.raises(DataError, match=r"be unpacked: (File exists|Not a directory|File name too long)"):
-        unpack(archive, tmp_path / "out")
+        extract_archive(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz", "tar.xz"])
@@ -152,9 +152,9 @@ def test_a_bomb_says_what_it_would_take(tmp_path: Path, suffix: str, monkeypatch
     most = max(1 << 20, 50 * len(content))
     told = "16,777,216" if suffix == "zip" else f"more than {most:,}"
     with pytest.raises(DataError, match=rf"{len(content):,} bytes that would unpack to {told}, as no data set does"):
-        unpack(archive, tmp_path / "out")
+        extract_archive(archive, tmp_path / "out")
     assert sum(map(len, everything(tmp_path / "out").values())) <= most
-    unpack(archive, tmp_path / "told", most_bytes=1 << 25)
+    extract_archive(archive, tmp_path / "told", max_bytes=1 << 25)
     assert everything(tmp_path / "told") == zeros
 
 
@@ -164,7 +164,7 @@ def test_a_bomb_in_a_header(tmp_path: Path) -> None:
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 100 << 20
     content = gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(100 << 20), 1)
     with pytest.raises(DataError, match="would unpack to more than 4,194,304"):
-        unpack(written(tmp_path, "a.tar.gz", content), tmp_path / "out", most_bytes=1 << 22)
+        extract_archive(written(tmp_path, "a.tar.gz", content), tmp_path / "out", max_bytes=1 << 22)
 
 
 def test_a_zip_that_understates_its_size_gives_no_more(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_zip_that_understates_its_size_gives_no_more(tmp_path: Path) -> None:
     place = content.rindex((5 << 20).to_bytes(4, "little"))
     content[place : place + 4] = (10).to_bytes(4, "little")
     with pytest.raises(DataError, match="damaged"):
-        unpack(written(tmp_path, "a.zip", bytes(content)), tmp_path / "out")
+        extract_archive(written(tmp_path, "a.zip", bytes(content)), tmp_path / "out")
     assert sum(map(len, everything(tmp_path / "out").values())) <= 10
 
 
@@ -180,31 +180,31 @@ def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(unpack_module, "MOST_MEMBERS", 5)
     archive = written(tmp_path, "a.tar", tarred({str(number): b"" for number in range(6)}))
     with pytest.raises(DataError, match="more than 5 files"):
-        unpack(archive, tmp_path / "out")
+        extract_archive(archive, tmp_path / "out")
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 5, 4))  # type: ignore[attr-defined]
     with pytest.raises(UnavailableError, match="5 bytes needed, 4 free"):
-        unpack(written(tmp_path, "a.zip", zipped({"readme": b"hello"})), tmp_path / "out")
+        extract_archive(written(tmp_path, "a.zip", zipped({"readme": b"hello"})), tmp_path / "out")
 
 
 def test_a_sparse_file_and_a_locked_one(tmp_path: Path) -> None:
     sparse = tarred({"s": b""}, tarfile.GNU_FORMAT, type=tarfile.GNUTYPE_SPARSE)
     with pytest.raises(DataError, match="link or device"):
-        unpack(written(tmp_path, "a.tar", sparse), tmp_path / "out")
+        extract_archive(written(tmp_path, "a.tar", sparse), tmp_path / "out")
     locked = bytearray(zipped({"a": b"secret"}))
     for mark in (b"PK\x03\x04", b"PK\x01\x02"):
         locked[locked.index(mark) + (6 if mark[2] == 3 else 8)] |= 1
     with pytest.raises(DataError, match=r"damaged archive.*encrypted"):
-        unpack(written(tmp_path, "a.zip", bytes(locked)), tmp_path / "out")
+        extract_archive(written(tmp_path, "a.zip", bytes(locked)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"<html>Please log in</html>", b"\x1f\x8b", b"BZh9", b"\xfd7zXZ\x00"])
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
 def test_what_is_no_archive(tmp_path: Path, content: bytes, suffix: str) -> None:
     with pytest.raises(DataError, match=rf"a\.{suffix}: a damaged archive"):
-        unpack(written(tmp_path, f"a.{suffix}", content), tmp_path / "out")
+        extract_archive(written(tmp_path, f"a.{suffix}", content), tmp_path / "out")
 
 
 SMALL = {"set/a.png": random.Random(2).randbytes(300), "set/b.txt": b"text" * 50}
@@ -231,7 +231,7 @@ def test_damage_gives_our_errors_only(
     tmp_path = tmp_path_factory.mktemp("damage")
     archive = written(tmp_path, f"a.{suffix}", bytes(content[: None if cut is None else cut % len(content)]))
     try:
-        unpack(archive, tmp_path / "out", most_bytes=1 << 20)
+        extract_archive(archive, tmp_path / "out", max_bytes=1 << 20)
     except HkdError as error:
         assert "\n" not in str(error)
     assert {path.name for path in tmp_path.iterdir()} <= {archive.name, "out"}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hkd_det.models.detector import Detector, DetectorSpec
-from hkd_det.models.family import PersonDetector
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.family import BaseDetector
 
-TINY = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 
 
 def pictures() -> Tensor:
@@ -20,10 +20,10 @@ def pictures() -> Tensor:
 
 
 @pytest.fixture
-def teacher() -> PersonDetector:
+def teacher() -> BaseDetector:
     """Its normalisations hold the pictures' statistics, and scales and shifts that are not those of a fresh network."""
     torch.manual_seed(0)
-    detector = Detector(TINY).requires_grad_(False)
+    detector = HKDDetector(TINY).requires_grad_(False)
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.distill.blockwise.schedule import Scheduler, lower_bound, queues, replay
+from hkd_det.distill.blockwise.schedule import Scheduler, compute_lower_bound, make_schedule, simulate
 
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 TIMES = st.lists(st.integers(1, 50), min_size=1, max_size=6)
@@ -26,7 +26,7 @@ def best_makespan(times: list[int], workers: int) -> int:
 @given(times=TIMES, workers=WORKERS)
 @settings(deadline=None)
 def test_every_task_is_in_one_queue(scheduler: Scheduler, times: list[int], workers: int) -> None:
-    planned = queues([float(t) for t in times], workers, scheduler)
+    planned = make_schedule([float(t) for t in times], workers, scheduler)
     assert sorted(task for queue in planned for task in queue) == list(range(len(times)))
     assert all(planned) and (scheduler == "work-stealing" or len(planned) <= workers)
 
@@ -35,8 +35,8 @@ def test_every_task_is_in_one_queue(scheduler: Scheduler, times: list[int], work
 @given(times=TIMES, workers=WORKERS)
 @settings(deadline=None)
 def test_no_schedule_beats_the_best_or_the_bound(scheduler: Scheduler, times: list[int], workers: int) -> None:
-    best, makespan = best_makespan(times, workers), replay(times, workers, scheduler)
-    assert lower_bound(times, workers) <= best <= makespan <= sum(times)
+    best, makespan = best_makespan(times, workers), simulate(times, workers, scheduler)
+    assert compute_lower_bound(times, workers) <= best <= makespan <= sum(times)
     if scheduler != "round-robin":  # Graham 1969
         assert makespan <= (4 / 3 - 1 / (3 * workers)) * best + 1e-9
 
@@ -44,28 +44,28 @@ def test_no_schedule_beats_the_best_or_the_bound(scheduler: Scheduler, times: li
 @given(times=st.lists(st.floats(0, 100), min_size=1, max_size=20), workers=st.integers(1, 5))
 @settings(deadline=None)
 def test_round_robin_is_the_largest_sum_of_every_nth(times: list[float], workers: int) -> None:
-    assert replay(times, workers, "round-robin") == pytest.approx(max(sum(times[k::workers]) for k in range(workers)))
+    assert simulate(times, workers, "round-robin") == pytest.approx(max(sum(times[k::workers]) for k in range(workers)))
 
 
 def test_packing_and_stealing_by_hand() -> None:
     # Graham's own worst case for two workers: 3 3 | 2 2 2 is best, longest first puts 3 2 2 | 3 2.
     times = [3, 3, 2, 2, 2]
     assert best_makespan(times, 2) == 6
-    assert queues(times, 2, "bin-packing") == [[0, 2, 4], [1, 3]]
-    assert replay(times, 2, "bin-packing") == replay(times, 2, "work-stealing") == 7
-    assert replay(times, 2, "round-robin") == 7 and replay(times, 1, "round-robin") == 12
-    assert replay(times, 9, "bin-packing") == 3
+    assert make_schedule(times, 2, "bin-packing") == [[0, 2, 4], [1, 3]]
+    assert simulate(times, 2, "bin-packing") == simulate(times, 2, "work-stealing") == 7
+    assert simulate(times, 2, "round-robin") == 7 and simulate(times, 1, "round-robin") == 12
+    assert simulate(times, 9, "bin-packing") == 3
 
 
 def test_stealing_mends_what_a_wrong_estimate_packs() -> None:
     times, expected = [8.0, 1, 1, 1, 1], [1.0, 1, 1, 1, 1]
-    assert replay(times, 2, "bin-packing", expected) == 10  # 8 1 1 | 1 1
-    assert replay(times, 2, "work-stealing", expected) == 8
+    assert simulate(times, 2, "bin-packing", expected) == 10  # 8 1 1 | 1 1
+    assert simulate(times, 2, "work-stealing", expected) == 8
 
 
 def test_nothing_to_do_takes_no_time() -> None:
-    assert [replay([], 3, scheduler) for scheduler in SCHEDULERS] == [0, 0, 0]
-    assert lower_bound([], 3) == 0
+    assert [simulate([], 3, scheduler) for scheduler in SCHEDULERS] == [0, 0, 0]
+    assert compute_lower_bound([], 3) == 0
 
 
 # Multiply-accumulates of the 3x3 convolutions on CIFAR's 32 x 32 pictures, as (channels in, out, side of the output).
@@ -86,14 +86,14 @@ def test_the_published_makespans_lie_where_a_replay_can_put_them(
     times = [c_in * c_out * side**2 for c_in, c_out, side in layers]
     scale = one / sum(times)
     for workers, published in bin_packing.items():
-        packed = scale * replay(times, workers, "bin-packing")
+        packed = scale * simulate(times, workers, "bin-packing")
         assert one / workers <= packed <= published  # a replay knows no overhead
-        assert packed <= scale * replay(times, workers, "round-robin")
+        assert packed <= scale * simulate(times, workers, "round-robin")
 
 
 def test_a_published_longest_task_bounds_four_workers() -> None:
     """VGG16's longest task takes 68 % of the makespan on four GPUs: eight GPUs could not have halved it."""
     longest = 0.68 * 1275
     times = [longest, *([(3920 - longest) / 12] * 12)]
-    assert lower_bound(times, 4) == pytest.approx(3920 / 4) and lower_bound(times, 8) == longest
-    assert replay(times, 4, "bin-packing") <= 1275
+    assert compute_lower_bound(times, 4) == pytest.approx(3920 / 4) and compute_lower_bound(times, 8) == longest
+    assert simulate(times, 4, "bin-packing") <= 1275

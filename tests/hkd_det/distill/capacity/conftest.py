@@ -7,24 +7,24 @@ import pytest
 import torch
 from torch import nn
 
-from hkd_det.models.detector import DetectorSpec
-from hkd_det.models.families import Spec, build
-from hkd_det.models.family import PersonDetector
-from hkd_det.models.faster_rcnn import FasterRcnnSpec
-from hkd_det.models.yolo import YoloSpec, yolo_spec
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.families import ModelSpec, build_from_spec
+from hkd_det.models.family import BaseDetector
+from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.models.yolo import UltralyticsSpec, make_ultralytics_spec
 
-OURS = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
-BOTTLENECK = DetectorSpec("resnet14t", {"channels": (6, 6, 8, 8), "stem_width": 8}, channels=12, head_depth=1)
-TWO_STAGE = FasterRcnnSpec("resnet18", width=0.125, channels=8, head_width=16, anchor_px=(16, 32, 64, 128, 256))
+OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
+BOTTLENECK = HKDDetectorSpec("resnet14t", {"channels": (6, 6, 8, 8), "stem_width": 8}, channels=12, head_depth=1)
+TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 
 
-def _yolo(name: str) -> YoloSpec:
-    layout = deepcopy(yolo_spec(name).layout)
+def _yolo(name: str) -> UltralyticsSpec:
+    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
-    return YoloSpec(name, layout)
+    return UltralyticsSpec(name, layout)
 
 
-SPECS: dict[str, Callable[[], Spec]] = {
+SPECS: dict[str, Callable[[], ModelSpec]] = {
     "ours": lambda: OURS,
     "bottleneck": lambda: BOTTLENECK,
     "two-stage": lambda: TWO_STAGE,
@@ -34,16 +34,16 @@ SPECS: dict[str, Callable[[], Spec]] = {
 
 
 @pytest.fixture(params=SPECS)
-def detector(request: pytest.FixtureRequest) -> PersonDetector:
-    return lively(build(SPECS[request.param]()))
+def detector(request: pytest.FixtureRequest) -> BaseDetector:
+    return lively(build_from_spec(SPECS[request.param]()))
 
 
 @pytest.fixture
-def ours() -> PersonDetector:
-    return lively(build(OURS))
+def ours() -> BaseDetector:
+    return lively(build_from_spec(OURS))
 
 
-def lively(network: PersonDetector) -> PersonDetector:
+def lively(network: BaseDetector) -> BaseDetector:
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
