@@ -7,6 +7,8 @@ inclusive boxes of MATLAB tools end at the readers.
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.onnxrt.detector import FloatArray
+
 Boxes = NDArray[np.floating]
 
 
@@ -47,3 +49,13 @@ def clip_boxes(boxes_xyxy: Boxes, size_hw: tuple[int, int]) -> Boxes:
     """[N, 4] boxes cut at the borders of a picture of (height, width) pixels."""
     height, width = size_hw
     return np.clip(boxes_xyxy, 0, [width, height, width, height])
+
+
+def nms(boxes_xyxy: FloatArray, iou_threshold: float) -> NDArray[np.intp]:
+    """Which of [N, 4] boxes, best first, stay: those that overlap no better one that stays by more than `iou`."""
+    overlaps = box_iou(boxes_xyxy, boxes_xyxy) > iou_threshold
+    gone = np.zeros(len(boxes_xyxy), bool)
+    for index in range(len(boxes_xyxy)):
+        if not gone[index]:
+            gone[index + 1 :] |= overlaps[index, index + 1 :]
+    return np.flatnonzero(~gone)

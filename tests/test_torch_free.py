@@ -13,7 +13,7 @@ import hkd_det
 
 LEARNING = (
     "hkd_det.models",
-    "hkd_det.losses",
+    "hkd_det.ops",
     "hkd_det.distill",
     "hkd_det.train",
     *(
@@ -47,7 +47,7 @@ for module in sys.argv[1:]:
     importlib.import_module(module)
 """
 TRAIN = f"""{NO_TORCH}
-from hkd_det.train.command import main
+from hkd_det.train.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 

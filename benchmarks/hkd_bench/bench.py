@@ -21,15 +21,14 @@ from tqdm import tqdm
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, BenchResult, ModelResult, StageSamples, StoredCurve
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
-from hkd_deploy.backends.opening import BACKENDS, default_backend
-from hkd_deploy.backends.openvino_folder import list_model_files
-from hkd_det.datasets.sample import Sample
-from hkd_det.detections import Detections
+from hkd_deploy.backends import BACKENDS, default_backend
+from hkd_deploy.export.openvino import list_model_files
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import file_sha256
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
-from hkd_det.metrics.curve import MissRateResult
+from hkd_det.metrics.matching import MissRateResult
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.structures import Detections, Sample
 
 
 @dataclass(frozen=True)

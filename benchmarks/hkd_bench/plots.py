@@ -1,25 +1,38 @@
-"""The report's figures, as inline SVG: text stays text, ink follows the page's colour, light or dark."""
+"""The report's figures, as inline SVG: text stays text, ink follows the page's colour, light or dark.
+
+Miss rate against false positives per picture, as the papers draw it: both axes logarithmic, a panel a setup.
+"""
 
 import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from hkd_bench.result import BenchResult, ModelResult
+from hkd_bench.scoring import ScoreResult
+from hkd_det.files import atomic_write
 from hkd_det.metrics.citypersons import FPPI_POINTS, REASONABLE
 
 # Okabe and Ito's palette (2008), told apart by the colour-blind, less what vanishes on white or on black.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
 LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # and by shape, in print
+
+
 TEXT_COLOR, GRID_COLOR = "#010203", "#040506"  # stand for the page's own colours, put in afterwards
+
+
 RC_PARAMS = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a file may be called a$b$
@@ -39,7 +52,11 @@ RC_PARAMS = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+
+
 FIGURE_SIZE_INCH = (5.4, 3.7)  # 389 points wide: letters stay readable on a phone of that many pixels
+
+
 MISS_RATE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.64, 0.8, 1.0)
 
 
@@ -212,3 +229,30 @@ def _embed_svg(svg: str, title: str, label: str) -> str:
     assert size is not None
     svg = f'<svg {size[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
     return svg.replace(TEXT_COLOR, "currentColor").replace(GRID_COLOR, "var(--grid)")
+
+
+PLOT_SUFFIXES = (".svg", ".png", ".pdf")
+
+
+MAX_COLUMNS = 3
+
+
+def write_miss_rate_plot(path: Path, scores: Mapping[str, ScoreResult]) -> None:
+    """Write the plot in one step; setups with nobody in them are left out."""
+    first = next(iter(scores.values()))
+    setups = [name for name, rate in first.miss_rates.items() if rate.num_gt] or list(first.miss_rates)
+    columns = min(MAX_COLUMNS, len(setups))
+    rows = -(-len(setups) // columns)
+    with mpl.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
+        figure = Figure(figsize=(FIGURE_SIZE_INCH[0] * columns, FIGURE_SIZE_INCH[1] * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        for number, setup in enumerate(setups):
+            axes = figure.add_subplot(rows, columns, number + 1)
+            rates = {name: one.miss_rates[setup] for name, one in scores.items()}
+            lines = [
+                (f"{format_percent(rate.value)}  {name}", rate.fppi, rate.miss_rate) for name, rate in rates.items()
+            ]
+            draw_miss_rates(axes, lines, band_color="0.85")
+            axes.set_title(f"{setup}, {first.miss_rates[setup].num_gt:,} people")
+        with atomic_write(path) as aside:
+            figure.savefig(aside, dpi=150)

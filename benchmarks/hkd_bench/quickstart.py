@@ -16,25 +16,24 @@ import yaml
 from numpy.typing import NDArray
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_bench.gallery import render_examples
-from hkd_bench.report import write_bench_report
+from hkd_bench.report import render_examples, write_bench_report
 from hkd_bench.result import BenchResult, write_result
 from hkd_bench.table import format_text_table
 from hkd_deploy import open_detector
 from hkd_deploy.demo.run import save_video
-from hkd_deploy.export.from_weights import export_detector
+from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.export.options import ExportOptions
-from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.synthetic import write_synthetic_dataset, write_video
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import run_command
 from hkd_det.files import write_text
-from hkd_det.imgsz import format_imgsz
-from hkd_det.train.checkpoint import load_detector_checkpoint
+from hkd_det.letterbox import format_imgsz
+from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.history import EpochRecord
-from hkd_det.train.run import train
+from hkd_det.train.engine import EpochRecord
+from hkd_det.train.trainer import train
 
 TEACHER, STUDENT_BASELINE, STUDENT_DISTILLED = "teacher", "student alone", "student distilled"
 CONF = 0.3  # from which a box is drawn

@@ -1,7 +1,11 @@
-"""The report: one self-contained page, without scripts or anything from elsewhere."""
+"""Pictures with what a detector found, took for a person, and missed.
+
+The report: one self-contained page, without scripts or anything from elsewhere.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -11,18 +15,79 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from hkd_bench import plots
-from hkd_bench.gallery import ExampleImages
-from hkd_bench.latency import confidence_bound_ms
-from hkd_bench.result import BenchResult, ModelResult
+from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.table import COLUMNS, make_cells, make_notes
-from hkd_deploy.draw import MatchStatus
+from hkd_deploy import Detector
+from hkd_deploy.draw import MatchStatus, draw_box, draw_detections
 from hkd_det.files import write_text
-from hkd_det.imgsz import format_imgsz
-from hkd_det.metrics.citypersons import SETUPS
+from hkd_det.image import read_image
+from hkd_det.letterbox import format_imgsz
+from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, match_image
+from hkd_det.metrics.matching import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE
+from hkd_det.structures import Detections, Sample
+
+MATCH_STATUS = {
+    TRUE_POSITIVE: MatchStatus.TRUE_POSITIVE,
+    FALSE_POSITIVE: MatchStatus.FALSE_POSITIVE,
+    IGNORED: MatchStatus.IGNORED,
+}
+
+
+CaptionedImage = tuple[str, NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleImages:
+    """Pictures, each (caption, uint8 RGB with boxes drawn), and the score from which a box is drawn."""
+
+    conf: float
+    images: tuple[CaptionedImage, ...]
+
+
+def render_examples(
+    detector: Detector, samples: Sequence[Sample], conf: float, num_images: int, setup: CityPersonsSetup = REASONABLE
+) -> ExampleImages:
+    """`count` pictures spread over those with people to be found.
+
+    Drawn are detections with a score of at least `conf`, and the people that are then missed.
+    """
+    peopled = [sample for sample in samples if (~sample.ground_truth.ignore).any()] or list(samples)
+    places = np.unique(np.linspace(0, len(peopled) - 1, min(num_images, len(peopled))).round().astype(int))
+    pictures = []
+    for place in places:
+        sample = peopled[place]
+        picture = read_image(sample.path)
+        pictures.append(render_matches(picture, sample, detector(picture).filter(conf), setup))
+    return ExampleImages(conf, tuple(pictures))
+
+
+def render_matches(
+    image_rgb: NDArray[np.uint8], sample: Sample, detections: Detections, setup: CityPersonsSetup = REASONABLE
+) -> CaptionedImage:
+    """(caption, a copy of the picture): every detection in its verdict's colour, every missed person dashed."""
+    judgement = match_image(sample.ground_truth, detections, setup)
+    kept = Detections(detections.boxes_xyxy[judgement.eval_indices], detections.scores[judgement.eval_indices])
+    canvas = draw_detections(image_rgb, kept, [MATCH_STATUS[int(verdict)] for verdict in judgement.match_status])
+    for index in judgement.missed_gt:
+        draw_box(canvas, sample.ground_truth.boxes_xyxy[index], MatchStatus.FALSE_NEGATIVE)
+    hits, wrong = (
+        int((judgement.match_status == TRUE_POSITIVE).sum()),
+        int((judgement.match_status == FALSE_POSITIVE).sum()),
+    )
+    people = hits + len(judgement.missed_gt)
+    caption = f"{sample.path.name}: {hits} of {people} found, {wrong} false alarm{'' if wrong == 1 else 's'}"
+    return caption, canvas
+
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
 MAX_IMAGE_PX = 1024  # the longer side of a picture on the page
+
+
 JPEG_QUALITY = 82
+
+
 DETAILS = (
     ("p50", "ms"),
     ("p90", "ms"),
@@ -36,6 +101,8 @@ DETAILS = (
     ("peak memory", "MiB"),
     ("of it added by the model", "MiB"),
 )
+
+
 LEGEND = (
     ("found", MatchStatus.TRUE_POSITIVE),
     ("missed", MatchStatus.FALSE_NEGATIVE),

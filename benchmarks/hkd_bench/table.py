@@ -1,10 +1,13 @@
-"""The models side by side: as text for the terminal, as Markdown for a README, as cells for the page."""
+"""The models side by side: as text for the terminal, as Markdown for a README, as cells for the page.
 
-from collections.abc import Sequence
+The scores as a table for the terminal.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hkd_bench.latency import confidence_bound_ms
-from hkd_bench.result import BenchResult, ModelResult
+from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
+from hkd_bench.scoring import ScoreResult
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Cell:
 
 
 MAX_CV = 0.1  # standard deviation over mean; an idle machine with fixed clocks stays below 0.025 (trtexec's alarm)
+
+
 COLUMNS = (
     Column("parameters", "M", 2, ratio=True),
     Column("GFLOPs", "", 2, ratio=True),
@@ -155,3 +160,33 @@ def _make_cell(column: Column, value: float | None, first: float | None) -> Cell
     if value is None:
         return Cell("-", "")
     return Cell(f"{value:.{column.digits}f}", f"x {value / first:.2f}" if column.ratio and first else "")
+
+
+def format_score_table(scores: Mapping[str, ScoreResult]) -> str:
+    """A row a setup (or COCO figure), a column a detection file; per cent."""
+    first = next(iter(scores.values()))
+    if first.coco_metrics:
+        rows = [
+            [name, *(_format_score_percent(one.coco_metrics[name]) for one in scores.values())]
+            for name in first.coco_metrics
+        ]
+        head = ["COCO, %", *scores]
+    else:
+        rows = [
+            [name, str(rate.num_gt), *(_format_score_percent(one.miss_rates[name].value) for one in scores.values())]
+            for name, rate in first.miss_rates.items()
+        ]
+        head = ["MR^-2, %", "people", *scores]
+    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if place else text.ljust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *rows]
+    )
+
+
+def _format_score_percent(value: float) -> str:
+    """-1 stands for nobody of that kind."""
+    return "-" if value < 0 else f"{100 * value:.2f}"

@@ -1,4 +1,6 @@
-"""`python -m hkd_bench.worker JOB.json OUT.json`: measure one model in a process of its own.
+"""Resident memory of this process, in MiB (2^20 bytes).
+
+`python -m hkd_bench.worker JOB.json OUT.json`: measure one model in a process of its own.
 
 Its memory is then this model's alone, and nothing another model left behind (threads, caches, a fragmented heap)
 touches its times. Stdout carries the number of runs done, a line at a time, for the parent's progress bar; none
@@ -7,6 +9,7 @@ is written between two timed runs. No torch.
 
 import importlib
 import json
+import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,16 +20,44 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
-from hkd_bench import memory
 from hkd_deploy import Detector, open_detector
-from hkd_det.datasets.sample import read_image
-from hkd_det.detections import Detections
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text
+from hkd_det.image import read_image
+from hkd_det.structures import Detections
+
+STATUS = Path("/proc/self/status")
+
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def read_resident_mib() -> float:
+    """Resident now."""
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def reset_peak() -> None:
+    """Start the peak afresh at what is resident now, where the kernel allows it (Linux); else it goes on."""
+    with suppress(OSError):
+        CLEAR_REFS.write_text("5", encoding="ascii")
+
+
+def read_peak_mib() -> float:
+    """Most ever resident, or most since `reset_peak`."""
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / 2**20 if sys.platform == "darwin" else largest / 1024
+
 
 ERROR_CLASSES: dict[str, type[HkdError]] = {kind.__name__: kind for kind in (UsageError, DataError, UnavailableError)}
+
 
 # What a backend imports, where that is not ONNX Runtime.
 BACKEND_MODULES = {"openvino": "openvino", "openvino-bf16": "openvino", "tensorrt": "tensorrt"}
@@ -101,15 +132,15 @@ def measure_model(job: WorkerJob) -> WorkerResult:
     # The library's own weight and loading are not the model's. Where it is missing, opening the model says so.
     with suppress(ImportError):
         importlib.import_module(BACKEND_MODULES.get(job.backend, "onnxruntime"))
-    memory.reset_peak()
-    baseline_mib = memory.read_resident_mib()
+    reset_peak()
+    baseline_mib = read_resident_mib()
     start = perf_counter()
     with open_detector(job.model, job.device, job.threads, job.backend) as detector:
         load_ms = 1e3 * (perf_counter() - start)
         _run_warmup(detector, pictures, job)
         e2e_ms = _time_end_to_end(detector, pictures, job.runs)
         stages_ms = _time_stages(detector, pictures, job.stage_runs)
-        peak_memory_mib = memory.read_peak_mib()
+        peak_memory_mib = read_peak_mib()
         if job.eval_images:
             found = [_predict_image(detector, path) for path in job.eval_images]
             write_detections_npz(Path(job.detections_npz), found)

@@ -20,17 +20,15 @@ from torch import nn
 from tqdm import tqdm
 
 from hkd_bench.host import read_host_fields
-from hkd_det.distill.arbiter import GradientBalancer
-from hkd_det.distill.arbitration import MoKDConfig
-from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.distiller import DistillationLoss, Distiller
+from hkd_det.distill.gradients import GradientBalancer
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.mokd import build_balancer
+from hkd_det.distill.mokd import MoKDConfig, build_balancer
 from hkd_det.files import write_text
-from hkd_det.losses.detection import clamp_min_one, sum_losses
-from hkd_det.models.assignment import Targets
-from hkd_det.models.sizes import build_model
-from hkd_det.train.learner import Distiller
+from hkd_det.models.base import Targets
+from hkd_det.models.zoo import build_model
+from hkd_det.ops.losses import clamp_min_one, sum_losses
 
 HERE = Path(__file__).parent
 RESULT = HERE / "../results/arbitration_cost.md"

@@ -16,18 +16,16 @@ from typing import Any, get_args
 
 from distillation_plan import DATA
 
-from hkd_bench.energy import RaplMeter
-from hkd_bench.host import read_host_fields
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.distill.blockwise.schedule import Scheduler, compute_lower_bound, simulate
-from hkd_det.distill.blockwise.settings import BlockwiseConfig
+from hkd_bench.host import RaplMeter, read_host_fields
+from hkd_det.datasets.catalog import load_dataset
+from hkd_det.distill.blockwise.config import BlockwiseConfig, Scheduler, compute_lower_bound, simulate
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.files import write_text
-from hkd_det.imgsz import parse_imgsz
+from hkd_det.letterbox import parse_imgsz
+from hkd_det.models.zoo import model_name
 from hkd_det.train.blockwise import prepare_blockwise_student
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.processes import init_distributed
-from hkd_det.train.teachers import model_name
+from hkd_det.train.distributed import init_distributed
 
 RESULT = Path(__file__).parent / "../results/blockwise.md"
 WORKERS = (1, 2, 3, 4, 8)

@@ -23,12 +23,12 @@ import yaml
 from distillation_plan import BUDGETS, DATA, ROWS, Budget, Row
 from distillation_report import write_report
 
-from hkd_bench.energy import RaplMeter
-from hkd_det.datasets.catalogue import load_dataset
+from hkd_bench.host import RaplMeter
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import write_text
-from hkd_det.train import command
-from hkd_det.train.checkpoint import load_detector_checkpoint
-from hkd_det.train.judge import evaluate_detector
+from hkd_det.models.checkpoint import load_detector_checkpoint
+from hkd_det.train import cli as command
+from hkd_det.train.baseline import evaluate_detector
 
 HERE = Path(__file__).parent
 

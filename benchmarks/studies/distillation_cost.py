@@ -31,19 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from hkd_bench.host import read_host_fields
-from hkd_det.distill.capacity.settings import CDDConfig
-from hkd_det.distill.capacity.shrinking import ChannelPruner, PruningSchedule, prepare_student
-from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.cdd.method import CDDConfig
+from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
+from hkd_det.distill.distiller import DistillationLoss, Distiller
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.files import write_text
-from hkd_det.imgsz import format_imgsz
-from hkd_det.losses.detection import clamp_min_one, sum_losses
-from hkd_det.models.assignment import Targets
-from hkd_det.models.family import BaseDetector
-from hkd_det.models.sizes import DEFAULT_TEACHER, build_model
-from hkd_det.train.learner import Distiller
-from hkd_det.train.shape import NoOpHook, TrainHook
+from hkd_det.letterbox import format_imgsz
+from hkd_det.models.base import BaseDetector, Targets
+from hkd_det.models.zoo import DEFAULT_TEACHER, build_model
+from hkd_det.ops.losses import clamp_min_one, sum_losses
+from hkd_det.train.trainer import NoOpHook, TrainHook
 
 RESULT = Path(__file__).parent / "../results/distillation_cost.md"
 ALLOWED = 1.10  # what a distilled step may cost, of student and teacher alone

@@ -23,19 +23,19 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_deploy.export.from_weights import export_detector
+from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.export.options import ExportOptions
 from hkd_det.boxes import box_iou, xyxy_from_xywh
 from hkd_det.datasets import Sample
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.detections import Detections
-from hkd_det.imgsz import parse_imgsz
+from hkd_det.datasets.catalog import load_dataset
+from hkd_det.letterbox import parse_imgsz
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
-from hkd_det.metrics.coco_files import read_coco_ground_truth
+from hkd_det.metrics.coco import read_coco_ground_truth
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
-from hkd_det.models.doubles import IOU_LIMITS
-from hkd_det.train.checkpoint import DetectorCheckpoint, load_detector_checkpoint
-from hkd_det.train.validate import predict_dataset
+from hkd_det.models.checkpoint import DetectorCheckpoint, load_detector_checkpoint
+from hkd_det.ops.nms import IOU_LIMITS
+from hkd_det.structures import Detections
+from hkd_det.train.engine import predict_dataset
 
 VERIFIED = 8  # pictures on which an exported file is compared with torch
 

@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from hkd_bench.host import read_host_fields
 from hkd_det.datasets import Sample
-from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.errors import HkdError
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.loader import Batch, DistributedBatchSampler, TrainDataset, build_dataloader, iterate_batches
-from hkd_det.train.processes import DistributedContext
-from hkd_det.train.run import Trainer
+from hkd_det.train.dataset import Batch, DistributedBatchSampler, TrainDataset, build_dataloader, iterate_batches
+from hkd_det.train.distributed import DistributedContext
+from hkd_det.train.trainer import Trainer
 
 HERE = Path(__file__).parent
 CITYPERSONS = HERE / "../../../shared/data/citypersons"

@@ -31,20 +31,19 @@ from tqdm import tqdm
 from hkd_bench.host import read_host_fields
 from hkd_deploy import open_detector
 from hkd_deploy.backends.openvino import create_core
-from hkd_deploy.export.from_weights import export_onnx
+from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.precision.calibration import run_model
+from hkd_deploy.precision.graph_regions import find_graph_regions
 from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
-from hkd_deploy.precision.parts import find_graph_regions
 from hkd_det.datasets import read_image
-from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import write_text
-from hkd_det.foreign.description import OnnxModelConfig
-from hkd_det.foreign.model import OnnxDetector
-from hkd_det.foreign.placement import AlignedLetterbox, normalize_input
-from hkd_det.letterbox import Letterbox
-from hkd_det.onnx_session import open_session
-from hkd_det.train.checkpoint import load_detector_checkpoint
+from hkd_det.letterbox import AlignedLetterbox, Letterbox, normalize_input
+from hkd_det.models.checkpoint import load_detector_checkpoint
+from hkd_det.onnxrt.detector import OnnxDetector
+from hkd_det.onnxrt.model_config import OnnxModelConfig
+from hkd_det.onnxrt.session import open_session
 
 HERE = Path(__file__).parent
 DATA = HERE / "real_data.yaml"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hkd_deploy import open_detector
 from hkd_deploy.backends.openvino import create_core, read_model
 from hkd_det.letterbox import PAD_VALUE
-from hkd_det.onnx_session import open_session
+from hkd_det.onnxrt.session import open_session
 
 CAMERA_HW = (1080, 1920)
 OPEN = """

@@ -1,7 +1,7 @@
 """The named detectors' parameters and operations, as a Markdown table."""
 
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
-from hkd_det.models.sizes import MODELS, build_model, count_params_and_flops
+from hkd_det.models.zoo import MODELS, build_model, count_params_and_flops
 
 if __name__ == "__main__":
     for name, spec in MODELS.items():

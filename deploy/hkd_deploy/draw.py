@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.detections import Detections
+from hkd_det.structures import Detections
 
 RGBColor = tuple[int, int, int]  # RGB
 

@@ -10,13 +10,12 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.artifact import ModelMetadata
-from hkd_deploy.backends.backend import Backend, PerformanceHint, RuntimeOutputs
-from hkd_deploy.backends.opening import OpenedBackend, open_backend
-from hkd_det.detections import Detections
+from hkd_deploy.backends import OpenedBackend, open_backend
+from hkd_deploy.backends.base import Backend, PerformanceHint, RuntimeOutputs
+from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError
-from hkd_det.imgsz import STRIDE, format_imgsz
-from hkd_det.letterbox import PAD_VALUE, Letterbox
+from hkd_det.letterbox import PAD_VALUE, STRIDE, Letterbox, format_imgsz
+from hkd_det.structures import Detections
 
 
 @dataclass(frozen=True)

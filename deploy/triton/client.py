@@ -18,9 +18,9 @@ import requests
 from numpy.typing import NDArray
 
 from hkd_det.datasets import read_image
-from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UnavailableError, run_command
 from hkd_det.letterbox import Letterbox
+from hkd_det.structures import Detections
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 KSERVE_DTYPES: dict[str, type[np.generic]] = {"FP32": np.float32, "INT32": np.int32, "INT64": np.int64}

@@ -1,5 +1,6 @@
 """Readers of annotated pictures; numpy and OpenCV only."""
 
-from hkd_det.datasets.sample import GroundTruth, Sample, read_image
+from hkd_det.image import read_image
+from hkd_det.structures import GroundTruth, Sample
 
 __all__ = ["Sample", "GroundTruth", "read_image"]

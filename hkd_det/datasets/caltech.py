@@ -14,13 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.bbgt import read_bbgt
-from hkd_det.datasets.faults import ErrorHandler, raise_error
-from hkd_det.datasets.frame_boxes import FrameAnnotations
-from hkd_det.datasets.present import filter_missing_images
-from hkd_det.datasets.sample import GroundTruth, Sample
-from hkd_det.datasets.vbb import read_vbb
+from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error
+from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_bbgt, read_vbb
 from hkd_det.errors import DataError, UsageError
+from hkd_det.structures import GroundTruth, Sample
 
 SETS = tuple(f"set{number:02}" for number in range(11))
 TEST_SETS = SETS[6:]

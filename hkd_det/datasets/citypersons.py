@@ -12,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import ErrorHandler, raise_error
-from hkd_det.datasets.json_file import read_json
-from hkd_det.datasets.json_places import JsonLocations
+from hkd_det.datasets.base import ErrorHandler, JsonLocations, filter_missing_images, raise_error
 from hkd_det.datasets.mat_file import read_mat, to_float_array, to_text
-from hkd_det.datasets.present import filter_missing_images
-from hkd_det.datasets.sample import GroundTruth, Sample
 from hkd_det.errors import DataError
+from hkd_det.files import read_json
+from hkd_det.structures import GroundTruth, Sample
 
 LABELS = ("ignore", "pedestrian", "rider", "sitting person", "other person", "people group")
 PEDESTRIAN = LABELS.index("pedestrian")

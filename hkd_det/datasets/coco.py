@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import ErrorHandler, raise_error
-from hkd_det.datasets.json_file import read_json
-from hkd_det.datasets.json_places import JsonLocations
-from hkd_det.datasets.person_class import select_person_class
-from hkd_det.datasets.sample import GroundTruth, Sample
+from hkd_det.datasets.base import ErrorHandler, JsonLocations, raise_error, select_person_class
 from hkd_det.errors import DataError
+from hkd_det.files import read_json
+from hkd_det.structures import GroundTruth, Sample
 
 MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 PersonRecord = tuple[box_math.Boxes, box_math.Boxes, bool]  # whole box xyxy [4], visible box xyxy [4], to be ignored

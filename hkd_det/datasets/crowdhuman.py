@@ -13,10 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import ErrorHandler, raise_error
-from hkd_det.datasets.present import filter_missing_images
-from hkd_det.datasets.sample import GroundTruth, Sample
+from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error
 from hkd_det.errors import DataError
+from hkd_det.structures import GroundTruth, Sample
 
 MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 ID_PATTERN = re.compile(r"[\w,.\-]{1,200}", re.ASCII)  # 273271,1a0d6000b9e1f5b7

@@ -18,12 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import ErrorHandler, raise_error
-from hkd_det.datasets.json_file import read_json
-from hkd_det.datasets.json_places import JsonLocations
-from hkd_det.datasets.present import filter_missing_images
-from hkd_det.datasets.sample import GroundTruth, Sample
+from hkd_det.datasets.base import ErrorHandler, JsonLocations, filter_missing_images, raise_error
 from hkd_det.errors import DataError
+from hkd_det.files import read_json
+from hkd_det.structures import GroundTruth, Sample
 
 PEDESTRIAN, DISTANT_GROUP = "pedestrian", "person-group-far-away"
 IGNORED_IDENTITIES = ("rider", "co-rider", DISTANT_GROUP, "rider+vehicle-group-far-away")

@@ -17,8 +17,8 @@ import imagesize
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.datasets.png import is_truncated_png
 from hkd_det.errors import DataError
+from hkd_det.image import is_truncated_png
 
 HEADER_BYTES, TIME_BYTES = 1024, 6
 MAX_VERSION = 4  # from 5 on frames begin elsewhere, and the toolbox does not know it

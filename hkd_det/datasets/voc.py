@@ -11,11 +11,9 @@ from xml.parsers import expat
 import numpy as np
 from tqdm import tqdm
 
-from hkd_det.datasets.faults import ErrorHandler, raise_error
-from hkd_det.datasets.person_class import PERSON_NAMES
-from hkd_det.datasets.pixel_box import xyxy_from_inclusive
-from hkd_det.datasets.sample import GroundTruth, Sample
+from hkd_det.datasets.base import PERSON_NAMES, ErrorHandler, raise_error, xyxy_from_inclusive
 from hkd_det.errors import DataError
+from hkd_det.structures import GroundTruth, Sample
 
 IMAGE_DIR = "JPEGImages"
 VOC_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.faults import ErrorHandler, raise_error
-from hkd_det.datasets.person_class import select_person_class
-from hkd_det.datasets.sample import GroundTruth, Sample
+from hkd_det.datasets.base import ErrorHandler, raise_error, select_person_class
 from hkd_det.errors import DataError
+from hkd_det.structures import GroundTruth, Sample
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_COORDINATE_RATIO = 2.0  # a person half outside the picture; what is larger was meant as pixels

@@ -1,30 +1,29 @@
-"""Distiller: runs the frozen teacher on the student's batch and asks the methods for their terms."""
+"""Distiller: runs the frozen teacher on the student's batch and asks the methods for their terms.
+
+Learner: what one step of training computes. One module, so that DDP sees every parameter that learns.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.capacity.terms import CDD
-from hkd_det.distill.detections import SoftLabelDistillation
-from hkd_det.distill.hierarchical import HKD, HKDConfig
-from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.base import DistillationBatch
+from hkd_det.distill.cdd.method import CDD
+from hkd_det.distill.hkd import HKD, HKDConfig, TwoStageHKD
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacher
-from hkd_det.distill.noisy_logits import NoisyLogitLoss, check_same_strides
-from hkd_det.distill.tap_choice import LayerPairs, pair_layers, select_layers
-from hkd_det.distill.taps import FeatureHooks
-from hkd_det.distill.two_stage import TwoStageHKD
+from hkd_det.distill.noisy_teacher import NoisyLogitLoss, NoisyTeacher, check_same_strides
+from hkd_det.distill.soft_labels import SoftLabelDistillation
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import ReduceMean
-from hkd_det.models.assignment import Targets
-from hkd_det.models.black_box import OnnxTeacher
-from hkd_det.models.family import BaseDetector
+from hkd_det.models.base import BaseDetector, FeatureInfo, ModelOutputs, ProposalOutputs, Targets
+from hkd_det.models.criterion import DetectionCriterion
 from hkd_det.models.faster_rcnn import FasterRCNN
-from hkd_det.models.output import ModelOutputs
-from hkd_det.models.prediction import ProposalOutputs
-from hkd_det.models.tap import FeatureInfo
+from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
+from hkd_det.models.onnx_teacher import OnnxTeacher
+from hkd_det.ops.hooks import FeatureHooks
+from hkd_det.ops.losses import ReduceMean
 
 
 class DistillationLoss(nn.Module):
@@ -154,3 +153,38 @@ def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
                 f"distill.hkd.{name} is not heard here: between two Faster R-CNNs the levels' weights are those of "
                 "two_stage, for all others those of hkd itself"
             )
+
+
+LossDict = dict[str, Tensor]
+
+
+class Distiller(nn.Module):
+    """A detector with its loss and, if it has a teacher, its distiller."""
+
+    def __init__(
+        self, student: BaseDetector, distillation_loss: DistillationLoss | None, reduce_mean: ReduceMean
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.distillation_loss = distillation_loss
+        self.criterion = DetectionCriterion()
+        self.reduce_mean = reduce_mean
+
+    def forward(self, images: Tensor, targets: Targets, distill_weight: float) -> tuple[LossDict, LossDict]:
+        """The batch's terms, the task's and the teacher's; `strength` 0..1 scales the latter, at 0 there are none."""
+        if self.distillation_loss is not None and distill_weight > 0:
+            self.distillation_loss.forward_teacher(images)
+        output = self.student(images)
+        task = self._compute_det_loss(output, targets)
+        taught: LossDict = {}
+        if self.distillation_loss is not None and distill_weight > 0:
+            taught = self.distillation_loss(images, output, targets, distill_weight, self.reduce_mean)
+            task = {name: self.distillation_loss.det_loss_weight * term for name, term in task.items()}
+        elif self.distillation_loss is not None:
+            self.distillation_loss.clear()
+        return task, taught
+
+    def _compute_det_loss(self, outputs: Any, targets: Targets) -> LossDict:
+        if isinstance(self.student, FasterRCNN):
+            return self.student.loss(outputs, targets, self.reduce_mean)
+        return self.criterion(outputs, targets, self.reduce_mean)

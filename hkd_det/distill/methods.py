@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, fields, replace
 
-from hkd_det.distill.arbitration import MoKDConfig
-from hkd_det.distill.blockwise.settings import BlockwiseConfig
-from hkd_det.distill.capacity.settings import CDDConfig
-from hkd_det.distill.detections import SoftLabelConfig
-from hkd_det.distill.hierarchical import HKDConfig
-from hkd_det.distill.noise import NoisyTeacherConfig
+from hkd_det.config import dataclass_from_dict
+from hkd_det.distill.blockwise.config import BlockwiseConfig
+from hkd_det.distill.cdd.method import CDDConfig
+from hkd_det.distill.hkd import HKDConfig
+from hkd_det.distill.mokd import MoKDConfig
+from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
+from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import UsageError
-from hkd_det.settings import dataclass_from_dict
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,11 @@
 OLD: the original annotations (.vbb) as Dollár's dbEval.m 3.2.1 judges them. NEW: the corrected annotations (Zhang et
 al. 2016, text files) as the programs of CSP, ALFNet and Pedestron do. They differ in what is a person, in the ends of
 the ranges, and in whether detections get the standard aspect ratio as people do.
+
+How many of each Caltech test video's frames are measured: every 30th, 4,024 in all.
+
+For files that hold the truth of all these frames and do not say which is which: the official programs' gt-SETUP.mat.
+Counted in the list of test pictures (set06_V000_I00029.jpg, ...) that detectors for the new annotations bring along.
 """
 
 from collections.abc import Iterable
@@ -14,11 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.metrics import matching
-from hkd_det.metrics.curve import MissRateResult, compute_curve, log_average_miss_rate, make_result
+from hkd_det.metrics.matching import MissRateResult, compute_curve, log_average_miss_rate, make_result
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable
 
 FPPI_POINTS = tuple((10.0 ** np.arange(-2, 0.25, 0.25)).tolist())
+
+
 PERSON_ASPECT_RATIO = 0.41  # width over height that every person is given
+
+
 BOUNDS_XYXY = (5, 5, 635, 475)  # x, y, x, y in 1-based pixels of 640 x 480: people that reach beyond are ignored
 
 
@@ -47,6 +56,8 @@ class CaltechSetup:
 
 
 REASONABLE = CaltechSetup("Reasonable", (50, inf), (0.65, inf))
+
+
 SETUPS: dict[str, CaltechSetup] = {
     setup.name: setup
     for setup in (
@@ -161,3 +172,19 @@ def _is_in_aspect_range(width: Floats, height: Floats, aspect_deviation: float) 
         return np.ones(len(width), bool)
     ratio = np.divide(width, height, out=np.full(len(width), np.nan), where=height > 0)
     return np.sign(aspect_deviation) * np.abs(ratio - PERSON_ASPECT_RATIO) < aspect_deviation
+
+
+NUM_TEST_FRAMES = {
+    "set06": (61, 61, 59, 59, *[61] * 15),
+    "set07": (61, 61, 61, 61, 65, 72, 61, 61, 61, 61, 61, 60),
+    "set08": (59, 59, 61, 61, 61, 61, 61, 61, 61, 56, 56),
+    "set09": (62, 62, 61, 61, 59, 66, 61, 61, 61, 61, 61, 62),
+    "set10": (*[61] * 11, 57),
+}
+
+
+def test_frame_ids() -> dict[str, int]:
+    """Frames measured of each video, `set06/V000` and so on, in order."""
+    return {
+        f"{name}/V{number:03}": count for name, counts in NUM_TEST_FRAMES.items() for number, count in enumerate(counts)
+    }

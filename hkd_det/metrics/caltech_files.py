@@ -20,8 +20,7 @@ from hkd_det.datasets.caltech import (
 )
 from hkd_det.datasets.mat_file import read_mat, to_float_array
 from hkd_det.errors import DataError
-from hkd_det.metrics.caltech import AnnotationVersion
-from hkd_det.metrics.caltech_frames import test_frame_ids
+from hkd_det.metrics.caltech import AnnotationVersion, test_frame_ids
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
 
 CORRECTED_PERSON_LABELS = ("person", "person?", "people")  # of these the new annotations' programs make no difference

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.datasets.sample import GroundTruth
-from hkd_det.detections import Detections
 from hkd_det.metrics import matching
-from hkd_det.metrics.curve import MissRateResult, compute_curve, log_average_miss_rate, make_result
+from hkd_det.metrics.matching import MissRateResult, compute_curve, log_average_miss_rate, make_result
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.structures import Detections, GroundTruth
 
 FPPI_POINTS = (0.0100, 0.0178, 0.0316, 0.0562, 0.1000, 0.1778, 0.3162, 0.5623, 1.0000)
 HEIGHT_MARGIN = 1.25

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det import boxes as box_math
-from hkd_det.datasets.sample import GroundTruth
-from hkd_det.detections import Detections
+from hkd_det.structures import Detections, GroundTruth
 
 Floats = NDArray[np.float64]
 MAX_COORDINATE_PX = 1e100  # beyond it areas are too large for a number

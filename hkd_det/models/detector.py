@@ -1,19 +1,21 @@
-"""Detector: backbone, neck and head; one stage, anchor-free, one class: person."""
+"""The convolution every other part is made of.
 
+Neck: a feature pyramid (Lin et al. 2017) with a bottom-up path behind it (PANet, Liu et al. 2018).
+
+Detector: backbone, neck and head; one stage, anchor-free, one class: person.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hkd_det.models.backbone import Backbone
-from hkd_det.models.doubles import suppress_duplicates
-from hkd_det.models.family import BaseDetector
-from hkd_det.models.head import Head, HeadOutputs, find_tower_layers
-from hkd_det.models.neck import PAFPN
-from hkd_det.models.peaks import peak_nms
-from hkd_det.models.points import dist2bbox, make_anchors
-from hkd_det.models.prediction import BranchOutputs, DenseOutputs, DetectionBatch
+from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, FeatureInfo
+from hkd_det.models.head import Head, HeadOutputs, dist2bbox, find_tower_layers, make_anchors
 from hkd_det.models.surgery import (
     NO_CHANGES,
     ModelChanges,
@@ -22,9 +24,44 @@ from hkd_det.models.surgery import (
     filter_dense_convs,
     find_residual_layers,
 )
-from hkd_det.models.tap import FeatureInfo
+from hkd_det.ops.nms import peak_nms, suppress_duplicates
+
+
+def make_conv_norm_act(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch normalisation, ReLU: keeps the size at stride 1, halves it at stride 2."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class PAFPN(nn.Module):
+    """Gives every level the same width; meaning flows down to the fine levels, position up to the coarse ones.
+
+    `outputs[i]` ends level i: what distillation taps.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(make_conv_norm_act(width, out_channels, kernel_size=1) for width in in_channels)
+        self.downs = nn.ModuleList(make_conv_norm_act(out_channels, out_channels, stride=2) for _ in in_channels[1:])
+        self.outputs = nn.ModuleList(make_conv_norm_act(out_channels, out_channels) for _ in in_channels)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Maps from fine to coarse, each half the size of the one before, to as many [B, channels, H_i, W_i]."""
+        levels = [lateral(level) for lateral, level in zip(self.laterals, features, strict=True)]
+        for fine in range(len(levels) - 2, -1, -1):
+            levels[fine] = levels[fine] + F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest")
+        finished = [self.outputs[0](levels[0])]
+        for level, down, output in zip(levels[1:], self.downs, self.outputs[1:], strict=True):
+            finished.append(output(level + down(finished[-1])))
+        return finished
+
 
 MEAN_RGB = (123.675, 116.28, 103.53)  # ImageNet, 0..255
+
+
 STD_RGB = (58.395, 57.12, 57.375)
 
 

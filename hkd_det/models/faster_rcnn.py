@@ -1,4 +1,6 @@
-"""torchvision's Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017): two stages, one class.
+"""What a two-stage detector's losses add to torchvision's: ignore regions, left out of both stages' samples.
+
+torchvision's Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017): two stages, one class.
 
 Its parts are torchvision's and bear torchvision's names, so that weights of `fasterrcnn_resnet50_fpn` fit. What is
 ours: pictures of one size that need no resizing, and regions that are asked for from outside (`regions`).
@@ -16,22 +18,62 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, nms
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_area, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from hkd_det.losses.detection import ReduceMean, clamp_min_one
-from hkd_det.losses.two_stage import mark_ignored_anchors, smooth_l1_sum, split_ignored
-from hkd_det.models.assignment import Targets
 from hkd_det.models.backbone import Backbone
+from hkd_det.models.base import BaseDetector, DetectionBatch, FeatureInfo, ProposalOutputs, RoIOutputs, Targets
 from hkd_det.models.detector import MEAN_RGB, STD_RGB
-from hkd_det.models.family import BaseDetector
-from hkd_det.models.prediction import DetectionBatch, ProposalOutputs, RoIOutputs
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer, apply_changes, find_residual_layers
-from hkd_det.models.tap import FeatureInfo
+from hkd_det.ops.losses import ReduceMean, clamp_min_one
+
+IGNORE_LABEL = -1  # torchvision's label of what is sampled neither as a person nor as background
+
+
+IGNORE_IOA_THRESHOLD = 0.5  # share of a box's area inside an ignore region from which it is left out
+
+
+def split_ignored(targets: Targets) -> tuple[list[Tensor], list[Tensor]]:
+    """For each picture the boxes [N, 4] of its people and those [M, 4] of its ignore regions, xyxy.
+
+    Boxes without area are left out: no anchor can be drawn to them.
+    """
+    solid = (targets.boxes_xyxy[..., 2:] > targets.boxes_xyxy[..., :2]).all(-1)
+    return (
+        [boxes[kept] for boxes, kept in zip(targets.boxes_xyxy, targets.valid & solid, strict=True)],
+        [boxes[kept] for boxes, kept in zip(targets.boxes_xyxy, targets.ignore & solid, strict=True)],
+    )
+
+
+def mark_ignored_anchors(labels: Tensor, boxes_xyxy: Tensor, ignore_regions_xyxy: Tensor) -> Tensor:
+    """Labels [A] in which background boxes [A, 4] that lie mostly in one of the ignore regions [M, 4] are discarded."""
+    inside = (
+        box_intersection(boxes_xyxy, ignore_regions_xyxy) >= IGNORE_IOA_THRESHOLD * box_area(boxes_xyxy)[:, None]
+    )  # [A, M]
+    return torch.where((labels == 0) & inside.any(1), IGNORE_LABEL, labels)
+
+
+def box_intersection(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """[A, M] area that boxes [A, 4] share with boxes [M, 4]."""
+    low = torch.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
+    high = torch.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
+    return (high - low).clamp(min=0).prod(-1)
+
+
+def smooth_l1_sum(box_deltas: Tensor, target_deltas: Tensor) -> Tensor:
+    """The summed smooth L1 of box offsets [R, 4], as torchvision has it for both stages."""
+    return F.smooth_l1_loss(box_deltas, target_deltas, beta=1 / 9, reduction="sum")
+
 
 STRIDES = (4, 8, 16, 32)
+
+
 STAGE_CHANNELS = (64, 128, 256, 512)  # a ResNet's own widths
+
+
 ROI_SIZE = 7  # cells across and down a region
+
+
 PERSON_LABEL, NUM_CLASSES = 1, 2  # 0 is the background
 
 

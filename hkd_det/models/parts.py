@@ -3,10 +3,10 @@
 from typing import Literal
 
 from hkd_det.errors import UsageError
+from hkd_det.models.base import BaseDetector
 from hkd_det.models.detector import HKDDetector
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN
-from hkd_det.models.yolo import UltralyticsDetector
+from hkd_det.models.ultralytics import UltralyticsDetector
 
 DetectorPart = Literal["backbone", "neck", "head"]
 

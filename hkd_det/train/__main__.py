@@ -1,6 +1,6 @@
 """`python -m hkd_det.train`, for torchrun: `torchrun -m hkd_det.train --data ...`."""
 
-from hkd_det.train.command import main
+from hkd_det.train.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,21 +10,24 @@ from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.distill.blockwise.activations import create_npy
-from hkd_det.distill.blockwise.assembly import StateDict, assemble
-from hkd_det.distill.blockwise.replaceable import find_replaceable_convs
-from hkd_det.distill.blockwise.report import AssemblyResult, write_blockwise_report
-from hkd_det.distill.blockwise.settings import BlockwiseConfig
-from hkd_det.distill.blockwise.stage import BlockwiseStage, read_blocks, train_blocks
+from hkd_det.distill.blockwise.blocks import StateDict, assemble, find_replaceable_convs
+from hkd_det.distill.blockwise.config import BlockwiseConfig
+from hkd_det.distill.blockwise.method import (
+    AssemblyResult,
+    BlockwiseStage,
+    read_blocks,
+    train_blocks,
+    write_blockwise_report,
+)
 from hkd_det.distill.distiller import DistillationLoss
 from hkd_det.errors import DataError, UsageError
-from hkd_det.models.family import BaseDetector
-from hkd_det.models.sizes import count_params_and_flops
-from hkd_det.train.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
+from hkd_det.models.base import BaseDetector
+from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
+from hkd_det.models.zoo import count_params_and_flops, load_detector
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.loader import EpochPlan, build_dataloader, iterate_batches
-from hkd_det.train.processes import DistributedContext
-from hkd_det.train.teachers import load_detector
-from hkd_det.train.validate import evaluate_miss_rate
+from hkd_det.train.dataset import EpochPlan, build_dataloader, iterate_batches
+from hkd_det.train.distributed import DistributedContext
+from hkd_det.train.engine import evaluate_miss_rate
 
 
 def prepare_blockwise_student(

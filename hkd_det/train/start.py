@@ -1,4 +1,7 @@
-"""From the command's flags to a run: a new one, or one that goes on. Needs torch."""
+"""From the command's flags to a run: a new one, or one that goes on. Needs torch.
+
+`hkd-train --list-taps`: the layers of detectors that can be named in a recipe's `distill.hkd.taps`.
+"""
 
 import argparse
 import os
@@ -8,20 +11,23 @@ from typing import Any
 
 import yaml
 
+from hkd_det.config import apply_override
 from hkd_det.errors import DataError, UsageError
-from hkd_det.imgsz import parse_imgsz
-from hkd_det.models.sizes import get_spec
-from hkd_det.settings import apply_override
-from hkd_det.train.checkpoint import load_training_state
+from hkd_det.letterbox import parse_imgsz
+from hkd_det.models.base import BaseDetector
+from hkd_det.models.checkpoint import load_training_state
+from hkd_det.models.feature_layers import format_feature_layers, list_feature_layers
+from hkd_det.models.zoo import build_model, get_spec, load_detector, model_name
+from hkd_det.train.baseline import compare_with_control, control_config, format_comparison
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.control import compare_with_control, control_config, format_comparison
-from hkd_det.train.run import train
-from hkd_det.train.teachers import model_name
+from hkd_det.train.trainer import train
 
 SETTING_FLAGS = (
     "data", "model", "init", "teacher", "teacher_description", "unlabelled", "epochs", "batch", "backbone",
     "pretrained", "device", "workers", "seed",
 )  # fmt: skip
+
+
 DERIVED_FLAGS = ("recipe", "imgsz", "distill", "keep_flops", "set")  # that decide settings, each in a way of its own
 
 
@@ -151,3 +157,25 @@ def _load_resumed_config(save_path: Path) -> TrainConfig:
     if not path.exists():
         raise DataError(f"--resume {save_path}: no last.pt there; no epoch was finished, start the run again")
     return TrainConfig.from_dict({**load_training_state(path)["config"], "run": str(path.parent)})
+
+
+def print_feature_layers(arguments: argparse.Namespace) -> int:
+    """Print a table for each detector that the flags name; returns the exit code, 0.
+
+    Raises UsageError where none is named, and what building or reading it raises.
+    """
+    detectors: dict[str, BaseDetector] = {}
+    if arguments.init:
+        detectors[f"--init {arguments.init}"] = load_detector(Path(arguments.init))
+    elif arguments.model:
+        detectors[f"--model {arguments.model}"] = build_model(arguments.model, arguments.backbone or "")
+    if arguments.teacher:
+        detectors[f"--teacher {arguments.teacher}"] = load_detector(Path(arguments.teacher))
+    if not detectors:
+        raise UsageError("--list-taps: whose? --model NAME, --init CHECKPOINT or --teacher CHECKPOINT")
+    imgsz_hw = parse_imgsz(arguments.imgsz) if arguments.imgsz else TrainConfig.imgsz_hw
+    for name, detector in detectors.items():
+        print(
+            f"{name}, maps at {imgsz_hw[1]}x{imgsz_hw[0]}:\n{format_feature_layers(list_feature_layers(detector), imgsz_hw)}"
+        )
+    return 0

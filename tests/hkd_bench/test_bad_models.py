@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from hkd_bench.command import main as bench
-from hkd_deploy.backends.openvino_folder import export_openvino
-from hkd_deploy.demo.command import main as demo
+from hkd_bench.cli import main as bench
+from hkd_deploy.demo.cli import main as demo
+from hkd_deploy.export.openvino import export_openvino
 
 BAR = re.compile(r"\s*$|.*run/s")  # the progress bar, as it comes and goes
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_bench.command import main
+from hkd_bench.cli import main
 from hkd_bench.host import read_host_fields
-from hkd_bench.memory import read_peak_mib, read_resident_mib, reset_peak
 from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, read_result, write_result
 from hkd_bench.table import format_markdown_table, format_text_table
-from hkd_deploy.backends.openvino_folder import export_openvino
-from hkd_det.datasets.catalogue import load_dataset
+from hkd_bench.worker import read_peak_mib, read_resident_mib, reset_peak
+from hkd_deploy.export.openvino import export_openvino
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError
 
 
@@ -199,5 +199,5 @@ def test_facts_are_told_or_their_absence_is() -> None:
 
 
 def test_the_worker_never_imports_torch() -> None:
-    code = "import sys, hkd_bench.worker, hkd_bench.command; sys.exit('torch' in sys.modules)"
+    code = "import sys, hkd_bench.worker, hkd_bench.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

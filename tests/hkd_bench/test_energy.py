@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_bench.energy import RaplMeter
+from hkd_bench.host import RaplMeter
 
 
 def write_zone(powercap: Path, name: str, energy_uj: int, range_uj: int = 262_143_328_850) -> None:

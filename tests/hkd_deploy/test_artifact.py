@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_deploy import open_detector
-from hkd_deploy.artifact import PREPROCESS, ModelMetadata
+from hkd_deploy.model_metadata import PREPROCESS, ModelMetadata
 from hkd_det.errors import DataError
 
 GOOD = {

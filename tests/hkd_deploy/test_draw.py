@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_deploy.draw import MatchStatus, draw_box, draw_detections, draw_overlay
-from hkd_det.detections import Detections
+from hkd_det.structures import Detections
 
 GREY = 90
 

@@ -15,7 +15,7 @@ early = sorted((heavy | {"onnxruntime", "openvino", "tensorrt", "yaml"}) & set(s
 with hkd_deploy.open_detector(sys.argv[1]):
     pass
 opened_s = time.process_time() - start
-import hkd_deploy.streams, hkd_deploy.demo.command
+import hkd_deploy.streams, hkd_deploy.demo.cli
 with hkd_deploy.open_detector(sys.argv[1], backend="openvino"):
     pass
 late = sorted(heavy & set(sys.modules))

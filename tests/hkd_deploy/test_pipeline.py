@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_deploy import Detector, open_detector
-from hkd_deploy.backends.backend import Backend, RuntimeOutputs
-from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
-from hkd_deploy.backends.opening import OpenedBackend
+from hkd_deploy.backends import OpenedBackend
+from hkd_deploy.backends.base import Backend, RuntimeOutputs
+from hkd_deploy.backends.onnxruntime import open_onnx_runtime
 from hkd_det.errors import DataError
 from hkd_det.letterbox import Letterbox
 

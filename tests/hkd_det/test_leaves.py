@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from hkd_det import boxes as box_math
 from hkd_det.datasets import read_image
-from hkd_det.detections import Detections
 from hkd_det.errors import DataError, UsageError, run_command
 from hkd_det.files import atomic_write, atomic_write_dir, write_text
-from hkd_det.imgsz import format_imgsz, parse_imgsz
-from hkd_det.letterbox import PAD_VALUE, Letterbox
+from hkd_det.letterbox import PAD_VALUE, Letterbox, format_imgsz, parse_imgsz
+from hkd_det.structures import Detections
 
 corners = st.tuples(*[st.integers(0, 30)] * 2, *[st.integers(1, 20)] * 2).map(
     lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_det.errors import UnavailableError
-from hkd_det.packages import import_package
+from hkd_det.errors import UnavailableError, import_package
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hkd_det.config import apply_override, dataclass_from_dict
 from hkd_det.errors import UsageError
-from hkd_det.settings import apply_override, dataclass_from_dict
 
 
 @dataclass(frozen=True)

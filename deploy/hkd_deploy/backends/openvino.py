@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.backend import (
+from hkd_deploy.backends.base import (
     OUTPUT_DTYPES,
     PerformanceHint,
     RuntimeOutputs,
@@ -19,9 +19,8 @@ from hkd_deploy.backends.backend import (
     make_closed_error,
     validate_io,
 )
-from hkd_deploy.backends.openvino_folder import list_model_files, read_openvino_metadata
-from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.packages import import_package
+from hkd_deploy.export.openvino import list_model_files, read_openvino_metadata
+from hkd_det.errors import DataError, UnavailableError, UsageError, import_package
 
 Precision = Literal["bf16"]
 PERFORMANCE_HINTS = ("latency", "throughput")

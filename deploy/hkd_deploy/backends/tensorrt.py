@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.trt.bindings import import_tensorrt
 from hkd_deploy.trt.builder import TrtLog, make_trt_logger
-from hkd_deploy.trt.cuda import CudaDevice, open_cuda
-from hkd_deploy.trt.sidecar import EngineInfo, check_compatibility, read_engine_info, read_plan
+from hkd_deploy.trt.cuda import CudaDevice, import_tensorrt, open_cuda
+from hkd_deploy.trt.engine_info import EngineInfo, check_compatibility, read_engine_info, read_plan
 from hkd_det.errors import DataError, UnavailableError
 
 INPUT = ("images", "uint8")

@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import dataclass
 
-from hkd_deploy.artifact import ModelMetadata
+from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import UsageError
-from hkd_det.imgsz import format_imgsz, parse_imgsz
+from hkd_det.letterbox import format_imgsz, parse_imgsz
 
 DEFAULT_MAX_IMGSZ = "1920x1080"  # the largest picture of most cameras
 DYNAMIC_CHOICES = ("batch", "size")

@@ -1,4 +1,7 @@
-"""Parity: how far what an exported form says is from what its reference says, on real pictures. No torch."""
+"""Parity: how far what an exported form says is from what its reference says, on real pictures. No torch.
+
+What exported forms are compared with: the trained detector, or where there is no torch, the ONNX file. No torch.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,18 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hkd_deploy.export.options import ExportOptions
-from hkd_det.datasets.sample import read_image
+from hkd_deploy.export.options import ExportOptions, read_export_options
+from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.precision.report import predict_samples
 from hkd_det.errors import DataError, HkdError
+from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
+from hkd_det.onnxrt.session import open_session
+from hkd_det.structures import Detections, Sample
 
 # FP32 runtimes differ by rounding; seen: 2e-4 px and 5e-7 of a score (docs/export/verification.md). A thousand times as
 # much leaves room for larger pictures, deeper networks, other processors. Less than this nobody sees: boxes are drawn
 # in whole pixels, and a thousandth is the lowest score that counts.
 BOX_TOLERANCE_PX = 0.5
+
+
 SCORE_TOLERANCE = 1e-3
+
+
 MAX_COMPARED_DET = 300  # of raw candidates, the best that are compared
+
+
 MIN_COMPARED_SCORE = 0.3  # the score from which detections of a form in smaller numbers are compared
+
 
 # A graph's outputs for a batch that is prepared as it takes it.
 RunFunction = Callable[[NDArray[Any]], Sequence[NDArray[Any]]]
@@ -174,3 +188,37 @@ def compute_box_difference(
     apart = np.abs(expected_boxes[:, None] - actual_boxes[None]).max(-1)  # [N, M]
     apart[np.abs(expected_scores[:, None] - actual_scores[None]) > SCORE_TOLERANCE] = np.inf
     return float(apart.min(1).max())
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What says how it should be.
+
+    name, runs_on: for the reader. options: of the graph that `run` runs, a picture at a time.
+    detect: people in whole pictures. explain: where inside an ONNX file the difference begins, by a batch of one on
+    which it shows; part of a sentence.
+    """
+
+    name: str
+    backend: str
+    options: ExportOptions
+    run: RunFunction
+    predict: Callable[[Sequence[Sample]], list[Detections]]
+    locate_difference: Callable[[Path, NDArray[Any]], str]
+
+
+def onnx_reference(path: Path) -> Reference:
+    """An ONNX file of hkd-export on ONNX Runtime. Raises as `open_session` and `Manifest.from_metadata` do."""
+    session = open_session(path)
+    options = read_export_options(ModelMetadata.from_metadata(session.get_modelmeta().custom_metadata_map, path))
+
+    def run(batch: NDArray[Any]) -> list[NDArray[Any]]:
+        answers = session.run(None, {"images": np.repeat(batch, options.batch or 1, axis=0)})
+        return [answer[:1] for answer in answers]
+
+    def detect(samples: Sequence[Sample]) -> list[Detections]:
+        return predict_samples(path, "cpu", "onnxruntime", samples, path.name)
+
+    return Reference(
+        str(path), "onnxruntime", options, run, detect, lambda _path, _batch: "there is no torch to tell where"
+    )

@@ -6,25 +6,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hkd_deploy.backends.opening import open_backend
+from hkd_deploy.backends import open_backend
 from hkd_deploy.export.parity import (
     MIN_COMPARED_SCORE,
     Parity,
     ParityError,
+    Reference,
     ReferenceOutputs,
     RunFunction,
     compare_outputs,
     run_reference,
 )
-from hkd_deploy.export.reference import Reference
-from hkd_deploy.precision.judge import predict_samples
-from hkd_det.datasets.sample import Sample
-from hkd_det.detections import Detections
+from hkd_deploy.precision.report import predict_samples
 from hkd_det.errors import DataError, HkdError
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
-from hkd_det.metrics.curve import NO_GROUND_TRUTH
+from hkd_det.metrics.matching import NO_GROUND_TRUTH
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
-from hkd_det.onnx_session import open_session
+from hkd_det.onnxrt.session import open_session
+from hkd_det.structures import Detections, Sample
 
 TABLE_HEADER = ("form", "runs on", "boxes", "scores", "miss rate", "rise")
 NOT_MEASURED = "not measured"

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hkd_deploy.artifact import ModelMetadata
-from hkd_deploy.precision.source import Fp32Model, import_onnx
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.datasets.sample import Sample, read_image
+from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.precision.model import Fp32Model, import_onnx
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import HkdError, UsageError
+from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
-from hkd_det.onnx_session import open_session
+from hkd_det.onnxrt.session import open_session
+from hkd_det.structures import Sample
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 CALIBRATION_METHODS: tuple[CalibrationMethod, ...] = ("minmax", "entropy", "percentile")

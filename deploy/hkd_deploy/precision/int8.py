@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from hkd_deploy.precision.calibration import TensorRanges
-from hkd_deploy.precision.parts import LAYER_OPS
-from hkd_deploy.precision.source import import_onnx
+from hkd_deploy.precision.graph_regions import LAYER_OPS
+from hkd_deploy.precision.model import import_onnx
 
 # Of a scale of 0 nothing can be divided: a map that is silent in all of the calibration.
 MIN_RANGE = 1e-6

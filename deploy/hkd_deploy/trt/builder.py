@@ -12,10 +12,10 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-from hkd_deploy.trt.bindings import is_jetson, parse_trt_version
+from hkd_deploy.trt.cuda import is_jetson, parse_trt_version
+from hkd_deploy.trt.onnx_file import OnnxFile
 from hkd_deploy.trt.profile import Profile, ProfileShape, resolve_profile
 from hkd_deploy.trt.progress import BuildProgress, make_progress_monitor
-from hkd_deploy.trt.source import OnnxFile
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 MIB = 2**20

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hkd_det.errors import DataError, UsageError
-from hkd_det.imgsz import STRIDE
+from hkd_det.letterbox import STRIDE
 
 DEFAULT_BATCHES = (1, 4, 8)  # a few cameras; smallest, usual, largest
 

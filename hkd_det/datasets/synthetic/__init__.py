@@ -1,7 +1,6 @@
 """The embedded default: a drawn street with people, written as CityPersons would be. numpy and OpenCV only."""
 
-from hkd_det.datasets.synthetic.clip import write_video
 from hkd_det.datasets.synthetic.scene import RenderedScene, generate_scene
-from hkd_det.datasets.synthetic.writer import write_synthetic_dataset
+from hkd_det.datasets.synthetic.writer import write_synthetic_dataset, write_video
 
 __all__ = ["RenderedScene", "generate_scene", "write_video", "write_synthetic_dataset"]

@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_det.datasets.synthetic.clip import write_video
-from hkd_det.datasets.synthetic.writer import write_synthetic_dataset
+from hkd_det.datasets.synthetic.writer import write_synthetic_dataset, write_video
 from hkd_det.errors import run_command
 
 

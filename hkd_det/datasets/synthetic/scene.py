@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.datasets.synthetic import figure, scenery
-from hkd_det.datasets.synthetic.canvas import Canvas, Point, scale_color
-from hkd_det.datasets.synthetic.figure import Joints, Person
+from hkd_det.datasets.synthetic import person as figure
+from hkd_det.datasets.synthetic import scenery
+from hkd_det.datasets.synthetic.person import Joints, Person
+from hkd_det.datasets.synthetic.renderer import Camera, Canvas, Point, scale_color
 from hkd_det.datasets.synthetic.scenery import Lighting
-from hkd_det.datasets.synthetic.view import Camera
 
 IGNORE, PEDESTRIAN, RIDER, SITTING, OTHER, GROUP = range(6)  # CityPersons' labels
 PERSON_ASPECT_RATIO = 0.41  # width over height of every person's box

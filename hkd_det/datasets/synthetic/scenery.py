@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from hkd_det.datasets.synthetic.canvas import BACKGROUND_ID, Canvas, Color, scale_color
-from hkd_det.datasets.synthetic.view import Camera
+from hkd_det.datasets.synthetic.renderer import BACKGROUND_ID, Camera, Canvas, Color, scale_color
 
 FACADE_COLORS: list[Color] = [
     (176, 158, 132), (150, 108, 88), (186, 180, 168), (128, 126, 124), (204, 188, 150), (140, 132, 112), (112, 92, 84),

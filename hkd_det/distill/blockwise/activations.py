@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hkd_det.distill.blockwise.replaceable import ReplaceableConv
+from hkd_det.distill.blockwise.blocks import ReplaceableConv
 from hkd_det.errors import DataError
 from hkd_det.files import atomic_write
 

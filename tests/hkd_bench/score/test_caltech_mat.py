@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import scipy.io
 
-from hkd_bench.command import main
-from hkd_det.datasets.vbb import read_vbb
+from hkd_bench.cli import main
+from hkd_det.datasets.caltech_annotations import read_vbb
 from hkd_det.metrics import caltech
+from hkd_det.metrics.caltech import test_frame_ids
 from hkd_det.metrics.caltech_files import read_caltech_ground_truth
-from hkd_det.metrics.caltech_frames import test_frame_ids
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")

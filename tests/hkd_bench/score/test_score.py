@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_bench.command import main
-from hkd_det.datasets.vbb import read_vbb
+from hkd_bench.cli import main
+from hkd_det.datasets.caltech_annotations import read_vbb
 from hkd_det.errors import HkdError
 from hkd_det.metrics import caltech, citypersons
-from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
+from hkd_det.metrics.coco import read_coco_detections, read_coco_ground_truth
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")

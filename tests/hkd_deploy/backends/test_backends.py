@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from hkd_deploy import Detector, open_detector
-from hkd_deploy.artifact import PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
-from hkd_deploy.backends.opening import open_backend
-from hkd_deploy.backends.openvino_folder import write_openvino_folder
+from hkd_deploy.backends import open_backend
+from hkd_deploy.export.openvino import write_openvino_folder
+from hkd_deploy.model_metadata import PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 from hkd_det.errors import DataError, UsageError
 
 FORMAT_2 = {"hkd.format": "2", "hkd.max_hw": "[96, 160]", "hkd.dynamic_size": "false", "hkd.raw": "false"}
@@ -210,6 +210,6 @@ def test_what_nothing_opens(
 def test_a_hint_is_openvinos(tiny_onnx: Callable[..., Path]) -> None:
     with (
         pytest.raises(UsageError, match="hint throughput: only for openvino, not for onnxruntime"),
-        open_detector(tiny_onnx(), hint="throughput"),
+        open_detector(tiny_onnx(), performance_hint="throughput"),
     ):
         pass

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
+from hkd_deploy.backends.onnxruntime import open_onnx_runtime
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 

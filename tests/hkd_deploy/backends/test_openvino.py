@@ -14,8 +14,8 @@ import yaml
 
 from hkd_deploy import open_detector
 from hkd_deploy.backends.openvino import create_core, open_openvino
-from hkd_deploy.backends.openvino_folder import FOLDER_FILES, export_openvino, list_model_files, write_openvino_folder
-from hkd_deploy.export.command import main as export
+from hkd_deploy.export.cli import main as export
+from hkd_deploy.export.openvino import FOLDER_FILES, export_openvino, list_model_files, write_openvino_folder
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 ov = importlib.import_module("openvino")
@@ -122,7 +122,7 @@ def test_throughput_runs_several_requests_side_by_side(folder: Path) -> None:
     for x in range(0, 100, 10):
         frames.append(np.zeros((96, 160, 3), np.uint8))
         frames[-1][20:60, x : x + 40] = 255
-    with open_detector(folder, threads=2, hint="throughput") as detector:
+    with open_detector(folder, threads=2, performance_hint="throughput") as detector:
         found = detector(frames)
         assert detector._num_requests >= 1
     assert [one.boxes_xyxy[0, 0] for one in found] == list(range(0, 100, 10))

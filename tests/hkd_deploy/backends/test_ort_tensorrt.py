@@ -7,11 +7,11 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from hkd_deploy.backends import ort_tensorrt
-from hkd_deploy.backends.opening import open_backend
-from hkd_deploy.backends.ort_tensorrt import create_engine_cache_dir, make_tensorrt_provider
+from hkd_deploy.backends import onnxruntime as ort_tensorrt
+from hkd_deploy.backends import open_backend
+from hkd_deploy.backends.onnxruntime import create_engine_cache_dir, make_tensorrt_provider
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.onnx_session import open_session
+from hkd_det.onnxrt.session import open_session
 
 RTX = "NvTensorRTRTXExecutionProvider"
 

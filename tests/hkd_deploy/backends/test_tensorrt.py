@@ -26,10 +26,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.opening import open_backend
+from hkd_deploy.backends import open_backend
 from hkd_deploy.backends.tensorrt import TensorRTBackend, open_tensorrt
 from hkd_deploy.trt import cuda as cuda_module
-from hkd_deploy.trt.sidecar import EngineInfo, TensorInfo, bytes_sha256, current_platform, write_engine
+from hkd_deploy.trt.engine_info import EngineInfo, TensorInfo, bytes_sha256, current_platform, write_engine
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 K = 3  # boxes a picture
@@ -340,7 +340,7 @@ def test_a_fixed_shape_is_one_graph_launch(board: Board) -> None:
 @pytest.mark.parametrize("how", ["asked", "dla"])
 def test_without_a_graph_the_calls_are_made_one_by_one(board: Board, how: str) -> None:
     board.write(dla=0 if how == "dla" else None)
-    with open_tensorrt(board.path, cuda_graph=how != "asked") as engine:
+    with open_tensorrt(board.path, use_cuda_graph=how != "asked") as engine:
         assert_answers(engine.run(pictures(1, 0)), pictures(1, 0))
         assert "cudaGraphLaunch" not in board.cuda.names() and board.engine.executed == 1
     assert board.all_given_back()

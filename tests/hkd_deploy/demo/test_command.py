@@ -11,14 +11,13 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.demo.command import main
-from hkd_deploy.demo.run import run_demo, save_video
-from hkd_deploy.demo.tally import FrameStats
+from hkd_deploy.demo.cli import main
+from hkd_deploy.demo.run import FrameStats, run_demo, save_video
 from hkd_deploy.draw import MatchStatus
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
 
-COMMAND = [sys.executable, "-c", "import sys; from hkd_deploy.demo.command import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from hkd_deploy.demo.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.demo.film import ENCODERS, VideoWriter, open_video_writer
-from hkd_deploy.demo.still import open_image_writer
+from hkd_deploy.demo.output import ENCODERS, VideoWriter, open_image_writer, open_video_writer
 from hkd_det.errors import DataError, UsageError
 
 
@@ -151,7 +150,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from hkd_deploy.demo.film import open_film
+from hkd_deploy.demo.output import open_film
 from hkd_det.errors import DataError
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # no file may grow larger: as a disk that is full
 noise = np.random.default_rng(0)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hkd_deploy.demo import tally as tally_module
-from hkd_deploy.demo.tally import FrameStats
+from hkd_deploy.demo import run as tally_module
+from hkd_deploy.demo.run import FrameStats
 from hkd_deploy.pipeline import StageTimes
 
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.demo.window import Window, display_error, open_window
+from hkd_deploy.demo.output import Window, display_error, open_window
 from hkd_det.errors import UnavailableError
 
 HEADLESS = "  GUI:                           NONE\n  Media I/O:\n"

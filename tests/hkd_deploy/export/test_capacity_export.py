@@ -7,15 +7,13 @@ import onnx
 import onnxruntime
 import torch
 
-from hkd_deploy.export.onnx_file import export_onnx
+from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.export.options import ExportOptions
-from hkd_det.distill.capacity.compactor import find_prunable_layers, insert_compactors
-from hkd_det.distill.capacity.folding import fuse_compactors
+from hkd_det.distill.cdd.compactor import find_prunable_layers, fuse_compactors, insert_compactors
+from hkd_det.models.base import BaseDetector
+from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
-from hkd_det.models.families import build_from_spec
-from hkd_det.models.family import BaseDetector
-from hkd_det.models.sizes import count_params_and_flops
-from hkd_det.train.checkpoint import DetectorCheckpoint
+from hkd_det.models.zoo import count_params_and_flops
 
 SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
 HW = (64, 96)

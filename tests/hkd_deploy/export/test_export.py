@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from hkd_deploy import open_detector
-from hkd_deploy.export.command import main
-from hkd_deploy.export.from_weights import ParityError, export_detector
-from hkd_deploy.export.onnx_file import export_onnx
+from hkd_deploy.export.cli import main
+from hkd_deploy.export.exporter import export_detector, export_onnx
 from hkd_deploy.export.options import ExportOptions
-from hkd_deploy.export.parity import compute_box_difference
+from hkd_deploy.export.parity import ParityError, compute_box_difference
 from hkd_det.letterbox import Letterbox
-from hkd_det.models.sizes import build_model, count_params_and_flops
-from hkd_det.train.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
+from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
+from hkd_det.models.zoo import build_model, count_params_and_flops
 
 PICTURES = Path(__file__).parents[4] / "shared" / "data" / "inria" / "test"
 SIZE_HW = (128, 160)
@@ -30,8 +29,8 @@ def checkpoint() -> DetectorCheckpoint:
     """A detector whose statistics have moved and whose scores differ: not trained, but not blank either."""
     torch.manual_seed(0)
     detector = build_model("mini-student")
-    torch.nn.init.normal_(detector.head.many.weight, std=0.5)
-    torch.nn.init.normal_(detector.head.one.weight, std=0.5)
+    torch.nn.init.normal_(detector.head.one2many.weight, std=0.5)
+    torch.nn.init.normal_(detector.head.one2one.weight, std=0.5)
     detector.train()
     with torch.no_grad():
         for _ in range(3):
@@ -111,14 +110,14 @@ def test_the_licence_names_what_the_datas_owners_allow(checkpoint: DetectorCheck
 def test_a_file_that_differs_is_not_written(
     checkpoint: DetectorCheckpoint, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hkd_deploy.export import from_weights
+    from hkd_deploy.export import exporter as from_weights
 
     written = from_weights.export_onnx
 
     def spoiled(source: DetectorCheckpoint, path: Path, options: ExportOptions) -> None:
         written(source, path, options)
         model = onnx.load(path)
-        bias = next(t for t in model.graph.initializer if t.name.endswith("head.many.bias"))
+        bias = next(t for t in model.graph.initializer if t.name.endswith("head.one2many.bias"))
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.5, bias.name))
         onnx.save(model, path)
 

@@ -13,22 +13,19 @@ import onnxruntime
 import pytest
 import torch
 
-from hkd_deploy.artifact import ModelMetadata
 from hkd_deploy.backends.openvino import create_core
-from hkd_deploy.export.from_weights import export_detector
+from hkd_deploy.export.exporter import export_detector, export_onnx, get_output_names
 from hkd_deploy.export.graph import MIN_SCORE
-from hkd_deploy.export.onnx_file import export_onnx, get_output_names
 from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import compute_box_difference
+from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.letterbox import Letterbox
+from hkd_det.models.base import BaseDetector
+from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
-from hkd_det.models.doubles import suppress_duplicates
-from hkd_det.models.families import build_from_spec
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.peaks import peak_nms
-from hkd_det.models.yolo import UltralyticsSpec, make_ultralytics_spec
-from hkd_det.train.checkpoint import DetectorCheckpoint
+from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
+from hkd_det.ops.nms import peak_nms, suppress_duplicates
 
 HW = (256, 320)
 OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=1)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hkd_deploy.export.command import main
+from hkd_deploy.export.cli import main
 from hkd_deploy.export.options import ExportOptions, add_arguments, make_export_options
-from hkd_det.models.sizes import build_model
-from hkd_det.train.checkpoint import DetectorCheckpoint, save_detector_checkpoint
+from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
+from hkd_det.models.zoo import build_model
 
 TRAINED_HW = (512, 640)
 

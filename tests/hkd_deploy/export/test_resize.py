@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_deploy.backends.openvino import create_core
-from hkd_deploy.export.resize import LetterboxModule, compute_content_hw, pad_to_stride, scale_boxes_to_source
+from hkd_deploy.export.graph import LetterboxModule, compute_content_hw, pad_to_stride, scale_boxes_to_source
 from hkd_det.letterbox import Letterbox
 
 INPUT_HW = (64, 96)

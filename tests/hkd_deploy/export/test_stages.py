@@ -9,16 +9,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from hkd_deploy.export.diagnose import compare_layers, locate_difference
+from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.export.graph import ExportModule
-from hkd_deploy.export.layers import compare_layers
-from hkd_deploy.export.onnx_file import export_onnx
 from hkd_deploy.export.options import ExportOptions
-from hkd_deploy.export.stages import locate_difference
+from hkd_det.models.base import BaseDetector
+from hkd_det.models.checkpoint import DetectorCheckpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
-from hkd_det.train.checkpoint import DetectorCheckpoint
+from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 
 OPTIONS = ExportOptions((64, 96))
 SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12)

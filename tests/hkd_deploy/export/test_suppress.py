@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hkd_deploy.export.suppress import MAX_ITERATIONS, cluster_nms
-from hkd_det.models import suppression
+from hkd_det.ops import nms as suppression
+from hkd_det.ops.nms import MAX_ITERATIONS, cluster_nms
 
 
 def piles(spread_px: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,15 +9,14 @@ import onnx
 import pytest
 import torch
 
-from hkd_deploy.backends.openvino_folder import export_openvino
-from hkd_deploy.export import from_weights
-from hkd_deploy.export.command import main
+from hkd_deploy.export import exporter as from_weights
+from hkd_deploy.export.cli import main
+from hkd_deploy.export.openvino import export_openvino
 from hkd_deploy.export.options import ExportOptions
-from hkd_deploy.export.parity import ParityError
-from hkd_deploy.export.reference import onnx_reference
+from hkd_deploy.export.parity import ParityError, onnx_reference
 from hkd_deploy.export.verify import ExportedModel, Verification
+from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.train.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 
 HW = (96, 160)  # of `tiny_onnx`, which finds the box of all bright pixels
 SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12)
@@ -102,7 +101,7 @@ def test_an_engine_has_its_row(
 ) -> None:
     """No engine is built here: what builds it says that it has, and the row says why it does not run."""
     path = tiny_onnx()
-    monkeypatch.setattr("hkd_deploy.trt.arguments.run", lambda onnx, _flags, _output: onnx.with_suffix(".engine"))
+    monkeypatch.setattr("hkd_deploy.trt.cli.run", lambda onnx, _flags, _output: onnx.with_suffix(".engine"))
     assert main([str(path), "--trt", "--device", "cuda:1", "--data", str(street())]) == 0
     _, engine = rows(capsys.readouterr().out)
     assert engine[0].strip() == str(path.with_suffix(".engine")) and engine[1].strip() == "tensorrt"

@@ -10,10 +10,10 @@ import onnxruntime
 import pytest
 import torch
 
-from hkd_deploy.export.onnx_file import export_onnx
+from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.export.options import ExportOptions
-from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
-from hkd_det.train.checkpoint import DetectorCheckpoint
+from hkd_det.models.checkpoint import DetectorCheckpoint
+from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 
 SIZE_HW = (64, 96)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from hkd_deploy.precision.calibration import CALIBRATION_METHODS, calibrate, load_calibration_samples
-from hkd_deploy.precision.source import read_fp32_model
-from hkd_det.datasets.sample import read_image
+from hkd_deploy.precision.model import read_fp32_model
 from hkd_det.errors import DataError, UsageError
+from hkd_det.image import read_image
 
 
 def test_reach_is_the_largest_value_that_enters_a_layer(box_net: Callable[..., Path], street: Path) -> None:

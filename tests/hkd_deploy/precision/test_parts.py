@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hkd_deploy.precision.parts import find_graph_regions
-from hkd_deploy.precision.source import read_fp32_model
+from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.model import read_fp32_model
 
 
 def test_of_one_stage(box_net: Callable[..., Path]) -> None:

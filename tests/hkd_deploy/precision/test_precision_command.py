@@ -13,14 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.backend import OUTPUT_DTYPES
-from hkd_deploy.backends.onnx_runtime import open_onnx_runtime
+from hkd_deploy.backends.base import OUTPUT_DTYPES
+from hkd_deploy.backends.onnxruntime import open_onnx_runtime
 from hkd_deploy.export import verify
-from hkd_deploy.export.command import main
-from hkd_deploy.precision.judge import eval_backend, list_onnx_backends, predict_samples
-from hkd_det.datasets.sample import Sample
-from hkd_det.detections import Detections
+from hkd_deploy.export.cli import main
+from hkd_deploy.precision.report import eval_backend, list_onnx_backends, predict_samples
 from hkd_det.errors import DataError
+from hkd_det.structures import Detections, Sample
 
 Outliers = dict[str, NDArray[np.float32]]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hkd_deploy.precision.parts import find_graph_regions
-from hkd_deploy.precision.search import QuantizationTrial, layer_sensitivity, select_excluded_nodes
-from hkd_deploy.precision.source import read_fp32_model
+from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.model import read_fp32_model
+from hkd_deploy.precision.quantize import QuantizationTrial, layer_sensitivity, select_excluded_nodes
 
 RANKED = tuple(f"layer {number}" for number in range(40))
 

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from hkd_deploy.precision.judge import Accuracy, LatencyComparison, compute_recall
-from hkd_deploy.precision.verdict import PrecisionReport
-from hkd_det.datasets.sample import GroundTruth
-from hkd_det.detections import Detections
+from hkd_deploy.precision.report import Accuracy, LatencyComparison, PrecisionReport, compute_recall
 from hkd_det.metrics.citypersons import REASONABLE, evaluate
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.structures import Detections, GroundTruth
 
 BEFORE, AFTER = Accuracy(0.2, 0.8), Accuracy(0.204, 0.795)
 RACES = (LatencyComparison("onnxruntime", 10, 16), LatencyComparison("openvino", 8, 4))

@@ -6,8 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.streams import open_source
-from hkd_deploy.streams.source import redact_url
+from hkd_deploy.streams import open_source, redact_url
 from hkd_det.errors import DataError, UsageError
 
 

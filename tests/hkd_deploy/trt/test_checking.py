@@ -8,11 +8,11 @@ from typing import Any
 import onnx
 import pytest
 
-from hkd_deploy.export.command import main
-from hkd_deploy.trt import checking
+from hkd_deploy.export.cli import main
+from hkd_deploy.trt import cli as checking
 from hkd_deploy.trt.builder import BuildOptions
-from hkd_deploy.trt.checking import check_build
-from hkd_deploy.trt.layers import count_precisions
+from hkd_deploy.trt.cli import check_build
+from hkd_deploy.trt.engine import count_precisions
 from hkd_deploy.trt.profile import parse_profile
 from hkd_det.errors import DataError, UnavailableError
 
@@ -56,10 +56,10 @@ def test_a_fp32_file_that_says_fp16(graph: Callable[..., Path], capfd: pytest.Ca
 def test_every_form_of_the_students_graph(
     tmp_path: Path, wanted: dict[str, Any], first: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from hkd_deploy.export.onnx_file import export_onnx
+    from hkd_deploy.export.exporter import export_onnx
     from hkd_deploy.export.options import ExportOptions
-    from hkd_det.models.sizes import build_model
-    from hkd_det.train.checkpoint import DetectorCheckpoint
+    from hkd_det.models.checkpoint import DetectorCheckpoint
+    from hkd_det.models.zoo import build_model
 
     detector = build_model("mini-student").eval()
     config = {"data": "street.yaml", "imgsz_hw": [96, 160]}
@@ -119,8 +119,8 @@ CANCEL = """
 import os, signal, sys, time
 from pathlib import Path
 from hkd_deploy.trt import builder
-from hkd_deploy.trt.bindings import import_tensorrt
-from hkd_deploy.trt.source import read_source
+from hkd_deploy.trt.cuda import import_tensorrt
+from hkd_deploy.trt.onnx_file import read_source
 
 class Pressed(builder.Progress):
     steps = 0

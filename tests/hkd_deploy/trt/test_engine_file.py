@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from hkd_deploy.export.command import main
-from hkd_deploy.trt import bindings, builder, engine_file
+from hkd_deploy.export.cli import main
+from hkd_deploy.trt import builder
+from hkd_deploy.trt import cuda as bindings
+from hkd_deploy.trt import engine as engine_file
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, TrtLog
-from hkd_deploy.trt.engine_file import build_engine, check_precision
-from hkd_deploy.trt.layers import EngineLayer
+from hkd_deploy.trt.engine import EngineLayer, build_engine, check_precision
+from hkd_deploy.trt.engine_info import read_engine_info, read_plan
+from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_deploy.trt.profile import Profile, parse_profile
-from hkd_deploy.trt.sidecar import read_engine_info, read_plan
-from hkd_deploy.trt.source import read_onnx_file
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 
 

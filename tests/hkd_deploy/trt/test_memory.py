@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from hkd_deploy.trt.memory import estimate_build_mib, memory_warning
+from hkd_deploy.trt.progress import estimate_build_mib, memory_warning
 
 MIB = 2**20
 

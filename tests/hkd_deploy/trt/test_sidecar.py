@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from hkd_deploy.trt import sidecar as sidecar_module
+from hkd_deploy.trt import engine_info as sidecar_module
 from hkd_deploy.trt.cuda import GpuInfo
-from hkd_deploy.trt.sidecar import (
+from hkd_deploy.trt.engine_info import (
     EngineInfo,
     ProfileInfo,
     TensorInfo,

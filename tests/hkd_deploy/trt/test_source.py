@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from hkd_deploy.trt.source import read_onnx_file
+from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.errors import DataError
 
 

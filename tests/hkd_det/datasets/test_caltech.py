@@ -16,8 +16,8 @@ from hkd_det.datasets.caltech import (
     read_corrected_annotations,
     read_original_annotations,
 )
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.datasets.vbb import read_vbb
+from hkd_det.datasets.caltech_annotations import read_vbb
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
 
 OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "caltech"

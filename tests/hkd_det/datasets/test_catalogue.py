@@ -13,8 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets import catalogue
-from hkd_det.datasets.catalogue import load_dataset
+from hkd_det.datasets import catalog as catalogue
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, UsageError
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
@@ -125,8 +125,8 @@ def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_name_is_looked_for_under_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hkd_det.datasets.synthetic.annotations import write_citypersons_json
     from hkd_det.datasets.synthetic.scene import AnnotationRecord
+    from hkd_det.datasets.synthetic.writer import write_citypersons_json
 
     monkeypatch.chdir(tmp_path)
     home = Path("datasets/citypersons")

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets.citypersons import _read_mat_samples, read_citypersons
-from hkd_det.datasets.synthetic.annotations import ImageAnnotations, write_citypersons_json, write_citypersons_mat
 from hkd_det.datasets.synthetic.scene import AnnotationRecord
+from hkd_det.datasets.synthetic.writer import ImageAnnotations, write_citypersons_json, write_citypersons_mat
 from hkd_det.errors import DataError, HkdError
 
 OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "citypersons"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hkd_det.datasets.catalogue import list_splits
+from hkd_det.datasets.catalog import list_splits
 
 DOC = Path(__file__).parents[3] / "docs" / "data.md"
 EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", DOC.read_text(), re.DOTALL) if "train:" in text]

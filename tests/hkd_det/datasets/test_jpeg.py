@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.jpeg import is_truncated_jpeg, parse_jpeg_size_hw
+from hkd_det.image import is_truncated_jpeg, parse_jpeg_size_hw
 
 
 def encoded(size_hw: tuple[int, int], *options: int) -> bytes:

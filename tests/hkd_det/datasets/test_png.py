@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from hkd_det.datasets.png import is_truncated_png
+from hkd_det.image import is_truncated_png
 
 RAW = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (9, 12, 3)).astype(np.uint8))[1].tobytes()
 

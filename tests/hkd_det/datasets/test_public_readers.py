@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets import Sample
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.datasets.faults import raise_error
+from hkd_det.datasets.base import raise_error
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, UsageError
 
 VOC = """<annotation><size><width>100</width><height>80</height><depth>3</depth></size>

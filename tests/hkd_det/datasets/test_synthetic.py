@@ -13,7 +13,7 @@ import scipy.io
 from hkd_det.datasets import read_image
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.synthetic import RenderedScene, generate_scene, write_synthetic_dataset, write_video, writer
-from hkd_det.datasets.synthetic.canvas import Canvas
+from hkd_det.datasets.synthetic.renderer import Canvas
 from hkd_det.datasets.synthetic.scene import PEDESTRIAN
 from hkd_det.errors import DataError, UsageError
 
@@ -63,8 +63,8 @@ def test_boxes_have_the_aspect_and_hold_what_is_visible(streets: list[RenderedSc
 
 def test_a_box_encloses_the_painted_person() -> None:
     """Somebody alone on an empty canvas: crown and sole are where the box says, to two per cent."""
-    from hkd_det.datasets.synthetic import figure
-    from hkd_det.datasets.synthetic.figure import sample_person, walking_pose
+    from hkd_det.datasets.synthetic import person as figure
+    from hkd_det.datasets.synthetic.person import sample_person, walking_pose
 
     chance = np.random.default_rng(0)
     for _ in range(30):

@@ -10,9 +10,8 @@ import scipy.io
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.faults import raise_error
-from hkd_det.datasets.frame_boxes import FrameAnnotations
-from hkd_det.datasets.vbb import read_vbb
+from hkd_det.datasets.base import raise_error
+from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_vbb
 from hkd_det.errors import DataError
 
 OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "caltech"

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.distill.adapter import DILATIONS, Adapter, MultiScaleProjection, OrthogonalProjection, Projection
+from hkd_det.distill.adapters import DILATIONS, Adapter, MultiScaleProjection, OrthogonalProjection, Projection
 from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.losses.imitation import pkd_loss
+from hkd_det.models.base import FeatureInfo
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.tap import FeatureInfo
+from hkd_det.ops.losses import pkd_loss
 
 KINDS: list[Projection] = ["plain", "norm", "multi-scale", "orthogonal"]
 ANCHORS = (16, 32, 64, 128, 256)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
-from hkd_det.distill.arbitration import GramMatrix, MoKDConfig, min_norm_weight, solve_loss_weights
+from hkd_det.distill.mokd import GramMatrix, MoKDConfig, min_norm_weight, solve_loss_weights
 from hkd_det.errors import UsageError
 
 PAIRS = arrays(np.float64, (2, 3), elements=st.floats(-10, 10).map(lambda x: round(x, 2)))

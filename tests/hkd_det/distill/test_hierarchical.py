@@ -6,21 +6,20 @@ import weakref
 import pytest
 import torch
 
-from hkd_det.distill.adapter import Adapter, pair_by_stride
+from hkd_det.distill.adapters import Adapter
+from hkd_det.distill.base import DistillationBatch
 from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKD, HKDConfig
-from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.hkd import HKD, HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.regions import roi_feature_loss
-from hkd_det.distill.taps import FeatureHooks
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import clamp_min_one
-from hkd_det.losses.imitation import fg_balanced_mean, pkd_loss
-from hkd_det.models.assignment import Targets, points_in_boxes
+from hkd_det.models.base import BranchOutputs, DenseOutputs, DetectionBatch, FeatureInfo, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.points import make_anchors
-from hkd_det.models.prediction import BranchOutputs, DenseOutputs, DetectionBatch
-from hkd_det.models.tap import FeatureInfo
+from hkd_det.models.feature_layers import pair_by_stride
+from hkd_det.models.head import make_anchors
+from hkd_det.ops.boxes import points_in_boxes
+from hkd_det.ops.hooks import FeatureHooks
+from hkd_det.ops.losses import clamp_min_one, fg_balanced_mean, pkd_loss
+from hkd_det.ops.roi_pool import roi_feature_loss
 
 STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)

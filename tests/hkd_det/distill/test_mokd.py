@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.arbiter import GradientBalancer, SumBalancer
-from hkd_det.distill.arbitration import GramMatrix, MoKDConfig, solve_loss_weights
-from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer
-from hkd_det.distill.reach import reachable_parameters
-from hkd_det.distill.taps import FeatureHooks
-from hkd_det.models.tap import FeatureInfo
+from hkd_det.distill.gradients import GradientBalancer, SumBalancer, reachable_parameters
+from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer, GramMatrix, MoKDConfig, solve_loss_weights
+from hkd_det.models.base import FeatureInfo
+from hkd_det.ops.hooks import FeatureHooks
 
 EPS = MoKDConfig().eps
 INPUTS = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))

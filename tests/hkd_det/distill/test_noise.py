@@ -6,20 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill.base import DistillationBatch
 from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKDConfig
-from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacher, NoisyTeacherConfig
-from hkd_det.distill.noisy_logits import NoisyLogitLoss, fg_balanced_l2
+from hkd_det.distill.noisy_teacher import NoisyLogitLoss, NoisyTeacher, NoisyTeacherConfig, fg_balanced_l2
+from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import clamp_min_one
-from hkd_det.models.assignment import Targets
+from hkd_det.models.base import BaseDetector, DetectionBatch, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.prediction import DetectionBatch
+from hkd_det.ops.losses import clamp_min_one
 
 ANCHORS = (16, 32, 64, 128, 256)
 TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)

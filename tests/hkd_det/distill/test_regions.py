@@ -6,9 +6,8 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from hkd_det.distill.pooling import roi_align, roi_sampling_weights
-from hkd_det.distill.regions import roi_feature_loss
-from hkd_det.losses.imitation import pkd_loss
+from hkd_det.ops.losses import pkd_loss
+from hkd_det.ops.roi_pool import roi_align, roi_feature_loss, roi_sampling_weights
 
 STRIDES = (8, 16, 32)
 SIDE = 512

@@ -9,24 +9,20 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hkd_det.distill import soft_points
-from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.distill import soft_labels as soft_points
+from hkd_det.distill.base import DistillationBatch
 from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKDConfig
-from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacher, NoisyTeacherConfig
-from hkd_det.distill.soft_points import MIN_TEACHER_SCORE
-from hkd_det.distill.soft_regions import roi_soft_label_losses
-from hkd_det.losses.detection import clamp_min_one
-from hkd_det.losses.soft_score import quality_focal_kd_loss
-from hkd_det.models.assignment import AssignResult, Targets
+from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
+from hkd_det.distill.soft_labels import MIN_TEACHER_SCORE, SoftLabelConfig, roi_soft_label_losses
+from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, Targets
+from hkd_det.models.criterion import AssignResult
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.points import dist2bbox, make_anchors
-from hkd_det.models.prediction import BranchOutputs, DenseOutputs, DetectionBatch
-from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
+from hkd_det.models.head import dist2bbox, make_anchors
+from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
+from hkd_det.ops.losses import clamp_min_one, quality_focal_kd_loss
 
 HW = (64, 96)
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)

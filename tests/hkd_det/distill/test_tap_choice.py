@@ -6,20 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from hkd_det.config import apply_override, dataclass_from_dict
 from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.regions import roi_feature_loss
-from hkd_det.distill.tap_choice import LayerPairs
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import clamp_min_one
-from hkd_det.losses.imitation import pkd_loss
-from hkd_det.models.assignment import Targets
+from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
-from hkd_det.settings import apply_override, dataclass_from_dict
+from hkd_det.models.feature_layers import LayerPairs
+from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
+from hkd_det.ops.losses import clamp_min_one, pkd_loss
+from hkd_det.ops.roi_pool import roi_feature_loss
 
 OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 12, 16, 20), "stem_width": 8}, channels=24, head_depth=1)
 TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))

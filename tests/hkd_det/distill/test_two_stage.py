@@ -6,19 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from hkd_det.distill.base import DistillationBatch
 from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hierarchical import HKD, HKDConfig
-from hkd_det.distill.lesson import DistillationBatch
+from hkd_det.distill.hkd import HKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item, sample_rois
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacher, NoisyTeacherConfig
-from hkd_det.distill.soft_regions import roi_soft_label_losses
-from hkd_det.distill.two_stage import TwoStageConfig, TwoStageHKD, mse_per_item, sample_rois
+from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
+from hkd_det.distill.soft_labels import roi_soft_label_losses
 from hkd_det.errors import UsageError
-from hkd_det.losses.detection import clamp_min_one
-from hkd_det.models.assignment import Targets
+from hkd_det.models.base import DetectionBatch, ProposalOutputs, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.prediction import DetectionBatch, ProposalOutputs
+from hkd_det.ops.losses import clamp_min_one
 
 ANCHORS = (16, 32, 64, 128, 256)
 STUDENT = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
@@ -276,7 +274,7 @@ def test_settings_of_the_form_that_is_not_used_are_refused(pair: tuple[FasterRCN
 
 
 def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:
-    from hkd_det.distill.arbitration import MoKDConfig
+    from hkd_det.distill.mokd import MoKDConfig
 
     with pytest.raises(UsageError, match="truth"):
         DistillConfig(hkd=HKDConfig(det_loss_weight=0.0), mokd=MoKDConfig())

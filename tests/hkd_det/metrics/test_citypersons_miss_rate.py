@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets import GroundTruth
 from hkd_det.datasets.citypersons import _read_mat_samples
-from hkd_det.detections import Detections
 from hkd_det.metrics.citypersons import REASONABLE, SETUPS, evaluate, match_image
-from hkd_det.metrics.curve import MissRateResult
+from hkd_det.metrics.matching import MissRateResult
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.structures import Detections
 
 spec = importlib.util.spec_from_file_location("official", Path(__file__).with_name("official_citypersons.py"))
 assert spec is not None and spec.loader is not None

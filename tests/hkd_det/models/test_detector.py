@@ -7,9 +7,8 @@ from torch import nn
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models.backbone import Backbone, load_pretrained
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec, freeze_batch_norm
-from hkd_det.models.doubles import suppress_duplicates
-from hkd_det.models.peaks import SUPPRESSED_LOGIT, peak_nms
-from hkd_det.models.sizes import DEFAULT_TEACHER, MODELS, build_model, count_params_and_flops
+from hkd_det.models.zoo import DEFAULT_TEACHER, MODELS, build_model, count_params_and_flops
+from hkd_det.ops.nms import SUPPRESSED_LOGIT, peak_nms, suppress_duplicates
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from hkd_det.models.doubles import IOU_LIMITS, LOGIT_MARGIN, NMS_TOPK, decay_duplicate_scores, suppress_duplicates
+from hkd_det.ops.nms import IOU_LIMITS, LOGIT_MARGIN, NMS_TOPK, decay_duplicate_scores, suppress_duplicates
 
 PERSON = [100.0, 50.0, 140.0, 150.0]
 

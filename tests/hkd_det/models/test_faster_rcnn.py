@@ -11,11 +11,17 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import box_iou
 
-from hkd_det.losses.two_stage import IGNORE_LABEL, box_intersection, mark_ignored_anchors, split_ignored
-from hkd_det.models.assignment import Targets
 from hkd_det.models.backbone import Backbone
-from hkd_det.models.families import build_from_spec, spec_from_dict, spec_to_dict
-from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.base import Targets
+from hkd_det.models.checkpoint import build_from_spec, spec_from_dict, spec_to_dict
+from hkd_det.models.faster_rcnn import (
+    IGNORE_LABEL,
+    FasterRCNN,
+    FasterRCNNSpec,
+    box_intersection,
+    mark_ignored_anchors,
+    split_ignored,
+)
 
 TINY = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 PICTURES = torch.randint(0, 255, (2, 3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -64,7 +70,7 @@ def test_it_finds_what_torchvisions_own_finds(twins: tuple[FasterRCNN, Torchvisi
     ours, theirs = (model.eval() for model in twins)
     with torch.no_grad():
         wanted = theirs(list(PICTURES.float() / 255))
-        boxes, scores = ours.predict(PICTURES, top=50)
+        boxes, scores = ours.predict(PICTURES, max_det=50)
     for b, one in enumerate(wanted):
         count = len(one["scores"])
         assert count > 5
@@ -176,7 +182,7 @@ def test_regions_are_judged_one_by_one(tiny: FasterRCNN) -> None:
 
 
 def test_taps_are_the_maps_regions_are_read_from(tiny: FasterRCNN) -> None:
-    from hkd_det.distill.taps import FeatureHooks
+    from hkd_det.ops.hooks import FeatureHooks
 
     recorder = FeatureHooks(tiny, tiny.feature_info())
     output = tiny(PICTURES)

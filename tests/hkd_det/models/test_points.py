@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.models.points import bbox2dist, dist2bbox, make_anchors
+from hkd_det.models.head import bbox2dist, dist2bbox, make_anchors
 
 
 def test_points_are_the_cell_centres() -> None:

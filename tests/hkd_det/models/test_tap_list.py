@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from hkd_det.errors import UsageError
+from hkd_det.models.base import BaseDetector, FeatureInfo
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.tap import FeatureInfo
-from hkd_det.models.tap_list import find_feature_layers, format_feature_layers, list_feature_layers
-from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
+from hkd_det.models.feature_layers import find_feature_layers, format_feature_layers, list_feature_layers
+from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 
 OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 12, 16, 20), "stem_width": 8}, channels=24, head_depth=2)
 TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=24, head_width=16)

@@ -12,16 +12,22 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.losses.detection import DetectionCriterion, sum_losses
-from hkd_det.models.assignment import Targets
-from hkd_det.models.families import build_from_spec, spec_from_dict, spec_to_dict
-from hkd_det.models.points import make_anchors
-from hkd_det.models.sizes import build_model, count_params_and_flops, get_spec
-from hkd_det.models.suppression import batched_nms
+from hkd_det.models.base import Targets
+from hkd_det.models.checkpoint import build_from_spec, spec_from_dict, spec_to_dict
+from hkd_det.models.criterion import DetectionCriterion
+from hkd_det.models.head import make_anchors
 from hkd_det.models.surgery import NO_CHANGES
-from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
-from hkd_det.models.yolo_file import is_ultralytics_file, load_ultralytics
-from hkd_det.models.yolo_package import import_tasks
+from hkd_det.models.ultralytics import (
+    UltralyticsDetector,
+    UltralyticsSpec,
+    is_ultralytics_file,
+    load_ultralytics,
+    make_ultralytics_spec,
+)
+from hkd_det.models.ultralytics_io import import_tasks
+from hkd_det.models.zoo import build_model, count_params_and_flops, get_spec
+from hkd_det.ops.losses import sum_losses
+from hkd_det.ops.nms import batched_nms
 
 NAMES = ("yolov8n", "yolo11n", "yolo26n", "yolov10n")
 HW = (64, 96)
@@ -305,7 +311,7 @@ cv2.setNumThreads(2)
 def state():
     return (dict(os.environ), cv2.getNumThreads(), torch.get_num_threads(), numpy.get_printoptions(), torch.save,
             PIL.Image.open, list(warnings.filters), str(torch.ones(100) / 3))
-from hkd_det.models.yolo import YoloDetector, yolo_spec
+from hkd_det.models.ultralytics import YoloDetector, yolo_spec
 before = state()
 assert "ultralytics" not in sys.modules
 import socket

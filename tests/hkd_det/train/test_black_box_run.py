@@ -5,20 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_deploy.export.command import main as export
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.datasets.sample import read_image
-from hkd_det.distill.detections import SoftLabelConfig
+from hkd_deploy.export.cli import main as export
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.distiller import DistillationLoss
 from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UsageError
-from hkd_det.models import sizes
-from hkd_det.models.black_box import OnnxTeacher, load_onnx_teacher
+from hkd_det.image import read_image
+from hkd_det.models import zoo as sizes
+from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.train.checkpoint import load_detector_checkpoint
-from hkd_det.train.command import main
+from hkd_det.models.onnx_teacher import OnnxTeacher, load_onnx_teacher
+from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import train
+from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 SHARED = Path(__file__).parents[4] / "shared" / "data"

@@ -16,29 +16,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.distill.arbitration import MoKDConfig
-from hkd_det.distill.blockwise import stage
-from hkd_det.distill.blockwise.settings import BlockwiseConfig
-from hkd_det.distill.detections import SoftLabelConfig
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.blockwise import method as stage
+from hkd_det.distill.blockwise.config import BlockwiseConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacherConfig
-from hkd_det.distill.tap_choice import LayerPairs
+from hkd_det.distill.mokd import MoKDConfig
+from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
+from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.models.detector import HKDDetectorSpec
-from hkd_det.models.families import ModelSpec, build_from_spec
-from hkd_det.models.faster_rcnn import FasterRCNNSpec
-from hkd_det.models.yolo import UltralyticsSpec, make_ultralytics_spec
-from hkd_det.train import run
-from hkd_det.train.checkpoint import (
+from hkd_det.models.checkpoint import (
     DetectorCheckpoint,
+    ModelSpec,
+    build_from_spec,
     load_detector_checkpoint,
     load_training_state,
     save_detector_checkpoint,
 )
-from hkd_det.train.command import main
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.models.feature_layers import LayerPairs
+from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
+from hkd_det.train import trainer as run
+from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import TrainResult, train
+from hkd_det.train.trainer import TrainResult, train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 QUICK: dict[str, Any] = {"least": 16, "views": 16, "epochs": 1, "batch": 8}
@@ -292,7 +293,7 @@ def test_what_cannot_be_is_said_at_once(
         with pytest.raises(UsageError, match=r"distill\.blockwise"):
             blockwise(**wrong)
     from hkd_det.train.blockwise import prepare_blockwise_student
-    from hkd_det.train.processes import DistributedContext
+    from hkd_det.train.distributed import DistributedContext
 
     config = settings(people, tmp_path / "run", teacher, blockwise())
     assert config.distill.blockwise

@@ -10,29 +10,29 @@ from typing import Any
 import pytest
 import torch
 
-from hkd_det.distill.arbitration import MoKDConfig
-from hkd_det.distill.blockwise.settings import BlockwiseConfig
-from hkd_det.distill.capacity.compactor import Compactor
-from hkd_det.distill.capacity.settings import CDDConfig
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.blockwise.config import BlockwiseConfig
+from hkd_det.distill.cdd.compactor import Compactor
+from hkd_det.distill.cdd.method import CDDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacherConfig
+from hkd_det.distill.mokd import MoKDConfig
+from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
 from hkd_det.errors import UsageError
-from hkd_det.models import sizes
-from hkd_det.models.detector import HKDDetectorSpec
-from hkd_det.models.faster_rcnn import FasterRCNNSpec
-from hkd_det.models.sizes import count_params_and_flops
-from hkd_det.models.surgery import NO_CHANGES
-from hkd_det.train import run as runs
-from hkd_det.train.checkpoint import (
+from hkd_det.models import zoo as sizes
+from hkd_det.models.checkpoint import (
     DetectorCheckpoint,
     load_detector_checkpoint,
     load_training_state,
     save_detector_checkpoint,
 )
-from hkd_det.train.command import main
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.models.surgery import NO_CHANGES
+from hkd_det.models.zoo import count_params_and_flops
+from hkd_det.train import trainer as runs
+from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import TrainResult, train
+from hkd_det.train.trainer import TrainResult, train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 WIDE = replace(TINY, backbone_arguments={"channels": (12, 12, 24, 24), "stem_width": 8})

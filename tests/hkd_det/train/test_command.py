@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hkd_det.models.sizes import MODELS
-from hkd_det.train.checkpoint import load_detector_checkpoint
-from hkd_det.train.command import main
+from hkd_det.models.checkpoint import load_detector_checkpoint
+from hkd_det.models.zoo import MODELS
+from hkd_det.train.cli import main
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
 

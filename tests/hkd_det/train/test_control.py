@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.detections import Detections
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import UsageError
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
-from hkd_det.models import sizes
+from hkd_det.models import zoo as sizes
+from hkd_det.models.checkpoint import load_detector_checkpoint, save_training_state
 from hkd_det.models.detector import HKDDetectorSpec
-from hkd_det.train import control, judge, start
-from hkd_det.train.checkpoint import load_detector_checkpoint, save_training_state
-from hkd_det.train.command import main
+from hkd_det.structures import Detections
+from hkd_det.train import baseline as control
+from hkd_det.train import baseline as judge
+from hkd_det.train import start
+from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)

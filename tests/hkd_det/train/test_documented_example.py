@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.train import run
+from hkd_det.train import trainer as run
 from hkd_det.train.config import TrainConfig
 
 DOC = Path(__file__).parents[3] / "docs" / "distillation.md"

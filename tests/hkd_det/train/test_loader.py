@@ -14,7 +14,7 @@ import torch
 from hkd_det.datasets import GroundTruth, Sample
 from hkd_det.errors import DataError
 from hkd_det.train.augment import AugmentedImage
-from hkd_det.train.loader import (
+from hkd_det.train.dataset import (
     Batch,
     EpochPlan,
     TrainDataset,
@@ -23,7 +23,7 @@ from hkd_det.train.loader import (
     collate,
     iterate_batches,
 )
-from hkd_det.train.pictures import DirectoryCache
+from hkd_det.train.image_cache import DirectoryCache
 
 SIZE_HW = (64, 96)
 
@@ -137,7 +137,7 @@ def test_the_folder_goes_with_the_workers_of_a_killed_process(samples: list[Samp
 import time
 from pathlib import Path
 from hkd_det.datasets import Sample
-from hkd_det.train.loader import Epochs, batches, open_loader
+from hkd_det.train.dataset import Epochs, batches, open_loader
 if __name__ == "__main__":
     samples = [Sample(0, Path({str(samples[1].path)!r}))]
     loader, _ = open_loader(samples, Epochs(1, 1, (64, 96), 0, 0, 0), 0, 1, workers=1, cache_mib=1)

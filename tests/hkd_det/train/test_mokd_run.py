@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_det.distill.arbitration import MoKDConfig
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacherConfig
-from hkd_det.models import sizes
+from hkd_det.distill.mokd import MoKDConfig
+from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
+from hkd_det.models import zoo as sizes
+from hkd_det.models.checkpoint import DetectorCheckpoint, load_training_state, save_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.yolo import UltralyticsSpec, make_ultralytics_spec
-from hkd_det.train import run as runs
-from hkd_det.train.checkpoint import DetectorCheckpoint, load_training_state, save_detector_checkpoint
+from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
+from hkd_det.train import trainer as runs
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import train
+from hkd_det.train.trainer import train
 
 pytestmark = pytest.mark.slow
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)

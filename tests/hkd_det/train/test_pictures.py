@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hkd_det.datasets import read_image
 from hkd_det.errors import DataError
-from hkd_det.train.pictures import CachedImages, DirectoryCache
+from hkd_det.train.image_cache import CachedImages, DirectoryCache
 
 fixtures_stay = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

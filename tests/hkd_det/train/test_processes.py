@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from hkd_det.distill.arbitration import Arbitration
+from hkd_det.distill.mokd import Arbitration
 from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.hierarchical import Hierarchical
+from hkd_det.distill.hkd import Hierarchical
 from hkd_det.distill.methods import Methods
 from hkd_det.distill.mokd import arbiter_of
-from hkd_det.losses.detection import total
-from hkd_det.models.assignment import TruthBatch
+from hkd_det.models.criterion import total
+from hkd_det.models.criterion import TruthBatch
 from hkd_det.models.detector import Detector, DetectorSpec, freeze_norms
-from hkd_det.train.learner import Learner
-from hkd_det.train.processes import joined_processes
+from hkd_det.distill.distiller import Learner
+from hkd_det.train.distributed import joined_processes
 
 spec = DetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 with joined_processes("cpu") as processes:
@@ -59,7 +59,7 @@ with joined_processes("cpu") as processes:
 
 TWICE = """
 import torch
-from hkd_det.train.processes import joined_processes
+from hkd_det.train.distributed import joined_processes
 
 for _ in range(3):
     with joined_processes("cpu") as processes:

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import DataError, UsageError
-from hkd_det.models import sizes
-from hkd_det.models.detector import HKDDetectorSpec
-from hkd_det.train.checkpoint import (
+from hkd_det.models import zoo as sizes
+from hkd_det.models.checkpoint import (
     DetectorCheckpoint,
     load_detector_checkpoint,
     load_training_state,
     save_detector_checkpoint,
     save_training_state,
 )
-from hkd_det.train.command import main
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import train
+from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 
@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 
     config = settings(people, tmp_path / "cut", **taught)
     with monkeypatch.context() as patch:
-        from hkd_det.train import run
+        from hkd_det.train import trainer as run
 
         kept = run.Trainer._set_learning_rate
         patch.setattr(run.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
@@ -99,7 +99,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 @pytest.mark.slow
 def test_kill_9_at_any_moment_then_resume(people: Path, tmp_path: Path) -> None:
     """A real process, really killed, more than once; the command's own --resume; the same final weights."""
-    base = [sys.executable, "-c", "import sys; from hkd_det.train.command import main; sys.exit(main())"]
+    base = [sys.executable, "-c", "import sys; from hkd_det.train.cli import main; sys.exit(main())"]
     common = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "4", "--batch", "4"]
     flags = [*common, "--workers", "0", "--device", "cpu", "--project", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

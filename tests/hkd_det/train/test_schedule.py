@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hkd_det.train.schedule import compute_lr_factor, distill_weight_at, no_aug_start_epoch
+from hkd_det.train.config import compute_lr_factor, distill_weight_at, no_aug_start_epoch
 
 
 def test_the_rate_rises_to_one_and_falls_to_the_floor() -> None:

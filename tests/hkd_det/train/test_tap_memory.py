@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hkd_det.distill.capacity.shrinking import prepare_student
-from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.cdd.pruner import prepare_student
+from hkd_det.distill.distiller import DistillationLoss, Distiller
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.mokd import build_balancer
-from hkd_det.losses.detection import clamp_min_one, sum_losses
-from hkd_det.models.assignment import Targets
+from hkd_det.models.base import Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.train.learner import Distiller
+from hkd_det.ops.losses import clamp_min_one, sum_losses
 
 STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)

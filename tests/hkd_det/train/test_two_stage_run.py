@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacherConfig
-from hkd_det.models import sizes
+from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
+from hkd_det.models import zoo as sizes
+from hkd_det.models.checkpoint import load_detector_checkpoint, load_training_state
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
-from hkd_det.train.checkpoint import load_detector_checkpoint, load_training_state
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import TrainResult, train
+from hkd_det.train.trainer import TrainResult, train
 
 ANCHORS = (16, 32, 64, 128, 256)
 STUDENT = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
@@ -95,7 +95,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
 
     config = configured(people, tmp_path / "cut", **taught)
     with pytest.MonkeyPatch.context() as patch:
-        from hkd_det.train import run as runs
+        from hkd_det.train import trainer as runs
 
         kept = runs.Trainer._set_learning_rate
         patch.setattr(runs.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))

@@ -8,25 +8,25 @@ import pytest
 import torch
 
 from hkd_det.datasets import GroundTruth, Sample
-from hkd_det.datasets.catalogue import load_dataset
-from hkd_det.datasets.unlabelled import read_unlabeled, unlabeled_ground_truth
-from hkd_det.distill.detections import SoftLabelConfig
+from hkd_det.datasets.base import read_unlabeled
+from hkd_det.datasets.catalog import load_dataset
+from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UsageError
-from hkd_det.losses.detection import clamp_min_one
-from hkd_det.models import sizes
-from hkd_det.models.assignment import Targets
+from hkd_det.models import zoo as sizes
+from hkd_det.models.base import DenseOutputs, ProposalOutputs, Targets
+from hkd_det.models.checkpoint import load_training_state
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.prediction import DenseOutputs, ProposalOutputs
-from hkd_det.models.sizes import build_model
+from hkd_det.models.zoo import build_model
+from hkd_det.ops.losses import clamp_min_one
+from hkd_det.structures import unlabeled_ground_truth
 from hkd_det.train.augment import AugmentedImage, augment
-from hkd_det.train.checkpoint import load_training_state
+from hkd_det.train.baseline import control_config
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.control import control_config
-from hkd_det.train.learner import Distiller
-from hkd_det.train.loader import EpochPlan, build_dataloader, iterate_batches
-from hkd_det.train.run import train
+from hkd_det.train.dataset import EpochPlan, build_dataloader, iterate_batches
+from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TWO_STAGE = FasterRCNNSpec(
@@ -183,7 +183,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 
     interrupted = config(people, tmp_path / "cut", folder, teacher)
     with monkeypatch.context() as patch:
-        from hkd_det.train import run
+        from hkd_det.train import trainer as run
 
         kept = run.Trainer._set_learning_rate
         patch.setattr(run.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
@@ -212,7 +212,7 @@ def test_settings_that_make_no_sense_are_refused(people: Path, tmp_path: Path, f
 def test_the_check_for_people_looks_at_the_labelled_pictures_only(
     people: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hkd_det.train import run
+    from hkd_det.train import trainer as run
 
     nobody = [
         Sample(sample.image_id, sample.path, GroundTruth.empty()) for sample in load_dataset(str(people), "train")

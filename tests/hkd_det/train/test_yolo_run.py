@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from hkd_det.distill.hierarchical import HKDConfig
+from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noise import NoisyTeacherConfig
-from hkd_det.distill.tap_choice import LayerPairs
+from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
 from hkd_det.errors import DataError
-from hkd_det.models import sizes
-from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.yolo import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
-from hkd_det.train.checkpoint import (
+from hkd_det.models import zoo as sizes
+from hkd_det.models.checkpoint import (
     DetectorCheckpoint,
     load_detector_checkpoint,
     load_training_state,
     save_detector_checkpoint,
 )
-from hkd_det.train.command import main
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.feature_layers import LayerPairs
+from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
+from hkd_det.models.zoo import load_detector
+from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run import Trainer, train
-from hkd_det.train.teachers import load_detector
+from hkd_det.train.trainer import Trainer, train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TERMS = {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}

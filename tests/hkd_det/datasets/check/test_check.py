@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets import GroundTruth, Sample
-from hkd_det.datasets.check.drawings import (
+from hkd_det.datasets.check_report import (
     CAPTION_HEIGHT_PX,
     GAP_PX,
     IGNORED_COLOR,
@@ -24,9 +24,8 @@ from hkd_det.datasets.check.drawings import (
     VISIBLE_COLOR,
     make_contact_sheet,
 )
-from hkd_det.datasets.check.summary import HEIGHT_EDGES_PX, VISIBLE_RATIO_EDGES, Range, summarize
-from hkd_det.datasets.check.words import escape_nonprintable
-from hkd_det.train.command import main
+from hkd_det.datasets.check_summary import HEIGHT_EDGES_PX, VISIBLE_RATIO_EDGES, Range, escape_nonprintable, summarize
+from hkd_det.train.cli import main
 
 SHARED = Path(__file__).parents[5] / "shared" / "data"
 NO_TORCH = """
@@ -38,7 +37,7 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Absent())
-from hkd_det.train.command import main
+from hkd_det.train.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from hkd_det.datasets import fetch
-from hkd_det.datasets.fetch import RemoteFile
+from hkd_det.datasets import download_file as fetch
+from hkd_det.datasets.download_file import RemoteFile
 
 CONTENT = random.Random(3).randbytes(300_000)
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
-from hkd_det.datasets import catalogue, download
+from hkd_det.datasets import catalog as catalogue
+from hkd_det.datasets import download
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.train.command import main
+from hkd_det.train.cli import main
 
 CONTENT = random.Random(3).randbytes(300_000)  # what the server has, unless it is told
 SHIPPED = catalogue.find_catalog_file()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hkd_det.datasets import fetch
-from hkd_det.datasets.fetch import RemoteFile
+from hkd_det.datasets import download_file as fetch
+from hkd_det.datasets.download_file import RemoteFile
 from hkd_det.errors import DataError, HkdError, UnavailableError
 
 CONTENT = random.Random(3).randbytes(300_000)  # what the server has, unless it is told

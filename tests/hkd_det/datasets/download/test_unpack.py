@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets import unpack as unpack_module
-from hkd_det.datasets.unpack import extract_archive
+from hkd_det.datasets import archive as unpack_module
+from hkd_det.datasets.archive import extract_archive
 from hkd_det.errors import DataError, HkdError, UnavailableError
 
 FILES = {"set/images/a.png": random.Random(1).randbytes(1_500_000), "set/labels/a.txt": b"", "readme": b"hello"}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hkd_det.models.base import BaseDetector
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.family import BaseDetector
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 

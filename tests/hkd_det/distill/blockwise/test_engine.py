@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hkd_det.distill.blockwise import engine
-from hkd_det.distill.blockwise.engine import BlockError, ExecutorConfig, run_tasks
+from hkd_det.distill.blockwise import executor as engine
+from hkd_det.distill.blockwise.executor import BlockError, ExecutorConfig, run_tasks
 from hkd_det.errors import DataError, UnavailableError
 
 NAMES = ("a", "b", "c", "d", "e")

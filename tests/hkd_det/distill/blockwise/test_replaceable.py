@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hkd_det.distill.blockwise.replaceable import ReplaceableConv, find_replaceable_convs
+from hkd_det.distill.blockwise.blocks import ReplaceableConv, find_replaceable_convs
 from hkd_det.errors import UsageError
+from hkd_det.models.base import BaseDetector
+from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.families import build_from_spec
-from hkd_det.models.family import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
 from hkd_det.models.surgery import ModelChanges
-from hkd_det.models.yolo import UltralyticsSpec, make_ultralytics_spec
+from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
 
 HW = (64, 96)
 

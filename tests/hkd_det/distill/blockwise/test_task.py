@@ -17,13 +17,12 @@ from hkd_det.distill.blockwise.activations import (
     select_cached_layers,
     write_inputs,
 )
-from hkd_det.distill.blockwise.assembly import assemble
-from hkd_det.distill.blockwise.replaceable import ReplaceableConv, find_replaceable_convs
-from hkd_det.distill.blockwise.settings import BlockwiseConfig
-from hkd_det.distill.blockwise.task import HOLDOUT_STEP, BlockTask, read_block, train_block
+from hkd_det.distill.blockwise.blocks import ReplaceableConv, assemble, find_replaceable_convs
+from hkd_det.distill.blockwise.config import BlockwiseConfig
+from hkd_det.distill.blockwise.worker import HOLDOUT_STEP, BlockTask, read_block, train_block
 from hkd_det.errors import DataError
+from hkd_det.models.base import BaseDetector
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.family import BaseDetector
 
 NewTask = Callable[..., BlockTask]
 

@@ -1,1 +1,0 @@
-"""Detectors that others made, as ONNX files: described in a few lines, run without torch."""

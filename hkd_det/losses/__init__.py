@@ -1,1 +1,0 @@
-"""One loss a file."""

@@ -1,0 +1,125 @@
+"""Fixtures of the targets' tests.
+
+`triton_proto`: Triton's own description of config.pbtxt, out of NVIDIA's tritonclient wheel, fetched on first use.
+`float_onnx`: the tiny detector behind the interface of `--no-preprocess`.
+`engine`: an engine as far as these targets look at one.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from hkd_deploy.model_metadata import PREPROCESS, PREPROCESS_FLOAT01
+from hkd_deploy.trt.engine_info import EngineInfo, ProfileInfo, TensorInfo, bytes_sha256, write_engine
+
+TRITON_CLIENT = "tritonclient==2.73.0"
+PROTO = "tritonclient/grpc/model_config_pb2.py"
+
+
+@pytest.fixture(scope="session")
+def triton_proto(pytestconfig: pytest.Config) -> ModuleType:
+    """The generated module `model_config_pb2`. The package around it is not installed: it pins an older protobuf."""
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("tritonclient")
+    module_file = folder / PROTO
+    if not module_file.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+        subprocess.run([*command, TRITON_CLIENT], check=True)
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(PROTO, folder)
+        wheel.unlink()
+    spec = importlib.util.spec_from_file_location("model_config_pb2", module_file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def float_onnx(tiny_onnx: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes the tiny detector for float32 (B, 3, H, W) RGB 0..1, `float_onnx(batch=..., changes={...})`."""
+
+    def write(name: str = "student.onnx", **wanted: object) -> Path:
+        height, width = 96, 160
+        path = tiny_onnx(name, imgsz_hw=(height, width), **wanted)
+        model = onnx.load(path)
+        images = model.graph.input[0]
+        batch = images.type.tensor_type.shape.dim[0]
+        side = batch.dim_value or batch.dim_param
+        images.CopyFrom(helper.make_tensor_value_info("images", TensorProto.FLOAT, [side, 3, height, width]))
+        first = model.graph.node[0]
+        assert first.op_type == "Cast" and list(first.output) == ["float"]
+        model.graph.node.remove(first)
+        model.graph.initializer.append(numpy_helper.from_array(np.array(255, np.float32), "full"))
+        model.graph.node.insert(0, helper.make_node("Mul", ["nhwc", "full"], ["float"]))
+        model.graph.node.insert(0, helper.make_node("Transpose", ["images"], ["nhwc"], perm=[0, 2, 3, 1]))
+        described = {prop.key: prop.value for prop in model.metadata_props} | {
+            "hkd.format": "2",
+            "hkd.preprocess": json.dumps(PREPROCESS_FLOAT01),
+            "hkd.max_hw": f"[{height}, {width}]",
+            "hkd.dynamic_size": "false",
+            "hkd.raw": "false",
+        }
+        helper.set_model_props(model, described | wanted.get("changes", {}))  # type: ignore[operator]
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Callable[..., Path]:
+    """Writes an engine's sidecar as `hkd-export --trt` does, and bytes in place of the plan, which no CPU can open."""
+
+    def write(count: bool = True, free: bool = True, preprocess: dict[str, object] = PREPROCESS) -> Path:
+        path = tmp_path / "student.engine"
+        batch, plan = (-1 if free else 1), b"a plan"
+        nhwc = preprocess["layout"] == "NHWC"
+        images = TensorInfo("images", "UINT8" if nhwc else "FLOAT", [batch, *((96, 160, 3) if nhwc else (3, 96, 160))])
+        outputs = [TensorInfo("boxes", "FLOAT", [batch, 2, 4]), TensorInfo("scores", "FLOAT", [batch, 2])]
+        described = model_metadata((96, 160), None if free else 1) | {
+            "hkd.format": "2",
+            "hkd.preprocess": json.dumps(preprocess),
+            "hkd.max_hw": "[96, 160]",
+            "hkd.dynamic_size": "false",
+            "hkd.raw": "false",
+        }
+        largest = [4, *images.shape[1:]]
+        sidecar = EngineInfo(
+            format=1,
+            tensorrt="10.3.0",
+            gpu="Orin",
+            sm="8.7",
+            platform="linux-aarch64",
+            compatible=[],
+            dla=None,
+            precision_requested="fp32",
+            precision_actual={"fp32": 9},
+            inputs=[images],
+            outputs=[*outputs, *([TensorInfo("count", "INT64", [batch])] if count else [])],
+            profile=ProfileInfo([1, *largest[1:]], [2, *largest[1:]], largest) if free else None,
+            workspace_mib=1024,
+            context_mib=1.0,
+            build_s=1.0,
+            date="2026-01-02T03:04:05+00:00",
+            source="student.onnx",
+            source_sha256="0f" * 32,
+            engine_sha256=bytes_sha256(plan),
+            metadata=described,
+        )
+        write_engine(path, plan, sidecar)
+        return path
+
+    return write

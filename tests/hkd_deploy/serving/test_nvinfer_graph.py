@@ -1,0 +1,181 @@
+"""The graph that DeepStream gets answers as the file it was made of, in every precision, and TensorRT builds it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from hkd_deploy.export.cli import main
+from hkd_deploy.export.exporter import export_onnx
+from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.precision.cli import save_model
+from hkd_deploy.precision.float16 import convert_to_half
+from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
+from hkd_deploy.precision.model import Fp32Model, read_fp32_model
+from hkd_deploy.serving import model_file
+from hkd_deploy.serving.model_file import read_model_file
+from hkd_det.models.checkpoint import DetectorCheckpoint
+from hkd_det.models.zoo import build_model
+
+HW = (128, 160)
+REACH = 4.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> DetectorCheckpoint:
+    """A detector whose statistics have moved and whose scores differ: not trained, but not blank either."""
+    torch.manual_seed(0)
+    detector = build_model("mini-student")
+    for branch in (detector.head.one2many, detector.head.one2one):
+        torch.nn.init.normal_(branch.weight, std=0.5)
+    detector.train()
+    with torch.no_grad():
+        for _ in range(3):
+            detector(torch.rand(4, 3, 64, 64) * 255)
+    config = {"data": "street.yaml", "imgsz_hw": list(HW)}
+    return DetectorCheckpoint("mini-student", detector.spec, detector.eval().state_dict(), config, 1, 0.5)
+
+
+def in_precision(source: Fp32Model, precision: str) -> onnx.ModelProto:
+    match precision:
+        case "fp32":
+            return source.model
+        case "int8":
+            folded = replace(source, model=fold_norms(source.model)).model
+            layers = find_graph_regions(folded).layers
+            entering = {node.input[0] for node in folded.graph.node if node.name in layers}
+            return convert_to_int8(folded, layers, dict.fromkeys(entering, REACH))
+        case _:
+            return convert_to_half(source.model, find_graph_regions(source.model), precision)
+
+
+@pytest.fixture
+def exported(checkpoint: DetectorCheckpoint, tmp_path: Path) -> Callable[..., Path]:
+    """`exported(precision, batch)`: a file as hkd-export writes it; batch None: free."""
+
+    def write(precision: str, batch: int | None) -> Path:
+        path = tmp_path / "student.onnx"
+        export_onnx(checkpoint, path, ExportOptions(HW, batch))
+        source = read_fp32_model(path)
+        save_model(source, in_precision(source, precision), path, precision, {}, {})
+        return path
+
+    return write
+
+
+def pictures(count: int) -> np.ndarray:
+    """uint8 RGB [count, H, W, 3]: coarse noise, so that places differ."""
+    chance = np.random.default_rng(0)
+    coarse = chance.integers(0, 256, (count, HW[0] // 8, HW[1] // 8, 3), np.uint8)
+    return np.stack([cv2.resize(picture, (HW[1], HW[0])) for picture in coarse])
+
+
+@pytest.mark.parametrize("batch", [2, None])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_it_answers_as_its_source(exported: Callable[..., Path], precision: str, batch: int | None) -> None:
+    model = exported(precision, batch)
+    assert main([str(model), "--target", "deepstream"]) == 0
+    written = model.parent / "deepstream" / "student" / "student.onnx"
+    given = pictures(2)
+    before = onnxruntime.InferenceSession(str(model)).run(["boxes", "scores"], {"images": given})
+    session = onnxruntime.InferenceSession(str(written))
+    (images,) = session.get_inputs()
+    assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(float)", [3, *HW])
+    assert images.shape[0] == batch if batch else isinstance(images.shape[0], str)
+    assert [output.name for output in session.get_outputs()] == ["boxes", "scores"]
+    after = session.run(None, {"images": given.transpose(0, 3, 1, 2).astype(np.float32) / 255})
+    # Scores fall, and those of many places differ: a picture read in another order would show.
+    assert before[1][0, 0] > before[1][0, 9] > 0 and not np.array_equal(before[1][0], before[1][1])
+    for wanted, found in zip(before, after, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_only_its_start_and_what_it_says_of_it_are_new(exported: Callable[..., Path], precision: str) -> None:
+    path = exported(precision, 1)
+    assert main([str(path), "--target", "deepstream"]) == 0
+    written = path.parent / "deepstream" / "student" / "student.onnx"
+    before, after = onnx.load(path), onnx.load(written)
+    old, new = ([node.SerializeToString() for node in model.graph.node] for model in (before, after))
+    gone = [node.op_type for node in before.graph.node if node.SerializeToString() not in new]
+    added = [node.op_type for node in after.graph.node if node.SerializeToString() not in old]
+    assert (gone, added) == (["Cast", "Transpose"], ["Mul"])
+    assert (after.opset_import, after.ir_version) == (before.opset_import, before.ir_version)
+    said, says = ({entry.key: entry.value for entry in model.metadata_props} for model in (before, after))
+    assert {key for key in says if says[key] != said.get(key)} == {"hkd.format", "hkd.preprocess"}
+    manifest = ModelMetadata.from_metadata(says, written)
+    assert manifest == replace(ModelMetadata.from_metadata(said, path), preprocess="float01")
+
+
+def test_a_graph_that_begins_otherwise_is_refused(
+    exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported("fp32", 1)
+    model = onnx.load(path)
+    (cast,) = (node for node in model.graph.node if "images" in node.input)
+    cast.op_type = "Identity"
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    del cast.attribute[:]
+    onnx.save(model, path)
+    assert main([str(path), "--target", "deepstream"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "does not begin with a cast of images to float32" in error and len(error.splitlines()) == 1
+    assert not (path.parent / "deepstream" / "student" / "student.onnx").exists()
+
+
+def test_bfloat16_which_onnx_runtime_does_not_open(
+    exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported("bf16", None)
+    assert main([str(path), "--target", "deepstream"]) == 0
+    folder = path.parent / "deepstream" / "student"
+    assert "network-mode=0\n" in (folder / "config_infer_primary.txt").read_text()
+    images = onnx.load(folder / "student.onnx").graph.input[0].type.tensor_type
+    assert images.elem_type == onnx.TensorProto.FLOAT
+    assert [side.dim_param or side.dim_value for side in images.shape.dim] == ["batch", 3, *HW]
+    capsys.readouterr()
+    assert main([str(path), "--target", "triton"]) == 2  # nor does Triton's
+    error = capsys.readouterr().err.strip()
+    assert f"first hkd-export {path} --trt, then" in error and len(error.splitlines()) == 1
+    assert not (path.parent / "triton").exists()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert main([str(path), "--target", "deepstream"]) == 1
+    assert "truncated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [2, None])
+def test_the_interface_is_the_same_whoever_reads_it(exported: Callable[..., Path], batch: int | None) -> None:
+    """Of the input, all of it; of outputs, ONNX Runtime knows more sides than the file says."""
+    path = exported("fp32", batch)
+    seen, says = read_model_file(path), model_file._read_with_onnx(path)
+    assert says.inputs == seen.inputs and says.metadata == seen.metadata and says.batch == seen.batch
+    assert [(one.name, one.dtype) for one in says.outputs] == [(one.name, one.dtype) for one in seen.outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16"), ("int8", "INT8")]
+)
+def test_tensorrt_builds_it(
+    exported: Callable[..., Path],
+    tensorrt_builds: Callable[..., dict[str, Any]],
+    precision: str,
+    kind: str,
+    batch: int | None,
+) -> None:
+    model = exported(precision, batch)
+    assert main([str(model), "--target", "deepstream"]) == 0
+    written = model.parent / "deepstream" / "student" / "student.onnx"
+    built = tensorrt_builds(written, (1, 3, *HW), (4, 3, *HW))
+    assert built["input"] == "FLOAT" and built["outputs"] == {"boxes": ["FLOAT", 3], "scores": ["FLOAT", 2]}
+    assert kind in built["layer_types"]

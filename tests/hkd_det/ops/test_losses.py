@@ -1,0 +1,149 @@
+"""Each loss against its closed form or a second implementation."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torchvision.ops import box_iou as torchvision_box_iou
+from torchvision.ops import generalized_box_iou_loss as torchvision_giou_loss
+
+from hkd_det.ops.boxes import box_iou, generalized_box_iou_loss
+from hkd_det.ops.losses import (
+    distribution_focal_loss,
+    fg_balanced_mean,
+    localization_distillation_loss,
+    pkd_loss,
+    quality_focal_kd_loss,
+    varifocal_loss,
+)
+
+
+def random_boxes(seed: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * 100
+    return torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 50 + 0.1], 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000))
+def test_overlaps_equal_torchvision(seed: int) -> None:
+    a, b = random_boxes(seed, 5), random_boxes(seed + 1, 5)
+    torch.testing.assert_close(box_iou(a[None], b[None])[0], torchvision_box_iou(a, b))
+    torch.testing.assert_close(generalized_box_iou_loss(a, b), torchvision_giou_loss(a, b), atol=1e-4, rtol=1e-4)
+
+
+def test_varifocal_by_hand() -> None:
+    logit = torch.tensor([0.0, 0.0])
+    loss = varifocal_loss(logit, torch.tensor([0.8, 0.0]))
+    # p = 0.5: BCE(p, q) is log 2 for any q; weights are q, and alpha p^gamma.
+    torch.testing.assert_close(loss, torch.tensor([0.8 * math.log(2), 0.75 * 0.25 * math.log(2)]))
+
+
+def test_varifocal_gradient_treats_the_weight_as_constant() -> None:
+    logit = torch.tensor([1.0], requires_grad=True)
+    varifocal_loss(logit, torch.tensor([0.0])).sum().backward()
+    p = torch.sigmoid(torch.tensor(1.0))
+    torch.testing.assert_close(logit.grad, (0.75 * p**2 * p).view(1))
+
+
+def test_distribution_focal_is_least_at_the_split_it_asks_for() -> None:
+    distance = torch.tensor([2.25])
+    ideal = torch.full((1, 6), -30.0)
+    ideal[0, 2], ideal[0, 3] = math.log(0.75), math.log(0.25)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    torch.testing.assert_close(distribution_focal_loss(ideal, distance), torch.tensor([entropy]))
+    assert distribution_focal_loss(torch.zeros(1, 6), distance) == pytest.approx(math.log(6))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.floats(0.1, 10), st.floats(-5, 5))
+def test_imitation_ignores_scale_and_offset_and_is_one_minus_pearson(seed: int, scale: float, offset: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 3, 4, 5, 6, generator=generator)
+    assert pkd_loss(a, a * scale + offset).max() < 1e-4
+    stacked = torch.stack([a.flatten(2), b.flatten(2)])
+    centred = stacked - stacked.mean(-1, keepdim=True)
+    pearson = (centred[0] * centred[1]).sum(-1) / centred.square().sum(-1).sqrt().prod(0)
+    torch.testing.assert_close(pkd_loss(a, b).mean((1, 2)), 1 - pearson.mean(1), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pkd_loss(a, -a).mean(), torch.tensor(2.0), atol=1e-3, rtol=1e-3)
+
+
+def test_imitation_of_a_constant_map_is_finite() -> None:
+    flat = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    pkd_loss(flat, torch.ones(1, 2, 4, 4)).sum().backward()
+    assert flat.grad is not None and torch.isfinite(flat.grad).all()
+
+
+def test_balance_gives_people_their_share_whatever_their_area() -> None:
+    error = torch.zeros(3, 4, 4)
+    error[:, 0, 0] = 8.0  # the only cell with a person
+    people = torch.zeros(3, 4, 4, dtype=torch.bool)
+    people[0, 0, 0] = True
+    people[2] = True
+    torch.testing.assert_close(fg_balanced_mean(error, people, 0.5), torch.tensor([4.0, 0.5, 0.5]))
+
+
+def test_soft_scores_cost_nothing_in_agreement_and_pull_towards_the_teacher() -> None:
+    teacher = torch.tensor([2.0, -3.0, 0.0])
+    torch.testing.assert_close(quality_focal_kd_loss(teacher, teacher), torch.zeros(3))
+    student = torch.tensor([0.0, 0.0, 1.0], requires_grad=True)
+    quality_focal_kd_loss(student, teacher).sum().backward()
+    s, t = student.detach().sigmoid(), teacher.sigmoid()
+    torch.testing.assert_close(student.grad, (s - t).abs() * (s - t))
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_soft_scores_are_bernoullis_divergence_weighted_by_the_difference(power: float) -> None:
+    teacher, student = torch.tensor([2.0, -3.0, 0.5]), torch.tensor([-1.0, 0.0, 4.0])
+    divergence = kl_divergence(Bernoulli(logits=teacher), Bernoulli(logits=student))
+    weight = (teacher.sigmoid() - student.sigmoid()).abs() ** power
+    torch.testing.assert_close(quality_focal_kd_loss(student, teacher, power), weight * divergence)
+
+
+def test_localisation_is_the_kl_divergence_of_the_sides_distributions() -> None:
+    chance = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4, 16, generator=chance)
+    hot = [Categorical(logits=sides / 2) for sides in (teacher, student)]
+    torch.testing.assert_close(localization_distillation_loss(student, teacher), 4 * kl_divergence(*hot).mean(-1))
+    torch.testing.assert_close(localization_distillation_loss(teacher, teacher), torch.zeros(5), atol=1e-6, rtol=0)
+    student = student.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda sides: localization_distillation_loss(sides, teacher.double()), (student,))
+
+
+def test_imitation_has_the_gradient_of_finite_differences() -> None:
+    chance = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 3, 3, 4, generator=chance)
+    direction = torch.randn(student.shape, generator=chance)
+    weight = torch.rand(2, 3, 4, generator=chance)
+
+    def loss(features: torch.Tensor) -> torch.Tensor:
+        return (weight * pkd_loss(features, teacher)).sum()
+
+    student.requires_grad_()
+    along = (torch.autograd.grad(loss(student), student)[0] * direction).sum()
+    with torch.no_grad():
+        difference = (loss(student + 1e-2 * direction) - loss(student - 1e-2 * direction)) / 2e-2
+    torch.testing.assert_close(along, difference, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_imitation_is_torchs_own_normalisation_in_value_and_gradient(layout: torch.memory_format) -> None:
+    """Also for a gradient asked for twice, and of a channel that says the same everywhere."""
+    chance = torch.Generator().manual_seed(0)
+    student, teacher = (3 + torch.randn(2, 5, 6, 7, generator=chance).to(memory_format=layout) for _ in range(2))
+    student[0, 1] = 2.0
+    before = student.clone(), teacher.clone()
+    weight = torch.rand(2, 6, 7, generator=chance)
+    student.requires_grad_()
+    errors = pkd_loss(student, teacher)
+    standardised = (torch.nn.functional.instance_norm(features) for features in (student, teacher))
+    expected = 0.5 * (next(standardised) - next(standardised)).square().mean(1)
+    torch.testing.assert_close(errors, expected)
+    wanted = torch.autograd.grad((weight * expected).sum(), student)[0]
+    for keep in (True, False):
+        told = torch.autograd.grad((weight * errors).sum(), student, retain_graph=keep)[0]
+        torch.testing.assert_close(told, wanted, atol=1e-6, rtol=1e-4)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
