@@ -7,8 +7,6 @@ inclusive boxes of MATLAB tools end at the readers.
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.onnxrt.detector import FloatArray
-
 Boxes = NDArray[np.floating]
 
 
@@ -51,7 +49,7 @@ def clip_boxes(boxes_xyxy: Boxes, size_hw: tuple[int, int]) -> Boxes:
     return np.clip(boxes_xyxy, 0, [width, height, width, height])
 
 
-def nms(boxes_xyxy: FloatArray, iou_threshold: float) -> NDArray[np.intp]:
+def nms(boxes_xyxy: Boxes, iou_threshold: float) -> NDArray[np.intp]:
     """Which of [N, 4] boxes, best first, stay: those that overlap no better one that stays by more than `iou`."""
     overlaps = box_iou(boxes_xyxy, boxes_xyxy) > iou_threshold
     gone = np.zeros(len(boxes_xyxy), bool)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from hkd_bench.host import read_host_fields
-from hkd_det.distill.cdd.method import CDDConfig
+from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
 from hkd_det.distill.distiller import DistillationLoss, Distiller
 from hkd_det.distill.hkd import HKDConfig

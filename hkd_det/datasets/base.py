@@ -21,8 +21,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from hkd_det.datasets.yolo import IMAGE_SUFFIXES
 from hkd_det.errors import DataError
+from hkd_det.image import IMAGE_SUFFIXES
 from hkd_det.structures import Sample, unlabeled_ground_truth
 
 ErrorHandler = Callable[[DataError], None]

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error, xyxy_from_inclusive
-from hkd_det.datasets.yolo import IMAGE_SUFFIXES
 from hkd_det.errors import DataError, UsageError
+from hkd_det.image import IMAGE_SUFFIXES
 from hkd_det.structures import GroundTruth, Sample
 
 FORMAT_LINE = "PASCAL Annotation Version 1.00"

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from hkd_det import boxes as box_math
 from hkd_det.datasets.base import ErrorHandler, raise_error, select_person_class
 from hkd_det.errors import DataError
+from hkd_det.image import IMAGE_SUFFIXES
 from hkd_det.structures import GroundTruth, Sample
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_COORDINATE_RATIO = 2.0  # a person half outside the picture; what is larger was meant as pixels
 
 

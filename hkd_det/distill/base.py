@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from hkd_det.models.base import BaseDetector, DetectionBatch, FeatureInfo, ModelOutputs, Targets
+from hkd_det.models.base import BaseDetector, DetectionBatch, FeatureInfo, ModelOutputs, ProposalOutputs, Targets
+from hkd_det.models.faster_rcnn import split_ignored
 from hkd_det.ops.losses import ReduceMean
 
 
@@ -57,3 +59,11 @@ class TeacherModel(Protocol):
 
     def feature_info(self) -> list[FeatureInfo]:
         """The ends of its pyramid's levels, fine to coarse; none of a black box."""
+
+
+def sample_rois(batch: DistillationBatch, teacher_outputs: ProposalOutputs, num_proposals: int) -> list[Tensor]:
+    """For each picture [R, 4] xyxy: its people, and the teacher's best `proposals`."""
+    people, _ = split_ignored(batch.targets)
+    return [
+        torch.cat([mine, best[:num_proposals]]) for mine, best in zip(people, teacher_outputs.proposals, strict=True)
+    ]

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hkd_det.distill.adapters import Adapter, Projection
-from hkd_det.distill.base import DistillationBatch
+from hkd_det.distill.base import DistillationBatch, sample_rois
 from hkd_det.distill.noisy_teacher import NoisyTeacher
 from hkd_det.distill.soft_labels import dense_soft_label_losses, soft_label_losses
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BranchOutputs, DenseOutputs, FeatureInfo, ProposalOutputs, Targets
-from hkd_det.models.faster_rcnn import FasterRCNN, split_ignored
+from hkd_det.models.faster_rcnn import FasterRCNN
 from hkd_det.models.feature_layers import LayerPairs, pair_by_stride, pair_layers
 from hkd_det.ops.boxes import generalized_box_iou_loss
 from hkd_det.ops.losses import fg_balanced_mean, localization_distillation_loss, pkd_loss, quality_focal_kd_loss
@@ -102,14 +102,6 @@ class TwoStageHKD(nn.Module):
             "hkd_region": self.config.region * region,
             "hkd_logit": self.config.logit * logit,
         }
-
-
-def sample_rois(batch: DistillationBatch, teacher_outputs: ProposalOutputs, num_proposals: int) -> list[Tensor]:
-    """For each picture [R, 4] xyxy: its people, and the teacher's best `proposals`."""
-    people, _ = split_ignored(batch.targets)
-    return [
-        torch.cat([mine, best[:num_proposals]]) for mine, best in zip(people, teacher_outputs.proposals, strict=True)
-    ]
 
 
 def mse_per_item(student: Tensor, teacher: Tensor) -> Tensor:

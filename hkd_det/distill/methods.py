@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 from hkd_det.config import dataclass_from_dict
 from hkd_det.distill.blockwise.config import BlockwiseConfig
-from hkd_det.distill.cdd.method import CDDConfig
+from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig

@@ -19,8 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.base import DistillationBatch
-from hkd_det.distill.hkd import sample_rois
+from hkd_det.distill.base import DistillationBatch, sample_rois
 from hkd_det.distill.soft_labels import nms_detections
 from hkd_det.errors import UsageError
 from hkd_det.models.base import (

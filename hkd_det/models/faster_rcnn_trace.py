@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from hkd_deploy.export.graph import clip_boxes_traceable
 from hkd_det.models.faster_rcnn import NUM_CLASSES, PERSON_LABEL, ROI_SIZE, STRIDES, FasterRCNN
+from hkd_det.ops.boxes import clip_boxes_traceable
 from hkd_det.ops.nms import SUPPRESSED_LOGIT, cluster_nms
 
 SAMPLING_RATIO = 2  # a side of a cell

@@ -21,7 +21,6 @@ from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.onnx_teacher import OnnxTeacher, is_onnx_file, load_onnx_teacher
 from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, make_ultralytics_spec
-from hkd_det.train.config import TrainConfig
 
 # A student has at most a sixth of its teacher's parameters: tests/hkd_det/models/test_sizes.py.
 MODELS: dict[str, HKDDetectorSpec | FasterRCNNSpec] = {
@@ -102,11 +101,10 @@ def count_params_and_flops(detector: BaseDetector, imgsz_hw: tuple[int, int]) ->
     return ModelComplexity(sum(parameter.numel() for parameter in exported), counter.get_total_flops(), imgsz_hw)
 
 
-def load_teacher(config: TrainConfig, device: torch.device) -> BaseDetector | OnnxTeacher:
-    """The run's teacher, on the device."""
-    path = Path(config.teacher)
+def load_teacher(path: Path, device: torch.device, config_path: Path | None = None) -> BaseDetector | OnnxTeacher:
+    """Load a frozen teacher onto a device."""
     if is_onnx_file(path):
-        return load_onnx_teacher(path, device, Path(config.teacher_config) if config.teacher_config else None)
+        return load_onnx_teacher(path, device, config_path)
     return load_detector(path).to(device).to(memory_format=torch.channels_last)
 
 
@@ -137,13 +135,13 @@ def _check_not_onnx(path: Path) -> None:
         )
 
 
-def build_student(config: TrainConfig, weights: Path | None) -> BaseDetector:
+def build_student(model: str, backbone: str, pretrained: str, weights: Path | None = None) -> BaseDetector:
     """The detector to train, on the CPU; `init` is a checkpoint whose shape and weights are its start."""
     if weights is not None:
         return load_detector(weights)
-    detector = build_model(config.model, config.backbone)
-    if config.pretrained:
+    detector = build_model(model, backbone)
+    if pretrained:
         if not isinstance(detector, HKDDetector | FasterRCNN):
-            raise UsageError(f"--pretrained fills timm's backbones; {config.model} has one of its own")
-        load_pretrained(detector.backbone, detector.spec.backbone, config.pretrained)
+            raise UsageError(f"--pretrained fills timm's backbones; {model} has one of its own")
+        load_pretrained(detector.backbone, detector.spec.backbone, pretrained)
     return detector

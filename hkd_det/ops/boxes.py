@@ -40,3 +40,8 @@ def points_in_boxes(points: Tensor, boxes_xyxy: Tensor) -> Tensor:
     x1, y1, x2, y2 = boxes_xyxy[..., None, :].unbind(-1)  # [B, M, 1]
     x, y = points.unbind(-1)  # [A]
     return (x > x1) & (x < x2) & (y > y1) & (y < y2)
+
+
+def clip_boxes_traceable(boxes_xyxy: Tensor, image_hw: Tensor) -> Tensor:
+    """Boxes [..., 4] cut at the borders of pictures of picture_hw [2] pixels."""
+    return torch.minimum(boxes_xyxy.clamp(min=0), image_hw.flip(0).repeat(2))

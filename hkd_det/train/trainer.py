@@ -160,7 +160,7 @@ class Trainer:
             )
         self.config, self.dist_context, self.val_samples = config, dist_context, val_samples
         torch.manual_seed(config.seed)
-        detector = build_student(config, weights)
+        detector = build_student(config.model, config.backbone, config.pretrained, weights)
         if config.freeze_bn:
             freeze_batch_norm(detector)
         ledger = prepare_pruning(detector, config)
@@ -364,7 +364,10 @@ def check_annotations(config: TrainConfig, train_samples: Sequence[Sample], val_
 
 def _build_distiller(config: TrainConfig, student: BaseDetector, device: torch.device) -> DistillationLoss | None:
     methods = config.distill.online_methods
-    return DistillationLoss(student, load_teacher(config, device), methods) if methods.names else None
+    if not methods.names:
+        return None
+    teacher_config = Path(config.teacher_config) if config.teacher_config else None
+    return DistillationLoss(student, load_teacher(Path(config.teacher), device, teacher_config), methods)
 
 
 def _derive_seed(seed: int, epoch: int, rank: int) -> int:

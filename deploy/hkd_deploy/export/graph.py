@@ -17,6 +17,7 @@ from hkd_det.models import faster_rcnn_trace as two_stage
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.faster_rcnn import FasterRCNN
 from hkd_det.models.ultralytics import UltralyticsDetector
+from hkd_det.ops.boxes import clip_boxes_traceable
 from hkd_det.ops.nms import IOU_THRESHOLD, cluster_nms
 
 
@@ -51,11 +52,6 @@ def scale_boxes_to_source(boxes_xyxy: Tensor, source_hw: Tensor, content_hw: Ten
     inside_hw [2]: their size inside the input.
     """
     return clip_boxes_traceable(boxes_xyxy * (source_hw / content_hw).flip(0).repeat(2), source_hw)
-
-
-def clip_boxes_traceable(boxes_xyxy: Tensor, image_hw: Tensor) -> Tensor:
-    """Boxes [..., 4] cut at the borders of pictures of picture_hw [2] pixels."""
-    return torch.minimum(boxes_xyxy.clamp(min=0), image_hw.flip(0).repeat(2))
 
 
 def pad_to_stride(images: Tensor, min_hw: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from hkd_det.distill.cdd.method import CDDConfig
+from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.models.base import Targets
 from hkd_det.models.faster_rcnn import split_ignored
 

@@ -14,9 +14,10 @@ from hkd_det.distill.cdd.compactor import (
     proximal_step,
     reset_gradient,
 )
+from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.cost_model import ChannelCostModel, filter_deployed_layers
 from hkd_det.distill.cdd.importance import PooledFeatures
-from hkd_det.distill.cdd.method import CDD, CDDConfig
+from hkd_det.distill.cdd.method import CDD
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.zoo import ModelComplexity

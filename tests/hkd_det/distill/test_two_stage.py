@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hkd_det.distill.base import DistillationBatch
+from hkd_det.distill.base import DistillationBatch, sample_rois
 from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hkd import HKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item, sample_rois
+from hkd_det.distill.hkd import HKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.distill.soft_labels import roi_soft_label_losses

@@ -12,7 +12,7 @@ import torch
 
 from hkd_det.distill.blockwise.config import BlockwiseConfig
 from hkd_det.distill.cdd.compactor import Compactor
-from hkd_det.distill.cdd.method import CDDConfig
+from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.mokd import MoKDConfig

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.importance import (
     EMA_DECAY,
     ChannelImportance,
@@ -15,7 +16,6 @@ from hkd_det.distill.cdd.importance import (
     sample_regions,
     unimportant_channels,
 )
-from hkd_det.distill.cdd.method import CDDConfig
 from hkd_det.models.base import Targets
 from hkd_det.ops.roi_pool import BoxAveragePool
 

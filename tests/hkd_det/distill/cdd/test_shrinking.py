@@ -9,8 +9,9 @@ from torch import nn
 
 from hkd_det.distill.base import DistillationBatch
 from hkd_det.distill.cdd.compactor import group_lasso, group_lasso_gradient, proximal_step, reset_gradient
+from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.cost_model import ChannelCostModel
-from hkd_det.distill.cdd.method import CDD, CDDConfig
+from hkd_det.distill.cdd.method import CDD
 from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, Targets
