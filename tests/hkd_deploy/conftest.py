@@ -9,6 +9,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import socketserver
 import subprocess
@@ -28,7 +29,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 TENSORRT = Path(__file__).parents[2] / "deploy" / "tensorrt_cpu.py"
-VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
+VIDEOS = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "videos"
 
 BRIGHT = 200  # mean of the three channels
 

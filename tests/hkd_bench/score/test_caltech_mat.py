@@ -1,6 +1,7 @@
 """`hkd-bench score` on a `gt-SETUP.mat`, which does not say which frames it holds the truth of."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from hkd_det.metrics import caltech
 from hkd_det.metrics.caltech import test_frame_ids
 from hkd_det.metrics.caltech_files import read_caltech_ground_truth
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")
+SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
 
 
 @needs_data

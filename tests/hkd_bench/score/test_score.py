@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,8 @@ from hkd_det.errors import HkdError
 from hkd_det.metrics import caltech, citypersons
 from hkd_det.metrics.coco import read_coco_detections, read_coco_ground_truth
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the official annotations lie in ../shared/data")
+SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
 
 
 def literal(name: str) -> ModuleType:

@@ -1,5 +1,6 @@
 """The exported file says what the trained detector says: to ONNX Runtime, to TensorRT, and about itself."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from hkd_det.letterbox import Letterbox
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
 from hkd_det.models.zoo import build_model, count_params_and_flops
 
-PICTURES = Path(__file__).parents[4] / "shared" / "data" / "inria" / "test"
+PICTURES = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "inria" / "test"
 SIZE_HW = (128, 160)
 
 

@@ -1,5 +1,6 @@
 """Caltech: the official numbers, both forms of annotation, where pictures lie, and what is told of faults."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,8 @@ from hkd_det.datasets.caltech_annotations import read_vbb
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
 
-OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "caltech"
-official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official annotations lie in ../shared/data")
+OFFICIAL = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "caltech"
+official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="HKD_TEST_DATA is not set")
 Write = Callable[..., None]
 HEADER = "% bbGt version=3\n"
 

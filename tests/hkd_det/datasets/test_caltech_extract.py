@@ -1,5 +1,6 @@
 """Pictures out of films: which, byte for byte, once; and what is said about it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hkd_det.datasets import caltech_extract
 from hkd_det.datasets.caltech_extract import main
 
-PEDS30 = Path(__file__).parents[4] / "shared" / "data" / "caltech" / "peds30.seq"
+PEDS30 = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "caltech" / "peds30.seq"
 Write = Callable[..., list[bytes]]
 SHOTS = [np.full((16, 24, 3), (index * 20, 60, 200), np.uint8) for index in range(7)]
 
@@ -69,7 +70,7 @@ def test_mistakes_are_one_line(tmp_path: Path, write_seq: Write, capsys: pytest.
     assert not (tmp_path / "images").exists()
 
 
-@pytest.mark.skipif(not PEDS30.is_file(), reason="the real film lies in ../shared/data")
+@pytest.mark.skipif(not PEDS30.is_file(), reason="HKD_TEST_DATA is not set")
 def test_the_real_film_gives_the_frame_the_test_uses(tmp_path: Path) -> None:
     (tmp_path / "set06").mkdir()
     (tmp_path / "set06" / "V000.seq").symlink_to(PEDS30)

@@ -1,6 +1,7 @@
 """CityPersons: the official files in full, both forms alike, and every way they can be broken."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from hkd_det.datasets.synthetic.scene import AnnotationRecord
 from hkd_det.datasets.synthetic.writer import ImageAnnotations, write_citypersons_json, write_citypersons_mat
 from hkd_det.errors import DataError, HkdError
 
-OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "citypersons"
-official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official annotations lie in ../shared/data")
+OFFICIAL = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "citypersons"
+official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="HKD_TEST_DATA is not set")
 RECORDS = [
     AnnotationRecord(1, 24000, (10, 20, 41, 100), (10, 20, 41, 80)),
     AnnotationRecord(5, 24001, (-5, 0, 30, 60), (0, 0, 25, 60)),

@@ -1,6 +1,7 @@
 """COCO JSON: what is read, and what is refused with the file's and the record's name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hkd_det.datasets.coco import read_coco
 from hkd_det.errors import DataError, HkdError
 
-INRIA = Path(__file__).parents[4] / "shared" / "data" / "inria"
+INRIA = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "inria"
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def test_any_mutation_raises_nothing_but_our_errors(
         assert str(path) in str(error)
 
 
-@pytest.mark.skipif(not INRIA.is_dir(), reason="INRIA Person lies in ../shared/data, not in the project")
+@pytest.mark.skipif(not INRIA.is_dir(), reason="HKD_TEST_DATA is not set")
 def test_inria_person_in_full() -> None:
     training, test = (read_coco(INRIA / f"{split}.json", INRIA) for split in ("train", "test"))
     assert (len(training), len(test)) == (614, 288)

@@ -1,5 +1,6 @@
 """Norpix films: a real one, all codecs written as the toolbox does, and every way a film can be broken."""
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from hkd_det.datasets.seq import open_seq
 from hkd_det.errors import DataError
 
-PEDS30 = Path(__file__).parents[4] / "shared" / "data" / "caltech" / "peds30.seq"
-real = pytest.mark.skipif(not PEDS30.is_file(), reason="the real film lies in ../shared/data")
+PEDS30 = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "caltech" / "peds30.seq"
+real = pytest.mark.skipif(not PEDS30.is_file(), reason="HKD_TEST_DATA is not set")
 Write = Callable[..., list[bytes]]
 
 

@@ -1,6 +1,7 @@
 """The synthetic street: the same for everybody, in CityPersons' own form, with a truth that holds."""
 
 import json
+import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from hkd_det.datasets.synthetic.renderer import Canvas
 from hkd_det.datasets.synthetic.scene import PEDESTRIAN
 from hkd_det.errors import DataError, UsageError
 
-OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "citypersons" / "anno_val.mat"
+OFFICIAL = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "citypersons" / "anno_val.mat"
 SMALL = (128, 256)
 
 
@@ -116,7 +117,7 @@ def test_the_set_does_not_depend_on_the_workers_and_is_read_as_citypersons(tmp_p
         assert from_mat.ground_truth.labels == from_json.ground_truth.labels
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="the official annotations lie in ../shared/data")
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="HKD_TEST_DATA is not set")
 def test_the_mat_is_nested_as_the_official_one(tmp_path: Path) -> None:
     write_synthetic_dataset(tmp_path, 0, 2, size_hw=SMALL, num_workers=1)
     ours = scipy.io.loadmat(tmp_path / "annotations" / "anno_val.mat")["anno_val_aligned"]

@@ -1,5 +1,6 @@
 """Caltech's .vbb files: every number as scipy reads it, every way they can be broken."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hkd_det.datasets.base import raise_error
 from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_vbb
 from hkd_det.errors import DataError
 
-OFFICIAL = Path(__file__).parents[4] / "shared" / "data" / "caltech"
+OFFICIAL = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "caltech"
 FILMS = sorted(OFFICIAL.rglob("*.vbb"))
 ID, OCCL = "id", "occl"
 Write = Callable[..., None]
@@ -31,7 +32,7 @@ def record(number: float, pos: Any, posv: Any = (0, 0, 0, 0), occl: float = 0) -
     return {ID: number, "pos": np.array([pos], float), OCCL: occl, "lock": 0, "posv": np.array([posv])}
 
 
-@pytest.mark.skipif(not FILMS, reason="the official annotations lie in ../shared/data")
+@pytest.mark.skipif(not FILMS, reason="HKD_TEST_DATA is not set")
 @pytest.mark.parametrize("path", FILMS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_box_of_the_official_files(path: Path) -> None:
     frames = read_vbb(path)
@@ -47,7 +48,7 @@ def test_every_box_of_the_official_files(path: Path) -> None:
             assert ours.visible_xywh[index].tolist() == one["posv"].ravel().tolist()
 
 
-@pytest.mark.skipif(not FILMS, reason="the official annotations lie in ../shared/data")
+@pytest.mark.skipif(not FILMS, reason="HKD_TEST_DATA is not set")
 def test_known_counts_of_two_films() -> None:
     labels = [label for frame in read_vbb(OFFICIAL / "annotations/set06/V000.vbb") for label in frame.labels]
     assert {name: labels.count(name) for name in set(labels)} == {"person": 146, "people": 50, "person-fa": 589}

@@ -1,6 +1,7 @@
 """A foreign model from file to detections: tiny graphs whose answers are known, and a real one on real pictures."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hkd_det.errors import DataError
 from hkd_det.image import read_image
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
+SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 RECIPES = Path(__file__).parents[3] / "recipes" / "foreign"
 HW = (64, 96)
 
@@ -124,7 +125,7 @@ def test_metadata_of_our_exports_goes_before_a_file_beside_it(tmp_path: Path) ->
         open_onnx_detector(path)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="a real model and real pictures lie in ../shared/data")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
 def test_a_real_foreign_detector_finds_the_people_of_real_pictures() -> None:
     model = open_onnx_detector(SHARED / "models" / "yolox_nano.onnx", config_path=RECIPES / "yolox.yaml", threads=1)
     samples = read_coco(SHARED / "inria" / "test.json", SHARED / "inria")[:8]

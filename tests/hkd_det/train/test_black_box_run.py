@@ -1,5 +1,6 @@
 """Black boxes as teachers: our own exports, a real foreign model, and what cannot be asked of them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-SHARED = Path(__file__).parents[4] / "shared" / "data"
+SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 YOLOX, DESCRIPTION = SHARED / "models" / "yolox_nano.onnx", Path(__file__).parents[3] / "recipes/foreign/yolox.yaml"
 CPU = torch.device("cpu")
 
@@ -85,14 +86,14 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not YOLOX.is_file(), reason="a real foreign model lies in ../shared/data")
+@pytest.mark.skipif(not YOLOX.is_file(), reason="HKD_TEST_DATA is not set")
 def test_a_real_foreign_model_teaches(people: Path, tmp_path: Path) -> None:
     taught = {"teacher": str(YOLOX), "teacher_description": str(DESCRIPTION)}
     result = train(settings(people, tmp_path, **taught, distill=DistillConfig(soft_labels=SoftLabelConfig())))
     assert {"soft_score", "soft_box"} <= result.history[0].losses.keys()
 
 
-@pytest.mark.skipif(not YOLOX.is_file(), reason="a real foreign model and real pictures lie in ../shared/data")
+@pytest.mark.skipif(not YOLOX.is_file(), reason="HKD_TEST_DATA is not set")
 def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None:
     teacher = load_onnx_teacher(YOLOX, CPU, DESCRIPTION)
     picture = read_image(sorted((SHARED / "inria" / "test").iterdir())[0])

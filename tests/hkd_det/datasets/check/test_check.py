@@ -1,6 +1,7 @@
 """`hkd-train --check`: every fault with its place, figures that were counted by hand, the page and its pictures."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from hkd_det.datasets.check_report import (
 from hkd_det.datasets.check_summary import HEIGHT_EDGES_PX, VISIBLE_RATIO_EDGES, Range, escape_nonprintable, summarize
 from hkd_det.train.cli import main
 
-SHARED = Path(__file__).parents[5] / "shared" / "data"
+SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 NO_TORCH = """
 import importlib.abc, sys
 
@@ -243,7 +244,7 @@ def test_what_is_printed_is_one_line_of_letters() -> None:
     assert len(escape_nonprintable("x" * 10_000)) < 1000
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data lies in ../shared/data, not in the project")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
