@@ -146,7 +146,7 @@ class InferRequest:
         if images.dtype != np.uint8 or images.ndim != len(low) or images.shape[3] != low[3]:
             raise ValueError(said)
         if not all(a <= n <= b for a, n, b in zip(low, images.shape, high, strict=True)):
-            raise DataError(f"{said}; build it for that: hkd-export MODEL.onnx --trt --profile SMALLEST,USUAL,LARGEST")
+            raise DataError(f"{said}; build it for that: hkd-export MODEL.onnx --trt --trt-profile SMALLEST,USUAL,LARGEST")
 
     def _check_call(self, succeeded: bool, call: str) -> None:
         if not succeeded:
@@ -254,7 +254,7 @@ def open_tensorrt(path: Path, device: str = "cuda", use_cuda_graph: bool = True)
     plan = read_plan(path, sidecar)
     log = TrtLog()
     runtime = trt.Runtime(make_trt_logger(trt, log))
-    runtime.engine_host_code_allowed = "version" in sidecar.compatible
+    runtime.engine_host_code_allowed = sidecar.version_compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise DataError(f"{path}: TensorRT {trt.__version__} does not open it: {log.first_error}")

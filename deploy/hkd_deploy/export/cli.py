@@ -127,7 +127,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
         # Not exact: TensorRT multiplies FP32 in TF32, which keeps 10 bits, on every GPU since Ampere.
         verification.add(ExportedModel(engine, "tensorrt", is_exact=False, device=tensorrt.get_build_device(flags)))
     elif flags.trt and verification:
-        verification.skip(ExportedModel(onnx.with_suffix(".engine"), "tensorrt", is_exact=False), "--check writes none")
+        verification.skip(ExportedModel(onnx.with_suffix(".engine"), "tensorrt", is_exact=False), "--dry-run writes none")
     if flags.openvino:
         _write_openvino(onnx, folder_output, verification)
     if verification:
@@ -174,8 +174,8 @@ def _check_flags(source: Path, output: Path | None, flags: argparse.Namespace) -
     onnx, engine, folder = _split_output_by_suffix(output)
     if onnx and source.suffix != ".pt" and flags.precision == "fp32":
         raise UsageError(f"--output {output}: no .onnx file is written of {source}, unless by --precision")
-    if engine and (not flags.trt or flags.check):
-        raise UsageError(f"--output {output}: an engine is written by --trt, without --check")
+    if engine and (not flags.trt or flags.dry_run):
+        raise UsageError(f"--output {output}: an engine is written by --trt, without --dry-run")
     if folder and not flags.openvino:
         raise UsageError(f"--output {output}: must end in .onnx, or in .engine with --trt; a folder is for --openvino")
 

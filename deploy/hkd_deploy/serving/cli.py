@@ -66,7 +66,7 @@ def _resolve_max_batch(model: ModelFile, requested: int | None) -> int:
     if requested is not None and requested < 1:
         raise UsageError(f"--max-batch {requested}: at least 1")
     if requested is not None and model.max_batch is not None and requested > model.max_batch:
-        raise UsageError(f"--max-batch {requested}: {model.path} was built for {model.max_batch} at most (--profile)")
+        raise UsageError(f"--max-batch {requested}: {model.path} was built for {model.max_batch} at most (--trt-profile)")
     return requested or model.max_batch or DEFAULT_MAX_BATCH
 
 

@@ -178,7 +178,7 @@ def _format_model_lines(model: ModelFile, metadata: ModelMetadata, batch: int) -
         return [f"model-engine-file={name}"]
     if model.precision != "fp32":
         # an engine for fewer pictures than batch-size is refused
-        profile = f" --profile 1,{batch},{batch}" if metadata.batch is None else ""
+        profile = f" --trt-profile 1,{batch},{batch}" if metadata.batch is None else ""
         return [
             "# made on the device, in this folder (nvinfer's builder does not type strongly):",
             f"#   hkd-export {name} --trt{profile}",

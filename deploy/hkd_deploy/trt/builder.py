@@ -37,7 +37,8 @@ class BuildOptions:
     profile: tuple[ProfileShape, ProfileShape, ProfileShape] | None = None
     workspace_mib: int = 1024
     dla: int | None = None
-    compatible: tuple[str, ...] = ()
+    version_compatible: bool = False
+    hardware_compatible: bool = False
     timing_cache: Path | None = None
 
 
@@ -130,7 +131,7 @@ def _create_builder(trt: Any, logger: Any, log: TrtLog) -> Any:
     except TypeError:  # pybind11's words for a constructor that returned nothing
         raise UnavailableError(
             f"TensorRT {trt.__version__} does not start: {log.first_error}; it needs an NVIDIA GPU and driver "
-            "(without one, --check works after make tensorrt-cpu)"
+            "(without one, --dry-run works after make tensorrt-cpu)"
         ) from None
 
 
@@ -163,11 +164,11 @@ def _add_profile(builder: Any, network: Any, config: Any, source: OnnxFile, opti
 def _configure(trt: Any, builder: Any, config: Any, source: OnnxFile, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names only
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
-    if "version" in options.compatible:
+    if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if "hardware" in options.compatible:
+    if options.hardware_compatible:
         if is_jetson():
-            raise UsageError("--compatible hardware: not on a Jetson, whose engines run on their own module only")
+            raise UsageError("--hardware-compatible: not on a Jetson, whose engines run on their own module only")
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.dla is not None:
         _use_dla(trt, builder, config, source, options.dla)

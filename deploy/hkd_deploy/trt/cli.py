@@ -66,7 +66,7 @@ def check_build(path: Path, options: BuildOptions) -> CheckResult:
     What belongs to the device is left out of the options: timing cache and compatibility.
     Raises DataError with TensorRT's reason if it can't, UnavailableError where no TensorRT is.
     """
-    options = replace(options, timing_cache=None, compatible=())
+    options = replace(options, timing_cache=None, version_compatible=False, hardware_compatible=False)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [*_find_interpreter(), "-m", __name__, str(path), str(answer), msgspec.json.encode(options).decode()]
@@ -89,7 +89,7 @@ def _find_interpreter() -> list[str]:
             return [str(folder / LAUNCHER_PATH)]
     if importlib.util.find_spec("tensorrt"):
         return [sys.executable]
-    raise UnavailableError(f"--check needs TensorRT: make tensorrt-cpu (in the project's folder), or {install_hint()}")
+    raise UnavailableError(f"--dry-run needs TensorRT: make tensorrt-cpu (in the project's folder), or {install_hint()}")
 
 
 def _build_and_check(path: Path, options: BuildOptions) -> CheckResult:
@@ -115,9 +115,6 @@ def main(argv: Sequence[str]) -> None:
     Path(answer).write_bytes(msgspec.json.encode(found))
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
-
 
 DEFAULT_WORKSPACE_MIB = 1024
 
@@ -128,28 +125,33 @@ MIB = 2**20
 MAX_LISTED_TYPES = 4  # of layers, on one line
 
 
-FLAGS = ("check", "layers", "profile", "workspace", "timing_cache", "dla", "compatible", "device")
+FLAGS = (
+    "dry_run",
+    "print_layers",
+    "trt_profile",
+    "workspace",
+    "timing_cache",
+    "dla",
+    "version_compatible",
+    "hardware_compatible",
+    "device",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The group of flags for TensorRT."""
     group = parser.add_argument_group("TensorRT, on the device that will run it")
     group.add_argument("--trt", action="store_true", help="build an engine, in the precision of the ONNX file")
-    group.add_argument("--check", action="store_true", help="with --trt: only see whether it builds; needs no GPU")
-    group.add_argument("--layers", action="store_true", help="with --trt: list the layers that were really built")
-    group.add_argument("--profile", metavar="MIN,OPT,MAX", help="of a dynamic graph: 1,4,8 or 1x320x256,4x640x512,...")
+    group.add_argument("--dry-run", action="store_true", help="with --trt: only see whether it builds; needs no GPU")
+    group.add_argument("--print-layers", action="store_true", help="with --trt: list the layers that were really built")
+    group.add_argument("--trt-profile", metavar="MIN,OPT,MAX", help="of a dynamic graph: 1,4,8 or 1x320x256,4x640x512,...")
     group.add_argument(
         "--workspace", type=int, default=DEFAULT_WORKSPACE_MIB, metavar="MIB", help="for one layer; by default 1024"
     )
     group.add_argument("--timing-cache", metavar="FILE", help="measured tactics: read if there, written afterwards")
     group.add_argument("--dla", type=int, metavar="CORE", help="Jetson's accelerator; the GPU does what it can't")
-    group.add_argument(
-        "--compatible",
-        nargs="+",
-        default=[],
-        choices=["version", "hardware"],
-        help="run on later TensorRTs, other GPUs",
-    )
+    group.add_argument("--version-compatible", action="store_true", help="allow later TensorRT of the same major version")
+    group.add_argument("--hardware-compatible", action="store_true", help="allow any GPU from Ampere on")
     group.add_argument("--device", help="with --trt: the GPU to build on and for, cuda or cuda:1")
 
 
@@ -166,7 +168,7 @@ def run_trt(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -
     """
     options = make_build_options(flags)
     source = read_onnx_file(onnx)
-    if flags.check:
+    if flags.dry_run:
         checked = check_build(onnx, options)
         kinds = [f"{count} {kind.lower()}" for kind, count in checked.layer_counts.items()]
         common = ", ".join([*kinds[:MAX_LISTED_TYPES], *["..."] * (len(kinds) > MAX_LISTED_TYPES)])
@@ -175,7 +177,7 @@ def run_trt(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -
             f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s; layers that multiply: "
             f"{format_counts(count_precisions(checked.layers))} (asked: {source.precision}); nothing was written"
         )
-        if flags.layers:
+        if flags.print_layers:
             print(format_layer_table(checked.layers))
         return None
     engine = output or onnx.with_suffix(".engine")
@@ -189,7 +191,7 @@ def run_trt(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -
         f"{sidecar.build_s:.0f} s; layers that multiply: {format_counts(sidecar.precision_actual)} "
         f"(asked: {sidecar.precision_requested}); facts in {get_engine_info_path(engine).name}"
     )
-    if flags.layers:
+    if flags.print_layers:
         print(format_layer_table(layers))
         _write_layers(engine, layers)
     return engine
@@ -209,9 +211,14 @@ def make_build_options(flags: argparse.Namespace) -> BuildOptions:
     if flags.dla is not None and flags.dla < 0:
         raise UsageError(f"--dla {flags.dla}: a core's number, 0 or 1")
     return BuildOptions(
-        profile=parse_profile(flags.profile) if flags.profile else None,
+        profile=parse_profile(flags.trt_profile) if flags.trt_profile else None,
         workspace_mib=flags.workspace,
         dla=flags.dla,
-        compatible=tuple(sorted(set(flags.compatible))),
+        version_compatible=flags.version_compatible,
+        hardware_compatible=flags.hardware_compatible,
         timing_cache=Path(flags.timing_cache) if flags.timing_cache else None,
     )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -51,7 +51,8 @@ class EngineInfo:
     gpu: str
     sm: str
     platform: str
-    compatible: list[str]
+    version_compatible: bool
+    hardware_compatible: bool
     dla: int | None
     precision_requested: str
     precision_actual: dict[str, int]
@@ -137,7 +138,7 @@ def _format_rebuild_hint(engine_info: EngineInfo) -> str:
 
 
 def _is_version_compatible(tensorrt: str, engine_info: EngineInfo) -> bool:
-    if "version" not in engine_info.compatible:
+    if not engine_info.version_compatible:
         return tensorrt == engine_info.tensorrt
     here, built = _parse_version(tensorrt), _parse_version(engine_info.tensorrt)
     return here[:1] == built[:1] and here >= built
@@ -148,6 +149,6 @@ def _parse_version(version: str) -> tuple[int, ...]:
 
 
 def _is_gpu_compatible(gpu: GpuInfo, engine_info: EngineInfo) -> bool:
-    if "hardware" in engine_info.compatible:
+    if engine_info.hardware_compatible:
         return int(gpu.sm.split(".")[0]) >= 8  # Ampere
     return (gpu.name, gpu.sm) == (engine_info.gpu, engine_info.sm)

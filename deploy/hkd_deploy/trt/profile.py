@@ -36,7 +36,7 @@ def parse_profile(text: str) -> tuple[ProfileShape, ProfileShape, ProfileShape]:
     steps = [_parse_profile_shape(part) for part in text.split(",")]
     if len(steps) != 3 or None in steps:
         raise UsageError(
-            f"--profile {text}: expected smallest,usual,largest as 1,4,8 (batch) "
+            f"--trt-profile {text}: expected smallest,usual,largest as 1,4,8 (batch) "
             "or 1x320x256,4x640x512,8x640x512 (batch x width x height)"
         )
     smallest, usual, largest = (step for step in steps if step)
@@ -44,7 +44,7 @@ def parse_profile(text: str) -> tuple[ProfileShape, ProfileShape, ProfileShape]:
     if len({len(values) for values in rising}) > 1 or any(
         low > high for one, other in itertools.pairwise(rising) for low, high in zip(one, other, strict=True)
     ):
-        raise UsageError(f"--profile {text}: must rise from smallest over usual to largest, in the same form")
+        raise UsageError(f"--trt-profile {text}: must rise from smallest over usual to largest, in the same form")
     return smallest, usual, largest
 
 
@@ -68,7 +68,7 @@ def resolve_profile(
     """
     if -1 not in shape:
         if requested:
-            raise UsageError(f"--profile: {path} takes {list(shape)} and nothing else; export it with --dynamic")
+            raise UsageError(f"--trt-profile: {path} takes {list(shape)} and nothing else; export it with --dynamic")
         return None
     steps = requested or _make_default_shapes(shape, metadata, path)
     return Profile(*(_fill_free_dims(shape, step, path) for step in steps))
@@ -94,10 +94,10 @@ def _make_default_shapes(
 
 
 def _read_max_hw(metadata: Mapping[str, str], path: Path) -> tuple[int, int]:
-    named = metadata.get("hkd.max_hw", metadata.get("imgsz", ""))
+    named = metadata.get("hkd.max_imgsz", metadata.get("imgsz", ""))
     match = re.fullmatch(r"\[([0-9]+), ?([0-9]+)\]", named)
     if not match:
-        raise DataError(f"{path}: its metadata names no largest size; give --profile")
+        raise DataError(f"{path}: its metadata names no largest size; give --trt-profile")
     return int(match[1]), int(match[2])
 
 
@@ -112,12 +112,12 @@ def _fill_free_dims(shape: Sequence[int], profile_shape: ProfileShape, path: Pat
     size_hw = profile_shape.size_hw
     if size_hw is None:
         if -1 in _select_hw(shape):
-            raise UsageError(f"--profile: {path} leaves the size free; say batch x width x height, as 1x640x512")
+            raise UsageError(f"--trt-profile: {path} leaves the size free; say batch x width x height, as 1x640x512")
         size_hw = (shape[axis_h], shape[axis_w])
     filled = list(shape)
     filled[0], filled[axis_h], filled[axis_w] = profile_shape.batch, *size_hw
     if any(free not in (-1, value) for free, value in zip(shape, filled, strict=True)):
         raise UsageError(
-            f"--profile: {path} takes {list(shape)}, where -1 is free, not {filled}; export it with --dynamic"
+            f"--trt-profile: {path} takes {list(shape)}, where -1 is free, not {filled}; export it with --dynamic"
         )
     return tuple(filled)

@@ -55,7 +55,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--dynamic size --letterbox", "any size already"),
         ("--no-preprocess --precision fp16", "--no-preprocess: for a program of your own"),
         ("--raw --openvino", "--raw: for a program of your own"),
-        ("--trt --profile rubbish", "--profile rubbish: expected smallest,usual,largest"),
+        ("--trt --trt-profile rubbish", "--trt-profile rubbish: expected smallest,usual,largest"),
         ("--imgsz 640x500", "multiples of 32"),
         ("--batch 0", "--batch 0: at least 1"),
         ("--batch -2", "--batch -2: at least 1"),

@@ -75,7 +75,7 @@ def test_tensorrt_builds_it(float_onnx: Callable[..., Path], tensorrt_builds: Ca
 
 
 @pytest.mark.parametrize(("precision", "mode"), [("fp16", "2"), ("int8", "1")])
-@pytest.mark.parametrize(("batch", "profile"), [(None, " --profile 1,8,8"), (2, "")])
+@pytest.mark.parametrize(("batch", "profile"), [(None, " --trt-profile 1,8,8"), (2, "")])
 def test_what_nvinfer_would_build_in_another_precision_it_is_not_given_to_build(
     float_onnx: Callable[..., Path], precision: str, mode: str, batch: int | None, profile: str
 ) -> None:
