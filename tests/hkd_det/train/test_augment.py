@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchvision.transforms.v2 import functional as torchvision_light
 
-from hkd_det.train import augment
+from hkd_det.train import augment as augment_module
 from hkd_det.train.augment import (
     MAX_FRAME_SCALE,
     AugmentedImage,
@@ -104,7 +104,7 @@ large = (CELL * 2, CELL * 3)
 
 @pytest.fixture
 def always_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(augment, "GREY", 0.0)
+    monkeypatch.setattr(augment_module, "GRAYSCALE_PROB", 0.0)
 
 
 @pytest.mark.usefixtures("always_coloured")
