@@ -110,4 +110,4 @@ IGNORE_EXTENT_PX = 1e6  # beyond every picture's borders, at any scale
 def unlabeled_ground_truth() -> GroundTruth:
     """The truth of a picture that nobody has looked at."""
     everywhere = np.array([[-IGNORE_EXTENT_PX, -IGNORE_EXTENT_PX, IGNORE_EXTENT_PX, IGNORE_EXTENT_PX]], np.float32)
-    return GroundTruth(everywhere, np.array([True]), everywhere, ("unlabelled",))
+    return GroundTruth(everywhere, np.array([True]), everywhere, ("unlabeled",))

@@ -51,9 +51,9 @@ SIZE_HW = (512, 640)
 CALIBRATION, PICTURES = 48, 16
 BURST, WARM_UP, PAUSE_S = 8, 3, 0.1
 PEERS = {
-    "yolo26n": OnnxModelConfig("yolo-e2e", resize_mode="centre", input_scale=1.0, conf=0.25),
-    "yolo11n": OnnxModelConfig("yolo-raw", resize_mode="centre", input_scale=1.0, conf=0.25, iou=0.7),
-    "yolov8n": OnnxModelConfig("yolo-raw", resize_mode="centre", input_scale=1.0, conf=0.25, iou=0.7),
+    "yolo26n": OnnxModelConfig("yolo-e2e", resize_mode="center", input_scale=1.0, conf=0.25),
+    "yolo11n": OnnxModelConfig("yolo-raw", resize_mode="center", input_scale=1.0, conf=0.25, iou=0.7),
+    "yolov8n": OnnxModelConfig("yolo-raw", resize_mode="center", input_scale=1.0, conf=0.25, iou=0.7),
 }
 RUNTIMES = {"fp32": ("onnxruntime", "openvino"), "bf16": ("openvino-bf16",), "int8": ("onnxruntime", "openvino")}
 

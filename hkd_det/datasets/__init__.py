@@ -3,4 +3,4 @@
 from hkd_det.image import read_image
 from hkd_det.structures import GroundTruth, Sample
 
-__all__ = ["Sample", "GroundTruth", "read_image"]
+__all__ = ["GroundTruth", "Sample", "read_image"]

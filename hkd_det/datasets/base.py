@@ -45,7 +45,7 @@ def filter_missing_images(
     lost = len(samples) - len(there)
     if lost and (not there or not skip_missing):
         first = next(sample.path for sample in samples if not sample.path.is_file())
-        remedy = "put them there" if skip_missing else "put them there, or say `present_only: true` to go without them"
+        remedy = "put them there" if skip_missing else "put them there, or say `skip_missing: true` to go without them"
         on_error(DataError(f"{where}: {lost} of {len(samples)} pictures are missing, the first {first}; {remedy}"))
         for sample in samples:
             if sample.path != first and not sample.path.is_file():
@@ -160,9 +160,9 @@ def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
     samples = []
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"--unlabelled {folder}: no such folder")
+            raise DataError(f"--unlabeled {folder}: no such folder")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not paths:
-            raise DataError(f"--unlabelled {folder}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DataError(f"--unlabeled {folder}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
         samples += [Sample(str(path), path, unlabeled_ground_truth()) for path in paths]
     return samples

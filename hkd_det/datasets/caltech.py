@@ -22,7 +22,7 @@ from hkd_det.structures import GroundTruth, Sample
 SETS = tuple(f"set{number:02}" for number in range(11))
 TEST_SETS = SETS[6:]
 TEST_FRAME_STEP = 30
-ORIGINAL, CORRECTED = "old", "new"
+ORIGINAL, CORRECTED = "original", "corrected"
 ANNOTATION_DIRS = {ORIGINAL: "annotations", CORRECTED: "annotations_new"}
 PERSON, FALSE_ALARM = "person", "person-fa"
 LABELS = (PERSON, "people", "person?", "ignore", FALSE_ALARM)
@@ -132,7 +132,7 @@ def read_corrected_annotations(
 
 def _check_frame_step(frame_step: int) -> None:
     if frame_step < 1:
-        raise UsageError(f"every: {frame_step} must be 1 or more")
+        raise UsageError(f"frame_step: {frame_step} must be 1 or more")
 
 
 def _list_videos(folder: Path, pattern: str) -> list[Path]:

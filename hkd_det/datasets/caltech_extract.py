@@ -25,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = _build_parser().parse_args(argv)
-    if arguments.every < 1:
-        raise UsageError(f"--every {arguments.every} must be 1 or more")
+    if arguments.frame_step < 1:
+        raise UsageError(f"--frame-step {arguments.frame_step} must be 1 or more")
     sets, target = parse_sets(arguments.sets), arguments.root / "images"
     films = _list_videos(arguments.root, sets)
     counts = {name: [0, 0, 0] for name in sets}  # films, pictures written, pictures that were there
     for path in tqdm(films, desc="take pictures", unit="film"):
-        done = extract_frames(path, target / path.parent.name / path.stem, arguments.every)
+        done = extract_frames(path, target / path.parent.name / path.stem, arguments.frame_step)
         counts[path.parent.name] = [a + b for a, b in zip(counts[path.parent.name], (1, *done), strict=True)]
     for name, (number, written, there) in counts.items():
         print(f"{name}: {number} films, {written} pictures written to {target / name}, {there} were there")
@@ -71,7 +71,7 @@ def _list_videos(root: Path, sets: Sequence[str]) -> list[Path]:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hkd_det.datasets.caltech_extract", description=__doc__)
     parser.add_argument("root", type=Path, help="folder that holds videos/set06/V000.seq or set06/V000.seq")
-    parser.add_argument("--every", type=int, default=30, help="30: frames 29, 59, ... as the test uses (default)")
+    parser.add_argument("--frame-step", type=int, default=30, help="30: frames 29, 59, ... as the test uses (default)")
     parser.add_argument("--sets", default=f"{SETS[0]}-{SETS[-1]}", help="such as set06, or set00-set05 (default: all)")
     return parser
 

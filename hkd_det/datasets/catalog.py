@@ -3,7 +3,7 @@
 The yaml has Ultralytics' keys (`path, train, val, test, names`) and a few more:
   format        yolo (default), coco, citypersons, caltech, voc, inria, pennfudan, crowdhuman, eurocity
   category      yolo, coco, voc: the person class, where its name does not say so
-  present_only  all but yolo: take only the pictures that are on disk
+  skip_missing  all but yolo: take only the pictures that are on disk
   time          eurocity: day (default) or night
   annotations   caltech: old (default) or new
   every         caltech: of the training sets, every 30th frame (default), or 3 for ten times as many
@@ -40,23 +40,23 @@ YAML_SUFFIXES = (".yaml", ".yml")
 
 
 # `nc`, `download` and, for other formats than yolo, `names` stand in Ultralytics' files and say nothing new here.
-COMMON_KEYS = {"format", "path", *SPLITS, "names", "nc", "download", "terms"}
+COMMON_KEYS = {"format", "path", *SPLITS, "names", "nc", "download", "license"}
 
 
 FORMAT_KEYS = {
     "yolo": {"category"},
-    "coco": {"category", "present_only"},
-    "citypersons": {"present_only"},
-    "caltech": {"annotations", "every", "present_only"},
-    "voc": {"category", "present_only"},
-    "inria": {"present_only"},
-    "pennfudan": {"present_only"},
-    "crowdhuman": {"present_only"},
-    "eurocity": {"time", "present_only"},
+    "coco": {"category", "skip_missing"},
+    "citypersons": {"skip_missing"},
+    "caltech": {"annotations", "frame_step", "skip_missing"},
+    "voc": {"category", "skip_missing"},
+    "inria": {"skip_missing"},
+    "pennfudan": {"skip_missing"},
+    "crowdhuman": {"skip_missing"},
+    "eurocity": {"time", "skip_missing"},
 }
 
 
-CATALOG_KEYS = {"page", "layout"}  # datasets.yaml only: what a user has to know to get it
+CATALOG_KEYS = {"homepage", "directory_layout"}  # datasets.yaml only: what a user has to know to get it
 
 
 DATASETS_DIR = Path("datasets")  # where the named data sets lie, under the working directory
@@ -79,7 +79,7 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
         if "download" in entry:
             raise DataError(f"{there}; `hkd-train --data {data} --download` fetches it")
         raise DataError(
-            f"{there}; get it from {entry.get('page')} ({entry.get('terms')}) and unpack it as {entry.get('layout')}"
+            f"{there}; get it from {entry.get('homepage')} ({entry.get('license')}) and unpack it as {entry.get('directory_layout')}"
         )
     return _read_split(entry, root, split, data, on_error)
 
@@ -95,7 +95,7 @@ def dataset_license(data: str) -> str:
 
     Raises as `open_data` does for a name or yaml that is not there; the data itself need not be.
     """
-    terms: str = _load_entry(data).get("terms", "")
+    terms: str = _load_entry(data).get("license", "")
     return terms
 
 
@@ -130,11 +130,11 @@ def _read_split(entry: dict[str, Any], root: Path, split: str, name: str, on_err
         there = [known for known in SPLITS if entry.get(known) is not None]
         raise UsageError(f"{name}: has no split {split!r}, only {', '.join(there) or 'none'}")
     source, category = entry[split], entry.get("category", "")
-    present_only = entry.get("present_only", False)
+    skip_missing = entry.get("skip_missing", False)
     match entry.get("format", "yolo"):
         case "coco":
             read = (_read_coco_split(one, root, split, category, name, on_error) for one in _ensure_list(source))
-            samples = filter_missing_images(_merge_samples(read), present_only, name, on_error)
+            samples = filter_missing_images(_merge_samples(read), skip_missing, name, on_error)
         case "yolo":
             names = _parse_class_names(entry, name)
             read = (
@@ -153,24 +153,24 @@ def _read_named_format(
     format_name: str, entry: dict[str, Any], root: Path, source: str, name: str, on_error: ErrorHandler
 ) -> list[Sample]:
     """The formats that are one public set's own, and VOC: a split is a word."""
-    present_only = entry.get("present_only", False)
+    skip_missing = entry.get("skip_missing", False)
     match format_name:
         case "citypersons":
-            samples = read_citypersons(root, source, present_only, on_error)
+            samples = read_citypersons(root, source, skip_missing, on_error)
         case "caltech":
-            annotations, every = entry.get("annotations", ORIGINAL), entry.get("every", TEST_FRAME_STEP)
-            samples = read_caltech(root, source, annotations, every, present_only, on_error)
+            annotations, every = entry.get("annotations", ORIGINAL), entry.get("frame_step", TEST_FRAME_STEP)
+            samples = read_caltech(root, source, annotations, every, skip_missing, on_error)
         case "voc":
             samples = read_voc(root, source, entry.get("category", ""), on_error)
-            samples = filter_missing_images(samples, present_only, name, on_error)
+            samples = filter_missing_images(samples, skip_missing, name, on_error)
         case "inria":
-            samples = read_inria(root, source, present_only, on_error)
+            samples = read_inria(root, source, skip_missing, on_error)
         case "pennfudan":
-            samples = read_pennfudan(root, source, present_only, on_error)
+            samples = read_pennfudan(root, source, skip_missing, on_error)
         case "crowdhuman":
-            samples = read_crowdhuman(root, source, present_only, on_error)
+            samples = read_crowdhuman(root, source, skip_missing, on_error)
         case _:
-            samples = read_eurocity(root, source, entry.get("time", TIMES_OF_DAY[0]), present_only, on_error)
+            samples = read_eurocity(root, source, entry.get("time", TIMES_OF_DAY[0]), skip_missing, on_error)
     return samples
 
 
@@ -238,10 +238,10 @@ def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, An
             raise UsageError(f"{name}: unknown key {key!r} for format {form}{_format_suggestion(str(key), keys)}")
     _check_type(entry, "path", str, "a folder", name)
     _check_type(entry, "category", str, "a name", name)
-    _check_type(entry, "terms", str, "words", name)
-    _check_type(entry, "present_only", bool, "true or false", name)
-    _check_type(entry, "annotations", str, "old or new", name)
-    _check_type(entry, "every", int, "a whole number", name)
+    _check_type(entry, "license", str, "words", name)
+    _check_type(entry, "skip_missing", bool, "true or false", name)
+    _check_type(entry, "annotations", str, "original or corrected", name)
+    _check_type(entry, "frame_step", int, "a whole number", name)
     if entry.get("time", TIMES_OF_DAY[0]) not in TIMES_OF_DAY:
         raise UsageError(f"{name}: time: {entry['time']!r} must be {' or '.join(TIMES_OF_DAY)}")
     return entry

@@ -47,14 +47,14 @@ def download(data: str) -> Path:
     parts = _parse_items(entry.get("download"), data)
     if not parts and not _is_nonempty_dir(folder):
         raise UnavailableError(
-            f"--data {data}: cannot be downloaded without you. Get it from {entry.get('page')}; accepted there: "
-            f"{entry.get('terms')}; unpack it into {folder.absolute()} as {entry.get('layout')}"
+            f"--data {data}: cannot be downloaded without you. Get it from {entry.get('homepage')}; accepted there: "
+            f"{entry.get('license')}; unpack it into {folder.absolute()} as {entry.get('directory_layout')}"
         )
     with _lock_temp_dir(DATASETS_DIR / TEMP_DIR / data) as work:
         if _is_downloaded(folder, parts):
             print(f"{data}: {folder} is there already; nothing is fetched")
         else:
-            print(f"{data}: {entry.get('page')}; by using it you accept: {entry.get('terms')}")
+            print(f"{data}: {entry.get('homepage')}; by using it you accept: {entry.get('license')}")
             _download_and_extract(parts, work, folder)
             print(f"{data}: fetched, verified and unpacked into {folder}")
         shutil.rmtree(work)

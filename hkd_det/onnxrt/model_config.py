@@ -43,7 +43,7 @@ class OnnxModelConfig:
     input_scale: float = 255.0
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    resize_mode: Literal["top-left", "centre", "stretch"] = "top-left"
+    resize_mode: Literal["top-left", "center", "stretch"] = "top-left"
     pad_value: int = 114
     imgsz_hw: tuple[int, ...] | None = None
     person_class_id: int = 0
@@ -79,7 +79,7 @@ def load_model_config(
     if not beside.is_file():
         raise DataError(
             f"{model_path}: none of hkd-export's models, and nothing says how to read it; describe it in {beside.name} "
-            "beside it, or in a file that --teacher-description names (recipes/foreign/ has examples)"
+            "beside it, or in a file that --teacher-config names (recipes/foreign/ has examples)"
         )
     return read_model_config(beside)
 
@@ -105,9 +105,9 @@ def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxMo
         )
     try:
         asked = json.loads(metadata["hkd.preprocess"])
-        values = {"layout": asked["layout"], "colours": asked["color"].lower(), "placement": asked["letterbox"]}
+        values = {"layout": asked["layout"], "color_order": asked["color"].lower(), "resize_mode": asked["letterbox"]}
         return dataclass_from_dict(
-            OnnxModelConfig, {**values, "pad": asked["pad"], "output": "boxes-scores", "conf": 0.0}
+            OnnxModelConfig, {**values, "pad_value": asked["pad"], "output_format": "boxes-scores", "conf": 0.0}
         )
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
         raise DataError(f"{model_path}: its metadata hkd.preprocess is damaged ({error}); export it again") from None

@@ -95,7 +95,7 @@ def test_the_file_describes_itself(checkpoint: DetectorCheckpoint, tmp_path: Pat
 def test_the_licence_names_what_the_datas_owners_allow(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
     """A public set's, a user's own, and neither where the yaml stayed behind on another machine."""
     own = tmp_path / "own.yaml"
-    own.write_text("train: images\nterms: ours, for sale\n")
+    own.write_text("train: images\nlicense: ours, for sale\n")
     for data, ending in (
         ("caltech", "allow: research; cite Dollár et al. 2012"),
         (str(own), "allow: ours, for sale"),

@@ -206,15 +206,15 @@ def test_a_yaml_opens_it(tmp_path: Path, write_vbb: Write) -> None:
     for name in ("set00/V000/I00003", "set06/V000/I00029"):
         picture(tmp_path, f"{name}.jpg")
     data = tmp_path / "data.yaml"
-    data.write_text("format: caltech\ntrain: set00\nevery: 4\n")
+    data.write_text("format: caltech\ntrain: set00\nframe_step: 4\n")
     assert [sample.image_id for sample in load_dataset(str(data), "train")] == ["set00/V000/I00003"]
-    data.write_text("format: caltech\nval: set06\nannotations: new\npresent_only: true\n")
+    data.write_text("format: caltech\nval: set06\nannotations: corrected\nskip_missing: true\n")
     assert [sample.image_id for sample in load_dataset(str(data), "val")] == ["set06/V000/I00029"]
     for line, message in (
-        ("annotations: newer", "annotations: 'newer' is none of old, new"),
-        ("annotations: 3", "must be old or new"),
-        ("every: 0", "every: 0 must be 1 or more"),
-        ("every: often", "must be a whole number"),
+        ("annotations: newer", "annotations: 'newer' is none of original, corrected"),
+        ("annotations: 3", "must be original or corrected"),
+        ("frame_step: 0", "frame_step: 0 must be 1 or more"),
+        ("frame_step: often", "must be a whole number"),
         ("names: [person]\ncategory: x", "unknown key 'category'"),
     ):
         data.write_text(f"format: caltech\ntrain: set00\n{line}\n")

@@ -21,7 +21,7 @@ def test_every_third_frame_of_each_film_in_the_order_of_the_sets(
 ) -> None:
     frames = write_seq(tmp_path / "videos/set00/V000.seq", SHOTS, 201)
     write_seq(tmp_path / "videos/set06/V001.seq", SHOTS[:3], 200)
-    assert main([str(tmp_path), "--every", "3", "--sets", "set00-set06"]) == 0
+    assert main([str(tmp_path), "--frame-step", "3", "--sets", "set00-set06"]) == 0
     images = tmp_path / "images"
     found = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.*"))
     assert found == ["set00/V000/I00002.jpg", "set00/V000/I00005.jpg", "set06/V001/I00002.png"]
@@ -44,12 +44,12 @@ def test_it_goes_on_where_it_was_stopped(
             raise KeyboardInterrupt
         return real(film, index)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(caltech_extract, "_picture", stopped)
-    assert main([str(tmp_path), "--every", "2"]) == 130
+    monkeypatch.setattr(caltech_extract, "_encode_frame", stopped)
+    assert main([str(tmp_path), "--frame-step", "2"]) == 130
     folder = tmp_path / "images" / "set06" / "V000"
     assert sorted(path.name for path in folder.iterdir()) == ["I00001.jpg", "I00003.jpg"]  # no half of a third
     (folder / "I00001.jpg").write_bytes(b"kept as it is")
-    assert main([str(tmp_path), "--every", "2"]) == 0
+    assert main([str(tmp_path), "--frame-step", "2"]) == 0
     assert shown == [1, 3, 5, 5] and "set06: 1 films, 1 pictures written" in capsys.readouterr().out
     assert (folder / "I00001.jpg").read_bytes() == b"kept as it is"
     assert (folder / "I00005.jpg").read_bytes() == frames[5]
@@ -58,7 +58,7 @@ def test_it_goes_on_where_it_was_stopped(
 def test_mistakes_are_one_line(tmp_path: Path, write_seq: Write, capsys: pytest.CaptureFixture[str]) -> None:
     write_seq(tmp_path / "set06" / "V000.seq", SHOTS, 201, frames=9)
     for argv, code, message in (
-        ([str(tmp_path), "--every", "0"], 2, "--every 0 must be 1 or more"),
+        ([str(tmp_path), "--frame-step", "0"], 2, "--frame-step 0 must be 1 or more"),
         ([str(tmp_path), "--sets", "set12"], 2, "no sets of Caltech"),
         ([str(tmp_path), "--sets", "set00"], 1, "no films videos/set00/V*.seq or set00/V*.seq"),
         ([str(tmp_path / "gone")], 1, "no films"),

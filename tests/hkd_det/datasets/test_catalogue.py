@@ -61,13 +61,13 @@ COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
         ({"train": 5, "names": ["person"]}, "5 must be a text"),
         ({"train": "images/train", "names": ["person"], "category": 3}, "category: 3 must be a name"),
         ({"train": "images/train", "names": ["person"], "path": None}, "path: None must be a folder"),
-        ({"train": "images/train", "names": ["person"], "present_only": True}, "present_only' for format yolo"),
+        ({"train": "images/train", "names": ["person"], "skip_missing": True}, "skip_missing' for format yolo"),
         ({"train": "images/train", "format": "tfrecord"}, "voc"),
         ({"train": "images/train", "format": ["coco"]}, "none of yolo, coco, citypersons"),
         ({"train": "images/train", "format": "coco"}, "annotations"),
         ({"train": {"images": "images/train"}, "format": "coco"}, "annotations"),
         ({"train": {**COCO_SPLIT, "annotations": 3}, "format": "coco"}, "3 must be a text"),
-        ({"train": COCO_SPLIT, "format": "coco", "present_only": "false"}, "must be true or false"),
+        ({"train": COCO_SPLIT, "format": "coco", "skip_missing": "false"}, "must be true or false"),
         ({"train": COCO_SPLIT, "format": "citypersons"}, "must be a text"),
         ({"train": "train", "format": "citypersons", "category": "person"}, "unknown key 'category'"),
     ],
@@ -121,7 +121,7 @@ def test_names_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     content = yaml.safe_load(catalogue.find_catalog_file().read_text())
     for entry in content.values():
         keys = catalogue.COMMON_KEYS | catalogue.FORMAT_KEYS[entry["format"]] | catalogue.CATALOG_KEYS
-        assert catalogue.CATALOG_KEYS | {"terms"} <= set(entry) <= keys
+        assert catalogue.CATALOG_KEYS | {"license"} <= set(entry) <= keys
 
 
 def test_a_name_is_looked_for_under_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,12 +150,12 @@ def test_lists_are_joined_with_ids_of_their_own(root: Path) -> None:
 def test_coco_pictures_that_are_missing_are_told_at_once(root: Path) -> None:
     images = [{"id": number, "file_name": f"{name}.jpg"} for number, name in enumerate("abc")]
     (root / "coco.json").write_text(json.dumps({**COCO, "images": images}))
-    with pytest.raises(DataError, match=r"2 of 3 pictures are missing, the first .*b\.jpg; .*present_only: true"):
+    with pytest.raises(DataError, match=r"2 of 3 pictures are missing, the first .*b\.jpg; .*skip_missing: true"):
         load_dataset(data_yaml(root, format="coco", train=COCO_SPLIT), "train")
-    assert len(load_dataset(data_yaml(root, format="coco", train=COCO_SPLIT, present_only=True), "train")) == 1
+    assert len(load_dataset(data_yaml(root, format="coco", train=COCO_SPLIT, skip_missing=True), "train")) == 1
     nowhere = {**COCO_SPLIT, "images": "nowhere"}
     with pytest.raises(DataError, match=r"3 of 3 pictures are missing, the first .*nowhere/a\.jpg"):
-        load_dataset(data_yaml(root, format="coco", train=nowhere, present_only=True), "train")
+        load_dataset(data_yaml(root, format="coco", train=nowhere, skip_missing=True), "train")
     with pytest.raises(DataError, match="holds no pictures"):
         load_dataset(data_yaml(root, format="coco", train=[]), "train")
 
@@ -170,7 +170,7 @@ junk = st.recursive(
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["yolo", "coco", "citypersons"]),
-    st.sampled_from(["path", "train", "names", "category", "present_only", "format", "nc", "images"]),
+    st.sampled_from(["path", "train", "names", "category", "skip_missing", "format", "nc", "images"]),
     junk,
 )
 def test_any_value_of_any_key_raises_nothing_but_our_errors(root: Path, form: str, key: str, value: Any) -> None:

@@ -75,7 +75,7 @@ def test_boxes_of_all_dtypes_equal_the_official_json() -> None:
 def test_the_five_real_pictures_can_be_read() -> None:
     found = read_citypersons(OFFICIAL, "train", True) + read_citypersons(OFFICIAL, "val", True)
     assert len(found) == 5 and all(sample.path.is_file() for sample in found)
-    with pytest.raises(DataError, match=r"2973 of 2975 pictures are missing, the first .*png; .*present_only"):
+    with pytest.raises(DataError, match=r"2973 of 2975 pictures are missing, the first .*png; .*skip_missing"):
         read_citypersons(OFFICIAL, "train")
 
 

@@ -168,7 +168,7 @@ def test_a_struct_without_fields_and_an_empty_cell_are_values(tmp_path: Path) ->
 
 
 def test_all_compressed_variables_together_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mat_file, "LARGEST_BYTES", 2**20)
+    monkeypatch.setattr(mat_file, "MAX_BYTES", 2**20)
     ones = matrix(9, (1, 2**19), struct.pack("<II", 2, 2**19) + bytes(2**19))
     path = tmp_path / "bomb.mat"
     path.write_bytes(HEADER + packed(ones))
@@ -179,7 +179,7 @@ def test_all_compressed_variables_together_are_bounded(tmp_path: Path, monkeypat
 
 
 def test_the_values_of_a_file_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mat_file, "MOST_VALUES", 10)
+    monkeypatch.setattr(mat_file, "MAX_VALUES", 10)
     nothing = struct.pack("<II", 14, 0)
     path = tmp_path / "bomb.mat"
     path.write_bytes(HEADER + matrix(1, (1, 10), nothing * 10))

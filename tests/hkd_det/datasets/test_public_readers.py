@@ -213,8 +213,8 @@ def test_missing_pictures(name: str, tmp_path: Path) -> None:
 def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="time: 'noon'"):
         load_dataset(str(built("eurocity", tmp_path / "e", time="noon")), "train")
-    with pytest.raises(UsageError, match="did you mean 'present_only'"):
-        load_dataset(str(built("crowdhuman", tmp_path / "c", present_onyl=True)), "train")
+    with pytest.raises(UsageError, match="did you mean 'skip_missing'"):
+        load_dataset(str(built("crowdhuman", tmp_path / "c", skip_misisng=True)), "train")
     with pytest.raises(DataError, match="no such annotation file"):
         load_dataset(str(built("crowdhuman", tmp_path / "c", train="test")), "train")
     for name in ("inria", "eurocity", "voc"):

@@ -19,7 +19,7 @@ Rows = list[tuple[float, ...]]
 
 
 def described(output: OutputFormat, **changes: float) -> OnnxModelConfig:
-    return OnnxModelConfig(output, **{"person": PERSON, "conf": 0.1, "iou": 1.0, **changes})  # type: ignore[arg-type]
+    return OnnxModelConfig(output, **{"person_class_id": PERSON, "conf": 0.1, "iou": 1.0, **changes})  # type: ignore[arg-type]
 
 
 def said(
@@ -92,7 +92,7 @@ def test_the_description_s_overlap_decides_who_is_suppressed() -> None:
 
 def test_no_answer_of_score_zero_comes_through_even_where_every_score_counts() -> None:
     raw = np.zeros((1, 5, 6), np.float32)
-    assert said("yolo-e2e", raw, conf=0.0, person=0) == [[]]
+    assert said("yolo-e2e", raw, conf=0.0, person_class_id=0) == [[]]
 
 
 @pytest.mark.parametrize(

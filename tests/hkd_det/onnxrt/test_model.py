@@ -54,7 +54,7 @@ def write_light_meter(
 
 
 def described(path: Path, **values: Any) -> OnnxDetector:
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({"output": "boxes-scores", **values}))
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({"output_format": "boxes-scores", **values}))
     return open_onnx_detector(path)
 
 
@@ -75,7 +75,7 @@ def test_each_picture_gets_its_own_answer_whatever_the_graphs_batch(
 
 
 def test_boxes_come_back_in_each_pictures_own_pixels(tmp_path: Path) -> None:
-    model = described(write_light_meter(tmp_path / "meter.onnx"), placement="centre", pad=0)
+    model = described(write_light_meter(tmp_path / "meter.onnx"), resize_mode="center", pad_value=0)
     (large, tall) = model([grey(255, (128, 192)), grey(255, (64, 48))])
     assert large.boxes_xyxy.tolist() == [[20, 40, 60, 120]]
     assert tall.boxes_xyxy.tolist() == [[0, 20, 6, 60]]  # 24 px of grey on the left; cut at the border
@@ -96,12 +96,12 @@ def test_what_is_wrong_is_one_line_with_the_file(tmp_path: Path) -> None:
     path = write_light_meter(tmp_path / "meter.onnx")
     with pytest.raises(DataError, match=r"meter\.onnx: none of hkd-export's models.*meter\.yaml"):
         open_onnx_detector(path)
-    with pytest.raises(DataError, match=r"meter\.yaml: colour: no such setting; did you mean colours\?"):
-        described(path, colour="bgr")
+    with pytest.raises(DataError, match=r"meter\.yaml: color_ordr: no such setting; did you mean color_order\?"):
+        described(path, color_ordr="bgr")
     with pytest.raises(DataError, match="no three colours in the layout NHWC"):
         described(path, layout="NHWC")
     with pytest.raises(DataError, match=r"not what its description says of yolo-e2e: expected \[B, N, 6\]"):
-        described(path, output="yolo-e2e")([grey(9)])
+        described(path, output_format="yolo-e2e")([grey(9)])
     with pytest.raises(DataError, match=r"other\.yaml: no such description"):
         open_onnx_detector(path, config_path=tmp_path / "other.yaml")
     with pytest.raises(DataError, match=r"gone\.onnx: no such model file"):

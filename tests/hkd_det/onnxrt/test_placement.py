@@ -12,7 +12,7 @@ PAD = 114
 side = st.integers(60, 300)
 
 
-@pytest.mark.parametrize("how", ["top-left", "centre", "stretch"])
+@pytest.mark.parametrize("how", ["top-left", "center", "stretch"])
 @settings(deadline=None, max_examples=25)
 @given(st.tuples(side, side), st.tuples(side, side), st.integers(0, 10_000))
 def test_a_painted_box_comes_back(how: str, source_hw: tuple[int, int], input_hw: tuple[int, int], seed: int) -> None:
@@ -37,7 +37,7 @@ def test_proportions_are_kept_the_rest_is_grey_and_lies_where_it_should(
 ) -> None:
     picture = np.zeros((*source_hw, 3), np.uint8)
     free = {}
-    for how in ("top-left", "centre"):
+    for how in ("top-left", "center"):
         black = AlignedLetterbox.from_resize_mode(source_hw, input_hw, how).apply(picture, PAD)[..., 0] == 0
         rows, columns = np.flatnonzero(black.any(1)), np.flatnonzero(black.any(0))
         scale = min(a / b for a, b in zip(input_hw, source_hw, strict=True))
@@ -46,12 +46,12 @@ def test_proportions_are_kept_the_rest_is_grey_and_lies_where_it_should(
         assert black.sum() == len(rows) * len(columns)
         free[how] = [(int(line[0]), limit - 1 - int(line[-1])) for line, limit in zip((rows, columns), input_hw)]  # noqa: B905
     assert all(before == 0 for before, _ in free["top-left"])
-    assert all(after - before in (0, 1) for before, after in free["centre"])
+    assert all(after - before in (0, 1) for before, after in free["center"])
 
 
 def test_boxes_are_cut_at_the_pictures_borders() -> None:
     place = AlignedLetterbox.from_resize_mode(
-        (100, 200), (100, 100), "centre"
+        (100, 200), (100, 100), "center"
     )  # half size, 25 px of grey above and below
     back = place.boxes_to_source(np.array([[-10.0, 0.0, 120.0, 60.0], [10.0, 35.0, 20.0, 45.0]]))
     assert back.tolist() == [[0, 0, 200, 70], [20, 20, 40, 40]]

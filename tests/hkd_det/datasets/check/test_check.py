@@ -253,7 +253,7 @@ def test_what_is_printed_is_one_line_of_letters() -> None:
             ["288; 0 without people", "people to be found  597"],
         ),
         (
-            {"format": "citypersons", "path": "citypersons", "present_only": True, "train": "train", "val": "val"},
+            {"format": "citypersons", "path": "citypersons", "skip_missing": True, "train": "train", "val": "val"},
             ["2; 0 without people", "3; 0 without people", "2048 x 1024: 3", "rider: 2"],
         ),
     ],

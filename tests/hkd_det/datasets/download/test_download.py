@@ -52,7 +52,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Known:
     monkeypatch.chdir(tmp_path)
 
     def write(files: list[dict[str, Any]] | None, **more: Any) -> None:
-        about = {"page": "https://people.example", "terms": "be kind", "layout": "images/*.jpg"}
+        about = {"homepage": "https://people.example", "license": "be kind", "directory_layout": "images/*.jpg"}
         entry = {"path": "walkers/inner", "names": ["person"], "train": "images", **about, **more}
         entry |= {} if files is None else {"download": files}
         (tmp_path / "datasets.yaml").write_text(yaml.safe_dump({"walkers": entry}))
