@@ -1,1 +1,3 @@
-"""The detector: what it is, how it learns, how it is judged."""
+"""Pedestrian detectors: datasets, models, distillation methods, training and metrics."""
+
+__version__ = "0.1.0"
