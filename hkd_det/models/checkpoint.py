@@ -90,7 +90,7 @@ def save_detector_checkpoint(path: Path, checkpoint: DetectorCheckpoint) -> None
     _write_checkpoint(
         path,
         {
-            "kind": "detector",
+            "type": "detector",
             "model": checkpoint.model,
             "spec": spec_to_dict(checkpoint.spec),
             "changes": asdict(checkpoint.changes),
@@ -122,7 +122,7 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
 
 def save_training_state(path: Path, state: dict[str, Any]) -> None:
     """Write `last.pt` in one step."""
-    _write_checkpoint(path, {"kind": "state", **state})
+    _write_checkpoint(path, {"type": "state", **state})
 
 
 def load_training_state(path: Path) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def _read_checkpoint(path: Path, checkpoint_type: str, hint: str) -> dict[str, A
         raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}); {hint}") from error
     if (
         not isinstance(content, dict)
-        or content.get("kind") != checkpoint_type
+        or content.get("type") != checkpoint_type
         or content.get("format") != FORMAT_VERSION
     ):
-        found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        found = content.get("type") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{path}: holds {found!r}, not an hkd-det {checkpoint_type} of format {FORMAT_VERSION}; {hint}")
     return content

@@ -150,7 +150,7 @@ class DetectionCriterion:
         terms = self._compute_branch_losses(outputs, outputs.one2many, self.one2many, targets, reduce_mean)
         if outputs.one2one is not None:
             once = self._compute_branch_losses(outputs, outputs.one2one, self.one2one, targets, reduce_mean)
-            terms |= {f"{name}_one": term for name, term in once.items()}
+            terms |= {f"{name}_one2one": term for name, term in once.items()}
         return terms
 
     def _compute_branch_losses(
@@ -165,7 +165,7 @@ class DetectionCriterion:
         assign_result = assigner(scores, boxes, outputs.anchor_points, outputs.strides, targets)
         norm = reduce_mean(assign_result.target_scores.sum())
         per_point = varifocal_loss(branch.logits, assign_result.target_scores) * assign_result.loss_mask
-        terms = {"score": self.cls_weight * per_point.sum() / norm}
+        terms = {"cls": self.cls_weight * per_point.sum() / norm}
         if branch.has_box_loss:
             terms |= self.compute_box_losses(outputs, branch, assign_result, norm)
         return terms
@@ -183,5 +183,5 @@ class DetectionCriterion:
             sides = branch.box_logits[picture, point]
             distances = bbox2dist(wanted, outputs.anchor_points[point], outputs.strides[point], sides.shape[-1])
             shape = distribution_focal_loss(sides, distances).mean(-1)
-            terms["distribution"] = self.dfl_weight * (shape * weight).sum() / avg_factor
+            terms["dfl"] = self.dfl_weight * (shape * weight).sum() / avg_factor
         return terms

@@ -170,7 +170,7 @@ class FasterRCNN(BaseDetector):
             outputs.objectness[sampled], positive[sampled].float(), reduction="sum"
         )
         targets = self.rpn.box_coder.encode_single(torch.stack(wanted)[positive], anchors[positive])
-        return {"rpn_score": scores / norm, "rpn_box": smooth_l1_sum(outputs.box_deltas[positive], targets) / norm}
+        return {"rpn_cls": scores / norm, "rpn_box": smooth_l1_sum(outputs.box_deltas[positive], targets) / norm}
 
     def _roi_losses(
         self, outputs: ProposalOutputs, gt_boxes: list[Tensor], ignore_regions: list[Tensor], reduce_mean: ReduceMean
@@ -192,7 +192,7 @@ class FasterRCNN(BaseDetector):
         # The cross-entropy of two classes is the binary one of their difference.
         scores = F.binary_cross_entropy_with_logits(answer.logits, positive.float(), reduction="sum")
         targets = self.roi_heads.box_coder.encode_single(torch.cat(owners), torch.cat(boxes)[positive])
-        return {"score": scores / norm, "box": smooth_l1_sum(answer.box_deltas[positive], targets) / norm}
+        return {"cls": scores / norm, "box": smooth_l1_sum(answer.box_deltas[positive], targets) / norm}
 
     def postprocess(self, outputs: ProposalOutputs, max_det: int = 100) -> DetectionBatch:
         """The second stage's boxes of all proposals, after suppression; every score counts."""

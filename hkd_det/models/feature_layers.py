@@ -62,7 +62,7 @@ def find_feature_layers(detector: BaseDetector, names: Sequence[str], setting: s
         if name not in maps:
             fault = "gives no single map at a stride of the input" if name in modules else "no such layer"
             near = difflib.get_close_matches(name, maps, 1, cutoff=0.0)[0]
-            raise UsageError(f"{setting}: {name}: {fault}; did you mean {near}? hkd-train --list-taps shows them")
+            raise UsageError(f"{setting}: {name}: {fault}; did you mean {near}? hkd-train --list-layers shows them")
     return [_make_feature_info(name, maps[name]) for name in names]
 
 
@@ -151,7 +151,7 @@ def pair_by_stride(student: list[FeatureInfo], teacher: list[FeatureInfo]) -> li
 
 @dataclass(frozen=True)
 class LayerPairs:
-    """Layers by name, as `hkd-train --list-taps` shows them; the first of one is compared with the first of the other.
+    """Layers by name, as `hkd-train --list-layers` shows them; the first of one is compared with the first of the other.
 
     Their strides may differ, the adapters make up for it. Empty: the ends of both pyramids' levels, paired by stride.
     """
@@ -169,14 +169,14 @@ def select_layers(
     """
     if len(layer_pairs.student) != len(layer_pairs.teacher):
         raise UsageError(
-            f"distill.hkd.taps: {len(layer_pairs.student)} layers of the student and {len(layer_pairs.teacher)} of the teacher; "
+            f"distill.hkd.feature_layers: {len(layer_pairs.student)} layers of the student and {len(layer_pairs.teacher)} of the teacher; "
             "they are compared in pairs, so name as many of each, or none"
         )
     if not layer_pairs.student:
         return student.feature_info(), teacher.feature_info()
     return (
-        find_feature_layers(student, layer_pairs.student, "distill.hkd.taps.student"),
-        find_feature_layers(teacher, layer_pairs.teacher, "distill.hkd.taps.teacher"),
+        find_feature_layers(student, layer_pairs.student, "distill.hkd.feature_layers.student"),
+        find_feature_layers(teacher, layer_pairs.teacher, "distill.hkd.feature_layers.teacher"),
     )
 
 

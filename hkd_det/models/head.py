@@ -90,9 +90,9 @@ class Head(nn.Module):
 def find_tower_layers(head: Head, name: str) -> list[PrunableLayer]:
     """All convolutions of the towers of a head that bears this name in its detector."""
     readers = {
-        "tower_scores": (f"{name}.many", f"{name}.tower_one.convs.0"),
-        "tower_one": (f"{name}.one",),
-        "tower_sides": (f"{name}.sides",),
+        "cls_tower": (f"{name}.one2many", f"{name}.one2one_tower.convs.0"),
+        "one2one_tower": (f"{name}.one2one",),
+        "reg_tower": (f"{name}.box_logits",),
     }
     layers = []
     for tower, last in readers.items():

@@ -148,5 +148,5 @@ def raw_outputs(detector: BaseDetector, images: Tensor) -> tuple[Tensor, Tensor]
     if isinstance(detector, FasterRCNN):
         return two_stage.compute_faster_rcnn_outputs(detector, images)
     prediction = detector(images)
-    branch = prediction.one or prediction.many
+    branch = prediction.one2one or prediction.one2many
     return branch.boxes_xyxy, branch.logits

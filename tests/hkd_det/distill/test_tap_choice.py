@@ -122,14 +122,14 @@ def test_names_that_do_not_fit_are_refused_at_the_start() -> None:
     student, teacher = HKDDetector(OURS), yolo()
     with pytest.raises(UsageError, match="1 layers of the student and 0 of the teacher"):
         terms_of(student, teacher, ["neck.outputs.0"], [])
-    with pytest.raises(UsageError, match=r"taps\.teacher: neck\.outputs\.0: no such layer; did you mean network\."):
+    with pytest.raises(UsageError, match=r"feature_layers\.teacher: neck\.outputs\.0: no such layer; did you mean network\."):
         terms_of(student, teacher, ["neck.outputs.0"], ["neck.outputs.0"])
 
 
 def test_they_are_named_in_a_recipe_and_by_a_flag() -> None:
-    recipe = {"hkd": {"taps": {"student": ["neck.outputs.0"], "teacher": ["network.model.16"]}}}
+    recipe = {"hkd": {"feature_layers": {"student": ["neck.outputs.0"], "teacher": ["network.model.16"]}}}
     methods = dataclass_from_dict(DistillConfig, recipe)
     assert methods.hkd and methods.hkd.feature_layers == LayerPairs(("neck.outputs.0",), ("network.model.16",))
-    given = apply_override(DistillConfig, recipe, "hkd.taps.student=neck.outputs.1,neck.outputs.2")
+    given = apply_override(DistillConfig, recipe, "hkd.feature_layers.student=neck.outputs.1,neck.outputs.2")
     changed = dataclass_from_dict(DistillConfig, given)
     assert changed.hkd and changed.hkd.feature_layers.student == ("neck.outputs.1", "neck.outputs.2")

@@ -22,18 +22,18 @@ def tiny() -> HKDDetector:
 def test_raw_maps_have_a_row_for_every_point(tiny: HKDDetector) -> None:
     prediction = tiny(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
     count = 8 * 12 + 4 * 6 + 2 * 3
-    assert prediction.many.logits.shape == prediction.one.logits.shape == (2, count)
-    assert prediction.many.sides.shape == (2, count, 4, TINY.reg_max)
-    assert prediction.many.boxes_xyxy.shape == (2, count, 4) and prediction.points.shape == (count, 2)
+    assert prediction.one2many.logits.shape == prediction.one2one.logits.shape == (2, count)
+    assert prediction.one2many.box_logits.shape == (2, count, 4, TINY.reg_max)
+    assert prediction.one2many.boxes_xyxy.shape == (2, count, 4) and prediction.anchor_points.shape == (count, 2)
 
 
 def test_detect_gives_the_best_peaks_of_the_one_branch_less_doubles(tiny: HKDDetector) -> None:
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
         prediction, (boxes, scores) = tiny(pictures), tiny.predict(pictures, max_det=7)
-    peaks = peak_nms(prediction.one.logits, (64, 96), TINY.strides)
+    peaks = peak_nms(prediction.one2one.logits, (64, 96), TINY.strides)
     best, index = peaks.sort(dim=1, descending=True, stable=True)
-    chosen = prediction.many.boxes_xyxy.gather(1, index[:, :7, None].expand(-1, -1, 4))
+    chosen = prediction.one2many.boxes_xyxy.gather(1, index[:, :7, None].expand(-1, -1, 4))
     wanted_boxes, wanted = suppress_duplicates(chosen, best[:, :7])
     torch.testing.assert_close(scores, wanted)
     torch.testing.assert_close(boxes[0, 0], wanted_boxes[0, 0], atol=1e-3, rtol=1e-4)
@@ -46,7 +46,7 @@ def test_whoever_is_found_on_two_levels_is_one(tiny: HKDDetector, monkeypatch: p
     def decoded(sides: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return torch.tensor([0.0, 0, 40, 40]).expand(*sides.shape[:2], 4)
 
-    monkeypatch.setattr("hkd_det.models.detector.decode_boxes", decoded)
+    monkeypatch.setattr("hkd_det.models.detector.dist2bbox", decoded)
     torch.nn.init.normal_(tiny.head.one2one.weight)
     with torch.no_grad():
         pictures = torch.randint(0, 255, (1, 3, 64, 96), dtype=torch.uint8)
@@ -58,7 +58,7 @@ def test_whoever_is_found_on_two_levels_is_one(tiny: HKDDetector, monkeypatch: p
 
 def test_the_one_branch_leaves_the_pyramid_to_the_many_branch(tiny: HKDDetector) -> None:
     tiny.train()
-    tiny(torch.rand(1, 3, 64, 64) * 255).one.logits.sum().backward()
+    tiny(torch.rand(1, 3, 64, 64) * 255).one2one.logits.sum().backward()
     assert all(parameter.grad is None for parameter in tiny.neck.parameters())
     assert all(parameter.grad is not None for parameter in tiny.head.one2one_tower.convs.parameters())
 
@@ -66,7 +66,7 @@ def test_the_one_branch_leaves_the_pyramid_to_the_many_branch(tiny: HKDDetector)
 def test_scores_start_at_the_prior(tiny: HKDDetector) -> None:
     with torch.no_grad():
         prediction = tiny(torch.zeros(1, 3, 64, 64))
-    assert 0.003 < prediction.one.logits.sigmoid().mean() < 0.03
+    assert 0.003 < prediction.one2one.logits.sigmoid().mean() < 0.03
 
 
 @pytest.mark.parametrize("student", DEFAULT_TEACHER)
@@ -104,7 +104,7 @@ def test_frozen_norms_do_not_move(tiny: HKDDetector) -> None:
     tiny.train()
     freeze_batch_norm(tiny)
     before = {name: value.clone() for name, value in tiny.state_dict().items() if "running" in name}
-    tiny(torch.rand(2, 3, 64, 64) * 255).many.logits.sum().backward()
+    tiny(torch.rand(2, 3, 64, 64) * 255).one2many.logits.sum().backward()
     after = tiny.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(m.weight.grad is None for m in tiny.modules() if isinstance(m, nn.BatchNorm2d))

@@ -87,8 +87,8 @@ def test_its_losses_are_torchvisions_own(twins: tuple[FasterRCNN, TorchvisionFas
     wanted = theirs(list(PICTURES.float() / 255), targets)
     terms = ours.loss(ours(PICTURES), TWO)
     for mine, other in {
-        "rpn_score": "loss_objectness", "rpn_box": "loss_rpn_box_reg",
-        "score": "loss_classifier", "box": "loss_box_reg",
+        "rpn_cls": "loss_objectness", "rpn_box": "loss_rpn_box_reg",
+        "cls": "loss_classifier", "box": "loss_box_reg",
     }.items():  # fmt: skip
         assert terms[mine] > 0
         torch.testing.assert_close(terms[mine], wanted[other], atol=1e-4, rtol=1e-3)
@@ -119,7 +119,7 @@ def test_what_is_said_inside_an_ignore_region_has_no_influence_on_the_first_stag
     sample_everything(tiny)
     output = tiny.train()(PICTURES)
     objectness = output.objectness.detach().requires_grad_()
-    tiny.loss(replace(output, objectness=objectness), watched)["rpn_score"].backward()
+    tiny.loss(replace(output, objectness=objectness), watched)["rpn_cls"].backward()
     seen = output.anchors_xyxy.clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))
     area = (seen[:, 2:] - seen[:, :2]).prod(-1)  # of the part inside the picture
     inside = box_intersection(seen, torch.tensor([region]))[:, 0] >= 0.5 * area
@@ -127,7 +127,7 @@ def test_what_is_said_inside_an_ignore_region_has_no_influence_on_the_first_stag
     assert (inside & apart).sum() > 50 and not objectness.grad[:, inside & apart].any()
     assert objectness.grad[:, ~inside & apart].all()
     objectness.grad = None
-    tiny.loss(replace(output, objectness=objectness), truth([[10.0, 5.0, 30.0, 60.0]]))["rpn_score"].backward()
+    tiny.loss(replace(output, objectness=objectness), truth([[10.0, 5.0, 30.0, 60.0]]))["rpn_cls"].backward()
     assert objectness.grad[:, inside & apart].all()  # without the region they count
 
 
@@ -139,8 +139,8 @@ def test_proposals_inside_an_ignore_region_have_no_influence_on_the_second_stage
     watched = truth([person], [region])
     alone = tiny.loss(replace(output, proposals=(calm, calm)), watched)
     more = torch.cat([calm, restless])
-    torch.testing.assert_close(tiny.loss(replace(output, proposals=(more, more)), watched)["score"], alone["score"])
-    assert tiny.loss(replace(output, proposals=(more, more)), truth([person]))["score"] != alone["score"]
+    torch.testing.assert_close(tiny.loss(replace(output, proposals=(more, more)), watched)["cls"], alone["cls"])
+    assert tiny.loss(replace(output, proposals=(more, more)), truth([person]))["cls"] != alone["cls"]
 
 
 corner = st.integers(0, 40)
@@ -177,7 +177,7 @@ def test_regions_are_judged_one_by_one(tiny: FasterRCNN) -> None:
         none = tiny.forward_rois(output, [a[:0], a[:0]])
     assert both.roi_features.shape == (3, 8, 7, 7) and both.box_features.shape == (3, 16) and both.logits.shape == (3,)
     assert none.roi_features.shape == (0, 8, 7, 7) and none.boxes_xyxy.shape == (0, 4)
-    for name in ("pooled", "embedding", "logits", "boxes_xyxy"):
+    for name in ("roi_features", "box_features", "logits", "boxes_xyxy"):
         torch.testing.assert_close(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
 
 
@@ -186,7 +186,7 @@ def test_taps_are_the_maps_regions_are_read_from(tiny: FasterRCNN) -> None:
 
     recorder = FeatureHooks(tiny, tiny.feature_info())
     output = tiny(PICTURES)
-    for tap, mine, other in zip(tiny.feature_info(), recorder.pop(), output.maps, strict=True):
+    for tap, mine, other in zip(tiny.feature_info(), recorder.pop(), output.features, strict=True):
         assert torch.equal(mine, other) and mine.shape == (2, tap.channels, 64 // tap.stride, 96 // tap.stride)
 
 
@@ -211,4 +211,4 @@ def test_in_bfloat16_boxes_keep_their_precision(tiny: FasterRCNN) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         output = tiny.eval()(PICTURES)
         boxes, scores = tiny.predict(PICTURES)
-    assert output.anchors_xyxy.dtype == output.deltas.dtype == boxes.dtype == scores.dtype == torch.float32
+    assert output.anchors_xyxy.dtype == output.box_deltas.dtype == boxes.dtype == scores.dtype == torch.float32

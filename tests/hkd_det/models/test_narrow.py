@@ -47,12 +47,12 @@ def test_what_an_inner_layer_gives_is_read_by_its_consumers_alone(spec: HKDDetec
             for name in layer.norms:
                 modules[name].bias[0] += 3.0  # type: ignore[index,operator]
         after = detector(PICTURE)
-        assert torch.equal(before.many.logits, after.many.logits) and torch.equal(before.one.logits, after.one.logits)
-        assert torch.equal(before.many.sides, after.many.sides)
+        assert torch.equal(before.one2many.logits, after.one2many.logits) and torch.equal(before.one2one.logits, after.one2one.logits)
+        assert torch.equal(before.one2many.box_logits, after.one2many.box_logits)
         for layer in detector.prunable_layers():
             for name in layer.norms:
                 modules[name].bias[1] += 3.0  # type: ignore[index,operator]
-        assert not torch.allclose(detector(PICTURE).many.logits, before.many.logits)
+        assert not torch.allclose(detector(PICTURE).one2many.logits, before.one2many.logits)
 
 
 def test_layers_whose_channels_hang_together_are_none() -> None:
@@ -75,7 +75,7 @@ def test_a_network_is_built_with_the_widths_of_its_changes(spec: HKDDetectorSpec
         assert modules[layer.conv].out_channels == widths[layer.conv]
         assert all(modules[name].in_channels == widths[layer.conv] for name in layer.consumers)
         assert all(modules[name].num_features == widths[layer.conv] for name in layer.norms)
-    assert narrow(PICTURE).many.logits.shape == HKDDetector(spec)(PICTURE).many.logits.shape
+    assert narrow(PICTURE).one2many.logits.shape == HKDDetector(spec)(PICTURE).one2many.logits.shape
     assert narrow.prunable_layers() == layers
 
 
@@ -85,14 +85,14 @@ def test_what_was_narrowed_can_be_made_separable() -> None:
     changed = HKDDetector(BASIC, ModelChanges({inner: 3}, (inner, reader))).eval()
     modules: dict[str, nn.Module] = dict(changed.named_modules())
     assert modules[f"{inner}.pointwise2"].out_channels == modules[f"{reader}.depthwise1"].in_channels == 3
-    assert changed(PICTURE).many.logits.shape == HKDDetector(BASIC)(PICTURE).many.logits.shape
+    assert changed(PICTURE).one2many.logits.shape == HKDDetector(BASIC)(PICTURE).one2many.logits.shape
     assert not {inner, reader} & {layer.conv for layer in changed.prunable_layers()}
 
 
 @pytest.mark.parametrize(
     ("widths", "told"),
-    [({"backbone.body.conv1": 3}, "no layer"), ({"head.tower_one.convs.0": 0}, "one must stay"),
-     ({"head.tower_one.convs.0": 17}, "it has 16")],
+    [({"backbone.body.conv1": 3}, "no layer"), ({"head.one2one_tower.convs.0": 0}, "one must stay"),
+     ({"head.one2one_tower.convs.0": 17}, "it has 16")],
 )  # fmt: skip
 def test_widths_that_cannot_be_are_refused(widths: dict[str, int], told: str) -> None:
     with pytest.raises(UsageError, match=told):

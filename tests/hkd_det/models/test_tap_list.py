@@ -34,7 +34,7 @@ def test_ours_are_the_stages_the_necks_layers_and_the_ends_of_the_heads_towers()
     assert listed(detector, "backbone") == [("backbone.body.act1", 2, 16), *stages]
     necks = [("laterals", (8, 16, 32)), ("downs", (16, 32)), ("outputs", (8, 16, 32))]
     assert listed(detector, "neck") == [(f"neck.{a}.{i}", s, 24) for a, strides in necks for i, s in enumerate(strides)]
-    towers = ("tower_scores", "tower_one", "tower_sides")
+    towers = ("cls_tower", "one2one_tower", "reg_tower")
     assert listed(detector, "head") == [
         (f"head.{tower}.norms.{i}.1", 8 * 2**i, 24) for tower in towers for i in range(3)
     ]
@@ -94,7 +94,7 @@ def test_any_layer_with_a_map_can_be_found_in_the_order_asked() -> None:
     ("name", "said"),
     [
         ("neck.output.1", r"taps: neck\.output\.1: no such layer; did you mean neck\.outputs\.1\?"),
-        ("head.many", r"head\.many: gives no single map .* did you mean"),  # runs once a level
+        ("head.one2many", r"head\.one2many: gives no single map .* did you mean"),  # runs once a level
         ("neck", r"neck: gives no single map .* did you mean neck\."),  # gives several
         ("xyz", r"xyz: no such layer; did you mean \w"),
     ],

@@ -78,10 +78,10 @@ def test_boxes_and_scores_are_ultralytics_own(name: str, classes: int, person: i
         prediction = detector(pictures())
     boxes, scores = theirs(detector)
     assert scores.std() > 1e-4 and boxes.std() > 1
-    torch.testing.assert_close(prediction.many.boxes_xyxy, boxes, atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(prediction.many.logits.sigmoid(), scores)
+    torch.testing.assert_close(prediction.one2many.boxes_xyxy, boxes, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(prediction.one2many.logits.sigmoid(), scores)
     points, strides = make_anchors(HW, detector.strides)
-    assert torch.equal(prediction.points, points) and torch.equal(prediction.strides, strides)
+    assert torch.equal(prediction.anchor_points, points) and torch.equal(prediction.strides, strides)
 
 
 @pytest.mark.parametrize("name", ["yolo26n", "yolov10n"])
@@ -130,13 +130,13 @@ def test_both_modes_say_the_same_and_learn(name: str) -> None:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     loud = detector(pictures())
-    for mine, other in ((quiet.many, loud.many), (quiet.one, loud.one)):
+    for mine, other in ((quiet.one2many, loud.one2many), (quiet.one2one, loud.one2one)):
         if mine is not None and other is not None:
             assert torch.equal(mine.logits, other.logits) and torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
     terms = DetectionCriterion()(loud, truth())
-    assert ("box_one" in terms) == (name == "yolo26n") and ("distribution" in terms) == (name == "yolo11n")
+    assert ("box_one2one" in terms) == (name == "yolo26n") and ("dfl" in terms) == (name == "yolo11n")
     assert torch.isfinite(sum_losses(terms))
-    branches = [branch for branch in (loud.many, loud.one) if branch is not None]
+    branches = [branch for branch in (loud.one2many, loud.one2one) if branch is not None]
     torch.stack([out.square().mean() for one in branches for out in (one.logits, one.boxes_xyxy)]).sum().backward()
     still = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not still
@@ -145,7 +145,7 @@ def test_both_modes_say_the_same_and_learn(name: str) -> None:
 def test_the_one_to_one_heads_gradient_stays_out_of_the_neck() -> None:
     detector = lively(thin("yolo26n")).train()
     terms = DetectionCriterion()(detector(pictures()), truth())
-    torch.stack([term for name, term in terms.items() if name.endswith("_one")]).sum().backward()
+    torch.stack([term for name, term in terms.items() if name.endswith("_one2one")]).sum().backward()
     head = f"network.model.{len(detector.network.model) - 1}.one2one_"
     touched = {name for name, parameter in detector.named_parameters() if parameter.grad is not None}
     assert touched and all(name.startswith(head) for name in touched)
@@ -183,12 +183,12 @@ def test_inner_layers_are_read_by_their_consumer_alone(name: str) -> None:
             assert modules[layer.conv].out_channels == modules[layer.norms[0]].num_features
             assert modules[layer.consumers[0]].in_channels == modules[layer.conv].out_channels
             modules[layer.consumers[0]].weight[:, 0] = 0
-        before = detector(pictures()).many.logits
+        before = detector(pictures()).one2many.logits
         for layer in inner:
             modules[layer.norms[0]].bias[0] += 3.0
-        assert torch.equal(detector(pictures()).many.logits, before)
+        assert torch.equal(detector(pictures()).one2many.logits, before)
         modules[inner[0].norms[0]].bias[1] += 3.0
-        assert not torch.equal(detector(pictures()).many.logits, before)
+        assert not torch.equal(detector(pictures()).one2many.logits, before)
 
 
 def test_a_spec_goes_through_plain_values() -> None:
@@ -199,7 +199,7 @@ def test_a_spec_goes_through_plain_values() -> None:
     twin = build_from_spec(again, NO_CHANGES).eval()
     twin.load_state_dict(detector.state_dict())
     with torch.no_grad():
-        assert torch.equal(twin(pictures()).many.logits, detector(pictures()).many.logits)
+        assert torch.equal(twin(pictures()).one2many.logits, detector(pictures()).one2many.logits)
 
 
 def test_a_named_model_has_ultralytics_parameters() -> None:
@@ -264,7 +264,7 @@ def test_ultralytics_files_are_read(name: str, tmp_path: Path) -> None:
     assert read.spec.person_class_id == 1 and read.spec.name == "some" and not read.training
     detector.network.half().float()
     with torch.no_grad():
-        assert torch.equal(read(pictures()).many.logits, detector(pictures()).many.logits)
+        assert torch.equal(read(pictures()).one2many.logits, detector(pictures()).one2many.logits)
     assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
@@ -311,12 +311,12 @@ cv2.setNumThreads(2)
 def state():
     return (dict(os.environ), cv2.getNumThreads(), torch.get_num_threads(), numpy.get_printoptions(), torch.save,
             PIL.Image.open, list(warnings.filters), str(torch.ones(100) / 3))
-from hkd_det.models.ultralytics import YoloDetector, yolo_spec
+from hkd_det.models.ultralytics import UltralyticsDetector, make_ultralytics_spec
 before = state()
 assert "ultralytics" not in sys.modules
 import socket
 socket.getaddrinfo = socket.socket.connect = lambda *_: print("calls home")
-YoloDetector(yolo_spec("yolo11n"))
+UltralyticsDetector(make_ultralytics_spec("yolo11n"))
 assert "ultralytics" in sys.modules
 assert state() == before, "changed"
 """

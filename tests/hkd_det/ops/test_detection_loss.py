@@ -39,7 +39,7 @@ def test_an_empty_picture_pushes_every_score_down_and_no_box() -> None:
     nobody = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0, dtype=torch.bool), torch.zeros(1, 0, dtype=torch.bool))
     terms = DetectionCriterion()(prediction(logits, sides), nobody)
     sum_losses(terms).backward()
-    assert terms["box"] == 0 and terms["distribution"] == 0
+    assert terms["box"] == 0 and terms["dfl"] == 0
     assert logits.grad is not None and (logits.grad > 0).all()
     assert sides.grad is None or not sides.grad.any()
 

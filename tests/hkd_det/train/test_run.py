@@ -54,7 +54,7 @@ def test_a_run_leaves_checkpoints_settings_and_history(people: Path, tmp_path: P
     best = load_detector_checkpoint(result.best)
     assert best.model == "mini-student" and best.spec == TINY and best.miss_rate == result.miss_rate
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
-    assert result.history[-1].losses["score"] < result.history[0].losses["score"] * 1.5
+    assert result.history[-1].losses["cls"] < result.history[0].losses["cls"] * 1.5
 
 
 @pytest.mark.usefixtures("tiny_sizes")

@@ -176,7 +176,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     people: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(config(people, tmp_path / "whole", folder, teacher))
-    assert {"soft_score", "soft_box", "score"} <= whole.history[0].losses.keys()
+    assert {"soft_score", "soft_box", "cls"} <= whole.history[0].losses.keys()
 
     def cut(*_arguments: object) -> float:
         raise KeyboardInterrupt
