@@ -25,9 +25,8 @@ from hkd_deploy.backends import BACKENDS, default_backend
 from hkd_deploy.export.openvino import list_model_files
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import file_sha256
-from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult
-from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 from hkd_det.structures import Detections, Sample
 
 
@@ -108,7 +107,7 @@ def bench(
         warmup=options.warmup,
         warmup_s=options.warmup_s,
         models=tuple(
-            _make_model_result(contender, measured, _evaluate_detections(found, samples))
+            _make_model_result(contender, measured, evaluate_detections(samples if found else (), found))
             for contender, measured, found in zip(contenders, rounds, detections, strict=True)
         ),
     )
@@ -122,7 +121,7 @@ def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: B
     for backend in options.backends:
         if backend is not None and backend not in BACKENDS:
             raise UsageError(f"--backend {backend}: expected {', '.join(BACKENDS)}")
-    for name in ("runs", "rounds", "staged_runs", "timed_pictures"):
+    for name in ("runs", "rounds", "stage_runs", "timed_images"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
     if options.runs < options.rounds:
@@ -220,12 +219,6 @@ def _worker_error(returncode: int, log_path: Path) -> str:
     if returncode == -9:
         return "the measuring process was killed (signal 9), most likely for lack of memory; close other programs"
     return f"the measuring process ended with code {returncode}: {lines[-1] if lines else 'no message'}"
-
-
-def _evaluate_detections(detections: Sequence[Detections], samples: Sequence[Sample]) -> dict[str, MissRateResult]:
-    """By setup; over no pictures where none was evaluated."""
-    truths = [sample.ground_truth for sample in samples] if detections else []
-    return evaluate(GroundTruthTable.from_samples(truths), DetectionTable.from_detections(detections))
 
 
 def _make_model_result(

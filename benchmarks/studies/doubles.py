@@ -29,9 +29,8 @@ from hkd_det.boxes import box_iou, xyxy_from_xywh
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.letterbox import parse_imgsz
-from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.coco import read_coco_ground_truth
-from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 from hkd_det.models.checkpoint import DetectorCheckpoint, load_detector_checkpoint
 from hkd_det.ops.nms import IOU_LIMITS
 from hkd_det.structures import Detections
@@ -82,12 +81,11 @@ def miss_rates(checkpoint: DetectorCheckpoint, samples: Sequence[Sample]) -> lis
     """Of all peaks, less doubles, and after NMS."""
     imgsz_hw = tuple(checkpoint.config["imgsz_hw"])
     bf16 = checkpoint.config["precision"] == "bf16"
-    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
     detector = checkpoint.build()
     with all_peaks():
         peaks = predict_dataset(detector, samples, imgsz_hw, bf16)
     found = (peaks, predict_dataset(detector, samples, imgsz_hw, bf16), [suppressed(one) for one in peaks])
-    return [evaluate(truth, DetectionTable.from_detections(one), [REASONABLE])[REASONABLE.name].value for one in found]
+    return [evaluate_detections(samples, one, [REASONABLE])[REASONABLE.name].value for one in found]
 
 
 @contextmanager

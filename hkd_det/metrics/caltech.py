@@ -183,7 +183,7 @@ NUM_TEST_FRAMES = {
 }
 
 
-def test_frame_ids() -> dict[str, int]:
+def count_test_frames() -> dict[str, int]:
     """Frames measured of each video, `set06/V000` and so on, in order."""
     return {
         f"{name}/V{number:03}": count for name, counts in NUM_TEST_FRAMES.items() for number, count in enumerate(counts)

@@ -20,7 +20,7 @@ from hkd_det.datasets.caltech import (
 )
 from hkd_det.datasets.mat_file import read_mat, to_float_array
 from hkd_det.errors import DataError
-from hkd_det.metrics.caltech import AnnotationVersion, test_frame_ids
+from hkd_det.metrics.caltech import AnnotationVersion, count_test_frames
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
 
 CORRECTED_PERSON_LABELS = ("person", "person?", "people")  # of these the new annotations' programs make no difference
@@ -161,7 +161,7 @@ def _infer_frames(folder: Path, ground_truth: CaltechGroundTruth) -> tuple[tuple
         f"{path.parent.name}/{path.stem}": int(_read_video_detections(path)[:, 0].max(initial=0)) // TEST_FRAME_STEP
         for path in videos
     }
-    reach, measured = sum(counts.values()), test_frame_ids()
+    reach, measured = sum(counts.values()), count_test_frames()
     if reach != ground_truth.table.num_images == sum(measured.values()):
         counts = measured  # a detector that is silent in some video's last frame reaches less far
     elif reach != ground_truth.table.num_images:

@@ -1,6 +1,6 @@
 """Log-average miss rate by the CityPersons protocol, as the official `eval_MR_multisetup.py` computes it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hkd_det.metrics import matching
 from hkd_det.metrics.matching import MissRateResult, compute_curve, log_average_miss_rate, make_result
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
-from hkd_det.structures import Detections, GroundTruth
+from hkd_det.structures import Detections, GroundTruth, Sample
 
 FPPI_POINTS = (0.0100, 0.0178, 0.0316, 0.0562, 0.1000, 0.1778, 0.3162, 0.5623, 1.0000)
 HEIGHT_MARGIN = 1.25
@@ -69,6 +69,25 @@ def evaluate(
             line, log_average_miss_rate(line, FPPI_POINTS, before), people, ground_truth.num_images
         )
     return found
+
+
+def evaluate_detections(
+    samples: Sequence[Sample],
+    detections: Sequence[Detections],
+    setups: Iterable[CityPersonsSetup] = SETUPS.values(),
+) -> dict[str, MissRateResult]:
+    """Compute the miss rate of detections in memory.
+
+    Args:
+        samples: Annotated images.
+        detections: Detections of each sample, in the same order. An empty sequence means no detections at all.
+        setups: Setups to evaluate.
+
+    Returns:
+        The result of each setup, by its name.
+    """
+    ground_truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
+    return evaluate(ground_truth, DetectionTable.from_detections(detections), setups)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ from pycocotools.cocoeval import COCOeval
 from hkd_det.datasets.base import select_person_class
 from hkd_det.errors import DataError
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
+from hkd_det.structures import Detections, Sample
 
 CocoId = int | float | str
 
@@ -233,6 +234,22 @@ def evaluate(ground_truth: CocoGroundTruth, detections: DetectionTable) -> dict[
         judged.accumulate()
         judged.summarize()
     return dict(zip(METRIC_NAMES, judged.stats.tolist(), strict=True))
+
+
+def evaluate_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float]:
+    """Compute COCO's metrics of detections in memory.
+
+    Args:
+        samples: Annotated images.
+        detections: Detections of each sample, in the same order.
+
+    Returns:
+        The twelve metrics of `METRIC_NAMES`, as fractions.
+    """
+    table = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
+    area = table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]
+    ground_truth = CocoGroundTruth(Path(), tuple(range(len(samples))), 1, table, area, np.zeros(len(area), bool))
+    return evaluate(ground_truth, DetectionTable.from_detections(detections))
 
 
 def _build_coco_index(ground_truth: CocoGroundTruth) -> COCO:

@@ -17,10 +17,8 @@ from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
-from hkd_det.metrics import coco
-from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, evaluate
-from hkd_det.metrics.coco import CocoGroundTruth
-from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, evaluate_detections
+from hkd_det.metrics.coco import evaluate_average_precision
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import count_params_and_flops
@@ -71,14 +69,8 @@ def evaluate_detector(
 ) -> tuple[EvalResult, list[Detections]]:
     """Measure a detector on samples, in `setup` and those of JUDGED_SETUPS; its detections come along."""
     found = predict_dataset(detector, samples, imgsz_hw, bf16)
-    table, detections = (
-        GroundTruthTable.from_samples([sample.ground_truth for sample in samples]),
-        DetectionTable.from_detections(found),
-    )
-    rates = evaluate(table, detections, dict.fromkeys((SETUPS[setup], *EVAL_SETUPS)))
-    area_px = table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]
-    truth = CocoGroundTruth(Path(), tuple(range(len(samples))), 1, table, area_px, np.zeros(len(area_px), bool))
-    precision = coco.evaluate(truth, detections)
+    rates = evaluate_detections(samples, found, dict.fromkeys((SETUPS[setup], *EVAL_SETUPS)))
+    precision = evaluate_average_precision(samples, found)
     weight = count_params_and_flops(detector, imgsz_hw)
     return EvalResult(
         {name: rate.value for name, rate in rates.items()},
@@ -170,9 +162,9 @@ def bootstrap_interval(
     chance, differences = np.random.default_rng(0), []
     for _ in tqdm(range(num_resamples), desc="bootstrap", leave=False, delay=2):
         drawn = chance.integers(len(samples), size=len(samples)).tolist()
-        table = GroundTruthTable.from_samples([samples[index].truth for index in drawn])
+        resampled = [samples[index] for index in drawn]
         rates = [
-            evaluate(table, DetectionTable.from_detections([found[index] for index in drawn]), [SETUPS[setup]])[setup]
+            evaluate_detections(resampled, [found[index] for index in drawn], [SETUPS[setup]])[setup]
             for found in (first_detections, second_detections)
         ]
         if rates[0].num_gt:  # a draw may hold nobody

@@ -21,8 +21,7 @@ from tqdm import tqdm
 from hkd_det.datasets import Sample, read_image
 from hkd_det.files import write_text
 from hkd_det.letterbox import Letterbox
-from hkd_det.metrics.citypersons import SETUPS, evaluate
-from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
 from hkd_det.models.base import BaseDetector
 from hkd_det.structures import Detections
 from hkd_det.train.config import TrainConfig
@@ -55,8 +54,7 @@ class ModelEma:
 def evaluate_miss_rate(config: TrainConfig, samples: Sequence[Sample], detector: BaseDetector) -> float:
     """MR^-2 of the run's setup, a fraction."""
     found = predict_dataset(detector, samples, config.imgsz_hw, bf16=config.precision == "bf16")
-    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
-    return evaluate(truth, DetectionTable.from_detections(found), [SETUPS[config.setup]])[config.setup].value
+    return evaluate_detections(samples, found, [SETUPS[config.setup]])[config.setup].value
 
 
 @torch.no_grad()

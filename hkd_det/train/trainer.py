@@ -26,8 +26,7 @@ from hkd_det.distill.gradients import SumBalancer
 from hkd_det.distill.mokd import build_balancer
 from hkd_det.errors import DataError
 from hkd_det.files import file_sha256, write_text
-from hkd_det.metrics.citypersons import SETUPS, evaluate
-from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
+from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import (
     DetectorCheckpoint,
@@ -353,8 +352,8 @@ def check_annotations(config: TrainConfig, train_samples: Sequence[Sample], val_
     """Find out now, not after an epoch, that there is nobody to learn from or to be judged by."""
     if all(sample.ground_truth.ignore.all() for sample in train_samples):
         raise DataError(f"--data {config.data}: nobody to find in the train split, only ignore regions")
-    setup, truth = SETUPS[config.setup], GroundTruthTable.from_samples([sample.ground_truth for sample in val_samples])
-    if evaluate(truth, DetectionTable.from_detections([]), [setup])[setup.name].num_gt == 0:
+    setup = SETUPS[config.setup]
+    if evaluate_detections(val_samples, [], [setup])[setup.name].num_gt == 0:
         raise DataError(
             f"--data {config.data}: nobody in the val split counts in the setup {setup.name} (at least "
             f"{setup.height_px[0]:g} px tall, visibility from {setup.visible_ratio[0]:g}); --set setup=All takes smaller "

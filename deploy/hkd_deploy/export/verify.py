@@ -19,9 +19,8 @@ from hkd_deploy.export.parity import (
 )
 from hkd_deploy.precision.report import predict_samples
 from hkd_det.errors import DataError, HkdError
-from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import NO_GROUND_TRUTH
-from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
 
@@ -177,8 +176,7 @@ def _open_runner(path: Path, model: ExportedModel) -> Iterator[tuple[RunFunction
 
 def _compute_miss_rate(detections: Sequence[Detections], samples: Sequence[Sample]) -> float:
     """MR^-2, Reasonable, a fraction; `curve.ABSENT` where nobody is to be found."""
-    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
-    return evaluate(truth, DetectionTable.from_detections(detections), [REASONABLE])[REASONABLE.name].value
+    return evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name].value
 
 
 def _format_percent(rate: float) -> str:

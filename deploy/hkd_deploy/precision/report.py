@@ -20,9 +20,8 @@ from hkd_deploy.pipeline import Detector, open_detector
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError
 from hkd_det.image import read_image
-from hkd_det.metrics.citypersons import REASONABLE, evaluate
+from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult
-from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 from hkd_det.structures import Detections, Sample
 
 NUM_ROUNDS, NUM_RUNS = 4, 10  # on each runtime in every round
@@ -57,8 +56,7 @@ def load_eval_samples(data: str) -> list[Sample]:
         samples = load_dataset(data, "val")
     except HkdError as error:
         raise type(error)(f"no pictures to judge by: {error} (--data DATA names others)") from error
-    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
-    if not evaluate(truth, DetectionTable.from_detections([]), [REASONABLE])[REASONABLE.name].num_gt:
+    if not evaluate_detections(samples, [], [REASONABLE])[REASONABLE.name].num_gt:
         raise DataError(f"{data}: nobody of 50 px or more in its split val to judge by; --data DATA names others")
     return samples
 
@@ -66,8 +64,7 @@ def load_eval_samples(data: str) -> list[Sample]:
 def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: float, desc: str) -> Accuracy:
     """Run a file over all samples, on `judging_backend`. conf: the operating threshold. what: for the progress bar."""
     found = predict_samples(path, device, eval_backend(device), samples, desc)
-    truth = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
-    judged = evaluate(truth, DetectionTable.from_detections(found), [REASONABLE])[REASONABLE.name]
+    judged = evaluate_detections(samples, found, [REASONABLE])[REASONABLE.name]
     return Accuracy(judged.value, compute_recall(judged, conf))
 
 

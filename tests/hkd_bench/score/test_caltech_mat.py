@@ -11,7 +11,7 @@ import scipy.io
 from hkd_bench.cli import main
 from hkd_det.datasets.caltech_annotations import read_vbb
 from hkd_det.metrics import caltech
-from hkd_det.metrics.caltech import test_frame_ids
+from hkd_det.metrics.caltech import count_test_frames
 from hkd_det.metrics.caltech_files import read_caltech_ground_truth
 
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
@@ -42,8 +42,8 @@ def test_frames_of_a_gt_mat_when_a_detector_is_silent_at_a_videos_end(
     """Only pictures with people have detections, which then end before the videos do."""
     path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
     table = read_caltech_ground_truth(path, caltech.AnnotationVersion.CORRECTED).table
-    place = [(video, 30 * number) for video, count in test_frame_ids().items() for number in range(1, count + 1)]
-    lines: dict[str, list[str]] = {video: [] for video in test_frame_ids()}
+    place = [(video, 30 * number) for video, count in count_test_frames().items() for number in range(1, count + 1)]
+    lines: dict[str, list[str]] = {video: [] for video in count_test_frames()}
     for picture, box in zip(table.image_index.tolist(), table.boxes_xywh.tolist(), strict=True):
         video, frame = place[picture]
         lines[video].append(f"{frame},{','.join(map(repr, box))},1")
@@ -70,7 +70,7 @@ def test_frames_of_another_gt_mat_must_come_out_even(tmp_path: Path, capsys: pyt
 
 
 def test_the_measured_frames_are_those_that_the_annotations_have() -> None:
-    counts = test_frame_ids()
+    counts = count_test_frames()
     assert (len(counts), sum(counts.values())) == (66, 4024)
     for path in sorted((SHARED / "caltech" / "annotations" / "set06").glob("*.vbb")):
         assert counts[f"set06/{path.stem}"] == len(read_vbb(path)) // 30
