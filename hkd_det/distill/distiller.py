@@ -122,10 +122,12 @@ def white_box_teacher(teacher: BaseDetector | OnnxTeacher, config: DistillConfig
         return teacher
     shows = f"{teacher.model.path} shows neither features nor logits"
     if config.noisy_teacher and config.noisy_teacher.mode == "l2":
-        raise UsageError(f"--distill noise: {shows}; beside detections, distill.noise.form=targets is for it")
+        raise UsageError(
+            f"--distill noisy_teacher: {shows}; next to soft_labels, distill.noisy_teacher.mode=targets is for it"
+        )
     if config.hkd or config.cdd:
         asked = "hkd" if config.hkd else "cdd"
-        raise UsageError(f"--distill {asked}: {shows}; --distill detections learns from its boxes and scores")
+        raise UsageError(f"--distill {asked}: {shows}; --distill soft_labels learns from its boxes and scores")
     return None
 
 
@@ -138,7 +140,9 @@ def _build_hkd(
 ) -> nn.Module:
     """The published form between two-stage detectors, ours where either is dense; `taps` are both's."""
     if isinstance(student, FasterRCNN) and isinstance(teacher, FasterRCNN):
-        _check_ignored_options(config, ("pyramid", "region", "score", "box", "foreground", "confident", "regions"))
+        _check_ignored_options(
+            config, ("pyramid", "region", "cls", "box", "fg_ratio", "region_min_score", "max_regions")
+        )
         pairs = pair_layers(*layers, config.feature_layers)
         return TwoStageHKD(student, teacher, config.two_stage, noisy_teacher, config.adapter, pairs)
     _check_ignored_options(config, ("two_stage",))

@@ -49,7 +49,7 @@ class TwoStageConfig:
 
     def __post_init__(self) -> None:
         if min(self.pyramid, self.region, self.logit, self.num_proposals) < 0:
-            raise UsageError("hkd.two_stage: pyramid, region, logit and proposals are not negative")
+            raise UsageError("distill.hkd.two_stage: pyramid, region, logit and num_proposals are not negative")
 
 
 class TwoStageHKD(nn.Module):
@@ -134,11 +134,13 @@ class HKDConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.det_loss_weight <= 1:
-            raise UsageError(f"hkd.truth = {self.det_loss_weight}: the weight of the task's own terms is 0..1")
+            raise UsageError(
+                f"distill.hkd.det_loss_weight = {self.det_loss_weight}: the weight of the task's own terms is 0..1"
+            )
         if not 0 <= self.fg_ratio <= 1:
-            raise UsageError(f"hkd.foreground = {self.fg_ratio}: a share, 0..1")
+            raise UsageError(f"distill.hkd.fg_ratio = {self.fg_ratio}: a share, 0..1")
         if min(self.pyramid, self.region, self.cls, self.box, self.region_min_score, self.max_regions) < 0:
-            raise UsageError("hkd: pyramid, region, score, box, confident and regions are not negative")
+            raise UsageError("hkd: pyramid, region, cls, box, region_min_score and max_regions are not negative")
 
 
 class HKD(nn.Module):
@@ -164,7 +166,7 @@ class HKD(nn.Module):
         return {
             "hkd_pyramid": self.config.pyramid * self._compute_pyramid_loss(adapted, batch),
             "hkd_region": self.config.region * self._compute_region_loss(adapted, batch),
-            "hkd_score": self.config.cls * scores,
+            "hkd_cls": self.config.cls * scores,
             "hkd_box": self.config.box * boxes,
         }
 

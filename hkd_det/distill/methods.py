@@ -30,15 +30,21 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if self.noisy_teacher and self.noisy_teacher.mode == "targets" and not (self.hkd or self.soft_labels):
-            raise UsageError("noise.form=targets perturbs what another method learns from: add one, such as hkd")
+            raise UsageError(
+                "noisy_teacher.mode=targets perturbs what another method learns from: add one, such as hkd"
+            )
         if self.noisy_teacher and self.noisy_teacher.feature_sigma and not self.hkd:
-            raise UsageError("noise.features makes the maps noisy that hkd compares: add it, or leave features out")
+            raise UsageError(
+                "noisy_teacher.feature_sigma makes the maps noisy that hkd compares: add it, or leave features out"
+            )
         if self.mokd and not (self.hkd or self.soft_labels or self.noisy_teacher or self.cdd):
             raise UsageError("--distill mokd arbitrates between the task and a teacher's terms: add one, such as hkd")
         if self.mokd and self.hkd and self.hkd.det_loss_weight < 1:
-            raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.truth at 1")
+            raise UsageError("--distill mokd finds the task's weight itself: leave distill.hkd.det_loss_weight at 1")
         if self.cdd and self.blockwise:
-            raise UsageError("--distill cdd,blockwise: both change the same layers; use one, then the other by --init")
+            raise UsageError(
+                "--distill cdd,blockwise: both change the same layers; use one, then the other by --weights"
+            )
 
     @property
     def names(self) -> list[str]:

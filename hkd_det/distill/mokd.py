@@ -39,12 +39,12 @@ class MoKDConfig:
     """How the two gradients become one step.
 
     rule: "bisector" of their directions; "min-norm", the shortest convex combination, which serves both equally, and
-    so mostly the one with the shorter gradient; "amortised", weights learnt from the losses alone. at: what gradients
-    are compared on, all shared "parameters" or the "feature" maps at the taps (the amortised rule compares none). eps:
-    keeps the log's gradient finite near a loss of 0. rate, decay: of the amortised rule's logits.
+    so mostly the one with the shorter gradient; "amortized", weights learnt from the losses alone. at: what gradients
+    are compared on, all shared "parameters" or the "feature" maps at the taps (the amortized rule compares none). eps:
+    keeps the log's gradient finite near a loss of 0. rate, decay: of the amortized rule's logits.
     """
 
-    solver: Literal["bisector", "min-norm", "amortised"] = "bisector"
+    solver: Literal["bisector", "min-norm", "amortized"] = "bisector"
     gradient_level: Literal["parameters", "feature"] = "parameters"
     eps: float = 1e-3
     lr: float = 0.025
@@ -52,11 +52,11 @@ class MoKDConfig:
 
     def __post_init__(self) -> None:
         if self.eps <= 0 or self.lr < 0 or self.weight_decay < 0:
-            raise UsageError("mokd: eps is positive, rate and decay are not negative")
-        if self.solver == "amortised" and self.gradient_level == "feature":
-            raise UsageError("mokd: the amortised rule compares no gradients: leave distill.mokd.at out")
-        if self.solver != "amortised" and (self.lr, self.weight_decay) != (MoKDConfig.lr, MoKDConfig.weight_decay):
-            raise UsageError(f"mokd: rate and decay are the amortised rule's; {self.solver} learns no shares")
+            raise UsageError("mokd: eps is positive, lr and weight_decay are not negative")
+        if self.solver == "amortized" and self.gradient_level == "feature":
+            raise UsageError("mokd: the amortized rule compares no gradients: leave distill.mokd.gradient_level out")
+        if self.solver != "amortized" and (self.lr, self.weight_decay) != (MoKDConfig.lr, MoKDConfig.weight_decay):
+            raise UsageError(f"mokd: lr and weight_decay are the amortized rule's; {self.solver} learns no shares")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class LossWeights:
             if self.gram.det_det > 0 < self.gram.distill_distill
             else 0.0
         )
-        return {"mokd_cosine": self.gram.cosine, "mokd_dominance": ratio, "mokd_share": self.det_weight}
+        return {"mokd_cosine": self.gram.cosine, "mokd_norm_ratio_log10": ratio, "mokd_det_weight": self.det_weight}
 
 
 def solve_loss_weights(config: MoKDConfig, gram: GramMatrix, det_loss: float, distill_loss: float) -> LossWeights:
@@ -179,7 +179,7 @@ def build_balancer(
     if config is None:
         return SumBalancer()
     parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-    if config.solver == "amortised":
+    if config.solver == "amortized":
         return AmortizedBalancer(config, parameters, all_reduce_mean)
     taps = FeatureHooks(student, student.feature_info()) if config.gradient_level == "feature" else None
     return GradientSpaceBalancer(config, parameters, taps, all_reduce_mean)
@@ -286,15 +286,15 @@ class AmortizedBalancer:
         weight = (1 - share) / share * mine / others
         _backward(det_loss + weight * distill_loss, self.parameters, self.all_reduce_mean)
         self._update_logits(share, math.log(mine), math.log(others))
-        return {"mokd_share": share, "mokd_weight": weight}
+        return {"mokd_det_weight": share, "mokd_weight": weight}
 
     def state_dict(self) -> dict[str, float]:
         """The logits of the shares."""
-        return {"task": self.logits[0], "taught": self.logits[1]}
+        return {"det_loss": self.logits[0], "distill_loss": self.logits[1]}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on with these logits."""
-        self.logits = (state_dict["task"], state_dict["taught"])
+        self.logits = (state_dict["det_loss"], state_dict["distill_loss"])
 
     def _update_logits(self, det_weight: float, log_det_loss: float, log_distill_loss: float) -> None:
         """One step of gradient descent: d/dz_i of the half square s^2 / 2 is s pi_i (log L_i - s)."""

@@ -55,16 +55,20 @@ class NoisyTeacherConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1 or self.sigma < 0 or self.feature_sigma < 0:
-            raise UsageError("noise: alpha is a probability, 0..1; sigma and features are not negative")
+            raise UsageError("noisy_teacher: alpha is a probability, 0..1; sigma and feature_sigma are not negative")
         if not 0 <= self.fg_ratio <= 1 or self.weight < 0:
-            raise UsageError("noise: foreground is a share, 0..1; weight is not negative")
+            raise UsageError("noisy_teacher: fg_ratio is a share, 0..1; weight is not negative")
         if self.feature_sigma and self.mode == "l2":
-            raise UsageError("noise.features: the form l2 compares logits alone; noisy maps need noise.form=targets")
+            raise UsageError(
+                "noisy_teacher.feature_sigma: the mode l2 compares logits alone; noisy maps need noisy_teacher.mode=targets"
+            )
         if self.mode == "targets" and (self.weight, self.fg_ratio) != (
             NoisyTeacherConfig.weight,
             NoisyTeacherConfig.fg_ratio,
         ):
-            raise UsageError("noise: weight and foreground are the form l2's; form=targets has no term of its own")
+            raise UsageError(
+                "noisy_teacher: weight and fg_ratio are the mode l2's; mode=targets has no term of its own"
+            )
 
 
 class NoisyTeacher:
@@ -131,8 +135,8 @@ def check_same_strides(student: BaseDetector, teacher: BaseDetector) -> None:
     mine, others = ([tap.stride for tap in detector.feature_info()] for detector in (student, teacher))
     if mine != others and not any(isinstance(detector, FasterRCNN) for detector in (student, teacher)):
         raise UsageError(
-            f"--distill noise needs student and teacher with the same pyramid strides, not {mine} and {others}; "
-            "form=targets, beside hkd or detections, does not"
+            f"--distill noisy_teacher needs student and teacher with the same pyramid strides, not {mine} and {others}; "
+            "mode=targets, beside hkd or soft_labels, does not"
         )
 
 
@@ -151,7 +155,7 @@ class NoisyLogitLoss(nn.Module):
             )
             for mine, other in _pair_comparable_logits(batch)
         ]
-        return {"noise": self.config.weight * torch.stack(errors).sum()}
+        return {"noisy_teacher": self.config.weight * torch.stack(errors).sum()}
 
 
 def fg_balanced_l2(
@@ -187,7 +191,7 @@ def _pair_comparable_logits(batch: DistillationBatch) -> list[tuple[Tensor, Tens
         return [
             (mine.one2many.logits.gather(1, best).flatten(), _compute_teacher_roi_logits(batch, other, boxes.unbind()))
         ]
-    raise UsageError("--distill noise: this teacher shows no logits to perturb")
+    raise UsageError("--distill noisy_teacher: this teacher shows no logits to perturb")
 
 
 def _compute_roi_logits(model: object, outputs: ProposalOutputs, rois: Sequence[Tensor]) -> Tensor:

@@ -170,7 +170,7 @@ class SoftLabelConfig:
 
     def __post_init__(self) -> None:
         if min(self.cls, self.box, self.background_weight) < 0:
-            raise UsageError("detections: score, box and silence are not negative")
+            raise UsageError("soft_labels: cls, box and background_weight are not negative")
 
 
 class SoftLabelDistillation(nn.Module):
@@ -183,7 +183,7 @@ class SoftLabelDistillation(nn.Module):
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """The weighted terms `soft_score` and `soft_box`, each a scalar."""
         scores, boxes = soft_label_losses(batch, batch.teacher_detections, self.config.background_weight)
-        return {"soft_score": self.config.cls * scores, "soft_box": self.config.box * boxes}
+        return {"soft_cls": self.config.cls * scores, "soft_box": self.config.box * boxes}
 
 
 def soft_label_losses(

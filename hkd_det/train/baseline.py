@@ -114,18 +114,18 @@ def control_config(config: TrainConfig) -> TrainConfig:
     Raises UsageError for a run without a teacher, and for a teacher in the control's place.
     """
     if not config.teacher:
-        raise UsageError("--control shows what a teacher brings: it needs --teacher and --distill")
+        raise UsageError("--baseline shows what a teacher brings: it needs --teacher and --distill")
     if config.distill.blockwise:
-        raise UsageError("--control: blockwise makes the student from its teacher; without there is none to train")
+        raise UsageError("--baseline: blockwise makes the student from its teacher; without there is none to train")
     if config.distill.cdd:
-        raise UsageError("--control: cdd asks the teacher which channels may go; without one the student stays wide")
+        raise UsageError("--baseline: cdd asks the teacher which channels may go; without one the student stays wide")
     control = replace(
         config,
         teacher="",
         teacher_config="",
         unlabeled=(),
         distill=DistillConfig(),
-        save_dir=f"{config.save_dir}-control",
+        save_dir=f"{config.save_dir}-baseline",
     )
     if Path(config.teacher).resolve() == (control.save_path / "best.pt").resolve():
         raise UsageError(f"--teacher {config.teacher}: the control run would write over it; --name another")
@@ -133,7 +133,7 @@ def control_config(config: TrainConfig) -> TrainConfig:
 
 
 def compare_with_control(config: TrainConfig, split: str = "val") -> ControlComparison:
-    """Judge both runs' best.pt and write `control.json` into the taught run's folder."""
+    """Judge both runs' best.pt and write `baseline.json` into the taught run's folder."""
     samples, device, bf16 = load_dataset(config.data, split), resolve_device(config.device), config.precision == "bf16"
     (taught, found), (alone, found_alone) = (
         evaluate_detector(
@@ -147,7 +147,7 @@ def compare_with_control(config: TrainConfig, split: str = "val") -> ControlComp
     )
     low, high = bootstrap_interval(samples, found, found_alone, config.setup)
     brought = ControlComparison(config.setup, taught, alone, low, high)
-    write_text(config.save_path / "control.json", json.dumps(asdict(brought), indent=1) + "\n")
+    write_text(config.save_path / "baseline.json", json.dumps(asdict(brought), indent=1) + "\n")
     return brought
 
 

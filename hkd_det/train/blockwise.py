@@ -48,7 +48,7 @@ def prepare_blockwise_student(
     if dist_context.world_size > 1:
         raise UsageError(
             "blocks are learnt by workers of their own, not under torchrun: start without it "
-            "(distill.blockwise.workers), then fine-tune under torchrun with --init blockwise/assembled.pt"
+            "(distill.blockwise.workers), then fine-tune under torchrun with --weights blockwise/assembled.pt"
         )
     teacher = load_detector(Path(config.teacher)).to(dist_context.device).requires_grad_(False)
     if config.distill.online_methods.names:  # what can't be is said now, not when the blocks are learnt
@@ -82,7 +82,7 @@ def _make_fingerprint(config: TrainConfig, teacher: BaseDetector) -> dict[str, o
         "data": config.data,
         "imgsz_hw": list(config.imgsz_hw),
         "mosaic": config.mosaic,
-        "views_batch": config.batch,  # which views are drawn depends on it
+        "images_batch": config.batch,  # which views are drawn depends on it
         "seed": config.seed,
     }
 
@@ -125,7 +125,7 @@ def _assemble_student(
     taken = [layer for layer in blocks if alone.get(layer, best) - best <= blockwise_config.max_mr_increase]
     if not taken:
         raise DataError(
-            f"distill.blockwise.limit={blockwise_config.max_mr_increase}: every block alone raises the miss rate by more, "
+            f"distill.blockwise.max_mr_increase={blockwise_config.max_mr_increase}: every block alone raises the miss rate by more, "
             f"{100 * (min(alone.values()) - best):.2f} points at least; raise it, or learn longer"
         )
     student = assemble(teacher, {layer: blocks[layer] for layer in taken})

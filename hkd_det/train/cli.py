@@ -33,7 +33,7 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
         from hkd_det.train.start import start_training  # noqa: PLC0415 - torch is needed from here on
     except ModuleNotFoundError as error:
         raise UnavailableError(f"{error.name} is not installed; training needs: pip install 'hkd-det[train]'") from None
-    if arguments.list_taps:
+    if arguments.list_layers:
         from hkd_det.train.start import print_feature_layers  # noqa: PLC0415 - torch, too
 
         return print_feature_layers(arguments)
@@ -50,7 +50,7 @@ def _build_train_parser() -> argparse.ArgumentParser:
         help="train nothing: count what --data holds, tell everything that is wrong (then the exit code is 1), draw it",
     )
     parser.add_argument(
-        "--list-taps",
+        "--list-layers",
         action="store_true",
         help="train nothing: show the layers of --model, --init or --teacher whose maps distillation can compare",
     )
@@ -61,27 +61,24 @@ def _build_train_parser() -> argparse.ArgumentParser:
         "fasterrcnn-r18, or an Ultralytics model (yolo11n)",
     )
     parser.add_argument(
-        "--init", metavar="CHECKPOINT", help="start from a checkpoint's shape and weights; --model may be left out"
+        "--weights", metavar="CHECKPOINT", help="start from a checkpoint's shape and weights; --model may be left out"
     )
     parser.add_argument("--teacher", help="best.pt of the teacher to learn from, or any detector's ONNX file")
     parser.add_argument(
-        "--teacher-description",
+        "--teacher-config",
         metavar="YAML",
         help="how to feed and read that ONNX file; else the .yaml beside it",
     )
     parser.add_argument(
         "--distill",
         metavar="METHODS",
-        help="how to learn from it: hkd, detections, noise, mokd, blockwise, cdd, or several: hkd,noise",
+        help="how to learn from it: hkd, soft_labels, noisy_teacher, mokd, blockwise, cdd, or several: hkd,noisy_teacher",
     )
     parser.add_argument(
-        "--keep-flops", metavar="SHARE", help="with --distill cdd: the share of its operations that the student keeps"
+        "--unlabeled", nargs="+", metavar="DIR", help="folders of pictures without labels, for the teacher to speak of"
     )
     parser.add_argument(
-        "--unlabelled", nargs="+", metavar="DIR", help="folders of pictures without labels, for the teacher to speak of"
-    )
-    parser.add_argument(
-        "--control",
+        "--baseline",
         action="store_true",
         help="also train the same student without the teacher, same seed and schedule: what did the teacher bring?",
     )

@@ -97,14 +97,20 @@ class TrainConfig:
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        for name, most in {"warmup": 1, "mosaic": 1, "finale": 1, "multi_scale": 0.5, "ema_decay": 1}.items():
+        for name, most in {
+            "warmup_ratio": 1,
+            "mosaic": 1,
+            "no_aug_ratio": 1,
+            "multi_scale": 0.5,
+            "ema_decay": 1,
+        }.items():
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{name} = {getattr(self, name)}: must be from 0 to {most}")
         if self.setup not in SETUPS:
             raise UsageError(f"setup = {self.setup}: there are {', '.join(SETUPS)}")
         if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
             raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
-        for name in ("unlabelled_share", "clip_norm"):  # clipped to less than nothing, gradients would climb
+        for name in ("unlabeled_ratio", "clip_grad_norm"):  # clipped to less than nothing, gradients would climb
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} = {getattr(self, name)}: must be above 0")
 
@@ -113,35 +119,35 @@ class TrainConfig:
             raise UsageError("--teacher and --distill go together: who teaches, and how (in a recipe: hkd: {})")
         if self.distill.online_methods.names and not no_aug_start_epoch(self.epochs, self.no_aug_ratio):
             raise UsageError(
-                f"finale = {self.no_aug_ratio}: of {self.epochs} epochs it leaves none in which anybody teaches"
+                f"no_aug_ratio = {self.no_aug_ratio}: of {self.epochs} epochs it leaves none in which anybody teaches"
             )
-        if self.unlabeled and not {"hkd", "detections", "noise"} & set(self.distill.names):
+        if self.unlabeled and not {"hkd", "soft_labels", "noisy_teacher"} & set(self.distill.names):
             raise UsageError(
-                "--unlabelled needs somebody to speak of such pictures: --teacher, and --distill detections or hkd"
+                "--unlabeled needs somebody to speak of such pictures: --teacher, and --distill soft_labels or hkd"
             )
 
     def _check_onnx_teacher(self) -> None:
         black_box = is_onnx_file(Path(self.teacher))
-        deaf = [name for name in self.distill.names if name not in ("detections", "noise", "mokd")]
+        deaf = [name for name in self.distill.names if name not in ("soft_labels", "noisy_teacher", "mokd")]
         if black_box and (deaf or not self.distill.soft_labels):
             raise UsageError(
                 f"--distill {','.join(self.distill.names)}: {self.teacher} is a black box, it shows no features or "
-                "weights; --distill detections learns from its boxes and scores"
+                "weights; --distill soft_labels learns from its boxes and scores"
             )
         if black_box and self.distill.noisy_teacher and self.distill.noisy_teacher.mode == "l2":
             raise UsageError(
-                f"--distill noise: {self.teacher} is a black box, it shows no logits to regress; "
-                "--set distill.noise.form=targets makes the scores noisy that detections learns from"
+                f"--distill noisy_teacher: {self.teacher} is a black box, it shows no logits to regress; "
+                "--set distill.noisy_teacher.mode=targets makes the scores noisy that soft_labels learns from"
             )
         if self.teacher_config and not black_box:
-            raise UsageError("--teacher-description says how to read a teacher's .onnx file: give it with --teacher")
+            raise UsageError("--teacher-config says how to read a teacher's .onnx file: give it with --teacher")
 
     def _check_weights(self) -> None:
-        for flag, file in {"teacher": self.teacher, "init": self.weights}.items():
+        for flag, file in {"teacher": self.teacher, "weights": self.weights}.items():
             if file and Path(file).resolve() == (self.save_path / "best.pt").resolve():
                 raise UsageError(f"--{flag} {file}: this run would write over it; --name another")
         if self.weights and self.distill.blockwise:
-            raise UsageError("--distill blockwise starts from its teacher, not from --init: leave one out")
+            raise UsageError("--distill blockwise starts from its teacher, not from --weights: leave one out")
         if (self.weights or self.distill.blockwise) and (self.backbone or self.pretrained):
             raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
 
@@ -157,7 +163,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and checkpoints."""
-        return {**asdict(self), "imgsz_hw": list(self.imgsz_hw), "unlabelled": list(self.unlabeled)}
+        return {**asdict(self), "imgsz_hw": list(self.imgsz_hw), "unlabeled": list(self.unlabeled)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "") -> "TrainConfig":

@@ -108,7 +108,7 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
     """`results.csv`: a row an epoch; a loss term or figure that an epoch did not have is left empty."""
     names = list(dict.fromkeys(name for record in history for name in record.losses | record.metrics))
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["epoch", *names, "miss_rate", "pictures_per_s"], lineterminator="\n")
+    writer = csv.DictWriter(text, ["epoch", *names, "miss_rate", "images_per_s"], lineterminator="\n")
     writer.writeheader()
     for record in history:
         writer.writerow(
@@ -117,7 +117,7 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
                 **record.losses,
                 **record.metrics,
                 "miss_rate": record.miss_rate,
-                "pictures_per_s": record.images_per_s,
+                "images_per_s": record.images_per_s,
             }
         )
     write_text(path, text.getvalue())

@@ -1,6 +1,6 @@
 """From the command's flags to a run: a new one, or one that goes on. Needs torch.
 
-`hkd-train --list-taps`: the layers of detectors that can be named in a recipe's `distill.hkd.taps`.
+`hkd-train --list-layers`: the layers of detectors that can be named in a recipe's `distill.hkd.feature_layers`.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import train
 
 SETTING_FLAGS = (
-    "data", "model", "init", "teacher", "teacher_description", "unlabelled", "epochs", "batch", "backbone",
+    "data", "model", "weights", "teacher", "teacher_config", "unlabeled", "epochs", "batch", "backbone",
     "pretrained", "device", "workers", "seed",
 )  # fmt: skip
 
 
-DERIVED_FLAGS = ("recipe", "imgsz", "distill", "keep_flops", "set")  # that decide settings, each in a way of its own
+DERIVED_FLAGS = ("recipe", "imgsz", "distill", "set")  # that decide settings, each in a way of its own
 
 
 def start_training(arguments: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def start_training(arguments: argparse.Namespace) -> int:
         config = _load_resumed_config(Path(arguments.resume))
     else:
         config = _build_new_config(arguments)
-    control = control_config(config) if arguments.control else None
+    control = control_config(config) if arguments.baseline else None
     before = _read_mtime_ns(config.save_path / "last.pt")
     try:
         train(config, resume=bool(arguments.resume))
@@ -49,7 +49,7 @@ def start_training(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         # Under --exist-ok last.pt is the earlier run's until this one has finished an epoch.
         if arguments.resume or _read_mtime_ns(config.save_path / "last.pt") != before:
-            command = f"hkd-train --resume {config.save_dir}{' --control' if control else ''}"
+            command = f"hkd-train --resume {config.save_dir}{' --baseline' if control else ''}"
             print(f"hkd-train: the finished epochs are kept; go on with: {command}", file=sys.stderr)
         elif (config.save_path / "blockwise/plan.json").exists():
             print("hkd-train: the finished blocks are kept; the same command goes on with the others", file=sys.stderr)
@@ -66,7 +66,7 @@ def _is_started(control: TrainConfig) -> bool:
     path = control.save_path / "last.pt"
     return (
         path.exists()
-        and TrainConfig.from_dict({**load_training_state(path)["config"], "run": control.save_dir}) == control
+        and TrainConfig.from_dict({**load_training_state(path)["config"], "save_dir": control.save_dir}) == control
     )
 
 
@@ -74,7 +74,7 @@ def _build_new_config(arguments: argparse.Namespace) -> TrainConfig:
     config = _merge_settings(arguments)
     if not _get_initial_checkpoint(config.as_dict()):
         get_spec(config.model)
-    folders = [config.save_path, *([control_config(config).save_path] if arguments.control else [])]
+    folders = [config.save_path, *([control_config(config).save_path] if arguments.baseline else [])]
     for folder in folders:
         if (folder / "last.pt").exists() and not arguments.exist_ok:
             raise UsageError(
@@ -92,12 +92,10 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
         settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
     if arguments.distill is not None:
         settings["distill"] = {name.strip(): {} for name in arguments.distill.split(",") if name.strip()}
-    if arguments.keep_flops is not None:
-        settings["distill"] = _set_keep_flops(settings.get("distill"), arguments.keep_flops)
     for assignment in arguments.set:
         settings = apply_override(TrainConfig, settings, assignment)
     if _has_method(settings, "cdd") and not settings.get("model"):
-        settings.setdefault("init", settings.get("teacher", ""))
+        settings.setdefault("weights", settings.get("teacher", ""))
     start = _get_initial_checkpoint(settings)
     if start:
         model = model_name(Path(start))
@@ -107,28 +105,22 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
     for flag in ("data", "teacher" if begins_as_teacher else "model", "model"):
         if not settings.get(flag):
             raise UsageError(f"--{flag} is needed (or --recipe YAML, or --resume RUN)")
-    if arguments.name or arguments.project or "run" not in settings:
+    if arguments.name or arguments.project or "save_dir" not in settings:
         distill = settings.get("distill")
         methods = map(str, distill) if isinstance(distill, dict) else ()  # what else it may be, is refused below
         name = arguments.name or "-".join([str(settings["model"]), *methods])
-        settings["run"] = str(Path(arguments.project or "runs/train") / name)
+        settings["save_dir"] = str(Path(arguments.project or "runs/train") / name)
     return TrainConfig.from_dict(settings, arguments.recipe)
 
 
 def _get_initial_checkpoint(settings: dict[str, Any]) -> str:
     """The checkpoint whose shape and weights the student has at its start, or ""."""
-    return str(settings.get("teacher" if _has_method(settings, "blockwise") else "init") or "")
+    return str(settings.get("teacher" if _has_method(settings, "blockwise") else "weights") or "")
 
 
 def _has_method(settings: dict[str, Any], method: str) -> bool:
     distill = settings.get("distill")
     return isinstance(distill, dict) and distill.get(method) is not None
-
-
-def _set_keep_flops(distill: Any, ratio: str) -> dict[str, Any]:
-    if not isinstance(distill, dict) or not isinstance(distill.get("cdd"), dict):
-        raise UsageError(f"--keep-flops {ratio} is for students that shrink: add --distill cdd")
-    return {**distill, "cdd": {**distill["cdd"], "keep_flops": ratio}}
 
 
 def _load_recipe(path: Path) -> dict[str, Any]:
@@ -156,7 +148,7 @@ def _load_resumed_config(save_path: Path) -> TrainConfig:
     path = save_path if save_path.suffix == ".pt" else save_path / "last.pt"
     if not path.exists():
         raise DataError(f"--resume {save_path}: no last.pt there; no epoch was finished, start the run again")
-    return TrainConfig.from_dict({**load_training_state(path)["config"], "run": str(path.parent)})
+    return TrainConfig.from_dict({**load_training_state(path)["config"], "save_dir": str(path.parent)})
 
 
 def print_feature_layers(arguments: argparse.Namespace) -> int:
@@ -165,14 +157,14 @@ def print_feature_layers(arguments: argparse.Namespace) -> int:
     Raises UsageError where none is named, and what building or reading it raises.
     """
     detectors: dict[str, BaseDetector] = {}
-    if arguments.init:
-        detectors[f"--init {arguments.init}"] = load_detector(Path(arguments.init))
+    if arguments.weights:
+        detectors[f"--weights {arguments.weights}"] = load_detector(Path(arguments.weights))
     elif arguments.model:
         detectors[f"--model {arguments.model}"] = build_model(arguments.model, arguments.backbone or "")
     if arguments.teacher:
         detectors[f"--teacher {arguments.teacher}"] = load_detector(Path(arguments.teacher))
     if not detectors:
-        raise UsageError("--list-taps: whose? --model NAME, --init CHECKPOINT or --teacher CHECKPOINT")
+        raise UsageError("--list-layers: whose? --model NAME, --weights CHECKPOINT or --teacher CHECKPOINT")
     imgsz_hw = parse_imgsz(arguments.imgsz) if arguments.imgsz else TrainConfig.imgsz_hw
     for name, detector in detectors.items():
         print(

@@ -233,16 +233,16 @@ class Trainer:
                 f"{path}: its teacher was another file than {self.config.teacher} is now; put that back or start again"
             )
         try:
-            self.distiller.load_state_dict(state["learner"])
-            self.ema.module.load_state_dict(state["average"])
-            self.ema.num_updates = state["average_steps"]
+            self.distiller.load_state_dict(state["distiller"])
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.num_updates = state["ema_updates"]
             self.optimizer.load_state_dict(state["optimizer"])
-            self.balancer.load_state_dict(state["arbiter"])
+            self.balancer.load_state_dict(state["balancer"])
             self.history = [EpochRecord(**record) for record in state["history"]]
         except (KeyError, TypeError, RuntimeError) as error:  # what is missing, what is new, other shapes
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise DataError(
-                f"{path}: does not fit this run ({what}); it was written by another version of hkd-det, or --init or "
+                f"{path}: does not fit this run ({what}); it was written by another version of hkd-det, or --weights or "
                 "--teacher is another detector by now: start the run again"
             ) from error
 
@@ -325,11 +325,11 @@ class Trainer:
             save_detector_checkpoint(config.save_path / "best.pt", best)
         state = {
             "config": config.as_dict(),
-            "learner": self.distiller.state_dict(),
-            "average": self.ema.module.state_dict(),
-            "average_steps": self.ema.num_updates,
+            "distiller": self.distiller.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "ema_updates": self.ema.num_updates,
             "optimizer": self.optimizer.state_dict(),
-            "arbiter": self.balancer.state_dict(),
+            "balancer": self.balancer.state_dict(),
             "history": [past.as_dict() for past in self.history],
             "teacher_sha256": self.teacher_sha256,
         }

@@ -101,7 +101,7 @@ class BlockwiseConfig:
     max_mr_increase: float = 1.0
 
     def __post_init__(self) -> None:
-        low = {"least": 1, "views": 2, "epochs": 1, "batch": 1, "cache_mib": 0, "workers": 1, "retries": 0}
+        low = {"min_channels": 1, "num_images": 2, "epochs": 1, "batch": 1, "cache_mib": 0, "workers": 1, "retries": 0}
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UsageError(f"distill.blockwise.{name} = {getattr(self, name)}: must be at least {least}")
@@ -111,8 +111,10 @@ class BlockwiseConfig:
             raise UsageError("distill.blockwise: workers or cluster: a running cluster has its own workers")
         if self.input_source == "student" and (self.workers > 1 or self.cluster):
             raise UsageError(
-                "distill.blockwise.inputs=student: each block waits for the one before it, more workers can't help; "
+                "distill.blockwise.input_source=student: each block waits for the one before it, more workers can't help; "
                 "leave out distill.blockwise.workers and cluster"
             )
         if self.max_mr_increase < 1 and not self.evaluate_blocks:
-            raise UsageError("distill.blockwise.limit needs distill.blockwise.judge=true: blocks must be measured")
+            raise UsageError(
+                "distill.blockwise.max_mr_increase needs distill.blockwise.evaluate_blocks=true: blocks must be measured"
+            )

@@ -64,11 +64,11 @@ def train_blocks(stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[
         tasks = _prepare_tasks(stage, teacher, layers, missing)
         ran = _run_block_tasks(stage, tasks, measured or _estimate_work(tasks, missing))
         if len(missing) == len(layers):
-            write_text(stage.folder / "ran.json", json.dumps(asdict(ran)) + "\n")
-    for large in ("inputs", "views.npy"):
+            write_text(stage.folder / "run_stats.json", json.dumps(asdict(ran)) + "\n")
+    for large in ("inputs", "images.npy"):
         _remove(stage.folder / large)
     learnt = [read_block(_block_path(stage, layer.name))[1] for layer in layers]
-    told = stage.folder / "ran.json"
+    told = stage.folder / "run_stats.json"
     return StageResult(learnt, RunStats(**json.loads(told.read_text(encoding="utf-8"))) if told.exists() else None)
 
 
@@ -80,7 +80,7 @@ def read_blocks(folder: Path, layers: Sequence[ReplaceableConv]) -> dict[str, St
 def _resume_or_clear(stage: BlockwiseStage, layers: Sequence[ReplaceableConv]) -> None:
     """Go on where an earlier start of this very stage was broken off; whatever else lies there goes."""
     settings = stage.config
-    learning = {name: getattr(settings, name) for name in ("views", "epochs", "batch", "lr", "inputs")}
+    learning = {name: getattr(settings, name) for name in ("num_images", "epochs", "batch", "lr", "input_source")}
     plan = {**stage.fingerprint, **learning, "layers": [layer.name for layer in layers]}
     text = json.dumps(plan, indent=1) + "\n"
     path = stage.folder / "plan.json"
@@ -95,7 +95,7 @@ def _prepare_tasks(
     stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[ReplaceableConv], missing: Sequence[ReplaceableConv]
 ) -> dict[str, BlockTask]:
     """Views and activations in files, and a task a layer."""
-    settings, views = stage.config, stage.folder / "views.npy"
+    settings, views = stage.config, stage.folder / "images.npy"
     if not views.exists():
         stage.write_images(views)
     cached = select_cached_layers(missing, settings.num_images, settings.cache_mib * 2**20)
@@ -150,7 +150,7 @@ def _read_measured_times(config: BlockwiseConfig, layers: Sequence[ReplaceableCo
         return [seconds[layer.name] for layer in layers]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"distill.blockwise.times={path}: no times of these blocks there ({type(error).__name__}: {error}); "
+            f"distill.blockwise.timing_report={path}: no times of these blocks there ({type(error).__name__}: {error}); "
             "give the blockwise/report.json of a run with the same teacher"
         ) from None
 
@@ -197,11 +197,13 @@ def write_blockwise_report(
     ran = stage_result.run_stats
     content: dict[str, Any] = {
         "scheduler": scheduler,
-        "ran": {**asdict(ran), "lower_bound_s": compute_lower_bound(times, ran.num_workers)} if ran else None,
+        "run_stats": {**asdict(ran), "lower_bound_s": compute_lower_bound(times, ran.num_workers)} if ran else None,
         "sum_s": sum(times),
-        "replayed_s": simulate_makespans(times),
+        "simulated_s": simulate_makespans(times),
         **asdict(assembly_result),
-        "blocks": [{**asdict(learnt), "unexplained": learnt.residual_ratio} for learnt in stage_result.block_results],
+        "blocks": [
+            {**asdict(learnt), "residual_ratio": learnt.residual_ratio} for learnt in stage_result.block_results
+        ],
     }
     write_text(path, json.dumps(content, indent=1) + "\n")
 

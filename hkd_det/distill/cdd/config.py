@@ -37,15 +37,17 @@ class CDDConfig:
     compare_interval: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("keep_flops", "keep_parameters", "masked_by", "fade", "lowest"):
+        for name in ("keep_flops", "keep_parameters", "mask_end", "fade_ratio", "candidate_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"distill.cdd.{name} = {getattr(self, name)}: a share, above 0 and at most 1")
         if self.keep_flops == self.keep_parameters == 1:
             raise UsageError("distill.cdd: keep_flops or keep_parameters must be below 1, or there is nothing to shed")
-        for name, least in {"least": 1, "gallery": 1, "neighbours": 1, "look_every": 1}.items():
+        for name, least in {"min_channels": 1, "queue_size": 1, "num_neighbors": 1, "compare_interval": 1}.items():
             if getattr(self, name) < least:
                 raise UsageError(f"distill.cdd.{name} = {getattr(self, name)}: must be at least {least}")
         if self.temperature <= 0 or min(self.cls, self.feature, self.lasso) < 0:
-            raise UsageError("distill.cdd: the temperature is above 0, and score, feature and lasso are not negative")
+            raise UsageError("distill.cdd: the temperature is above 0, and cls, feature and lasso are not negative")
         if not 0 <= self.warmup_ratio < self.mask_end:
-            raise UsageError(f"distill.cdd.warmup = {self.warmup_ratio}: from 0 to below masked_by = {self.mask_end}")
+            raise UsageError(
+                f"distill.cdd.warmup_ratio = {self.warmup_ratio}: from 0 to below mask_end = {self.mask_end}"
+            )

@@ -69,7 +69,7 @@ class CDD(nn.Module):
                     self.pooled_features.append(PooledFeatures(teacher, site.compactor.apply_to_vectors(student)))
         return {
             "cdd_feature": self.config.feature * distances,
-            "cdd_score": self.config.cls * self._compute_cls_loss(batch),
+            "cdd_cls": self.config.cls * self._compute_cls_loss(batch),
         }
 
     def update_importance(self, layer: int, features: PooledFeatures) -> Tensor:

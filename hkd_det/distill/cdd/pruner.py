@@ -52,7 +52,7 @@ class PruningSchedule:
         if config.warmup_ratio >= end:
             raise UsageError(
                 f"distill.cdd: the teacher teaches for {100 * distill_ratio:.0f} % of this run, too short for channels to be "
-                f"chosen after warmup={config.warmup_ratio:.2f}; a smaller finale, or more epochs"
+                f"chosen after warmup_ratio={config.warmup_ratio:.2f}; a smaller no_aug_ratio, or more epochs"
             )
         every = min(config.compare_interval, max(1, int((end - config.warmup_ratio) * total_steps) // MIN_COMPARISONS))
         return cls(total_steps, config.warmup_ratio, end, min(1.0, end + config.fade_ratio), every)
@@ -76,7 +76,8 @@ def prepare_student(
     ledger = ChannelCostModel(detector, layers, imgsz_hw)
     least = ledger.compute_complexity([min(width, config.min_channels) for width in ledger.widths])
     for what in ("flops", "parameters"):
-        asked, held = getattr(config, f"keep_{what}"), getattr(least, what) / getattr(ledger.initial_complexity, what)
+        field = "num_params" if what == "parameters" else what
+        asked, held = getattr(config, f"keep_{what}"), getattr(least, field) / getattr(ledger.initial_complexity, field)
         if held > asked:
             raise UsageError(
                 f"distill.cdd.keep_{what}={asked:g}: the channels inside {model_name}'s blocks hold too little, at least "

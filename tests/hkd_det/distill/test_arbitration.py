@@ -118,7 +118,7 @@ def test_min_norm_by_hand() -> None:
         pytest.approx(stretch * 0.2),
     )
     told = verdict.metrics
-    assert told["mokd_cosine"] == 0 and told["mokd_dominance"] == pytest.approx(math.log10(0.5))
+    assert told["mokd_cosine"] == 0 and told["mokd_norm_ratio_log10"] == pytest.approx(math.log10(0.5))
 
 
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
@@ -131,11 +131,11 @@ def test_near_a_loss_of_zero_the_weights_stay_finite(rule: str) -> None:
     "wrong",
     [
         {"eps": 0.0},
-        {"rule": "amortised", "rate": -1.0},
-        {"rule": "amortised", "decay": -0.1},
-        {"rule": "amortised", "at": "feature"},
-        {"rate": 0.1},
-        {"rule": "min-norm", "decay": 0.1},
+        {"solver": "amortized", "lr": -1.0},
+        {"solver": "amortized", "weight_decay": -0.1},
+        {"solver": "amortized", "gradient_level": "feature"},
+        {"lr": 0.1},
+        {"solver": "min-norm", "weight_decay": 0.1},
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:

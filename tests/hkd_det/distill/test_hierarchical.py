@@ -81,7 +81,7 @@ def test_every_level_gives_a_term_and_a_gradient(pair: tuple[HKDDetector, HKDDet
     student, teacher = pair
     distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
     terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
-    assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}
+    assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
@@ -106,7 +106,7 @@ def test_a_teacher_heard_before_the_student_says_the_same_once(pair: tuple[HKDDe
     distiller.forward_teacher(PICTURE)
     assert distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one) == after
     other = 255 - PICTURE  # the next batch is heard anew
-    assert distiller(other, student(other), PERSON, 1.0, clamp_min_one)["hkd_score"] != after["hkd_score"]
+    assert distiller(other, student(other), PERSON, 1.0, clamp_min_one)["hkd_cls"] != after["hkd_cls"]
 
 
 def test_strength_scales_every_term(pair: tuple[HKDDetector, HKDDetector]) -> None:
@@ -124,8 +124,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
     taps = twin.feature_info()
     method = HKD(taps, taps, HKDConfig(region_min_score=0.0))
     for adapter in method.adapters:
-        torch.nn.init.dirac_(adapter.project.weight)
-        torch.nn.init.zeros_(adapter.project.bias)
+        torch.nn.init.dirac_(adapter.projection.weight)
+        torch.nn.init.zeros_(adapter.projection.bias)
     with torch.no_grad():
         maps, prediction = twin.forward_features(PICTURE), twin(PICTURE)
         lesson = DistillationBatch(PICTURE, PERSON, twin, twin, prediction, prediction, maps, maps, clamp_min_one)
@@ -143,17 +143,17 @@ def test_the_logit_level_is_made_of_its_formulas(pair: tuple[HKDDetector, HKDDet
         distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig(cls=3.0, box=5.0)))
         mine, other = student(PICTURE), teacher(PICTURE)
         terms = distiller(PICTURE, mine, PERSON, 1.0, clamp_min_one)
-    scores, boxes, confidence = 0.0, 0.0, other.many.logits[0].sigmoid()
-    for a, b in ((mine.many, other.many), (mine.one, other.one)):
+    scores, boxes, confidence = 0.0, 0.0, other.one2many.logits[0].sigmoid()
+    for a, b in ((mine.one2many, other.one2many), (mine.one2one, other.one2one)):
         s, t = (branch.logits[0].double().sigmoid() for branch in (a, b))
         divergence = t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()
         scores += ((t - s).abs() * divergence).sum() / t.sum().clamp(min=1)
     for point, weight in enumerate(confidence):
         for side in range(4):
-            q, p = ((of_one.many.sides[0, point, side] / 2).softmax(-1) for of_one in (mine, other))
+            q, p = ((of_one.one2many.box_logits[0, point, side] / 2).softmax(-1) for of_one in (mine, other))
             boxes += weight * (p * (p / q).log()).sum() * 4 / 4  # temperature 2 squared, mean of four sides
     assert confidence.max() > 0.5 > confidence.min()
-    torch.testing.assert_close(terms["hkd_score"].double(), 3 * scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(terms["hkd_cls"].double(), 3 * scores, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(terms["hkd_box"], 5 * boxes / confidence.sum().clamp(min=1), atol=1e-5, rtol=1e-3)
 
 
@@ -173,7 +173,7 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
     )
 
     class Teacher:
-        def found(self, _output: object) -> DetectionBatch:
+        def postprocess(self, _output: object) -> DetectionBatch:
             return found
 
     detector = HKDDetector(STUDENT)
@@ -191,7 +191,7 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
 def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -> None:
     """Whoever still held a map, its output would not be gone when the step's own names are."""
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig.from_names("hkd,noise"))
+    distiller = DistillationLoss(student, teacher, DistillConfig.from_names("hkd,noisy_teacher"))
     alive: list[weakref.ref[torch.Tensor]] = []
     names = [(student, tap.name) for tap in student.feature_info()] + [
         (teacher, tap.name) for tap in teacher.feature_info()

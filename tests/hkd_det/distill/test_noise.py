@@ -126,8 +126,8 @@ def test_alone_it_teaches_whatever_the_families(student: str, teacher: str) -> N
     mine, other = MAKE[student]().train(), MAKE[teacher]()
     distiller = DistillationLoss(mine, other, DistillConfig(noisy_teacher=NoisyTeacherConfig(weight=1.0)))
     terms = distiller(PICTURES, mine(PICTURES), PEOPLE, 1.0, clamp_min_one)
-    assert terms.keys() == {"noise"} and terms["noise"] > 0
-    terms["noise"].backward()
+    assert terms.keys() == {"noisy_teacher"} and terms["noisy_teacher"] > 0
+    terms["noisy_teacher"].backward()
     assert not list(distiller.parameters())
     assert all(p.grad is None for p in other.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in mine.parameters())
@@ -141,7 +141,7 @@ def test_a_student_equal_to_its_teacher_learns_nothing_from_it_but_noise(family:
         output = twin(PICTURES)
         lesson = DistillationBatch(PICTURES, PEOPLE, twin, twin, output, output, [], [], clamp_min_one)
         quiet, loud = (
-            NoisyLogitLoss(NoisyTeacherConfig(alpha=1.0, sigma=sigma))(lesson)["noise"] for sigma in (0.0, 1.0)
+            NoisyLogitLoss(NoisyTeacherConfig(alpha=1.0, sigma=sigma))(lesson)["noisy_teacher"] for sigma in (0.0, 1.0)
         )
     assert quiet == 0 and loud > 0
 
@@ -152,13 +152,13 @@ def test_a_two_stage_teacher_judges_the_dense_students_best_boxes() -> None:
     with torch.no_grad():
         mine, other = student(PICTURES), teacher(PICTURES)
         lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, [], [], clamp_min_one)
-        told = NoisyLogitLoss(NoisyTeacherConfig(weight=1.0, sigma=0.0))(lesson)["noise"]
+        told = NoisyLogitLoss(NoisyTeacherConfig(weight=1.0, sigma=0.0))(lesson)["noisy_teacher"]
         s, z = [], []
         for b in range(2):
-            for point in mine.many.logits[b].argsort(descending=True)[:64]:
+            for point in mine.one2many.logits[b].argsort(descending=True)[:64]:
                 alone = [torch.zeros(0, 4), torch.zeros(0, 4)]
-                alone[b] = mine.many.boxes_xyxy[b, point][None]
-                s.append(mine.many.logits[b, point])
+                alone[b] = mine.one2many.boxes_xyxy[b, point][None]
+                s.append(mine.one2many.logits[b, point])
                 z.append(teacher.forward_rois(other, alone).logits[0])
         wanted = fg_balanced_l2(torch.stack(s), torch.stack(z), torch.stack(z).sigmoid(), 0.5, clamp_min_one)
     torch.testing.assert_close(told, wanted, atol=1e-5, rtol=1e-4)
@@ -173,8 +173,10 @@ def test_a_second_stage_regresses_no_logits_of_doubles() -> None:
         told = []
         for boxes, scores in (([best], [0.9]), ([best, beside], [0.9, 1e-9])):
             lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, [], [], clamp_min_one)
-            lesson.__dict__["found"] = DetectionBatch((torch.tensor(boxes),) * 2, (torch.tensor(scores),) * 2)
-            told.append(NoisyLogitLoss(NoisyTeacherConfig(sigma=0.0))(lesson)["noise"])
+            lesson.__dict__["teacher_detections"] = DetectionBatch(
+                (torch.tensor(boxes),) * 2, (torch.tensor(scores),) * 2
+            )
+            told.append(NoisyLogitLoss(NoisyTeacherConfig(sigma=0.0))(lesson)["noisy_teacher"])
     torch.testing.assert_close(told[1], told[0])
 
 
@@ -190,24 +192,24 @@ def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
         )
     )
     assert clean.keys() == scores.keys() == maps.keys()
-    assert scores["hkd_score"] != clean["hkd_score"] and scores["hkd_pyramid"] == clean["hkd_pyramid"]
-    assert maps["hkd_score"] == clean["hkd_score"] and maps["hkd_pyramid"] != clean["hkd_pyramid"]
+    assert scores["hkd_cls"] != clean["hkd_cls"] and scores["hkd_pyramid"] == clean["hkd_pyramid"]
+    assert maps["hkd_cls"] == clean["hkd_cls"] and maps["hkd_pyramid"] != clean["hkd_pyramid"]
 
 
 def test_beside_hkd_the_l2_form_is_one_more_term_and_leaves_the_others() -> None:
     student, teacher = HKDDetector(DENSE).eval(), HKDDetector(DENSE)
     alone, both = (
         terms_of(student, teacher, methods)
-        for methods in (DistillConfig.from_names("hkd"), DistillConfig.from_names("hkd,noise"))
+        for methods in (DistillConfig.from_names("hkd"), DistillConfig.from_names("hkd,noisy_teacher"))
     )
-    assert both.keys() == alone.keys() | {"noise"}
+    assert both.keys() == alone.keys() | {"noisy_teacher"}
     assert all(both[name] == alone[name] for name in alone)
 
 
 def test_misuse_is_refused() -> None:
     with pytest.raises(UsageError, match="another method"):
         DistillConfig(noisy_teacher=NoisyTeacherConfig("targets"))
-    with pytest.raises(UsageError, match=r"noise\.form=targets"):
+    with pytest.raises(UsageError, match=r"noisy_teacher\.mode=targets"):
         NoisyTeacherConfig(feature_sigma=0.1)
     with pytest.raises(UsageError, match="probability"):
         NoisyTeacherConfig(alpha=1.5)
@@ -215,12 +217,12 @@ def test_misuse_is_refused() -> None:
         NoisyTeacherConfig(fg_ratio=-0.1)
     with pytest.raises(UsageError, match="maps noisy that hkd compares"):
         DistillConfig(noisy_teacher=NoisyTeacherConfig("targets", feature_sigma=0.1), soft_labels=SoftLabelConfig())
-    for unheard in ({"weight": 0.5}, {"foreground": 0.2}):
+    for unheard in ({"weight": 0.5}, {"fg_ratio": 0.2}):
         with pytest.raises(UsageError, match="no term of its own"):
             NoisyTeacherConfig("targets", **unheard)
     student, teacher = HKDDetector(DENSE), HKDDetector(COARSE)
     with pytest.raises(UsageError, match="same pyramid strides"):
-        DistillationLoss(student, teacher, DistillConfig.from_names("noise"))
+        DistillationLoss(student, teacher, DistillConfig.from_names("noisy_teacher"))
     DistillationLoss(
         student, teacher, DistillConfig(noisy_teacher=NoisyTeacherConfig("targets"), soft_labels=SoftLabelConfig())
     )

@@ -90,7 +90,7 @@ def test_a_teachers_silence_is_no_evidence_against_an_annotated_person() -> None
     """Points in the person's box are left alone, though the teacher sees nobody; those outside are not."""
     prediction = everywhere(BOX, 0.3)
     logits = prediction.one2many.logits.clone().requires_grad_()
-    output = replace(prediction, many=replace(prediction.one2many, logits=logits))
+    output = replace(prediction, one2many=replace(prediction.one2many, logits=logits))
     soft_points.dense_soft_label_losses(output, found(), person(*BOX), clamp_min_one)[0].backward()
     x, y = prediction.anchor_points.unbind(-1)
     inside = (x > BOX[0]) & (x < BOX[2]) & (y > BOX[1]) & (y < BOX[3])
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPat
 
     kept: list[AssignResult] = []
     work_out = soft_points.assign_soft_targets
-    monkeypatch.setattr(soft_points, "soft_targets", lambda *given: kept.append(work_out(*given)) or kept[0])
+    monkeypatch.setattr(soft_points, "assign_soft_targets", lambda *given: kept.append(work_out(*given)) or kept[0])
     score, box = terms(sides)
     (of_score,) = torch.autograd.grad(score, logits, retain_graph=True)
     s, t = logits.detach().sigmoid(), kept[0].target_scores.double().clamp(1e-4)
@@ -154,7 +154,7 @@ def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(
     detector.train()
     for _ in range(60):
         terms = distiller(PICTURES, detector(PICTURES), unknown(2), 1.0, clamp_min_one)
-        assert terms.keys() == {"soft_score", "soft_box"}
+        assert terms.keys() == {"soft_cls", "soft_box"}
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
@@ -197,11 +197,11 @@ class Told(torch.nn.Module):
     def forward(self, _pictures: Tensor) -> DetectionBatch:
         return self.answer
 
-    def found(self, output: DetectionBatch, top: int = 100) -> DetectionBatch:
-        assert top >= 2
+    def postprocess(self, output: DetectionBatch, max_det: int = 100) -> DetectionBatch:
+        assert max_det >= 2
         return output
 
-    def taps(self) -> list[object]:
+    def feature_info(self) -> list[object]:
         return []
 
 
@@ -229,7 +229,7 @@ def test_every_family_teaches_every_family_by_its_detections(teacher: str, pupil
     distiller = DistillationLoss(mine, detector_of(teacher), DistillConfig(soft_labels=SoftLabelConfig()))
     terms = distiller(PICTURES, mine(PICTURES), unknown(2), 1.0, clamp_min_one)
     torch.stack(list(terms.values())).sum().backward()
-    assert terms.keys() == {"soft_score", "soft_box"} and all(torch.isfinite(term) for term in terms.values())
+    assert terms.keys() == {"soft_cls", "soft_box"} and all(torch.isfinite(term) for term in terms.values())
     assert any(p.grad is not None and p.grad.any() for p in mine.parameters())
 
 
@@ -245,7 +245,7 @@ def test_hkd_teaches_by_detections_where_the_two_have_no_points_in_common() -> N
         with torch.no_grad():
             told = teacher.eval().postprocess(teacher(PICTURES))
         score, box = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
-        torch.testing.assert_close(terms["hkd_score"], score)
+        torch.testing.assert_close(terms["hkd_cls"], score)
         torch.testing.assert_close(terms["hkd_box"], 0.5 * box)
         assert score > 0
 
@@ -259,16 +259,16 @@ def test_a_one_to_one_branch_with_boxes_of_its_own_hears_hkd_of_them_too() -> No
     told = distiller(PICTURES, output, unknown(2), 1.0, clamp_min_one)["hkd_box"]
     with torch.no_grad():
         other = teacher(PICTURES)
-    assert output.one is not None and output.one.learns_boxes and other.one is not None
+    assert output.one2one is not None and output.one2one.has_box_loss and other.one2one is not None
     wanted = 0.0
-    for a, b in ((output.many, other.many), (output.one, other.one)):
+    for a, b in ((output.one2many, other.one2many), (output.one2one, other.one2one)):
         distance = 1 - torch.stack(
             [generalized_box_iou(a.boxes_xyxy[i], b.boxes_xyxy[i]).diagonal() for i in range(len(PICTURES))]
         )
         confidence = b.logits.sigmoid()
         wanted += (confidence * distance).sum() / confidence.sum().clamp(min=1)
     torch.testing.assert_close(told, wanted)
-    (gradient,) = torch.autograd.grad(told, output.one.boxes_xyxy)
+    (gradient,) = torch.autograd.grad(told, output.one2one.boxes_xyxy)
     assert gradient.any()
 
 
@@ -282,16 +282,16 @@ def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -
     with torch.no_grad():
         other = teacher.eval()(PICTURES)
         told = teacher.postprocess(other)
-    assert output.one is not None and other.one is None
-    pointwise = quality_focal_kd_loss(output.many.logits, other.many.logits).sum()
-    by_points = pointwise / other.many.logits.sigmoid().sum().clamp(min=1)
+    assert output.one2one is not None and other.one2one is None
+    pointwise = quality_focal_kd_loss(output.one2many.logits, other.one2many.logits).sum()
+    by_points = pointwise / other.one2many.logits.sigmoid().sum().clamp(min=1)
     by_detections, boxes = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
     many_alone, boxes_alone = soft_points.dense_soft_label_losses(
-        replace(output, one=None), told, unknown(2), clamp_min_one
+        replace(output, one2one=None), told, unknown(2), clamp_min_one
     )
-    torch.testing.assert_close(terms["hkd_score"], by_points + by_detections - many_alone)
+    torch.testing.assert_close(terms["hkd_cls"], by_points + by_detections - many_alone)
     torch.testing.assert_close(boxes, boxes_alone)  # ours has no boxes of its own in that branch
-    (gradient,) = torch.autograd.grad(terms["hkd_score"], output.one.logits)
+    (gradient,) = torch.autograd.grad(terms["hkd_cls"], output.one2one.logits)
     assert gradient.any()
 
 
@@ -314,9 +314,9 @@ def test_a_lessons_detections_are_worked_out_once() -> None:
     class Counting(Told):
         asked = 0
 
-        def found(self, output: DetectionBatch, top: int = 100) -> DetectionBatch:
+        def postprocess(self, output: DetectionBatch, max_det: int = 100) -> DetectionBatch:
             self.asked += 1
-            return super().found(output, top)
+            return super().postprocess(output, max_det)
 
     teacher = Counting(found((BOX, 0.5)))
     mine = HKDDetector(TINY)

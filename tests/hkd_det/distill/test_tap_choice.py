@@ -122,7 +122,9 @@ def test_names_that_do_not_fit_are_refused_at_the_start() -> None:
     student, teacher = HKDDetector(OURS), yolo()
     with pytest.raises(UsageError, match="1 layers of the student and 0 of the teacher"):
         terms_of(student, teacher, ["neck.outputs.0"], [])
-    with pytest.raises(UsageError, match=r"feature_layers\.teacher: neck\.outputs\.0: no such layer; did you mean network\."):
+    with pytest.raises(
+        UsageError, match=r"feature_layers\.teacher: neck\.outputs\.0: no such layer; did you mean network\."
+    ):
         terms_of(student, teacher, ["neck.outputs.0"], ["neck.outputs.0"])
 
 

@@ -41,11 +41,13 @@ def lesson_of(student: FasterRCNN, teacher: FasterRCNN, truth: Targets = PEOPLE)
     mine = student(PICTURES)
     with torch.no_grad():
         other = teacher(PICTURES)
-    return DistillationBatch(PICTURES, truth, student, teacher, mine, other, mine.maps, other.maps, clamp_min_one)
+    return DistillationBatch(
+        PICTURES, truth, student, teacher, mine, other, mine.features, other.features, clamp_min_one
+    )
 
 
 def as_identity(method: TwoStageHKD) -> None:
-    for layer in [*(adapter.project for adapter in method.pyramid_adapters), method.region_adapter]:
+    for layer in [*(adapter.projection for adapter in method.pyramid_adapters), method.region_adapter]:
         nn.init.dirac_(layer.weight)
         nn.init.zeros_(layer.bias)
     nn.init.eye_(method.logit_adapter.weight)
@@ -86,7 +88,7 @@ def test_the_terms_are_mean_squared_errors(pair: tuple[FasterRCNN, FasterRCNN]) 
     for adapter, mine, other in zip(
         method.pyramid_adapters, lesson.student_features, lesson.teacher_features, strict=True
     ):
-        weight, bias = adapter.project.weight[:, :, 0, 0], adapter.project.bias
+        weight, bias = adapter.projection.weight[:, :, 0, 0], adapter.projection.bias
         adapted = torch.einsum("oi,bihw->bohw", weight, mine) + bias[:, None, None]
         levels.append((adapted - other).pow(2).sum() / other.numel())
     for b in range(2):
@@ -121,8 +123,8 @@ def test_both_see_people_and_the_teachers_best_proposals(pair: tuple[FasterRCNN,
     assert isinstance(lesson.teacher_outputs, ProposalOutputs)
     for b, regions in enumerate(sample_rois(lesson, lesson.teacher_outputs, 3)):
         assert torch.equal(regions, torch.cat([PEOPLE.boxes_xyxy[b], lesson.teacher_outputs.proposals[b][:3]]))
-    ignored = replace(PEOPLE, real=torch.zeros(2, 1, dtype=torch.bool), ignore=torch.ones(2, 1, dtype=torch.bool))
-    lesson = replace(lesson, truth=ignored)
+    ignored = replace(PEOPLE, valid=torch.zeros(2, 1, dtype=torch.bool), ignore=torch.ones(2, 1, dtype=torch.bool))
+    lesson = replace(lesson, targets=ignored)
     assert all(len(regions) == 3 for regions in sample_rois(lesson, lesson.teacher_outputs, 3))
 
 
@@ -173,7 +175,7 @@ def test_a_dense_student_hears_a_two_stage_teachers_noise(pair: tuple[FasterRCNN
         as_nothing(distiller)
         answers.append(distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one))
     clean, noisy, still = answers
-    assert clean["hkd_score"] > 0 and (noisy["hkd_score"] - clean["hkd_score"]).abs() > 0.01 * clean["hkd_score"]
+    assert clean["hkd_cls"] > 0 and (noisy["hkd_cls"] - clean["hkd_cls"]).abs() > 0.01 * clean["hkd_cls"]
     torch.testing.assert_close(noisy["hkd_pyramid"], clean["hkd_pyramid"])
     for name in clean:
         torch.testing.assert_close(still[name], clean[name])
@@ -190,7 +192,7 @@ def test_a_dense_teacher_teaches_a_two_stage_student(pair: tuple[FasterRCNN, Fas
     distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
     assert isinstance(distiller.methods[0], HKD)
     terms = distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one)
-    assert terms.keys() == {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}
+    assert terms.keys() == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
@@ -276,7 +278,7 @@ def test_settings_of_the_form_that_is_not_used_are_refused(pair: tuple[FasterRCN
 def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:
     from hkd_det.distill.mokd import MoKDConfig
 
-    with pytest.raises(UsageError, match="truth"):
+    with pytest.raises(UsageError, match="det_loss_weight"):
         DistillConfig(hkd=HKDConfig(det_loss_weight=0.0), mokd=MoKDConfig())
     with pytest.raises(UsageError, match=r"0\.\.1"):
         HKDConfig(det_loss_weight=2.0)

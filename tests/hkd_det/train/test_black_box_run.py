@@ -34,8 +34,8 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
-        "workers": 0, "device": "cpu", "finale": 0.0,
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
+        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -68,29 +68,29 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
 ) -> None:
     path = exported(people, tmp_path / "teacher")
     flags = [
-        "--data", str(people), "--model", "mini-student", "--teacher", str(path), "--distill", "detections,noise",
+        "--data", str(people), "--model", "mini-student", "--teacher", str(path), "--distill", "soft_labels,noisy_teacher",
         "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
-        "--project", str(tmp_path), "--name", "run", "--unlabelled", str(people.parent / "val"),
+        "--project", str(tmp_path), "--name", "run", "--unlabeled", str(people.parent / "val"),
     ]  # fmt: skip
     assert main(flags) == 2
-    assert "--set distill.noise.form=targets" in capsys.readouterr().err
-    flags += ["--set", "distill.noise.sigma=0.2", "--set", "distill.noise.form=targets"]  # in any order
+    assert "--set distill.noisy_teacher.mode=targets" in capsys.readouterr().err
+    flags += ["--set", "distill.noisy_teacher.sigma=0.2", "--set", "distill.noisy_teacher.mode=targets"]  # in any order
     assert main(flags) == 0
     course = (tmp_path / "run" / "results.csv").read_text()
-    assert "soft_score" in course and "soft_box" in course
+    assert "soft_cls" in course and "soft_box" in course
     assert load_detector_checkpoint(tmp_path / "run" / "best.pt").spec == TINY
     assert main(["--resume", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     assert main([*flags[:-4], "--name", "other", "--distill", "hkd"]) == 2
-    assert "black box" in (told := capsys.readouterr().err) and "--distill detections" in told
+    assert "black box" in (told := capsys.readouterr().err) and "--distill soft_labels" in told
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not YOLOX.is_file(), reason="HKD_TEST_DATA is not set")
 def test_a_real_foreign_model_teaches(people: Path, tmp_path: Path) -> None:
-    taught = {"teacher": str(YOLOX), "teacher_description": str(DESCRIPTION)}
+    taught = {"teacher": str(YOLOX), "teacher_config": str(DESCRIPTION)}
     result = train(settings(people, tmp_path, **taught, distill=DistillConfig(soft_labels=SoftLabelConfig())))
-    assert {"soft_score", "soft_box"} <= result.history[0].losses.keys()
+    assert {"soft_cls", "soft_box"} <= result.history[0].losses.keys()
 
 
 @pytest.mark.skipif(not YOLOX.is_file(), reason="HKD_TEST_DATA is not set")
@@ -104,36 +104,34 @@ def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None
         assert torch.equal(boxes[: len(alone)], torch.from_numpy(alone.boxes_xyxy))
 
 
-@pytest.mark.parametrize("names", ["hkd", "blockwise", "noise", "hkd,detections"])
+@pytest.mark.parametrize("names", ["hkd", "blockwise", "noisy_teacher", "hkd,soft_labels"])
 def test_what_a_black_box_cannot_do_is_refused_at_once(people: Path, tmp_path: Path, names: str) -> None:
-    with pytest.raises(UsageError, match=r"model\.onnx is a black box.*--distill detections"):
+    with pytest.raises(UsageError, match=r"model\.onnx is a black box.*--distill soft_labels"):
         settings(people, tmp_path, teacher="model.onnx", distill=DistillConfig.from_names(names))
 
 
-@pytest.mark.parametrize("asked", [["--distill", "blockwise"], ["--distill", "cdd"], ["--list-taps"]])
+@pytest.mark.parametrize("asked", [["--distill", "blockwise"], ["--distill", "cdd"], ["--list-layers"]])
 def test_by_the_command_it_is_no_student_and_shows_no_taps(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str]
 ) -> None:
     assert main(["--data", str(people), "--teacher", str(tmp_path / "model.onnx"), *asked]) == 2
-    assert "is a black box" in (told := capsys.readouterr().err) and "--distill detections" in told
+    assert "is a black box" in (told := capsys.readouterr().err) and "--distill soft_labels" in told
 
 
 def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
     class Closed:
         path = tmp_path / "closed.onnx"
 
-    with pytest.raises(UsageError, match=r"closed\.onnx shows neither features nor logits; --distill detections"):
+    with pytest.raises(UsageError, match=r"closed\.onnx shows neither features nor logits; --distill soft_labels"):
         DistillationLoss(HKDDetector(TINY), OnnxTeacher(Closed()), DistillConfig.from_names("hkd"))  # type: ignore[arg-type]
 
 
 def test_a_description_without_a_black_box_and_a_black_box_without_description(people: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--teacher-description .* \.onnx"):
-        settings(
-            people, tmp_path, teacher="best.pt", teacher_description="a.yaml", distill=DistillConfig.from_names("hkd")
-        )
+        settings(people, tmp_path, teacher="best.pt", teacher_config="a.yaml", distill=DistillConfig.from_names("hkd"))
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     taught = settings(
-        people, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill=DistillConfig.from_names("detections")
+        people, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill=DistillConfig.from_names("soft_labels")
     )
     with pytest.raises(DataError, match=r"model\.onnx: ONNX Runtime .* cannot load it"):
         train(taught)

@@ -42,7 +42,7 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import TrainResult, train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-QUICK: dict[str, Any] = {"least": 16, "views": 16, "epochs": 1, "batch": 8}
+QUICK: dict[str, Any] = {"min_channels": 16, "num_images": 16, "epochs": 1, "batch": 8}
 BLOCKS = [f"backbone.body.{name}" for name in ("layer3.0.conv2", "layer4.0.conv1", "layer4.0.conv2")]
 
 
@@ -54,8 +54,8 @@ def written(path: Path, spec: ModelSpec = TINY) -> Path:
 
 def settings(people: Path, folder: Path, teacher: Path, methods: DistillConfig, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "tiny", "run": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
-        "workers": 0, "device": "cpu", "finale": 0.0, "teacher": str(teacher), "distill": methods,
+        "data": str(people), "model": "tiny", "save_dir": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
+        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -94,16 +94,16 @@ def test_the_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Pat
     flags = [
         "--data", str(people), "--teacher", str(teacher), "--distill", "blockwise", "--imgsz", "96x64", "--epochs", "1",
         "--batch", "4", "--workers", "0", "--device", "cpu", "--project", str(tmp_path), "--name", "run",
-        "--set", "distill.blockwise.judge=true",
+        "--set", "distill.blockwise.evaluate_blocks=true",
         *[part for name, value in QUICK.items() for part in ("--set", f"distill.blockwise.{name}={value}")],
     ]  # fmt: skip
     assert main(flags) == 0
     folder = tmp_path / "run"
     left = {path.name for path in (folder / "blockwise").iterdir()}
-    assert left == {"assembled.pt", "blocks", "plan.json", "ran.json", "report.json"}
+    assert left == {"assembled.pt", "blocks", "plan.json", "run_stats.json", "report.json"}
     report = json.loads((folder / "blockwise/report.json").read_text())
-    assert [block["layer"] for block in report["blocks"]] == BLOCKS == list(report["miss_rates_alone"])
-    assert report["ran"]["makespan_s"] >= report["ran"]["lower_bound_s"] == pytest.approx(report["sum_s"])
+    assert [block["layer"] for block in report["blocks"]] == BLOCKS == list(report["block_miss_rates"])
+    assert report["run_stats"]["makespan_s"] >= report["run_stats"]["lower_bound_s"] == pytest.approx(report["sum_s"])
     assembled, best = (
         load_detector_checkpoint(folder / "blockwise/assembled.pt"),
         load_detector_checkpoint(folder / "best.pt"),
@@ -122,16 +122,16 @@ def test_broken_off_among_the_blocks_the_same_command_goes_on(
 ) -> None:
     teacher = written(tmp_path / "teacher.pt")
     cut = settings(people, tmp_path / "cut", teacher, blockwise())
-    with stopped_at(3, monkeypatch, stage, "learn"):
+    with stopped_at(3, monkeypatch, stage, "train_block"):
         train(cut)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut/blockwise/blocks").iterdir()}
     assert sorted(path.stem for path in finished) == BLOCKS[:2]
-    (tmp_path / "cut/blockwise/.views-half.npy").touch()
+    (tmp_path / "cut/blockwise/.images-half.npy").touch()
     (tmp_path / "cut/blockwise/tmp.dask").mkdir()
     train(cut)
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
     assert not [p for p in (tmp_path / "cut/blockwise").iterdir() if p.name.startswith(".") or p.suffix == ".dask"]
-    assert json.loads((tmp_path / "cut/blockwise/report.json").read_text())["ran"] is None
+    assert json.loads((tmp_path / "cut/blockwise/report.json").read_text())["run_stats"] is None
     train(settings(people, tmp_path / "whole", teacher, blockwise(cache_mib=0)))
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert same(weights(tmp_path / "cut", "best.pt"), weights(tmp_path / "whole", "best.pt"))
@@ -139,10 +139,10 @@ def test_broken_off_among_the_blocks_the_same_command_goes_on(
 
 def test_another_teacher_or_setting_starts_over(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = written(tmp_path / "teacher.pt")
-    with stopped_at(3, monkeypatch, stage, "learn"):
+    with stopped_at(3, monkeypatch, stage, "train_block"):
         train(settings(people, tmp_path / "run", teacher, blockwise()))
     old = (tmp_path / f"run/blockwise/blocks/{BLOCKS[0]}.pt").read_bytes()
-    with stopped_at(2, monkeypatch, stage, "learn"):
+    with stopped_at(2, monkeypatch, stage, "train_block"):
         train(settings(people, tmp_path / "run", teacher, blockwise(epochs=2)))
     blocks = list((tmp_path / "run/blockwise/blocks").iterdir())
     assert [path.stem for path in blocks] == BLOCKS[:1] and blocks[0].read_bytes() != old
@@ -153,9 +153,9 @@ def test_another_batch_draws_other_views_and_starts_over(
 ) -> None:
     teacher = written(tmp_path / "teacher.pt")
     for batch in (4, 6):
-        with stopped_at(2, monkeypatch, stage, "learn"):
+        with stopped_at(2, monkeypatch, stage, "train_block"):
             train(settings(people, tmp_path / "run", teacher, blockwise(), batch=batch))
-        views = (tmp_path / "run/blockwise/views.npy").read_bytes()
+        views = (tmp_path / "run/blockwise/images.npy").read_bytes()
         blocks = [path.read_bytes() for path in (tmp_path / "run/blockwise/blocks").iterdir()]
         (tmp_path / f"run/{batch}").write_bytes(b"".join([views, *blocks]))
         assert len(blocks) == 1
@@ -169,14 +169,14 @@ def test_broken_off_in_fine_tuning_it_ends_with_the_same_weights(
     whole = settings(people, tmp_path / "whole", teacher, methods, epochs=2)
     cut = settings(people, tmp_path / "cut", teacher, methods, epochs=2)
     train(whole)
-    with stopped_at(5, monkeypatch, run.Trainer, "_set_rate"):  # the second epoch's second step
+    with stopped_at(5, monkeypatch, run.Trainer, "_set_learning_rate"):  # the second epoch's second step
         train(cut)
     assert len(load_training_state(tmp_path / "cut/last.pt")["history"]) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "learn", None)  # nothing is left to learn
+        patch.setattr(stage, "train_block", None)  # nothing is left to learn
         train(cut, resume=True)
     ends = [load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut")]
-    assert same(ends[0]["learner"], ends[1]["learner"]) and same(ends[0]["average"], ends[1]["average"])
+    assert same(ends[0]["distiller"], ends[1]["distiller"]) and same(ends[0]["ema"], ends[1]["ema"])
 
 
 @contextmanager
@@ -215,14 +215,14 @@ def test_killed_workers_or_not_the_assembled_network_is_the_same(people: Path, t
         assert same(weights(tmp_path / "alone"), weights(folder))
         assert same(weights(tmp_path / "alone", "best.pt"), weights(folder, "best.pt"))
         report = json.loads((folder / "blockwise/report.json").read_text())
-        assert report["ran"]["workers"] == 2 and report["scheduler"] == scheduler
+        assert report["run_stats"]["workers"] == 2 and report["scheduler"] == scheduler
 
 
 @pytest.mark.parametrize(
     ("changes", "terms"),
     [
-        ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}),
-        ({"hkd": HKDConfig(), "noise": NoisyTeacherConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
+        ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}),
+        ({"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
     ],
 )
 def test_fine_tuned_under_its_own_teacher(
@@ -257,7 +257,7 @@ def _family(people: Path, tmp_path: Path, spec: ModelSpec) -> None:
 
 
 def _trained(people: Path, tmp_path: Path, spec: ModelSpec) -> TrainResult:
-    return train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt", spec), blockwise(least=8)))
+    return train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt", spec), blockwise(min_channels=8)))
 
 
 def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,14 +265,14 @@ def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monk
     from hkd_det.train import blockwise as made
 
     rates = iter([0.5, 0.5, 0.7, 0.55, 0.6, 0.5, 0.9, 0.9, 0.9])
-    monkeypatch.setattr(made, "miss_rate", lambda *_: next(rates))
+    monkeypatch.setattr(made, "evaluate_miss_rate", lambda *_: next(rates))
     teacher = written(tmp_path / "teacher.pt")
-    train(settings(people, tmp_path / "run", teacher, blockwise(judge=True, limit=0.1)))
+    train(settings(people, tmp_path / "run", teacher, blockwise(evaluate_blocks=True, max_mr_increase=0.1)))
     report = json.loads((tmp_path / "run/blockwise/report.json").read_text())
-    assert report["left_out"] == [BLOCKS[1]] and report["miss_rate"] == 0.6
+    assert report["excluded_layers"] == [BLOCKS[1]] and report["miss_rate"] == 0.6
     assert load_detector_checkpoint(tmp_path / "run/best.pt").changes.separable == (BLOCKS[0], BLOCKS[2])
     with pytest.raises(DataError, match=r"every block alone raises the miss rate by more, 40\.00 points at least"):
-        train(settings(people, tmp_path / "none", teacher, blockwise(judge=True, limit=0.1)))
+        train(settings(people, tmp_path / "none", teacher, blockwise(evaluate_blocks=True, max_mr_increase=0.1)))
 
 
 def test_what_cannot_be_is_said_at_once(
@@ -281,15 +281,19 @@ def test_what_cannot_be_is_said_at_once(
     teacher = written(tmp_path / "teacher.pt")
     flags = ["--data", str(people), "--teacher", str(teacher), "--distill", "blockwise"]
     for more, message in {
-        ("--control",): "without there is none to train",
-        ("--init", str(teacher)): "starts from its teacher, not from --init",
+        ("--baseline",): "without there is none to train",
+        ("--weights", str(teacher)): "starts from its teacher, not from --weights",
         ("--model", "mini-student"): "is a tiny; leave --model out",
         ("--pretrained", "imagenet"): "starts from a checkpoint",
         ("--set", "distill.blockwise.parts=tail"): "none of backbone, neck, head",
     }.items():
         assert main([*flags, *more, "--project", str(tmp_path / "runs")]) == 2
         assert message in capsys.readouterr().err
-    for wrong in ({"inputs": "student", "workers": 2}, {"workers": 2, "cluster": "tcp://a:1"}, {"limit": 0.1}):
+    for wrong in (
+        {"input_source": "student", "workers": 2},
+        {"workers": 2, "cluster": "tcp://a:1"},
+        {"max_mr_increase": 0.1},
+    ):
         with pytest.raises(UsageError, match=r"distill\.blockwise"):
             blockwise(**wrong)
     from hkd_det.train.blockwise import prepare_blockwise_student
@@ -302,11 +306,11 @@ def test_what_cannot_be_is_said_at_once(
             config, config.distill.blockwise, DistributedContext(0, 2, torch.device("cpu")), [], [], False
         )
     with pytest.raises(DataError, match="no times of these blocks there"):
-        train(settings(people, tmp_path / "run", teacher, blockwise(times=str(people))))
+        train(settings(people, tmp_path / "run", teacher, blockwise(timing_report=str(people))))
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UnavailableError, match="distributed is not installed"):
         train(settings(people, tmp_path / "run", teacher, blockwise(workers=2)))
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "run/blockwise/views.npy").exists()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "run/blockwise/images.npy").exists()
 
 
 def test_what_cannot_be_afterwards_is_said_before_the_blocks_are_learnt(people: Path, tmp_path: Path) -> None:
@@ -314,9 +318,9 @@ def test_what_cannot_be_afterwards_is_said_before_the_blocks_are_learnt(people: 
     elsewhere = DistillConfig(
         blockwise=BlockwiseConfig(**QUICK), hkd=HKDConfig(feature_layers=LayerPairs(("neck",), ("nowhere",)))
     )
-    with pytest.raises(UsageError, match=r"distill\.hkd\.taps"):
+    with pytest.raises(UsageError, match=r"distill\.hkd\.feature_layers"):
         train(settings(people, folder, teacher, elsewhere))
     methods = DistillConfig(blockwise=BlockwiseConfig(**QUICK), soft_labels=SoftLabelConfig())
     with pytest.raises(DataError, match="no such folder"):
-        train(settings(people, folder, teacher, methods, unlabelled=("nowhere",)))
+        train(settings(people, folder, teacher, methods, unlabeled=("nowhere",)))
     assert not folder.exists()

@@ -35,11 +35,11 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import TrainResult, train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-WIDE = replace(TINY, backbone_arguments={"channels": (12, 12, 24, 24), "stem_width": 8})
+WIDE = replace(TINY, backbone_kwargs={"channels": (12, 12, 24, 24), "stem_width": 8})
 TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 HW = (64, 96)
 CDD = CDDConfig(keep_flops=0.8)
-CDD_TERMS = {"cdd_feature", "cdd_score"}
+CDD_TERMS = {"cdd_feature", "cdd_cls"}
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,8 @@ def saved(path: Path, model: str) -> Path:
 
 def configured(people: Path, folder: Path, teacher: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "data": str(people), "model": "mini-student", "run": str(folder), "imgsz_hw": HW, "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "teacher": str(teacher), "init": str(teacher), "distill": DistillConfig(cdd=CDD),
+        "data": str(people), "model": "mini-student", "save_dir": str(folder), "imgsz_hw": HW, "epochs": 2, "batch": 4,
+        "workers": 0, "device": "cpu", "teacher": str(teacher), "weights": str(teacher), "distill": DistillConfig(cdd=CDD),
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})
 
@@ -80,7 +80,7 @@ def test_the_command_starts_as_the_teacher_and_leaves_a_plain_smaller_network(
 ) -> None:
     flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "cdd", "--set", "lr=1e-9"]
-    assert main([*flags, "--teacher", str(teacher), "--distill", "cdd", "--keep-flops", "0.8"]) == 0
+    assert main([*flags, "--teacher", str(teacher), "--distill", "cdd", "--set", "distill.cdd.keep_flops=0.8"]) == 0
     best, state = load_detector_checkpoint(tmp_path / "cdd/best.pt"), load_training_state(tmp_path / "cdd/last.pt")
     before, after = (
         count_params_and_flops(network, HW) for network in (load_detector_checkpoint(teacher).build(), best.build())
@@ -90,7 +90,7 @@ def test_the_command_starts_as_the_teacher_and_leaves_a_plain_smaller_network(
     stem = "backbone.body.conv1.0.weight"
     torch.testing.assert_close(best.weights[stem], load_detector_checkpoint(teacher).weights[stem], atol=1e-6, rtol=0)
     # Chosen by two thirds of the run, so the first of two epochs can't have been the best.
-    assert [epoch["eligible"] for epoch in state["history"]] == [False, True] and best.epoch == 2
+    assert [epoch["meets_target"] for epoch in state["history"]] == [False, True] and best.epoch == 2
     twin = sizes.build_from_spec(best.spec, best.changes)
     twin.load_state_dict(best.weights)
     assert not any(isinstance(module, Compactor) for module in twin.modules())
@@ -107,15 +107,15 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
 
     with pytest.MonkeyPatch.context() as patch:
         kept = runs.Trainer._set_learning_rate
-        patch.setattr(runs.Trainer, "_set_rate", lambda self, step: cut() if step == 5 else kept(self, step))
+        patch.setattr(runs.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 5 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    middle = load_training_state(tmp_path / "cut/last.pt")["learner"]
+    middle = load_training_state(tmp_path / "cut/last.pt")["distiller"]
     masked = [value for name, value in middle.items() if name.endswith("compactor.masked")]
     assert any(mask.any() for mask in masked)
     train(config, resume=True)
     whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    for part in ("learner", "average"):
+    for part in ("distiller", "ema"):
         assert whole[part].keys() == resumed[part].keys()
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
     best, again = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("whole", "cut"))
@@ -125,9 +125,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
 @pytest.mark.parametrize(
     ("others", "terms"),
     [
-        ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_score"}),
+        ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_cls"}),
         ({"hkd": HKDConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
-        ({"noise": NoisyTeacherConfig()}, set()),
+        ({"noisy_teacher": NoisyTeacherConfig()}, set()),
     ],
 )
 def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[str, Any], terms: set[str]) -> None:
@@ -135,12 +135,12 @@ def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[s
     result = train(configured(people, tmp_path / "run", teacher, distill=methods, epochs=1))
     losses, figures = result.history[0].losses, result.history[0].metrics
     assert losses.keys() >= terms | CDD_TERMS and figures["cdd_lasso"] > 0 and share_left(result, teacher) <= 0.8
-    assert (losses["cdd_score"] > 0) == ("hkd" not in others)  # hierarchical distillation has a logit level itself
+    assert (losses["cdd_cls"] > 0) == ("hkd" not in others)  # hierarchical distillation has a logit level itself
 
 
 @pytest.mark.slow
 def test_a_wider_fresh_student_shrinks_under_its_teacher(people: Path, tmp_path: Path, teacher: Path) -> None:
-    result = train(configured(people, tmp_path / "run", teacher, model="mini-teacher", init="", epochs=1))
+    result = train(configured(people, tmp_path / "run", teacher, model="mini-teacher", weights="", epochs=1))
     wide = saved(tmp_path / "wide.pt", "mini-teacher")
     assert load_detector_checkpoint(result.best).spec == WIDE and share_left(result, wide) <= 0.8
 
@@ -151,14 +151,14 @@ def test_other_families_shrink(people: Path, tmp_path: Path, monkeypatch: pytest
     if model == "yolo26n":
         layout = dict(sizes.get_spec(model).model_yaml)  # type: ignore[union-attr]
         layout["scales"] = {layout["scale"]: [0.33, 0.0625, 1024]}
-        monkeypatch.setitem(sizes.MODELS, model, replace(sizes.get_spec(model), layout=layout))  # type: ignore[type-var]
+        monkeypatch.setitem(sizes.MODELS, model, replace(sizes.get_spec(model), model_yaml=layout))  # type: ignore[type-var]
     teacher = saved(tmp_path / "teacher.pt", model)
     methods = DistillConfig(cdd=CDDConfig(keep_flops=1.0, keep_parameters=0.97, min_channels=2))
     result = train(configured(people, tmp_path / "run", teacher, model=model, epochs=1, distill=methods))
     before, after = (
         count_params_and_flops(load_detector_checkpoint(path).build(), HW).num_params for path in (teacher, result.best)
     )
-    assert after <= 0.97 * before and result.history[0].losses["cdd_score"] >= 0
+    assert after <= 0.97 * before and result.history[0].losses["cdd_cls"] >= 0
     assert load_detector_checkpoint(result.best).changes != NO_CHANGES
 
 
@@ -167,7 +167,7 @@ def test_two_processes_shed_together(people: Path, tmp_path: Path, teacher: Path
     flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "1", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "two", "--teacher", str(teacher)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "hkd_det.train", *flags, "--distill", "cdd", "--keep-flops", "0.8"]
+    command = [*torchrun, "-m", "hkd_det.train", *flags, "--distill", "cdd", "--set", "distill.cdd.keep_flops=0.8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -185,16 +185,16 @@ def test_what_cannot_be_says_so_at_once(people: Path, tmp_path: Path, teacher: P
     with pytest.raises(UsageError, match=r"keep_flops=0\.1: .* mini-student's"):
         train(configured(people, tmp_path / "run", teacher, distill=DistillConfig(cdd=CDDConfig(keep_flops=0.1))))
     with pytest.raises(UsageError, match="student's own family"):
-        train(configured(people, tmp_path / "run", saved(tmp_path / "two.pt", "fasterrcnn-r18"), init=""))
+        train(configured(people, tmp_path / "run", saved(tmp_path / "two.pt", "fasterrcnn-r18"), weights=""))
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--distill", "cdd", "--control"], "cdd asks the teacher"),
-        (["--distill", "hkd", "--keep-flops", "0.5", "--model", "mini-student"], "add --distill cdd"),
-        (["--distill", "cdd", "--keep-flops", "half"], "'half' is not a number"),
-        (["--distill", "cdd", "--keep-flops", "1"], "nothing to shed"),
+        (["--distill", "cdd", "--baseline"], "cdd asks the teacher"),
+        (["--distill", "hkd", "--set", "distill.cdd.keep_flops=0.5", "--model", "mini-student"], "cdd is not in use"),
+        (["--distill", "cdd", "--set", "distill.cdd.keep_flops=half"], "'half' is not a number"),
+        (["--distill", "cdd", "--set", "distill.cdd.keep_flops=1"], "nothing to shed"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(

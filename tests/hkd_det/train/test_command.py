@@ -30,10 +30,14 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--set", "speed=1"], 2, "speed"),
         (["--data", "x.yaml", *FLAGS, "--set", "epochs=0"], 2, "at least 1"),
         (["--data", "x.yaml", *FLAGS, "--set", "mosaic=1.5"], 2, "mosaic = 1.5: must be from 0 to 1"),
-        (["--data", "x.yaml", *FLAGS, "--set", "clip_norm=-1"], 2, "clip_norm = -1.0: must be above 0"),
+        (["--data", "x.yaml", *FLAGS, "--set", "clip_grad_norm=-1"], 2, "clip_grad_norm = -1.0: must be above 0"),
         (["--data", "x.yaml", *FLAGS, "--set", "weight_decay=-1"], 2, "weight_decay = -1.0: must be at least 0"),
         (["--data", "x.yaml", *FLAGS, "--seed", "-1"], 2, "seed = -1: must be at least 0"),
-        (["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--distill", "hkd", "--set", "finale=1"], 2, "leaves none"),
+        (
+            ["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--distill", "hkd", "--set", "no_aug_ratio=1"],
+            2,
+            "leaves none",
+        ),
         (["--data", "DATA", *FLAGS, "--backbone", "resnet1"], 2, "resnet1"),
         (["--data", "DATA", *FLAGS, "--backbone", "vit_tiny_patch16_224"], 2, "vit_tiny"),
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
@@ -70,14 +74,14 @@ def test_taps_are_listed_without_data_and_without_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["--list-taps", "--model", "mini-student", "--imgsz", "224x160"]) == 0
+    assert main(["--list-layers", "--model", "mini-student", "--imgsz", "224x160"]) == 0
     said = capsys.readouterr().out
     row = next(line for line in said.splitlines() if "neck.outputs.0" in line)
     assert row.split() == ["*", "neck.outputs.0", "neck", "8", "40", "28x20"]
     assert not list(tmp_path.iterdir())
-    assert main(["--list-taps", "--teacher", "nothing.pt"]) == 1
-    assert main(["--list-taps"]) == 2
-    assert "--list-taps: whose?" in capsys.readouterr().err
+    assert main(["--list-layers", "--teacher", "nothing.pt"]) == 1
+    assert main(["--list-layers"]) == 2
+    assert "--list-layers: whose?" in capsys.readouterr().err
 
 
 def test_training_goes_on_after_a_download(

@@ -45,15 +45,15 @@ def test_the_control_differs_in_nothing_but_the_teacher(
 ) -> None:
     common = ["--data", str(people), "--model", "mini-student", *FLAGS, "--project", str(tmp_path)]
     assert main([*common, "--epochs", "1", "--name", "teacher"]) == 0
-    taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--epochs", "2", "--control"]
+    taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--epochs", "2", "--baseline"]
     assert main([*common, *taught, "--name", "taught"]) == 0
     assert "What the teacher brought" in capsys.readouterr().out
     assert main([*common, "--epochs", "2", "--name", "alone"]) == 0
-    controlled, alone = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("taught-control", "alone"))
+    controlled, alone = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("taught-baseline", "alone"))
     assert all(torch.equal(value, alone.weights[name]) for name, value in controlled.weights.items())
-    written = json.loads((tmp_path / "taught/control.json").read_text())
-    assert written["low"] <= written["high"]
-    for which, folder in (("taught", "taught"), ("alone", "taught-control")):
+    written = json.loads((tmp_path / "taught/baseline.json").read_text())
+    assert written["ci_low"] <= written["ci_high"]
+    for which, folder in (("distilled", "taught"), ("baseline", "taught-baseline")):
         assert (
             written[which]["miss_rates"]["Reasonable"]
             == load_detector_checkpoint(tmp_path / folder / "best.pt").miss_rate
@@ -66,11 +66,11 @@ def test_the_comparison_is_in_the_runs_own_setup(
 ) -> None:
     common = ["--data", str(people), "--model", "mini-student", *FLAGS, "--project", str(tmp_path), "--epochs", "1"]
     assert main([*common, "--name", "teacher"]) == 0
-    taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--control", "--set", "setup=bare"]
+    taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--baseline", "--set", "setup=bare"]
     assert main([*common, *taught, "--name", "taught"]) == 0
     assert "What the teacher brought, MR^-2 bare" in capsys.readouterr().out
-    written = json.loads((tmp_path / "taught/control.json").read_text())
-    assert written["taught"]["miss_rates"]["bare"] == load_detector_checkpoint(tmp_path / "taught/best.pt").miss_rate
+    written = json.loads((tmp_path / "taught/baseline.json").read_text())
+    assert written["distilled"]["miss_rates"]["bare"] == load_detector_checkpoint(tmp_path / "taught/best.pt").miss_rate
 
 
 def test_broken_off_it_says_how_to_go_on_with_the_control_too(
@@ -83,9 +83,9 @@ def test_broken_off_it_says_how_to_go_on_with_the_control_too(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(start, "train", cut)
-    taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--control"]
+    taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--baseline"]
     assert main(["--data", str(people), *taught, "--project", str(tmp_path), "--name", "run"]) == 130
-    assert f"hkd-train --resume {tmp_path / 'run'} --control" in capsys.readouterr().err
+    assert f"hkd-train --resume {tmp_path / 'run'} --baseline" in capsys.readouterr().err
 
 
 def test_only_epochs_of_this_run_are_gone_on_with(
@@ -115,25 +115,25 @@ def test_an_earlier_runs_control_is_not_gone_on_with(
     )
     older = replace(control.control_config(run), seed=seed)
     save_training_state(tmp_path / "run/last.pt", {"config": run.as_dict()})
-    save_training_state(tmp_path / "run-control/last.pt", {"config": older.as_dict()})
+    save_training_state(tmp_path / "run-baseline/last.pt", {"config": older.as_dict()})
     resumed = []
-    monkeypatch.setattr(start, "train", lambda config, resume: resumed.append((Path(config.run).name, resume)))
-    monkeypatch.setattr(start, "compare", lambda _config: None)
-    monkeypatch.setattr(start, "told", lambda _brought: "")
-    assert main(["--resume", str(tmp_path / "run"), "--control"]) == 0
-    assert resumed == [("run", True), ("run-control", goes_on)]
+    monkeypatch.setattr(start, "train", lambda config, resume: resumed.append((Path(config.save_dir).name, resume)))
+    monkeypatch.setattr(start, "compare_with_control", lambda _config: None)
+    monkeypatch.setattr(start, "format_comparison", lambda _brought: "")
+    assert main(["--resume", str(tmp_path / "run"), "--baseline"]) == 0
+    assert resumed == [("run", True), ("run-baseline", goes_on)]
 
 
 def test_an_older_control_is_not_written_over(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run-control").mkdir()
-    (tmp_path / "run-control/last.pt").touch()
-    taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--control"]
+    (tmp_path / "run-baseline").mkdir()
+    (tmp_path / "run-baseline/last.pt").touch()
+    taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--baseline"]
     assert main(["--data", str(people), *taught, "--project", str(tmp_path), "--name", "run"]) == 2
-    assert "run-control already holds a run" in capsys.readouterr().err
+    assert "run-baseline already holds a run" in capsys.readouterr().err
 
 
 def test_the_control_does_not_write_over_the_teacher(people: Path, tmp_path: Path) -> None:
-    teacher = str(tmp_path / "run-control/best.pt")
+    teacher = str(tmp_path / "run-baseline/best.pt")
     run = TrainConfig(
         str(people), "mini-student", str(tmp_path / "run"), teacher=teacher, distill=DistillConfig.from_names("hkd")
     )
@@ -142,7 +142,7 @@ def test_the_control_does_not_write_over_the_teacher(people: Path, tmp_path: Pat
 
 
 def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--data", str(people), "--model", "mini-student", "--control"]) == 2
+    assert main(["--data", str(people), "--model", "mini-student", "--baseline"]) == 2
     assert "--teacher" in capsys.readouterr().err
 
 
@@ -167,7 +167,7 @@ def test_every_person_stands_in_just_one_range_of_height() -> None:
 @pytest.mark.usefixtures("tiny_sizes")
 def test_perfect_detections_miss_nobody(people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = perfect(people)
-    monkeypatch.setattr(judge, "detect_all", lambda *_: found)
+    monkeypatch.setattr(judge, "predict_dataset", lambda *_: found)
     judged, _ = judge.evaluate_detector(
         sizes.build_model("mini-student"), load_dataset(str(people), "val"), (64, 96), bf16=False
     )

@@ -36,8 +36,8 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(people: Path, run: Path, teacher: Path, methods: DistillConfig, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "finale": 0.0, "teacher": str(teacher), "distill": methods,
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
+        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -69,18 +69,20 @@ def test_hkd_with_noise_and_mokd_trains(
     people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: MoKDConfig
 ) -> None:
     methods = DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig(), mokd=mokd)
-    result = train(settings(people, tmp_path / "run", teachers[teacher], methods, model=model, epochs=2, finale=0.5))
+    result = train(
+        settings(people, tmp_path / "run", teachers[teacher], methods, model=model, epochs=2, no_aug_ratio=0.5)
+    )
     first, last = result.history
-    assert set(first.metrics) == {"mokd_cosine", "mokd_dominance", "mokd_share"} and not last.metrics
-    assert -1 <= first.metrics["mokd_cosine"] <= 1 and 0 < first.metrics["mokd_share"] < 1
+    assert set(first.metrics) == {"mokd_cosine", "mokd_norm_ratio_log10", "mokd_det_weight"} and not last.metrics
+    assert -1 <= first.metrics["mokd_cosine"] <= 1 and 0 < first.metrics["mokd_det_weight"] < 1
     rows = list(csv.DictReader((tmp_path / "run" / "results.csv").read_text().splitlines()))
-    assert float(rows[0]["mokd_share"]) == first.metrics["mokd_share"] and rows[1]["mokd_share"] == ""
-    state = load_training_state(tmp_path / "run" / "last.pt")["learner"]
+    assert float(rows[0]["mokd_det_weight"]) == first.metrics["mokd_det_weight"] and rows[1]["mokd_det_weight"] == ""
+    state = load_training_state(tmp_path / "run" / "last.pt")["distiller"]
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
 @pytest.mark.parametrize(
-    "settings_of", [MoKDConfig(gradient_level="feature"), MoKDConfig("amortised")], ids=lambda s: s.rule
+    "settings_of", [MoKDConfig(gradient_level="feature"), MoKDConfig("amortized")], ids=lambda s: s.solver
 )
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     people: Path,
@@ -98,12 +100,12 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     config = settings(people, tmp_path / "cut", teachers["dense"], methods)
     kept = runs.Trainer._set_learning_rate
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        patch.setattr(runs.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)
     whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    for name, value in whole["learner"].items():
-        assert torch.equal(value, resumed["learner"][name]), name
-    assert whole["arbiter"] == resumed["arbiter"]
-    assert [past["figures"] for past in whole["history"]] == [past["figures"] for past in resumed["history"]]
+    for name, value in whole["distiller"].items():
+        assert torch.equal(value, resumed["distiller"][name]), name
+    assert whole["balancer"] == resumed["balancer"]
+    assert [past["metrics"] for past in whole["history"]] == [past["metrics"] for past in resumed["history"]]

@@ -19,7 +19,12 @@ def test_there_is_one_for_every_method() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_runs_settings(path: Path) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    rest = {"data": "street.yaml", "run": "runs/x", "teacher": "best.pt", "model": content.get("model", "teacher-r50")}
+    rest = {
+        "data": "street.yaml",
+        "save_dir": "runs/x",
+        "teacher": "best.pt",
+        "model": content.get("model", "teacher-r50"),
+    }
     config = TrainConfig.from_dict({**rest, **content}, str(path))
     assert config.distill.names == [name for name in DistillConfig.__dataclass_fields__ if name in content["distill"]]
     assert f"--recipe recipes/{path.name}" in path.read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 3,
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 3,
         "batch": 4, "workers": 0, "device": "cpu",
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -82,13 +82,13 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
         from hkd_det.train import trainer as run
 
         kept = run.Trainer._set_learning_rate
-        patch.setattr(run.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        patch.setattr(run.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert len(load_training_state(tmp_path / "cut" / "last.pt")["history"]) == 1
     train(config, resume=True)
     whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert same(whole["learner"], resumed["learner"]) and same(whole["average"], resumed["average"])
+    assert same(whole["distiller"], resumed["distiller"]) and same(whole["ema"], resumed["ema"])
     assert [e["losses"] for e in whole["history"]] == [e["losses"] for e in resumed["history"]]
     other = DetectorCheckpoint.from_detector(load_detector_checkpoint(teacher).build(), "mini-student", {}, 2, 0.5)
     save_detector_checkpoint(teacher, other)
@@ -117,7 +117,7 @@ def test_kill_9_at_any_moment_then_resume(people: Path, tmp_path: Path) -> None:
         command = [*base, "--resume", str(tmp_path / "killed")]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "killed"))
-    assert same(whole["average"], resumed["average"]) and len(resumed["history"]) == 4
+    assert same(whole["ema"], resumed["ema"]) and len(resumed["history"]) == 4
 
 
 @pytest.mark.usefixtures("tiny_sizes")
@@ -142,7 +142,7 @@ def test_a_full_disk_loses_nothing(
 def test_a_run_does_not_write_over_its_own_start(people: Path, tmp_path: Path) -> None:
     """Going on after a kill, it would be taught by itself."""
     own = str(tmp_path / "elsewhere/../best.pt")
-    for asked in ({"init": own}, {"teacher": own, "distill": DistillConfig(hkd=HKDConfig())}):
+    for asked in ({"weights": own}, {"teacher": own, "distill": DistillConfig(hkd=HKDConfig())}):
         with pytest.raises(UsageError, match=f"--{next(iter(asked))} .* write over it"):
             settings(people, tmp_path, **asked)
 
@@ -153,7 +153,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(
 ) -> None:
     """One of an older version, which had no arbiters; one whose detector has another shape now."""
     train(settings(people, tmp_path, epochs=1))
-    older = {name: value for name, value in load_training_state(tmp_path / "last.pt").items() if name != "arbiter"}
+    older = {name: value for name, value in load_training_state(tmp_path / "last.pt").items() if name != "balancer"}
     state = (tmp_path / "last.pt").read_bytes()
     save_training_state(tmp_path / "last.pt", older)
     assert main(["--resume", str(tmp_path)]) == 1
@@ -162,7 +162,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(
     assert main(["--resume", str(tmp_path)]) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-train: ")]
     assert len(told) == 2 and all("does not fit this run" in line and "start the run again" in line for line in told)
-    assert "'arbiter'" in told[0]
+    assert "'balancer'" in told[0]
 
 
 @pytest.mark.usefixtures("tiny_sizes")

@@ -36,8 +36,8 @@ def run(people: Path, folder: Path, model: str = "fasterrcnn-r18", **changes: ob
 
 def configured(people: Path, folder: Path, model: str = "fasterrcnn-r18", **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": model, "run": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
-        "workers": 0, "device": "cpu", "finale": 0.0,
+        "data": str(people), "model": model, "save_dir": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
+        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -59,7 +59,7 @@ def test_a_pair_trains_and_the_student_detects_the_same_when_loaded(people: Path
     loaded = load_detector_checkpoint(result.best)
     assert loaded.spec == STUDENT and load_detector_checkpoint(Path(teacher)).spec == TEACHER
     twin = loaded.build()
-    twin.load_state_dict(load_training_state(tmp_path / "student" / "last.pt")["average"])
+    twin.load_state_dict(load_training_state(tmp_path / "student" / "last.pt")["ema"])
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
         (boxes, scores), (again, same) = (detector.predict(pictures, 20) for detector in (twin, loaded.build()))
@@ -68,14 +68,14 @@ def test_a_pair_trains_and_the_student_detects_the_same_when_loaded(people: Path
 
 @pytest.mark.slow
 def test_it_learns(people: Path, tmp_path: Path) -> None:
-    result = run(people, tmp_path, epochs=25, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9, finale=0.1)
+    result = run(people, tmp_path, epochs=25, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9, no_aug_ratio=0.1)
     first, last = result.history[0].losses, result.history[-1].losses
     assert last["rpn_cls"] < 0.5 * first["rpn_cls"] and last["cls"] < 0.5 * first["cls"]
 
 
 def test_the_teacher_alone_teaches_until_the_end_of_training(people: Path, tmp_path: Path, teacher: str) -> None:
     taught = DistillConfig(hkd=HKDConfig(det_loss_weight=0.0))
-    result = run(people, tmp_path / "alone", teacher=teacher, distill=taught, epochs=2, finale=0.5)
+    result = run(people, tmp_path / "alone", teacher=teacher, distill=taught, epochs=2, no_aug_ratio=0.5)
     first, last = (record.losses for record in result.history)
     assert all(first[name] == 0 for name in TASK) and all(first[name] > 0 for name in LEVELS)
     assert last.keys() == TASK and last["cls"] > 0
@@ -98,15 +98,15 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
         from hkd_det.train import trainer as runs
 
         kept = runs.Trainer._set_learning_rate
-        patch.setattr(runs.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        patch.setattr(runs.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)
-    whole, resumed = (load_training_state(tmp_path / name / "last.pt")["learner"] for name in ("whole", "cut"))
+    whole, resumed = (load_training_state(tmp_path / name / "last.pt")["distiller"] for name in ("whole", "cut"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_dense_teacher_teaches_a_two_stage_student(people: Path, tmp_path: Path) -> None:
     dense = run(people, tmp_path / "dense", "mini-teacher")
     result = run(people, tmp_path / "taught", teacher=str(dense.best), distill=DistillConfig(hkd=HKDConfig()))
-    assert {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"} <= result.history[0].losses.keys()
+    assert {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"} <= result.history[0].losses.keys()

@@ -48,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
 
 def config(people: Path, run: Path, folder: Path, teacher: str, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "run": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "finale": 0.0, "teacher": teacher, "unlabelled": (str(folder),),
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
+        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": teacher, "unlabeled": (str(folder),),
         "distill": DistillConfig(soft_labels=SoftLabelConfig()),
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -59,10 +59,10 @@ def test_a_folders_pictures_are_read_in_order_and_what_is_missing_is_told(folder
     names = [sample.path.relative_to(folder).as_posix() for sample in read_unlabeled([folder])]
     assert names == ["a.jpg", "b.png", "c.JPG", "more/d.png", "wide.png"]
     assert len(read_unlabeled([folder, folder / "more"])) == 6
-    with pytest.raises(DataError, match=r"--unlabelled .*nowhere: no such folder"):
+    with pytest.raises(DataError, match=r"--unlabeled .*nowhere: no such folder"):
         read_unlabeled([folder, tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"--unlabelled .*empty: holds no pictures"):
+    with pytest.raises(DataError, match=r"--unlabeled .*empty: holds no pictures"):
         read_unlabeled([tmp_path / "empty"])
 
 
@@ -118,12 +118,12 @@ def test_no_task_loss_of_any_family_hears_of_them(name: str) -> None:
 
 
 def epochs(**changes: object) -> EpochPlan:
-    values = {"pictures": 10, "batch": 4, "size_hw": (64, 96), "multi_scale": 0.25, "mosaic": 0.5, "seed": 3}
+    values = {"num_images": 10, "batch": 4, "size_hw": (64, 96), "multi_scale": 0.25, "mosaic": 0.5, "seed": 3}
     return EpochPlan(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_they_come_on_top_and_change_nothing_of_the_labelled_ones() -> None:
-    alone, mixed = epochs(), epochs(unlabelled=5, unlabelled_a_step=2)
+    alone, mixed = epochs(), epochs(num_unlabeled=5, unlabeled_batch=2)
     for epoch in range(3):
         batches_alone, batches_mixed = (list(one.sample_batches(epoch, no_aug=False)) for one in (alone, mixed))
         assert [batch[:4] for batch in batches_mixed] == batches_alone
@@ -147,7 +147,7 @@ def test_a_photograph_is_turned_upright_only_where_no_boxes_refer_to_it(tmp_path
     path.write_bytes(raw[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + raw[2:])
     samples = [Sample(0, path), Sample(1, path, unlabeled_ground_truth())]
     loader, sampler = build_dataloader(
-        samples, epochs(pictures=1, batch=1, unlabelled=1, unlabelled_a_step=1), 0, 1, 0, 1
+        samples, epochs(num_images=1, batch=1, num_unlabeled=1, unlabeled_batch=1), 0, 1, 0, 1
     )
     stored, upright = (loader.dataset.pictures.read(index, (64, 64)).picture[..., 0] for index in (0, 1))  # type: ignore[attr-defined]
     assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
@@ -158,7 +158,7 @@ def test_a_photograph_is_turned_upright_only_where_no_boxes_refer_to_it(tmp_path
 def test_an_unreadable_one_is_told_with_its_file(folder: Path, people: Path) -> None:
     (folder / "a.jpg").write_bytes(b"nothing")
     samples, others = load_dataset(str(people), "train"), read_unlabeled([folder])
-    drawn = epochs(pictures=len(samples), unlabelled=len(others), unlabelled_a_step=4)
+    drawn = epochs(num_images=len(samples), num_unlabeled=len(others), unlabeled_batch=4)
     loader, _ = build_dataloader([*samples, *others], drawn, 0, 1, 0, 1)
     with pytest.raises(DataError, match=r"a\.jpg: not a readable picture"):
         list(iterate_batches(loader))
@@ -168,7 +168,7 @@ def test_an_unreadable_one_is_told_with_its_file(folder: Path, people: Path) -> 
 def teacher(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
     return str(
-        train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabelled=(), distill=DistillConfig())).best
+        train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabeled=(), distill=DistillConfig())).best
     )
 
 
@@ -176,7 +176,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     people: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(config(people, tmp_path / "whole", folder, teacher))
-    assert {"soft_score", "soft_box", "cls"} <= whole.history[0].losses.keys()
+    assert {"soft_cls", "soft_box", "cls"} <= whole.history[0].losses.keys()
 
     def cut(*_arguments: object) -> float:
         raise KeyboardInterrupt
@@ -186,24 +186,24 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
         from hkd_det.train import trainer as run
 
         kept = run.Trainer._set_learning_rate
-        patch.setattr(run.Trainer, "_set_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        patch.setattr(run.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(interrupted)
     saved = TrainConfig.from_dict(load_training_state(tmp_path / "cut" / "last.pt")["config"])
     assert saved == interrupted
     train(saved, resume=True)
-    one, other = (load_training_state(tmp_path / name / "last.pt")["learner"] for name in ("whole", "cut"))
+    one, other = (load_training_state(tmp_path / name / "last.pt")["distiller"] for name in ("whole", "cut"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_settings_that_make_no_sense_are_refused(people: Path, tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"--unlabelled.*--teacher"):
+    with pytest.raises(UsageError, match=r"--unlabeled.*--teacher"):
         config(people, tmp_path, folder, "", distill=DistillConfig())
-    with pytest.raises(UsageError, match="--unlabelled"):
+    with pytest.raises(UsageError, match="--unlabeled"):
         config(people, tmp_path, folder, "best.pt", distill=DistillConfig.from_names("blockwise"))
-    with pytest.raises(UsageError, match="unlabelled_share"):
-        config(people, tmp_path, folder, "best.pt", unlabelled_share=0.0)
-    asked = config(people, tmp_path, folder, "best.pt", unlabelled_share=0.01)
+    with pytest.raises(UsageError, match="unlabeled_ratio"):
+        config(people, tmp_path, folder, "best.pt", unlabeled_ratio=0.0)
+    asked = config(people, tmp_path, folder, "best.pt", unlabeled_ratio=0.01)
     assert asked.unlabeled_batch == 1
     alone = control_config(asked)
     assert alone.unlabeled == () and alone.unlabeled_batch == 0 and alone.batch == asked.batch
@@ -218,6 +218,6 @@ def test_the_check_for_people_looks_at_the_labelled_pictures_only(
         Sample(sample.image_id, sample.path, GroundTruth.empty()) for sample in load_dataset(str(people), "train")
     ]
     kept = run.load_dataset
-    monkeypatch.setattr(run, "open_data", lambda data, split: nobody if split == "train" else kept(data, split))
+    monkeypatch.setattr(run, "load_dataset", lambda data, split: nobody if split == "train" else kept(data, split))
     with pytest.raises(DataError, match="nobody to find in the train split"):
         train(config(people, tmp_path / "nobody", folder, teacher))

@@ -28,7 +28,7 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import Trainer, train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
-TERMS = {"hkd_pyramid", "hkd_region", "hkd_score", "hkd_box"}
+TERMS = {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
 
 
 def thin(name: str, classes: int = 1) -> UltralyticsSpec:
@@ -47,8 +47,8 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(people: Path, run: Path, model: str, teacher: Path | None, **changes: object) -> TrainConfig:
     taught = {"teacher": str(teacher), "distill": DistillConfig(hkd=HKDConfig())} if teacher else {}
     values: dict[str, object] = {
-        "data": str(people), "model": model, "run": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "finale": 0.0,
+        "data": str(people), "model": model, "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
+        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
     }  # fmt: skip
     return TrainConfig(**{**values, **taught, **changes})  # type: ignore[arg-type]
 
@@ -85,14 +85,16 @@ def test_chosen_taps_and_noise_teach_across_families_both_ways_and_resume_exactl
     ):
         taught = {"distill": DistillConfig(hkd=HKDConfig(feature_layers=taps), noisy_teacher=NoisyTeacherConfig())}
         config = settings(people, tmp_path / model, model, teacher, **taught)
-        assert train(config).history[-1].losses.keys() >= TERMS | {"noise"}
-    cut = replace(config, run=str(tmp_path / "cut"))
+        assert train(config).history[-1].losses.keys() >= TERMS | {"noisy_teacher"}
+    cut = replace(config, save_dir=str(tmp_path / "cut"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_set_rate", stop_at(5, Trainer._set_learning_rate))  # in the second epoch's third step
+        patch.setattr(
+            Trainer, "_set_learning_rate", stop_at(5, Trainer._set_learning_rate)
+        )  # in the second epoch's third step
         with pytest.raises(KeyboardInterrupt):
             train(cut)
     train(cut, resume=True)
-    whole, resumed = (load_training_state(one.save_path / "last.pt")["learner"] for one in (config, cut))
+    whole, resumed = (load_training_state(one.save_path / "last.pt")["distiller"] for one in (config, cut))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -80,12 +80,12 @@ def test_people_are_compared_now_and_then_in_short_runs_often_and_at_the_courses
     ] == [1, 1, 4, 15, 16]
     course = PruningSchedule.from_config(settings, 256, 1.0)
     assert [step for step in range(256) if course.is_comparison_step(step)] == [*range(0, 191, 4), *range(191, 256)]
-    assert PruningSchedule.from_config(replace(settings, look_every=1), 10000, 1.0).compare_interval == 1
+    assert PruningSchedule.from_config(replace(settings, compare_interval=1), 10000, 1.0).compare_interval == 1
 
 
 def test_a_step_without_comparison_shows_nothing_and_masks_nothing(ours: BaseDetector) -> None:
     school = School(ours, build_from_spec(ours.spec), CDDConfig(keep_flops=0.8), 12)
-    school.shrinking.schedule = replace(school.shrinking.schedule, every=4)
+    school.shrinking.schedule = replace(school.shrinking.schedule, compare_interval=4)
     shown, masked = [], []
     for number in range(12):
         school.step(number)
@@ -163,7 +163,7 @@ def test_channels_fade_monotonously_stay_gone_and_the_target_is_met(ours: BaseDe
     plain = school.shrinking.deployable_model(school.student)
     with torch.no_grad():
         torch.testing.assert_close(
-            plain(PICTURE).many.logits, school.student(PICTURE).many.logits, atol=1e-5, rtol=1e-5
+            plain(PICTURE).one2many.logits, school.student(PICTURE).one2many.logits, atol=1e-5, rtol=1e-5
         )
 
 
@@ -186,7 +186,7 @@ def test_each_process_looks_at_everybodys_people(ours: BaseDetector) -> None:
     for school in (alone, both):
         torch.manual_seed(0)
         school.step(0)
-        sizes.append([len(evidence.gallery.vectors) for evidence in school.terms.importance])  # type: ignore[union-attr,arg-type]
+        sizes.append([len(evidence.queue.vectors) for evidence in school.terms.importance])  # type: ignore[union-attr,arg-type]
     assert sizes[1] == [2 * size for size in sizes[0]] and min(sizes[0]) >= 2
 
 
@@ -216,11 +216,11 @@ def test_the_terms_are_those_of_the_formulas(ours: BaseDetector) -> None:
         mine, other = ours(PICTURE), teacher(PICTURE)
         told = terms(DistillationBatch(PICTURE, PEOPLE, ours, teacher, mine, other, [], [], clamp_min_one))
     score = torch.zeros(())
-    for student, taught in ((mine.many.logits, other.many.logits), (mine.one.logits, other.one.logits)):
+    for student, taught in ((mine.one2many.logits, other.one2many.logits), (mine.one2one.logits, other.one2one.logits)):
         s, t = (torch.distributions.Bernoulli(logits=logits / 4) for logits in (student, taught))
         divergence = (t.probs - s.probs).abs() * torch.distributions.kl_divergence(t, s)
         score = score + 4**2 * divergence.sum() / taught.sigmoid().sum().clamp(min=1)
-    torch.testing.assert_close(told["cdd_score"], 3 * score, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(told["cdd_cls"], 3 * score, rtol=1e-4, atol=1e-6)
     rois = torch.cat([torch.tensor([[0.0], [1.0]]), PEOPLE.boxes_xyxy[:, 0]], 1)
     distance = torch.zeros(())
     for site in terms.sites:
@@ -260,5 +260,5 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(ours: BaseDetector)
 
 def test_a_teacher_of_other_layers_is_refused(ours: BaseDetector) -> None:
     prepare_student(ours, CDDConfig(keep_flops=0.9), HW, "ours")
-    with pytest.raises(UsageError, match=r"no layer head\.tower_scores\.convs\.1"):
+    with pytest.raises(UsageError, match=r"no layer head\.cls_tower\.convs\.1"):
         CDD(ours, build_from_spec(replace(ours.spec, head_depth=1)), CDDConfig())
