@@ -1,51 +1,61 @@
-# `make demo` and `make test` need git, Python 3.11 and make; everything else they install into .venv.
+# Targets install what they need into .venv. Requirements: git, make, Python 3.10 to 3.13.
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
+# One process per package: OpenVINO can crash in a process in which torch has trained before.
+PACKAGES := tests/hkd_deploy tests/hkd_bench tests/hkd_det $(wildcard tests/test_*.py)
+FAST := -m "not slow" -n 2 --dist loadfile
 
-.PHONY: demo test test-fast lint types imports check install lock tensorrt-cpu clean
+.PHONY: help demo test test-fast lint types imports docs docs-reference check install lock tensorrt-cpu clean
 
-demo: $(READY)  ## the whole way on a synthetic street: runs/quickstart/report.html
-	$(BIN)/hkd-quickstart --run runs/quickstart
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-# Each package's tests in a process of their own: whatever libraries leave behind in one, the next begins afresh.
-PACKAGES := tests/hkd_deploy tests/hkd_bench tests/hkd_det tests/test_torch_free.py
+demo: $(READY)  ## train, distill, export and measure on a synthetic dataset: runs/quickstart/report.html
+	$(BIN)/hkd-quickstart --save-dir runs/quickstart
 
-test: $(READY)  ## every test
+test: $(READY)  ## run all tests
 	for tests in $(PACKAGES); do $(BIN)/pytest $$tests || exit 1; done
 
-test-fast: $(READY)  ## the tests that need no training, no engine build and no child process
-	for tests in $(PACKAGES); do $(BIN)/pytest -m "not slow" $$tests || exit 1; done
+test-fast: $(READY)  ## run the tests without training, engine builds and child processes
+	for tests in $(PACKAGES); do $(BIN)/pytest $(FAST) $$tests || exit 1; done
 
-lint: $(READY)
+lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(READY)  ## mypy
 	$(BIN)/mypy
 
-imports: $(READY)  ## packages import one way, and torch stays off the device
+imports: $(READY)  ## import directions between packages, no torch on the device
 	$(BIN)/lint-imports
 
-check: lint types imports test  ## what CI runs
+docs: $(READY)  ## build the documentation into site/; warnings are errors
+	$(BIN)/mkdocs build --quiet --strict
 
-install: $(READY)
+docs-reference: $(READY)  ## write docs/reference/cli.md from --help
+	$(BIN)/python docs/generate_cli_reference.py
+
+check: lint types imports docs test  ## what CI runs
+
+install: $(READY)  ## create .venv with the locked packages
 
 $(READY): requirements.lock pyproject.toml
-	@echo "== setting up .venv: Python packages of requirements.lock, about a minute on first use"
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or say make PYTHON=python3.x" >&2; exit 1; }
+	@echo "== installing the packages of requirements.lock into .venv (about a minute)"
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found. Install it, or run make PYTHON=python3.x" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-lock: $(READY)  ## write requirements.lock anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--extra cpu --extra openvino --extra tensorrt --extra quant --extra train --extra cluster --extra yolo --group dev pyproject.toml -o requirements.lock
+lock: $(READY)  ## write requirements.lock from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
+		--extra cpu --extra openvino --extra tensorrt --extra bench --extra quant --extra train --extra cluster --extra yolo \
+		--group dev --group docs pyproject.toml -o requirements.lock
 
-tensorrt-cpu: $(READY)  ## a real TensorRT parser and builder without a GPU, in .tensorrt/
+tensorrt-cpu: $(READY)  ## install TensorRT's parser and builder for machines without a GPU into .tensorrt/
 	$(BIN)/python deploy/tensorrt_cpu.py .tensorrt
 
-clean:
-	rm -rf .venv .tensorrt runs
+clean:  ## remove everything that make creates
+	rm -rf .venv .tensorrt runs site
