@@ -1,7 +1,7 @@
-"""Loading: pictures from disk to batches, the same whatever the number of workers or processes.
+"""Data loading for training: deterministic epochs of augmented, padded batches.
 
-Chance depends only on (seed, epoch, position in the epoch): workers hold no random state, so a resumed
-run draws the same views.
+All random numbers depend only on (seed, epoch, position in the epoch). Workers hold no random state. The batches are
+therefore the same for any number of workers or processes, and for a resumed run.
 """
 
 import shutil
@@ -34,7 +34,13 @@ Batch = tuple[Tensor, Targets]
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """One view to make: which samples (one, or four for a mosaic), at what size, from what seed."""
+    """The inputs of one augmented image.
+
+    Attributes:
+        indices: Indices of the samples: one, or four for a mosaic.
+        size_hw: Output height and width, pixels.
+        seed: Seed of the augmentation.
+    """
 
     indices: tuple[int, ...]
     size_hw: tuple[int, int]
@@ -43,11 +49,20 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How the epochs' views are drawn: see TrainConfig for the meaning of each.
+    """How the batches of an epoch are sampled.
 
-    unlabelled: how many pictures without labels follow the `pictures` labelled ones. unlabelled_a_step: how many of
-    them go into each batch, on top. They are shown singly, never in a mosaic with others, and change nothing of how
-    the labelled ones are drawn.
+    Unlabeled images follow the labeled ones in the index. They never enter a mosaic, and do not change how labeled
+    images are sampled.
+
+    Attributes:
+        num_images: Number of labeled images.
+        batch: Labeled images per global batch.
+        size_hw: Output height and width, pixels.
+        multi_scale: Random change of the size per batch, ratio: 0.25 gives 0.75 to 1.25.
+        mosaic: Probability of a mosaic.
+        seed: Seed of the run.
+        num_unlabeled: Number of unlabeled images.
+        unlabeled_batch: Unlabeled images added to each global batch.
     """
 
     num_images: int
@@ -61,33 +76,40 @@ class EpochPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches an epoch: every labelled picture once, the last batch filled up with the first ones."""
+        """Batches per epoch. Every labeled image occurs once; the last batch is filled with the first images."""
         return -(-self.num_images // self.batch)
 
     def sample_batches(self, epoch: int, no_aug: bool) -> Iterator[list[SampleSpec]]:
-        """The global batches of an epoch. `plain`: without mosaic and multi-scale, as at the end of training.
+        """Sample the global batches of one epoch.
 
-        Nobody teaches then, so unlabelled pictures are left out, too.
+        Args:
+            epoch: Index of the epoch, from 0.
+            no_aug: Disable mosaic and multi-scale, as at the end of training. Unlabeled images are left out as well,
+                because the end of training has no distillation.
+
+        Yields:
+            The specs of one global batch: labeled images first, then unlabeled ones.
         """
-        chance = np.random.default_rng((self.seed, epoch))
-        order = np.resize(chance.permutation(self.num_images), self.steps_per_epoch * self.batch)
-        others = self._sample_unlabeled(epoch)
+        rng = np.random.default_rng((self.seed, epoch))
+        order = np.resize(rng.permutation(self.num_images), self.steps_per_epoch * self.batch)
+        unlabeled_batches = self._sample_unlabeled(epoch)
         for step in range(self.steps_per_epoch):
-            size_hw = self.size_hw if no_aug else self._sample_size(chance)
-            labelled = [
-                SampleSpec(self._sample_indices(chance, int(index), no_aug), size_hw, int(chance.integers(2**62)))
+            size_hw = self.size_hw if no_aug else self._sample_size(rng)
+            labeled = [
+                SampleSpec(self._sample_indices(rng, int(index), no_aug), size_hw, int(rng.integers(2**62)))
                 for index in order[step * self.batch : (step + 1) * self.batch]
             ]
-            yield (
-                labelled if no_aug else labelled + [SampleSpec((index,), size_hw, seed) for index, seed in next(others)]
-            )
+            if no_aug:
+                yield labeled
+            else:
+                yield labeled + [SampleSpec((index,), size_hw, seed) for index, seed in next(unlabeled_batches)]
 
     def _sample_unlabeled(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        """For each step of an epoch its unlabelled pictures and their seeds, from chance of their own."""
-        chance = np.random.default_rng((self.seed, epoch, 1))
-        order = np.resize(chance.permutation(self.num_unlabeled), (self.steps_per_epoch, self.unlabeled_batch))
+        """Sample the unlabeled images of each step, as (index, seed), from a random stream of their own."""
+        rng = np.random.default_rng((self.seed, epoch, 1))
+        order = np.resize(rng.permutation(self.num_unlabeled), (self.steps_per_epoch, self.unlabeled_batch))
         for indices in (self.num_images + order).tolist():
-            yield [(index, int(chance.integers(2**62))) for index in indices]
+            yield [(index, int(rng.integers(2**62))) for index in indices]
 
     def _sample_size(self, rng: np.random.Generator) -> tuple[int, int]:
         factor = rng.uniform(1 - self.multi_scale, 1 + self.multi_scale)
@@ -97,11 +119,21 @@ class EpochPlan:
     def _sample_indices(self, rng: np.random.Generator, index: int, no_aug: bool) -> tuple[int, ...]:
         if no_aug or rng.random() >= self.mosaic:
             return (index,)
-        return (index, *(int(other) for other in rng.integers(self.num_images, size=3)))
+        return (index, *(int(partner) for partner in rng.integers(self.num_images, size=3)))
 
 
 class DistributedBatchSampler(Sampler[list[SampleSpec]]):
-    """This process's share of each global batch of one epoch after the other."""
+    """Yields the part of each global batch that one process trains on.
+
+    Args:
+        plan: How the global batches are sampled.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Attributes:
+        epoch: Epoch that the next iteration samples. Set it before each epoch.
+        no_aug: Whether the next iteration disables mosaic and multi-scale.
+    """
 
     def __init__(self, plan: EpochPlan, rank: int, world_size: int) -> None:
         self.plan, self.rank, self.world_size = plan, rank, world_size
@@ -116,81 +148,124 @@ class DistributedBatchSampler(Sampler[list[SampleSpec]]):
 
 
 class TrainDataset(Dataset[AugmentedImage | HkdError]):
-    """Augmented views of samples."""
+    """Augmented images of samples, indexed by `SampleSpec`.
+
+    Args:
+        samples: Samples with the ground truth.
+        images: The images of these samples.
+    """
 
     def __init__(self, samples: Sequence[Sample], images: CachedImages) -> None:
         self.ground_truths = [sample.ground_truth for sample in samples]
         self.images = images
 
     def __getitem__(self, spec: SampleSpec) -> AugmentedImage | HkdError:
-        """The view, or what is wrong with its pictures: raised here it would cross processes as a traceback."""
-        sources = [partial(self._load_image, index) for index in spec.indices]
+        """Load and augment one image.
+
+        Args:
+            spec: What to load.
+
+        Returns:
+            The augmented image, or the error of an unreadable file. A worker that raised the error would print a
+            traceback.
+        """
+        image_loaders = [partial(self._load_image, index) for index in spec.indices]
         try:
-            return augment(sources, spec.size_hw, np.random.default_rng(spec.seed))
+            return augment(image_loaders, spec.size_hw, np.random.default_rng(spec.seed))
         except HkdError as error:
             return error
 
     def _load_image(self, index: int, frame_hw: tuple[float, float]) -> AugmentedImage:
-        decoded, truth = self.images.read(index, frame_hw), self.ground_truths[index]
+        decoded, ground_truth = self.images.read(index, frame_hw), self.ground_truths[index]
         scale_xyxy = np.array(decoded.scale_xy * 2)
-        boxes, visible = ((part * scale_xyxy).astype(np.float32) for part in (truth.boxes_xyxy, truth.visible_xyxy))
-        return AugmentedImage(decoded.image, boxes, visible, truth.ignore)
+        boxes, visible = (
+            (boxes_xyxy * scale_xyxy).astype(np.float32)
+            for boxes_xyxy in (ground_truth.boxes_xyxy, ground_truth.visible_xyxy)
+        )
+        return AugmentedImage(decoded.image, boxes, visible, ground_truth.ignore)
 
 
 def collate(items: list[AugmentedImage | HkdError]) -> Batch | HkdError:
-    """Views of one size to pictures [B, 3, H, W] uint8 and their padded truth; the first error in their place."""
-    views = []
-    for view in items:
-        if isinstance(view, HkdError):
-            return view
-        views.append(view)
-    most = max((len(view.ignore) for view in views), default=0)
-    boxes = np.zeros((len(views), most, 4), np.float32)
-    real, ignore = np.zeros((2, len(views), most), bool)
-    for row, view in enumerate(views):
-        count = len(view.ignore)
-        boxes[row, :count] = view.boxes_xyxy
-        real[row, :count] = ~view.ignore
-        ignore[row, :count] = view.ignore
-    pictures = torch.from_numpy(np.stack([view.image for view in views])).permute(0, 3, 1, 2)
-    return pictures, Targets(torch.from_numpy(boxes), torch.from_numpy(real), torch.from_numpy(ignore))
+    """Stack augmented images of one size and pad their boxes.
+
+    Args:
+        items: Augmented images, or errors in their places.
+
+    Returns:
+        images (uint8 Tensor[B, 3, H, W], channels last) and their targets; or the first error.
+    """
+    augmented_images = []
+    for item in items:
+        if isinstance(item, HkdError):
+            return item
+        augmented_images.append(item)
+    max_boxes = max((len(augmented.ignore) for augmented in augmented_images), default=0)
+    boxes = np.zeros((len(augmented_images), max_boxes, 4), np.float32)
+    valid, ignore = np.zeros((2, len(augmented_images), max_boxes), bool)
+    for row, augmented in enumerate(augmented_images):
+        num_boxes = len(augmented.ignore)
+        boxes[row, :num_boxes] = augmented.boxes_xyxy
+        valid[row, :num_boxes] = ~augmented.ignore
+        ignore[row, :num_boxes] = augmented.ignore
+    images = torch.from_numpy(np.stack([augmented.image for augmented in augmented_images])).permute(0, 3, 1, 2)
+    return images, Targets(torch.from_numpy(boxes), torch.from_numpy(valid), torch.from_numpy(ignore))
 
 
 def build_dataloader(
     samples: Sequence[Sample], plan: EpochPlan, rank: int, world_size: int, workers: int, cache_mib: int
 ) -> tuple[DataLoader[Batch | HkdError], DistributedBatchSampler]:
-    """A loader of this process's batches, and the sampler on which the epoch is set.
+    """Build the data loader of one process.
 
-    samples: the labelled ones, then those without labels, as many as `epochs` counts of each.
-    What has to be packed anew of the pictures is kept, `cache_mib` MiB at most: in memory, or for workers in a
-    temporary folder that goes with the loader, or with the workers if this process is killed.
+    Re-encoded images are cached in memory, or, with workers, in a temporary directory. The directory is removed with
+    the loader, or by the workers if this process is killed.
+
+    Args:
+        samples: The labeled samples, then the unlabeled ones, in the numbers that `plan` states.
+        plan: How the batches are sampled.
+        rank: Index of this process.
+        world_size: Number of processes.
+        workers: Number of loader processes; 0 loads in this process.
+        cache_mib: Limit of the cache, MiB.
+
+    Returns:
+        The loader, and its sampler, on which the epoch is set.
     """
     sampler = DistributedBatchSampler(plan, rank, world_size)
-    largest = (1 + plan.multi_scale) * MAX_FRAME_SCALE
-    largest_hw = (plan.size_hw[0] * largest, plan.size_hw[1] * largest)
-    folder = Path(tempfile.mkdtemp(prefix="hkd-pictures-")) if workers else None
-    kept: ByteCache = DirectoryCache(folder) if folder else {}
-    room_bytes = int(cache_mib * 2**20 / max(1, workers))
-    unlabelled = range(plan.num_images, plan.num_images + plan.num_unlabeled)
-    pictures = CachedImages([sample.path for sample in samples], largest_hw, kept, room_bytes, unlabelled)
-    views = TrainDataset(samples, pictures)
+    max_scale = (1 + plan.multi_scale) * MAX_FRAME_SCALE
+    max_hw = (plan.size_hw[0] * max_scale, plan.size_hw[1] * max_scale)
+    cache_dir = Path(tempfile.mkdtemp(prefix="hkd-images-")) if workers else None
+    cache: ByteCache = DirectoryCache(cache_dir) if cache_dir else {}
+    capacity_bytes = int(cache_mib * 2**20 / max(1, workers))
+    unlabeled = range(plan.num_images, plan.num_images + plan.num_unlabeled)
+    images = CachedImages([sample.path for sample in samples], max_hw, cache, capacity_bytes, unlabeled)
+    dataset = TrainDataset(samples, images)
     loader: DataLoader[Batch | HkdError] = DataLoader(
-        views,  # type: ignore[arg-type]  # the stubs know no collate_fn that changes the type
+        dataset,  # type: ignore[arg-type]  # the stubs do not allow a collate_fn that changes the type
         batch_sampler=sampler,
         num_workers=workers,
-        # Not fork: a copy of a process whose OpenMP or OpenCV threads have run waits for them for ever.
+        # Not "fork": a child of a process with running OpenMP or OpenCV threads can wait for them forever.
         multiprocessing_context="spawn" if workers else None,
         collate_fn=collate,
         persistent_workers=workers > 0,
-        worker_init_fn=partial(_init_worker, folder) if folder else None,
+        worker_init_fn=partial(_init_worker, cache_dir) if cache_dir else None,
     )
-    if folder:
-        weakref.finalize(loader, shutil.rmtree, folder, ignore_errors=True)
+    if cache_dir:
+        weakref.finalize(loader, shutil.rmtree, cache_dir, ignore_errors=True)
     return loader, sampler
 
 
 def iterate_batches(loader: DataLoader[Batch | HkdError]) -> Iterator[Batch]:
-    """One epoch's batches; raises what a picture raised in a worker, as one line."""
+    """Iterate over one epoch and raise the errors that workers returned.
+
+    Args:
+        loader: A loader of `build_dataloader`.
+
+    Yields:
+        images (uint8 Tensor[B, 3, H, W]) and their targets.
+
+    Raises:
+        HkdError: A worker could not read an image.
+    """
     for batch in loader:
         if isinstance(batch, HkdError):
             raise batch
@@ -198,15 +273,16 @@ def iterate_batches(loader: DataLoader[Batch | HkdError]) -> Iterator[Batch]:
 
 
 def _init_worker(cache_dir: Path, _worker_id: int) -> None:
-    """One thread a worker: the cores belong to the training step. Ctrl-C is the main process's to answer."""
+    """Limit a worker to one thread, and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     sys.excepthook = _ignore_broken_pipe
-    Finalize(None, shutil.rmtree, (cache_dir,), {"ignore_errors": True}, exitpriority=0)  # atexit is not run in workers
+    # Workers do not run atexit functions.
+    Finalize(None, shutil.rmtree, (cache_dir,), {"ignore_errors": True}, exitpriority=0)
 
 
 def _ignore_broken_pipe(cls: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """A worker that hands over a batch while the main process stops has nothing to report."""
+    """Print uncaught errors, except those of a worker that sends a batch while the main process exits."""
     if not issubclass(cls, BrokenPipeError | ConnectionResetError):
         sys.__excepthook__(cls, error, traceback)

@@ -1,10 +1,10 @@
-"""Pictures as training reads them: JPEGs hardly larger than a view can use, decoded no larger than this view needs.
+"""Images as training reads them: JPEGs close to the training size, decoded at the smallest sufficient resolution.
 
-Decoding is what loading costs. A JPEG decodes at a half, a quarter or an eighth of its size for less; a PNG has to
-be unpacked whole (a full-size street scene: 40 to 55 ms, ten times what is done with it then). So whatever is no
-JPEG, or one far too large, is shrunk and packed as a JPEG once, and kept where all workers find it. It
-goes through that JPEG where there is no room to keep it, too: what training sees depends on the picture alone,
-never on who loaded what before.
+Decoding dominates the loading time. A JPEG decodes faster at a half, a quarter or an eighth of its size. A PNG must be
+decoded whole: a full-size street scene takes 40 to 55 ms, ten times as long as all augmentations. Files that are not
+JPEG, and JPEGs that are far too large, are therefore reduced and encoded as JPEG once, and shared by all workers.
+An image that does not fit into the cache goes through the same JPEG. So a training image depends on its file alone,
+and never on the state of the cache.
 """
 
 import os
@@ -22,21 +22,21 @@ from numpy.typing import NDArray
 from hkd_det.image import decode_image, parse_jpeg_size_hw, read_image_bytes
 from hkd_det.train.augment import resize
 
-JPEG_QUALITY = 95  # 42 dB to the shrunk street scene: far below what the jitter of the light does
-
-
-RECOMPRESS_RATIO = 2.0  # a JPEG's sides against what a view can use; below it the file itself decodes fast enough
-
-
-CACHE_HEADER = struct.Struct("<4I")  # in front of a kept JPEG: its height and width, and its source's
-
+JPEG_QUALITY = 95  # 42 dB PSNR on a reduced street scene: far less than the color jitter changes
+RECOMPRESS_RATIO = 2.0  # JPEGs up to this ratio above the maximum useful size are read from the file itself
+CACHE_HEADER = struct.Struct("<4I")  # in front of a cached JPEG: its height and width, and those of its source
 
 SizeHW = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """A picture (H, W, 3) uint8 RGB, and how many of its pixels make one of the file's: across and down."""
+    """A decoded image and its scale.
+
+    Attributes:
+        image: uint8 [H, W, 3], RGB.
+        scale_xy: Pixels of `image` per pixel of the file, horizontal and vertical.
+    """
 
     image: NDArray[np.uint8]
     scale_xy: tuple[float, float]
@@ -44,7 +44,13 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A JPEG's bytes, its (height, width), and that of the file it was made from, or is."""
+    """An image as JPEG bytes.
+
+    Attributes:
+        jpeg: The JPEG file's bytes.
+        size_hw: Height and width of the JPEG, pixels.
+        source_hw: Height and width of the image file that it was made from, pixels.
+    """
 
     jpeg: bytes
     size_hw: tuple[int, int]
@@ -52,49 +58,65 @@ class EncodedImage:
 
 
 class ByteCache(Protocol):
-    """Where packed pictures are kept: a dict, or a `SharedFolder` for several workers."""
+    """A cache of bytes by image index: a `dict`, or a `DirectoryCache` for several workers."""
 
     def get(self, index: int, /) -> bytes | None:
-        """The bytes kept under the index, if any."""
+        """Return the entry of an index, or None."""
 
     def __setitem__(self, index: int, raw: bytes, /) -> None: ...
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Remove all entries."""
 
 
 class DirectoryCache:
-    """Bytes in files, one each, for all processes that know the folder."""
+    """A cache in a directory, one file per entry, shared by all processes that know the directory.
+
+    Args:
+        directory: An existing directory.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def get(self, index: int) -> bytes | None:
-        """The bytes kept under the index by whichever process, if any."""
+        """Return the entry of an index, written by any process, or None.
+
+        Args:
+            index: Index of the image.
+
+        Returns:
+            The bytes, or None if there is no entry.
+        """
         with suppress(FileNotFoundError):
             return self._entry_path(index).read_bytes()
         return None
 
     def __setitem__(self, index: int, raw: bytes) -> None:
-        aside = self.directory / f"{index}.{os.getpid()}"
-        with suppress(OSError):  # the disk is full, or the folder gone with the run: then it isn't kept
-            aside.write_bytes(raw)
-            aside.replace(self._entry_path(index))  # another worker reads it whole or not at all
+        temp_path = self.directory / f"{index}.{os.getpid()}"
+        with suppress(OSError):  # a full disk, or a directory that was removed with the run: the entry is not stored
+            temp_path.write_bytes(raw)
+            temp_path.replace(self._entry_path(index))  # other workers never read a partial entry
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Remove all entries."""
         for file in self.directory.iterdir():
             file.unlink()
 
     def _entry_path(self, index: int) -> Path:
-        return self.directory / f"{index}.packed"
+        return self.directory / f"{index}.bin"
 
 
 class CachedImages:
-    """The pictures at `paths`, for frames of at most `largest_hw` (height, width).
+    """Training images, read through a cache of reduced JPEGs.
 
-    What had to be packed is put into `kept`, until this process has put `room_bytes` there. upright: indices of those
-    to be turned as their EXIF orientation says; the others' boxes refer to the stored pixels.
+    Args:
+        paths: Image files.
+        max_hw: Largest useful height and width, pixels: images are never requested larger.
+        cache: Where re-encoded images are stored.
+        capacity_bytes: Bytes that this process may add to the cache.
+        exif_indices: Indices of the images to rotate by their EXIF orientation. The boxes of all others refer to the
+            stored pixels.
     """
 
     def __init__(
@@ -109,37 +131,50 @@ class CachedImages:
         self.cache, self.capacity_bytes = cache, capacity_bytes
 
     def read(self, index: int, frame_hw: SizeHW) -> DecodedImage:
-        """The picture, as large as it is when fitted into `frame_hw`, or larger, unless the file is smaller.
+        """Decode an image that is at least as large as if it were fitted into `frame_hw`.
 
-        Raises DataError, naming the file, if it can't be read.
+        A smaller file is not enlarged.
+
+        Args:
+            index: Index into `paths`.
+            frame_hw: Height and width that the image will be fitted into, pixels.
+
+        Returns:
+            The image and its scale.
+
+        Raises:
+            DataError: The file cannot be read. The message names it.
         """
-        packed = self._load_encoded(index)
-        shrink = _select_reduction(packed.size_hw, frame_hw)
-        picture = decode_image(packed.jpeg, self.paths[index], index in self.exif_indices, shrink)
-        down, across = (ours / theirs / shrink for ours, theirs in zip(packed.size_hw, packed.source_hw, strict=True))
-        return DecodedImage(picture, (across, down))
+        encoded = self._load_encoded(index)
+        reduction = _select_reduction(encoded.size_hw, frame_hw)
+        image = decode_image(encoded.jpeg, self.paths[index], index in self.exif_indices, reduction)
+        scale_y, scale_x = (
+            jpeg_side / source_side / reduction
+            for jpeg_side, source_side in zip(encoded.size_hw, encoded.source_hw, strict=True)
+        )
+        return DecodedImage(image, (scale_x, scale_y))
 
     def _load_encoded(self, index: int) -> EncodedImage:
-        known = self.cache.get(index)
-        if known is not None:
-            return _parse_cache_entry(known)
+        entry = self.cache.get(index)
+        if entry is not None:
+            return _parse_cache_entry(entry)
         path = self.paths[index]
         raw = read_image_bytes(path)
         size_hw = parse_jpeg_size_hw(raw)
         if size_hw is not None and _compute_fit_scale(size_hw, self.max_hw) * RECOMPRESS_RATIO >= 1:
             return EncodedImage(raw, size_hw, size_hw)
-        packed = _encode_jpeg(decode_image(raw, path, index in self.exif_indices), self.max_hw)
-        put = CACHE_HEADER.pack(*packed.size_hw, *packed.source_hw) + packed.jpeg
-        if len(put) <= self.capacity_bytes:
-            self.cache[index] = put
-            self.capacity_bytes -= len(put)
-        return packed
+        encoded = _encode_jpeg(decode_image(raw, path, index in self.exif_indices), self.max_hw)
+        entry = CACHE_HEADER.pack(*encoded.size_hw, *encoded.source_hw) + encoded.jpeg
+        if len(entry) <= self.capacity_bytes:
+            self.cache[index] = entry
+            self.capacity_bytes -= len(entry)
+        return encoded
 
 
 def _encode_jpeg(image_rgb: NDArray[np.uint8], max_hw: SizeHW) -> EncodedImage:
     source_hw = image_rgb.shape[:2]
-    fit = min(1.0, _compute_fit_scale(source_hw, max_hw))
-    height, width = (max(1, round(side * fit)) for side in source_hw)
+    scale = min(1.0, _compute_fit_scale(source_hw, max_hw))
+    height, width = (max(1, round(side * scale)) for side in source_hw)
     bgr = cv2.cvtColor(resize(image_rgb, (height, width)), cv2.COLOR_RGB2BGR)
     _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return EncodedImage(jpeg.tobytes(), (height, width), source_hw)
@@ -151,10 +186,10 @@ def _parse_cache_entry(raw: bytes) -> EncodedImage:
 
 
 def _compute_fit_scale(size_hw: SizeHW, frame_hw: SizeHW) -> float:
-    """Frame pixels per picture pixel when the whole picture is fitted into the frame."""
+    """Return the scale at which a whole image of `size_hw` fits into `frame_hw`."""
     return min(frame_hw[0] / size_hw[0], frame_hw[1] / size_hw[1])
 
 
 def _select_reduction(size_hw: SizeHW, frame_hw: SizeHW) -> int:
-    """By how much a JPEG can be shrunk in decoding without becoming smaller than it is in the frame."""
-    return next((shrink for shrink in (8, 4, 2) if _compute_fit_scale(size_hw, frame_hw) * shrink <= 1), 1)
+    """Return the largest JPEG reduction (8, 4, 2 or 1) that keeps the image as large as in the frame."""
+    return next((factor for factor in (8, 4, 2) if _compute_fit_scale(size_hw, frame_hw) * factor <= 1), 1)
