@@ -1,7 +1,8 @@
-"""Boxes as numpy arrays: xyxy, pixels, x right, y down, right and bottom edges exclusive.
+"""Box functions for NumPy arrays.
 
-A box (x1, y1, x2, y2) covers x1 <= x < x2; its width is x2 - x1. COCO's xywh and the 1-based
-inclusive boxes of MATLAB tools end at the readers.
+Boxes are xyxy in pixels: x to the right, y down, the right and bottom edges exclusive. A box
+(x1, y1, x2, y2) covers x1 <= x < x2, so its width is x2 - x1. The readers convert other formats,
+such as COCO's xywh and the 1-based inclusive boxes of MATLAB tools.
 """
 
 import numpy as np
@@ -11,25 +12,54 @@ Boxes = NDArray[np.floating]
 
 
 def xyxy_from_xywh(boxes_xywh: Boxes) -> Boxes:
-    """[N, 4] (x, y, width, height) to [N, 4] (x1, y1, x2, y2)."""
+    """Convert boxes from (x, y, width, height) to (x1, y1, x2, y2).
+
+    Args:
+        boxes_xywh (array[N, 4] or array[4]): xywh.
+
+    Returns:
+        array[N, 4]: xyxy.
+    """
     boxes = np.asarray(boxes_xywh).reshape(-1, 4)
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
 def xywh_from_xyxy(boxes_xyxy: Boxes) -> Boxes:
-    """[N, 4] (x1, y1, x2, y2) to [N, 4] (x, y, width, height)."""
+    """Convert boxes from (x1, y1, x2, y2) to (x, y, width, height).
+
+    Args:
+        boxes_xyxy (array[N, 4] or array[4]): xyxy.
+
+    Returns:
+        array[N, 4]: xywh.
+    """
     boxes = np.asarray(boxes_xyxy).reshape(-1, 4)
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
 def box_area(boxes_xyxy: Boxes) -> NDArray[np.floating]:
-    """[N] areas in square pixels; 0 for an inverted box."""
+    """Compute box areas.
+
+    Args:
+        boxes_xyxy (array[N, 4]): xyxy, pixels.
+
+    Returns:
+        array[N]: Areas in square pixels; 0 for an inverted box.
+    """
     sides = np.clip(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], 0, None)
     return sides[:, 0] * sides[:, 1]
 
 
 def box_intersection(boxes1_xyxy: Boxes, boxes2_xyxy: Boxes) -> NDArray[np.floating]:
-    """[N, M] shared areas of N and M boxes, in square pixels."""
+    """Compute the intersection area of each pair of boxes.
+
+    Args:
+        boxes1_xyxy (array[N, 4]): xyxy, pixels.
+        boxes2_xyxy (array[M, 4]): xyxy, pixels.
+
+    Returns:
+        array[N, M]: Areas in square pixels.
+    """
     low = np.maximum(boxes1_xyxy[:, None, :2], boxes2_xyxy[None, :, :2])  # [N, M, 2]
     high = np.minimum(boxes1_xyxy[:, None, 2:], boxes2_xyxy[None, :, 2:])  # [N, M, 2]
     sides = np.clip(high - low, 0, None)
@@ -37,23 +67,47 @@ def box_intersection(boxes1_xyxy: Boxes, boxes2_xyxy: Boxes) -> NDArray[np.float
 
 
 def box_iou(boxes1_xyxy: Boxes, boxes2_xyxy: Boxes) -> NDArray[np.floating]:
-    """[N, M] intersection over union, 0..1; 0 where both boxes are empty."""
-    shared = box_intersection(boxes1_xyxy, boxes2_xyxy)
-    union = box_area(boxes1_xyxy)[:, None] + box_area(boxes2_xyxy)[None, :] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    """Compute the intersection over union (Jaccard index) of each pair of boxes.
+
+    Args:
+        boxes1_xyxy (array[N, 4]): xyxy, pixels.
+        boxes2_xyxy (array[M, 4]): xyxy, pixels.
+
+    Returns:
+        array[N, M]: IoU, 0 to 1; 0 if both boxes are empty.
+    """
+    intersection = box_intersection(boxes1_xyxy, boxes2_xyxy)
+    union = box_area(boxes1_xyxy)[:, None] + box_area(boxes2_xyxy)[None, :] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
 def clip_boxes(boxes_xyxy: Boxes, size_hw: tuple[int, int]) -> Boxes:
-    """[N, 4] boxes cut at the borders of a picture of (height, width) pixels."""
+    """Clip boxes to the image.
+
+    Args:
+        boxes_xyxy (array[N, 4]): xyxy, pixels.
+        size_hw: Image height and width in pixels.
+
+    Returns:
+        array[N, 4]: Clipped boxes, xyxy.
+    """
     height, width = size_hw
     return np.clip(boxes_xyxy, 0, [width, height, width, height])
 
 
 def nms(boxes_xyxy: Boxes, iou_threshold: float) -> NDArray[np.intp]:
-    """Which of [N, 4] boxes, best first, stay: those that overlap no better one that stays by more than `iou`."""
-    overlaps = box_iou(boxes_xyxy, boxes_xyxy) > iou_threshold
-    gone = np.zeros(len(boxes_xyxy), bool)
+    """Perform greedy non-maximum suppression.
+
+    Args:
+        boxes_xyxy (array[N, 4]): xyxy, in descending order of score.
+        iou_threshold: A box is removed if its IoU with a kept box of higher score is above this value.
+
+    Returns:
+        array[K]: Ascending indices of the kept boxes.
+    """
+    overlaps = box_iou(boxes_xyxy, boxes_xyxy) > iou_threshold  # [N, N]
+    removed = np.zeros(len(boxes_xyxy), bool)
     for index in range(len(boxes_xyxy)):
-        if not gone[index]:
-            gone[index + 1 :] |= overlaps[index, index + 1 :]
-    return np.flatnonzero(~gone)
+        if not removed[index]:
+            removed[index + 1 :] |= overlaps[index, index + 1 :]
+    return np.flatnonzero(~removed)

@@ -1,10 +1,10 @@
-"""Settings from text: YAML mappings and `key=value` flags into nested frozen dataclasses, strictly."""
+"""Strict conversion of YAML mappings and `key=value` overrides to nested frozen dataclasses."""
 
 import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -14,31 +14,51 @@ T = TypeVar("T")
 
 
 def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
-    """A dataclass from a mapping of its fields, nested ones included; fields left out keep their defaults.
+    """Create a dataclass from a mapping of its fields.
 
-    A number may be written as YAML takes for text (1e-3). Raises UsageError, which names the key, for an unknown one
-    (with the nearest known), for one that is missing, and for a value of another kind.
+    Values are checked against the field types: bool, int, float, str, Literal, dict, homogeneous tuples, nested
+    dataclasses, and `X | None`. Strings are converted to numbers, because YAML reads 1e-3 as a string.
+
+    Args:
+        cls: Dataclass to create.
+        values: Mapping of field names to values. Omitted fields keep their defaults.
+        where: Dotted key of the mapping, the prefix of error messages.
+
+    Returns:
+        The dataclass.
+
+    Raises:
+        UsageError: A key is unknown or missing, or a value has the wrong type. The message names the key
+            and suggests the most similar known key.
     """
+    field_types = _get_field_types(cls)
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where or 'settings'}: expected a mapping of {', '.join(_get_field_types(cls))}")
-    kinds = _get_field_types(cls)
-    unknown = [str(key) for key in values if key not in kinds]
-    if unknown:
-        raise UsageError(
-            f"{_join_key(where, unknown[0])}: no such setting{_format_suggestion(unknown[0], list(kinds))}"
-        )
-    given = {key: _convert_value(kinds[key], value, _join_key(where, key)) for key, value in values.items()}
+        raise UsageError(f"{where or 'settings'}: expected a mapping of {', '.join(field_types)}")
+    for key in values:
+        if key not in field_types:
+            raise UsageError(f"{_join_key(where, str(key))}: no such setting{suggest_name(str(key), field_types)}")
+    converted = {key: _convert_value(field_types[key], value, _join_key(where, key)) for key, value in values.items()}
     try:
-        return cls(**given)
+        return cls(**converted)
     except TypeError as error:
         raise UsageError(f"{where or 'settings'}: {str(error).partition('__init__() ')[2] or error}") from None
 
 
 def apply_override(cls: type, values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
-    """The mapping `values` of a dataclass's fields with one `key=value` applied; `hkd.pyramid=2` reaches inside.
+    """Apply one `--set key=value` override to a mapping of dataclass fields.
 
-    What the settings come to as a whole is judged by `from_mapping`, when all are there. Raises UsageError for a key
-    that is none, a value of another kind, and a nested dataclass that is None.
+    `dataclass_from_dict` checks the combination of all values afterwards.
+
+    Args:
+        cls: Dataclass that the mapping describes.
+        values: Mapping of field names to values.
+        assignment: "key=value". A dotted key such as `hkd.cls=2` addresses a nested dataclass.
+
+    Returns:
+        A copy of `values` with the override.
+
+    Raises:
+        UsageError: The key is unknown, the value has the wrong type, or the nested dataclass is None.
     """
     key, equals, text = assignment.partition("=")
     if not equals:
@@ -46,28 +66,35 @@ def apply_override(cls: type, values: Mapping[str, Any], assignment: str) -> dic
     return _apply_override_at(cls, values, key.split("."), text, assignment)
 
 
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """Format the end of an error message about an unknown name: the most similar known name, or all of them."""
+    known = list(known)
+    similar = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {similar[0]}?" if similar else f"; expected one of {', '.join(known)}"
+
+
 def _apply_override_at(
     cls: type, values: Mapping[str, Any], path: list[str], text: str, assignment: str
 ) -> dict[str, Any]:
-    kinds = _get_field_types(cls)
+    field_types = _get_field_types(cls)
     name, rest = path[0], path[1:]
-    if name not in kinds:
-        raise UsageError(f"--set {assignment}: no such setting{_format_suggestion(name, list(kinds))}")
+    if name not in field_types:
+        raise UsageError(f"--set {assignment}: no such setting{suggest_name(name, field_types)}")
     if not rest:
-        return {**values, name: _convert_value(kinds[name], text, f"--set {assignment}")}
-    inside, may_be_none = _unwrap_optional(kinds[name])
-    inner = values.get(name)
-    if not (isinstance(inside, type) and is_dataclass(inside)) or (inner is None and may_be_none):
-        raise UsageError(f"--set {assignment}: {name} is not in use; name it in --distill or in the recipe first")
-    if not isinstance(inner, Mapping | None):
-        raise UsageError(f"{name}: expected a mapping of {', '.join(_get_field_types(inside))}")
-    return {**values, name: _apply_override_at(inside, inner or {}, rest, text, assignment)}
+        return {**values, name: _convert_value(field_types[name], text, f"--set {assignment}")}
+    nested_cls, is_optional = _unwrap_optional(field_types[name])
+    nested = values.get(name)
+    if not (isinstance(nested_cls, type) and is_dataclass(nested_cls)) or (nested is None and is_optional):
+        raise UsageError(f"--set {assignment}: {name} is not in use. Add it to --distill or to the recipe.")
+    if not isinstance(nested, Mapping | None):
+        raise UsageError(f"{name}: expected a mapping of {', '.join(_get_field_types(nested_cls))}")
+    return {**values, name: _apply_override_at(nested_cls, nested or {}, rest, text, assignment)}
 
 
 def _unwrap_optional(cls: Any) -> tuple[Any, bool]:
-    """Of `X | None` the X, and that it may be None."""
+    """Return `X` and True for the type `X | None`, else the type itself and False."""
     if typing.get_origin(cls) in (types.UnionType, typing.Union):
-        return next(one for one in typing.get_args(cls) if one is not type(None)), True
+        return next(arg for arg in typing.get_args(cls) if arg is not type(None)), True
     return cls, False
 
 
@@ -77,14 +104,14 @@ def _get_field_types(cls: type) -> dict[str, Any]:
 
 
 def _convert_value(cls: Any, value: Any, where: str) -> Any:
-    cls, may_be_none = _unwrap_optional(cls)
-    if may_be_none and (value is None or value == "none"):
+    cls, is_optional = _unwrap_optional(cls)
+    if is_optional and (value is None or value == "none"):
         return None
     if is_dataclass(cls) and isinstance(cls, type):
         return dataclass_from_dict(cls, {} if value is None else value, where)
     if typing.get_origin(cls) is typing.Literal:
         if value not in typing.get_args(cls):
-            raise UsageError(f"{where}: {value!r} is none of {', '.join(map(str, typing.get_args(cls)))}")
+            raise UsageError(f"{where}: expected one of {', '.join(map(str, typing.get_args(cls)))}, got {value!r}")
         return value
     if typing.get_origin(cls) is dict:
         if not isinstance(value, Mapping):
@@ -96,10 +123,10 @@ def _convert_value(cls: Any, value: Any, where: str) -> Any:
 
 
 def _convert_tuple(cls: Any, value: Any, where: str) -> tuple[Any, ...]:
-    listed = value.split(",") if isinstance(value, str) else value
-    if not isinstance(listed, (list, tuple)):
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
         raise UsageError(f"{where}: {value!r} is not a list")
-    return tuple(_convert_value(cls, one, where) for one in listed)
+    return tuple(_convert_value(cls, item, where) for item in items)
 
 
 def _convert_scalar(cls: Any, value: Any, where: str) -> Any:
@@ -112,23 +139,18 @@ def _convert_scalar(cls: Any, value: Any, where: str) -> Any:
     if cls is str:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
-        raise UsageError(f"{where}: {value!r} is not a text")
+        raise UsageError(f"{where}: {value!r} is not a string")
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
             number = cls(value)
-            if cls is float and math.isnan(number):  # neither below nor above anything, it would pass every check
+            if cls is float and math.isnan(number):  # NaN would pass every range check
                 number = None
         except (ValueError, OverflowError):
             number = None
         if number is not None and (not isinstance(value, float) or number == value):
             return number
-    raise UsageError(f"{where}: {value!r} is not a {'whole number' if cls is int else 'number'}")
+    raise UsageError(f"{where}: {value!r} is not {'an integer' if cls is int else 'a number'}")
 
 
 def _join_key(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
-
-
-def _format_suggestion(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

@@ -1,13 +1,13 @@
-"""Every error a user can meet.
+"""Errors that a user can resolve, and helpers that raise or report them.
 
-HkdError
-├── UsageError        a flag, a name or a configuration is wrong: exit code 2
-├── DataError         a picture, annotation, model or checkpoint file is wrong: exit code 1
-└── UnavailableError  what was asked for is not on this machine: exit code 1
+The exception tree:
 
-The message says what was asked, what was found, and what to do; the commands print it as one line.
+* HkdError
+    - UsageError        a flag, a name or a configuration is invalid (exit code 2)
+    - DataError         an image, annotation, model or checkpoint file is missing or invalid (exit code 1)
+    - UnavailableError  a requested device, package or precision is not available on this machine (exit code 1)
 
-Packages that a device may lack: imported when they are needed, or a line that says how to get them.
+A message names the flag, file or key, the problem and the remedy. Commands print it as one line.
 """
 
 import importlib
@@ -15,32 +15,44 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+BENCH_INSTALL_HINT = "pip install 'hkd-det[bench]'"
+
 
 class HkdError(Exception):
-    """Something the user can put right; `exit_code` is what a command ends with."""
+    """Base class of all errors that a user can resolve.
+
+    Attributes:
+        exit_code: Exit code of the command that raises the error.
+    """
 
     exit_code = 1
 
 
 class UsageError(HkdError):
-    """A flag, a name or a configuration is wrong."""
+    """A flag, a name or a configuration is invalid."""
 
     exit_code = 2
 
 
 class DataError(HkdError):
-    """A picture, annotation, model or checkpoint file is missing or wrong; names the file."""
+    """An image, annotation, model or checkpoint file is missing or invalid. The message names the file."""
 
 
 class UnavailableError(HkdError):
-    """A device, a package or a precision that was asked for is not on this machine."""
+    """A requested device, package or precision is not available on this machine."""
 
 
 def run_command(name: str, func: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Run a command's body; turn the errors a user can mend into one line on stderr and an exit code.
+    """Run the body of a command and report expected errors as one line on stderr.
 
-    Returns the body's code, 1 or 2 for an `HkdError`, 1 for a full disk or a file-system error,
-    130 for Ctrl-C.
+    Args:
+        name: Name of the command; the prefix of the error line.
+        func: Body of the command. It takes `argv` and returns the exit code.
+        argv: Command-line arguments, or None for `sys.argv[1:]`.
+
+    Returns:
+        The exit code of `func`, the exit code of an `HkdError`, 1 for an operating system error
+        such as a full disk, or 130 for Ctrl-C. Other exceptions propagate.
     """
     try:
         return func(argv)
@@ -56,23 +68,33 @@ def run_command(name: str, func: Callable[[Sequence[str] | None], int], argv: Se
         return 130
 
 
-def import_package(module: str, title: str, hint: str) -> Any:
-    """The module. Raises UnavailableError, with the remedy, where it is missing or does not load.
+def import_package(module: str, title: str = "", hint: str = BENCH_INSTALL_HINT) -> Any:
+    """Import an optional package.
 
-    title: what it is called in the message.
+    Args:
+        module: Dotted module name.
+        title: Name of the package in the error message (default: `module`).
+        hint: How to install the package.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        UnavailableError: The package is not installed, or does not load.
     """
+    title = title or module
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             raise UnavailableError(f"{title} is not installed; {hint}") from None
-        raise _make_import_error(title, error, hint) from None  # a package that it needs is missing
+        raise _make_import_error(title, error, hint) from None  # a dependency of the package is missing
     except (ImportError, OSError) as error:
         raise _make_import_error(title, error, hint) from None
 
 
 def first_error_line(error: BaseException) -> str:
-    """What an error says first: native libraries go on for many lines."""
+    """Return the first line of an error message. Messages of native libraries can have many lines."""
     return str(error).strip().split("\n", 1)[0]
 
 

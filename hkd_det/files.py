@@ -1,92 +1,124 @@
-"""Files that are never half written: write aside, then rename.
-
-A JSON file as Python values, or one line about what is wrong with it.
-"""
+"""Atomic file writing, SHA-256 digests and JSON reading."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hkd_det.errors import DataError
 
+CHUNK_BYTES = 2**20
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success it takes `path`'s place in one step.
+    """Write a file atomically: write to a temporary file, then rename it.
 
-    On any error, Ctrl-C included, the aside file is removed and `path` stays as it was.
-    The aside file keeps the suffix of `path`, for writers that choose the format by it.
+    On any exception, Ctrl-C included, the temporary file is removed and `path` is unchanged.
+
+    Args:
+        path: File to create or replace. Missing parent directories are created.
+
+    Yields:
+        Path of the temporary file, in the same directory and with the same suffix as `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
-    aside = Path(name)
+    temp_path = Path(name)
     try:
-        yield aside
-        with aside.open("rb") as written:
-            os.fsync(written.fileno())
-        aside.chmod(0o666 & ~_get_umask())
-        aside.replace(path)
+        yield temp_path
+        with temp_path.open("rb") as file:
+            os.fsync(file.fileno())
+        temp_path.chmod(0o666 & ~_get_umask())
+        temp_path.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temp_path.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def atomic_write_dir(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` to write into; on success it takes `path`'s place, with all it holds.
+    """Write a directory atomically: fill a temporary directory, then rename it.
 
-    On any error, Ctrl-C included, it is removed and `path` stays as it was.
+    On any exception, Ctrl-C included, the temporary directory is removed and `path` is unchanged.
+
+    Args:
+        path: Directory to create or replace. Missing parent directories are created.
+
+    Yields:
+        Path of the empty temporary directory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as name:
-        aside = Path(name) / "new"
-        aside.mkdir()
-        yield aside
+        temp_path, backup_path = Path(name) / "new", Path(name) / "old"
+        temp_path.mkdir()
+        yield temp_path
         if path.exists():
-            path.rename(Path(name) / "old")  # a folder that is not empty can't be renamed over
+            path.rename(backup_path)  # a rename cannot replace a directory that is not empty
         try:
-            aside.rename(path)
+            temp_path.rename(path)
         except BaseException:
-            (Path(name) / "old").rename(path)
+            backup_path.rename(path)
             raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file in one step."""
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path) as temp_path:
+        temp_path.write_text(text, encoding="utf-8")
 
 
-def file_sha256(path: Path) -> str:
-    """64 hexadecimal digits of a file's bytes."""
+def file_sha256(path: Path, on_chunk: Callable[[int], object] | None = None) -> str:
+    """Compute the SHA-256 digest of a file.
+
+    Args:
+        path: File to read.
+        on_chunk: Called with the number of bytes of each chunk, for a progress bar.
+
+    Returns:
+        64 lower-case hexadecimal digits.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            if on_chunk:
+                on_chunk(len(chunk))
     return digest.hexdigest()
+
+
+def bytes_sha256(content: bytes) -> str:
+    """Compute the SHA-256 digest of a byte string as 64 lower-case hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Read a UTF-8 JSON file.
+
+    Returns:
+        The decoded value. The caller validates its structure.
+
+    Raises:
+        DataError: The file is missing or is not JSON. The message names the file and, if known, the line.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: expected a JSON file, got a directory") from None
+    except RecursionError:
+        raise DataError(f"{path}: not readable JSON: nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, or a number with thousands of digits
+        raise DataError(f"{path}: not JSON ({error})") from None
 
 
 def _get_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def read_json(path: Path) -> Any:
-    """The content of an annotation file; raises DataError, naming the file and, where it can, the line."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: a folder, expected an annotation file") from None
-    except RecursionError:
-        raise DataError(f"{path}: not an annotation file: nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and a number of thousands of digits
-        raise DataError(f"{path}: not JSON ({error})") from None

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detect
 from hkd_deploy.backends import BACKENDS, default_backend
 from hkd_deploy.export.openvino import list_model_files
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.files import file_sha256
+from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult
 from hkd_det.structures import Detections, Sample
@@ -155,7 +154,7 @@ def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) 
 
 def _hash_model_files(path: Path) -> str:
     digests = [file_sha256(file) for file in list_model_files(path)]
-    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else bytes_sha256("".join(digests).encode())
 
 
 def _select_timed_samples(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:

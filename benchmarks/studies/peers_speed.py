@@ -39,9 +39,9 @@ from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
 from hkd_det.datasets import read_image
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import write_text
-from hkd_det.letterbox import AlignedLetterbox, Letterbox, normalize_input
+from hkd_det.letterbox import Letterbox
 from hkd_det.models.checkpoint import load_detector_checkpoint
-from hkd_det.onnxrt.detector import OnnxDetector
+from hkd_det.onnxrt.detector import OnnxDetector, normalize_input
 from hkd_det.onnxrt.model_config import OnnxModelConfig
 from hkd_det.onnxrt.session import open_session
 
@@ -131,10 +131,8 @@ def as_fed(name: str, picture: Picture) -> NDArray[Any]:
     if name == "student":
         return Letterbox(size_hw, SIZE_HW).apply(picture)[None]
     described = PEERS[name]
-    placed = AlignedLetterbox.from_resize_mode(size_hw, SIZE_HW, described.resize_mode).apply(
-        picture, described.pad_value
-    )
-    return normalize_input(placed[None], described, np.float32)
+    letterbox = Letterbox(size_hw, SIZE_HW, described.resize_mode, described.pad_value, interpolation="linear")
+    return normalize_input(letterbox.apply(picture)[None], described, np.float32)
 
 
 def write_int8(fp32: Path, int8: Path, inputs: Sequence[NDArray[Any]]) -> None:

@@ -4,7 +4,6 @@ What has come so far lies in NAME.part, so that a download that was stopped goes
 version of the file it is (the server's ETag or date), so that halves of two versions are never joined.
 """
 
-import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from hkd_det.errors import DataError, UnavailableError
+from hkd_det.files import file_sha256
 
 CHUNK_BYTES = 1 << 20
 
@@ -217,16 +217,9 @@ def _get_size_bytes(path: Path) -> int:
 
 
 def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
     size = _get_size_bytes(path)
-    with (
-        path.open("rb") as file,
-        tqdm(desc=f"verify {path.name}", total=size, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar,
-    ):
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
-            bar.update(len(piece))
-    return digest.hexdigest()
+    with tqdm(desc=f"verify {path.name}", total=size, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+        return file_sha256(path, bar.update)
 
 
 def _format_root_cause(error: BaseException) -> str:

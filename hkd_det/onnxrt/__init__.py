@@ -1,1 +1,1 @@
-
+"""Detectors in ONNX files, run with ONNX Runtime and without torch."""

@@ -1,4 +1,4 @@
-"""`Description`: what has to be known of a foreign ONNX detector to feed it and to read its answers."""
+"""Configuration of an ONNX detector: how to prepare its input and how to decode its outputs."""
 
 import json
 from collections.abc import Mapping
@@ -10,31 +10,41 @@ import yaml
 
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError
+from hkd_det.letterbox import PAD_VALUE, Align
 
 OutputFormat = Literal["yolox-raw", "yolo-raw", "yolo-e2e", "boxes-scores"]
 
-
-NATIVE_FORMAT = "1"  # of hkd-export's files: hkd.format in their metadata
+NATIVE_FORMAT = "1"  # metadata key hkd.format in the files of hkd-export
 
 
 @dataclass(frozen=True)
 class OnnxModelConfig:
-    """A foreign detector's interface. Batch, size and number type of the input stand in the file itself.
+    """Input and output conventions of an ONNX detector.
 
-    output: how its answers are written, see below.
-    layout, colours: of the input. white: the number that the brightest pixel becomes, before mean and std.
-    mean, std: taken off and divided by, one a channel, in the order of `colours`.
-    placement: where a picture of other proportions lies in the input; "stretch" changes its proportions. pad: the grey
-    of the rest, 0..255. imgsz_hw: of the input, where the file leaves it open.
-    person: number of the person's class. strides: of yolox-raw's levels, fine to coarse.
-    conf: least score that counts. iou: overlap from which the worse of two boxes goes, where the model leaves
-    suppression to us (yolox-raw, yolo-raw).
+    The ONNX file itself contains the batch size, the input size and the number type.
 
-    yolox-raw     [B, A, 5 + classes]: cx, cy, w, h against the cell's corner and stride, objectness, class scores
-    yolo-raw      [B, 4 + classes, A]: cx, cy, w, h in input pixels, class scores (YOLOv8, YOLO11)
-    yolo-e2e      [B, N, 6]: x1, y1, x2, y2 in input pixels, score, class (YOLOv10, YOLO26)
-    boxes-scores  outputs boxes [B, N, 4] xyxy in input pixels, scores [B, N] and, if there are several classes,
-                  labels [B, N]
+    Output formats:
+
+    * `yolox-raw`: [B, A, 5 + classes]: cx, cy, w, h relative to cell corner and stride, objectness, class scores.
+    * `yolo-raw`: [B, 4 + classes, A]: cx, cy, w, h in input pixels, class scores (YOLOv8, YOLO11).
+    * `yolo-e2e`: [B, N, 6]: x1, y1, x2, y2 in input pixels, score, class (YOLOv10, YOLO26).
+    * `boxes-scores`: outputs named `boxes` [B, N, 4] (xyxy, input pixels), `scores` [B, N] and, for several
+      classes, `labels` [B, N].
+
+    Attributes:
+        output_format: One of the formats above.
+        layout: Axis order of the input.
+        color_order: Channel order of the input.
+        input_scale: Value of the brightest pixel before mean and std, usually 255 or 1.
+        mean: Value subtracted per channel, in the order of `color_order`.
+        std: Divisor per channel, in the order of `color_order`.
+        resize_mode: Position of the resized image in the input, as in `Letterbox.align`.
+        pad_value: Gray value of the padding, 0 to 255.
+        imgsz_hw: Input height and width in pixels; required if the file has a dynamic input size.
+        person_class_id: Class index of persons.
+        strides: Strides of the feature levels of `yolox-raw`, in the order of the output.
+        conf: Minimum score of a detection, 0 to 1.
+        iou: IoU threshold of NMS for the formats without their own NMS (`yolox-raw`, `yolo-raw`).
     """
 
     output_format: OutputFormat
@@ -43,8 +53,8 @@ class OnnxModelConfig:
     input_scale: float = 255.0
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    resize_mode: Literal["top-left", "center", "stretch"] = "top-left"
-    pad_value: int = 114
+    resize_mode: Align = "top-left"
+    pad_value: int = PAD_VALUE
     imgsz_hw: tuple[int, ...] | None = None
     person_class_id: int = 0
     strides: tuple[int, ...] = (8, 16, 32)
@@ -53,43 +63,59 @@ class OnnxModelConfig:
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UsageError("mean and std: three numbers, those of std above 0")
-        if self.input_scale <= 0 or not 0 <= self.pad_value <= 255:
-            raise UsageError("white: above 0; pad: 0..255")
+            raise UsageError("mean and std: expected three numbers each, those of std above 0")
+        if self.input_scale <= 0:
+            raise UsageError(f"input_scale: must be above 0, got {self.input_scale}")
+        if not 0 <= self.pad_value <= 255:
+            raise UsageError(f"pad_value: must be 0 to 255, got {self.pad_value}")
         if self.imgsz_hw is not None and (len(self.imgsz_hw) != 2 or min(self.imgsz_hw) < 1):
-            raise UsageError(f"imgsz_hw: {list(self.imgsz_hw)}: height and width in pixels")
-        if not self.strides or min(self.strides) < 1 or self.person_class_id < 0:
-            raise UsageError("strides: whole numbers from 1 on; person: a class number from 0 on")
+            raise UsageError(f"imgsz_hw: expected height and width in pixels, got {list(self.imgsz_hw)}")
+        if not self.strides or min(self.strides) < 1:
+            raise UsageError(f"strides: expected integers of at least 1, got {list(self.strides)}")
+        if self.person_class_id < 0:
+            raise UsageError(f"person_class_id: must be at least 0, got {self.person_class_id}")
         if not 0 <= self.conf <= 1 or not 0 < self.iou <= 1:
-            raise UsageError("conf and iou: 0..1")
+            raise UsageError(f"conf and iou: must be 0 to 1, got {self.conf} and {self.iou}")
 
 
 def load_model_config(
     model_path: Path, metadata: Mapping[str, str], config_path: Path | None = None
 ) -> OnnxModelConfig:
-    """The description of the model file: the one given, else what hkd-export wrote inside, else model.yaml beside it.
+    """Load the configuration of an ONNX model from the first source that exists.
 
-    metadata: the ONNX file's own. Raises DataError for a file that is missing or wrong.
+    The sources are `config_path`, the metadata of hkd-export, and a `.yaml` file next to the model.
+
+    Args:
+        model_path: ONNX file.
+        metadata: Custom metadata of the ONNX file.
+        config_path: YAML file of the configuration.
+
+    Raises:
+        DataError: No source exists, or the source is invalid.
     """
     if config_path is not None:
         return read_model_config(config_path)
     if "hkd.format" in metadata:
         return _read_native_config(model_path, metadata)
-    beside = model_path.with_suffix(".yaml")
-    if not beside.is_file():
+    default_path = model_path.with_suffix(".yaml")
+    if not default_path.is_file():
         raise DataError(
-            f"{model_path}: none of hkd-export's models, and nothing says how to read it; describe it in {beside.name} "
-            "beside it, or in a file that --teacher-config names (recipes/foreign/ has examples)"
+            f"{model_path}: not exported by hkd-export, and no model configuration found. Write {default_path.name} "
+            "in the same directory, or pass --teacher-config FILE. Examples are in recipes/onnx/."
         )
-    return read_model_config(beside)
+    return read_model_config(default_path)
 
 
 def read_model_config(path: Path) -> OnnxModelConfig:
-    """A description from its YAML file, read strictly."""
+    """Read a model configuration from a YAML file.
+
+    Raises:
+        DataError: The file is missing, is not YAML, or has an unknown key or an invalid value.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such description of a model") from None
+        raise DataError(f"{path}: no such model configuration") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     try:
@@ -101,13 +127,21 @@ def read_model_config(path: Path) -> OnnxModelConfig:
 def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxModelConfig:
     if metadata["hkd.format"] != NATIVE_FORMAT:
         raise DataError(
-            f"{model_path}: written in format {metadata['hkd.format']} by another hkd-det, this one reads {NATIVE_FORMAT}"
+            f"{model_path}: metadata hkd.format is {metadata['hkd.format']}, but this version reads {NATIVE_FORMAT}. "
+            "Export the model again."
         )
     try:
-        asked = json.loads(metadata["hkd.preprocess"])
-        values = {"layout": asked["layout"], "color_order": asked["color"].lower(), "resize_mode": asked["letterbox"]}
-        return dataclass_from_dict(
-            OnnxModelConfig, {**values, "pad_value": asked["pad"], "output_format": "boxes-scores", "conf": 0.0}
-        )
+        preprocess = json.loads(metadata["hkd.preprocess"])
+        values = {
+            "output_format": "boxes-scores",
+            "layout": preprocess["layout"],
+            "color_order": preprocess["color"].lower(),
+            "resize_mode": preprocess["letterbox"],
+            "pad_value": preprocess["pad"],
+            "conf": 0.0,
+        }
+        return dataclass_from_dict(OnnxModelConfig, values)
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
-        raise DataError(f"{model_path}: its metadata hkd.preprocess is damaged ({error}); export it again") from None
+        raise DataError(
+            f"{model_path}: metadata hkd.preprocess is damaged ({error}). Export the model again."
+        ) from None

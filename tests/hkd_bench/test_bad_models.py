@@ -39,11 +39,11 @@ def bad(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     [
         (["short.onnx"], 1, "short.onnx: ONNX Runtime"),
         (["short.onnx", "--backend", "openvino"], 1, "short.onnx: OpenVINO"),
-        (["letter.onnx"], 1, "cannot load it (truncated, no ONNX file, or too new)"),
+        (["letter.onnx"], 1, "cannot load it (truncated, not an ONNX file, or too new)"),
         (["letter.onnx", "--backend", "openvino"], 1, "letter.onnx: OpenVINO"),
         (["photo.jpg"], 1, "photo.jpg: expected an .onnx file, an .engine file or an OpenVINO folder"),
         (["other_tool.onnx"], 1, "not an hkd-det model"),
-        (["opset99.onnx"], 1, "its opset is 99, this version reads up to"),
+        (["opset99.onnx"], 1, "its opset is 99, this version supports up to"),
         (["opset99.onnx", "--backend", "openvino"], 1, "or too new)"),
         (["empty_folder"], 1, "not an OpenVINO folder: expected model.xml, model.bin, metadata.yaml"),
         (["short_xml_openvino"], 1, "model.xml: OpenVINO"),

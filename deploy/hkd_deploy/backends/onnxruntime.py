@@ -5,7 +5,6 @@ ONNX Runtime's two TensorRT providers: TensorRT itself, and TensorRT for RTX, a 
 Both build an engine when a model is first opened, in the precision of the file, and keep it for the next time.
 """
 
-import hashlib
 import importlib
 import platform
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from hkd_deploy.backends.base import OUTPUT_DTYPES, RuntimeOutputs, TensorInfo, make_closed_error, validate_io
 from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line
+from hkd_det.files import file_sha256
 from hkd_det.onnxrt.session import Provider, import_onnxruntime, open_session, parse_gpu_index
 
 X86_MACHINES = ("x86_64", "AMD64")
@@ -162,7 +162,7 @@ def create_engine_cache_dir(path: Path) -> Path:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such model file; hkd-export writes one")
-    folder = Path.home() / ".cache" / "hkd-det" / "ort-tensorrt" / hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    folder = Path.home() / ".cache" / "hkd-det" / "ort-tensorrt" / file_sha256(path)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -3,12 +3,12 @@
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError, UsageError, import_package
+from hkd_det.files import bytes_sha256
 
 SUPPORTED_OPSETS = range(13, 21)  # scales per channel came with 13; ONNX Runtime's quantiser stops before 21
 
@@ -45,7 +45,7 @@ def read_fp32_model(path: Path) -> Fp32Model:
     packed = path.read_bytes()
     model = parse_onnx_model(onnx, packed, path)
     source = Fp32Model(
-        path, model, ModelMetadata.from_metadata(_read_metadata(model), path), sha256(packed).hexdigest()
+        path, model, ModelMetadata.from_metadata(_read_metadata(model), path), bytes_sha256(packed)
     )
     _check_is_fp32(onnx, source)
     _check_opset(source)

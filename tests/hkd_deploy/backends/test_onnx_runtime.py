@@ -94,7 +94,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a folder, not an ONNX file"):
+    with pytest.raises(DataError, match="expected an ONNX file, got a directory"):
         open_once(tmp_path)
 
 

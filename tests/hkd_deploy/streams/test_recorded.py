@@ -117,7 +117,7 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "cut.jpg"), noise)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"cut.jpg: not a readable picture"):
+    with pytest.raises(DataError, match=r"cut.jpg: not a readable image"):
         read_all(str(tmp_path))
 
 

@@ -117,7 +117,7 @@ def test_what_is_no_json_names_the_line(tmp_path: Path) -> None:
     path.write_text('{"images": [\n oops')
     with pytest.raises(DataError, match="line 2"):
         read_coco(path, tmp_path)
-    with pytest.raises(DataError, match="no such annotation file"):
+    with pytest.raises(DataError, match="no such file"):
         read_coco(tmp_path / "none.json", tmp_path)
     for text, message in (("[" * 100_000, "nested too deeply"), ("1" * 5000, "not JSON"), ("\udcff", "not JSON")):
         path.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -23,7 +23,7 @@ from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
-YOLOX, DESCRIPTION = SHARED / "models" / "yolox_nano.onnx", Path(__file__).parents[3] / "recipes/foreign/yolox.yaml"
+YOLOX, DESCRIPTION = SHARED / "models" / "yolox_nano.onnx", Path(__file__).parents[3] / "recipes/onnx/yolox.yaml"
 CPU = torch.device("cpu")
 
 

@@ -160,7 +160,7 @@ def test_an_unreadable_one_is_told_with_its_file(folder: Path, people: Path) -> 
     samples, others = load_dataset(str(people), "train"), read_unlabeled([folder])
     drawn = epochs(num_images=len(samples), num_unlabeled=len(others), unlabeled_batch=4)
     loader, _ = build_dataloader([*samples, *others], drawn, 0, 1, 0, 1)
-    with pytest.raises(DataError, match=r"a\.jpg: not a readable picture"):
+    with pytest.raises(DataError, match=r"a\.jpg: not a readable image"):
         list(iterate_batches(loader))
 
 

@@ -1,0 +1,67 @@
+"""Atomic writing, digests and JSON reading."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from hkd_det.errors import DataError
+from hkd_det.files import atomic_write, atomic_write_dir, bytes_sha256, file_sha256, read_json, write_text
+
+INTERRUPTIONS = (OSError(28, "No space left on device"), KeyboardInterrupt())
+
+
+def test_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "first")
+    for error in INTERRUPTIONS:
+        with pytest.raises(type(error)), atomic_write(path) as temp_path:
+            temp_path.write_text("half")
+            assert temp_path.suffix == ".txt"
+            raise error
+    assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    write_text(path, "second")
+    assert path.read_text() == "second" and path.stat().st_mode & 0o444
+
+
+def test_directory_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "directory"
+    for text in ("first", "second"):
+        with atomic_write_dir(path) as temp_path:
+            (temp_path / f"{text}.txt").write_text(text)
+        assert [p.name for p in path.iterdir()] == [f"{text}.txt"] and path.stat().st_mode & 0o055
+    for error in INTERRUPTIONS:
+        with pytest.raises(type(error)), atomic_write_dir(path) as temp_path:
+            (temp_path / "half.txt").touch()
+            raise error
+    assert [p.name for p in path.iterdir()] == ["second.txt"]
+    assert [p.name for p in path.parent.iterdir()] == ["directory"]
+
+
+def test_digest_of_a_file_equals_that_of_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000  # more than one chunk
+    (tmp_path / "file").write_bytes(content)
+    chunks: list[int] = []
+    assert file_sha256(tmp_path / "file", chunks.append) == bytes_sha256(content) == hashlib.sha256(content).hexdigest()
+    assert sum(chunks) == len(content) and len(chunks) == 2
+
+
+def test_invalid_json_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('\ufeff{"a": 1}', encoding="utf-8")
+    assert read_json(path) == {"a": 1}
+    for text, message in (
+        ("{\n1", "not JSON .*line 2"),
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "not JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=rf"a\.json: .*{message}"):
+            read_json(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not JSON"):
+        read_json(path)
+    with pytest.raises(DataError, match="got a directory"):
+        read_json(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        read_json(tmp_path / "none.json")
