@@ -1,13 +1,8 @@
 """Log-average miss rate by the Caltech protocol, in the two versions that papers use.
 
-OLD: the original annotations (.vbb) as Dollár's dbEval.m 3.2.1 judges them. NEW: the corrected annotations (Zhang et
-al. 2016, text files) as the programs of CSP, ALFNet and Pedestron do. They differ in what is a person, in the ends of
-the ranges, and in whether detections get the standard aspect ratio as people do.
-
-How many of each Caltech test video's frames are measured: every 30th, 4,024 in all.
-
-For files that hold the truth of all these frames and do not say which is which: the official programs' gt-SETUP.mat.
-Counted in the list of test pictures (set06_V000_I00029.jpg, ...) that detectors for the new annotations bring along.
+ORIGINAL uses the original annotations (.vbb) and Dollár's dbEval.m 3.2.1. CORRECTED uses the corrected annotations
+(text files of Zhang et al. 2016) and the programs of CSP, ALFNet and Pedestron. The two versions differ in the labels
+that count, in the limits of the ranges, and in whether the width of detections is standardized.
 """
 
 from collections.abc import Iterable
@@ -18,21 +13,33 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.metrics import matching
-from hkd_det.metrics.matching import MissRateResult, compute_curve, log_average_miss_rate, make_result
+from hkd_det.metrics.matching import (
+    MissRateResult,
+    compute_curve,
+    compute_overlaps,
+    log_average_miss_rate,
+    make_result,
+    match_detections,
+)
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable
 
 FPPI_POINTS = tuple((10.0 ** np.arange(-2, 0.25, 0.25)).tolist())
+PERSON_ASPECT_RATIO = 0.41  # width / height of every ground-truth box
+BOUNDS_XYXY = (5, 5, 635, 475)  # 1-based pixels of 640 x 480; boxes that extend beyond are ignored
 
-
-PERSON_ASPECT_RATIO = 0.41  # width over height that every person is given
-
-
-BOUNDS_XYXY = (5, 5, 635, 475)  # x, y, x, y in 1-based pixels of 640 x 480: people that reach beyond are ignored
+# Evaluated frames (every 30th) of each test video, 4,024 in all, in the order of the videos. The lists of test images
+# that detectors for the corrected annotations use (set06_V000_I00029.jpg, ...) have the same counts.
+NUM_TEST_FRAMES = {
+    "set06": (61, 61, 59, 59, *[61] * 15),
+    "set07": (61, 61, 61, 61, 65, 72, 61, 61, 61, 61, 61, 60),
+    "set08": (59, 59, 61, 61, 61, 61, 61, 61, 61, 56, 56),
+    "set09": (62, 62, 61, 61, 59, 66, 61, 61, 61, 61, 61, 62),
+    "set10": (*[61] * 11, 57),
+}
 
 
 class AnnotationVersion(Enum):
-    """Of annotations and program."""
+    """Version of the Caltech annotations and their evaluation program. The values are names of `--protocol`."""
 
     ORIGINAL = "caltech"
     CORRECTED = "caltech-new"
@@ -40,11 +47,16 @@ class AnnotationVersion(Enum):
 
 @dataclass(frozen=True)
 class CaltechSetup:
-    """Whom to find, and how exactly.
+    """Subset of the ground truth that is evaluated, and the matching rules.
 
-    height_px, visibility: ranges; visibility (inf, inf) means not occluded at all. aspect: 0, or a > 0 for people whose
-    width over height is nearer than a to ASPECT, a < 0 for those further off than -a. overlap: least, with a detection.
-    margin: by which detections may fall out of the height range.
+    Attributes:
+        name: Name of the setup, for example Reasonable.
+        height_px: Range of the box height in pixels.
+        visible_ratio: Range of the visible part, 0 to 1. (inf, inf) selects boxes that are not occluded.
+        aspect_deviation: 0 for no limit. A positive value selects boxes whose width / height deviates by less from
+            `PERSON_ASPECT_RATIO`; a negative value selects those that deviate by more than its amount.
+        iou_threshold: Smallest overlap of a match, 0 to 1.
+        height_margin: Factor by which detections may be outside the height range.
     """
 
     name: str
@@ -56,14 +68,12 @@ class CaltechSetup:
 
 
 REASONABLE = CaltechSetup("Reasonable", (50, inf), (0.65, inf))
-
-
 SETUPS: dict[str, CaltechSetup] = {
     setup.name: setup
     for setup in (
         REASONABLE,
         CaltechSetup("All", (20, inf), (0.2, inf)),
-        CaltechSetup("Overall", (20, inf), (0.2, inf)),  # the benchmark's first name of All
+        CaltechSetup("Overall", (20, inf), (0.2, inf)),  # the first name of All in the benchmark
         CaltechSetup("Scale=large", (100, inf), (inf, inf)),
         CaltechSetup("Scale=near", (80, inf), (inf, inf)),
         CaltechSetup("Scale=medium", (30, 80), (inf, inf)),
@@ -91,39 +101,60 @@ def evaluate(
     setups: Iterable[CaltechSetup] = SETUPS.values(),
     is_prefiltered: bool = False,
 ) -> dict[str, MissRateResult]:
-    """The miss rates by setup; boxes in 1-based pixels, as the benchmark's files have them.
+    """Compute the miss rate of each setup. Boxes are in 1-based pixels, as in the benchmark's files.
 
-    truth: `ignore` holds what its label makes an ignore region; `visibility` of people who are not occluded is inf
-    (OLD) or 1 (NEW). filtered: the truth comes from a gt-SETUP.mat of the official program, in which the setup has
-    already been applied and the boxes are reshaped.
+    Args:
+        ground_truth: Ground truth of all frames. `ignore` contains the ignore regions that follow from the labels;
+            `visible_ratio` of boxes that are not occluded is inf (ORIGINAL) or 1 (CORRECTED).
+        detections: Detections in the same frames.
+        annotation_version: Version of the annotations.
+        setups: Setups to evaluate.
+        is_prefiltered: The ground truth comes from a gt-SETUP.mat of the official program: the setup is already
+            applied and the boxes are reshaped.
+
+    Returns:
+        The result of each setup, by its name.
     """
     setups = list(setups)
-    found = _standardize_detections(detections) if annotation_version is AnnotationVersion.ORIGINAL else detections
-    people = ground_truth.boxes_xywh if is_prefiltered else standardize_aspect_ratio(ground_truth.boxes_xywh)
-    least = min((setup.iou_threshold for setup in setups), default=0.5)
-    pairs = matching.compute_overlaps(found, ground_truth.image_index, people, ground_truth.boxes_xywh, least)
-    order = np.argsort(-found.scores, kind="stable")
-    rates = {}
+    if annotation_version is AnnotationVersion.ORIGINAL:
+        detections = _standardize_detections(detections)
+    gt_boxes = ground_truth.boxes_xywh if is_prefiltered else standardize_aspect_ratio(ground_truth.boxes_xywh)
+    min_overlap = min((setup.iou_threshold for setup in setups), default=0.5)
+    pairs = compute_overlaps(detections, ground_truth.image_index, gt_boxes, ground_truth.boxes_xywh, min_overlap)
+    order = np.argsort(-detections.scores, kind="stable")
+    results = {}
     for setup in setups:
-        ignored = (
-            ground_truth.ignore
-            if is_prefiltered
-            else ground_truth.ignore | ~_is_in_caltech_setup(ground_truth, setup, annotation_version)
-        )
-        kept = _compute_caltech_eval_mask(found, setup)
-        verdict, _ = matching.match_detections(pairs, kept, ignored, setup.iou_threshold)
-        count = int((~ignored).sum())
-        line = compute_curve(found.scores, verdict, order[kept[order]], count, ground_truth.num_images)
-        value = log_average_miss_rate(line, FPPI_POINTS, recall_before_curve=0.0)
-        rates[setup.name] = make_result(line, value, count, ground_truth.num_images)
-    return rates
+        gt_ignore = ground_truth.ignore
+        if not is_prefiltered:
+            gt_ignore = gt_ignore | ~_is_in_caltech_setup(ground_truth, setup, annotation_version)
+        eval_mask = _compute_caltech_eval_mask(detections, setup)
+        match_status, _ = match_detections(pairs, eval_mask, gt_ignore, setup.iou_threshold)
+        num_gt = int((~gt_ignore).sum())
+        curve = compute_curve(detections.scores, match_status, order[eval_mask[order]], num_gt, ground_truth.num_images)
+        value = log_average_miss_rate(curve, FPPI_POINTS, recall_before_curve=0.0)
+        results[setup.name] = make_result(curve, value, num_gt, ground_truth.num_images)
+    return results
 
 
 def standardize_aspect_ratio(boxes_xywh: Floats) -> Floats:
-    """[N, 4] boxes of the same height and centre, ASPECT x height wide; as bbApply('resize', bb, 1, 0, ASPECT)."""
+    """Set the width of boxes to `PERSON_ASPECT_RATIO` times their height, as bbApply('resize', bb, 1, 0, 0.41).
+
+    Args:
+        boxes_xywh (float64 array[N, 4]): Boxes in pixels.
+
+    Returns:
+        boxes_xywh (float64 array[N, 4]): Boxes with the same height and center.
+    """
     x, y, width, height = boxes_xywh.T
-    wider = height * PERSON_ASPECT_RATIO - width
-    return np.stack([x - wider / 2, y, width + wider, height], axis=1)
+    added_width = height * PERSON_ASPECT_RATIO - width
+    return np.stack([x - added_width / 2, y, width + added_width, height], axis=1)
+
+
+def count_test_frames() -> dict[str, int]:
+    """Return the number of evaluated frames of each test video (`set06/V000`, ...), in order."""
+    return {
+        f"{name}/V{number:03}": count for name, counts in NUM_TEST_FRAMES.items() for number, count in enumerate(counts)
+    }
 
 
 def _standardize_detections(detections: DetectionTable) -> DetectionTable:
@@ -141,30 +172,23 @@ def _compute_caltech_eval_mask(detections: DetectionTable, setup: CaltechSetup) 
 def _is_in_caltech_setup(
     ground_truth: GroundTruthTable, setup: CaltechSetup, annotation_version: AnnotationVersion
 ) -> NDArray[np.bool_]:
-    """[N] people in the setup's ranges and inside BOUNDS."""
+    """Return the boxes, bool array[N], in the ranges of the setup and inside `BOUNDS_XYXY`."""
+    is_original = annotation_version is AnnotationVersion.ORIGINAL
     x, y, width, height = ground_truth.boxes_xywh.T
     low, high = setup.height_px
-    tall = (height >= low) & ((height < high) if annotation_version is AnnotationVersion.ORIGINAL else (height <= high))
-    least, most = setup.visible_ratio
-    if annotation_version is AnnotationVersion.CORRECTED and least == inf:
-        least = most = 1.0
-    seen = ground_truth.visible_ratio  # NaN for a box without area: outside for the old program, inside for the new
-    visible = (
-        (seen >= least) & (seen <= most)
-        if annotation_version is AnnotationVersion.ORIGINAL
-        else ~((seen < least) | (seen > most))
+    is_height_in_range = (height >= low) & ((height < high) if is_original else (height <= high))
+    min_ratio, max_ratio = setup.visible_ratio
+    if not is_original and min_ratio == inf:
+        min_ratio = max_ratio = 1.0
+    ratio = ground_truth.visible_ratio  # NaN for a box without area: outside in ORIGINAL, inside in CORRECTED
+    is_visible = (
+        (ratio >= min_ratio) & (ratio <= max_ratio) if is_original else ~((ratio < min_ratio) | (ratio > max_ratio))
     )
-    inside = (
-        (x >= BOUNDS_XYXY[0]) & (x + width <= BOUNDS_XYXY[2]) & (y >= BOUNDS_XYXY[1]) & (y + height <= BOUNDS_XYXY[3])
-    )
-    if annotation_version is AnnotationVersion.CORRECTED:  # its program looks at both ends of both sides
-        inside &= (
-            (x <= BOUNDS_XYXY[2])
-            & (x + width >= BOUNDS_XYXY[0])
-            & (y <= BOUNDS_XYXY[3])
-            & (y + height >= BOUNDS_XYXY[1])
-        )
-    return tall & visible & inside & _is_in_aspect_range(width, height, setup.aspect_deviation)
+    x_min, y_min, x_max, y_max = BOUNDS_XYXY
+    is_inside = (x >= x_min) & (x + width <= x_max) & (y >= y_min) & (y + height <= y_max)
+    if not is_original:  # the corrected version's programs compare both ends with both limits
+        is_inside &= (x <= x_max) & (x + width >= x_min) & (y <= y_max) & (y + height >= y_min)
+    return is_height_in_range & is_visible & is_inside & _is_in_aspect_range(width, height, setup.aspect_deviation)
 
 
 def _is_in_aspect_range(width: Floats, height: Floats, aspect_deviation: float) -> NDArray[np.bool_]:
@@ -172,19 +196,3 @@ def _is_in_aspect_range(width: Floats, height: Floats, aspect_deviation: float) 
         return np.ones(len(width), bool)
     ratio = np.divide(width, height, out=np.full(len(width), np.nan), where=height > 0)
     return np.sign(aspect_deviation) * np.abs(ratio - PERSON_ASPECT_RATIO) < aspect_deviation
-
-
-NUM_TEST_FRAMES = {
-    "set06": (61, 61, 59, 59, *[61] * 15),
-    "set07": (61, 61, 61, 61, 65, 72, 61, 61, 61, 61, 61, 60),
-    "set08": (59, 59, 61, 61, 61, 61, 61, 61, 61, 56, 56),
-    "set09": (62, 62, 61, 61, 59, 66, 61, 61, 61, 61, 61, 62),
-    "set10": (*[61] * 11, 57),
-}
-
-
-def count_test_frames() -> dict[str, int]:
-    """Frames measured of each video, `set06/V000` and so on, in order."""
-    return {
-        f"{name}/V{number:03}": count for name, counts in NUM_TEST_FRAMES.items() for number, count in enumerate(counts)
-    }

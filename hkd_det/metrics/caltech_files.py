@@ -1,7 +1,8 @@
-"""Caltech's truth and detections as its benchmark has them on disk, 1-based pixels kept as they are.
+"""Reading of Caltech ground truth and detections in the benchmark's own files; coordinates stay 1-based pixels.
 
-Truth: a folder of `set06/V000.vbb` (old annotations), of text files (new ones), or a `gt-SETUP.mat` that an official
-program has written. Detections: `set06/V000.txt` a video, lines of `frame x y w h score`, frames from 1.
+Ground truth: a directory of `set06/V000.vbb` (original annotations) or of text files (corrected annotations), or a
+`gt-SETUP.mat` written by an official program. Detections: one `set06/V000.txt` per video, with lines of
+`frame x y w h score` and frames counted from 1.
 """
 
 from dataclasses import dataclass
@@ -23,12 +24,19 @@ from hkd_det.errors import DataError
 from hkd_det.metrics.caltech import AnnotationVersion, count_test_frames
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
 
-CORRECTED_PERSON_LABELS = ("person", "person?", "people")  # of these the new annotations' programs make no difference
+CORRECTED_PERSON_LABELS = ("person", "person?", "people")  # treated alike by the programs for corrected annotations
 
 
 @dataclass(frozen=True, eq=False)
 class CaltechGroundTruth:
-    """frames: (video, frame from 1) of each picture, none where the file does not say. filtered: see `evaluate`."""
+    """Ground truth of the evaluated frames.
+
+    Attributes:
+        path: Directory or file that was read.
+        frames: (video, frame counted from 1) of each image; empty if the file does not contain them.
+        table: Ground-truth boxes of all frames.
+        is_prefiltered: True for a gt-SETUP.mat, to which the official program has already applied its setup.
+    """
 
     path: Path
     frames: tuple[tuple[str, int], ...]
@@ -39,147 +47,172 @@ class CaltechGroundTruth:
 def read_caltech_ground_truth(
     path: Path, annotation_version: AnnotationVersion, set_names: list[str] | None = None
 ) -> CaltechGroundTruth:
-    """The truth of the sets; by default of the test sets (set06 to set10) that are there.
+    """Read the ground truth of every 30th frame.
 
-    Raises DataError, naming the file, for what is missing or wrong.
+    Args:
+        path: Directory of annotations or a gt-SETUP.mat.
+        annotation_version: Version of the annotations in the directory.
+        set_names: Sets to read. The default is every test set (set06 to set10) in the directory.
+
+    Raises:
+        DataError: A file is missing or invalid; the message names it.
     """
     if path.is_file():
         return _read_gt_mat(path)
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder of annotations, or gt-SETUP.mat")
-    wanted = set_names or [name for name in TEST_SETS if next(path.rglob(f"*{name}*"), None)]
-    if not wanted:
-        raise DataError(f"{path}: holds none of the test sets {TEST_SETS[0]} to {TEST_SETS[-1]}; --sets takes others")
-    read = read_original_annotations if annotation_version is AnnotationVersion.ORIGINAL else read_corrected_annotations
-    frames = list(read(path, wanted, TEST_FRAME_STEP))
-    return CaltechGroundTruth(
-        path, tuple((one.video, one.index + 1) for one in frames), _build_gt_table(frames, annotation_version), False
-    )
+        raise DataError(f"{path}: not found. Expected a directory of annotations or a gt-SETUP.mat.")
+    selected = set_names or [name for name in TEST_SETS if next(path.rglob(f"*{name}*"), None)]
+    if not selected:
+        raise DataError(
+            f"{path}: contains none of the test sets {TEST_SETS[0]} to {TEST_SETS[-1]}. "
+            "Select others with --caltech-sets."
+        )
+    is_original = annotation_version is AnnotationVersion.ORIGINAL
+    read_annotations = read_original_annotations if is_original else read_corrected_annotations
+    frames = list(read_annotations(path, selected, TEST_FRAME_STEP))
+    frame_ids = tuple((frame.video, frame.index + 1) for frame in frames)
+    return CaltechGroundTruth(path, frame_ids, _build_gt_table(frames, annotation_version), False)
 
 
 def read_caltech_detections(folder: Path, ground_truth: CaltechGroundTruth) -> DetectionTable:
-    """All videos' detections in the truth's frames; those in other frames are left out, as the benchmark does.
+    """Read the detections of all videos; detections in frames that are not evaluated are dropped.
 
-    Raises DataError, naming file and line, for a missing video and for wrong lines.
+    Args:
+        folder: Directory with one `set06/V000.txt` per video.
+        ground_truth: Ground truth that selects the frames.
+
+    Raises:
+        DataError: A file is missing or a line is invalid; the message names both.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; Caltech's detections are files set06/V000.txt in one")
-    frames = ground_truth.frames or _infer_frames(folder, ground_truth)
-    index = {frame: number for number, frame in enumerate(frames)}
-    picture, rows = [], [np.zeros((0, 6))]
-    for video in dict.fromkeys(video for video, _ in frames):
-        lines = _read_video_detections(folder / f"{video}.txt")
-        places = np.array([index.get((video, int(frame)), -1) for frame in lines[:, 0]], np.intp)
-        if len(lines) and (places < 0).all():
+        raise DataError(f"{folder}: no such directory. Expected one with files set06/V000.txt.")
+    frame_index = {
+        frame: index for index, frame in enumerate(ground_truth.frames or _infer_frames(folder, ground_truth))
+    }
+    image_indices, rows = [np.zeros(0, np.intp)], [np.zeros((0, 6))]
+    for video in dict.fromkeys(video for video, _ in frame_index):
+        video_rows = _read_video_detections(folder / f"{video}.txt")
+        image_index = np.array([frame_index.get((video, int(frame)), -1) for frame in video_rows[:, 0]], np.intp)
+        if len(video_rows) and (image_index < 0).all():
             raise DataError(
-                f"{folder / video}.txt: none of its frames {int(lines[0, 0])}, ... is evaluated; "
-                f"frames count from 1, every {TEST_FRAME_STEP}th is ({TEST_FRAME_STEP}, {2 * TEST_FRAME_STEP}, ...)"
+                f"{folder / video}.txt: none of its frames ({int(video_rows[0, 0])}, ...) is evaluated. Count frames "
+                f"from 1; every {TEST_FRAME_STEP}th is evaluated ({TEST_FRAME_STEP}, {2 * TEST_FRAME_STEP}, ...)."
             )
-        picture.append(places[places >= 0])
-        rows.append(lines[places >= 0])
-    found = np.concatenate(rows)
-    where = np.concatenate(picture) if picture else np.zeros(0, np.intp)
-    return DetectionTable.from_rows(where, found[:, 1:5], found[:, 5])
+        image_indices.append(image_index[image_index >= 0])
+        rows.append(video_rows[image_index >= 0])
+    all_rows = np.concatenate(rows)
+    return DetectionTable.from_rows(np.concatenate(image_indices), all_rows[:, 1:5], all_rows[:, 5])
 
 
 def _build_gt_table(frames: list[CaltechFrame], annotation_version: AnnotationVersion) -> GroundTruthTable:
     kept = [_has_known_label(frame) for frame in frames]
-    boxes = np.concatenate([one.annotations.boxes_xywh[keep] for one, keep in zip(frames, kept, strict=True)])
+    pairs = list(zip(frames, kept, strict=True))
+    boxes = np.concatenate([frame.annotations.boxes_xywh[keep] for frame, keep in pairs])
     return GroundTruthTable(
         len(frames),
         np.repeat(np.arange(len(frames)), [int(keep.sum()) for keep in kept]),
         boxes,
         boxes[:, 3],
-        np.concatenate(
-            [_compute_visible_ratios(one, annotation_version)[keep] for one, keep in zip(frames, kept, strict=True)]
-        ),
-        np.concatenate(
-            [_compute_ignore_mask(one, annotation_version)[keep] for one, keep in zip(frames, kept, strict=True)]
-        ),
+        np.concatenate([_compute_visible_ratios(frame, annotation_version)[keep] for frame, keep in pairs]),
+        np.concatenate([_compute_ignore_mask(frame, annotation_version)[keep] for frame, keep in pairs]),
     )
 
 
 def _has_known_label(frame: CaltechFrame) -> NDArray[np.bool_]:
-    """The labels that the official programs load; `person-fa` is none of them."""
+    """Select the labels that the official programs load; `person-fa` is not one of them."""
     return np.array([label in (*CORRECTED_PERSON_LABELS, "ignore") for label in frame.annotations.labels], bool)
 
 
 def _compute_ignore_mask(frame: CaltechFrame, annotation_version: AnnotationVersion) -> NDArray[np.bool_]:
+    labels = frame.annotations.labels
     if annotation_version is AnnotationVersion.ORIGINAL:
-        return np.array([label != PERSON for label in frame.annotations.labels], bool)
-    return frame.annotations.ignore | np.array(
-        [label not in CORRECTED_PERSON_LABELS for label in frame.annotations.labels], bool
-    )
+        return np.array([label != PERSON for label in labels], bool)
+    return frame.annotations.ignore | np.array([label not in CORRECTED_PERSON_LABELS for label in labels], bool)
 
 
 def _compute_visible_ratios(frame: CaltechFrame, annotation_version: AnnotationVersion) -> Floats:
-    """Of people who are not occluded: inf (old) or 1 (new). Where the visible box is the box: 1 (old) or 0 (new)."""
-    whole, seen = frame.annotations.boxes_xywh, frame.annotations.visible_xywh
-    unmarked = (seen == 0).all(1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a box without area has the share that MATLAB gives it
-        share = (seen[:, 2] * seen[:, 3]) / (whole[:, 2] * whole[:, 3])
+    """Compute the visible part of each box, float64 array[N].
+
+    Boxes that are not occluded have inf (ORIGINAL) or 1 (CORRECTED). Occluded boxes whose visible box equals the whole
+    box have 1 (ORIGINAL) or 0 (CORRECTED).
+    """
+    boxes, visible_boxes = frame.annotations.boxes_xywh, frame.annotations.visible_xywh
+    has_no_visible_box = (visible_boxes == 0).all(1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a box without area gets NaN or inf, as in MATLAB
+        ratio = (visible_boxes[:, 2] * visible_boxes[:, 3]) / (boxes[:, 2] * boxes[:, 3])
     if annotation_version is AnnotationVersion.ORIGINAL:
-        return np.where(unmarked, np.inf, share)
-    return np.where(~frame.annotations.occluded | unmarked, 1.0, np.where((seen == whole).all(1), 0.0, share))
+        return np.where(has_no_visible_box, np.inf, ratio)
+    occluded_ratio = np.where((visible_boxes == boxes).all(1), 0.0, ratio)
+    return np.where(~frame.annotations.occluded | has_no_visible_box, 1.0, occluded_ratio)
 
 
 def _read_gt_mat(path: Path) -> CaltechGroundTruth:
-    """A cell array `gt` of (1, pictures), rows x y w h ignore."""
+    """Read a cell array `gt` of shape (1, images) with rows of x y w h ignore."""
     cells = read_mat(path).get("gt")
     if not isinstance(cells, np.ndarray) or cells.dtype != object:
-        raise DataError(f"{path}: holds no cell array gt; expected a gt-SETUP.mat of the official programs")
+        raise DataError(f"{path}: contains no cell array gt. Expected a gt-SETUP.mat of the official programs.")
     parts = []
     for number, cell in enumerate(cells.ravel(), 1):
         try:
             rows = to_float_array(cell)
         except ValueError as error:
-            raise DataError(f"{path}: picture {number}: {error}") from None
+            raise DataError(f"{path}: image {number}: {error}") from None
         if rows.size and (rows.ndim != 2 or rows.shape[1] != 5):
-            raise DataError(f"{path}: picture {number}: rows of the shape {rows.shape}, expected x y w h ignore")
+            raise DataError(f"{path}: image {number}: expected rows of x y w h ignore, got shape {rows.shape}")
         rows = rows.reshape(-1, 5)
-        wrong = ~(is_valid_box(rows[:, :4]) & np.isfinite(rows[:, 4]))
-        if wrong.any():
-            row = rows[wrong][0].tolist()
-            raise DataError(f"{path}: picture {number}: {row} is not x y w h ignore with finite sizes from 0")
+        is_invalid = ~(is_valid_box(rows[:, :4]) & np.isfinite(rows[:, 4]))
+        if is_invalid.any():
+            row = rows[is_invalid][0].tolist()
+            raise DataError(
+                f"{path}: image {number}: expected x y w h ignore with finite sizes of at least 0, got {row}"
+            )
         parts.append(rows)
-    rows = np.concatenate([np.zeros((0, 5)), *parts])
+    all_rows = np.concatenate([np.zeros((0, 5)), *parts])
     table = GroundTruthTable(
         len(parts),
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
-        rows[:, :4],
-        rows[:, 3],
-        np.ones(len(rows)),
-        rows[:, 4] != 0,
+        all_rows[:, :4],
+        all_rows[:, 3],
+        np.ones(len(all_rows)),
+        all_rows[:, 4] != 0,
     )
     return CaltechGroundTruth(path, (), table, True)
 
 
-def _infer_frames(folder: Path, ground_truth: CaltechGroundTruth) -> tuple[tuple[str, int], ...]:
-    """The frames of a gt-SETUP.mat, which names none: as far as the detections reach, else those of the test sets."""
-    videos = sorted(path for name in TEST_SETS for path in (folder / name).glob("V*.txt"))
-    counts = {
+def _infer_frames(folder: Path, ground_truth: CaltechGroundTruth) -> list[tuple[str, int]]:
+    """Infer the frames of a gt-SETUP.mat, which does not contain them.
+
+    The last detection of each video gives its number of frames. If these do not add up, the frames are those of the
+    complete test set.
+    """
+    video_paths = sorted(path for name in TEST_SETS for path in (folder / name).glob("V*.txt"))
+    num_frames = {
         f"{path.parent.name}/{path.stem}": int(_read_video_detections(path)[:, 0].max(initial=0)) // TEST_FRAME_STEP
-        for path in videos
+        for path in video_paths
     }
-    reach, measured = sum(counts.values()), count_test_frames()
-    if reach != ground_truth.table.num_images == sum(measured.values()):
-        counts = measured  # a detector that is silent in some video's last frame reaches less far
-    elif reach != ground_truth.table.num_images:
+    num_inferred, num_expected, test_frames = (
+        sum(num_frames.values()),
+        ground_truth.table.num_images,
+        count_test_frames(),
+    )
+    if num_inferred != num_expected and num_expected == sum(test_frames.values()):
+        num_frames = test_frames  # a video without detections in its last frames gives a number that is too low
+    elif num_inferred != num_expected:
         raise DataError(
-            f"{ground_truth.path}: has {ground_truth.table.num_images} frames but does not say of which videos, and the detections in "
-            f"{folder} reach {reach}; give the folder of annotations in its place"
+            f"{ground_truth.path}: contains {num_expected} frames but not their videos, and the detections in {folder} "
+            f"extend over {num_inferred} frames. Set --annotations to the directory of annotations instead."
         )
-    return tuple((video, TEST_FRAME_STEP * number) for video, count in counts.items() for number in range(1, count + 1))
+    return [(video, TEST_FRAME_STEP * number) for video, count in num_frames.items() for number in range(1, count + 1)]
 
 
 def _read_video_detections(path: Path) -> Floats:
-    """[D, 6] frame, x, y, w, h, score."""
+    """Read rows of frame, x, y, w, h, score; float64 array[D, 6]."""
     try:
         text = path.read_text(encoding="utf-8-sig").replace(",", " ")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; a video in which nothing was found has an empty one") from None
+        raise DataError(f"{path}: no such file. Write an empty file for a video without detections.") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file; expected lines of `frame x y w h score`") from None
+        raise DataError(f"{path}: not a text file. Expected lines of `frame x y w h score`.") from None
     lines = [line.split() for line in text.splitlines() if line.strip()]
     try:
         rows = np.array(lines, np.float64).reshape(-1, 6)
@@ -196,12 +229,12 @@ def _is_valid_detection(rows: Floats) -> NDArray[np.bool_]:
 
 
 def _format_first_error(path: Path, text: str) -> str:
+    expected = "expected `frame x y w h score` with frames from 1 and sizes of at least 0"
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = [float(word) for word in line.split()]
         except ValueError:
             row = [np.nan]
         if row and not (len(row) == 6 and _is_valid_detection(np.array([row]))[0]):
-            told = line.strip()[:60]
-            return f"{path}, line {number}: {told!r} is not `frame x y w h score` with frames from 1, sizes from 0"
-    return f"{path}: not lines of `frame x y w h score`"
+            return f"{path}, line {number}: {expected}, got {line.strip()[:60]!r}"
+    return f"{path}: {expected} in every line"

@@ -1,4 +1,4 @@
-"""Log-average miss rate by the CityPersons protocol, as the official `eval_MR_multisetup.py` computes it."""
+"""Log-average miss rate by the CityPersons protocol, as computed by the official `eval_MR_multisetup.py`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,20 +6,33 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.metrics import matching
-from hkd_det.metrics.matching import MissRateResult, compute_curve, log_average_miss_rate, make_result
+from hkd_det.metrics.matching import (
+    TRUE_POSITIVE,
+    MissRateResult,
+    compute_curve,
+    compute_overlaps,
+    log_average_miss_rate,
+    make_result,
+    match_detections,
+)
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
 from hkd_det.structures import Detections, GroundTruth, Sample
 
 FPPI_POINTS = (0.0100, 0.0178, 0.0316, 0.0562, 0.1000, 0.1778, 0.3162, 0.5623, 1.0000)
 HEIGHT_MARGIN = 1.25
-MAX_DETECTIONS = 1000  # a picture, before the height margin
+MAX_DETECTIONS = 1000  # per image, applied before the height margin
 IOU_THRESHOLD = min(0.5, 1 - 1e-10)
 
 
 @dataclass(frozen=True)
 class CityPersonsSetup:
-    """Which people are to be found: closed ranges of height in pixels and of visibility. Others are ignored."""
+    """Subset of the ground truth that is evaluated; boxes outside the ranges are ignore regions.
+
+    Attributes:
+        name: Name of the setup, for example Reasonable.
+        height_px: Closed range of the box height in pixels.
+        visible_ratio: Closed range of the visible part, 0 to 1.
+    """
 
     name: str
     height_px: tuple[float, float]
@@ -34,7 +47,7 @@ SETUPS: dict[str, CityPersonsSetup] = {
         CityPersonsSetup("Reasonable_small", (50, 75), (0.65, 1e10)),
         CityPersonsSetup("Reasonable_occ=heavy", (50, 1e10), (0.2, 0.65)),
         CityPersonsSetup("All", (20, 1e10), (0.2, 1e10)),
-        # As papers report them beside the official four. Their heavy is not the official one: it has no lower end.
+        # Setups that papers add. Their heavy differs from the official one: it has no lower limit.
         CityPersonsSetup("bare", (50, 1e10), (0.9, 1e10)),
         CityPersonsSetup("partial", (50, 1e10), (0.65, 0.9)),
         CityPersonsSetup("heavy", (50, 1e10), (0.0, 0.65)),
@@ -48,27 +61,36 @@ def evaluate(
     setups: Iterable[CityPersonsSetup] = SETUPS.values(),
     zero_recall_before_curve: bool = False,
 ) -> dict[str, MissRateResult]:
-    """The miss rates by setup.
+    """Compute the miss rate of each setup.
 
-    strict: at FPPI points before the curve's beginning nothing is found; the official program takes the curve's
-    last recall there (its index -1).
+    Args:
+        ground_truth: Ground truth of all images.
+        detections: Detections in the same images.
+        setups: Setups to evaluate.
+        zero_recall_before_curve: Use recall 0 at FPPI points below the first FPPI of the curve. The official program
+            uses the last recall of the curve there, because its index is -1.
+
+    Returns:
+        The result of each setup, by its name.
     """
-    best = detections.select(detections.rank_per_image() < MAX_DETECTIONS)
-    pairs = matching.compute_overlaps(
-        best, ground_truth.image_index, ground_truth.boxes_xywh, ground_truth.boxes_xywh, IOU_THRESHOLD
+    top_detections = detections.select(detections.rank_per_image() < MAX_DETECTIONS)
+    pairs = compute_overlaps(
+        top_detections, ground_truth.image_index, ground_truth.boxes_xywh, ground_truth.boxes_xywh, IOU_THRESHOLD
     )
-    order = np.argsort(-best.scores, kind="stable")
-    found = {}
+    order = np.argsort(-top_detections.scores, kind="stable")
+    results = {}
     for setup in setups:
-        ignored, kept = _compute_gt_ignore(ground_truth, setup), _compute_citypersons_eval_mask(best, setup)
-        verdict, _ = matching.match_detections(pairs, kept, ignored, IOU_THRESHOLD)
-        people = int((~ignored).sum())
-        line = compute_curve(best.scores, verdict, order[kept[order]], people, ground_truth.num_images)
-        before = 0.0 if zero_recall_before_curve or not len(line.recall) else float(line.recall[-1])
-        found[setup.name] = make_result(
-            line, log_average_miss_rate(line, FPPI_POINTS, before), people, ground_truth.num_images
+        gt_ignore = _compute_gt_ignore(ground_truth, setup)
+        eval_mask = _compute_citypersons_eval_mask(top_detections, setup)
+        match_status, _ = match_detections(pairs, eval_mask, gt_ignore, IOU_THRESHOLD)
+        num_gt = int((~gt_ignore).sum())
+        curve = compute_curve(
+            top_detections.scores, match_status, order[eval_mask[order]], num_gt, ground_truth.num_images
         )
-    return found
+        recall_before_curve = 0.0 if zero_recall_before_curve or not len(curve.recall) else float(curve.recall[-1])
+        value = log_average_miss_rate(curve, FPPI_POINTS, recall_before_curve)
+        results[setup.name] = make_result(curve, value, num_gt, ground_truth.num_images)
+    return results
 
 
 def evaluate_detections(
@@ -92,10 +114,13 @@ def evaluate_detections(
 
 @dataclass(frozen=True, eq=False)
 class ImageMatches:
-    """One picture's detections judged in one setup.
+    """Match status of the detections of one image in one setup.
 
-    kept: [K] indices of the detections that take part, best first. verdict: [K] TRUE, FALSE or IGNORED.
-    partner: [K] index of the truth taken, -1 for none. ignored: [N] bool, the truths not to be found.
+    Attributes:
+        eval_indices (int array[K]): Rows of the evaluated detections, by descending score.
+        match_status (int8 array[K]): `TRUE_POSITIVE`, `FALSE_POSITIVE` or `IGNORED`.
+        matched_gt (int array[K]): Row of the matched ground-truth box, -1 without a match.
+        gt_ignore (bool array[M]): Ground-truth boxes that are ignore regions in the setup.
     """
 
     eval_indices: NDArray[np.intp]
@@ -105,20 +130,29 @@ class ImageMatches:
 
     @property
     def missed_gt(self) -> NDArray[np.intp]:
-        """Indices of the truths that were to be found and were not."""
-        found = np.zeros(len(self.gt_ignore), bool)
-        found[self.matched_gt[self.match_status == matching.TRUE_POSITIVE]] = True
-        return np.flatnonzero(~found & ~self.gt_ignore)
+        """Rows of the ground-truth boxes that are evaluated and not matched, int array."""
+        is_matched = np.zeros(len(self.gt_ignore), bool)
+        is_matched[self.matched_gt[self.match_status == TRUE_POSITIVE]] = True
+        return np.flatnonzero(~is_matched & ~self.gt_ignore)
 
 
 def match_image(ground_truth: GroundTruth, detections: Detections, setup: CityPersonsSetup) -> ImageMatches:
-    """Judge one picture's detections, to look at."""
-    people, found = GroundTruthTable.from_samples([ground_truth]), DetectionTable.from_detections([detections])
-    ignored = _compute_gt_ignore(people, setup)
-    kept = _compute_citypersons_eval_mask(found, setup) & (found.rank_per_image() < MAX_DETECTIONS)
-    pairs = matching.compute_overlaps(found, people.image_index, people.boxes_xywh, people.boxes_xywh, IOU_THRESHOLD)
-    verdict, partner = matching.match_detections(pairs, kept, ignored, IOU_THRESHOLD)
-    return ImageMatches(np.flatnonzero(kept), verdict[kept], partner[kept], ignored)
+    """Match the detections of one image, for visualization.
+
+    Args:
+        ground_truth: Ground truth of the image.
+        detections: Detections in the image.
+        setup: Setup that selects the evaluated boxes.
+
+    Returns:
+        The match status of each evaluated detection.
+    """
+    gt_table, table = GroundTruthTable.from_samples([ground_truth]), DetectionTable.from_detections([detections])
+    gt_ignore = _compute_gt_ignore(gt_table, setup)
+    eval_mask = _compute_citypersons_eval_mask(table, setup) & (table.rank_per_image() < MAX_DETECTIONS)
+    pairs = compute_overlaps(table, gt_table.image_index, gt_table.boxes_xywh, gt_table.boxes_xywh, IOU_THRESHOLD)
+    match_status, matched_gt = match_detections(pairs, eval_mask, gt_ignore, IOU_THRESHOLD)
+    return ImageMatches(np.flatnonzero(eval_mask), match_status[eval_mask], matched_gt[eval_mask], gt_ignore)
 
 
 def _compute_gt_ignore(ground_truth: GroundTruthTable, setup: CityPersonsSetup) -> NDArray[np.bool_]:

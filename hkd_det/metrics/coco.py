@@ -1,14 +1,11 @@
-"""Truth and detections in COCO's JSON, and in the forms that CityPersons' programs write of it.
+"""Ground truth and detections in COCO JSON, and COCO's average precision and recall of the person class.
 
-Truth: `images`, `annotations`, `categories`; CityPersons adds `height`, `vis_ratio`, `vis_bbox` and `ignore` to a
-record.
-Detections: a list of {"image_id", "category_id", "bbox" xywh, "score"}. MATLAB's writers (dt_mat2json.m) make ids
-fractions (1.0) and a single detection a bare object: taken too.
+Ground truth: `images`, `annotations` and `categories`. CityPersons adds `height`, `vis_ratio`, `vis_bbox` and `ignore`
+to an annotation. Detections: a list of {"image_id", "category_id", "bbox" xywh, "score"}. Files of MATLAB's writer
+(dt_mat2json.m) are read too: their ids are fractions (1.0), and a single detection is a bare object.
 
-COCO's average precision and recall of the person class, by pycocotools: the official program itself.
-
-Ignore regions (`ignore`, which pycocotools itself does not read) are passed to it as crowds: what falls into them
-counts neither way.
+The metrics are computed by pycocotools, the official program. It does not read `ignore`, so ignore regions are passed
+to it as crowds: detections in them count neither as true nor as false positives.
 """
 
 import contextlib
@@ -17,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,16 +27,11 @@ from hkd_det.errors import DataError
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
 from hkd_det.structures import Detections, Sample
 
-CocoId = int | float | str
-
-
-BoxXYWH = tuple[float, float, float, float]
-
-
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 PEDESTRIAN_CATEGORY_ID = 1  # the category that the official CityPersons program evaluates
 
-
-Content = TypeVar("Content")
+CocoId = int | float | str
+BoxXYWH = tuple[float, float, float, float]
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -79,9 +71,15 @@ class _Detection(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True, eq=False)
 class CocoGroundTruth:
-    """A truth file. ids: of the pictures, sorted, as the official programs go through them; category: the person's.
+    """Annotations of the person class in a COCO file, N in all.
 
-    area_px: [N] float64 and crowd: [N] bool, of the records in `table`, for COCO's own measure.
+    Attributes:
+        path: File that was read.
+        image_ids: Ids of the images, sorted as in the official programs.
+        category_id: Category of the person class.
+        table: Boxes and ignore regions of the person class.
+        area (float64 array[N]): Annotated area in square pixels, for the size classes of COCO.
+        iscrowd (bool array[N]): True for crowds.
     """
 
     path: Path
@@ -93,58 +91,133 @@ class CocoGroundTruth:
 
 
 def read_coco_ground_truth(path: Path) -> CocoGroundTruth:
-    """The people of a truth file. Raises DataError, naming the file and the record."""
+    """Read the annotations of the person class.
+
+    Raises:
+        DataError: The file is missing or an annotation is invalid; the message names both.
+    """
     content = _decode_json(path, _GroundTruthFile)
-    ids = _sort_ids([image.id for image in content.images], path)
-    index = {one: number for number, one in enumerate(ids)}
-    category = _find_person_category(content.categories, path)
-    records = []
-    for number, record in enumerate(content.annotations):
-        if _normalize_id(record.image_id) not in index:
-            raise DataError(f"{path}: annotation {number}: image_id {record.image_id!r} is not among its images")
-        if _normalize_id(record.category_id) == category:
-            records.append(record)
-    boxes = _parse_coco_boxes([record.bbox for record in records], path, "annotation")
+    image_ids = _sort_ids([image.id for image in content.images], path)
+    image_index = {image_id: index for index, image_id in enumerate(image_ids)}
+    category_id = _find_person_category(content.categories, path)
+    annotations = []
+    for number, annotation in enumerate(content.annotations):
+        if _normalize_id(annotation.image_id) not in image_index:
+            raise DataError(f"{path}: annotation {number}: image_id {annotation.image_id!r} is not among its images")
+        if _normalize_id(annotation.category_id) == category_id:
+            annotations.append(annotation)
     table = GroundTruthTable(
-        len(ids),
-        np.array([index[_normalize_id(record.image_id)] for record in records], np.intp),
-        boxes,
-        _to_float_array([record.bbox[3] if record.height is None else record.height for record in records]),
-        _to_float_array([_compute_record_visible_ratio(record) for record in records]),
-        np.array([_is_ignored_record(record) for record in records], bool),
+        len(image_ids),
+        np.array([image_index[_normalize_id(one.image_id)] for one in annotations], np.intp),
+        _parse_coco_boxes([one.bbox for one in annotations], path, "annotation"),
+        _to_array([one.bbox[3] if one.height is None else one.height for one in annotations]),
+        _to_array([_compute_record_visible_ratio(one) for one in annotations]),
+        np.array([_is_ignored_record(one) for one in annotations], bool),
     )
-    area = _to_float_array([one.bbox[2] * one.bbox[3] if one.area is None else one.area for one in records])
-    crowd = np.array([bool(record.iscrowd) for record in records], bool)
-    return CocoGroundTruth(path, ids, category, table, area, crowd)
+    area = _to_array([one.bbox[2] * one.bbox[3] if one.area is None else one.area for one in annotations])
+    iscrowd = np.array([bool(one.iscrowd) for one in annotations], bool)
+    return CocoGroundTruth(path, image_ids, category_id, table, area, iscrowd)
 
 
 def read_coco_detections(path: Path, ground_truth: CocoGroundTruth) -> DetectionTable:
-    """The people found in the truth's pictures; a detection without category_id is one.
+    """Read the detections of the person class; a detection without `category_id` belongs to it.
 
-    Raises DataError, naming the file and the detection, for unknown pictures, an id that stands twice, wrong numbers.
+    Args:
+        path: JSON file of detections.
+        ground_truth: Ground truth that defines image ids and the person class.
+
+    Raises:
+        DataError: The file is missing or a detection is invalid (unknown image, duplicate id, wrong number).
     """
     content = _decode_json(path, list[_Detection] | _Detection)
-    every = content if isinstance(content, list) else [content]
-    _check_detection_ids(every, path)
-    found = [
-        one for one in every if one.category_id is None or _normalize_id(one.category_id) == ground_truth.category_id
+    records = content if isinstance(content, list) else [content]
+    _check_detection_ids(records, path)
+    detections = [
+        one for one in records if one.category_id is None or _normalize_id(one.category_id) == ground_truth.category_id
     ]
-    if every and not found:
+    if records and not detections:
         raise DataError(
-            f"{path}: no detection is of category_id {ground_truth.category_id!r}, the person of {ground_truth.path}; "
-            f"the first is of {every[0].category_id!r}"
+            f"{path}: no detection is of category_id {ground_truth.category_id!r}, the person class of "
+            f"{ground_truth.path}; the first is of {records[0].category_id!r}"
         )
-    index = {one: number for number, one in enumerate(ground_truth.image_ids)}
-    pictures = np.array([index.get(_normalize_id(one.image_id), -1) for one in found], np.intp)
-    if (pictures < 0).any():
-        unknown = found[int(np.argmax(pictures < 0))].image_id
+    index_by_id = {image_id: index for index, image_id in enumerate(ground_truth.image_ids)}
+    image_index = np.array([index_by_id.get(_normalize_id(one.image_id), -1) for one in detections], np.intp)
+    if (image_index < 0).any():
+        unknown = detections[int(np.argmax(image_index < 0))].image_id
         raise DataError(
-            f"{path}: image_id {unknown!r} is not among the {len(ground_truth.image_ids)} pictures of {ground_truth.path}"
+            f"{path}: image_id {unknown!r} is not among the {len(ground_truth.image_ids)} images of {ground_truth.path}"
         )
-    scores = _to_float_array([one.score for one in found])
+    scores = _to_array([one.score for one in detections])
     if not np.isfinite(scores).all():
-        raise DataError(f"{path}: a score is {scores[~np.isfinite(scores)][0]}")
-    return DetectionTable.from_rows(pictures, _parse_coco_boxes([one.bbox for one in found], path, "detection"), scores)
+        raise DataError(f"{path}: expected finite scores, got {scores[~np.isfinite(scores)][0]}")
+    boxes = _parse_coco_boxes([one.bbox for one in detections], path, "detection")
+    return DetectionTable.from_rows(image_index, boxes, scores)
+
+
+def evaluate(ground_truth: CocoGroundTruth, detections: DetectionTable) -> dict[str, float]:
+    """Compute the twelve metrics of COCO.
+
+    Returns:
+        The metrics of `METRIC_NAMES` as fractions; -1 for a size class without ground truth.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
+        coco = _build_coco_index(ground_truth)
+        if not len(detections):
+            return {name: 0.0 if (~ground_truth.table.ignore).any() else -1.0 for name in METRIC_NAMES}
+        columns = (detections.image_index + 1, *detections.boxes_xywh.T, detections.scores, np.ones(len(detections)))
+        coco_eval = COCOeval(coco, coco.loadRes(np.stack(columns, axis=1)), "bbox")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return dict(zip(METRIC_NAMES, coco_eval.stats.tolist(), strict=True))
+
+
+def evaluate_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float]:
+    """Compute the twelve metrics of COCO for detections in memory.
+
+    Args:
+        samples: Annotated images.
+        detections: Detections of each sample, in the same order.
+
+    Returns:
+        The metrics of `METRIC_NAMES` as fractions; -1 for a size class without ground truth.
+    """
+    table = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
+    area = table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]
+    ground_truth = CocoGroundTruth(
+        Path(), tuple(range(len(samples))), PEDESTRIAN_CATEGORY_ID, table, area, np.zeros(len(area), bool)
+    )
+    return evaluate(ground_truth, DetectionTable.from_detections(detections))
+
+
+def _build_coco_index(ground_truth: CocoGroundTruth) -> COCO:
+    """Build pycocotools' index; ids start at 1 because pycocotools never matches an annotation with id 0."""
+    table = ground_truth.table
+    columns = zip(
+        table.image_index.tolist(),
+        table.boxes_xywh.tolist(),
+        ground_truth.area.tolist(),
+        (ground_truth.iscrowd | table.ignore).tolist(),
+        strict=True,
+    )
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": index + 1} for index in range(table.num_images)],
+        "categories": [{"id": 1, "name": "person"}],
+        "annotations": [
+            {
+                "id": row + 1,
+                "image_id": image_index + 1,
+                "category_id": 1,
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(is_ignored),
+            }
+            for row, (image_index, box, area, is_ignored) in enumerate(columns)
+        ],
+    }
+    coco.createIndex()
+    return coco
 
 
 def _decode_json(path: Path, cls: Any) -> Any:
@@ -153,45 +226,49 @@ def _decode_json(path: Path, cls: Any) -> Any:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: a folder, expected a COCO JSON file") from None
+        raise DataError(f"{path}: expected a COCO JSON file, got a directory") from None
     try:
         return msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf"), type=cls)
     except RecursionError:
-        raise DataError(f"{path}: not a COCO file: nested too deeply") from None
+        raise DataError(f"{path}: not a COCO JSON file (nested too deeply)") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not as COCO JSON should be ({error})") from None
+        raise DataError(f"{path}: not a valid COCO JSON file ({error})") from None
 
 
 def _sort_ids(image_ids: Sequence[CocoId], path: Path) -> tuple[CocoId, ...]:
-    ids = [_normalize_id(one) for one in image_ids]
+    ids = [_normalize_id(image_id) for image_id in image_ids]
     if not ids:
-        raise DataError(f"{path}: lists no pictures")
-    if len({isinstance(one, str) for one in ids}) > 1:
-        raise DataError(f"{path}: its picture ids are texts and numbers; make them one kind")
+        raise DataError(f"{path}: its list of images is empty")
+    if len({isinstance(image_id, str) for image_id in ids}) > 1:
+        raise DataError(f"{path}: its image ids are strings and numbers. Use one type for all.")
     if len(set(ids)) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise DataError(f"{path}: picture id {twice!r} stands twice")
-    return tuple(sorted(ids))  # one kind, as just checked
+        raise DataError(f"{path}: duplicate image id {_find_duplicate(ids)!r}")
+    return tuple(sorted(ids))
 
 
 def _find_person_category(categories: Sequence[_Category], path: Path) -> CocoId:
-    names = {_normalize_id(one.id): one.name for one in categories}
+    names = {_normalize_id(category.id): category.name for category in categories}
     return select_person_class(names, "", f"{path}: its categories") if names else PEDESTRIAN_CATEGORY_ID
 
 
 def _check_detection_ids(detections: Sequence[_Detection], path: Path) -> None:
     ids = [_normalize_id(one.id) for one in detections if one.id is not None]
     if len(set(ids)) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise DataError(f"{path}: detection id {twice!r} stands twice; give each its own, or none")
+        raise DataError(f"{path}: duplicate detection id {_find_duplicate(ids)!r}. Make the ids unique or omit them.")
+
+
+def _find_duplicate(ids: Sequence[CocoId]) -> CocoId:
+    return Counter(ids).most_common(1)[0][0]
 
 
 def _parse_coco_boxes(raw_boxes: Sequence[BoxXYWH], path: Path, record_name: str) -> Floats:
-    boxes = np.array(raw_boxes, np.float64).reshape(-1, 4)
-    wrong = ~is_valid_box(boxes)
-    if wrong.any():
-        box = boxes[int(np.argmax(wrong))].tolist()
-        raise DataError(f"{path}: {record_name} with bbox {box}: not [x, y, width, height] of finite sizes from 0")
+    boxes = _to_array(raw_boxes).reshape(-1, 4)
+    is_invalid = ~is_valid_box(boxes)
+    if is_invalid.any():
+        box = boxes[int(np.argmax(is_invalid))].tolist()
+        raise DataError(
+            f"{path}: {record_name} with bbox {box}: expected [x, y, width, height] with finite sizes of at least 0"
+        )
     return boxes
 
 
@@ -204,81 +281,20 @@ def _compute_record_visible_ratio(record: _Annotation) -> float:
 
 
 def _is_ignored_record(record: _Annotation) -> bool:
-    """In a file of CityPersons' own form a record without `ignore` is a person, as for the official program."""
+    """Return whether an annotation is an ignore region.
+
+    In CityPersons' own form (with height and vis_ratio), an annotation without `ignore` is a person: the official
+    program does not read `iscrowd`.
+    """
     if record.ignore is None and record.height is not None and record.vis_ratio is not None:
         return False
     return bool(record.iscrowd if record.ignore is None else record.ignore)
 
 
-def _to_float_array(values: Sequence[float]) -> Floats:
+def _to_array(values: Sequence[Any]) -> Floats:
     return np.array(values, np.float64)
 
 
 def _normalize_id(value: CocoId) -> CocoId:
-    """An id as MATLAB's writers mean it: 1.0 is 1."""
+    """Convert the fractions that MATLAB writes: 1.0 is 1."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-
-def evaluate(ground_truth: CocoGroundTruth, detections: DetectionTable) -> dict[str, float]:
-    """The twelve figures, fractions; -1 where nobody of that size was to be found."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it talks to the terminal at every step
-        people = _build_coco_index(ground_truth)
-        if not len(detections):
-            return {name: 0.0 if (~ground_truth.table.ignore).any() else -1.0 for name in METRIC_NAMES}
-        columns = (detections.image_index + 1, *detections.boxes_xywh.T, detections.scores, np.ones(len(detections)))
-        judged = COCOeval(people, people.loadRes(np.stack(columns, axis=1)), "bbox")
-        judged.evaluate()
-        judged.accumulate()
-        judged.summarize()
-    return dict(zip(METRIC_NAMES, judged.stats.tolist(), strict=True))
-
-
-def evaluate_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float]:
-    """Compute COCO's metrics of detections in memory.
-
-    Args:
-        samples: Annotated images.
-        detections: Detections of each sample, in the same order.
-
-    Returns:
-        The twelve metrics of `METRIC_NAMES`, as fractions.
-    """
-    table = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
-    area = table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]
-    ground_truth = CocoGroundTruth(Path(), tuple(range(len(samples))), 1, table, area, np.zeros(len(area), bool))
-    return evaluate(ground_truth, DetectionTable.from_detections(detections))
-
-
-def _build_coco_index(ground_truth: CocoGroundTruth) -> COCO:
-    """Pictures and records counted from 1: a record of id 0 is never found by pycocotools."""
-    table = ground_truth.table
-    ignored = ground_truth.iscrowd | table.ignore
-    people = COCO()
-    people.dataset = {
-        "images": [{"id": number + 1} for number in range(table.num_images)],
-        "categories": [{"id": 1, "name": "person"}],
-        "annotations": [
-            {
-                "id": number + 1,
-                "image_id": picture + 1,
-                "category_id": 1,
-                "bbox": box,
-                "area": area,
-                "iscrowd": int(crowd),
-            }
-            for number, (picture, box, area, crowd) in enumerate(
-                zip(
-                    table.image_index.tolist(),
-                    table.boxes_xywh.tolist(),
-                    ground_truth.area.tolist(),
-                    ignored,
-                    strict=True,
-                )
-            )
-        ],
-    }
-    people.createIndex()
-    return people

@@ -1,10 +1,11 @@
-"""Which detection found whom: the matching that all miss-rate protocols share.
+"""Matching of detections to ground truth, and the miss-rate curve that all protocols share.
 
-Picture by picture, detections best first: each takes the free person it overlaps most (IoU; of equal overlaps the
-later in the list), if that reaches the threshold. One that finds nobody free may fall into an ignored truth
-(intersection over the detection's own area), of which any number may; it then counts neither way.
+In each image, detections are processed by descending score. A detection takes the unmatched ground-truth box with the
+highest IoU that reaches the threshold; among equal IoUs the last in the list wins. If there is none, the detection may
+fall into an ignore region: intersection over the detection's area reaches the threshold. An ignore region accepts any
+number of detections, and they count neither as true nor as false positives.
 
-Miss rate against false positives per picture (FPPI), and MR^-2: its geometric mean over nine FPPI points.
+MR^-2 (Dollár et al. 2012) is the geometric mean of the miss rate at nine points of false positives per image (FPPI).
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,23 +17,61 @@ from numpy.typing import NDArray
 from hkd_det.metrics.tables import DetectionTable, Floats
 
 IGNORED, FALSE_POSITIVE, TRUE_POSITIVE = -1, 0, 1
-
-
-MAX_PAIRS_PER_CHUNK = 1 << 21  # bounds the memory, some 200 MiB, however many detections there are
+NO_GROUND_TRUTH = -1.0  # the mark of the official CityPersons program and of COCO
+MAX_PAIRS_PER_CHUNK = 1 << 21  # limits memory to about 200 MiB for any number of detections
 
 
 @dataclass(frozen=True, eq=False)
 class OverlapPairs:
-    """Detections and truths of the same picture that overlap, P in all.
+    """Pairs of a detection and a ground-truth box of the same image that overlap, P in all.
 
-    detection, truth: [P] indices into their tables. iou: [P] with the truth as a person. share: [P] of the detection's
-    own area inside the truth as an ignore region.
+    Attributes:
+        detection_index (int array[P]): Row of the detection in its table.
+        gt_index (int array[P]): Row of the ground-truth box in its table.
+        iou (float64 array[P]): Intersection over union, 0 to 1.
+        ioa (float64 array[P]): Intersection over the detection's area, 0 to 1, with the box as an ignore region.
     """
 
     detection_index: NDArray[np.intp]
     gt_index: NDArray[np.intp]
     iou: Floats
     ioa: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class RecallCurve:
+    """Recall against false positives per image; one entry per counted detection, by descending score.
+
+    Attributes:
+        recall (float64 array[D]): 0 to 1.
+        fppi (float64 array[D]): False positives per image.
+        scores (float64 array[D]): Score of the detection.
+    """
+
+    recall: Floats
+    fppi: Floats
+    scores: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class MissRateResult:
+    """Log-average miss rate of one setup and its curve.
+
+    Attributes:
+        value: MR^-2 as a fraction, or `NO_GROUND_TRUTH` (-1) if the setup contains no ground-truth box.
+        fppi (float64 array[D]): False positives per image after each counted detection, by descending score.
+        miss_rate (float64 array[D]): Miss rate at the same places, 0 to 1.
+        scores (float64 array[D]): Scores at the same places.
+        num_gt: Number of ground-truth boxes in the setup.
+        num_images: Number of evaluated images.
+    """
+
+    value: float
+    fppi: Floats
+    miss_rate: Floats
+    scores: Floats
+    num_gt: int
+    num_images: int
 
 
 def compute_overlaps(
@@ -42,30 +81,133 @@ def compute_overlaps(
     ignore_boxes_xywh: Floats,
     min_overlap: float,
 ) -> OverlapPairs:
-    """All pairs whose IoU or share is at least `least`.
+    """Compute all pairs whose IoU or IoA reaches a minimum.
 
-    picture: [N], of each truth. people_xywh, regions_xywh: [N, 4], the truths' boxes as people and as ignore regions:
-    some protocols reshape the first.
+    Args:
+        detections: All detections of the data set.
+        gt_image_index (int array[N]): Image of each ground-truth box.
+        gt_boxes_xywh (float64 array[N, 4]): Boxes that are compared by IoU. Some protocols reshape them.
+        ignore_boxes_xywh (float64 array[N, 4]): The same boxes as ignore regions, compared by IoA.
+        min_overlap: Smallest IoU or IoA to keep, 0 to 1.
+
+    Returns:
+        The pairs, ordered by detection.
     """
     order = np.argsort(gt_image_index, kind="stable")
     first = np.searchsorted(gt_image_index[order], detections.image_index, side="left")
-    count = np.searchsorted(gt_image_index[order], detections.image_index, side="right") - first
+    num_pairs = np.searchsorted(gt_image_index[order], detections.image_index, side="right") - first
     left, right = _compute_x_limits(detections.boxes_xywh)
-    people_left, people_right = _compute_x_limits(gt_boxes_xywh)
-    regions_left, regions_right = _compute_x_limits(ignore_boxes_xywh)
-    truth_left, truth_right = np.minimum(people_left, regions_left), np.maximum(people_right, regions_right)
-    parts = []
-    for start, stop in _iterate_chunks(count):
-        sizes = count[start:stop]
-        detection = np.repeat(np.arange(start, stop), sizes)
-        within = np.arange(len(detection)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        truth = order[np.repeat(first[start:stop], sizes) + within]
-        # Most stand beside each other: that is cheap to see.
-        meet = (left[detection] < truth_right[truth]) & (truth_left[truth] < right[detection])
-        parts.append(
-            _filter_overlapping(detections, detection[meet], truth[meet], gt_boxes_xywh, ignore_boxes_xywh, min_overlap)
+    box_left, box_right = _compute_x_limits(gt_boxes_xywh)
+    ignore_left, ignore_right = _compute_x_limits(ignore_boxes_xywh)
+    gt_left, gt_right = np.minimum(box_left, ignore_left), np.maximum(box_right, ignore_right)
+    chunks = []
+    for start, stop in _iterate_chunks(num_pairs):
+        counts = num_pairs[start:stop]
+        detection_index = np.repeat(np.arange(start, stop), counts)
+        offset = np.arange(len(detection_index)) - np.repeat(np.cumsum(counts) - counts, counts)
+        gt_index = order[np.repeat(first[start:stop], counts) + offset]
+        # Most boxes of an image do not overlap in x; this test is cheaper than the areas.
+        overlaps_x = (left[detection_index] < gt_right[gt_index]) & (gt_left[gt_index] < right[detection_index])
+        chunks.append(
+            _filter_overlapping(
+                detections,
+                detection_index[overlaps_x],
+                gt_index[overlaps_x],
+                gt_boxes_xywh,
+                ignore_boxes_xywh,
+                min_overlap,
+            )
         )
-    return _concatenate_pairs(parts)
+    return _concatenate_pairs(chunks)
+
+
+def match_detections(
+    pairs: OverlapPairs, eval_mask: NDArray[np.bool_], gt_ignore: NDArray[np.bool_], min_overlap: float
+) -> tuple[NDArray[np.int8], NDArray[np.intp]]:
+    """Match detections to ground-truth boxes.
+
+    Args:
+        pairs: Overlaps from `compute_overlaps`, computed with a minimum of at most `min_overlap`.
+        eval_mask (bool array[D]): Detections that are evaluated.
+        gt_ignore (bool array[N]): Ground-truth boxes that are ignore regions in this setup.
+        min_overlap: Threshold of IoU and IoA, 0 to 1.
+
+    Returns:
+        match_status (int8 array[D]): `TRUE_POSITIVE`, `FALSE_POSITIVE` or `IGNORED`.
+        matched_gt (int array[D]): Row of the matched ground-truth box, -1 without a match.
+    """
+    is_evaluated, is_ignore_region = eval_mask[pairs.detection_index], gt_ignore[pairs.gt_index]
+    matched_gt = np.full(len(eval_mask), -1, np.intp)
+    in_ignore_region = np.flatnonzero(is_evaluated & is_ignore_region & (pairs.ioa >= min_overlap))
+    matched_gt[pairs.detection_index[in_ignore_region]] = pairs.gt_index[in_ignore_region]
+    match_status = np.where(matched_gt >= 0, IGNORED, FALSE_POSITIVE).astype(np.int8)
+    candidates = np.flatnonzero(is_evaluated & ~is_ignore_region & (pairs.iou >= min_overlap))
+    # Per detection by descending IoU, then by descending row: the last of equal overlaps comes first.
+    order = np.lexsort((-pairs.gt_index[candidates], -pairs.iou[candidates], pairs.detection_index[candidates]))
+    candidates = candidates[order]
+    taken: set[int] = set()
+    last_matched = -1
+    for detection, gt in zip(
+        pairs.detection_index[candidates].tolist(), pairs.gt_index[candidates].tolist(), strict=True
+    ):
+        if detection != last_matched and gt not in taken:
+            taken.add(gt)
+            last_matched = detection
+            match_status[detection], matched_gt[detection] = TRUE_POSITIVE, gt
+    return match_status, matched_gt
+
+
+def compute_curve(
+    scores: Floats, match_status: NDArray[np.int8], order: NDArray[np.intp], num_gt: int, num_images: int
+) -> RecallCurve:
+    """Accumulate true and false positives over descending scores.
+
+    Args:
+        scores (float64 array[D]): Scores of all detections.
+        match_status (int8 array[D]): Result of `match_detections`.
+        order (int array[K]): Rows of the evaluated detections, by descending score.
+        num_gt: Number of ground-truth boxes that are not ignored.
+        num_images: Number of images.
+
+    Returns:
+        The curve, without the ignored detections.
+    """
+    counted = order[match_status[order] != IGNORED]
+    recall = np.cumsum(match_status[counted] == TRUE_POSITIVE) / max(1, num_gt)
+    fppi = np.cumsum(match_status[counted] == FALSE_POSITIVE) / max(1, num_images)
+    return RecallCurve(recall, fppi, scores[counted])
+
+
+def log_average_miss_rate(recall_curve: RecallCurve, fppi_points: Iterable[float], recall_before_curve: float) -> float:
+    """Compute MR^-2, the geometric mean of the miss rate at the FPPI points.
+
+    The recall at a point is that of the last detection with an FPPI of at most the point.
+
+    Args:
+        recall_curve: Curve of one setup.
+        fppi_points: False positives per image, usually nine values from 0.01 to 1.
+        recall_before_curve: Recall at points below the first FPPI of the curve.
+
+    Returns:
+        The miss rate as a fraction. 1 for an empty curve, 0 if the miss rate is 0 at any point.
+    """
+    if not len(recall_curve.recall):
+        return 1.0
+    last = np.searchsorted(recall_curve.fppi, np.asarray(tuple(fppi_points)), side="right") - 1
+    missed = 1 - np.where(last >= 0, recall_curve.recall[last], recall_before_curve)
+    return 0.0 if (missed <= 0).any() else float(np.exp(np.log(missed).mean()))
+
+
+def make_result(recall_curve: RecallCurve, value: float, num_gt: int, num_images: int) -> MissRateResult:
+    """Combine a curve and its log-average; the value becomes `NO_GROUND_TRUTH` if `num_gt` is 0."""
+    return MissRateResult(
+        value if num_gt else NO_GROUND_TRUTH,
+        recall_curve.fppi,
+        1 - recall_curve.recall,
+        recall_curve.scores,
+        num_gt,
+        num_images,
+    )
 
 
 def _compute_x_limits(boxes_xywh: Floats) -> tuple[Floats, Floats]:
@@ -73,7 +215,7 @@ def _compute_x_limits(boxes_xywh: Floats) -> tuple[Floats, Floats]:
 
 
 def _iterate_chunks(pair_counts: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
-    """Ranges of detections that have some PAIRS_AT_ONCE pairs together."""
+    """Split the detections into ranges of about MAX_PAIRS_PER_CHUNK pairs."""
     ends, start = np.cumsum(pair_counts), 0
     while start < len(pair_counts):
         done = ends[start - 1] if start else 0
@@ -90,41 +232,16 @@ def _filter_overlapping(
     ignore_boxes_xywh: Floats,
     min_overlap: float,
 ) -> OverlapPairs:
-    """Of these pairs those that overlap by `least`."""
-    found, people = detections.boxes_xywh[detection_index], gt_boxes_xywh[gt_index]
-    shared, own = _compute_intersection(found, people), found[:, 2] * found[:, 3]
-    iou = _divide_or_zero(shared, own + people[:, 2] * people[:, 3] - shared)
-    share = _divide_or_zero(_compute_intersection(found, ignore_boxes_xywh[gt_index]), own)
-    near = (iou >= min_overlap) | (share >= min_overlap)
-    return OverlapPairs(detection_index[near], gt_index[near], iou[near], share[near])
-
-
-def match_detections(
-    pairs: OverlapPairs, eval_mask: NDArray[np.bool_], gt_ignore: NDArray[np.bool_], min_overlap: float
-) -> tuple[NDArray[np.int8], NDArray[np.intp]]:
-    """Verdict [D] (TRUE, FALSE or IGNORED) and partner [D] (index of the truth taken, -1 for none) of each detection.
-
-    kept: [D] bool, the detections that take part. ignored: [N] bool, the truths not to be found.
-    """
-    takes_part, region = eval_mask[pairs.detection_index], gt_ignore[pairs.gt_index]
-    partner = np.full(len(eval_mask), -1, np.intp)
-    inside = np.flatnonzero(takes_part & region & (pairs.ioa >= min_overlap))
-    partner[pairs.detection_index[inside]] = pairs.gt_index[inside]
-    verdict = np.where(partner >= 0, IGNORED, FALSE_POSITIVE).astype(np.int8)
-    wanted = np.flatnonzero(takes_part & ~region & (pairs.iou >= min_overlap))
-    wanted = wanted[np.lexsort((-pairs.gt_index[wanted], -pairs.iou[wanted], pairs.detection_index[wanted]))]
-    taken: set[int] = set()
-    served = -1
-    for detection, truth in zip(pairs.detection_index[wanted].tolist(), pairs.gt_index[wanted].tolist(), strict=True):
-        if detection != served and truth not in taken:
-            taken.add(truth)
-            served = detection
-            verdict[detection], partner[detection] = TRUE_POSITIVE, truth
-    return verdict, partner
+    boxes, gt_boxes = detections.boxes_xywh[detection_index], gt_boxes_xywh[gt_index]
+    intersection, area = _compute_intersection(boxes, gt_boxes), boxes[:, 2] * boxes[:, 3]
+    iou = _divide_or_zero(intersection, area + gt_boxes[:, 2] * gt_boxes[:, 3] - intersection)
+    ioa = _divide_or_zero(_compute_intersection(boxes, ignore_boxes_xywh[gt_index]), area)
+    kept = (iou >= min_overlap) | (ioa >= min_overlap)
+    return OverlapPairs(detection_index[kept], gt_index[kept], iou[kept], ioa[kept])
 
 
 def _compute_intersection(detection_boxes_xywh: Floats, gt_boxes_xywh: Floats) -> Floats:
-    """[P] shared areas, reckoned in the order of the official programs."""
+    """Compute intersection areas [P], with the operations in the order of the official programs."""
     width = np.minimum(
         detection_boxes_xywh[:, 0] + detection_boxes_xywh[:, 2], gt_boxes_xywh[:, 0] + gt_boxes_xywh[:, 2]
     ) - np.maximum(detection_boxes_xywh[:, 0], gt_boxes_xywh[:, 0])
@@ -138,73 +255,11 @@ def _divide_or_zero(numerator: Floats, denominator: Floats) -> Floats:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=numerator > 0)
 
 
-def _concatenate_pairs(parts: list[OverlapPairs]) -> OverlapPairs:
-    none, nothing = np.zeros(0, np.intp), np.zeros(0)
+def _concatenate_pairs(chunks: list[OverlapPairs]) -> OverlapPairs:
+    no_index, no_value = np.zeros(0, np.intp), np.zeros(0)
     return OverlapPairs(
-        np.concatenate([part.detection_index for part in parts] or [none]),
-        np.concatenate([part.gt_index for part in parts] or [none]),
-        np.concatenate([part.iou for part in parts] or [nothing]),
-        np.concatenate([part.ioa for part in parts] or [nothing]),
-    )
-
-
-NO_GROUND_TRUTH = -1.0  # the official CityPersons program's mark, and COCO's
-
-
-@dataclass(frozen=True, eq=False)
-class MissRateResult:
-    """The figure and the curve behind it.
-
-    value: MR^-2, a fraction; ABSENT (-1) where no one was to be found. fppi, miss_rate, scores: [D] float64, the curve
-    after each judged detection of all pictures, by falling score. people: to be found. pictures: evaluated.
-    """
-
-    value: float
-    fppi: Floats
-    miss_rate: Floats
-    scores: Floats
-    num_gt: int
-    num_images: int
-
-
-@dataclass(frozen=True, eq=False)
-class RecallCurve:
-    """recall, fppi, scores: [D] float64, after each judged detection, by falling score."""
-
-    recall: Floats
-    fppi: Floats
-    scores: Floats
-
-
-def compute_curve(
-    scores: Floats, match_status: NDArray[np.int8], order: NDArray[np.intp], num_gt: int, num_images: int
-) -> RecallCurve:
-    """The curve of verdicts [D], taken in `order` [K] (indices of those that take part, by falling score)."""
-    judged = order[match_status[order] != IGNORED]
-    recall = np.cumsum(match_status[judged] == TRUE_POSITIVE) / max(1, num_gt)
-    fppi = np.cumsum(match_status[judged] == FALSE_POSITIVE) / max(1, num_images)
-    return RecallCurve(recall, fppi, scores[judged])
-
-
-def log_average_miss_rate(recall_curve: RecallCurve, fppi_points: Iterable[float], recall_before_curve: float) -> float:
-    """MR^-2 of a curve: at each point the recall of the last detection with an FPPI of at most that.
-
-    recall_before: at points that lie before the curve's beginning.
-    """
-    if not len(recall_curve.recall):
-        return 1.0
-    last = np.searchsorted(recall_curve.fppi, np.asarray(tuple(fppi_points)), side="right") - 1
-    missed = 1 - np.where(last >= 0, recall_curve.recall[last], recall_before_curve)
-    return 0.0 if (missed <= 0).any() else float(np.exp(np.log(missed).mean()))
-
-
-def make_result(recall_curve: RecallCurve, value: float, num_gt: int, num_images: int) -> MissRateResult:
-    """The curve with its figure; ABSENT where no one was to be found."""
-    return MissRateResult(
-        value if num_gt else NO_GROUND_TRUTH,
-        recall_curve.fppi,
-        1 - recall_curve.recall,
-        recall_curve.scores,
-        num_gt,
-        num_images,
+        np.concatenate([chunk.detection_index for chunk in chunks] or [no_index]),
+        np.concatenate([chunk.gt_index for chunk in chunks] or [no_index]),
+        np.concatenate([chunk.iou for chunk in chunks] or [no_value]),
+        np.concatenate([chunk.ioa for chunk in chunks] or [no_value]),
     )

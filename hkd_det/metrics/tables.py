@@ -1,7 +1,7 @@
-"""What is judged: all truths and all detections of a data set, in columns.
+"""Columns that the metrics read: all ground truth and all detections of a data set.
 
-In double precision and as x, y, width, height, because the official programs reckon so: whether an overlap is
-just a half, or a height just 50, decides who counts. In columns, because ten million detections have to fit.
+Boxes are float64 xywh because the official programs compute with them: rounding decides whether an overlap of exactly
+0.5 or a height of exactly 50 counts. Columns keep ten million detections in memory.
 """
 
 from collections.abc import Sequence
@@ -10,27 +10,39 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det import boxes as box_math
+from hkd_det.boxes import xywh_from_xyxy
 from hkd_det.structures import Detections, GroundTruth
 
 Floats = NDArray[np.float64]
-MAX_BOX_VALUE_PX = 1e100  # beyond it areas are too large for a number
+MAX_BOX_VALUE = 1e100  # the area of a larger box overflows
 
 
 def is_valid_box(boxes_xywh: Floats) -> NDArray[np.bool_]:
-    """[N] whether a row [N, 4] from a file can be reckoned with: no NaN or infinity, sizes from 0."""
+    """Check boxes from a file.
+
+    Args:
+        boxes_xywh (float64 array[N, 4]): Boxes in pixels.
+
+    Returns:
+        valid (bool array[N]): True for finite values and sizes of at least 0.
+    """
     left, top, width, height = boxes_xywh.T
-    near = (np.abs(left) <= MAX_BOX_VALUE_PX) & (np.abs(top) <= MAX_BOX_VALUE_PX)
-    return near & (width >= 0) & (width <= MAX_BOX_VALUE_PX) & (height >= 0) & (height <= MAX_BOX_VALUE_PX)
+    is_finite = (np.abs(left) <= MAX_BOX_VALUE) & (np.abs(top) <= MAX_BOX_VALUE)
+    return is_finite & (width >= 0) & (width <= MAX_BOX_VALUE) & (height >= 0) & (height <= MAX_BOX_VALUE)
 
 
 @dataclass(frozen=True, eq=False)
 class GroundTruthTable:
-    """People and ignore regions of a data set, N in all, in each picture in the order of their file.
+    """Ground-truth boxes and ignore regions of a data set, N in all, per image in file order.
 
-    pictures: evaluated, those without people included. picture: [N] int, 0..pictures-1. boxes_xywh: [N, 4] float64.
-    height_px, visibility: [N] float64, as annotated; visibility is inf where a protocol says so of people who are not
-    occluded. ignore: [N] bool, not to be found in any setup.
+    Attributes:
+        num_images: Number of evaluated images, including those without boxes.
+        image_index (int array[N]): Image of each box, 0 to `num_images` - 1.
+        boxes_xywh (float64 array[N, 4]): xywh, pixels.
+        height_px (float64 array[N]): Annotated height in pixels. It can differ from the box height.
+        visible_ratio (float64 array[N]): Visible part of the box, 0 to 1. The original Caltech protocol uses inf for
+            boxes that are not occluded.
+        ignore (bool array[N]): True for ignore regions of every setup.
     """
 
     num_images: int
@@ -44,28 +56,33 @@ class GroundTruthTable:
         count = len(self.image_index)
         columns = (self.height_px, self.visible_ratio, self.ignore)
         if self.boxes_xywh.shape != (count, 4) or any(column.shape != (count,) for column in columns):
-            raise ValueError("the columns of a TruthTable must be of one length")
+            raise ValueError("GroundTruthTable: expected columns of equal length")
 
     @classmethod
     def from_samples(cls, ground_truths: Sequence[GroundTruth]) -> "GroundTruthTable":
-        """From the truths of all pictures, in order."""
-        whole = _concatenate_arrays([truth.boxes_xyxy for truth in ground_truths], 4)
+        """Build the table from the ground truth of each image, in order."""
+        boxes_xyxy = _concatenate_arrays([one.boxes_xyxy for one in ground_truths], 4)
         return cls(
             len(ground_truths),
-            np.repeat(np.arange(len(ground_truths)), [len(truth) for truth in ground_truths]),
-            box_math.xywh_from_xyxy(whole).astype(np.float64),
-            whole[:, 3] - whole[:, 1],
-            np.concatenate([truth.visible_ratio for truth in ground_truths] or [np.zeros(0)]),
-            np.concatenate([truth.ignore for truth in ground_truths] or [np.zeros(0, bool)]),
+            np.repeat(np.arange(len(ground_truths)), [len(one) for one in ground_truths]),
+            xywh_from_xyxy(boxes_xyxy).astype(np.float64),
+            boxes_xyxy[:, 3] - boxes_xyxy[:, 1],
+            np.concatenate([one.visible_ratio for one in ground_truths] or [np.zeros(0)]),
+            np.concatenate([one.ignore for one in ground_truths] or [np.zeros(0, bool)]),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionTable:
-    """Detections of a data set, D in all, picture by picture, in each the best first; made by `DetectionTable.sort`.
+    """Detections of a data set, D in all, sorted by image and descending score.
 
-    picture: [D] int. boxes_xywh: [D, 4] float64. scores: [D] float64, of any range: only their order counts.
-    row: [D] int, where each stood before it was sorted.
+    Use `from_rows` or `from_detections` to build a sorted table.
+
+    Attributes:
+        image_index (int array[D]): Image of each detection.
+        boxes_xywh (float64 array[D, 4]): xywh, pixels.
+        scores (float64 array[D]): Any range; only the order matters.
+        source_row (int array[D]): Row of each detection before sorting.
     """
 
     image_index: NDArray[np.intp]
@@ -75,32 +92,35 @@ class DetectionTable:
 
     @classmethod
     def from_rows(cls, image_index: NDArray[np.intp], boxes_xywh: Floats, scores: Floats) -> "DetectionTable":
-        """From rows in any order; equal scores of a picture keep theirs."""
+        """Sort rows by image and descending score; equal scores keep their order.
+
+        Args:
+            image_index (int array[D]): Image of each detection.
+            boxes_xywh (float64 array[D, 4]): xywh, pixels.
+            scores (float64 array[D]): Scores.
+        """
         order = np.lexsort((-scores, image_index))
         return cls(image_index[order], boxes_xywh[order], scores[order], order)
 
     @classmethod
     def from_detections(cls, detections: Sequence[Detections]) -> "DetectionTable":
-        """From the detections of all pictures, in order."""
+        """Build the table from the detections of each image, in order."""
+        boxes_xyxy = _concatenate_arrays([one.boxes_xyxy for one in detections], 4)
         return cls.from_rows(
-            np.repeat(np.arange(len(detections)), [len(found) for found in detections]),
-            box_math.xywh_from_xyxy(_concatenate_arrays([found.boxes_xyxy for found in detections], 4)).astype(
-                np.float64
-            ),
-            _concatenate_arrays([found.scores for found in detections]),
+            np.repeat(np.arange(len(detections)), [len(one) for one in detections]),
+            xywh_from_xyxy(boxes_xyxy).astype(np.float64),
+            _concatenate_arrays([one.scores for one in detections]),
         )
 
     def __len__(self) -> int:
         return len(self.scores)
 
-    def select(self, eval_mask: NDArray[np.bool_]) -> "DetectionTable":
-        """Those where `kept` [D] bool is true."""
-        return DetectionTable(
-            self.image_index[eval_mask], self.boxes_xywh[eval_mask], self.scores[eval_mask], self.source_row[eval_mask]
-        )
+    def select(self, mask: NDArray[np.bool_]) -> "DetectionTable":
+        """Return the rows where `mask` (bool array[D]) is true."""
+        return DetectionTable(self.image_index[mask], self.boxes_xywh[mask], self.scores[mask], self.source_row[mask])
 
     def rank_per_image(self) -> NDArray[np.intp]:
-        """[D] how many better ones of its picture stand before each."""
+        """Return the rank of each detection in its image, int array[D], 0 for the highest score."""
         starts = np.flatnonzero(np.diff(self.image_index, prepend=-1))
         lengths = np.diff(starts, append=len(self))
         return np.arange(len(self)) - np.repeat(starts, lengths)

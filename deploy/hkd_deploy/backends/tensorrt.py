@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.trt.builder import TrtLog, make_trt_logger
-from hkd_deploy.trt.cuda import CudaDevice, import_tensorrt, open_cuda
+from hkd_deploy.trt.bindings import TrtLog, import_tensorrt, make_trt_logger
+from hkd_deploy.trt.cuda import CudaDevice, open_cuda
 from hkd_deploy.trt.engine_info import EngineInfo, check_compatibility, read_engine_info, read_plan
 from hkd_det.errors import DataError, UnavailableError
 
@@ -146,7 +146,7 @@ class InferRequest:
         if images.dtype != np.uint8 or images.ndim != len(low) or images.shape[3] != low[3]:
             raise ValueError(said)
         if not all(a <= n <= b for a, n, b in zip(low, images.shape, high, strict=True)):
-            raise DataError(f"{said}; build it for that: hkd-export MODEL.onnx --trt --trt-profile SMALLEST,USUAL,LARGEST")
+            raise DataError(f"{said}; build it for that: hkd-export MODEL.onnx --trt --trt-profile MIN,OPT,MAX")
 
     def _check_call(self, succeeded: bool, call: str) -> None:
         if not succeeded:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hkd_deploy.precision.model import parse_onnx_model
-from hkd_deploy.trt.engine_info import TensorInfo, read_engine_info, read_plan
+from hkd_deploy.trt.engine_info import EngineTensor, read_engine_info, read_plan
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.onnxrt.session import open_session
@@ -115,7 +115,7 @@ def _read_from_engine_info(path: Path) -> ModelFile:
     facts = read_engine_info(path)
     read_plan(path, facts)  # is it the one the sidecar speaks of, and whole?
 
-    def tensors(values: Sequence[TensorInfo]) -> tuple[TensorSpec, ...]:
+    def tensors(values: Sequence[EngineTensor]) -> tuple[TensorSpec, ...]:
         return tuple(_make_tensor_spec(path, value.name, value.dtype, value.shape) for value in values)
 
     most = facts.profile.max[0] if facts.profile else None

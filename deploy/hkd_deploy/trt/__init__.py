@@ -1,1 +1,1 @@
-"""TensorRT: an engine from an ONNX file, on the device that runs it. Imports tensorrt only where it is used."""
+"""Building of TensorRT engines from ONNX files, on the device that runs them."""

@@ -1,65 +1,61 @@
-"""From an ONNX file to the bytes of an engine: parse, configure, build. The same for TensorRT 10.3 to 11.
+"""Parse an ONNX file and build a serialized engine with TensorRT 10.3 to 11.
 
-The network is always strongly typed: its precision is the file's, and nothing else is asked of the builder.
+Networks are always strongly typed: the engine computes in the precision of the ONNX file.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
 from typing import Any
 
-from hkd_deploy.trt.cuda import is_jetson, parse_trt_version
+from hkd_deploy.trt.bindings import TrtLog, is_jetson, make_trt_logger, parse_trt_version
 from hkd_deploy.trt.onnx_file import OnnxFile
 from hkd_deploy.trt.profile import Profile, ProfileShape, resolve_profile
 from hkd_deploy.trt.progress import BuildProgress, make_progress_monitor
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 MIB = 2**20
-# The newest opset that a parser knows, from that TensorRT on; it takes newer ones without a word, and guesses.
+DEFAULT_WORKSPACE_MIB = 1024
+# Newest supported opset, by the first TensorRT version that supports it. The parser accepts newer opsets without a
+# message and interprets them as the newest one that it supports.
 MAX_OPSETS = {(10, 13): 24, (10, 0): 20}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What may be asked of a build.
+    """Options of an engine build.
 
-    profile: smallest, usual, largest input of a dynamic graph; None for what suits the file.
-    workspace_mib: what one layer may take for itself while it runs.
-    dla: core of the deep learning accelerator; what it can't do runs on the GPU.
-    compatible: "version" (later TensorRT of the same major), "hardware" (any GPU from Ampere on).
-    timing_cache: measured tactics, read if there and written afterwards.
+    Attributes:
+        profile: Minimum, optimum and maximum input of a dynamic graph. None derives them from the metadata.
+        workspace_mib: Limit of the scratch memory of one layer, MiB.
+        dla: Core of the deep learning accelerator. Layers that it does not support run on the GPU.
+        version_compatible: Whether the engine also runs on later TensorRT releases of the same major version.
+        hardware_compatible: Whether the engine also runs on other GPUs, from Ampere on.
+        timing_cache: File with the measured tactics. It is read if it exists, and written after the build.
     """
 
     profile: tuple[ProfileShape, ProfileShape, ProfileShape] | None = None
-    workspace_mib: int = 1024
+    workspace_mib: int = DEFAULT_WORKSPACE_MIB
     dla: int | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
     timing_cache: Path | None = None
 
 
-@dataclass
-class TrtLog:
-    """What TensorRT said that matters. layers: the message that lists what was built, if it was logged."""
-
-    errors: list[str] = field(default_factory=list)
-    layers: str = ""
-
-    @property
-    def first_error(self) -> str:
-        """The first error, on one line."""
-        return " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
-
-
 @dataclass(frozen=True)
 class BuildResult:
-    """An engine, ready to be written.
+    """A serialized engine and facts about its build.
 
-    operators: how many layers of each kind the parser made. timing_cache: what was measured, if it was asked for.
+    Attributes:
+        plan: The serialized engine.
+        profile: Optimization profile of a dynamic graph, or None for a static one.
+        layer_counts: Number of parsed layers by TensorRT layer type, in descending order.
+        build_s: Duration of the build, seconds.
+        timing_cache: Serialized timing cache, or None if it was not requested.
     """
 
     plan: bytes
@@ -69,152 +65,154 @@ class BuildResult:
     timing_cache: bytes | None = None
 
 
-def make_trt_logger(trt: Any, log: TrtLog) -> Any:
-    """TensorRT's ILogger that keeps errors and the list of layers, and prints nothing."""
-
-    class Recorder(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                log.errors.append(msg)
-            elif msg.startswith("Layers:"):
-                log.layers = msg
-
-    return Recorder()
-
-
 def build_plan(
-    trt: Any, source: OnnxFile, options: BuildOptions, log: TrtLog, on_thread_start: Callable[[], None] = lambda: None
+    trt: Any, onnx_file: OnnxFile, options: BuildOptions, log: TrtLog, on_thread_start: Callable[[], None] | None = None
 ) -> BuildResult:
-    """Build an engine; a bar shows how far it is, Ctrl-C stops it.
+    """Build an engine. A progress bar shows the state, and Ctrl-C cancels the build.
 
-    on_thread: called first on the thread that builds, to choose its GPU.
-    Raises DataError for a file TensorRT cannot parse or build, UsageError for options that do not
-    fit the file, UnavailableError for what this machine does not have.
+    Args:
+        trt: The module `tensorrt`.
+        onnx_file: The model.
+        options: Build options.
+        log: Receives the messages of TensorRT.
+        on_thread_start: Called first in the thread that builds, for example to select its GPU.
+
+    Returns:
+        The serialized engine and facts about its build.
+
+    Raises:
+        DataError: If TensorRT cannot parse or build the file.
+        UsageError: If an option does not fit the file.
+        UnavailableError: If an option needs hardware that this machine does not have.
     """
-    _check_opset(trt, source)
+    _check_opset(trt, onnx_file)
     logger = make_trt_logger(trt, log)
     builder = _create_builder(trt, logger, log)
     network = builder.create_network(_get_strongly_typed_flag(trt))
-    parser = trt.OnnxParser(network, logger)  # kept: it owns the weights until the engine is built
-    if not parser.parse(source.content):
-        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot parse it: {_format_parser_error(parser)}")
+    parser = trt.OnnxParser(network, logger)  # must outlive the build: it owns the weights
+    if not parser.parse(onnx_file.content):
+        raise DataError(f"{onnx_file.path}: TensorRT {trt.__version__} cannot parse it: {_format_parser_error(parser)}")
     config = builder.create_builder_config()
-    profile = _add_profile(builder, network, config, source, options)
-    _configure(trt, builder, config, source, options)
+    profile = _add_profile(builder, network, config, onnx_file, options)
+    _configure(trt, builder, config, onnx_file, options)
     _load_timing_cache(config, options.timing_cache, log)
-    operators = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
+    layer_counts = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
     start = perf_counter()
     with BuildProgress("building the engine") as progress:
         config.progress_monitor = make_progress_monitor(trt, progress)
         plan = _run_interruptible(lambda: builder.build_serialized_network(network, config), progress, on_thread_start)
     if plan is None:
-        raise DataError(f"{source.path}: TensorRT {trt.__version__} cannot build it: {log.first_error}")
-    cache = bytes(config.get_timing_cache().serialize()) if options.timing_cache else None
-    return BuildResult(bytes(plan), profile, dict(operators.most_common()), perf_counter() - start, cache)
+        raise DataError(f"{onnx_file.path}: TensorRT {trt.__version__} cannot build it: {log.first_error}")
+    timing_cache = bytes(config.get_timing_cache().serialize()) if options.timing_cache else None
+    return BuildResult(bytes(plan), profile, dict(layer_counts.most_common()), perf_counter() - start, timing_cache)
 
 
-def _check_opset(trt: Any, source: OnnxFile) -> None:
-    newest = next(opset for since, opset in MAX_OPSETS.items() if parse_trt_version(trt) >= since)
-    if source.opset > newest:
+def _check_opset(trt: Any, onnx_file: OnnxFile) -> None:
+    max_opset = next(opset for version, opset in MAX_OPSETS.items() if parse_trt_version(trt) >= version)
+    if onnx_file.opset > max_opset:
         raise DataError(
-            f"{source.path}: opset {source.opset} is too new for TensorRT {trt.__version__}, which knows up to "
-            f"{newest}; export it again with hkd-export"
+            f"{onnx_file.path}: opset {onnx_file.opset} is too new for TensorRT {trt.__version__}, which supports "
+            f"opsets up to {max_opset}. Export the model again with hkd-export."
         )
 
 
 def _create_builder(trt: Any, logger: Any, log: TrtLog) -> Any:
     try:
         return trt.Builder(logger)
-    except TypeError:  # pybind11's words for a constructor that returned nothing
+    except TypeError:  # raised by pybind11 if the native constructor returns a null pointer
         raise UnavailableError(
-            f"TensorRT {trt.__version__} does not start: {log.first_error}; it needs an NVIDIA GPU and driver "
-            "(without one, --dry-run works after make tensorrt-cpu)"
+            f"TensorRT {trt.__version__} does not start: {log.first_error}. It needs an NVIDIA GPU and driver. "
+            "Without a GPU, use --dry-run after make tensorrt-cpu."
         ) from None
 
 
 def _get_strongly_typed_flag(trt: Any) -> int:
-    """The flag where there is one; some day networks are only ever so."""
+    # A release that supports strongly typed networks only may drop the flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _format_parser_error(parser: Any) -> str:
     if not parser.num_errors:
-        return "it gave no reason"
+        return "no reason given"
     error = parser.get_error(0)
-    words = f"node {error.node()} {error.node_name()} ({error.node_operator()}): {error.desc()}"
-    return " ".join(words.split())
+    message = f"node {error.node()} {error.node_name()} ({error.node_operator()}): {error.desc()}"
+    return " ".join(message.split())
 
 
-def _add_profile(builder: Any, network: Any, config: Any, source: OnnxFile, options: BuildOptions) -> Profile | None:
+def _add_profile(builder: Any, network: Any, config: Any, onnx_file: OnnxFile, options: BuildOptions) -> Profile | None:
     images = network.get_input(0)
-    profile = resolve_profile(tuple(images.shape), options.profile, source.metadata, source.path)
+    profile = resolve_profile(tuple(images.shape), options.profile, onnx_file.metadata, onnx_file.path)
     if profile:
         if options.dla is not None and profile.min != profile.max:
-            raise UsageError(f"--dla {options.dla}: the accelerator runs one shape only; export with a fixed --batch")
-        shapes = builder.create_optimization_profile()
-        shapes.set_shape(images.name, profile.min, profile.opt, profile.max)
-        config.add_optimization_profile(shapes)
+            raise UsageError(f"--dla {options.dla}: the DLA runs one shape only. Export with a fixed --batch.")
+        trt_profile = builder.create_optimization_profile()
+        trt_profile.set_shape(images.name, profile.min, profile.opt, profile.max)
+        config.add_optimization_profile(trt_profile)
     return profile
 
 
-def _configure(trt: Any, builder: Any, config: Any, source: OnnxFile, options: BuildOptions) -> None:
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows names only
+def _configure(trt: Any, builder: Any, config: Any, onnx_file: OnnxFile, options: BuildOptions) -> None:
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # otherwise the inspector returns layer names only
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
         if is_jetson():
-            raise UsageError("--hardware-compatible: not on a Jetson, whose engines run on their own module only")
+            raise UsageError("--hardware-compatible: not supported on a Jetson. Omit the flag.")
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.dla is not None:
-        _use_dla(trt, builder, config, source, options.dla)
+        _configure_dla(trt, builder, config, onnx_file, options.dla)
 
 
-def _use_dla(trt: Any, builder: Any, config: Any, source: OnnxFile, core: int) -> None:
+def _configure_dla(trt: Any, builder: Any, config: Any, onnx_file: OnnxFile, core: int) -> None:
     if core >= builder.num_DLA_cores:
         raise UnavailableError(
-            f"--dla {core}: TensorRT {trt.__version__} finds {builder.num_DLA_cores} accelerator(s) here; "
-            "Orin NX and AGX Orin have two, and TensorRT drives them up to 10.7, and from 11.4.1 on AGX Orin"
+            f"--dla {core}: TensorRT {trt.__version__} finds {builder.num_DLA_cores} DLA core(s) on this machine. "
+            "Orin NX and AGX Orin have two; TensorRT supports them up to 10.7, and on AGX Orin again from 11.4.1."
         )
-    if source.precision not in ("fp16", "int8"):
-        raise UsageError(f"--dla {core}: runs fp16 and int8, {source.path} is {source.precision}")
+    if onnx_file.precision not in ("fp16", "int8"):
+        raise UsageError(f"--dla {core}: expected an fp16 or int8 model, got {onnx_file.precision} ({onnx_file.path}).")
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = core
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
 
 
 def _run_interruptible(
-    function: Callable[[], Any], progress: BuildProgress, on_thread_start: Callable[[], None]
+    function: Callable[[], Any], progress: BuildProgress, on_thread_start: Callable[[], None] | None
 ) -> Any:
-    """`work` on a thread of its own: Python hears Ctrl-C only between its own steps, and the build is one long one."""
-    outcome: Future[Any] = Future()
+    """Run a native function in a thread, so that Ctrl-C can cancel it.
+
+    Python handles signals between bytecode instructions of the main thread. The build is one long native call,
+    therefore the main thread only waits for it.
+    """
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            on_thread_start()
-            outcome.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
-            outcome.set_exception(error)
+            if on_thread_start:
+                on_thread_start()
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - raised again by future.result()
+            future.set_exception(error)
 
     thread = Thread(target=run)
     try:
         thread.start()
-        return outcome.result()
+        return future.result()
     except KeyboardInterrupt:
         progress.cancel()
         if thread.is_alive():
-            thread.join()  # until the builder has let go of what it works on
+            thread.join()  # the builder uses the network until it returns
         raise
 
 
 def _load_timing_cache(config: Any, path: Path | None, log: TrtLog) -> None:
     if path is None:
         return
-    said = len(log.errors)  # what is no cache at all may be taken as an empty one, with an error in the log
+    num_errors = len(log.errors)  # TensorRT may accept an invalid file as an empty cache and only log an error
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False) or len(log.errors) > said:
-        raise UsageError(f"--timing-cache {path}: of another GPU or TensorRT, or no timing cache; name another file")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False) or len(log.errors) > num_errors:
+        raise UsageError(
+            f"--timing-cache {path}: not a timing cache of this GPU and TensorRT version. Use another file name."
+        )

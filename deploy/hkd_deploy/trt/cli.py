@@ -1,131 +1,43 @@
-"""`--check`: the real parser and builder on a machine without a GPU; nothing is written.
+"""Flags of hkd-export for TensorRT: build an engine (--trt), or only check that it builds (--dry-run).
 
-They run in a process of their own, with whichever TensorRT is here: the one of `make tensorrt-cpu`, else the installed.
-That process writes one JSON answer: `python -m hkd_deploy.trt.cli MODEL.onnx ANSWER.json OPTIONS`.
-
-`hkd-export --trt`: its flags, and what they do.
+A dry run needs no GPU. Its parser and builder run in a child process, because the Python environment that has a
+TensorRT for CPUs can be another one: the environment of `make tensorrt-cpu`, otherwise the current one. The child
+process runs `python -m hkd_deploy.trt.cli MODEL.onnx REPLY.json OPTIONS` and writes its result to the JSON file.
 """
 
 import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import msgspec
-
-from hkd_deploy.trt.builder import BuildOptions, TrtLog, build_plan
-from hkd_deploy.trt.cuda import import_tensorrt, install_hint
-from hkd_deploy.trt.engine import (
+from hkd_deploy.trt.bindings import TrtLog, get_install_hint, import_tensorrt
+from hkd_deploy.trt.builder import DEFAULT_WORKSPACE_MIB, BuildOptions, build_plan
+from hkd_deploy.trt.engine import build_engine, check_precision
+from hkd_deploy.trt.engine_info import get_engine_info_path
+from hkd_deploy.trt.engine_layers import (
     EngineLayer,
-    build_engine,
-    check_precision,
     count_precisions,
-    format_counts,
     format_layer_table,
+    format_precision_counts,
     parse_build_log,
 )
-from hkd_deploy.trt.engine_info import get_engine_info_path
-from hkd_deploy.trt.onnx_file import read_onnx_file
+from hkd_deploy.trt.onnx_file import OnnxFile, read_onnx_file
 from hkd_deploy.trt.profile import parse_profile
-from hkd_deploy.trt.progress import memory_warning
+from hkd_deploy.trt.progress import format_memory_note
+from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
-from hkd_det.files import atomic_write
-
-LAUNCHER_PATH = Path(".tensorrt") / "python"  # what deploy/tensorrt_cpu.py writes
-
-
-REPO_DIR = Path(__file__).parents[3]
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """A file that TensorRT parses and builds. operators: layers of each kind the parser made; layers: those built."""
-
-    tensorrt: str
-    layer_counts: dict[str, int]
-    layers: list[EngineLayer]
-    plan_bytes: int
-    build_s: float
-
-
-@dataclass(frozen=True)
-class CheckError:
-    """Why not, as a command prints it; `kind` is the error's class."""
-
-    error_class: str
-    message: str
-
-
-def check_build(path: Path, options: BuildOptions) -> CheckResult:
-    """Parse and build an ONNX file, leaving nothing behind.
-
-    What belongs to the device is left out of the options: timing cache and compatibility.
-    Raises DataError with TensorRT's reason if it can't, UnavailableError where no TensorRT is.
-    """
-    options = replace(options, timing_cache=None, version_compatible=False, hardware_compatible=False)
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [*_find_interpreter(), "-m", __name__, str(path), str(answer), msgspec.json.encode(options).decode()]
-        # A session of its own: Ctrl-C is for this process, which then ends that one.
-        done = subprocess.run(command, check=False, start_new_session=True)
-        if not answer.exists():
-            raise DataError(f"{path}: TensorRT's process ended with code {done.returncode} and said nothing")
-        found = msgspec.json.decode(answer.read_bytes(), type=dict[str, msgspec.Raw])
-    if "refused" in found:
-        refused = msgspec.json.decode(found["refused"], type=CheckError)
-        kinds = {kind.__name__: kind for kind in (DataError, UnavailableError, UsageError)}
-        raise kinds[refused.error_class](refused.message)
-    return msgspec.json.decode(found["checked"], type=CheckResult)
-
-
-def _find_interpreter() -> list[str]:
-    """How to start a Python that has tensorrt."""
-    for folder in (Path.cwd(), REPO_DIR):
-        if (folder / LAUNCHER_PATH).exists():
-            return [str(folder / LAUNCHER_PATH)]
-    if importlib.util.find_spec("tensorrt"):
-        return [sys.executable]
-    raise UnavailableError(f"--dry-run needs TensorRT: make tensorrt-cpu (in the project's folder), or {install_hint()}")
-
-
-def _build_and_check(path: Path, options: BuildOptions) -> CheckResult:
-    trt = import_tensorrt()
-    source = read_onnx_file(path)
-    log = TrtLog()
-    built = build_plan(trt, source, options, log)
-    layers = parse_build_log(log.layers)
-    if not layers:
-        raise DataError(f"{path}: TensorRT {trt.__version__} has built it, but does not say in which precision")
-    check_precision(source, layers)
-    return CheckResult(trt.__version__, built.layer_counts, layers, len(built.plan), built.build_s)
-
-
-def main(argv: Sequence[str]) -> None:
-    """The child's body: the answer goes into the file named second."""
-    path, answer, options = argv
-    try:
-        checked = _build_and_check(Path(path), msgspec.json.decode(options, type=BuildOptions))
-        found: dict[str, object] = {"checked": checked}
-    except HkdError as error:
-        found = {"refused": CheckError(type(error).__name__, str(error))}
-    Path(answer).write_bytes(msgspec.json.encode(found))
-
-
-
-DEFAULT_WORKSPACE_MIB = 1024
-
+from hkd_det.files import write_text
 
 MIB = 2**20
-
-
-MAX_LISTED_TYPES = 4  # of layers, on one line
-
-
-FLAGS = (
+MAX_LISTED_TYPES = 4  # layer types in the summary line of a dry run
+LAUNCHER_PATH = Path(".tensorrt") / "python"  # written by deploy/tensorrt_cpu.py
+REPO_DIR = Path(__file__).parents[3]
+FLAGS = (  # argparse names of all flags that require --trt
     "dry_run",
     "print_layers",
     "trt_profile",
@@ -138,78 +50,95 @@ FLAGS = (
 )
 
 
+@dataclass(frozen=True)
+class DryRunResult:
+    """Result of a successful dry run.
+
+    Attributes:
+        tensorrt: TensorRT version.
+        layer_counts: Number of parsed layers by TensorRT layer type.
+        layers: Layers of the built engine that compute.
+        plan_bytes: Size of the serialized engine.
+        build_s: Duration of the build, seconds.
+    """
+
+    tensorrt: str
+    layer_counts: dict[str, int]
+    layers: tuple[EngineLayer, ...]
+    plan_bytes: int
+    build_s: float
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The group of flags for TensorRT."""
-    group = parser.add_argument_group("TensorRT, on the device that will run it")
-    group.add_argument("--trt", action="store_true", help="build an engine, in the precision of the ONNX file")
-    group.add_argument("--dry-run", action="store_true", help="with --trt: only see whether it builds; needs no GPU")
-    group.add_argument("--print-layers", action="store_true", help="with --trt: list the layers that were really built")
-    group.add_argument("--trt-profile", metavar="MIN,OPT,MAX", help="of a dynamic graph: 1,4,8 or 1x320x256,4x640x512,...")
+    """Add the flags of this module.
+
+    Args:
+        parser: Parser of hkd-export.
+    """
+    group = parser.add_argument_group("TensorRT", "run on the device that uses the engine; all flags require --trt")
+    group.add_argument("--trt", action="store_true", help="build an engine in the precision of the ONNX file")
     group.add_argument(
-        "--workspace", type=int, default=DEFAULT_WORKSPACE_MIB, metavar="MIB", help="for one layer; by default 1024"
+        "--dry-run", action="store_true", help="parse and build, but write nothing; needs no GPU; requires --trt"
     )
-    group.add_argument("--timing-cache", metavar="FILE", help="measured tactics: read if there, written afterwards")
-    group.add_argument("--dla", type=int, metavar="CORE", help="Jetson's accelerator; the GPU does what it can't")
-    group.add_argument("--version-compatible", action="store_true", help="allow later TensorRT of the same major version")
-    group.add_argument("--hardware-compatible", action="store_true", help="allow any GPU from Ampere on")
-    group.add_argument("--device", help="with --trt: the GPU to build on and for, cuda or cuda:1")
+    group.add_argument("--print-layers", action="store_true", help="list the layers of the built engine")
+    group.add_argument(
+        "--trt-profile",
+        metavar="MIN,OPT,MAX",
+        help="shapes of a dynamic graph: 1,4,8 (batch) or 1x320x256,4x640x512,8x640x512 (batch x width x height)",
+    )
+    group.add_argument(
+        "--workspace",
+        type=int,
+        default=DEFAULT_WORKSPACE_MIB,
+        metavar="MIB",
+        help="limit of the scratch memory of one layer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--timing-cache", metavar="FILE", help="measured tactics: read if the file exists, written after the build"
+    )
+    group.add_argument(
+        "--dla", type=int, metavar="CORE", help="core of the DLA of a Jetson; unsupported layers run on the GPU"
+    )
+    group.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="build an engine for later TensorRT releases of the same major version",
+    )
+    group.add_argument(
+        "--hardware-compatible", action="store_true", help="build an engine for other GPUs, from Ampere on"
+    )
+    group.add_argument("--device", help="GPU to build on, cuda or cuda:N (default: cuda)")
 
 
 def get_build_device(flags: argparse.Namespace) -> str:
-    """The GPU to build on and for."""
+    """Return the GPU to build on.
+
+    Args:
+        flags: Parsed flags.
+
+    Returns:
+        "cuda" or "cuda:N".
+    """
     device: str = flags.device or "cuda"
     return device
 
 
-def run_trt(onnx: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
-    """What --trt says: build the engine of an ONNX file, or --check that it can be built, and tell what came out.
-
-    The engine's path; None where nothing was written.
-    """
-    options = make_build_options(flags)
-    source = read_onnx_file(onnx)
-    if flags.dry_run:
-        checked = check_build(onnx, options)
-        kinds = [f"{count} {kind.lower()}" for kind, count in checked.layer_counts.items()]
-        common = ", ".join([*kinds[:MAX_LISTED_TYPES], *["..."] * (len(kinds) > MAX_LISTED_TYPES)])
-        print(
-            f"{onnx}: TensorRT {checked.tensorrt} parses it ({sum(checked.layer_counts.values())} layers: {common}) and "
-            f"builds {checked.plan_bytes / MIB:.1f} MiB in {checked.build_s:.1f} s; layers that multiply: "
-            f"{format_counts(count_precisions(checked.layers))} (asked: {source.precision}); nothing was written"
-        )
-        if flags.print_layers:
-            print(format_layer_table(checked.layers))
-        return None
-    engine = output or onnx.with_suffix(".engine")
-    if engine.suffix != ".engine":
-        raise UsageError(f"--output {engine}: must end in .engine")
-    if line := memory_warning(len(source.content), options.workspace_mib):
-        print(line)
-    sidecar, layers = build_engine(source, engine, options, get_build_device(flags))
-    print(
-        f"{engine}: {sidecar.gpu}, TensorRT {sidecar.tensorrt}, {engine.stat().st_size / MIB:.1f} MiB, built in "
-        f"{sidecar.build_s:.0f} s; layers that multiply: {format_counts(sidecar.precision_actual)} "
-        f"(asked: {sidecar.precision_requested}); facts in {get_engine_info_path(engine).name}"
-    )
-    if flags.print_layers:
-        print(format_layer_table(layers))
-        _write_layers(engine, layers)
-    return engine
-
-
-def _write_layers(engine: Path, layers: list[EngineLayer]) -> None:
-    path = engine.with_name(f"{engine.name}.layers.json")
-    with atomic_write(path) as aside:
-        aside.write_bytes(msgspec.json.format(msgspec.json.encode(layers), indent=2) + b"\n")
-    print(f"{path}: {len(layers)} layers")
-
-
 def make_build_options(flags: argparse.Namespace) -> BuildOptions:
-    """What the flags ask of the builder. Raises UsageError for what makes no sense."""
+    """Convert flags to build options.
+
+    Args:
+        flags: Parsed flags.
+
+    Returns:
+        The options.
+
+    Raises:
+        UsageError: If a value is invalid.
+    """
     if flags.workspace < 1:
-        raise UsageError(f"--workspace {flags.workspace}: at least 1 MiB")
+        raise UsageError(f"--workspace {flags.workspace}: expected at least 1 MiB.")
     if flags.dla is not None and flags.dla < 0:
-        raise UsageError(f"--dla {flags.dla}: a core's number, 0 or 1")
+        raise UsageError(f"--dla {flags.dla}: expected the number of a core, 0 or 1.")
     return BuildOptions(
         profile=parse_profile(flags.trt_profile) if flags.trt_profile else None,
         workspace_mib=flags.workspace,
@@ -218,6 +147,136 @@ def make_build_options(flags: argparse.Namespace) -> BuildOptions:
         hardware_compatible=flags.hardware_compatible,
         timing_cache=Path(flags.timing_cache) if flags.timing_cache else None,
     )
+
+
+def run_trt(onnx_path: Path, flags: argparse.Namespace, output: Path | None = None) -> Path | None:
+    """Run --trt: build an engine, or check that it builds, and print a summary.
+
+    Args:
+        onnx_path: The model.
+        flags: Parsed flags.
+        output: The engine to write. None replaces the suffix of the model by `.engine`.
+
+    Returns:
+        The engine, or None for a dry run.
+
+    Raises:
+        UsageError, DataError, UnavailableError: As `build_engine` and `check_build`.
+    """
+    options = make_build_options(flags)
+    onnx_file = read_onnx_file(onnx_path)
+    if flags.dry_run:
+        result = check_build(onnx_path, options)
+        print(_format_dry_run(onnx_file, result))
+        if flags.print_layers:
+            print(format_layer_table(result.layers))
+        return None
+    engine_path = output or onnx_path.with_suffix(".engine")
+    if engine_path.suffix != ".engine":
+        raise UsageError(f"--output {engine_path}: expected a name that ends in .engine.")
+    if note := format_memory_note(len(onnx_file.content), options.workspace_mib):
+        print(note)
+    engine_info, layers = build_engine(onnx_file, engine_path, options, get_build_device(flags))
+    print(
+        f"{engine_path}: {engine_info.gpu}, TensorRT {engine_info.tensorrt}, "
+        f"{engine_path.stat().st_size / MIB:.1f} MiB, built in {engine_info.build_s:.0f} s. Compute layers: "
+        f"{format_precision_counts(engine_info.precision_actual)} (requested: {engine_info.precision_requested}). "
+        f"Properties: {get_engine_info_path(engine_path).name}."
+    )
+    if flags.print_layers:
+        print(format_layer_table(layers))
+        _write_layers(engine_path, layers)
+    return engine_path
+
+
+def _format_dry_run(onnx_file: OnnxFile, result: DryRunResult) -> str:
+    types = [f"{count} {layer_type.lower()}" for layer_type, count in result.layer_counts.items()]
+    listed = ", ".join([*types[:MAX_LISTED_TYPES], *["..."] * (len(types) > MAX_LISTED_TYPES)])
+    num_layers = sum(result.layer_counts.values())
+    return (
+        f"{onnx_file.path}: TensorRT {result.tensorrt} parses it ({num_layers} layers: {listed}) "
+        f"and builds an engine of {result.plan_bytes / MIB:.1f} MiB in {result.build_s:.1f} s. Compute layers: "
+        f"{format_precision_counts(count_precisions(result.layers))} (requested: {onnx_file.precision}). "
+        "Nothing was written."
+    )
+
+
+def _write_layers(engine_path: Path, layers: Sequence[EngineLayer]) -> None:
+    path = engine_path.with_name(f"{engine_path.name}.layers.json")
+    write_text(path, json.dumps([asdict(layer) for layer in layers], indent=2) + "\n")
+    print(f"{path}: {len(layers)} layers")
+
+
+def check_build(onnx_path: Path, options: BuildOptions) -> DryRunResult:
+    """Parse and build an ONNX file without a GPU, and write nothing.
+
+    The timing cache and the two compatibility options have no effect: they need the device.
+
+    Args:
+        onnx_path: The model.
+        options: Build options.
+
+    Returns:
+        Facts about the engine.
+
+    Raises:
+        DataError: If TensorRT cannot parse or build the file.
+        UsageError: If an option does not fit the file.
+        UnavailableError: If no TensorRT is installed.
+    """
+    options = replace(options, timing_cache=None, version_compatible=False, hardware_compatible=False)
+    with tempfile.TemporaryDirectory() as temp_dir:
+        reply_path = Path(temp_dir) / "reply.json"
+        command = [*_find_interpreter(), "-m", __name__, str(onnx_path), str(reply_path), json.dumps(asdict(options))]
+        # A new session: Ctrl-C reaches this process only, and subprocess.run then ends the child.
+        process = subprocess.run(command, check=False, start_new_session=True)
+        if not reply_path.exists():
+            raise DataError(f"{onnx_path}: the TensorRT process ended with code {process.returncode} without a result.")
+        reply = json.loads(reply_path.read_text(encoding="utf-8"))
+    if "error" in reply:
+        error_classes = {cls.__name__: cls for cls in (DataError, UnavailableError, UsageError)}
+        raise error_classes[reply["error"]["error_class"]](reply["error"]["message"])
+    return dataclass_from_dict(DryRunResult, reply["result"])
+
+
+def _find_interpreter() -> list[str]:
+    """Return the start of a command line for a Python that has the tensorrt package."""
+    for directory in (Path.cwd(), REPO_DIR):
+        if (directory / LAUNCHER_PATH).exists():
+            return [str(directory / LAUNCHER_PATH)]
+    if importlib.util.find_spec("tensorrt"):
+        return [sys.executable]
+    raise UnavailableError(
+        f"--dry-run: TensorRT is not installed. Run make tensorrt-cpu in the repository, or: {get_install_hint()}."
+    )
+
+
+def _run_dry_run(onnx_path: Path, options: BuildOptions) -> DryRunResult:
+    trt = import_tensorrt()
+    onnx_file = read_onnx_file(onnx_path)
+    log = TrtLog()
+    build_result = build_plan(trt, onnx_file, options, log)
+    layers = tuple(parse_build_log(log.layers))
+    if not layers:
+        raise DataError(f"{onnx_path}: the log of TensorRT {trt.__version__} does not contain the layers.")
+    check_precision(onnx_file, layers)
+    plan_bytes = len(build_result.plan)
+    return DryRunResult(trt.__version__, build_result.layer_counts, layers, plan_bytes, build_result.build_s)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the child process of a dry run.
+
+    Args:
+        argv: The ONNX file, the JSON file for the result, and the build options as JSON.
+    """
+    onnx_path, reply_path, options_json = argv
+    try:
+        options = dataclass_from_dict(BuildOptions, json.loads(options_json))
+        reply: dict[str, object] = {"result": asdict(_run_dry_run(Path(onnx_path), options))}
+    except HkdError as error:
+        reply = {"error": {"error_class": type(error).__name__, "message": str(error)}}
+    Path(reply_path).write_text(json.dumps(reply), encoding="utf-8")
 
 
 if __name__ == "__main__":

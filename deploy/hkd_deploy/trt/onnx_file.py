@@ -1,4 +1,4 @@
-"""The ONNX file an engine is made of: what it says of itself, read without the onnx package, which no device has."""
+"""Read opset and metadata of an ONNX file without the onnx package, which devices do not have."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,23 +10,22 @@ from hkd_det.files import bytes_sha256
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
-
 # Field numbers of onnx.proto: ModelProto, OperatorSetIdProto, StringStringEntryProto.
 IR_VERSION, GRAPH, OPSET_IMPORT, METADATA_PROPS = 1, 7, 8, 14
-
-
 DOMAIN, VERSION = 1, 2
-
-
 KEY, VALUE = 1, 2
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An ONNX file, read whole.
+    """Content of an ONNX file.
 
-    opset: of the standard operators. precision: fp32, fp16, bf16 or int8, as hkd-export made it.
-    sha256: 64 hexadecimal digits, of the file.
+    Attributes:
+        path: The file.
+        content: All bytes of the file.
+        opset: Version of the default operator set.
+        metadata: Entries of `metadata_props`.
+        precision: fp32, fp16, bf16 or int8, as hkd-export wrote it.
     """
 
     path: Path
@@ -37,69 +36,84 @@ class OnnxFile:
 
     @property
     def sha256(self) -> str:
-        """Of the file, 64 hexadecimal digits."""
+        """SHA-256 of the file, 64 hexadecimal digits."""
         return bytes_sha256(self.content)
 
 
 def read_onnx_file(path: Path) -> OnnxFile:
-    """Read an ONNX file. Raises DataError for what is none.
+    """Read an ONNX file and check that it is complete.
 
-    TensorRT's own parser takes any text for an empty graph, and any opset for one it knows.
+    The parser of TensorRT accepts arbitrary text as an empty graph, so the check happens here.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DataError: If the file is missing, not an ONNX file, truncated, or has an unknown precision.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such model file; hkd-export writes one")
+        raise DataError(f"{path}: no such model file. hkd-export writes one.")
     content = path.read_bytes()
     try:
         opset, metadata = _parse_model(content)
-    except (ValueError, LookupError, TypeError):  # ends too early, lacks a field, or has another kind of field there
-        raise DataError(f"{path}: not an ONNX file, or a truncated one") from None
+    except (ValueError, LookupError, TypeError):  # truncated, a missing field, or a field of another wire type
+        raise DataError(f"{path}: not an ONNX file, or a truncated one.") from None
     precision = metadata.get("hkd.precision", "fp32")
     if precision not in PRECISIONS:
-        raise DataError(f"{path}: metadata hkd.precision is {precision!r}, known are {', '.join(PRECISIONS)}")
+        raise DataError(
+            f"{path}: unknown hkd.precision {precision!r} in the metadata. Expected {', '.join(PRECISIONS)}."
+        )
     return OnnxFile(path, content, opset, metadata, precision)
 
 
 def _parse_model(content: bytes) -> tuple[int, dict[str, str]]:
-    """(opset, metadata) of a serialised ModelProto. Raises ValueError, LookupError or TypeError if it can't be one."""
+    """Return opset and metadata of a serialized ModelProto.
+
+    Raise ValueError, LookupError or TypeError if the content is not a ModelProto.
+    """
     opsets: dict[str, int] = {}
     metadata: dict[str, str] = {}
-    seen = set()
-    for field, value in _iterate_fields(memoryview(content)):
-        seen.add(field)
-        if field == OPSET_IMPORT:
+    field_numbers = set()
+    for field_number, value in _iterate_fields(memoryview(content)):
+        field_numbers.add(field_number)
+        if field_number == OPSET_IMPORT:
             entry = dict(_iterate_fields(value))
             opsets[str(entry.get(DOMAIN, b""), "utf-8")] = int(entry[VERSION])
-        elif field == METADATA_PROPS:
+        elif field_number == METADATA_PROPS:
             entry = dict(_iterate_fields(value))
             metadata[str(entry[KEY], "utf-8")] = str(entry.get(VALUE, b""), "utf-8")
-    if not {IR_VERSION, GRAPH} <= seen or "" not in opsets:
-        raise ValueError("a ModelProto has a version, a graph and an opset")
+    if not {IR_VERSION, GRAPH} <= field_numbers or "" not in opsets:
+        raise ValueError("a ModelProto has a version, a graph and a default opset")
     return opsets[""], metadata
 
 
 def _iterate_fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of a protocol buffer: an int for a varint, else the bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _read_varint(data, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _read_varint(data, at)
+    """Yield field number and value of a protocol buffer message: an int for a varint, otherwise bytes."""
+    offset = 0
+    while offset < len(data):
+        key, offset = _read_varint(data, offset)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, offset = _read_varint(data, offset)
             yield key >> 3, value
             continue
-        if wire == 2:
-            size, at = _read_varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
+        if wire_type == 2:
+            size, offset = _read_varint(data, offset)
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
         else:
-            raise ValueError(f"wire type {wire}")
-        if at + size > len(data):
-            raise ValueError("ends inside a field")
-        yield key >> 3, data[at : at + size]
-        at += size
+            raise ValueError(f"unknown wire type {wire_type}")
+        if offset + size > len(data):
+            raise ValueError("the message ends inside a field")
+        yield key >> 3, data[offset : offset + size]
+        offset += size
 
 
 def _read_varint(data: memoryview, offset: int) -> tuple[int, int]:
+    """Return the value of a varint and the offset behind it."""
     value, shift = 0, 0
     while True:
         byte = data[offset]
@@ -108,4 +122,4 @@ def _read_varint(data: memoryview, offset: int) -> tuple[int, int]:
         if not byte & 0x80:
             return value, offset
         if shift > 63:
-            raise ValueError("a varint of more than 64 bits")
+            raise ValueError("a varint has more than 64 bits")

@@ -1,4 +1,4 @@
-"""The optimisation profile of a dynamic graph: the smallest and largest input its engine runs, and the usual one."""
+"""Optimization profile of a dynamic graph: minimum, optimum and maximum input shape of its engine."""
 
 import itertools
 import re
@@ -9,14 +9,20 @@ from pathlib import Path
 from hkd_det.errors import DataError, UsageError
 from hkd_det.letterbox import STRIDE
 
-DEFAULT_BATCHES = (1, 4, 8)  # a few cameras; smallest, usual, largest
+DEFAULT_BATCHES = (1, 4, 8)  # minimum, optimum, maximum: suits a few cameras
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes of `images`: the smallest, the one it is tuned for, the largest."""
+    """Shapes of the input `images`.
+
+    Attributes:
+        min: Smallest shape.
+        opt: Shape for which the engine is optimized.
+        max: Largest shape.
+    """
 
     min: Shape
     opt: Shape
@@ -25,27 +31,43 @@ class Profile:
 
 @dataclass(frozen=True)
 class ProfileShape:
-    """One of the three of --profile: pictures at once and, where the size is free, their (height, width)."""
+    """One of the three shapes of --trt-profile.
+
+    Attributes:
+        batch: Number of images.
+        size_hw: Height and width in pixels, or None if the graph has a fixed size.
+    """
 
     batch: int
     size_hw: tuple[int, int] | None
 
 
 def parse_profile(text: str) -> tuple[ProfileShape, ProfileShape, ProfileShape]:
-    """`"1,4,8"` (batch) or `"1x320x256,4x640x512,8x640x512"` (batch x width x height): smallest, usual, largest."""
-    steps = [_parse_profile_shape(part) for part in text.split(",")]
-    if len(steps) != 3 or None in steps:
+    """Parse the value of --trt-profile.
+
+    Args:
+        text: Minimum, optimum and maximum, as "1,4,8" (batch) or "1x320x256,4x640x512,8x640x512"
+            (batch x width x height).
+
+    Returns:
+        The three shapes, in ascending order.
+
+    Raises:
+        UsageError: If the text has another form or the shapes do not ascend.
+    """
+    parsed = [_parse_profile_shape(part) for part in text.split(",")]
+    if len(parsed) != 3 or None in parsed:
         raise UsageError(
-            f"--trt-profile {text}: expected smallest,usual,largest as 1,4,8 (batch) "
-            "or 1x320x256,4x640x512,8x640x512 (batch x width x height)"
+            f"--trt-profile {text}: expected MIN,OPT,MAX as 1,4,8 (batch) "
+            "or 1x320x256,4x640x512,8x640x512 (batch x width x height)."
         )
-    smallest, usual, largest = (step for step in steps if step)
-    rising = [(step.batch, *(step.size_hw or ())) for step in (smallest, usual, largest)]
-    if len({len(values) for values in rising}) > 1 or any(
-        low > high for one, other in itertools.pairwise(rising) for low, high in zip(one, other, strict=True)
+    smallest, optimum, largest = (shape for shape in parsed if shape)
+    values = [(shape.batch, *(shape.size_hw or ())) for shape in (smallest, optimum, largest)]
+    if len({len(value) for value in values}) > 1 or any(
+        low > high for lower, upper in itertools.pairwise(values) for low, high in zip(lower, upper, strict=True)
     ):
-        raise UsageError(f"--trt-profile {text}: must rise from smallest over usual to largest, in the same form")
-    return smallest, usual, largest
+        raise UsageError(f"--trt-profile {text}: the three shapes must have the same form and ascend.")
+    return smallest, optimum, largest
 
 
 def _parse_profile_shape(text: str) -> ProfileShape | None:
@@ -61,21 +83,34 @@ def resolve_profile(
     metadata: Mapping[str, str],
     path: Path,
 ) -> Profile | None:
-    """The profile for an input of `shape`, -1 where free; None if nothing is free.
+    """Determine the optimization profile of a graph.
 
-    Without a wish: batches 1, 4, 8; sizes from a quarter of the largest, which the metadata names, tuned for
-    the largest. Raises UsageError for a wish the graph cannot grant, DataError if the largest size is not named.
+    The default profile has the batches 1, 4 and 8, and sizes from a quarter of the largest size in the metadata up
+    to that size. The engine is optimized for the largest size.
+
+    Args:
+        shape: Shape of the input `images`, NHWC or NCHW. Free dimensions are -1.
+        requested: Shapes of --trt-profile, or None for the default.
+        metadata: Metadata of the ONNX file.
+        path: The ONNX file, for messages.
+
+    Returns:
+        The profile, or None if the graph has no free dimension.
+
+    Raises:
+        UsageError: If `requested` contradicts a fixed dimension.
+        DataError: If the largest size is needed and missing in the metadata.
     """
     if -1 not in shape:
         if requested:
-            raise UsageError(f"--trt-profile: {path} takes {list(shape)} and nothing else; export it with --dynamic")
+            raise UsageError(f"--trt-profile: {path} has the fixed shape {list(shape)}. Export it with --dynamic.")
         return None
-    steps = requested or _make_default_shapes(shape, metadata, path)
-    return Profile(*(_fill_free_dims(shape, step, path) for step in steps))
+    profile_shapes = requested or _make_default_shapes(shape, metadata, path)
+    return Profile(*(_fill_free_dims(shape, profile_shape, path) for profile_shape in profile_shapes))
 
 
 def _get_hw_axes(shape: Sequence[int]) -> tuple[int, int]:
-    return (1, 2) if shape[-1] == 3 else (2, 3)  # (B, H, W, 3), else (B, 3, H, W)
+    return (1, 2) if shape[-1] == 3 else (2, 3)  # NHWC, else NCHW
 
 
 def _select_hw(shape: Sequence[int]) -> tuple[int, ...]:
@@ -85,39 +120,39 @@ def _select_hw(shape: Sequence[int]) -> tuple[int, ...]:
 def _make_default_shapes(
     shape: Sequence[int], metadata: Mapping[str, str], path: Path
 ) -> tuple[ProfileShape, ProfileShape, ProfileShape]:
-    smallest, usual, largest = DEFAULT_BATCHES if shape[0] == -1 else (shape[0],) * 3
-    largest_hw = smallest_hw = None
+    min_batch, opt_batch, max_batch = DEFAULT_BATCHES if shape[0] == -1 else (shape[0],) * 3
+    max_hw = min_hw = None
     if -1 in _select_hw(shape):
-        largest_hw = _read_max_hw(metadata, path)
-        smallest_hw = (_compute_quarter_side(largest_hw[0]), _compute_quarter_side(largest_hw[1]))
-    return ProfileShape(smallest, smallest_hw), ProfileShape(usual, largest_hw), ProfileShape(largest, largest_hw)
+        max_hw = _read_max_imgsz_hw(metadata, path)
+        min_hw = (_compute_quarter_side(max_hw[0]), _compute_quarter_side(max_hw[1]))
+    return ProfileShape(min_batch, min_hw), ProfileShape(opt_batch, max_hw), ProfileShape(max_batch, max_hw)
 
 
-def _read_max_hw(metadata: Mapping[str, str], path: Path) -> tuple[int, int]:
-    named = metadata.get("hkd.max_imgsz", metadata.get("imgsz", ""))
-    match = re.fullmatch(r"\[([0-9]+), ?([0-9]+)\]", named)
+def _read_max_imgsz_hw(metadata: Mapping[str, str], path: Path) -> tuple[int, int]:
+    text = metadata.get("hkd.max_imgsz", metadata.get("imgsz", ""))
+    match = re.fullmatch(r"\[([0-9]+), ?([0-9]+)\]", text)
     if not match:
-        raise DataError(f"{path}: its metadata names no largest size; give --trt-profile")
+        raise DataError(f"{path}: the metadata contains no largest input size. Set --trt-profile.")
     return int(match[1]), int(match[2])
 
 
 def _compute_quarter_side(side: int) -> int:
-    """Of a side, as a multiple of the stride."""
+    """Return a quarter of a side as a multiple of the stride."""
     return min(side, max(STRIDE, side // 4 // STRIDE * STRIDE))
 
 
 def _fill_free_dims(shape: Sequence[int], profile_shape: ProfileShape, path: Path) -> Shape:
-    """`shape` with its free places taken from the step; what is not free must be what the step says."""
+    """Replace the free dimensions of `shape`. Raise UsageError if a fixed dimension has another value."""
     axis_h, axis_w = _get_hw_axes(shape)
     size_hw = profile_shape.size_hw
     if size_hw is None:
         if -1 in _select_hw(shape):
-            raise UsageError(f"--trt-profile: {path} leaves the size free; say batch x width x height, as 1x640x512")
+            raise UsageError(f"--trt-profile: {path} has a free size. Set batch x width x height, as 1x640x512.")
         size_hw = (shape[axis_h], shape[axis_w])
     filled = list(shape)
     filled[0], filled[axis_h], filled[axis_w] = profile_shape.batch, *size_hw
-    if any(free not in (-1, value) for free, value in zip(shape, filled, strict=True)):
+    if any(dim not in (-1, value) for dim, value in zip(shape, filled, strict=True)):
         raise UsageError(
-            f"--trt-profile: {path} takes {list(shape)}, where -1 is free, not {filled}; export it with --dynamic"
+            f"--trt-profile: {path} takes {list(shape)}, where -1 is free, got {filled}. Export it with --dynamic."
         )
     return tuple(filled)

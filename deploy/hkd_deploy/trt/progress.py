@@ -1,48 +1,77 @@
-"""A build's progress as one bar, from the phases inside phases that TensorRT reports.
+"""Progress bar of an engine build, and the estimate of the memory that it needs."""
 
-How much memory a build will want, so that a board of 4 or 8 GB is warned before the kernel kills the build.
-"""
-
+from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import Any
 
-import psutil
-from tqdm import tqdm
+from hkd_det.errors import import_package
+
+MIB = 2**20
+MEMINFO = Path("/proc/meminfo")
+# Parts of the memory estimate. They follow from the design of the builder and are not measured: the CUDA context and
+# the TensorRT libraries; the copies of the weights in the parser, the builder, the engine and the engine under test.
+BASE_MIB = 800
+NUM_WEIGHT_COPIES = 4
+SMALL_MEMORY_MIB = 17 * 1024  # includes 16 GB boards, on which CPU and GPU share the memory
 
 
 class BuildProgress:
-    """A bar of per cent, from 0 anew for each outermost phase. `cancel` makes the build stop at its next step."""
+    """Progress bar in percent. It starts again at 0 for every outermost phase.
+
+    TensorRT reports phases, which consist of steps and can contain other phases.
+
+    Args:
+        label: Text in front of the bar.
+    """
 
     def __init__(self, label: str) -> None:
-        bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
-        self._bar = tqdm(total=100, desc=label, bar_format=bar, delay=1, leave=False)
-        self._steps: dict[str, tuple[str | None, int, int]] = {}  # phase to parent, steps done, steps in all
+        tqdm = import_package("tqdm", "tqdm", "pip install 'hkd-det[tensorrt]'").tqdm
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+        self._bar = tqdm(total=100, desc=label, bar_format=bar_format, delay=1, leave=False)
+        self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, finished steps, all steps)
         self.cancelled = Event()
 
     def cancel(self) -> None:
-        """Ask the build to stop."""
+        """Request that the build stops after its current step."""
         self.cancelled.set()
 
-    def start(self, phase: str, parent: str | None, steps: int) -> None:
-        """A phase begins inside `parent`."""
-        if parent not in self._steps:
+    def start(self, phase: str, parent: str | None, num_steps: int) -> None:
+        """Add a phase.
+
+        Args:
+            phase: Name of the phase.
+            parent: Name of the enclosing phase, or None.
+            num_steps: Number of steps of the phase.
+        """
+        if parent not in self._phases:
             self._bar.n = 0
-        self._steps[phase] = (parent, 0, max(1, steps))
+        self._phases[phase] = (parent, 0, max(1, num_steps))
         self._bar.set_postfix_str(phase, refresh=False)
         self._refresh_bar()
 
     def step(self, phase: str) -> bool:
-        """One step of a phase is done; whether to go on."""
-        if phase in self._steps:
-            parent, done, steps = self._steps[phase]
-            self._steps[phase] = (parent, min(done + 1, steps), steps)
+        """Count one finished step.
+
+        Args:
+            phase: Name of the phase. An unknown phase is ignored.
+
+        Returns:
+            Whether the build should continue.
+        """
+        if phase in self._phases:
+            parent, num_finished, num_steps = self._phases[phase]
+            self._phases[phase] = (parent, min(num_finished + 1, num_steps), num_steps)
             self._refresh_bar()
         return not self.cancelled.is_set()
 
     def finish(self, phase: str) -> None:
-        """A phase is over; its parent's step is counted by the parent."""
-        self._steps.pop(phase, None)
+        """Remove a phase. The parent phase counts the step that contained it.
+
+        Args:
+            phase: Name of the phase. An unknown phase is ignored.
+        """
+        self._phases.pop(phase, None)
 
     def __enter__(self) -> "BuildProgress":
         return self
@@ -53,29 +82,38 @@ class BuildProgress:
         self._bar.close()
 
     def _refresh_bar(self) -> None:
-        roots = [phase for phase, (parent, _, _) in self._steps.items() if parent not in self._steps]
+        roots = [phase for phase, (parent, _, _) in self._phases.items() if parent not in self._phases]
         percent = 100 * max((self._compute_fraction(phase) for phase in roots), default=0.0)
-        if percent > self._bar.n:  # phases that were not announced may come late: never go back
+        if percent > self._bar.n:  # unannounced phases can start late; the bar never moves back
             self._bar.update(percent - self._bar.n)
 
     def _compute_fraction(self, phase: str) -> float:
-        """0..1; a running phase inside counts as its part of the step that waits for it."""
-        _, done, steps = self._steps[phase]
-        inside = sum(self._compute_fraction(child) for child, (parent, _, _) in self._steps.items() if parent == phase)
-        return min(1.0, (done + min(1.0, inside)) / steps)
+        """Return the finished part of a phase, 0 to 1. Child phases count as parts of the current step."""
+        _, num_finished, num_steps = self._phases[phase]
+        children = [name for name, (parent, _, _) in self._phases.items() if parent == phase]
+        current_step = min(1.0, sum(self._compute_fraction(name) for name in children))
+        return min(1.0, (num_finished + current_step) / num_steps)
 
 
 def make_progress_monitor(trt: Any, progress: BuildProgress) -> Any:
-    """TensorRT's IProgressMonitor that tells `progress`."""
+    """Create a TensorRT progress monitor that updates a progress bar.
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    Args:
+        trt: The module `tensorrt`.
+        progress: The bar.
+
+    Returns:
+        The `IProgressMonitor`.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is untyped
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             progress.start(phase_name, parent_phase, num_steps)
 
-        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002 - TensorRT's signature
+        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002 - signature of TensorRT
             return progress.step(phase_name)
 
         def phase_finish(self, phase_name: str) -> None:
@@ -84,34 +122,47 @@ def make_progress_monitor(trt: Any, progress: BuildProgress) -> Any:
     return Monitor()
 
 
-MIB = 2**20
-
-
-# An estimate from how the builder works, not a measurement: CUDA's context and TensorRT's libraries; the weights as the
-# parser's copy, the builder's, the engine's and the one being timed; and the workspace that one tactic may take.
-BASE_MIB = 800
-
-
-NUM_WEIGHT_COPIES = 4
-
-
-SMALL_BOARD_MIB = 17 * 1024  # up to 16 GB, which CPU and GPU share on a Jetson
-
-
 def estimate_build_mib(onnx_bytes: int, workspace_mib: int) -> int:
-    """Estimated peak of a build, MiB: 800 + 4 x the file + the workspace."""
+    """Estimate the peak memory of a build: 800 MiB + 4 x the ONNX file + the workspace.
+
+    Args:
+        onnx_bytes: Size of the ONNX file.
+        workspace_mib: Limit of the workspace, MiB.
+
+    Returns:
+        Peak memory, MiB.
+    """
     return BASE_MIB + NUM_WEIGHT_COPIES * -(-onnx_bytes // MIB) + workspace_mib
 
 
-def memory_warning(onnx_bytes: int, workspace_mib: int) -> str | None:
-    """What to say before a build; None on a machine with plenty."""
-    memory = psutil.virtual_memory()
-    if memory.total > SMALL_BOARD_MIB * MIB:
+def format_memory_note(onnx_bytes: int, workspace_mib: int) -> str | None:
+    """Compare the estimated memory of a build with the available memory of a small board.
+
+    The kernel of a small board kills a build that runs out of memory without a message.
+
+    Args:
+        onnx_bytes: Size of the ONNX file.
+        workspace_mib: Limit of the workspace, MiB.
+
+    Returns:
+        A note or a warning. None on a machine with more than 16 GB, or if the memory size is unknown.
+    """
+    memory = _read_memory_mib()
+    if memory is None or memory[0] > SMALL_MEMORY_MIB:
         return None
-    estimate, free = estimate_build_mib(onnx_bytes, workspace_mib), int(memory.available // MIB)
-    if free >= estimate:
-        return f"the build will want about {estimate} MiB (estimated); {free} MiB are available"
+    estimate, available = estimate_build_mib(onnx_bytes, workspace_mib), memory[1]
+    if available >= estimate:
+        return f"The build needs about {estimate} MiB (estimated). {available} MiB are available."
     return (
-        f"warning: the build will want about {estimate} MiB (estimated), only {free} MiB are available; close other "
-        f"programs, add swap, or take less with --workspace {max(64, workspace_mib // 4)}"
+        f"warning: the build needs about {estimate} MiB (estimated), but only {available} MiB are available. Close "
+        f"other programs, add swap space, or use --workspace {max(64, workspace_mib // 4)}."
     )
+
+
+def _read_memory_mib() -> tuple[int, int] | None:
+    """Return total and available memory, or None on a system without /proc/meminfo."""
+    if not MEMINFO.exists():
+        return None
+    lines = (line.split() for line in MEMINFO.read_text().splitlines())
+    kib = {fields[0]: int(fields[1]) for fields in lines}
+    return kib["MemTotal:"] // 1024, kib["MemAvailable:"] // 1024

@@ -101,7 +101,7 @@ def test_an_engine_has_its_row(
 ) -> None:
     """No engine is built here: what builds it says that it has, and the row says why it does not run."""
     path = tiny_onnx()
-    monkeypatch.setattr("hkd_deploy.trt.cli.run", lambda onnx, _flags, _output: onnx.with_suffix(".engine"))
+    monkeypatch.setattr("hkd_deploy.trt.cli.run_trt", lambda onnx, _flags, _output: onnx.with_suffix(".engine"))
     assert main([str(path), "--trt", "--device", "cuda:1", "--data", str(street())]) == 0
     _, engine = rows(capsys.readouterr().out)
     assert engine[0].strip() == str(path.with_suffix(".engine")) and engine[1].strip() == "tensorrt"

@@ -20,7 +20,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hkd_deploy.model_metadata import PREPROCESS, PREPROCESS_FLOAT01
-from hkd_deploy.trt.engine_info import EngineInfo, ProfileInfo, TensorInfo, bytes_sha256, write_engine
+from hkd_deploy.trt.engine_info import EngineInfo, EngineTensor, bytes_sha256, write_engine
+from hkd_deploy.trt.profile import Profile
 
 TRITON_CLIENT = "tritonclient==2.73.0"
 PROTO = "tritonclient/grpc/model_config_pb2.py"
@@ -87,8 +88,9 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
         path = tmp_path / "student.engine"
         batch, plan = (-1 if free else 1), b"a plan"
         nhwc = preprocess["layout"] == "NHWC"
-        images = TensorInfo("images", "UINT8" if nhwc else "FLOAT", [batch, *((96, 160, 3) if nhwc else (3, 96, 160))])
-        outputs = [TensorInfo("boxes", "FLOAT", [batch, 2, 4]), TensorInfo("scores", "FLOAT", [batch, 2])]
+        image_shape = (96, 160, 3) if nhwc else (3, 96, 160)
+        images = EngineTensor("images", "UINT8" if nhwc else "FLOAT", (batch, *image_shape))
+        outputs = (EngineTensor("boxes", "FLOAT", (batch, 2, 4)), EngineTensor("scores", "FLOAT", (batch, 2)))
         described = model_metadata((96, 160), None if free else 1) | {
             "hkd.format": "2",
             "hkd.preprocess": json.dumps(preprocess),
@@ -96,7 +98,7 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
             "hkd.dynamic_size": "false",
             "hkd.raw": "false",
         }
-        largest = [4, *images.shape[1:]]
+        largest = (4, *images.shape[1:])
         sidecar = EngineInfo(
             format=1,
             tensorrt="10.3.0",
@@ -108,9 +110,9 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
             dla=None,
             precision_requested="fp32",
             precision_actual={"fp32": 9},
-            inputs=[images],
-            outputs=[*outputs, *([TensorInfo("count", "INT64", [batch])] if count else [])],
-            profile=ProfileInfo([1, *largest[1:]], [2, *largest[1:]], largest) if free else None,
+            inputs=(images,),
+            outputs=(*outputs, *((EngineTensor("count", "INT64", (batch,)),) if count else ())),
+            profile=Profile((1, *largest[1:]), (2, *largest[1:]), largest) if free else None,
             workspace_mib=1024,
             context_mib=1.0,
             build_s=1.0,

@@ -1,8 +1,13 @@
-"""The bar of a build, from phases inside phases."""
+"""Tests of the progress bar of a build and of the memory estimate."""
+
+from pathlib import Path
 
 import pytest
 
-from hkd_deploy.trt.progress import BuildProgress
+from hkd_deploy.trt import progress as progress_module
+from hkd_deploy.trt.progress import BuildProgress, estimate_build_mib, format_memory_note
+
+MIB = 2**20
 
 
 @pytest.fixture
@@ -14,7 +19,7 @@ def percent(progress: BuildProgress) -> float:
     return float(progress._bar.n)
 
 
-def test_phases_inside_phases_are_parts_of_a_step(progress: BuildProgress) -> None:
+def test_nested_phases_are_parts_of_a_step(progress: BuildProgress) -> None:
     with progress:
         progress.start("all", None, 4)
         assert percent(progress) == 0
@@ -31,26 +36,69 @@ def test_phases_inside_phases_are_parts_of_a_step(progress: BuildProgress) -> No
         assert progress.step("all")
         assert percent(progress) == 50
         progress.finish("all")
+
+
+def test_outermost_phase_starts_at_zero(progress: BuildProgress) -> None:
+    with progress:
+        progress.start("all", None, 2)
+        progress.step("all")
+        progress.finish("all")
         progress.start("next", None, 10)
         assert percent(progress) == 0
         progress.step("next")
         assert percent(progress) == 10
 
 
-def test_it_never_goes_back_nor_beyond(progress: BuildProgress) -> None:
+def test_bar_never_decreases_or_exceeds_100(progress: BuildProgress) -> None:
     with progress:
         progress.start("all", None, 1)
         progress.step("all")
         progress.step("all")  # one step too many
         progress.start("late", "all", 10)
         assert percent(progress) == 100
-        progress.step("never announced")
-        progress.finish("never announced")
+        progress.step("unannounced")
+        progress.finish("unannounced")
         assert percent(progress) == 100
 
 
-def test_a_cancelled_build_is_told_to_stop(progress: BuildProgress) -> None:
+def test_step_after_cancel_returns_false(progress: BuildProgress) -> None:
     with progress:
         progress.start("all", None, 0)
         progress.cancel()
         assert not progress.step("all")
+
+
+def set_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total_gib: float, available_mib: int) -> None:
+    path = tmp_path / "meminfo"
+    path.write_text(
+        f"MemTotal:  {int(total_gib * 2**20)} kB\nMemFree:  1 kB\nMemAvailable: {available_mib * 1024} kB\n"
+        "HugePages_Total:  0\n"
+    )
+    monkeypatch.setattr(progress_module, "MEMINFO", path)
+
+
+def test_estimate_build_mib() -> None:
+    assert estimate_build_mib(10 * MIB, 1024) == 800 + 4 * 10 + 1024
+    assert estimate_build_mib(1, 0) == 800 + 4
+
+
+def test_memory_note_small_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_memory(tmp_path, monkeypatch, 7.4, 5000)
+    note = "The build needs about 1864 MiB (estimated). 5000 MiB are available."
+    assert format_memory_note(10 * MIB, 1024) == note
+
+
+def test_memory_note_too_little_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_memory(tmp_path, monkeypatch, 7.4, 1863)
+    note = format_memory_note(10 * MIB, 1024)
+    assert note is not None and note.startswith("warning: ") and "only 1863 MiB" in note and "--workspace 256" in note
+
+
+def test_memory_note_large_machine_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_memory(tmp_path, monkeypatch, 64, 100)
+    assert format_memory_note(10 * MIB, 1024) is None
+
+
+def test_memory_note_without_meminfo_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "MEMINFO", tmp_path / "absent")
+    assert format_memory_note(10 * MIB, 1024) is None

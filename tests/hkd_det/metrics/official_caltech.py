@@ -1,7 +1,7 @@
-"""The official Caltech evaluation, written a second time: slow, literal, loop by loop as the MATLAB programs have it.
+"""Second implementation of the official Caltech evaluation: slow, with the same loops as the MATLAB programs.
 
-After ../shared/evaluation.md and dbEval.m 3.2.1, bbGt.m (evalRes, compOas, compRoc, bbLoad), bbApply.m (resize). It
-shares no code with hkd_det.
+It follows dbEval.m 3.2.1, bbGt.m (evalRes, compOas, compRoc, bbLoad) and bbApply.m (resize). It shares no code with
+hkd_det.
 """
 
 import math
@@ -11,7 +11,7 @@ INF = math.inf
 
 
 def miss_rate(
-    pictures: list[tuple[list[dict[str, Any]], list[list[float]]]],
+    images: list[tuple[list[dict[str, Any]], list[list[float]]]],
     version: str,
     heights: tuple[float, float],
     visibilities: tuple[float, float],
@@ -19,19 +19,23 @@ def miss_rate(
     threshold: float,
     margin: float,
 ) -> float:
-    """pictures: (objects with lbl, bb, bbv, occ, ign; detections as [x, y, w, h, score])."""
+    """Compute MR^-2 of one setup.
+
+    Args:
+        images: Objects (lbl, bb, bbv, occ, ign) and detections [x, y, w, h, score] of each image.
+    """
     load = _load_old if version == "caltech" else _load_new
-    gt = [load(objects, heights, visibilities, aspect) for objects, _ in pictures]
+    gt = [load(objects, heights, visibilities, aspect) for objects, _ in images]
     dt = []
-    for _, found in pictures:
-        rows = [_resize(row) if version == "caltech" else list(row) for row in found]
+    for _, detections in images:
+        rows = [_resize(row) if version == "caltech" else list(row) for row in detections]
         dt.append([row for row in rows if row[3] >= heights[0] * (1 / margin) and row[3] < heights[1] * margin])
-    people, judged = 0, []
-    for truths, found in zip(gt, dt, strict=True):
-        real, results = _eval_res(truths, found, threshold)
-        people += real
-        judged += results
-    return _log_average(judged, people, len(pictures))
+    num_gt, results = 0, []
+    for gt_image, dt_image in zip(gt, dt, strict=True):
+        num_gt_image, results_image = _eval_res(gt_image, dt_image, threshold)
+        num_gt += num_gt_image
+        results += results_image
+    return _log_average(results, num_gt, len(images))
 
 
 def _load_old(
@@ -93,13 +97,13 @@ def _eval_res(gt0: list[list[float]], dt0: list[list[float]], thr: float) -> tup
     results = []
     for d in dt0:
         best_oa, best_g, best_m = thr, -1, 0
-        for g, truth in enumerate(gt):
-            m = truth[4]
+        for g, box in enumerate(gt):
+            m = box[4]
             if m == 1:
                 continue
             if best_m != 0 and m == -1:
                 break
-            oa = _overlap(d, truth, m == -1)
+            oa = _overlap(d, box, m == -1)
             if oa < best_oa:
                 continue
             best_oa, best_g, best_m = oa, g, (1 if m == 0 else -1)
@@ -121,16 +125,16 @@ def _overlap(dt: list[float], gt: list[float], ignored: bool) -> float:
     return t / (dt[2] * dt[3] if ignored else dt[2] * dt[3] + gt[2] * gt[3] - t)
 
 
-def _log_average(judged: list[tuple[float, int]], people: int, pictures: int) -> float:
-    if people == 0:
-        return -1.0  # MATLAB's is NaN
-    ordered = sorted(judged, key=lambda row: -row[0])
+def _log_average(results: list[tuple[float, int]], num_gt: int, num_images: int) -> float:
+    if num_gt == 0:
+        return -1.0  # NaN in MATLAB
+    ordered = sorted(results, key=lambda row: -row[0])
     xs, ys = [-INF], [0.0]
     fp = tp = 0
     for _, hit in ordered:
         fp, tp = fp + (hit != 1), tp + (hit == 1)
-        xs.append(fp / pictures)
-        ys.append(tp / people)
+        xs.append(fp / num_images)
+        ys.append(tp / num_gt)
     logs = []
     for exponent in (-2, -1.75, -1.5, -1.25, -1, -0.75, -0.5, -0.25, 0):
         last = max(j for j, x in enumerate(xs) if x <= 10.0**exponent)

@@ -1,4 +1,4 @@
-"""Caltech's miss rate, old and new, against a literal second implementation and closed forms."""
+"""Tests of both Caltech protocols against a second implementation and closed forms."""
 
 import importlib.util
 import sys
@@ -19,9 +19,9 @@ official = importlib.util.module_from_spec(spec)
 sys.modules["official_caltech"] = official
 spec.loader.exec_module(official)
 
-Picture = tuple[list[dict[str, Any]], list[list[float]]]
+ImageData = tuple[list[dict[str, Any]], list[list[float]]]
 
-# Heights and borders lie where the ranges end, boxes on a coarse grid so that they overlap by halves and tie.
+# Heights and borders at the limits of the ranges; boxes on a coarse grid, which gives overlaps of 0.5 and ties.
 heights = st.sampled_from([19, 20, 24, 29, 30, 40, 49, 50, 62.5, 79, 80, 99, 100, 130, 50 * (1 / 1.5)])
 boxes = st.tuples(
     st.sampled_from([3, 5, 10, 20, 25, 30.5, 600, 615]),
@@ -31,7 +31,7 @@ boxes = st.tuples(
 ).map(list)
 
 
-def visible(box: list[float], kind: int) -> list[float]:
+def visible_box(box: list[float], kind: int) -> list[float]:
     x, y, width, height = box
     return [[0, 0, 0, 0], box, [x, y, width, height * 0.65], [x, y, width, height * 0.2], [x, y, width / 2, height]][
         kind
@@ -42,7 +42,7 @@ objects = st.builds(
     lambda label, box, kind, occluded, ignore: {
         "lbl": label,
         "bb": box,
-        "bbv": visible(box, kind),
+        "bbv": visible_box(box, kind),
         "occ": occluded,
         "ign": ignore,
     },
@@ -53,36 +53,37 @@ objects = st.builds(
     st.sampled_from([False, False, False, True]),
 )
 detections = st.tuples(boxes, st.sampled_from([-1.5, 0.1, 0.5, 2, 37.25])).map(lambda pair: [*pair[0], pair[1]])
-pictures = st.lists(st.tuples(st.lists(objects, max_size=6), st.lists(detections, max_size=9)), min_size=1, max_size=8)
+images = st.lists(st.tuples(st.lists(objects, max_size=6), st.lists(detections, max_size=9)), min_size=1, max_size=8)
 
 
-def tables(data: list[Picture], version: AnnotationVersion) -> tuple[GroundTruthTable, DetectionTable]:
-    flat = [(number, one) for number, (some, _) in enumerate(data) for one in some]
-    found = [(number, row) for number, (_, rows) in enumerate(data) for row in rows]
-    box = np.array([one["bb"] for _, one in flat], np.float64).reshape(-1, 4)
-    shown = np.array([one["bbv"] for _, one in flat], np.float64).reshape(-1, 4)
-    occluded = np.array([one["occ"] for _, one in flat], bool)
-    share = shown[:, 2] * shown[:, 3] / (box[:, 2] * box[:, 3])
-    label = np.array([one["lbl"] for _, one in flat], str)
+def tables(data: list[ImageData], version: AnnotationVersion) -> tuple[GroundTruthTable, DetectionTable]:
+    annotations = [(index, one) for index, (some, _) in enumerate(data) for one in some]
+    dt = [(index, row) for index, (_, rows) in enumerate(data) for row in rows]
+    box = np.array([one["bb"] for _, one in annotations], np.float64).reshape(-1, 4)
+    visible = np.array([one["bbv"] for _, one in annotations], np.float64).reshape(-1, 4)
+    occluded = np.array([one["occ"] for _, one in annotations], bool)
+    ratio = visible[:, 2] * visible[:, 3] / (box[:, 2] * box[:, 3])
+    label = np.array([one["lbl"] for _, one in annotations], str)
     if version is AnnotationVersion.ORIGINAL:
-        visibility, ignore = np.where((shown == 0).all(1), np.inf, share), label != "person"
+        visible_ratio, ignore = np.where((visible == 0).all(1), np.inf, ratio), label != "person"
     else:
-        hidden = np.where((shown == box).all(1), 0.0, share)
-        visibility = np.where(~occluded | (shown == 0).all(1), 1.0, hidden)
-        ignore = np.array([one["ign"] for _, one in flat], bool) | (label == "ignore")
-    rows = np.array([row for _, row in found], np.float64).reshape(-1, 5)
+        occluded_ratio = np.where((visible == box).all(1), 0.0, ratio)
+        visible_ratio = np.where(~occluded | (visible == 0).all(1), 1.0, occluded_ratio)
+        ignore = np.array([one["ign"] for _, one in annotations], bool) | (label == "ignore")
+    rows = np.array([row for _, row in dt], np.float64).reshape(-1, 5)
+    image_index = np.array([index for index, _ in annotations], np.intp)
     return (
-        GroundTruthTable(len(data), np.array([n for n, _ in flat], np.intp), box, box[:, 3], visibility, ignore),
-        DetectionTable.from_rows(np.array([n for n, _ in found], np.intp), rows[:, :4], rows[:, 4]),
+        GroundTruthTable(len(data), image_index, box, box[:, 3], visible_ratio, ignore),
+        DetectionTable.from_rows(np.array([index for index, _ in dt], np.intp), rows[:, :4], rows[:, 4]),
     )
 
 
 @settings(deadline=None, max_examples=200)
-@given(pictures, st.sampled_from(list(AnnotationVersion)))
-def test_equals_the_literal_program_on_anything(data: list[Picture], version: AnnotationVersion) -> None:
-    ours = evaluate(*tables(data, version), version)
+@given(images, st.sampled_from(list(AnnotationVersion)))
+def test_evaluate_equals_second_implementation(data: list[ImageData], version: AnnotationVersion) -> None:
+    results = evaluate(*tables(data, version), version)
     for name, setup in SETUPS.items():
-        theirs = official.miss_rate(
+        expected = official.miss_rate(
             data,
             version.value,
             setup.height_px,
@@ -91,53 +92,53 @@ def test_equals_the_literal_program_on_anything(data: list[Picture], version: An
             setup.iou_threshold,
             setup.height_margin,
         )
-        assert abs(ours[name].value - theirs) < 1e-9, name
+        assert abs(results[name].value - expected) < 1e-9, name
 
 
 def person(x: float, height: float = 100, label: str = "person") -> dict[str, Any]:
     return {"lbl": label, "bb": [x, 50, height * 0.41, height], "bbv": [0, 0, 0, 0], "occ": False, "ign": False}
 
 
-def value(data: list[Picture], version: AnnotationVersion, setup: str = "Reasonable") -> float:
+def value(data: list[ImageData], version: AnnotationVersion, setup: str = "Reasonable") -> float:
     return evaluate(*tables(data, version), version, [SETUPS[setup]])[setup].value
 
 
 @pytest.mark.parametrize("version", list(AnnotationVersion))
-def test_closed_forms(version: AnnotationVersion) -> None:
-    hit, miss = [100, 50, 41, 100, 0.9], [300, 50, 41, 100, 0.5]
-    assert value([([person(100)], [hit])], version) == 0
+def test_evaluate_closed_forms(version: AnnotationVersion) -> None:
+    tp, fp = [100, 50, 41, 100, 0.9], [300, 50, 41, 100, 0.5]
+    assert value([([person(100)], [tp])], version) == 0
     assert value([([person(100)], [])], version) == 1
-    assert value([([], [miss])], version) == -1
-    # Two of three people found at once, the false alarm after them: a third is missed at every point.
-    data: list[Picture] = [([person(100)], [hit]), ([person(100)], [hit]), ([person(200)], [miss])]
+    assert value([([], [fp])], version) == -1
+    # Two true positives for three boxes, then a false positive: the miss rate is 1/3 at every point.
+    data: list[ImageData] = [([person(100)], [tp]), ([person(100)], [tp]), ([person(200)], [fp])]
     assert value(data, version) == pytest.approx(1 / 3, abs=1e-12)
 
 
-def test_a_curve_that_begins_beyond_a_point_has_recall_0_there() -> None:
-    """The false alarm comes first: FPPI 1 from the start, so that only the last point sees the person found."""
-    data: list[Picture] = [([person(100), person(300)], [[500, 50, 41, 100, 0.9], [100, 50, 41, 100, 0.8]])]
+def test_evaluate_before_curve_has_zero_recall() -> None:
+    """A false positive has the highest score: FPPI is 1 from the start, so only the last point has a recall."""
+    data: list[ImageData] = [([person(100), person(300)], [[500, 50, 41, 100, 0.9], [100, 50, 41, 100, 0.8]])]
     for version in AnnotationVersion:
         assert value(data, version) == pytest.approx(0.5 ** (1 / 9), abs=1e-12)
 
 
-def test_where_the_two_versions_differ() -> None:
-    hit = [100, 50, 41, 100, 0.9]
-    unsure: list[Picture] = [([person(300), person(100, label="person?")], [hit])]
-    assert value(unsure, AnnotationVersion.ORIGINAL) == 1  # ignored: nobody found, no false alarm
-    assert value(unsure, AnnotationVersion.CORRECTED) == pytest.approx(0.5, abs=1e-12)  # a person, found
-    wide = [60, 50, 121, 100, 0.9]  # the same centre, three times as wide: reshaped it is a perfect hit
+def test_evaluate_versions_differ_in_labels_and_widths() -> None:
+    tp = [100, 50, 41, 100, 0.9]
+    unsure: list[ImageData] = [([person(300), person(100, label="person?")], [tp])]
+    assert value(unsure, AnnotationVersion.ORIGINAL) == 1  # ignored: neither a true nor a false positive
+    assert value(unsure, AnnotationVersion.CORRECTED) == pytest.approx(0.5, abs=1e-12)  # a person: true positive
+    wide = [60, 50, 121, 100, 0.9]  # same center, three times as wide: IoU 1 after reshaping
     assert value([([person(100)], [wide])], AnnotationVersion.ORIGINAL) == 0
     assert value([([person(100)], [wide])], AnnotationVersion.CORRECTED) == pytest.approx(1, abs=1e-12)
-    edge: list[Picture] = [([person(100, height=80)], [])]
+    edge: list[ImageData] = [([person(100, height=80)], [])]
     assert (
         value(edge, AnnotationVersion.ORIGINAL, "Scale=medium") == -1
         and value(edge, AnnotationVersion.CORRECTED, "Scale=medium") == 1
     )
 
 
-def test_truth_that_the_official_program_has_filtered_is_taken_as_it_is() -> None:
-    """A person of 10 pixels at the border and an ignored one of 100: no setup is applied a second time."""
-    truth = GroundTruthTable(
+def test_evaluate_prefiltered_applies_no_setup() -> None:
+    """A box of visible ratio 0.1 at the border counts; the other box is ignored by the file."""
+    ground_truth = GroundTruthTable(
         1,
         np.array([0, 0]),
         np.array([[1, 50, 41, 100], [300, 50, 41, 100]], np.float64),
@@ -145,16 +146,16 @@ def test_truth_that_the_official_program_has_filtered_is_taken_as_it_is() -> Non
         np.array([0.1, 1.0]),
         np.array([False, True]),
     )
-    found = DetectionTable.from_rows(
+    dt = DetectionTable.from_rows(
         np.zeros(2, np.intp), np.array([[1, 50, 41, 100], [300, 50, 41, 100]], np.float64), np.array([0.5, 0.9])
     )
-    rate = evaluate(truth, found, AnnotationVersion.CORRECTED, [SETUPS["Reasonable"]], is_prefiltered=True)[
+    result = evaluate(ground_truth, dt, AnnotationVersion.CORRECTED, [SETUPS["Reasonable"]], is_prefiltered=True)[
         "Reasonable"
     ]
-    assert (rate.num_gt, rate.value, rate.fppi.tolist()) == (1, 0, [0])
+    assert (result.num_gt, result.value, result.fppi.tolist()) == (1, 0, [0])
 
 
-def test_the_standard_aspect_keeps_height_and_centre() -> None:
+def test_standardize_aspect_ratio_keeps_height_and_center() -> None:
     boxes = np.array([[10, 20, 30, 100], [0, 0, 41, 100]], np.float64)
     reshaped = standardize_aspect_ratio(boxes)
     assert reshaped[:, 2].tolist() == pytest.approx([41, 41]) and reshaped[:, 3].tolist() == [100, 100]

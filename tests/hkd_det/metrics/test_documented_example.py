@@ -1,4 +1,4 @@
-"""The Python example of docs/evaluation.md, run as it stands."""
+"""Runs the Python examples of the documentation on metrics."""
 
 import json
 import re
@@ -6,16 +6,27 @@ from pathlib import Path
 
 import pytest
 
-DOC = Path(__file__).parents[3] / "docs" / "evaluation.md"
+HOW_TO = Path(__file__).parents[3] / "docs" / "how-to"
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def one_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a ground-truth file of one person and a detection file that contains the same box."""
     box = [10, 10, 40, 100]
-    truth = {"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box}]}
-    (tmp_path / "val_gt.json").write_text(json.dumps(truth))
-    (tmp_path / "mine.json").write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": box, "score": 1}]))
+    content = {"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box}]}
+    (tmp_path / "val_gt.json").write_text(json.dumps(content))
+    (tmp_path / "detections.json").write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": box, "score": 1}]))
     monkeypatch.chdir(tmp_path)
-    found = re.search(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
-    assert found is not None
-    exec(compile(found[1], str(DOC), "exec"), {})
+    return tmp_path
+
+
+def run_example(page: str) -> None:
+    example = re.search(r"```python\n(.*?)```", (HOW_TO / page).read_text(), re.DOTALL)
+    assert example is not None
+    exec(compile(example[1], page, "exec"), {})
+
+
+@pytest.mark.usefixtures("one_person")
+def test_score_example_prints_miss_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("score.md")
     assert capsys.readouterr().out.split() == ["0.0", "1"]

@@ -1,0 +1,71 @@
+"""Tests of the ONNX reader: the result is compared with the onnx package, and damaged files are rejected."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from hkd_deploy.trt.onnx_file import read_onnx_file
+from hkd_det.errors import DataError
+
+
+def test_read_onnx_file_agrees_with_onnx(tiny_onnx: Callable[..., Path]) -> None:
+    path = tiny_onnx(changes={"description": "Fußgänger, " + 200 * "long ", "author": ""})
+    model, onnx_file = onnx.load(path), read_onnx_file(path)
+    assert onnx_file.metadata == {prop.key: prop.value for prop in model.metadata_props}
+    assert onnx_file.opset == model.opset_import[0].version == 17
+    assert onnx_file.precision == "fp32" and onnx_file.content == path.read_bytes()
+
+
+def test_opset_of_another_domain_is_ignored(tiny_onnx: Callable[..., Path]) -> None:
+    path = tiny_onnx()
+    model = onnx.load(path)
+    model.opset_import.insert(0, onnx.helper.make_opsetid("com.microsoft", 1))
+    path.write_bytes(model.SerializeToString())
+    assert read_onnx_file(path).opset == 17
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_precision_is_read_from_the_metadata(graph: Callable[..., Path], precision: str) -> None:
+    assert read_onnx_file(graph(precision=precision)).precision == precision
+
+
+def test_unknown_precision_raises(graph: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"unknown hkd\.precision 'fp4' .* Expected fp32, fp16, bf16, int8"):
+        read_onnx_file(graph(metadata_precision="fp4"))
+
+
+def test_truncated_file_raises(tiny_onnx: Callable[..., Path]) -> None:
+    path = tiny_onnx()
+    content = path.read_bytes()
+    for size in range(0, content.index(b"description") - 10, 7):
+        path.write_bytes(content[:size])
+        with pytest.raises(DataError, match="not an ONNX file, or a truncated one"):
+            read_onnx_file(path)
+
+
+def test_changed_byte_raises_only_data_errors(tiny_onnx: Callable[..., Path]) -> None:
+    path = tiny_onnx()
+    content = path.read_bytes()
+    num_rejected = 0
+    for offset in [*range(20), *range(content.index(b"description") - 10, len(content))]:
+        for byte in (0, 0x12, 0xFF):
+            path.write_bytes(content[:offset] + bytes([byte]) + content[offset + 1 :])
+            try:
+                read_onnx_file(path)  # a changed letter is a valid file
+            except DataError:
+                num_rejected += 1
+    assert num_rejected > 100
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"\x00" * 99, b"\xff" * 99, b"PK\x03\x04 a zip", b"\x08\x08"])
+def test_other_file_raises(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "other.onnx").write_bytes(content)
+    with pytest.raises(DataError, match=r"other\.onnx: not an ONNX file"):
+        read_onnx_file(tmp_path / "other.onnx")
+
+
+def test_missing_file_raises(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such model file"):
+        read_onnx_file(tmp_path / "absent.onnx")
