@@ -1,11 +1,11 @@
-"""Put a real TensorRT (Python API, ONNX parser, builder) into a folder, on a machine without a GPU.
+"""Install TensorRT (Python API, ONNX parser, builder) into a directory, on a machine without a GPU.
 
     python deploy/tensorrt_cpu.py .tensorrt
     .tensorrt/python -c "import tensorrt; print(tensorrt.__version__)"
 
-The libraries behind the tensorrt wheels are not on the package index, but TensorRT for RTX lies inside the
-wheel of its ONNX Runtime provider, and the tensorrt bindings load on top of it. Parsing a graph and
-building an engine work; running one needs a GPU. Linux x86-64, pip and gcc; about 1.5 GB of disk.
+The package index does not contain the libraries of the tensorrt wheels. The bindings also work with the libraries of
+TensorRT for RTX, which are part of the wheel of its ONNX Runtime provider. This is sufficient to parse a graph and to
+build an engine, but not to run one. Requires Linux x86-64, pip, gcc and about 1.5 GB of disk space.
 """
 
 import argparse
@@ -23,20 +23,27 @@ LIBRARY_LINKS = {
     "libtensorrt_rtx.so.1": "libtensorrt_rtx.so.1.*",
     "libcudart.so.13": "libcudart.so.13.*",
 }
-# The bindings load the plugin library at import; nothing here uses a plugin.
+# The bindings load the plugin library on import. No plugin is used.
 PLUGIN_STUB = "int initLibNvInferPlugins(void *logger, const char *name) { return 1; }"
 
 
-def install_tensorrt(folder: Path) -> Path:
-    """Fill `folder` and return its `python`, a launcher that finds tensorrt; at once if it is there already."""
-    launcher = folder / "python"
+def install_tensorrt(directory: Path) -> Path:
+    """Install TensorRT. Does nothing if it is installed already.
+
+    Args:
+        directory: Target directory.
+
+    Returns:
+        A launcher in the directory: a Python that can import tensorrt.
+    """
+    launcher = directory / "python"
     if launcher.exists():
         return launcher
-    site, lib = folder / "site", folder / "lib"
+    site, lib = directory / "site", directory / "lib"
     for part in (site, lib):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    _download_wheels(folder / "wheels", site)
+    _download_wheels(directory / "wheels", site)
     _link_libraries(site / "onnxruntime_ep_nv_tensorrt_rtx", lib)
     _compile_stub(lib)
     (site / "tensorrt").mkdir()
@@ -62,8 +69,8 @@ def _download_wheels(wheels: Path, site: Path) -> None:
 
 def _link_libraries(source: Path, lib: Path) -> None:
     for name, pattern in LIBRARY_LINKS.items():
-        (found,) = source.glob(pattern)
-        (lib / name).symlink_to(found)
+        (library,) = source.glob(pattern)
+        (lib / name).symlink_to(library)
 
 
 def _compile_stub(lib: Path) -> None:
@@ -73,6 +80,6 @@ def _compile_stub(lib: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Put a real TensorRT into a folder, without a GPU.")
-    parser.add_argument("folder", type=Path)
-    print(install_tensorrt(parser.parse_args().folder.resolve()))
+    parser = argparse.ArgumentParser(description="Install TensorRT into a directory, on a machine without a GPU.")
+    parser.add_argument("directory", type=Path, help="target directory")
+    print(install_tensorrt(parser.parse_args().directory.resolve()))
