@@ -21,7 +21,7 @@ from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, BenchResult, ModelResult, StageSamples, StoredCurve
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
 from hkd_deploy.backends import BACKENDS, default_backend
-from hkd_deploy.export.openvino import list_model_files
+from hkd_deploy.backends.openvino import list_model_files
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections

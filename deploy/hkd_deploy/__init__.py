@@ -1,7 +1,7 @@
-"""From weights to a board: export, the runtime without torch, streams and the demo.
+"""Deployment of trained detectors: export, runtime without torch, video streams and demo.
 
 with open_detector("student.onnx", device="cpu") as detector:
-    detections = detector(frame_rgb)
+    detections = detector(image_rgb)
 """
 
 from hkd_deploy.pipeline import Detector, StageTimes, open_detector

@@ -1,20 +1,18 @@
-"""`Manifest`: what an exported model file says about itself, in its ONNX metadata."""
+"""Metadata that `hkd-export` writes into a model file, and its strict reader."""
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from hkd_det.errors import DataError
 from hkd_det.letterbox import PAD_VALUE
 
-METADATA_FORMAT = 2  # of the metadata and of the graph's inputs and outputs; a reader knows all up to its own
+METADATA_FORMAT = 1  # version of the metadata keys and of the graph interface
 
-
-# What the graph expects its input to have been through; a file that asks for anything else is refused.
+# Preprocessing that the graph expects. These are the accepted values of the key hkd.preprocess.
 PREPROCESS: dict[str, object] = {
     "layout": "NHWC",
     "color": "RGB",
@@ -22,33 +20,34 @@ PREPROCESS: dict[str, object] = {
     "letterbox": "top-left",
     "pad": PAD_VALUE,
 }
-
-
-# The graph letterboxes: nothing at all.
 PREPROCESS_IN_GRAPH = {**PREPROCESS, "letterbox": "in graph"}
-
-
-# All but the detector's own mean and deviation.
 PREPROCESS_FLOAT01 = {**PREPROCESS, "layout": "NCHW", "dtype": "float32", "range": [0, 1]}
-
+SUPPORTED_PREPROCESS = (PREPROCESS, PREPROCESS_IN_GRAPH, PREPROCESS_FLOAT01)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Facts about one exported detector.
+    """Metadata of an exported detector.
 
-    imgsz_hw: (height, width) pixels the network sees; the most it sees where `dynamic_size`.
-    batch: pictures the graph takes at once; None where any number will do.
-    flops: of one picture at imgsz_hw; one multiply-add counts as two.
-    weights_sha256: 64 hexadecimal digits, of the trained weights that were exported.
-    data: what the weights were trained on.
-    max_hw: (height, width) pixels of the largest picture the graph takes: imgsz_hw, unless it letterboxes.
-    dynamic_size: whether it takes any size up to max_hw and pads inside.
-    letterbox: whether it takes any size up to max_hw, letterboxes inside, and answers in pixels of the picture.
-    preprocess: "uint8": (B, H, W, 3) RGB; "float01": float32 (B, 3, H, W) RGB, 0..1.
-    raw: whether every candidate comes out, before any is chosen.
+    Attributes:
+        model: Model name, for example `mini-student`.
+        imgsz_hw: (height, width) of the network input, pixels. The upper limit if `dynamic` is true.
+        batch: Fixed batch size of the graph. None if the batch dimension is free.
+        parameters: Number of parameters.
+        flops: FLOPs per image at `imgsz_hw`. A multiply-accumulate counts as two.
+        weights_sha256: SHA-256 of the trained weights, 64 hexadecimal digits.
+        data: Dataset that the weights were trained on.
+        license: License of the code and of the weights.
+        date: Time of export, ISO 8601.
+        version: Version of hkd-det that wrote the file.
+        max_imgsz_hw: (height, width) of the largest accepted image, pixels. Differs from `imgsz_hw` only if
+            `letterbox` is true.
+        dynamic: True if height and width of the input are free up to `max_imgsz_hw`.
+        letterbox: True if the graph accepts images of any size, letterboxes them and returns boxes in image pixels.
+        preprocess: `uint8` for input [B, H, W, 3] uint8 RGB, `float01` for input [B, 3, H, W] RGB, 0 to 1.
+        raw: True if the graph returns all candidate boxes with their logits, without duplicate suppression.
     """
 
     model: str
@@ -69,25 +68,32 @@ class ModelMetadata:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> "ModelMetadata":
-        """The manifest in the metadata of the file at `path`.
+        """Parse the metadata strings of a model file.
 
-        Raises DataError, naming the file, for a file that hkd-export did not write, one of a newer
-        format, a missing key or a value that cannot be read.
+        Args:
+            metadata: Keys and values of the file.
+            path: The file, for error messages.
+
+        Returns:
+            The parsed metadata.
+
+        Raises:
+            DataError: `hkd-export` did not write the file, a newer version wrote it, or a key is missing or invalid.
         """
-        written_in = _parse_format_version(metadata, path)
+        _check_format_version(metadata, path)
 
         def read(key: str, parse: Callable[[str], T]) -> T:
             if key not in metadata:
-                raise DataError(f"{path}: its metadata has no {key}: damaged, or changed after export; export it again")
+                raise DataError(f"{path}: metadata key {key} is missing. Export the model again.")
             try:
                 return parse(metadata[key])
             except ValueError as error:
-                raise DataError(f"{path}: metadata {key} is {metadata[key]!r}: {error}; export it again") from None
+                raise DataError(
+                    f"{path}: metadata {key}: invalid value {metadata[key]!r}: {error}. Export the model again."
+                ) from None
 
         read("task", _check_task)
-        first = written_in == 1  # the one graph there was: uint8 pictures of one size, letterboxed by the reader
-        known = (PREPROCESS,) if first else (PREPROCESS, PREPROCESS_IN_GRAPH, PREPROCESS_FLOAT01)
-        prepared = read("hkd.preprocess", partial(_parse_preprocess, known))
+        preprocess = read("hkd.preprocess", _parse_preprocess)
         return cls(
             model=read("hkd.model", _parse_nonempty_text),
             imgsz_hw=read("imgsz", _parse_imgsz_hw),
@@ -99,37 +105,38 @@ class ModelMetadata:
             license=read("license", _parse_nonempty_text),
             date=read("date", _parse_nonempty_text),
             version=read("version", _parse_nonempty_text),
-            max_imgsz_hw=read("imgsz" if first else "hkd.max_hw", _parse_imgsz_hw),
-            dynamic=not first and read("hkd.dynamic_size", _parse_bool),
-            letterbox=prepared == PREPROCESS_IN_GRAPH,
-            preprocess="float01" if prepared == PREPROCESS_FLOAT01 else "uint8",
-            raw=not first and read("hkd.raw", _parse_bool),
+            max_imgsz_hw=read("hkd.max_imgsz", _parse_imgsz_hw),
+            dynamic=read("hkd.dynamic", _parse_bool),
+            letterbox=preprocess == PREPROCESS_IN_GRAPH,
+            preprocess="float01" if preprocess == PREPROCESS_FLOAT01 else "uint8",
+            raw=read("hkd.raw", _parse_bool),
         )
 
 
-def _parse_format_version(metadata: Mapping[str, str], path: Path) -> int:
+def _check_format_version(metadata: Mapping[str, str], path: Path) -> None:
     if "hkd.format" not in metadata:
-        raise DataError(f"{path}: not an hkd-det model (its metadata has no hkd.format); make one with hkd-export")
-    found = metadata["hkd.format"]
-    if not found.isascii() or not found.isdigit() or int(found) < 1:
-        raise DataError(f"{path}: metadata hkd.format is {found!r}, not a whole number; export it again")
-    if int(found) > METADATA_FORMAT:
+        raise DataError(f"{path}: not an hkd-det model: metadata key hkd.format is missing. Create it with hkd-export.")
+    version = metadata["hkd.format"]
+    if not version.isascii() or not version.isdigit() or int(version) < 1:
         raise DataError(
-            f"{path}: written in format {found} by a newer hkd-det, this one reads up to {METADATA_FORMAT}; "
-            "update with pip install -U hkd-det"
+            f"{path}: metadata hkd.format: expected a positive integer, got {version!r}. Export the model again."
         )
-    return int(found)
+    if int(version) > METADATA_FORMAT:
+        raise DataError(
+            f"{path}: metadata hkd.format: expected {METADATA_FORMAT}, got {version} from a newer hkd-det. "
+            "Update with pip install -U hkd-det."
+        )
 
 
 def _parse_nonempty_text(value: str) -> str:
     if not value.strip():
-        raise ValueError("empty")
+        raise ValueError("expected a non-empty text")
     return value
 
 
 def _parse_positive_int(value: str) -> int:
     if not re.fullmatch(r"[0-9]+", value) or int(value) == 0:
-        raise ValueError("not a whole number above 0")
+        raise ValueError("expected a positive integer")
     return int(value)
 
 
@@ -140,29 +147,29 @@ def _parse_batch_size(value: str) -> int | None:
 def _parse_imgsz_hw(value: str) -> tuple[int, int]:
     match = re.fullmatch(r"\[([0-9]+), ?([0-9]+)\]", value)
     if not match:
-        raise ValueError("not of the form [height, width]")
+        raise ValueError("expected [height, width]")
     return _parse_positive_int(match[1]), _parse_positive_int(match[2])
 
 
 def _parse_sha256(value: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise ValueError("not 64 hexadecimal digits")
+        raise ValueError("expected 64 hexadecimal digits")
     return value
 
 
 def _check_task(value: str) -> None:
     if value != "detect":
-        raise ValueError("only 'detect' is known here")
+        raise ValueError("expected 'detect'")
 
 
 def _parse_bool(value: str) -> bool:
     if value not in ("true", "false"):
-        raise ValueError("neither true nor false")
+        raise ValueError("expected true or false")
     return value == "true"
 
 
-def _parse_preprocess(supported: Sequence[dict[str, object]], value: str) -> dict[str, object]:
-    found = json.loads(value)  # JSONDecodeError is a ValueError
-    if found not in supported:
-        raise ValueError(f"only {' or '.join(json.dumps(one) for one in supported)} is known here")
-    return dict(found)
+def _parse_preprocess(value: str) -> dict[str, object]:
+    preprocess = json.loads(value)  # a JSONDecodeError is a ValueError
+    if preprocess not in SUPPORTED_PREPROCESS:
+        raise ValueError(f"expected {' or '.join(json.dumps(accepted) for accepted in SUPPORTED_PREPROCESS)}")
+    return dict(preprocess)

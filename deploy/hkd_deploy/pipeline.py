@@ -1,4 +1,4 @@
-"""The pipeline: frames in, people out, each stage timed. Letterbox, a backend, the way back."""
+"""Inference pipeline: letterbox, backend and conversion of boxes to image pixels, with the time of each stage."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +20,12 @@ from hkd_det.structures import Detections
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Wall-clock milliseconds of one frame: letterbox, the graph, and the boxes' way back.
+    """Wall-clock times of one image.
 
-    A graph that letterboxes itself does so in `inference_ms`; what comes before is then next to nothing.
+    Attributes:
+        preprocess_ms: Check and letterbox. Near zero if the graph letterboxes.
+        inference_ms: Execution of the graph.
+        postprocess_ms: Conversion of the boxes to image pixels.
     """
 
     preprocess_ms: float
@@ -31,14 +34,23 @@ class StageTimes:
 
     @property
     def total_ms(self) -> float:
-        """From the frame to its detections."""
+        """Time from the image to its detections."""
         return self.preprocess_ms + self.inference_ms + self.postprocess_ms
 
 
 class Detector:
-    """An open model. `manifest` says what it is, `backend` and `device` what runs it where.
+    """An opened detector. It keeps no state between calls, so several threads may call it.
 
-    Keeps nothing between frames: several threads may call one detector.
+    Args:
+        opened: The opened model.
+
+    Attributes:
+        metadata: Metadata of the model.
+        backend: Name of the backend.
+        device: Device that runs the model.
+
+    Raises:
+        DataError: Metadata and graph contradict each other.
     """
 
     def __init__(self, opened: OpenedBackend) -> None:
@@ -48,107 +60,127 @@ class Detector:
         self.device = runtime.device
         self._runtime: Backend = runtime
         self._num_requests = opened.num_requests
+        # With concurrent requests, single images keep all of them busy.
         self._max_batch = runtime.batch or (1 if opened.num_requests > 1 else opened.max_batch)
-        free = self.metadata.dynamic or self.metadata.letterbox
-        if runtime.input_hw != (None if free else self.metadata.imgsz_hw):
+        is_size_free = self.metadata.dynamic or self.metadata.letterbox
+        if runtime.input_hw != (None if is_size_free else self.metadata.imgsz_hw):
             raise DataError(
-                f"{runtime.path}: metadata says imgsz {'any' if free else self.metadata.imgsz_hw}, "
-                f"the graph takes {runtime.input_hw or 'any'}; export it again"
+                f"{runtime.path}: imgsz {'any' if is_size_free else self.metadata.imgsz_hw} in the metadata, "
+                f"but {runtime.input_hw or 'any'} in the graph. Export the model again."
             )
 
     @overload
-    def __call__(self, frame_rgb: NDArray[np.uint8]) -> Detections: ...
+    def __call__(self, images_rgb: NDArray[np.uint8]) -> Detections: ...
 
     @overload
-    def __call__(self, frame_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
+    def __call__(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
 
-    def __call__(self, frame_rgb: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Detections | list[Detections]:
-        """People in one frame, uint8 RGB (H, W, 3) of any size, or in each of a list: boxes in pixels of the frame.
+    def __call__(self, images_rgb: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Detections | list[Detections]:
+        """Run inference on one image or on a list of images.
 
-        A list goes through the graph in batches as large as it takes. Raises ValueError for what is no frame,
-        DataError for a frame larger than a graph takes that letterboxes itself.
+        A list is processed in the largest batches that the graph accepts.
+
+        Args:
+            images_rgb (uint8[H, W, 3] or a list of such arrays): RGB images of any size.
+
+        Returns:
+            Detections in image pixels, for a list one entry per image.
+
+        Raises:
+            ValueError: An array is not an image.
+            DataError: An image exceeds the limit of a graph that letterboxes.
         """
-        if isinstance(frame_rgb, (list, tuple)):
-            return self._predict_batches(frame_rgb)
-        return self.predict_timed(frame_rgb)[0]  # type: ignore[arg-type]
+        if isinstance(images_rgb, (list, tuple)):
+            return self._predict_batches(images_rgb)
+        return self.predict_timed(images_rgb)[0]  # type: ignore[arg-type] # a Sequence that is no list or tuple: rejected there
 
-    def predict_timed(self, frame_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
-        """One frame as in a call, and how long each stage took."""
+    def predict_timed(self, image_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
+        """Run inference on one image and measure the stages.
+
+        Args:
+            image_rgb (uint8[H, W, 3]): RGB image of any size.
+
+        Returns:
+            detections: Detections in image pixels.
+            times: Time of each stage.
+
+        Raises:
+            ValueError: The array is not an image.
+            DataError: The image exceeds the limit of a graph that letterboxes.
+        """
         start = perf_counter()
-        box = self._make_letterbox(frame_rgb)
-        batch = self._make_batch([box], [frame_rgb])
-        prepared = perf_counter()
-        answers = self._runtime.run(batch)
+        letterbox = self._make_letterbox(image_rgb)
+        batch = self._make_batch([letterbox], [image_rgb])
+        preprocessed = perf_counter()
+        outputs = self._runtime.run(batch)
         inferred = perf_counter()
-        detections = _to_source_detections(box, answers, 0)
-        done = perf_counter()
+        detections = _to_source_detections(letterbox, outputs, 0)
+        end = perf_counter()
         return detections, StageTimes(
-            preprocess_ms=1e3 * (prepared - start),
-            inference_ms=1e3 * (inferred - prepared),
-            postprocess_ms=1e3 * (done - inferred),
+            preprocess_ms=1e3 * (preprocessed - start),
+            inference_ms=1e3 * (inferred - preprocessed),
+            postprocess_ms=1e3 * (end - inferred),
         )
 
-    def _predict_batches(self, frames_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        boxes = [self._make_letterbox(frame) for frame in frames_rgb]
-        found: dict[int, Detections] = {}
+    def _predict_batches(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        letterboxes = [self._make_letterbox(image) for image in images_rgb]
+        results: dict[int, Detections] = {}
 
-        def detect(places: Sequence[int]) -> None:
-            batch = self._make_batch([boxes[place] for place in places], [frames_rgb[place] for place in places])
-            answers = self._runtime.run(batch)
-            found.update((place, _to_source_detections(boxes[place], answers, row)) for row, place in enumerate(places))
+        def predict_batch(indices: Sequence[int]) -> None:
+            batch = self._make_batch([letterboxes[i] for i in indices], [images_rgb[i] for i in indices])
+            outputs = self._runtime.run(batch)
+            results.update((i, _to_source_detections(letterboxes[i], outputs, row)) for row, i in enumerate(indices))
 
-        batches = self._split_batches(boxes)
+        batches = self._split_batches(letterboxes)
         if self._num_requests > 1 and len(batches) > 1:
-            from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - needed by few, and not light
+            from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow import, only for OpenVINO throughput
 
             with ThreadPoolExecutor(self._num_requests) as pool:
-                list(pool.map(detect, batches))
+                list(pool.map(predict_batch, batches))
         else:
-            for places in batches:
-                detect(places)
-        return [found[place] for place in range(len(frames_rgb))]
+            for indices in batches:
+                predict_batch(indices)
+        return [results[i] for i in range(len(images_rgb))]
 
-    def _make_letterbox(self, frame_rgb: NDArray[np.uint8]) -> Letterbox:
-        """Where the frame goes in the graph's input."""
-        _check_frame(frame_rgb)
-        frame_hw = (frame_rgb.shape[0], frame_rgb.shape[1])
-        manifest = self.metadata
-        if manifest.letterbox:
-            if frame_hw[0] > manifest.max_imgsz_hw[0] or frame_hw[1] > manifest.max_imgsz_hw[1]:
+    def _make_letterbox(self, image_rgb: NDArray[np.uint8]) -> Letterbox:
+        """Compute the position of an image in the input of the graph."""
+        _check_image(image_rgb)
+        image_hw = (image_rgb.shape[0], image_rgb.shape[1])
+        metadata = self.metadata
+        if metadata.letterbox:
+            if image_hw[0] > metadata.max_imgsz_hw[0] or image_hw[1] > metadata.max_imgsz_hw[1]:
                 raise DataError(
-                    f"{self._runtime.path}: a frame of {format_imgsz(frame_hw)}, the graph takes up to "
-                    f"{format_imgsz(manifest.max_imgsz_hw)}; export it with --max-size {format_imgsz(frame_hw)}"
+                    f"{self._runtime.path}: frame of {format_imgsz(image_hw)} exceeds the limit of "
+                    f"{format_imgsz(metadata.max_imgsz_hw)}. "
+                    f"Export the model with --max-imgsz {format_imgsz(image_hw)}."
                 )
-            return Letterbox(frame_hw, frame_hw)
-        if manifest.dynamic:
-            # The picture as large as in imgsz, in the smallest input that holds it.
-            height, width = Letterbox(frame_hw, manifest.imgsz_hw).content_hw
-            return Letterbox(frame_hw, (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE))
-        return Letterbox(frame_hw, manifest.imgsz_hw)
+            return Letterbox(image_hw, image_hw)
+        if metadata.dynamic:
+            # Scale as for a fixed input of imgsz, then use the smallest input that contains the scaled image.
+            height, width = Letterbox(image_hw, metadata.imgsz_hw).content_hw
+            return Letterbox(image_hw, (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE))
+        return Letterbox(image_hw, metadata.imgsz_hw)
 
     def _make_batch(
-        self, letterboxes: Sequence[Letterbox], frames_rgb: Sequence[NDArray[np.uint8]]
+        self, letterboxes: Sequence[Letterbox], images_rgb: Sequence[NDArray[np.uint8]]
     ) -> NDArray[np.uint8]:
-        """[B, H, W, 3] of frames that go into the same input; a fixed batch is filled up with grey."""
+        """Letterbox images of one input size to [B, H, W, 3]. Unused rows of a fixed batch are gray."""
         size = self._runtime.batch or len(letterboxes)
         if size == 1 and letterboxes[0].source_hw == letterboxes[0].input_hw:
-            return np.ascontiguousarray(frames_rgb[0])[None]  # a frame of a graph's own size is not even copied
+            return np.ascontiguousarray(images_rgb[0])[None]  # no copy for an image of the input size
         batch = np.empty((size, *letterboxes[0].input_hw, 3), np.uint8)
-        for row, (box, frame) in enumerate(zip(letterboxes, frames_rgb, strict=True)):
-            box.apply(frame, batch[row])
+        for row, (letterbox, image) in enumerate(zip(letterboxes, images_rgb, strict=True)):
+            letterbox.apply(image, batch[row])
         batch[len(letterboxes) :] = PAD_VALUE
         return batch
 
     def _split_batches(self, letterboxes: Sequence[Letterbox]) -> list[list[int]]:
-        """Places of the frames that go through together: of one input size, as many as the graph takes.
-
-        Where calls run side by side, a graph of any batch is given single frames: that keeps all of them busy.
-        """
+        """Group image indices by input size, in batches of at most the limit of the graph."""
         by_size: dict[tuple[int, int], list[int]] = {}
-        for place, box in enumerate(letterboxes):
-            by_size.setdefault(box.input_hw, []).append(place)
-        most = self._max_batch or max(1, len(letterboxes))
-        return [places[start : start + most] for places in by_size.values() for start in range(0, len(places), most)]
+        for index, letterbox in enumerate(letterboxes):
+            by_size.setdefault(letterbox.input_hw, []).append(index)
+        step = self._max_batch or max(1, len(letterboxes))
+        return [indices[start : start + step] for indices in by_size.values() for start in range(0, len(indices), step)]
 
 
 @contextmanager
@@ -159,28 +191,41 @@ def open_detector(
     backend: str | None = None,
     performance_hint: PerformanceHint = "latency",
 ) -> Iterator[Detector]:
-    """Open an exported model on cpu, cuda or cuda:N, and on nothing else.
+    """Open an exported model on exactly the requested device.
 
-    path: an .onnx file, an .engine file or an OpenVINO folder. threads: CPU threads inside one operator; None leaves
-    it to the runtime. backend: one of `backends.opening.BACKENDS`; None takes the one of the file.
-    hint: of OpenVINO only, "throughput" answers lists as fast as it can, "latency" single frames.
-    Raises UsageError, DataError or UnavailableError, each saying what to do.
+    Args:
+        path: An .onnx file, an .engine file or an OpenVINO directory.
+        device: cpu, cuda or cuda:N.
+        threads: Number of CPU threads per operator. None for the default of the runtime.
+        backend: One of `hkd_deploy.backends.BACKENDS`. None selects the backend by the file type.
+        performance_hint: For OpenVINO: `latency` for single images, `throughput` for lists.
+
+    Yields:
+        The detector, valid inside the `with` block.
+
+    Raises:
+        UsageError: An argument is invalid, or the backend does not support it.
+        DataError: The file is missing, damaged or not a model of `hkd-export`.
+        UnavailableError: The runtime or the device is missing.
+
+    Example:
+        >>> with open_detector("student.onnx") as detector:
+        ...     detections = detector(image_rgb)
     """
     with open_backend(Path(path), device, threads, backend, performance_hint) as opened:
         yield Detector(opened)
 
 
 def _to_source_detections(letterbox: Letterbox, outputs: RuntimeOutputs, index: int) -> Detections:
-    """One picture's people, in pixels of its frame."""
     boxes, scores, count = outputs
-    found = int(count[index])
-    return Detections(letterbox.boxes_to_source(boxes[index, :found]), scores[index, :found])
+    num_valid = int(count[index])
+    return Detections(letterbox.boxes_to_source(boxes[index, :num_valid]), scores[index, :num_valid])
 
 
-def _check_frame(frame_rgb: object) -> None:
-    if not isinstance(frame_rgb, np.ndarray):
-        raise ValueError(f"a frame is a numpy array, uint8 RGB (H, W, 3), not {type(frame_rgb).__name__}")
-    if frame_rgb.dtype != np.uint8 or frame_rgb.ndim != 3 or frame_rgb.shape[2] != 3:
-        raise ValueError(f"a frame is uint8 RGB (H, W, 3), not {frame_rgb.dtype} {frame_rgb.shape}")
-    if frame_rgb.size == 0:
-        raise ValueError(f"an empty frame: {frame_rgb.shape}")
+def _check_image(image_rgb: object) -> None:
+    if not isinstance(image_rgb, np.ndarray):
+        raise ValueError(f"image: expected a uint8 array (H, W, 3), got {type(image_rgb).__name__}.")
+    if image_rgb.dtype != np.uint8 or image_rgb.ndim != 3 or image_rgb.shape[2] != 3:
+        raise ValueError(f"image: expected uint8 (H, W, 3), got {image_rgb.dtype} {image_rgb.shape}.")
+    if image_rgb.size == 0:
+        raise ValueError(f"image: expected at least one pixel, got shape {image_rgb.shape}.")

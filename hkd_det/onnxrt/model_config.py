@@ -130,8 +130,12 @@ def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxMo
             f"{model_path}: metadata hkd.format is {metadata['hkd.format']}, but this version reads {NATIVE_FORMAT}. "
             "Export the model again."
         )
+    if metadata.get("hkd.raw") == "true" or metadata.get("hkd.dynamic") == "true":
+        raise DataError(f"{model_path}: exported with --raw or --dynamic size. Export the teacher without these flags.")
     try:
         preprocess = json.loads(metadata["hkd.preprocess"])
+        if preprocess.get("dtype", "uint8") != "uint8":
+            raise ValueError("expected dtype uint8, as exported without --no-preprocess")
         values = {
             "output_format": "boxes-scores",
             "layout": preprocess["layout"],

@@ -1,10 +1,10 @@
-"""Fixtures of the runtime's tests.
+"""Fixtures of the deployment tests.
 
-`tiny_onnx`: a detector small enough to be checked by hand; it finds the bounding box of all bright pixels.
-`camera`: a network camera on this machine, MJPEG over HTTP, that can be switched off, on, and made to hang.
-`real_film`: a film of people walking, where the shared data is.
-`tensorrt_python`: an interpreter that has a real TensorRT parser and builder, without a GPU.
-`tensorrt_builds`: parses and builds a file with it; running the engine needs a GPU and is not seen.
+`tiny_onnx`: writes a detector whose output can be checked by hand: it returns the bounding box of all bright pixels.
+`camera`: a network camera on this machine (MJPEG over HTTP) that can be switched off and on and made to hang.
+`real_video`: a video of walking people from HKD_TEST_DATA.
+`tensorrt_python`: a Python interpreter with a real TensorRT parser and builder, without a GPU.
+`tensorrt_builds`: parses and builds a file with it. Running the engine needs a GPU.
 """
 
 import importlib.util
@@ -31,11 +31,11 @@ from onnx import TensorProto, helper, numpy_helper
 TENSORRT = Path(__file__).parents[2] / "deploy" / "tensorrt_cpu.py"
 VIDEOS = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "videos"
 
-BRIGHT = 200  # mean of the three channels
+BRIGHT = 200  # threshold of the channel mean
 
 
 def metadata(imgsz_hw: tuple[int, int], batch: int | None) -> dict[str, str]:
-    """What hkd-export writes, by hand."""
+    """Return the metadata that hkd-export writes."""
     return {
         "description": "tiny",
         "author": "test",
@@ -55,6 +55,9 @@ def metadata(imgsz_hw: tuple[int, int], batch: int | None) -> dict[str, str]:
             {"layout": "NHWC", "color": "RGB", "dtype": "uint8", "letterbox": "top-left", "pad": 114}
         ),
         "hkd.weights_sha256": "0f" * 32,
+        "hkd.max_imgsz": f"[{imgsz_hw[0]}, {imgsz_hw[1]}]",
+        "hkd.dynamic": "false",
+        "hkd.raw": "false",
         "hkd.data": "nothing",
     }
 
@@ -68,8 +71,11 @@ def write_tiny_onnx(
     output_name: str = "boxes",
     free_size: bool = False,
 ) -> Path:
-    """A model by the contract: row 0 is the box of pixels whose mean is at least 200, its score the picture's mean
-    of red / 255; row 1 is never valid. `changes` to the metadata; None takes a key out. free_size: height and width."""
+    """Write a model with the interface of hkd-export.
+
+    Row 0 is the bounding box of the pixels whose channel mean is at least 200. Its score is the mean of red / 255.
+    Row 1 is never valid. `changes` replaces metadata keys; None removes a key. `free_size` frees height and width.
+    """
     outputs = [
         helper.make_tensor_value_info(output_name, TensorProto.FLOAT, [batch or "batch", 2, 4]),
         helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch or "batch", 2]),
@@ -77,16 +83,16 @@ def write_tiny_onnx(
     ]
     shape = [batch or "batch", *(("height", "width") if free_size else imgsz_hw), 3]
     images = helper.make_tensor_value_info(input_name, TensorProto.UINT8, shape)
-    graph = helper.make_graph(_nodes(input_name, output_name), "tiny", [images], outputs, _constants())
+    graph = helper.make_graph(_make_nodes(input_name, output_name), "tiny", [images], outputs, _make_constants())
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    wanted = {**metadata(imgsz_hw, batch), **(changes or {})}
-    helper.set_model_props(model, {key: value for key, value in wanted.items() if value is not None})
+    entries = {**metadata(imgsz_hw, batch), **(changes or {})}
+    helper.set_model_props(model, {key: value for key, value in entries.items() if value is not None})
     onnx.checker.check_model(model)
     onnx.save(model, path)
     return path
 
 
-def _constants() -> list[onnx.TensorProto]:
+def _make_constants() -> list[onnx.TensorProto]:
     values = {
         "bright": np.array(BRIGHT, np.float32),
         "one": np.array(1, np.float32),
@@ -97,14 +103,14 @@ def _constants() -> list[onnx.TensorProto]:
     return [numpy_helper.from_array(value, name) for name, value in values.items()]
 
 
-def _nodes(input_name: str, output_name: str) -> list[onnx.NodeProto]:
+def _make_nodes(input_name: str, output_name: str) -> list[onnx.NodeProto]:
     def node(op: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
         return helper.make_node(op, inputs, [output], **attributes)
 
     return [
         node("Cast", [input_name], "float", to=TensorProto.FLOAT),
-        node("ReduceMean", ["float"], "grey", axes=[3], keepdims=0),  # [B, H, W]
-        node("GreaterOrEqual", ["grey", "bright"], "is_bright"),
+        node("ReduceMean", ["float"], "gray", axes=[3], keepdims=0),  # [B, H, W]
+        node("GreaterOrEqual", ["gray", "bright"], "is_bright"),
         node("Cast", ["is_bright"], "mask", to=TensorProto.FLOAT),
         node("ReduceMax", ["mask"], "rows", axes=[2], keepdims=0),  # [B, H]
         node("ReduceMax", ["mask"], "columns", axes=[1], keepdims=0),  # [B, W]
@@ -116,13 +122,13 @@ def _nodes(input_name: str, output_name: str) -> list[onnx.NodeProto]:
                 node("Cast", [f"{name}_at"], f"{name}_low", to=TensorProto.FLOAT),
             )
         ],
-        node("Add", ["x2_low", "one"], "x2_high"),  # edges are exclusive
+        node("Add", ["x2_low", "one"], "x2_high"),  # exclusive edges
         node("Add", ["y2_low", "one"], "y2_high"),
         node("Concat", ["x1_low", "y1_low", "x2_high", "y2_high"], "box", axis=1),
         node("Unsqueeze", ["box", "axis_1"], "box_row"),
         node("Concat", ["box_row", "box_row"], output_name, axis=1),
-        node("ReduceMean", ["float"], "colour", axes=[1, 2], keepdims=0),  # [B, 3]
-        node("Mul", ["colour", "to_score"], "red"),
+        node("ReduceMean", ["float"], "color", axes=[1, 2], keepdims=0),  # [B, 3]
+        node("Mul", ["color", "to_score"], "red"),
         node("ReduceSum", ["red", "axis_1"], "score", keepdims=1),  # [B, 1]
         node("Mul", ["score", "zero"], "no_score"),
         node("Concat", ["score", "no_score"], "scores", axis=1),
@@ -133,40 +139,40 @@ def _nodes(input_name: str, output_name: str) -> list[onnx.NodeProto]:
 
 @pytest.fixture
 def tiny_onnx(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny model, `tiny_onnx(imgsz_hw=..., changes={...})`, and gives its path."""
+    """Function that writes a tiny model, `tiny_onnx(imgsz_hw=..., changes={...})`, and returns its path."""
 
-    def write(name: str = "tiny.onnx", **wanted: object) -> Path:
-        return write_tiny_onnx(tmp_path / name, **wanted)  # type: ignore[arg-type]
+    def write(name: str = "tiny.onnx", **kwargs: object) -> Path:
+        return write_tiny_onnx(tmp_path / name, **kwargs)  # type: ignore[arg-type]
 
     return write
 
 
 @pytest.fixture
 def model_metadata() -> Callable[..., dict[str, str]]:
-    """`model_metadata(imgsz_hw, batch)`: what hkd-export writes into a file."""
+    """Function `model_metadata(imgsz_hw, batch)` that returns the metadata of hkd-export."""
     return metadata
 
 
 @pytest.fixture
-def real_film() -> Path:
-    """A real film, 370 frames of 640x360; skips where the shared data is absent."""
+def real_video() -> Path:
+    """A real video, 370 frames of 640x360. Skips the test if HKD_TEST_DATA has none."""
     path = VIDEOS / "crossing.mp4"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} does not exist")
     return path
 
 
 SIZE_HW = (64, 96)
 
 
-def jpeg_of(number: int) -> bytes:
-    """Frame `number`, told by its grey level: 20, 21, ... 219, again 20."""
-    picture = np.full((*SIZE_HW, 3), 20 + number % 200, np.uint8)
-    return bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 100])[1])
+def encode_frame(number: int) -> bytes:
+    """Encode frame `number` as a JPEG of gray level 20 + number % 200."""
+    image = np.full((*SIZE_HW, 3), 20 + number % 200, np.uint8)
+    return bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 100])[1])
 
 
 class Camera:
-    """`address` to open; `off()`, `on()`; `hang()` keeps the line open and sends nothing more."""
+    """A network camera at `address`. `off()` and `on()` switch it; `hang()` keeps connections open without data."""
 
     def __init__(self, fps: float) -> None:
         self.fps = fps
@@ -188,7 +194,7 @@ class Camera:
                     camera.stream(self)
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                """Not into the test's output."""
+                """Discard the log."""
 
         self.hangs = False
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
@@ -203,14 +209,14 @@ class Camera:
         handler.end_headers()
         while self._server is server:
             if not self.hangs:
-                picture = jpeg_of(self.sent)
-                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
-                handler.wfile.write(head.encode() + picture + b"\r\n")
+                image = encode_frame(self.sent)
+                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
+                handler.wfile.write(head.encode() + image + b"\r\n")
                 self.sent += 1
             time.sleep(1 / self.fps)
         handler.connection.shutdown(2)
 
-    def on_again(self) -> None:
+    def resume(self) -> None:
         self.hangs = False
 
     def hang(self) -> None:
@@ -225,7 +231,7 @@ class Camera:
 
 @pytest.fixture
 def camera() -> Iterator[Camera]:
-    """A camera of 100 frames a second."""
+    """A camera with 100 frames per second."""
     running = Camera(fps=100)
     yield running
     running.off()
@@ -233,9 +239,9 @@ def camera() -> Iterator[Camera]:
 
 @pytest.fixture(scope="session")
 def tensorrt_python() -> Path:
-    """Runs code with `import tensorrt`; fetched on first use."""
+    """Interpreter that can import tensorrt. It is downloaded on first use."""
     if sys.platform != "linux" or shutil.which("gcc") is None:
-        pytest.skip("TensorRT without a GPU needs Linux x86-64 and gcc")
+        pytest.skip("TensorRT without a GPU requires Linux x86-64 and gcc")
     spec = importlib.util.spec_from_file_location("tensorrt_cpu", TENSORRT)
     assert spec is not None and spec.loader is not None
     tensorrt_cpu = importlib.util.module_from_spec(spec)
@@ -246,7 +252,7 @@ def tensorrt_python() -> Path:
 
 @pytest.fixture(scope="session")
 def tensorrt_builds(tensorrt_python: Path) -> Callable[..., dict[str, Any]]:
-    """Facts of the network and its engine; ValueError with the parser's words where it builds none."""
+    """Function that builds an engine and returns its properties. Raises ValueError with the messages of the parser."""
 
     def build(path: Path, smallest: tuple[int, ...] = (), largest: tuple[int, ...] = ()) -> dict[str, Any]:
         profile = [",".join(map(str, sizes)) for sizes in (smallest, largest) if sizes]
@@ -254,7 +260,7 @@ def tensorrt_builds(tensorrt_python: Path) -> Callable[..., dict[str, Any]]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(done.stderr)
-        facts: dict[str, Any] = json.loads(done.stdout)
-        return facts
+        properties: dict[str, Any] = json.loads(done.stdout)
+        return properties
 
     return build

@@ -1,9 +1,9 @@
-"""`Backend`: an open model, whatever runs it; and what its file must take and give."""
+"""Interface of a runtime backend, and the check of a model's inputs and outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,20 +11,42 @@ from numpy.typing import NDArray
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError
 
+# boxes [B, K, 4] float32 xyxy, scores [B, K] float32, count [B] int64
 RuntimeOutputs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
+PerformanceHint = Literal["latency", "throughput"]
 
-
-PerformanceHint = Literal["latency", "throughput"]  # what matters: one answer soon, or many a second
-
-
+INPUT_NAME, INPUT_DTYPE = "images", "uint8"
 OUTPUT_DTYPES = {"boxes": "float32", "scores": "float32", "count": "int64"}
+
+# Data types as ONNX Runtime, OpenVINO and TensorRT name them, to NumPy names.
+NUMPY_DTYPES = {
+    "tensor(uint8)": "uint8",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "u8": "uint8",
+    "f32": "float32",
+    "f16": "float16",
+    "i32": "int32",
+    "i64": "int64",
+    "UINT8": "uint8",
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
+}
 
 
 class Backend(Protocol):
-    """An open model. Several threads may call `run`.
+    """A model opened by a runtime. Several threads may call `run` at the same time.
 
-    metadata: the file's own strings. batch: pictures a call takes, None for any number.
-    input_hw: (height, width) pixels, None where the graph leaves them free.
+    Attributes:
+        path: The model file.
+        device: Device that runs the model: cpu, cuda or cuda:N.
+        metadata: Metadata strings of the file.
+        batch: Fixed batch size. None if the batch dimension is free.
+        input_hw: Fixed (height, width) of the input, pixels. None if the size is free.
     """
 
     path: Path
@@ -34,40 +56,80 @@ class Backend(Protocol):
     input_hw: tuple[int, int] | None
 
     def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
-        """(B, H, W, 3) uint8 RGB to boxes [B, K, 4] in pixels of them, scores [B, K], valid rows [B]."""
+        """Run inference on a batch.
+
+        Args:
+            images (uint8[B, H, W, 3]): RGB, letterboxed.
+
+        Returns:
+            boxes (float32[B, K, 4]): xyxy, input pixels.
+            scores (float32[B, K]): 0 to 1, descending.
+            count (int64[B]): Number of valid rows per image.
+        """
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Release the memory of the model."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or output of a graph: its number type as NumPy names it, its shape with None for a free side."""
+    """Description of an input or output tensor.
+
+    Attributes:
+        name: Name in the graph.
+        dtype: NumPy name of the data type.
+        shape: Dimensions. None for a free dimension.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
 
     def __str__(self) -> str:
-        sides = ", ".join("?" if side is None else str(side) for side in self.shape)
-        return f"{self.name} {self.dtype} ({sides})"
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name} {self.dtype} ({dims})"
+
+
+def make_tensor_info(name: str, dtype: str, shape: Iterable[Any]) -> TensorInfo:
+    """Convert the tensor description of a runtime.
+
+    Args:
+        name: Name in the graph.
+        dtype: Data type as ONNX Runtime, OpenVINO or TensorRT names it. An unknown name is kept.
+        shape: Dimensions. A symbol, None or a negative number stands for a free dimension.
+
+    Returns:
+        The description with a NumPy data type.
+    """
+    dims = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in shape)
+    return TensorInfo(name, NUMPY_DTYPES.get(dtype, dtype), dims)
 
 
 def validate_io(
     path: Path, metadata: Mapping[str, str], inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]
 ) -> tuple[int | None, tuple[int, int] | None]:
-    """Batch and (height, width) of the one input, images: uint8 (B, H, W, 3); None where free.
+    """Check that a `Backend` can run a model.
 
-    Raises DataError, naming the file, for a model that a `Backend` can't run: another tool's, or one of hkd-export
-    for programs that prepare the pictures or choose the boxes themselves.
+    Args:
+        path: The model file, for error messages.
+        metadata: Metadata strings of the file.
+        inputs: Inputs of the graph.
+        outputs: Outputs of the graph.
+
+    Returns:
+        batch: Fixed batch size. None if it is free.
+        input_hw: Fixed (height, width), pixels. None if it is free.
+
+    Raises:
+        DataError: Another tool wrote the file, or it was exported with `--raw` or `--no-preprocess`.
     """
-    manifest = ModelMetadata.from_metadata(metadata, path)
-    for flag, odd in (("--raw", manifest.raw), ("--no-preprocess", manifest.preprocess != "uint8")):
-        if odd:
-            raise DataError(f"{path}: exported with {flag}, for a program of your own; export it again without")
-    if {end.name: end.dtype for end in outputs} != OUTPUT_DTYPES:
+    model_metadata = ModelMetadata.from_metadata(metadata, path)
+    for flag, is_set in (("--raw", model_metadata.raw), ("--no-preprocess", model_metadata.preprocess != "uint8")):
+        if is_set:
+            raise DataError(f"{path}: exported with {flag}, which no backend runs. Export it again without {flag}.")
+    if {output.name: output.dtype for output in outputs} != OUTPUT_DTYPES:
         raise _make_io_error(path, f"outputs {OUTPUT_DTYPES}", outputs)
-    match [(end.name, end.dtype, end.shape) for end in inputs]:
+    match [(tensor.name, tensor.dtype, tensor.shape) for tensor in inputs]:
         case [("images", "uint8", (batch, int(height), int(width), 3))]:
             return batch, (height, width)
         case [("images", "uint8", (batch, None, None, 3))]:
@@ -77,9 +139,16 @@ def validate_io(
 
 def _make_io_error(path: Path, expected: str, actual: Sequence[TensorInfo]) -> DataError:
     listed = ", ".join(map(str, actual)) or "none"
-    return DataError(f"{path}: not a model of hkd-export: expected {expected}, found {listed}")
+    return DataError(f"{path}: not a model of hkd-export: expected {expected}, got {listed}.")
 
 
 def make_closed_error(path: Path) -> ValueError:
-    """Of a call after the `with` block."""
-    return ValueError(f"{path}: this model has been closed; call it inside its `with` block")
+    """Create the error for a call after `close`.
+
+    Args:
+        path: The model file.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    return ValueError(f"{path}: the model is closed. Call it inside its `with` block.")

@@ -1,13 +1,12 @@
-"""ONNX Runtime: open a model file on the device that was asked for, or fail.
+"""ONNX Runtime backend, with its CUDA, TensorRT and TensorRT for RTX execution providers.
 
-ONNX Runtime's two TensorRT providers: TensorRT itself, and TensorRT for RTX, a plugin of its own.
-
-Both build an engine when a model is first opened, in the precision of the file, and keep it for the next time.
+Both TensorRT providers build an engine in the precision of the file when they open a model for the first time. They
+cache the engine for later runs.
 """
 
 import importlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,42 +15,67 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.base import OUTPUT_DTYPES, RuntimeOutputs, TensorInfo, make_closed_error, validate_io
+from hkd_deploy.backends.base import OUTPUT_DTYPES, RuntimeOutputs, make_closed_error, make_tensor_info, validate_io
 from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line
 from hkd_det.files import file_sha256
 from hkd_det.onnxrt.session import Provider, import_onnxruntime, open_session, parse_gpu_index
 
 X86_MACHINES = ("x86_64", "AMD64")
 
-
-ORT_DTYPES = {
-    "tensor(uint8)": "uint8",
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-}
+_TENSORRT_MISSING_HINT = (
+    "the installed ONNX Runtime has no TensorRT provider. Run pip uninstall -y onnxruntime && "
+    "pip install 'hkd-det[gpu]' tensorrt (on Jetson, install NVIDIA's onnxruntime-gpu wheel)."
+)
+_TENSORRT_FAILURE_HINT = (
+    "TensorRT, CUDA or cuDNN is missing, or onnxruntime-gpu was built for another version. "
+    "Try pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt."
+)
+_RTX_MISSING_HINT = (
+    "TensorRT for RTX is not installed. For an RTX GPU of the Ampere generation or later: "
+    "pip uninstall -y onnxruntime-gpu && pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx."
+)
+_RTX_FAILURE_HINT = (
+    "check that the driver supports the CUDA version of the plugin (onnxruntime-ep-nv-tensorrt-rtx-cu12 or -cu13)."
+)
 
 
 class OnnxRuntimeBackend:
-    """An open session; several threads may call `run`, which keeps nothing.
+    """An ONNX Runtime session. Several threads may call `run` at the same time.
 
-    metadata: the file's own strings. batch: pictures a call takes, None for any number.
-    input_hw: (height, width) pixels, None where the graph leaves them free.
+    Args:
+        path: The ONNX file.
+        device: Device of the session: cpu, cuda or cuda:N.
+        session: The opened `InferenceSession`.
+
+    Attributes:
+        metadata: Metadata strings of the file.
+        batch: Fixed batch size. None if the batch dimension is free.
+        input_hw: Fixed (height, width) of the input, pixels. None if the size is free.
     """
 
     def __init__(self, path: Path, device: str, session: Any) -> None:
         self.path = path
         self.device = device
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-        self.batch, self.input_hw = validate_io(
-            path, self.metadata, _read_session_io(session.get_inputs()), _read_session_io(session.get_outputs())
+        inputs, outputs = (
+            [make_tensor_info(node.name, node.type, node.shape) for node in nodes]
+            for nodes in (session.get_inputs(), session.get_outputs())
         )
+        self.batch, self.input_hw = validate_io(path, self.metadata, inputs, outputs)
         self._output_names = list(OUTPUT_DTYPES)
         self._session: Any | None = session
 
     def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
-        """(B, H, W, 3) uint8 RGB to boxes [B, K, 4] in pixels of them, scores [B, K], valid rows [B]."""
+        """Run inference on a batch. See `Backend.run`.
+
+        Args:
+            images (uint8[B, H, W, 3]): RGB, letterboxed.
+
+        Returns:
+            boxes (float32[B, K, 4]): xyxy, input pixels.
+            scores (float32[B, K]): 0 to 1, descending.
+            count (int64[B]): Number of valid rows per image.
+        """
         session = self._session
         if session is None:
             raise make_closed_error(self.path)
@@ -59,7 +83,7 @@ class OnnxRuntimeBackend:
         return boxes, scores, count
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Release the memory of the model."""
         self._session = None
 
 
@@ -67,134 +91,144 @@ class OnnxRuntimeBackend:
 def open_onnx_runtime(
     path: Path, device: str = "cpu", threads: int | None = None, provider: Provider | None = None
 ) -> Iterator[OnnxRuntimeBackend]:
-    """Open an ONNX file on `device`: cpu, cuda or cuda:N.
+    """Open an ONNX file with ONNX Runtime.
 
-    threads: CPU threads inside one operator; None leaves it to ONNX Runtime (one a physical core).
-    provider: the execution provider, by default ONNX Runtime's own for the device.
-    Raises UsageError for a device or thread count that makes no sense, UnavailableError if ONNX
-    Runtime or the device is not there, DataError if the file is none of ours.
+    Args:
+        path: The ONNX file.
+        device: cpu, cuda or cuda:N.
+        threads: Number of CPU threads per operator. None for one thread per physical core.
+        provider: Execution provider. None for the default provider of the device.
+
+    Yields:
+        The opened model.
+
+    Raises:
+        UsageError: The device or the number of threads is invalid.
+        DataError: The file is not a model of `hkd-export`.
+        UnavailableError: ONNX Runtime or the device is missing.
     """
-    # ONNX Runtime's quick INT8 kernels for x86 want unsigned zero points, our files have the 0 that TensorRT wants:
-    # what it would make of them is slower than floats with the weights folded once.
-    plain_qdq = device == "cpu" and platform.machine() in X86_MACHINES
-    opened = OnnxRuntimeBackend(path, device, open_session(path, device, threads, provider, plain_qdq))
+    # The fast INT8 kernels on x86 expect unsigned zero points. Files of hkd-export have signed zero points, as TensorRT
+    # requires. The resulting integer operators are slower than float operators with folded weights.
+    disable_quant_qdq = device == "cpu" and platform.machine() in X86_MACHINES
+    backend = OnnxRuntimeBackend(path, device, open_session(path, device, threads, provider, disable_quant_qdq))
     try:
-        yield opened
+        yield backend
     finally:
-        opened.close()
-
-
-def _read_session_io(nodes: Sequence[Any]) -> list[TensorInfo]:
-    return [
-        TensorInfo(
-            value.name,
-            ORT_DTYPES.get(value.type, value.type),
-            tuple(side if isinstance(side, int) else None for side in value.shape),
-        )
-        for value in nodes
-    ]
-
-
-_TENSORRT_MISSING_HINT = (
-    "the ONNX Runtime installed here has no TensorRT; pip uninstall -y onnxruntime && "
-    "pip install 'hkd-det[gpu]' tensorrt (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
-)
-
-
-_TENSORRT_FAILURE_HINT = (
-    "TensorRT, CUDA or cuDNN is missing or of another version than onnxruntime-gpu was built for; "
-    "try pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt"
-)
-
-
-_RTX_MISSING_HINT = (
-    "TensorRT for RTX is not installed; for an RTX GPU, Ampere or later: "
-    "pip uninstall -y onnxruntime-gpu && pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx"
-)
-
-
-_RTX_FAILURE_HINT = "see that the driver fits the plugin's CUDA (onnxruntime-ep-nv-tensorrt-rtx-cu12 or -cu13)"
+        backend.close()
 
 
 def make_tensorrt_provider(path: Path, device: str) -> Provider:
-    """TensorRT for the model at `path` on cuda or cuda:N; what it does not take runs by CUDA on the same GPU."""
+    """Configure the TensorRT execution provider. Operators that it does not support run on CUDA.
+
+    Args:
+        path: The ONNX file.
+        device: cuda or cuda:N.
+
+    Returns:
+        The provider with its options.
+
+    Raises:
+        UsageError: `device` is not a GPU.
+        DataError: The file does not exist.
+    """
     index = _require_gpu_index(device, "ort-tensorrt")
-    folder = str(create_engine_cache_dir(path))
+    cache_dir = str(create_engine_cache_dir(path))
     return Provider(
         "TensorrtExecutionProvider",
         _TENSORRT_MISSING_HINT,
         _TENSORRT_FAILURE_HINT,
         {
             "device_id": index,
-            # Neither FP16 nor INT8 is allowed on top: the network is then built strongly typed, as the file says.
+            # Without FP16 and INT8 flags the network is strongly typed: TensorRT keeps the precision of the file.
             "trt_fp16_enable": "0",
             "trt_int8_enable": "0",
             "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": folder,
+            "trt_engine_cache_path": cache_dir,
             "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": folder,
+            "trt_timing_cache_path": cache_dir,
         },
         extra_providers=(("CUDAExecutionProvider", {"device_id": index}),),
     )
 
 
 def make_tensorrt_rtx_provider(path: Path, device: str) -> Provider:
-    """TensorRT for RTX for the model at `path` on cuda or cuda:N, its plugin registered with ONNX Runtime.
+    """Configure the TensorRT for RTX execution provider and register its plugin with ONNX Runtime.
 
-    Raises UnavailableError where the plugin, or the GPU, is missing.
+    Args:
+        path: The ONNX file.
+        device: cuda or cuda:N.
+
+    Returns:
+        The provider with its options and its device.
+
+    Raises:
+        UsageError: `device` is not a GPU.
+        DataError: The file does not exist.
+        UnavailableError: The plugin or the GPU is missing.
     """
     index = int(_require_gpu_index(device, "ort-tensorrt-rtx"))
-    runtime = import_onnxruntime()
-    name, found = _find_rtx_devices(runtime)
-    if index >= len(found):
+    ort = import_onnxruntime()
+    name, devices = _find_rtx_devices(ort)
+    if index >= len(devices):
         raise UnavailableError(
-            f"--device {device}: TensorRT for RTX sees {len(found)} RTX GPUs (Ampere or later) here; {_RTX_FAILURE_HINT}"
+            f"--device {device}: TensorRT for RTX supports {len(devices)} GPUs of this machine "
+            f"(RTX, Ampere or later required). Otherwise, {_RTX_FAILURE_HINT}"
         )
-    cache = {"nv_runtime_cache_path": str(create_engine_cache_dir(path))}
-    return Provider(name, _RTX_MISSING_HINT, _RTX_FAILURE_HINT, cache, devices=(found[index],))
+    options = {"nv_runtime_cache_path": str(create_engine_cache_dir(path))}
+    return Provider(name, _RTX_MISSING_HINT, _RTX_FAILURE_HINT, options, devices=(devices[index],))
 
 
 def create_engine_cache_dir(path: Path) -> Path:
-    """The folder for this file's engines.
+    """Create the directory for the cached engines of a model file.
 
-    Named by the file's content: the cache itself knows a model by its name and shape, and would run the old weights
-    of one that was exported again.
+    The hash of the file names the directory. The cache of ONNX Runtime identifies a model by name and shape only, and
+    would run old weights after a second export.
+
+    Args:
+        path: The ONNX file.
+
+    Returns:
+        The directory, below `~/.cache/hkd-det`.
+
+    Raises:
+        DataError: The file does not exist.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such model file; hkd-export writes one")
-    folder = Path.home() / ".cache" / "hkd-det" / "ort-tensorrt" / file_sha256(path)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        raise DataError(f"{path}: no such model file. Create it with hkd-export.")
+    cache_dir = Path.home() / ".cache" / "hkd-det" / "ort-tensorrt" / file_sha256(path)[:16]
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    return cache_dir
 
 
 def _require_gpu_index(device: str, backend: str) -> str:
     index = parse_gpu_index(device)
     if index is None:
-        raise UsageError(f"--backend {backend} --device {device}: runs on an NVIDIA GPU only; say --device cuda")
+        raise UsageError(f"--backend {backend} --device {device}: expected an NVIDIA GPU. Set --device cuda.")
     return index
 
 
 def _find_rtx_devices(ort: Any) -> tuple[str, list[Any]]:
-    """The plugin's name and the GPUs that it sees, once it is registered."""
+    """Register the plugin. Return its provider name and its devices."""
     try:
         plugin = importlib.import_module("onnxruntime_ep_nv_tensorrt_rtx")
     except ImportError:
         raise UnavailableError(f"--backend ort-tensorrt-rtx: {_RTX_MISSING_HINT}") from None
     if not hasattr(ort, "register_execution_provider_library"):
         raise UnavailableError(
-            f"--backend ort-tensorrt-rtx: ONNX Runtime {ort.__version__} takes no plugins; "
-            "pip install 'onnxruntime>=1.24'"
+            f"--backend ort-tensorrt-rtx: ONNX Runtime {ort.__version__} does not support plugins. "
+            "Run pip install 'onnxruntime>=1.24'."
         )
     try:
         _register_provider_library(ort, plugin)
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no base but this
+    except Exception as error:  # noqa: BLE001 - the errors of ONNX Runtime share no other base class
         raise UnavailableError(
-            f"--backend ort-tensorrt-rtx: the plugin does not load: {first_error_line(error)}; {_RTX_FAILURE_HINT}"
+            f"--backend ort-tensorrt-rtx: the plugin does not load: {first_error_line(error)}. "
+            f"To solve this, {_RTX_FAILURE_HINT}"
         ) from None
     name = plugin.get_ep_name()
     return name, [device for device in ort.get_ep_devices() if device.ep_name == name]
 
 
-@cache  # a second registration is an error
+@cache  # a second registration raises an error
 def _register_provider_library(ort: Any, plugin: Any) -> None:
     ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())

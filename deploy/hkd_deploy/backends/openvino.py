@@ -1,30 +1,31 @@
-"""OpenVINO on the CPU: an ONNX file or a folder of hkd-export, in the precision that was asked for."""
+"""OpenVINO backend for the CPU. It runs ONNX files and OpenVINO directories in float32 or bfloat16."""
 
 import importlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from hkd_deploy.backends.base import (
     OUTPUT_DTYPES,
     PerformanceHint,
     RuntimeOutputs,
-    TensorInfo,
     make_closed_error,
+    make_tensor_info,
     validate_io,
 )
-from hkd_deploy.export.openvino import list_model_files, read_openvino_metadata
 from hkd_det.errors import DataError, UnavailableError, UsageError, import_package
 
 Precision = Literal["bf16"]
 PERFORMANCE_HINTS = ("latency", "throughput")
-OPENVINO_DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
+MODEL_FILE, METADATA_FILE = "model.xml", "metadata.yaml"
+FOLDER_FILES = (MODEL_FILE, "model.bin", METADATA_FILE)
 OPENVINO_LOAD_ERRORS = (
     "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
 )  # fmt: skip
@@ -35,25 +36,51 @@ IGNORED_MESSAGE_PREFIXES = (
 
 
 class OpenVinoBackend:
-    """A compiled model; several threads may call `run`, each takes a request of its own.
+    """A compiled OpenVINO model. Several threads may call `run`; each uses its own inference request.
 
-    metadata: the file's own strings. batch: pictures a call takes, None for any number. input_hw: (height, width)
-    pixels, None where the graph leaves them free. parallel: calls at once that make the most of the processor.
+    Args:
+        path: The ONNX file, .xml file or OpenVINO directory.
+        metadata: Metadata strings of the file.
+        compiled: The `CompiledModel`.
+
+    Attributes:
+        device: Always cpu.
+        batch: Fixed batch size. None if the batch dimension is free.
+        input_hw: Fixed (height, width) of the input, pixels. None if the size is free.
+        num_requests: Number of concurrent calls that use the processor fully.
     """
 
     def __init__(self, path: Path, metadata: dict[str, str], compiled: Any) -> None:
         self.path = path
         self.device = "cpu"
         self.metadata = metadata
-        self.batch, self.input_hw = validate_io(
-            path, metadata, _read_port_io(compiled.inputs), _read_port_io(compiled.outputs)
+        inputs, outputs = (
+            [
+                make_tensor_info(
+                    port.get_any_name(),
+                    port.element_type.get_type_name(),
+                    (dim.get_length() if dim.is_static else None for dim in port.partial_shape),
+                )
+                for port in ports
+            ]
+            for ports in (compiled.inputs, compiled.outputs)
         )
+        self.batch, self.input_hw = validate_io(path, metadata, inputs, outputs)
         self.num_requests: int = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self._compiled: Any | None = compiled
-        self._idle_requests: deque[Any] = deque()  # requests nobody is using: a request serves one thread at a time
+        self._idle_requests: deque[Any] = deque()  # a request serves one thread at a time
 
     def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
-        """(B, H, W, 3) uint8 RGB to boxes [B, K, 4] in pixels of them, scores [B, K], valid rows [B]."""
+        """Run inference on a batch. See `Backend.run`.
+
+        Args:
+            images (uint8[B, H, W, 3]): RGB, letterboxed.
+
+        Returns:
+            boxes (float32[B, K, 4]): xyxy, input pixels.
+            scores (float32[B, K]): 0 to 1, descending.
+            count (int64[B]): Number of valid rows per image.
+        """
         compiled = self._compiled
         if compiled is None:
             raise make_closed_error(self.path)
@@ -63,14 +90,14 @@ class OpenVinoBackend:
             request = compiled.create_infer_request()
         try:
             request.infer({"images": images}, share_inputs=True)
-            # Copied: the memory is the request's, and the next caller's answers lie there.
+            # Copy: the request owns the memory and overwrites it in the next call.
             boxes, scores, count = (request.get_tensor(name).data.copy() for name in OUTPUT_DTYPES)
         finally:
             self._idle_requests.append(request)
         return boxes, scores, count
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Release the memory of the model."""
         self._compiled = None
         self._idle_requests.clear()
 
@@ -83,85 +110,161 @@ def open_openvino(
     precision: Precision | None = None,
     performance_hint: PerformanceHint = "latency",
 ) -> Iterator[OpenVinoBackend]:
-    """Open an ONNX file, a folder that hkd-export --openvino wrote, or the .xml in it.
+    """Open a model with OpenVINO.
 
-    threads: CPU threads; None leaves it to OpenVINO. precision: bf16 where it is asked for; else float32, which
-    OpenVINO itself would leave for bfloat16 in silence on processors that have it.
-    hint: latency answers one call as fast as it can; throughput answers `parallel` calls at once, each more slowly.
-    Raises UsageError for what makes no sense, UnavailableError if OpenVINO is not there or the processor has no
-    bfloat16, DataError if the file is none of ours.
+    Args:
+        path: An ONNX file, a directory of `hkd-export --openvino` or the .xml file in it.
+        device: Must be cpu.
+        threads: Number of CPU threads. None for the default of OpenVINO.
+        precision: bf16 for bfloat16. None for float32, although OpenVINO prefers bfloat16 on processors that have it.
+        performance_hint: `latency` minimizes the time of one call. `throughput` runs `num_requests` calls at the same
+            time, each of them slower.
+
+    Yields:
+        The opened model.
+
+    Raises:
+        UsageError: An argument is invalid.
+        DataError: The file is not a model of `hkd-export`.
+        UnavailableError: OpenVINO is missing, or the processor does not support bfloat16.
     """
     if device != "cpu":
         raise UsageError(
-            f"--device {device}: OpenVINO runs on cpu here; for an NVIDIA GPU: --backend onnxruntime or tensorrt"
+            f"--device {device}: the openvino backend supports cpu only. "
+            "For an NVIDIA GPU, set --backend onnxruntime or tensorrt."
         )
     if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: at least 1")
+        raise UsageError(f"--threads {threads}: expected at least 1.")
     if performance_hint not in PERFORMANCE_HINTS:
-        raise UsageError(f"hint {performance_hint}: expected {' or '.join(PERFORMANCE_HINTS)}")
+        raise UsageError(f"performance_hint {performance_hint}: expected {' or '.join(PERFORMANCE_HINTS)}.")
     model_path = list_model_files(path)[0]
     core = create_core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UnavailableError("--backend openvino-bf16: this processor has no bfloat16; say --backend openvino")
-    wanted = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": performance_hint.upper()}
+        raise UnavailableError(
+            "--backend openvino-bf16: this processor does not support bfloat16. Set --backend openvino."
+        )
+    config = {"INFERENCE_PRECISION_HINT": precision or "f32", "PERFORMANCE_HINT": performance_hint.upper()}
     if threads is not None:
-        wanted["INFERENCE_NUM_THREADS"] = str(threads)
-    metadata, compiled = _compile_model(core, model_path, wanted)
+        config["INFERENCE_NUM_THREADS"] = str(threads)
+    metadata, compiled = _compile_model(core, model_path, config)
     if metadata.get("hkd.precision") == "bf16":
         raise DataError(
-            f"{path}: a file of --precision bf16 is for TensorRT, OpenVINO answers NaN; "
-            "say --backend openvino-bf16 with the FP32 file"
+            f"{path}: a file of --precision bf16 is for TensorRT; OpenVINO computes NaN from it. "
+            "Set --backend openvino-bf16 with the FP32 file."
         )
     _check_inference_precision(compiled, precision)
-    opened = OpenVinoBackend(path, metadata, compiled)
+    backend = OpenVinoBackend(path, metadata, compiled)
     try:
-        yield opened
+        yield backend
     finally:
-        opened.close()
+        backend.close()
+
+
+def list_model_files(path: Path) -> list[Path]:
+    """List the files of a model.
+
+    Args:
+        path: An .onnx file, an .xml file or an OpenVINO directory.
+
+    Returns:
+        The file to open, followed by the files that belong to it.
+
+    Raises:
+        DataError: A file is missing.
+    """
+    if path.is_dir():
+        xml_files = sorted(path.glob("*.xml"))
+        if len(xml_files) != 1:
+            raise DataError(
+                f"{path}: not an OpenVINO directory: expected {', '.join(FOLDER_FILES)}, got {len(xml_files)} "
+                ".xml files. Create one with hkd-export student.onnx --openvino."
+            )
+        path = xml_files[0]
+    paths = [path, path.with_suffix(".bin"), path.with_name(METADATA_FILE)] if path.suffix == ".xml" else [path]
+    for file in paths:
+        if not file.is_file():
+            raise DataError(f"{file}: no such model file. Create it with hkd-export.")
+    return paths
+
+
+def read_openvino_metadata(folder: Path) -> dict[str, str]:
+    """Read the metadata of an OpenVINO directory.
+
+    Args:
+        folder: Directory with a `metadata.yaml`.
+
+    Returns:
+        The same strings as in the metadata of an ONNX file.
+
+    Raises:
+        DataError: The file is not a YAML mapping.
+    """
+    path = folder / METADATA_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not YAML: {' '.join(str(error).split())}. Export the model again.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a YAML mapping, got {type(content).__name__}. Export the model again.")
+    return {str(key): str(value) for key, value in content.items()}
+
+
+def create_core() -> Any:
+    """Create an OpenVINO `Core` without changing the signal handling of the calling thread.
+
+    Returns:
+        The `Core`.
+
+    Raises:
+        UnavailableError: OpenVINO is missing.
+    """
+    core = import_package("openvino", "OpenVINO", "pip install 'hkd-det[openvino]'").Core()
+    # Workaround (OpenVINO 2026.4.1): the CPU plugin gives the thread that loads it another stack for signal handlers.
+    # The destructor of the Core unmaps this stack and restores the previous one. If two Cores are destroyed in the
+    # order of their creation, or a Core is destroyed in another thread, the restored stack no longer exists. The next
+    # signal (Ctrl-C, or the end of a data loader process) then crashes the process or overwrites memory. Therefore a
+    # short-lived thread loads the plugin.
+    with ThreadPoolExecutor(1) as loader:
+        loader.submit(core.get_versions, "CPU").result()
+    return core
+
+
+def read_model(path: Path) -> Any:
+    """Read a model file with the OpenVINO front end of its type.
+
+    Without a named front end, OpenVINO tries all of them, and the TensorFlow front end prints to the terminal.
+
+    Args:
+        path: An .onnx or .xml file.
+
+    Returns:
+        The OpenVINO `Model`.
+    """
+    manager = importlib.import_module("openvino.frontend").FrontEndManager()
+    front_end = manager.load_by_framework("ir" if path.suffix == ".xml" else "onnx")
+    return front_end.convert(front_end.load(str(path)))
 
 
 def _compile_model(core: Any, path: Path, config: dict[str, str]) -> tuple[dict[str, str], Any]:
-    """The metadata and the compiled model; the model itself, with its weights, is let go."""
+    """Return metadata and compiled model. The uncompiled model is released, with its weights."""
     with _convert_load_errors(path):
         model = read_model(path)
         return _read_rt_info(model, path), core.compile_model(model, "CPU", config)
 
 
-def create_core() -> Any:
-    """A Core of OpenVINO's that leaves the caller's signals alone. Raises UnavailableError if OpenVINO is not there."""
-    core = import_package("openvino", "OpenVINO", "pip install 'hkd-det[openvino]'").Core()
-    # The CPU plugin gives the thread that loads it another stack for signal handlers, unmaps it when the Core goes, and
-    # puts back the one before. After two Cores that go in the order they came, or one that goes in another thread, the
-    # stack is no longer there: the next signal that Python hears (Ctrl-C; a child's end, once torch has loaded pictures
-    # with workers) ends the process, or overwrites what lies there by then. So a thread that ends at once loads it.
-    # Seen in OpenVINO 2026.4.1.
-    with ThreadPoolExecutor(1) as aside:
-        aside.submit(core.get_versions, "CPU").result()
-    return core
-
-
 @contextmanager
 def _convert_load_errors(path: Path) -> Iterator[None]:
-    """What OpenVINO raises for a file it can't load, as a DataError; its errors share no base but Exception."""
+    """Convert the load errors of OpenVINO to a DataError. They share no base class except Exception."""
     front_ends = importlib.import_module("openvino.frontend")
-    known = [getattr(front_ends, name) for name in OPENVINO_LOAD_ERRORS if hasattr(front_ends, name)]
+    load_errors = [getattr(front_ends, name) for name in OPENVINO_LOAD_ERRORS if hasattr(front_ends, name)]
     try:
         yield
-    except (RuntimeError, UnicodeDecodeError, *known) as error:  # of names or metadata that are no text
+    except (RuntimeError, UnicodeDecodeError, *load_errors) as error:  # UnicodeDecodeError: names that are not UTF-8
         version = importlib.import_module("openvino").__version__.partition("-")[0]
         raise DataError(
-            f"{path}: OpenVINO {version} cannot load it (truncated, no model, or too new): {_extract_error_reason(error)}"
+            f"{path}: OpenVINO {version} cannot load the file (truncated, not a model, or too new): "
+            f"{_extract_error_reason(error)}"
         ) from None
-
-
-def read_model(path: Path) -> Any:
-    """OpenVINO's Model of an .onnx or .xml file.
-
-    By the one front end that fits: left to choose, OpenVINO tries all, and TensorFlow's prints to the terminal.
-    """
-    manager = importlib.import_module("openvino.frontend").FrontEndManager()
-    front_end = manager.load_by_framework("ir" if path.suffix == ".xml" else "onnx")
-    return front_end.convert(front_end.load(str(path)))
 
 
 def _read_rt_info(model: Any, path: Path) -> dict[str, str]:
@@ -169,35 +272,23 @@ def _read_rt_info(model: Any, path: Path) -> dict[str, str]:
         return read_openvino_metadata(path.parent)
     if not model.has_rt_info(["framework"]):
         return {}
-    found = _unwrap_ovany(model.get_rt_info(["framework"]))
-    return {key: str(_unwrap_ovany(value)) for key, value in found.items()}
+    entries = _unwrap_ovany(model.get_rt_info(["framework"]))
+    return {key: str(_unwrap_ovany(value)) for key, value in entries.items()}
 
 
 def _unwrap_ovany(value: Any) -> Any:
-    """Some of OpenVINO's values come wrapped (OVAny)."""
-    return getattr(value, "value", value)
+    return getattr(value, "value", value)  # some values are wrapped in OVAny
 
 
 def _check_inference_precision(compiled: Any, precision: Precision | None) -> None:
-    asked = "bf16" if precision == "bf16" else "f32"
-    found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if found != asked:
-        raise UnavailableError(f"OpenVINO computes in {found} here, not in {asked} as it was asked to")
-
-
-def _read_port_io(ports: Sequence[Any]) -> list[TensorInfo]:
-    return [
-        TensorInfo(
-            port.get_any_name(),
-            OPENVINO_DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
-            tuple(side.get_length() if side.is_static else None for side in port.partial_shape),
-        )
-        for port in ports
-    ]
+    expected = "bf16" if precision == "bf16" else "f32"
+    actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if actual != expected:
+        raise UnavailableError(f"OpenVINO: expected inference precision {expected}, got {actual} on this processor.")
 
 
 def _extract_error_reason(error: Exception) -> str:
-    """What is left of OpenVINO's message without the places in its source."""
+    """Return the first line of an OpenVINO message that is not a source location."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = [line for line in lines if line and not line.startswith(IGNORED_MESSAGE_PREFIXES)]
-    return said[0].removeprefix("-- ").removesuffix(" with a message:") if said else type(error).__name__
+    reasons = [line for line in lines if line and not line.startswith(IGNORED_MESSAGE_PREFIXES)]
+    return reasons[0].removeprefix("-- ").removesuffix(" with a message:") if reasons else type(error).__name__

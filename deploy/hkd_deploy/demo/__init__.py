@@ -1,1 +1,1 @@
-"""The demo: a stream, a detector, and what it sees in a window or a film."""
+"""The demo `hkd-demo`: runs a detector on an image source and shows or saves the result."""

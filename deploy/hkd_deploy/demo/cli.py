@@ -1,4 +1,4 @@
-"""`hkd-demo`: watch a model at work on a film, a webcam or a network camera."""
+"""Command `hkd-demo`: run an exported model on a video, images, a webcam or a network camera."""
 
 import argparse
 import os
@@ -18,32 +18,39 @@ from hkd_det.errors import UsageError, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command.
+
+    Args:
+        argv: Arguments. None for those of the process.
+
+    Returns:
+        The exit code.
+    """
     return run_command("hkd-demo", _run_demo_command, argv)
 
 
 def _run_demo_command(argv: Sequence[str] | None) -> int:
     flags = _parse_demo_arguments(argv)
     _silence_opencv()
-    # A stopped service finishes its film as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    tally, dropped, stamp = FrameStats(), 0, _get_mtime_ns(flags.save)
+    # SIGTERM, which stops a service, completes the saved video like Ctrl-C.
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stats, num_dropped, mtime_ns = FrameStats(), 0, _get_mtime_ns(flags.save)
     try:
         with ExitStack() as stack:
-            window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.window else None
+            window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.show else None
             detector = stack.enter_context(open_detector(flags.model, flags.device, flags.threads, flags.backend))
             source = stack.enter_context(open_source(flags.source))
             output = open_output(stack, flags.save, source) if flags.save else None
-            tally = FrameStats()  # its clock starts when everything is open
+            stats = FrameStats()  # starts its clock after everything is open
             try:
-                run_demo(detector, source, flags.conf, tally, output, window, flags.max_frames)
+                run_demo(detector, source, flags.conf, stats, output, window, flags.max_frames)
             finally:
-                dropped = source.num_dropped
+                num_dropped = source.num_dropped
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if tally.num_frames:
-            print(tally.summary(dropped))
-            if _get_mtime_ns(flags.save) != stamp:
+        signal.signal(signal.SIGTERM, previous_handler)
+        if stats.num_frames:
+            print(stats.summary(num_dropped))
+            if _get_mtime_ns(flags.save) != mtime_ns:
                 print(f"saved {flags.save}")
     return 0
 
@@ -51,37 +58,43 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
 def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-demo",
-        description="Run an exported model on a film, pictures, a webcam or a network camera; show it or save it.",
-        epilog="example: hkd-demo student.onnx --source street.mp4 --save seen.mp4",
+        description="Run an exported model on a video, images, a webcam or a network camera; show or save the result.",
+        epilog="example: hkd-demo student.onnx --source street.mp4 --save out.mp4",
     )
-    parser.add_argument("model", type=Path, help="a file or folder written by hkd-export")
+    parser.add_argument("model", type=Path, help="file or directory written by hkd-export")
     parser.add_argument(
-        "--source", required=True, help="film, picture, folder of pictures, webcam (0), rtsp:// or http://"
+        "--source", required=True, help="video, image, directory of images, webcam (0), rtsp:// or http:// URL"
     )
-    parser.add_argument("--conf", type=float, default=0.3, help="least score drawn, 0 to 1 (default: %(default)s)")
+    parser.add_argument(
+        "--conf", type=float, default=0.3, help="minimum score of drawn boxes, 0 to 1 (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: %(default)s)")
-    parser.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default: the one of the file's kind)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one a physical core)")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write .mp4, .avi or .webm (.png, .jpg of a picture)")
-    parser.add_argument("--window", action=argparse.BooleanOptionalAction, help="show it (default: unless --save)")
-    parser.add_argument("--headless", dest="window", action="store_false", help="the same as --no-window")
-    parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames")
+    parser.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default: by file type)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: one per physical core)")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="output video .mp4, .avi or .webm; .png or .jpg for one image"
+    )
+    parser.add_argument(
+        "--show", action=argparse.BooleanOptionalAction, help="show a window (default: unless --save is set)"
+    )
+    parser.add_argument("--headless", dest="show", action="store_false", help="alias of --no-show")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames (default: no limit)")
     flags = parser.parse_args(argv)
     if not 0 <= flags.conf <= 1:
-        raise UsageError(f"--conf {flags.conf:g}: expected a score from 0 to 1")
+        raise UsageError(f"--conf {flags.conf:g}: expected a score from 0 to 1.")
     if flags.max_frames is not None and flags.max_frames < 1:
-        raise UsageError(f"--max-frames {flags.max_frames}: at least 1")
-    if flags.window is None:
-        flags.window = flags.save is None
+        raise UsageError(f"--max-frames {flags.max_frames}: expected at least 1.")
+    if flags.show is None:
+        flags.show = flags.save is None
     return flags
 
 
 def _get_mtime_ns(path: Path | None) -> int | None:
-    """When a file was last written, None if there is none: tells whether this run has saved one."""
+    """Return the modification time of a file, or None. It changes if this run writes the file."""
     return path.stat().st_mtime_ns if path and path.exists() else None
 
 
 def _silence_opencv() -> None:
-    """OpenCV and its FFmpeg print what they stumble over; what matters is raised, once, in our own words."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the only way FFmpeg inside OpenCV listens to
+    """Turn off the logs of OpenCV and its FFmpeg. Errors are raised as exceptions."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the only setting that FFmpeg inside OpenCV reads
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -1,18 +1,16 @@
-"""`Tally`: what a run of the demo has measured so far.
+"""Main loop of the demo: detect, draw, show, save and measure each frame."""
 
-The demo's body: each frame through the detector, drawn, shown and saved.
-"""
-
+import sys
 from collections import deque
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from time import monotonic, perf_counter
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from hkd_deploy.demo.output import IMAGE_OUTPUT_SUFFIXES, Window, open_image_writer, open_video_writer
 from hkd_deploy.draw import draw_detections, draw_overlay
@@ -21,17 +19,18 @@ from hkd_deploy.streams import Frame, FrameSource, open_source
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import format_imgsz
 
-FPS_WINDOW = 30  # frames the shown rate is taken over
-
-
-MAX_SAMPLES = 100_000  # frames the summary is taken over, the last ones: a camera never ends, memory does
-
-
+FPS_WINDOW = 30  # number of frames of the displayed rate
+MAX_SAMPLES = 100_000  # number of frames of the summary; bounds the memory for an unlimited source
 PERCENTILES = (50, 90, 99)
+DEFAULT_OUTPUT_FPS = 25.0  # frame rate of a saved video if the source has none
 
 
 class FrameStats:
-    """Counts `frames` and keeps the times of each."""
+    """Number of frames and time of each stage.
+
+    Attributes:
+        num_frames: Number of frames so far.
+    """
 
     def __init__(self) -> None:
         self._times: deque[StageTimes] = deque(maxlen=MAX_SAMPLES)
@@ -41,7 +40,12 @@ class FrameStats:
         self.num_frames = 0
 
     def add(self, times: StageTimes, age_ms: float | None) -> None:
-        """Record one frame; age_ms from its capture to its detections, None where no clock says."""
+        """Record one frame.
+
+        Args:
+            times: Time of each stage.
+            age_ms: Time from capture to detections, ms. None for a recorded source.
+        """
         self.num_frames += 1
         self._times.append(times)
         if age_ms is not None:
@@ -50,31 +54,38 @@ class FrameStats:
 
     @property
     def recent_fps(self) -> float:
-        """Frames a second over the last 30 frames: reading, drawing and saving included."""
+        """Frames per second over the last 30 frames, including reading, drawing and saving."""
         span_s = self._ticks_s[-1] - self._ticks_s[0]
         return (len(self._ticks_s) - 1) / span_s if span_s > 0 else 0.0
 
     @property
     def mean_fps(self) -> float:
-        """Frames a second from start to the last frame: reading, drawing and saving included."""
+        """Frames per second over all frames, including reading, drawing and saving."""
         span_s = self._ticks_s[-1] - self._start_s
         return self.num_frames / span_s if span_s > 0 else 0.0
 
     def summary(self, num_dropped: int) -> str:
-        """Frames, rate and a table of stage percentiles in milliseconds, to be printed."""
+        """Format frame count, rate and a table of stage percentiles.
+
+        Args:
+            num_dropped: Number of dropped frames of a live source.
+
+        Returns:
+            The text, times in milliseconds.
+        """
         if not self._times:
             return "no frames"
         rows = {
             "preprocess": [times.preprocess_ms for times in self._times],
             "inference": [times.inference_ms for times in self._times],
             "postprocess": [times.postprocess_ms for times in self._times],
-            "frame to boxes": [times.total_ms for times in self._times],
+            "total": [times.total_ms for times in self._times],
         }
         if self._ages_ms:
-            rows["camera to boxes"] = list(self._ages_ms)
-        drops = f", {num_dropped} dropped" if num_dropped else ""
+            rows["since capture"] = list(self._ages_ms)
+        dropped = f", {num_dropped} dropped" if num_dropped else ""
         lines = [
-            f"{self.num_frames} frames{drops}, {self.mean_fps:.1f} a second with reading and drawing",
+            f"{self.num_frames} frames{dropped}, {self.mean_fps:.1f} fps including reading and drawing",
             f"{'milliseconds':<16}" + "".join(f"{f'p{percent}':>9}" for percent in PERCENTILES),
         ]
         for name, values in rows.items():
@@ -82,33 +93,101 @@ class FrameStats:
         return "\n".join(lines)
 
 
-DEFAULT_OUTPUT_FPS = 25.0  # of a film whose source does not say
+class ProgressLine:
+    """Progress on one line of stderr. (tqdm is not installed on a device that only runs a model.)
+
+    Args:
+        name: Name of the source.
+        num_frames: Total number of frames. None if unknown.
+    """
+
+    def __init__(self, name: str, num_frames: int | None) -> None:
+        self._name = name
+        self._total = "" if num_frames is None else f"/{num_frames}"
+        self._interval_s = 0.1 if sys.stderr.isatty() else 10.0
+        self._text = self._status = ""
+        self._printed_s = -self._interval_s
+
+    def __enter__(self) -> "ProgressLine":
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._text:
+            self._print(end="\n")
+
+    def update(self, stats: FrameStats, status: str = "") -> None:
+        """Set the state and print it, at most ten times per second in a terminal.
+
+        Args:
+            stats: Statistics of the run.
+            status: Text at the end of the line. A change is printed immediately.
+        """
+        width = len(self._text)
+        self._text = f"{self._name}: {stats.num_frames}{self._total} frames, {stats.recent_fps:.1f} fps {status}"
+        self._text = self._text.ljust(width)  # overwrite the previous text
+        if status != self._status or perf_counter() - self._printed_s >= self._interval_s:
+            self._status, self._printed_s = status, perf_counter()
+            self._print(end="")
+
+    def _print(self, end: str) -> None:
+        print(f"\r{self._text}", end=end, file=sys.stderr, flush=True)
 
 
 class FrameWriter(Protocol):
-    """A film or a picture that is being written."""
+    """A video or an image that is written."""
 
     def write(self, image_rgb: NDArray[np.uint8], captured_s: float | None = None) -> None:
-        """Append uint8 RGB (H, W, 3), captured at `captured_s` if its source is live."""
+        """Append a frame.
+
+        Args:
+            image_rgb (uint8[H, W, 3]): RGB.
+            captured_s: Capture time of a live source, seconds. None for a recorded source.
+        """
 
 
 def save_video(
     model: Path | str, source: str, path: Path | str, conf: float, device: str = "cpu", max_frames: int | None = None
 ) -> FrameStats:
-    """Run a model over a source and save what it sees, as `hkd-demo MODEL --source ... --save PATH` does."""
-    tally = FrameStats()
+    """Run a model on a source and save the result, as `hkd-demo MODEL --source SOURCE --save PATH` does.
+
+    Args:
+        model: File or directory written by `hkd-export`.
+        source: Image source, as for `open_source`.
+        path: Video to write, or image if the source is one image.
+        conf: Minimum score of drawn boxes, 0 to 1.
+        device: cpu, cuda or cuda:N.
+        max_frames: Maximum number of frames. None for no limit.
+
+    Returns:
+        Statistics of the run.
+    """
+    stats = FrameStats()
     with ExitStack() as stack:
         detector = stack.enter_context(open_detector(model, device))
-        frames = stack.enter_context(open_source(source))
-        output = open_output(stack, Path(path), frames)
-        run_demo(detector, frames, conf, tally, output=output, max_frames=max_frames)
-    return tally
+        frame_source = stack.enter_context(open_source(source))
+        output = open_output(stack, Path(path), frame_source)
+        run_demo(detector, frame_source, conf, stats, output=output, max_frames=max_frames)
+    return stats
 
 
 def open_output(stack: ExitStack, path: Path, source: FrameSource) -> FrameWriter:
-    """Open what --save asks for: a film, or a picture if the source is one."""
+    """Open the file of `--save`: an image if the source is one image, otherwise a video.
+
+    Args:
+        stack: Exit stack that closes the file.
+        path: The file.
+        source: The opened source.
+
+    Returns:
+        The writer.
+
+    Raises:
+        UsageError: The suffix is not supported, or the file is the source itself.
+    """
     if path.exists() and Path(source.name).exists() and path.samefile(source.name):
-        raise UsageError(f"--save {path}: this is the source itself; choose another name")
+        raise UsageError(f"--save {path}: this file is the source. Choose another name.")
     if path.suffix.lower() in IMAGE_OUTPUT_SUFFIXES and source.num_frames == 1:
         return stack.enter_context(open_image_writer(path))
     return stack.enter_context(open_video_writer(path, source.fps or DEFAULT_OUTPUT_FPS))
@@ -123,39 +202,44 @@ def run_demo(
     window: Window | None = None,
     max_frames: int | None = None,
 ) -> None:
-    """Detect in every frame until the source ends, `max_frames` are done or the window is closed.
+    """Process frames until the source ends, `max_frames` is reached or the user closes the window.
 
-    conf: the least score that is drawn, 0..1. `tally` is filled as it goes, so that it holds what was
-    measured when Ctrl-C ends the run.
+    Args:
+        detector: The detector.
+        source: The image source.
+        conf: Minimum score of drawn boxes, 0 to 1.
+        stats: Filled during the run, so it is valid after Ctrl-C too.
+        output: File for the drawn frames.
+        window: Window for the drawn frames.
+        max_frames: Maximum number of frames. None for no limit.
     """
     total = min(filter(None, (source.num_frames, max_frames)), default=None)
     canvas: NDArray[np.uint8] | None = None
-    with tqdm(total=total, unit=" frames", desc=source.name) as bar:
+    with ProgressLine(source.name, total) as progress:
 
-        def waiting() -> bool:
-            """While a live source has no frame: say so, and keep the window alive."""
-            bar.set_postfix_str(source.status)
+        def handle_idle() -> bool:
+            """Show the status of a live source without a frame. Return False after the window is closed."""
+            progress.update(stats, source.status)
             return window is None or _update_idle_window(window, canvas, source.status)
 
         start_s = monotonic()
-        for frame in islice(source.iterate_frames(waiting), max_frames):
+        for frame in islice(source.iterate_frames(handle_idle), max_frames):
             detections, times = detector.predict_timed(frame.image_rgb)
             age_ms = 1e3 * (monotonic() - frame.timestamp_s) if source.is_live else None
             stats.add(times, age_ms)
             if output or window:
-                people = detections.filter(conf)
-                canvas = draw_detections(frame.image_rgb, people)
-                draw_overlay(canvas, _format_overlay(detector, stats, times, len(people), age_ms, source.num_dropped))
+                drawn = detections.filter(conf)
+                canvas = draw_detections(frame.image_rgb, drawn)
+                draw_overlay(canvas, _format_overlay(detector, stats, times, len(drawn), age_ms, source.num_dropped))
                 if output:
                     output.write(canvas, frame.timestamp_s if source.is_live else None)
                 if window:
                     window.show(canvas)
-            bar.update()
-            bar.set_postfix_str(f"{source.num_dropped} dropped" if source.is_live else "", refresh=False)
+            progress.update(stats)
             if window and not window.is_open(_compute_wait_ms(source, frame, start_s)):
                 return
     if window and source.num_frames == 1:
-        while window.is_open(wait_ms=50):  # a single picture is there to be looked at
+        while window.is_open(wait_ms=50):  # keep a single image visible
             pass
 
 
@@ -167,12 +251,11 @@ def _format_overlay(
     age_ms: float | None,
     num_dropped: int,
 ) -> list[str]:
-    """The panel's lines."""
-    manifest = detector.metadata
+    metadata = detector.metadata
     lines = [
-        f"{manifest.model}  {format_imgsz(manifest.imgsz_hw)}  {detector.backend} {detector.device}",
-        f"{stats.recent_fps:.1f} fps   people {num_detections}",
-        f"{times.total_ms:.1f} ms = {times.preprocess_ms:.1f} pre + {times.inference_ms:.1f} net"
+        f"{metadata.model}  {format_imgsz(metadata.imgsz_hw)}  {detector.backend} {detector.device}",
+        f"{stats.recent_fps:.1f} fps   persons {num_detections}",
+        f"{times.total_ms:.1f} ms = {times.preprocess_ms:.1f} pre + {times.inference_ms:.1f} inference"
         f" + {times.postprocess_ms:.1f} post",
     ]
     if age_ms is not None:
@@ -181,16 +264,16 @@ def _format_overlay(
 
 
 def _compute_wait_ms(source: FrameSource, frame: Frame, start_s: float) -> int:
-    """Until a recorded frame's time has come, so that a fast machine does not show people running."""
+    """Return the time until a recorded frame is due, so that a fast machine shows a video in real time."""
     if source.is_live:
         return 1
     return max(1, round(1e3 * (start_s + frame.timestamp_s - monotonic())))
 
 
 def _update_idle_window(window: Window, last_canvas: NDArray[np.uint8] | None, status: str) -> bool:
-    """Keep a window alive; in trouble the last picture goes dark under the reason, so that nobody takes it for now."""
+    """Process window events. If the camera is lost, darken the last image and show the status."""
     if status and last_canvas is not None:
-        dark = last_canvas // 3
-        draw_overlay(dark, [], warning=status)
-        window.show(dark)
+        dark_canvas = last_canvas // 3
+        draw_overlay(dark_canvas, [], warning=status)
+        window.show(dark_canvas)
     return window.is_open()

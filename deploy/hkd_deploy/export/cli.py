@@ -21,7 +21,7 @@ from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision import cli as precision
 from hkd_deploy.precision.report import list_onnx_backends
-from hkd_deploy.serving import cli as targets
+from hkd_deploy.serving import cli as serving
 from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.datasets.catalog import load_dataset
@@ -106,7 +106,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
     _check_unused_flags(source, parser, flags)
     _check_flags(source, output, flags)
     if source.suffix == ".engine":
-        targets.write_serving_folders(source, flags)
+        serving.write_serving_folders(source, flags)
         return 0
     smaller = flags.precision != "fp32"
     onnx_output, engine_output, folder_output = _split_output_by_suffix(output)
@@ -132,7 +132,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
         _write_openvino(onnx, folder_output, verification)
     if verification:
         print(verification.format_table({} if flags.verify_images else known))
-    targets.write_serving_folders(onnx, flags)
+    serving.write_serving_folders(onnx, flags)
     return 0
 
 
@@ -160,15 +160,17 @@ def _check_flags(source: Path, output: Path | None, flags: argparse.Namespace) -
     check_verify_flags(flags)
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a run, or an .onnx file of hkd-export")
-    if source.suffix == ".engine" and (not flags.target or flags.precision != "fp32" or flags.openvino):
-        raise UsageError(f"{source}: is an engine already; only --target makes something of it")
-    if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.target):
-        raise UsageError(f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --target")
+    if source.suffix == ".engine" and (not flags.serving or flags.precision != "fp32" or flags.openvino):
+        raise UsageError(f"{source}: is an engine already; only --serving makes something of it")
+    if source.suffix == ".onnx" and not (flags.precision != "fp32" or flags.trt or flags.openvino or flags.serving):
+        raise UsageError(
+            f"{source}: is ONNX already; say what to make of it: --precision, --trt, --openvino, --serving"
+        )
     for name, odd in (("--raw", flags.raw), ("--no-preprocess", flags.no_preprocess)):
         if odd and (flags.precision != "fp32" or flags.openvino):
             raise UsageError(f"{name}: for a program of your own; --precision can't judge it, --openvino can't open it")
-    if flags.trt and flags.target:
-        raise UsageError("--trt --target: two steps; first --trt, then hkd-export MODEL.engine --target ...")
+    if flags.trt and flags.serving:
+        raise UsageError("--trt --serving: two steps; first --trt, then hkd-export MODEL.engine --serving ...")
     if flags.trt:
         tensorrt.make_build_options(flags)
     onnx, engine, folder = _split_output_by_suffix(output)
@@ -186,7 +188,7 @@ def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: ar
         (source.suffix == ".pt", graph.FLAGS, f"{source} is finished; give the best.pt that it was made of"),
         (flags.precision != "fp32", precision.FLAGS, "belongs to --precision"),
         (flags.trt, tensorrt.FLAGS, "belongs to --trt"),
-        (bool(flags.target), targets.SERVING_FLAGS, "belongs to --target"),
+        (bool(flags.serving), serving.SERVING_FLAGS, "belongs to --serving"),
     ):
         for name in () if heard else names:
             if getattr(flags, name) != parser.get_default(name):
@@ -211,7 +213,7 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
     try:
         from hkd_deploy.export.exporter import (  # noqa: PLC0415 - torch, only here
             export_and_verify,
-            export_onnx,  # noqa: PLC0415
+            export_onnx,
             torch_reference,
         )
         from hkd_det.models.checkpoint import load_detector_checkpoint  # noqa: PLC0415
@@ -250,6 +252,6 @@ def _build_parser() -> argparse.ArgumentParser:
     precision.add_arguments(parser)
     tensorrt.add_arguments(parser)
     openvino_folder.add_arguments(parser)
-    targets.add_arguments(parser)
+    serving.add_arguments(parser)
     add_verify_arguments(parser)
     return parser

@@ -50,24 +50,18 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
         "imgsz": str(list(options.imgsz_hw)),
         "channels": "3",
         "names": "{0: 'person'}",
-        "hkd.format": str(_select_format(options)),
+        "hkd.format": str(METADATA_FORMAT),
         "hkd.model": checkpoint.model,
         "hkd.parameters": str(weight.num_params),
         "hkd.flops": str(weight.flops),
         "hkd.preprocess": json.dumps(_describe_preprocess(options)),
-        "hkd.max_hw": str(list(options.max_hw)),
-        "hkd.dynamic_size": _format_bool(options.dynamic_size),
+        "hkd.max_imgsz": str(list(options.max_hw)),
+        "hkd.dynamic": _format_bool(options.dynamic_size),
         "hkd.raw": _format_bool(options.raw),
         "hkd.weights_sha256": weights_sha256(checkpoint.weights),
         "hkd.data": str(checkpoint.config["data"]),
         **_make_eval_metadata(checkpoint),
     }
-
-
-def _select_format(options: ExportOptions) -> int:
-    """Readers of format 1 can run the one graph that there was then."""
-    plain = options.preprocess and not (options.dynamic_size or options.letterbox_hw or options.raw)
-    return 1 if plain else METADATA_FORMAT
 
 
 def _describe_preprocess(options: ExportOptions) -> dict[str, object]:
@@ -83,7 +77,7 @@ def _make_eval_metadata(checkpoint: DetectorCheckpoint) -> dict[str, str]:
     return {
         "hkd.epoch": str(checkpoint.epoch),
         "hkd.miss_rate": f"{checkpoint.miss_rate:.6f}",
-        "hkd.miss_rate_on": f"{checkpoint.config['data']}, val, {checkpoint.config['setup']}, trained weights in torch",
+        "hkd.miss_rate_dataset": f"{checkpoint.config['data']}, val, {checkpoint.config['setup']}, trained weights in torch",
     }
 
 
@@ -163,7 +157,7 @@ def _get_dynamic_axes(options: ExportOptions, names: list[str]) -> dict[str, dic
     return axes
 
 
-__all__ = ["ParityError", "export_detector", "torch_reference", "export_and_verify"]
+__all__ = ["ParityError", "export_and_verify", "export_detector", "torch_reference"]
 
 
 def export_detector(

@@ -9,52 +9,22 @@ from typing import Any
 
 import yaml
 
+from hkd_deploy.backends.openvino import (
+    FOLDER_FILES,
+    METADATA_FILE,
+    MODEL_FILE,
+    list_model_files,
+    open_openvino,
+    read_model,
+)
 from hkd_det.errors import DataError, first_error_line
 from hkd_det.files import atomic_write_dir
-
-MODEL_FILE, METADATA_FILE = "model.xml", "metadata.yaml"
-
-
-FOLDER_FILES = (MODEL_FILE, "model.bin", METADATA_FILE)
-
 
 LITERAL_KEYS = ("stride", "batch", "imgsz", "names")  # numbers, a list and a mapping in the YAML; all else is text
 
 
 # Called with a finished folder's name and where it still lies; raises if it must not get that name.
 FolderCheck = Callable[[Path, Path], object]
-
-
-def list_model_files(path: Path) -> list[Path]:
-    """The file to open first, then those that belong to it, of an .onnx file, an .xml file or an OpenVINO folder.
-
-    Raises DataError, naming what is missing.
-    """
-    if path.is_dir():
-        found = sorted(path.glob("*.xml"))
-        if len(found) != 1:
-            raise DataError(
-                f"{path}: not an OpenVINO folder: expected {', '.join(FOLDER_FILES)}, found {len(found)} .xml files; "
-                "hkd-export student.onnx --openvino writes one"
-            )
-        path = found[0]
-    wanted = [path, path.with_suffix(".bin"), path.with_name(METADATA_FILE)] if path.suffix == ".xml" else [path]
-    for file in wanted:
-        if not file.is_file():
-            raise DataError(f"{file}: no such model file; hkd-export writes one")
-    return wanted
-
-
-def read_openvino_metadata(folder: Path) -> dict[str, str]:
-    """The strings of `folder`'s metadata.yaml, as an ONNX file has them. Raises DataError for what is no mapping."""
-    path = folder / METADATA_FILE
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not YAML: {' '.join(str(error).split())}; export it again") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected keys and values, found {type(found).__name__}; export it again")
-    return {str(key): str(value) for key, value in found.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +51,6 @@ def write_openvino_folder(onnx_path: Path, folder: Path, check: FolderCheck | No
     Raises DataError for a file that OpenVINO can't read, where `folder` holds anything else than such a model, or where
     the disk does not take it.
     """
-    from hkd_deploy.backends.openvino import open_openvino, read_model  # noqa: PLC0415 - it imports this file
-
     _check_replaceable(folder)
     with open_openvino(onnx_path) as runtime:  # what can't be opened is not written
         metadata = runtime.metadata

@@ -39,7 +39,7 @@ def save_model(
 ) -> None:
     """Write `model` with its source's metadata and with
 
-    hkd.precision: fp16, bf16 or int8. hkd.quantised: JSON, how INT8 was made; {} of others. hkd.verdict: JSON.
+    hkd.precision: fp16, bf16 or int8. hkd.quantization: JSON, how INT8 was made; {} of others. hkd.precision_report: JSON.
     hkd.source_sha256: of the FP32 file.
     """
     onnx = import_onnx()
@@ -48,8 +48,8 @@ def save_model(
         {
             **source.get_metadata(),
             "hkd.precision": precision,
-            "hkd.quantised": json.dumps(quantization),
-            "hkd.verdict": json.dumps(precision_report),
+            "hkd.quantization": json.dumps(quantization),
+            "hkd.precision_report": json.dumps(precision_report),
             "hkd.source_sha256": source.sha256,
         },
     )

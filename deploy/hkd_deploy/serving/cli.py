@@ -1,4 +1,4 @@
-"""`hkd-export --target triton,deepstream`: the folders that other people's servers load."""
+"""Flags `--serving triton,deepstream` of `hkd-export`, which write the files of an inference server."""
 
 import argparse
 from pathlib import Path
@@ -9,64 +9,75 @@ from hkd_deploy.serving.triton import write_triton_repository
 from hkd_det.errors import UsageError
 
 SERVING_FORMATS = ("triton", "deepstream")
-
-
-SERVING_FLAGS = ("target_dir", "target_device", "max_batch")  # that say nothing without --target
-
-
+SERVING_FLAGS = ("serving_dir", "serving_device", "max_batch")  # argparse names; each requires --serving
 DEFAULT_MAX_BATCH = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags, in a group of their own."""
-    group = parser.add_argument_group("targets")
+    """Add the flags to a parser, in a group of their own."""
+    group = parser.add_argument_group("inference servers")
     group.add_argument(
-        "--target",
+        "--serving",
         action="extend",
         type=_parse_serving_formats,
         default=[],
         metavar="triton,deepstream",
-        help="also write what Triton or DeepStream loads",
+        help="also write the files that Triton or DeepStream loads",
     )
     group.add_argument(
-        "--target-dir", type=Path, metavar="DIR", help="where (default: triton/ and deepstream/ beside the model)"
+        "--serving-dir",
+        type=Path,
+        metavar="DIR",
+        help="output directory; requires --serving (default: triton/ and deepstream/ next to the model)",
     )
     group.add_argument(
-        "--target-device",
+        "--serving-device",
         choices=("cpu", "gpu"),
-        help="where Triton runs it (default: gpu for an engine, else cpu)",
+        help="device of the Triton model instance; requires --serving (default: gpu for an engine, else cpu)",
     )
     group.add_argument(
         "--max-batch",
         type=int,
         metavar="N",
-        help=f"pictures in one call at most, where the file leaves the batch free (default: {DEFAULT_MAX_BATCH}, or an "
-        "engine's largest)",
+        help=f"largest batch if the batch of the model is free; requires --serving (default: {DEFAULT_MAX_BATCH}, "
+        "or the limit of an engine)",
     )
 
 
 def write_serving_folders(path: Path, flags: argparse.Namespace) -> None:
-    """Write what `--target` names for the model file at `path`, an .onnx or an .engine, and say where it lies."""
-    if not flags.target:
+    """Write the files that `--serving` requests and print their location.
+
+    Args:
+        path: The .onnx or .engine file.
+        flags: Parsed flags of `add_arguments`.
+
+    Raises:
+        UsageError: A flag is invalid, or the server cannot run the model.
+        DataError: The model file is damaged.
+    """
+    if not flags.serving:
         return
     model = read_model_file(path)
     max_batch = _resolve_max_batch(model, flags.max_batch)
-    for target in dict.fromkeys(flags.target):
-        folder = (flags.target_dir or path.parent) / target
-        match target:
+    for server in dict.fromkeys(flags.serving):
+        folder = (flags.serving_dir or path.parent) / server
+        match server:
             case "triton":
-                written = write_triton_repository(model, folder, flags.target_device, max_batch)
-                print(f"{written}: tritonserver --model-repository {folder}")
+                written = write_triton_repository(model, folder, flags.serving_device, max_batch)
+                print(f"{written}: run tritonserver --model-repository {folder}")
             case "deepstream":
                 written = write_deepstream(model, folder, max_batch)
-                print(f"{written}: run make in it on the device, and give nvinfer its config_infer_primary.txt")
+                print(f"{written}: run make there on the device, then pass config_infer_primary.txt to nvinfer")
 
 
 def _resolve_max_batch(model: ModelFile, requested: int | None) -> int:
     if requested is not None and requested < 1:
-        raise UsageError(f"--max-batch {requested}: at least 1")
+        raise UsageError(f"--max-batch {requested}: expected at least 1.")
     if requested is not None and model.max_batch is not None and requested > model.max_batch:
-        raise UsageError(f"--max-batch {requested}: {model.path} was built for {model.max_batch} at most (--trt-profile)")
+        raise UsageError(
+            f"--max-batch {requested}: {model.path} supports at most {model.max_batch}. "
+            "Build an engine with a larger --trt-profile."
+        )
     return requested or model.max_batch or DEFAULT_MAX_BATCH
 
 
@@ -74,5 +85,5 @@ def _parse_serving_formats(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in SERVING_FORMATS:
-            raise UsageError(f"--target {text}: expected {' or '.join(SERVING_FORMATS)}, or both with a comma")
+            raise UsageError(f"--serving {text}: expected {' or '.join(SERVING_FORMATS)}, or both with a comma.")
     return names

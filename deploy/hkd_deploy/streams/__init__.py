@@ -1,9 +1,7 @@
-"""`open_source`: the text a user gives after --source, to an open stream.
-
-Where frames come from: a picture, a folder of pictures, a film, a webcam, a network camera.
+"""Image sources: image files, directories, videos, webcams and network cameras.
 
 with open_source("rtsp://camera/stream") as source:
-    for frame_rgb, timestamp_s in source:
+    for image_rgb, timestamp_s in source:
         ...
 """
 
@@ -14,23 +12,32 @@ from pathlib import Path
 
 from hkd_deploy.streams.base import Frame, FrameSource
 from hkd_deploy.streams.camera import CameraSource, ReconnectPolicy
-from hkd_deploy.streams.files import IMAGE_SUFFIXES, ImageSource, VideoSource, list_images
+from hkd_deploy.streams.files import ImageSource, VideoSource, list_images
 from hkd_det.errors import DataError, UsageError
+from hkd_det.image import IMAGE_SUFFIXES
 
 __all__ = ["Frame", "FrameSource", "open_source", "redact_url"]
-
 
 URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
 
 
 @contextmanager
 def open_source(text: str, reconnect_policy: ReconnectPolicy | None = None) -> Iterator[FrameSource]:
-    """Open a picture, a folder of pictures, a film file, a webcam ("0") or an address (rtsp://..., http://...).
+    """Open an image source.
 
-    An address is taken for a camera: live, and asked again when it falls silent; a film on a web
-    server has to be fetched first.
-    Raises UsageError for an unknown kind of address, DataError for a bad file, UnavailableError for
-    a camera that gives no picture now.
+    A URL is treated as a live camera and reopened if the connection fails. Download a video from a web server first.
+
+    Args:
+        text: Path of an image, a directory of images or a video, index of a webcam (`0`), or URL of a network camera.
+        reconnect_policy: Timeouts of a camera. None for the defaults.
+
+    Yields:
+        The opened source.
+
+    Raises:
+        UsageError: The URL scheme is not supported.
+        DataError: The file is missing or damaged.
+        UnavailableError: The camera returns no image.
     """
     source = _create_source(text, reconnect_policy or ReconnectPolicy())
     try:
@@ -40,9 +47,14 @@ def open_source(text: str, reconnect_policy: ReconnectPolicy | None = None) -> I
 
 
 def redact_url(address: str) -> str:
-    """An address that may be shown: `rtsp://user:pass@host/x?key=1` to `rtsp://***@host/x?***`.
+    """Remove credentials from a URL: `rtsp://user:pass@host/x?key=1` becomes `rtsp://***@host/x?***`.
 
-    All up to the last @ goes (passwords hold slashes and question marks), then the query (keys and tokens).
+    Args:
+        address: A URL. Other text is returned unchanged.
+
+    Returns:
+        The URL without the text before the last @ (passwords can contain slashes and question marks) and without the
+        query (it can contain keys and tokens).
     """
     address = re.sub(r"^([A-Za-z][A-Za-z0-9+]+:/*).*@", r"\1***@", address)
     return re.sub(r"^([A-Za-z][A-Za-z0-9+]+://[^?]*)\?.*", r"\1?***", address)
@@ -50,16 +62,19 @@ def redact_url(address: str) -> str:
 
 def _create_source(text: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
     if text.isascii() and text.isdigit():
-        remedy = "is it plugged in (ls /dev/video*), and not in use by another program?"
-        return CameraSource(int(text), f"camera {text}", remedy, reconnect_policy)
+        hint = "Check that it is connected (ls /dev/video*) and not in use by another program."
+        return CameraSource(int(text), f"camera {text}", hint, reconnect_policy)
     if "://" in text:
         return _open_network_camera(text, reconnect_policy)
     path = Path(text)
     if path.is_dir():
         return ImageSource(text, list_images(path))
     if not path.exists():
-        shown = redact_url(text)  # a mistyped address ends here as well
-        raise DataError(f"{shown}: no such file or folder; --source takes a film, pictures, a webcam (0) or rtsp://...")
+        name = redact_url(text)  # a mistyped URL can contain a password
+        raise DataError(
+            f"{name}: no such file or directory. --source expects a video, an image, a directory, a webcam (0) or "
+            "rtsp://..."
+        )
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageSource(text, [path])
     return VideoSource(path)
@@ -68,11 +83,9 @@ def _create_source(text: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
 def _open_network_camera(address: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
     name = redact_url(address)
     if address.split("://", 1)[0].lower() not in URL_SCHEMES:
-        raise UsageError(f"--source {name}: unknown kind of address; known: {', '.join(URL_SCHEMES)}")
-    remedy = (
-        "check that the camera is on and reachable (ping), the path, and user and password (rtsp://user:pass@host/...)"
+        raise UsageError(f"--source {name}: unknown URL scheme. Supported schemes: {', '.join(URL_SCHEMES)}.")
+    hint = (
+        "Check that the camera is on and reachable (ping), and check the path, user and password "
+        "(rtsp://user:pass@host/...)."
     )
-    return CameraSource(address, name, remedy, reconnect_policy)
-
-
-__all__ = ["Frame", "FrameSource", "open_source"]
+    return CameraSource(address, name, hint, reconnect_policy)

@@ -1,4 +1,4 @@
-"""`Frame` and `FrameSource`: what every stream gives, whatever it is read from."""
+"""Interface of an image source."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 
 class Frame(NamedTuple):
-    """One picture and its time.
+    """One image with its time.
 
-    picture_rgb: uint8 RGB (H, W, 3).
-    timestamp_s: of a live source when it was captured, by time.monotonic(); else its place in the film.
+    Attributes:
+        image_rgb (uint8[H, W, 3]): RGB.
+        timestamp_s: Capture time by `time.monotonic()` for a live source, otherwise the position in the video.
     """
 
     image_rgb: NDArray[np.uint8]
@@ -20,16 +21,18 @@ class Frame(NamedTuple):
 
 
 def wait_forever() -> bool:
-    """Wait for as long as it takes: what `frames` does when nobody says otherwise."""
+    """Return True: the default of `iterate_frames` waits without a limit."""
     return True
 
 
 class FrameSource(ABC):
-    """An open stream; iterate it once.
+    """An opened image source. It can be iterated once.
 
-    name: to show to people, without a password. live: the newest frame is given and late ones are
-    dropped; otherwise every frame is given in order. fps: frames a second, None where unknown or
-    meaningless. frame_count: None where unknown or endless. dropped: frames that came and were not given.
+    Args:
+        name: Display name, without credentials.
+        is_live: True if only the newest image is returned and late images are dropped.
+        fps: Frames per second. None if unknown.
+        num_frames: Number of frames. None if unknown or unlimited.
     """
 
     def __init__(self, name: str, is_live: bool, fps: float | None, num_frames: int | None) -> None:
@@ -40,26 +43,34 @@ class FrameSource(ABC):
 
     @property
     def num_dropped(self) -> int:
-        """Frames that came too late to be looked at."""
+        """Number of frames that arrived but were not returned."""
         return 0
 
     @property
     def status(self) -> str:
-        """What a live source is waiting for; empty while all is well."""
+        """Description of a connection problem. Empty if there is none."""
         return ""
 
     @abstractmethod
     def iterate_frames(self, on_idle: Callable[[], bool] = wait_forever) -> Iterator[Frame]:
-        """The frames. `waiting` is called some ten times a second while a live source has none; False ends it."""
+        """Iterate over the frames.
+
+        Args:
+            on_idle: Called about ten times per second while a live source has no frame. The iteration ends if it
+                returns False.
+
+        Yields:
+            The frames.
+        """
 
     def __iter__(self) -> Iterator[Frame]:
         return self.iterate_frames()
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file or the camera."""
+        """Close the file or the camera."""
 
 
 def sanitize_fps(fps: float) -> float | None:
-    """A frame rate as a container declares it, None for the zeros, NaNs and clock rates that stand for unknown."""
+    """Return a frame rate, or None for a value that stands for unknown (0, NaN or a clock rate above 1000)."""
     return fps if 0 < fps <= 1000 else None

@@ -6,13 +6,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hkd_deploy.backends.base import TensorInfo, make_tensor_info
 from hkd_deploy.trt.bindings import TrtLog, import_tensorrt, make_trt_logger
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan
 from hkd_deploy.trt.cuda import CudaDevice, open_cuda
 from hkd_deploy.trt.engine_info import (
     FORMAT,
     EngineInfo,
-    EngineTensor,
     get_current_platform,
     write_engine,
 )
@@ -42,8 +42,8 @@ class EngineInspection:
     """
 
     layers: list[EngineLayer]
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
     context_mib: float
 
 
@@ -146,7 +146,7 @@ def inspect_engine(trt: Any, build_result: BuildResult, log: TrtLog, path: Path)
         raise DataError(f"{path}: cannot read the precision of the engine: {error}.") from None
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     tensors = {
-        name: EngineTensor(name, engine.get_tensor_dtype(name).name, tuple(engine.get_tensor_shape(name)))
+        name: make_tensor_info(name, engine.get_tensor_dtype(name).name, engine.get_tensor_shape(name))
         for name in names
     }
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]

@@ -9,6 +9,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.trt.cuda import GpuInfo
 from hkd_deploy.trt.profile import Profile
 from hkd_det.config import dataclass_from_dict
@@ -17,21 +18,6 @@ from hkd_det.files import atomic_write, bytes_sha256
 
 FORMAT = 1
 AMPERE_MAJOR = 8  # compute capability
-
-
-@dataclass(frozen=True)
-class EngineTensor:
-    """An input or output of an engine.
-
-    Attributes:
-        name: Name in the graph.
-        dtype: Data type as TensorRT names it, for example "UINT8".
-        shape: Dimensions. Those that the profile leaves free are -1.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -72,8 +58,8 @@ class EngineInfo:
     dla: int | None
     precision_requested: str
     precision_actual: dict[str, int]
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
     profile: Profile | None
     workspace_mib: int
     context_mib: float

@@ -1,4 +1,4 @@
-"""OpenVINO: the precision that was asked for, folders that are whole or refused, one line for every bad file."""
+"""Tests of the OpenVINO backend: precision, OpenVINO directories and errors for damaged files."""
 
 import importlib
 import signal
@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import create_core, open_openvino
+from hkd_deploy.backends.openvino import FOLDER_FILES, create_core, list_model_files, open_openvino
 from hkd_deploy.export.cli import main as export
-from hkd_deploy.export.openvino import FOLDER_FILES, export_openvino, list_model_files, write_openvino_folder
+from hkd_deploy.export.openvino import export_openvino, write_openvino_folder
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 ov = importlib.import_module("openvino")
@@ -26,7 +26,7 @@ import signal, sys, threading
 from pathlib import Path
 from hkd_deploy.backends.openvino import open_openvino
 
-class Opened:
+class OpenModel:
     def __init__(self):
         self.context = open_openvino(Path(sys.argv[1]))
         self.context.__enter__()
@@ -35,13 +35,13 @@ class Opened:
         self.context.__exit__(None, None, None)
         del self.context
 
-def in_order():
-    first, second = Opened(), Opened()
+def close_in_order():
+    first, second = OpenModel(), OpenModel()
     first.close()
     second.close()
 
-def elsewhere():
-    closing = threading.Thread(target=Opened().close)
+def close_in_thread():
+    closing = threading.Thread(target=OpenModel().close)
     closing.start()
     closing.join()
 
@@ -50,12 +50,12 @@ globals()[sys.argv[2]]()
 try:
     signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
-    print("heard")
+    print("interrupted")
 """
 
 
-def open_once(path: Path, **wanted: object) -> None:
-    with open_openvino(path, **wanted):  # type: ignore[arg-type]
+def open_once(path: Path, **kwargs: object) -> None:
+    with open_openvino(path, **kwargs):  # type: ignore[arg-type]
         pass
 
 
@@ -64,36 +64,34 @@ def folder(tiny_onnx: Callable[..., Path]) -> Path:
     return export_openvino(tiny_onnx())
 
 
-def test_float32_is_asked_for_where_openvino_would_choose_bfloat16(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, str] = {}
+def test_open_default_precision_requests_float32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: dict[str, str] = {}
     compile_model = ov.Core.compile_model
 
     def spy(core: object, model: object, device: str, config: dict[str, str]) -> object:
-        asked.update(config)
+        requested.update(config)
         return compile_model(core, model, device, config)
 
     monkeypatch.setattr(ov.Core, "compile_model", spy)
     open_once(folder, threads=1)
-    assert asked == {
+    assert requested == {
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": "1",
     }
 
 
-def test_bfloat16_is_read_back(folder: Path) -> None:
+def test_open_bf16_is_read_back(folder: Path) -> None:
     if "BF16" not in create_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        with pytest.raises(UnavailableError, match="this processor has no bfloat16"):
+        with pytest.raises(UnavailableError, match="this processor does not support bfloat16"):
             open_once(folder, precision="bf16")
         return
     with open_openvino(folder, precision="bf16") as runtime:
-        found = runtime._compiled.get_property("INFERENCE_PRECISION_HINT")  # type: ignore[union-attr]
-    assert found.get_type_name() == "bf16"
+        precision = runtime._compiled.get_property("INFERENCE_PRECISION_HINT")  # type: ignore[union-attr]
+    assert precision.get_type_name() == "bf16"
 
 
-def test_another_precision_than_asked_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_other_precision_than_requested_raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_model = ov.Core.compile_model
     monkeypatch.setattr(
         ov.Core,
@@ -103,49 +101,53 @@ def test_another_precision_than_asked_is_an_error(folder: Path, monkeypatch: pyt
         ),
     )
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["BF16"])
-    with pytest.raises(UnavailableError, match="computes in f32 here, not in bf16"):
+    with pytest.raises(UnavailableError, match="expected inference precision bf16, got f32"):
         open_once(folder, precision="bf16")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["in_order", "elsewhere"])
-def test_ctrl_c_is_heard_after_models_have_gone(folder: Path, way: str) -> None:
-    """Two in the order they came, or one in another thread: OpenVINO can leave an unmapped stack to the handler."""
-    command = [sys.executable, "-c", CTRL_C, str(folder), way]
+@pytest.mark.parametrize("function", ["close_in_order", "close_in_thread"])
+def test_create_core_keeps_signal_handling(folder: Path, function: str) -> None:
+    """Two Cores destroyed in order, or one in another thread, can leave an unmapped signal stack."""
+    command = [sys.executable, "-c", CTRL_C, str(folder), function]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
-def test_throughput_runs_several_requests_side_by_side(folder: Path) -> None:
-    """Two streams on two threads; the answers stay in the order of the frames."""
+def test_call_throughput_keeps_order_of_frames(folder: Path) -> None:
     frames = []
     for x in range(0, 100, 10):
         frames.append(np.zeros((96, 160, 3), np.uint8))
         frames[-1][20:60, x : x + 40] = 255
     with open_detector(folder, threads=2, performance_hint="throughput") as detector:
-        found = detector(frames)
+        results = detector(frames)
         assert detector._num_requests >= 1
-    assert [one.boxes_xyxy[0, 0] for one in found] == list(range(0, 100, 10))
+    assert [detections.boxes_xyxy[0, 0] for detections in results] == list(range(0, 100, 10))
 
 
-def test_the_folder_is_what_the_fields_readers_know(folder: Path) -> None:
+def test_export_openvino_writes_standard_metadata(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(FOLDER_FILES)
-    said = yaml.safe_load((folder / "metadata.yaml").read_text())
-    assert (said["task"], said["stride"], said["imgsz"], said["names"]) == ("detect", 32, [96, 160], {0: "person"})
-    assert said["batch"] == "dynamic" and said["hkd.model"] == "tiny" and isinstance(said["date"], str)
+    content = yaml.safe_load((folder / "metadata.yaml").read_text())
+    assert (content["task"], content["stride"], content["imgsz"], content["names"]) == (
+        "detect",
+        32,
+        [96, 160],
+        {0: "person"},
+    )
+    assert content["batch"] == "dynamic" and content["hkd.model"] == "tiny" and isinstance(content["date"], str)
     with open_openvino(folder / "model.xml") as runtime, open_openvino(folder) as other:
         assert runtime.metadata == other.metadata
         assert runtime.metadata["imgsz"] == "[96, 160]" and runtime.metadata["names"] == "{0: 'person'}"
 
 
-def test_metadata_comes_back_as_the_onnx_file_has_it(tiny_onnx: Callable[..., Path]) -> None:
+def test_export_openvino_keeps_metadata(tiny_onnx: Callable[..., Path]) -> None:
     path = tiny_onnx(batch=3)
     with open_openvino(path) as from_onnx, open_openvino(export_openvino(path)) as from_folder:
         assert from_folder.metadata == from_onnx.metadata
         assert from_onnx.metadata == {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
-def test_an_older_folder_is_replaced_and_a_users_own_is_not(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
+def test_export_openvino_replaces_own_directory_only(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
     folder = export_openvino(tiny_onnx(imgsz_hw=(96, 160)))
     assert export_openvino(tiny_onnx(imgsz_hw=(64, 96))) == folder
     with open_openvino(folder) as runtime:
@@ -156,19 +158,21 @@ def test_an_older_folder_is_replaced_and_a_users_own_is_not(tiny_onnx: Callable[
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
-def test_what_cannot_be_opened_is_not_written(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
+def test_write_openvino_folder_damaged_file_writes_nothing(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny_onnx()
     folder = export_openvino(path)
     before = (folder / "model.xml").read_bytes()
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"tiny\.onnx: OpenVINO .* cannot load it"):
+    with pytest.raises(DataError, match=r"tiny\.onnx: OpenVINO .* cannot load the file"):
         write_openvino_folder(path, folder)
     assert (folder / "model.xml").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny.onnx", "tiny_openvino"]
 
 
-def test_a_full_disk(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What save_model raised on a file system of 1.5 MB."""
+def test_write_openvino_folder_full_disk_raises(
+    tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is the one that save_model raised on a file system of 1.5 MB."""
 
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("basic_ios::clear: iostream error")
@@ -181,28 +185,30 @@ def test_a_full_disk(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_nothing_behind(
+def test_export_openvino_interrupted_leaves_no_files(
     tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
 ) -> None:
     def stopped(_: object, path: Path, **__: object) -> None:
         path.write_text("half a model")
         signal.raise_signal(stop)
 
-    def unheard(*_: object) -> None:
-        raise AssertionError("nobody listens to SIGTERM")
+    def fail(*_: object) -> None:
+        raise AssertionError("SIGTERM was not handled")
 
     path = tiny_onnx()
     monkeypatch.setattr("openvino.save_model", stopped)
-    before = signal.signal(signal.SIGTERM, unheard)
+    before = signal.signal(signal.SIGTERM, fail)
     try:
         assert export([str(path), "--openvino"]) == 130
-        assert signal.getsignal(signal.SIGTERM) is unheard
+        assert signal.getsignal(signal.SIGTERM) is fail
     finally:
         signal.signal(signal.SIGTERM, before)
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_export_command(tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_writes_openvino_directory(
+    tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tiny_onnx()
     assert export([str(path), "--openvino"]) == 0
     assert "tiny_openvino: OpenVINO's form of" in capsys.readouterr().out
@@ -214,55 +220,59 @@ def test_export_command(tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFi
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_an_empty_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_open_empty_file_raises(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.onnx").touch()
-    with pytest.raises(DataError, match=r"empty\.onnx: not an hkd-det model"):  # OpenVINO takes it for an empty graph
+    with pytest.raises(DataError, match=r"empty\.onnx: not an hkd-det model"):  # OpenVINO reads it as an empty graph
         open_once(tmp_path / "empty.onnx")
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("keep", [1, 100, -1])
-def test_a_truncated_onnx_file(tiny_onnx: Callable[..., Path], keep: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_open_truncated_onnx_file_raises(
+    tiny_onnx: Callable[..., Path], keep: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tiny_onnx()
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match=rf"^{path}: OpenVINO [0-9.]+ cannot load it \(truncated, .*\): [^\n]+$"):
+    with pytest.raises(DataError, match=rf"^{path}: OpenVINO [0-9.]+ cannot load the file \(truncated, .*\): [^\n]+$"):
         open_once(path)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["model.xml", "model.bin"])
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_truncated_folder(folder: Path, name: str, share: float, capfd: pytest.CaptureFixture[str]) -> None:
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(DataError, match=rf"^{folder}/model\.xml: OpenVINO .* cannot load it [^\n]+$"):
+@pytest.mark.parametrize("ratio", [0, 0.5, 0.99])
+def test_open_truncated_directory_raises(
+    folder: Path, name: str, ratio: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(ratio * len(content))])
+    with pytest.raises(DataError, match=rf"^{folder}/model\.xml: OpenVINO .* cannot load the file [^\n]+$"):
         open_once(folder)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", FOLDER_FILES)
-def test_a_folder_with_a_file_missing(folder: Path, name: str) -> None:
+def test_open_incomplete_directory_raises(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(DataError, match="not an OpenVINO folder" if name == "model.xml" else f"{name}: no such"):
+    with pytest.raises(DataError, match="not an OpenVINO directory" if name == "model.xml" else f"{name}: no such"):
         open_once(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("- a list", "expected keys and values, found list"),
+        ("- a list", "expected a YAML mapping, got list"),
         ("a: [", "not YAML: "),
-        ("names: {0: person}\ntask: detect\n", "not an hkd-det model"),  # Ultralytics'
+        ("names: {0: person}\ntask: detect\n", "not an hkd-det model"),  # as Ultralytics writes it
     ],
 )
-def test_metadata_that_is_none_of_ours(folder: Path, text: str, words: str) -> None:
+def test_open_invalid_metadata_yaml_raises(folder: Path, text: str, message: str) -> None:
     (folder / "metadata.yaml").write_text(text)
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         open_once(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_an_opset_of_the_future(tiny_onnx: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_open_newer_opset_raises(tiny_onnx: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     path = tiny_onnx()
     model = onnx.load(path)
     model.opset_import[0].version = 99
@@ -273,32 +283,32 @@ def test_an_opset_of_the_future(tiny_onnx: Callable[..., Path], capfd: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("kwargs", "message"),
     [
-        ({"device": "cuda"}, "--device cuda: OpenVINO runs on cpu here"),
-        ({"device": "tpu"}, "--device tpu: OpenVINO runs on cpu here"),
-        ({"threads": 0}, "--threads 0: at least 1"),
-        ({"hint": "speed"}, "hint speed: expected latency or throughput"),
+        ({"device": "cuda"}, "--device cuda: the openvino backend supports cpu only"),
+        ({"device": "tpu"}, "--device tpu: the openvino backend supports cpu only"),
+        ({"threads": 0}, "--threads 0: expected at least 1"),
+        ({"performance_hint": "speed"}, "performance_hint speed: expected latency or throughput"),
     ],
 )
-def test_what_makes_no_sense(folder: Path, wanted: dict[str, object], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        open_once(folder, **wanted)
+def test_open_invalid_argument_raises(folder: Path, kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_once(folder, **kwargs)
 
 
-def test_a_processor_without_bfloat16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_bf16_unsupported_processor_raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["FP32", "INT8"])
-    with pytest.raises(UnavailableError, match="no bfloat16; say --backend openvino"):
+    with pytest.raises(UnavailableError, match=r"does not support bfloat16\. Set --backend openvino"):
         open_once(folder, precision="bf16")
 
 
-def test_openvino_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_without_openvino_raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UnavailableError, match=r"not installed; pip install 'hkd-det\[openvino\]'"):
         open_once(folder)
 
 
-def test_files_that_belong_to_a_model(folder: Path, tiny_onnx: Callable[..., Path]) -> None:
+def test_list_model_files_returns_all_files(folder: Path, tiny_onnx: Callable[..., Path]) -> None:
     assert [path.name for path in list_model_files(folder)] == list(FOLDER_FILES)
     assert list_model_files(folder / "model.xml") == list_model_files(folder)
     assert list_model_files(tiny_onnx()) == [tiny_onnx()]

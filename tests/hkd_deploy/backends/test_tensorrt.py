@@ -28,9 +28,10 @@ import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import open_backend
+from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.backends.tensorrt import TensorRTBackend, open_tensorrt
 from hkd_deploy.trt import cuda as cuda_module
-from hkd_deploy.trt.engine_info import EngineInfo, EngineTensor, bytes_sha256, get_current_platform, write_engine
+from hkd_deploy.trt.engine_info import EngineInfo, bytes_sha256, get_current_platform, write_engine
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 K = 3  # boxes per image
@@ -288,7 +289,7 @@ def make_info(**changes: Any) -> EngineInfo:
         "format": 1, "tensorrt": "10.3.0", "gpu": "Orin", "sm": "8.7", "platform": get_current_platform(),
         "version_compatible": False, "hardware_compatible": False, "dla": None,
         "precision_requested": "fp16", "precision_actual": {"fp16": 3},
-        "inputs": (EngineTensor("images", "UINT8", (1, *HW, 3)),), "outputs": (), "profile": None,
+        "inputs": (TensorInfo("images", "uint8", (1, *HW, 3)),), "outputs": (), "profile": None,
         "workspace_mib": 1024, "context_mib": 1.5, "build_s": 2.0, "date": "2026-01-02T03:04:05+00:00",
         "source": "tiny.onnx", "source_sha256": "0f" * 32, "engine_sha256": bytes_sha256(b"plan"),
         "metadata": {"hkd.model": "tiny"},

@@ -1,4 +1,4 @@
-"""The window: refused with a remedy where there is none, closed by q, Esc and its button."""
+"""Tests of the demo window: availability, closing by key and by button."""
 
 from collections.abc import Iterator
 
@@ -13,14 +13,14 @@ HEADLESS = "  GUI:                           NONE\n  Media I/O:\n"
 WITH_GTK = "  GUI:                           GTK3\n    GTK+:  YES (ver 3.24)\n"
 
 
-def test_a_headless_opencv() -> None:
+def test_display_error_headless_opencv() -> None:
     reason = display_error(HEADLESS, "linux", {"DISPLAY": ":0"})
     assert "pip uninstall -y opencv-python-headless && pip install opencv-python" in reason
     assert "--save out.mp4" in reason
 
 
 @pytest.mark.parametrize("environment", [{}, {"DISPLAY": ""}])
-def test_no_display(environment: dict[str, str]) -> None:
+def test_display_error_no_display(environment: dict[str, str]) -> None:
     assert "DISPLAY is not set" in display_error(WITH_GTK, "linux", environment)
 
 
@@ -28,17 +28,16 @@ def test_no_display(environment: dict[str, str]) -> None:
     ("platform", "environment"),
     [("linux", {"DISPLAY": ":0"}), ("linux", {"WAYLAND_DISPLAY": "wayland-0"}), ("darwin", {}), ("win32", {})],
 )
-def test_where_a_window_can_be(platform: str, environment: dict[str, str]) -> None:
+def test_display_error_display_available(platform: str, environment: dict[str, str]) -> None:
     assert display_error(WITH_GTK, platform, environment) == ""
 
 
-def test_what_this_opencv_says_of_itself() -> None:
-    # The line the check reads is there, in this build as in any.
+def test_opencv_build_information_has_gui_line() -> None:
     assert "GUI:" in cv2.getBuildInformation()
 
 
 class Screen:
-    """Stands for OpenCV's window system: `keys` are pressed one after the other, -1 is none."""
+    """Fake of the window system. `keys` are pressed in order; -1 is no key."""
 
     def __init__(self) -> None:
         self.keys: list[int] = []
@@ -54,14 +53,14 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "namedWindow", lambda *_: setattr(fake, "open", fake.open + 1))
     monkeypatch.setattr(cv2, "destroyAllWindows", lambda: setattr(fake, "open", 0))
-    monkeypatch.setattr(cv2, "imshow", lambda _, picture_bgr: fake.shown.append(picture_bgr))
+    monkeypatch.setattr(cv2, "imshow", lambda _, image_bgr: fake.shown.append(image_bgr))
     monkeypatch.setattr(cv2, "waitKey", lambda _: fake.keys.pop(0) if fake.keys else -1)
     monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: fake.visible)
     return fake
 
 
 @pytest.mark.parametrize("key", [ord("q"), ord("Q"), 27, 0x100000 + 27])  # GTK sets high bits for Num Lock
-def test_keys_that_close(screen: Screen, key: int) -> None:
+def test_is_open_close_key_returns_false(screen: Screen, key: int) -> None:
     with open_window("test") as window:
         assert screen.open == 1
         screen.keys = [-1, ord("x"), key]
@@ -69,22 +68,22 @@ def test_keys_that_close(screen: Screen, key: int) -> None:
     assert screen.open == 0
 
 
-def test_the_button_closes(screen: Screen) -> None:
+def test_is_open_close_button_returns_false(screen: Screen) -> None:
     window = Window("test")
     screen.visible = 0
-    assert window.is_open()  # not yet shown
+    assert window.is_open()  # no image yet
     window.show(np.full((4, 5, 3), (1, 2, 3), np.uint8))
     assert not window.is_open()
     assert screen.shown[0][0, 0].tolist() == [3, 2, 1]
 
 
-def test_a_window_system_that_refuses(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+def test_open_window_backend_failure_raises(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise cv2.error("Can't initialize GTK backend")
 
-    monkeypatch.setattr(cv2, "namedWindow", refuse)
+    monkeypatch.setattr(cv2, "namedWindow", fail)
     with (
-        pytest.raises(UnavailableError, match="no window: Can't initialize GTK backend; save a film"),
+        pytest.raises(UnavailableError, match=r"--show: Can't initialize GTK backend\. Save a video"),
         open_window("t"),
     ):
         pass

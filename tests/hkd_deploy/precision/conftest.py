@@ -31,6 +31,9 @@ METADATA = {
     ),
     "hkd.weights_sha256": "0f" * 32,
     "hkd.data": "nothing.yaml",
+    "hkd.max_imgsz": f"[{SIDE}, {SIDE}]",
+    "hkd.dynamic": "false",
+    "hkd.raw": "false",
 }
 GREY = np.array([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0]], np.float32).reshape(2, 3, 1, 1)
 KEPT = np.array([[1, 0], [0, 1]], np.float32).reshape(2, 2, 1, 1)

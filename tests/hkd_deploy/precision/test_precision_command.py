@@ -41,7 +41,7 @@ def test_int8_leaves_the_layer_out_that_would_blind_it(
     assert written.items() > before.items()
     assert written["hkd.source_sha256"] == sha256(source.read_bytes()).hexdigest()
     assert written["hkd.precision"] == "int8"
-    quantised, verdict = json.loads(written["hkd.quantised"]), json.loads(written["hkd.verdict"])
+    quantised, verdict = json.loads(written["hkd.quantization"]), json.loads(written["hkd.precision_report"])
     assert len(quantised["left_out"]) == 1 and quantised["layers"] == 2 and quantised["pictures"] == 6
     assert verdict["after"] == {"miss_rate": 0.0, "recall": 1.0}
     assert {race["backend"] for race in verdict["races"]} >= {"onnxruntime"}
@@ -116,10 +116,10 @@ def test_fp16_is_judged_and_bf16_says_that_it_is_not(
     assert main([str(source), "--precision", "fp16", "--data", str(street), "--output", str(half)]) == 0
     assert "fp16 against fp32 on this device: " in capsys.readouterr().out
     assert metadata(half)["hkd.precision"] == "fp16"
-    assert json.loads(metadata(half)["hkd.verdict"])["miss_rate_rise"] == 0
+    assert json.loads(metadata(half)["hkd.precision_report"])["miss_rate_rise"] == 0
     assert main([str(source), "--precision", "bf16"]) == 0
     assert "bf16: not measured" in capsys.readouterr().out
-    assert "unmeasured" in json.loads(metadata(brain)["hkd.verdict"])
+    assert "unmeasured" in json.loads(metadata(brain)["hkd.precision_report"])
     with pytest.raises(DataError, match=r"net\.bf16\.onnx: .*: it has no Conv for .*is for TensorRT$"):
         open_detector(brain).__enter__()
     with pytest.raises(DataError, match=r"net\.bf16\.onnx: .* is for TensorRT, .* with the FP32 file"):
@@ -172,7 +172,7 @@ def test_a_graph_that_nothing_here_runs_is_refused_at_once(
         "pad": 114,
         "range": [0, 1],
     }
-    changes = {"hkd.format": "2", "hkd.max_hw": "[96, 96]", "hkd.dynamic_size": "false", "hkd.raw": "false"}
+    changes = {"hkd.format": "1", "hkd.max_imgsz": "[96, 96]", "hkd.dynamic": "false", "hkd.raw": "false"}
     changes |= {"hkd.raw": "true"} if flag == "--raw" else {"hkd.preprocess": json.dumps(floats)}
     assert main([str(box_net(changes=changes)), "--precision", "bf16"]) == 2
     assert f"exported with {flag}: nothing here can run and judge it" in capsys.readouterr().err

@@ -1,8 +1,8 @@
-"""Fixtures of the targets' tests.
+"""Fixtures of the tests of inference servers.
 
-`triton_proto`: Triton's own description of config.pbtxt, out of NVIDIA's tritonclient wheel, fetched on first use.
-`float_onnx`: the tiny detector behind the interface of `--no-preprocess`.
-`engine`: an engine as far as these targets look at one.
+`triton_proto`: the protobuf definition of config.pbtxt from NVIDIA's tritonclient wheel, downloaded on first use.
+`float_onnx`: writes the tiny detector with the interface of `--no-preprocess`.
+`engine`: writes an engine with its JSON file.
 """
 
 import importlib.util
@@ -19,8 +19,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.model_metadata import PREPROCESS, PREPROCESS_FLOAT01
-from hkd_deploy.trt.engine_info import EngineInfo, EngineTensor, bytes_sha256, write_engine
+from hkd_deploy.trt.engine_info import EngineInfo, bytes_sha256, write_engine
 from hkd_deploy.trt.profile import Profile
 
 TRITON_CLIENT = "tritonclient==2.73.0"
@@ -29,7 +30,7 @@ PROTO = "tritonclient/grpc/model_config_pb2.py"
 
 @pytest.fixture(scope="session")
 def triton_proto(pytestconfig: pytest.Config) -> ModuleType:
-    """The generated module `model_config_pb2`. The package around it is not installed: it pins an older protobuf."""
+    """The generated module `model_config_pb2`. Its package is not installed because it requires an older protobuf."""
     assert pytestconfig.cache is not None
     folder = pytestconfig.cache.mkdir("tritonclient")
     module_file = folder / PROTO
@@ -49,30 +50,25 @@ def triton_proto(pytestconfig: pytest.Config) -> ModuleType:
 
 @pytest.fixture
 def float_onnx(tiny_onnx: Callable[..., Path]) -> Callable[..., Path]:
-    """Writes the tiny detector for float32 (B, 3, H, W) RGB 0..1, `float_onnx(batch=..., changes={...})`."""
+    """Function that writes the tiny detector for float32 (B, 3, H, W), `float_onnx(batch=..., changes={...})`."""
 
-    def write(name: str = "student.onnx", **wanted: object) -> Path:
+    def write(name: str = "student.onnx", **kwargs: object) -> Path:
         height, width = 96, 160
-        path = tiny_onnx(name, imgsz_hw=(height, width), **wanted)
+        path = tiny_onnx(name, imgsz_hw=(height, width), **kwargs)
         model = onnx.load(path)
         images = model.graph.input[0]
         batch = images.type.tensor_type.shape.dim[0]
-        side = batch.dim_value or batch.dim_param
-        images.CopyFrom(helper.make_tensor_value_info("images", TensorProto.FLOAT, [side, 3, height, width]))
+        dim = batch.dim_value or batch.dim_param
+        images.CopyFrom(helper.make_tensor_value_info("images", TensorProto.FLOAT, [dim, 3, height, width]))
         first = model.graph.node[0]
         assert first.op_type == "Cast" and list(first.output) == ["float"]
         model.graph.node.remove(first)
         model.graph.initializer.append(numpy_helper.from_array(np.array(255, np.float32), "full"))
         model.graph.node.insert(0, helper.make_node("Mul", ["nhwc", "full"], ["float"]))
         model.graph.node.insert(0, helper.make_node("Transpose", ["images"], ["nhwc"], perm=[0, 2, 3, 1]))
-        described = {prop.key: prop.value for prop in model.metadata_props} | {
-            "hkd.format": "2",
-            "hkd.preprocess": json.dumps(PREPROCESS_FLOAT01),
-            "hkd.max_hw": f"[{height}, {width}]",
-            "hkd.dynamic_size": "false",
-            "hkd.raw": "false",
-        }
-        helper.set_model_props(model, described | wanted.get("changes", {}))  # type: ignore[operator]
+        entries = {prop.key: prop.value for prop in model.metadata_props}
+        entries["hkd.preprocess"] = json.dumps(PREPROCESS_FLOAT01)
+        helper.set_model_props(model, entries | kwargs.get("changes", {}))  # type: ignore[operator]
         onnx.checker.check_model(model)
         onnx.save(model, path)
         return path
@@ -82,24 +78,16 @@ def float_onnx(tiny_onnx: Callable[..., Path]) -> Callable[..., Path]:
 
 @pytest.fixture
 def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Callable[..., Path]:
-    """Writes an engine's sidecar as `hkd-export --trt` does, and bytes in place of the plan, which no CPU can open."""
+    """Function that writes an engine (arbitrary bytes, because a CPU cannot open one) and its JSON file."""
 
     def write(count: bool = True, free: bool = True, preprocess: dict[str, object] = PREPROCESS) -> Path:
         path = tmp_path / "student.engine"
-        batch, plan = (-1 if free else 1), b"a plan"
+        batch, plan = (None if free else 1), b"a plan"
         nhwc = preprocess["layout"] == "NHWC"
-        image_shape = (96, 160, 3) if nhwc else (3, 96, 160)
-        images = EngineTensor("images", "UINT8" if nhwc else "FLOAT", (batch, *image_shape))
-        outputs = (EngineTensor("boxes", "FLOAT", (batch, 2, 4)), EngineTensor("scores", "FLOAT", (batch, 2)))
-        described = model_metadata((96, 160), None if free else 1) | {
-            "hkd.format": "2",
-            "hkd.preprocess": json.dumps(preprocess),
-            "hkd.max_hw": "[96, 160]",
-            "hkd.dynamic_size": "false",
-            "hkd.raw": "false",
-        }
-        largest = (4, *images.shape[1:])
-        sidecar = EngineInfo(
+        dims = (96, 160, 3) if nhwc else (3, 96, 160)
+        images = TensorInfo("images", "uint8" if nhwc else "float32", (batch, *dims))
+        outputs = [TensorInfo("boxes", "float32", (batch, 2, 4)), TensorInfo("scores", "float32", (batch, 2))]
+        engine_info = EngineInfo(
             format=1,
             tensorrt="10.3.0",
             gpu="Orin",
@@ -111,8 +99,8 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
             precision_requested="fp32",
             precision_actual={"fp32": 9},
             inputs=(images,),
-            outputs=(*outputs, *((EngineTensor("count", "INT64", (batch,)),) if count else ())),
-            profile=Profile((1, *largest[1:]), (2, *largest[1:]), largest) if free else None,
+            outputs=(*outputs, *((TensorInfo("count", "int64", (batch,)),) if count else ())),
+            profile=Profile((1, *dims), (2, *dims), (4, *dims)) if free else None,
             workspace_mib=1024,
             context_mib=1.0,
             build_s=1.0,
@@ -120,9 +108,9 @@ def engine(tmp_path: Path, model_metadata: Callable[..., dict[str, str]]) -> Cal
             source="student.onnx",
             source_sha256="0f" * 32,
             engine_sha256=bytes_sha256(plan),
-            metadata=described,
+            metadata=model_metadata((96, 160), batch) | {"hkd.preprocess": json.dumps(preprocess)},
         )
-        write_engine(path, plan, sidecar)
+        write_engine(path, plan, engine_info)
         return path
 
     return write

@@ -31,7 +31,7 @@ def read_config(path: Path) -> ConfigParser:
 
 def test_folder(float_onnx: Callable[..., Path]) -> None:
     model = float_onnx()
-    assert main([str(model), "--target", "deepstream", "--max-batch", "4"]) == 0
+    assert main([str(model), "--serving", "deepstream", "--max-batch", "4"]) == 0
     folder = model.parent / "deepstream" / "student"
     config = read_config(folder / "config_infer_primary.txt")
     assert set(config.sections()) == {"property", "class-attrs-all"}
@@ -52,7 +52,7 @@ def test_folder(float_onnx: Callable[..., Path]) -> None:
 
 def test_the_model_gives_what_it_gave_without_the_output_nvinfer_cannot_take(float_onnx: Callable[..., Path]) -> None:
     model = float_onnx(batch=2)
-    assert main([str(model), "--target", "deepstream"]) == 0
+    assert main([str(model), "--serving", "deepstream"]) == 0
     written = model.parent / "deepstream" / "student" / "student.onnx"
     batch = np.random.default_rng(0).uniform(0, 1, (2, 3, 96, 160)).astype(np.float32)
     batch[0, :, 20:40, 30:60] = 1
@@ -68,7 +68,7 @@ def test_the_model_gives_what_it_gave_without_the_output_nvinfer_cannot_take(flo
 def test_tensorrt_builds_it(float_onnx: Callable[..., Path], tensorrt_builds: Callable[..., dict[str, Any]]) -> None:
     """nvinfer builds by the same parser, with the same profile; every output keeps a side behind the batch."""
     model = float_onnx()
-    assert main([str(model), "--target", "deepstream", "--max-batch", "4"]) == 0
+    assert main([str(model), "--serving", "deepstream", "--max-batch", "4"]) == 0
     written = model.parent / "deepstream" / "student" / "student.onnx"
     built = tensorrt_builds(written, (1, 3, 96, 160), (4, 3, 96, 160))
     assert built["outputs"] == {"boxes": ["FLOAT", 3], "scores": ["FLOAT", 2]}
@@ -80,7 +80,7 @@ def test_what_nvinfer_would_build_in_another_precision_it_is_not_given_to_build(
     float_onnx: Callable[..., Path], precision: str, mode: str, batch: int | None, profile: str
 ) -> None:
     model = float_onnx(batch=batch, changes={"hkd.precision": precision})
-    assert main([str(model), "--target", "deepstream"]) == 0
+    assert main([str(model), "--serving", "deepstream"]) == 0
     folder = model.parent / "deepstream" / "student"
     text = (folder / "config_infer_primary.txt").read_text()
     found = read_config(folder / "config_infer_primary.txt")["property"]
@@ -92,37 +92,31 @@ def test_what_nvinfer_would_build_in_another_precision_it_is_not_given_to_build(
 
 def test_engine(engine: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     model = engine(count=False, free=False, preprocess=PREPROCESS_FLOAT01)
-    assert main([str(model), "--target", "deepstream"]) == 0
+    assert main([str(model), "--serving", "deepstream"]) == 0
     folder = model.parent / "deepstream" / "student"
     found = read_config(folder / "config_infer_primary.txt")["property"]
     assert "onnx-file" not in found and (folder / found["model-engine-file"]).read_bytes() == model.read_bytes()
     assert found["batch-size"] == "1"
     capsys.readouterr()
-    assert main([str(engine(preprocess=PREPROCESS_FLOAT01)), "--target", "deepstream"]) == 2
-    assert "first hkd-export MODEL.onnx --target deepstream" in capsys.readouterr().err
-    assert main([str(engine(count=False)), "--target", "deepstream"]) == 2
-    assert "takes images uint8 (any, 96, 160, 3), nvinfer gives float32" in capsys.readouterr().err
+    assert main([str(engine(preprocess=PREPROCESS_FLOAT01)), "--serving", "deepstream"]) == 2
+    assert "Run hkd-export MODEL.onnx --serving deepstream" in capsys.readouterr().err
+    assert main([str(engine(count=False)), "--serving", "deepstream"]) == 2
+    assert "input images uint8 (?, 96, 160, 3): nvinfer passes float32" in capsys.readouterr().err
 
 
 def test_a_graph_that_nvinfer_cannot_feed_is_refused_in_one_line(
     tiny_onnx: Callable[..., Path], float_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    in_graph = {
-        "hkd.format": "2",
-        "hkd.preprocess": json.dumps(PREPROCESS_IN_GRAPH),
-        "hkd.max_hw": "[720, 1280]",
-        "hkd.dynamic_size": "false",
-        "hkd.raw": "false",
-    }
+    in_graph = {"hkd.preprocess": json.dumps(PREPROCESS_IN_GRAPH), "hkd.max_imgsz": "[720, 1280]"}
     for model, message in (
-        (tiny_onnx("boxed.onnx", changes=in_graph), "nvinfer does so itself"),
-        (float_onnx("asked.onnx", changes={"hkd.preprocess": "{}"}), "metadata hkd.preprocess is"),
+        (tiny_onnx("boxed.onnx", changes=in_graph), "nvinfer does itself"),
+        (float_onnx("asked.onnx", changes={"hkd.preprocess": "{}"}), "metadata hkd.preprocess: invalid value"),
         (float_onnx("raw.onnx", changes={"hkd.raw": "true"}), "--raw"),
-        (float_onnx("free.onnx", changes={"hkd.dynamic_size": "true"}), "its size is free"),
-        (float_onnx("names.onnx", changes={"names": "person"}), "metadata names cannot be read"),
+        (float_onnx("free.onnx", changes={"hkd.dynamic": "true"}), "the input size is free"),
+        (float_onnx("names.onnx", changes={"names": "person"}), "metadata names: cannot be read"),
     ):
         capsys.readouterr()
-        assert main([str(model), "--target", "deepstream"]) in (1, 2)
+        assert main([str(model), "--serving", "deepstream"]) in (1, 2)
         error = capsys.readouterr().err.strip()
         assert message in error and str(model) in error and len(error.splitlines()) == 1
         assert not (model.parent / "deepstream").exists()

@@ -38,7 +38,7 @@ def test_the_command_takes_it(line: str) -> None:
 def test_every_command_is_shown() -> None:
     lines = hkd_lines()
     assert len(lines) > 12 and {line.split()[0] for line in lines} == set(PARSERS)
-    for flag in ("--trt", "--target triton", "--target deepstream", "--headless", "--precision int8"):
+    for flag in ("--trt", "--serving triton", "--serving deepstream", "--headless", "--precision int8"):
         assert any(flag in line for line in lines), flag
 
 

@@ -83,7 +83,7 @@ def pictures(count: int) -> np.ndarray:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_it_answers_as_its_source(exported: Callable[..., Path], precision: str, batch: int | None) -> None:
     model = exported(precision, batch)
-    assert main([str(model), "--target", "deepstream"]) == 0
+    assert main([str(model), "--serving", "deepstream"]) == 0
     written = model.parent / "deepstream" / "student" / "student.onnx"
     given = pictures(2)
     before = onnxruntime.InferenceSession(str(model)).run(["boxes", "scores"], {"images": given})
@@ -102,7 +102,7 @@ def test_it_answers_as_its_source(exported: Callable[..., Path], precision: str,
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_only_its_start_and_what_it_says_of_it_are_new(exported: Callable[..., Path], precision: str) -> None:
     path = exported(precision, 1)
-    assert main([str(path), "--target", "deepstream"]) == 0
+    assert main([str(path), "--serving", "deepstream"]) == 0
     written = path.parent / "deepstream" / "student" / "student.onnx"
     before, after = onnx.load(path), onnx.load(written)
     old, new = ([node.SerializeToString() for node in model.graph.node] for model in (before, after))
@@ -111,7 +111,7 @@ def test_only_its_start_and_what_it_says_of_it_are_new(exported: Callable[..., P
     assert (gone, added) == (["Cast", "Transpose"], ["Mul"])
     assert (after.opset_import, after.ir_version) == (before.opset_import, before.ir_version)
     said, says = ({entry.key: entry.value for entry in model.metadata_props} for model in (before, after))
-    assert {key for key in says if says[key] != said.get(key)} == {"hkd.format", "hkd.preprocess"}
+    assert {key for key in says if says[key] != said.get(key)} == {"hkd.preprocess"}
     manifest = ModelMetadata.from_metadata(says, written)
     assert manifest == replace(ModelMetadata.from_metadata(said, path), preprocess="float01")
 
@@ -126,9 +126,9 @@ def test_a_graph_that_begins_otherwise_is_refused(
     model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     del cast.attribute[:]
     onnx.save(model, path)
-    assert main([str(path), "--target", "deepstream"]) == 1
+    assert main([str(path), "--serving", "deepstream"]) == 1
     error = capsys.readouterr().err.strip()
-    assert "does not begin with a cast of images to float32" in error and len(error.splitlines()) == 1
+    assert "expected a cast of images to float32 as the first operator" in error and len(error.splitlines()) == 1
     assert not (path.parent / "deepstream" / "student" / "student.onnx").exists()
 
 
@@ -136,19 +136,19 @@ def test_bfloat16_which_onnx_runtime_does_not_open(
     exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = exported("bf16", None)
-    assert main([str(path), "--target", "deepstream"]) == 0
+    assert main([str(path), "--serving", "deepstream"]) == 0
     folder = path.parent / "deepstream" / "student"
     assert "network-mode=0\n" in (folder / "config_infer_primary.txt").read_text()
     images = onnx.load(folder / "student.onnx").graph.input[0].type.tensor_type
     assert images.elem_type == onnx.TensorProto.FLOAT
     assert [side.dim_param or side.dim_value for side in images.shape.dim] == ["batch", 3, *HW]
     capsys.readouterr()
-    assert main([str(path), "--target", "triton"]) == 2  # nor does Triton's
+    assert main([str(path), "--serving", "triton"]) == 2  # nor does Triton's
     error = capsys.readouterr().err.strip()
-    assert f"first hkd-export {path} --trt, then" in error and len(error.splitlines()) == 1
+    assert f"Run hkd-export {path} --trt, then" in error and len(error.splitlines()) == 1
     assert not (path.parent / "triton").exists()
     path.write_bytes(path.read_bytes()[:-3])
-    assert main([str(path), "--target", "deepstream"]) == 1
+    assert main([str(path), "--serving", "deepstream"]) == 1
     assert "truncated" in capsys.readouterr().err
 
 
@@ -174,7 +174,7 @@ def test_tensorrt_builds_it(
     batch: int | None,
 ) -> None:
     model = exported(precision, batch)
-    assert main([str(model), "--target", "deepstream"]) == 0
+    assert main([str(model), "--serving", "deepstream"]) == 0
     written = model.parent / "deepstream" / "student" / "student.onnx"
     built = tensorrt_builds(written, (1, 3, *HW), (4, 3, *HW))
     assert built["input"] == "FLOAT" and built["outputs"] == {"boxes": ["FLOAT", 3], "scores": ["FLOAT", 2]}

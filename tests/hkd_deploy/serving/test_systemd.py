@@ -32,7 +32,7 @@ def test_the_command_is_one_hkd_demo_takes() -> None:
             words.append(word)
     flags = _parse_demo_arguments(words)
     assert (flags.source, flags.device, flags.conf) == ("rtsp://user:password@camera.local:554/stream", "cuda", 0.3)
-    assert flags.window is False and flags.save == Path("/var/lib/hkd-demo/seen.mp4")
+    assert flags.show is False and flags.save == Path("/var/lib/hkd-demo/seen.mp4")
     assert not values  # each setting is used
 
 

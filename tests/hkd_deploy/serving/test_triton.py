@@ -21,7 +21,7 @@ def read_config(triton_proto: ModuleType, path: Path) -> Any:
 @pytest.mark.slow
 def test_dynamic_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     model = tiny_onnx("student.onnx")
-    assert main([str(model), "--target", "triton", "--max-batch", "6"]) == 0
+    assert main([str(model), "--serving", "triton", "--max-batch", "6"]) == 0
     folder = model.parent / "triton" / "student"
     assert (folder / "1" / "model.onnx").read_bytes() == model.read_bytes()
     config = read_config(triton_proto, folder / "config.pbtxt")
@@ -47,7 +47,7 @@ def test_dynamic_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType)
 def test_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     """Triton's batching wants a free first side: a fixed one is part of the shape, and max_batch_size is 0."""
     model = tiny_onnx("student.onnx", batch=2)
-    assert main([str(model), "--target", "triton", "--target-device", "gpu"]) == 0
+    assert main([str(model), "--serving", "triton", "--serving-device", "gpu"]) == 0
     config = read_config(triton_proto, model.parent / "triton" / "student" / "config.pbtxt")
     assert config.max_batch_size == 0 and not config.HasField("dynamic_batching")
     assert [list(value.dims) for value in (*config.input, *config.output)] == [[2, 96, 160, 3], [2, 2, 4], [2, 2], [2]]
@@ -59,7 +59,7 @@ def test_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -
 @pytest.mark.slow
 def test_an_odd_name(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     model = tiny_onnx('day "2" \\ ü.onnx')
-    assert main([str(model), "--target", "triton"]) == 0
+    assert main([str(model), "--serving", "triton"]) == 0
     path = model.parent / "triton" / model.stem / "config.pbtxt"
     assert text_format.Parse(path.read_text(encoding="utf-8"), triton_proto.ModelConfig()).name == model.stem
 
@@ -68,7 +68,7 @@ def test_an_odd_name(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -
 def test_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     """Pictures of any size: the warm-up's is the network's own."""
     model = tiny_onnx("student.onnx", imgsz_hw=("height", "width"), changes={"imgsz": "[96, 160]"})
-    assert main([str(model), "--target", "triton", "--max-batch", "1"]) == 0
+    assert main([str(model), "--serving", "triton", "--max-batch", "1"]) == 0
     config = read_config(triton_proto, model.parent / "triton" / "student" / "config.pbtxt")
     assert list(config.input[0].dims) == [-1, -1, 3] and config.max_batch_size == 1
     assert list(config.model_warmup[0].inputs["images"].dims) == [96, 160, 3]
@@ -79,7 +79,7 @@ def test_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> 
 def test_engine(engine: Callable[..., Path], triton_proto: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """Types and free sides from the sidecar, the batch at most the profile's."""
     model = engine()
-    assert main([str(model), "--target", "triton"]) == 0
+    assert main([str(model), "--serving", "triton"]) == 0
     folder = model.parent / "triton" / "student"
     assert (folder / "1" / "model.plan").read_bytes() == model.read_bytes()
     config = read_config(triton_proto, folder / "config.pbtxt")
@@ -95,12 +95,12 @@ def test_engine(engine: Callable[..., Path], triton_proto: ModuleType, capsys: p
     capsys.readouterr()
     for flags, message in (
         (["--max-batch", "5"], "--max-batch 5: "),
-        (["--target-device", "cpu"], "runs on a GPU only"),
+        (["--serving-device", "cpu"], "runs on a GPU only"),
     ):
-        assert main([str(model), "--target", "triton", *flags]) == 2
+        assert main([str(model), "--serving", "triton", *flags]) == 2
         assert message in capsys.readouterr().err
     model.write_bytes(b"a pl")
-    assert main([str(model), "--target", "triton"]) == 1
+    assert main([str(model), "--serving", "triton"]) == 1
     assert "truncated or changed" in capsys.readouterr().err
 
 
@@ -108,7 +108,7 @@ def test_several_models_share_a_repository_and_a_new_export_replaces_its_own(tin
     first, second = tiny_onnx("first.onnx"), tiny_onnx("second.onnx")
     folder = first.parent / "models"
     for model in (first, second, first):
-        assert main([str(model), "--target", "triton", "--target-dir", str(folder)]) == 0
+        assert main([str(model), "--serving", "triton", "--serving-dir", str(folder)]) == 0
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert written == {
         f"triton/{name}/{part}" for name in ("first", "second") for part in ("config.pbtxt", "1/model.onnx")
@@ -128,9 +128,9 @@ def test_preferred_sizes() -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--target", "tritton"], 2, "--target tritton: expected triton or deepstream"),
-        (["--target", "triton,"], 2, "expected triton or deepstream"),
-        (["--target", "triton", "--max-batch", "0"], 2, "--max-batch 0: at least 1"),
+        (["--serving", "tritton"], 2, "--serving tritton: expected triton or deepstream"),
+        (["--serving", "triton,"], 2, "expected triton or deepstream"),
+        (["--serving", "triton", "--max-batch", "0"], 2, "--max-batch 0: expected at least 1"),
     ],
 )
 def test_wrong_flags_are_one_line(
@@ -152,7 +152,7 @@ def test_what_is_no_model_is_one_line(
     shutil.copyfile(__file__, foreign)
     others = tiny_onnx("others.onnx", changes={"hkd.format": None})
     for path in (broken, foreign, others, tmp_path / "none.onnx"):
-        assert main([str(path), "--target", "triton"]) == 1
+        assert main([str(path), "--serving", "triton"]) == 1
         error = capsys.readouterr().err.strip()
         assert str(path) in error and len(error.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"broken.onnx", "student.onnx", "others.onnx"}

@@ -124,7 +124,7 @@ def test_finds_what_the_pipeline_finds(
     client: ModuleType, server: Server, tiny_onnx: Callable[..., Path], picture: Path
 ) -> None:
     frame_rgb = np.ascontiguousarray(cv2.imread(str(picture))[:, :, ::-1])
-    found = client.detect(server.url, "student", frame_rgb)
+    found = client.request_detections(server.url, "student", frame_rgb)
     with open_detector(tiny_onnx()) as detector:
         wanted = detector(frame_rgb)
     assert len(found) == len(wanted) == 1

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
+from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.export.cli import main
 from hkd_deploy.trt import bindings
 from hkd_deploy.trt.bindings import TrtLog
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan
 from hkd_deploy.trt.engine import build_engine, check_precision
-from hkd_deploy.trt.engine_info import EngineTensor, read_engine_info, read_plan
+from hkd_deploy.trt.engine_info import read_engine_info, read_plan
 from hkd_deploy.trt.engine_layers import EngineLayer
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_deploy.trt.profile import Profile, parse_profile
@@ -213,7 +214,7 @@ def test_build_writes_engine_and_json(
     assert (info.tensorrt, info.gpu, info.sm) == ("10.3.0", "Orin", "8.7")
     assert (info.version_compatible, info.hardware_compatible, info.dla) == (False, False, None)
     assert (info.precision_requested, info.precision_actual) == ("fp16", {"fp16": 1})
-    assert info.inputs == (EngineTensor("images", "UINT8", (1, 32, 64, 3)),)
+    assert info.inputs == (TensorInfo("images", "uint8", (1, 32, 64, 3)),)
     assert [tensor.name for tensor in info.outputs] == ["out"]
     assert info.metadata == {"hkd.precision": "fp16", "imgsz": "[32, 64]"} and info.source == "small.onnx"
     assert info.source_sha256 == read_onnx_file(path).sha256 and info.profile is None and info.context_mib == 1.5

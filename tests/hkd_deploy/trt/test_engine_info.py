@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.trt import engine_info as engine_info_module
 from hkd_deploy.trt.cuda import GpuInfo
 from hkd_deploy.trt.engine_info import (
     EngineInfo,
-    EngineTensor,
     bytes_sha256,
     check_compatibility,
     get_current_platform,
@@ -31,8 +31,8 @@ def make_info(**changes: Any) -> EngineInfo:
         "format": 1, "tensorrt": "10.3.0", "gpu": "Orin", "sm": "8.7", "platform": get_current_platform(),
         "version_compatible": False, "hardware_compatible": False, "dla": 0,
         "precision_requested": "int8", "precision_actual": {"int8": 40, "fp16": 7},
-        "inputs": (EngineTensor("images", "UINT8", (-1, 512, 640, 3)),),
-        "outputs": (EngineTensor("boxes", "FLOAT", (-1, 300, 4)),),
+        "inputs": (TensorInfo("images", "uint8", (None, 512, 640, 3)),),
+        "outputs": (TensorInfo("boxes", "float32", (None, 300, 4)),),
         "profile": Profile((1, 512, 640, 3), (4, 512, 640, 3), (8, 512, 640, 3)), "workspace_mib": 1024,
         "context_mib": 31.6, "build_s": 97.0, "date": "2026-01-02T03:04:05+00:00", "source": "student.onnx",
         "source_sha256": "0f" * 32, "engine_sha256": bytes_sha256(b"plan"), "metadata": {"imgsz": "[512, 640]"},

@@ -1,7 +1,7 @@
-// nvinfer's output parser for a detector of hkd-export: boxes (K, 4) and scores (K) to objects of class 0.
+// Output parser of nvinfer for a detector of hkd-export: converts boxes (K, 4) and scores (K) to objects of class 0.
 //
-// The boxes are finished: xyxy in pixels of the network's input, best first, each person once. nvinfer takes them
-// back to the frame itself. Build: make (see the Makefile beside this file).
+// Boxes are xyxy in network input pixels, sorted by descending score, without duplicates. nvinfer maps them to the
+// frame. Build: make (see the Makefile in this directory).
 
 #include <cstring>
 #include <iostream>
@@ -17,10 +17,10 @@ static const NvDsInferLayerInfo *find_layer(std::vector<NvDsInferLayerInfo> cons
     return nullptr;
 }
 
-static bool is_float(NvDsInferLayerInfo const &layer, unsigned int sides) {
-    if (layer.buffer && layer.dataType == FLOAT && layer.inferDims.numDims == sides) return true;
-    std::cerr << "nvdsinfer_hkd: output " << layer.layerName << " is not float32 with " << sides
-              << " side(s) behind the batch" << std::endl;
+static bool is_float(NvDsInferLayerInfo const &layer, unsigned int num_dims) {
+    if (layer.buffer && layer.dataType == FLOAT && layer.inferDims.numDims == num_dims) return true;
+    std::cerr << "nvdsinfer_hkd: output " << layer.layerName << ": expected float32 with " << num_dims
+              << " dimension(s) after the batch" << std::endl;
     return false;
 }
 
@@ -32,11 +32,11 @@ extern "C" bool NvDsInferParseCustomHkd(
     if (!boxes || !scores || !is_float(*boxes, 2) || !is_float(*scores, 1)) return false;
     const unsigned int rows = scores->inferDims.d[0];
     if (boxes->inferDims.d[0] != rows || boxes->inferDims.d[1] != 4) {
-        std::cerr << "nvdsinfer_hkd: boxes and scores do not belong together" << std::endl;
+        std::cerr << "nvdsinfer_hkd: boxes and scores have different numbers of rows" << std::endl;
         return false;
     }
     if (detectionParams.perClassPreclusterThreshold.empty()) {
-        std::cerr << "nvdsinfer_hkd: the configuration has no class (num-detected-classes)" << std::endl;
+        std::cerr << "nvdsinfer_hkd: num-detected-classes: expected 1, got 0" << std::endl;
         return false;
     }
     const float threshold = detectionParams.perClassPreclusterThreshold[0];
@@ -44,10 +44,10 @@ extern "C" bool NvDsInferParseCustomHkd(
     const float *xyxy = static_cast<const float *>(boxes->buffer);
     const float *score = static_cast<const float *>(scores->buffer);
     for (unsigned int row = 0; row < rows; ++row, xyxy += 4) {
-        if (!(score[row] >= threshold)) break;  // scores fall: nothing better comes
+        if (!(score[row] >= threshold)) break;  // scores are descending
         const float left = xyxy[0] < 0 ? 0 : xyxy[0], top = xyxy[1] < 0 ? 0 : xyxy[1];
         const float right = xyxy[2] > width ? width : xyxy[2], bottom = xyxy[3] > height ? height : xyxy[3];
-        if (!(right > left && bottom > top)) continue;  // outside the picture
+        if (!(right > left && bottom > top)) continue;  // outside the image
         NvDsInferParseObjectInfo object{};
         object.classId = 0;
         object.left = left;

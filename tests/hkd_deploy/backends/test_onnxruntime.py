@@ -1,4 +1,4 @@
-"""ONNX Runtime: the device that was asked for or an error, and one clear line for every bad file."""
+"""Tests of the ONNX Runtime backend: device selection and errors for damaged files."""
 
 import importlib
 import sys
@@ -20,50 +20,50 @@ def open_once(path: Path, device: str = "cpu", threads: int | None = None) -> No
         pass
 
 
-def test_runs_a_batch(tiny_onnx: Callable[..., Path]) -> None:
-    pictures = np.zeros((2, 96, 160, 3), np.uint8)
-    pictures[1, 10:20, 30:50] = 255
+def test_run_batch_returns_boxes(tiny_onnx: Callable[..., Path]) -> None:
+    images = np.zeros((2, 96, 160, 3), np.uint8)
+    images[1, 10:20, 30:50] = 255
     with open_onnx_runtime(tiny_onnx(), threads=1) as runtime:
         assert (runtime.batch, runtime.input_hw, runtime.device) == (None, (96, 160), "cpu")
-        boxes, scores, count = runtime.run(pictures)
+        boxes, scores, count = runtime.run(images)
     assert boxes.shape == (2, 2, 4)
     assert count.tolist() == [0, 1]
     assert boxes[1, 0].tolist() == [30, 10, 50, 20]
     assert scores[1, 0] == pytest.approx(200 / (96 * 160))
 
 
-def test_a_fixed_batch_is_read_from_the_graph(tiny_onnx: Callable[..., Path]) -> None:
+def test_open_fixed_batch_is_read_from_graph(tiny_onnx: Callable[..., Path]) -> None:
     with open_onnx_runtime(tiny_onnx(batch=3)) as runtime:
         assert runtime.batch == 3
 
 
-def test_a_closed_model_says_so(tiny_onnx: Callable[..., Path]) -> None:
+def test_run_closed_model_raises(tiny_onnx: Callable[..., Path]) -> None:
     with open_onnx_runtime(tiny_onnx()) as runtime:
         pass
-    with pytest.raises(ValueError, match="has been closed"):
+    with pytest.raises(ValueError, match="the model is closed"):
         runtime.run(np.zeros((1, 96, 160, 3), np.uint8))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "cpu:0", ""])
-def test_an_unknown_device(tiny_onnx: Callable[..., Path], device: str) -> None:
+def test_open_unknown_device_raises(tiny_onnx: Callable[..., Path], device: str) -> None:
     with pytest.raises(UsageError, match=f"--device {device}: expected cpu, cuda or cuda:0"):
         open_once(tiny_onnx(), device)
 
 
 @pytest.mark.parametrize("threads", [0, -2])
-def test_no_threads(tiny_onnx: Callable[..., Path], threads: int) -> None:
+def test_open_zero_threads_raises(tiny_onnx: Callable[..., Path], threads: int) -> None:
     with pytest.raises(UsageError, match=f"--threads {threads}"):
         open_once(tiny_onnx(), threads=threads)
 
 
-def test_cuda_is_refused_without_cuda(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_cuda_without_provider_raises(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UnavailableError, match=r"--device cuda:0: .*pip install 'hkd-det\[gpu\]'"):
         open_once(tiny_onnx(), "cuda:0")
 
 
-class FellBack:
-    """A session of a machine whose CUDA does not load: it opens, on another provider than asked."""
+class FallbackSession:
+    """A session that ONNX Runtime opened on another provider because CUDA does not load."""
 
     def __init__(self, provider: str, device_id: str) -> None:
         self.provider, self.device_id = provider, device_id
@@ -76,30 +76,32 @@ class FellBack:
 
 
 @pytest.mark.parametrize(
-    ("provider", "device_id", "words"),
+    ("provider", "device_id", "message"),
     [("CPUExecutionProvider", "0", "CPUExecutionProvider instead"), ("CUDAExecutionProvider", "0", "GPU 0 instead")],
 )
-def test_a_silent_fall_back_is_an_error(
-    tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, provider: str, device_id: str, words: str
+def test_open_silent_fallback_raises(
+    tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, provider: str, device_id: str, message: str
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: FellBack(provider, device_id))
-    with pytest.raises(UnavailableError, match=f"--device cuda:1: .*{words}"):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: FallbackSession(provider, device_id))
+    with pytest.raises(UnavailableError, match=f"--device cuda:1: .*{message}"):
         open_once(tiny_onnx(), "cuda:1")
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_open_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none.onnx: no such model file"):
         open_once(tmp_path / "none.onnx")
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_open_directory_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected an ONNX file, got a directory"):
         open_once(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
-def test_a_truncated_file(tiny_onnx: Callable[..., Path], keep: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_open_truncated_file_raises_one_line(
+    tiny_onnx: Callable[..., Path], keep: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tiny_onnx()
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError) as caught:
@@ -109,7 +111,7 @@ def test_a_truncated_file(tiny_onnx: Callable[..., Path], keep: int, capfd: pyte
     assert capfd.readouterr() == ("", "")
 
 
-def test_no_onnx_at_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_open_text_file_raises(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "best.pt.onnx"
     path.write_text("these are no protocol buffers\n" * 100)
     with pytest.raises(DataError, match="cannot load it"):
@@ -118,7 +120,9 @@ def test_no_onnx_at_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("field", ["ir_version", "opset"])
-def test_a_file_of_the_future(tiny_onnx: Callable[..., Path], field: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_open_newer_opset_or_ir_raises(
+    tiny_onnx: Callable[..., Path], field: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tiny_onnx()
     model = onnx.load(path)
     if field == "opset":
@@ -131,24 +135,24 @@ def test_a_file_of_the_future(tiny_onnx: Callable[..., Path], field: str, capfd:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_graph_with_another_input(tiny_onnx: Callable[..., Path]) -> None:
+def test_open_other_input_name_raises(tiny_onnx: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="expected one input images uint8"):
         open_once(tiny_onnx(input_name="input"))
 
 
-def test_a_graph_with_another_output(tiny_onnx: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=r"expected outputs .* found output0 float32"):
+def test_open_other_output_name_raises(tiny_onnx: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"expected outputs .* got output0 float32"):
         open_once(tiny_onnx(output_name="output0"))
 
 
-def test_onnxruntime_missing(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_without_onnxruntime_raises(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_onnx()
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what Python itself does for a module that must not load
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # None makes the import fail
     with pytest.raises(UnavailableError, match=r"not installed; pip install 'hkd-det\[cpu\]'"):
         open_once(path)
 
 
-def test_onnxruntime_broken(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_broken_onnxruntime_raises(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_onnx()
 
     def broken(name: str) -> types.ModuleType:
