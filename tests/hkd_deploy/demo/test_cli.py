@@ -133,7 +133,7 @@ def test_run_demo_closed_window_stops(tiny_onnx: Callable[..., Path], video: Pat
         (["--source", "VIDEO", "--conf", "1.5", "--no-show"], 2, "--conf 1.5: expected a score from 0 to 1"),
         (["--source", "VIDEO", "--conf", "nan", "--no-show"], 2, "--conf nan"),
         (["--source", "VIDEO", "--max-frames", "0", "--no-show"], 2, "--max-frames 0: expected at least 1"),
-        (["--source", "VIDEO", "--threads", "0", "--no-show"], 2, "--threads 0: at least 1"),
+        (["--source", "VIDEO", "--threads", "0", "--no-show"], 2, "--threads 0: must be at least 1"),
         (["--source", "VIDEO", "--device", "tpu", "--no-show"], 2, "--device tpu: expected cpu, cuda or cuda:0"),
         (["--source", "VIDEO", "--save", "out.mkv"], 2, "--save out.mkv: expected a file ending in .mp4, .avi, .webm"),
         (["--source", "VIDEO", "--save", "out.png"], 2, "--save out.png: expected a file ending in"),
