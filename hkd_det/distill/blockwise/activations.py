@@ -42,7 +42,7 @@ class LayerInputs:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
+def force_deterministic() -> Iterator[None]:
     """One thread, and convolutions that give the same bits each time; all as before at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -58,7 +58,7 @@ def record_inputs(network: nn.Module, layers: Sequence[str], images: Tensor) -> 
 
     Raises DataError for activations beyond float16's range.
     """
-    with deterministic():
+    with force_deterministic():
         each = [_record_image_inputs(network, layers, picture[None]) for picture in images]
     return {name: torch.cat([inputs[name] for inputs in each]) for name in layers}
 

@@ -1,8 +1,8 @@
-"""Compactor: what stands behind an inner layer's normalisation; the norms of its rows are its channels' importances.
+"""Compactors: 1x1 convolutions behind normalization layers, whose row norms measure the importance of channels.
 
-Lasso on a compactor's rows, and guided gradient resetting: how a channel fades (Xie et al. 2023).
-
-Folding: compactors and masked channels gone, a plain network of its family left that says the same.
+The first part inserts compactors into a network and finds them. The second part is the group lasso that fades masked
+channels (gradient resetting, Xie et al. 2023). The third part fuses compactors into the network and removes the masked
+channels.
 """
 
 from collections.abc import Iterable
@@ -16,74 +16,125 @@ from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.surgery import PRUNABLE_NORMS, PrunableLayer, is_dense_conv
 
+EPS = 1e-8  # a row of zeros has no direction; without EPS its gradient would be NaN
+
+_StateDict = dict[str, Tensor]
+
 
 class Compactor(nn.Module):
-    """A 1x1 convolution C -> C without bias that begins as the identity.
+    """A 1x1 convolution with C input and output channels and no bias, initialized to the identity.
 
-    mixes: whether a row may weigh other channels than its own, as in the paper. Where a convolution is shared by
-    levels with a normalisation each, rows are confined to the diagonal: diag(w) scales every level's normalisation and
-    so folds into it, while a mixing W would make of one convolution K a different one, W diag(g_level) K, a level.
-    masked: [C] bool, channels that fade or have faded.
+    A dense compactor mixes channels, as in the paper. A convolution shared by several levels, with one normalization
+    per level, needs a diagonal compactor. diag(w) scales every normalization and can be fused into it. A dense W would
+    need a different convolution W diag(g_level) K per level.
+
+    Args:
+        channels: Number of channels C.
+        is_dense: Whether the weight is a full matrix (True) or a diagonal (False).
+
+    Attributes:
+        weight (Parameter[C, C, 1, 1] or [C, 1, 1, 1]): Dense or diagonal weight.
+        masked (bool Tensor[C]): Channels that are fading or have faded.
     """
 
     masked: Tensor
 
     def __init__(self, channels: int, is_dense: bool) -> None:
         super().__init__()
-        start = torch.eye(channels) if is_dense else torch.ones(channels, 1)
+        identity = torch.eye(channels) if is_dense else torch.ones(channels, 1)
         self.is_dense = is_dense
-        self.weight = nn.Parameter(start[..., None, None])
+        self.weight = nn.Parameter(identity[..., None, None])
         self.register_buffer("masked", torch.zeros(channels, dtype=torch.bool))
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, H, W], the same shape out."""
+        """Apply the 1x1 convolution.
+
+        Args:
+            features (Tensor[B, C, H, W]): Normalized features.
+
+        Returns:
+            Tensor[B, C, H, W] of the same dtype.
+        """
         if self.is_dense:
             return F.conv2d(features, self.weight)
-        # Else autocast's bfloat16 features would become float32 here, and all that follows would be slower.
+        # The cast keeps bfloat16 features of autocast in bfloat16; float32 would slow down all later layers.
         return features * self.weight[:, 0].to(features.dtype)
 
     @property
     def rows(self) -> Tensor:
-        """[C, C], or [C, 1] of a diagonal: the weights that make each channel."""
+        """The weight as Tensor[C, C] (dense) or Tensor[C, 1] (diagonal), one row per output channel."""
         return self.weight.flatten(1)
 
     @property
     def is_faded(self) -> bool:
-        """Whether every masked channel is 0 by now."""
+        """Whether the rows of all masked channels are 0."""
         return not bool(self.rows[self.masked].any())
 
     def apply_to_vectors(self, vectors: Tensor) -> Tensor:
-        """[N, C] pooled vectors behind the compactor from those before it: averaging and 1x1 convolution commute."""
+        """Apply the compactor to averaged features. Averaging and 1x1 convolution commute.
+
+        Args:
+            vectors (Tensor[N, C]): Features in front of the compactor, averaged over regions.
+
+        Returns:
+            Tensor[N, C], averaged features behind the compactor.
+        """
         return vectors @ self.rows.T if self.is_dense else vectors * self.rows[:, 0]
 
 
 class NormWithCompactor(nn.Module):
-    """A normalisation and the compactor behind it, in the normalisation's place."""
+    """A normalization layer followed by a compactor. It replaces the normalization layer in the network.
+
+    Args:
+        norm: The normalization layer.
+        compactor: The compactor, possibly shared with other levels.
+        is_owner: Whether this module registers the compactor as its submodule. Exactly one level does.
+    """
 
     def __init__(self, norm: nn.Module, compactor: Compactor, is_owner: bool) -> None:
         super().__init__()
         self.norm = norm
         self.compactor = compactor if is_owner else None
-        # In a tuple, so no submodule: what several levels share is trained, averaged and saved once. Copies share, too.
+        # A tuple hides the module from registration: a shared compactor is trained, averaged and saved once.
+        # deepcopy keeps the sharing.
         self._shared = (compactor,)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, H, W], the same shape out."""
+        """Normalize the features and apply the compactor.
+
+        Args:
+            features (Tensor[B, C, H, W]): Output of the convolution.
+
+        Returns:
+            Tensor[B, C, H, W].
+        """
         (compactor,) = self._shared
-        mixed: Tensor = compactor(self.norm(features))
-        return mixed
+        compacted: Tensor = compactor(self.norm(features))
+        return compacted
 
 
 @dataclass(frozen=True, eq=False)
 class CompactorSite:
-    """An inner layer, named as before anything was put in, and its compactor."""
+    """A prunable layer and its compactor.
+
+    Attributes:
+        layer: The layer, with module names as they were without compactors.
+        compactor: The compactor behind the layer's normalization.
+    """
 
     layer: PrunableLayer
     compactor: Compactor
 
 
 def find_prunable_layers(network: BaseDetector) -> list[PrunableLayer]:
-    """The inner layers that a compactor can stand in: batch-normalised ones, whose convolution so needs no bias."""
+    """Return the prunable layers that can get a compactor: batch-normalized convolutions without bias.
+
+    Args:
+        network: A network without compactors.
+
+    Returns:
+        The layers, in the order of `network.prunable_layers()`.
+    """
     return [
         layer
         for layer in network.prunable_layers()
@@ -94,12 +145,27 @@ def find_prunable_layers(network: BaseDetector) -> list[PrunableLayer]:
 
 
 def insert_compactors(network: BaseDetector, layers: Iterable[PrunableLayer]) -> list[CompactorSite]:
-    """Put compactors, which change nothing yet, behind the layers' normalisations, in place."""
+    """Insert identity compactors behind the normalization of layers, in place.
+
+    Args:
+        network: The network to modify. Its outputs do not change.
+        layers: Layers of `find_prunable_layers`.
+
+    Returns:
+        The layers with their compactors.
+    """
     return [CompactorSite(layer, _insert_compactor(network, layer)) for layer in layers]
 
 
 def find_compactors(network: BaseDetector) -> list[CompactorSite]:
-    """The compactors that stand in a network already."""
+    """Return the compactors of a network.
+
+    Args:
+        network: A network with or without compactors.
+
+    Returns:
+        The layers with their compactors, in the order of `network.prunable_layers()`.
+    """
     return [
         CompactorSite(layer, module.compactor)
         for layer in network.prunable_layers()
@@ -108,110 +174,145 @@ def find_compactors(network: BaseDetector) -> list[CompactorSite]:
     ]
 
 
-def _insert_compactor(network: BaseDetector, layer: PrunableLayer) -> Compactor:
-    convolution = network.get_submodule(layer.conv)
-    assert isinstance(convolution, nn.Conv2d) and is_dense_conv(convolution)
-    compactor = Compactor(convolution.out_channels, is_dense=len(layer.norms) == 1)
-    for index, name in enumerate(layer.norms):
-        parent, _, last = name.rpartition(".")
-        wrapped = NormWithCompactor(network.get_submodule(name), compactor, is_owner=index == 0)
-        # Assigned by name, as a member of a Sequential or a list is registered, too.
-        setattr(network.get_submodule(parent), last, wrapped)
-    return compactor
+def compute_group_lasso(rows: Tensor) -> Tensor:
+    """Compute the group lasso, sum_i ||W_i||_2.
 
+    Args:
+        rows (Tensor[C, K]): Rows of a compactor.
 
-EPS = 1e-8  # a row of zeros has no direction; without this its gradient would be NaN
-
-
-def group_lasso(rows: Tensor) -> Tensor:
-    """sum_i ||W_i||_2 over the rows of [C, K], a scalar."""
+    Returns:
+        Scalar tensor.
+    """
     return rows.norm(dim=1).sum()
 
 
-def group_lasso_gradient(rows: Tensor) -> Tensor:
-    """[C, K] the gradient of `lasso`, W_i / (||W_i|| + eps): finite everywhere, 0 at a row of zeros."""
+def compute_group_lasso_gradient(rows: Tensor) -> Tensor:
+    """Compute the gradient of the group lasso, W_i / (||W_i|| + eps). It is 0 at a row of zeros.
+
+    Args:
+        rows (Tensor[C, K]): Rows of a compactor.
+
+    Returns:
+        Tensor[C, K].
+    """
     return rows / (rows.norm(dim=1, keepdim=True) + EPS)
 
 
 def reset_gradient(grad: Tensor, rows: Tensor, masked: Tensor, weight: float) -> Tensor:
-    """[C, K] M grad + lambda W_i / (||W_i|| + eps): a masked row hears the lasso alone. masked: [C] bool."""
-    return grad * ~masked[:, None] + weight * group_lasso_gradient(rows)
+    """Add the lasso gradient, and remove all other gradients of masked rows (gradient resetting of ResRep).
 
+    The result is (1 - masked) grad + weight W_i / (||W_i|| + eps).
 
-def proximal_step(rows: Tensor, threshold: float) -> Tensor:
-    """[C, K] rows shortened by `force`, those shorter than it exactly 0: the lasso's proximal step.
+    Args:
+        grad (Tensor[C, K]): Gradient of the losses.
+        rows (Tensor[C, K]): Rows of the compactor.
+        masked (bool Tensor[C]): Masked channels.
+        weight: Weight of the lasso.
 
-    It is where a gradient step of that length would lead, without its swinging to and fro around 0.
+    Returns:
+        Tensor[C, K], the gradient for the optimizer.
     """
-    norm = rows.norm(dim=1, keepdim=True)
-    return rows * ((norm - threshold).clamp(min=0) / (norm + EPS))
+    return grad * ~masked[:, None] + weight * compute_group_lasso_gradient(rows)
 
 
-_StateDict = dict[str, Tensor]
+def apply_proximal_step(rows: Tensor, threshold: float) -> Tensor:
+    """Apply the proximal operator of the group lasso: shorten each row by `threshold`, shorter rows to exactly 0.
+
+    It equals a gradient step of that length, but does not oscillate around 0.
+
+    Args:
+        rows (Tensor[C, K]): Rows of a compactor.
+        threshold: Length to subtract from each row norm.
+
+    Returns:
+        Tensor[C, K].
+    """
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows * ((norms - threshold).clamp(min=0) / (norms + EPS))
 
 
 @torch.no_grad()
 def fuse_compactors(detector: BaseDetector) -> BaseDetector:
-    """A new detector without the masked channels, in evaluation mode on the same device.
+    """Build an equivalent network without compactors and masked channels.
 
-    It answers as `detector` does in evaluation mode once its masked rows are 0. A mixing compactor W
-    becomes part of the convolution, K' = W diag(g / sigma) K, whose normalisation is left with W b' as its bias; a
-    diagonal one of the normalisations. Folded in double precision.
+    The outputs equal those of `detector` in evaluation mode if all masked rows are 0. A dense compactor W is fused into
+    the convolution: K' = W diag(g / sigma) K, and the bias of the normalization becomes W b'. A diagonal compactor is
+    fused into the normalization. Fusing uses double precision.
+
+    Args:
+        detector: A network with compactors; it is not modified.
+
+    Returns:
+        A new detector in evaluation mode on the same device.
     """
-    state = _strip_compactors(detector)
+    state_dict = _strip_compactors(detector)
     widths: dict[str, int] = {}
     for site in find_compactors(detector):
         keep = (~site.compactor.masked).nonzero()[:, 0]
         if site.compactor.is_dense:
-            _fuse_into_conv(detector, state, site, keep)
+            _fuse_into_conv(detector, state_dict, site, keep)
         else:
-            _fuse_into_norms(state, site, keep)
+            _fuse_into_norms(state_dict, site, keep)
         for name in site.layer.consumers:
-            state[f"{name}.weight"] = state[f"{name}.weight"][:, keep]
+            state_dict[f"{name}.weight"] = state_dict[f"{name}.weight"][:, keep]
         if len(keep) < len(site.compactor.masked) or site.layer.conv in detector.changes.widths:
             widths[site.layer.conv] = len(keep)
     changes = replace(detector.changes, widths={**detector.changes.widths, **widths})
     network = build_from_spec(detector.spec, changes)
-    network.load_state_dict(state)
+    network.load_state_dict(state_dict)
     return network.to(next(detector.parameters()).device).eval()
 
 
+def _insert_compactor(network: BaseDetector, layer: PrunableLayer) -> Compactor:
+    conv = network.get_submodule(layer.conv)
+    assert isinstance(conv, nn.Conv2d) and is_dense_conv(conv)
+    compactor = Compactor(conv.out_channels, is_dense=len(layer.norms) == 1)
+    for index, name in enumerate(layer.norms):
+        parent, _, attribute = name.rpartition(".")
+        wrapped = NormWithCompactor(network.get_submodule(name), compactor, is_owner=index == 0)
+        # setattr also replaces the entries of nn.Sequential and nn.ModuleList.
+        setattr(network.get_submodule(parent), attribute, wrapped)
+    return compactor
+
+
 def _strip_compactors(detector: BaseDetector) -> _StateDict:
-    """The weights under the names that they have without compactors."""
-    state: _StateDict = dict(detector.state_dict())
+    """Return the state dict without compactors, under the names that the layers have without them."""
+    state_dict: _StateDict = dict(detector.state_dict())
     for name, module in detector.named_modules():
         if isinstance(module, NormWithCompactor):
-            inside = f"{name}.norm."
-            for key in [key for key in state if key.startswith(f"{name}.compactor.")]:
-                del state[key]
-            for key in [key for key in state if key.startswith(inside)]:
-                state[f"{name}.{key.removeprefix(inside)}"] = state.pop(key)
-    return state
+            norm_prefix = f"{name}.norm."
+            for key in [key for key in state_dict if key.startswith(f"{name}.compactor.")]:
+                del state_dict[key]
+            for key in [key for key in state_dict if key.startswith(norm_prefix)]:
+                state_dict[f"{name}.{key.removeprefix(norm_prefix)}"] = state_dict.pop(key)
+    return state_dict
 
 
 def _fuse_into_conv(detector: BaseDetector, state_dict: _StateDict, site: CompactorSite, keep: Tensor) -> None:
+    """Fuse normalization and dense compactor into the convolution. The normalization keeps only a bias."""
     (norm,), conv = site.layer.norms, site.layer.conv
-    eps = float(detector.get_submodule(f"{norm}.norm").eps)  # type: ignore[arg-type]
+    eps = float(detector.get_submodule(f"{norm}.norm").eps)  # type: ignore[arg-type]  # nn.Module attributes are untyped
     weight, bias, mean, variance = (
-        state_dict[f"{norm}.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
+        state_dict[f"{norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
     )
     rows = site.compactor.rows.double()[keep]  # [kept, C]
     scale = weight / (variance + eps).sqrt()
     kernels = state_dict[f"{conv}.weight"]
-    mixed = (rows * scale) @ kernels.double().flatten(1)
-    state_dict[f"{conv}.weight"] = mixed.view(len(keep), *kernels.shape[1:]).to(kernels.dtype)
-    like = state_dict[f"{norm}.weight"]
-    state_dict[f"{norm}.weight"] = torch.full_like(like[keep], (1 + eps) ** 0.5)
-    state_dict[f"{norm}.bias"] = (rows @ (bias - scale * mean)).to(like.dtype)
-    state_dict[f"{norm}.running_mean"] = torch.zeros_like(like[keep])
-    state_dict[f"{norm}.running_var"] = torch.ones_like(like[keep])
+    fused = (rows * scale) @ kernels.double().flatten(1)
+    state_dict[f"{conv}.weight"] = fused.view(len(keep), *kernels.shape[1:]).to(kernels.dtype)
+    template = state_dict[f"{norm}.weight"]
+    state_dict[f"{norm}.weight"] = torch.full_like(template[keep], (1 + eps) ** 0.5)  # cancels running_var + eps
+    state_dict[f"{norm}.bias"] = (rows @ (bias - scale * mean)).to(template.dtype)
+    state_dict[f"{norm}.running_mean"] = torch.zeros_like(template[keep])
+    state_dict[f"{norm}.running_var"] = torch.ones_like(template[keep])
 
 
 def _fuse_into_norms(state_dict: _StateDict, site: CompactorSite, keep: Tensor) -> None:
+    """Fuse a diagonal compactor into the normalization of every level."""
     kernels, scale = f"{site.layer.conv}.weight", site.compactor.rows[keep, 0]
     state_dict[kernels] = state_dict[kernels][keep]
     for norm in site.layer.norms:
-        for part in ("weight", "bias"):
-            state_dict[f"{norm}.{part}"] = state_dict[f"{norm}.{part}"][keep] * scale
-        for part in ("running_mean", "running_var"):
-            state_dict[f"{norm}.{part}"] = state_dict[f"{norm}.{part}"][keep]
+        for name in ("weight", "bias"):
+            state_dict[f"{norm}.{name}"] = state_dict[f"{norm}.{name}"][keep] * scale
+        for name in ("running_mean", "running_var"):
+            state_dict[f"{norm}.{name}"] = state_dict[f"{norm}.{name}"][keep]

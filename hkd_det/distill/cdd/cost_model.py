@@ -1,4 +1,4 @@
-"""Ledger: what a detector costs at given widths of its inner layers, without building it."""
+"""Parameters and FLOPs of a detector at given channel widths, computed without building the network."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,90 +12,129 @@ from hkd_det.models.surgery import PrunableLayer
 from hkd_det.models.zoo import ModelComplexity, count_params_and_flops
 
 
-@dataclass(frozen=True)
-class _ConvCost:
-    """A convolution whose channels vary: indices of the layers that are its input and its output, None where fixed."""
-
-    input_layer: int | None
-    output_layer: int | None
-    in_channels: int
-    out_channels: int
-    kernel_area: int  # weights of a pair of channels
-    num_positions: int  # cells it is applied to in a picture
-    params_per_channel: int  # of bias and normalisations, an output channel
-
-    def count_params_and_flops(self, widths: Sequence[int]) -> tuple[int, int]:
-        """Parameters and operations."""
-        channels_in = self.in_channels if self.input_layer is None else widths[self.input_layer]
-        channels_out = self.out_channels if self.output_layer is None else widths[self.output_layer]
-        weights = channels_in * channels_out * self.kernel_area
-        return weights + channels_out * self.params_per_channel, 2 * weights * self.num_positions
-
-
 class ChannelCostModel:
-    """Exact to the number: `cost(widths)` equals `models.sizes.cost` of the network with these widths."""
+    """Computes the exact complexity of a detector at given widths of its prunable layers.
+
+    `compute_complexity(widths)` equals `count_params_and_flops` of the network that is built with these widths.
+
+    Args:
+        detector: A detector without compactors.
+        layers: The layers whose widths vary. They must run in inference.
+        imgsz_hw: Input height and width, pixels.
+
+    Attributes:
+        widths: Output channels of `layers` in `detector`.
+        initial_complexity: Complexity of `detector`.
+    """
 
     def __init__(self, detector: BaseDetector, layers: Sequence[PrunableLayer], imgsz_hw: tuple[int, int]) -> None:
-        """Of a detector without compactors; widths come in the order of `layers`."""
         modules = dict(detector.named_modules())
-        positions = _count_positions(detector, imgsz_hw)
-        gives = {layer.conv: index for index, layer in enumerate(layers)}
-        reads = {name: index for index, layer in enumerate(layers) for name in layer.consumers}
+        num_positions = _count_positions(detector, imgsz_hw)
+        output_layers = {layer.conv: index for index, layer in enumerate(layers)}
+        input_layers = {name: index for index, layer in enumerate(layers) for name in layer.consumers}
         norms = {layer.conv: layer.norms for layer in layers}
         self._convs = []
-        # What does not run when deployed, such as a head that only training reads, costs nothing.
-        for name in [name for name in gives | reads if positions[name]]:
+        # Convolutions that do not run in inference, such as a head that is used in training only, cost nothing.
+        for name in [name for name in output_layers | input_layers if num_positions[name]]:
             module = modules[name]
             assert isinstance(module, nn.Conv2d)
-            numbers = (module.bias is not None) + sum(
+            params_per_channel = (module.bias is not None) + sum(
                 len(list(modules[norm].parameters(recurse=False))) for norm in norms.get(name, ())
             )
             self._convs.append(
                 _ConvCost(
-                    reads.get(name),
-                    gives.get(name),
+                    input_layers.get(name),
+                    output_layers.get(name),
                     module.in_channels,
                     module.out_channels,
                     module.kernel_size[0] * module.kernel_size[1],
-                    positions[name],
-                    numbers,
+                    num_positions[name],
+                    params_per_channel,
                 )
             )
         self.widths = [int(modules[layer.conv].out_channels) for layer in layers]
         self.initial_complexity = count_params_and_flops(detector, imgsz_hw)
-        parameters, flops = self._sum_convs(self.widths)
-        self._fixed = self.initial_complexity.num_params - parameters, self.initial_complexity.flops - flops
+        num_params, flops = self._sum_convs(self.widths)
+        self._fixed_cost = self.initial_complexity.num_params - num_params, self.initial_complexity.flops - flops
 
     def compute_complexity(self, widths: Sequence[int]) -> ModelComplexity:
-        """Of the network with these widths."""
-        parameters, flops = self._sum_convs(widths)
-        return ModelComplexity(self._fixed[0] + parameters, self._fixed[1] + flops, self.initial_complexity.imgsz_hw)
+        """Compute the complexity of the network with these widths.
+
+        Args:
+            widths: Output channels, in the order of `layers`.
+
+        Returns:
+            Parameters and FLOPs of the whole network.
+        """
+        num_params, flops = self._sum_convs(widths)
+        return ModelComplexity(
+            self._fixed_cost[0] + num_params, self._fixed_cost[1] + flops, self.initial_complexity.imgsz_hw
+        )
 
     def _sum_convs(self, widths: Sequence[int]) -> tuple[int, int]:
-        parameters, flops = zip(*(entry.count_params_and_flops(widths) for entry in self._convs), strict=True)
-        return sum(parameters), sum(flops)
+        num_params, flops = zip(*(conv.compute(widths) for conv in self._convs), strict=True)
+        return sum(num_params), sum(flops)
 
 
 def filter_deployed_layers(
     detector: BaseDetector, layers: Sequence[PrunableLayer], imgsz_hw: tuple[int, int]
 ) -> list[PrunableLayer]:
-    """Those of the layers that run when the detector is deployed."""
-    positions = _count_positions(detector, imgsz_hw)
-    return [layer for layer in layers if positions[layer.conv]]
+    """Return the layers that run in inference.
+
+    Args:
+        detector: The detector that contains the layers.
+        layers: Candidates.
+        imgsz_hw: Input height and width, pixels.
+
+    Returns:
+        The layers whose convolution runs in `detector.predict`.
+    """
+    num_positions = _count_positions(detector, imgsz_hw)
+    return [layer for layer in layers if num_positions[layer.conv]]
+
+
+@dataclass(frozen=True)
+class _ConvCost:
+    """A convolution with a variable number of channels.
+
+    Attributes:
+        input_layer: Index of the layer whose width is the number of input channels; None if it is fixed.
+        output_layer: Index of the layer whose width is the number of output channels; None if it is fixed.
+        in_channels: Input channels in the initial network.
+        out_channels: Output channels in the initial network.
+        kernel_area: Weights per pair of an input and an output channel.
+        num_positions: Output positions per image, summed over all calls.
+        params_per_channel: Parameters of bias and normalizations per output channel.
+    """
+
+    input_layer: int | None
+    output_layer: int | None
+    in_channels: int
+    out_channels: int
+    kernel_area: int
+    num_positions: int
+    params_per_channel: int
+
+    def compute(self, widths: Sequence[int]) -> tuple[int, int]:
+        """Return the number of parameters and FLOPs at these widths."""
+        in_channels = self.in_channels if self.input_layer is None else widths[self.input_layer]
+        out_channels = self.out_channels if self.output_layer is None else widths[self.output_layer]
+        num_weights = in_channels * out_channels * self.kernel_area
+        return num_weights + out_channels * self.params_per_channel, 2 * num_weights * self.num_positions
 
 
 @torch.no_grad()
 def _count_positions(detector: BaseDetector, imgsz_hw: tuple[int, int]) -> Counter[str]:
-    """Cells that each convolution is applied to in one picture, over all levels, when it is deployed."""
+    """Count the output positions of every convolution for one image in inference, summed over all calls."""
     counts: Counter[str] = Counter()
     handles = []
     for name, module in detector.named_modules():
         if isinstance(module, nn.Conv2d):
 
-            def look(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            def count(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                 counts[name] += output.shape[-2] * output.shape[-1]
 
-            handles.append(module.register_forward_hook(look))
+            handles.append(module.register_forward_hook(count))
     was_training = detector.training
     try:
         detector.eval().predict(torch.zeros(1, 3, *imgsz_hw, device=next(detector.parameters()).device))

@@ -1,10 +1,8 @@
-"""Gallery: the teacher's pooled vectors of the last people and distractors it saw, of one layer.
+"""Importance of channels: how much each channel contributes to the similarity of persons to teacher features.
 
-Response: which of a layer's channels people do not need.
-
-Evidence: what one layer's vectors have told so far of the use of its channels.
-
-People and distractors as vectors: a layer's map averaged over a box.
+For every person the student vector is compared with its nearest teacher vectors in a queue of past images. The response
+of a channel is its part in that similarity. Channels with low responses in all comparisons are unimportant (Xie et al.
+2023).
 """
 
 from collections.abc import Sequence
@@ -20,11 +18,21 @@ from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.models.base import Targets
 from hkd_det.models.faster_rcnn import split_ignored
 
-CHUNK_SIZE = 64  # vectors of the gallery, of whose likenesses the highest is found first
+CHUNK_SIZE = 64  # similarities per chunk in the top-k search
+EMA_DECAY = 0.9  # decay of the mean response per comparison
+MAX_NEGATIVE_IOU = 0.3  # largest IoU of a background box with persons and ignore regions
 
 
 class FeatureQueue(nn.Module):
-    """First in, first out. Vectors are kept with length 1, in half precision: only their directions are asked for."""
+    """A first-in, first-out queue of unit vectors in half precision. Similarity needs only their directions.
+
+    Args:
+        size: Maximum number of vectors.
+        channels: Length C of a vector.
+
+    Attributes:
+        vectors (half Tensor[Q, C]): The vectors, oldest first.
+    """
 
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
@@ -32,70 +40,48 @@ class FeatureQueue(nn.Module):
         self.vectors = torch.zeros(0, channels, dtype=torch.float16)
 
     def add(self, vectors: Tensor) -> None:
-        """Take up [N, C], letting go of the oldest."""
-        fresh = F.normalize(vectors.float(), dim=1).half()
-        self.vectors = torch.cat([self.vectors.to(fresh.device), fresh])[-self.size :]
+        """Append vectors and drop the oldest ones.
+
+        Args:
+            vectors (Tensor[N, C]): Vectors of any length; they are normalized.
+        """
+        normalized = F.normalize(vectors.float(), dim=1).half()
+        self.vectors = torch.cat([self.vectors.to(normalized.device), normalized])[-self.size :]
 
     def find_nearest(self, queries: Tensor, k: int) -> Tensor:
-        """[N, K, C] the vectors most alike in cosine to each of [N, C]; K is `count`, fewer in a smaller gallery."""
-        known = self.vectors.to(queries.device, queries.dtype)
-        likeness = F.normalize(queries, dim=1) @ known.T  # [N, G]
-        return known[_chunked_topk(likeness, min(k, len(known)))]
+        """Return the vectors with the highest cosine similarity to each query.
+
+        Args:
+            queries (Tensor[N, C]): Vectors of any length.
+            k: Vectors per query.
+
+        Returns:
+            Tensor[N, K, C], most similar first; K is less than `k` if the queue is smaller.
+        """
+        vectors = self.vectors.to(queries.device, queries.dtype)
+        similarity = F.normalize(queries, dim=1) @ vectors.T  # [N, Q]
+        return vectors[_chunked_topk(similarity, min(k, len(vectors)))]
 
     def get_extra_state(self) -> Tensor:
-        """What an exact resume needs: saved with the module's state."""
+        """Return the vectors as part of the state dict. An exact resume needs them."""
         return self.vectors
 
     def set_extra_state(self, state: Any) -> None:
-        """Take up what was saved."""
+        """Restore the vectors of a state dict.
+
+        Args:
+            state: Value of `get_extra_state`.
+        """
         self.vectors = state
-
-
-def _chunked_topk(values: Tensor, k: int) -> Tensor:
-    """[N, K] places of the `count` highest of [N, G], falling.
-
-    They lie in the `count` blocks with the highest maxima, and to find those takes a CPU a quarter of the time.
-    """
-    filled = F.pad(values, (0, -values.shape[1] % CHUNK_SIZE), value=-torch.inf)
-    blocks = filled.reshape(len(values), filled.shape[1] // CHUNK_SIZE, CHUNK_SIZE)
-    best = blocks.amax(2).topk(min(k, blocks.shape[1]), dim=1).indices  # [N, up to K]
-    places = (best[..., None] * CHUNK_SIZE + torch.arange(CHUNK_SIZE, device=values.device)).flatten(1)
-    within = blocks.gather(1, best[..., None].expand(-1, -1, CHUNK_SIZE)).flatten(1).topk(k, dim=1).indices
-    return places.gather(1, within)
-
-
-def channel_responses(student_vectors: Tensor, neighbors: Tensor) -> Tensor:
-    """[N, K, C] r = |t s|: how much each channel adds to a person's likeness to those nearest to it.
-
-    students: [N, C] pooled vectors behind the compactor. neighbours: [N, K, C] of the teacher, in the same channels.
-    """
-    return (neighbors * student_vectors[:, None]).abs()
-
-
-def unimportant_channels(responses: Tensor, masked: Tensor, candidate_ratio: float) -> Tensor:
-    """[C] bool: channels among the layer's lowest share in every comparison; none where there was no comparison.
-
-    response: [N, K, C]. masked: [C] bool, channels that went before: they are the lowest, and not named again. So
-    agreement takes no more than the share of a layer, however long it goes on.
-    """
-    left = (~masked).nonzero()[:, 0]
-    comparisons = responses.flatten(0, 1)[:, left]  # [N K, left]
-    chosen = masked.new_zeros(len(masked))
-    count = int(candidate_ratio * len(masked)) - int(masked.sum())
-    if len(comparisons) and count > 0:
-        marks = comparisons.new_zeros(comparisons.shape).scatter_(1, comparisons.topk(count, largest=False).indices, 1)
-        chosen[left] = marks.bool().all(0)
-    return chosen
-
-
-EMA_DECAY = 0.9  # of the running response, a comparison with people
 
 
 @dataclass(frozen=True, eq=False)
 class PooledFeatures:
-    """One layer's pooled vectors of a batch, without gradients.
+    """Pooled vectors of one layer and one batch, without gradients.
 
-    teacher: [R, C_teacher], people first, then distractors. student: [N, C] of the people, behind the compactor.
+    Attributes:
+        teacher (Tensor[R, C_teacher]): Vectors of the R regions, persons first, then background boxes.
+        student (Tensor[N, C]): Vectors of the N persons, behind the compactor.
     """
 
     teacher: Tensor
@@ -103,50 +89,109 @@ class PooledFeatures:
 
 
 class ChannelImportance(nn.Module):
-    """The layer's gallery and its channels' mean responses.
+    """Running importance of the channels of one layer.
 
-    response: [C] running mean over people and their neighbours.
+    Args:
+        config: Supplies `queue_size`, `num_neighbors` and `candidate_ratio`.
+        channels: Channels C of the student layer.
+        teacher_channels: Channels of the teacher layer.
+
+    Attributes:
+        queue: Teacher vectors of past batches.
+        response (Tensor[C]): Exponential moving average of the responses over persons and neighbors.
     """
 
     response: Tensor
 
     def __init__(self, config: CDDConfig, channels: int, teacher_channels: int) -> None:
         super().__init__()
-        self.config = config
+        self.num_neighbors, self.candidate_ratio = config.num_neighbors, config.candidate_ratio
         self.queue = FeatureQueue(config.queue_size, teacher_channels)
         self.register_buffer("response", torch.zeros(channels))
 
     @torch.no_grad()
     def update(self, features: PooledFeatures, adapter: Tensor | None, masked: Tensor) -> Tensor:
-        """[C] bool: channels that every comparison of this batch finds unneeded; takes the batch up.
+        """Add a batch to the queue and to the mean response, and find its unimportant channels.
 
-        adapter: [C_teacher, C] A where widths differ. Then people are compared as A s, and the neighbours' vectors
-        pulled back to A^T t: <t, A s> = <A^T t, s>, so |A^T t s| is each channel's part in the likeness again.
+        With an adapter A, persons are compared as A s, and the neighbors t are projected back to A^T t. Because of
+        <t, A s> = <A^T t, s>, the response |A^T t s| is still the part of each channel in the similarity.
+
+        Args:
+            features: Pooled vectors of the batch.
+            adapter (Tensor[C_teacher, C]): Linear adapter, or None for equal widths.
+            masked (bool Tensor[C]): Channels that are masked already.
+
+        Returns:
+            bool Tensor[C]: Channels that are unimportant in every comparison of this batch.
         """
         self.queue.add(features.teacher)
         if not len(features.student):
             return torch.zeros_like(masked)
         queries = features.student if adapter is None else features.student @ adapter.T
-        neighbours = self.queue.find_nearest(queries, self.config.num_neighbors)
-        response = channel_responses(features.student, neighbours if adapter is None else neighbours @ adapter)
-        mean = response.mean((0, 1))
+        neighbors = self.queue.find_nearest(queries, self.num_neighbors)
+        responses = compute_channel_responses(features.student, neighbors if adapter is None else neighbors @ adapter)
+        mean = responses.mean((0, 1))
         self.response.copy_(torch.lerp(mean, self.response, EMA_DECAY) if self.response.any() else mean)
-        return unimportant_channels(response, masked, self.config.candidate_ratio)
+        return find_unimportant_channels(responses, masked, self.candidate_ratio)
 
     def compute_relative_response(self, masked: Tensor) -> Tensor:
-        """[C] running responses over the mean of the layer's remaining channels: comparable between layers."""
-        left = self.response[~masked]
-        return self.response / left.mean().clamp(min=torch.finfo(left.dtype).tiny)
+        """Divide the mean responses by their average over the remaining channels, to compare layers.
+
+        Args:
+            masked (bool Tensor[C]): Masked channels.
+
+        Returns:
+            Tensor[C].
+        """
+        remaining = self.response[~masked]
+        return self.response / remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)
 
 
-MAX_NEGATIVE_IOU = 0.3  # IoU with people and ignore regions up to which a box is background
+def compute_channel_responses(student_vectors: Tensor, neighbors: Tensor) -> Tensor:
+    """Compute the responses r = |t s|: the part of each channel in the similarity to the neighbors.
+
+    Args:
+        student_vectors (Tensor[N, C]): Pooled student vectors behind the compactor.
+        neighbors (Tensor[N, K, C]): Nearest teacher vectors, in the channels of the student.
+
+    Returns:
+        Tensor[N, K, C], at least 0.
+    """
+    return (neighbors * student_vectors[:, None]).abs()
+
+
+def find_unimportant_channels(responses: Tensor, masked: Tensor, candidate_ratio: float) -> Tensor:
+    """Find the channels that are among the lowest responses in every comparison.
+
+    Masked channels count as the lowest and are not returned again. The channels found by agreement therefore never
+    exceed `candidate_ratio` of a layer.
+
+    Args:
+        responses (Tensor[N, K, C]): Responses of N persons with K neighbors each.
+        masked (bool Tensor[C]): Channels that are masked already.
+        candidate_ratio: Ratio of the layer's channels that a comparison marks as low, masked ones included.
+
+    Returns:
+        bool Tensor[C]; all False without a comparison.
+    """
+    remaining = (~masked).nonzero()[:, 0]
+    comparisons = responses.flatten(0, 1)[:, remaining]  # [N K, remaining]
+    unimportant = masked.new_zeros(len(masked))
+    num_lowest = int(candidate_ratio * len(masked)) - int(masked.sum())
+    if len(comparisons) and num_lowest > 0:
+        lowest = comparisons.topk(num_lowest, largest=False).indices
+        is_low = comparisons.new_zeros(comparisons.shape).scatter_(1, lowest, 1)
+        unimportant[remaining] = is_low.bool().all(0)
+    return unimportant
 
 
 @dataclass(frozen=True, eq=False)
 class SampledRegions:
-    """Boxes of a batch: people first, then as many distractors at most, if any were drawn.
+    """Regions of a batch: the persons, then at most as many background boxes.
 
-    rois: [R, 5] picture, xyxy in input pixels. people: how many of them are people.
+    Attributes:
+        rois (Tensor[R, 5]): Image index and xyxy box, input pixels.
+        num_gt: Number of persons; they come first.
     """
 
     rois: Tensor
@@ -154,27 +199,53 @@ class SampledRegions:
 
 
 def sample_regions(targets: Targets, input_hw: tuple[int, int], has_negatives: bool = True) -> SampledRegions:
-    """The people, and, with `distractors`, for each a box of the same size at a place of chance, if there is nobody."""
-    people, ignored = split_ignored(targets)
-    rois = [_boxes_to_rois(people)]
+    """Collect the persons of a batch and sample a background box of the same size for each.
+
+    A background box that overlaps a person or an ignore region by more than `MAX_NEGATIVE_IOU` is dropped.
+
+    Args:
+        targets: Targets of the batch.
+        input_hw: Height and width of the input, pixels.
+        has_negatives: Whether to sample background boxes.
+
+    Returns:
+        The regions.
+    """
+    gt_boxes, ignore_boxes = split_ignored(targets)
+    rois = [_boxes_to_rois(gt_boxes)]
     if has_negatives:
-        moved = [
-            _sample_negatives(boxes, torch.cat([boxes, left_out]), input_hw)
-            for boxes, left_out in zip(people, ignored, strict=True)
+        negatives = [
+            _sample_negatives(boxes, torch.cat([boxes, ignored]), input_hw)
+            for boxes, ignored in zip(gt_boxes, ignore_boxes, strict=True)
         ]
-        rois.append(_boxes_to_rois(moved))
+        rois.append(_boxes_to_rois(negatives))
     return SampledRegions(torch.cat(rois), len(rois[0]))
 
 
+def _chunked_topk(values: Tensor, k: int) -> Tensor:
+    """Return the indices [N, k] of the k highest values of [N, Q], descending.
+
+    The k highest values are in the k chunks with the highest maxima. This search takes a quarter of the time of
+    `torch.topk` on a CPU.
+    """
+    padded = F.pad(values, (0, -values.shape[1] % CHUNK_SIZE), value=-torch.inf)
+    chunks = padded.reshape(len(values), padded.shape[1] // CHUNK_SIZE, CHUNK_SIZE)
+    best_chunks = chunks.amax(2).topk(min(k, chunks.shape[1]), dim=1).indices  # [N, up to k]
+    columns = (best_chunks[..., None] * CHUNK_SIZE + torch.arange(CHUNK_SIZE, device=values.device)).flatten(1)
+    candidates = chunks.gather(1, best_chunks[..., None].expand(-1, -1, CHUNK_SIZE)).flatten(1)
+    return columns.gather(1, candidates.topk(k, dim=1).indices)
+
+
 def _sample_negatives(boxes: Tensor, occupied_boxes: Tensor, input_hw: tuple[int, int]) -> Tensor:
-    """[N, 4] the boxes moved to places of chance inside the picture, without those that overlap a taken one."""
+    """Move boxes [N, 4] to random positions inside the image and drop those that overlap occupied boxes."""
     size = boxes[:, 2:] - boxes[:, :2]
-    room = (boxes.new_tensor([input_hw[1], input_hw[0]]) - size).clamp(min=0)
-    corner = torch.rand(len(boxes), 2, device=boxes.device) * room
+    max_corner = (boxes.new_tensor([input_hw[1], input_hw[0]]) - size).clamp(min=0)
+    corner = torch.rand(len(boxes), 2, device=boxes.device) * max_corner
     moved = torch.cat([corner, corner + size], 1)
     return moved[(box_iou(moved, occupied_boxes) <= MAX_NEGATIVE_IOU).all(1)]
 
 
-def _boxes_to_rois(boxes: Sequence[Tensor]) -> Tensor:
-    picture = torch.cat([torch.full_like(of_one[:, :1], index) for index, of_one in enumerate(boxes)])
-    return torch.cat([picture, torch.cat(list(boxes))], 1)
+def _boxes_to_rois(boxes_per_image: Sequence[Tensor]) -> Tensor:
+    """Concatenate boxes [N_i, 4] of each image to rois [sum N_i, 5] with the image index in front."""
+    image_index = torch.cat([torch.full_like(boxes[:, :1], index) for index, boxes in enumerate(boxes_per_image)])
+    return torch.cat([image_index, torch.cat(list(boxes_per_image))], 1)

@@ -1,4 +1,4 @@
-"""Shrinking: which channels a capacity-dynamic student sheds, when, and how they fade."""
+"""Channel pruning during training: which channels are masked, when, and how they fade."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from hkd_det.distill.cdd.compactor import (
+    apply_proximal_step,
+    compute_group_lasso,
     find_prunable_layers,
     fuse_compactors,
-    group_lasso,
     insert_compactors,
-    proximal_step,
     reset_gradient,
 )
 from hkd_det.distill.cdd.config import CDDConfig
@@ -22,21 +22,22 @@ from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.zoo import ModelComplexity
 
+# Collects the (teacher, student) vectors of all layers from every process; equal in all processes.
 AllGather = Callable[[list[tuple[Tensor, Tensor]]], list[list[tuple[Tensor, Tensor]]]]
 
-
-"""One process's vectors to those of all processes, the same in each."""
-
-
-MIN_COMPARISONS = 32  # comparisons at least, of which channels are chosen by; fewer if there are fewer steps
+MIN_COMPARISONS = 32  # comparison steps before all channels are selected, if the run has that many steps
 
 
 @dataclass(frozen=True)
 class PruningSchedule:
-    """The schedule in shares of all steps: no masking before `start`, all masked at `end`, all faded at `gone`.
+    """When channels are masked and when they have faded. Times are ratios of all steps.
 
-    every: steps from one comparison to the next: the settings', fewer where a short run would choose by less than
-    `LOOKS` of them.
+    Attributes:
+        total_steps: Steps of the run.
+        start: No channel is masked before.
+        end: All channels to remove are masked.
+        fade_end: All masked channels have faded to 0.
+        compare_interval: Steps between two comparisons.
     """
 
     total_steps: int
@@ -47,50 +48,98 @@ class PruningSchedule:
 
     @classmethod
     def from_config(cls, config: CDDConfig, total_steps: int, distill_ratio: float) -> "PruningSchedule":
-        """Of a run whose teacher teaches for a share `taught` of its steps; UsageError if that is too short."""
+        """Build the schedule of a run.
+
+        The interval of the configuration is reduced in short runs, to get at least `MIN_COMPARISONS` comparisons.
+
+        Args:
+            config: Settings of the method.
+            total_steps: Steps of the run.
+            distill_ratio: Ratio of the steps that have distillation.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            UsageError: Distillation ends before the warmup.
+        """
         end = config.mask_end * distill_ratio
         if config.warmup_ratio >= end:
             raise UsageError(
-                f"distill.cdd: the teacher teaches for {100 * distill_ratio:.0f} % of this run, too short for channels to be "
-                f"chosen after warmup_ratio={config.warmup_ratio:.2f}; a smaller no_aug_ratio, or more epochs"
+                f"distill.cdd: distillation covers {100 * distill_ratio:.0f} % of this run, too short to select "
+                f"channels after warmup_ratio={config.warmup_ratio:.2f}. Reduce no_aug_ratio or train more epochs."
             )
-        every = min(config.compare_interval, max(1, int((end - config.warmup_ratio) * total_steps) // MIN_COMPARISONS))
-        return cls(total_steps, config.warmup_ratio, end, min(1.0, end + config.fade_ratio), every)
+        max_interval = max(1, int((end - config.warmup_ratio) * total_steps) // MIN_COMPARISONS)
+        compare_interval = min(config.compare_interval, max_interval)
+        return cls(total_steps, config.warmup_ratio, end, min(1.0, end + config.fade_ratio), compare_interval)
 
     def remaining_excess(self, progress: float) -> float:
-        """1 .. 0: the part of what is to be shed that may still be there."""
+        """Return the part of the cost to remove that may still be present.
+
+        Args:
+            progress: Finished ratio of the run.
+
+        Returns:
+            1 before `start`, falling linearly to 0 at `end`.
+        """
         return 1 - min(1.0, max(0.0, (progress - self.start) / (self.end - self.start)))
 
     def is_comparison_step(self, step: int) -> bool:
-        """Whether step 0 .. steps - 1 is one of comparison, if anything is left to choose: a resumed run's, too."""
+        """Return whether channels are compared in a step. It depends on the step alone, so a resumed run agrees.
+
+        Args:
+            step: Index of the step, from 0.
+        """
         return step % self.compare_interval == 0 or (step + 1) / self.total_steps >= self.end
 
 
 def prepare_student(
     detector: BaseDetector, config: CDDConfig, imgsz_hw: tuple[int, int], model_name: str
 ) -> ChannelCostModel:
-    """Put compactors into the detector, in place; UsageError if its layers hold too little for the target."""
+    """Insert compactors into a student, in place.
+
+    Args:
+        detector: The student.
+        config: Settings of the method.
+        imgsz_hw: Input height and width, pixels.
+        model_name: Name of the student for messages.
+
+    Returns:
+        The cost model of the prunable layers.
+
+    Raises:
+        UsageError: The student has no prunable layer, or too few channels to reach the target.
+    """
     layers = filter_deployed_layers(detector, find_prunable_layers(detector), imgsz_hw)
     if not layers:
-        raise UsageError(f"--distill cdd: {model_name} has no layer inside a block whose channels could be taken out")
-    ledger = ChannelCostModel(detector, layers, imgsz_hw)
-    least = ledger.compute_complexity([min(width, config.min_channels) for width in ledger.widths])
-    for what in ("flops", "parameters"):
-        field = "num_params" if what == "parameters" else what
-        asked, held = getattr(config, f"keep_{what}"), getattr(least, field) / getattr(ledger.initial_complexity, field)
-        if held > asked:
+        raise UsageError(f"--distill cdd: {model_name} has no prunable layer. Choose another model.")
+    cost_model = ChannelCostModel(detector, layers, imgsz_hw)
+    initial = cost_model.initial_complexity
+    smallest = cost_model.compute_complexity([min(width, config.min_channels) for width in cost_model.widths])
+    for key, keep, unit, min_keep in (
+        ("keep_flops", config.keep_flops, "FLOPs", smallest.flops / initial.flops),
+        ("keep_parameters", config.keep_parameters, "parameters", smallest.num_params / initial.num_params),
+    ):
+        if min_keep > keep:
             raise UsageError(
-                f"distill.cdd.keep_{what}={asked:g}: the channels inside {model_name}'s blocks hold too little, at least "
-                f"{held:.3f} of its {what} stay; ask for more than that"
+                f"distill.cdd.{key}={keep:g}: pruning the inner layers of {model_name} keeps at least {min_keep:.3f} "
+                f"of its {unit}. Set a larger value."
             )
     insert_compactors(detector, layers)
-    return ledger
+    return cost_model
 
 
 class ChannelPruner:
-    """Steers the student's compactors between the backward pass and the optimizer's step, and after it.
+    """Masks channels and fades them, between the backward pass and the optimizer step, and after it.
 
-    All that it remembers lies in the compactors and in `terms`, so that it is saved with them.
+    All state is in the compactors and in `method`, and is saved with them.
+
+    Args:
+        method: The distillation method of the student.
+        cost_model: Cost model of the student's prunable layers.
+        config: Settings of the method.
+        schedule: When channels are masked.
+        all_gather: Collects values from all processes.
     """
 
     def __init__(
@@ -109,27 +158,38 @@ class ChannelPruner:
 
     @property
     def complexity(self) -> ModelComplexity:
-        """Of the student without its masked channels."""
+        """Complexity of the student without its masked channels."""
         return self.cost_model.compute_complexity([int((~compactor.masked).sum()) for compactor in self.compactors])
 
     @property
     def target_reached(self) -> bool:
-        """Whether the target is reached and all that is masked has faded, so that folding changes nothing."""
+        """Whether the target is met and all masked channels have faded, so that fusing does not change the outputs."""
         return self._is_within_budget(0.0) and all(compactor.is_faded for compactor in self.compactors)
 
     def before_step(self, step: int) -> None:
-        """Say whether the lesson of step 0 .. steps - 1 is to show what channels are chosen by."""
+        """Set whether the forward pass of a step records the vectors for a comparison.
+
+        Args:
+            step: Index of the step, from 0.
+        """
         self.method.is_comparison_step = self.schedule.is_comparison_step(step) and not self._is_within_budget(0.0)
 
     @torch.no_grad()
     def after_backward(self, step: int) -> dict[str, float]:
-        """Choose channels, if this step shows them, and reset gradients; the lasso's value comes back."""
+        """Mask channels if this is a comparison step, and reset the gradients of the compactors.
+
+        Args:
+            step: Index of the step, from 0.
+
+        Returns:
+            The weighted group lasso under the key "cdd_lasso".
+        """
         self._progress = (step + 1) / self.schedule.total_steps
         if self.method.is_comparison_step:
-            unanimous = self._update_importance()
-            surplus = self.schedule.remaining_excess(self._progress)
-            if self._progress > self.schedule.start and not self._is_within_budget(surplus):
-                self._mask_channels(unanimous, surplus)
+            unimportant = self._update_importance()
+            remaining_excess = self.schedule.remaining_excess(self._progress)
+            if self._progress > self.schedule.start and not self._is_within_budget(remaining_excess):
+                self._mask_channels(unimportant, remaining_excess)
         for compactor in self.compactors:
             gradient = compactor.weight.grad
             if gradient is not None:
@@ -137,51 +197,61 @@ class ChannelPruner:
                 reset = reset_gradient(gradient.flatten(1), rows, compactor.masked, self.config.lasso)
                 gradient.copy_(reset.view_as(gradient))
         self._previous_rows = [compactor.rows.clone() for compactor in self.compactors]
-        total = torch.stack([group_lasso(rows) for rows in self._previous_rows]).sum()
-        return {"cdd_lasso": self.config.lasso * float(total)}
+        lasso = torch.stack([compute_group_lasso(rows) for rows in self._previous_rows]).sum()
+        return {"cdd_lasso": self.config.lasso * float(lasso)}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Put masked rows where the lasso alone takes them, whatever the optimizer remembers of earlier gradients."""
-        force = 1 / max(1.0, self.config.fade_ratio * self.schedule.total_steps)
+        """Set masked rows to the result of the lasso alone. This discards momentum of earlier gradients."""
+        threshold = 1 / max(1.0, self.config.fade_ratio * self.schedule.total_steps)
         if self._progress >= self.schedule.fade_end:
-            force = float("inf")
-        for compactor, before in zip(self.compactors, self._previous_rows, strict=True):
+            threshold = float("inf")
+        for compactor, previous_rows in zip(self.compactors, self._previous_rows, strict=True):
             masked = compactor.masked[:, None]
-            rows = torch.where(masked, proximal_step(before, force), compactor.rows)
+            rows = torch.where(masked, apply_proximal_step(previous_rows, threshold), compactor.rows)
             compactor.weight.copy_(rows.view_as(compactor.weight))
 
     def deployable_model(self, detector: BaseDetector) -> BaseDetector:
-        """The plain network that the student, or its moving average, has become."""
+        """Return the student, or its moving average, without compactors and masked channels.
+
+        Args:
+            detector: A network with compactors.
+
+        Returns:
+            A new network in evaluation mode.
+        """
         return fuse_compactors(detector)
 
     def summary(self) -> str:
-        """What was shed, in a line."""
+        """Return the change of parameters and FLOPs as text for the log."""
         before, after = self.cost_model.initial_complexity, self.complexity
         return (
-            f"; shed: {before.num_params / 1e6:.2f} M to {after.num_params / 1e6:.2f} M parameters, "
+            f"; pruned: {before.num_params / 1e6:.2f} M to {after.num_params / 1e6:.2f} M parameters, "
             f"{before.flops / 1e9:.2f} to {after.flops / 1e9:.2f} GFLOPs ({100 * after.flops / before.flops:.1f} %)"
         )
 
     def _update_importance(self) -> list[Tensor]:
-        """For each layer [C] bool, what all people of the batch agree on; each process looks at everybody's people."""
-        batches = self._all_gather([(seen.teacher, seen.student) for seen in self.method.pooled_features])
-        unanimous = []
+        """Update every layer with the vectors of all processes; return its unimportant channels (bool [C])."""
+        vectors_per_process = self._all_gather(
+            [(features.teacher, features.student) for features in self.method.pooled_features]
+        )
+        unimportant = []
         for layer, compactor in enumerate(self.compactors):
-            parts = [batch[layer] for batch in batches if batch]
-            agreed = torch.zeros_like(compactor.masked)
-            if parts:
-                device = agreed.device
-                teacher, student = (torch.cat([part[who].to(device) for part in parts]) for who in (0, 1))
-                agreed = self.method.update_importance(layer, PooledFeatures(teacher, student))
-            unanimous.append(agreed)
-        return unanimous
+            vectors = [layers[layer] for layers in vectors_per_process if layers]
+            channels = torch.zeros_like(compactor.masked)
+            if vectors:
+                device = channels.device
+                teacher = torch.cat([teacher.to(device) for teacher, _ in vectors])
+                student = torch.cat([student.to(device) for _, student in vectors])
+                channels = self.method.update_importance(layer, PooledFeatures(teacher, student))
+            unimportant.append(channels)
+        return unimportant
 
-    def _mask_channels(self, unanimous: list[Tensor], remaining_excess: float) -> None:
-        """Mask until the course is kept: first those that all agree on, then those of least relative response."""
+    def _mask_channels(self, unimportant: list[Tensor], remaining_excess: float) -> None:
+        """Mask channels in order of importance until the schedule's budget is met."""
         masks = [compactor.masked.cpu() for compactor in self.compactors]
         widths = [int((~mask).sum()) for mask in masks]
-        for layer, channel in self._rank_channels(unanimous):
+        for layer, channel in self._rank_channels(unimportant):
             if self._meets_budget(self.cost_model.compute_complexity(widths), remaining_excess):
                 break
             if widths[layer] > self.config.min_channels:
@@ -190,17 +260,17 @@ class ChannelPruner:
         for compactor, mask in zip(self.compactors, masks, strict=True):
             compactor.masked.copy_(mask)
 
-    def _rank_channels(self, unanimous: list[Tensor]) -> list[tuple[int, int]]:
-        """Layer and channel of all that are not masked, in the order in which they may go."""
+    def _rank_channels(self, unimportant: list[Tensor]) -> list[tuple[int, int]]:
+        """Return (layer, channel) of all unmasked channels: unimportant ones first, then by relative response."""
         ranked = []
-        for layer, (compactor, agreed) in enumerate(zip(self.compactors, unanimous, strict=True)):
-            # As lists at once: number by number, a GPU would be waited for thousands of times a step.
+        for layer, (compactor, channels) in enumerate(zip(self.compactors, unimportant, strict=True)):
+            # Whole lists: reading single values would synchronize with a GPU thousands of times per step.
             columns = (
-                values.tolist() for values in (compactor.masked, agreed, self.method.compute_relative_response(layer))
+                values.tolist() for values in (compactor.masked, channels, self.method.compute_relative_response(layer))
             )
             ranked += [
-                (not unneeded, response, layer, channel)
-                for channel, (masked, unneeded, response) in enumerate(zip(*columns, strict=True))
+                (not is_unimportant, response, layer, channel)
+                for channel, (masked, is_unimportant, response) in enumerate(zip(*columns, strict=True))
                 if not masked
             ]
         return [(layer, channel) for _, _, layer, channel in sorted(ranked)]
@@ -209,12 +279,12 @@ class ChannelPruner:
         return self._meets_budget(self.complexity, remaining_excess)
 
     def _meets_budget(self, complexity: ModelComplexity, remaining_excess: float) -> bool:
-        """Whether a cost is down to the target and the given part of what was above it."""
-        start, settings = self.cost_model.initial_complexity, self.config
+        """Return whether a complexity is at most the target plus `remaining_excess` of the cost above the target."""
+        initial, config = self.cost_model.initial_complexity, self.config
         return all(
-            now <= (keep + (1 - keep) * remaining_excess) * whole
-            for now, keep, whole in (
-                (complexity.flops, settings.keep_flops, start.flops),
-                (complexity.num_params, settings.keep_parameters, start.num_params),
+            cost <= (keep + (1 - keep) * remaining_excess) * initial_cost
+            for cost, keep, initial_cost in (
+                (complexity.flops, config.keep_flops, initial.flops),
+                (complexity.num_params, config.keep_parameters, initial.num_params),
             )
         )

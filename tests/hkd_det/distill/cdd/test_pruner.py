@@ -1,0 +1,290 @@
+"""Channel pruning: lasso, schedule, masking, fading and the target; losses of the method."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from hkd_det.distill.base import DistillationBatch
+from hkd_det.distill.cdd.compactor import (
+    apply_proximal_step,
+    compute_group_lasso,
+    compute_group_lasso_gradient,
+    reset_gradient,
+)
+from hkd_det.distill.cdd.config import CDDConfig
+from hkd_det.distill.cdd.cost_model import ChannelCostModel
+from hkd_det.distill.cdd.method import CDD
+from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
+from hkd_det.errors import UsageError
+from hkd_det.models.base import BaseDetector, Targets
+from hkd_det.models.checkpoint import build_from_spec
+from hkd_det.models.criterion import DetectionCriterion
+from hkd_det.ops.losses import clamp_min_one
+from hkd_det.ops.roi_pool import BoxAveragePool
+
+HW = (64, 96)
+IMAGES = torch.randint(0, 255, (2, 3, *HW), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+TARGETS = Targets(
+    torch.tensor([[[10.0, 10.0, 40.0, 60.0]], [[50.0, 5.0, 70.0, 60.0]]]),
+    torch.ones(2, 1, dtype=torch.bool),
+    torch.zeros(2, 1, dtype=torch.bool),
+)
+
+
+def test_lasso_gradient_matches_finite_differences() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(4, 5, dtype=torch.float64)
+    step = 1e-6
+    for i in range(4):
+        for j in range(5):
+            offset = torch.zeros_like(rows)
+            offset[i, j] = step
+            numeric = (compute_group_lasso(rows + offset) - compute_group_lasso(rows - offset)) / (2 * step)
+            torch.testing.assert_close(compute_group_lasso_gradient(rows)[i, j], numeric, atol=1e-6, rtol=1e-6)
+
+
+def test_zero_row_has_zero_gradient() -> None:
+    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    torch.testing.assert_close(compute_group_lasso_gradient(rows), torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+    assert torch.equal(apply_proximal_step(rows, 0.1)[0], torch.zeros(2))
+
+
+def test_masked_rows_get_only_the_lasso_gradient() -> None:
+    rows, gradient = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[7.0, -7.0], [1.0, 1.0]])
+    reset = reset_gradient(gradient, rows, torch.tensor([True, False]), 0.1)
+    torch.testing.assert_close(reset, torch.tensor([[0.06, 0.08], [1.0, 1.1]]))
+
+
+def test_proximal_step_minimizes_its_objective() -> None:
+    """No point of a fine grid has a lower value of 1/2 |x - w|^2 + threshold |x|."""
+    row, threshold = torch.tensor([[0.3, 0.4]]), 0.2
+    grid = torch.cartesian_prod(torch.linspace(-0.5, 0.5, 201), torch.linspace(-0.5, 0.5, 201))
+    best = grid[(0.5 * (grid - row).square().sum(1) + threshold * grid.norm(dim=1)).argmin()]
+    torch.testing.assert_close(apply_proximal_step(row, threshold)[0], best, atol=6e-3, rtol=0)
+    assert torch.equal(apply_proximal_step(row, 0.6), torch.zeros(1, 2)) and torch.equal(
+        apply_proximal_step(row, float("inf")), torch.zeros(1, 2)
+    )
+
+
+def test_schedule_falls_from_warmup_to_its_end() -> None:
+    schedule = PruningSchedule.from_config(CDDConfig(warmup_ratio=0.2, mask_end=0.5, fade_ratio=0.1), 100, 0.8)
+    assert (schedule.start, schedule.end) == (0.2, 0.4) and schedule.fade_end == pytest.approx(0.5)
+    assert [schedule.remaining_excess(progress) for progress in (0.1, 0.2, 0.4, 1.0)] == [1, 1, 0, 0]
+    assert schedule.remaining_excess(0.35) == pytest.approx(0.25)
+    with pytest.raises(UsageError, match="too short"):
+        PruningSchedule.from_config(CDDConfig(), 100, 0.2)
+
+
+def test_comparison_interval_shrinks_in_short_runs() -> None:
+    config = CDDConfig(warmup_ratio=0.25, mask_end=0.75, compare_interval=16)
+    assert [
+        PruningSchedule.from_config(config, steps, 1.0).compare_interval for steps in (10, 100, 256, 1000, 10000)
+    ] == [1, 1, 4, 15, 16]
+    schedule = PruningSchedule.from_config(config, 256, 1.0)
+    assert [step for step in range(256) if schedule.is_comparison_step(step)] == [*range(0, 191, 4), *range(191, 256)]
+    assert PruningSchedule.from_config(replace(config, compare_interval=1), 10000, 1.0).compare_interval == 1
+
+
+def test_steps_without_comparison_mask_nothing(native_detector: BaseDetector) -> None:
+    trainer = Trainer(native_detector, build_from_spec(native_detector.spec), CDDConfig(keep_flops=0.8), 12)
+    trainer.pruner.schedule = replace(trainer.pruner.schedule, compare_interval=4)
+    compared, masked = [], []
+    for step in range(12):
+        trainer.train_step(step)
+        compared.append(bool(trainer.method.pooled_features))
+        masked.append(sum(int(compactor.masked.sum()) for compactor in trainer.pruner.compactors))
+    # Masking starts after step 1 and ends in step 7, when the target is met and no comparison is needed.
+    assert [step for step in range(12) if compared[step]] == [0, 4, 7]
+    assert masked[:4] == [0] * 4 and 0 < masked[4] == masked[6] < masked[7] == masked[-1]
+    assert trainer.pruner.target_reached
+
+
+@pytest.mark.parametrize(("key", "unit"), [("keep_flops", "FLOPs"), ("keep_parameters", "parameters")])
+def test_unreachable_target_raises_usage_error(native_detector: BaseDetector, key: str, unit: str) -> None:
+    config = CDDConfig(**{"keep_flops": 1.0, "keep_parameters": 1.0, key: 0.05})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=rf"{key}=0\.05: .*keeps at least 0\.\d+ of its {unit}\. Set a larger value"):
+        prepare_student(native_detector, config, HW, "native")
+
+
+class Trainer:
+    """Runs distilled training steps of a student on one batch."""
+
+    def __init__(self, student: BaseDetector, teacher: BaseDetector, config: CDDConfig, steps: int) -> None:
+        self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
+        self.cost_model: ChannelCostModel = prepare_student(student, config, HW, "student")
+        self.method = CDD(student, teacher, config)
+        schedule = PruningSchedule.from_config(config, steps, 1.0)
+        self.pruner = ChannelPruner(self.method, self.cost_model, config, schedule, lambda vectors: [vectors])
+        self.optimizer = torch.optim.AdamW([*student.parameters(), *self.method.parameters()], lr=1e-2)
+
+    def train_step(self, step: int) -> None:
+        self.pruner.before_step(step)
+        outputs = self.student(IMAGES)
+        with torch.no_grad():
+            teacher_outputs = self.teacher(IMAGES)
+        batch = DistillationBatch(
+            IMAGES, TARGETS, self.student, self.teacher, outputs, teacher_outputs, [], [], clamp_min_one
+        )
+        losses = [*DetectionCriterion()(outputs, TARGETS).values(), *self.method(batch).values()]
+        loss = torch.stack(losses).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.pruner.after_backward(step)
+        self.optimizer.step()
+        self.pruner.after_step()
+
+    @property
+    def rows(self) -> list[torch.Tensor]:
+        return [compactor.rows.detach().clone() for compactor in self.pruner.compactors]
+
+
+def test_masked_channels_fade_and_the_target_is_met(native_detector: BaseDetector) -> None:
+    config = CDDConfig(keep_flops=0.8, keep_parameters=0.6, fade_ratio=0.25, min_channels=3)
+    trainer = Trainer(native_detector, build_from_spec(native_detector.spec), config, 12)
+    norms: list[list[torch.Tensor]] = []
+    for step in range(12):
+        masked = [compactor.masked.clone() for compactor in trainer.pruner.compactors]
+        trainer.train_step(step)
+        norms.append([rows.norm(dim=1) for rows in trainer.rows])
+        if step < 2:
+            assert not any(mask.any() for mask in masked)
+        for layer, compactor in enumerate(trainer.pruner.compactors):
+            assert not (masked[layer] & ~compactor.masked).any()  # masking is permanent
+            if step:
+                is_smaller = norms[-1][layer] < norms[-2][layer]
+                assert (is_smaller | (norms[-1][layer] == 0))[compactor.masked].all()
+    assert trainer.pruner.target_reached
+    final, initial = trainer.pruner.complexity, trainer.cost_model.initial_complexity
+    assert final.flops <= 0.8 * initial.flops and final.num_params <= 0.6 * initial.num_params
+    widths = [int((~compactor.masked).sum()) for compactor in trainer.pruner.compactors]
+    assert min(widths) >= 3
+    # No more channels are masked than needed: with one more channel, one of the two targets is missed.
+    wider = [
+        trainer.cost_model.compute_complexity([w + (i == layer) for i, w in enumerate(widths)])
+        for layer in range(len(widths))
+    ]
+    assert any(c.flops > 0.8 * initial.flops or c.num_params > 0.6 * initial.num_params for c in wider)
+    trainer.student.eval()
+    fused = trainer.pruner.deployable_model(trainer.student)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fused(IMAGES).one2many.logits, trainer.student(IMAGES).one2many.logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_unimportant_channels_are_ranked_first(native_detector: BaseDetector) -> None:
+    trainer = Trainer(native_detector, build_from_spec(native_detector.spec), CDDConfig(keep_flops=0.9), 10)
+    importance = trainer.method.importance
+    unimportant = [torch.zeros_like(compactor.masked) for compactor in trainer.pruner.compactors]
+    for layer, compactor in enumerate(trainer.pruner.compactors):
+        importance[layer].response.copy_(torch.linspace(1, 2, len(compactor.masked)))  # type: ignore[operator,union-attr]
+    unimportant[3][-1] = True
+    order = trainer.pruner._rank_channels(unimportant)
+    assert order[0] == (3, len(unimportant[3]) - 1)
+    assert order[1][1] == 0 and len(set(order)) == len(order) == sum(len(mask) for mask in unimportant)
+
+
+def test_vectors_of_all_processes_enter_the_queue(native_detector: BaseDetector) -> None:
+    single, distributed = (
+        Trainer(deepcopy(native_detector), build_from_spec(native_detector.spec), CDDConfig(keep_flops=0.9), 10)
+        for _ in range(2)
+    )
+    distributed.pruner._all_gather = lambda vectors: [vectors, [], vectors]
+    sizes = []
+    for trainer in (single, distributed):
+        torch.manual_seed(0)
+        trainer.train_step(0)
+        sizes.append([len(evidence.queue.vectors) for evidence in trainer.method.importance])  # type: ignore[union-attr,arg-type]
+    assert sizes[1] == [2 * size for size in sizes[0]] and min(sizes[0]) >= 2
+
+
+def test_wider_student_uses_linear_adapters(native_detector: BaseDetector) -> None:
+    wide = build_from_spec(replace(native_detector.spec, channels=20))
+    trainer = Trainer(wide, native_detector, CDDConfig(keep_flops=0.8), 6)
+    assert any(isinstance(adapter, nn.Linear) for adapter in trainer.method.adapters)
+    for step in range(6):
+        trainer.train_step(step)
+    assert trainer.pruner.target_reached and trainer.pruner.deployable_model(wide).changes.widths
+
+
+def test_losses_match_their_formulas(native_detector: BaseDetector) -> None:
+    """Compares with torch's Bernoulli divergence at a temperature, and with distances of hooked features."""
+    torch.manual_seed(0)
+    teacher = build_from_spec(native_detector.spec).eval()
+    config = CDDConfig(keep_flops=0.9, cls=3.0, temperature=4.0, feature=0.2)
+    prepare_student(native_detector, config, HW, "native")
+    method = CDD(native_detector.train(), teacher, config)
+    recorded: dict[str, torch.Tensor] = {}
+    for name in [name for site in method.sites for name in site.layer.norms]:
+        for model, module in (
+            ("student", native_detector.get_submodule(f"{name}.norm")),
+            ("teacher", teacher.get_submodule(name)),
+        ):
+            module.register_forward_hook(
+                lambda _module, _inputs, output, key=f"{model} {name}": recorded.update({key: output.clone()})
+            )
+    with torch.no_grad():
+        student_outputs, teacher_outputs = native_detector(IMAGES), teacher(IMAGES)
+        losses = method(
+            DistillationBatch(
+                IMAGES, TARGETS, native_detector, teacher, student_outputs, teacher_outputs, [], [], clamp_min_one
+            )
+        )
+    cls_loss = torch.zeros(())
+    for branch in ("one2many", "one2one"):
+        student, target = (getattr(outputs, branch).logits for outputs in (student_outputs, teacher_outputs))
+        s, t = (torch.distributions.Bernoulli(logits=logits / 4) for logits in (student, target))
+        divergence = (t.probs - s.probs).abs() * torch.distributions.kl_divergence(t, s)
+        cls_loss = cls_loss + 4**2 * divergence.sum() / target.sigmoid().sum().clamp(min=1)
+    torch.testing.assert_close(losses["cdd_cls"], 3 * cls_loss, rtol=1e-4, atol=1e-6)
+    rois = torch.cat([torch.tensor([[0.0], [1.0]]), TARGETS.boxes_xyxy[:, 0]], 1)
+    distance = torch.zeros(())
+    for site in method.sites:
+        s, t = (
+            BoxAveragePool(rois, HW)([recorded[f"{model} {name}"] for name in site.layer.norms])
+            for model in ("student", "teacher")
+        )
+        distance = distance + (t - s).norm(dim=1).mean()
+    torch.testing.assert_close(losses["cdd_feature"], 0.2 * distance, rtol=1e-4, atol=1e-6)
+
+
+def test_optimizer_momentum_does_not_move_masked_rows(native_detector: BaseDetector) -> None:
+    trainer = Trainer(
+        native_detector, build_from_spec(native_detector.spec), CDDConfig(keep_flops=0.9, fade_ratio=0.5), 20
+    )
+    compactor = trainer.pruner.compactors[0]
+    compactor.masked[:2] = True
+    trainer.pruner.after_backward(0)
+    weight = torch.randn_like(compactor.weight)
+    with torch.no_grad():
+        compactor.weight.copy_(weight)
+    before = torch.eye(len(compactor.masked))
+    trainer.pruner.after_step()
+    torch.testing.assert_close(compactor.rows[:2], 0.9 * before[:2])  # fading takes 10 steps: 0.1 per step
+    assert torch.equal(compactor.rows[2:], weight.flatten(1)[2:])
+
+
+def test_losses_are_zero_for_equal_student_and_teacher(native_detector: BaseDetector) -> None:
+    teacher = build_from_spec(native_detector.spec)
+    teacher.load_state_dict(native_detector.state_dict())
+    prepare_student(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
+    method = CDD(native_detector.eval(), teacher.eval(), CDDConfig())
+    student_outputs, teacher_outputs = native_detector(IMAGES), teacher(IMAGES)
+    losses = method(
+        DistillationBatch(
+            IMAGES, TARGETS, native_detector, teacher, student_outputs, teacher_outputs, [], [], clamp_min_one
+        )
+    )
+    for loss in losses.values():
+        torch.testing.assert_close(loss, torch.zeros(()), atol=1e-4, rtol=0)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in native_detector.parameters())
+
+
+def test_teacher_with_other_layers_raises_usage_error(native_detector: BaseDetector) -> None:
+    prepare_student(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
+    with pytest.raises(UsageError, match=r"no layer head\.cls_tower\.convs\.1"):
+        CDD(native_detector, build_from_spec(replace(native_detector.spec, head_depth=1)), CDDConfig())
