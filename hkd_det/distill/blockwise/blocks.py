@@ -1,7 +1,4 @@
-"""Which convolutions of a detector can be replaced, what follows them, and what learning them will cost, about.
-
-Assembly: the teacher's network with learnt blocks in the place of its convolutions.
-"""
+"""Replaceable convolutions of a detector, their training cost, and the network that contains the trained blocks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,14 +14,20 @@ from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.parts import DetectorPart, part_of
 from hkd_det.models.surgery import is_dense_conv3x3, make_block
 
+StateDict = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class ReplaceableConv:
-    """A convolution that can be replaced; names as `named_modules` has them.
+    """A convolution that a depthwise-separable block can replace. Names are those of `named_modules`.
 
-    norm: the normalisation that alone reads it, by its own statistics; "" if none follows directly.
-    input_chw: what enters, of one picture. macs: multiply-accumulates a picture; macs_before: of all convolutions that
-    run before it; macs_block: of the block that replaces it.
+    Attributes:
+        name: Name of the convolution.
+        norm: Name of the batch normalization that directly follows it; "" if there is none.
+        input_chw: Channels, height and width of the input for one image.
+        macs: Multiply-accumulates (MACs) of the convolution per image.
+        macs_before: MACs per image of all convolutions that run before it.
+        macs_block: MACs per image of the replacing block.
     """
 
     name: str
@@ -35,60 +38,108 @@ class ReplaceableConv:
     macs_block: int
 
     def estimate_macs(self, is_cached: bool) -> int:
-        """Multiply-accumulates a view that learning it takes, about: forward, backward twice that, and the target."""
+        """Estimate the MACs of one training step per image: forward, twice that for backward, and the target.
+
+        Args:
+            is_cached: Whether the inputs are read from a file instead of computed.
+        """
         return 3 * self.macs_block + self.macs + (0 if is_cached else self.macs_before)
-
-
-@dataclass
-class _ConvTrace:
-    """What one pass through a network has shown; convolutions in the order they ran."""
-
-    calls: Counter[str]
-    outputs: dict[str, Tensor]
-    inputs: dict[str, tuple[int, ...]]
-    macs: dict[str, int]
-    norm_by_conv: dict[str, str]
 
 
 def find_replaceable_convs(
     detector: BaseDetector, imgsz_hw: tuple[int, int], parts: Sequence[DetectorPart], min_channels: int
 ) -> list[ReplaceableConv]:
-    """The replaceable convolutions in the order they run; UsageError if there is none.
+    """Find the replaceable convolutions: 3x3, one group, and called once per image.
 
-    Those are 3x3, of one group, with at least `least` channels in and out, in one of the `parts`, and run once a
-    picture: a head's convolution shared by all levels stays.
+    A convolution of a head that all levels share is called several times, and is not replaceable.
+
+    Args:
+        detector: The detector.
+        imgsz_hw: Input height and width, pixels.
+        parts: Parts of the detector to search.
+        min_channels: Minimum number of input channels and of output channels.
+
+    Returns:
+        The convolutions in the order of the forward pass.
+
+    Raises:
+        UsageError: There is no such convolution.
     """
     modules = dict(detector.named_modules())
     trace = _trace_convs(detector, modules, imgsz_hw)
-    layers, before = [], 0
+    layers, macs_before = [], 0
     for name, macs in trace.macs.items():
         module = modules[name]
         if trace.calls[name] == 1 and _is_replaceable(module, min_channels) and part_of(detector, name) in parts:
             assert isinstance(module, nn.Conv2d)
-            _, channels, height, width = trace.inputs[name]
+            _, channels, height, width = trace.input_shapes[name]
             layers.append(
                 ReplaceableConv(
                     name,
                     trace.norm_by_conv.get(name, ""),
                     (channels, height, width),
                     macs,
-                    before,
+                    macs_before,
                     _count_block_macs(module, height, width),
                 )
             )
-        before += macs * trace.calls[name]
+        macs_before += macs * trace.calls[name]
     if not layers:
         raise UsageError(
-            f"nothing to replace: {' and '.join(parts)} hold no 3x3 convolution of at least {min_channels} channels that "
-            "runs once a picture (distill.blockwise.parts, distill.blockwise.least)"
+            f"distill.blockwise.parts={','.join(parts)}: no 3x3 convolution with at least {min_channels} channels that "
+            "runs once per image. Set other parts or a smaller distill.blockwise.min_channels."
         )
     return layers
 
 
 def has_running_stats(module: nn.Module) -> bool:
-    """Whether a module is a batch normalisation, frozen or not, whose scale and shift can be set."""
+    """Return whether a module is a batch normalization, frozen or not, with scale and shift.
+
+    Args:
+        module: Any module.
+    """
     names = ("running_mean", "running_var", "weight", "bias", "eps")
     return all(getattr(module, name, None) is not None for name in names)
+
+
+def assemble(teacher: BaseDetector, blocks: Mapping[str, StateDict]) -> BaseDetector:
+    """Build the teacher's network with trained blocks in place of some convolutions.
+
+    Args:
+        teacher: The teacher.
+        blocks: By convolution name, the weights of block and normalization by their names in the network. All other
+            weights are those of the teacher.
+
+    Returns:
+        A new network in evaluation mode on the teacher's device.
+    """
+    changes = replace(teacher.changes, separable=(*teacher.changes.separable, *blocks))
+    network = build_from_spec(teacher.spec, changes)
+    keys = network.state_dict().keys()
+    state_dict = {name: value for name, value in teacher.state_dict().items() if name in keys}
+    for block in blocks.values():
+        state_dict |= block
+    network.load_state_dict(state_dict)
+    return network.to(next(teacher.parameters()).device).eval()
+
+
+@dataclass
+class _ConvTrace:
+    """Record of one forward pass. Convolutions are in the order of the forward pass.
+
+    Attributes:
+        calls: Calls per convolution.
+        outputs: Outputs of 3x3 convolutions.
+        input_shapes: Input shapes of convolutions.
+        macs: Multiply-accumulates of one call per convolution.
+        norm_by_conv: Name of the normalization that reads the output of a convolution.
+    """
+
+    calls: Counter[str]
+    outputs: dict[str, Tensor]
+    input_shapes: dict[str, tuple[int, ...]]
+    macs: dict[str, int]
+    norm_by_conv: dict[str, str]
 
 
 def _is_replaceable(module: nn.Module, min_channels: int) -> bool:
@@ -99,42 +150,42 @@ def _is_replaceable(module: nn.Module, min_channels: int) -> bool:
     )
 
 
-def _count_block_macs(convolution: nn.Conv2d, height: int, width: int) -> int:
-    block = make_block(convolution)
-    outside = height * width // (convolution.stride[0] * convolution.stride[1])
-    weights = (block.depthwise1, block.pointwise1, block.depthwise2, block.pointwise2)
-    return outside * sum(part.weight.numel() for part in weights)
+def _count_block_macs(conv: nn.Conv2d, height: int, width: int) -> int:
+    block = make_block(conv)
+    num_positions = height * width // (conv.stride[0] * conv.stride[1])
+    layers = (block.depthwise1, block.pointwise1, block.depthwise2, block.pointwise2)
+    return num_positions * sum(layer.weight.numel() for layer in layers)
 
 
 @torch.no_grad()
 def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw: tuple[int, int]) -> _ConvTrace:
-    """Run the detector once on an empty picture and look at every convolution and normalisation."""
+    """Run the detector once on a black image and record every convolution and normalization."""
     trace = _ConvTrace(Counter(), {}, {}, {}, {})
 
-    def ran(name: str) -> Any:
-        def look(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def make_conv_hook(name: str) -> Any:
+        def record(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             trace.calls[name] += 1
-            trace.inputs[name] = tuple(inputs[0].shape)
+            trace.input_shapes[name] = tuple(inputs[0].shape)
             trace.macs[name] = module.weight.numel() * output.shape[-2] * output.shape[-1]
             if is_dense_conv3x3(module):
-                trace.outputs[name] = output  # kept, so that no other tensor takes its place in memory
+                trace.outputs[name] = output  # a reference keeps the memory from being reused for other tensors
 
-        return look
+        return record
 
-    def normalises(name: str) -> Any:
-        def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for source, output in trace.outputs.items():
+    def make_norm_hook(name: str) -> Any:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for conv, output in trace.outputs.items():
                 if inputs[0] is output:
-                    trace.norm_by_conv[source] = name
+                    trace.norm_by_conv[conv] = name
 
-        return look
+        return record
 
     handles = []
     for name, module in modules.items():
         if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(ran(name)))
+            handles.append(module.register_forward_hook(make_conv_hook(name)))
         elif has_running_stats(module):
-            handles.append(module.register_forward_pre_hook(normalises(name)))
+            handles.append(module.register_forward_pre_hook(make_norm_hook(name)))
     was_training = detector.training
     try:
         detector.eval()(torch.zeros(1, 3, *imgsz_hw, device=next(detector.parameters()).device))
@@ -143,21 +194,3 @@ def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw
         for handle in handles:
             handle.remove()
     return trace
-
-
-StateDict = Mapping[str, Tensor]
-
-
-def assemble(teacher: BaseDetector, blocks: Mapping[str, StateDict]) -> BaseDetector:
-    """A new network, in evaluation mode on the teacher's device: the teacher with blocks in place of some layers.
-
-    blocks: by layer, weights by their names in the network; what no block brings is the teacher's.
-    """
-    changes = replace(teacher.changes, separable=(*teacher.changes.separable, *blocks))
-    network = build_from_spec(teacher.spec, changes)
-    wanted = network.state_dict()
-    state = {name: value for name, value in teacher.state_dict().items() if name in wanted}
-    for block in blocks.values():
-        state |= block
-    network.load_state_dict(state)
-    return network.to(next(teacher.parameters()).device).eval()

@@ -1,10 +1,11 @@
-"""Running tasks: in this process when alone, else by Dask, in processes of this machine or on a running cluster.
+"""Running tasks: in this process, or by Dask in local worker processes or on a running cluster.
 
-A queue is worked off one task after the other, as many queues at a time as there are workers: Dask gives each task to
-whoever is free. Under work stealing each task is a queue of its own, so whoever is free takes the next one.
+The tasks of a queue run one after the other, and as many queues run at a time as there are workers. Dask assigns each
+submitted task to a free worker. With work stealing each task is a queue of its own.
 
-A worker that dies is started again; its task goes to it or to another, and its queue goes on from there. Dask holds no
-more tasks than there are workers, because it counts a death against every task that the dead one had, waiting or not.
+A worker process that dies is restarted. Its task runs again on any worker, and its queue continues. At most one task
+per worker is submitted to Dask at a time, because Dask counts the death of a worker against all of its tasks, including
+those that have not started.
 """
 
 import logging
@@ -19,42 +20,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hkd_det.distill.blockwise.config import Scheduler, make_schedule
-from hkd_det.errors import HkdError, UnavailableError
+from hkd_det.errors import HkdError, UnavailableError, import_package
 
 if TYPE_CHECKING:
     from distributed import Client
 
-
 T = TypeVar("T")
-
-
 R = TypeVar("R")
-
 
 OnDone = Callable[[str, R], None]
 
-
-CONNECT_TIMEOUT_S = 60  # for a running cluster to answer
-
-
+CONNECT_TIMEOUT_S = 60  # for the connection to a running cluster
 SINGLE_THREAD_ENV = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
-
-
-SINGLE_ARENA_ENV = {
-    "MALLOC_ARENA_MAX": 1
-}  # glibc gives back what threads other than the first free; a task is in such a one
+# Dask runs a task in a thread other than the main one. With several arenas glibc keeps the memory that it frees.
+SINGLE_ARENA_ENV = {"MALLOC_ARENA_MAX": 1}
 
 
 class BlockError(HkdError):
-    """A block could not be learnt."""
+    """A block could not be trained."""
 
 
 @dataclass(frozen=True)
 class ExecutorConfig:
-    """Who works, and how tasks are shared.
+    """Number and kind of workers.
 
-    count: tasks at a time. cluster: a running Dask scheduler's address; its workers count then. retries: how many
-    deaths of its worker a task survives; a running cluster has a setting of its own for this.
+    Attributes:
+        num_workers: Tasks at a time. A running cluster uses the number of its own workers instead.
+        scheduler: How tasks are distributed over workers.
+        cluster: Address of a running Dask scheduler; "" starts local processes.
+        retries: Deaths of its worker that a task survives. A running cluster has a setting of its own.
     """
 
     num_workers: int
@@ -64,14 +58,19 @@ class ExecutorConfig:
 
     @property
     def is_in_process(self) -> bool:
-        """Whether this process does all the work."""
+        """Whether all tasks run in this process."""
         return self.num_workers == 1 and not self.cluster
 
 
 @dataclass(frozen=True)
 class RunStats:
-    """How it went: on how many workers; seconds until they were ready; seconds from the first task's start to the
-    last one's end."""
+    """Timing of a run.
+
+    Attributes:
+        num_workers: Number of workers.
+        startup_s: Seconds until the workers were ready.
+        makespan_s: Seconds from the start of the first task to the end of the last.
+    """
 
     num_workers: int
     startup_s: float
@@ -86,52 +85,70 @@ def run_tasks(
     temp_dir: Path,
     on_done: OnDone[R],
 ) -> RunStats:
-    """Call `function` on every task, and `done` with each name and result as they come.
+    """Call a function on every task.
 
-    expected: times, in any unit, that the schedule is planned with. scratch: a folder for Dask's own files, which go.
-    Raises what `function` raises of our own errors, BlockError for all others and for a task whose workers die.
+    Args:
+        function: The function. With workers it must be picklable.
+        tasks: Tasks by name.
+        expected_times: Expected duration of each task, in any unit; used for the schedule.
+        config: Number and kind of workers.
+        temp_dir: Directory for Dask's temporary files, which are removed at the end.
+        on_done: Called with the name and the result of each finished task.
+
+    Returns:
+        The timing of the run.
+
+    Raises:
+        HkdError: Raised by `function`.
+        BlockError: `function` raised another error, or its worker died too often.
+        UnavailableError: Dask is not installed, or the cluster is not reachable.
     """
-    names, asked = list(tasks), time.monotonic()
+    names, start_time = list(tasks), time.monotonic()
     if config.is_in_process:
         for name in names:
             on_done(name, _call_task(function, name, tasks[name]))
-        return RunStats(1, 0.0, time.monotonic() - asked)
-    with _open_client(config, temp_dir) as (client, count):
+        return RunStats(1, 0.0, time.monotonic() - start_time)
+    with _open_client(config, temp_dir) as (client, num_workers):
         client.run(_import_on_worker, function)
-        started = time.monotonic()
-        planned = [[names[task] for task in queue] for queue in make_schedule(expected_times, count, config.scheduler)]
-        _submit_tasks(client, function, tasks, planned, count, on_done)
-        return RunStats(count, started - asked, time.monotonic() - started)
+        ready_time = time.monotonic()
+        schedule = make_schedule(expected_times, num_workers, config.scheduler)
+        queues = [[names[task] for task in queue] for queue in schedule]
+        _submit_tasks(client, function, tasks, queues, num_workers, on_done)
+        return RunStats(num_workers, ready_time - start_time, time.monotonic() - ready_time)
 
 
 def check_dask_installed(config: ExecutorConfig) -> None:
-    """Find out now that workers are asked for who need Dask, and it is not there: UnavailableError."""
-    if config.is_in_process:
-        return
-    try:
-        import dask  # noqa: F401, PLC0415 - the extra `cluster`
-        import distributed  # noqa: F401, PLC0415
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"{error.name} is not installed; several workers need: pip install 'hkd-det[cluster]'"
-        ) from None
+    """Check early that Dask is installed if the configuration needs it.
+
+    Args:
+        config: Number and kind of workers.
+
+    Raises:
+        UnavailableError: Several workers or a cluster are requested, but Dask is missing.
+    """
+    if not config.is_in_process:
+        _import_dask()
 
 
 def get_worker_index() -> int:
-    """Which of this machine's Dask workers runs this code, from 0; 0 outside of Dask and on a running cluster."""
+    """Return the index of the local Dask worker that runs this code; 0 outside Dask and on a running cluster."""
     if "distributed" not in sys.modules:
         return 0
-    from distributed import get_worker  # noqa: PLC0415
-
     try:
-        name = get_worker().name
+        name = sys.modules["distributed"].get_worker().name
     except ValueError:  # not in a worker
         return 0
     return name if isinstance(name, int) else 0
 
 
+def _import_dask() -> tuple[Any, Any]:
+    """Return the modules `dask` and `distributed` of the extra `cluster`."""
+    hint = "several workers need it: pip install 'hkd-det[cluster]'"
+    return import_package("dask", "dask", hint), import_package("distributed", "distributed", hint)
+
+
 def _import_on_worker(_function: Callable[[Any], Any]) -> None:
-    """Called on every worker: imports all that the function needs, which takes seconds."""
+    """Unpickling the argument imports everything that the function needs, which takes seconds."""
 
 
 def _call_task(function: Callable[[T], R], name: str, task: T) -> R:
@@ -139,7 +156,7 @@ def _call_task(function: Callable[[T], R], name: str, task: T) -> R:
         return function(task)
     except HkdError:
         raise
-    except Exception as error:  # whatever it is, it is told with the block's name
+    except Exception as error:  # any error gets the name of its block
         raise _make_block_error(name, error) from error
 
 
@@ -147,14 +164,13 @@ def _submit_tasks(
     client: "Client",
     function: Callable[[T], R],
     tasks: Mapping[str, T],
-    schedule: Sequence[Sequence[str]],
+    queues: Sequence[Sequence[str]],
     num_workers: int,
     on_done: OnDone[R],
 ) -> None:
-    """Keep the first task of `count` queues with Dask until all are done; the first failure stops everything."""
-    from distributed import as_completed  # noqa: PLC0415 - needed by those who have several workers only
-
-    waiting = deque(deque(queue) for queue in schedule)
+    """Submit the next task of `num_workers` queues at a time until all are done. The first failure ends the run."""
+    _, distributed = _import_dask()
+    waiting = deque(deque(queue) for queue in queues)
     running: dict[Any, tuple[str, deque[str]]] = {}
 
     def submit(queue: deque[str]) -> Any:
@@ -163,28 +179,29 @@ def _submit_tasks(
         running[future] = (name, queue)
         return future
 
-    completed = as_completed([submit(waiting.popleft()) for _ in range(min(num_workers, len(waiting)))])
+    completed = distributed.as_completed([submit(waiting.popleft()) for _ in range(min(num_workers, len(waiting)))])
     for future in completed:
         name, queue = running.pop(future)
         if future.status != "finished":
             client.cancel(list(running))
             raise _to_hkd_error(name, future.exception() if future.status == "error" else None)
         on_done(name, future.result())
-        future.release()  # else Dask would run it again if the worker that holds the result died
+        future.release()  # otherwise Dask repeats the task if the worker that holds the result dies
         if queue or waiting:
             completed.add(submit(queue or waiting.popleft()))
 
 
 def _to_hkd_error(name: str, error: BaseException | None) -> HkdError:
-    """What went wrong with a task, as one of our errors; None: Dask has lost it."""
-    from distributed.scheduler import KilledWorker  # noqa: PLC0415
-
+    """Convert the error of a failed task; None means that Dask lost the task."""
+    _, distributed = _import_dask()
     if error is None:
-        return BlockError(f"block {name}: lost, the Dask scheduler is gone; the same command goes on with what is left")
-    if isinstance(error, KilledWorker):
         return BlockError(
-            f"block {name}: its worker died {error.allowed_failures + 1} times; if memory ran out, take fewer workers "
-            "(distill.blockwise.workers) or a smaller batch (distill.blockwise.batch)"
+            f"block {name}: the connection to the Dask scheduler is lost. Run the same command to train the rest."
+        )
+    if isinstance(error, distributed.KilledWorker):
+        return BlockError(
+            f"block {name}: its worker died {error.allowed_failures + 1} times. If it ran out of memory, reduce "
+            "distill.blockwise.workers or distill.blockwise.batch."
         )
     return error if isinstance(error, HkdError) else _make_block_error(name, error)
 
@@ -195,44 +212,43 @@ def _make_block_error(name: str, error: BaseException) -> BlockError:
 
 @contextmanager
 def _open_client(config: ExecutorConfig, temp_dir: Path) -> "Iterator[tuple[Client, int]]":
-    """A client of the cluster, and how many tasks that works on at a time."""
-    check_dask_installed(config)
-    import dask  # noqa: PLC0415 - the extra `cluster`
-    from distributed import Client, LocalCluster  # noqa: PLC0415
-
+    """Yield a client of the running or a new local cluster, and the number of tasks that it runs at a time."""
+    dask, distributed = _import_dask()
     with ExitStack() as stack:
         if config.cluster:
             try:
-                client = stack.enter_context(Client(config.cluster, timeout=CONNECT_TIMEOUT_S))
+                client = stack.enter_context(distributed.Client(config.cluster, timeout=CONNECT_TIMEOUT_S))
                 client.wait_for_workers(1, timeout=CONNECT_TIMEOUT_S)
             except (OSError, ValueError, TimeoutError) as error:
-                address = f"distill.blockwise.cluster={config.cluster}"
-                raise UnavailableError(f"{address}: no Dask scheduler with workers answers there ({error})") from None
+                raise UnavailableError(
+                    f"distill.blockwise.cluster={config.cluster}: no Dask scheduler with workers responds ({error}). "
+                    "Start `dask scheduler` and `dask worker`, or unset distill.blockwise.cluster."
+                ) from None
             yield client, sum(client.nthreads().values())
             return
         temp_dir.mkdir(parents=True, exist_ok=True)
         folder = stack.enter_context(tempfile.TemporaryDirectory(".dask", dir=temp_dir, ignore_cleanup_errors=True))
         stack.enter_context(dask.config.set(_make_dask_config(config.retries)))
-        cluster = LocalCluster(
+        cluster = distributed.LocalCluster(
             n_workers=config.num_workers,
             threads_per_worker=1,
             processes=True,
-            memory_limit=0,  # it counts mapped files as memory
+            memory_limit=0,  # a limit would count mapped files as memory
             local_directory=folder,
             silence_logs=logging.CRITICAL,
             dashboard_address=None,
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         )
-        client = stack.enter_context(Client(stack.enter_context(cluster)))
+        client = stack.enter_context(distributed.Client(stack.enter_context(cluster)))
         yield client, config.num_workers
 
 
 def _make_dask_config(retries: int) -> dict[str, Any]:
     return {
-        # In the place of Dask's own, which has memory given back after each step and asked for again in the next.
+        # Replaces Dask's own environment, which returns memory after each step and requests it again in the next.
         "distributed.nanny.pre-spawn-environ": SINGLE_THREAD_ENV | SINGLE_ARENA_ENV,
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [],
-        "distributed.worker.profile.enabled": False,  # it would look at the stack a hundred times a second
+        "distributed.worker.profile.enabled": False,  # it samples the call stack 100 times per second
     }

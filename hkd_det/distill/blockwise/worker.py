@@ -1,12 +1,12 @@
-"""One task: learn the block that replaces one convolution, from what enters and leaves it in the teacher.
+"""One task: train the block that replaces one convolution, from the teacher's activations around it.
 
-The target is taken after the normalisation that follows the convolution and before the activation. Before the
-normalisation, channels of large variance would count most although the network scales them away; after the
-activation, a block would not learn where values are negative. The block learns with a normalisation of its own in that
-place; its statistics, scale and shift replace the teacher's, so nothing is normalised twice.
+The target is the output of the normalization that follows the convolution, before the activation. In front of the
+normalization, channels of large variance would dominate the loss although the network scales them down. Behind the
+activation, a block would get no gradient from negative values. The block is trained with a normalization of its own.
+Its statistics, scale and shift replace the teacher's, so nothing is normalized twice.
 
-Chance comes from the run's seed and the layer's name, arithmetic runs on one thread: a block comes out the same
-wherever and whenever its task runs.
+Random numbers depend on the run's seed and the layer's name, and the arithmetic uses one thread. A block is therefore
+the same on any worker and at any time.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hkd_det.distill.blockwise.activations import LayerInputs, deterministic
+from hkd_det.distill.blockwise.activations import LayerInputs, force_deterministic
 from hkd_det.distill.blockwise.blocks import assemble
 from hkd_det.distill.blockwise.config import BlockwiseConfig
 from hkd_det.distill.blockwise.executor import get_worker_index
@@ -32,17 +32,24 @@ from hkd_det.files import atomic_write
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.surgery import SeparableConvBlock, make_block
 
-HOLDOUT_STEP = 8  # one in so many views is measured with, not learnt from
+HOLDOUT_STEP = 8  # every eighth image is used for measurement, not for training
 
 
 @dataclass(frozen=True)
 class BlockTask:
-    """A block to learn, in any process that sees the run's folder.
+    """A block to train, in any process that can read the directory of the run.
 
-    layer, norm: of the teacher. open_teacher: gives the teacher. views: .npy, [N, 3, H, W] uint8. cached: what enters
-    the layer in the teacher, .npy; None if it is to be computed. before: finished blocks that are in their place in
-    the network whose activations this one learns from. block: the file to write. device: "cpu", "cuda" (this
-    machine's workers take its CUDA devices in turn), "cuda:1", or "auto": "cuda" where there is one.
+    Attributes:
+        layer: Name of the teacher's convolution.
+        norm: Name of the normalization behind it; "" if there is none.
+        load_teacher: Returns the teacher.
+        images_path: .npy file with the images, uint8 [N, 3, H, W].
+        input_cache: .npy file with the inputs of the layer, or None to compute them.
+        preceding_blocks: Files of trained blocks that are inserted into the network that computes this block's inputs.
+        output_path: File to write the block to.
+        config: Settings of the method.
+        seed: Seed of the run.
+        device: "cpu", "cuda" (the CUDA devices of the machine in turn), "cuda:N", or "auto" ("cuda" if available).
     """
 
     layer: str
@@ -59,10 +66,15 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """How a task went.
+    """Result of a task.
 
-    error_before, error: mean squared, on views held out, before and after learning. variance: of the target, around
-    its channels' means.
+    Attributes:
+        layer: Name of the replaced convolution.
+        seconds: Duration of the task.
+        num_steps: Optimizer steps.
+        initial_error: Mean squared error on the held-out images before training.
+        error: Mean squared error on the held-out images after training.
+        variance: Variance of the target around the means of its channels.
     """
 
     layer: str
@@ -74,41 +86,69 @@ class BlockResult:
 
     @property
     def residual_ratio(self) -> float | None:
-        """The share of the target's variance that the block leaves unexplained; None of a target that never varies."""
+        """Error / variance of the target; None if the target is constant."""
         return self.error / self.variance if self.variance else None
 
 
 def train_block(task: BlockTask) -> BlockResult:
-    """Learn the block and write it; one that was written before is read only.
+    """Train a block and write it to its file. An existing file is only read.
 
-    Raises DataError if the loss is not finite.
+    Args:
+        task: The task.
+
+    Returns:
+        The result of the training.
+
+    Raises:
+        DataError: The loss is not finite, or the existing file is not readable.
     """
     if task.output_path.exists():
         return read_block(task.output_path)[1]
-    started = time.monotonic()
+    start_time = time.monotonic()
     with _isolated_rng(f"{task.seed} {task.layer}"):
         teacher = task.load_teacher().to(_select_worker_device(task.device)).eval().requires_grad_(False)
-        views = np.load(task.images_path, mmap_mode="r")
-        pupil = _BlockTrainer(teacher, task, views)
-        held = np.arange(0, len(views), HOLDOUT_STEP)
-        before, _ = pupil.measure(held)
-        steps = pupil.train(np.setdiff1d(np.arange(len(views)), held))
-        error, variance = pupil.measure(held)
-    learnt = BlockResult(task.layer, time.monotonic() - started, steps, before, error, variance)
-    _write_block(task.output_path, pupil.state_dict(), learnt)
-    return learnt
+        images = np.load(task.images_path, mmap_mode="r")
+        trainer = _BlockTrainer(teacher, task, images)
+        holdout = np.arange(0, len(images), HOLDOUT_STEP)
+        initial_error, _ = trainer.measure(holdout)
+        num_steps = trainer.train(np.setdiff1d(np.arange(len(images)), holdout))
+        error, variance = trainer.measure(holdout)
+    result = BlockResult(task.layer, time.monotonic() - start_time, num_steps, initial_error, error, variance)
+    _write_block(task.output_path, trainer.state_dict(), result)
+    return result
+
+
+def read_block(path: Path) -> tuple[dict[str, Tensor], BlockResult]:
+    """Read a trained block.
+
+    Args:
+        path: File of `train_block`.
+
+    Returns:
+        The weights by their names in the assembled network, and the result of the task.
+
+    Raises:
+        DataError: The file is not readable.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content["state_dict"], BlockResult(**content["result"])
+    except Exception as error:  # torch.load raises many types
+        raise DataError(
+            f"{path}: not a readable block ({type(error).__name__}). Delete the file and start again."
+        ) from error
 
 
 class _BlockTrainer:
-    """A block, the normalisation behind it, and the teacher's convolution and normalisation that they replace."""
+    """A block and its normalization, with the teacher's convolution and normalization that they replace."""
 
     def __init__(self, teacher: BaseDetector, task: BlockTask, images: NDArray[np.uint8]) -> None:
         modules = dict(teacher.named_modules())
-        convolution = modules[task.layer]
-        assert isinstance(convolution, nn.Conv2d)
+        conv = modules[task.layer]
+        assert isinstance(conv, nn.Conv2d)
         norm = modules[task.norm] if task.norm else None
-        self.task, self.convolution = task, convolution
-        self.block: SeparableConvBlock = make_block(convolution).to(convolution.weight.device)
+        self.task, self.conv = task, conv
+        self.block: SeparableConvBlock = make_block(conv).to(conv.weight.device)
         self.teacher_norm = _copy_batch_norm(norm).eval().requires_grad_(False)
         self.block_norm = _copy_batch_norm(norm)
         self.norm_keys = list(norm.state_dict()) if norm else []
@@ -117,89 +157,80 @@ class _BlockTrainer:
             self.inputs = LayerInputs(_insert_blocks(teacher, task.preceding_blocks), task.layer, images)
 
     def train(self, indices: NDArray[np.intp]) -> int:
-        """Minimise the mean squared error to the teacher; returns the number of steps."""
-        settings, learner = self.task.config, nn.Sequential(self.block, self.block_norm).train()
-        chance = np.random.default_rng(_hash_to_seed(f"{self.task.seed} {self.task.layer} order"))
-        per_epoch = -(-len(indices) // settings.batch)
-        optimizer = torch.optim.Adam(learner.parameters(), lr=settings.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * per_epoch)
-        for _ in range(settings.epochs):
-            order = np.resize(chance.permutation(indices), per_epoch * settings.batch)
-            for part in np.split(order, per_epoch):
-                entered, target = self._load_batch(part)
-                loss = nn.functional.mse_loss(learner(entered), target)
+        """Minimize the mean squared error to the teacher on the images [N]; return the number of steps."""
+        config, student = self.task.config, nn.Sequential(self.block, self.block_norm).train()
+        rng = np.random.default_rng(_hash_to_seed(f"{self.task.seed} {self.task.layer} order"))
+        steps_per_epoch = -(-len(indices) // config.batch)
+        optimizer = torch.optim.Adam(student.parameters(), lr=config.lr)
+        lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * steps_per_epoch)
+        for _ in range(config.epochs):
+            order = np.resize(rng.permutation(indices), steps_per_epoch * config.batch)
+            for batch_indices in np.split(order, steps_per_epoch):
+                inputs, target = self._load_batch(batch_indices)
+                loss = nn.functional.mse_loss(student(inputs), target)
                 if not torch.isfinite(loss):
-                    raise DataError(f"block {self.task.layer}: the loss is {loss.item()}; lower distill.blockwise.lr")
+                    raise DataError(f"block {self.task.layer}: the loss is {loss.item()}. Lower distill.blockwise.lr.")
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
                 optimizer.step()
-                schedule.step()
-        return settings.epochs * per_epoch
+                lr_schedule.step()
+        return config.epochs * steps_per_epoch
 
     @torch.no_grad()
     def measure(self, indices: NDArray[np.intp]) -> tuple[float, float]:
-        """Mean squared error in evaluation mode over the views, and the variance of the target."""
-        learner, batch = nn.Sequential(self.block, self.block_norm).eval(), self.task.config.batch
-        error, sums, squares, values = 0.0, torch.zeros(()), torch.zeros(()), 0
+        """Return the mean squared error in evaluation mode on the images [N], and the variance of the target."""
+        student, batch = nn.Sequential(self.block, self.block_norm).eval(), self.task.config.batch
+        squared_error, sums, squares, values_per_channel = 0.0, torch.zeros(()), torch.zeros(()), 0
         for start in range(0, len(indices), batch):
-            entered, target = self._load_batch(indices[start : start + batch])
+            inputs, target = self._load_batch(indices[start : start + batch])
             target = target.double()
-            error += float((learner(entered).double() - target).square().sum())
+            squared_error += float((student(inputs).double() - target).square().sum())
             sums = sums + target.sum((0, 2, 3)).cpu()
             squares = squares + target.square().sum((0, 2, 3)).cpu()
-            values += target[:, 0].numel()
-        variance = squares / values - (sums / values).square()
-        return error / (values * len(sums)), float(variance.mean())
+            values_per_channel += target[:, 0].numel()
+        variance = squares / values_per_channel - (sums / values_per_channel).square()
+        return squared_error / (values_per_channel * len(sums)), float(variance.mean())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The block's and its normalisation's, by the names they have in the network where they take their place."""
+        """Return the weights of block and normalization by their names in the assembled network."""
         block = {f"{self.task.layer}.{name}": value.cpu() for name, value in self.block.state_dict().items()}
         norm = self.block_norm.state_dict()
         return block | {f"{self.task.norm}.{name}": norm[name].cpu() for name in self.norm_keys}
 
     @torch.no_grad()
     def _load_batch(self, indices: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
-        """What enters the block, and what the teacher makes of the same views there."""
-        entered = self.inputs.get_batch(indices)
-        at_teacher = entered if self.inputs is self.teacher_inputs else self.teacher_inputs.get_batch(indices)
-        return entered, self.teacher_norm(self.convolution(at_teacher))
-
-
-def read_block(path: Path) -> tuple[dict[str, Tensor], BlockResult]:
-    """A learnt block's weights and how its task went; DataError if the file is broken."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content["weights"], BlockResult(**content["learnt"])
-    except Exception as error:  # torch raises many kinds
-        raise DataError(f"{path}: not a readable block ({type(error).__name__}); delete it and start again") from error
+        """Return the inputs of the block and the teacher's outputs for the same images."""
+        inputs = self.inputs.get_batch(indices)
+        teacher_inputs = inputs if self.inputs is self.teacher_inputs else self.teacher_inputs.get_batch(indices)
+        return inputs, self.teacher_norm(self.conv(teacher_inputs))
 
 
 def _insert_blocks(teacher: BaseDetector, paths: Sequence[Path]) -> BaseDetector:
-    finished = [read_block(path) for path in paths]
-    return assemble(teacher, {learnt.layer: weights for weights, learnt in finished})
+    blocks = [read_block(path) for path in paths]
+    return assemble(teacher, {result.layer: state_dict for state_dict, result in blocks})
 
 
 def _write_block(path: Path, state_dict: dict[str, Tensor], result: BlockResult) -> None:
     buffer = io.BytesIO()
-    torch.save({"weights": state_dict, "learnt": asdict(result)}, buffer)
-    with atomic_write(path) as aside:
-        aside.write_bytes(buffer.getbuffer())
+    torch.save({"state_dict": state_dict, "result": asdict(result)}, buffer)
+    with atomic_write(path) as temp_path:
+        temp_path.write_bytes(buffer.getbuffer())
 
 
 def _copy_batch_norm(norm: nn.Module | None) -> nn.Module:
-    """A batch normalisation with the values of another, which may be frozen or end in an activation; or nothing."""
+    """Copy a batch normalization, which may be frozen or include an activation, to a plain one. None: identity."""
     if norm is None:
         return nn.Identity()
-    values: Any = norm
-    plain = nn.BatchNorm2d(len(values.running_mean), eps=values.eps).to(values.running_mean.device)
-    plain.load_state_dict(norm.state_dict(), strict=False)  # a frozen one counts no batches
-    return plain
+    source: Any = norm
+    batch_norm = nn.BatchNorm2d(len(source.running_mean), eps=source.eps).to(source.running_mean.device)
+    batch_norm.load_state_dict(norm.state_dict(), strict=False)  # frozen ones have no num_batches_tracked
+    return batch_norm
 
 
 @contextmanager
 def _isolated_rng(name: str) -> Iterator[None]:
-    """Chance from the name alone, repeatable arithmetic; all as before at the end."""
-    with torch.random.fork_rng(), deterministic():
+    """Seed torch from a name and compute deterministically inside the context; restore both after it."""
+    with torch.random.fork_rng(), force_deterministic():
         torch.manual_seed(_hash_to_seed(name))
         yield
 

@@ -1,4 +1,4 @@
-"""A teacher small enough to take apart in a test, and views for it."""
+"""A tiny teacher and images for it."""
 
 from pathlib import Path
 
@@ -13,15 +13,15 @@ from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 
 
-def pictures() -> Tensor:
-    """24 pictures of 64 x 96: smooth noise, so that neighbouring pixels have to do with each other."""
+def make_images() -> Tensor:
+    """Return smooth noise, uint8 [24, 3, 64, 96]: neighboring pixels are correlated."""
     coarse = torch.rand(24, 3, 8, 12, generator=torch.Generator().manual_seed(2))
     return (255 * nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear")).to(torch.uint8)
 
 
 @pytest.fixture
 def teacher() -> BaseDetector:
-    """Its normalisations hold the pictures' statistics, and scales and shifts that are not those of a fresh network."""
+    """Batch statistics are those of the images; scales and shifts differ from the initial values."""
     torch.manual_seed(0)
     detector = HKDDetector(TINY).requires_grad_(False)
     for module in detector.modules():
@@ -29,11 +29,12 @@ def teacher() -> BaseDetector:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
             module.momentum = 1.0
-    detector.train()(pictures())
+    detector.train()(make_images())
     return detector.eval()
 
 
 @pytest.fixture
-def views(tmp_path: Path) -> Path:
-    np.save(tmp_path / "views.npy", pictures().numpy())
-    return tmp_path / "views.npy"
+def images_path(tmp_path: Path) -> Path:
+    path = tmp_path / "images.npy"
+    np.save(path, make_images().numpy())
+    return path

@@ -1,4 +1,4 @@
-"""What can be replaced, family by family, against what is known of these networks."""
+"""Replaceable convolutions of each model family, compared with the known structure of the networks."""
 
 from copy import deepcopy
 
@@ -19,41 +19,41 @@ from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
 HW = (64, 96)
 
 
-def thin_yolo() -> UltralyticsSpec:
-    layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
-    return UltralyticsSpec("yolo11n", {**layout, "nc": 1})
+def make_tiny_yolo() -> UltralyticsSpec:
+    model_yaml = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
+    return UltralyticsSpec("yolo11n", {**model_yaml, "nc": 1})
 
 
-def norms(layers: list[ReplaceableConv]) -> dict[str, str]:
+def map_norms(layers: list[ReplaceableConv]) -> dict[str, str]:
     return {layer.name: layer.norm for layer in layers}
 
 
-def test_every_inner_convolution_of_a_residual_backbone(teacher: BaseDetector) -> None:
+def test_all_3x3_convolutions_of_a_residual_backbone_are_found(teacher: BaseDetector) -> None:
     body = "backbone.body"
     expected = {f"{body}.layer{n}.0.conv{i}": f"{body}.layer{n}.0.bn{i}" for n in (1, 2, 3, 4) for i in (1, 2)}
-    # Of the deep stem the last one alone has eight channels, in and out.
+    # Only the last convolution of the deep stem has eight input and output channels.
     expected[f"{body}.conv1.6"] = f"{body}.bn1"
-    assert norms(find_replaceable_convs(teacher, HW, ("backbone",), 8)) == expected
+    assert map_norms(find_replaceable_convs(teacher, HW, ("backbone",), 8)) == expected
     assert {layer.name for layer in find_replaceable_convs(teacher, HW, ("backbone",), 16)} == {
         f"{body}.layer3.0.conv2", f"{body}.layer4.0.conv1", f"{body}.layer4.0.conv2"
     }  # fmt: skip
 
 
-def test_sixteen_of_resnet50_as_published() -> None:
+def test_resnet50_has_sixteen_as_in_the_paper() -> None:
     layers = find_replaceable_convs(HKDDetector(HKDDetectorSpec("resnet50", channels=32)), HW, ("backbone",), 16)
     assert len(layers) == 16 and all(layer.norm == layer.name.replace("conv2", "bn2") for layer in layers)
 
 
-@pytest.mark.parametrize("spec", [FasterRCNNSpec("resnet18", 0.125, 8, 16, (16, 32, 64, 128, 256)), thin_yolo()])
-def test_other_families(spec: FasterRCNNSpec | UltralyticsSpec) -> None:
+@pytest.mark.parametrize("spec", [FasterRCNNSpec("resnet18", 0.125, 8, 16, (16, 32, 64, 128, 256)), make_tiny_yolo()])
+def test_faster_rcnn_and_ultralytics_backbones(spec: FasterRCNNSpec | UltralyticsSpec) -> None:
     torch.manual_seed(0)
     detector = build_from_spec(spec).eval()
     layers = find_replaceable_convs(detector, HW, ("backbone",), 4)
     if isinstance(spec, FasterRCNNSpec):
         body = "backbone.body"
         blocks = [f"{body}.layer{n}.{b}" for n in (1, 2, 3, 4) for b in (0, 1)]
-        assert norms(layers) == {f"{block}.conv{i}": f"{block}.bn{i}" for block in blocks for i in (1, 2)}
+        assert map_norms(layers) == {f"{block}.conv{i}": f"{block}.bn{i}" for block in blocks for i in (1, 2)}
     else:
         assert len(layers) >= 10 and all(layer.norm == layer.name.removesuffix("conv") + "bn" for layer in layers)
         assert max(int(layer.name.split(".")[2]) for layer in layers) < len(spec.model_yaml["backbone"])
@@ -63,28 +63,28 @@ def test_other_families(spec: FasterRCNNSpec | UltralyticsSpec) -> None:
     }
 
 
-def test_parts_of_a_detector(teacher: BaseDetector) -> None:
+def test_neck_is_replaceable_and_shared_head_is_not(teacher: BaseDetector) -> None:
     in_neck = find_replaceable_convs(teacher, HW, ("neck",), 8)
     assert in_neck and all(layer.name.startswith("neck.") for layer in in_neck)
-    # Our head's convolutions are shared by the levels: no block could learn them from one.
-    with pytest.raises(UsageError, match="head hold no 3x3"):
+    # The levels share the head's convolutions, so they are called several times.
+    with pytest.raises(UsageError, match=r"parts=head: no 3x3 convolution"):
         find_replaceable_convs(teacher, HW, ("head",), 8)
 
 
-def test_work_is_what_a_counter_counts(teacher: BaseDetector) -> None:
-    """Against torch's own counter, on the network as it is and with one block in its place."""
+def test_macs_match_torch_flop_counter(teacher: BaseDetector) -> None:
+    """Checks the original network and one with a block in it."""
     layers = find_replaceable_convs(teacher, HW, ("backbone",), 8)
-    chosen = layers[4]
-    changed = build_from_spec(teacher.spec, ModelChanges(separable=(chosen.name,))).eval()
-    per_module: list[dict[str, int]] = []
+    layer = layers[4]
+    changed = build_from_spec(teacher.spec, ModelChanges(separable=(layer.name,))).eval()
+    counted: list[dict[str, int]] = []
     for network in (teacher, changed):
         with torch.no_grad(), FlopCounterMode(display=False, depth=9) as counter:
             network(torch.zeros(1, 3, *HW))
         counts = counter.get_flop_counts()
-        name = f"{type(network).__name__}.{chosen.name}"
-        per_module.append({"layer": sum(counts[name].values()) // 2, "all": counter.get_total_flops() // 2})
-    assert per_module[0]["layer"] == chosen.macs and per_module[1]["layer"] == chosen.macs_block
-    assert per_module[0]["all"] - per_module[1]["all"] == chosen.macs - chosen.macs_block
-    assert chosen.estimate_macs(is_cached=False) - chosen.estimate_macs(is_cached=True) == chosen.macs_before
-    before = [m for n, m in teacher.named_modules() if isinstance(m, nn.Conv2d)]
-    assert len(before) > len(layers) and [x.macs_before for x in layers] == sorted(x.macs_before for x in layers)
+        name = f"{type(network).__name__}.{layer.name}"
+        counted.append({"layer": sum(counts[name].values()) // 2, "all": counter.get_total_flops() // 2})
+    assert counted[0]["layer"] == layer.macs and counted[1]["layer"] == layer.macs_block
+    assert counted[0]["all"] - counted[1]["all"] == layer.macs - layer.macs_block
+    assert layer.estimate_macs(is_cached=False) - layer.estimate_macs(is_cached=True) == layer.macs_before
+    convs = [module for module in teacher.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convs) > len(layers) and [x.macs_before for x in layers] == sorted(x.macs_before for x in layers)
