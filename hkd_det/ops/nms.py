@@ -1,7 +1,7 @@
 """Doubles: of boxes that show the same person only the best keeps its score, from whatever points and levels they are.
 
 Training tells all points but one to be silent. Each learns it by itself, and in few epochs not well enough
-(docs/architecture.md).
+(docs/explanation/architecture.md).
 
 Peaks: of neighbouring points that see one person only the best keeps its score (CenterNet, Zhou et al. 2019).
 
