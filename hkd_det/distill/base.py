@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from hkd_det.models.base import BaseDetector, DetectionBatch, FeatureInfo, ModelOutputs, ProposalOutputs, Targets
-from hkd_det.models.faster_rcnn import split_ignored
 from hkd_det.ops.losses import ReduceMean
 
 
@@ -49,7 +48,9 @@ class DistillMethod(Protocol):
 
 
 class TeacherModel(Protocol):
-    """Whoever knows better: any family's detector, or a black box."""
+    """A detector of any family, or an ONNX teacher."""
+
+    capabilities: ClassVar[frozenset[str]]
 
     def __call__(self, images: Tensor) -> ModelOutputs:
         """What it says of [B, 3, H, W] RGB pictures, 0..255."""
@@ -63,7 +64,7 @@ class TeacherModel(Protocol):
 
 def sample_rois(batch: DistillationBatch, teacher_outputs: ProposalOutputs, num_proposals: int) -> list[Tensor]:
     """For each picture [R, 4] xyxy: its people, and the teacher's best `proposals`."""
-    people, _ = split_ignored(batch.targets)
+    people, _ = batch.targets.split_ignored()
     return [
         torch.cat([mine, best[:num_proposals]]) for mine, best in zip(people, teacher_outputs.proposals, strict=True)
     ]

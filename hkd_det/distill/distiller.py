@@ -5,7 +5,6 @@ Learner: what one step of training computes. One module, so that DDP sees every 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ from hkd_det.distill.noisy_teacher import NoisyLogitLoss, NoisyTeacher, check_sa
 from hkd_det.distill.soft_labels import SoftLabelDistillation
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, FeatureInfo, ModelOutputs, ProposalOutputs, Targets
-from hkd_det.models.criterion import DetectionCriterion
-from hkd_det.models.faster_rcnn import FasterRCNN
 from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
 from hkd_det.models.onnx_teacher import OnnxTeacher
 from hkd_det.ops.hooks import FeatureHooks
@@ -39,8 +36,8 @@ class DistillationLoss(nn.Module):
         student_taps, teacher_taps = select_layers(student, inside, names) if inside else ([], [])
         # Nothing works in place behind the ends of a pyramid, but behind a layer that somebody names something may.
         copies = bool(names.student)
-        self._student_hooks = FeatureHooks(student, student_taps, copies)
-        self._teacher_hooks = FeatureHooks(teacher, teacher_taps, copies)
+        self._student_hooks = FeatureHooks(student, [layer.name for layer in student_taps], copies)
+        self._teacher_hooks = FeatureHooks(teacher, [layer.name for layer in teacher_taps], copies)
         noise = config.noisy_teacher
         self.noisy_teacher = NoisyTeacher(noise) if noise and noise.mode == "targets" else None
         self.det_loss_weight = config.hkd.det_loss_weight if config.hkd else 1.0
@@ -118,7 +115,7 @@ class DistillationLoss(nn.Module):
 
 def white_box_teacher(teacher: BaseDetector | OnnxTeacher, config: DistillConfig) -> BaseDetector | None:
     """The teacher, if its features and logits can be read; UsageError for a method that would need them of another."""
-    if not isinstance(teacher, OnnxTeacher):
+    if isinstance(teacher, BaseDetector):
         return teacher
     shows = f"{teacher.model.path} shows neither features nor logits"
     if config.noisy_teacher and config.noisy_teacher.mode == "l2":
@@ -139,7 +136,7 @@ def _build_hkd(
     noisy_teacher: NoisyTeacher | None,
 ) -> nn.Module:
     """The published form between two-stage detectors, ours where either is dense; `taps` are both's."""
-    if isinstance(student, FasterRCNN) and isinstance(teacher, FasterRCNN):
+    if "rois" in student.capabilities & teacher.capabilities:
         _check_ignored_options(
             config, ("pyramid", "region", "cls", "box", "fg_ratio", "region_min_score", "max_regions")
         )
@@ -171,7 +168,6 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.distillation_loss = distillation_loss
-        self.criterion = DetectionCriterion()
         self.reduce_mean = reduce_mean
 
     def forward(self, images: Tensor, targets: Targets, distill_weight: float) -> tuple[LossDict, LossDict]:
@@ -179,7 +175,7 @@ class Distiller(nn.Module):
         if self.distillation_loss is not None and distill_weight > 0:
             self.distillation_loss.forward_teacher(images)
         output = self.student(images)
-        task = self._compute_det_loss(output, targets)
+        task = self.student.loss(output, targets, self.reduce_mean)
         taught: LossDict = {}
         if self.distillation_loss is not None and distill_weight > 0:
             taught = self.distillation_loss(images, output, targets, distill_weight, self.reduce_mean)
@@ -187,8 +183,3 @@ class Distiller(nn.Module):
         elif self.distillation_loss is not None:
             self.distillation_loss.clear()
         return task, taught
-
-    def _compute_det_loss(self, outputs: Any, targets: Targets) -> LossDict:
-        if isinstance(self.student, FasterRCNN):
-            return self.student.loss(outputs, targets, self.reduce_mean)
-        return self.criterion(outputs, targets, self.reduce_mean)

@@ -28,12 +28,12 @@ from torch.nn.utils.rnn import pad_sequence
 from hkd_det.distill.adapters import Adapter, Projection
 from hkd_det.distill.base import DistillationBatch, sample_rois
 from hkd_det.distill.noisy_teacher import NoisyTeacher
-from hkd_det.distill.soft_labels import dense_soft_label_losses, soft_label_losses
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BranchOutputs, DenseOutputs, FeatureInfo, ProposalOutputs, Targets
+from hkd_det.models.criterion import dense_soft_label_losses
 from hkd_det.models.faster_rcnn import FasterRCNN
 from hkd_det.models.feature_layers import LayerPairs, pair_by_stride, pair_layers
-from hkd_det.ops.boxes import generalized_box_iou_loss
+from hkd_det.ops.boxes import giou_loss
 from hkd_det.ops.losses import fg_balanced_mean, localization_distillation_loss, pkd_loss, quality_focal_kd_loss
 from hkd_det.ops.roi_pool import roi_feature_loss
 
@@ -199,7 +199,9 @@ class HKD(nn.Module):
             and isinstance(teacher, DenseOutputs)
             and student.has_same_anchor_points(teacher)
         ):
-            return soft_label_losses(batch, batch.teacher_detections)
+            return batch.student.soft_label_loss(
+                batch.student_outputs, batch.teacher_detections, batch.targets, batch.reduce_mean
+            )
         scores, boxes = student.one2many.logits.new_zeros(()), student.one2many.logits.new_zeros(())
         for mine, other in ((student.one2many, teacher.one2many), (student.one2one, teacher.one2one)):
             if mine is None or other is None:
@@ -226,7 +228,7 @@ def _compute_box_loss(student: BranchOutputs, teacher: BranchOutputs) -> Tensor:
         and student.box_logits.shape == teacher.box_logits.shape
     ):
         return localization_distillation_loss(student.box_logits, teacher.box_logits)
-    return generalized_box_iou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
+    return giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
 
 
 def foreground_mask(feature_hw: tuple[int, int], stride: int, targets: Targets) -> Tensor:

@@ -181,7 +181,7 @@ def build_balancer(
     parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     if config.solver == "amortized":
         return AmortizedBalancer(config, parameters, all_reduce_mean)
-    taps = FeatureHooks(student, student.feature_info()) if config.gradient_level == "feature" else None
+    taps = FeatureHooks(student, [layer.name for layer in student.feature_info()]) if config.gradient_level == "feature" else None
     return GradientSpaceBalancer(config, parameters, taps, all_reduce_mean)
 
 

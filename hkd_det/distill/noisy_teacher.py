@@ -14,13 +14,12 @@ it is: E[s - z'] = s - z.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hkd_det.distill.base import DistillationBatch, sample_rois
-from hkd_det.distill.soft_labels import nms_detections
 from hkd_det.errors import UsageError
 from hkd_det.models.base import (
     BaseDetector,
@@ -31,7 +30,7 @@ from hkd_det.models.base import (
     ProposalOutputs,
     RoIOutputs,
 )
-from hkd_det.models.faster_rcnn import FasterRCNN
+from hkd_det.models.faster_rcnn_loss import POSITIVE_IOU
 from hkd_det.ops.losses import SCORE_EPS, ReduceMean
 
 
@@ -133,7 +132,7 @@ MAX_ROIS = 64  # of the teacher's proposals, or of the student's boxes, that are
 def check_same_strides(student: BaseDetector, teacher: BaseDetector) -> None:
     """UsageError for two dense detectors that answer at different points: their logits can't be compared."""
     mine, others = ([tap.stride for tap in detector.feature_info()] for detector in (student, teacher))
-    if mine != others and not any(isinstance(detector, FasterRCNN) for detector in (student, teacher)):
+    if mine != others and "rois" not in student.capabilities | teacher.capabilities:
         raise UsageError(
             f"--distill noisy_teacher needs student and teacher with the same pyramid strides, not {mine} and {others}; "
             "mode=targets, beside hkd or soft_labels, does not"
@@ -181,7 +180,7 @@ def _pair_comparable_logits(batch: DistillationBatch) -> list[tuple[Tensor, Tens
             return [
                 (_compute_roi_logits(batch.student, mine, regions), _compute_teacher_roi_logits(batch, other, regions))
             ]
-        found = nms_detections(batch.teacher_detections)
+        found = batch.teacher_detections.suppress(POSITIVE_IOU)
         wanted = torch.cat(found.scores).logit(eps=SCORE_EPS).detach()
         return [(_compute_roi_logits(batch.student, mine, found.boxes_xyxy), wanted)]
     if isinstance(mine, DenseOutputs) and isinstance(other, ProposalOutputs):
@@ -194,10 +193,10 @@ def _pair_comparable_logits(batch: DistillationBatch) -> list[tuple[Tensor, Tens
     raise UsageError("--distill noisy_teacher: this teacher shows no logits to perturb")
 
 
-def _compute_roi_logits(model: object, outputs: ProposalOutputs, rois: Sequence[Tensor]) -> Tensor:
+def _compute_roi_logits(model: Any, outputs: ProposalOutputs, rois: Sequence[Tensor]) -> Tensor:
     """[R] logits of a two-stage detector's second half."""
-    assert isinstance(model, FasterRCNN)
-    return model.forward_rois(outputs, rois).logits
+    logits: Tensor = model.forward_rois(outputs, rois).logits
+    return logits
 
 
 def _compute_teacher_roi_logits(batch: DistillationBatch, outputs: ProposalOutputs, rois: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-"""From a spec, or its plain values in a checkpoint, to a detector of its family.
+"""Building detectors from specs, and checkpoint files: best.pt has a detector, last.pt the state of a training run.
 
-Checkpoints: `best.pt` holds a detector, `last.pt` all that an exact resume needs. Loading runs no code.
+Loading a checkpoint runs no code (`weights_only`).
 """
 
 import hashlib
@@ -15,51 +15,77 @@ from torch import Tensor
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write
-from hkd_det.models.base import BaseDetector
-from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.base import BaseDetector, ModelSpec
+from hkd_det.models.detector import HKDDetector
+from hkd_det.models.faster_rcnn import FasterRCNN
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges
-from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec
+from hkd_det.models.ultralytics import UltralyticsDetector
 
-ModelSpec = HKDDetectorSpec | UltralyticsSpec | FasterRCNNSpec
-
-
-FAMILIES: dict[str, type[ModelSpec]] = {"hkd": HKDDetectorSpec, "yolo": UltralyticsSpec, "faster-rcnn": FasterRCNNSpec}
-
-
-def build_from_spec(spec: ModelSpec, changes: ModelChanges = NO_CHANGES) -> BaseDetector:
-    """A detector with fresh weights."""
-    match spec:
-        case HKDDetectorSpec():
-            return HKDDetector(spec, changes)
-        case UltralyticsSpec():
-            return UltralyticsDetector(spec, changes)
-        case FasterRCNNSpec():
-            return FasterRCNN(spec, changes)
-
-
-def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
-    """Plain values, the family among them."""
-    family = next(name for name, kind in FAMILIES.items() if isinstance(spec, kind))
-    return {"family": family, **asdict(spec)}
-
-
-def spec_from_dict(values: dict[str, Any]) -> ModelSpec:
-    """The inverse of `spec_as_dict`. Raises KeyError for a family there is not, UsageError for unknown values."""
-    return dataclass_from_dict(
-        FAMILIES[values["family"]], {key: value for key, value in values.items() if key != "family"}
-    )
-
+FAMILIES: dict[str, type[BaseDetector]] = {
+    "hkd": HKDDetector,
+    "yolo": UltralyticsDetector,
+    "faster-rcnn": FasterRCNN,
+}
 
 FORMAT_VERSION = 2
 
 
+def get_family(spec: ModelSpec) -> type[BaseDetector]:
+    """Return the detector class of a spec."""
+    return next(family for family in FAMILIES.values() if family.spec_type is type(spec))
+
+
+def build_from_spec(spec: ModelSpec, changes: ModelChanges = NO_CHANGES) -> BaseDetector:
+    """Build a detector with fresh weights.
+
+    Args:
+        spec: Architecture.
+        changes: Changes to apply to the architecture.
+
+    Returns:
+        The detector on the CPU, in training mode.
+
+    Raises:
+        UsageError: If the network cannot be built or a change does not fit it.
+    """
+    return get_family(spec)(spec, changes)  # type: ignore[call-arg]  # nn.Module has no constructor arguments
+
+
+def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
+    """Convert a spec to plain values, with its family under the key `family`."""
+    name = next(name for name, family in FAMILIES.items() if family.spec_type is type(spec))
+    return {"family": name, **asdict(spec)}
+
+
+def spec_from_dict(values: dict[str, Any]) -> ModelSpec:
+    """Convert the return value of `spec_to_dict` to a spec.
+
+    Args:
+        values: Plain values, with the family under the key `family`.
+
+    Returns:
+        The spec.
+
+    Raises:
+        KeyError: If there is no such family.
+        UsageError: If a value is unknown or has the wrong type.
+    """
+    fields = {key: value for key, value in values.items() if key != "family"}
+    return dataclass_from_dict(FAMILIES[values["family"]].spec_type, fields)
+
+
 @dataclass(frozen=True, eq=False)
 class DetectorCheckpoint:
-    """A trained detector and where it comes from.
+    """A trained detector and its origin.
 
-    changes: what was done to the network after it was built. config: the run's settings (`TrainConfig.as_dict`).
-    miss_rate: log-average, fraction, on the validation split.
+    Attributes:
+        model: Name of the model, as given to --model.
+        spec: Architecture.
+        weights: State dictionary, on the CPU.
+        config: Settings of the run (`TrainConfig.as_dict`).
+        epoch: Number of finished epochs.
+        miss_rate: Log-average miss rate on the validation split, 0 to 1.
+        changes: Changes made to the architecture.
     """
 
     model: str
@@ -74,19 +100,19 @@ class DetectorCheckpoint:
     def from_detector(
         cls, detector: BaseDetector, model: str, config: dict[str, Any], epoch: int, miss_rate: float
     ) -> "DetectorCheckpoint":
-        """A detector as it stands, its weights on the CPU."""
+        """Create a checkpoint of a detector with its present weights. See the attributes for the arguments."""
         weights = {name: value.cpu() for name, value in detector.state_dict().items()}
         return cls(model, detector.spec, weights, config, epoch, miss_rate, detector.changes)
 
     def build(self) -> BaseDetector:
-        """The detector with these weights, in evaluation mode on the CPU."""
+        """Build the detector with these weights, in evaluation mode on the CPU."""
         detector = build_from_spec(self.spec, self.changes)
         detector.load_state_dict(self.weights)
         return detector.eval()
 
 
 def save_detector_checkpoint(path: Path, checkpoint: DetectorCheckpoint) -> None:
-    """Write `best.pt` in one step."""
+    """Write best.pt atomically."""
     _write_checkpoint(
         path,
         {
@@ -103,8 +129,18 @@ def save_detector_checkpoint(path: Path, checkpoint: DetectorCheckpoint) -> None
 
 
 def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
-    """Read `best.pt`; DataError if it is missing, broken or something else."""
-    content = _read_checkpoint(path, "detector", "give the best.pt of a finished run")
+    """Read best.pt.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The checkpoint, with weights on the CPU.
+
+    Raises:
+        DataError: If the file is missing, broken or no detector checkpoint of this version.
+    """
+    content = _read_checkpoint(path, "detector", "Provide the best.pt of a finished run.")
     try:
         changes = dict(content["changes"])
         return DetectorCheckpoint(
@@ -117,21 +153,33 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
             ModelChanges(changes["widths"], tuple(changes["separable"])),
         )
     except (KeyError, TypeError, UsageError) as error:
-        raise DataError(f"{path}: written by another version of hkd-det ({error}); train or export it there") from error
+        raise DataError(
+            f"{path}: written by another version of hkd-det ({error}). Train or export it with that version."
+        ) from error
 
 
 def save_training_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `last.pt` in one step."""
+    """Write last.pt atomically."""
     _write_checkpoint(path, {"type": "state", **state})
 
 
 def load_training_state(path: Path) -> dict[str, Any]:
-    """Read `last.pt`; DataError if it is missing, broken or something else."""
-    return _read_checkpoint(path, "state", "give the folder of a run that was interrupted")
+    """Read last.pt.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The dictionary given to `save_training_state`, with tensors on the CPU.
+
+    Raises:
+        DataError: If the file is missing, broken or no training state of this version.
+    """
+    return _read_checkpoint(path, "state", "Provide the directory of an interrupted run.")
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """A hash of names and values: the same for the same detector, whatever file holds it."""
+    """Compute a SHA-256 of names and values of a state dictionary. It does not depend on the file format."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -140,25 +188,27 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def _write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    # Through memory: torch.save on a full disk raises an error of its own that names no file.
+    # Through memory: on a full disk, torch.save raises an error that does not name the file.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT_VERSION, **content}, buffer)
-    with atomic_write(path) as aside:
-        aside.write_bytes(buffer.getbuffer())
+    with atomic_write(path) as temp_path:
+        temp_path.write_bytes(buffer.getbuffer())
 
 
 def _read_checkpoint(path: Path, checkpoint_type: str, hint: str) -> dict[str, Any]:
     if not path.is_file():
-        raise DataError(f"{path}: no such checkpoint; {hint}")
+        raise DataError(f"{path}: no such checkpoint. {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a broken or foreign file
-        raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}); {hint}") from error
+    except Exception as error:  # torch raises many types for broken files
+        raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}). {hint}") from error
     if (
         not isinstance(content, dict)
         or content.get("type") != checkpoint_type
         or content.get("format") != FORMAT_VERSION
     ):
-        found = content.get("type") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: holds {found!r}, not an hkd-det {checkpoint_type} of format {FORMAT_VERSION}; {hint}")
+        actual = content.get("type") if isinstance(content, dict) else type(content).__name__
+        raise DataError(
+            f"{path}: expected an hkd-det {checkpoint_type} of format {FORMAT_VERSION}, got {actual!r}. {hint}"
+        )
     return content

@@ -1,135 +1,37 @@
-"""Assignment: which points answer for which person. Task-aligned (TOOD, Feng et al. 2021, eq. 1).
+"""Losses of dense detectors: against the ground truth, and against the detections of a teacher as soft labels."""
 
-A point's claim on a person is t = score^alpha x IoU^beta. A person takes its `top` best-claiming points
-among those inside it; a point claimed twice goes to the person it overlaps most. `top` = 1 is the
-one-to-one assignment of the end-to-end branch (YOLOv10). The score a point should give is its IoU-scaled
-claim. Points inside an ignore region that answer for nobody are left out of the loss.
-
-With `top` = 1 which of several equally good points wins would be a matter of chance, and chance can't be
-learnt: `centred` adds a claim for the point nearest the middle, on the level whose cells are an eighth of
-the person's height (as CSP, Liu et al. 2019, puts each pedestrian at its centre and scale).
-
-The detector's own loss against the truth: scores of both branches and boxes, ignore regions left out.
-"""
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hkd_det.models.base import BranchOutputs, DenseOutputs, Targets
+from hkd_det.models.assigner import AssignResult, TaskAlignedAssigner
+from hkd_det.models.base import BranchOutputs, DenseOutputs, DetectionBatch, Targets
 from hkd_det.models.head import bbox2dist
-from hkd_det.ops.boxes import CELLS_PER_GT_HEIGHT, box_iou, generalized_box_iou_loss, points_in_boxes
-from hkd_det.ops.losses import ReduceMean, clamp_min_one, distribution_focal_loss, varifocal_loss
+from hkd_det.ops.boxes import giou_loss, points_in_boxes
+from hkd_det.ops.losses import (
+    SCORE_EPS,
+    ReduceMean,
+    clamp_min_one,
+    distribution_focal_loss,
+    quality_focal_kd_loss,
+    varifocal_loss,
+)
 
-
-@dataclass(frozen=True, eq=False)
-class AssignResult:
-    """What the A points of each picture should say.
-
-    positive: [B, A] bool, the point answers for a person.
-    owner: [B, A] that person's place in the truth; anything where not positive.
-    boxes_xyxy: [B, A, 4] that person's box, input pixels; anything where not positive.
-    quality: [B, A] the score it should give, 0..1; 0 where not positive.
-    counted: [B, A] bool, the point's score is judged: false inside ignore regions.
-    """
-
-    fg_mask: Tensor
-    target_gt_idx: Tensor
-    boxes_xyxy: Tensor
-    target_scores: Tensor
-    loss_mask: Tensor
-
-
-@dataclass(frozen=True)
-class TaskAlignedAssigner:
-    """Claims with the paper's exponents; `top` points a person; `centred` 0 is the paper's own claim."""
-
-    topk: int
-    alpha: float = 0.5
-    beta: float = 6.0
-    center_weight: float = 0.0
-
-    @torch.no_grad()
-    def __call__(
-        self, scores: Tensor, boxes_xyxy: Tensor, anchor_points: Tensor, strides: Tensor, targets: "Targets"
-    ) -> AssignResult:
-        """Scores [B, A] 0..1 and boxes [B, A, 4] of points [A, 2] against the truth."""
-        inside = (
-            points_in_boxes(anchor_points, _expand_small_boxes(targets.boxes_xyxy, strides.min()))
-            & targets.valid[..., None]
-        )  # [B, M, A]
-        iou = box_iou(targets.boxes_xyxy, boxes_xyxy).clamp(min=0) * inside  # [B, M, A]
-        claim = scores[:, None].pow(self.alpha) * iou.pow(self.beta) * inside
-        if self.center_weight:
-            claim = (
-                claim
-                * (-self.center_weight * _compute_center_distance(targets.boxes_xyxy, anchor_points, strides)).exp()
-            )
-        mine = self._select_topk_points(claim, iou, inside)
-        positive = mine.any(1)
-        owner = mine.float().argmax(1) if mine.shape[1] else torch.zeros_like(positive, dtype=torch.long)
-        ignored = (points_in_boxes(anchor_points, targets.boxes_xyxy) & targets.ignore[..., None]).any(1)
-        return AssignResult(
-            fg_mask=positive,
-            target_gt_idx=owner,
-            boxes_xyxy=_gather_gt_boxes(targets.boxes_xyxy, owner),
-            target_scores=_normalize_align_metric(claim * mine, iou * mine),
-            loss_mask=positive | ~ignored,
-        )
-
-    def _select_topk_points(self, align_metric: Tensor, iou: Tensor, inside_mask: Tensor) -> Tensor:
-        """[B, M, A] bool: each person's best points, each point with one person at most."""
-        persons, count = align_metric.shape[1:]
-        if persons == 0:
-            return inside_mask
-        # At the start every IoU may be 0: then the first points inside the box serve, never a point outside it.
-        rank = torch.where(inside_mask, align_metric, -1.0)
-        best = rank.topk(min(self.topk, count), dim=2).indices
-        chosen = torch.zeros_like(inside_mask).scatter_(2, best, value=True) & inside_mask
-        contested = chosen.sum(1, keepdim=True) > 1
-        favourite = torch.where(chosen, iou, -1.0).argmax(1, keepdim=True)  # [B, 1, A]
-        winner = torch.zeros_like(chosen).scatter(1, favourite, value=True)
-        return torch.where(contested, chosen & winner, chosen)
-
-
-def _compute_center_distance(boxes_xyxy: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
-    """[B, M, A] squared distance from a box's middle, in strides, plus squared octaves from the level of its height."""
-    x1, y1, x2, y2 = boxes_xyxy[..., None, :].unbind(-1)  # [B, M, 1]
-    x, y = anchor_points.unbind(-1)  # [A]
-    across, down = (x - (x1 + x2) / 2) / strides, (y - (y1 + y2) / 2) / strides  # [B, M, A]
-    octaves = torch.log2((y2 - y1).clamp(min=1.0)) - torch.log2(CELLS_PER_GT_HEIGHT * strides)
-    return across.square() + down.square() + octaves.square()
-
-
-def _expand_small_boxes(boxes_xyxy: Tensor, min_side_px: Tensor) -> Tensor:
-    """Boxes grown about their centres to `side` pixels, so that a distant person still holds a point."""
-    centre = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2
-    half = ((boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]) / 2).clamp(min=float(min_side_px) / 2 + 1e-3)
-    return torch.cat([centre - half, centre + half], -1)
-
-
-def _gather_gt_boxes(boxes_xyxy: Tensor, target_gt_idx: Tensor) -> Tensor:
-    if boxes_xyxy.shape[1] == 0:
-        return boxes_xyxy.new_zeros((*target_gt_idx.shape, 4))
-    return boxes_xyxy.gather(1, target_gt_idx[..., None].expand(-1, -1, 4))
-
-
-def _normalize_align_metric(align_metric: Tensor, iou: Tensor) -> Tensor:
-    """[B, A]: claims scaled so that each person's best point is asked for its best IoU (TOOD, eq. 4)."""
-    if align_metric.shape[1] == 0:
-        return align_metric.new_zeros((align_metric.shape[0], align_metric.shape[2]))
-    best_claim = align_metric.amax(2, keepdim=True)
-    best_iou = iou.amax(2, keepdim=True)
-    return (align_metric * best_iou / (best_claim + 1e-9)).amax(1)
-
-
-"""A sum over this process's pictures to what its losses are divided by, so that the processes' mean is right."""
+MIN_TEACHER_SCORE = 0.05  # A box with a lower teacher score has nearly the same targets as the background.
 
 
 @dataclass(frozen=True)
 class DetectionCriterion:
-    """Terms and their weights (PP-YOLOE's), with both assignments."""
+    """Varifocal, GIoU and distribution focal loss with task-aligned assignment; weights of PP-YOLOE.
+
+    Attributes:
+        cls_weight: Weight of the score loss.
+        box_weight: Weight of the GIoU loss.
+        dfl_weight: Weight of the distribution focal loss.
+        one2many: Assigner of the branch `one2many`.
+        one2one: Assigner of the branch `one2one`.
+    """
 
     cls_weight: float = 1.0
     box_weight: float = 2.5
@@ -142,16 +44,53 @@ class DetectionCriterion:
     def __call__(
         self, outputs: DenseOutputs, targets: Targets, reduce_mean: ReduceMean = clamp_min_one
     ) -> dict[str, Tensor]:
-        """The weighted terms `score`, `box`, `distribution` of the branch `many`, `…_one` of the other, each a scalar.
+        """Compute the losses of both branches.
 
-        Each is divided by the summed target quality of the global batch, so that with gradients averaged
-        over processes they equal those of one process.
+        Each loss is a sum over all anchor points, divided by the sum of the target scores over all processes. With
+        gradients averaged over processes, the result equals that of one process.
+
+        Args:
+            outputs: Outputs of a dense detector.
+            targets: Ground truth of the same images.
+            reduce_mean: Averages the normalization factor over all processes.
+
+        Returns:
+            Weighted scalar losses `cls`, `box` and `dfl` of the branch `one2many`, and with the suffix `_one2one`
+            those of the other branch. `box` and `dfl` are missing for a branch that has no such outputs.
         """
-        terms = self._compute_branch_losses(outputs, outputs.one2many, self.one2many, targets, reduce_mean)
+        losses = self._compute_branch_losses(outputs, outputs.one2many, self.one2many, targets, reduce_mean)
         if outputs.one2one is not None:
-            once = self._compute_branch_losses(outputs, outputs.one2one, self.one2one, targets, reduce_mean)
-            terms |= {f"{name}_one2one": term for name, term in once.items()}
-        return terms
+            one2one = self._compute_branch_losses(outputs, outputs.one2one, self.one2one, targets, reduce_mean)
+            losses |= {f"{name}_one2one": loss for name, loss in one2one.items()}
+        return losses
+
+    def compute_box_losses(
+        self, outputs: DenseOutputs, branch: BranchOutputs, assign_result: AssignResult, avg_factor: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the box losses of the assigned points, weighted by their target scores.
+
+        Args:
+            outputs: Outputs that contain the branch.
+            branch: Branch whose boxes are trained.
+            assign_result: Assignment of the anchor points.
+            avg_factor (Tensor): Scalar that the sums are divided by.
+
+        Returns:
+            Weighted scalar losses `box` and, if the branch has distance distributions, `dfl`.
+        """
+        image_index, point = assign_result.fg_mask.nonzero(as_tuple=True)
+        weight = assign_result.target_scores[image_index, point]
+        gt_boxes = assign_result.boxes_xyxy[image_index, point]
+        giou = giou_loss(branch.boxes_xyxy[image_index, point], gt_boxes)
+        losses = {"box": self.box_weight * (giou * weight).sum() / avg_factor}
+        if branch.box_logits is not None:
+            box_logits = branch.box_logits[image_index, point]
+            distances = bbox2dist(
+                gt_boxes, outputs.anchor_points[point], outputs.strides[point], reg_max=box_logits.shape[-1]
+            )
+            dfl = distribution_focal_loss(box_logits, distances).mean(-1)
+            losses["dfl"] = self.dfl_weight * (dfl * weight).sum() / avg_factor
+        return losses
 
     def _compute_branch_losses(
         self,
@@ -163,25 +102,99 @@ class DetectionCriterion:
     ) -> dict[str, Tensor]:
         scores, boxes = branch.logits.detach().sigmoid(), branch.boxes_xyxy.detach()
         assign_result = assigner(scores, boxes, outputs.anchor_points, outputs.strides, targets)
-        norm = reduce_mean(assign_result.target_scores.sum())
-        per_point = varifocal_loss(branch.logits, assign_result.target_scores) * assign_result.loss_mask
-        terms = {"cls": self.cls_weight * per_point.sum() / norm}
+        avg_factor = reduce_mean(assign_result.target_scores.sum())
+        cls_loss = varifocal_loss(branch.logits, assign_result.target_scores) * assign_result.loss_mask
+        losses = {"cls": self.cls_weight * cls_loss.sum() / avg_factor}
         if branch.has_box_loss:
-            terms |= self.compute_box_losses(outputs, branch, assign_result, norm)
-        return terms
+            losses |= self.compute_box_losses(outputs, branch, assign_result, avg_factor)
+        return losses
 
-    def compute_box_losses(
-        self, outputs: DenseOutputs, branch: BranchOutputs, assign_result: AssignResult, avg_factor: Tensor
-    ) -> dict[str, Tensor]:
-        """The weighted terms `box` and, of side distributions, `distribution`: each point counts by its quality."""
-        picture, point = assign_result.fg_mask.nonzero(as_tuple=True)
-        weight = assign_result.target_scores[picture, point]
-        wanted = assign_result.boxes_xyxy[picture, point]
-        overlap = generalized_box_iou_loss(branch.boxes_xyxy[picture, point], wanted)
-        terms = {"box": self.box_weight * (overlap * weight).sum() / avg_factor}
-        if branch.box_logits is not None:
-            sides = branch.box_logits[picture, point]
-            distances = bbox2dist(wanted, outputs.anchor_points[point], outputs.strides[point], sides.shape[-1])
-            shape = distribution_focal_loss(sides, distances).mean(-1)
-            terms["dfl"] = self.dfl_weight * (shape * weight).sum() / avg_factor
-        return terms
+
+CRITERION = DetectionCriterion()
+
+
+def dense_soft_label_losses(
+    outputs: DenseOutputs,
+    detections: DetectionBatch,
+    targets: Targets,
+    reduce_mean: ReduceMean,
+    background_weight: float = 1.0,
+    one2one_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute the losses of a dense student with the detections of a teacher as soft labels.
+
+    The assigners of the student assign its anchor points to the boxes of the teacher. The target score of a point is
+    its target score for that box times the score that the teacher gives the box. The target of all other points is 0,
+    except inside ground-truth boxes: there a missing detection is no evidence of background, and the point is left out.
+
+    Args:
+        outputs: Outputs of the student.
+        detections: Detections of the teacher for the same images.
+        targets: Ground truth of the same images.
+        reduce_mean: Averages a normalization factor over all processes.
+        background_weight: Weight of the points at which the teacher detects nothing, relative to assigned points.
+        one2one_only: Skip the branch `one2many`.
+
+    Returns:
+        cls_loss (Tensor): Scalar sum of `quality_focal_kd_loss` over points and branches, divided by the sum of the
+            target scores.
+        box_loss (Tensor): Scalar sum of GIoU loss plus a fifth of the distribution focal loss, weighted by the target
+            scores and divided by their sum.
+    """
+    teacher_targets, gt_scores = _targets_from_detections(detections)
+    in_gt_box = (points_in_boxes(outputs.anchor_points, targets.boxes_xyxy) & targets.valid[..., None]).any(1)
+    cls_loss, box_loss = outputs.one2many.logits.new_zeros(()), outputs.one2many.logits.new_zeros(())
+    for branch, assigner in (
+        (None if one2one_only else outputs.one2many, CRITERION.one2many),
+        (outputs.one2one, CRITERION.one2one),
+    ):
+        if branch is None:
+            continue
+        assign_result = assign_soft_targets(outputs, branch, assigner, teacher_targets, gt_scores)
+        avg_factor = reduce_mean(assign_result.target_scores.sum())
+        weight = torch.where(assign_result.fg_mask, 1.0, background_weight * ~in_gt_box)
+        error = quality_focal_kd_loss(branch.logits, assign_result.target_scores.logit(eps=SCORE_EPS))
+        cls_loss = cls_loss + (weight * error).sum() / avg_factor
+        if branch.has_box_loss:
+            losses = CRITERION.compute_box_losses(outputs, branch, assign_result, avg_factor)
+            box_loss = box_loss + torch.stack(list(losses.values())).sum() / CRITERION.box_weight
+    return cls_loss, box_loss
+
+
+def assign_soft_targets(
+    outputs: DenseOutputs, branch: BranchOutputs, assigner: TaskAlignedAssigner, targets: Targets, gt_scores: Tensor
+) -> AssignResult:
+    """Assign the points of a branch to boxes with scores.
+
+    Args:
+        outputs: Outputs that contain the branch.
+        branch: Branch whose points are assigned.
+        assigner: Assigner of the branch.
+        targets: Boxes of the teacher.
+        gt_scores (Tensor[B, M]): Score of each box, 0 to 1.
+
+    Returns:
+        Assignment whose target scores are multiplied by the scores of the boxes.
+    """
+    scores, boxes = branch.logits.detach().sigmoid(), branch.boxes_xyxy.detach()
+    assign_result = assigner(scores, boxes, outputs.anchor_points, outputs.strides, targets)
+    if not gt_scores.shape[1]:
+        return assign_result
+    return replace(
+        assign_result, target_scores=assign_result.target_scores * gt_scores.gather(1, assign_result.target_gt_idx)
+    )
+
+
+def _targets_from_detections(detections: DetectionBatch) -> tuple[Targets, Tensor]:
+    """Return the boxes of at least MIN_TEACHER_SCORE as padded targets, and their scores [B, M], 0 in the padding."""
+    masks = [scores >= MIN_TEACHER_SCORE for scores in detections.scores]
+    max_boxes = max((int(mask.sum()) for mask in masks), default=0)
+    boxes = detections.boxes_xyxy[0].new_zeros((len(masks), max_boxes, 4), dtype=torch.float32)
+    gt_scores = boxes.new_zeros(boxes.shape[:2])
+    for row, (mask, image_boxes, scores) in enumerate(
+        zip(masks, detections.boxes_xyxy, detections.scores, strict=True)
+    ):
+        count = int(mask.sum())
+        boxes[row, :count], gt_scores[row, :count] = image_boxes[mask].float(), scores[mask].float()
+    valid = gt_scores > 0
+    return Targets(boxes, valid, torch.zeros_like(valid)), gt_scores

@@ -1,8 +1,6 @@
-"""The convolution every other part is made of.
+"""Dense detectors, and the project's own family: a one-stage, anchor-free detector with one class, person.
 
-Neck: a feature pyramid (Lin et al. 2017) with a bottom-up path behind it (PANet, Liu et al. 2018).
-
-Detector: backbone, neck and head; one stage, anchor-free, one class: person.
+The neck is a feature pyramid (Lin et al. 2017) followed by a bottom-up path (PANet, Liu et al. 2018).
 """
 
 from collections.abc import Sequence
@@ -13,8 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hkd_det.models.backbone import Backbone
-from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, FeatureInfo
+from hkd_det.models.backbone import MEAN_RGB, STD_RGB, Backbone, load_backbone_weights
+from hkd_det.models.base import (
+    BaseDetector,
+    BranchOutputs,
+    DenseOutputs,
+    DetectionBatch,
+    FeatureInfo,
+    ModelSpec,
+    Targets,
+)
+from hkd_det.models.criterion import CRITERION, dense_soft_label_losses
 from hkd_det.models.head import Head, HeadOutputs, dist2bbox, find_tower_layers, make_anchors
 from hkd_det.models.surgery import (
     NO_CHANGES,
@@ -24,11 +31,39 @@ from hkd_det.models.surgery import (
     filter_dense_convs,
     find_residual_layers,
 )
+from hkd_det.ops.losses import ReduceMean, clamp_min_one
 from hkd_det.ops.nms import peak_nms, suppress_duplicates
 
 
+class DenseDetector(BaseDetector):
+    """Base class of the families whose `forward` returns `DenseOutputs`: they share losses and raw outputs."""
+
+    def loss(
+        self, outputs: DenseOutputs, targets: Targets, reduce_mean: ReduceMean = clamp_min_one
+    ) -> dict[str, Tensor]:
+        """Compute the losses of `DetectionCriterion`. See `BaseDetector.loss`."""
+        return CRITERION(outputs, targets, reduce_mean)
+
+    def soft_label_loss(
+        self,
+        outputs: DenseOutputs,
+        detections: DetectionBatch,
+        targets: Targets,
+        reduce_mean: ReduceMean = clamp_min_one,
+        background_weight: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `dense_soft_label_losses`. See `BaseDetector.soft_label_loss`."""
+        return dense_soft_label_losses(outputs, detections, targets, reduce_mean, background_weight)
+
+    def raw_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return boxes [B, A, 4] and logits [B, A] of the branch that `predict` uses. See `BaseDetector.raw_outputs`."""
+        outputs: DenseOutputs = self(images)
+        branch = outputs.one2one or outputs.one2many
+        return branch.boxes_xyxy, branch.logits
+
+
 def make_conv_norm_act(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution, batch normalisation, ReLU: keeps the size at stride 1, halves it at stride 2."""
+    """Build convolution, batch normalization and ReLU. Stride 1 keeps the size, stride 2 halves it."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -37,9 +72,11 @@ def make_conv_norm_act(in_channels: int, out_channels: int, kernel_size: int = 3
 
 
 class PAFPN(nn.Module):
-    """Gives every level the same width; meaning flows down to the fine levels, position up to the coarse ones.
+    """Path aggregation feature pyramid: a top-down and a bottom-up path with one width on all levels.
 
-    `outputs[i]` ends level i: what distillation taps.
+    Args:
+        in_channels: Channels of the backbone levels, fine to coarse.
+        out_channels: Channels of all output levels.
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
@@ -49,28 +86,35 @@ class PAFPN(nn.Module):
         self.outputs = nn.ModuleList(make_conv_norm_act(out_channels, out_channels) for _ in in_channels)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps from fine to coarse, each half the size of the one before, to as many [B, channels, H_i, W_i]."""
+        """Compute the output levels.
+
+        Args:
+            features (sequence of Tensor[B, C_i, H_i, W_i]): Fine to coarse, each half the size of the one before.
+
+        Returns:
+            levels (list of Tensor[B, out_channels, H_i, W_i]): Fine to coarse.
+        """
         levels = [lateral(level) for lateral, level in zip(self.laterals, features, strict=True)]
         for fine in range(len(levels) - 2, -1, -1):
             levels[fine] = levels[fine] + F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest")
-        finished = [self.outputs[0](levels[0])]
+        outputs = [self.outputs[0](levels[0])]
         for level, down, output in zip(levels[1:], self.downs, self.outputs[1:], strict=True):
-            finished.append(output(level + down(finished[-1])))
-        return finished
-
-
-MEAN_RGB = (123.675, 116.28, 103.53)  # ImageNet, 0..255
-
-
-STD_RGB = (58.395, 57.12, 57.375)
+            outputs.append(output(level + down(outputs[-1])))
+        return outputs
 
 
 @dataclass(frozen=True)
-class HKDDetectorSpec:
-    """Everything that fixes a detector's shape; saved with its weights.
+class HKDDetectorSpec(ModelSpec):
+    """Architecture of an `HKDDetector`.
 
-    strides: of the pyramid's levels, fine to coarse, each twice the one before.
-    bins: distances a side can take, 0 .. bins - 1 strides; a coarse level sees 2 x (bins - 1) x 32 px at most.
+    Attributes:
+        backbone: Name of a timm model.
+        backbone_kwargs: Arguments of `timm.create_model`.
+        strides: Strides of the pyramid levels, fine to coarse, each twice the one before.
+        channels: Channels of neck and head.
+        head_depth: Number of 3x3 convolutions per head tower.
+        reg_max: Number of distance bins, 0 to reg_max - 1 strides. The largest box side is 2 * (reg_max - 1) times the
+            coarsest stride.
     """
 
     backbone: str
@@ -81,8 +125,11 @@ class HKDDetectorSpec:
     reg_max: int = 16
 
 
-class HKDDetector(BaseDetector):
-    """Pictures in, people out."""
+class HKDDetector(DenseDetector):
+    """Backbone from timm, `PAFPN` neck, and a head with a one-to-many and a one-to-one branch."""
+
+    spec_type = HKDDetectorSpec
+    part_prefixes = {"backbone.": "backbone", "neck.": "neck"}
 
     spec: HKDDetectorSpec
     mean: Tensor
@@ -99,43 +146,43 @@ class HKDDetector(BaseDetector):
         apply_changes(self, changes)
 
     def forward(self, images: Tensor) -> DenseOutputs:
-        """[B, 3, H, W] uint8 or float RGB, 0..255, H and W multiples of the coarsest stride, to a prediction."""
+        """Run the network on images [B, 3, H, W], RGB, 0 to 255. See `BaseDetector.forward`."""
         raw: HeadOutputs = self.head(self.forward_features(images))
         points, strides = self.make_anchor_points(images)
         boxes = dist2bbox(raw.box_logits, points, strides)
-        one = BranchOutputs(raw.one2one, boxes, has_box_loss=False)
         return DenseOutputs(
-            BranchOutputs(raw.one2many, boxes, raw.box_logits),
-            one,
-            points,
-            strides,
-            (images.shape[-2], images.shape[-1]),
+            one2many=BranchOutputs(raw.one2many, boxes, raw.box_logits),
+            one2one=BranchOutputs(raw.one2one, boxes, has_box_loss=False),
+            anchor_points=points,
+            strides=strides,
+            input_hw=(images.shape[-2], images.shape[-1]),
         )
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """The neck's maps, fine to coarse, of [B, 3, H, W] RGB pictures, 0..255."""
-        maps: list[Tensor] = self.neck(self.backbone((images.float() - self.mean) / self.std))
-        return maps
+        """Return the neck outputs [B, channels, H_i, W_i], fine to coarse, of images [B, 3, H, W], RGB, 0 to 255."""
+        features: list[Tensor] = self.neck(self.backbone((images.float() - self.mean) / self.std))
+        return features
 
     def make_anchor_points(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The anchor points [A, 2] and strides [A] that belong to pictures of this size."""
+        """Return the anchor points [A, 2] and strides [A] for images of this size, input pixels."""
         height, width = images.shape[-2:]
         return make_anchors((height, width), self.spec.strides, images.device)
 
     def predict(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
-        """End to end: the best boxes [B, K, 4] xyxy input pixels and scores [B, K], 0..1, falling.
+        """Select the score peaks of the one-to-one branch and suppress duplicates. See `BaseDetector.predict`.
 
-        K is `top`, or the number of points where that is smaller. The answer is the `one` branch's peaks, less doubles.
+        K is the number of anchor points if that is smaller than `max_det`. Shapes do not depend on values.
         """
         raw: HeadOutputs = self.head(self.forward_features(images))
         points, strides = self.make_anchor_points(images)
         peaks = peak_nms(raw.one2one, (images.shape[-2], images.shape[-1]), self.spec.strides)
         best, index = peaks.topk(min(max_det, peaks.shape[1]))  # [B, K]
-        chosen = raw.box_logits.gather(1, index[..., None, None].expand(-1, -1, *raw.box_logits.shape[2:]))
-        return suppress_duplicates(dist2bbox(chosen, points[index], strides[index]), best)
+        # Decode the boxes of the selected points only.
+        box_logits = raw.box_logits.gather(1, index[..., None, None].expand(-1, -1, *raw.box_logits.shape[2:]))
+        return suppress_duplicates(dist2bbox(box_logits, points[index], strides[index]), best)
 
     def postprocess(self, outputs: DenseOutputs, max_det: int = 100) -> DetectionBatch:
-        """The `one` branch's peaks, less doubles."""
+        """Select the score peaks of the one-to-one branch and suppress duplicates. See `BaseDetector.postprocess`."""
         assert outputs.one2one is not None
         logits, index = peak_nms(outputs.one2one.logits, outputs.input_hw, self.spec.strides).topk(
             min(max_det, outputs.one2one.logits.shape[1])
@@ -145,19 +192,23 @@ class HKDDetector(BaseDetector):
         return DetectionBatch(tuple(boxes), tuple(scores))
 
     def feature_info(self) -> list[FeatureInfo]:
-        """The ends of the neck's levels."""
+        """Return the output layers of the neck, fine to coarse."""
         return [
             FeatureInfo(f"neck.outputs.{level}", stride, self.spec.channels)
             for level, stride in enumerate(self.spec.strides)
         ]
 
     def prunable_layers(self) -> list[PrunableLayer]:
-        """The backbone's residual blocks' and the head's towers'."""
+        """Return the inner layers of the residual blocks of the backbone and the layers of the head towers."""
         return [*find_residual_layers(self), *filter_dense_convs(self, find_tower_layers(self.head, "head"))]
+
+    def load_pretrained(self, source: str) -> None:
+        """Load pretrained backbone weights. See `BaseDetector.load_pretrained`."""
+        load_backbone_weights(self.backbone, self.spec.backbone, source)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Fix every batch normalisation: its statistics and its scale and shift no longer change."""
+    """Freeze all batch normalizations of a model: running statistics, weights and biases no longer change."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -1,9 +1,7 @@
-"""What a two-stage detector's losses add to torchvision's: ignore regions, left out of both stages' samples.
+"""Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017): a two-stage detector with one class.
 
-torchvision's Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017): two stages, one class.
-
-Its parts are torchvision's and bear torchvision's names, so that weights of `fasterrcnn_resnet50_fpn` fit. What is
-ours: pictures of one size that need no resizing, and regions that are asked for from outside (`regions`).
+The modules are torchvision's and have torchvision's names, so that weights of `fasterrcnn_resnet50_fpn` fit. Unlike
+torchvision's model, all images of a batch have one size, nothing is resized, and `forward_rois` takes any boxes.
 """
 
 from collections.abc import Sequence
@@ -18,71 +16,45 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_area, clip_boxes_to_image, nms
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from hkd_det.models.backbone import Backbone
-from hkd_det.models.base import BaseDetector, DetectionBatch, FeatureInfo, ProposalOutputs, RoIOutputs, Targets
-from hkd_det.models.detector import MEAN_RGB, STD_RGB
+from hkd_det.models.backbone import MEAN_RGB, STD_RGB, Backbone, load_backbone_weights
+from hkd_det.models.base import (
+    BaseDetector,
+    DetectionBatch,
+    FeatureInfo,
+    ModelSpec,
+    ProposalOutputs,
+    RoIOutputs,
+    Targets,
+)
+from hkd_det.models.faster_rcnn_loss import mark_ignored_anchors, roi_soft_label_losses, smooth_l1_sum
+from hkd_det.models.faster_rcnn_trace import (
+    NUM_CLASSES,
+    PERSON_LABEL,
+    ROI_SIZE,
+    STRIDES,
+    compute_second_stage,
+)
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer, apply_changes, find_residual_layers
 from hkd_det.ops.losses import ReduceMean, clamp_min_one
+from hkd_det.ops.nms import cluster_nms
 
-IGNORE_LABEL = -1  # torchvision's label of what is sampled neither as a person nor as background
-
-
-IGNORE_IOA_THRESHOLD = 0.5  # share of a box's area inside an ignore region from which it is left out
-
-
-def split_ignored(targets: Targets) -> tuple[list[Tensor], list[Tensor]]:
-    """For each picture the boxes [N, 4] of its people and those [M, 4] of its ignore regions, xyxy.
-
-    Boxes without area are left out: no anchor can be drawn to them.
-    """
-    solid = (targets.boxes_xyxy[..., 2:] > targets.boxes_xyxy[..., :2]).all(-1)
-    return (
-        [boxes[kept] for boxes, kept in zip(targets.boxes_xyxy, targets.valid & solid, strict=True)],
-        [boxes[kept] for boxes, kept in zip(targets.boxes_xyxy, targets.ignore & solid, strict=True)],
-    )
-
-
-def mark_ignored_anchors(labels: Tensor, boxes_xyxy: Tensor, ignore_regions_xyxy: Tensor) -> Tensor:
-    """Labels [A] in which background boxes [A, 4] that lie mostly in one of the ignore regions [M, 4] are discarded."""
-    inside = (
-        box_intersection(boxes_xyxy, ignore_regions_xyxy) >= IGNORE_IOA_THRESHOLD * box_area(boxes_xyxy)[:, None]
-    )  # [A, M]
-    return torch.where((labels == 0) & inside.any(1), IGNORE_LABEL, labels)
-
-
-def box_intersection(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """[A, M] area that boxes [A, 4] share with boxes [M, 4]."""
-    low = torch.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
-    high = torch.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
-    return (high - low).clamp(min=0).prod(-1)
-
-
-def smooth_l1_sum(box_deltas: Tensor, target_deltas: Tensor) -> Tensor:
-    """The summed smooth L1 of box offsets [R, 4], as torchvision has it for both stages."""
-    return F.smooth_l1_loss(box_deltas, target_deltas, beta=1 / 9, reduction="sum")
-
-
-STRIDES = (4, 8, 16, 32)
-
-
-STAGE_CHANNELS = (64, 128, 256, 512)  # a ResNet's own widths
-
-
-ROI_SIZE = 7  # cells across and down a region
-
-
-PERSON_LABEL, NUM_CLASSES = 1, 2  # 0 is the background
+STAGE_CHANNELS = (64, 128, 256, 512)  # of a ResNet of full width
 
 
 @dataclass(frozen=True)
-class FasterRCNNSpec:
-    """Everything that fixes a Faster R-CNN's shape; saved with its weights.
+class FasterRCNNSpec(ModelSpec):
+    """Architecture of a Faster R-CNN.
 
-    backbone: a timm ResNet. width: of its stages, as a share of its own. channels: the pyramid's. head_width: of the
-    region head's two layers. anchor_px: side of the anchors on each of five levels. aspects: their height / width.
+    Attributes:
+        backbone: Name of a timm ResNet.
+        width_mult: Multiplier of the widths of the backbone stages.
+        channels: Channels of the feature pyramid.
+        head_width: Width of the two fully connected layers of the box head.
+        anchor_sizes: Side of the anchors on each of the five levels, input pixels.
+        aspect_ratios: Height / width of the anchors.
     """
 
     backbone: str = "resnet50"
@@ -94,12 +66,16 @@ class FasterRCNNSpec:
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
-        """Channels of the backbone's four stages, before a bottleneck's expansion."""
-        return tuple(round(self.width_mult * stage) for stage in STAGE_CHANNELS)
+        """Channels of the four backbone stages, before the expansion of a bottleneck."""
+        return tuple(round(self.width_mult * channels) for channels in STAGE_CHANNELS)
 
 
 class FasterRCNN(BaseDetector):
-    """Pictures in, people out, by way of regions that a first stage proposes."""
+    """Two-stage detector: `forward` runs the first stage, `forward_rois` the second."""
+
+    capabilities = frozenset({"features", "logits", "detections", "rois"})
+    spec_type = FasterRCNNSpec
+    part_prefixes = {"backbone.body.": "backbone", "backbone.fpn.": "neck"}
 
     spec: FasterRCNNSpec
     mean: Tensor
@@ -116,131 +92,176 @@ class FasterRCNN(BaseDetector):
         apply_changes(self, changes)
 
     def forward(self, images: Tensor) -> ProposalOutputs:
-        """[B, 3, H, W] uint8 or float RGB, 0..255, to the first stage's answers; the second is asked by `regions`."""
-        maps = self.backbone((images.float() - self.mean) / self.std)
-        raw = self.rpn.head(list(maps))
-        per_level = [scores[0].numel() for scores in raw[0]]
-        # float32 from here on, anchors included: box arithmetic must not run in bfloat16.
-        scores, deltas = (part.float() for part in concat_box_prediction_layers(*raw))
-        grids = [torch.empty(level.shape[-2:], device=level.device) for level in maps]
+        """Run the first stage on images [B, 3, H, W], RGB, 0 to 255. See `BaseDetector.forward`."""
+        features = self.forward_features(images)
+        raw_outputs = self.rpn.head(list(features))
+        anchors_per_level = [logits[0].numel() for logits in raw_outputs[0]]
+        # float32 from here on, including the anchors. bfloat16 is too coarse for box coordinates.
+        logits, deltas = (values.float() for values in concat_box_prediction_layers(*raw_outputs))
+        grids = [torch.empty(level.shape[-2:], device=level.device) for level in features]
         input_hw = (images.shape[-2], images.shape[-1])
         anchors: Tensor = self.rpn.anchor_generator(ImageList(images, [input_hw]), grids)[0]
-        count = len(images)
-        boxes = self.rpn.box_coder.decode_single(deltas.detach(), anchors.repeat(count, 1)).view(count, -1, 4)
-        proposals, _ = self.rpn.filter_proposals(boxes, scores.detach(), [input_hw] * count, per_level)
-        objectness, deltas = scores.view(count, -1), deltas.view(count, -1, 4)
-        return ProposalOutputs(maps[: len(STRIDES)], anchors, objectness, deltas, tuple(proposals), input_hw)
+        batch = len(images)
+        boxes = self.rpn.box_coder.decode_single(deltas.detach(), anchors.repeat(batch, 1)).view(batch, -1, 4)
+        proposals, _ = self.rpn.filter_proposals(boxes, logits.detach(), [input_hw] * batch, anchors_per_level)
+        objectness, deltas = logits.view(batch, -1), deltas.view(batch, -1, 4)
+        return ProposalOutputs(features[: len(STRIDES)], anchors, objectness, deltas, tuple(proposals), input_hw)
+
+    def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the five pyramid levels [B, channels, H_i, W_i], fine to coarse, of images [B, 3, H, W], 0 to 255."""
+        levels: tuple[Tensor, ...] = self.backbone((images.float() - self.mean) / self.std)
+        return levels
 
     def forward_rois(self, outputs: ProposalOutputs, boxes: Sequence[Tensor]) -> RoIOutputs:
-        """What the second stage says of given boxes: for each picture [R_b, 4] xyxy in input pixels; R = sum of R_b."""
-        maps = {str(level): features.float() for level, features in enumerate(outputs.features)}
-        pooled = self.roi_heads.box_roi_pool(maps, list(boxes), [outputs.input_hw] * len(boxes))
-        embedding = self.roi_heads.box_head(pooled)
-        class_logits, deltas = (part.float() for part in self.roi_heads.box_predictor(embedding))
+        """Run the second stage on boxes [R_b, 4] per image, xyxy, input pixels. See `BaseDetector.forward_rois`."""
+        features = {str(level): feature.float() for level, feature in enumerate(outputs.features)}
+        roi_features = self.roi_heads.box_roi_pool(features, list(boxes), [outputs.input_hw] * len(boxes))
+        box_features = self.roi_heads.box_head(roi_features)
+        class_logits, deltas = (values.float() for values in self.roi_heads.box_predictor(box_features))
         deltas = deltas.view(-1, NUM_CLASSES, 4)[:, PERSON_LABEL]
-        found = self.roi_heads.box_coder.decode_single(deltas, torch.cat(list(boxes)))
-        logits = class_logits[:, PERSON_LABEL] - class_logits[:, 0]  # its sigmoid is the softmax of the two
-        return RoIOutputs(pooled, embedding.float(), logits, deltas, found)
+        decoded = self.roi_heads.box_coder.decode_single(deltas, torch.cat(list(boxes)))
+        logits = class_logits[:, PERSON_LABEL] - class_logits[:, 0]  # Its sigmoid is the softmax of the two classes.
+        return RoIOutputs(roi_features, box_features.float(), logits, deltas, decoded)
 
     def loss(
         self, outputs: ProposalOutputs, targets: Targets, reduce_mean: ReduceMean = clamp_min_one
     ) -> dict[str, Tensor]:
-        """The terms `rpn_score`, `rpn_box` of the first stage and `score`, `box` of the second, each a scalar.
+        """Compute the losses of both stages as torchvision does, with two exceptions.
 
-        Sampling, matching and terms as torchvision has them, save that background in ignore regions is never sampled,
-        and that sums are divided by the samples of the global batch.
+        Background in ignore regions is not sampled. Sums are divided by the number of samples of all processes.
+
+        Args:
+            outputs: Return value of `forward` in training mode.
+            targets: Ground truth of the same images.
+            reduce_mean: Averages the number of samples over all processes.
+
+        Returns:
+            Scalar losses `rpn_cls` and `rpn_box` of the first stage, `cls` and `box` of the second.
         """
-        people, ignored = split_ignored(targets)
+        gt_boxes, ignore_regions = targets.split_ignored()
         return {
-            **self._rpn_losses(outputs, people, ignored, reduce_mean),
-            **self._roi_losses(outputs, people, ignored, reduce_mean),
+            **self._rpn_losses(outputs, gt_boxes, ignore_regions, reduce_mean),
+            **self._roi_losses(outputs, gt_boxes, ignore_regions, reduce_mean),
         }
 
-    def _rpn_losses(
-        self, outputs: ProposalOutputs, gt_boxes: list[Tensor], ignore_regions: list[Tensor], reduce_mean: ReduceMean
-    ) -> dict[str, Tensor]:
-        anchors = outputs.anchors_xyxy.expand(len(gt_boxes), -1, -1)  # [B, A, 4]
-        labels, wanted = self.rpn.assign_targets_to_anchors(anchors.unbind(), [{"boxes": boxes} for boxes in gt_boxes])
-        seen = clip_boxes_to_image(anchors, outputs.input_hw)  # what lies outside the picture is no reason to judge
-        labels = [mark_ignored_anchors(*one) for one in zip(labels, seen, ignore_regions, strict=True)]
-        positive, negative = (torch.stack(chosen).bool() for chosen in self.rpn.fg_bg_sampler(labels))  # [B, A]
-        sampled = positive | negative
-        norm = reduce_mean(sampled.sum().float())
-        scores = F.binary_cross_entropy_with_logits(
-            outputs.objectness[sampled], positive[sampled].float(), reduction="sum"
-        )
-        targets = self.rpn.box_coder.encode_single(torch.stack(wanted)[positive], anchors[positive])
-        return {"rpn_cls": scores / norm, "rpn_box": smooth_l1_sum(outputs.box_deltas[positive], targets) / norm}
-
-    def _roi_losses(
-        self, outputs: ProposalOutputs, gt_boxes: list[Tensor], ignore_regions: list[Tensor], reduce_mean: ReduceMean
-    ) -> dict[str, Tensor]:
-        boxes = self.roi_heads.add_gt_proposals(outputs.proposals, gt_boxes)
-        matched, labels = self.roi_heads.assign_targets_to_proposals(
-            boxes, gt_boxes, [torch.full((len(one),), PERSON_LABEL, device=one.device) for one in gt_boxes]
-        )
-        labels = [mark_ignored_anchors(*one) for one in zip(labels, boxes, ignore_regions, strict=True)]
-        chosen = self.roi_heads.subsample(labels)
-        boxes = [one[index] for one, index in zip(boxes, chosen, strict=True)]
-        owners = [
-            mine[owner[index][label[index] > 0]]
-            for mine, owner, label, index in zip(gt_boxes, matched, labels, chosen, strict=True)
-        ]
-        positive = torch.cat([label[index] for label, index in zip(labels, chosen, strict=True)]) > 0  # [R]
-        answer = self.forward_rois(outputs, boxes)
-        norm = reduce_mean(torch.tensor(float(len(positive)), device=positive.device))
-        # The cross-entropy of two classes is the binary one of their difference.
-        scores = F.binary_cross_entropy_with_logits(answer.logits, positive.float(), reduction="sum")
-        targets = self.roi_heads.box_coder.encode_single(torch.cat(owners), torch.cat(boxes)[positive])
-        return {"cls": scores / norm, "box": smooth_l1_sum(answer.box_deltas[positive], targets) / norm}
-
-    def postprocess(self, outputs: ProposalOutputs, max_det: int = 100) -> DetectionBatch:
-        """The second stage's boxes of all proposals, after suppression; every score counts."""
-        answer = self.forward_rois(outputs, outputs.proposals)
-        everywhere, score = clip_boxes_to_image(answer.boxes_xyxy, outputs.input_hw), answer.logits.sigmoid()
-        boxes, scores, start = [], [], 0
-        for proposals in outputs.proposals:
-            mine = slice(start, start + len(proposals))
-            kept = nms(everywhere[mine], score[mine], self.roi_heads.nms_thresh)[:max_det]
-            boxes.append(everywhere[mine][kept])
-            scores.append(score[mine][kept])
-            start = mine.stop
-        return DetectionBatch(tuple(boxes), tuple(scores))
+    def soft_label_loss(
+        self,
+        outputs: ProposalOutputs,
+        detections: DetectionBatch,
+        targets: Targets,
+        reduce_mean: ReduceMean = clamp_min_one,
+        background_weight: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `roi_soft_label_losses`. `targets` and `background_weight` have no effect."""
+        return roi_soft_label_losses(self, outputs, detections, reduce_mean)
 
     def predict(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
-        """End to end: the best boxes [B, top, 4] xyxy input pixels and scores [B, top], 0..1, falling, 0 filling up."""
-        found = self.postprocess(self(images), max_det)
-        boxes = [F.pad(one, (0, 0, 0, max_det - len(one))) for one in found.boxes_xyxy]
-        scores = [F.pad(one, (0, max_det - len(one))) for one in found.scores]
+        """Run both stages and non-maximum suppression. See `BaseDetector.predict`; here K = max_det."""
+        detections = self.postprocess(self(images), max_det)
+        boxes = [F.pad(image_boxes, (0, 0, 0, max_det - len(image_boxes))) for image_boxes in detections.boxes_xyxy]
+        scores = [F.pad(image_scores, (0, max_det - len(image_scores))) for image_scores in detections.scores]
         return torch.stack(boxes), torch.stack(scores)
 
+    def postprocess(self, outputs: ProposalOutputs, max_det: int = 100) -> DetectionBatch:
+        """Run the second stage on all proposals, then non-maximum suppression without a score threshold."""
+        roi_outputs = self.forward_rois(outputs, outputs.proposals)
+        all_boxes, all_scores = clip_boxes_to_image(roi_outputs.boxes_xyxy, outputs.input_hw), roi_outputs.logits
+        counts = [len(proposals) for proposals in outputs.proposals]
+        boxes, scores = [], []
+        for image_boxes, image_scores in zip(all_boxes.split(counts), all_scores.sigmoid().split(counts), strict=True):
+            kept = nms(image_boxes, image_scores, self.roi_heads.nms_thresh)[:max_det]
+            boxes.append(image_boxes[kept])
+            scores.append(image_scores[kept])
+        return DetectionBatch(tuple(boxes), tuple(scores))
+
+    def predict_traceable(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
+        """Run both stages and `cluster_nms`. See `BaseDetector.predict_traceable`."""
+        boxes, logits = self.raw_outputs(images)
+        return cluster_nms(boxes, logits.sigmoid(), max_det, self.roi_heads.nms_thresh)
+
+    def raw_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the second-stage boxes and logits of all proposals. See `BaseDetector.raw_outputs`."""
+        return compute_second_stage(self.rpn, self.roi_heads, self.forward_features(images), images)
+
     def feature_info(self) -> list[FeatureInfo]:
-        """The pyramid's levels; the fifth, which only the first stage reads, is the fourth thinned out."""
+        """Return the first four pyramid levels. The fifth is the fourth, subsampled, and only the first stage reads it."""
         return [
             FeatureInfo(f"backbone.fpn.layer_blocks.{level}", stride, self.spec.channels)
             for level, stride in enumerate(STRIDES)
         ]
 
     def prunable_layers(self) -> list[PrunableLayer]:
-        """The backbone's residual blocks'."""
+        """Return the inner layers of the residual blocks of the backbone."""
         return find_residual_layers(self)
+
+    def load_pretrained(self, source: str) -> None:
+        """Load pretrained backbone weights. See `BaseDetector.load_pretrained`."""
+        load_backbone_weights(self.backbone, self.spec.backbone, source)
+
+    def _rpn_losses(
+        self, outputs: ProposalOutputs, gt_boxes: list[Tensor], ignore_regions: list[Tensor], reduce_mean: ReduceMean
+    ) -> dict[str, Tensor]:
+        anchors = outputs.anchors_xyxy.expand(len(gt_boxes), -1, -1)  # [B, A, 4]
+        labels, matched_boxes = self.rpn.assign_targets_to_anchors(
+            anchors.unbind(), [{"boxes": boxes} for boxes in gt_boxes]
+        )
+        clipped = clip_boxes_to_image(anchors, outputs.input_hw)  # Only the part inside the image can be ignored.
+        labels = [mark_ignored_anchors(*args) for args in zip(labels, clipped, ignore_regions, strict=True)]
+        positive, negative = (torch.stack(masks).bool() for masks in self.rpn.fg_bg_sampler(labels))  # [B, A]
+        sampled = positive | negative
+        avg_factor = reduce_mean(sampled.sum().float())
+        cls_loss = F.binary_cross_entropy_with_logits(
+            outputs.objectness[sampled], positive[sampled].float(), reduction="sum"
+        )
+        target_deltas = self.rpn.box_coder.encode_single(torch.stack(matched_boxes)[positive], anchors[positive])
+        box_loss = smooth_l1_sum(outputs.box_deltas[positive], target_deltas)
+        return {"rpn_cls": cls_loss / avg_factor, "rpn_box": box_loss / avg_factor}
+
+    def _roi_losses(
+        self, outputs: ProposalOutputs, gt_boxes: list[Tensor], ignore_regions: list[Tensor], reduce_mean: ReduceMean
+    ) -> dict[str, Tensor]:
+        proposals = self.roi_heads.add_gt_proposals(outputs.proposals, gt_boxes)
+        gt_labels = [torch.full((len(boxes),), PERSON_LABEL, device=boxes.device) for boxes in gt_boxes]
+        matched_idx, labels = self.roi_heads.assign_targets_to_proposals(proposals, gt_boxes, gt_labels)
+        labels = [mark_ignored_anchors(*args) for args in zip(labels, proposals, ignore_regions, strict=True)]
+        sampled = self.roi_heads.subsample(labels)
+        rois = [boxes[index] for boxes, index in zip(proposals, sampled, strict=True)]
+        matched_boxes = [
+            boxes[matched[index][label[index] > 0]]
+            for boxes, matched, label, index in zip(gt_boxes, matched_idx, labels, sampled, strict=True)
+        ]
+        positive = torch.cat([label[index] for label, index in zip(labels, sampled, strict=True)]) > 0  # [R]
+        roi_outputs = self.forward_rois(outputs, rois)
+        avg_factor = reduce_mean(torch.tensor(float(len(positive)), device=positive.device))
+        # The cross-entropy of two classes is the binary cross-entropy of the difference of their logits.
+        cls_loss = F.binary_cross_entropy_with_logits(roi_outputs.logits, positive.float(), reduction="sum")
+        target_deltas = self.roi_heads.box_coder.encode_single(torch.cat(matched_boxes), torch.cat(rois)[positive])
+        box_loss = smooth_l1_sum(roi_outputs.box_deltas[positive], target_deltas)
+        return {"cls": cls_loss / avg_factor, "box": box_loss / avg_factor}
 
 
 class BackboneWithFPN(Backbone):
-    """A ResNet and torchvision's feature pyramid on it: five maps, the fifth at stride 64 by leaving cells out."""
+    """A timm ResNet with torchvision's feature pyramid: five levels, the fifth (stride 64) by subsampling."""
 
     def __init__(self, spec: FasterRCNNSpec) -> None:
         super().__init__(spec.backbone, STRIDES, {} if spec.width_mult == 1 else {"channels": spec.stage_channels})
         self.fpn = FeaturePyramidNetwork(self.channels, spec.channels, LastLevelMaxPool())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """[B, 3, H, W] normalised pictures to [B, channels, H / s, W / s] maps, fine to coarse."""
-        maps = super().forward(images)
-        return tuple(self.fpn({str(level): features for level, features in enumerate(maps)}).values())
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # a tuple for the graph export
+        """Compute the feature pyramid.
+
+        Args:
+            images (Tensor[B, 3, H, W]): Normalized RGB images.
+
+        Returns:
+            levels (tuple of Tensor[B, channels, H_i, W_i]): Fine to coarse.
+        """
+        features = super().forward(images)
+        return tuple(self.fpn({str(level): feature for level, feature in enumerate(features)}).values())
 
 
 def _build_rpn(spec: FasterRCNNSpec) -> Any:
-    """The region proposal network with torchvision's settings."""
+    """Build the region proposal network with torchvision's settings."""
     anchors = AnchorGenerator(
         tuple((side,) for side in spec.anchor_sizes), (spec.aspect_ratios,) * len(spec.anchor_sizes)
     )
@@ -258,7 +279,7 @@ def _build_rpn(spec: FasterRCNNSpec) -> Any:
 
 
 def _build_roi_heads(spec: FasterRCNNSpec) -> Any:
-    """The region head with torchvision's settings."""
+    """Build the second stage with torchvision's settings."""
     levels = [str(level) for level in range(len(STRIDES))]
     return RoIHeads(
         MultiScaleRoIAlign(levels, output_size=ROI_SIZE, sampling_ratio=2),

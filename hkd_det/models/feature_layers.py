@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import format_imgsz
-from hkd_det.models.base import BaseDetector, FeatureInfo
-from hkd_det.models.parts import DetectorPart, part_of
+from hkd_det.models.base import BaseDetector, DetectorPart, FeatureInfo
+from hkd_det.ops.hooks import observe_calls
 
 PROBE_HW = (128, 192)  # not square, so that what is pooled to one cell is no map of stride 128
 
@@ -46,7 +46,7 @@ def list_feature_layers(detector: BaseDetector) -> list[ListedLayer]:
     } | default
     ordered = [name for name, _ in detector.named_modules() if name in worth]
     return [
-        ListedLayer(_make_feature_info(name, maps[name]), part_of(detector, name), name in default) for name in ordered
+        ListedLayer(_make_feature_info(name, maps[name]), detector.part_of(name), name in default) for name in ordered
     ]
 
 
@@ -83,18 +83,15 @@ def _record_features(detector: BaseDetector) -> dict[str, Tensor]:
     """Every module that ran once and gave one map [1, C, H, W] at a stride of the input, with that map, in order."""
     outputs: dict[str, list[Any]] = {}
 
-    def recorder(name: str) -> Any:
-        return lambda _module, _inputs, output: outputs.setdefault(name, []).append(output)
+    def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.setdefault(name, []).append(output)
 
-    hooks = [module.register_forward_hook(recorder(name)) for name, module in detector.named_modules() if name]
     modes = {module: module.training for module in detector.modules()}
     device = next(detector.parameters()).device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), observe_calls(detector, on_output=record):
             detector.eval()(torch.zeros(1, 3, *PROBE_HW, device=device))
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes.items():
             module.training = training
     return {name: seen[0] for name, seen in outputs.items() if len(seen) == 1 and _infer_stride(seen[0])}
@@ -117,7 +114,7 @@ def _collect_layers(detector: BaseDetector, module: nn.Module, name: str, featur
     children = [(child, f"{name}.{part}" if name else part) for part, child in module.named_children()]
     if not children:
         # One layer. A bare convolution in a head is a prediction.
-        told = isinstance(module, nn.Conv2d) and name in features and part_of(detector, name) == "head"
+        told = isinstance(module, nn.Conv2d) and name in features and detector.part_of(name) == "head"
         return [name] if name in features and not told and any(True for _ in module.parameters()) else []
     if name in features and not isinstance(module, CONTAINERS):
         return [name]  # a block: what is inside is its own affair

@@ -1,29 +1,23 @@
-"""The named detectors, what they weigh and what they cost.
-
-Who can teach: from the file that `--teacher` names to a detector, or to a black box.
-
-The detector that a run trains: fresh, on pretrained backbone weights, or where another one stands.
-"""
+"""The named models, loading them as student or teacher, and counting their parameters and operations."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from hkd_det.errors import UsageError
-from hkd_det.models.backbone import load_pretrained
-from hkd_det.models.base import BaseDetector
-from hkd_det.models.checkpoint import ModelSpec, build_from_spec, load_detector_checkpoint
-from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.base import BaseDetector, ModelSpec
+from hkd_det.models.checkpoint import build_from_spec, load_detector_checkpoint
+from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.faster_rcnn import FasterRCNNSpec
 from hkd_det.models.onnx_teacher import OnnxTeacher, is_onnx_file, load_onnx_teacher
 from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, make_ultralytics_spec
+from hkd_det.ops.hooks import observe_calls
 
-# A student has at most a sixth of its teacher's parameters: tests/hkd_det/models/test_sizes.py.
-MODELS: dict[str, HKDDetectorSpec | FasterRCNNSpec] = {
+# A student has at most a sixth of the parameters of its teacher: tests/hkd_det/models/test_zoo.py.
+MODELS: dict[str, ModelSpec] = {
     "teacher-r50": HKDDetectorSpec("resnet50", channels=256),
     "student-r18": HKDDetectorSpec("resnet18", {"channels": (32, 64, 128, 256), "stem_width": 32}, channels=96),
     "mini-teacher": HKDDetectorSpec("resnet18", {"channels": (32, 64, 128, 256), "stem_width": 32}, channels=96),
@@ -37,7 +31,6 @@ MODELS: dict[str, HKDDetectorSpec | FasterRCNNSpec] = {
     "fasterrcnn-r18": FasterRCNNSpec("resnet18", width_mult=0.5, channels=112, head_width=512),
 }
 
-
 DEFAULT_TEACHER = {
     "student-r18": "teacher-r50",
     "mini-student": "mini-teacher",
@@ -48,10 +41,12 @@ DEFAULT_TEACHER = {
 
 @dataclass(frozen=True)
 class ModelComplexity:
-    """What a deployed detector weighs and does.
+    """Size and computational cost of the exported form of a detector.
 
-    parameters: trained numbers that are exported; what only training runs (a one-to-many head) does not count.
-    flops: floating-point operations a picture of `imgsz_hw`: 2 x multiply-accumulates.
+    Attributes:
+        num_params: Number of parameters. Layers that only training runs, such as a one-to-many head, do not count.
+        flops: Floating-point operations per image of size `imgsz_hw`, two per multiply-accumulate.
+        imgsz_hw: Height and width of the image, pixels.
     """
 
     num_params: int
@@ -60,58 +55,107 @@ class ModelComplexity:
 
 
 def get_spec(name: str) -> ModelSpec:
-    """The shape of a named size, ours or one of Ultralytics' (yolo11n, …).
+    """Return the architecture of a named model: one of `MODELS`, or a YOLO model of Ultralytics such as yolo11n.
 
-    Raises UsageError for an unknown name, UnavailableError for a YOLO model where ultralytics is not installed.
+    Args:
+        name: Name of the model.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        UsageError: If the name is unknown.
+        UnavailableError: If the name is a YOLO model and the package ultralytics is not installed.
     """
     if name in MODELS:
         return MODELS[name]
     if name.startswith("yolo"):
         return make_ultralytics_spec(name)
-    raise UsageError(f"--model {name}: no such size; there are {', '.join(MODELS)}, and Ultralytics' (yolo11n, …)")
+    raise UsageError(
+        f"--model {name}: no such model. Choose one of {', '.join(MODELS)}, or a YOLO model such as yolo11n."
+    )
 
 
 def build_model(name: str, backbone: str = "") -> BaseDetector:
-    """A detector of a named size with fresh weights, on its own backbone or on any timm model's.
+    """Build a named model with fresh weights.
 
-    Raises UsageError for an unknown name, for a backbone without maps at the size's strides, and for a backbone of a
-    YOLO model or a Faster R-CNN, which have their own.
+    Args:
+        name: Name of the model, as for `get_spec`.
+        backbone: Name of a timm model that replaces the backbone; "" keeps it.
+
+    Returns:
+        The detector on the CPU, in training mode.
+
+    Raises:
+        UsageError: If the name is unknown, if the backbone has no feature maps at the strides of the model, or if the
+            model is a YOLO model or a Faster R-CNN, whose backbone is fixed.
     """
     spec = get_spec(name)
     if not backbone:
         return build_from_spec(spec)
     if not isinstance(spec, HKDDetectorSpec):
-        raise UsageError(f"--backbone {backbone}: {name} has a backbone of its own")
+        raise UsageError(
+            f"--backbone {backbone}: {name} has its own backbone. Omit --backbone or choose another --model."
+        )
     return build_from_spec(replace(spec, backbone=backbone, backbone_kwargs={}))
 
 
-def count_params_and_flops(detector: BaseDetector, imgsz_hw: tuple[int, int]) -> ModelComplexity:
-    """Parameters and operations of the exported form, counted by running it once on an empty picture."""
-    device = next(detector.parameters()).device
-    counter = FlopCounterMode(display=False)
-    was_training = detector.training
-    ran: set[nn.Module] = set()
-    detector.eval()
-    hook = register_module_forward_hook(lambda module, _inputs, _output: ran.add(module))
-    with torch.no_grad(), counter:
-        detector.predict(torch.zeros(1, 3, *imgsz_hw, device=device))
-    hook.remove()
-    detector.train(was_training)
-    exported = {parameter for module in ran for parameter in module.parameters(recurse=False)}
-    return ModelComplexity(sum(parameter.numel() for parameter in exported), counter.get_total_flops(), imgsz_hw)
+def build_student(model: str, backbone: str, pretrained: str, weights: Path | None = None) -> BaseDetector:
+    """Build the detector that a run trains.
+
+    Args:
+        model: Name of the model, as for `get_spec`.
+        backbone: Name of a timm model that replaces the backbone; "" keeps it.
+        pretrained: Source of pretrained backbone weights, as for `BaseDetector.load_pretrained`; "" for none.
+        weights: Checkpoint to start from. It replaces all other arguments.
+
+    Returns:
+        The detector on the CPU.
+
+    Raises:
+        UsageError: As `build_model` and `BaseDetector.load_pretrained`.
+        DataError: If a file is not readable or does not fit.
+        UnavailableError: If the pretrained weights cannot be downloaded.
+    """
+    if weights is not None:
+        return load_detector(weights)
+    detector = build_model(model, backbone)
+    if pretrained:
+        detector.load_pretrained(pretrained)
+    return detector
 
 
 def load_teacher(path: Path, device: torch.device, config_path: Path | None = None) -> BaseDetector | OnnxTeacher:
-    """Load a frozen teacher onto a device."""
+    """Load a teacher onto a device.
+
+    Args:
+        path: best.pt of a run, a .pt file of Ultralytics, or an .onnx file.
+        device: Device of the teacher.
+        config_path: YAML file that describes inputs and outputs of an .onnx file that hkd-export did not write.
+
+    Returns:
+        The teacher in evaluation mode.
+
+    Raises:
+        HkdError: If the file cannot be loaded.
+    """
     if is_onnx_file(path):
         return load_onnx_teacher(path, device, config_path)
     return load_detector(path).to(device).to(memory_format=torch.channels_last)
 
 
 def load_detector(path: Path) -> BaseDetector:
-    """The detector in `best.pt` of one of our runs, or in a .pt file of Ultralytics', in evaluation mode.
+    """Load a detector from best.pt of a run or from a .pt file of Ultralytics.
 
-    Raises DataError for a file that is missing, broken or something else, UsageError for a black box.
+    Args:
+        path: The file.
+
+    Returns:
+        The detector in evaluation mode on the CPU.
+
+    Raises:
+        DataError: If the file is missing, broken or of another kind.
+        UsageError: If the file is an .onnx file.
     """
     _check_not_onnx(path)
     if is_ultralytics_file(path):
@@ -120,28 +164,38 @@ def load_detector(path: Path) -> BaseDetector:
 
 
 def model_name(path: Path) -> str:
-    """The model that such a file holds: a named size, or Ultralytics' name. Raises as `open_teacher` does."""
+    """Return the name of the model in a checkpoint file. Arguments and errors are those of `load_detector`."""
     _check_not_onnx(path)
     if is_ultralytics_file(path):
         return str(load_ultralytics(path).spec.name)
     return load_detector_checkpoint(path).model
 
 
+def count_params_and_flops(detector: BaseDetector, imgsz_hw: tuple[int, int]) -> ModelComplexity:
+    """Count parameters and operations of the exported form by running it once on an empty image.
+
+    Args:
+        detector: The detector. Its mode is restored.
+        imgsz_hw: Height and width of the image, multiples of 32, pixels.
+
+    Returns:
+        The counts.
+    """
+    device = next(detector.parameters()).device
+    counter = FlopCounterMode(display=False)
+    was_training = detector.training
+    called: set[nn.Module] = set()
+    detector.eval()
+    with torch.no_grad(), counter, observe_calls(detector, on_output=lambda _name, module, *_: called.add(module)):
+        detector.predict(torch.zeros(1, 3, *imgsz_hw, device=device))
+    detector.train(was_training)
+    exported = {parameter for module in called for parameter in module.parameters(recurse=False)}
+    return ModelComplexity(sum(parameter.numel() for parameter in exported), counter.get_total_flops(), imgsz_hw)
+
+
 def _check_not_onnx(path: Path) -> None:
     if is_onnx_file(path):
         raise UsageError(
-            f"{path} is a black box, it shows no layers and has no weights to start from; "
-            "--distill detections learns from its boxes and scores"
+            f"{path}: an ONNX file has no feature maps and no weights to start from. "
+            "Use it with --teacher and --distill soft_labels."
         )
-
-
-def build_student(model: str, backbone: str, pretrained: str, weights: Path | None = None) -> BaseDetector:
-    """The detector to train, on the CPU; `init` is a checkpoint whose shape and weights are its start."""
-    if weights is not None:
-        return load_detector(weights)
-    detector = build_model(model, backbone)
-    if pretrained:
-        if not isinstance(detector, HKDDetector | FasterRCNN):
-            raise UsageError(f"--pretrained fills timm's backbones; {model} has one of its own")
-        load_pretrained(detector.backbone, detector.spec.backbone, pretrained)
-    return detector

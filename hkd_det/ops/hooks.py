@@ -1,41 +1,50 @@
-"""Recording taps: the named layers' outputs while the network runs, without changing the network."""
+"""Forward hooks: recording feature maps, and observing the calls of modules. The model is not changed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hkd_det.errors import UsageError
-from hkd_det.models.base import FeatureInfo
+
+OnInput = Callable[[str, nn.Module, tuple[Any, ...]], None]
+OnOutput = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
 
 
 class FeatureHooks:
-    """Keeps the last output of each tapped layer until it is taken.
+    """Keeps the last output of each given layer until `pop` (as timm's `FeatureHooks`).
 
-    copies: keep copies, for layers after which something works in place.
+    Args:
+        model: Model whose layers are recorded.
+        names: Layers as in `named_modules`.
+        clone: Keep copies of the outputs. Required for layers whose output a later layer changes in place.
+
+    Raises:
+        UsageError: If the model has no layer of one of the names.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[FeatureInfo], clone: bool = False) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], clone: bool = False) -> None:
         modules = dict(model.named_modules())
-        unknown = [tap.name for tap in layers if tap.name not in modules]
+        unknown = [name for name in names if name not in modules]
         if unknown:
-            raise UsageError(f"the network has no layer {unknown[0]!r} to tap")
+            raise UsageError(f"{unknown[0]}: no such layer. hkd-train --list-layers prints all layers.")
         self._outputs: dict[str, Tensor] = {}
         self._clone = clone
-        self._layer_names = [tap.name for tap in layers]
+        self._layer_names = list(names)
         self._handles: list[RemovableHandle] = [
             modules[name].register_forward_hook(self._make_hook(name)) for name in self._layer_names
         ]
 
     def pop(self) -> list[Tensor]:
-        """The recorded maps in the order of the taps; they are forgotten here, so that no step holds the last one's."""
-        maps = [self._outputs[name] for name in self._layer_names]
+        """Return the recorded outputs in the order of the names and drop them, so that they do not outlive the step."""
+        outputs = [self._outputs[name] for name in self._layer_names]
         self._outputs.clear()
-        return maps
+        return outputs
 
     def close(self) -> None:
-        """Stop recording and let go of everything."""
+        """Remove the hooks and drop all outputs."""
         for handle in self._handles:
             handle.remove()
         self._outputs.clear()
@@ -45,3 +54,36 @@ class FeatureHooks:
             self._outputs[name] = output.clone() if self._clone else output
 
         return record
+
+
+@contextmanager
+def observe_calls(
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    on_input: OnInput | None = None,
+    on_output: OnOutput | None = None,
+) -> Iterator[None]:
+    """Call functions before and after every forward pass of given layers, inside a `with` block.
+
+    Args:
+        model: Model whose layers are observed.
+        names: Layers as in `named_modules`. None: all layers except the model itself.
+        on_input: Called with name, module and inputs before the layer runs.
+        on_output: Called with name, module, inputs and output after the layer has run.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    with ExitStack() as stack:
+        for name in modules if names is None else names:
+            if on_input:
+                stack.callback(modules[name].register_forward_pre_hook(_bind_input(on_input, name)).remove)
+            if on_output:
+                stack.callback(modules[name].register_forward_hook(_bind_output(on_output, name)).remove)
+        yield
+
+
+def _bind_input(on_input: OnInput, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda module, inputs: on_input(name, module, inputs)
+
+
+def _bind_output(on_output: OnOutput, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    return lambda module, inputs, output: on_output(name, module, inputs, output)

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms
 
+from hkd_det.ops.boxes import batched_box_iou, pairwise_intersection
+
 # Share of two boxes' union that they have in common: up to the first they are two people, from the second on one. Of
 # the Reasonable people in CityPersons' validation set 4.4 % share more than 0.6 with another, 0.8 % more than 0.8
 # (benchmarks/studies/doubles.py --crowd).
@@ -46,7 +48,7 @@ def decay_duplicate_scores(boxes_xyxy: Tensor, logits: Tensor) -> Tensor:
     """
     best, leads = boxes_xyxy[:, :NMS_TOPK].float(), logits[:, :NMS_TOPK].float() / LOGIT_MARGIN
     steep = 1 / (IOU_LIMITS[1] - IOU_LIMITS[0])
-    same = (_broadcast_box_iou(best[:, :, None], best[:, None]) * steep - IOU_LIMITS[0] * steep).clamp(0, 1)
+    same = (batched_box_iou(best, best) * steep - IOU_LIMITS[0] * steep).clamp(0, 1)
     lead = (leads[:, :, None] - leads[:, None]).clamp(0, 1)
     rank = torch.arange(best.shape[1], dtype=best.dtype, device=best.device)
     fade = (2 - rank * (2 / NMS_TOPK)).clamp(0, 1)
@@ -58,18 +60,6 @@ def suppress_duplicates(boxes_xyxy: Tensor, logits: Tensor) -> tuple[Tensor, Ten
     """Boxes [B, K, 4] and their `distinct` scores [B, K], falling, of boxes and logits that fall."""
     scores, index = decay_duplicate_scores(boxes_xyxy, logits).topk(logits.shape[1])
     return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
-
-
-def _broadcast_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Intersection over union of boxes [..., 4] that broadcast; 0 where both are empty."""
-    across = (torch.minimum(boxes1[..., 2], boxes2[..., 2]) - torch.maximum(boxes1[..., 0], boxes2[..., 0])).clamp(
-        min=0
-    )
-    down = (torch.minimum(boxes1[..., 3], boxes2[..., 3]) - torch.maximum(boxes1[..., 1], boxes2[..., 1])).clamp(min=0)
-    shared = across * down
-    # The millionth of a square pixel keeps empty boxes from dividing by 0.
-    areas = [(one[..., 2] - one[..., 0]) * (one[..., 3] - one[..., 1]) + 1e-6 for one in (boxes1, boxes2)]
-    return shared / (areas[0] + areas[1] - shared)
 
 
 SUPPRESSED_LOGIT = -20.0  # a logit: a score of 2e-9
@@ -121,6 +111,30 @@ def batched_nms(
     return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
 
 
+def nms_detections(
+    boxes_xyxy: Sequence[Tensor], scores: Sequence[Tensor], iou_threshold: float
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Run non-maximum suppression on each image.
+
+    Args:
+        boxes_xyxy (sequence of Tensor[N, 4]): Boxes per image.
+        scores (sequence of Tensor[N]): Scores per image.
+        iou_threshold: A box is removed if its IoU with a better box that remains is higher.
+
+    Returns:
+        boxes (tuple of Tensor[K, 4]): Remaining boxes per image, best first.
+        scores (tuple of Tensor[K]): Their scores.
+    """
+    kept = [
+        nms(image_boxes.float(), image_scores.float(), iou_threshold)
+        for image_boxes, image_scores in zip(boxes_xyxy, scores, strict=True)
+    ]
+    return (
+        tuple(image_boxes[index] for image_boxes, index in zip(boxes_xyxy, kept, strict=True)),
+        tuple(image_scores[index] for image_scores, index in zip(scores, kept, strict=True)),
+    )
+
+
 BLOCK_SIZE = 250  # boxes, by falling score, that are settled together before the next are looked at
 
 
@@ -161,12 +175,9 @@ def _resolve_block(candidates: Tensor, overlaps: Tensor) -> Tensor:
 
 def _exceeds_iou(boxes1: Tensor, boxes2: Tensor, iou_threshold: float) -> Tensor:
     """[B, N, M]: whether the intersection of boxes [B, N, 4] and [B, M, 4] is more than `iou` of their union."""
-    low, high = boxes1[:, :, None], boxes2[:, None]
-    across = (torch.minimum(low[..., 2], high[..., 2]) - torch.maximum(low[..., 0], high[..., 0])).clamp(min=0)
-    down = (torch.minimum(low[..., 3], high[..., 3]) - torch.maximum(low[..., 1], high[..., 1])).clamp(min=0)
-    # i / (a + b - i) > t, without the division.
-    areas = [
-        ((one[..., 2] - one[..., 0]) * (one[..., 3] - one[..., 1])) * (iou_threshold / (1 + iou_threshold))
-        for one in (low, high)
-    ]
-    return across * down > areas[0] + areas[1]
+    # i / (a + b - i) > t without a division.
+    scale = iou_threshold / (1 + iou_threshold)
+    areas1, areas2 = (
+        ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])) * scale for boxes in (boxes1, boxes2)
+    )
+    return pairwise_intersection(boxes1, boxes2) > areas1[..., :, None] + areas2[..., None, :]

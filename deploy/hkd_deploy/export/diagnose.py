@@ -24,6 +24,7 @@ from hkd_deploy.export.graph import ExportModule
 from hkd_deploy.export.parity import BOX_TOLERANCE_PX, SCORE_TOLERANCE, max_abs_difference
 from hkd_deploy.precision.calibration import run_model
 from hkd_deploy.precision.graph_regions import find_constants
+from hkd_det.ops.hooks import observe_calls
 
 CONV_OPS = ("Conv", "ConvTranspose")
 
@@ -106,8 +107,7 @@ def _record_calls(network: nn.Module) -> Iterator[list[LayerTrace]]:
     stack: list[_ActiveCall] = []
     calls: list[LayerTrace] = []
 
-    def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
-        name = known[module]
+    def enter(name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
         if stack:
             stack[-1].is_leaf = False
             # A module that several share has the name that it has with its caller.
@@ -116,20 +116,14 @@ def _record_calls(network: nn.Module) -> Iterator[list[LayerTrace]]:
         plain = len(given) == 1 and isinstance(given[0], Tensor)
         stack.append(_ActiveCall(module, name, given[0].clone() if plain else None))
 
-    def leave(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+    def leave(_name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         scope = "".join(f"/{_get_scope_segment(known[one.module])}" for one in stack)
         call = stack.pop()
         if call.is_leaf and call.input_value is not None and isinstance(output, Tensor):
             calls.append(LayerTrace(call.name, scope, [module], call.input_value, output.clone(), given[0], output))
 
-    inner = [module for module in known if module is not network]
-    hooks = [module.register_forward_pre_hook(enter) for module in inner]
-    hooks += [module.register_forward_hook(leave) for module in inner]
-    try:
+    with observe_calls(network, on_input=enter, on_output=leave):
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _get_scope_segment(name: str) -> str:

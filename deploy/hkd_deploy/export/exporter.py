@@ -28,8 +28,7 @@ from hkd_det.datasets.catalog import dataset_license
 from hkd_det.errors import HkdError
 from hkd_det.files import atomic_write
 from hkd_det.letterbox import STRIDE
-from hkd_det.models.checkpoint import DetectorCheckpoint, weights_sha256
-from hkd_det.models.ultralytics import UltralyticsSpec
+from hkd_det.models.checkpoint import DetectorCheckpoint, get_family, weights_sha256
 from hkd_det.models.zoo import count_params_and_flops
 from hkd_det.structures import Detections, Sample
 from hkd_det.train.engine import predict_dataset
@@ -43,7 +42,7 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
         "author": "hkd-det",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": version("hkd-det"),
-        "license": f"{_get_license(checkpoint)} (code); weights: as {_get_weights_license(checkpoint)}",
+        "license": f"{get_family(checkpoint.spec).license} (code); weights: as {_get_weights_license(checkpoint)}",
         "task": "detect",
         "stride": str(STRIDE),
         "batch": str(options.batch or "dynamic"),
@@ -79,11 +78,6 @@ def _make_eval_metadata(checkpoint: DetectorCheckpoint) -> dict[str, str]:
         "hkd.miss_rate": f"{checkpoint.miss_rate:.6f}",
         "hkd.miss_rate_dataset": f"{checkpoint.config['data']}, val, {checkpoint.config['setup']}, trained weights in torch",
     }
-
-
-def _get_license(checkpoint: DetectorCheckpoint) -> str:
-    """A YOLO model's network is Ultralytics' work, whoever trained it."""
-    return "AGPL-3.0" if isinstance(checkpoint.spec, UltralyticsSpec) else "Apache-2.0"
 
 
 def _get_weights_license(checkpoint: DetectorCheckpoint) -> str:

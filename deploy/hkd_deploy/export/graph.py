@@ -13,12 +13,8 @@ from torch.onnx.operators import shape_as_tensor
 
 from hkd_deploy.export.options import ExportOptions
 from hkd_det.letterbox import PAD_VALUE, STRIDE
-from hkd_det.models import faster_rcnn_trace as two_stage
 from hkd_det.models.base import BaseDetector
-from hkd_det.models.faster_rcnn import FasterRCNN
-from hkd_det.models.ultralytics import UltralyticsDetector
 from hkd_det.ops.boxes import clip_boxes_traceable
-from hkd_det.ops.nms import IOU_THRESHOLD, cluster_nms
 
 
 class LetterboxModule(nn.Module):
@@ -113,40 +109,18 @@ class ExportModule(nn.Module):
         """
         if self.letterbox is not None:
             inputs, source_hw, content_hw = self.letterbox(images.float())
-            boxes, scores = predict_traceable(self.detector, inputs)
+            boxes, scores = self.detector.predict_traceable(inputs, MAX_DET)
             return scale_boxes_to_source(boxes, source_hw, content_hw), scores, (scores >= MIN_SCORE).sum(1)
         # float before permute: TensorRT transposes no uint8.
         inputs = images.float().permute(0, 3, 1, 2) if self.options.preprocess else images * 255
         if self.options.dynamic_size:
             inputs = pad_to_stride(inputs, min_input_hw(self.options.imgsz_hw))
         if self.options.raw:
-            return raw_outputs(self.detector, inputs)
-        boxes, scores = predict_traceable(self.detector, inputs)
+            return self.detector.raw_outputs(inputs)
+        boxes, scores = self.detector.predict_traceable(inputs, MAX_DET)
         return boxes, scores, (scores >= MIN_SCORE).sum(1)
 
 
 def min_input_hw(imgsz_hw: tuple[int, int]) -> tuple[int, int]:
     """(height, width) pixels that a network of free size sees at least."""
     return min(MIN_SIDE, imgsz_hw[0]), min(MIN_SIDE, imgsz_hw[1])
-
-
-def predict_traceable(detector: BaseDetector, images: Tensor) -> tuple[Tensor, Tensor]:
-    """`detect` by shapes that depend on no value: the best boxes [B, K, 4] input pixels and scores [B, K], falling."""
-    match detector:
-        case FasterRCNN():
-            iou = detector.roi_heads.nms_thresh
-        case UltralyticsDetector(is_end2end=False):
-            iou = IOU_THRESHOLD
-        case _:  # leaves its doubles out itself, or has none
-            return detector.predict(images, MAX_DET)
-    boxes, logits = raw_outputs(detector, images)
-    return cluster_nms(boxes, logits.sigmoid(), MAX_DET, iou)
-
-
-def raw_outputs(detector: BaseDetector, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes [B, A, 4] input pixels and logits [B, A] of the branch that `detect` chooses from."""
-    if isinstance(detector, FasterRCNN):
-        return two_stage.compute_faster_rcnn_outputs(detector, images)
-    prediction = detector(images)
-    branch = prediction.one2one or prediction.one2many
-    return branch.boxes_xyxy, branch.logits

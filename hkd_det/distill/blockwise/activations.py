@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hkd_det.distill.blockwise.blocks import ReplaceableConv
 from hkd_det.errors import DataError
 from hkd_det.files import atomic_write
+from hkd_det.ops.hooks import observe_calls
 
 
 class LayerInputs:
@@ -180,23 +181,14 @@ class _StopForwardError(Exception):
 def _record_image_inputs(network: nn.Module, layers: Sequence[str], image: Tensor) -> dict[str, Tensor]:
     """Record the inputs of layers for one image [1, 3, H, W]; stop the forward pass at the last layer."""
     inputs: dict[str, Tensor] = {}
-    modules = dict(network.named_modules())
 
-    def make_hook(name: str) -> Any:
-        def record(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[name] = arguments[0].half()
-            if len(inputs) == len(layers):
-                raise _StopForwardError
+    def record(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[name] = arguments[0].half()
+        if len(inputs) == len(layers):
+            raise _StopForwardError
 
-        return record
-
-    handles = [modules[name].register_forward_pre_hook(make_hook(name)) for name in layers]
-    try:
-        with suppress(_StopForwardError):
-            network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with suppress(_StopForwardError), observe_calls(network, layers, on_input=record):
+        network(image)
     for name, values in inputs.items():
         if not torch.isfinite(values).all():
             raise DataError(

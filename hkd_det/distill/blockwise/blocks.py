@@ -3,16 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hkd_det.errors import UsageError
-from hkd_det.models.base import BaseDetector
+from hkd_det.models.base import BaseDetector, DetectorPart
 from hkd_det.models.checkpoint import build_from_spec
-from hkd_det.models.parts import DetectorPart, part_of
 from hkd_det.models.surgery import is_dense_conv3x3, make_block
+from hkd_det.ops.hooks import observe_calls
 
 StateDict = Mapping[str, Tensor]
 
@@ -70,7 +69,7 @@ def find_replaceable_convs(
     layers, macs_before = [], 0
     for name, macs in trace.macs.items():
         module = modules[name]
-        if trace.calls[name] == 1 and _is_replaceable(module, min_channels) and part_of(detector, name) in parts:
+        if trace.calls[name] == 1 and _is_replaceable(module, min_channels) and detector.part_of(name) in parts:
             assert isinstance(module, nn.Conv2d)
             _, channels, height, width = trace.input_shapes[name]
             layers.append(
@@ -162,35 +161,21 @@ def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw
     """Run the detector once on a black image and record every convolution and normalization."""
     trace = _ConvTrace(Counter(), {}, {}, {}, {})
 
-    def make_conv_hook(name: str) -> Any:
-        def record(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
             trace.calls[name] += 1
             trace.input_shapes[name] = tuple(inputs[0].shape)
             trace.macs[name] = module.weight.numel() * output.shape[-2] * output.shape[-1]
             if is_dense_conv3x3(module):
-                trace.outputs[name] = output  # a reference keeps the memory from being reused for other tensors
+                trace.outputs[name] = output  # Kept, so that no other tensor takes its place in memory.
+        else:
+            trace.norm_by_conv |= {conv: name for conv, value in trace.outputs.items() if inputs[0] is value}
 
-        return record
-
-    def make_norm_hook(name: str) -> Any:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for conv, output in trace.outputs.items():
-                if inputs[0] is output:
-                    trace.norm_by_conv[conv] = name
-
-        return record
-
-    handles = []
-    for name, module in modules.items():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(make_conv_hook(name)))
-        elif has_running_stats(module):
-            handles.append(module.register_forward_pre_hook(make_norm_hook(name)))
+    names = [name for name, module in modules.items() if isinstance(module, nn.Conv2d) or has_running_stats(module)]
     was_training = detector.training
     try:
-        detector.eval()(torch.zeros(1, 3, *imgsz_hw, device=next(detector.parameters()).device))
+        with observe_calls(detector, names, on_output=record):
+            detector.eval()(torch.zeros(1, 3, *imgsz_hw, device=next(detector.parameters()).device))
     finally:
         detector.train(was_training)
-        for handle in handles:
-            handle.remove()
     return trace

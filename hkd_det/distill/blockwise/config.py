@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hkd_det.errors import UsageError
-from hkd_det.models.parts import DetectorPart
+from hkd_det.models.base import DetectorPart
 
 Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
 

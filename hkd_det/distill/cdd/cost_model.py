@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.surgery import PrunableLayer
 from hkd_det.models.zoo import ModelComplexity, count_params_and_flops
+from hkd_det.ops.hooks import observe_calls
 
 
 class ChannelCostModel:
@@ -127,19 +128,15 @@ class _ConvCost:
 def _count_positions(detector: BaseDetector, imgsz_hw: tuple[int, int]) -> Counter[str]:
     """Count the output positions of every convolution for one image in inference, summed over all calls."""
     counts: Counter[str] = Counter()
-    handles = []
-    for name, module in detector.named_modules():
-        if isinstance(module, nn.Conv2d):
+    convs = [name for name, module in detector.named_modules() if isinstance(module, nn.Conv2d)]
 
-            def count(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                counts[name] += output.shape[-2] * output.shape[-1]
+    def count(name: str, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counts[name] += output.shape[-2] * output.shape[-1]
 
-            handles.append(module.register_forward_hook(count))
     was_training = detector.training
     try:
-        detector.eval().predict(torch.zeros(1, 3, *imgsz_hw, device=next(detector.parameters()).device))
+        with observe_calls(detector, convs, on_output=count):
+            detector.eval().predict(torch.zeros(1, 3, *imgsz_hw, device=next(detector.parameters()).device))
     finally:
         detector.train(was_training)
-        for handle in handles:
-            handle.remove()
     return counts

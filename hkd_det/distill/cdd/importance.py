@@ -16,7 +16,6 @@ from torchvision.ops import box_iou
 
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.models.base import Targets
-from hkd_det.models.faster_rcnn import split_ignored
 
 CHUNK_SIZE = 64  # similarities per chunk in the top-k search
 EMA_DECAY = 0.9  # decay of the mean response per comparison
@@ -211,7 +210,7 @@ def sample_regions(targets: Targets, input_hw: tuple[int, int], has_negatives: b
     Returns:
         The regions.
     """
-    gt_boxes, ignore_boxes = split_ignored(targets)
+    gt_boxes, ignore_boxes = targets.split_ignored()
     rois = [_boxes_to_rois(gt_boxes)]
     if has_negatives:
         negatives = [

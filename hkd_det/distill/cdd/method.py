@@ -13,7 +13,7 @@ from hkd_det.distill.cdd.compactor import CompactorSite, find_compactors
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.importance import ChannelImportance, PooledFeatures, sample_regions
 from hkd_det.errors import UsageError
-from hkd_det.models.base import BaseDetector, DenseOutputs, FeatureInfo, ProposalOutputs
+from hkd_det.models.base import BaseDetector, DenseOutputs, ProposalOutputs
 from hkd_det.models.faster_rcnn import FasterRCNN
 from hkd_det.ops.hooks import FeatureHooks
 from hkd_det.ops.losses import quality_focal_kd_loss
@@ -37,9 +37,9 @@ class CDD(nn.Module):
         self.config = config
         self.sites = tuple(sites)  # no submodules: they are the student's
         names = [name for site in sites for name in site.layer.norms]
-        self._student_hooks = FeatureHooks(student, [FeatureInfo(f"{name}.norm", 0, 0) for name in names])
+        self._student_hooks = FeatureHooks(student, [f"{name}.norm" for name in names])
         # Activations after the teacher's normalisations work in place and would overwrite what is recorded.
-        self._teacher_hooks = FeatureHooks(teacher, [FeatureInfo(name, 0, 0) for name in names], clone=True)
+        self._teacher_hooks = FeatureHooks(teacher, names, clone=True)
         self.adapters = nn.ModuleList(_make_adapter(site, teacher) for site in sites)
         self.importance = nn.ModuleList(
             ChannelImportance(config, len(site.compactor.masked), _get_teacher_channels(site, teacher))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from hkd_deploy.export.graph import predict_traceable
 from hkd_deploy.export.parity import compute_box_difference
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.faster_rcnn_trace import _roi_align_level
@@ -28,7 +27,7 @@ def test_the_same_people(size_hw: tuple[int, int]) -> None:
     detector = lively()
     pictures = torch.randint(0, 255, (2, 3, *size_hw), generator=torch.Generator().manual_seed(1)).float()
     wanted_boxes, wanted_scores = detector.predict(pictures)
-    boxes, scores = predict_traceable(detector, pictures)
+    boxes, scores = detector.predict_traceable(pictures)
     torch.testing.assert_close(scores, wanted_scores, atol=1e-5, rtol=0)
     for picture in range(2):
         real = int((wanted_scores[picture] > 0).sum())

@@ -45,7 +45,7 @@ def in_place(_tensors: object) -> None:
 def arbiter(net: Net, settings: MoKDConfig) -> GradientBalancer:
     if settings.solver == "amortized":
         return AmortizedBalancer(settings, list(net.parameters()), in_place)
-    taps = FeatureHooks(net, TAPS) if settings.gradient_level == "feature" else None
+    taps = FeatureHooks(net, [layer.name for layer in TAPS]) if settings.gradient_level == "feature" else None
     return GradientSpaceBalancer(settings, list(net.parameters()), taps, in_place)
 
 

@@ -11,11 +11,11 @@ from hkd_det.distill.distiller import DistillationLoss
 from hkd_det.distill.hkd import HKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item
 from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
-from hkd_det.distill.soft_labels import roi_soft_label_losses
 from hkd_det.errors import UsageError
 from hkd_det.models.base import DetectionBatch, ProposalOutputs, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.faster_rcnn_loss import roi_soft_label_losses
 from hkd_det.ops.losses import clamp_min_one
 
 ANCHORS = (16, 32, 64, 128, 256)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hkd_det.errors import DataError, UsageError
-from hkd_det.models.backbone import Backbone, load_pretrained
+from hkd_det.models.backbone import Backbone, load_backbone_weights
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec, freeze_batch_norm
 from hkd_det.models.zoo import DEFAULT_TEACHER, MODELS, build_model, count_params_and_flops
 from hkd_det.ops.nms import SUPPRESSED_LOGIT, peak_nms, suppress_duplicates
@@ -122,7 +122,7 @@ def test_unknown_names_say_what_there_is() -> None:
 def test_pretrained_weights_of_the_same_backbone_are_loaded(tmp_path) -> None:  # type: ignore[no-untyped-def]
     donor, heir = HKDDetector(TINY).backbone, HKDDetector(TINY).backbone
     torch.save(donor.body.state_dict(), tmp_path / "weights.pth")
-    load_pretrained(heir, TINY.backbone, str(tmp_path / "weights.pth"))
+    load_backbone_weights(heir, TINY.backbone, str(tmp_path / "weights.pth"))
     assert all(torch.equal(a, b) for a, b in zip(donor.state_dict().values(), heir.state_dict().values(), strict=True))
 
 
@@ -132,7 +132,7 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path) -> None:  # ty
     (tmp_path / "text.pth").write_text("no weights")
     for name, message in (("other.pth", "fits"), ("text.pth", "not a weights file"), ("none.pth", "no such file")):
         with pytest.raises(DataError, match=message):
-            load_pretrained(heir, TINY.backbone, str(tmp_path / name))
+            load_backbone_weights(heir, TINY.backbone, str(tmp_path / name))
 
 
 def test_only_local_maxima_of_a_level_keep_their_score() -> None:

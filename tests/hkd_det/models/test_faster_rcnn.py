@@ -15,13 +15,11 @@ from hkd_det.models.backbone import Backbone
 from hkd_det.models.base import Targets
 from hkd_det.models.checkpoint import build_from_spec, spec_from_dict, spec_to_dict
 from hkd_det.models.faster_rcnn import (
-    IGNORE_LABEL,
     FasterRCNN,
     FasterRCNNSpec,
-    box_intersection,
-    mark_ignored_anchors,
-    split_ignored,
 )
+from hkd_det.models.faster_rcnn_loss import IGNORE_LABEL, mark_ignored_anchors
+from hkd_det.ops.boxes import pairwise_intersection
 
 TINY = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 PICTURES = torch.randint(0, 255, (2, 3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -122,7 +120,7 @@ def test_what_is_said_inside_an_ignore_region_has_no_influence_on_the_first_stag
     tiny.loss(replace(output, objectness=objectness), watched)["rpn_cls"].backward()
     seen = output.anchors_xyxy.clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))
     area = (seen[:, 2:] - seen[:, :2]).prod(-1)  # of the part inside the picture
-    inside = box_intersection(seen, torch.tensor([region]))[:, 0] >= 0.5 * area
+    inside = pairwise_intersection(seen, torch.tensor([region]))[:, 0] >= 0.5 * area
     apart = box_iou(output.anchors_xyxy, torch.tensor([[10.0, 5.0, 30.0, 60.0]]))[:, 0] == 0
     assert (inside & apart).sum() > 50 and not objectness.grad[:, inside & apart].any()
     assert objectness.grad[:, ~inside & apart].all()
@@ -163,7 +161,7 @@ def test_only_background_mostly_inside_is_discarded(corners: list[tuple[int, int
 def test_padding_is_neither_person_nor_ignored() -> None:
     batch = Targets(torch.tensor([[[0.0, 0, 9, 9], [0, 0, 5, 5]]]), torch.tensor([[True, False]]),
                        torch.tensor([[False, False]]))  # fmt: skip
-    (people,), (ignored,) = split_ignored(batch)
+    (people,), (ignored,) = batch.split_ignored()
     assert people.tolist() == [[0, 0, 9, 9]] and ignored.shape == (0, 4)
 
 
@@ -184,7 +182,7 @@ def test_regions_are_judged_one_by_one(tiny: FasterRCNN) -> None:
 def test_taps_are_the_maps_regions_are_read_from(tiny: FasterRCNN) -> None:
     from hkd_det.ops.hooks import FeatureHooks
 
-    recorder = FeatureHooks(tiny, tiny.feature_info())
+    recorder = FeatureHooks(tiny, [layer.name for layer in tiny.feature_info()])
     output = tiny(PICTURES)
     for tap, mine, other in zip(tiny.feature_info(), recorder.pop(), output.features, strict=True):
         assert torch.equal(mine, other) and mine.shape == (2, tap.channels, 64 // tap.stride, 96 // tap.stride)

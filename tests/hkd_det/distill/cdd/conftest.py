@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hkd_det.models.base import BaseDetector
-from hkd_det.models.checkpoint import ModelSpec, build_from_spec
+from hkd_det.models.base import BaseDetector, ModelSpec
+from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
 from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
