@@ -1,7 +1,7 @@
-"""`bench`: several models on the same pictures, each in processes of its own, in turn.
+"""Measurement of several models on the same images, each in processes of its own.
 
-A round measures every model once; the next round starts with another model. A machine that grows warm or busy
-then slows all of them alike, instead of the last one.
+A round measures every model once, and the next round starts with another model. A machine that becomes warm or busy
+then slows down all models alike.
 """
 
 import json
@@ -31,13 +31,22 @@ from hkd_det.structures import Detections, Sample
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure.
+    """Options of `bench`.
 
-    data, split, command: where the samples come from and what was typed, for the record. annotated: the samples' truth
-    is known; without it no miss rate is measured. backends: each of them measures every model; None is the one of the
-    model's kind of file. threads: CPU threads, None leaves it to the runtime. runs: timed runs a model over all rounds.
-    warm_up, warm_up_s: untimed runs a round, at least so many and for at least so long. staged_runs: runs a round that
-    time the stages. timed_pictures: most different pictures that are timed; they are held in memory.
+    Attributes:
+        device: cpu, cuda or cuda:N.
+        backends: Each of them measures every model; None selects the default backend of the model file.
+        threads: CPU threads; None for the default of the runtime.
+        runs: Timed runs per model, over all rounds.
+        rounds: Number of processes per model.
+        warmup: Minimum number of untimed runs per round.
+        warmup_s: Minimum duration of the untimed runs per round, in seconds.
+        stage_runs: Runs per round that time each stage.
+        max_timed_images: Maximum number of different images that are timed; they are held in memory.
+        data: Name of the data set, stored in the result.
+        split: Split of the data set, stored in the result.
+        command: Command line, stored in the result.
+        has_ground_truth: False for images without annotations: no miss rate is measured.
     """
 
     device: str = "cpu"
@@ -57,7 +66,14 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class BenchEntry:
-    """A model file on a backend, under the name it has in the tables. sha256: 64 hexadecimal digits of the file."""
+    """One model file on one backend.
+
+    Attributes:
+        path: Model file or directory.
+        backend: Name of the backend.
+        name: Name in tables and plots.
+        sha256: Hexadecimal digest of the file, or of the digests of a directory's files.
+    """
 
     path: Path
     backend: str
@@ -68,63 +84,75 @@ class BenchEntry:
 def bench(
     models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions, names: Sequence[str] | None = None
 ) -> BenchResult:
-    """Measure model files side by side: miss rate over all samples, latency on some of them, memory.
+    """Measure the miss rate over all samples, and latency and memory on some of them.
 
-    names: one a model and backend for the tables, the file names by default. Raises UsageError for options that make no
-    sense, DataError and UnavailableError as opening and reading raise them.
+    Args:
+        models: Files or directories written by hkd-export.
+        samples: Images, with ground truth unless `options.has_ground_truth` is false.
+        options: Options of the measurement.
+        names: One name per model and backend. The default is the file name.
+
+    Returns:
+        The measurements of all models.
+
+    Raises:
+        UsageError: An option or a name is invalid.
+        DataError: A model or an image is missing or invalid.
+        UnavailableError: A device or backend is missing, or a process ended early.
     """
     _check_options(models, samples, options)
-    contenders = _make_entries(models, options.backends, names)
-    facts = read_host_fields()  # before the measurement itself raises the load
-    rounds: list[list[WorkerResult]] = [[] for _ in contenders]
-    detections: list[list[Detections]] = [[] for _ in contenders]
+    entries = _make_entries(models, options.backends, names)
+    host = read_host_fields()  # before the measurement raises the load average
+    results: list[list[WorkerResult]] = [[] for _ in entries]
+    detections: list[list[Detections]] = [[] for _ in entries]
     with (
-        tempfile.TemporaryDirectory(prefix="hkd-bench-") as folder,
-        _make_progress_bar(contenders, samples, options) as bar,
+        tempfile.TemporaryDirectory(prefix="hkd-bench-") as work_dir,
+        _make_progress_bar(entries, samples, options) as bar,
     ):
-        for number in range(options.rounds):
-            for turn in range(len(contenders)):
-                index = (turn + number) % len(contenders)
-                bar.set_description(f"round {number + 1}/{options.rounds} {contenders[index].name}")
-                job = _make_job(contenders[index], samples, options, number, Path(folder))
-                rounds[index].append(_run_worker(job, Path(folder), bar))
+        for round_index in range(options.rounds):
+            for turn in range(len(entries)):
+                index = (turn + round_index) % len(entries)
+                bar.set_description(f"round {round_index + 1}/{options.rounds} {entries[index].name}")
+                job = _make_job(entries[index], samples, options, round_index, Path(work_dir))
+                results[index].append(_run_worker(job, Path(work_dir), bar))
                 if job.eval_images:
                     detections[index] = read_detections_npz(Path(job.detections_npz))
+    eval_samples = samples if options.has_ground_truth else ()
     return BenchResult(
         schema=SCHEMA_VERSION,
         command=options.command,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
-        host=facts,
+        host=host,
         device=options.device,
         threads=options.threads,
         data=options.data,
         split=options.split,
-        num_images=len(samples) if options.has_ground_truth else 0,
+        num_images=len(eval_samples),
         num_timed_images=len(_select_timed_samples(samples, options)),
         runs=options.runs,
         rounds=options.rounds,
         warmup=options.warmup,
         warmup_s=options.warmup_s,
         models=tuple(
-            _make_model_result(contender, measured, evaluate_detections(samples if found else (), found))
-            for contender, measured, found in zip(contenders, rounds, detections, strict=True)
+            _make_model_result(entry, rounds, evaluate_detections(eval_samples, model_detections))
+            for entry, rounds, model_detections in zip(entries, results, detections, strict=True)
         ),
     )
 
 
 def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> None:
     if not models:
-        raise UsageError("no model to measure")
+        raise UsageError("MODEL: expected at least one model")
     if not samples:
-        raise DataError("no pictures to measure on")
+        raise DataError(f"{options.data or 'samples'}: contains no images")
     for backend in options.backends:
         if backend is not None and backend not in BACKENDS:
             raise UsageError(f"--backend {backend}: expected {', '.join(BACKENDS)}")
-    for name in ("runs", "rounds", "stage_runs", "timed_images"):
+    for name in ("runs", "rounds", "stage_runs", "max_timed_images"):
         if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
     if options.runs < options.rounds:
-        raise UsageError(f"--runs {options.runs}: fewer than the {options.rounds} rounds")
+        raise UsageError(f"--runs: expected at least {options.rounds}, one per round, got {options.runs}")
 
 
 def _make_entries(
@@ -141,14 +169,14 @@ def _make_entries(
 def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:
     if names is None:
         paths = {path for path, _ in pairs}
-        short = len({path.stem for path in paths}) == len(paths)
-        names = [path.stem if short else str(path) for path, _ in pairs]
+        has_unique_stems = len({path.stem for path in paths}) == len(paths)
+        names = [path.stem if has_unique_stems else str(path) for path, _ in pairs]
         if len(set(names)) < len(names):
             names = [f"{name} {backend}" for name, (_, backend) in zip(names, pairs, strict=True)]
     if len(names) != len(pairs):
-        raise UsageError(f"--names: {len(names)} names for {len(pairs)} models (each on each backend)")
+        raise UsageError(f"--names: expected {len(pairs)} names (each model on each backend), got {len(names)}")
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UsageError(f"--names {','.join(names)}: every model needs a name of its own")
+        raise UsageError(f"--names {','.join(names)}: expected unique names that are not empty")
     return list(names)
 
 
@@ -158,16 +186,16 @@ def _hash_model_files(path: Path) -> str:
 
 
 def _select_timed_samples(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
-    """Spread over the split."""
-    places = np.linspace(0, len(samples) - 1, min(options.max_timed_images, len(samples)))
-    return [samples[place] for place in places.round().astype(int)]
+    """Select samples at equal distances."""
+    indices = np.linspace(0, len(samples) - 1, min(options.max_timed_images, len(samples)))
+    return [samples[index] for index in indices.round().astype(int)]
 
 
 def _make_job(
     entry: BenchEntry, samples: Sequence[Sample], options: BenchOptions, round_index: int, work_dir: Path
 ) -> WorkerJob:
-    """The first round evaluates too, after its times are taken: what is wrong with the data shows early."""
-    evaluated = samples if options.has_ground_truth and round_index == 0 else ()
+    """Build the job of one round; the first round also evaluates, so that errors in the data appear early."""
+    eval_samples = samples if options.has_ground_truth and round_index == 0 else ()
     return WorkerJob(
         model=str(entry.path),
         device=options.device,
@@ -178,20 +206,19 @@ def _make_job(
         warmup_s=options.warmup_s,
         runs=options.runs // options.rounds + (round_index < options.runs % options.rounds),
         stage_runs=options.stage_runs,
-        eval_images=tuple(str(sample.path) for sample in evaluated),
+        eval_images=tuple(str(sample.path) for sample in eval_samples),
         detections_npz=str(work_dir / "detections.npz"),
     )
 
 
 def _make_progress_bar(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
-    each = (
-        options.runs + options.rounds * (options.warmup + options.stage_runs) + options.has_ground_truth * len(samples)
-    )
-    return tqdm(total=len(entries) * each, unit="run", leave=False)
+    num_eval_images = len(samples) if options.has_ground_truth else 0
+    runs_per_entry = options.runs + options.rounds * (options.warmup + options.stage_runs) + num_eval_images
+    return tqdm(total=len(entries) * runs_per_entry, unit="run", leave=False)
 
 
 def _run_worker(job: WorkerJob, work_dir: Path, bar: "tqdm[Any]") -> WorkerResult:
-    """Run one worker to its end; its HkdError is raised here."""
+    """Run one worker process and raise its `HkdError`, if any."""
     job_path, out_path, log_path = work_dir / "job.json", work_dir / "out.json", work_dir / "worker.log"
     job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     out_path.unlink(missing_ok=True)
@@ -200,31 +227,31 @@ def _run_worker(job: WorkerJob, work_dir: Path, bar: "tqdm[Any]") -> WorkerResul
         try:
             assert worker.stdout is not None
             for line in worker.stdout:
-                bar.update(int(line) if line.strip().isdigit() else 0)  # a library may talk too
+                bar.update(int(line) if line.strip().isdigit() else 0)  # libraries may print other lines
         except BaseException:
             worker.kill()
             raise
     if not out_path.exists():
         raise UnavailableError(f"{job.model}: {_worker_error(worker.returncode, log_path)}")
-    found = json.loads(out_path.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise ERROR_CLASSES[found["error"]](found["message"])
-    return WorkerResult(**found["measured"])
+    content = json.loads(out_path.read_text(encoding="utf-8"))
+    if "error" in content:
+        raise ERROR_CLASSES[content["error"]](content["message"])
+    return WorkerResult(**content["result"])
 
 
 def _worker_error(returncode: int, log_path: Path) -> str:
-    """Why a worker ended without a word."""
+    """Describe why a worker process ended without a result."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if returncode == -9:
-        return "the measuring process was killed (signal 9), most likely for lack of memory; close other programs"
-    return f"the measuring process ended with code {returncode}: {lines[-1] if lines else 'no message'}"
+        return "the worker process was killed (signal 9), probably for lack of memory. Close other programs."
+    return f"the worker process ended with exit code {returncode}: {lines[-1] if lines else 'no message'}"
 
 
 def _make_model_result(
-    entry: BenchEntry, rounds: Sequence[WorkerResult], evaluation: dict[str, MissRateResult]
+    entry: BenchEntry, rounds: Sequence[WorkerResult], miss_rates: dict[str, MissRateResult]
 ) -> ModelResult:
-    first, largest = rounds[0], max(rounds, key=lambda one: one.peak_memory_mib)
-    stages = np.concatenate([one.stages_ms for one in rounds])
+    first, largest = rounds[0], max(rounds, key=lambda result: result.peak_memory_mib)
+    stages = np.concatenate([result.stages_ms for result in rounds])
     return ModelResult(
         name=entry.name,
         path=str(entry.path),
@@ -235,13 +262,13 @@ def _make_model_result(
         flops=first.flops,
         imgsz_hw=(first.imgsz_hw[0], first.imgsz_hw[1]),
         file_mib=sum(file.stat().st_size for file in list_model_files(entry.path)) / 2**20,
-        miss_rates={setup: found.value if found.num_gt else None for setup, found in evaluation.items()},
-        num_gt={setup: found.num_gt for setup, found in evaluation.items()},
-        curve=StoredCurve.from_miss_rate(evaluation[REASONABLE.name]),
-        curve_all=StoredCurve.from_miss_rate(evaluation["All"]),
-        e2e_ms=tuple(sample for one in rounds for sample in one.e2e_ms),
+        miss_rates={setup: result.value if result.num_gt else None for setup, result in miss_rates.items()},
+        num_gt={setup: result.num_gt for setup, result in miss_rates.items()},
+        curve=StoredCurve.from_miss_rate(miss_rates[REASONABLE.name]),
+        curve_all=StoredCurve.from_miss_rate(miss_rates["All"]),
+        e2e_ms=tuple(sample for result in rounds for sample in result.e2e_ms),
         stages=StageSamples(*(tuple(column.tolist()) for column in stages.T)),
-        load_ms=tuple(one.load_ms for one in rounds),
+        load_ms=tuple(result.load_ms for result in rounds),
         peak_memory_mib=largest.peak_memory_mib,
         baseline_mib=largest.baseline_mib,
     )

@@ -1,6 +1,6 @@
-"""Where it was measured: facts about this machine, each read, or missing with a reason; never guessed.
+"""Description of this machine, and the energy counters of its processor (Linux powercap, RAPL).
 
-Energy of a stretch of work, from the processor's own counters (Linux powercap, RAPL).
+Every field is read from the system or missing with a reason; none is guessed.
 """
 
 import importlib.metadata
@@ -14,10 +14,26 @@ from pathlib import Path
 
 import psutil
 
+POWERCAP = Path("/sys/class/powercap")
+DISTRIBUTIONS = {
+    "ONNX Runtime": ("onnxruntime", "onnxruntime-gpu"),
+    "OpenVINO": ("openvino",),
+    "TensorRT": ("tensorrt",),
+    "NumPy": ("numpy",),
+    "OpenCV": ("opencv-python-headless", "opencv-python"),
+    "hkd-det": ("hkd-det",),
+}
+
 
 @dataclass(frozen=True)
 class HostField:
-    """One fact; where `value` is None, `reason` says why."""
+    """One field of the machine description.
+
+    Attributes:
+        name: Name of the field.
+        value: Value as text, or None if it cannot be read.
+        reason: Reason why `value` is None; empty otherwise.
+    """
 
     name: str
     value: str | None
@@ -25,17 +41,17 @@ class HostField:
 
 
 class HostFieldError(Exception):
-    """Why a fact cannot be read."""
+    """A field cannot be read; the message gives the reason."""
 
 
 def read_host_fields() -> tuple[HostField, ...]:
-    """All facts, in the order they are shown."""
+    """Read all fields, in display order."""
     readers: tuple[tuple[str, Callable[[], str]], ...] = (
         ("CPU", _read_cpu_model),
         ("cores", _read_core_count),
         ("CPU frequency", _read_cpu_frequency),
         ("CPU governor", lambda: _read_first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"))),
-        ("load average at the start", lambda: f"{os.getloadavg()[0]:.2f} over the last minute"),
+        ("load average at start", lambda: f"{os.getloadavg()[0]:.2f} over the last minute"),
         ("memory", lambda: f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
         ("operating system", _read_os_name),
         ("kernel", platform.release),
@@ -49,26 +65,15 @@ def read_host_fields() -> tuple[HostField, ...]:
     return tuple(_read_field(name, read) for name, read in readers)
 
 
-DISTRIBUTIONS = {
-    "ONNX Runtime": ("onnxruntime", "onnxruntime-gpu"),
-    "OpenVINO": ("openvino",),
-    "TensorRT": ("tensorrt",),
-    "NumPy": ("numpy",),
-    "OpenCV": ("opencv-python-headless", "opencv-python"),
-    "hkd-det": ("hkd-det",),
-}
-
-
 def _read_field(name: str, read: Callable[[], str]) -> HostField:
     try:
         value = read()
         return HostField(name, value) if value else HostField(name, None, "empty")
-    except (HostFieldError, OSError, ValueError) as error:  # ValueError: a system file that holds no number
+    except (HostFieldError, OSError, ValueError) as error:  # ValueError: a system file that contains no number
         return HostField(name, None, str(error))
 
 
 def _read_first_line(path: Path) -> str:
-    """A small system file's first line."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError as error:
@@ -79,15 +84,15 @@ def _read_first_line(path: Path) -> str:
 def _read_cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return found[1].strip()
+        match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        if match:
+            return match[1].strip()
     if platform.processor():
         return platform.processor()
-    found = re.search(r"Model name:\s*([^;]+)", _run_program(["lscpu"]))  # Arm's cpuinfo holds numbers, lscpu the name
-    if found and found[1].strip() != "-":
-        return found[1].strip()
-    raise HostFieldError("neither /proc/cpuinfo nor lscpu names it")
+    match = re.search(r"Model name:\s*([^;]+)", _run_program(["lscpu"]))  # on Arm only lscpu has the name
+    if match and match[1].strip() != "-":
+        return match[1].strip()
+    raise HostFieldError("not in /proc/cpuinfo or the output of lscpu")
 
 
 def _read_core_count() -> str:
@@ -115,12 +120,11 @@ def _query_nvidia_gpu() -> str:
 
 def _read_git_commit() -> str:
     folder = Path(__file__).parent
-    _run_program(
-        ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
-    )  # ours, not a user's around
+    # Fails if the package is installed inside another repository.
+    _run_program(["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name])
     commit = _run_program(["git", "-C", str(folder), "rev-parse", "HEAD"])
     dirty = _run_program(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
-    return commit + (" and uncommitted changes" if dirty else "")
+    return commit + (" with uncommitted changes" if dirty else "")
 
 
 def _make_version_reader(distributions: tuple[str, ...]) -> Callable[[], str]:
@@ -130,48 +134,54 @@ def _make_version_reader(distributions: tuple[str, ...]) -> Callable[[], str]:
                 return f"{importlib.metadata.version(name)} ({name})"
             except importlib.metadata.PackageNotFoundError:
                 continue
-        raise HostFieldError("not installed by pip")
+        raise HostFieldError("not installed as a Python distribution")
 
     return read
 
 
 def _run_program(command: list[str]) -> str:
-    """What a program prints, in one line."""
+    """Run a program and return its output in one line."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except FileNotFoundError:
-        raise HostFieldError(f"no {command[0]} on this machine") from None
+        raise HostFieldError(f"{command[0]} is not installed") from None
     except subprocess.TimeoutExpired:
-        raise HostFieldError(f"{command[0]} did not answer within 10 s") from None
+        raise HostFieldError(f"{command[0]} did not finish within 10 s") from None
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()
         raise HostFieldError(f"{command[0]}: {reason[0] if reason else f'exit code {done.returncode}'}")
     return "; ".join(line.strip() for line in done.stdout.splitlines() if line.strip())
 
 
-POWERCAP = Path("/sys/class/powercap")
-
-
 @dataclass(frozen=True)
 class Energy:
-    """Joules of all processor packages, idle share included; None with the reason why it can't be read."""
+    """Energy of all processor packages, including their idle power.
+
+    Attributes:
+        joules: Energy in joules, or None if it cannot be read.
+        reason: Reason why `joules` is None; empty otherwise.
+    """
 
     joules: float | None
     reason: str = ""
 
 
 class RaplMeter:
-    """Counts from its making on. The counters wrap around: ask at least once an hour."""
+    """Energy meter that starts at its creation. Call `total` at least once per hour, because the counters wrap around.
+
+    Args:
+        powercap: Directory of the kernel's powercap interface.
+    """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        # Zones with one colon are packages; those with two are parts of one, counted in it.
+        # Zones with one colon are packages. Zones with two are parts of a package and included in it.
         self.zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
-        self.reason = "" if self.zones else f"{powercap}/intel-rapl:*: no such counters on this machine"
+        self.reason = "" if self.zones else f"{powercap}/intel-rapl:*: this machine has no such counters"
         self.joules = 0.0
         self.last_uj = self._read_energy_uj()
 
     def total(self) -> Energy:
-        """Since the making."""
+        """Return the energy since the creation of the meter."""
         now = self._read_energy_uj()
         for zone, (before, after) in enumerate(zip(self.last_uj, now, strict=True)):
             wrapped = after < before
@@ -183,7 +193,7 @@ class RaplMeter:
         try:
             return [int((zone / "energy_uj").read_text()) for zone in self.zones]
         except PermissionError as error:
-            self.reason = f"{error.filename}: only root may read it (sudo chmod a+r does)"
+            self.reason = f"{error.filename}: permission denied. Run sudo chmod a+r {error.filename}."
         except (OSError, ValueError) as error:
             self.reason = f"{self.zones[0]}: {error}"
         self.zones = []

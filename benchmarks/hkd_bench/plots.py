@@ -1,6 +1,6 @@
-"""The report's figures, as inline SVG: text stays text, ink follows the page's colour, light or dark.
+"""Plots of `hkd-bench`: inline SVG for the report, and the miss-rate plot of `hkd-bench score` as a file.
 
-Miss rate against false positives per picture, as the papers draw it: both axes logarithmic, a panel a setup.
+The SVG keeps text as text and follows the light or dark colors of the page.
 """
 
 import html
@@ -23,19 +23,15 @@ from hkd_bench.scoring import ScoreResult
 from hkd_det.files import atomic_write
 from hkd_det.metrics.citypersons import FPPI_POINTS, REASONABLE
 
-# Okabe and Ito's palette (2008), told apart by the colour-blind, less what vanishes on white or on black.
+PLOT_SUFFIXES = (".svg", ".png", ".pdf")
+MAX_COLUMNS = 3
+# Palette of Okabe and Ito (2008) for color-blind readers, without the colors that vanish on white or black.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
-LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # and by shape, in print
-
-
-TEXT_COLOR, GRID_COLOR = "#010203", "#040506"  # stand for the page's own colours, put in afterwards
-
-
+LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # for print without color
+TEXT_COLOR, GRID_COLOR = "#010203", "#040506"  # placeholders that are replaced by the colors of the page
 RC_PARAMS = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a file may be called a$b$
+    "text.parse_math": False,  # a model name may contain $
     "svg.hashsalt": "hkd",
     "font.size": 9.5,
     "text.color": TEXT_COLOR,
@@ -52,18 +48,19 @@ RC_PARAMS = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-
-
-FIGURE_SIZE_INCH = (5.4, 3.7)  # 389 points wide: letters stay readable on a phone of that many pixels
-
-
+FIGURE_SIZE_INCH = (5.4, 3.7)  # 389 points wide: readable on a phone of that width
 MISS_RATE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.64, 0.8, 1.0)
 
 
 def plot_miss_rate(result: BenchResult, setup: str = REASONABLE.name) -> str:
-    """Miss rate against false positives per picture, both logarithmic, as the papers draw it; MR^-2 in the legend.
+    """Plot miss rate against false positives per image on logarithmic axes, with MR^-2 in the legend.
 
-    setup: Reasonable or All. Empty where no curve was measured.
+    Args:
+        result: Measurements of all models.
+        setup: Reasonable or All.
+
+    Returns:
+        Inline SVG, or an empty string if no curve was measured.
     """
     curves = [model.curve if setup == REASONABLE.name else model.curve_all for model in result.models]
     if not any(model.num_gt[setup] for model in result.models) or None in curves:
@@ -81,22 +78,27 @@ def plot_miss_rate(result: BenchResult, setup: str = REASONABLE.name) -> str:
         ]
         draw_miss_rates(axes, lines)
 
-    told = [f"{model.name} {format_percent(model.miss_rates[setup])}" for model in result.models]
-    return _render_svg(draw, f"Miss rate against false positives per picture, {setup}", told)
+    descriptions = [f"{model.name} {format_percent(model.miss_rates[setup])}" for model in result.models]
+    return _render_svg(draw, f"Miss rate against false positives per image, {setup}", descriptions)
 
 
 def draw_miss_rates(
     axes: Axes, lines: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]], band_color: str = GRID_COLOR
 ) -> None:
-    """Lines of (label, FPPI [D], miss rate [D]) on logarithmic axes; the range that is averaged is shaded."""
+    """Draw miss-rate curves on logarithmic axes; the FPPI range of MR^-2 is shaded.
+
+    Args:
+        axes: Axes to draw on.
+        lines: Label, false positives per image (float64 array[D]) and miss rate (float64 array[D]) of each curve.
+        band_color: Color of the shaded range.
+    """
     lowest = 1.0
-    for number, (label, behind, missed_behind) in enumerate(lines):
-        fppi, missed = np.array([0.0, *behind]), np.array([1.0, *missed_behind])
-        axes.plot(
-            np.maximum(fppi, 1e-6), np.maximum(missed, 1e-6), drawstyle="steps-post", label=label, **_line_style(number)
-        )
-        shown = missed[fppi <= 10]
-        lowest = min(lowest, float(shown[shown > 0].min(initial=1.0)))
+    for index, (label, curve_fppi, curve_miss_rate) in enumerate(lines):
+        fppi, miss_rate = np.array([0.0, *curve_fppi]), np.array([1.0, *curve_miss_rate])
+        x, y = np.maximum(fppi, 1e-6), np.maximum(miss_rate, 1e-6)  # zeros cannot be drawn on logarithmic axes
+        axes.plot(x, y, drawstyle="steps-post", label=label, **_line_style(index))
+        visible = miss_rate[fppi <= 10]
+        lowest = min(lowest, float(visible[visible > 0].min(initial=1.0)))
     floor = max((tick for tick in MISS_RATE_TICKS if tick < lowest), default=MISS_RATE_TICKS[0])
     axes.set(xscale="log", yscale="log", xlim=(10**-2.5, 10), ylim=(min(floor, 0.5), 1.03))
     axes.axvspan(FPPI_POINTS[0], FPPI_POINTS[-1], color=band_color, alpha=0.35, linewidth=0)
@@ -106,23 +108,23 @@ def draw_miss_rates(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="false positives per picture", ylabel="miss rate")
+    axes.set(xlabel="false positives per image", ylabel="miss rate")
     axes.legend(loc="lower left")
 
 
 def plot_latency(result: BenchResult) -> str:
-    """The share of runs that were done within a time; p50, p90 and p99 as dots."""
+    """Plot the cumulative distribution of the latency, with dots at p50, p90 and p99, as inline SVG."""
 
     def draw(axes: Axes) -> None:
-        for number, model in enumerate(result.models):
+        for index, model in enumerate(result.models):
             times, latency = np.sort(model.e2e_ms), model.latency
-            share = np.arange(1, len(times) + 1) / len(times)
-            style = _line_style(number)
-            axes.plot(times, share, drawstyle="steps-post", label=f"p50 {latency.p50_ms:.1f} ms  {model.name}", **style)
+            ratio = np.arange(1, len(times) + 1) / len(times)
+            style = _line_style(index)
+            axes.plot(times, ratio, drawstyle="steps-post", label=f"p50 {latency.p50_ms:.1f} ms  {model.name}", **style)
             marks = [latency.p50_ms, latency.p90_ms, latency.p99_ms]
             axes.plot(marks, (0.5, 0.9, 0.99), "o", color=style["color"], markersize=4.5)
-        everything = np.concatenate([model.e2e_ms for model in result.models])
-        if everything.max() > 6 * everything.min():
+        all_times = np.concatenate([model.e2e_ms for model in result.models])
+        if all_times.max() > 6 * all_times.min():
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(FuncFormatter(_format_2_or_5))
@@ -130,8 +132,8 @@ def plot_latency(result: BenchResult) -> str:
             axes.set_xlim(left=0)
         axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 0.9, 0.99]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"p{100 * value:.0f}" if value else "0"))
-        axes.set(xlabel="milliseconds, frame to boxes", ylabel="share of runs", ylim=(0, 1.02))
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))  # inside it would lie on someone's curve
+        axes.set(xlabel="latency from frame to boxes, ms", ylabel="fraction of runs", ylim=(0, 1.02))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))  # inside the axes it would cover a curve
 
     return _render_svg(
         draw, "Latency distribution", [f"{model.name} p50 {model.latency.p50_ms:.1f} ms" for model in result.models]
@@ -139,48 +141,52 @@ def plot_latency(result: BenchResult) -> str:
 
 
 def plot_stages(result: BenchResult) -> str:
-    """Where the time goes: mean milliseconds a stage."""
-    names = ("letterbox", "network", "boxes back")
+    """Plot the mean latency of each stage as stacked bars, as inline SVG."""
+    names = ("preprocess", "inference", "postprocess")
     means = np.array([_compute_stage_means(model) for model in result.models])  # [models, 3]
-    texts = [" + ".join(f"{part:.2g}" if part < 1 else f"{part:.1f}" for part in split) + " ms" for split in means]
+    texts = [" + ".join(f"{mean:.2g}" if mean < 1 else f"{mean:.1f}" for mean in row) + " ms" for row in means]
 
     def draw(axes: Axes) -> None:
         rows = np.arange(len(means))
         left = np.zeros(len(rows))
-        for number, name in enumerate(names):
-            axes.barh(rows, means[:, number], left=left, height=0.55, color=COLORS[number], label=name)
-            left += means[:, number]
+        for index, name in enumerate(names):
+            axes.barh(rows, means[:, index], left=left, height=0.55, color=COLORS[index], label=name)
+            left += means[:, index]
         for row, text in zip(rows, texts, strict=True):
             axes.text(0, row - 0.32, text, va="bottom", fontsize=8.5)
         axes.set_yticks(rows, [model.name for model in result.models])
-        axes.set_ylim(len(rows) - 0.6, -0.8)  # the first at the top, with room for its text
+        axes.set_ylim(len(rows) - 0.6, -0.8)  # the first model at the top, with space for its text
         axes.grid(False, axis="y")
-        axes.set(xlabel="milliseconds, mean")
+        axes.set(xlabel="mean latency, ms")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
 
-    told = [f"{model.name} {text}" for model, text in zip(result.models, texts, strict=True)]
-    return _render_svg(draw, "Time of each stage", told, height_inch=1.5 + 0.6 * len(result.models))
+    descriptions = [f"{model.name} {text}" for model, text in zip(result.models, texts, strict=True)]
+    return _render_svg(draw, "Latency of each stage", descriptions, height_inch=1.5 + 0.6 * len(result.models))
 
 
 def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Validation miss rate (fraction) after each epoch of each training; the best as a dot."""
+    """Plot the validation miss rate after each epoch, with a dot at the best epoch, as inline SVG.
+
+    Args:
+        training: Name of each run, with the epoch and the miss rate (fraction) of each evaluation.
+    """
 
     def draw(axes: Axes) -> None:
-        for number, (name, history) in enumerate(training.items()):
-            epochs, missed = np.array([epoch for epoch, _ in history]), np.array([100 * value for _, value in history])
-            style = _line_style(number)
-            axes.plot(epochs, missed, label=f"{np.nanmin(missed):.2f} %  {name}", **style)
-            best = int(np.nanargmin(missed))
-            axes.plot(epochs[best], missed[best], "o", color=style["color"], markersize=5)
+        for index, (name, history) in enumerate(training.items()):
+            epochs, percent = np.array([epoch for epoch, _ in history]), np.array([100 * value for _, value in history])
+            style = _line_style(index)
+            axes.plot(epochs, percent, label=f"{np.nanmin(percent):.2f} %  {name}", **style)
+            best = int(np.nanargmin(percent))
+            axes.plot(epochs[best], percent[best], "o", color=style["color"], markersize=5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel="MR^-2 Reasonable, %")
         axes.set_ylim(bottom=0)
         axes.legend(loc="lower left", title="best epoch")
 
-    told = [
+    descriptions = [
         f"{name} best {100 * np.nanmin([value for _, value in history]):.2f} %" for name, history in training.items()
     ]
-    return _render_svg(draw, "Miss rate during training", told)
+    return _render_svg(draw, "Miss rate during training", descriptions)
 
 
 def _line_style(index: int) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def _line_style(index: int) -> dict[str, Any]:
 
 
 def format_percent(fraction: float | None) -> str:
-    """A miss rate as it is printed everywhere."""
+    """Format a miss rate in percent; "-" for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
@@ -208,37 +214,36 @@ def _compute_stage_means(model: ModelResult) -> tuple[float, float, float]:
 def _render_svg(
     draw: Callable[[Axes], None], title: str, descriptions: Sequence[str], height_inch: float = FIGURE_SIZE_INCH[1]
 ) -> str:
-    """One figure as inline SVG. told: what it shows, in words, for who cannot see it."""
+    """Render a plot as inline SVG; `descriptions` become its text alternative."""
     with mpl.rc_context({**mpl.rcParamsDefault, **RC_PARAMS, "backend": "agg"}):
         figure = Figure(figsize=(FIGURE_SIZE_INCH[0], height_inch), layout="constrained")
         draw(figure.subplots())
-        packed = io.StringIO()
-        figure.savefig(packed, format="svg", transparent=True)
-    return _embed_svg(packed.getvalue(), title, f"{title}: {'; '.join(descriptions)}")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    return _embed_svg(buffer.getvalue(), title, f"{title}: {'; '.join(descriptions)}")
 
 
 def _embed_svg(svg: str, title: str, label: str) -> str:
-    """Without prolog, namespaces and metadata, which HTML does not want; ids of its own; the page's own colours."""
+    """Prepare an SVG for HTML: remove prolog, namespaces and metadata, make ids unique, use the colors of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    own = re.sub(r"\W+", "-", title.lower())
-    svg = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{own}-", svg)
+    prefix = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    size = re.search(r'viewBox="[^"]*"', svg)
-    assert size is not None
-    svg = f'<svg {size[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None
+    svg = f'<svg {view_box[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
     return svg.replace(TEXT_COLOR, "currentColor").replace(GRID_COLOR, "var(--grid)")
 
 
-PLOT_SUFFIXES = (".svg", ".png", ".pdf")
-
-
-MAX_COLUMNS = 3
-
-
 def write_miss_rate_plot(path: Path, scores: Mapping[str, ScoreResult]) -> None:
-    """Write the plot in one step; setups with nobody in them are left out."""
+    """Plot the miss-rate curves of detection files, one panel per setup; the file is replaced atomically.
+
+    Args:
+        path: Output file; its suffix is one of `PLOT_SUFFIXES`.
+        scores: Result of each detection file, by its name. Setups without ground truth are omitted.
+    """
     first = next(iter(scores.values()))
     setups = [name for name, rate in first.miss_rates.items() if rate.num_gt] or list(first.miss_rates)
     columns = min(MAX_COLUMNS, len(setups))
@@ -246,13 +251,13 @@ def write_miss_rate_plot(path: Path, scores: Mapping[str, ScoreResult]) -> None:
     with mpl.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
         figure = Figure(figsize=(FIGURE_SIZE_INCH[0] * columns, FIGURE_SIZE_INCH[1] * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        for number, setup in enumerate(setups):
-            axes = figure.add_subplot(rows, columns, number + 1)
-            rates = {name: one.miss_rates[setup] for name, one in scores.items()}
+        for index, setup in enumerate(setups):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            rates = {name: score.miss_rates[setup] for name, score in scores.items()}
             lines = [
                 (f"{format_percent(rate.value)}  {name}", rate.fppi, rate.miss_rate) for name, rate in rates.items()
             ]
             draw_miss_rates(axes, lines, band_color="0.85")
-            axes.set_title(f"{setup}, {first.miss_rates[setup].num_gt:,} people")
-        with atomic_write(path) as aside:
-            figure.savefig(aside, dpi=150)
+            axes.set_title(f"{setup}, {first.miss_rates[setup].num_gt:,} boxes")
+        with atomic_write(path) as temp_path:
+            figure.savefig(temp_path, dpi=150)

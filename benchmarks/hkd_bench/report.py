@@ -1,7 +1,4 @@
-"""Pictures with what a detector found, took for a person, and missed.
-
-The report: one self-contained page, without scripts or anything from elsewhere.
-"""
+"""Report of `hkd-bench`: one self-contained HTML page without scripts, with example images."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -26,19 +23,45 @@ from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, ma
 from hkd_det.metrics.matching import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE
 from hkd_det.structures import Detections, Sample
 
+CaptionedImage = tuple[str, NDArray[np.uint8]]
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+MAX_IMAGE_PX = 1024  # longer side of an image on the page
+JPEG_QUALITY = 82
 MATCH_STATUS = {
     TRUE_POSITIVE: MatchStatus.TRUE_POSITIVE,
     FALSE_POSITIVE: MatchStatus.FALSE_POSITIVE,
     IGNORED: MatchStatus.IGNORED,
 }
-
-
-CaptionedImage = tuple[str, NDArray[np.uint8]]
+DETAILS = (
+    ("p50", "ms"),
+    ("p90", "ms"),
+    ("p99", "ms"),
+    ("99 % bound of p90", "ms"),
+    ("99 % bound of p99", "ms"),
+    ("mean", "ms"),
+    ("maximum", "ms"),
+    ("standard deviation / mean", ""),
+    ("model loading (median)", "ms"),
+    ("peak memory", "MiB"),
+    ("peak memory minus baseline", "MiB"),
+)
+LEGEND = (
+    ("true positive", MatchStatus.TRUE_POSITIVE),
+    ("false negative", MatchStatus.FALSE_NEGATIVE),
+    ("false positive", MatchStatus.FALSE_POSITIVE),
+    ("ignored (ignore region, or outside Reasonable)", MatchStatus.IGNORED),
+)
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleImages:
-    """Pictures, each (caption, uint8 RGB with boxes drawn), and the score from which a box is drawn."""
+    """Images with drawn boxes.
+
+    Attributes:
+        conf: Minimum score of a drawn box.
+        images: Caption and image (uint8 array[H, W, 3], RGB) of each example.
+    """
 
     conf: float
     images: tuple[CaptionedImage, ...]
@@ -47,68 +70,49 @@ class ExampleImages:
 def render_examples(
     detector: Detector, samples: Sequence[Sample], conf: float, num_images: int, setup: CityPersonsSetup = REASONABLE
 ) -> ExampleImages:
-    """`count` pictures spread over those with people to be found.
+    """Run a detector on images at equal distances and draw true positives, false positives and missed boxes.
 
-    Drawn are detections with a score of at least `conf`, and the people that are then missed.
+    Args:
+        detector: Detector to run.
+        samples: Annotated images; those with ground-truth boxes are preferred.
+        conf: Minimum score of a detection.
+        num_images: Maximum number of images.
+        setup: Setup that selects the evaluated boxes.
     """
-    peopled = [sample for sample in samples if (~sample.ground_truth.ignore).any()] or list(samples)
-    places = np.unique(np.linspace(0, len(peopled) - 1, min(num_images, len(peopled))).round().astype(int))
-    pictures = []
-    for place in places:
-        sample = peopled[place]
-        picture = read_image(sample.path)
-        pictures.append(render_matches(picture, sample, detector(picture).filter(conf), setup))
-    return ExampleImages(conf, tuple(pictures))
+    candidates = [sample for sample in samples if (~sample.ground_truth.ignore).any()] or list(samples)
+    indices = np.unique(np.linspace(0, len(candidates) - 1, min(num_images, len(candidates))).round().astype(int))
+    images = []
+    for index in indices:
+        sample = candidates[index]
+        image = read_image(sample.path)
+        images.append(render_matches(image, sample, detector(image).filter(conf), setup))
+    return ExampleImages(conf, tuple(images))
 
 
 def render_matches(
     image_rgb: NDArray[np.uint8], sample: Sample, detections: Detections, setup: CityPersonsSetup = REASONABLE
 ) -> CaptionedImage:
-    """(caption, a copy of the picture): every detection in its verdict's colour, every missed person dashed."""
-    judgement = match_image(sample.ground_truth, detections, setup)
-    kept = Detections(detections.boxes_xyxy[judgement.eval_indices], detections.scores[judgement.eval_indices])
-    canvas = draw_detections(image_rgb, kept, [MATCH_STATUS[int(verdict)] for verdict in judgement.match_status])
-    for index in judgement.missed_gt:
+    """Draw detections in the color of their match status and missed boxes with dashed lines.
+
+    Args:
+        image_rgb (uint8 array[H, W, 3]): Image, RGB.
+        sample: Its ground truth and path.
+        detections: Detections in the image.
+        setup: Setup that selects the evaluated boxes.
+
+    Returns:
+        The caption and a copy of the image with boxes.
+    """
+    matches = match_image(sample.ground_truth, detections, setup)
+    evaluated = Detections(detections.boxes_xyxy[matches.eval_indices], detections.scores[matches.eval_indices])
+    canvas = draw_detections(image_rgb, evaluated, [MATCH_STATUS[int(status)] for status in matches.match_status])
+    for index in matches.missed_gt:
         draw_box(canvas, sample.ground_truth.boxes_xyxy[index], MatchStatus.FALSE_NEGATIVE)
-    hits, wrong = (
-        int((judgement.match_status == TRUE_POSITIVE).sum()),
-        int((judgement.match_status == FALSE_POSITIVE).sum()),
-    )
-    people = hits + len(judgement.missed_gt)
-    caption = f"{sample.path.name}: {hits} of {people} found, {wrong} false alarm{'' if wrong == 1 else 's'}"
+    num_tp = int((matches.match_status == TRUE_POSITIVE).sum())
+    num_fp = int((matches.match_status == FALSE_POSITIVE).sum())
+    num_gt = num_tp + len(matches.missed_gt)
+    caption = f"{sample.path.name}: {num_tp} of {num_gt} detected, {num_fp} false positive{'' if num_fp == 1 else 's'}"
     return caption, canvas
-
-
-TEMPLATE = Path(__file__).with_name("report.html.j2")
-
-
-MAX_IMAGE_PX = 1024  # the longer side of a picture on the page
-
-
-JPEG_QUALITY = 82
-
-
-DETAILS = (
-    ("p50", "ms"),
-    ("p90", "ms"),
-    ("p99", "ms"),
-    ("bound of p90", "ms"),
-    ("bound of p99", "ms"),
-    ("mean", "ms"),
-    ("slowest", "ms"),
-    ("scatter (standard deviation over mean)", ""),
-    ("opening the file (median)", "ms"),
-    ("peak memory", "MiB"),
-    ("of it added by the model", "MiB"),
-)
-
-
-LEGEND = (
-    ("found", MatchStatus.TRUE_POSITIVE),
-    ("missed", MatchStatus.FALSE_NEGATIVE),
-    ("false alarm", MatchStatus.FALSE_POSITIVE),
-    ("not judged (ignore region, or outside Reasonable)", MatchStatus.IGNORED),
-)
 
 
 def write_bench_report(
@@ -120,9 +124,16 @@ def write_bench_report(
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     video_frames: Sequence[NDArray[np.uint8]] = (),
 ) -> None:
-    """Write the page in one step.
+    """Write the report; the file is replaced atomically.
 
-    gallery: of the last model. training: by name, (epoch, miss rate as a fraction). film_frames: uint8 RGB.
+    Args:
+        path: Output file (.html).
+        result: Measurements of all models.
+        title: Title of the page.
+        intro: Paragraph below the title.
+        examples: Example images of the last model.
+        training: Name of each training run, with the epoch and the miss rate (fraction) of each evaluation.
+        video_frames (uint8 array[H, W, 3]): Frames of a processed video, RGB.
     """
     write_text(path, render_html(result, title, intro, examples, training or {}, video_frames))
 
@@ -135,7 +146,7 @@ def render_html(
     training: Mapping[str, Sequence[tuple[int, float]]],
     video_frames: Sequence[NDArray[np.uint8]],
 ) -> str:
-    """The page's HTML."""
+    """Render the HTML of the report; see `write_bench_report` for the arguments."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -145,33 +156,33 @@ def render_html(
         title=title,
         intro=intro,
         result=result,
-        colours=[plots.COLORS[number % len(plots.COLORS)] for number in range(len(result.models))],
-        figures=_make_metric_rows(result),
-        setups=_make_setup_rows(result),
-        details=[
+        colors=[plots.COLORS[index % len(plots.COLORS)] for index in range(len(result.models))],
+        metric_rows=_make_metric_rows(result),
+        setup_rows=_make_setup_rows(result),
+        detail_rows=[
             (name, unit, row)
             for (name, unit), row in zip(DETAILS, zip(*map(_format_details, result.models), strict=True), strict=True)
         ],
         imgsz=[format_imgsz(model.imgsz_hw) for model in result.models],
         notes=make_notes(result),
-        miss_rate_figure=Markup(plots.plot_miss_rate(result)),
-        all_figure=Markup(plots.plot_miss_rate(result, "All")),
-        latency_figure=Markup(plots.plot_latency(result)),
-        stage_figure=Markup(plots.plot_stages(result)),
-        training_figure=Markup(plots.plot_training(trained)) if trained else "",
-        gallery_model=result.models[-1].name,
+        miss_rate_plot=Markup(plots.plot_miss_rate(result)),
+        all_setup_plot=Markup(plots.plot_miss_rate(result, "All")),
+        latency_plot=Markup(plots.plot_latency(result)),
+        stage_plot=Markup(plots.plot_stages(result)),
+        training_plot=Markup(plots.plot_training(trained)) if trained else "",
+        example_model=result.models[-1].name,
         legend=[
-            (name, "#{:02x}{:02x}{:02x}".format(*verdict.value), verdict is MatchStatus.FALSE_NEGATIVE)
-            for name, verdict in LEGEND
+            (name, "#{:02x}{:02x}{:02x}".format(*status.value), status is MatchStatus.FALSE_NEGATIVE)
+            for name, status in LEGEND
         ],
         conf=examples.conf if examples else None,
-        pictures=[(caption, _encode_data_uri(picture)) for caption, picture in examples.images] if examples else [],
-        film_frames=[_encode_data_uri(frame) for frame in video_frames],
+        images=[(caption, _encode_data_uri(image)) for caption, image in examples.images] if examples else [],
+        video_frames=[_encode_data_uri(frame) for frame in video_frames],
     )
 
 
 def _make_metric_rows(result: BenchResult) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(title, unit, [(value, ratio to the first model)]): the table stood on its side, for a phone."""
+    """Return title, unit and (value, ratio) of each model for each metric: a transposed table that fits a phone."""
     columns = list(zip(*make_cells(result), strict=True))
     return [
         (column.title, column.unit, [(cell.value, cell.ratio) for cell in row])
@@ -180,11 +191,11 @@ def _make_metric_rows(result: BenchResult) -> list[tuple[str, str, list[tuple[st
 
 
 def _make_setup_rows(result: BenchResult) -> list[tuple[str, str, int, list[str]]]:
-    """(setup, whom it asks for, people, miss rates)."""
+    """Return name, limits, number of boxes and miss rates of each setup."""
     return [
         (
             name,
-            f"{_format_limits(setup.height_px, ' px')} high, {_format_limits(setup.visible_ratio, '')} visible",
+            f"{_format_limits(setup.height_px, ' px')} tall, {_format_limits(setup.visible_ratio, '')} visible",
             result.models[0].num_gt[name],
             [plots.format_percent(model.miss_rates[name]) for model in result.models],
         )
@@ -192,13 +203,13 @@ def _make_setup_rows(result: BenchResult) -> list[tuple[str, str, int, list[str]
     ]
 
 
-def _format_limits(ends: tuple[float, float], unit: str) -> str:
-    low, high = ends
+def _format_limits(limits: tuple[float, float], unit: str) -> str:
+    low, high = limits
     return f"at least {low:g}{unit}" if high > 1e6 else f"{low:g} to {high:g}{unit}"
 
 
 def _format_details(model: ModelResult) -> list[str]:
-    """In the order of DETAILS."""
+    """Return the values of `DETAILS`."""
     latency = model.latency
     bounds = [confidence_bound_ms(model.e2e_ms, percentile) for percentile in (90, 99)]
     return [
@@ -212,12 +223,12 @@ def _format_details(model: ModelResult) -> list[str]:
 
 
 def _encode_data_uri(image_rgb: NDArray[np.uint8]) -> str:
-    """A JPEG inside the page, made smaller where it is larger than a page can show."""
+    """Encode an image as the data URI of a JPEG, with its longer side reduced to `MAX_IMAGE_PX`."""
     height, width = image_rgb.shape[:2]
     scale = min(1.0, MAX_IMAGE_PX / max(height, width))
     if scale < 1:
         size = round(width * scale), round(height * scale)
         image_rgb = cv2.resize(image_rgb, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
     bgr = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
-    packed = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-    return "data:image/jpeg;base64," + base64.b64encode(packed.tobytes()).decode("ascii")
+    encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode("ascii")

@@ -1,7 +1,4 @@
-"""Latency percentiles, and the bound that so few samples can vouch for.
-
-`BenchResult`: everything one measurement found, and its JSON form.
-"""
+"""Result of `hkd-bench` with its JSON form, and latency percentiles with their confidence bound."""
 
 import dataclasses
 import json
@@ -19,10 +16,21 @@ from hkd_det.errors import DataError
 from hkd_det.files import write_text
 from hkd_det.metrics.matching import MissRateResult
 
+SCHEMA_VERSION = 1
+MAX_CURVE_POINTS = 2000
+
 
 @dataclass(frozen=True)
 class LatencySummary:
-    """Milliseconds of `count` samples. variation: standard deviation over mean."""
+    """Statistics of latency samples in milliseconds.
+
+    Attributes:
+        p50_ms, p90_ms, p99_ms: Percentiles.
+        mean_ms: Mean.
+        max_ms: Maximum.
+        num_samples: Number of samples.
+        cv: Coefficient of variation: standard deviation / mean.
+    """
 
     p50_ms: float
     p90_ms: float
@@ -34,7 +42,14 @@ class LatencySummary:
 
 
 def summarize_latency(samples_ms: Sequence[float]) -> LatencySummary:
-    """Percentiles as numpy interpolates them. Raises ValueError without samples."""
+    """Compute the statistics of latency samples; percentiles are interpolated as in NumPy.
+
+    Args:
+        samples_ms: Latencies in milliseconds, at least one.
+
+    Raises:
+        ValueError: There are no samples.
+    """
     if not len(samples_ms):
         raise ValueError("no latency samples")
     samples = np.asarray(samples_ms, np.float64)
@@ -52,49 +67,64 @@ def summarize_latency(samples_ms: Sequence[float]) -> LatencySummary:
 
 
 def confidence_bound_ms(samples_ms: Sequence[float], percentile: float, confidence: float = 0.99) -> float | None:
-    """The latency below which the true percentile lies with `confidence`; None if the samples are too few.
+    """Compute an upper bound of a latency percentile.
 
-    MLPerf's early stopping (Reddi et al. 2020; inference rules, appendix "Early Stopping"): with n samples, of which
-    t may be over, t is the largest with BinomCDF(t; n, 1 - p) <= 1 - confidence; the t - 1 slowest are discarded
-    and the slowest of the rest is reported. The official minima follow: 64 samples for p90, 662 for p99.
-    percentile: 0..100, exclusive.
+    This is MLPerf's early-stopping rule (Reddi et al. 2020; inference rules, appendix "Early Stopping"). Let t be the
+    largest number with BinomCDF(t; n, 1 - p) <= 1 - confidence for n samples. The t - 1 slowest samples are discarded,
+    and the slowest of the rest is the bound. It needs at least 64 samples for p90 and 662 for p99.
+
+    Args:
+        samples_ms: Independent latencies in milliseconds.
+        percentile: Greater than 0 and less than 100.
+        confidence: Probability that the true percentile is below the bound, 0 to 1.
+
+    Returns:
+        The bound in milliseconds, or None if there are too few samples.
+
+    Raises:
+        ValueError: `percentile` is out of range.
     """
     if not 0 < percentile < 100:
-        raise ValueError(f"a percentile between 0 and 100, not {percentile}")
-    count, over = len(samples_ms), 1 - percentile / 100
-    allowed = np.arange(1, count + 1)
-    passing = allowed[binom.cdf(allowed, count, over) <= 1 - confidence]
-    if not len(passing):
+        raise ValueError(f"percentile: expected a value between 0 and 100, got {percentile}")
+    num_samples = len(samples_ms)
+    num_discarded = np.arange(1, num_samples + 1)
+    allowed = num_discarded[binom.cdf(num_discarded, num_samples, 1 - percentile / 100) <= 1 - confidence]
+    if not len(allowed):
         return None
-    return float(np.sort(np.asarray(samples_ms, np.float64))[count - int(passing[-1])])
-
-
-SCHEMA_VERSION = 1
-
-
-MAX_CURVE_POINTS = 2000
+    return float(np.sort(np.asarray(samples_ms, np.float64))[num_samples - int(allowed[-1])])
 
 
 @dataclass(frozen=True)
 class StoredCurve:
-    """Miss rate (0..1) against false positives per picture, by falling score; thinned to CURVE_POINTS."""
+    """Miss-rate curve by descending score, with at most `MAX_CURVE_POINTS` points.
+
+    Attributes:
+        fppi: False positives per image.
+        miss_rate: Miss rate, 0 to 1.
+    """
 
     fppi: tuple[float, ...]
     miss_rate: tuple[float, ...]
 
     @classmethod
     def from_miss_rate(cls, result: MissRateResult) -> "StoredCurve":
-        """The curve, thinned evenly on a logarithmic axis; first and last point stay."""
-        count = len(result.fppi)
-        kept = np.arange(count)
-        if count > MAX_CURVE_POINTS:
-            kept = np.unique(np.geomspace(1, count, MAX_CURVE_POINTS).round().astype(int)) - 1
-        return cls(tuple(result.fppi[kept].tolist()), tuple(result.miss_rate[kept].tolist()))
+        """Select points evenly on a logarithmic axis, including the first and the last."""
+        num_points = len(result.fppi)
+        indices = np.arange(num_points)
+        if num_points > MAX_CURVE_POINTS:
+            indices = np.unique(np.geomspace(1, num_points, MAX_CURVE_POINTS).round().astype(int)) - 1
+        return cls(tuple(result.fppi[indices].tolist()), tuple(result.miss_rate[indices].tolist()))
 
 
 @dataclass(frozen=True)
 class StageSamples:
-    """Milliseconds of each stage, one entry a staged run."""
+    """Latency of each stage in milliseconds, one entry per run.
+
+    Attributes:
+        preprocess_ms: Letterbox.
+        inference_ms: Network with decoding.
+        postprocess_ms: Conversion of the boxes to the pixels of the frame.
+    """
 
     preprocess_ms: tuple[float, ...]
     inference_ms: tuple[float, ...]
@@ -103,19 +133,34 @@ class StageSamples:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model file, measured.
+    """Measurements of one model file on one backend.
 
-    path: as it was given. sha256: of the file, or of the digests of a folder's files. backend: what ran it.
-    flops: of one picture, a multiply-add counts as two. miss_rates: MR^-2 as a fraction by setup, None where no one was
-    to be found. people: to be found, by setup. curve, curve_all: of Reasonable and of All. e2e_ms: one entry a run,
-    from frame to detections. load_ms: of opening the file, one entry a round. peak_memory_mib: most resident while
-    timing, the largest of the rounds; baseline_mib: before the model was opened, with the interpreter, the libraries
-    and the decoded pictures, of the same round.
+    Attributes:
+        name: Name in tables and plots.
+        path: Path as given.
+        sha256: Digest of the file, or of the digests of a directory's files.
+        backend: Backend that ran the model.
+        model: Name of the architecture, from the model metadata.
+        parameters: Number of parameters.
+        flops: FLOPs per image; a multiply-add counts as two.
+        imgsz_hw: Input size in pixels.
+        file_mib: Size of the file or directory in MiB.
+        miss_rates: MR^-2 of each setup as a fraction; None without ground truth.
+        num_gt: Number of ground-truth boxes of each setup.
+        curve: Curve of the setup Reasonable.
+        curve_all: Curve of the setup All; None if it was not stored.
+        e2e_ms: Latency from frame to detections in milliseconds, one entry per run.
+        stages: Latency of each stage.
+        load_ms: Time to open the model in milliseconds, one entry per round.
+        peak_memory_mib: Peak resident memory of the process while timing, in MiB; the maximum over the rounds.
+        baseline_mib: Resident memory of the same round before the model was opened: interpreter, libraries and
+            decoded images.
     """
 
     name: str
     path: str
     sha256: str
+    backend: str
     model: str
     parameters: int
     flops: int
@@ -124,33 +169,44 @@ class ModelResult:
     miss_rates: dict[str, float | None]
     num_gt: dict[str, int]
     curve: StoredCurve
+    curve_all: StoredCurve | None
     e2e_ms: tuple[float, ...]
     stages: StageSamples
     load_ms: tuple[float, ...]
     peak_memory_mib: float
     baseline_mib: float
-    curve_all: StoredCurve | None = None  # results of version 0.1.0 may be without
-    backend: str = "onnxruntime"  # the only one there was, in results that are without
 
     @property
     def latency(self) -> LatencySummary:
-        """Of the runs from frame to detections."""
+        """Statistics of `e2e_ms`."""
         return summarize_latency(self.e2e_ms)
 
     @property
     def memory_mib(self) -> float:
-        """What the model added to the process at most."""
+        """Memory in MiB that the model adds to the process, at its peak."""
         return self.peak_memory_mib - self.baseline_mib
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Models measured side by side on one machine, one data set, one day.
+    """Measurements of several models on one machine and one data set.
 
-    command: what was typed, empty from Python. date: ISO 8601. threads: CPU threads of an operator, None left it to the
-    runtime. pictures: evaluated, 0 where only time and memory were measured. timed_pictures: different pictures that
-    were timed. runs: timed a model, over all rounds. warm_up, warm_up_s: untimed runs a round, at least so many and for
-    at least so long. rounds: fresh processes a model, in turn with the other models.
+    Attributes:
+        schema: `SCHEMA_VERSION` of the JSON form.
+        command: Command line; empty if called from Python.
+        date: Date and time, ISO 8601.
+        host: Fields that describe the machine.
+        device: Device that ran the models.
+        threads: CPU threads of an operator; None for the default of the runtime.
+        data: Name or path of the data set or image directory.
+        split: Split of the data set.
+        num_images: Number of evaluated images; 0 if only time and memory were measured.
+        num_timed_images: Number of different images that were timed.
+        runs: Timed runs per model, over all rounds.
+        rounds: Number of processes per model, in turn with the other models.
+        warmup: Minimum number of untimed runs per round.
+        warmup_s: Minimum duration of the untimed runs per round, in seconds.
+        models: Measurements of each model.
     """
 
     schema: int
@@ -166,63 +222,65 @@ class BenchResult:
     runs: int
     rounds: int
     warmup: int
+    warmup_s: float
     models: tuple[ModelResult, ...]
-    warmup_s: float = 0.0
 
 
 def write_result(path: Path, result: BenchResult) -> None:
-    """JSON, in one step."""
+    """Write a result as JSON; the file is replaced atomically."""
     write_text(path, json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n")
 
 
 def read_result(path: Path) -> BenchResult:
-    """What `write_result` wrote. Raises DataError, naming the file and the place, for anything else."""
+    """Read a result that `write_result` wrote.
+
+    Raises:
+        DataError: The file is missing or invalid; the message names it and the key.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such result; hkd-bench --json writes one") from None
+        raise DataError(f"{path}: no such file. Write a result with hkd-bench --json.") from None
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise DataError(f"{path}: not a JSON file ({error})") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: not a result of hkd-bench that this version reads (schema {schema}, not {SCHEMA_VERSION})"
-        )
+        raise DataError(f"{path}: expected a result of hkd-bench with schema {SCHEMA_VERSION}, got {schema}")
     try:
-        found = _decode_value(BenchResult, content, "result")
+        result = _decode_value(BenchResult, content, "result")
     except ValueError as error:
-        raise DataError(f"{path}: {error}; measure again with hkd-bench --json") from None
-    assert isinstance(found, BenchResult)
-    return found
+        raise DataError(f"{path}: {error}. Measure again with hkd-bench --json.") from None
+    assert isinstance(result, BenchResult)
+    return result
 
 
 def _decode_value(cls: Any, value: Any, location: str) -> Any:
-    """A JSON value as the type asks; ValueError, naming the place, for what does not fit."""
+    """Convert a JSON value to a type. Raises ValueError with the key if it does not fit."""
     if dataclasses.is_dataclass(cls):
         return _decode_dataclass(cls, value, location)
     origin, inner = get_origin(cls), get_args(cls)
     if origin in (Union, types.UnionType):
         return None if value is None else _decode_value(inner[0], value, location)
     if origin is tuple and isinstance(value, list):
-        kinds = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
-        if len(kinds) == len(value):
-            pairs = enumerate(zip(kinds, value, strict=True))
-            return tuple(_decode_value(one, item, f"{location}[{place}]") for place, (one, item) in pairs)
+        item_types = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
+        if len(item_types) == len(value):
+            pairs = enumerate(zip(item_types, value, strict=True))
+            return tuple(_decode_value(item_cls, item, f"{location}[{index}]") for index, (item_cls, item) in pairs)
     elif origin is dict and isinstance(value, dict):
         return {key: _decode_value(inner[1], item, f"{location}.{key}") for key, item in value.items()}
     elif cls is float and type(value) in (int, float):
         return float(value)
     elif type(value) is cls:
         return value
-    raise ValueError(f"{location} is {str(value)[:40]!r}, expected {getattr(cls, '__name__', cls)}")
+    raise ValueError(f"{location}: expected {getattr(cls, '__name__', cls)}, got {str(value)[:40]!r}")
 
 
 def _decode_dataclass(cls: Any, value: Any, location: str) -> Any:
     hints = get_type_hints(cls)
     fields = dataclasses.fields(cls)
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    found: set[str] = set(value) if isinstance(value, dict) else set()
-    odd = sorted((needed - found) | (found - {field.name for field in fields}))
-    if odd:
-        raise ValueError(f"{location}: missing or unknown {', '.join(odd)}")
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    keys: set[str] = set(value) if isinstance(value, dict) else set()
+    wrong = sorted((required - keys) | (keys - {field.name for field in fields}))
+    if wrong:
+        raise ValueError(f"{location}: missing or unknown key {', '.join(wrong)}")
     return cls(**{name: _decode_value(hints[name], value[name], f"{location}.{name}") for name in value})

@@ -1,4 +1,4 @@
-"""`hkd-bench score`: miss rate or COCO's AP of detections in files, one table, one plot, one JSON."""
+"""`hkd-bench score`: miss rate or COCO's metrics of detection files as a table, a plot and JSON."""
 
 import argparse
 import json
@@ -17,77 +17,94 @@ from hkd_det.files import write_text
 
 
 def run_score(argv: Sequence[str] | None) -> int:
-    """The command's body; returns its exit code."""
+    """Run the command and return its exit code.
+
+    Args:
+        argv: Arguments after `hkd-bench score`.
+
+    Raises:
+        HkdError: A flag or a file is invalid.
+    """
     flags = _parse_score_args(argv or [])
-    setups = tuple(name for given in flags.setup for name in given.split(","))
-    request = ScoreConfig(flags.annotations, flags.protocol, setups, flags.sets, flags.strict)
+    config = ScoreConfig(
+        annotations=flags.annotations,
+        protocol=flags.protocol,
+        setups=tuple(name for names in flags.setup for name in names.split(",")),
+        caltech_sets=flags.caltech_sets,
+        zero_recall_before_curve=flags.zero_recall_before_curve,
+    )
     names = _make_score_names(flags)
-    scores = []
-    for found in tqdm(score_files(request, flags.detections), total=len(names), unit="file", leave=False, delay=1):
-        scores.append(found)
-        if found.out_of_range_scores:
-            told = f"{found.out_of_range_scores} of {found.num_detections} scores lie outside 0 to 1; only their order counts"
-            print(f"hkd-bench: warning: {found.detections}: {told}", file=sys.stderr)
+    scores = {}
+    results = tqdm(score_files(config, flags.detections), total=len(names), unit="file", leave=False, delay=1)
+    for name, result in zip(names, results, strict=True):
+        scores[name] = result
+        if result.num_out_of_range:
+            print(
+                f"hkd-bench: warning: {result.detections}: {result.num_out_of_range} of {result.num_detections} scores "
+                "are outside 0 to 1. Only their order matters.",
+                file=sys.stderr,
+            )
     if flags.plot:
-        write_miss_rate_plot(flags.plot, dict(zip(names, scores, strict=True)))
-    result = json.dumps(_make_json_content(request, names, scores), indent=1, allow_nan=False) + "\n"
+        write_miss_rate_plot(flags.plot, scores)
+    text = json.dumps(_make_json_content(config, scores), indent=1, allow_nan=False) + "\n"
     if str(flags.json) == "-":
-        print(result, end="")
+        print(text, end="")
         return 0
-    print(format_score_table(dict(zip(names, scores, strict=True))))
+    print(format_score_table(scores))
     if flags.json:
-        write_text(flags.json, result)
+        write_text(flags.json, text)
     for path in (flags.json, flags.plot):
         if path:
             print(f"saved {path}")
     return 0
 
 
-def _make_json_content(config: ScoreConfig, names: Sequence[str], scores: Sequence[ScoreResult]) -> dict[str, Any]:
-    """One detection file: its figures at the top. Several: a list of such."""
-    about = {"protocol": config.protocol, "annotations": str(config.annotations)}
+def _make_json_content(config: ScoreConfig, scores: dict[str, ScoreResult]) -> dict[str, Any]:
+    """Build the JSON content: one object for one detection file, else a list `results`."""
+    header: dict[str, Any] = {"protocol": config.protocol, "annotations": str(config.annotations)}
     if config.zero_recall_before_curve:
-        about["points_before_the_curve"] = "strict"
-    each = [{"name": name, **_make_metrics(found)} for name, found in zip(names, scores, strict=True)]
-    return {**about, **each[0]} if len(each) == 1 else {**about, "results": each}
+        header["zero_recall_before_curve"] = True
+    results = [{"name": name, **_make_metrics(result)} for name, result in scores.items()]
+    return {**header, **results[0]} if len(results) == 1 else {**header, "results": results}
 
 
 def _make_metrics(result: ScoreResult) -> dict[str, Any]:
-    rates = result.miss_rates
-    figures: dict[str, Any] = {"detections": str(result.detections), "count": result.num_detections}
-    if rates:
-        figures["miss_rate"] = {name: rate.value for name, rate in rates.items()}
-        figures["people"] = {name: rate.num_gt for name, rate in rates.items()}
-        figures["pictures"] = next(iter(rates.values())).num_images
-    return {**figures, **({"coco": result.coco_metrics} if result.coco_metrics else {})}
+    content: dict[str, Any] = {"detections": str(result.detections), "num_detections": result.num_detections}
+    if result.miss_rates:
+        content["miss_rate"] = {name: rate.value for name, rate in result.miss_rates.items()}
+        content["num_gt"] = {name: rate.num_gt for name, rate in result.miss_rates.items()}
+        content["num_images"] = next(iter(result.miss_rates.values())).num_images
+    if result.metrics:
+        content["metrics"] = result.metrics
+    return content
 
 
 def _make_score_names(flags: argparse.Namespace) -> list[str]:
-    """As given, or the shortest ends of the paths that tell them apart."""
+    """Return the given names, or the shortest path endings that are unique."""
     paths: list[Path] = flags.detections
     if flags.names:
         names = flags.names.split(",")
     else:
-        parts = next((n for n in (1, 2, 3) if len({path.parts[-n:] for path in paths}) == len(paths)), 99)
-        names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
+        num_parts = next((n for n in (1, 2, 3) if len({path.parts[-n:] for path in paths}) == len(paths)), 99)
+        names = ["/".join(path.with_suffix("").parts[-num_parts:]) for path in paths]
     if len(names) != len(paths) or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UsageError(f"--names: {len(paths)} detection files need as many different names")
+        raise UsageError(f"--names: expected {len(paths)} unique names, one per detection file")
     return names
 
 
 def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-bench score",
-        description="The official figures of detections in files, whoever made them.",
-        epilog="hkd-bench score --annotations val_gt.json --detections dt.json --protocol citypersons --json -",
+        description="Compute the official metrics of detection files of any detector.",
+        epilog="example: hkd-bench score --annotations gt.json --detections dt.json --protocol citypersons --json -",
     )
     parser.add_argument(
         "--annotations",
         type=Path,
         required=True,
         metavar="GT",
-        help="citypersons, coco: a COCO JSON. caltech: a folder of set06/V000.vbb. caltech-new: a folder of its text "
-        "files. Both: a gt-SETUP.mat",
+        help="ground truth; citypersons, coco: a COCO JSON; caltech: a directory with set06/V000.vbb; caltech-new: a "
+        "directory with text files; both: a gt-SETUP.mat",
     )
     parser.add_argument(
         "--detections",
@@ -95,15 +112,27 @@ def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
         required=True,
         nargs="+",
         metavar="DT",
-        help="JSON of image_id, category_id, bbox, score; caltech: a folder of set06/V000.txt. Several are compared",
+        help="one or more JSON files with image_id, category_id, bbox, score; caltech: directories with set06/V000.txt",
     )
-    parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
-    parser.add_argument("--setup", action="append", default=[], metavar="NAME", help="default: all; may be repeated")
-    parser.add_argument("--sets", default="", help="caltech: set06 or set06-set10 (default: the test sets there)")
-    parser.add_argument("--names", help="what to call the files, comma-separated")
-    parser.add_argument("--strict", action="store_true", help="citypersons: nothing is found before the curve begins")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures, fractions unrounded; - for stdout")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="miss rate against FPPI, .svg, .png or .pdf")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), required=True, help="evaluation protocol")
+    parser.add_argument(
+        "--setup", action="append", default=[], metavar="NAME", help="setup to evaluate; may be repeated (default: all)"
+    )
+    parser.add_argument(
+        "--caltech-sets", default="", metavar="SETS", help="set06 or set06-set10 (default: the test sets); caltech only"
+    )
+    parser.add_argument("--names", metavar="A,B", help="names of the detection files (default: the file names)")
+    parser.add_argument(
+        "--zero-recall-before-curve",
+        action="store_true",
+        help="use recall 0 at FPPI points before the curve; citypersons only",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the metrics as unrounded fractions; - prints them"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot miss rate against FPPI (.svg, .png or .pdf); not with coco"
+    )
     flags = parser.parse_args(argv)
     _check_score_args(flags)
     return flags
@@ -111,13 +140,13 @@ def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_score_args(flags: argparse.Namespace) -> None:
     if flags.plot and flags.plot.suffix not in PLOT_SUFFIXES:
-        raise UsageError(f"--plot {flags.plot}: name a file that ends in {', '.join(PLOT_SUFFIXES)}")
+        raise UsageError(f"--plot {flags.plot}: expected a file name that ends in {', '.join(PLOT_SUFFIXES)}")
     if flags.plot and flags.protocol == "coco":
-        raise UsageError("--plot: COCO's measure has no curve of miss rates; take another --protocol")
-    if flags.strict and flags.protocol != "citypersons":
-        raise UsageError("--strict: only citypersons has two readings; Caltech's is the strict one")
-    if flags.sets and not flags.protocol.startswith("caltech"):
-        raise UsageError("--sets: only Caltech has sets")
+        raise UsageError("--plot: the protocol coco has no miss-rate curve. Select another --protocol.")
+    if flags.zero_recall_before_curve and flags.protocol != "citypersons":
+        raise UsageError("--zero-recall-before-curve: requires --protocol citypersons; Caltech always uses recall 0.")
+    if flags.caltech_sets and not flags.protocol.startswith("caltech"):
+        raise UsageError("--caltech-sets: requires --protocol caltech or caltech-new")
     for flag, path in (("--json", flags.json), ("--plot", flags.plot)):
         if path and path.is_dir():
-            raise UsageError(f"{flag} {path}: a folder; name a file in it")
+            raise UsageError(f"{flag} {path}: expected a file, got a directory")

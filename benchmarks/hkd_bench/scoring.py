@@ -1,29 +1,33 @@
-"""From files to figures: one truth, any number of detection files, one protocol."""
+"""Scores of detection files: one ground truth, any number of detection files, one protocol.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+`PROTOCOLS` maps the values of `--protocol` to functions. A new protocol is one function and one entry.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from hkd_det.datasets.caltech import parse_sets
 from hkd_det.errors import UsageError
-from hkd_det.metrics import caltech, caltech_files, citypersons, coco
-from hkd_det.metrics import coco as coco_files
+from hkd_det.metrics import caltech, citypersons, coco
+from hkd_det.metrics.caltech_files import read_caltech_detections, read_caltech_ground_truth
+from hkd_det.metrics.coco import read_coco_detections, read_coco_ground_truth
 from hkd_det.metrics.matching import MissRateResult
 from hkd_det.metrics.tables import DetectionTable
-
-CITYPERSONS, COCO = "citypersons", "coco"
-
-
-PROTOCOLS = (CITYPERSONS, *(version.value for version in caltech.AnnotationVersion), COCO)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What to score. setups: names; none means all. sets: of Caltech, as "set06-set10"; empty: the test sets.
+    """Options of `score_files`.
 
-    strict: CityPersons' points before the curve count as nothing found (the official program takes the last recall).
+    Attributes:
+        annotations: Ground truth, in a form that the protocol reads.
+        protocol: Key of `PROTOCOLS`.
+        setups: Names of the setups; empty for all.
+        caltech_sets: Sets of Caltech, for example "set06-set10"; empty for the test sets.
+        zero_recall_before_curve: CityPersons only: use recall 0 at FPPI points before the curve.
     """
 
     annotations: Path
@@ -35,87 +39,117 @@ class ScoreConfig:
 
 @dataclass(frozen=True, eq=False)
 class ScoreResult:
-    """Of one detection file. rates: by setup, none for COCO. precision: COCO's twelve figures, else none."""
+    """Scores of one detection file.
+
+    Attributes:
+        detections: Path of the file or directory.
+        num_detections: Number of detections.
+        num_out_of_range: Number of scores outside 0 to 1.
+        miss_rates: Miss rate of each setup; empty for protocols without a miss rate.
+        metrics: Other metrics as fractions, by name; -1 without ground truth.
+    """
 
     detections: Path
     num_detections: int
-    out_of_range_scores: int
-    miss_rates: dict[str, MissRateResult]
-    coco_metrics: dict[str, float]
+    num_out_of_range: int
+    miss_rates: dict[str, MissRateResult] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_table(
+        cls,
+        path: Path,
+        detections: DetectionTable,
+        miss_rates: dict[str, MissRateResult] | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> "ScoreResult":
+        """Build a result and count the detections.
+
+        Args:
+            path: Path of the detection file.
+            detections: Its detections.
+            miss_rates: Miss rate of each setup.
+            metrics: Other metrics as fractions.
+        """
+        num_out_of_range = int(np.count_nonzero((detections.scores < 0) | (detections.scores > 1)))
+        return cls(path, len(detections), num_out_of_range, miss_rates or {}, metrics or {})
 
 
-def score_files(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
-    """A score a detection file; the truth is read once. Raises UsageError and DataError, naming flag or file."""
-    if config.protocol == CITYPERSONS:
-        yield from _score_citypersons(config, detections)
-    elif config.protocol == COCO:
-        yield from _score_coco(config, detections)
-    else:
-        yield from _score_caltech(config, detections)
-
-
-def _score_citypersons(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
+def score_citypersons(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
+    """Yield the CityPersons miss rates of each detection file (COCO JSON)."""
     setups = [citypersons.SETUPS[name] for name in _select_setups(config, citypersons.SETUPS)]
-    truth = coco_files.read_coco_ground_truth(config.annotations)
+    ground_truth = read_coco_ground_truth(config.annotations)
     for path in detections:
-        found = coco_files.read_coco_detections(path, truth)
-        yield _make_score_result(
-            path, found, citypersons.evaluate(truth.table, found, setups, config.zero_recall_before_curve)
+        table = read_coco_detections(path, ground_truth)
+        yield ScoreResult.from_table(
+            path, table, citypersons.evaluate(ground_truth.table, table, setups, config.zero_recall_before_curve)
         )
 
 
-def _score_coco(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
-    if config.setups:
-        raise UsageError("--setup: COCO's measure has none; leave it out")
-    truth = coco_files.read_coco_ground_truth(config.annotations)
-    for path in detections:
-        found = coco_files.read_coco_detections(path, truth)
-        yield _make_score_result(path, found, {}, coco.evaluate(truth, found))
-
-
-def _score_caltech(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
+def score_caltech(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
+    """Yield the Caltech miss rates of each directory of detections."""
     version = caltech.AnnotationVersion(config.protocol)
     names = _select_setups(config, caltech.SETUPS)
-    truth = caltech_files.read_caltech_ground_truth(
-        config.annotations, version, parse_sets(config.caltech_sets) if config.caltech_sets else None
-    )
-    if truth.is_prefiltered:
+    set_names = parse_sets(config.caltech_sets) if config.caltech_sets else None
+    ground_truth = read_caltech_ground_truth(config.annotations, version, set_names)
+    if ground_truth.is_prefiltered:
         names = [_infer_setup(config)]
     setups = [caltech.SETUPS[name] for name in names]
     for path in detections:
-        found = caltech_files.read_caltech_detections(path, truth)
-        yield _make_score_result(
-            path, found, caltech.evaluate(truth.table, found, version, setups, truth.is_prefiltered)
-        )
+        table = read_caltech_detections(path, ground_truth)
+        miss_rates = caltech.evaluate(ground_truth.table, table, version, setups, ground_truth.is_prefiltered)
+        yield ScoreResult.from_table(path, table, miss_rates)
+
+
+def score_coco(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
+    """Yield COCO's metrics of each detection file (COCO JSON)."""
+    if config.setups:
+        raise UsageError("--setup: the protocol coco has no setups. Omit the flag.")
+    ground_truth = read_coco_ground_truth(config.annotations)
+    for path in detections:
+        table = read_coco_detections(path, ground_truth)
+        yield ScoreResult.from_table(path, table, metrics=coco.evaluate(ground_truth, table))
+
+
+PROTOCOLS: dict[str, Callable[[ScoreConfig, Sequence[Path]], Iterator[ScoreResult]]] = {
+    "citypersons": score_citypersons,
+    caltech.AnnotationVersion.ORIGINAL.value: score_caltech,
+    caltech.AnnotationVersion.CORRECTED.value: score_caltech,
+    "coco": score_coco,
+}
+
+
+def score_files(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
+    """Yield the scores of each detection file; the ground truth is read once.
+
+    Args:
+        config: Ground truth, protocol and options.
+        detections: Detection files or directories, in the form of the protocol.
+
+    Raises:
+        UsageError: An option does not fit the protocol.
+        DataError: A file is missing or invalid.
+    """
+    return PROTOCOLS[config.protocol](config, detections)
 
 
 def _infer_setup(config: ScoreConfig) -> str:
-    """Of a gt-SETUP.mat: the official program has applied it, and its name alone says which it was."""
-    named = config.annotations.stem.removeprefix("gt-")
+    """Return the setup of a gt-SETUP.mat. The file is already filtered, and only its name contains the setup."""
     if len(config.setups) == 1:
         return config.setups[0]
-    near = [name for name in caltech.SETUPS if named == name or named.startswith(f"{name}-")]
-    if config.setups or not near:
+    stem = config.annotations.stem.removeprefix("gt-")
+    names = [name for name in caltech.SETUPS if stem == name or stem.startswith(f"{name}-")]
+    if config.setups or not names:
         raise UsageError(
-            f"--setup: {config.annotations} holds the people of one setup; name that one: {', '.join(caltech.SETUPS)}"
+            f"--setup: {config.annotations} contains the boxes of one setup. Name it: {', '.join(caltech.SETUPS)}"
         )
-    return near[0]
+    return names[0]
 
 
 def _select_setups(
-    config: ScoreConfig, known: dict[str, citypersons.CityPersonsSetup] | dict[str, caltech.CaltechSetup]
+    config: ScoreConfig, setups: dict[str, citypersons.CityPersonsSetup] | dict[str, caltech.CaltechSetup]
 ) -> list[str]:
     for name in config.setups:
-        if name not in known:
-            raise UsageError(f"--setup {name}: {config.protocol} has {', '.join(known)}")
-    return list(config.setups or known)
-
-
-def _make_score_result(
-    path: Path,
-    detections: DetectionTable,
-    miss_rates: dict[str, MissRateResult],
-    coco_metrics: dict[str, float] | None = None,
-) -> ScoreResult:
-    odd = int(np.count_nonzero((detections.scores < 0) | (detections.scores > 1)))
-    return ScoreResult(path, len(detections), odd, miss_rates, coco_metrics or {})
+        if name not in setups:
+            raise UsageError(f"--setup {name}: expected {', '.join(setups)} for the protocol {config.protocol}")
+    return list(config.setups or setups)

@@ -1,18 +1,25 @@
-"""The models side by side: as text for the terminal, as Markdown for a README, as cells for the page.
-
-The scores as a table for the terminal.
-"""
+"""Tables of `hkd-bench` and `hkd-bench score`: text for the terminal, Markdown, and cells for the report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.scoring import ScoreResult
+from hkd_det.text_table import format_table
+
+MAX_CV = 0.1  # an idle machine with fixed clocks stays below 0.025, the warning limit of trtexec
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of a model. digits: after the point. ratio: worth comparing with the first model's."""
+    """One metric of a model.
+
+    Attributes:
+        title: Name of the metric.
+        unit: Unit, or empty.
+        digits: Digits after the decimal point.
+        ratio: True if the ratio to the first model is shown.
+    """
 
     title: str
     unit: str
@@ -22,13 +29,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """`value` as text, "-" where there is none; `ratio` to the first model, as text, or empty."""
+    """Text of one metric of one model.
+
+    Attributes:
+        value: Value, or "-" if it was not measured.
+        ratio: Ratio to the first model, or empty.
+    """
 
     value: str
     ratio: str
-
-
-MAX_CV = 0.1  # standard deviation over mean; an idle machine with fixed clocks stays below 0.025 (trtexec's alarm)
 
 
 COLUMNS = (
@@ -40,103 +49,105 @@ COLUMNS = (
     Column("p50", "ms", 1, ratio=True),
     Column("p90", "ms", 1, ratio=True),
     Column("p99", "ms", 1, ratio=True),
-    Column("pictures/s", "", 1, ratio=True),
+    Column("images/s", "", 1, ratio=True),
     Column("peak memory", "MiB", 0, ratio=True),
 )
 
 
 def make_cells(result: BenchResult) -> list[list[Cell]]:
-    """A row a model, a cell a column of COLUMNS."""
+    """Return one row per model with one cell per entry of `COLUMNS`."""
     rows = [_collect_metrics(model) for model in result.models]
-    nothing: Sequence[float | None] = [None] * len(COLUMNS)  # the first model is not compared with itself
+    no_reference: Sequence[float | None] = [None] * len(COLUMNS)  # the first model has no ratios
     return [
-        [_make_cell(*each) for each in zip(COLUMNS, row, rows[0] if number else nothing, strict=True)]
-        for number, row in enumerate(rows)
+        [_make_cell(*column) for column in zip(COLUMNS, row, rows[0] if index else no_reference, strict=True)]
+        for index, row in enumerate(rows)
     ]
 
 
 def format_text_table(result: BenchResult) -> str:
-    """Aligned columns; below each further model its ratios to the first."""
-    grid = [["", *(column.title for column in COLUMNS)], ["", *(column.unit for column in COLUMNS)]]
-    for model, row in zip(result.models, make_cells(result), strict=True):
-        grid.append([model.name, *(cell.value for cell in row)])
-        if any(cell.ratio for cell in row):
-            grid.append(["", *(cell.ratio for cell in row)])
-    widths = [max(len(line[place]) for line in grid) for place in range(len(grid[0]))]
-    lines = [
-        "  ".join(
-            text.rjust(width) if place else text.ljust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in grid
-    ]
-    return "\n".join([*lines, "", *make_notes(result)])
+    """Format a result for the terminal: one row per model, its ratios to the first model below, and notes."""
+    rows = [["", *(column.unit for column in COLUMNS)]]
+    for model, cells in zip(result.models, make_cells(result), strict=True):
+        rows.append([model.name, *(cell.value for cell in cells)])
+        if any(cell.ratio for cell in cells):
+            rows.append(["", *(cell.ratio for cell in cells)])
+    return "\n".join([format_table(rows, ["", *(column.title for column in COLUMNS)]), "", *make_notes(result)])
 
 
 def format_markdown_table(result: BenchResult) -> str:
-    """A GitHub table; ratios to the first model in brackets."""
-    titles = ["model", *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS)]
+    """Format a result as a Markdown table with the ratios to the first model in parentheses, and notes."""
+    headers = ["model", *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS)]
     rows = [
-        [model.name, *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in row)]
-        for model, row in zip(result.models, make_cells(result), strict=True)
+        [model.name, *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in cells)]
+        for model, cells in zip(result.models, make_cells(result), strict=True)
     ]
-    lines = [titles, ["---", *["---:"] * len(COLUMNS)], *rows]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *make_notes(result)])
+    return "\n".join([format_table(rows, headers, style="github"), "", *make_notes(result)])
+
+
+def format_score_table(scores: Mapping[str, ScoreResult]) -> str:
+    """Format scores in percent: one row per setup or metric, one column per detection file.
+
+    Args:
+        scores: Result of each detection file, by its name. At least one.
+    """
+    first = next(iter(scores.values()))
+    rows = [
+        [name, str(rate.num_gt), *(_format_score(score.miss_rates[name].value) for score in scores.values())]
+        for name, rate in first.miss_rates.items()
+    ]
+    rows += [[name, "", *(_format_score(score.metrics[name]) for score in scores.values())] for name in first.metrics]
+    return format_table(rows, ["MR^-2, %" if first.miss_rates else "%", "boxes" if first.miss_rates else "", *scores])
 
 
 def make_notes(result: BenchResult) -> list[str]:
-    """What a reader must know to read the table."""
+    """Return the sentences below a table: data, conditions of the measurement and confidence of the percentiles."""
     first = result.models[0]
-    threads = "the runtime's own number of threads" if result.threads is None else f"{result.threads} threads"
-    data, people = f"{result.data or 'unnamed data'}, {result.split or 'no split'}", first.num_gt["Reasonable"]
-    lines = [
-        f"Miss rate over {result.num_images} pictures ({data}; {people} people in Reasonable)."
+    threads = "the runtime's default threads" if result.threads is None else f"{result.threads} threads"
+    data = f"{result.data or 'unnamed data'}, {result.split or 'no split'}"
+    warmup = f" and at least {result.warmup_s:g} s" if result.warmup_s else ""
+    notes = [
+        f"Miss rate over {result.num_images} images ({data}; {first.num_gt['Reasonable']} boxes in Reasonable)."
         if result.num_images
-        else f"No miss rate: {result.data or 'the pictures'} come without annotations.",
-        f"Latency of one frame, decoded picture to boxes, on {result.device} with {threads}, {_format_backends(result)}: "
-        f"{result.runs} runs in "
-        f"{result.rounds} processes, after {result.warmup} warm-up runs{_format_warmup(result)} each.",
+        else f"Miss rate not measured: {result.data or 'the images'}: no annotations.",
+        f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
+        f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_bounds(result),
     ]
-    short = [percentile for percentile in (90, 99) if confidence_bound_ms(first.e2e_ms, percentile) is None]
-    if short:
-        names = " and ".join(f"p{percentile}" for percentile in short)
-        lines.append(f"{names}: of too few runs for a 99 % bound (p90 takes 64 runs, p99 662): read as an indication.")
-    return lines
+    too_few = [percentile for percentile in (90, 99) if confidence_bound_ms(first.e2e_ms, percentile) is None]
+    if too_few:
+        names = " and ".join(f"p{percentile}" for percentile in too_few)
+        notes.append(f"{names}: too few runs for a 99 % confidence bound (p90 needs 64 runs, p99 needs 662).")
+    return notes
 
 
 def _format_backends(result: BenchResult) -> str:
-    """What ran the models; which ran which, where the names do not say it."""
+    """List the backends, with the names of their models if these do not contain the backend."""
     backends = list(dict.fromkeys(model.backend for model in result.models))
     if len(backends) == 1 or all(model.backend in model.name for model in result.models):
         return f"by {', '.join(backends)}"
     return "by " + ", ".join(f"{model.backend} ({model.name})" for model in result.models)
 
 
-def _format_warmup(result: BenchResult) -> str:
-    return f" and at least {result.warmup_s:g} s" if result.warmup_s else ""
-
-
 def _format_bounds(result: BenchResult) -> list[str]:
-    """What the runs can vouch for."""
-    lines = []
+    notes = []
     for percentile in (90, 99):
         bounds = [confidence_bound_ms(model.e2e_ms, percentile) for model in result.models]
-        told = [f"{bound:.1f} ms ({model.name})" for model, bound in zip(result.models, bounds, strict=True) if bound]
-        if told:
-            lines.append(f"With 99 % confidence p{percentile} is at most {', '.join(told)}.")
+        texts = [f"{bound:.1f} ms ({model.name})" for model, bound in zip(result.models, bounds, strict=True) if bound]
+        if texts:
+            notes.append(f"With 99 % confidence, p{percentile} is at most {', '.join(texts)}.")
     unsteady = [
         f"{100 * model.latency.cv:.0f} % ({model.name})" for model in result.models if model.latency.cv > MAX_CV
     ]
     if unsteady:
-        lines.append(
-            f"The times scatter by {', '.join(unsteady)} of their mean: other work on the machine, or clocks that are "
-            "not fixed; p90 and p99 tell of that as much as of the model."
+        notes.append(
+            f"The standard deviation of the latency is {', '.join(unsteady)} of the mean. Other processes or variable "
+            "clock rates affect p90 and p99."
         )
-    return lines
+    return notes
 
 
 def _collect_metrics(model: ModelResult) -> Sequence[float | None]:
+    """Return the values of `COLUMNS`."""
     latency = model.latency
     return (
         model.parameters / 1e6,
@@ -156,37 +167,12 @@ def _to_percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def _make_cell(column: Column, value: float | None, first: float | None) -> Cell:
+def _make_cell(column: Column, value: float | None, reference: float | None) -> Cell:
     if value is None:
         return Cell("-", "")
-    return Cell(f"{value:.{column.digits}f}", f"x {value / first:.2f}" if column.ratio and first else "")
+    return Cell(f"{value:.{column.digits}f}", f"x {value / reference:.2f}" if column.ratio and reference else "")
 
 
-def format_score_table(scores: Mapping[str, ScoreResult]) -> str:
-    """A row a setup (or COCO figure), a column a detection file; per cent."""
-    first = next(iter(scores.values()))
-    if first.coco_metrics:
-        rows = [
-            [name, *(_format_score_percent(one.coco_metrics[name]) for one in scores.values())]
-            for name in first.coco_metrics
-        ]
-        head = ["COCO, %", *scores]
-    else:
-        rows = [
-            [name, str(rate.num_gt), *(_format_score_percent(one.miss_rates[name].value) for one in scores.values())]
-            for name, rate in first.miss_rates.items()
-        ]
-        head = ["MR^-2, %", "people", *scores]
-    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if place else text.ljust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    )
-
-
-def _format_score_percent(value: float) -> str:
-    """-1 stands for nobody of that kind."""
+def _format_score(value: float) -> str:
+    """Format a fraction in percent; negative values mean that there is no ground truth."""
     return "-" if value < 0 else f"{100 * value:.2f}"

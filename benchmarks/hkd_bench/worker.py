@@ -1,10 +1,8 @@
-"""Resident memory of this process, in MiB (2^20 bytes).
+"""Measurement of one model in a process of its own: `python -m hkd_bench.worker JOB.json OUT.json`.
 
-`python -m hkd_bench.worker JOB.json OUT.json`: measure one model in a process of its own.
-
-Its memory is then this model's alone, and nothing another model left behind (threads, caches, a fragmented heap)
-touches its times. Stdout carries the number of runs done, a line at a time, for the parent's progress bar; none
-is written between two timed runs. No torch.
+A separate process measures the memory of this model only, and threads, caches or heap fragments of other models do not
+affect its latency. Stdout contains the number of finished runs, one number per line, for the progress bar of the
+parent; nothing is written between two timed runs. The module imports neither torch nor matplotlib.
 """
 
 import importlib
@@ -30,46 +28,28 @@ from hkd_det.image import read_image
 from hkd_det.structures import Detections
 
 STATUS = Path("/proc/self/status")
-
-
 CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-def read_resident_mib() -> float:
-    """Resident now."""
-    return float(psutil.Process().memory_info().rss) / 2**20
-
-
-def reset_peak() -> None:
-    """Start the peak afresh at what is resident now, where the kernel allows it (Linux); else it goes on."""
-    with suppress(OSError):
-        CLEAR_REFS.write_text("5", encoding="ascii")
-
-
-def read_peak_mib() -> float:
-    """Most ever resident, or most since `reset_peak`."""
-    if STATUS.exists():
-        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest / 2**20 if sys.platform == "darwin" else largest / 1024
-
-
-ERROR_CLASSES: dict[str, type[HkdError]] = {kind.__name__: kind for kind in (UsageError, DataError, UnavailableError)}
-
-
-# What a backend imports, where that is not ONNX Runtime.
+ERROR_CLASSES: dict[str, type[HkdError]] = {cls.__name__: cls for cls in (UsageError, DataError, UnavailableError)}
+# Package that a backend imports, if it is not onnxruntime.
 BACKEND_MODULES = {"openvino": "openvino", "openvino-bf16": "openvino", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What one worker does.
+    """Work of one worker process.
 
-    timed_pictures: decoded beforehand, then run in turn. warm_up, warm_up_s: untimed runs, at least so many and for at
-    least so long. runs: timed from frame to detections. staged_runs: further runs that time each stage.
-    evaluated_pictures: whose detections are written to `detections_npz`.
+    Attributes:
+        model: Path of the model.
+        device: Device as for `open_detector`.
+        backend: Backend as for `open_detector`.
+        threads: CPU threads; None for the default of the runtime.
+        timed_images: Images that are decoded in advance and timed in turn.
+        warmup: Minimum number of untimed runs.
+        warmup_s: Minimum duration of the untimed runs in seconds.
+        runs: Timed runs from frame to detections.
+        stage_runs: Further runs that time each stage.
+        eval_images: Images whose detections are written to `detections_npz`.
+        detections_npz: Output path of the detections.
     """
 
     model: str
@@ -87,7 +67,19 @@ class WorkerJob:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What one worker found. stages_ms: a row a staged run: preprocess, inference, postprocess."""
+    """Measurements of one worker process.
+
+    Attributes:
+        model: Name of the architecture.
+        parameters: Number of parameters.
+        flops: FLOPs per image.
+        imgsz_hw: Input size in pixels.
+        load_ms: Time to open the model in milliseconds.
+        e2e_ms: Latency of each timed run in milliseconds.
+        stages_ms: Latency of preprocess, inference and postprocess of each stage run.
+        baseline_mib: Resident memory before the model was opened, in MiB.
+        peak_memory_mib: Peak resident memory while timing, in MiB.
+    """
 
     model: str
     parameters: int
@@ -101,35 +93,44 @@ class WorkerResult:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure; an HkdError goes to OUT.json, for the parent to raise."""
+    """Run the job in the file argv[0] and write the result to argv[1].
+
+    An `HkdError` is written to the result, and the parent raises it.
+    """
     job_path, out_path = map(Path, argv)
     job = parse_job(json.loads(job_path.read_text(encoding="utf-8")))
-    found: dict[str, Any]
+    content: dict[str, Any]
     try:
-        found = {"measured": asdict(measure_model(job))}
+        content = {"result": asdict(measure_model(job))}
     except HkdError as error:
-        found = {"error": type(error).__name__, "message": str(error)}
-    write_text(out_path, json.dumps(found))
+        content = {"error": type(error).__name__, "message": str(error)}
+    write_text(out_path, json.dumps(content))
     return 0
 
 
 def parse_job(values: dict[str, Any]) -> WorkerJob:
-    """A job from its JSON form."""
-    return WorkerJob(
-        **{
-            **values,
-            "timed_pictures": tuple(values["timed_pictures"]),
-            "evaluated_pictures": tuple(values["evaluated_pictures"]),
-        }
-    )
+    """Build a job from its JSON form, in which tuples are lists."""
+    tuples = {key: tuple(values[key]) for key in ("timed_images", "eval_images")}
+    return WorkerJob(**{**values, **tuples})
 
 
 def measure_model(job: WorkerJob) -> WorkerResult:
-    """Times and memory first, then the detections of the evaluated pictures, outside both."""
+    """Measure latency and memory, then run the model on the evaluation images.
+
+    Args:
+        job: Work to do. The detections are written to `job.detections_npz`.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        HkdError: The model or an image cannot be opened.
+    """
     if job.threads is not None:
         cv2.setNumThreads(job.threads)
-    pictures = [read_image(Path(path)) for path in job.timed_images]
-    # The library's own weight and loading are not the model's. Where it is missing, opening the model says so.
+    images = [read_image(Path(path)) for path in job.timed_images]
+    # Import the runtime before the baseline: its own memory and loading time do not belong to the model. If it is
+    # missing, opening the model raises the error.
     with suppress(ImportError):
         importlib.import_module(BACKEND_MODULES.get(job.backend, "onnxruntime"))
     reset_peak()
@@ -137,19 +138,19 @@ def measure_model(job: WorkerJob) -> WorkerResult:
     start = perf_counter()
     with open_detector(job.model, job.device, job.threads, job.backend) as detector:
         load_ms = 1e3 * (perf_counter() - start)
-        _run_warmup(detector, pictures, job)
-        e2e_ms = _time_end_to_end(detector, pictures, job.runs)
-        stages_ms = _time_stages(detector, pictures, job.stage_runs)
+        _run_warmup(detector, images, job)
+        e2e_ms = _time_end_to_end(detector, images, job.runs)
+        stages_ms = _time_stages(detector, images, job.stage_runs)
         peak_memory_mib = read_peak_mib()
         if job.eval_images:
-            found = [_predict_image(detector, path) for path in job.eval_images]
-            write_detections_npz(Path(job.detections_npz), found)
-        manifest = detector.metadata
+            detections = [_predict_image(detector, path) for path in job.eval_images]
+            write_detections_npz(Path(job.detections_npz), detections)
+        metadata = detector.metadata
     return WorkerResult(
-        model=manifest.model,
-        parameters=manifest.parameters,
-        flops=manifest.flops,
-        imgsz_hw=manifest.imgsz_hw,
+        model=metadata.model,
+        parameters=metadata.parameters,
+        flops=metadata.flops,
+        imgsz_hw=metadata.imgsz_hw,
         load_ms=load_ms,
         e2e_ms=tuple(e2e_ms),
         stages_ms=tuple(stages_ms),
@@ -158,59 +159,80 @@ def measure_model(job: WorkerJob) -> WorkerResult:
     )
 
 
-def _run_warmup(detector: Detector, images: Sequence[NDArray[np.uint8]], job: WorkerJob) -> None:
-    """By count and by time: ten runs of a small model are over before a processor has raised its clock."""
-    turn, start = 0, perf_counter()
-    while turn < job.warmup or perf_counter() - start < job.warmup_s:
-        detector(images[turn % len(images)])
-        turn += 1
-    _report_progress(job.warmup)
+def read_resident_mib() -> float:
+    """Return the resident memory of this process in MiB (2^20 bytes)."""
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
-def _time_end_to_end(detector: Detector, images: Sequence[NDArray[np.uint8]], runs: int) -> list[float]:
-    samples = []
-    for turn in range(runs):
-        picture = images[turn % len(images)]
-        start = perf_counter()
-        detector(picture)
-        samples.append(1e3 * (perf_counter() - start))
-    _report_progress(runs)
-    return samples
+def reset_peak() -> None:
+    """Reset the peak to the present resident memory; no effect where the kernel does not support it."""
+    with suppress(OSError):
+        CLEAR_REFS.write_text("5", encoding="ascii")
 
 
-def _time_stages(
-    detector: Detector, images: Sequence[NDArray[np.uint8]], runs: int
-) -> list[tuple[float, float, float]]:
-    samples = []
-    for turn in range(runs):
-        _, times = detector.predict_timed(images[turn % len(images)])
-        samples.append((times.preprocess_ms, times.inference_ms, times.postprocess_ms))
-    _report_progress(runs)
-    return samples
-
-
-def _predict_image(detector: Detector, path: str) -> Detections:
-    found = detector(read_image(Path(path)))
-    _report_progress(1)
-    return found
+def read_peak_mib() -> float:
+    """Return the peak resident memory since `reset_peak` or, without kernel support, since the start, in MiB."""
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max_rss / 2**20 if sys.platform == "darwin" else max_rss / 1024
 
 
 def write_detections_npz(path: Path, detections: Sequence[Detections]) -> None:
-    """All pictures' detections in one .npz."""
+    """Write the detections of all images to one .npz file."""
     np.savez(
         path,
-        count=np.array([len(one) for one in detections]),
+        num_detections=np.array([len(one) for one in detections]),
         boxes_xyxy=np.concatenate([one.boxes_xyxy for one in detections]),
         scores=np.concatenate([one.scores for one in detections]),
     )
 
 
 def read_detections_npz(path: Path) -> list[Detections]:
-    """What `write_detections` wrote, in the same order."""
-    with np.load(path) as stored:
-        ends = np.cumsum(stored["count"])[:-1]
-        boxes, scores = np.split(stored["boxes_xyxy"], ends), np.split(stored["scores"], ends)
+    """Read the file of `write_detections_npz`; one entry per image, in the same order."""
+    with np.load(path) as arrays:
+        ends = np.cumsum(arrays["num_detections"])[:-1]
+        boxes, scores = np.split(arrays["boxes_xyxy"], ends), np.split(arrays["scores"], ends)
     return [Detections(*pair) for pair in zip(boxes, scores, strict=True)]
+
+
+def _run_warmup(detector: Detector, images: Sequence[NDArray[np.uint8]], job: WorkerJob) -> None:
+    """Warm up by count and by time: ten runs of a small model end before the processor raises its clock."""
+    run, start = 0, perf_counter()
+    while run < job.warmup or perf_counter() - start < job.warmup_s:
+        detector(images[run % len(images)])
+        run += 1
+    _report_progress(job.warmup)
+
+
+def _time_end_to_end(detector: Detector, images: Sequence[NDArray[np.uint8]], runs: int) -> list[float]:
+    samples_ms = []
+    for run in range(runs):
+        image = images[run % len(images)]
+        start = perf_counter()
+        detector(image)
+        samples_ms.append(1e3 * (perf_counter() - start))
+    _report_progress(runs)
+    return samples_ms
+
+
+def _time_stages(
+    detector: Detector, images: Sequence[NDArray[np.uint8]], runs: int
+) -> list[tuple[float, float, float]]:
+    samples_ms = []
+    for run in range(runs):
+        _, times = detector.predict_timed(images[run % len(images)])
+        samples_ms.append((times.preprocess_ms, times.inference_ms, times.postprocess_ms))
+    _report_progress(runs)
+    return samples_ms
+
+
+def _predict_image(detector: Detector, path: str) -> Detections:
+    detections = detector(read_image(Path(path)))
+    _report_progress(1)
+    return detections
 
 
 def _report_progress(runs: int) -> None:

@@ -1,4 +1,4 @@
-"""The runtime tests' model, which finds the box of all bright pixels, and pictures it is right about by half."""
+"""Fixtures: the model of the runtime tests, which detects the box of all bright pixels, and a data set for it."""
 
 import importlib.util
 import json
@@ -25,15 +25,15 @@ def write_tiny_onnx() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def half_right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A COCO set of two pictures with a bright figure each; in the second the person stands elsewhere, in the dark."""
+    """COCO data set of two images with a bright rectangle each; in the second the ground truth is elsewhere."""
     root = tmp_path_factory.mktemp("half_right")
     images, annotations = [], []
-    for number, truth in enumerate(([40, 10, 32, 70], [110, 10, 32, 70]), 1):
-        picture = np.zeros((96, 160, 3), np.uint8)
-        picture[10:80, 40:72] = 255
-        cv2.imwrite(str(root / f"{number}.png"), picture)
+    for number, gt_box in enumerate(([40, 10, 32, 70], [110, 10, 32, 70]), 1):
+        image = np.zeros((96, 160, 3), np.uint8)
+        image[10:80, 40:72] = 255
+        cv2.imwrite(str(root / f"{number}.png"), image)
         images.append({"id": number, "file_name": f"{number}.png", "width": 160, "height": 96})
-        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": truth})
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": gt_box})
     coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
     (root / "all.json").write_text(json.dumps(coco))
     path = root / "data.yaml"

@@ -1,4 +1,4 @@
-"""A model that can't be opened gets one line from both commands that open models, and no traceback."""
+"""Tests that a model that cannot be opened gives one line of error in both commands that open models."""
 
 import re
 from collections.abc import Callable
@@ -11,25 +11,25 @@ from hkd_bench.cli import main as bench
 from hkd_deploy.demo.cli import main as demo
 from hkd_deploy.export.openvino import export_openvino
 
-BAR = re.compile(r"\s*$|.*run/s")  # the progress bar, as it comes and goes
+BAR = re.compile(r"\s*$|.*run/s")  # empty lines and lines of the progress bar
 
 
 @pytest.fixture(scope="module")
-def bad(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of them."""
+def bad_dir(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of models that cannot be opened."""
     root = tmp_path_factory.mktemp("bad")
     good = write_tiny_onnx(root / "good.onnx")
     (root / "short.onnx").write_bytes(good.read_bytes()[:-9])
-    (root / "letter.onnx").write_text("Dear reader,\n" * 99)
+    (root / "letter.onnx").write_text("not a model\n" * 99)
     (root / "photo.jpg").write_bytes(b"\xff\xd8")
     write_tiny_onnx(root / "other_tool.onnx", changes={"hkd.format": None})
     model = onnx.load(good)
     model.opset_import[0].version = 99
     onnx.save(model, root / "opset99.onnx")
     (root / "empty_folder").mkdir()
-    for spoiled in ("model.xml", "model.bin"):
-        folder = export_openvino(write_tiny_onnx(root / f"short_{spoiled[-3:]}.onnx"))
-        (folder / spoiled).write_bytes((folder / spoiled).read_bytes()[:-9])
+    for file_name in ("model.xml", "model.bin"):
+        folder = export_openvino(write_tiny_onnx(root / f"short_{file_name[-3:]}.onnx"))
+        (folder / file_name).write_bytes((folder / file_name).read_bytes()[:-9])
     return root
 
 
@@ -57,8 +57,8 @@ def bad(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     ],
 )
 @pytest.mark.parametrize("command", ["hkd-bench", "hkd-demo"])
-def test_one_line(
-    bad: Path,
+def test_bad_model_gives_one_line(
+    bad_dir: Path,
     half_right: Path,
     capfd: pytest.CaptureFixture[str],
     command: str,
@@ -66,12 +66,12 @@ def test_one_line(
     code: int,
     words: str,
 ) -> None:
-    model, *others = flags
+    model, *other_flags = flags
     if command == "hkd-bench":
-        found = bench([str(bad / model), *others, "--pictures", str(half_right.parent), "--runs", "3"])
+        exit_code = bench([str(bad_dir / model), *other_flags, "--images", str(half_right.parent), "--runs", "3"])
     else:
-        found = demo([str(bad / model), *others, "--source", str(half_right.parent), "--no-window"])
-    printed = capfd.readouterr()
-    said = [line for line in printed.err.splitlines() if not BAR.match(line)]
-    assert found == code and printed.out == ""
-    assert len(said) == 1 and said[0].startswith(f"{command}: ") and words in said[0]
+        exit_code = demo([str(bad_dir / model), *other_flags, "--source", str(half_right.parent), "--no-show"])
+    output = capfd.readouterr()
+    lines = [line for line in output.err.splitlines() if not BAR.match(line)]
+    assert exit_code == code and output.out == ""
+    assert len(lines) == 1 and lines[0].startswith(f"{command}: ") and words in lines[0]

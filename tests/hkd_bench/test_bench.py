@@ -1,4 +1,4 @@
-"""hkd-bench on models whose answers are known: figures, files, page, mistakes."""
+"""Tests of `hkd-bench` on a model whose detections are known: metrics, files, report, invalid input."""
 
 import json
 import re
@@ -43,25 +43,25 @@ def result(model: Path, half_right: Path) -> BenchResult:
     return bench([model, model], load_dataset(str(half_right), "val"), options, names=["one", "two"])
 
 
-def test_the_miss_rate_is_the_one_worked_out_by_hand(result: BenchResult) -> None:
-    """One of two people found, whatever the order: a half at every point of the curve."""
-    for found in result.models:
-        assert found.miss_rates["Reasonable"] == pytest.approx(0.5, abs=1e-12)
-        assert found.num_gt["Reasonable"] == 2 and result.num_images == 2
-        assert found.miss_rates["heavy"] is None and found.num_gt["heavy"] == 0
+def test_bench_miss_rate_is_half(result: BenchResult) -> None:
+    """One of two persons is detected: the miss rate is 0.5 at every point of the curve."""
+    for model_result in result.models:
+        assert model_result.miss_rates["Reasonable"] == pytest.approx(0.5, abs=1e-12)
+        assert model_result.num_gt["Reasonable"] == 2 and result.num_images == 2
+        assert model_result.miss_rates["heavy"] is None and model_result.num_gt["heavy"] == 0
 
 
-def test_every_run_is_counted_and_facts_come_from_the_file(result: BenchResult, model: Path) -> None:
-    for found in result.models:
-        assert len(found.e2e_ms) == 8 and min(found.e2e_ms) > 0
-        assert len(found.stages.inference_ms) == 6 and len(found.load_ms) == 2
-        assert (found.parameters, found.flops, found.imgsz_hw) == (12, 3456, (96, 160))
-        assert found.file_mib == model.stat().st_size / 2**20
-        assert 0 < found.baseline_mib < found.peak_memory_mib
+def test_bench_counts_runs_and_reads_metadata(result: BenchResult, model: Path) -> None:
+    for model_result in result.models:
+        assert len(model_result.e2e_ms) == 8 and min(model_result.e2e_ms) > 0
+        assert len(model_result.stages.inference_ms) == 6 and len(model_result.load_ms) == 2
+        assert (model_result.parameters, model_result.flops, model_result.imgsz_hw) == (12, 3456, (96, 160))
+        assert model_result.file_mib == model.stat().st_size / 2**20
+        assert 0 < model_result.baseline_mib < model_result.peak_memory_mib
 
 
 @pytest.mark.slow
-def test_one_file_on_two_backends(model: Path, half_right: Path, tmp_path: Path) -> None:
+def test_bench_one_file_on_two_backends(model: Path, half_right: Path, tmp_path: Path) -> None:
     folder = export_openvino(model)
     options = BenchOptions(runs=2, rounds=1, warmup=1, warmup_s=0, stage_runs=1, data=str(half_right), split="val")
     samples = load_dataset(str(half_right), "val")
@@ -76,32 +76,32 @@ def test_one_file_on_two_backends(model: Path, half_right: Path, tmp_path: Path)
     assert "by onnxruntime (m0), openvino (m1):" in format_text_table(renamed)
     write_result(tmp_path / "r.json", both)
     assert read_result(tmp_path / "r.json") == both
-    whole = bench([folder], samples, options)
-    assert whole.models[0].backend == "openvino" and "by openvino:" in format_text_table(whole)
-    assert whole.models[0].file_mib == sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    from_dir = bench([folder], samples, options)
+    assert from_dir.models[0].backend == "openvino" and "by openvino:" in format_text_table(from_dir)
+    assert from_dir.models[0].file_mib == sum(path.stat().st_size for path in folder.iterdir()) / 2**20
 
 
-def test_json_there_and_back(result: BenchResult, tmp_path: Path) -> None:
+def test_result_round_trip_and_wrong_json(result: BenchResult, tmp_path: Path) -> None:
     write_result(tmp_path / "r.json", result)
     assert read_result(tmp_path / "r.json") == result
     content = json.loads((tmp_path / "r.json").read_text())
-    for spoil, value in (("schema", 99), ("models", "none"), ("runs", "many")):
-        (tmp_path / "r.json").write_text(json.dumps({**content, spoil: value}))
+    for key, value in (("schema", 99), ("models", "none"), ("runs", "many")):
+        (tmp_path / "r.json").write_text(json.dumps({**content, key: value}))
         with pytest.raises(DataError, match=r"r\.json"):
             read_result(tmp_path / "r.json")
     (tmp_path / "r.json").write_text("{")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match="not a JSON file"):
         read_result(tmp_path / "r.json")
 
 
-def test_tables_stand_in_columns(result: BenchResult) -> None:
+def test_tables_contain_models_and_miss_rate(result: BenchResult) -> None:
     lines = format_text_table(result).splitlines()
     assert any(line.startswith("one ") and "50.00" in line for line in lines)
-    assert "| one |" in format_markdown_table(result) and "50.00" in format_markdown_table(result)
+    assert "| one " in format_markdown_table(result) and "50.00" in format_markdown_table(result)
 
 
 class Page(HTMLParser):
-    """Collects what a page would fetch, and checks that its tags close."""
+    """Collects external references and images without alternative text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Page(HTMLParser):
         self.without_alt += tag == "img" and not values.get("alt")
 
 
-def test_the_page_is_self_contained_and_tells_the_result(result: BenchResult, tmp_path: Path) -> None:
+def test_report_is_self_contained(result: BenchResult, tmp_path: Path) -> None:
     write_bench_report(tmp_path / "page.html", result, title="A <title> & more")
     text = (tmp_path / "page.html").read_text()
     page = Page()
@@ -127,7 +127,9 @@ def test_the_page_is_self_contained_and_tells_the_result(result: BenchResult, tm
     assert f"{result.models[0].latency.p50_ms:.1f}" in text
 
 
-def test_command(model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_json_and_html(
+    model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "deep" / "r.json"
     flags = [str(model), "--data", str(half_right), "--runs", "3", "--names", "mine", "--json", str(out)]
     assert main([*flags, "--html", str(tmp_path / "r.html")]) == 0
@@ -136,22 +138,22 @@ def test_command(model: Path, half_right: Path, tmp_path: Path, capsys: pytest.C
     assert read_result(out).models[0].name == "mine" and (tmp_path / "r.html").stat().st_size > 10_000
 
 
-def test_pictures_of_ones_own_are_timed_without_a_miss_rate(
+def test_images_are_timed_without_miss_rate(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, page = tmp_path / "r.json", tmp_path / "r.html"
-    flags = [str(model), "--pictures", str(half_right.parent), "--runs", "3", "--json", str(out), "--html", str(page)]
+    flags = [str(model), "--images", str(half_right.parent), "--runs", "3", "--json", str(out), "--html", str(page)]
     assert main(flags) == 0
-    found = read_result(out)
-    assert found.num_images == 0 and found.num_timed_images == 2 and found.split == ""
-    assert found.models[0].miss_rates["Reasonable"] is None and len(found.models[0].e2e_ms) == 3
+    result = read_result(out)
+    assert result.num_images == 0 and result.num_timed_images == 2 and result.split == ""
+    assert result.models[0].miss_rates["Reasonable"] is None and len(result.models[0].e2e_ms) == 3
     assert "Miss rate was not measured" in page.read_text()
     assert "50.00" not in capsys.readouterr().out
 
 
-def test_the_runtimes_own_weight_is_not_the_models(result: BenchResult) -> None:
-    """A model of twelve weights adds its session, not the 20 MiB that importing a runtime takes."""
-    assert max(found.memory_mib for found in result.models) < 15
+def test_memory_excludes_the_runtime(result: BenchResult) -> None:
+    """A model of twelve weights adds its session and not the 20 MiB of the imported runtime."""
+    assert max(model_result.memory_mib for model_result in result.models) < 15
 
 
 @pytest.mark.parametrize(
@@ -166,25 +168,25 @@ def test_the_runtimes_own_weight_is_not_the_models(result: BenchResult) -> None:
         (["MODEL", "--data", "DATA", "--backend", "onnx"], 2, "--backend onnx: expected onnxruntime, openvino"),
         (["MODEL", "--data", "DATA", "--backend", "openvino,"], 2, "--backend : expected"),
         (["MODEL", "--data", "DATA", "--device", "cuda"], 1, "cuda"),
-        (["MODEL", "--data", "DATA", "--limit", "0"], 2, "--limit"),
+        (["MODEL", "--data", "DATA", "--max-images", "0"], 2, "--max-images"),
         (["MODEL", "--data", "DATA", "--names", "a,b"], 2, "--names"),
         (["MODEL", "--data", "DATA", "--names", " "], 2, "--names"),
-        (["MODEL", "--data", "DATA", "--pictures", "."], 2, "either --data"),
-        (["MODEL", "--pictures", "nowhere"], 2, "nowhere"),
+        (["MODEL", "--data", "DATA", "--images", "."], 2, "exactly one of them"),
+        (["MODEL", "--images", "nowhere"], 2, "nowhere"),
         (["MODEL", "--data", "DATA", "--json", "FOLDER"], 2, "--json"),
         (["MODEL", "--data", "DATA", "--html", "FOLDER"], 2, "--html"),
     ],
 )
-def test_mistakes_get_one_line(
+def test_wrong_flag_gives_one_line(
     flags: list[str], code: int, message: str, model: Path, half_right: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = {"MODEL": str(model), "DATA": str(half_right), "FOLDER": str(half_right.parent)}
-    assert main([known.get(flag, flag) for flag in flags]) == code
+    paths = {"MODEL": str(model), "DATA": str(half_right), "FOLDER": str(half_right.parent)}
+    assert main([paths.get(flag, flag) for flag in flags]) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-bench: ")]
     assert len(lines) == 1 and message in lines[0]
 
 
-def test_a_peak_is_seen_after_it_is_gone() -> None:
+def test_read_peak_includes_freed_memory() -> None:
     reset_peak()
     block = bytearray(64 * 2**20)
     block[::4096] = b"x" * len(block[::4096])
@@ -192,12 +194,19 @@ def test_a_peak_is_seen_after_it_is_gone() -> None:
     assert read_peak_mib() - read_resident_mib() > 40
 
 
-def test_facts_are_told_or_their_absence_is() -> None:
-    facts = read_host_fields()
-    assert {fact.name for fact in facts} >= {"CPU", "cores", "memory"}
-    assert all((fact.value is None) == bool(fact.reason) for fact in facts)
+def test_host_fields_have_value_or_reason() -> None:
+    fields = read_host_fields()
+    assert {field.name for field in fields} >= {"CPU", "cores", "memory"}
+    assert all((field.value is None) == bool(field.reason) for field in fields)
 
 
-def test_the_worker_never_imports_torch() -> None:
-    code = "import sys, hkd_bench.worker, hkd_bench.cli; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(("module", "packages"), [("worker", {"torch", "matplotlib"}), ("report", {"torch"})])
+def test_module_does_not_import(module: str, packages: set[str]) -> None:
+    code = f"import sys, hkd_bench.{module}; sys.exit(bool({packages} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_missing_package_gives_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tabulate" else object())
+    assert main(["x.onnx"]) == 1
+    assert capsys.readouterr().err == "hkd-bench: tabulate is not installed. Run pip install 'hkd-det[bench]'.\n"

@@ -1,4 +1,4 @@
-"""`hkd-bench score` on a `gt-SETUP.mat`, which does not say which frames it holds the truth of."""
+"""Tests of `hkd-bench score` on a `gt-SETUP.mat`, which does not contain its frames."""
 
 import json
 import os
@@ -19,15 +19,15 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is no
 
 
 @needs_data
-def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own people as detections are all found; its frames are told from the detections' reach."""
+def test_score_gt_mat_of_official_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own boxes as detections are all true positives; the frames are inferred from the last detections."""
     path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
     table = read_caltech_ground_truth(path, caltech.AnnotationVersion.CORRECTED).table
     assert (table.num_images, int((~table.ignore).sum())) == (4024, 912)
     (tmp_path / "set06").mkdir()
     rows = [
-        f"{30 * (picture + 1)},{','.join(map(repr, box))},1"
-        for picture, box in zip(table.image_index.tolist(), table.boxes_xywh.tolist(), strict=True)
+        f"{30 * (image_index + 1)},{','.join(map(repr, box))},1"
+        for image_index, box in zip(table.image_index.tolist(), table.boxes_xywh.tolist(), strict=True)
     ]
     (tmp_path / "set06" / "V000.txt").write_text("\n".join([*rows, f"{30 * 4024},600,10,20.5,50,0.5"]))
     flags = ["--annotations", str(path), "--detections", str(tmp_path), "--protocol", "caltech-new", "--json", "-"]
@@ -36,29 +36,27 @@ def test_a_gt_mat_of_the_official_program(tmp_path: Path, capsys: pytest.Capture
 
 
 @needs_data
-def test_frames_of_a_gt_mat_when_a_detector_is_silent_at_a_videos_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Only pictures with people have detections, which then end before the videos do."""
+def test_score_gt_mat_without_detections_at_video_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only images with boxes have detections, so the last frames of the videos have none."""
     path = SHARED / "caltech" / "gt-Reasonable-csp.mat"
     table = read_caltech_ground_truth(path, caltech.AnnotationVersion.CORRECTED).table
-    place = [(video, 30 * number) for video, count in count_test_frames().items() for number in range(1, count + 1)]
+    places = [(video, 30 * number) for video, count in count_test_frames().items() for number in range(1, count + 1)]
     lines: dict[str, list[str]] = {video: [] for video in count_test_frames()}
-    for picture, box in zip(table.image_index.tolist(), table.boxes_xywh.tolist(), strict=True):
-        video, frame = place[picture]
+    for image_index, box in zip(table.image_index.tolist(), table.boxes_xywh.tolist(), strict=True):
+        video, frame = places[image_index]
         lines[video].append(f"{frame},{','.join(map(repr, box))},1")
-    for video, found in lines.items():
+    for video, rows in lines.items():
         (tmp_path / video).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{video}.txt").write_text("\n".join(found))
+        (tmp_path / f"{video}.txt").write_text("\n".join(rows))
     flags = ["--annotations", str(path), "--detections", str(tmp_path), "--protocol", "caltech-new", "--json", "-"]
     assert main(["score", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["miss_rate"] == {"Reasonable": 0.0}
     (tmp_path / "set08" / "V003.txt").unlink()
     assert main(["score", *flags]) == 1
-    assert "a video in which nothing was found has an empty one" in capsys.readouterr().err
+    assert "empty file for a video without detections" in capsys.readouterr().err
 
 
-def test_frames_of_another_gt_mat_must_come_out_even(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_other_gt_mat_must_match_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = np.empty((1, 2), object)
     cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1.0, 2, 3, 50, 0]])
     scipy.io.savemat(tmp_path / "gt-Reasonable.mat", {"gt": cells})
@@ -66,10 +64,10 @@ def test_frames_of_another_gt_mat_must_come_out_even(tmp_path: Path, capsys: pyt
     (tmp_path / "set06" / "V000.txt").write_text("30 1 2 3 50 1")
     flags = ["--annotations", str(tmp_path / "gt-Reasonable.mat"), "--detections", str(tmp_path)]
     assert main(["score", *flags, "--protocol", "caltech"]) == 1
-    assert "does not say of which videos" in capsys.readouterr().err
+    assert "but not their videos" in capsys.readouterr().err
 
 
-def test_the_measured_frames_are_those_that_the_annotations_have() -> None:
+def test_count_test_frames_equals_annotations() -> None:
     counts = count_test_frames()
     assert (len(counts), sum(counts.values())) == (66, 4024)
     for path in sorted((SHARED / "caltech" / "annotations" / "set06").glob("*.vbb")):
@@ -77,10 +75,13 @@ def test_the_measured_frames_are_those_that_the_annotations_have() -> None:
 
 
 @pytest.mark.parametrize("row", [[1, 2, -3, 50, 0], [1, 2, 3, 50, np.nan], [np.inf, 2, 3, 50, 0]])
-def test_a_wrong_row_of_a_gt_mat(row: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_gt_mat_with_wrong_row(row: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = np.empty((1, 2), object)
     cells[0, 0], cells[0, 1] = np.zeros((0, 5)), np.array([[1, 2, 3, 50, 0], row])
     scipy.io.savemat(tmp_path / "gt-Reasonable.mat", {"gt": cells})
     flags = ["--annotations", str(tmp_path / "gt-Reasonable.mat"), "--detections", str(tmp_path)]
     assert main(["score", *flags, "--protocol", "caltech"]) == 1
-    assert f"picture 2: {[float(value) for value in row]} is not x y w h" in capsys.readouterr().err
+    assert (
+        f"image 2: expected x y w h ignore with finite sizes of at least 0, got {[float(value) for value in row]}"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,4 @@
-"""Energy from captured counters: sums, wrap-around, and what is said where there are none."""
+"""Tests of the energy meter on files with the form of the kernel's counters."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def write_zone(powercap: Path, name: str, energy_uj: int, range_uj: int = 262_14
     (zone / "max_energy_range_uj").write_text(f"{range_uj}\n")
 
 
-def test_packages_are_summed_and_their_parts_left_out(tmp_path: Path) -> None:
+def test_total_sums_packages_without_their_parts(tmp_path: Path) -> None:
     for name, start in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 0), ("intel-rapl:0:0", 0)):
         write_zone(tmp_path, name, start)
     meter = RaplMeter(tmp_path)
@@ -25,19 +25,19 @@ def test_packages_are_summed_and_their_parts_left_out(tmp_path: Path) -> None:
     assert meter.total().joules == pytest.approx(4.5)
 
 
-def test_a_counter_that_wrapped_around(tmp_path: Path) -> None:
+def test_total_handles_wrapped_counter(tmp_path: Path) -> None:
     write_zone(tmp_path, "intel-rapl:0", 9_000_000, range_uj=10_000_000)
     meter = RaplMeter(tmp_path)
     write_zone(tmp_path, "intel-rapl:0", 500_000, range_uj=10_000_000)
     assert meter.total().joules == pytest.approx(1.5)
 
 
-def test_no_counters_give_no_figure_but_a_reason(tmp_path: Path) -> None:
+def test_total_without_counters_gives_reason(tmp_path: Path) -> None:
     energy = RaplMeter(tmp_path).total()
     assert energy.joules is None and str(tmp_path) in energy.reason
 
 
-def test_a_counter_that_cannot_be_read_gives_a_reason(tmp_path: Path) -> None:
+def test_total_of_unreadable_counter_gives_reason(tmp_path: Path) -> None:
     write_zone(tmp_path, "intel-rapl:0", 0)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("not a number")
     energy = RaplMeter(tmp_path).total()

@@ -1,4 +1,4 @@
-"""Percentiles and the early-stopping bound, against numpy and against counting."""
+"""Tests of latency percentiles and of the early-stopping bound, against NumPy and direct counting."""
 
 from math import comb
 
@@ -11,27 +11,27 @@ from hkd_bench.result import confidence_bound_ms, summarize_latency
 
 
 @given(st.lists(st.floats(0.1, 1e4), min_size=1, max_size=200))
-def test_percentiles_are_numpys_and_nothing_is_left_out(samples: list[float]) -> None:
-    found = summarize_latency(samples)
-    assert (found.p50_ms, found.p90_ms, found.p99_ms) == tuple(np.percentile(samples, (50, 90, 99)))
-    assert found.num_samples == len(samples) and found.max_ms == max(samples)
-    assert found.mean_ms == pytest.approx(sum(samples) / len(samples))
+def test_summarize_latency_equals_numpy(samples: list[float]) -> None:
+    summary = summarize_latency(samples)
+    assert (summary.p50_ms, summary.p90_ms, summary.p99_ms) == tuple(np.percentile(samples, (50, 90, 99)))
+    assert summary.num_samples == len(samples) and summary.max_ms == max(samples)
+    assert summary.mean_ms == pytest.approx(sum(samples) / len(samples))
 
 
-def test_no_samples_no_summary() -> None:
+def test_summarize_latency_without_samples_raises() -> None:
     with pytest.raises(ValueError, match="no latency samples"):
         summarize_latency([])
 
 
-@pytest.mark.parametrize(("percentile", "least"), [(90, 64), (99, 662)])
-def test_the_official_minima(percentile: float, least: int) -> None:
+@pytest.mark.parametrize(("percentile", "min_samples"), [(90, 64), (99, 662)])
+def test_confidence_bound_needs_official_minimum(percentile: float, min_samples: int) -> None:
     """MLPerf's inference rules give 64 and 662 queries for p90 and p99."""
-    assert confidence_bound_ms([1.0] * (least - 1), percentile) is None
-    assert confidence_bound_ms([1.0] * least, percentile) == 1.0
+    assert confidence_bound_ms([1.0] * (min_samples - 1), percentile) is None
+    assert confidence_bound_ms([1.0] * min_samples, percentile) == 1.0
 
 
 @given(st.integers(64, 400))
-def test_the_bound_equals_a_plain_count(count: int) -> None:
+def test_confidence_bound_equals_direct_count(count: int) -> None:
     samples = list(np.random.default_rng(count).permutation(count).astype(float))
     allowed = 0
     while sum(comb(count, k) * 0.1**k * 0.9 ** (count - k) for k in range(allowed + 2)) <= 0.01:
@@ -39,14 +39,14 @@ def test_the_bound_equals_a_plain_count(count: int) -> None:
     assert confidence_bound_ms(samples, 90) == sorted(samples)[count - allowed]
 
 
-def test_the_bound_holds_as_often_as_it_says() -> None:
-    """Of 400 exponential samples the true p90 lies below the bound in 99 of 100 draws or more."""
-    chance, true_p90 = np.random.default_rng(0), -np.log(0.1)
-    below = [(confidence_bound_ms(chance.exponential(size=400).tolist(), 90) or 0) >= true_p90 for _ in range(600)]
-    assert np.mean(below) > 0.975
+def test_confidence_bound_has_stated_confidence() -> None:
+    """The true p90 of 400 exponential samples is below the bound in at least 97.5 % of the trials."""
+    rng, true_p90 = np.random.default_rng(0), -np.log(0.1)
+    is_below = [(confidence_bound_ms(rng.exponential(size=400).tolist(), 90) or 0) >= true_p90 for _ in range(600)]
+    assert np.mean(is_below) > 0.975
 
 
 @pytest.mark.parametrize("percentile", [0, 100, -5])
-def test_no_percentile_outside_its_range(percentile: float) -> None:
+def test_confidence_bound_rejects_percentile(percentile: float) -> None:
     with pytest.raises(ValueError, match="percentile"):
         confidence_bound_ms([1.0], percentile)

@@ -1,4 +1,4 @@
-"""The whole way, small: street, three trainings, export, measurement, film, page."""
+"""Test of the quickstart at a small size."""
 
 import re
 from pathlib import Path
@@ -10,20 +10,20 @@ from hkd_bench.result import read_result
 
 
 @pytest.mark.slow
-def test_the_whole_way_leaves_a_page_a_film_and_true_figures(tmp_path: Path) -> None:
-    plan = QuickstartConfig(num_train=8, num_val=4, imgsz_hw=(64, 128), epochs=1, batch=4, runs=9, video_frames=4)
-    result = run_quickstart(tmp_path, seed=1, config=plan)
-    teacher, alone, distilled = result.models
-    assert [model.name for model in result.models] == ["teacher", "student alone", "student distilled"]
-    assert alone.parameters == distilled.parameters <= teacher.parameters / 6
+def test_quickstart_writes_report_video_and_result(tmp_path: Path) -> None:
+    config = QuickstartConfig(num_train=8, num_val=4, imgsz_hw=(64, 128), epochs=1, batch=4, runs=9, video_frames=4)
+    result = run_quickstart(tmp_path, seed=1, config=config)
+    teacher, baseline, distilled = result.models
+    assert [model.name for model in result.models] == ["teacher", "student baseline", "student distilled"]
+    assert baseline.parameters == distilled.parameters <= teacher.parameters / 6
     assert all(len(model.e2e_ms) == 9 and 0 <= model.miss_rates["Reasonable"] <= 1 for model in result.models)
     assert read_result(tmp_path / "bench.json") == result
     page = (tmp_path / "report.html").read_text()
-    assert not re.search(r'(src|href)\s*=\s*"(?!data:|#)', page), "the page must not need anything else"
+    assert not re.search(r'(src|href)\s*=\s*"(?!data:|#)', page), "the page must be self-contained"
     for model in result.models:
         assert model.name in page and f"{100 * model.miss_rates['Reasonable']:.2f}" in page
     assert page.count("<img") + page.count("<svg") >= 6
-    assert (tmp_path / "film.mp4").stat().st_size > 0
+    assert (tmp_path / "video.mp4").stat().st_size > 0
     assert {p.name for p in (tmp_path / "student-hkd").iterdir()} == {
         "best.pt",
         "last.pt",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_bench import cli as bench
+from hkd_bench import bench_cli as bench
 from hkd_deploy.demo import cli as demo
 from hkd_deploy.export import cli as export
 

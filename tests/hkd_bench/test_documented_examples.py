@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-HOW_TO = Path(__file__).parents[3] / "docs" / "how-to"
+from hkd_bench import scoring
+from hkd_bench.cli import main
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 
 
 @pytest.fixture
@@ -30,3 +33,16 @@ def run_example(page: str) -> None:
 def test_score_example_prints_miss_rate(capsys: pytest.CaptureFixture[str]) -> None:
     run_example("score.md")
     assert capsys.readouterr().out.split() == ["0.0", "1"]
+
+
+@pytest.mark.usefixtures("one_person")
+def test_add_a_metric_example_scores_recall(capsys: pytest.CaptureFixture[str]) -> None:
+    protocols = dict(scoring.PROTOCOLS)
+    try:
+        run_example("add-a-metric.md")
+        flags = ["--annotations", "val_gt.json", "--detections", "detections.json", "--protocol", "recall"]
+        assert main(["score", *flags, "--json", "-"]) == 0
+    finally:
+        del scoring.PROTOCOLS["recall"]
+    assert protocols == scoring.PROTOCOLS
+    assert json.loads(capsys.readouterr().out)["metrics"] == {"recall": 1.0}

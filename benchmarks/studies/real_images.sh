@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole way on the real pictures beside the project: train on INRIA + `people`, measure on INRIA's test
-# pictures, which neither training nor the choice of the epoch ever saw. About 50 minutes on two idle cores.
-# The page (RUNS/report.html) shows the pictures, so it stays out of the project.
-#   bash benchmarks/studies/real_pictures.sh [RUNS]      results: benchmarks/results/real_pictures.{json,txt}
+# Train on the INRIA and `people` data sets and measure on the INRIA test images, which are used neither for training nor
+# for the selection of the epoch. Takes about 50 minutes on two idle cores. See real_data.yaml for the data.
+# The report (RUNS/report.html) contains the images and is not part of the repository.
+#   bash benchmarks/studies/real_images.sh [RUNS]      results: benchmarks/results/real_images.{json,txt}
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs=${1:-runs/real}
@@ -18,5 +18,5 @@ for name in teacher student student-hkd; do
     $bin/hkd-export "$runs/$name/best.pt" --output "$runs/$name.onnx"
 done
 $bin/hkd-bench "$runs/teacher.onnx" "$runs/student.onnx" "$runs/student-hkd.onnx" --data "$data" --split test \
-    --names "teacher,student alone,student distilled" \
-    --json benchmarks/results/real_pictures.json --html "$runs/report.html" | tee benchmarks/results/real_pictures.txt
+    --names "teacher,student baseline,student distilled" \
+    --json benchmarks/results/real_images.json --html "$runs/report.html" | tee benchmarks/results/real_images.txt
