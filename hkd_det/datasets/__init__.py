@@ -1,4 +1,4 @@
-"""Readers of annotated pictures; numpy and OpenCV only."""
+"""Readers of annotated image datasets. They need NumPy and OpenCV, but not torch."""
 
 from hkd_det.image import read_image
 from hkd_det.structures import GroundTruth, Sample

@@ -1,168 +1,217 @@
-"""What a reader does with a faulty record: stop at it (the default), or report it and go on without it.
-
-Are the pictures of a data set on disk?
-
-Which of a data set's classes is the person to find.
-
-Boxes from first to last pixel, as PASCAL's formats have them.
-
-Where in a JSON file an element of a list stands: looked up only when something is wrong with it.
-
-The user's own pictures without labels, for a teacher to speak of.
-
-What such a picture's truth says is that nothing in it may be judged: one ignore region that covers whatever is cut
-out of it, the grey beside it included. So no loss against the truth hears of it.
-"""
+"""Helpers that all dataset readers share: error handling, coordinate checks, class selection, JSON line numbers."""
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, import_package
 from hkd_det.image import IMAGE_SUFFIXES
 from hkd_det.structures import Sample, unlabeled_ground_truth
 
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 ErrorHandler = Callable[[DataError], None]
+
+MAX_COORDINATE_PX = 2.0**24  # float32 cannot represent all larger integers
+PERSON_NAMES = ("person", "pedestrian", "people", "human")
+SEPARATOR_PATTERN = re.compile(r"[\s,:]*")
 
 
 def raise_error(error: DataError) -> None:
-    """For training and measuring: nothing is left out in silence."""
+    """Raise the error. This is the default error handler of the readers: an invalid record stops the reading.
+
+    Another handler, such as `errors.append`, lets a reader skip the record and continue.
+    """
     raise error
+
+
+def show_progress(items: Sequence[Item], description: str, unit: str) -> Iterable[Item]:
+    """Iterate over items with a progress bar that appears after two seconds.
+
+    Args:
+        items: Items to iterate over.
+        description: Label of the progress bar.
+        unit: Unit of the items, singular.
+
+    Raises:
+        UnavailableError: tqdm is not installed.
+    """
+    tqdm = import_package("tqdm").tqdm
+    bar: Iterable[Item] = tqdm(items, desc=description, unit=unit, leave=False, delay=2)
+    return bar
 
 
 def filter_missing_images(
     samples: Sequence[Sample], skip_missing: bool, where: str, on_error: ErrorHandler = raise_error
 ) -> list[Sample]:
-    """The samples whose pictures are there.
+    """Return the samples whose image files exist, and report missing files before the training starts.
 
-    Raises DataError that begins with `where` if one is missing, or, with present_only, if all are: better now
-    than hours into a training.
+    Args:
+        samples: Samples of one split.
+        skip_missing: Omit missing images without an error, unless all images are missing.
+        where: Prefix of the error message, such as the image directory.
+        on_error: Receives the errors.
+
+    Raises:
+        DataError: An image is missing (with the default `on_error`).
     """
-    there = [sample for sample in samples if sample.path.is_file()]
-    lost = len(samples) - len(there)
-    if lost and (not there or not skip_missing):
+    existing = [sample for sample in samples if sample.path.is_file()]
+    num_missing = len(samples) - len(existing)
+    if num_missing and (not existing or not skip_missing):
         first = next(sample.path for sample in samples if not sample.path.is_file())
-        remedy = "put them there" if skip_missing else "put them there, or say `skip_missing: true` to go without them"
-        on_error(DataError(f"{where}: {lost} of {len(samples)} pictures are missing, the first {first}; {remedy}"))
+        hint = "Add them." if skip_missing else "Add them, or set `skip_missing: true` to omit them."
+        on_error(
+            DataError(f"{where}: {num_missing} of {len(samples)} images are missing, the first is {first}. {hint}")
+        )
         for sample in samples:
             if sample.path != first and not sample.path.is_file():
-                on_error(DataError(f"{sample.path}: the picture is missing"))
-    return there
-
-
-PERSON_NAMES = ("person", "pedestrian", "people", "human")
-
-
-Key = TypeVar("Key")
+                on_error(DataError(f"{sample.path}: the image is missing"))
+    return existing
 
 
 def select_person_class(names: Mapping[Key, str], category: str, where: str) -> Key:
-    """The key of the class called `category`; without one, the first of `PERSON_NAMES`, or the only class.
+    """Select the person class of a dataset. Names are compared case-insensitively.
 
-    Upper and lower case are alike. Raises DataError that begins with `where` and tells the names there are.
+    Args:
+        names: Class names by class id.
+        category: Name of the class. If empty, the first of `PERSON_NAMES` that exists, or the only class.
+        where: Prefix of the error message.
+
+    Returns:
+        The class id.
+
+    Raises:
+        DataError: There is no such class.
     """
-    keys = {name.lower(): key for key, name in names.items()}
+    ids = {name.lower(): key for key, name in names.items()}
     for name in (category,) if category else PERSON_NAMES:
-        if name.lower() in keys:
-            return keys[name.lower()]
+        if name.lower() in ids:
+            return ids[name.lower()]
     if len(names) == 1 and not category:
         return next(iter(names))
-    wanted = category or " or ".join(PERSON_NAMES)
-    raise DataError(f"{where}: no {wanted} among {', '.join(names.values()) or 'none'}; say `category: NAME`")
+    expected = category or " or ".join(PERSON_NAMES)
+    raise DataError(
+        f"{where}: expected the class {expected}, got {', '.join(names.values()) or 'none'}. Set `category: NAME`."
+    )
+
+
+def is_pixel_value(value: Any) -> bool:
+    """Return whether a JSON value is a finite number in the range of pixel coordinates."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= MAX_COORDINATE_PX  # False for NaN and infinity
 
 
 def xyxy_from_inclusive(
-    pixels: tuple[float, float, float, float], first_pixel: int, size_hw: tuple[int, int] | None, where: str
+    box: tuple[float, float, float, float], first_pixel: int, size_hw: tuple[int, int] | None, where: str
 ) -> list[float]:
-    """Left, top, right and bottom pixel, the last two included, as xyxy from 0.
+    """Convert a box of inclusive pixel indices, as in the PASCAL formats, to xyxy.
 
-    size_hw: the picture's; None if the file does not say. Raises DataError, which begins with `where`, for a box that
-    ends before it begins or is wholly outside its picture.
+    Args:
+        box: Indices of the left, top, right and bottom pixel.
+        first_pixel: Index of the first pixel of the image, 0 or 1.
+        size_hw: Image height and width in pixels, or None if unknown.
+        where: Prefix of the error message.
+
+    Returns:
+        x1, y1, x2, y2 in pixels, the right and bottom edges exclusive.
+
+    Raises:
+        DataError: The box is inverted or completely outside the image.
     """
-    left, top, right, bottom = pixels
+    left, top, right, bottom = box
     if right < left or bottom < top:
-        raise DataError(f"{where}: the box {list(pixels)} has a negative width or height")
+        raise DataError(f"{where}: the box {list(box)} has a negative width or height")
     x1, y1, x2, y2 = left - first_pixel, top - first_pixel, right - first_pixel + 1, bottom - first_pixel + 1
     if size_hw and (x1 >= size_hw[1] or y1 >= size_hw[0] or x2 <= 0 or y2 <= 0):
-        raise DataError(f"{where}: the box {list(pixels)} is outside its picture of {size_hw[1]} x {size_hw[0]} pixels")
+        raise DataError(f"{where}: the box {list(box)} is outside its image of {size_hw[1]} x {size_hw[0]} pixels")
     return [x1, y1, x2, y2]
 
 
-SEPARATOR_PATTERN = re.compile(r"[\s,:]*")
+def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
+    """Read directories of unlabeled images, recursively and sorted by path.
+
+    Returns:
+        Samples whose ground truth is one ignore region over the complete image.
+
+    Raises:
+        DataError: A directory does not exist or contains no images.
+    """
+    samples = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"--unlabeled {folder}: no such directory")
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        if not paths:
+            raise DataError(f"--unlabeled {folder}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        samples += [Sample(str(path), path, unlabeled_ground_truth()) for path in paths]
+    return samples
 
 
 class JsonLocations:
-    """Places of the elements of the lists at the top of a JSON object."""
+    """Line numbers of list elements in a JSON file, computed only when an error needs them.
+
+    Args:
+        path: File with a JSON object at the top level.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def annotate(self, error: DataError, key: str, index: int) -> DataError:
-        """The fault of element `index` of the list `key`, which begins with the path, with the place put in.
+        """Insert the location of a list element into an error message.
 
-        Its line, and in a file of a single line its column.
+        Args:
+            error: Error whose message begins with the path.
+            key: Key of the list in the top-level object.
+            index: Index of the element.
+
+        Returns:
+            The error with the line of the element, and its column if the file has a single line.
         """
         return DataError(str(error).replace(str(self.path), f"{self.path}, {self._locations[key][index]}", 1))
 
     @cached_property
     def _locations(self) -> dict[str, list[str]]:
         text = self.path.read_text(encoding="utf-8-sig")
+        offsets = _find_element_offsets(text)
         if "\n" not in text.rstrip():
-            return {
-                key: [f"line 1, column {at + 1}" for at in starts] for key, starts in _find_element_starts(text).items()
-            }
-        return {
-            key: [f"line {line}" for line in _count_lines(text, starts)]
-            for key, starts in _find_element_starts(text).items()
-        }
+            return {key: [f"line 1, column {offset + 1}" for offset in starts] for key, starts in offsets.items()}
+        return {key: [f"line {line}" for line in _iterate_lines(text, starts)] for key, starts in offsets.items()}
 
 
-def _find_element_starts(text: str) -> dict[str, list[int]]:
-    """By key, where the elements begin."""
-    read = json.JSONDecoder().raw_decode
-    starts: dict[str, list[int]] = {}
-    at = _skip_separators(text, text.index("{") + 1)
-    while text[at] != "}":
-        key, at = read(text, at)
-        at = _skip_separators(text, at)
-        if text[at] == "[":
-            starts[key] = []
-            at = _skip_separators(text, at + 1)
-            while text[at] != "]":
-                starts[key].append(at)
-                at = _skip_separators(text, read(text, at)[1])
-            at = _skip_separators(text, at + 1)
+def _find_element_offsets(text: str) -> dict[str, list[int]]:
+    """Return the offsets of the elements of each top-level list."""
+    decode = json.JSONDecoder().raw_decode
+    offsets: dict[str, list[int]] = {}
+    position = _skip_separators(text, text.index("{") + 1)
+    while text[position] != "}":
+        key, position = decode(text, position)
+        position = _skip_separators(text, position)
+        if text[position] == "[":
+            offsets[key] = []
+            position = _skip_separators(text, position + 1)
+            while text[position] != "]":
+                offsets[key].append(position)
+                position = _skip_separators(text, decode(text, position)[1])
+            position = _skip_separators(text, position + 1)
         else:
-            at = _skip_separators(text, read(text, at)[1])
-    return starts
+            position = _skip_separators(text, decode(text, position)[1])
+    return offsets
 
 
-def _count_lines(text: str, starts: list[int]) -> Iterator[int]:
-    """Line numbers of ascending positions, in one pass."""
-    line, counted = 1, 0
-    for at in starts:
-        line += text.count("\n", counted, at)
-        counted = at
+def _iterate_lines(text: str, offsets: list[int]) -> Iterator[int]:
+    """Yield the line numbers of ascending offsets in one pass."""
+    line, previous = 1, 0
+    for offset in offsets:
+        line += text.count("\n", previous, offset)
+        previous = offset
         yield line
 
 
 def _skip_separators(text: str, position: int) -> int:
-    """Behind blanks, commas and colons."""
-    found = SEPARATOR_PATTERN.match(text, position)
-    return found.end() if found else position
-
-
-def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
-    """Every picture in the folders and below them, sorted by path; DataError for a folder that holds none."""
-    samples = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise DataError(f"--unlabeled {folder}: no such folder")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-        if not paths:
-            raise DataError(f"--unlabeled {folder}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        samples += [Sample(str(path), path, unlabeled_ground_truth()) for path in paths]
-    return samples
+    """Return the position after whitespace, commas and colons."""
+    match = SEPARATOR_PATTERN.match(text, position)
+    return match.end() if match else position

@@ -1,8 +1,9 @@
-"""Caltech Pedestrian (Dollár et al. 2012): pictures taken out of its films, with the old or the new annotations.
+"""Caltech Pedestrian (Dollár et al., TPAMI 2012): video frames with the original or the corrected annotations.
 
-Six sets to train on (set00 to set05), five to test (set06 to set10), of which every 30th frame counts: I00029, I00059,
-... `python -m hkd_det.datasets.caltech_extract` makes the pictures. `person` is to be found; `people`, `person?` and
-`ignore` are ignore regions; `person-fa`, a false alarm of the annotators', is nothing.
+set00 to set05 are for training, set06 to set10 for testing. Of the test sets the protocol uses every 30th frame:
+I00029, I00059 and so on. `python -m hkd_det.datasets.caltech_extract` extracts the frames from the videos. `person`
+is a person to detect; `people`, `person?` and `ignore` are ignore regions; `person-fa`, a false alarm of the
+annotators, is omitted. The corrected annotations are those of Zhang et al. (CVPR 2016).
 """
 
 import re
@@ -11,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from hkd_det import boxes as box_math
-from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error
+from hkd_det.boxes import box_area, xyxy_from_xywh
+from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error, show_progress
 from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_bbgt, read_vbb
 from hkd_det.errors import DataError, UsageError
 from hkd_det.structures import GroundTruth, Sample
@@ -23,16 +23,23 @@ SETS = tuple(f"set{number:02}" for number in range(11))
 TEST_SETS = SETS[6:]
 TEST_FRAME_STEP = 30
 ORIGINAL, CORRECTED = "original", "corrected"
-ANNOTATION_DIRS = {ORIGINAL: "annotations", CORRECTED: "annotations_new"}
+ANNOTATION_DIRS = {ORIGINAL: "annotations", CORRECTED: "annotations_new"}  # names of the published archives
 PERSON, FALSE_ALARM = "person", "person-fa"
 LABELS = (PERSON, "people", "person?", "ignore", FALSE_ALARM)
-# set06/V000/I00029.txt, or flat as the new annotations are handed out: set06_V000_I00029.jpg.txt
+# set06/V000/I00029.txt, or the flat names of the published corrected annotations: set06_V000_I00029.jpg.txt
 TEXT_FILE_PATTERN = re.compile(r"(?:^|/)(set\d\d)[_/](V\d{3})[_/]I(\d{5})(?:\.jpg)?\.txt$", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
 class CaltechFrame:
-    """An annotated frame. video: "set06/V000"; index: 0-based; file: what says so."""
+    """An annotated video frame.
+
+    Attributes:
+        video: Set and video, such as "set06/V000".
+        index: 0-based frame number.
+        annotations: Objects of the frame.
+        annotation_path: File of the annotations.
+    """
 
     video: str
     index: int
@@ -41,7 +48,7 @@ class CaltechFrame:
 
     @property
     def name(self) -> str:
-        """ "set06/V000/I00029"."""
+        """Image id, such as "set06/V000/I00029"."""
         return f"{self.video}/I{self.index:05}"
 
 
@@ -53,21 +60,33 @@ def read_caltech(
     skip_missing: bool = False,
     on_error: ErrorHandler = raise_error,
 ) -> list[Sample]:
-    """The pictures of some sets ("set00-set05"), in their films' order, with ids such as "set06/V000/I00029".
+    """Read frames of Caltech Pedestrian.
 
-    annotations: OLD (`annotations/set06/V000.vbb`) or NEW (text files anywhere in `annotations_new/`). every: of the
-    training sets, which frames; of the test sets it is always every 30th, as everyone measures. present_only: leave
-    out pictures that are not on disk. Pictures lie in `images/set06/V000/I00029.jpg`, or flat, as
-    `images/set06_V000_I00029.jpg`.
-    Raises UsageError for sets, annotations or every that cannot be, DataError for files that are missing or wrong.
+    The images are `images/set06/V000/I00029.jpg`, or flat, `images/set06_V000_I00029.jpg`.
+
+    Args:
+        root: Directory of the dataset.
+        sets: Range of sets such as "set00-set05", or one set.
+        annotations: "original" (`annotations/set06/V000.vbb`) or "corrected" (text files anywhere in
+            `annotations_new/`).
+        frame_step: Use every n-th frame of the training sets. For the test sets it is always 30.
+        skip_missing: Omit images that do not exist.
+        on_error: Receives the errors of invalid records.
+
+    Returns:
+        Samples in the order of the videos. An image id is "set06/V000/I00029", for example.
+
+    Raises:
+        UsageError: `sets`, `annotations` or `frame_step` is invalid.
+        DataError: Files are missing or invalid.
     """
     if annotations not in ANNOTATION_DIRS:
-        raise UsageError(f"annotations: {annotations!r} is none of {', '.join(ANNOTATION_DIRS)}")
+        raise UsageError(f"annotations: expected {' or '.join(ANNOTATION_DIRS)}, got {annotations!r}")
     read = read_original_annotations if annotations == ORIGINAL else read_corrected_annotations
-    chosen = parse_sets(sets)
+    names = parse_sets(sets)
     parts = (
-        ([name for name in chosen if name not in TEST_SETS], frame_step),
-        ([name for name in chosen if name in TEST_SETS], TEST_FRAME_STEP),
+        ([name for name in names if name not in TEST_SETS], frame_step),
+        ([name for name in names if name in TEST_SETS], TEST_FRAME_STEP),
     )
     frames = [
         frame
@@ -75,58 +94,90 @@ def read_caltech(
         if part
         for frame in read(root / ANNOTATION_DIRS[annotations], part, step, on_error)
     ]
-    pictures = root / "images"
+    image_dir = root / "images"
     samples = [
-        Sample(frame.name, _find_image(pictures, frame), _build_ground_truth(frame, annotations, on_error))
+        Sample(frame.name, _find_image(image_dir, frame), _build_ground_truth(frame, annotations, on_error))
         for frame in frames
     ]
-    return filter_missing_images(samples, skip_missing, str(pictures), on_error)
+    return filter_missing_images(samples, skip_missing, str(image_dir), on_error)
 
 
 def parse_sets(text: str) -> list[str]:
-    """ "set00-set05", or one set's name, as names."""
+    """Return the set names of a range such as "set00-set05", or of one set.
+
+    Raises:
+        UsageError: The text is not a range of sets.
+    """
     ends = text.split("-")
     if len(ends) > 2 or any(end not in SETS for end in ends) or ends[0] > ends[-1]:
-        raise UsageError(f"{text!r}: no sets of Caltech; say set06, or set00-set05 ({SETS[0]} to {SETS[-1]})")
+        raise UsageError(f"{text!r}: expected a set or a range of sets, {SETS[0]} to {SETS[-1]}, such as set00-set05")
     return list(SETS[SETS.index(ends[0]) : SETS.index(ends[-1]) + 1])
 
 
 def read_original_annotations(
     folder: Path, sets: list[str], frame_step: int, on_error: ErrorHandler = raise_error
 ) -> Iterator[CaltechFrame]:
-    """Every so many frames of the films that have a `set06/V000.vbb` in the folder: every-1, 2*every-1, ..."""
+    """Read frames from `.vbb` files.
+
+    Args:
+        folder: Directory with `set06/V000.vbb` and so on.
+        sets: Names of the sets.
+        frame_step: Yield the frames with the indices frame_step - 1, 2 * frame_step - 1 and so on.
+        on_error: Receives the errors of invalid records.
+
+    Yields:
+        Frames in the order of sets and videos.
+
+    Raises:
+        UsageError: `frame_step` is below 1.
+        DataError: A set has no files, or a file is invalid.
+    """
     _check_frame_step(frame_step)
-    films = [(name, path) for name in sets for path in _list_videos(folder / name, "V*.vbb")]
-    for name, path in tqdm(films, desc="read .vbb", unit="film", leave=False, delay=2):
-        for index, boxes in enumerate(read_vbb(path, on_error)):
+    videos = [(name, path) for name in sets for path in _list_videos(folder / name, "V*.vbb")]
+    for name, path in show_progress(videos, "read .vbb", "video"):
+        for index, annotations in enumerate(read_vbb(path, on_error)):
             if index % frame_step == frame_step - 1:
-                yield CaltechFrame(f"{name}/{path.stem}", index, boxes, path)
+                yield CaltechFrame(f"{name}/{path.stem}", index, annotations, path)
 
 
 def read_corrected_annotations(
     folder: Path, sets: list[str], frame_step: int, on_error: ErrorHandler = raise_error
 ) -> Iterator[CaltechFrame]:
-    """Every so many frames of the text files in the folder; a gap in them is a fault."""
+    """Read frames from text files, one per frame.
+
+    Args:
+        folder: Directory that contains the files at any depth.
+        sets: Names of the sets.
+        frame_step: Yield the frames with the indices frame_step - 1, 2 * frame_step - 1 and so on.
+        on_error: Receives the errors of invalid records. A missing frame is an error.
+
+    Yields:
+        Frames in the order of sets and videos.
+
+    Raises:
+        UsageError: `frame_step` is below 1.
+        DataError: A set has no files, a frame has two files, or a file is invalid.
+    """
     _check_frame_step(frame_step)
     files: dict[tuple[str, int], Path] = {}
     for path in sorted(folder.rglob("*.txt")):
-        found = TEXT_FILE_PATTERN.search(path.relative_to(folder).as_posix())
-        if found and found[1] in sets and int(found[3]) % frame_step == frame_step - 1:
-            key = f"{found[1]}/{found[2]}", int(found[3])
+        match = TEXT_FILE_PATTERN.search(path.relative_to(folder).as_posix())
+        if match and match[1] in sets and int(match[3]) % frame_step == frame_step - 1:
+            key = f"{match[1]}/{match[2]}", int(match[3])
             if key in files:
-                raise DataError(f"{path}: the same frame as {files[key]}; keep one of the two folders")
+                raise DataError(f"{path}: the same frame as {files[key]}. Keep one of the two directories.")
             files[key] = path
     for name in sets:
         if not any(video.startswith(name) for video, _ in files):
             raise DataError(
-                f"{folder}: no text files of every {frame_step}th frame of {name}, as {name}_V000_I00029.jpg.txt"
+                f"{folder}: no text files of every {frame_step}th frame of {name}, such as {name}_V000_I00029.jpg.txt"
             )
-    before = ("", -1)
-    for (video, index), path in tqdm(sorted(files.items()), desc="read boxes", unit="frame", leave=False, delay=2):
-        wanted = frame_step - 1 if video != before[0] else before[1] + frame_step
-        if index != wanted:
-            on_error(DataError(f"{path}: the frame before it, {video}/I{wanted:05}, has no file"))
-        before = (video, index)
+    previous = ("", -1)
+    for (video, index), path in show_progress(sorted(files.items()), "read boxes", "frame"):
+        expected = frame_step - 1 if video != previous[0] else previous[1] + frame_step
+        if index != expected:
+            on_error(DataError(f"{path}: the frame before it, {video}/I{expected:05}, has no file"))
+        previous = (video, index)
         yield CaltechFrame(video, index, read_bbgt(path, on_error), path)
 
 
@@ -136,10 +187,10 @@ def _check_frame_step(frame_step: int) -> None:
 
 
 def _list_videos(folder: Path, pattern: str) -> list[Path]:
-    films = sorted(folder.glob(pattern))
-    if not films:
-        raise DataError(f"{folder}: holds no {pattern}")
-    return films
+    videos = sorted(folder.glob(pattern))
+    if not videos:
+        raise DataError(f"{folder}: contains no {pattern}")
+    return videos
 
 
 def _find_image(image_dir: Path, frame: CaltechFrame) -> Path:
@@ -148,24 +199,27 @@ def _find_image(image_dir: Path, frame: CaltechFrame) -> Path:
 
 
 def _build_ground_truth(frame: CaltechFrame, annotations: str, on_error: ErrorHandler) -> GroundTruth:
-    boxes, keep = frame.annotations, []
-    for row, label in enumerate(boxes.labels):
+    objects = frame.annotations
+    rows = []
+    for row, label in enumerate(objects.labels):
         if label not in LABELS:
-            place = f", line {boxes.line_numbers[row]}" if boxes.line_numbers else f": object {boxes.object_ids[row]}"
+            location = (
+                f", line {objects.line_numbers[row]}" if objects.line_numbers else f": object {objects.object_ids[row]}"
+            )
+            expected = ", ".join(LABELS)
             on_error(
                 DataError(
-                    f"{frame.annotation_path}{place}: {frame.name}: label {label!r} is none of {', '.join(LABELS)}"
+                    f"{frame.annotation_path}{location}: {frame.name}: label: expected one of {expected}, got {label!r}"
                 )
             )
         elif label != FALSE_ALARM:
-            keep.append(row)
-    labels = tuple(boxes.labels[row] for row in keep)
-    # A visible box that is all zero was not marked; the new annotations go by their flag besides.
-    marked = boxes.visible_xywh.any(axis=1) & (boxes.occluded | (annotations == ORIGINAL))
-    seen = np.where(marked[:, None], boxes.visible_xywh, boxes.boxes_xywh)
-    # MATLAB's first pixel is 1.
-    whole, visible = (box_math.xyxy_from_xywh(one[keep]) - 1 for one in (boxes.boxes_xywh, seen))
-    ignore = (
-        boxes.ignore[keep] | np.array([label != PERSON for label in labels], bool) | (box_math.box_area(whole) <= 0)
-    )
-    return GroundTruth(whole.astype(np.float32), ignore, visible.astype(np.float32), labels)
+            rows.append(row)
+    labels = tuple(objects.labels[row] for row in rows)
+    # A visible box of zeros is not annotated. In the corrected annotations it counts only with the occlusion flag.
+    has_visible = objects.visible_xywh.any(axis=1) & (objects.occluded | (annotations == ORIGINAL))
+    visible_xywh = np.where(has_visible[:, None], objects.visible_xywh, objects.boxes_xywh)
+    # The files count pixels from 1, as MATLAB does.
+    boxes, visible = (xyxy_from_xywh(box_xywh[rows]) - 1 for box_xywh in (objects.boxes_xywh, visible_xywh))
+    is_other = np.array([label != PERSON for label in labels], bool)
+    ignore = objects.ignore[rows] | is_other | (box_area(boxes) <= 0)
+    return GroundTruth(boxes.astype(np.float32), ignore, visible.astype(np.float32), labels)

@@ -1,32 +1,30 @@
-"""`open_data`: from a name in datasets.yaml, or the user's own data yaml, to samples.
+"""`load_dataset`: read a dataset by its name in datasets.yaml, or from a data yaml of the user.
 
-The yaml has Ultralytics' keys (`path, train, val, test, names`) and a few more:
-  format        yolo (default), coco, citypersons, caltech, voc, inria, pennfudan, crowdhuman, eurocity
-  category      yolo, coco, voc: the person class, where its name does not say so
-  skip_missing  all but yolo: take only the pictures that are on disk
-  time          eurocity: day (default) or night
-  annotations   caltech: old (default) or new
-  every         caltech: of the training sets, every 30th frame (default), or 3 for ten times as many
-  terms         what its owners allow, in words: it goes with the weights into exported files
-A yolo split is a folder of pictures or a text file that lists them, a coco split is
-`{images: FOLDER, annotations: FILE}`; of both there may be a list. A caltech split is its sets, such as set00-set05;
-of the other formats it is the name that the split has in their files, such as train, val or Train.
+A data yaml has the keys of Ultralytics (`path`, `train`, `val`, `test`, `names`) and these:
+
+* `format`: yolo (default), coco, or a key of `READERS`.
+* `license`: Terms of the data owner. Exported models contain it.
+* `skip_missing`, `category`, `annotations`, `frame_step`, `time`: Options of some formats, see `READERS`.
+
+A yolo split is an image directory or a text file that lists images. A coco split is
+`{images: DIR, annotations: FILE}`. Both accept a list. A split of another format is a string, such as the name of
+the split in the dataset, or `set00-set05` for Caltech. docs/reference/dataset-yaml.md describes all keys.
 """
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hkd_det.config import suggest_name
 from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error
-from hkd_det.datasets.caltech import ORIGINAL, TEST_FRAME_STEP, read_caltech
+from hkd_det.datasets.caltech import read_caltech
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
 from hkd_det.datasets.crowdhuman import read_crowdhuman
-from hkd_det.datasets.eurocity import TIMES_OF_DAY, read_eurocity
+from hkd_det.datasets.eurocity import read_eurocity
 from hkd_det.datasets.inria import read_inria, read_pennfudan
 from hkd_det.datasets.voc import read_voc
 from hkd_det.datasets.yolo import read_yolo
@@ -34,40 +32,61 @@ from hkd_det.errors import DataError, UsageError
 from hkd_det.structures import Sample
 
 SPLITS = ("train", "val", "test")
-
-
 YAML_SUFFIXES = (".yaml", ".yml")
+DATASETS_DIR = Path("datasets")  # root of the named datasets, relative to the working directory
 
-
-# `nc`, `download` and, for other formats than yolo, `names` stand in Ultralytics' files and say nothing new here.
+# Ultralytics files contain `nc`, `download` and, for other formats than yolo, `names`. They have no effect.
 COMMON_KEYS = {"format", "path", *SPLITS, "names", "nc", "download", "license"}
+CATALOG_KEYS = {"homepage", "directory_layout"}  # only in datasets.yaml: how to get the dataset
+
+Options = Mapping[str, tuple[type, str]]  # key of the yaml -> type, description of the value
+
+SKIP_MISSING: Options = {"skip_missing": (bool, "true or false")}
+CATEGORY: Options = {"category": (str, "a name")}
 
 
-FORMAT_KEYS = {
-    "yolo": {"category"},
-    "coco": {"category", "skip_missing"},
-    "citypersons": {"skip_missing"},
-    "caltech": {"annotations", "frame_step", "skip_missing"},
-    "voc": {"category", "skip_missing"},
-    "inria": {"skip_missing"},
-    "pennfudan": {"skip_missing"},
-    "crowdhuman": {"skip_missing"},
-    "eurocity": {"time", "skip_missing"},
+@dataclass(frozen=True)
+class DatasetReader:
+    """One dataset format.
+
+    Attributes:
+        read: Function `read(root, split, on_error=..., **options)` that returns the samples of a split. `split`
+            is the string of the data yaml. It reports invalid records to `on_error`.
+        options: Keys of the data yaml that are passed to `read` as keyword arguments.
+    """
+
+    read: Callable[..., list[Sample]]
+    options: Options = field(default_factory=lambda: SKIP_MISSING)
+
+
+READERS: dict[str, DatasetReader] = {
+    "citypersons": DatasetReader(read_citypersons),
+    "caltech": DatasetReader(
+        read_caltech,
+        {"annotations": (str, "original or corrected"), "frame_step": (int, "an integer"), **SKIP_MISSING},
+    ),
+    "voc": DatasetReader(read_voc, {**CATEGORY, **SKIP_MISSING}),
+    "inria": DatasetReader(read_inria),
+    "pennfudan": DatasetReader(read_pennfudan),
+    "crowdhuman": DatasetReader(read_crowdhuman),
+    "eurocity": DatasetReader(read_eurocity, {"time": (str, "day or night"), **SKIP_MISSING}),
 }
 
 
-CATALOG_KEYS = {"homepage", "directory_layout"}  # datasets.yaml only: what a user has to know to get it
-
-
-DATASETS_DIR = Path("datasets")  # where the named data sets lie, under the working directory
-
-
 def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) -> list[Sample]:
-    """The samples of a split (train, val or test) of a data set, never empty.
+    """Load one split of a dataset.
 
-    data: a name in datasets.yaml, or the path of a yaml file. on_fault: what to do with a faulty record; by default it
-    is raised. Raises UsageError for a name or key that does
-    not exist, DataError for what is wrong on disk.
+    Args:
+        data: Name in datasets.yaml, or path of a data yaml.
+        split: "train", "val" or "test".
+        on_error: Receives the errors of invalid records (default: raise the first one).
+
+    Returns:
+        At least one sample.
+
+    Raises:
+        UsageError: The name, the split, or a key of the data yaml is unknown, or a value has the wrong type.
+        DataError: Files are missing or invalid.
     """
     entry = _load_entry(data)
     if data.endswith(YAML_SUFFIXES):
@@ -75,102 +94,80 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
         return _read_split(entry, path.parent / entry.get("path", "."), split, str(path), on_error)
     root = DATASETS_DIR / entry.get("path", data)
     if not root.is_dir():
-        there = f"--data {data}: {root.resolve()} is not there"
+        missing = f"--data {data}: {root.resolve()} does not exist"
         if "download" in entry:
-            raise DataError(f"{there}; `hkd-train --data {data} --download` fetches it")
+            raise DataError(f"{missing}. Download it with `hkd-train --data {data} --download`.")
         raise DataError(
-            f"{there}; get it from {entry.get('homepage')} ({entry.get('license')}) and unpack it as {entry.get('directory_layout')}"
+            f"{missing}. Get it from {entry.get('homepage')} ({entry.get('license')}) and extract it as "
+            f"{entry.get('directory_layout')}"
         )
     return _read_split(entry, root, split, data, on_error)
 
 
 def list_splits(data: str) -> list[str]:
-    """Which of train, val and test a data set has; raises as `open_data` does."""
+    """Return the splits (train, val, test) that a dataset has. Raises like `load_dataset`."""
     entry = _load_entry(data)
     return [split for split in SPLITS if entry.get(split) is not None]
 
 
 def dataset_license(data: str) -> str:
-    """What the owners of a data set allow, in words: its `terms`, "" where it has none.
+    """Return the `license` text of a dataset, or "" if it has none.
 
-    Raises as `open_data` does for a name or yaml that is not there; the data itself need not be.
+    The data itself need not exist. Raises like `load_dataset` for an unknown name or a missing data yaml.
     """
-    terms: str = _load_entry(data).get("license", "")
-    return terms
-
-
-def _load_entry(data: str) -> dict[str, Any]:
-    return (
-        _validate_entry(_load_yaml(Path(data)), data, set())
-        if data.endswith(YAML_SUFFIXES)
-        else load_catalog_entry(data)
-    )
+    text: str = _load_entry(data).get("license", "")
+    return text
 
 
 def load_catalog_entry(data: str) -> dict[str, Any]:
-    """What datasets.yaml says of a data set; UsageError for a name that is not there."""
-    catalogue = _load_yaml(find_catalog_file())
-    if data not in catalogue:
+    """Return the entry of a dataset in datasets.yaml.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    catalog = _load_yaml(find_catalog_file())
+    if data not in catalog:
         raise UsageError(
-            f"--data {data}: not in datasets.yaml ({', '.join(catalogue)}){_format_suggestion(data, catalogue)}, "
-            "and no path to a .yaml file"
+            f"--data {data}: expected a name in datasets.yaml or a path of a .yaml file{suggest_name(data, catalog)}"
         )
-    return _validate_entry(catalogue[data], f"{find_catalog_file()}: {data}", CATALOG_KEYS)
+    return _validate_entry(catalog[data], f"{find_catalog_file()}: {data}", CATALOG_KEYS)
 
 
 def find_catalog_file() -> Path:
-    """datasets.yaml: inside the installed package, or at the root of a checkout."""
-    here = Path(__file__).parent
-    packaged = here / "datasets.yaml"
-    return packaged if packaged.exists() else here.parents[1] / "datasets.yaml"
+    """Return the path of datasets.yaml: in the installed package, or at the root of a checkout."""
+    package = Path(__file__).parent
+    installed = package / "datasets.yaml"
+    return installed if installed.exists() else package.parents[1] / "datasets.yaml"
+
+
+def _load_entry(data: str) -> dict[str, Any]:
+    if data.endswith(YAML_SUFFIXES):
+        return _validate_entry(_load_yaml(Path(data)), data, set())
+    return load_catalog_entry(data)
 
 
 def _read_split(entry: dict[str, Any], root: Path, split: str, name: str, on_error: ErrorHandler) -> list[Sample]:
     if split not in SPLITS or entry.get(split) is None:
-        there = [known for known in SPLITS if entry.get(known) is not None]
-        raise UsageError(f"{name}: has no split {split!r}, only {', '.join(there) or 'none'}")
-    source, category = entry[split], entry.get("category", "")
-    skip_missing = entry.get("skip_missing", False)
+        known = [key for key in SPLITS if entry.get(key) is not None]
+        raise UsageError(f"{name}: has no split {split!r}, only {', '.join(known) or 'none'}")
+    source, where = entry[split], f"{name}: split {split}"
     match entry.get("format", "yolo"):
-        case "coco":
-            read = (_read_coco_split(one, root, split, category, name, on_error) for one in _ensure_list(source))
-            samples = filter_missing_images(_merge_samples(read), skip_missing, name, on_error)
         case "yolo":
-            names = _parse_class_names(entry, name)
-            read = (
-                read_yolo(root / _check_str(one, split, name), names, category, on_error)
-                for one in _ensure_list(source)
-            )
-            samples = _merge_samples(read)
-        case form:
-            samples = _read_named_format(form, entry, root, _check_str(source, split, name), name, on_error)
+            names, category = _parse_class_names(entry, name), entry.get("category", "")
+            parts = [
+                read_yolo(root / _check_str(part, where), names, category, on_error) for part in _ensure_list(source)
+            ]
+            samples = _merge_samples(parts)
+        case "coco":
+            category = entry.get("category", "")
+            parts = [_read_coco_split(part, root, category, where, on_error) for part in _ensure_list(source)]
+            samples = filter_missing_images(_merge_samples(parts), entry.get("skip_missing", False), name, on_error)
+        case format_name:
+            reader = READERS[format_name]
+            options = {key: entry[key] for key in reader.options if key in entry}
+            samples = reader.read(root, _check_str(source, where), on_error=on_error, **options)
     if not samples:
-        raise DataError(f"{name}: split {split} holds no pictures")
-    return samples
-
-
-def _read_named_format(
-    format_name: str, entry: dict[str, Any], root: Path, source: str, name: str, on_error: ErrorHandler
-) -> list[Sample]:
-    """The formats that are one public set's own, and VOC: a split is a word."""
-    skip_missing = entry.get("skip_missing", False)
-    match format_name:
-        case "citypersons":
-            samples = read_citypersons(root, source, skip_missing, on_error)
-        case "caltech":
-            annotations, every = entry.get("annotations", ORIGINAL), entry.get("frame_step", TEST_FRAME_STEP)
-            samples = read_caltech(root, source, annotations, every, skip_missing, on_error)
-        case "voc":
-            samples = read_voc(root, source, entry.get("category", ""), on_error)
-            samples = filter_missing_images(samples, skip_missing, name, on_error)
-        case "inria":
-            samples = read_inria(root, source, skip_missing, on_error)
-        case "pennfudan":
-            samples = read_pennfudan(root, source, skip_missing, on_error)
-        case "crowdhuman":
-            samples = read_crowdhuman(root, source, skip_missing, on_error)
-        case _:
-            samples = read_eurocity(root, source, entry.get("time", TIMES_OF_DAY[0]), skip_missing, on_error)
+        raise DataError(f"{where}: contains no images")
     return samples
 
 
@@ -178,26 +175,25 @@ def _ensure_list(source: Any) -> list[Any]:
     return source if isinstance(source, list) else [source]
 
 
-def _merge_samples(parts: Iterable[list[Sample]]) -> list[Sample]:
-    """All samples; where there are several parts their ids begin with the part's number: two may count alike."""
-    lists = list(parts)
-    if len(lists) == 1:
-        return lists[0]
-    return [replace(one, image_id=f"{number}/{one.image_id}") for number, part in enumerate(lists) for one in part]
+def _merge_samples(parts: list[list[Sample]]) -> list[Sample]:
+    """Concatenate samples. With several parts, prefix each image id with the index of its part to keep it unique."""
+    if len(parts) == 1:
+        return parts[0]
+    return [
+        replace(sample, image_id=f"{index}/{sample.image_id}") for index, part in enumerate(parts) for sample in part
+    ]
 
 
-def _read_coco_split(
-    source: Any, root: Path, split: str, category: str, name: str, on_error: ErrorHandler
-) -> list[Sample]:
+def _read_coco_split(source: Any, root: Path, category: str, where: str, on_error: ErrorHandler) -> list[Sample]:
     if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
-        raise UsageError(f"{name}: split {split} must be {{images: FOLDER, annotations: FILE}}, or a list of those")
-    images, annotations = (root / _check_str(source[key], split, name) for key in ("images", "annotations"))
+        raise UsageError(f"{where}: expected {{images: DIR, annotations: FILE}}, or a list of those")
+    images, annotations = (root / _check_str(source[key], where) for key in ("images", "annotations"))
     return read_coco(annotations, images, category, on_error)
 
 
-def _check_str(value: Any, split: str, name: str) -> str:
+def _check_str(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{name}: split {split}: {value!r} must be a text")
+        raise UsageError(f"{where}: {value!r} must be a string")
     return value
 
 
@@ -205,7 +201,7 @@ def _parse_class_names(entry: dict[str, Any], name: str) -> dict[int, str]:
     names = entry.get("names")
     numbered = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(numbered, dict) or not numbered or not all(type(number) is int for number in numbered):
-        raise UsageError(f"{name}: a yolo data set needs `names`, a list or number: name pairs")
+        raise UsageError(f"{name}: the format yolo requires `names`, a list or a mapping of class ids to names")
     return {number: str(value) for number, value in numbered.items()}
 
 
@@ -215,10 +211,10 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such data yaml") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: a folder, expected a data yaml") from None
+        raise DataError(f"{path}: expected a data yaml, got a directory") from None
     except RecursionError:
         raise DataError(f"{path}: not a data yaml: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date or number
         raise DataError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected `key: value` lines such as path, train, val")
@@ -226,32 +222,23 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, Any]:
-    """The entry, if its keys are known to its format and hold what they should."""
+    """Check keys and value types of an entry, and return it."""
     if not isinstance(entry, dict):
         raise DataError(f"{name}: expected `key: value` lines such as path, train, val")
-    form = entry.get("format", "yolo")
-    if not isinstance(form, str) or form not in FORMAT_KEYS:
-        raise UsageError(f"{name}: format {form!r} is none of {', '.join(FORMAT_KEYS)}")
-    keys = COMMON_KEYS | FORMAT_KEYS[form] | extra_keys
+    formats: dict[str, Options] = {
+        "yolo": CATEGORY,
+        "coco": {**CATEGORY, **SKIP_MISSING},
+        **{format_name: reader.options for format_name, reader in READERS.items()},
+    }
+    format_name = entry.get("format", "yolo")
+    if not isinstance(format_name, str) or format_name not in formats:
+        raise UsageError(f"{name}: format: expected one of {', '.join(formats)}, got {format_name!r}")
+    options = formats[format_name]
+    known: Iterable[str] = sorted(COMMON_KEYS | options.keys() | extra_keys)
     for key in entry:
-        if key not in keys:
-            raise UsageError(f"{name}: unknown key {key!r} for format {form}{_format_suggestion(str(key), keys)}")
-    _check_type(entry, "path", str, "a folder", name)
-    _check_type(entry, "category", str, "a name", name)
-    _check_type(entry, "license", str, "words", name)
-    _check_type(entry, "skip_missing", bool, "true or false", name)
-    _check_type(entry, "annotations", str, "original or corrected", name)
-    _check_type(entry, "frame_step", int, "a whole number", name)
-    if entry.get("time", TIMES_OF_DAY[0]) not in TIMES_OF_DAY:
-        raise UsageError(f"{name}: time: {entry['time']!r} must be {' or '.join(TIMES_OF_DAY)}")
+        if key not in known:
+            raise UsageError(f"{name}: unknown key {key!r} for format {format_name}{suggest_name(str(key), known)}")
+    for key, (cls, meaning) in {"path": (str, "a directory"), "license": (str, "a string"), **options}.items():
+        if key in entry and not isinstance(entry[key], cls):
+            raise UsageError(f"{name}: {key}: {entry[key]!r} must be {meaning}")
     return entry
-
-
-def _check_type(entry: dict[str, Any], key: str, cls: type, meaning: str, name: str) -> None:
-    if key in entry and not isinstance(entry[key], cls):
-        raise UsageError(f"{name}: {key}: {entry[key]!r} must be {meaning}")
-
-
-def _format_suggestion(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, sorted(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""

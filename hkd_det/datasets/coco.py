@@ -1,7 +1,7 @@
-"""COCO JSON: boxes xywh in pixels; crowds, boxes marked `ignore` and boxes without area are ignore regions.
+"""COCO JSON (Lin et al., ECCV 2014): boxes xywh in pixels.
 
-A box is cut at its picture's borders, unless a `vis_bbox` says which part of it can be seen: then it is the
-whole person, as far as that reaches.
+Crowds, boxes marked `ignore`, and boxes without area are ignore regions. A box is clipped to its image. If the
+record has a `vis_bbox` (visible box), its `bbox` is a full-body box and is not clipped.
 """
 
 from collections import defaultdict
@@ -10,48 +10,56 @@ from typing import Any
 
 import numpy as np
 
-from hkd_det import boxes as box_math
-from hkd_det.datasets.base import ErrorHandler, JsonLocations, raise_error, select_person_class
+from hkd_det.boxes import Boxes, box_area, clip_boxes, xyxy_from_xywh
+from hkd_det.datasets.base import ErrorHandler, JsonLocations, is_pixel_value, raise_error, select_person_class
 from hkd_det.errors import DataError
 from hkd_det.files import read_json
 from hkd_det.structures import GroundTruth, Sample
 
-MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
-PersonRecord = tuple[box_math.Boxes, box_math.Boxes, bool]  # whole box xyxy [4], visible box xyxy [4], to be ignored
+PersonRecord = tuple[Boxes, Boxes, bool]  # full box xyxy [4], visible box xyxy [4], ignore
 
 
 def read_coco(
     annotations: Path, images: Path, category: str = "", on_error: ErrorHandler = raise_error
 ) -> list[Sample]:
-    """Every picture of an annotation file, its people as truth.
+    """Read a COCO annotation file.
 
-    images: the folder that `file_name` is relative to. category: the person category's name; by default the
-    one called person or pedestrian, or the only one.
-    Raises DataError, naming the file and the record.
+    Args:
+        annotations: JSON file with the lists `images`, `annotations` and `categories`.
+        images: Directory that each `file_name` is relative to.
+        category: Name of the person category (default: "person" or "pedestrian", or the only category).
+        on_error: Receives the errors of invalid records.
+
+    Returns:
+        One sample per image, including images without persons.
+
+    Raises:
+        DataError: The file is missing or invalid. The message names file, line and record.
     """
     content = read_json(annotations)
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
     ):
-        raise DataError(f"{annotations}: not a COCO file: it needs the lists 'images', 'annotations' and 'categories'")
+        raise DataError(f"{annotations}: not a COCO file: expected the lists 'images', 'annotations' and 'categories'")
     categories = _parse_categories(content["categories"], annotations)
-    wanted = select_person_class(categories, category, f"{annotations}: its categories")
-    places = JsonLocations(annotations)
-    pictures = _parse_images(content["images"], annotations, places, on_error)
-    faulty = {image["id"] for image in content["images"] if _has_id(image, "id")} - pictures.keys()
-    people: dict[Any, list[PersonRecord]] = defaultdict(list)
-    for number, record in enumerate(content["annotations"]):
-        if _has_id(record, "image_id") and record["image_id"] in faulty:
-            continue  # reported with its picture
+    person_id = select_person_class(categories, category, f"{annotations}: categories")
+    locations = JsonLocations(annotations)
+    images_by_id = _parse_images(content["images"], annotations, locations, on_error)
+    invalid_ids = {image["id"] for image in content["images"] if _has_id(image, "id")} - images_by_id.keys()
+    persons: dict[Any, list[PersonRecord]] = defaultdict(list)
+    for index, record in enumerate(content["annotations"]):
+        if _has_id(record, "image_id") and record["image_id"] in invalid_ids:
+            continue  # reported with its image
         try:
-            _check_record(record, pictures, categories, annotations)
-            if record["category_id"] == wanted:
-                people[record["image_id"]].append(_parse_person(record, pictures[record["image_id"]], annotations))
-        except DataError as fault:
-            on_error(places.annotate(fault, "annotations", number))
+            _check_record(record, images_by_id, categories, annotations)
+            if record["category_id"] == person_id:
+                image_id = record["image_id"]
+                persons[image_id].append(_parse_person(record, images_by_id[image_id], annotations))
+        except DataError as error:
+            on_error(locations.annotate(error, "annotations", index))
     return [
-        Sample(image_id, images / image["file_name"], _build_ground_truth(people[image_id]), _get_size_hw(image))
-        for image_id, image in pictures.items()
+        Sample(image_id, images / image["file_name"], _build_ground_truth(persons[image_id]), _get_size_hw(image))
+        for image_id, image in images_by_id.items()
     ]
 
 
@@ -66,71 +74,71 @@ def _parse_images(
     images: list[Any], path: Path, locations: JsonLocations, on_error: ErrorHandler
 ) -> dict[Any, dict[str, Any]]:
     if not images:
-        raise DataError(f"{path}: lists no pictures")
-    pictures: dict[Any, dict[str, Any]] = {}
-    for number, image in enumerate(images):
+        raise DataError(f"{path}: lists no images")
+    images_by_id: dict[Any, dict[str, Any]] = {}
+    for index, image in enumerate(images):
         try:
-            _check_image(image, pictures, path)
-            pictures[image["id"]] = image
-        except DataError as fault:
-            on_error(locations.annotate(fault, "images", number))
-    return pictures
+            _check_image(image, images_by_id, path)
+            images_by_id[image["id"]] = image
+        except DataError as error:
+            on_error(locations.annotate(error, "images", index))
+    return images_by_id
 
 
 def _check_image(image: Any, images_by_id: dict[Any, Any], path: Path) -> None:
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
-        raise DataError(f"{path}: picture {_format_record_id(image)} has no id or file_name")
+        raise DataError(f"{path}: image {_format_record_id(image)} has no id or file_name")
     if not _is_id(image["id"]):
-        raise DataError(f"{path}: picture id {image['id']!r} is neither a number nor a text")
+        raise DataError(f"{path}: image id {image['id']!r} must be a number or a string")
     if image["id"] in images_by_id:
-        raise DataError(f"{path}: picture id {image['id']} stands twice")
+        raise DataError(f"{path}: duplicate image id {image['id']}")
     if any(key in image and not _is_valid_size(image[key]) for key in ("width", "height")):
         raise DataError(
-            f"{path}: picture {_format_record_id(image)}: width {image.get('width')!r} and height {image.get('height')!r} "
-            "must be whole numbers of pixels"
+            f"{path}: image {_format_record_id(image)}: width {image.get('width')!r} and height "
+            f"{image.get('height')!r} must be integers above 0"
         )
 
 
 def _check_record(record: Any, images_by_id: dict[Any, Any], categories: dict[Any, str], path: Path) -> None:
     if not isinstance(record, dict) or not {"image_id", "category_id", "bbox"} <= record.keys():
         raise DataError(f"{path}: annotation {_format_record_id(record)} has no image_id, category_id or bbox")
-    for key, listed in (("image_id", images_by_id), ("category_id", categories)):
-        if not _is_id(record[key]) or record[key] not in listed:
-            raise DataError(f"{path}: annotation {_format_record_id(record)}: its {key} {record[key]!r} is not listed")
+    for key, known in (("image_id", images_by_id), ("category_id", categories)):
+        if not _is_id(record[key]) or record[key] not in known:
+            raise DataError(f"{path}: annotation {_format_record_id(record)}: {key} {record[key]!r} is not listed")
 
 
 def _build_ground_truth(records: list[PersonRecord]) -> GroundTruth:
-    whole = np.array([one[0] for one in records], np.float32).reshape(-1, 4)
-    seen = np.array([one[1] for one in records], np.float32).reshape(-1, 4)
-    marked = np.array([one[2] for one in records], bool)
-    return GroundTruth(whole, marked | (box_math.box_area(whole) <= 0), seen, ("person",) * len(records))
+    boxes = np.array([record[0] for record in records], np.float32).reshape(-1, 4)
+    visible = np.array([record[1] for record in records], np.float32).reshape(-1, 4)
+    ignore = np.array([record[2] for record in records], bool)
+    return GroundTruth(boxes, ignore | (box_area(boxes) <= 0), visible, ("person",) * len(records))
 
 
 def _parse_person(record: dict[str, Any], image: dict[str, Any], path: Path) -> PersonRecord:
     return *_parse_boxes(record, image, path), bool(record.get("iscrowd")) or bool(record.get("ignore"))
 
 
-def _parse_boxes(record: dict[str, Any], image: dict[str, Any], path: Path) -> tuple[box_math.Boxes, box_math.Boxes]:
-    """A record's whole and visible box, xyxy [4]."""
-    whole = _parse_box(record, "bbox", path)
-    seen = _parse_box(record, "vis_bbox", path) if "vis_bbox" in record else whole
+def _parse_boxes(record: dict[str, Any], image: dict[str, Any], path: Path) -> tuple[Boxes, Boxes]:
+    """Return the full box and the visible box, xyxy [4] each."""
+    boxes = _parse_box(record, "bbox", path)
+    visible = _parse_box(record, "vis_bbox", path) if "vis_bbox" in record else boxes
     size_hw = _get_size_hw(image)
     if size_hw is None:
-        return whole[0], seen[0]
-    cut = box_math.clip_boxes(seen, size_hw)
-    if box_math.box_area(seen) > 0 and box_math.box_area(cut) <= 0:
-        raise DataError(f"{path}: annotation {_format_record_id(record)}: box {record['bbox']} is outside its picture")
-    return (whole[0], seen[0]) if "vis_bbox" in record else (cut[0], cut[0])
+        return boxes[0], visible[0]
+    clipped = clip_boxes(visible, size_hw)
+    if box_area(visible) > 0 and box_area(clipped) <= 0:
+        raise DataError(f"{path}: annotation {_format_record_id(record)}: box {record['bbox']} is outside its image")
+    return (boxes[0], visible[0]) if "vis_bbox" in record else (clipped[0], clipped[0])
 
 
-def _parse_box(record: dict[str, Any], key: str, path: Path) -> box_math.Boxes:
-    """[1, 4] xyxy."""
+def _parse_box(record: dict[str, Any], key: str, path: Path) -> Boxes:
+    """Return a box as xyxy [1, 4]."""
     box = record[key]
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_coordinate, box)) or box[2] < 0 or box[3] < 0:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_pixel_value, box)) or box[2] < 0 or box[3] < 0:
         raise DataError(
             f"{path}: annotation {_format_record_id(record)}: {key} {box!r:.80} is not [x, y, width, height] in pixels"
         )
-    return box_math.xyxy_from_xywh(np.array(box, np.float64))
+    return xyxy_from_xywh(np.array(box, np.float64))
 
 
 def _get_size_hw(image: dict[str, Any]) -> tuple[int, int] | None:
@@ -146,12 +154,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_valid_size(value: Any) -> bool:
-    return _is_coordinate(value) and value > 0 and value % 1 == 0  # some tools write 640.0
-
-
-def _is_coordinate(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= MAX_COORDINATE_PX  # NaN and infinity are not
+    return is_pixel_value(value) and value > 0 and value % 1 == 0  # some tools write 640.0
 
 
 def _format_record_id(record: Any) -> str:

@@ -1,7 +1,7 @@
-"""CrowdHuman (Shao et al. 2018): `.odgt`, a JSON object a line.
+"""CrowdHuman (Shao et al., arXiv:1805.00123): `.odgt` files with one JSON object per line.
 
-`fbox` is the whole person and may reach beyond the picture: kept as annotated. `vbox` is the part that can be seen.
-`mask` (crowds, reflections, statues) and `extra.ignore` are ignore regions, as in the evaluation of the set's authors.
+`fbox` is the full-body box. It can extend beyond the image and is not clipped. `vbox` is the visible box. Records
+with the tag `mask` (crowds, reflections, statues) or `extra.ignore` are ignore regions, as in the official evaluation.
 """
 
 import json
@@ -10,24 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from hkd_det import boxes as box_math
-from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error
+from hkd_det.boxes import xyxy_from_xywh
+from hkd_det.datasets.base import ErrorHandler, filter_missing_images, is_pixel_value, raise_error, show_progress
 from hkd_det.errors import DataError
 from hkd_det.structures import GroundTruth, Sample
 
-MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 ID_PATTERN = re.compile(r"[\w,.\-]{1,200}", re.ASCII)  # 273271,1a0d6000b9e1f5b7
-CrowdHumanRecord = tuple[list[float], list[float], bool, str]  # whole box xywh, visible box xywh, ignore, tag
+CrowdHumanRecord = tuple[list[float], list[float], bool, str]  # full box xywh, visible box xywh, ignore, tag
 
 
 def read_crowdhuman(
     root: Path, split: str, skip_missing: bool = False, on_error: ErrorHandler = raise_error
 ) -> list[Sample]:
-    """`annotation_SPLIT.odgt` (train or val) and `Images/ID.jpg`; the ID is the picture's id. Sizes are not known.
+    """Read a CrowdHuman split: `annotation_SPLIT.odgt` and `Images/ID.jpg`.
 
-    Raises DataError, naming file and line, for what is missing or wrong.
+    Args:
+        root: Directory of the dataset.
+        split: "train" or "val".
+        skip_missing: Omit images that do not exist.
+        on_error: Receives the errors of invalid records.
+
+    Returns:
+        One sample per image, without image size. The image id is the `ID` of the line.
+
+    Raises:
+        DataError: Files are missing or invalid. The message names file and line.
     """
     path = root / f"annotation_{split}.odgt"
     try:
@@ -35,63 +43,62 @@ def read_crowdhuman(
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: no such annotation file") from None
     samples: dict[str, Sample] = {}
-    for number, line in enumerate(tqdm(lines, desc="read .odgt", unit="picture", leave=False, delay=2), 1):
+    for number, line in enumerate(show_progress(lines, "read .odgt", "image"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                name, truth = _parse_line(line, where, on_error)
-                if name in samples:
-                    raise DataError(f"{where}: picture {name} stands twice")
-                samples[name] = Sample(name, root / "Images" / f"{name}.jpg", truth)
-            except DataError as fault:
-                on_error(fault)
+                image_id, ground_truth = _parse_line(line, where, on_error)
+                if image_id in samples:
+                    raise DataError(f"{where}: duplicate image {image_id}")
+                samples[image_id] = Sample(image_id, root / "Images" / f"{image_id}.jpg", ground_truth)
+            except DataError as error:
+                on_error(error)
     return filter_missing_images(list(samples.values()), skip_missing, str(root / "Images"), on_error)
 
 
 def _parse_line(line: str, where: str, on_error: ErrorHandler) -> tuple[str, GroundTruth]:
-    """ID, and its people."""
+    """Return image id and ground truth."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a JSON object ({str(error)[:80]})") from None
     if not isinstance(content, dict) or not isinstance(content.get("gtboxes"), list):
-        raise DataError(f"{where}: not an object with an ID and a list of gtboxes")
-    name = content.get("ID")
-    if not isinstance(name, str) or not ID_PATTERN.fullmatch(name):
-        raise DataError(f"{where}: its ID {str(name)[:40]!r} names no picture")
-    people: list[CrowdHumanRecord] = []
+        raise DataError(f"{where}: expected an object with an ID and a list of gtboxes")
+    image_id = content.get("ID")
+    if not isinstance(image_id, str) or not ID_PATTERN.fullmatch(image_id):
+        raise DataError(f"{where}: the ID {str(image_id)[:40]!r} is not a valid image name")
+    records: list[CrowdHumanRecord] = []
     for number, record in enumerate(content["gtboxes"], 1):
         try:
-            people.append(_parse_record(record, f"{where}, box {number}"))
-        except DataError as fault:
-            on_error(fault)
-    return name, _build_ground_truth(people)
+            records.append(_parse_record(record, f"{where}, box {number}"))
+        except DataError as error:
+            on_error(error)
+    return image_id, _build_ground_truth(records)
 
 
 def _build_ground_truth(records: list[CrowdHumanRecord]) -> GroundTruth:
-    whole, seen = (np.array([one[part] for one in records], np.float64).reshape(-1, 4) for part in (0, 1))
-    marked = np.array([one[2] for one in records], bool)
+    boxes, visible = (np.array([record[part] for record in records], np.float64).reshape(-1, 4) for part in (0, 1))
+    ignore = np.array([record[2] for record in records], bool)
     return GroundTruth(
-        box_math.xyxy_from_xywh(whole).astype(np.float32),
-        marked | (whole[:, 2:] <= 0).any(axis=1),
-        box_math.xyxy_from_xywh(seen).astype(np.float32),
-        tuple(one[3] for one in records),
+        xyxy_from_xywh(boxes).astype(np.float32),
+        ignore | (boxes[:, 2:] <= 0).any(axis=1),
+        xyxy_from_xywh(visible).astype(np.float32),
+        tuple(record[3] for record in records),
     )
 
 
 def _parse_record(record: Any, where: str) -> CrowdHumanRecord:
     if not isinstance(record, dict) or record.get("tag") not in ("person", "mask"):
-        raise DataError(f"{where}: its tag is neither person nor mask")
+        raise DataError(f"{where}: the tag must be person or mask")
     extra = record.get("extra")
     ignore = record["tag"] == "mask" or bool(isinstance(extra, dict) and extra.get("ignore"))
-    whole = _parse_box(record.get("fbox"), "fbox", where)
-    return whole, _parse_box(record["vbox"], "vbox", where) if "vbox" in record else whole, ignore, record["tag"]
+    box = _parse_box(record.get("fbox"), "fbox", where)
+    return box, _parse_box(record["vbox"], "vbox", where) if "vbox" in record else box, ignore, record["tag"]
 
 
 def _parse_box(box: Any, key: str, where: str) -> list[float]:
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(one) in (int, float) for one in box)
-    if not numbers or not all(abs(one) <= MAX_COORDINATE_PX for one in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_pixel_value, box)):
         raise DataError(f"{where}: {key} {str(box)[:60]} is not [x, y, width, height] in pixels")
     if box[2] < 0 or box[3] < 0:
         raise DataError(f"{where}: {key} {box} has a negative width or height")
-    return [float(one) for one in box]
+    return [float(value) for value in box]

@@ -1,7 +1,7 @@
-"""A MATLAB file (versions 5 to 7.2) as Python values, or one line about what is wrong with it.
+"""MATLAB files (versions 5 to 7.2) as Python values, with strict validation.
 
-After MathWorks' "MAT-File Format". scipy.io.loadmat knows more kinds of values, but one wrong byte can end the
-whole process in it (https://github.com/scipy/scipy/pull/25349): no line for the user, no exit code.
+The implementation follows MathWorks, "MAT-File Format". scipy.io.loadmat supports more types, but one wrong byte can
+crash the process (https://github.com/scipy/scipy/pull/25349), without a message for the user.
 """
 
 import math
@@ -17,31 +17,37 @@ from numpy.typing import NDArray
 from hkd_det.errors import DataError
 
 HEADER_BYTES = 128
-MAX_BYTES = 2**26  # of a file, and of what it unpacks to; the largest annotations have a few MiB
-MAX_VALUES = 2**20  # in cells and structs; an empty one takes 8 bytes in the file, and hundreds here
-MAX_DIMENSIONS = 32  # numpy's limit before version 2
-# Types of elements, ...
+MAX_BYTES = 2**26  # file size and decompressed size; the largest annotations have a few MiB
+MAX_VALUES = 2**20  # elements of cells and structs; an empty one needs 8 bytes in the file, but hundreds in memory
+MAX_DIMENSIONS = 32  # limit of NumPy before version 2
+# Data types of elements.
 NUMBER_DTYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 TEXT_ENCODINGS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
 INT32, UINT32, MATRIX, COMPRESSED = 5, 6, 14, 15
-# ... and classes of arrays, which are made of elements.
+# Classes of arrays; an array consists of elements.
 CELL, STRUCT, CHAR, NUMERIC, COMPLEX_FLAG = 1, 2, 4, range(6, 16), 0x800
 
 
 def read_mat(path: Path) -> dict[str, Any]:
-    """Its variables by name.
+    """Read the variables of a MATLAB file.
 
-    Numbers come as an array of the type they are stored in, often smaller than MATLAB's own: convert before
-    reckoning. Logical values are 0 and 1. A text of one row is a str, one of several a list of str; a cell array an
-    object array, a struct array an object array of dicts. What is sparse, complex, a function or an object is refused.
-    Raises DataError, naming the file.
+    Numbers become arrays of the stored type, which is often smaller than the MATLAB type: convert them before
+    computing. Logical values are 0 and 1. A text of one row becomes a str, several rows a list of str. A cell array
+    becomes an object array, a struct array an object array of dicts. Sparse and complex arrays, functions and
+    objects are not supported.
+
+    Returns:
+        Values by variable name.
+
+    Raises:
+        DataError: The file is missing or invalid. The message names the file.
     """
     try:
         return _parse_variables(_read_bytes(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: a folder, expected an annotation file") from None
+        raise DataError(f"{path}: expected an annotation file, got a directory") from None
     except RecursionError:
         raise DataError(f"{path}: not a readable MATLAB file (nested too deeply)") from None
     except (ValueError, zlib.error) as error:
@@ -49,16 +55,24 @@ def read_mat(path: Path) -> dict[str, Any]:
 
 
 def to_float_array(value: Any) -> NDArray[np.float64]:
-    """A value of `read_mat` that has to be an array of numbers, in double precision; ValueError if it is not."""
+    """Convert a value of `read_mat` to a float64 array.
+
+    Raises:
+        ValueError: The value is not an array of numbers.
+    """
     if not isinstance(value, np.ndarray) or value.dtype == object:
-        raise ValueError(f"{type(value).__name__} where numbers should be")
+        raise ValueError(f"expected numbers, got {type(value).__name__}")
     return value.astype(np.float64)
 
 
 def to_text(value: Any) -> str:
-    """A value of `read_mat` that has to be one line of text; ValueError if it is not."""
+    """Return a value of `read_mat` that must be one line of text.
+
+    Raises:
+        ValueError: The value is not a printable string.
+    """
     if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"{type(value).__name__} where a line of text should be")
+        raise ValueError(f"expected a line of text, got {type(value).__name__}")
     return value
 
 
@@ -73,151 +87,163 @@ def _read_bytes(path: Path) -> bytes:
 def _parse_variables(raw: bytes) -> dict[str, Any]:
     orders = {b"IM": "<", b"MI": ">"}
     if len(raw) < HEADER_BYTES or raw[126:HEADER_BYTES] not in orders:
-        raise ValueError("its header is not that of version 5")
+        raise ValueError("the header is not that of version 5")
     order = orders[raw[126:HEADER_BYTES]]
     if struct.unpack_from(order + "H", raw, 124)[0] >> 8 == 2:
         raise ValueError("version 7.3; save it in MATLAB with -v7")
     budget = iter(range(MAX_VALUES))
-    elements, unpacked, variables = _ElementReader(memoryview(raw)[HEADER_BYTES:], order, budget), 0, {}
+    elements = _ElementReader(memoryview(raw)[HEADER_BYTES:], order, budget)
+    decompressed, variables = 0, {}
     while elements.num_bytes_left:
-        kind, content = elements.read_element()
-        if kind == COMPRESSED:
-            content = memoryview(_decompress(content, MAX_BYTES - unpacked))
-            unpacked += len(content)
-            kind, content = _ElementReader(content, order, budget).read_element()
-        if kind != MATRIX:
-            raise ValueError(f"an element of type {kind} where a variable should be")
+        element_type, content = elements.read_element()
+        if element_type == COMPRESSED:
+            content = memoryview(_decompress(content, MAX_BYTES - decompressed))
+            decompressed += len(content)
+            element_type, content = _ElementReader(content, order, budget).read_element()
+        if element_type != MATRIX:
+            raise ValueError(f"expected a variable, got an element of type {element_type}")
         name, value = _parse_matrix(content, order, budget)
         variables[name] = value
     return variables
 
 
 def _decompress(content: memoryview, max_bytes: int) -> bytes:
-    """Not zlib.decompress, which would unpack a few bytes to whatever they claim."""
+    """Decompress with a size limit. zlib.decompress has none: a few bytes can expand to gigabytes."""
     stream = zlib.decompressobj()
-    unpacked = stream.decompress(content, max_bytes + 1)
-    if len(unpacked) > max_bytes:
-        raise ValueError(f"it unpacks to more than {MAX_BYTES >> 20} MiB")
+    decompressed = stream.decompress(content, max_bytes + 1)
+    if len(decompressed) > max_bytes:
+        raise ValueError(f"the decompressed size is above {MAX_BYTES >> 20} MiB")
     if not stream.eof:
-        raise ValueError("it ends too early")
-    return unpacked
+        raise ValueError("truncated")
+    return decompressed
 
 
 class _ElementReader:
-    """Elements (type, size, content) that lie one behind the other. budget: runs out after the last value allowed."""
+    """Reads consecutive elements (type, size, content).
+
+    Args:
+        raw: Bytes of the elements.
+        byte_order: "<" or ">".
+        budget: Iterator that ends after `MAX_VALUES` values.
+    """
 
     def __init__(self, raw: memoryview, byte_order: str, budget: Iterator[int]) -> None:
         self.raw, self.byte_order, self.budget, self.offset = raw, byte_order, budget, 0
 
     @property
     def num_bytes_left(self) -> int:
-        """Bytes not yet taken."""
+        """Number of remaining bytes."""
         return max(0, len(self.raw) - self.offset)
 
     def read_element(self) -> tuple[int, memoryview]:
-        """Type and content of the next element."""
+        """Return type and content of the next element."""
         if self.num_bytes_left < 8:
-            raise ValueError("it ends too early")
+            raise ValueError("truncated")
         first, second = struct.unpack_from(self.byte_order + "II", self.raw, self.offset)
-        # Up to four bytes lie in the second word; type and size then share the first.
-        small = first >> 16 > 0
-        kind, size = (first & 0xFFFF, first >> 16) if small else (first, second)
-        start = self.offset + (4 if small else 8)
-        if size > (4 if small else len(self.raw) - start):
-            raise ValueError("it ends too early")
-        padding = 0 if kind == COMPRESSED else -size % 8
-        self.offset = self.offset + 8 if small else start + size + padding
-        return kind, self.raw[start : start + size]
+        # Content of up to four bytes is in the second word. Type and size then share the first word.
+        is_small = first >> 16 > 0
+        element_type, size = (first & 0xFFFF, first >> 16) if is_small else (first, second)
+        start = self.offset + (4 if is_small else 8)
+        if size > (4 if is_small else len(self.raw) - start):
+            raise ValueError("truncated")
+        padding = 0 if element_type == COMPRESSED else -size % 8
+        self.offset = self.offset + 8 if is_small else start + size + padding
+        return element_type, self.raw[start : start + size]
 
     def read_integers(self, element_type: int) -> list[int]:
-        """The next element, which has to hold whole numbers of that type."""
-        found, content = self.read_element()
-        if found != element_type or len(content) % 4:
-            raise ValueError(f"an element of type {found} where one of {element_type} should be")
-        return list(
-            struct.unpack(f"{self.byte_order}{len(content) // 4}{'i' if element_type == INT32 else 'I'}", content)
-        )
+        """Return the next element, which must contain integers of the given type."""
+        actual_type, content = self.read_element()
+        if actual_type != element_type or len(content) % 4:
+            raise ValueError(f"expected an element of type {element_type}, got {actual_type}")
+        code = "i" if element_type == INT32 else "I"
+        return list(struct.unpack(f"{self.byte_order}{len(content) // 4}{code}", content))
 
     def read_matrices(self, count: int) -> list[Any]:
-        """The values of the next `count` elements, which have to be matrices."""
+        """Return the values of the next `count` elements, which must be matrices."""
         if count * 8 > self.num_bytes_left:
-            raise ValueError("it ends too early")
+            raise ValueError("truncated")
         return [self.read_matrix() for _ in range(count)]
 
     def read_matrix(self) -> Any:
-        kind, content = self.read_element()
-        if kind != MATRIX:
-            raise ValueError(f"an element of type {kind} where a matrix should be")
+        """Return the value of the next element, which must be a matrix."""
+        element_type, content = self.read_element()
+        if element_type != MATRIX:
+            raise ValueError(f"expected a matrix, got an element of type {element_type}")
         if next(self.budget, None) is None:
             raise ValueError(f"more than {MAX_VALUES} values")
         return _parse_matrix(content, self.byte_order, self.budget)[1] if content else np.zeros((0, 0))
 
 
 def _parse_matrix(content: memoryview, byte_order: str, budget: Iterator[int]) -> tuple[str, Any]:
-    """Name and value of a matrix."""
+    """Return name and value of a matrix."""
     elements = _ElementReader(content, byte_order, budget)
     flags = elements.read_integers(UINT32)
     shape = elements.read_integers(INT32)
     name = str(elements.read_element()[1], "latin-1")
     if not name.isprintable():
-        raise ValueError("a variable whose name is none")
+        raise ValueError("the name of a variable is not printable")
     if not flags or not 2 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 0:
-        raise ValueError(f"variable {name[:63]!r} has no shape")
+        raise ValueError(f"variable {name[:63]!r} has an invalid shape")
     return name, _parse_value(elements, flags[0], shape)
 
 
 def _parse_value(reader: _ElementReader, flags: int, shape: list[int]) -> Any:
-    kind = flags & 0xFF
-    if kind in NUMERIC and not flags & COMPLEX_FLAG:
+    array_class = flags & 0xFF
+    if array_class in NUMERIC and not flags & COMPLEX_FLAG:
         return _parse_numbers(reader, shape)
-    if kind == CHAR:
+    if array_class == CHAR:
         return _parse_text(reader, shape)
-    if kind == CELL:
+    if array_class == CELL:
         return _make_object_array(reader.read_matrices(math.prod(shape)), shape)
-    if kind == STRUCT:
+    if array_class == STRUCT:
         return _make_object_array(_parse_structs(reader, math.prod(shape)), shape)
-    raise ValueError(f"an array of class {kind}, sparse or complex; expected real numbers, text, cells or structs")
+    raise ValueError(
+        f"expected real numbers, text, cells or structs, got a sparse or complex array or one of class {array_class}"
+    )
 
 
 def _parse_numbers(reader: _ElementReader, shape: list[int]) -> Any:
-    kind, content = reader.read_element()
-    if kind not in NUMBER_DTYPES:
-        raise ValueError(f"an element of type {kind} where numbers should be")
-    stored = np.dtype(reader.byte_order + NUMBER_DTYPES[kind])
-    if len(content) != stored.itemsize * math.prod(shape):
-        raise ValueError(f"{len(content)} bytes of numbers for the shape {tuple(shape)}")
-    # MATLAB counts down the columns. A copy, or a small array would keep the whole file in memory.
-    return np.frombuffer(content, stored).reshape(shape, order="F").astype(stored.newbyteorder("="))
+    element_type, content = reader.read_element()
+    if element_type not in NUMBER_DTYPES:
+        raise ValueError(f"expected numbers, got an element of type {element_type}")
+    dtype = np.dtype(reader.byte_order + NUMBER_DTYPES[element_type])
+    if len(content) != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{len(content)} bytes of numbers do not match the shape {tuple(shape)}")
+    # MATLAB uses column-major order. Copy the data: a view would keep the whole file in memory.
+    return np.frombuffer(content, dtype).reshape(shape, order="F").astype(dtype.newbyteorder("="))
 
 
 def _parse_text(reader: _ElementReader, shape: list[int]) -> str | list[str]:
-    kind, content = reader.read_element()
-    if kind not in TEXT_ENCODINGS:
-        raise ValueError(f"an element of type {kind} where text should be")
-    wide = TEXT_ENCODINGS[kind] in ("utf-16", "utf-32")
-    letters = str(content, TEXT_ENCODINGS[kind] + ("" if not wide else "-le" if reader.byte_order == "<" else "-be"))
-    rows = shape[0]
-    if rows < 2:
-        return letters
-    if len(letters) != math.prod(shape):
-        raise ValueError(f"{len(letters)} letters for the shape {tuple(shape)}")
-    return [letters[row::rows] for row in range(rows if letters else 0)]
+    element_type, content = reader.read_element()
+    if element_type not in TEXT_ENCODINGS:
+        raise ValueError(f"expected text, got an element of type {element_type}")
+    encoding = TEXT_ENCODINGS[element_type]
+    if encoding in ("utf-16", "utf-32"):
+        encoding += "-le" if reader.byte_order == "<" else "-be"
+    characters = str(content, encoding)
+    num_rows = shape[0]
+    if num_rows < 2:
+        return characters
+    if len(characters) != math.prod(shape):
+        raise ValueError(f"{len(characters)} characters do not match the shape {tuple(shape)}")
+    return [characters[row::num_rows] for row in range(num_rows if characters else 0)]
 
 
 def _parse_structs(reader: _ElementReader, count: int) -> list[dict[str, Any]]:
     lengths = reader.read_integers(INT32)
     names = bytes(reader.read_element()[1])
     if len(lengths) != 1 or lengths[0] < 1 or len(names) % lengths[0]:
-        raise ValueError("a struct whose fields have no names")
-    fields = [names[at : at + lengths[0]].split(b"\0")[0].decode("latin-1") for at in range(0, len(names), lengths[0])]
+        raise ValueError("the fields of a struct have no names")
+    length = lengths[0]
+    fields = [names[start : start + length].split(b"\0")[0].decode("latin-1") for start in range(0, len(names), length)]
     if count > 1 and not fields:
         raise ValueError(f"{count} structs without fields")
     values, width = reader.read_matrices(count * len(fields)), len(fields)
-    return [dict(zip(fields, values[at * width : (at + 1) * width], strict=True)) for at in range(count)]
+    return [dict(zip(fields, values[row * width : (row + 1) * width], strict=True)) for row in range(count)]
 
 
 def _make_object_array(values: list[Any], shape: list[int]) -> Any:
     array = np.empty(len(values), object)
-    for index, value in enumerate(values):  # array[:] = values would look into the values for more dimensions
+    for index, value in enumerate(values):  # array[:] = values would convert nested values to more dimensions
         array[index] = value
     return array.reshape(shape, order="F")

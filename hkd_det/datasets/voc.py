@@ -1,7 +1,7 @@
-"""Pascal VOC: an XML file a picture, boxes from first to last pixel, counted from 1.
+"""Pascal VOC (Everingham et al., IJCV 2010): one XML file per image, boxes of inclusive 1-based pixels.
 
-`difficult` is an ignore region, as the VOC evaluation has it; `occluded` and `truncated` say nothing of how much is
-seen, so the visible box is the whole one.
+`difficult` objects are ignore regions, as in the VOC evaluation. `occluded` and `truncated` do not state the visible
+part, so the visible box equals the full box.
 """
 
 import xml.etree.ElementTree as ET
@@ -9,81 +9,101 @@ from pathlib import Path
 from xml.parsers import expat
 
 import numpy as np
-from tqdm import tqdm
 
-from hkd_det.datasets.base import PERSON_NAMES, ErrorHandler, raise_error, xyxy_from_inclusive
+from hkd_det.datasets.base import (
+    MAX_COORDINATE_PX,
+    PERSON_NAMES,
+    ErrorHandler,
+    filter_missing_images,
+    raise_error,
+    show_progress,
+    xyxy_from_inclusive,
+)
 from hkd_det.errors import DataError
 from hkd_det.structures import GroundTruth, Sample
 
 IMAGE_DIR = "JPEGImages"
 VOC_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-MAX_COORDINATE_PX = 2.0**24  # whole pixels beyond it are not exact in float32
 
 
-def read_voc(root: Path, split: str, category: str = "", on_error: ErrorHandler = raise_error) -> list[Sample]:
-    """The pictures that `ImageSets/Main/SPLIT.txt` lists, or, if there is no such folder, all of `Annotations/`.
+def read_voc(
+    root: Path, split: str, category: str = "", skip_missing: bool = False, on_error: ErrorHandler = raise_error
+) -> list[Sample]:
+    """Read a split of a Pascal VOC dataset.
 
-    category: the person class's name; by default any of person, pedestrian, people, human. A picture's id is its name
-    without suffix.
-    Raises DataError, naming file and line, for what is missing or wrong, and if all objects are of other classes.
+    Args:
+        root: Directory with `Annotations/`, `JPEGImages/` and `ImageSets/`.
+        split: The images of `ImageSets/Main/SPLIT.txt`. Without `ImageSets/`, all files of `Annotations/`.
+        category: Name of the person class (default: any of `PERSON_NAMES`).
+        skip_missing: Omit images that do not exist.
+        on_error: Receives the errors of invalid records.
+
+    Returns:
+        One sample per image. The image id is the file name without suffix.
+
+    Raises:
+        DataError: Files are missing or invalid, or all objects are of other classes. The message names file
+            and line.
     """
-    wanted = (category.lower(),) if category else PERSON_NAMES
-    samples, classes = [], set()
-    for name in tqdm(_list_names(root, split), desc="read .xml", unit="file", leave=False, delay=2):
+    class_names = (category.lower(),) if category else PERSON_NAMES
+    samples, found_classes = [], set()
+    for name in show_progress(_list_names(root, split), "read .xml", "file"):
         try:
-            sample, found = _read_sample(root, name, wanted, on_error)
-        except DataError as fault:
-            on_error(fault)
+            sample, classes = _read_sample(root, name, class_names, on_error)
+        except DataError as error:
+            on_error(error)
             continue
         samples.append(sample)
-        classes |= found
-    if classes and classes.isdisjoint(wanted):
+        found_classes |= classes
+    if found_classes and found_classes.isdisjoint(class_names):
         raise DataError(
-            f"{root / 'Annotations'}: no {' or '.join(wanted)} among {', '.join(sorted(classes))[:200]}; "
-            "say `category: NAME`"
+            f"{root / 'Annotations'}: expected the class {' or '.join(class_names)}, got "
+            f"{', '.join(sorted(found_classes))[:200]}. Set `category: NAME`."
         )
-    return samples
+    return filter_missing_images(samples, skip_missing, str(root / IMAGE_DIR), on_error)
 
 
 def _list_names(root: Path, split: str) -> list[str]:
-    listed = root / "ImageSets" / "Main" / f"{split}.txt"
-    if listed.is_file():
-        text = listed.read_text(encoding="utf-8-sig", errors="replace")
+    list_path = root / "ImageSets" / "Main" / f"{split}.txt"
+    if list_path.is_file():
+        text = list_path.read_text(encoding="utf-8-sig", errors="replace")
         if "\0" in text:
-            raise DataError(f"{listed}: not a text file; expected a list of pictures")
+            raise DataError(f"{list_path}: not a text file. Expected a list of images.")
         return list(dict.fromkeys(line.split()[0] for line in text.splitlines() if line.strip()))
     if (root / "ImageSets").is_dir() or not (root / "Annotations").is_dir():
-        raise DataError(f"{listed}: no such list of pictures; expected it beside Annotations/ and {IMAGE_DIR}/")
+        raise DataError(
+            f"{list_path}: no such image list; expected ImageSets/, Annotations/ and {IMAGE_DIR}/ in {root}"
+        )
     return sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
 
 
 def _read_sample(
     root: Path, name: str, class_names: tuple[str, ...], on_error: ErrorHandler
 ) -> tuple[Sample, set[str]]:
-    """The picture's people, and all classes of its objects."""
+    """Return the sample of an image and the classes of all its objects."""
     path = root / "Annotations" / f"{name}.xml"
-    pictures = [root / IMAGE_DIR / f"{name}{suffix}" for suffix in VOC_IMAGE_SUFFIXES]
-    picture = next((one for one in pictures if one.is_file()), pictures[0])
+    image_paths = [root / IMAGE_DIR / f"{name}{suffix}" for suffix in VOC_IMAGE_SUFFIXES]
+    image_path = next((candidate for candidate in image_paths if candidate.is_file()), image_paths[0])
     text = _read_text(path)
     document = _parse_document(text, path)
     size_hw = _parse_size_hw(document)
-    boxes, ignore, classes = [], [], set()
-    for number, found in enumerate(document.iter("object")):
-        label = (found.findtext("name") or "").strip().lower()
+    box_list, ignore, classes = [], [], set()
+    for index, element in enumerate(document.iter("object")):
+        label = (element.findtext("name") or "").strip().lower()
         classes.add(label)
         if label in class_names:
             try:
-                boxes.append(_parse_box(found, size_hw, f"{path}: object {number + 1}"))
-                ignore.append((found.findtext("difficult") or "0").strip() == "1")
-            except DataError as fault:
-                on_error(DataError(str(fault).replace(str(path), f"{path}, line {_find_line(text, number)}", 1)))
-    whole = np.array(boxes, np.float32).reshape(-1, 4)
-    truth = GroundTruth(whole, np.array(ignore, bool), whole, ("person",) * len(whole))
-    return Sample(name, picture, truth, size_hw), classes
+                box_list.append(_parse_box(element, size_hw, f"{path}: object {index + 1}"))
+                ignore.append((element.findtext("difficult") or "0").strip() == "1")
+            except DataError as error:
+                on_error(DataError(str(error).replace(str(path), f"{path}, line {_find_line(text, index)}", 1)))
+    boxes = np.array(box_list, np.float32).reshape(-1, 4)
+    ground_truth = GroundTruth(boxes, np.array(ignore, bool), boxes, ("person",) * len(boxes))
+    return Sample(name, image_path, ground_truth, size_hw), classes
 
 
 def _read_text(path: Path) -> str:
-    """Decoded here, as UTF-8 or else Latin-1, so that no encoding hides a document type."""
+    """Decode an XML file as UTF-8 or Latin-1. Other encodings could hide a document type declaration."""
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -95,30 +115,31 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_document(text: str, path: Path) -> ET.Element:
-    if "<!DOCTYPE" in text:  # no VOC file has one; only it can declare entities, which can blow up to gigabytes
-        raise DataError(f"{path}: declares a document type; an annotation needs none")
+    # Only a document type can declare entities, which can expand to gigabytes. VOC files do not have one.
+    if "<!DOCTYPE" in text:
+        raise DataError(f"{path}: contains a document type declaration. Remove it.")
     try:
         return ET.fromstring(text)
     except (ET.ParseError, ValueError) as error:
         raise DataError(f"{path}: not XML ({error})") from None
 
 
-def _find_line(text: str, number: int) -> int:
-    """The line where an object begins: ElementTree does not keep it, so it is looked up where one is wrong."""
+def _find_line(text: str, index: int) -> int:
+    """Return the line of an object. ElementTree does not store line numbers, so parse the text again."""
     lines: list[int] = []
-    parser = expat.ParserCreate(namespace_separator="}")  # as ElementTree has it
+    parser = expat.ParserCreate(namespace_separator="}")  # as in ElementTree
 
-    def note(tag: str, _: object) -> None:
+    def record_line(tag: str, _: object) -> None:
         if tag == "object":
             lines.append(parser.CurrentLineNumber)
 
-    parser.StartElementHandler = note
+    parser.StartElementHandler = record_line
     parser.Parse(text, True)
-    return lines[number]
+    return lines[index]
 
 
 def _parse_size_hw(document: ET.Element) -> tuple[int, int] | None:
-    """None where the file says 0, as some tools write it."""
+    """Return height and width, or None for the size 0 that some tools write."""
     height, width = (_parse_float(document.findtext(f"size/{side}")) for side in ("height", "width"))
     return (int(height), int(width)) if 1 <= height < MAX_COORDINATE_PX and 1 <= width < MAX_COORDINATE_PX else None
 
@@ -128,12 +149,12 @@ def _parse_box(element: ET.Element, size_hw: tuple[int, int] | None, where: str)
         _parse_float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")
     )
     if not all(abs(value) <= MAX_COORDINATE_PX for value in (left, top, right, bottom)):
-        raise DataError(f"{where}: its bndbox has no xmin, ymin, xmax, ymax in pixels")
+        raise DataError(f"{where}: bndbox must have xmin, ymin, xmax and ymax in pixels")
     return xyxy_from_inclusive((left, top, right, bottom), 1, size_hw, where)
 
 
 def _parse_float(text: str | None) -> float:
-    """NaN for what is no number."""
+    """Return a number, or NaN for other text."""
     try:
         return float(text or "nan")
     except ValueError:

@@ -1,55 +1,63 @@
-"""YOLO folders: `images/` beside `labels/`, a text file a picture, `class cx cy w h` as shares of the picture.
+"""YOLO directories: `images/` and `labels/`, one text file per image, `class cx cy w h` relative to the image size.
 
-A box is cut at its picture's borders; one without area is an ignore region.
+A box is clipped to its image. A box without area is an ignore region.
 """
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import imagesize
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det import boxes as box_math
+from hkd_det.boxes import box_area
 from hkd_det.datasets.base import ErrorHandler, raise_error, select_person_class
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, import_package
 from hkd_det.image import IMAGE_SUFFIXES
 from hkd_det.structures import GroundTruth, Sample
 
-MAX_COORDINATE_RATIO = 2.0  # a person half outside the picture; what is larger was meant as pixels
+MAX_COORDINATE_RATIO = 2.0  # a person can be partly outside the image; larger values are probably pixels
 
 
 def read_yolo(
     source: Path, names: Mapping[int, str], category: str = "", on_error: ErrorHandler = raise_error
 ) -> list[Sample]:
-    """Every picture of a folder, or of a text file that lists them, with its people.
+    """Read a directory or a list of images with YOLO labels.
 
-    names: class number to name, as in data.yaml. category: the person class's name; by default the one called
-    person or pedestrian, or the only one. A picture without a label file shows nobody.
-    A picture's id is its path below `source`, or as listed; listed twice it is taken once.
-    Raises DataError, naming file and line.
+    Args:
+        source: Image directory, read recursively, or a text file with one image path per line.
+        names: Class names by class id, as in the data yaml.
+        category: Name of the person class (default: "person" or "pedestrian", or the only class).
+        on_error: Receives the errors of invalid records.
+
+    Returns:
+        One sample per image. The image id is the path relative to `source`, or as listed. A duplicate line of
+        the list is read once. An image without a label file has no persons.
+
+    Raises:
+        DataError: Files are missing or invalid. The message names file and line.
+        UnavailableError: The package imagesize is not installed.
     """
-    person = select_person_class(names, category, f"{source}: `names`")
-    pictures = _list_images(source)
-    if not pictures:
-        raise DataError(f"{source}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    missing = [path for path in pictures.values() if not path.is_file()]
-    for number, path in enumerate(missing):
-        others = f", and {len(missing) - 1} others of the {len(pictures)} that {source} lists" if number == 0 else ""
-        on_error(DataError(f"{path}: no such picture{others}"))
+    person_class_id = select_person_class(names, category, f"{source}: `names`")
+    paths = _list_images(source)
+    if not paths:
+        raise DataError(f"{source}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    missing = [path for path in paths.values() if not path.is_file()]
+    for index, path in enumerate(missing):
+        others = f", and {len(missing) - 1} others of the {len(paths)} that {source} lists" if index == 0 else ""
+        on_error(DataError(f"{path}: no such image{others}"))
     samples = []
-    for image_id, path in pictures.items():
+    for image_id, path in paths.items():
         if path.is_file():
             try:
-                samples.append(_read_sample(image_id, path, person, names, on_error))
-            except DataError as fault:
-                on_error(fault)
+                samples.append(_read_sample(image_id, path, person_class_id, names, on_error))
+            except DataError as error:
+                on_error(error)
     return samples
 
 
 def get_label_path(image_path: Path) -> Path:
-    """Where the labels of a picture lie: the last folder named `images` becomes `labels`, the ending `.txt`."""
+    """Return the label file of an image: the last directory `images` becomes `labels`, the suffix `.txt`."""
     parts = list(image_path.parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
@@ -57,18 +65,18 @@ def get_label_path(image_path: Path) -> Path:
 
 
 def _list_images(source: Path) -> dict[str, Path]:
-    """Pictures by their id."""
+    """Return image paths by image id."""
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        return {path.relative_to(source).as_posix(): path for path in found}
+        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        return {path.relative_to(source).as_posix(): path for path in paths}
     if not source.is_file():
-        raise DataError(f"{source}: no such folder or list of pictures")
+        raise DataError(f"{source}: no such image directory or image list")
     try:
         lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
-        raise DataError(f"{source}: not a text file; expected a folder of pictures or a list of them") from None
+        lines = ["\0"]
     if any("\0" in line for line in lines):
-        raise DataError(f"{source}: not a text file; expected a folder of pictures or a list of them")
+        raise DataError(f"{source}: not a text file. Expected an image directory or a list of images.")
     return {line: source.parent / line for line in lines if line}
 
 
@@ -76,60 +84,62 @@ def _read_sample(
     image_id: str, path: Path, person_class_id: int, names: Mapping[int, str], on_error: ErrorHandler
 ) -> Sample:
     size_hw = _read_size_hw(path)
-    labels = get_label_path(path)
-    shares = _read_boxes(labels, person_class_id, names, on_error) if labels.exists() else np.zeros((0, 4))
+    label_path = get_label_path(path)
+    ratios = _read_boxes(label_path, person_class_id, names, on_error) if label_path.exists() else np.zeros((0, 4))
     height, width = size_hw
-    boxes = (shares * [width, height, width, height]).astype(np.float32)
-    return Sample(
-        image_id, path, GroundTruth(boxes, box_math.box_area(boxes) <= 0, boxes, ("person",) * len(boxes)), size_hw
-    )
+    boxes = (ratios * [width, height, width, height]).astype(np.float32)
+    ground_truth = GroundTruth(boxes, box_area(boxes) <= 0, boxes, ("person",) * len(boxes))
+    return Sample(image_id, path, ground_truth, size_hw)
 
 
 def _read_size_hw(path: Path) -> tuple[int, int]:
-    """Height and width from the file's header, without decoding it."""
+    """Read height and width from the header of an image file."""
+    imagesize = import_package("imagesize")
     try:
         width, height = imagesize.get(str(path))
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not a readable picture ({error})") from None
+        raise DataError(f"{path}: not a readable image ({error})") from None
     if width <= 0 or height <= 0:
-        raise DataError(f"{path}: not a readable picture (no size in its header)")
+        raise DataError(f"{path}: not a readable image (no size in its header)")
     return int(height), int(width)
 
 
 def _read_boxes(
     path: Path, person_class_id: int, names: Mapping[int, str], on_error: ErrorHandler
 ) -> NDArray[np.float64]:
-    """[N, 4] xyxy of a label file's people, shares of the picture, cut at its borders."""
+    """Return the person boxes of a label file, clipped to the image: xyxy [N, 4], 0 to 1."""
     boxes = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            label, box = _parse_line(line, names, f"{path}, line {number}")
-        except DataError as fault:
-            on_error(fault)
+            class_id, box = _parse_line(line, names, f"{path}, line {number}")
+        except DataError as error:
+            on_error(error)
             continue
-        if label == person_class_id:
+        if class_id == person_class_id:
             boxes.append(box)
     return np.array(boxes, np.float64).reshape(-1, 4)
 
 
 def _parse_line(line: str, names: Mapping[int, str], where: str) -> tuple[int, list[float]]:
-    """Class number and xyxy."""
+    """Return class id and xyxy."""
     try:
         row = [float(word) for word in line.split()]
     except ValueError:
-        raise DataError(f"{where}: {line.strip()[:60]!r} is not `class cx cy w h`") from None
+        raise DataError(f"{where}: expected `class cx cy w h`, got {line.strip()[:60]!r}") from None
     if len(row) != 5 or not all(math.isfinite(value) for value in row):
-        raise DataError(f"{where}: {line.strip()[:60]!r} is not `class cx cy w h` of finite numbers")
-    label, x, y, width, height = row
-    if label not in names:
-        raise DataError(f"{where}: class {label:g} is not among the {len(names)} `names`")
+        raise DataError(f"{where}: expected `class cx cy w h` of finite numbers, got {line.strip()[:60]!r}")
+    class_id, x, y, width, height = row
+    if class_id not in names:
+        raise DataError(f"{where}: class {class_id:g} is not among the {len(names)} `names`")
     if width < 0 or height < 0:
         raise DataError(f"{where}: the box has a negative size: width {width:g}, height {height:g}")
     if max(map(abs, row[1:])) > MAX_COORDINATE_RATIO:
-        raise DataError(f"{where}: {row[1:]} are not shares of the picture (0 to 1); are they pixels?")
+        raise DataError(
+            f"{where}: expected values relative to the image size (0 to 1), got {row[1:]}; are they pixels?"
+        )
     box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
     if box[0] >= 1 or box[1] >= 1 or box[2] <= 0 or box[3] <= 0:
-        raise DataError(f"{where}: the box {row[1:]} is outside its picture")
-    return int(label), [min(max(value, 0.0), 1.0) for value in box]
+        raise DataError(f"{where}: the box {row[1:]} is outside its image")
+    return int(class_id), [min(max(value, 0.0), 1.0) for value in box]

@@ -1,4 +1,4 @@
-"""Writers of Caltech's containers, as Piotr's toolbox writes them: for the tests of those who read them."""
+"""Writers of Caltech `.vbb` and `.seq` files, equivalent to those of Piotr's toolbox."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ def _cell(values: list[Any]) -> Any:
 
 
 def _write_vbb(path: Path, frames: list[list[dict[str, Any]]], labels: list[str], **changes: Any) -> None:
-    """As vbbSave does, with the fields of vbbLoad; `vers` and fields of A may be changed."""
+    """Write the fields of vbbLoad like vbbSave. `changes` replaces `vers` and fields of A."""
     lists: list[Any] = []
     for records in frames:
         structs = np.empty((1, len(records)), [(name, "O") for name in (ID, POS, OCCL, "lock", POSV)])
-        for index, one in enumerate(records):
-            structs[0, index] = tuple(one[name] for name in structs.dtype.names)
+        for index, record in enumerate(records):
+            structs[0, index] = tuple(record[name] for name in structs.dtype.names)
         lists.append(structs if records else np.zeros((0, 0)))
     ones = np.ones((1, len(labels)))
     annotation = {
@@ -41,33 +41,36 @@ def _write_vbb(path: Path, frames: list[list[dict[str, Any]]], labels: list[str]
 
 
 def _write_seq(
-    path: Path, pictures: Sequence[NDArray[np.uint8]], codec: int, padding: int = 10, **changes: float
+    path: Path, images: Sequence[NDArray[np.uint8]], codec: int, padding: int = 10, **changes: float
 ) -> list[bytes]:
-    """RGB or grey pictures as seqWriterPlugin.m writes them; the frames' bytes. Header fields may be changed."""
-    height, width = pictures[0].shape[:2]
-    channels = 1 if pictures[0].ndim == 2 else 3
-    room = height * width * channels
-    room += 6 + 512 - (room + 6) % 512
+    """Write RGB or gray images like seqWriterPlugin.m, and return the bytes per frame.
+
+    `changes` replaces header fields.
+    """
+    height, width = images[0].shape[:2]
+    channels = 1 if images[0].ndim == 2 else 3
+    stride = height * width * channels
+    stride += 6 + 512 - (stride + 6) % 512
     header = {
         **{"magic": 0xFEED, "version": 3, "size": 1024, "width": width, "height": height, "depth": 8 * channels},
-        **{"real": 8, "bytes": height * width * channels, "format": codec, "frames": len(pictures), "origin": 0},
-        **{"room": room, "fps": 30.0},
+        **{"used_depth": 8, "bytes": height * width * channels, "format": codec, "frames": len(images), "origin": 0},
+        **{"stride": stride, "fps": 30.0},
     } | changes
     out = struct.pack("<I", int(header["magic"])) + "Norpix seq\0\0".encode("utf-16-le")
     out += struct.pack("<iI", int(header["version"]), int(header["size"])) + "No Description".encode("utf-16-le").ljust(
         512, b"\0"
     )
-    names = ("width", "height", "depth", "real", "bytes", "format", "frames", "origin", "room")
+    names = ("width", "height", "depth", "used_depth", "bytes", "format", "frames", "origin", "stride")
     out += struct.pack("<9Id", *(int(header[name]) for name in names), header["fps"])
     out = out.ljust(1024, b"\0")
     frames = []
-    for index, picture in enumerate(pictures):
-        bgr = picture[..., ::-1] if channels == 3 else picture
+    for index, image in enumerate(images):
+        bgr = image[..., ::-1] if channels == 3 else image
         suffix = {100: "", 101: "", 200: "", 1: ".png", 2: ".png"}.get(codec, ".jpg")
         frames.append(cv2.imencode(suffix, bgr)[1].tobytes() if suffix else bgr.tobytes())
         stamp = struct.pack("<IH", 7 + index // 25, index % 25 * 40)
         out += struct.pack("<I", len(frames[-1]) + 4) * bool(suffix) + frames[-1] + stamp
-        out += bytes(padding if suffix else room - len(frames[-1]) - 6)
+        out += bytes(padding if suffix else stride - len(frames[-1]) - 6)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(out)
     return frames
@@ -75,11 +78,11 @@ def _write_seq(
 
 @pytest.fixture(scope="session")
 def write_vbb() -> Callable[..., None]:
-    """write_vbb(path, frames of records, labels, fields of A or `vers` to change); a record is a dict of its fields."""
+    """Return `write_vbb(path, frames, labels, **changes)`. A frame is a list of dicts of object fields."""
     return _write_vbb
 
 
 @pytest.fixture(scope="session")
 def write_seq() -> Callable[..., list[bytes]]:
-    """write_seq(path, pictures, codec, padding, header fields to change): the frames' bytes."""
+    """Return `write_seq(path, images, codec, padding, **changes)`, which returns the bytes per frame."""
     return _write_seq

@@ -1,4 +1,4 @@
-"""Where a list's elements stand: files put together piece by piece, so that the places are known beforehand."""
+"""Line and column numbers of JSON list elements."""
 
 import json
 from pathlib import Path
@@ -24,21 +24,21 @@ INDENTS = st.sampled_from([None, 1])
     st.dictionaries(st.text(max_size=4).filter(lambda key: key != "boxes"), VALUES, max_size=2),
     st.booleans(),
 )
-def test_the_line_or_column_where_it_was_written(
-    tmp_path: Path, elements: list[tuple[str, object, int | None, str]], others: dict[str, object], in_a_line: bool
+def test_annotated_location_is_where_the_element_was_written(
+    tmp_path: Path, elements: list[tuple[str, object, int | None, str]], others: dict[str, object], is_one_line: bool
 ) -> None:
     before = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in others.items())
     text, starts = "{" + before + '"boxes" : [', []
-    for gap, value, indent, behind in elements:
-        text += gap.replace("\r", "") if not in_a_line else " " * len(gap)
+    for gap, value, indent, end_gap in elements:
+        text += gap.replace("\r", "") if not is_one_line else " " * len(gap)
         starts.append(len(text))
-        text += json.dumps(value, indent=None if in_a_line else indent)
-        text += (behind.replace("\r", "") if not in_a_line else "") + ","
+        text += json.dumps(value, indent=None if is_one_line else indent)
+        text += (end_gap.replace("\r", "") if not is_one_line else "") + ","
     text = text[:-1] + "]}"
     path = tmp_path / "a.json"
     path.write_text(text + "\n", encoding="utf-8")
     for number, start in enumerate(starts):
-        told = str(JsonLocations(path).annotate(DataError(f"{path}: wrong"), "boxes", number))
+        message = str(JsonLocations(path).annotate(DataError(f"{path}: wrong"), "boxes", number))
         line, column = len(text[:start].split("\n")), start + 1
         where = f"line {line}" if "\n" in text else f"line 1, column {column}"
-        assert told == f"{path}, {where}: wrong"
+        assert message == f"{path}, {where}: wrong"

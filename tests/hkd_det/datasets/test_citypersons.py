@@ -1,4 +1,4 @@
-"""CityPersons: the official files in full, both forms alike, and every way they can be broken."""
+"""CityPersons: the official files, equality of both formats, and invalid files."""
 
 import json
 import os
@@ -26,10 +26,10 @@ RECORDS = [
 ]
 
 
-def write_set(root: Path, pictures: int = 2) -> None:
-    """Two pictures in one city, as .mat and as JSON."""
+def write_dataset(root: Path, num_images: int = 2) -> None:
+    """Write images of one city with annotations as .mat and as JSON."""
     annotated = []
-    for index in range(pictures):
+    for index in range(num_images):
         stem = f"ulm_{index:06}_000019"
         path = root / "leftImg8bit" / "train" / "ulm" / f"{stem}_leftImg8bit.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,12 +42,12 @@ def write_set(root: Path, pictures: int = 2) -> None:
 
 
 @official
-@pytest.mark.parametrize(("split", "pictures", "records"), [("train", 2975, 27770), ("val", 500, 5795)])
-def test_every_record_of_the_official_files_is_kept(split: str, pictures: int, records: int) -> None:
+@pytest.mark.parametrize(("split", "num_images", "num_records"), [("train", 2975, 27770), ("val", 500, 5795)])
+def test_all_official_records_are_kept(split: str, num_images: int, num_records: int) -> None:
     samples = _read_mat_samples(OFFICIAL / f"anno_{split}.mat", OFFICIAL)
-    assert (len(samples), sum(len(sample.ground_truth) for sample in samples)) == (pictures, records)
+    assert (len(samples), sum(len(sample.ground_truth) for sample in samples)) == (num_images, num_records)
     raw = scipy.io.loadmat(OFFICIAL / f"anno_{split}.mat")[f"anno_{split}_aligned"]
-    numbers = Counter(int(row[0]) for i in range(pictures) for row in raw[0, i][0, 0]["bbs"])
+    numbers = Counter(int(row[0]) for i in range(num_images) for row in raw[0, i][0, 0]["bbs"])
     names = Counter(label for sample in samples for label in sample.ground_truth.labels)
     order = ("ignore", "pedestrian", "rider", "sitting person", "other person", "people group")
     assert names == {order[number]: count for number, count in numbers.items()}
@@ -55,14 +55,14 @@ def test_every_record_of_the_official_files_is_kept(split: str, pictures: int, r
 
 
 @official
-def test_boxes_of_all_dtypes_equal_the_official_json() -> None:
+def test_official_mat_equals_official_json() -> None:
     content = json.loads((OFFICIAL / "val_gt.json").read_text())
     samples = _read_mat_samples(OFFICIAL / "anno_val.mat", OFFICIAL)
-    wanted: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    expected: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for record in content["annotations"]:
-        wanted[record["image_id"]].append(record)
+        expected[record["image_id"]].append(record)
     for image, sample in zip(content["images"], samples, strict=True):
-        records = wanted[image["id"]]
+        records = expected[image["id"]]
         assert image["im_name"] == sample.path.name and len(records) == len(sample.ground_truth)
         boxes = np.array([r["bbox"] for r in records], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -72,53 +72,52 @@ def test_boxes_of_all_dtypes_equal_the_official_json() -> None:
 
 
 @official
-def test_the_five_real_pictures_can_be_read() -> None:
+def test_official_images_exist_or_are_missing() -> None:
     found = read_citypersons(OFFICIAL, "train", True) + read_citypersons(OFFICIAL, "val", True)
     assert len(found) == 5 and all(sample.path.is_file() for sample in found)
-    with pytest.raises(DataError, match=r"2973 of 2975 pictures are missing, the first .*png; .*skip_missing"):
+    with pytest.raises(DataError, match=r"2973 of 2975 images are missing, the first is .*png.*skip_missing"):
         read_citypersons(OFFICIAL, "train")
 
 
-def test_mat_and_json_give_the_same(tmp_path: Path) -> None:
-    write_set(tmp_path)
+def test_mat_equals_json(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
     from_mat = read_citypersons(tmp_path, "train")
     (tmp_path / "annotations" / "anno_train.mat").unlink()
     from_json = read_citypersons(tmp_path, "train")
     assert (
         [s.image_id for s in from_mat] == [s.image_id for s in from_json] == ["ulm_000000_000019", "ulm_000001_000019"]
     )
-    for one, other in zip(from_mat, from_json, strict=True):
-        assert one.path == other.path and one.ground_truth.labels == other.ground_truth.labels == (
-            "pedestrian",
-            "people group",
-        )
-        np.testing.assert_array_equal(one.ground_truth.boxes_xyxy, other.ground_truth.boxes_xyxy)
-        np.testing.assert_array_equal(one.ground_truth.boxes_xyxy, [[10, 20, 51, 120], [-5, 0, 25, 60]])
-        np.testing.assert_array_equal(one.ground_truth.visible_xyxy, other.ground_truth.visible_xyxy)
-        assert one.ground_truth.ignore.tolist() == [False, True] and one.ground_truth.visible_ratio[0] == 0.8
+    for sample, json_sample in zip(from_mat, from_json, strict=True):
+        gt, json_gt = sample.ground_truth, json_sample.ground_truth
+        assert sample.path == json_sample.path
+        assert gt.labels == json_gt.labels == ("pedestrian", "people group")
+        np.testing.assert_array_equal(gt.boxes_xyxy, json_gt.boxes_xyxy)
+        np.testing.assert_array_equal(gt.boxes_xyxy, [[10, 20, 51, 120], [-5, 0, 25, 60]])
+        np.testing.assert_array_equal(gt.visible_xyxy, json_gt.visible_xyxy)
+        assert gt.ignore.tolist() == [False, True] and gt.visible_ratio[0] == 0.8
 
 
-def mat(path: Path, content: dict[str, Any]) -> None:
+def save_mat(path: Path, content: dict[str, Any]) -> None:
     scipy.io.savemat(path, content)
 
 
-def test_a_mat_of_the_wrong_shape_is_one_clear_line(tmp_path: Path) -> None:
-    write_set(tmp_path)
+def test_invalid_mat_is_rejected(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
     path = tmp_path / "annotations" / "anno_train.mat"
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     cell = np.empty((1, 1), object)
     struct = np.empty((1, 1), [("cityname", "O"), ("im_name", "O"), ("bbs", "O")])
     struct[0, 0] = ("ulm", "ulm_000000_000019_leftImg8bit.png", np.zeros((3, 5)))
     cell[0, 0] = struct
     cases: list[tuple[Any, str]] = [
-        (lambda: path.write_bytes(whole[: len(whole) // 2]), "not a readable MATLAB file"),
-        (lambda: path.write_text("no mat"), "not a readable MATLAB file"),
-        (lambda: mat(path, {"x": np.zeros((2, 2))}), "expected one cell array"),
-        (lambda: mat(path, {"a": cell, "b": cell}), "expected one cell array"),
-        (lambda: mat(path, {"anno_train_aligned": cell}), r"shape \(3, 5\)"),
+        (lambda: path.write_bytes(complete[: len(complete) // 2]), "not a readable MATLAB file"),
+        (lambda: path.write_text("not a mat file"), "not a readable MATLAB file"),
+        (lambda: save_mat(path, {"x": np.zeros((2, 2))}), "expected one cell array"),
+        (lambda: save_mat(path, {"a": cell, "b": cell}), "expected one cell array"),
+        (lambda: save_mat(path, {"anno_train_aligned": cell}), r"shape \(3, 5\)"),
     ]
-    for spoil, message in cases:
-        spoil()
+    for damage, message in cases:
+        damage()
         with pytest.raises(DataError, match=message) as caught:
             read_citypersons(tmp_path, "train")
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -136,8 +135,8 @@ def test_a_mat_of_the_wrong_shape_is_one_clear_line(tmp_path: Path) -> None:
         ({"bboxVis": None}, "record 1: not a record"),
     ],
 )
-def test_a_faulty_json_record_names_its_file(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    write_set(tmp_path)
+def test_invalid_json_record_names_its_location(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_dataset(tmp_path)
     (tmp_path / "annotations" / "anno_train.mat").unlink()
     path = next((tmp_path / "gtBboxCityPersons").rglob("*.json"))
     content = json.loads(path.read_text())
@@ -146,27 +145,27 @@ def test_a_faulty_json_record_names_its_file(tmp_path: Path, change: dict[str, A
     with pytest.raises(DataError, match=message) as caught:
         read_citypersons(tmp_path, "train")
     assert f"{path.name}, line 1, column " in str(caught.value)
-    faults: list[DataError] = []
-    assert len(read_citypersons(tmp_path, "train", on_error=faults.append)) == 2 and len(faults) == 1
+    errors: list[DataError] = []
+    assert len(read_citypersons(tmp_path, "train", on_error=errors.append)) == 2 and len(errors) == 1
 
 
-def test_missing_pictures_and_annotations_say_what_was_expected(tmp_path: Path) -> None:
+def test_missing_images_and_annotations_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leftImg8bit/val"):
         read_citypersons(tmp_path, "val")
-    write_set(tmp_path)
-    gone = tmp_path / "leftImg8bit" / "train" / "ulm" / "ulm_000001_000019_leftImg8bit.png"
-    gone.unlink()
+    write_dataset(tmp_path)
+    missing = tmp_path / "leftImg8bit" / "train" / "ulm" / "ulm_000001_000019_leftImg8bit.png"
+    missing.unlink()
     with pytest.raises(DataError, match="ulm_000001_000019"):
         read_citypersons(tmp_path, "train")
     assert [s.image_id for s in read_citypersons(tmp_path, "train", skip_missing=True)] == ["ulm_000000_000019"]
     next((tmp_path / "leftImg8bit").rglob("*.png")).unlink()
-    with pytest.raises(DataError, match=r"2 of 2 pictures are missing, the first .*000000_000019_leftImg8bit\.png"):
+    with pytest.raises(DataError, match=r"2 of 2 images are missing, the first is .*000000_000019_leftImg8bit\.png"):
         read_citypersons(tmp_path, "train", skip_missing=True)
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"imgHeight": Infinity, "imgWidth": 1, "objects": []}', "{"])
-def test_another_json_in_the_tree_is_one_line(tmp_path: Path, text: str) -> None:
-    write_set(tmp_path)
+def test_other_json_is_rejected(tmp_path: Path, text: str) -> None:
+    write_dataset(tmp_path)
     (tmp_path / "annotations" / "anno_train.mat").unlink()
     path = next((tmp_path / "gtBboxCityPersons").rglob("*.json"))
     path.write_text(text)
@@ -177,17 +176,17 @@ def test_another_json_in_the_tree_is_one_line(tmp_path: Path, text: str) -> None
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_mutated_mat_raises_nothing_but_our_errors(tmp_path: Path, data: st.DataObject) -> None:
+def test_mutated_mat_raises_only_hkd_errors(tmp_path: Path, data: st.DataObject) -> None:
     if not (tmp_path / "annotations").exists():
-        write_set(tmp_path)
+        write_dataset(tmp_path)
     source = tmp_path / "annotations" / "anno_train.mat"
     raw = bytearray(source.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    spoiled = tmp_path / "spoiled" / "anno_train.mat"
-    spoiled.parent.mkdir(exist_ok=True)
-    spoiled.write_bytes(bytes(raw))
+    damaged = tmp_path / "damaged" / "anno_train.mat"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_bytes(bytes(raw))
     try:
-        _read_mat_samples(spoiled, tmp_path)
+        _read_mat_samples(damaged, tmp_path)
     except HkdError as error:
-        assert str(spoiled) in str(error)
+        assert str(damaged) in str(error)

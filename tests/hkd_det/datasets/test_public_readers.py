@@ -1,4 +1,4 @@
-"""VOC, INRIA, Penn-Fudan, CrowdHuman, EuroCity Persons: small sets in each one's layout, right, wrong and mutated."""
+"""VOC, INRIA, Penn-Fudan, CrowdHuman, EuroCity Persons: small valid, invalid and mutated datasets."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def write(path: Path, text: str) -> None:
     path.write_bytes(text.encode("latin-1"))
 
 
-def draw(path: Path) -> None:
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.zeros((80, 100, 3), np.uint8))
 
@@ -73,33 +73,33 @@ def draw(path: Path) -> None:
 def voc(root: Path) -> dict[str, Any]:
     write(root / "Annotations" / "a.xml", VOC)
     write(root / "ImageSets" / "Main" / "trainval.txt", "a  1\n")
-    draw(root / "JPEGImages" / "a.jpg")
+    write_image(root / "JPEGImages" / "a.jpg")
     return {"format": "voc", "train": "trainval"}
 
 
 def inria(root: Path) -> dict[str, Any]:
     write(root / "Train" / "annotations" / "a.txt", INRIA)
-    draw(root / "Train" / "pos" / "a.png")
-    draw(root / "Train" / "neg" / "b.jpg")
+    write_image(root / "Train" / "pos" / "a.png")
+    write_image(root / "Train" / "neg" / "b.jpg")
     return {"format": "inria", "train": "Train"}
 
 
 def pennfudan(root: Path) -> dict[str, Any]:
     for number in range(5):
         write(root / "Annotation" / f"a{number}.txt", PENN)
-        draw(root / "PNGImages" / f"a{number}.png")
+        write_image(root / "PNGImages" / f"a{number}.png")
     return {"format": "pennfudan", "train": "train", "val": "val"}
 
 
 def crowdhuman(root: Path) -> dict[str, Any]:
     write(root / "annotation_train.odgt", json.dumps({"ID": "273271,c9db0", "gtboxes": CROWD}) + "\n")
-    draw(root / "Images" / "273271,c9db0.jpg")
+    write_image(root / "Images" / "273271,c9db0.jpg")
     return {"format": "crowdhuman", "train": "train"}
 
 
 def eurocity(root: Path) -> dict[str, Any]:
     write(root / "night" / "labels" / "train" / "rome" / "rome_1.json", json.dumps(EURO))
-    draw(root / "night" / "img" / "train" / "rome" / "rome_1.png")
+    write_image(root / "night" / "img" / "train" / "rome" / "rome_1.png")
     return {"format": "eurocity", "time": "night", "train": "train"}
 
 
@@ -119,26 +119,26 @@ FILES = {
 }
 
 
-def built(name: str, root: Path, **more: Any) -> Path:
+def write_dataset(name: str, root: Path, **more: Any) -> Path:
     entry = {**BUILDERS[name](root), **more}
     (root / "data.yaml").write_text(yaml.safe_dump(entry))
     return root / "data.yaml"
 
 
 def read(name: str, root: Path, split: str = "train") -> list[Sample]:
-    return load_dataset(str(built(name, root)), split)
+    return load_dataset(str(write_dataset(name, root)), split)
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
-def test_the_same_person_in_every_format(name: str, tmp_path: Path) -> None:
-    """Pixels 10 to 39 and 20 to 69, counted from 0: every format's own way of writing it."""
+def test_same_box_in_every_format(name: str, tmp_path: Path) -> None:
+    """Pixels 10 to 39 and 20 to 69, 0-based, in the convention of each format."""
     first = read(name, tmp_path)[0]
     assert first.path.is_file()
     assert first.ground_truth.boxes_xyxy[0].tolist() == [10, 20, 40, 70] and not first.ground_truth.ignore[0]
     assert first.size_hw in ((80, 100), None)
 
 
-def test_what_is_ignored_and_what_is_seen(tmp_path: Path) -> None:
+def test_ignore_regions_and_visible_ratios(tmp_path: Path) -> None:
     ignored = {name: read(name, tmp_path / name)[0].ground_truth.ignore.tolist() for name in BUILDERS}
     assert ignored == {
         "voc": [False, True],
@@ -151,26 +151,25 @@ def test_what_is_ignored_and_what_is_seen(tmp_path: Path) -> None:
     assert read("eurocity", tmp_path / "e")[0].ground_truth.visible_ratio.tolist() == pytest.approx([0.4, 1.0])
 
 
-def test_pictures_with_nobody_and_the_split_of_pennfudan(tmp_path: Path) -> None:
+def test_negative_images_and_the_pennfudan_split(tmp_path: Path) -> None:
     samples = read("inria", tmp_path / "i")
-    assert [one.image_id for one in samples] == ["Train/pos/a.png", "Train/neg/b.jpg"] and not len(
-        samples[1].ground_truth
-    )
+    assert [sample.image_id for sample in samples] == ["Train/pos/a.png", "Train/neg/b.jpg"]
+    assert not len(samples[1].ground_truth)
     train, val = (read("pennfudan", tmp_path / "p", split) for split in ("train", "val"))
-    assert [one.image_id for one in val] == ["a4"] and len(train) == 4
+    assert [sample.image_id for sample in val] == ["a4"] and len(train) == 4
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "message"),
+    ("name", "valid", "invalid", "message"),
     [
         ("voc", "<xmax>40", "<xmax>4", "line 2: object 1: the box [11.0, 21.0, 4.0, 70.0] has a negative"),
-        ("voc", "<xmin>50</xmin>", "", "line 5: object 3: its bndbox"),
+        ("voc", "<xmin>50</xmin>", "", "line 5: object 3: bndbox must"),
         ("voc", "</annotation>", "", "not XML"),
         ("voc", "<annotation>", "<!DOCTYPE x><annotation>", "document type"),
         ("inria", "(39, 69)", "(4, 69)", "line 12: the box [10.0, 20.0, 4.0, 69.0] has a negative"),
-        ("inria", "(39, 69)", "(39 69)", "line 12: 'Bounding box for object 1"),
+        ("inria", "(39, 69)", "(39 69)", "line 12: expected `: (Xmin"),
         ("inria", "(10, 20) - (39", "(100, 20) - (139", "line 12: the box [100.0, 20.0, 139.0, 69.0] is outside"),
-        ("inria", "1 { ", '2 { "PASperson" ', "lists 2 objects and has 1 boxes"),
+        ("inria", "1 { ", '2 { "PASperson" ', "lists 2 objects but has 1 boxes"),
         ("inria", "(0, 0)", "(0, 1)", "has no line `# Top left pixel"),
         ("inria", "PASCAL Annotation", "PASCAL", "Version 1.00"),
         ("crowdhuman", "[10, 20, 30, 50]", "[10, 20, -30, 50]", "line 1, box 1"),
@@ -182,61 +181,61 @@ def test_pictures_with_nobody_and_the_split_of_pennfudan(tmp_path: Path) -> None
         ("eurocity", '"imagewidth": 100', '"imagewidth": 0', "imagewidth"),
     ],
 )
-def test_a_fault_names_its_place_and_can_be_gone_round(
-    name: str, old: str, new: str, message: str, tmp_path: Path
+def test_error_names_its_location_and_can_be_skipped(
+    name: str, valid: str, invalid: str, message: str, tmp_path: Path
 ) -> None:
-    data = built(name, tmp_path)
+    data = write_dataset(name, tmp_path)
     path = tmp_path / FILES[name]
     text = path.read_bytes().decode("latin-1")
-    assert old in text
-    write(path, text.replace(old, new, 1))
+    assert valid in text
+    write(path, text.replace(valid, invalid, 1))
     with pytest.raises(DataError, match=path.name) as caught:
         load_dataset(str(data), "train")
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    faults: list[DataError] = []
+    errors: list[DataError] = []
     try:
-        load_dataset(str(data), "train", faults.append)
-    except DataError as nothing_left:
-        assert "holds no pictures" in str(nothing_left)
-    assert str(caught.value) in map(str, faults)
+        load_dataset(str(data), "train", errors.append)
+    except DataError as error:
+        assert "contains no images" in str(error)
+    assert str(caught.value) in map(str, errors)
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
-def test_missing_pictures(name: str, tmp_path: Path) -> None:
-    data = built(name, tmp_path)
-    for picture in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
-        picture.unlink()
+def test_missing_images_are_rejected(name: str, tmp_path: Path) -> None:
+    data = write_dataset(name, tmp_path)
+    for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
+        path.unlink()
     with pytest.raises(DataError, match="missing"):
         load_dataset(str(data), "train")
 
 
-def test_other_mistakes(tmp_path: Path) -> None:
+def test_invalid_options_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="time: 'noon'"):
-        load_dataset(str(built("eurocity", tmp_path / "e", time="noon")), "train")
-    with pytest.raises(UsageError, match="did you mean 'skip_missing'"):
-        load_dataset(str(built("crowdhuman", tmp_path / "c", skip_misisng=True)), "train")
+        load_dataset(str(write_dataset("eurocity", tmp_path / "e", time="noon")), "train")
+    with pytest.raises(UsageError, match="did you mean skip_missing"):
+        load_dataset(str(write_dataset("crowdhuman", tmp_path / "c", skip_misisng=True)), "train")
     with pytest.raises(DataError, match="no such annotation file"):
-        load_dataset(str(built("crowdhuman", tmp_path / "c", train="test")), "train")
+        load_dataset(str(write_dataset("crowdhuman", tmp_path / "c", train="test")), "train")
     for name in ("inria", "eurocity", "voc"):
         with pytest.raises(DataError, match="no such"):
-            load_dataset(str(built(name, tmp_path / name, train="elsewhere")), "train")
+            load_dataset(str(write_dataset(name, tmp_path / name, train="elsewhere")), "train")
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_mutated_files_raise_nothing_but_our_errors(name: str, tmp_path: Path, data: st.DataObject) -> None:
-    entry = built(name, tmp_path)
+def test_mutated_files_raise_only_hkd_errors(name: str, tmp_path: Path, data: st.DataObject) -> None:
+    entry = write_dataset(name, tmp_path)
     path = tmp_path / FILES[name]
     raw = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(raw) - 1))
-        raw[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        position = data.draw(st.integers(0, len(raw) - 1))
+        raw[position : position + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     path.write_bytes(raw)
-    faults: list[DataError] = []
+    errors: list[DataError] = []
     try:
-        for sample in load_dataset(str(entry), "train", data.draw(st.sampled_from([raise_error, faults.append]))):
+        for sample in load_dataset(str(entry), "train", data.draw(st.sampled_from([raise_error, errors.append]))):
             assert np.isfinite(sample.ground_truth.boxes_xyxy).all()
     except HkdError as error:
-        faults.append(DataError(str(error)))
-    assert not any("\n" in str(fault) for fault in faults)
+        errors.append(DataError(str(error)))
+    assert not any("\n" in str(error) for error in errors)

@@ -321,6 +321,6 @@ def test_what_cannot_be_afterwards_is_said_before_the_blocks_are_learnt(people: 
     with pytest.raises(UsageError, match=r"distill\.hkd\.feature_layers"):
         train(settings(people, folder, teacher, elsewhere))
     methods = DistillConfig(blockwise=BlockwiseConfig(**QUICK), soft_labels=SoftLabelConfig())
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such directory"):
         train(settings(people, folder, teacher, methods, unlabeled=("nowhere",)))
     assert not folder.exists()

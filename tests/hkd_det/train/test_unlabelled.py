@@ -59,10 +59,10 @@ def test_a_folders_pictures_are_read_in_order_and_what_is_missing_is_told(folder
     names = [sample.path.relative_to(folder).as_posix() for sample in read_unlabeled([folder])]
     assert names == ["a.jpg", "b.png", "c.JPG", "more/d.png", "wide.png"]
     assert len(read_unlabeled([folder, folder / "more"])) == 6
-    with pytest.raises(DataError, match=r"--unlabeled .*nowhere: no such folder"):
+    with pytest.raises(DataError, match=r"--unlabeled .*nowhere: no such directory"):
         read_unlabeled([folder, tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"--unlabeled .*empty: holds no pictures"):
+    with pytest.raises(DataError, match=r"--unlabeled .*empty: contains no images"):
         read_unlabeled([tmp_path / "empty"])
 
 

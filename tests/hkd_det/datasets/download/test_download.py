@@ -246,7 +246,7 @@ def test_the_command_fetches_and_says_what_is_next(
     ("flags", "code", "message"),
     [
         (["--download"], 2, "--data NAME"),
-        (["--download", "--data", "walker"], 2, "did you mean 'walkers'"),
+        (["--download", "--data", "walker"], 2, "did you mean walkers"),
         (["--download", "--data", "mine.yaml"], 2, "by their names"),
         (["--download", "--data", "walkers"], 1, "https://people.example"),
         (["--download", "--data", "walkers", "--model", "mini-student"], 1, "https://people.example"),

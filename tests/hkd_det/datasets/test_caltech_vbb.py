@@ -1,4 +1,4 @@
-"""Caltech's .vbb files: every number as scipy reads it, every way they can be broken."""
+"""`.vbb` files of Caltech Pedestrian against scipy, and invalid files."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_vbb
 from hkd_det.errors import DataError
 
 OFFICIAL = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "caltech"
-FILMS = sorted(OFFICIAL.rglob("*.vbb"))
+VIDEOS = sorted(OFFICIAL.rglob("*.vbb"))
 ID, OCCL = "id", "occl"
 Write = Callable[..., None]
 
@@ -32,24 +32,25 @@ def record(number: float, pos: Any, posv: Any = (0, 0, 0, 0), occl: float = 0) -
     return {ID: number, "pos": np.array([pos], float), OCCL: occl, "lock": 0, "posv": np.array([posv])}
 
 
-@pytest.mark.skipif(not FILMS, reason="HKD_TEST_DATA is not set")
-@pytest.mark.parametrize("path", FILMS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_box_of_the_official_files(path: Path) -> None:
+@pytest.mark.skipif(not VIDEOS, reason="HKD_TEST_DATA is not set")
+@pytest.mark.parametrize("path", VIDEOS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_official_files_equal_scipy(path: Path) -> None:
     frames = read_vbb(path)
     raw = scipy.io.loadmat(path)["A"][0, 0]
     assert len(frames) == raw["nFrame"].item() == raw["objLists"].size
-    for ours, theirs in zip(frames, raw["objLists"].ravel(), strict=True):
-        assert len(ours) == (theirs.size if theirs.dtype.names else 0)
-        for index in range(len(ours)):
-            one = theirs[0, index]
-            assert ours.labels[index] == raw["objLbl"][0, one["id"].item() - 1].item()
-            assert ours.object_ids[index] == one["id"].item() and ours.occluded[index] == one["occl"].item()
-            assert ours.boxes_xywh[index].tolist() == one["pos"].ravel().tolist()
-            assert ours.visible_xywh[index].tolist() == one["posv"].ravel().tolist()
+    for annotations, expected in zip(frames, raw["objLists"].ravel(), strict=True):
+        assert len(annotations) == (expected.size if expected.dtype.names else 0)
+        for index in range(len(annotations)):
+            item = expected[0, index]
+            assert annotations.labels[index] == raw["objLbl"][0, item["id"].item() - 1].item()
+            assert annotations.object_ids[index] == item["id"].item()
+            assert annotations.occluded[index] == item["occl"].item()
+            assert annotations.boxes_xywh[index].tolist() == item["pos"].ravel().tolist()
+            assert annotations.visible_xywh[index].tolist() == item["posv"].ravel().tolist()
 
 
-@pytest.mark.skipif(not FILMS, reason="HKD_TEST_DATA is not set")
-def test_known_counts_of_two_films() -> None:
+@pytest.mark.skipif(not VIDEOS, reason="HKD_TEST_DATA is not set")
+def test_known_counts_of_an_official_video() -> None:
     labels = [label for frame in read_vbb(OFFICIAL / "annotations/set06/V000.vbb") for label in frame.labels]
     assert {name: labels.count(name) for name in set(labels)} == {"person": 146, "people": 50, "person-fa": 589}
     frame = read_vbb(OFFICIAL / "annotations/set06/V000.vbb")[0]
@@ -57,7 +58,7 @@ def test_known_counts_of_two_films() -> None:
     np.testing.assert_allclose(frame.boxes_xywh[0], [171.50120627, 183.62765794, 9.80971641, 25.85834059], atol=1e-8)
 
 
-def test_a_written_film_is_read_as_it_was(tmp_path: Path, write_vbb: Write) -> None:
+def test_written_video_is_read_unchanged(tmp_path: Path, write_vbb: Write) -> None:
     path = tmp_path / "V000.vbb"
     hidden = record(1, (10.5, 20.25, 41, 100), (10, 20, 41, 50), 1)
     write_vbb(path, [[], [hidden, record(3, (1, 2, 3, 4))]], ["person", "", "people"], objHide=np.ones((1, 3)))
@@ -76,18 +77,18 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("frames", "changes", "message"),
     [
-        ([[GOOD]], {"vers": 1.3}, r"\.vbb version 1\.3; version 1\.4 is read"),
+        ([[GOOD]], {"vers": 1.3}, r"\.vbb version 1\.3 is not supported, only 1\.4"),
         ([[GOOD]], {"vers": NAN}, r"version nan"),
-        ([[GOOD]], {"vers": "new"}, r"no \.vbb annotation"),
-        ([[GOOD]], {"nFrame": 2}, "boxes of 1 frames, but nFrame is 2"),
-        ([[GOOD]], {"nFrame": NAN}, r"no \.vbb annotation"),
-        ([[GOOD]], {"nFrame": np.inf}, r"no \.vbb annotation"),
-        ([[GOOD]], {"objLists": "none"}, "boxes of 0 frames"),
-        ([[GOOD]], {"objLists": np.ones((1, 1))}, "frame 0: no object"),
-        ([[GOOD]], {"objLists": cell(["a"])}, "frame 0: no object"),
-        ([[GOOD]], {"objLists": cell([cell([cell([])])])}, "frame 0: no object"),
-        ([[GOOD]], {"objLbl": np.ones((1, 1))}, r"no \.vbb annotation"),
-        ([[GOOD]], {"objLbl": "person"}, r"no \.vbb annotation"),
+        ([[GOOD]], {"vers": "new"}, r"not a \.vbb annotation"),
+        ([[GOOD]], {"nFrame": 2}, "objects of 1 frames, but nFrame is 2"),
+        ([[GOOD]], {"nFrame": NAN}, r"not a \.vbb annotation"),
+        ([[GOOD]], {"nFrame": np.inf}, r"not a \.vbb annotation"),
+        ([[GOOD]], {"objLists": "none"}, "objects of 0 frames"),
+        ([[GOOD]], {"objLists": np.ones((1, 1))}, "frame 0: not an object"),
+        ([[GOOD]], {"objLists": cell(["a"])}, "frame 0: not an object"),
+        ([[GOOD]], {"objLists": cell([cell([cell([])])])}, "frame 0: not an object"),
+        ([[GOOD]], {"objLbl": np.ones((1, 1))}, r"not a \.vbb annotation"),
+        ([[GOOD]], {"objLbl": "person"}, r"not a \.vbb annotation"),
         ([[], [record(2, (1, 2, 3, 4))]], {}, "frame 1: object 2 has no label"),
         ([[record(0, (1, 2, 3, 4))]], {}, "object 0 has no label"),
         ([[record(1.5, (1, 2, 3, 4))]], {}, "object 1.5 has no label"),
@@ -95,12 +96,12 @@ NAN = float("nan")
         ([[record(1, (1, 2, -3, 4))]], {}, "frame 0: object 1: .*negative"),
         ([[record(1, (1, 2, 3, 4), (1, 2, 3, -4))]], {}, "object 1: .*negative"),
         ([[record(1, (1, NAN, 3, 4))]], {}, "object 1: .*NaN"),
-        ([[record(1, (1, 2, 3, 1e30))]], {}, "no pixels"),
-        ([[GOOD | {OCCL: "x"}]], {}, "no object"),
-        ([[GOOD | {ID: np.ones((1, 2))}]], {}, "2 numbers where one should be"),
+        ([[record(1, (1, 2, 3, 1e30))]], {}, "not pixels"),
+        ([[GOOD | {OCCL: "x"}]], {}, "not an object"),
+        ([[GOOD | {ID: np.ones((1, 2))}]], {}, "expected one number, got 2"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_invalid_vbb_names_frame_and_object(
     tmp_path: Path, write_vbb: Write, frames: Any, changes: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "V000.vbb"
@@ -110,25 +111,25 @@ def test_what_is_wrong_is_one_line(
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-def test_other_matlab_files_are_told(tmp_path: Path) -> None:
+def test_other_matlab_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "V000.vbb"
     for content in ({"x": 1.0}, {"vers": 1.4}, {"vers": 1.4, "A": 3.0}, {"vers": 1.4, "A": {"nFrame": 1}}):
         scipy.io.savemat(path, content, appendmat=False)
-        with pytest.raises(DataError, match=r"V000\.vbb: no \.vbb annotation"):
+        with pytest.raises(DataError, match=r"V000\.vbb: not a \.vbb annotation"):
             read_vbb(path)
 
 
-def test_faulty_objects_are_reported_and_left_out(tmp_path: Path, write_vbb: Write) -> None:
+def test_invalid_objects_are_reported_and_omitted(tmp_path: Path, write_vbb: Write) -> None:
     path = tmp_path / "V000.vbb"
     write_vbb(path, [[record(1, (1, 2, -3, 4)), GOOD], [record(9, (1, 2, 3, 4))]], ["person"])
-    faults: list[DataError] = []
-    first, second = read_vbb(path, faults.append)
+    errors: list[DataError] = []
+    first, second = read_vbb(path, errors.append)
     assert first.boxes_xywh.tolist() == [[1, 2, 3, 4]] and len(second) == 0
-    assert ["frame 0: object 1" in str(faults[0]), "frame 1: object 9" in str(faults[1])] == [True, True]
+    assert ["frame 0: object 1" in str(errors[0]), "frame 1: object 9" in str(errors[1])] == [True, True]
 
 
-def test_columns_of_different_lengths_do_not_pass() -> None:
-    with pytest.raises(ValueError, match="do not belong together"):
+def test_arrays_of_different_lengths_are_rejected() -> None:
+    with pytest.raises(ValueError, match="arrays of the same length"):
         FrameAnnotations(
             ("person",), np.zeros((1, 4)), np.zeros((2, 4)), np.ones(1, bool), np.ones(1, bool), np.ones(1, int)
         )
@@ -136,16 +137,16 @@ def test_columns_of_different_lengths_do_not_pass() -> None:
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_mutated_file_raises_nothing_but_our_errors(tmp_path: Path, write_vbb: Write, data: st.DataObject) -> None:
-    source, spoiled = tmp_path / "whole.vbb", tmp_path / "spoiled.vbb"
+def test_mutated_vbb_raises_only_data_errors(tmp_path: Path, write_vbb: Write, data: st.DataObject) -> None:
+    source, damaged = tmp_path / "complete.vbb", tmp_path / "damaged.vbb"
     if not source.exists():
         write_vbb(source, [[GOOD, record(2, (5, 6, 7, 8), (5, 6, 7, 4), 1)], [], [GOOD]], ["person", "people"])
     raw = bytearray(source.read_bytes())
     for _ in range(data.draw(st.integers(1, 5))):
         raw[data.draw(st.integers(128, len(raw) - 1))] = data.draw(st.sampled_from([*range(20), 127, 128, 255]))
-    spoiled.write_bytes(raw)
-    for on_fault in (raise_error, [].append):
+    damaged.write_bytes(raw)
+    for on_error in (raise_error, [].append):
         try:
-            read_vbb(spoiled, on_fault)
+            read_vbb(damaged, on_error)
         except DataError as error:
-            assert str(spoiled) in str(error) and "\n" not in str(error)
+            assert str(damaged) in str(error) and "\n" not in str(error)
