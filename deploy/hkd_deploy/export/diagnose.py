@@ -1,9 +1,7 @@
-"""Which node of an exported graph is which layer in torch, and what both make of the same picture.
+"""Comparison of an exported file with torch, layer by layer, to locate where a difference begins.
 
-torch's exporter names nodes by the modules they come from: `/neck/outputs.0/outputs.0.0/Conv` is of the layer
-`neck.outputs.0.0`, and `/head/many_1/Conv` of the second call of `head.many`. So layers of every family pair.
-
-Where inside an exported file the difference begins: stage by stage against torch, and the worst layer.
+The torch exporter names nodes by module: `/neck/outputs.0/outputs.0.0/Conv` belongs to the layer `neck.outputs.0.0`,
+and `/head/one2many_1/Conv` to the second call of `head.one2many`. This pairs layers of every model family.
 """
 
 from collections import defaultdict
@@ -23,18 +21,27 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hkd_deploy.export.graph import ExportModule
 from hkd_deploy.export.parity import BOX_TOLERANCE_PX, SCORE_TOLERANCE, max_abs_difference
 from hkd_deploy.precision.calibration import run_model
-from hkd_deploy.precision.graph_regions import find_constants
+from hkd_deploy.precision.graph_regions import find_constants, find_graph_regions
 from hkd_det.ops.hooks import observe_calls
 
 CONV_OPS = ("Conv", "ConvTranspose")
+# Of the norm of the values. Rounding causes about 1e-6 after a deep network; a visible difference is larger.
+MAX_RELATIVE_ERROR = 1e-4
+TRAINING_HINT = "which happens for a hardly trained detector. Train it longer or set --no-verify"
 
 
 @dataclass(eq=False)
 class LayerTrace:
     """One call of a layer in torch.
 
-    scope: the beginning of its nodes' names. parts: the layer, then the normalisation that the exporter folds into it.
-    entered, left: values as they were. read, given: the tensors themselves, to see who reads whose.
+    Attributes:
+        name: Module name.
+        scope: Common prefix of the names of its nodes.
+        modules: The layer, followed by the normalization that the exporter folds into it.
+        input_value: Copy of the input.
+        output_value: Copy of the output, after `modules[-1]`.
+        input_tensor: The input tensor itself, which identifies the layer that produced it.
+        output_tensor: The output tensor itself.
     """
 
     name: str
@@ -48,10 +55,13 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """How far a layer in the file is from torch's, as shares of the size of the values (norms).
+    """Relative errors of one layer of an exported file.
 
-    entered, left: of what goes in and comes out, each running on its own values. alone: of what comes out where torch's
-    layer is given the file's input: what this layer does wrong itself.
+    Attributes:
+        name: Module name.
+        input_error: Error of the input, with torch and the file each running on their own values.
+        output_error: Error of the output, with torch and the file each running on their own values.
+        layer_error: Error of the output if the torch layer receives the input of the file.
     """
 
     name: str
@@ -60,39 +70,16 @@ class LayerComparison:
     layer_error: float
 
 
-@torch.no_grad()
-def compare_layers(
-    export_module: nn.Module, model: Any, batch: NDArray[Any]
-) -> tuple[list[LayerComparison], list[NDArray[Any]], list[NDArray[Any]]]:
-    """The layers that pair, in torch's order, and the outputs of both for a batch: torch's, the file's.
-
-    model: an onnx.ModelProto. Looking at its inside keeps the runtime from fusing operators.
-    """
-    nodes = _group_nodes_by_scope(model)
-    outputs = [output.name for output in model.graph.output]
-    with _record_calls(export_module) as calls:
-        wanted = [value.numpy() for value in export_module(torch.from_numpy(batch))]
-    pairs = _find_boundary_values(model, _pair_calls_with_nodes(_merge_folded_norms(calls, nodes), nodes))
-    inside = sorted({name for _, ends in pairs for name in ends} - set(outputs))
-    (values,) = run_model(model, [*outputs, *inside], [batch])
-    layers = [
-        _compare_layer(call, values[entry], values[end])
-        for call, (entry, end) in pairs
-        if values[entry].shape == call.input_value.shape and values[end].shape == call.output_value.shape
-    ]
-    return layers, wanted, [values[name] for name in outputs]
-
-
-def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    """The norm of the difference over the norm of what is wanted; infinite where a value is no number."""
-    error = np.linalg.norm((actual - expected).astype(np.float64).ravel())
-    share = error / max(1e-12, float(np.linalg.norm(expected.astype(np.float64).ravel())))
-    return float(share) if np.isfinite(share) else float("inf")
-
-
 @dataclass(eq=False)
 class _ActiveCall:
-    """A module that has been called and has not answered. leaf: it has called no other so far."""
+    """A module whose forward method is running.
+
+    Attributes:
+        module: The module.
+        name: Module name.
+        input_value: Copy of the input, or None if the input is not one tensor.
+        is_leaf: Whether it has called no other module so far.
+    """
 
     module: nn.Module
     name: str
@@ -100,37 +87,100 @@ class _ActiveCall:
     is_leaf: bool = True
 
 
+def locate_difference(export_module: ExportModule, path: Path, batch: NDArray[Any]) -> str:
+    """Find the first stage and the layer in which an exported file differs from torch.
+
+    Args:
+        export_module: The module that was exported.
+        path: The ONNX file.
+        batch: Batch of one image with a difference, as the graph takes it.
+
+    Returns:
+        A clause for an error message.
+    """
+    rows = export_module.options.batch or 1
+    batch = np.repeat(batch, rows, axis=0)
+    model = onnx.load(path)
+    layers, expected, actual = compare_layers(export_module, model, batch)
+    if not layers:
+        return "the layer that differs cannot be located, because no node name matches a torch layer"
+    box_px, score = max_abs_difference(expected, actual)
+    if box_px <= BOX_TOLERANCE_PX and score <= SCORE_TOLERANCE:
+        return _explain_fusion(model, batch)
+    return f"{_find_first_stage(layers)}; {_find_worst_layer(layers)}"
+
+
+@torch.no_grad()
+def compare_layers(
+    export_module: nn.Module, model: Any, batch: NDArray[Any]
+) -> tuple[list[LayerComparison], list[NDArray[Any]], list[NDArray[Any]]]:
+    """Compare all layers that have matching nodes.
+
+    Intermediate values become graph outputs, which prevents the runtime from fusing operators.
+
+    Args:
+        export_module: The module that was exported.
+        model: onnx.ModelProto of the exported file.
+        batch: Batch as the graph takes it.
+
+    Returns:
+        layers: Comparisons in the order of execution in torch.
+        expected: Outputs of torch.
+        actual: Outputs of the file.
+    """
+    nodes = _group_nodes_by_scope(model)
+    outputs = [output.name for output in model.graph.output]
+    with _record_calls(export_module) as calls:
+        expected = [value.numpy() for value in export_module(torch.from_numpy(batch))]
+    pairs = _find_boundary_values(model, _pair_calls_with_nodes(_merge_folded_norms(calls, nodes), nodes))
+    inner_values = sorted({name for _, boundary in pairs for name in boundary} - set(outputs))
+    (values,) = run_model(model, [*outputs, *inner_values], [batch])
+    layers = [
+        _compare_layer(call, values[input_name], values[output_name])
+        for call, (input_name, output_name) in pairs
+        if values[input_name].shape == call.input_value.shape and values[output_name].shape == call.output_value.shape
+    ]
+    return layers, expected, [values[name] for name in outputs]
+
+
+def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    """Return the norm of the difference divided by the norm of `expected`; infinite if a value is not finite."""
+    error = np.linalg.norm((actual - expected).astype(np.float64).ravel())
+    ratio = error / max(1e-12, float(np.linalg.norm(expected.astype(np.float64).ravel())))
+    return float(ratio) if np.isfinite(ratio) else float("inf")
+
+
 @contextmanager
 def _record_calls(network: nn.Module) -> Iterator[list[LayerTrace]]:
-    """While it lasts, every call of a layer that takes one tensor and gives one is noted, in order."""
-    known = {module: name for name, module in network.named_modules()}
+    """Record the calls of all leaf modules with one input tensor and one output tensor, in order."""
+    names = {module: name for name, module in network.named_modules()}
     stack: list[_ActiveCall] = []
     calls: list[LayerTrace] = []
 
-    def enter(name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
+    def before_forward(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if stack:
             stack[-1].is_leaf = False
-            # A module that several share has the name that it has with its caller.
-            own = [part for part, child in stack[-1].module.named_children() if child is module]
-            name = f"{stack[-1].name}.{own[0]}" if own else name
-        plain = len(given) == 1 and isinstance(given[0], Tensor)
-        stack.append(_ActiveCall(module, name, given[0].clone() if plain else None))
+            # A shared module takes the name that its caller gives it.
+            child_names = [child_name for child_name, child in stack[-1].module.named_children() if child is module]
+            name = f"{stack[-1].name}.{child_names[0]}" if child_names else name
+        is_single_tensor = len(inputs) == 1 and isinstance(inputs[0], Tensor)
+        stack.append(_ActiveCall(module, name, inputs[0].clone() if is_single_tensor else None))
 
-    def leave(_name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        scope = "".join(f"/{_get_scope_segment(known[one.module])}" for one in stack)
+    def after_forward(_name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        scope = "".join(f"/{_get_scope_segment(names[active.module])}" for active in stack)
         call = stack.pop()
         if call.is_leaf and call.input_value is not None and isinstance(output, Tensor):
-            calls.append(LayerTrace(call.name, scope, [module], call.input_value, output.clone(), given[0], output))
+            calls.append(LayerTrace(call.name, scope, [module], call.input_value, output.clone(), inputs[0], output))
 
-    with observe_calls(network, on_input=enter, on_output=leave):
+    with observe_calls(network, on_input=before_forward, on_output=after_forward):
         yield calls
 
 
 def _get_scope_segment(name: str) -> str:
-    """A module's part of a node's name: its own last name, with the numbers behind it."""
-    atoms = name.split(".")
-    start = next((at for at in reversed(range(len(atoms))) if not atoms[at].isnumeric()), 0)
-    return ".".join(atoms[start:])
+    """Return the part of a node name that a module contributes: its last name and the indices after it."""
+    parts = name.split(".")
+    start = next((index for index in reversed(range(len(parts))) if not parts[index].isnumeric()), 0)
+    return ".".join(parts[start:])
 
 
 def _group_nodes_by_scope(model: Any) -> dict[str, list[Any]]:
@@ -141,113 +191,113 @@ def _group_nodes_by_scope(model: Any) -> dict[str, list[Any]]:
 
 
 def _merge_folded_norms(calls: Sequence[LayerTrace], nodes: dict[str, list[Any]]) -> list[LayerTrace]:
-    """The calls, each normalisation that left no node joined to the layer whose output it reads."""
-    givers: dict[int, LayerTrace] = {}  # by the tensor, which its call keeps alive
-    kept = []
+    """Merge each normalization without a node into the layer whose output it reads."""
+    producers: dict[int, LayerTrace] = {}  # by id of the output tensor, which the trace keeps alive
+    merged = []
     for call in calls:
-        giver = givers.get(id(call.input_tensor))
-        if isinstance(call.modules[0], _BatchNorm) and call.scope not in nodes and giver is not None:
-            giver.modules, giver.output_value = [*giver.modules, *call.modules], call.output_value
+        producer = producers.get(id(call.input_tensor))
+        if isinstance(call.modules[0], _BatchNorm) and call.scope not in nodes and producer is not None:
+            producer.modules, producer.output_value = [*producer.modules, *call.modules], call.output_value
         else:
-            kept.append(call)
-            givers[id(call.output_tensor)] = call
-    return kept
+            merged.append(call)
+            producers[id(call.output_tensor)] = call
+    return merged
 
 
 def _pair_calls_with_nodes(
     calls: Sequence[LayerTrace], nodes: dict[str, list[Any]]
 ) -> list[tuple[LayerTrace, list[Any]]]:
-    """Each call with its nodes; calls of one scope are told apart by the number behind it."""
-    by_scope: dict[str, list[LayerTrace]] = defaultdict(list)
+    """Pair each call with its nodes. The exporter numbers repeated calls of one scope: `/head/conv`, `/head/conv_1`."""
+    calls_by_scope: dict[str, list[LayerTrace]] = defaultdict(list)
     for call in calls:
-        by_scope[call.scope].append(call)
-    found = {}
-    for scope, same in by_scope.items():
-        names = [f"{scope}_{number}" if number else scope for number in range(len(same))]
-        if all(name in nodes for name in names):  # else it can't be told which call left no node
-            found.update({id(call): nodes[name] for call, name in zip(same, names, strict=True)})
-    return [(call, found[id(call)]) for call in calls if id(call) in found]
+        calls_by_scope[call.scope].append(call)
+    nodes_by_call = {}
+    for scope, scope_calls in calls_by_scope.items():
+        names = [f"{scope}_{index}" if index else scope for index in range(len(scope_calls))]
+        if all(name in nodes for name in names):  # otherwise the numbering is ambiguous
+            nodes_by_call.update({id(call): nodes[name] for call, name in zip(scope_calls, names, strict=True)})
+    return [(call, nodes_by_call[id(call)]) for call in calls if id(call) in nodes_by_call]
 
 
 def _find_boundary_values(
     model: Any, pairs: Sequence[tuple[LayerTrace, list[Any]]]
 ) -> list[tuple[LayerTrace, tuple[str, str]]]:
-    """Each call with the names of the value that enters its nodes and of the one that leaves them.
-
-    Without those of which this is not plain.
-    """
-    fixed = {*find_constants(model), *(entry.name for entry in model.graph.input), ""}
-    found = []
+    """Return each call with the names of its input and output values in the graph; omit ambiguous calls."""
+    constants = {*find_constants(model), *(graph_input.name for graph_input in model.graph.input), ""}
+    boundaries = []
     for call, nodes in pairs:
-        # Of another name than in torch: something was folded into it.
-        folded = any(node.op_type in CONV_OPS and node.input[1].startswith("onnx::") for node in nodes)
-        made = {name for node in nodes for name in node.output}
-        read = {name for node in nodes for name in node.input} - made - fixed
-        if len(read) == 1 and folded == (len(call.modules) > 1):
-            found.append((call, (read.pop(), nodes[-1].output[0])))
-    return found
+        # The exporter renames weights that it folds a normalization into.
+        is_folded = any(node.op_type in CONV_OPS and node.input[1].startswith("onnx::") for node in nodes)
+        produced = {name for node in nodes for name in node.output}
+        read = {name for node in nodes for name in node.input} - produced - constants
+        if len(read) == 1 and is_folded == (len(call.modules) > 1):
+            boundaries.append((call, (read.pop(), nodes[-1].output[0])))
+    return boundaries
 
 
 def _compare_layer(call: LayerTrace, input_value: NDArray[Any], output_value: NDArray[Any]) -> LayerComparison:
-    alone = torch.tensor(input_value)
-    for part in call.modules:
-        alone = part(alone)
+    expected = torch.tensor(input_value)
+    for module in call.modules:
+        expected = module(expected)
     return LayerComparison(
         call.name,
         relative_error(call.input_value.numpy(), input_value),
         relative_error(call.output_value.numpy(), output_value),
-        relative_error(alone.numpy(), output_value),
+        relative_error(expected.numpy(), output_value),
     )
 
 
-# Share of the values' size. Rounding alone gives some 1e-6 behind a deep network; what shows in an answer is more.
-MAX_RELATIVE_ERROR = 1e-4
+def _explain_fusion(model: Any, batch: NDArray[Any]) -> str:
+    """Explain a file that differs from torch only while the runtime fuses its operators.
 
-
-def locate_difference(export_module: ExportModule, path: Path, batch: NDArray[Any]) -> str:
-    """Which stage is the first that differs, and which layer is the worst: part of a sentence.
-
-    batch: one picture, on which the difference shows.
+    Fusion changes rounding. If the output layers still agree, the decoding selects differently among nearly equal
+    scores. The output layers alone do not prevent the runtime from fusing the layers before them.
     """
-    rows = export_module.options.batch or 1
-    layers, wanted, found = compare_layers(export_module, onnx.load(path), np.repeat(batch, rows, axis=0))
-    if not layers:
-        return "where the difference begins can't be told: no node's name says of which of torch's layers it is"
-    box_px, score = max_abs_difference(wanted, found)
-    if box_px <= BOX_TOLERANCE_PX and score <= SCORE_TOLERANCE:
-        return "it agrees as soon as its inside is looked at, so it is the runtime that fuses its operators wrongly"
-    return f"{_find_first_stage(layers)}; {_find_worst_layer(layers)}"
+    names = [output.name for output in model.graph.output]
+    regions = find_graph_regions(model)
+    heads = [node.output[0] for node in model.graph.node if node.name in set(regions.output_layers)]
+    hidden = [node.output[0] for node in model.graph.node if node.name in set(regions.layers)]
+    (fused,) = run_model(model, [*names, *heads], [batch])
+    (unfused,) = run_model(model, [*names, *heads, *hidden], [batch])
+    error = max((relative_error(unfused[name], fused[name]) for name in heads), default=float("inf"))
+    if error <= MAX_RELATIVE_ERROR:
+        return (
+            f"all layers agree (the output layers by {error:.2g}), and decoding selects differently among scores that "
+            f"differ only by rounding, {TRAINING_HINT}"
+        )
+    return (
+        f"without operator fusion the file agrees with torch; with fusion the output layers differ by {error:.2g}: the "
+        "runtime fuses operators incorrectly, or proposals with nearly equal scores are in another order, "
+        f"{TRAINING_HINT}"
+    )
 
 
 def _find_first_stage(layers: list[LayerComparison]) -> str:
-    """preprocessing ends where the first layer begins, decoding begins where the last ends."""
-    stages = {"preprocessing": layers[0].input_error}
+    """Describe the first stage that differs: preprocessing, a part of the detector, or decoding."""
+    stage_errors = {"preprocessing": layers[0].input_error}
     for layer in layers:
         stage = _get_stage(layer.name)
-        stages[stage] = max(stages.get(stage, 0), layer.output_error)
-    for stage, apart in stages.items():
-        if apart > MAX_RELATIVE_ERROR:
-            return f"the first stage that differs is {stage} (by {apart:.2g} of its values)"
-    # Which of two overlapping boxes suppresses the other, or which peaks or proposals are best, is rounding's
-    # choice where scores are that close: of a detector that has learnt for a minute they all are.
+        stage_errors[stage] = max(stage_errors.get(stage, 0), layer.output_error)
+    for stage, error in stage_errors.items():
+        if error > MAX_RELATIVE_ERROR:
+            return f"the first stage that differs is {stage} (relative error {error:.2g})"
+    # Rounding decides which of two overlapping boxes suppresses the other, and which peaks or proposals are selected,
+    # if the scores are nearly equal.
     return (
-        f"the first stage that differs is decoding (all {len(layers)} layers before it agree): of a hardly trained "
-        "detector rounding chooses among scores that are all alike, then train it longer or say --no-verify"
+        f"the first stage that differs is decoding (all {len(layers)} layers before it agree): it selects among nearly "
+        f"equal scores, {TRAINING_HINT}"
     )
 
 
 def _get_stage(name: str) -> str:
-    """backbone, neck, head; of a detector that is one row of layers, the layer's place in the row."""
+    """Return backbone, neck or head; for a sequential detector the index of the layer."""
     parts = name.removeprefix("detector.").split(".")
     return ".".join(parts[:3]) if parts[0] == "network" else parts[0]
 
 
 def _find_worst_layer(layers: list[LayerComparison]) -> str:
     worst = max(layers, key=lambda layer: layer.layer_error)
+    name = worst.name.removeprefix("detector.")
     if worst.layer_error <= MAX_RELATIVE_ERROR:
-        return f"given the same input, every layer agrees (the worst, {_strip_detector_prefix(worst)}, by {worst.layer_error:.2g})"
-    return f"the worst layer is {_strip_detector_prefix(worst)} (given the same input, by {worst.layer_error:.2g} of its values)"
-
-
-def _strip_detector_prefix(layer: LayerComparison) -> str:
-    return layer.name.removeprefix("detector.")
+        return f"given the same input, every layer agrees (largest relative error {worst.layer_error:.2g}, in {name})"
+    return f"the worst layer is {name} (given the same input, relative error {worst.layer_error:.2g})"

@@ -1,4 +1,4 @@
-"""Verification: every exported form of a detector against what it was made of, on real pictures. No torch."""
+"""Verification of exported models: parity with their reference, miss rates, and the summary table. No torch."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,15 +24,19 @@ from hkd_det.metrics.matching import NO_GROUND_TRUTH
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
 
-TABLE_HEADER = ("form", "runs on", "boxes", "scores", "miss rate", "rise")
+TABLE_HEADER = ("model", "backend", "boxes", "scores", "miss rate", "increase")
 NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """One exported file or folder, on one runtime.
+    """One exported file or folder on one runtime.
 
-    path: its name when it is finished. backend: of `backends.opening.BACKENDS`. exact: FP32, so that parity must hold.
+    Attributes:
+        path: Final file name.
+        backend: Runtime name, a key of `backends.BACKENDS`.
+        is_exact: Whether the model is FP32, so that it must agree with the reference within the tolerances.
+        device: cpu, cuda or cuda:N.
     """
 
     path: Path
@@ -43,7 +47,13 @@ class ExportedModel:
 
 @dataclass(frozen=True)
 class VerificationRow:
-    """What was seen of a form. parity: None where it does not run here, for the reason `why_not`."""
+    """Result of one exported model.
+
+    Attributes:
+        model: The model.
+        parity: Differences from the reference, or None if the model cannot run on this machine.
+        skip_reason: Why it cannot run.
+    """
 
     model: ExportedModel
     parity: Parity | None
@@ -51,9 +61,13 @@ class VerificationRow:
 
 
 class Verification:
-    """Takes forms as they are written; in the end says in a table how far they are from the reference and how they see.
+    """Compares exported models with a reference and formats the results as a table.
 
-    pictures: that answers are compared on. samples: that miss rates are measured on; they are of `data`.
+    Args:
+        reference: The model to compare with.
+        image_paths: Images for the comparison of outputs.
+        samples: Images with ground truth for the miss rates.
+        data: Dataset of `samples`, for the table.
     """
 
     def __init__(
@@ -65,61 +79,71 @@ class Verification:
         self._rows: list[VerificationRow] = []
 
     def add(self, model: ExportedModel, temp_path: Path | None = None) -> Parity | None:
-        """Compare a form; `at` is where it lies until it gets its name. None if it does not run here.
+        """Compare a model with the reference and add a row to the table.
 
-        Raises ParityError if an exact form is out of tolerance, which says where the difference begins, or if any form
-        answers NaN; DataError without pictures.
+        Args:
+            model: The exported model.
+            temp_path: Current location of a model that does not have its final name yet.
+
+        Returns:
+            The differences, or None if a reduced-precision model cannot run on this machine.
+
+        Raises:
+            ParityError: If an FP32 model exceeds the tolerances, or any model returns NaN.
+            DataError: If there is no image to compare on.
         """
-        path, seen = temp_path or model.path, self._get_reference_outputs()
+        path, reference_outputs = temp_path or model.path, self._get_reference_outputs()
         try:
-            with _open_runner(path, model) as (run, batch):
-                parity = compare_outputs(seen, run, batch, model.is_exact, model.path.name)
+            with _open_runner(path, model) as (run, batch_size):
+                parity = compare_outputs(reference_outputs, run, batch_size, model.is_exact, model.path.name)
         except HkdError as error:
             if model.is_exact:
                 raise
             self.skip(model, str(error))
             return None
         if math.isnan(parity.box_error_px) or math.isnan(parity.score_error):
-            raise ParityError(f"{model.path}: answers NaN on {model.backend}, of no use there")
+            raise ParityError(f"{model.path}: outputs are NaN on {model.backend}. Select another precision or runtime.")
         if model.is_exact and not parity.within_tolerance:
             raise self._parity_error(model, parity, path)
         self._rows.append(VerificationRow(model, parity))
         return parity
 
     def skip(self, model: ExportedModel, reason: str) -> None:
-        """Note a form that does not run here."""
+        """Add a row for a model that cannot run on this machine."""
         self._rows.append(VerificationRow(model, None, reason))
 
     def format_table(self, known_miss_rates: Mapping[tuple[Path, str], float]) -> str:
-        """What was seen, a line a form, and its miss rate, which is measured now, picture by picture.
+        """Measure the miss rates and return the table, one line per model.
 
-        known: miss rates, fractions, that have been measured on all samples already, by path and backend.
+        Args:
+            known_miss_rates: Miss rates on all samples, 0 to 1, that are already measured, by path and backend.
         """
-        reference, unjudged, notes = self._reference, self._get_miss_rate_skip_reason(), [self._format_note()]
-        before = None
+        reference, no_rate, notes = self._reference, self._get_miss_rate_skip_reason(), [self._format_note()]
+        reference_rate = None
         try:
-            before = None if unjudged else _compute_miss_rate(reference.predict(self._samples), self._samples)
-        except DataError as error:  # a picture larger than a graph takes that letterboxes itself
-            unjudged = NOT_MEASURED
+            if not no_rate:
+                reference_rate = _compute_miss_rate(reference.predict(self._samples), self._samples)
+        except DataError as error:  # an image is larger than a graph with an in-graph letterbox accepts
+            no_rate = NOT_MEASURED
             notes.append(str(error))
-        lines: list[tuple[str, ...]] = [TABLE_HEADER]
-        lines.append(
-            (reference.name, reference.backend, "-", "-", unjudged if before is None else _format_percent(before), "-")
-        )
+        rate_cell = no_rate if reference_rate is None else _format_percent(reference_rate)
+        lines: list[tuple[str, ...]] = [TABLE_HEADER, (reference.name, reference.backend, "-", "-", rate_cell, "-")]
         for row in self._rows:
-            start = (str(row.model.path), row.model.backend)
+            name_cells = (str(row.model.path), row.model.backend)
             if row.parity is None:
-                lines.append((*start, f"not run here: {row.skip_reason}"))
+                lines.append((*name_cells, f"not run: {row.skip_reason}"))
                 continue
-            seen, rise = unjudged, "-"
-            if before is not None:
+            rate_cells = (no_rate, "-")
+            if reference_rate is not None:
                 try:
-                    after = self._measure_miss_rate(row.model, known_miss_rates)
-                    seen, rise = _format_percent(after), f"{100 * (after - before):+.2f} points"
+                    rate = self._measure_miss_rate(row.model, known_miss_rates)
+                    rate_cells = _format_percent(rate), f"{100 * (rate - reference_rate):+.2f} points"
                 except DataError as error:
-                    seen = NOT_MEASURED
+                    rate_cells = (NOT_MEASURED, "-")
                     notes.append(str(error))
-            lines.append((*start, f"{row.parity.box_error_px:.2g} px", f"{row.parity.score_error:.2g}", seen, rise))
+            lines.append(
+                (*name_cells, f"{row.parity.box_error_px:.2g} px", f"{row.parity.score_error:.2g}", *rate_cells)
+            )
         return "\n".join([*_align_columns(lines), *notes])
 
     def _get_reference_outputs(self) -> ReferenceOutputs:
@@ -131,51 +155,53 @@ class Verification:
         return self._reference_outputs
 
     def _parity_error(self, model: ExportedModel, parity: Parity, path: Path) -> ParityError:
-        where = "what differs inside can't be seen on this runtime"
+        location = f"the layer that differs cannot be located on {model.backend}"
         if model.backend == "onnxruntime":
-            where = self._reference.locate_difference(path, self._get_reference_outputs().batches[parity.worst_index])
-        boxes = f"by up to {parity.box_error_px:.3g} px" if math.isfinite(parity.box_error_px) else "beyond all pairing"
+            batch = self._get_reference_outputs().batches[parity.worst_index]
+            location = self._reference.locate_difference(path, batch)
+        boxes = f"up to {parity.box_error_px:.3g} px" if math.isfinite(parity.box_error_px) else "unmatched boxes"
         return ParityError(
-            f"{model.path}: not written: boxes differ {boxes} and scores by {parity.score_error:.3g} from "
-            f"{self._reference.name} on {self._reference.backend}; {where}; please report this with both versions"
+            f"{model.path}: not written: differs from {self._reference.name} on {self._reference.backend} "
+            f"(boxes: {boxes}, scores: {parity.score_error:.3g}); {location}."
         )
 
     def _get_miss_rate_skip_reason(self) -> str:
-        """Why no miss rate can be measured, or nothing."""
+        """Return why no miss rate can be measured, or an empty string."""
         if self._reference.options.raw or not self._reference.options.preprocess:
-            return NOT_MEASURED  # a program of the user's own prepares the pictures or chooses the boxes
-        return "no people" if _compute_miss_rate([], self._samples) == NO_GROUND_TRUTH else ""
+            return NOT_MEASURED  # a custom program prepares the images or decodes the outputs
+        return "no persons" if _compute_miss_rate([], self._samples) == NO_GROUND_TRUTH else ""
 
     def _measure_miss_rate(self, model: ExportedModel, known_miss_rates: Mapping[tuple[Path, str], float]) -> float:
         if (model.path, model.backend) in known_miss_rates:
             return known_miss_rates[model.path, model.backend]
-        found = predict_samples(model.path, model.device, model.backend, self._samples, model.path.name)
-        return _compute_miss_rate(found, self._samples)
+        detections = predict_samples(model.path, model.device, model.backend, self._samples, model.path.name)
+        return _compute_miss_rate(detections, self._samples)
 
     def _format_note(self) -> str:
-        smaller = f" (of numbers smaller than FP32: of detections from {MIN_COMPARED_SCORE:g} up, to the nearest)"
+        reduced = f" (reduced precision: nearest detection, scores of at least {MIN_COMPARED_SCORE:g})"
         return (
-            f"boxes, scores: largest difference on {len(self._image_paths)} pictures"
-            f"{'' if all(row.model.is_exact for row in self._rows) else smaller}; "
-            f"miss rate: MR^-2 Reasonable on {len(self._samples)} of {self._data}"
+            f"boxes, scores: largest difference on {len(self._image_paths)} images"
+            f"{'' if all(row.model.is_exact for row in self._rows) else reduced}; "
+            f"miss rate: MR^-2 Reasonable on {len(self._samples)} images of {self._data}"
         )
 
 
 @contextmanager
 def _open_runner(path: Path, model: ExportedModel) -> Iterator[tuple[RunFunction, int]]:
-    """What runs a form, and how many pictures it takes at once."""
-    if model.backend == "onnxruntime":  # bare, since it also takes what --raw and --no-preprocess leave to others
+    """Open a model; yield the function that runs a batch, and the batch size."""
+    if model.backend == "onnxruntime":
+        # A plain session also runs graphs of --raw and --no-preprocess, which the backend does not accept.
         session = open_session(path, model.device)
-        (entry,) = session.get_inputs()
-        rows = entry.shape[0]
-        yield lambda batch: session.run(None, {entry.name: batch}), rows if isinstance(rows, int) else 1
+        (graph_input,) = session.get_inputs()
+        batch_size = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else 1
+        yield lambda batch: session.run(None, {graph_input.name: batch}), batch_size
     else:
         with open_backend(path, model.device, backend=model.backend) as opened:
             yield opened.runtime.run, opened.runtime.batch or 1
 
 
 def _compute_miss_rate(detections: Sequence[Detections], samples: Sequence[Sample]) -> float:
-    """MR^-2, Reasonable, a fraction; `curve.ABSENT` where nobody is to be found."""
+    """Return MR^-2 of the setup Reasonable, 0 to 1, or `NO_GROUND_TRUTH` without a person."""
     return evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name].value
 
 
@@ -184,15 +210,14 @@ def _format_percent(rate: float) -> str:
 
 
 def _align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side: the first two to the left, figures to the right; what has no column ends its line."""
-    widths = [
-        max(len(line[place]) for line in lines if len(line) == len(TABLE_HEADER)) for place in range(len(TABLE_HEADER))
-    ]
-    widths[:2] = [max(len(line[place]) for line in lines) for place in range(2)]
+    """Align cells in columns: two text columns, then numbers. A short row ends with free text."""
+    num_columns = len(TABLE_HEADER)
+    widths = [max(len(line[column]) for line in lines if len(line) == num_columns) for column in range(num_columns)]
+    widths[:2] = [max(len(line[column]) for line in lines) for column in range(2)]
     return [
         "  ".join(
-            text.ljust(width) if place < 2 or len(line) < len(TABLE_HEADER) else text.rjust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=False))
+            cell.ljust(width) if column < 2 or len(line) < num_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=False))
         ).rstrip()
         for line in lines
     ]

@@ -1,1 +1,1 @@
-"""Smaller numbers for an exported file: float16, bfloat16, INT8, and whether that was worth it. onnx, but no torch."""
+"""Reduced precision for exported files: float16, bfloat16 and INT8, with an accuracy and latency report. No torch."""

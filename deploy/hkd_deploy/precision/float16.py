@@ -1,11 +1,11 @@
-"""Float16 and bfloat16: a graph in which every value's type is written, so that no runtime has to choose.
+"""Conversion to float16 and bfloat16 with explicit types, so that no runtime chooses a precision.
 
-The body is reckoned in half, all else stays FP32 (`parts.py`), the last layers included: neighbouring scores closer
-than half's rounding would tie, and ties are all kept (`hkd_det/ops/nms.py`). Between the two stand Cast nodes.
-Inputs and outputs keep their types.
+The body of the graph runs in half precision; everything else stays FP32 (see `graph_regions`). Cast nodes connect the
+two. The output layers stay FP32: rounding would make neighboring scores equal, and peak NMS keeps all equal scores
+(`hkd_det/ops/nms.py`). Inputs and outputs keep their types.
 
-onnxruntime.transformers.float16 knows no bfloat16; NVIDIA's modelopt.onnx.autocast knows both and brings torch along:
-hence these lines.
+The module exists because onnxruntime.transformers.float16 does not support bfloat16 and modelopt.onnx.autocast of
+NVIDIA requires torch.
 """
 
 from typing import Any, Literal
@@ -18,44 +18,52 @@ from hkd_det.errors import DataError
 
 HalfPrecision = Literal["fp16", "bf16"]
 
-
-# What is the same in half, but for rounding. Sums over many values, exponentials and what is not listed stay FP32.
+# Operators that are accurate in half precision. Large sums, exponentials and unlisted operators stay FP32.
 HALF_OPS = frozenset({
     "Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Elu", "Flatten", "Gemm",
     "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MatMul", "Max",
     "MaxPool", "Min", "Mul", "PRelu", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze",
     "Sub", "Tanh", "Transpose", "Unsqueeze",
 })  # fmt: skip
-
-
 FP16_MAX = float(np.finfo(np.float16).max)
-
-
-BF16_OPSET, BF16_IR_VERSION = (
-    22,
-    10,
-)  # the first in which Conv and the poolings take bfloat16, and the IR that goes with it
+BF16_OPSET = 22  # the first opset in which Conv and pooling accept bfloat16
+BF16_IR_VERSION = 10  # the IR version of opset 22
 
 
 def convert_to_half(model: Any, regions: GraphRegions, precision: HalfPrecision) -> Any:
-    """A copy of an FP32 model with its body in half. Raises DataError for a weight that float16 cannot hold."""
+    """Return a copy of an FP32 model whose body runs in half precision.
+
+    Args:
+        model: onnx.ModelProto in which every node has a unique name. It is not modified.
+        regions: Regions of the model.
+        precision: fp16 or bf16.
+
+    Returns:
+        The converted onnx.ModelProto.
+
+    Raises:
+        DataError: If a weight exceeds the range of float16.
+    """
     onnx = import_onnx()
     if precision == "bf16":
-        made = onnx.version_converter.convert_version(model, BF16_OPSET)
-        made.ir_version = BF16_IR_VERSION
-        onnx.helper.set_model_props(made, {entry.key: entry.value for entry in model.metadata_props})
+        converted = onnx.version_converter.convert_version(model, BF16_OPSET)
+        converted.ir_version = BF16_IR_VERSION
+        onnx.helper.set_model_props(converted, {entry.key: entry.value for entry in model.metadata_props})
     else:
-        made = onnx.ModelProto()
-        made.CopyFrom(model)
-    _HalfConverter(onnx, made, regions, precision).rewrite()
-    _remove_unused(made)
-    del made.graph.value_info[:]
-    onnx.checker.check_model(onnx.shape_inference.infer_shapes(made, strict_mode=True), full_check=True)
-    return made
+        converted = onnx.ModelProto()
+        converted.CopyFrom(model)
+    _HalfConverter(onnx, converted, regions, precision).rewrite()
+    _remove_unused(converted)
+    del converted.graph.value_info[:]
+    onnx.checker.check_model(onnx.shape_inference.infer_shapes(converted, strict_mode=True), full_check=True)
+    return converted
 
 
 class _HalfConverter:
-    """One walk over the nodes. A value x of the body becomes x_fp16; who needs it in FP32 gets x back by a Cast."""
+    """Rewrite the nodes of a graph in one pass.
+
+    A body value `x` becomes `x_fp16` (or `x_bf16`). If an FP32 node reads `x`, a Cast node restores it.
+    """
 
     def __init__(self, onnx: Any, model: Any, regions: GraphRegions, precision: HalfPrecision) -> None:
         self.onnx, self.graph, self.precision = onnx, model.graph, precision
@@ -64,19 +72,18 @@ class _HalfConverter:
             node.name for node in model.graph.node if node.name in regions.body and node.op_type in HALF_OPS
         }
         self.dtype = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
-        self.half_values: set[str] = set()  # values that have a half twin
-        self.restored_values: set[str] = set()  # values that only half nodes give, and that have been cast back
-        self.half_only_values: set[str] = set()  # values that only half nodes give
+        self.half_values: set[str] = set()  # values that exist in half precision
+        self.half_only_values: set[str] = set()  # values that only half-precision nodes produce
+        self.restored_values: set[str] = set()  # `half_only_values` that a Cast node converts back to FP32
         self.nodes: list[Any] = []
 
     def rewrite(self) -> None:
         for node in list(self.graph.node):
             if node.name in self.half_nodes:
                 self._convert_node(node)
-            elif node.op_type == "Shape":  # the twin has the same
-                node.input[0] = (
-                    self._make_half_name(node.input[0]) if node.input[0] in self.half_only_values else node.input[0]
-                )
+            elif node.op_type == "Shape":  # both precisions have the same shape
+                if node.input[0] in self.half_only_values:
+                    node.input[0] = self._make_half_name(node.input[0])
             else:
                 for name in list_node_inputs(node):
                     self._restore_float(name)
@@ -87,9 +94,9 @@ class _HalfConverter:
         self.graph.node.extend(self.nodes)
 
     def _convert_node(self, node: Any) -> None:
-        # Resize's scales are floats whatever it resizes.
-        count = 1 if node.op_type == "Resize" else len(node.input)
-        for index in range(count):
+        # Only the first input of Resize is data; its scales are always FP32.
+        num_inputs = 1 if node.op_type == "Resize" else len(node.input)
+        for index in range(num_inputs):
             if node.input[index] in self.float_values:
                 node.input[index] = self._get_half_value(node.input[index])
         for index, name in enumerate(node.output):
@@ -99,14 +106,14 @@ class _HalfConverter:
                 node.output[index] = self._make_half_name(name)
 
     def _get_half_value(self, name: str) -> str:
-        twin = self._make_half_name(name)
+        half_name = self._make_half_name(name)
         if name not in self.half_values:
             self.half_values.add(name)
             if name in self.constants:
-                self.graph.initializer.append(self._make_half_tensor(name, twin))
+                self.graph.initializer.append(self._make_half_tensor(name, half_name))
             else:
-                self.nodes.append(self._make_cast(name, twin, self.dtype))
-        return twin
+                self.nodes.append(self._make_cast(name, half_name, self.dtype))
+        return half_name
 
     def _restore_float(self, name: str) -> None:
         if name in self.half_only_values and name not in self.restored_values:
@@ -115,9 +122,9 @@ class _HalfConverter:
 
     def _make_half_tensor(self, name: str, half_name: str) -> Any:
         values = self.onnx.numpy_helper.to_array(self.constants[name])
-        largest = float(np.abs(values).max(initial=0))
-        if self.precision == "fp16" and largest > FP16_MAX:
-            raise DataError(f"weight {name} reaches {largest:.3g}, more than float16 can hold; use --precision bf16")
+        max_abs = float(np.abs(values).max(initial=0))
+        if self.precision == "fp16" and max_abs > FP16_MAX:
+            raise DataError(f"weight {name}: {max_abs:.3g} exceeds the range of float16. Set --precision bf16.")
         if self.precision == "fp16":
             return self.onnx.numpy_helper.from_array(values.astype(np.float16), half_name)
         return self.onnx.helper.make_tensor(half_name, self.dtype, values.shape, values.ravel())
@@ -130,14 +137,14 @@ class _HalfConverter:
 
 
 def _remove_unused(model: Any) -> None:
-    """Take out the FP32 weights of which only the half twin is read."""
-    read = {value.name for value in model.graph.output}
+    """Remove nodes and initializers that no output depends on, such as FP32 weights that now exist in half."""
+    read_values = {value.name for value in model.graph.output}
     nodes = []
     for node in reversed(model.graph.node):
-        if read.intersection(node.output):
-            read.update(list_node_inputs(node))
+        if read_values.intersection(node.output):
+            read_values.update(list_node_inputs(node))
             nodes.append(node)
-    weights = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in read_values]
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend(weights)
     model.graph.node.extend(reversed(nodes))

@@ -1,26 +1,35 @@
-"""The FP32 file that a smaller one is made of."""
+"""FP32 model files: reading, checks, and writing of the converted file."""
 
 import importlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.files import bytes_sha256
 
-SUPPORTED_OPSETS = range(13, 21)  # scales per channel came with 13; ONNX Runtime's quantiser stops before 21
+# Opset 13 introduced scales per channel. The quantizer of ONNX Runtime supports opsets below 21.
+SUPPORTED_OPSETS = range(13, 21)
+REDUCED_TYPES = ("FLOAT16", "BFLOAT16", "INT8", "UINT8")  # weight types that an FP32 file does not have
+QUANTIZED_OPS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"}
+)
 
-
-REDUCED_TYPES = ("FLOAT16", "BFLOAT16", "INT8", "UINT8")  # of weights: a file that has any is no FP32 file
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Fp32Model:
-    """An FP32 file as hkd-export wrote it.
+    """An FP32 model that hkd-export wrote.
 
-    model: the onnx.ModelProto; every node has a name of its own. sha256: 64 hexadecimal digits, of the file.
+    Attributes:
+        path: The ONNX file.
+        model: onnx.ModelProto in which every node has a unique name.
+        model_metadata: Parsed metadata of the file.
+        sha256: SHA-256 of the file, 64 hexadecimal digits.
     """
 
     path: Path
@@ -29,49 +38,113 @@ class Fp32Model:
     sha256: str
 
     def get_metadata(self) -> dict[str, str]:
-        """What the file says of itself."""
-        return {entry.key: entry.value for entry in self.model.metadata_props}
+        """Return all metadata entries of the file."""
+        return _read_metadata(self.model)
+
+
+def import_onnx() -> Any:
+    """Return the onnx package.
+
+    Raises:
+        UnavailableError: If the package is not installed.
+    """
+    return import_package("onnx", "onnx", "--precision needs it: pip install 'hkd-det[quant]'")
+
+
+def progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | None = None) -> Iterable[T]:
+    """Return the iterable with a tqdm progress bar that disappears at the end.
+
+    Args:
+        iterable: Items to iterate over.
+        desc: Label of the bar.
+        unit: Name of one item.
+        total: Number of items, required for an iterable without a length.
+
+    Raises:
+        UnavailableError: If tqdm is not installed.
+    """
+    tqdm = import_package("tqdm", "tqdm", "pip install 'hkd-det[bench]'").tqdm
+    bar: Iterable[T] = tqdm(iterable, desc, total=total, unit=unit, leave=False)
+    return bar
 
 
 def read_fp32_model(path: Path) -> Fp32Model:
-    """Read an FP32 file of hkd-export.
+    """Read an FP32 file that hkd-export wrote.
 
-    Raises UnavailableError without the onnx package, DataError for what is no ONNX file, no file of hkd-export, not
-    FP32 any more, or of an opset that is too old or too new, UsageError for a graph that cannot be judged.
+    Raises:
+        UnavailableError: If the onnx package is not installed.
+        DataError: If the file is missing, not written by hkd-export, not FP32, or has an unsupported opset.
+        UsageError: If the graph was exported with `--raw` or `--no-preprocess`, so that it cannot be evaluated.
     """
     onnx = import_onnx()
     if not path.is_file():
-        raise DataError(f"{path}: no such model file; hkd-export writes one")
-    packed = path.read_bytes()
-    model = parse_onnx_model(onnx, packed, path)
-    source = Fp32Model(
-        path, model, ModelMetadata.from_metadata(_read_metadata(model), path), bytes_sha256(packed)
-    )
+        raise DataError(f"{path}: no such file. Create it with hkd-export best.pt.")
+    content = path.read_bytes()
+    model = parse_onnx_model(onnx, content, path)
+    metadata = ModelMetadata.from_metadata(_read_metadata(model), path)
+    source = Fp32Model(path, model, metadata, bytes_sha256(content))
     _check_is_fp32(onnx, source)
     _check_opset(source)
-    if source.model_metadata.raw or source.model_metadata.preprocess != "uint8":
-        flag = "--raw" if source.model_metadata.raw else "--no-preprocess"
-        raise UsageError(f"{path}: exported with {flag}: nothing here can run and judge it; export it again without")
+    if metadata.raw or metadata.preprocess != "uint8":
+        flag = "--raw" if metadata.raw else "--no-preprocess"
+        raise UsageError(f"{path}: exported with {flag}; --precision cannot evaluate it. Export it without {flag}.")
     _name_nodes(model)
     return source
 
 
-def import_onnx() -> Any:
-    """The onnx package; UnavailableError where it is missing."""
-    return import_package("onnx", "onnx", "--precision needs it: pip install 'hkd-det[quant]'")
-
-
 def parse_onnx_model(onnx: Any, content: bytes, path: Path) -> Any:
-    """The onnx.ModelProto in the bytes of the file at `path`. Raises DataError if they are none."""
+    """Parse the content of an ONNX file.
+
+    Args:
+        onnx: The onnx package.
+        content: Bytes of the file.
+        path: The file, for the error message.
+
+    Returns:
+        The onnx.ModelProto.
+
+    Raises:
+        DataError: If the content is not an ONNX model.
+    """
     decode_error = importlib.import_module("google.protobuf.message").DecodeError
     try:
         model = onnx.load_model_from_string(content)
     except decode_error:
         model = None
-    # An empty file, and many a text, is a valid message that says nothing; a damaged text comes as bytes.
+    # Protobuf parses an empty file and many text files as a message without nodes; invalid UTF-8 becomes bytes.
     if model is None or not model.graph.node or not all(isinstance(text, str) for text in _iterate_strings(model)):
-        raise DataError(f"{path}: not an ONNX file, or a truncated one; hkd-export writes one")
+        raise DataError(f"{path}: not an ONNX file, or truncated. Create it with hkd-export best.pt.")
     return model
+
+
+def save_model(
+    source: Fp32Model,
+    model: Any,
+    path: Path,
+    precision: str,
+    quantization: dict[str, Any],
+    precision_report: dict[str, Any],
+) -> None:
+    """Write a converted model with the metadata of its source and four additional entries.
+
+    Args:
+        source: The FP32 model that was converted.
+        model: onnx.ModelProto to write.
+        path: File to write.
+        precision: fp16, bf16 or int8, written as hkd.precision.
+        quantization: INT8 settings, written as JSON to hkd.quantization; empty for fp16 and bf16.
+        precision_report: Accuracy and latency, written as JSON to hkd.precision_report.
+    """
+    onnx = import_onnx()
+    metadata = {
+        **source.get_metadata(),
+        "hkd.precision": precision,
+        "hkd.quantization": json.dumps(quantization),
+        "hkd.precision_report": json.dumps(precision_report),
+        "hkd.source_sha256": source.sha256,
+    }
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
 
 
 def _iterate_strings(model: Any) -> Iterator[str | bytes]:
@@ -86,26 +159,25 @@ def _read_metadata(model: Any) -> dict[str, str]:
 
 
 def _check_is_fp32(onnx: Any, source: Fp32Model) -> None:
-    marks = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"}
     types = {onnx.TensorProto.DataType.Name(weight.data_type) for weight in source.model.graph.initializer}
-    small = sorted(types.intersection(REDUCED_TYPES))
-    if small or any(node.op_type in marks for node in source.model.graph.node):
-        known = source.get_metadata().get("hkd.precision", small[0].lower() if small else "int8")
-        raise DataError(f"{source.path}: is {known} already; start from the FP32 file that hkd-export wrote")
+    reduced = sorted(types.intersection(REDUCED_TYPES))
+    if reduced or any(node.op_type in QUANTIZED_OPS for node in source.model.graph.node):
+        precision = source.get_metadata().get("hkd.precision", reduced[0].lower() if reduced else "int8")
+        raise DataError(f"{source.path}: expected an FP32 file, got {precision}. Pass the file that was converted.")
 
 
 def _check_opset(source: Fp32Model) -> None:
     (opset,) = [entry.version for entry in source.model.opset_import if entry.domain in ("", "ai.onnx")] or [0]
     if opset not in SUPPORTED_OPSETS:
         raise DataError(
-            f"{source.path}: opset {opset}, and --precision takes {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}; "
-            "export it again with hkd-export, which writes 17"
+            f"{source.path}: --precision supports opsets {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, got {opset}. "
+            "Export the weights again; hkd-export writes opset 17."
         )
 
 
 def _name_nodes(model: Any) -> None:
-    taken: set[str] = set()
-    for number, node in enumerate(model.graph.node):
-        if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{number}"
-        taken.add(node.name)
+    names: set[str] = set()
+    for index, node in enumerate(model.graph.node):
+        if not node.name or node.name in names:
+            node.name = f"{node.op_type}_{index}"
+        names.add(node.name)

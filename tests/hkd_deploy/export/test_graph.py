@@ -1,4 +1,4 @@
-"""Every form of the graph says what the detector says of pictures that were prepared on the host, in each runtime."""
+"""Every variant of the exported graph agrees with torch on ONNX Runtime and OpenVINO."""
 
 import re
 from collections.abc import Callable
@@ -28,14 +28,14 @@ from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
 from hkd_det.ops.nms import peak_nms, suppress_duplicates
 
 HW = (256, 320)
-OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=1)
+HKD_SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=1)
 RCNN = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
-FREE = ExportOptions(HW, None, dynamic_size=True)
+DYNAMIC = ExportOptions(HW, None, dynamic_size=True)
 LETTERBOX = ExportOptions(HW, None, letterbox_hw=(720, 1280))
 
 
 def checkpoint(spec: Any) -> DetectorCheckpoint:
-    """A detector that is not trained, but that says something else of every point."""
+    """Build an untrained detector with different outputs at every anchor point."""
     torch.manual_seed(0)
     detector: BaseDetector = build_from_spec(spec).train()
     with torch.no_grad():
@@ -45,12 +45,12 @@ def checkpoint(spec: Any) -> DetectorCheckpoint:
                     torch.nn.init.normal_(parameter, std=0.3)
         else:
             for name, module in detector.named_modules():
-                if re.search(r"cv[23]\.\d\.2$|head\.(many|one)$", name):
-                    std = 10.0 if ".cv3." in name else 0.5  # a deep narrow network's features differ little
+                if re.search(r"cv[23]\.\d\.2$|head\.(one2many|one2one)$", name):
+                    std = 10.0 if ".cv3." in name else 0.5  # the features of a deep narrow network hardly differ
                     torch.nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
-            for seed in range(3):  # normalisation has seen pictures
-                detector(torch.from_numpy(np.stack([picture(96, 96, seed)] * 2)).permute(0, 3, 1, 2))
-        if isinstance(spec, UltralyticsSpec):  # and has noise of its own, or it would fade on the way
+            for seed in range(3):  # update the batch-norm statistics
+                detector(torch.from_numpy(np.stack([make_image(96, 96, seed)] * 2)).permute(0, 3, 1, 2))
+        if isinstance(spec, UltralyticsSpec):  # otherwise the activations fade in a deep network
             for module in detector.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
@@ -61,20 +61,20 @@ def checkpoint(spec: Any) -> DetectorCheckpoint:
 
 
 def narrow_yolo(name: str) -> UltralyticsSpec:
-    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
-    return UltralyticsSpec(name, layout)
+    model_yaml = deepcopy(make_ultralytics_spec(name).model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
+    return UltralyticsSpec(name, model_yaml)
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Noise on several scales."""
-    chance = np.random.default_rng(seed)
-    layers = [chance.integers(0, 256, (height // step + 2, width // step + 2, 3)) for step in (1, 5, 17)]
-    return np.mean([cv2.resize(one.astype(np.uint8), (width, height)) for one in layers], axis=0).astype(np.uint8)
+    rng = np.random.default_rng(seed)
+    layers = [rng.integers(0, 256, (height // step + 2, width // step + 2, 3)) for step in (1, 5, 17)]
+    return np.mean([cv2.resize(layer.astype(np.uint8), (width, height)) for layer in layers], axis=0).astype(np.uint8)
 
 
-def runtimes(path: Path) -> list[Any]:
-    """The file in ONNX Runtime and in OpenVINO: callables from pictures to outputs, in order."""
+def open_runtimes(path: Path) -> list[Any]:
+    """Open a file in ONNX Runtime and OpenVINO; return functions from a batch to the list of outputs."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     compiled = create_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [
@@ -83,88 +83,88 @@ def runtimes(path: Path) -> list[Any]:
     ]
 
 
-def detected(detector: BaseDetector, inputs_rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the detector itself says of one input (H, W, 3): its boxes and scores from the floor up."""
+def predict_one(detector: BaseDetector, inputs_rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes and scores of at least MIN_SCORE of one network input (H, W, 3)."""
     with torch.no_grad():
         boxes, scores = detector.predict(torch.from_numpy(inputs_rgb).permute(2, 0, 1)[None])
     valid = scores[0] >= MIN_SCORE
     return boxes[0][valid].numpy(), scores[0][valid].numpy()
 
 
-def grey_padded(picture_rgb: np.ndarray) -> np.ndarray:
-    """As a graph of free size pads: to multiples of 32, at least 224."""
-    height, width = (max(224, -(-side // 32) * 32) for side in picture_rgb.shape[:2])
+def pad_image(image_rgb: np.ndarray) -> np.ndarray:
+    """Pad as a graph with a dynamic size: to multiples of 32, at least 224."""
+    height, width = (max(224, -(-side // 32) * 32) for side in image_rgb.shape[:2])
     canvas = np.full((height, width, 3), 114, np.uint8)
-    canvas[: picture_rgb.shape[0], : picture_rgb.shape[1]] = picture_rgb
+    canvas[: image_rgb.shape[0], : image_rgb.shape[1]] = image_rgb
     return canvas
 
 
 @pytest.mark.parametrize(
     "spec",
     [
-        pytest.param(OURS, id="ours"),
+        pytest.param(HKD_SPEC, id="hkd"),
         pytest.param(narrow_yolo("yolo11n"), id="yolo11n"),
         pytest.param(narrow_yolo("yolo26n"), id="yolo26n"),
         pytest.param(RCNN, id="rcnn", marks=pytest.mark.slow),
     ],
 )
-def test_any_number_of_any_size_for_every_family(spec: Any, tmp_path: Path) -> None:
+def test_dynamic_graph_agrees_with_torch(spec: Any, tmp_path: Path) -> None:
     source = checkpoint(spec)
-    export_onnx(source, tmp_path / "free.onnx", FREE)
+    export_onnx(source, tmp_path / "dynamic.onnx", DYNAMIC)
     detector = source.build()
-    # Over much flat grey scores tie, and each runtime suppresses another of two.
-    sizes = [(HW, 2), ((193, 290), 1), ((40, 50) if spec is OURS else (224, 256), 1)]
-    for run in runtimes(tmp_path / "free.onnx"):
+    # Over large uniform areas scores tie, and each runtime suppresses another of two detections.
+    sizes = [(HW, 2), ((193, 290), 1), ((40, 50) if spec is HKD_SPEC else (224, 256), 1)]
+    for run in open_runtimes(tmp_path / "dynamic.onnx"):
         for size_hw, batch in sizes:
-            pictures = np.stack([picture(*size_hw, seed=seed) for seed in range(batch)])
-            boxes, scores, count = run(pictures)
+            images = np.stack([make_image(*size_hw, seed=seed) for seed in range(batch)])
+            boxes, scores, count = run(images)
             assert boxes.shape == (batch, 300, 4) and scores.shape == (batch, 300) and count.dtype == np.int64
             for index in range(batch):
-                wanted = detected(detector, grey_padded(pictures[index]))
-                assert abs(len(wanted[1]) - count[index]) <= 0.05 * count[index] and count[index] > 10
-                surest = [part[:50] for part in wanted]
-                np.testing.assert_allclose(scores[index, : len(surest[1])], surest[1], atol=1e-3)
-                assert compute_box_difference(*surest, boxes[index], scores[index]) < 0.05
+                expected = predict_one(detector, pad_image(images[index]))
+                assert abs(len(expected[1]) - count[index]) <= 0.05 * count[index] and count[index] > 10
+                top_boxes, top_scores = (value[:50] for value in expected)
+                np.testing.assert_allclose(scores[index, : len(top_scores)], top_scores, atol=1e-3)
+                assert compute_box_difference(top_boxes, top_scores, boxes[index], scores[index]) < 0.05
 
 
 @pytest.fixture(scope="module")
-def ours() -> DetectorCheckpoint:
-    return checkpoint(OURS)
+def hkd_checkpoint() -> DetectorCheckpoint:
+    return checkpoint(HKD_SPEC)
 
 
-def test_the_letterbox_inside_is_the_hosts(ours: DetectorCheckpoint, tmp_path: Path) -> None:
-    """Boxes in pixels of the picture, cut at its borders. Levels one apart by rounding move scores a little."""
-    export_onnx(ours, tmp_path / "letterbox.onnx", LETTERBOX)
-    detector = ours.build()
-    for run in runtimes(tmp_path / "letterbox.onnx"):
+def test_in_graph_letterbox_agrees_with_host_letterbox(hkd_checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
+    """Boxes are in image pixels and clipped. Rounding of gray levels changes scores slightly."""
+    export_onnx(hkd_checkpoint, tmp_path / "letterbox.onnx", LETTERBOX)
+    detector = hkd_checkpoint.build()
+    for run in open_runtimes(tmp_path / "letterbox.onnx"):
         for size_hw in ((333, 517), (720, 1280), (100, 77)):
-            one, letterbox = picture(*size_hw), Letterbox(size_hw, HW)
-            wanted_boxes, wanted_scores = detected(detector, letterbox.apply(one))
-            boxes, scores, count = run(one[None])
+            image, letterbox = make_image(*size_hw), Letterbox(size_hw, HW)
+            expected_boxes, expected_scores = predict_one(detector, letterbox.apply(image))
+            boxes, scores, count = run(image[None])
             assert (boxes >= 0).all() and (boxes.max((0, 1)) <= [size_hw[1], size_hw[0]] * 2).all()
-            assert abs(len(wanted_scores) - count[0]) <= 0.1 * count[0] and count[0] > 10
-            np.testing.assert_allclose(scores[0, :20], wanted_scores[:20], atol=0.01)
-            near = np.abs(letterbox.boxes_to_source(wanted_boxes)[:20, None] - boxes[0]).max(-1).min(1)
-            assert (near < 1.5 / letterbox.scale).all()
+            assert abs(len(expected_scores) - count[0]) <= 0.1 * count[0] and count[0] > 10
+            np.testing.assert_allclose(scores[0, :20], expected_scores[:20], atol=0.01)
+            distances = np.abs(letterbox.boxes_to_source(expected_boxes)[:20, None] - boxes[0]).max(-1).min(1)
+            assert (distances < 1.5 / letterbox.scale).all()
 
 
-def test_unprepared_and_raw_for_those_who_have_their_own(ours: DetectorCheckpoint, tmp_path: Path) -> None:
+def test_raw_float_graph_agrees_after_postprocessing(hkd_checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
     options = ExportOptions(HW, None, dynamic_size=True, preprocess=False, raw=True)
-    export_onnx(ours, tmp_path / "raw.onnx", options)
-    detector = ours.build()
-    one = picture(224, 256)
-    inputs = (one.transpose(2, 0, 1)[None] / 255).astype(np.float32)
-    for run in runtimes(tmp_path / "raw.onnx"):
+    export_onnx(hkd_checkpoint, tmp_path / "raw.onnx", options)
+    detector = hkd_checkpoint.build()
+    image = make_image(224, 256)
+    inputs = (image.transpose(2, 0, 1)[None] / 255).astype(np.float32)
+    for run in open_runtimes(tmp_path / "raw.onnx"):
         boxes, logits = run(inputs)
         assert boxes.shape == (1, 28 * 32 + 14 * 16 + 7 * 8, 4) and logits.shape == boxes.shape[:2]
-        peaks = peak_nms(torch.from_numpy(logits), (224, 256), OURS.strides)
-        best, index = peaks.topk(300)
-        found_boxes, found_scores = suppress_duplicates(torch.from_numpy(boxes)[0, index], best)
-        wanted_boxes, wanted_scores = detected(detector, one)
-        np.testing.assert_allclose(found_scores[0, :50], wanted_scores[:50], atol=1e-4)
+        peaks = peak_nms(torch.from_numpy(logits), (224, 256), HKD_SPEC.strides)
+        top_logits, index = peaks.topk(300)
+        boxes_out, scores_out = suppress_duplicates(torch.from_numpy(boxes)[0, index], top_logits)
+        expected_boxes, expected_scores = predict_one(detector, image)
+        np.testing.assert_allclose(scores_out[0, :50], expected_scores[:50], atol=1e-4)
         assert (
             compute_box_difference(
-                wanted_boxes[:40], wanted_scores[:40], found_boxes[0].numpy(), found_scores[0].numpy()
+                expected_boxes[:40], expected_scores[:40], boxes_out[0].numpy(), scores_out[0].numpy()
             )
             < 0.05
         )
@@ -175,30 +175,29 @@ def test_unprepared_and_raw_for_those_who_have_their_own(ours: DetectorCheckpoin
     [
         (ExportOptions(HW), "uint8"),
         (ExportOptions(HW, None), "uint8"),
-        (FREE, "uint8"),
+        (DYNAMIC, "uint8"),
         (LETTERBOX, "uint8"),
         (ExportOptions(HW, preprocess=False), "float01"),
         (ExportOptions(HW, raw=True), "uint8"),
     ],
 )
-def test_the_file_says_which_graph_it_is(
-    ours: DetectorCheckpoint, tmp_path: Path, options: ExportOptions, preprocess: str
+def test_export_metadata_describes_graph(
+    hkd_checkpoint: DetectorCheckpoint, tmp_path: Path, options: ExportOptions, preprocess: str
 ) -> None:
-    """And has shown that it says what torch says."""
-    cv2.imwrite(str(tmp_path / "picture.png"), picture(300, 500))
+    cv2.imwrite(str(tmp_path / "image.png"), make_image(300, 500))
     path = tmp_path / "model.onnx"
-    parity = export_detector(ours, path, options, [tmp_path / "picture.png"])
+    parity = export_detector(hkd_checkpoint, path, options, [tmp_path / "image.png"])
     assert parity.box_error_px < 0.01 and parity.score_error < 1e-4
     model = onnx.load(path)
-    told = {entry.key: entry.value for entry in model.metadata_props}
-    manifest = ModelMetadata.from_metadata(told, path)
-    assert told["hkd.format"] == "1" and manifest.preprocess == preprocess
-    assert (manifest.imgsz_hw, manifest.batch, manifest.max_imgsz_hw) == (HW, options.batch, options.max_hw)
-    assert (manifest.dynamic, manifest.letterbox, manifest.raw) == (
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = ModelMetadata.from_metadata(entries, path)
+    assert entries["hkd.format"] == "1" and metadata.preprocess == preprocess
+    assert (metadata.imgsz_hw, metadata.batch, metadata.max_imgsz_hw) == (HW, options.batch, options.max_hw)
+    assert (metadata.dynamic, metadata.letterbox, metadata.raw) == (
         options.dynamic_size, options.letterbox_hw is not None, options.raw
     )  # fmt: skip
-    assert (told["hkd.miss_rate"], told["hkd.epoch"]) == ("0.250000", "7")
-    assert "street.yaml" in told["hkd.miss_rate_dataset"] and "Reasonable" in told["hkd.miss_rate_dataset"]
+    assert (entries["hkd.miss_rate"], entries["hkd.epoch"]) == ("0.250000", "7")
+    assert "street.yaml" in entries["hkd.miss_rate_dataset"] and "Reasonable" in entries["hkd.miss_rate_dataset"]
     assert [output.name for output in model.graph.output] == get_output_names(options)
     assert model.opset_import[0].version == 17 and model.ir_version == 8
 
@@ -207,21 +206,21 @@ def test_the_file_says_which_graph_it_is(
 @pytest.mark.parametrize(
     ("spec", "options"),
     [
-        (OURS, FREE),
-        (OURS, LETTERBOX),
-        (OURS, ExportOptions(HW, None, dynamic_size=True, preprocess=False, raw=True)),
-        (narrow_yolo("yolo11n"), FREE),
-        (narrow_yolo("yolo26n"), FREE),
-        (RCNN, FREE),
+        (HKD_SPEC, DYNAMIC),
+        (HKD_SPEC, LETTERBOX),
+        (HKD_SPEC, ExportOptions(HW, None, dynamic_size=True, preprocess=False, raw=True)),
+        (narrow_yolo("yolo11n"), DYNAMIC),
+        (narrow_yolo("yolo26n"), DYNAMIC),
+        (RCNN, DYNAMIC),
     ],
-    ids=["free", "letterbox", "unprepared-raw", "yolo11n", "yolo26n", "rcnn"],
+    ids=["dynamic", "letterbox", "float-raw", "yolo11n", "yolo26n", "rcnn"],
 )
-def test_tensorrt_parses_and_builds_every_form(
+def test_every_variant_builds_on_tensorrt(
     spec: Any, options: ExportOptions, tmp_path: Path, tensorrt_builds: Callable[..., dict[str, Any]]
 ) -> None:
     export_onnx(checkpoint(spec), tmp_path / "model.onnx", options)
-    smallest, largest = (
+    min_shape, max_shape = (
         (batch, height, width, 3) if options.preprocess else (batch, 3, height, width)
         for batch, height, width in ((1, 40, 50), (4, *options.max_hw))
     )
-    assert list(tensorrt_builds(tmp_path / "model.onnx", smallest, largest)["outputs"]) == get_output_names(options)
+    assert list(tensorrt_builds(tmp_path / "model.onnx", min_shape, max_shape)["outputs"]) == get_output_names(options)

@@ -1,4 +1,4 @@
-"""The flags of the graph: what they mean, and what does not go together."""
+"""Graph flags: parsing, and rejected combinations."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ TRAINED_HW = (512, 640)
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         ("", ExportOptions(TRAINED_HW)),
         ("--imgsz 320x256 --batch 4", ExportOptions((256, 320), 4)),
@@ -23,17 +23,17 @@ TRAINED_HW = (512, 640)
         ("--dynamic size --batch 2", ExportOptions(TRAINED_HW, 2, dynamic_size=True)),
         ("--dynamic size,batch", ExportOptions(TRAINED_HW, None, dynamic_size=True)),
         ("--letterbox", ExportOptions(TRAINED_HW, letterbox_hw=(1080, 1920))),
-        ("--letterbox --max-size 1280x720", ExportOptions(TRAINED_HW, letterbox_hw=(720, 1280))),
+        ("--letterbox --max-imgsz 1280x720", ExportOptions(TRAINED_HW, letterbox_hw=(720, 1280))),
         ("--no-preprocess --raw", ExportOptions(TRAINED_HW, preprocess=False, raw=True)),
     ],
 )
-def test_what_the_flags_mean(flags: str, wanted: ExportOptions) -> None:
+def test_make_export_options_parses_flags(flags: str, expected: ExportOptions) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert make_export_options(parser.parse_args(flags.split()), TRAINED_HW) == wanted
+    assert make_export_options(parser.parse_args(flags.split()), TRAINED_HW) == expected
 
 
-def test_the_largest_picture() -> None:
+def test_export_options_max_hw() -> None:
     assert ExportOptions(TRAINED_HW).max_hw == TRAINED_HW
     assert ExportOptions(TRAINED_HW, letterbox_hw=(1080, 1920)).max_hw == (1080, 1920)
 
@@ -50,24 +50,24 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--raw --letterbox", "--raw --letterbox"),
-        ("--no-preprocess --letterbox", "--no-preprocess --letterbox"),
-        ("--dynamic size --letterbox", "any size already"),
-        ("--no-preprocess --precision fp16", "--no-preprocess: for a program of your own"),
-        ("--raw --openvino", "--raw: for a program of your own"),
-        ("--trt --trt-profile rubbish", "--trt-profile rubbish: expected smallest,usual,largest"),
+        ("--raw --letterbox", "--raw: not available with --letterbox"),
+        ("--no-preprocess --letterbox", "--no-preprocess: not available with --letterbox"),
+        ("--dynamic size --letterbox", "--dynamic size: not available with --letterbox"),
+        ("--no-preprocess --precision fp16", "--no-preprocess: not available with --precision"),
+        ("--raw --openvino", "--raw: not available with --openvino"),
+        ("--trt --trt-profile rubbish", "--trt-profile rubbish: expected "),
         ("--imgsz 640x500", "multiples of 32"),
-        ("--batch 0", "--batch 0: at least 1"),
-        ("--batch -2", "--batch -2: at least 1"),
-        ("--batch 4 --dynamic", "fixed or free"),
+        ("--batch 0", "--batch 0: expected at least 1"),
+        ("--batch -2", "--batch -2: expected at least 1"),
+        ("--batch 4 --dynamic", "--batch 4: not available with --dynamic batch"),
         ("--dynamic width", "--dynamic width: expected batch, size or batch,size"),
         ("--dynamic batch,", "expected batch, size"),
-        ("--letterbox --max-size 1920", "--max-size 1920"),
-        ("--letterbox --max-size 0x9", "--max-size 0x9"),
-        ("--max-size 1920x1080", "only for --letterbox"),
+        ("--letterbox --max-imgsz 1920", "--max-imgsz 1920"),
+        ("--letterbox --max-imgsz 0x9", "--max-imgsz 0x9"),
+        ("--max-imgsz 1920x1080", "requires --letterbox"),
     ],
 )
-def test_bad_combinations_end_in_one_line(
+def test_invalid_flags_end_in_one_line(
     weights: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
 ) -> None:
     assert main([str(weights), "--no-verify", *flags.split()]) == 2

@@ -1,4 +1,4 @@
-"""Differences between two forms' answers, by hand-made answers."""
+"""Differences between the outputs of two models, computed by hand."""
 
 import numpy as np
 import pytest
@@ -6,55 +6,65 @@ from numpy.typing import NDArray
 
 from hkd_deploy.export.parity import ReferenceOutputs, compare_outputs, matched_difference, max_abs_difference
 
-Answer = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
+Outputs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
 
 
-def answer(*found: tuple[float, float]) -> Answer:
-    """Four rows: people of 10 px, each by the place of its left upper corner and its score, and what is left over."""
+def make_outputs(*detections: tuple[float, float]) -> Outputs:
+    """Make outputs of four rows: one 10 px box per (x1 = y1, score) pair, and unused rows."""
     boxes, scores = np.zeros((4, 4), np.float32), np.zeros(4, np.float32)
-    for row, (place, score) in enumerate(found):
-        boxes[row], scores[row] = (place, place, place + 10, place + 10), score
-    return boxes[None], scores[None], np.array([len(found)])
+    for row, (corner, score) in enumerate(detections):
+        boxes[row], scores[row] = (corner, corner, corner + 10, corner + 10), score
+    return boxes[None], scores[None], np.array([len(detections)])
 
 
-def test_every_detection_of_an_exact_form_counts() -> None:
-    assert max_abs_difference(answer((5, 0.9), (50, 0.01)), answer((5, 0.9), (50.25, 0.01))) == (0.25, 0)
-    box_px, score = max_abs_difference(answer((5, 0.9), (50, 0.01)), answer((5, 0.9)))
+def test_max_abs_difference_compares_every_detection() -> None:
+    assert max_abs_difference(make_outputs((5, 0.9), (50, 0.01)), make_outputs((5, 0.9), (50.25, 0.01))) == (0.25, 0)
+    box_px, score = max_abs_difference(make_outputs((5, 0.9), (50, 0.01)), make_outputs((5, 0.9)))
     assert box_px == np.inf and score == pytest.approx(0.01)
 
 
-def test_of_smaller_numbers_the_sure_detections_count_in_both_directions() -> None:
-    wanted = answer((5, 0.9), (50, 0.1))
-    assert matched_difference(wanted, answer((7, 0.8), (90, 0.1))) == (2, pytest.approx(0.1))
-    # One that the other sees as well, but is not sure of.
-    assert matched_difference(answer((5, 0.9), (50, 0.35)), answer((5, 0.9), (50, 0.2))) == (0, pytest.approx(0.15))
-    # One too many, one too few.
-    for one, other in (
-        (answer((5, 0.9)), answer((5, 0.9), (45, 0.5))),
-        (answer((5, 0.9), (45, 0.5)), answer((5, 0.9))),
+def test_matched_difference_compares_in_both_directions() -> None:
+    expected = make_outputs((5, 0.9), (50, 0.1))
+    assert matched_difference(expected, make_outputs((7, 0.8), (90, 0.1))) == (2, pytest.approx(0.1))
+    # The counterpart has a score below the threshold.
+    assert matched_difference(make_outputs((5, 0.9), (50, 0.35)), make_outputs((5, 0.9), (50, 0.2))) == (
+        0,
+        pytest.approx(0.15),
+    )
+    # One additional and one missing detection.
+    for first, second in (
+        (make_outputs((5, 0.9)), make_outputs((5, 0.9), (45, 0.5))),
+        (make_outputs((5, 0.9), (45, 0.5)), make_outputs((5, 0.9))),
     ):
-        assert matched_difference(one, other) == (40, pytest.approx(0.4))
-    assert matched_difference(wanted, answer()) == (np.inf, pytest.approx(0.9))
-    assert matched_difference(answer(), answer()) == (0, 0)
+        assert matched_difference(first, second) == (40, pytest.approx(0.4))
+    assert matched_difference(expected, make_outputs()) == (np.inf, pytest.approx(0.9))
+    assert matched_difference(make_outputs(), make_outputs()) == (0, 0)
 
 
-def test_the_worst_picture_is_known_and_every_row_of_a_batch_counts() -> None:
-    seen = ReferenceOutputs([np.full((1, 2, 2, 3), number) for number in range(3)], [answer((5, 0.9))] * 3)
+def test_compare_outputs_returns_worst_image() -> None:
+    reference_outputs = ReferenceOutputs(
+        [np.full((1, 2, 2, 3), number) for number in range(3)], [make_outputs((5, 0.9))] * 3
+    )
 
     def run(batch: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         assert batch.shape == (4, 2, 2, 3)
-        answers = [
-            answer((5 + (0.3 if row == 3 and number == 1 else 0), 0.9)) for row, number in enumerate(batch[:, 0, 0, 0])
+        outputs = [
+            make_outputs((5 + (0.3 if row == 3 and number == 1 else 0), 0.9))
+            for row, number in enumerate(batch[:, 0, 0, 0])
         ]
-        return [np.concatenate(values) for values in zip(*answers, strict=True)]
+        return [np.concatenate(values) for values in zip(*outputs, strict=True)]
 
-    parity = compare_outputs(seen, run, 4, True, "")
+    parity = compare_outputs(reference_outputs, run, 4, True, "")
     assert (parity.num_images, parity.worst_index, parity.score_error) == (3, 1, 0) and parity.within_tolerance
     assert parity.box_error_px == pytest.approx(0.3, abs=1e-6)
 
 
-def test_an_answer_that_is_no_number_does_not_hold() -> None:
-    seen = ReferenceOutputs([np.zeros((1, 2, 2, 3))], [answer((5, 0.9))])
-    boxes, scores, count = answer((5, 0.9))
-    assert not compare_outputs(seen, lambda _: (boxes * np.nan, scores, count), 1, True, "").within_tolerance
-    assert not compare_outputs(seen, lambda _: (boxes, scores * np.nan, count), 1, True, "").within_tolerance
+def test_compare_outputs_with_nan_is_not_within_tolerance() -> None:
+    reference_outputs = ReferenceOutputs([np.zeros((1, 2, 2, 3))], [make_outputs((5, 0.9))])
+    boxes, scores, count = make_outputs((5, 0.9))
+    assert not compare_outputs(
+        reference_outputs, lambda _: (boxes * np.nan, scores, count), 1, True, ""
+    ).within_tolerance
+    assert not compare_outputs(
+        reference_outputs, lambda _: (boxes, scores * np.nan, count), 1, True, ""
+    ).within_tolerance

@@ -1,4 +1,4 @@
-"""`hkd-export --verify`: a line a form, miss rates, and what is written if a form differs."""
+"""`hkd-export --verify`: table, miss rates, and refusal of models that differ."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from hkd_deploy.export import exporter as from_weights
+from hkd_deploy.export import exporter
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.openvino import export_openvino
 from hkd_deploy.export.options import ExportOptions
@@ -18,27 +18,27 @@ from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 
-HW = (96, 160)  # of `tiny_onnx`, which finds the box of all bright pixels
+HW = (96, 160)  # input size of `tiny_onnx`, which returns the bounding box of all bright pixels
 SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12)
 
 
 @pytest.fixture
 def street(tmp_path: Path) -> Callable[..., Path]:
-    """Writes six dark pictures, each with a bright person of 25x64 px, and the data set's yaml.
+    """Write six dark images with a bright person of 25x64 px each; return the data YAML.
 
-    confused: in how many of them something bright far from the person stands, too. people: whether they are annotated.
+    `num_distractors` images have a bright object far from the person. `annotated` sets whether persons have labels.
     """
 
-    def write(confused: int = 0, people: bool = True) -> Path:
+    def write(num_distractors: int = 0, annotated: bool = True) -> Path:
         for folder in ("images", "labels"):
             (tmp_path / "street" / folder / "val").mkdir(parents=True, exist_ok=True)
         for number in range(6):
-            picture = np.full((*HW, 3), 20, np.uint8)
-            picture[16:80, 10 + number : 35 + number] = 255
-            picture[:8, 150:] = 255 if number < confused else 20
-            cv2.imwrite(str(tmp_path / "street" / "images" / "val" / f"{number}.png"), picture)
+            image = np.full((*HW, 3), 20, np.uint8)
+            image[16:80, 10 + number : 35 + number] = 255
+            image[:8, 150:] = 255 if number < num_distractors else 20
+            cv2.imwrite(str(tmp_path / "street" / "images" / "val" / f"{number}.png"), image)
             line = f"0 {(22.5 + number) / HW[1]:.6f} {48 / HW[0]:.6f} {25 / HW[1]:.6f} {64 / HW[0]:.6f}\n"
-            (tmp_path / "street" / "labels" / "val" / f"{number}.txt").write_text(line if people else "")
+            (tmp_path / "street" / "labels" / "val" / f"{number}.txt").write_text(line if annotated else "")
         path = tmp_path / "street.yaml"
         path.write_text("path: street\ntrain: images/val\nval: images/val\nnames: {0: person}\n")
         return path
@@ -48,7 +48,7 @@ def street(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """A detector that is not trained, but whose scores differ."""
+    """Write an untrained detector whose scores differ."""
     torch.manual_seed(0)
     detector = HKDDetector(SPEC)
     torch.nn.init.normal_(detector.head.one2many.weight, std=0.5)
@@ -59,15 +59,15 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-def rows(said: str) -> list[list[str]]:
-    """The cells of the table's lines, below its heads."""
-    lines = said.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("form "))
+def parse_rows(output: str) -> list[list[str]]:
+    """Return the cells of the table without its header."""
+    lines = output.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("model "))
     return [[cell for cell in line.split("  ") if cell] for line in lines[start + 1 : -1]]
 
 
-def scaled(path: Path, factor: float) -> Path:
-    """A file of `tiny_onnx` with its scores times a factor."""
+def scale_scores(path: Path, factor: float) -> Path:
+    """Multiply the scores of a file of `tiny_onnx` by a factor."""
     model = onnx.load(path)
     scale = next(tensor for tensor in model.graph.initializer if tensor.name == "to_score")
     scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(factor), "to_score"))
@@ -75,135 +75,138 @@ def scaled(path: Path, factor: float) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("confused", "rate"), [(0, "0.00 %"), (6, "100.00 %")])
-def test_miss_rates_of_an_onnx_file_and_its_openvino_form(
+@pytest.mark.parametrize(("num_distractors", "rate"), [(0, "0.00 %"), (6, "100.00 %")])
+def test_verify_onnx_and_openvino_folder(
     tiny_onnx: Callable[..., Path],
     street: Callable[..., Path],
-    confused: int,
+    num_distractors: int,
     rate: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tiny_onnx()
-    assert main([str(path), "--openvino", "--data", str(street(confused)), "--verify-images", "4"]) == 0
-    said = capsys.readouterr().out
-    reference, form = rows(said)
+    assert main([str(path), "--openvino", "--data", str(street(num_distractors)), "--verify-images", "4"]) == 0
+    output = capsys.readouterr().out
+    reference, folder = parse_rows(output)
     assert [cell.strip() for cell in reference] == [str(path), "onnxruntime", "-", "-", rate, "-"]
-    assert form[0].endswith("tiny_openvino") and form[1].strip() == "openvino"
-    assert form[-2].strip() == rate and form[-1].strip() == "+0.00 points"
-    assert "on 6 pictures" in said and "Reasonable on 4 of " in said
+    assert folder[0].endswith("tiny_openvino") and folder[1].strip() == "openvino"
+    assert folder[-2].strip() == rate and folder[-1].strip() == "+0.00 points"
+    assert "on 6 images" in output and "Reasonable on 4 images of " in output
 
 
-def test_an_engine_has_its_row(
+def test_verify_engine_without_gpu_states_reason(
     tiny_onnx: Callable[..., Path],
     street: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No engine is built here: what builds it says that it has, and the row says why it does not run."""
     path = tiny_onnx()
     monkeypatch.setattr("hkd_deploy.trt.cli.run_trt", lambda onnx, _flags, _output: onnx.with_suffix(".engine"))
     assert main([str(path), "--trt", "--device", "cuda:1", "--data", str(street())]) == 0
-    _, engine = rows(capsys.readouterr().out)
+    _, engine = parse_rows(capsys.readouterr().out)
     assert engine[0].strip() == str(path.with_suffix(".engine")) and engine[1].strip() == "tensorrt"
-    assert engine[2].strip().startswith("not run here: ")
+    assert engine[2].strip().startswith("not run: ")
 
 
-def test_without_people_parity_is_shown_all_the_same(
+def test_verify_without_ground_truth_reports_parity(
     tiny_onnx: Callable[..., Path], street: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tiny_onnx()), "--openvino", "--data", str(street(people=False))]) == 0
-    reference, form = rows(capsys.readouterr().out)
-    assert reference[-2].strip() == form[-2].strip() == "no people" and form[2].strip() == "0 px"
+    assert main([str(tiny_onnx()), "--openvino", "--data", str(street(annotated=False))]) == 0
+    reference, folder = parse_rows(capsys.readouterr().out)
+    assert reference[-2].strip() == folder[-2].strip() == "no persons" and folder[2].strip() == "0 px"
 
 
-def test_a_folder_that_differs_is_not_written(tiny_onnx: Callable[..., Path], street: Callable[..., Path]) -> None:
-    path, other = tiny_onnx(), scaled(tiny_onnx("other.onnx"), 0.9)
-    pictures = sorted((street().parent / "street" / "images" / "val").iterdir())
-    verification = Verification(onnx_reference(other), pictures)
-    there = sorted(path.parent.iterdir())
-    with pytest.raises(ParityError, match=r"tiny_openvino: not written: .* scores by 0\.0.* from .*other\.onnx"):
-        export_openvino(
-            path, check=lambda name, aside: verification.add(ExportedModel(name, "openvino", is_exact=True), aside)
-        )
-    assert sorted(path.parent.iterdir()) == there
-
-
-def test_a_form_of_smaller_numbers_may_differ_but_not_answer_nan(
+def test_verify_openvino_folder_that_differs_is_not_written(
     tiny_onnx: Callable[..., Path], street: Callable[..., Path]
 ) -> None:
-    pictures = sorted((street().parent / "street" / "images" / "val").iterdir())
-    sure, less, nan = (scaled(tiny_onnx(f"{factor}.onnx"), factor) for factor in (3, 2.7, float("nan")))
-    verification = Verification(onnx_reference(sure), pictures)
-    parity = verification.add(ExportedModel(less, "onnxruntime", is_exact=False))
-    red = (25 * 64 * 255 + (96 * 160 - 25 * 64) * 20) / (96 * 160 * 255)  # the score of `tiny_onnx`
-    assert parity is not None and parity.box_error_px == 0 and parity.score_error == pytest.approx(0.3 * red, rel=1e-3)
-    with pytest.raises(ParityError, match=r"nan\.onnx: answers NaN on onnxruntime"):
+    path, other = tiny_onnx(), scale_scores(tiny_onnx("other.onnx"), 0.9)
+    image_paths = sorted((street().parent / "street" / "images" / "val").iterdir())
+    verification = Verification(onnx_reference(other), image_paths)
+    files = sorted(path.parent.iterdir())
+    with pytest.raises(ParityError, match=r"tiny_openvino: not written: differs from .*other\.onnx .* scores: 0\.0"):
+        export_openvino(
+            path, check=lambda name, temp: verification.add(ExportedModel(name, "openvino", is_exact=True), temp)
+        )
+    assert sorted(path.parent.iterdir()) == files
+
+
+def test_verification_of_reduced_precision_rejects_nan_only(
+    tiny_onnx: Callable[..., Path], street: Callable[..., Path]
+) -> None:
+    image_paths = sorted((street().parent / "street" / "images" / "val").iterdir())
+    high, low, nan = (scale_scores(tiny_onnx(f"{factor}.onnx"), factor) for factor in (3, 2.7, float("nan")))
+    verification = Verification(onnx_reference(high), image_paths)
+    parity = verification.add(ExportedModel(low, "onnxruntime", is_exact=False))
+    score = (25 * 64 * 255 + (96 * 160 - 25 * 64) * 20) / (96 * 160 * 255)  # the score of `tiny_onnx`
+    assert (
+        parity is not None and parity.box_error_px == 0 and parity.score_error == pytest.approx(0.3 * score, rel=1e-3)
+    )
+    with pytest.raises(ParityError, match=r"nan\.onnx: outputs are NaN on onnxruntime"):
         verification.add(ExportedModel(nan, "onnxruntime", is_exact=False))
 
 
-def test_where_the_data_are_missing(
+def test_verify_without_data_is_skipped_or_fails(
     tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A device has seldom the data that a detector was trained on: a line says so, unless it was asked for."""
+    """Without --verify and --data, missing data only gives a note: a device rarely has the training data."""
     path = tiny_onnx()
-    for flags, code, words in (
-        (["--openvino"], 0, "not verified: no pictures to verify on: "),
-        (["--openvino", "--verify"], 2, "no pictures to verify on: "),
+    for flags, code, message in (
+        (["--openvino"], 0, "not verified: verification images: "),
+        (["--openvino", "--verify"], 2, "verification images: "),
         (["--openvino", "--data", str(tmp_path / "none.yaml")], 1, "none.yaml"),
-        (["--openvino", "--verify-images", "0"], 2, "--verify-images 0: at least 1"),
+        (["--openvino", "--verify-images", "0"], 2, "--verify-images 0: expected at least 1"),
     ):
         assert main([str(path), *flags]) == code
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 1 and words in said[0]
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 1 and message in errors[0]
     assert main([str(path), "--openvino", "--no-verify"]) == 0
     assert capsys.readouterr().err == ""
 
 
-def test_weights_and_all_their_forms(
+def test_verify_weights_and_exported_files(
     weights: Path, street: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(weights), "--data", str(street()), "--precision", "bf16"]) == 0
-    torch_row, exact, half = rows(capsys.readouterr().out)
+    torch_row, exact, half = parse_rows(capsys.readouterr().out)
     assert torch_row[0].strip() == str(weights) and torch_row[1].strip() == "torch"
     assert exact[0].strip() == str(weights.with_suffix(".onnx")) and exact[-1].strip() == "+0.00 points"
     assert exact[-2] == torch_row[-2] and 0 <= float(exact[2].removesuffix("px")) < 0.5
-    assert half[-1].startswith("not run here: ONNX Runtime has no bfloat16")
+    assert half[-1].startswith("not run: ONNX Runtime has no bfloat16")
 
 
 @pytest.mark.parametrize("flags", [["--raw"], ["--no-preprocess"]])
-def test_graphs_for_other_programs_are_compared_but_not_judged(
+def test_verify_raw_and_float_graphs_measures_no_miss_rate(
     weights: Path, street: Callable[..., Path], flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(weights), "--data", str(street()), *flags]) == 0
-    _, form = rows(capsys.readouterr().out)
-    assert form[-2].strip() == "not measured" and float(form[2].removesuffix("px")) < 0.5
+    _, onnx_row = parse_rows(capsys.readouterr().out)
+    assert onnx_row[-2].strip() == "not measured" and float(onnx_row[2].removesuffix("px")) < 0.5
 
 
-def test_a_picture_too_large_for_the_graph(
+def test_verify_image_above_max_imgsz_is_not_measured(
     weights: Path, street: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(weights), "--data", str(street()), "--letterbox", "--max-size", "96x64"]) == 0
-    said = capsys.readouterr().out
-    assert "not measured" in said and "a frame of 160x96, the graph takes up to 96x64" in said.splitlines()[-1]
+    assert main([str(weights), "--data", str(street()), "--letterbox", "--max-imgsz", "96x64"]) == 0
+    output = capsys.readouterr().out
+    assert "not measured" in output and "160x96" in output.splitlines()[-1] and "96x64" in output.splitlines()[-1]
 
 
-def test_the_layer_at_fault_is_named(
+def test_export_that_differs_names_worst_layer(
     weights: Path, street: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = from_weights.export_onnx
+    original_export = exporter.export_onnx
 
-    def spoiled(source: DetectorCheckpoint, path: Path, options: ExportOptions) -> None:
-        written(source, path, options)
+    def export_with_changed_bias(source: DetectorCheckpoint, path: Path, options: ExportOptions) -> None:
+        original_export(source, path, options)
         model = onnx.load(path)
-        bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("head.many.bias"))
+        bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("head.one2many.bias"))
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.5, bias.name))
         onnx.save(model, path)
 
     data = street()
-    there = sorted(weights.parent.iterdir())
-    monkeypatch.setattr(from_weights, "write_onnx", spoiled)
+    files = sorted(weights.parent.iterdir())
+    monkeypatch.setattr(exporter, "export_onnx", export_with_changed_bias)
     assert main([str(weights), "--data", str(data)]) == 1
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-export: ")]
-    assert "best.onnx: not written: boxes differ" in said and f"from {weights} on torch" in said
-    assert "the first stage that differs is head" in said and "the worst layer is head.many (" in said
-    assert sorted(weights.parent.iterdir()) == there
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-export: ")]
+    assert f"best.onnx: not written: differs from {weights} on torch (boxes: " in error
+    assert "the first stage that differs is head" in error and "the worst layer is head.one2many (" in error
+    assert sorted(weights.parent.iterdir()) == files

@@ -1,6 +1,6 @@
-"""`box_net`: a detector of three layers, each of which can be checked by hand.
+"""Fixture `box_net`: a detector with three layers whose values can be computed by hand.
 
-It finds the box of all bright pixels: convolutions turn the picture into its grey level, the rest is decoding.
+It returns the bounding box of all bright pixels. Convolutions compute the gray level, and the rest is decoding.
 """
 
 import json
@@ -35,18 +35,18 @@ METADATA = {
     "hkd.dynamic": "false",
     "hkd.raw": "false",
 }
-GREY = np.array([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0]], np.float32).reshape(2, 3, 1, 1)
-KEPT = np.array([[1, 0], [0, 1]], np.float32).reshape(2, 2, 1, 1)
-# A weight a thousand times the others, on a channel that is silent in grey pictures: INT8 rounds all others to nothing.
+GRAY = np.array([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0]], np.float32).reshape(2, 3, 1, 1)
+IDENTITY = np.array([[1, 0], [0, 1]], np.float32).reshape(2, 2, 1, 1)
+# One weight is 1000 times the others, on a channel that is 0 in gray images. INT8 rounds the other weights to 0.
 OUTLIER = np.array([[1, 1000], [0, 1]], np.float32).reshape(2, 2, 1, 1)
-# The same on channels that cancel each other in grey pictures.
+# The same, on channels that cancel out in gray images.
 CANCELLING = np.array([[1000 + 1 / 3, 1 / 3 - 1000, 1 / 3], [1, -1, 0]], np.float32).reshape(2, 3, 1, 1)
 
 
 def box_model(
-    first: NDArray[np.float32] = GREY, second: NDArray[np.float32] = KEPT, opset: int = 17
+    first: NDArray[np.float32] = GRAY, second: NDArray[np.float32] = IDENTITY, opset: int = 17
 ) -> onnx.ModelProto:
-    """Preprocessing, two layers, the last layer `score`, and decoding, as hkd-export would write them."""
+    """Build preprocessing, two body layers, the output layer `score`, and decoding, as hkd-export writes them."""
     weights = {
         "w_first": first,
         "b_first": np.zeros(2, np.float32),
@@ -72,8 +72,8 @@ def box_model(
         node("Conv", ["first_relu", "w_second", "b_second"], "second"),
         node("Relu", ["second"], "second_relu"),
         node("Conv", ["second_relu", "w_score", "b_score"], "score"),  # [1, 1, H, W]
-        node("Squeeze", ["score", "axis_1"], "grey"),
-        node("GreaterOrEqual", ["grey", "bright"], "is_bright"),
+        node("Squeeze", ["score", "axis_1"], "gray"),
+        node("GreaterOrEqual", ["gray", "bright"], "is_bright"),
         node("Cast", ["is_bright"], "mask", to=TensorProto.FLOAT),
         node("ReduceMax", ["mask"], "rows", axes=[2], keepdims=0),
         node("ReduceMax", ["mask"], "columns", axes=[1], keepdims=0),
@@ -89,7 +89,7 @@ def box_model(
         node("Add", ["y2_low", "one"], "y2_high"),
         node("Concat", ["x1_low", "y1_low", "x2_high", "y2_high"], "box", axis=1),
         node("Unsqueeze", ["box", "axis_1"], "boxes"),
-        node("ReduceMax", ["grey"], "scores_row", axes=[1, 2], keepdims=0),
+        node("ReduceMax", ["gray"], "scores_row", axes=[1, 2], keepdims=0),
         node("Unsqueeze", ["scores_row", "axis_1"], "scores"),
         node("ReduceMax", ["mask"], "any", axes=[1, 2], keepdims=0),
         node("Cast", ["any"], "count", to=TensorProto.INT64),
@@ -109,10 +109,10 @@ def box_model(
 
 @pytest.fixture
 def box_net(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a box net, `box_net(second=OUTLIER, changes={...})`, and gives its path; changes: of the metadata."""
+    """Write a box net, `box_net(second=OUTLIER, changes={...})`, return its path; `changes` updates the metadata."""
 
-    def write(name: str = "net.onnx", changes: Mapping[str, str] | None = None, **wanted: object) -> Path:
-        model = box_model(**wanted)  # type: ignore[arg-type]
+    def write(name: str = "net.onnx", changes: Mapping[str, str] | None = None, **kwargs: object) -> Path:
+        model = box_model(**kwargs)  # type: ignore[arg-type]
         helper.set_model_props(model, {**METADATA, **(changes or {})})
         path = tmp_path / name
         onnx.save(model, path)
@@ -123,28 +123,28 @@ def box_net(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def outlier() -> dict[str, NDArray[np.float32]]:
-    """For `box_net`: INT8 makes the second layer blind."""
+    """Arguments of `box_net` with which INT8 loses all information in the second layer."""
     return {"second": OUTLIER}
 
 
 @pytest.fixture
 def two_outliers() -> dict[str, NDArray[np.float32]]:
-    """For `box_net`: INT8 makes both layers blind."""
+    """Arguments of `box_net` with which INT8 loses all information in both layers."""
     return {"first": CANCELLING, "second": OUTLIER}
 
 
 @pytest.fixture
 def street(tmp_path: Path) -> Path:
-    """A data set of grey pictures with one bright person each: its yaml."""
-    chance = np.random.default_rng(0)
+    """Write a dataset of gray images with one bright person each; return its data YAML."""
+    rng = np.random.default_rng(0)
     for split in ("train", "val"):
         (tmp_path / "street" / "images" / split).mkdir(parents=True)
         (tmp_path / "street" / "labels" / split).mkdir(parents=True)
         for number in range(6):
-            left, top = chance.integers(4, 40), chance.integers(2, 20)
-            picture = np.repeat(chance.integers(0, 120, (SIDE, SIDE, 1), np.uint8), 3, 2)
-            picture[top : top + 64, left : left + 26] = 230
-            cv2.imwrite(str(tmp_path / "street" / "images" / split / f"{number}.png"), picture)
+            left, top = rng.integers(4, 40), rng.integers(2, 20)
+            image = np.repeat(rng.integers(0, 120, (SIDE, SIDE, 1), np.uint8), 3, 2)
+            image[top : top + 64, left : left + 26] = 230
+            cv2.imwrite(str(tmp_path / "street" / "images" / split / f"{number}.png"), image)
             line = f"0 {(left + 13) / SIDE:.6f} {(top + 32) / SIDE:.6f} {26 / SIDE:.6f} {64 / SIDE:.6f}\n"
             (tmp_path / "street" / "labels" / split / f"{number}.txt").write_text(line)
     path = tmp_path / "street.yaml"

@@ -1,4 +1,4 @@
-"""A student that shed channels is exported as the plain network that it has become."""
+"""Export of a student that the CDD pruner reduced."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8
 HW = (64, 96)
 
 
-def exported(detector: BaseDetector, path: Path) -> onnx.ModelProto:
+def export(detector: BaseDetector, path: Path) -> onnx.ModelProto:
     config = {"data": "none"}
     export_onnx(
         DetectorCheckpoint("x", SPEC, detector.state_dict(), config, 1, 1.0, detector.changes), path, ExportOptions(HW)
@@ -27,10 +27,10 @@ def exported(detector: BaseDetector, path: Path) -> onnx.ModelProto:
     return onnx.load(path)
 
 
-def test_the_graph_holds_nothing_of_how_it_became_small(tmp_path: Path) -> None:
+def test_pruned_student_exports_as_plain_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     masked = build_from_spec(SPEC).eval()
-    torch.nn.init.normal_(masked.head.one.weight, std=0.5)  # type: ignore[union-attr,arg-type]
+    torch.nn.init.normal_(masked.head.one2one.weight, std=0.5)  # type: ignore[union-attr,arg-type]
     with torch.no_grad():
         for site in insert_compactors(masked, find_prunable_layers(masked)):
             weight = site.compactor.weight
@@ -38,24 +38,24 @@ def test_the_graph_holds_nothing_of_how_it_became_small(tmp_path: Path) -> None:
             site.compactor.masked[1::2] = True
             weight[1::2] = 0
     plain = fuse_compactors(masked)
-    graph = exported(plain, tmp_path / "folded.onnx")
-    fresh = exported(build_from_spec(SPEC, plain.changes), tmp_path / "fresh.onnx")
+    graph = export(plain, tmp_path / "folded.onnx")
+    fresh = export(build_from_spec(SPEC, plain.changes), tmp_path / "fresh.onnx")
     assert [node.op_type for node in graph.graph.node] == [node.op_type for node in fresh.graph.node]
     assert [(i.name, list(i.dims)) for i in graph.graph.initializer] == [
         (i.name, list(i.dims)) for i in fresh.graph.initializer
     ]
     assert not any("compact" in name for node in graph.graph.node for name in (node.name, *node.input))
-    told = {prop.key: prop.value for prop in graph.metadata_props}
+    metadata = {prop.key: prop.value for prop in graph.metadata_props}
     assert (
-        int(told["hkd.flops"])
+        int(metadata["hkd.flops"])
         == count_params_and_flops(plain, HW).flops
         < count_params_and_flops(build_from_spec(SPEC), HW).flops
     )
-    picture = np.random.default_rng(0).integers(0, 255, (1, *HW, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (1, *HW, 3), dtype=np.uint8)
     session = onnxruntime.InferenceSession(tmp_path / "folded.onnx", providers=["CPUExecutionProvider"])
-    boxes, scores, _ = session.run(None, {"images": picture})
+    boxes, scores, _ = session.run(None, {"images": image})
     with torch.no_grad():
-        mine, theirs = masked.predict(torch.from_numpy(picture).permute(0, 3, 1, 2))
-    np.testing.assert_allclose(scores, theirs.numpy(), atol=1e-5)
-    sure = scores[0] > 0
-    np.testing.assert_allclose(boxes[0][sure][:5], mine.numpy()[0][sure][:5], atol=1e-2)
+        expected_boxes, expected_scores = masked.predict(torch.from_numpy(image).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(scores, expected_scores.numpy(), atol=1e-5)
+    valid = scores[0] > 0
+    np.testing.assert_allclose(boxes[0][valid][:5], expected_boxes.numpy()[0][valid][:5], atol=1e-2)

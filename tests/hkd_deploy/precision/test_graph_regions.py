@@ -1,4 +1,4 @@
-"""What is preprocessing, body, last layer and decoding, told by structure alone."""
+"""Regions of a graph: body layers and output layers of one-stage and two-stage detectors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +12,16 @@ from hkd_deploy.precision.graph_regions import find_graph_regions
 from hkd_deploy.precision.model import read_fp32_model
 
 
-def test_of_one_stage(box_net: Callable[..., Path]) -> None:
-    parts = find_graph_regions(read_fp32_model(box_net()).model)
-    assert parts.layers == ("first_node", "second_node")
-    assert parts.output_layers == ("score_node",)
-    assert parts.body == {"first_node", "first_relu_node", "second_node", "second_relu_node"}
+def test_find_graph_regions_of_one_stage_detector(box_net: Callable[..., Path]) -> None:
+    regions = find_graph_regions(read_fp32_model(box_net()).model)
+    assert regions.layers == ("first_node", "second_node")
+    assert regions.output_layers == ("score_node",)
+    assert regions.body == {"first_node", "first_relu_node", "second_node", "second_relu_node"}
 
 
-@pytest.mark.parametrize("reader", ["RoiAlign", "GridSample"])
-def test_of_two_stages(reader: str) -> None:
-    """What proposes regions is as final as what judges them: between them pass numbers of regions, no features."""
+@pytest.mark.parametrize("sampling_op", ["RoiAlign", "GridSample"])
+def test_find_graph_regions_of_two_stage_detector(sampling_op: str) -> None:
+    """The proposal layers are output layers, because only indices and coordinates reach the second stage."""
     constants = {
         "w": np.ones((4, 3, 1, 1), np.float32),
         "w_objectness": np.ones((1, 4, 1, 1), np.float32),
@@ -45,7 +45,7 @@ def test_of_two_stages(reader: str) -> None:
         helper.make_node("Mul", ["chosen", "column"], ["regions"], "move"),
         helper.make_node("Reshape", ["regions", "grid_shape"], ["grid"], "grid"),
         helper.make_node("RoiAlign", ["map", "regions", "zeros"], ["pooled"], "roi")
-        if reader == "RoiAlign"
+        if sampling_op == "RoiAlign"
         else helper.make_node("GridSample", ["map", "grid"], ["pooled"], "roi"),
         helper.make_node("Reshape", ["pooled", "rows"], ["row"], "row"),
         helper.make_node("Gemm", ["row", "w_fc"], ["hidden"], "fc"),
@@ -63,7 +63,7 @@ def test_of_two_stages(reader: str) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
-    parts = find_graph_regions(model)
-    assert parts.layers == ("backbone", "fc")
-    assert parts.output_layers == ("rpn", "class")
-    assert parts.body == {"backbone", "roi", "row", "fc", "relu"}
+    regions = find_graph_regions(model)
+    assert regions.layers == ("backbone", "fc")
+    assert regions.output_layers == ("rpn", "class")
+    assert regions.body == {"backbone", "roi", "row", "fc", "relu"}
