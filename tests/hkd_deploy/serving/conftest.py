@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.model_metadata import PREPROCESS, PREPROCESS_FLOAT01
-from hkd_deploy.trt.engine_info import EngineInfo, bytes_sha256, write_engine
+from hkd_deploy.trt.engine_info import EngineInfo, write_engine
 from hkd_deploy.trt.profile import Profile
 
 TRITON_CLIENT = "tritonclient==2.73.0"
