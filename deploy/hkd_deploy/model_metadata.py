@@ -1,11 +1,11 @@
-"""Metadata that `hkd-export` writes into a model file, and its strict reader."""
+"""Description of a model file: the metadata that `hkd-export` writes, and its input and output tensors."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hkd_det.errors import DataError
 from hkd_det.letterbox import PAD_VALUE
@@ -23,6 +23,25 @@ PREPROCESS: dict[str, object] = {
 PREPROCESS_IN_GRAPH = {**PREPROCESS, "letterbox": "in graph"}
 PREPROCESS_FLOAT01 = {**PREPROCESS, "layout": "NCHW", "dtype": "float32", "range": [0, 1]}
 SUPPORTED_PREPROCESS = (PREPROCESS, PREPROCESS_IN_GRAPH, PREPROCESS_FLOAT01)
+
+# Data types as ONNX Runtime, OpenVINO and TensorRT name them, to NumPy names.
+NUMPY_DTYPES = {
+    "tensor(uint8)": "uint8",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "u8": "uint8",
+    "f32": "float32",
+    "f16": "float16",
+    "i32": "int32",
+    "i64": "int64",
+    "UINT8": "uint8",
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
+}
 
 T = TypeVar("T")
 
@@ -111,6 +130,40 @@ class ModelMetadata:
             preprocess="float01" if preprocess == PREPROCESS_FLOAT01 else "uint8",
             raw=read("hkd.raw", _parse_bool),
         )
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Description of an input or output tensor.
+
+    Attributes:
+        name: Name in the graph.
+        dtype: NumPy name of the data type.
+        shape: Dimensions. None for a free dimension.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name} {self.dtype} ({dims})"
+
+
+def make_tensor_info(name: str, dtype: str, shape: Iterable[Any]) -> TensorInfo:
+    """Convert the tensor description of a runtime.
+
+    Args:
+        name: Name in the graph.
+        dtype: Data type as ONNX Runtime, OpenVINO or TensorRT names it. An unknown name is kept.
+        shape: Dimensions. A symbol, None or a negative number stands for a free dimension.
+
+    Returns:
+        The description with a NumPy data type.
+    """
+    dims = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in shape)
+    return TensorInfo(name, NUMPY_DTYPES.get(dtype, dtype), dims)
 
 
 def _check_format_version(metadata: Mapping[str, str], path: Path) -> None:

@@ -1,14 +1,13 @@
 """Interface of a runtime backend, and the check of a model's inputs and outputs."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.model_metadata import ModelMetadata, TensorInfo
 from hkd_det.errors import DataError
 
 # boxes [B, K, 4] float32 xyxy, scores [B, K] float32, count [B] int64
@@ -17,25 +16,6 @@ PerformanceHint = Literal["latency", "throughput"]
 
 INPUT_NAME, INPUT_DTYPE = "images", "uint8"
 OUTPUT_DTYPES = {"boxes": "float32", "scores": "float32", "count": "int64"}
-
-# Data types as ONNX Runtime, OpenVINO and TensorRT name them, to NumPy names.
-NUMPY_DTYPES = {
-    "tensor(uint8)": "uint8",
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "u8": "uint8",
-    "f32": "float32",
-    "f16": "float16",
-    "i32": "int32",
-    "i64": "int64",
-    "UINT8": "uint8",
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "INT32": "int32",
-    "INT64": "int64",
-}
 
 
 class Backend(Protocol):
@@ -69,40 +49,6 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release the memory of the model."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Description of an input or output tensor.
-
-    Attributes:
-        name: Name in the graph.
-        dtype: NumPy name of the data type.
-        shape: Dimensions. None for a free dimension.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-
-    def __str__(self) -> str:
-        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
-        return f"{self.name} {self.dtype} ({dims})"
-
-
-def make_tensor_info(name: str, dtype: str, shape: Iterable[Any]) -> TensorInfo:
-    """Convert the tensor description of a runtime.
-
-    Args:
-        name: Name in the graph.
-        dtype: Data type as ONNX Runtime, OpenVINO or TensorRT names it. An unknown name is kept.
-        shape: Dimensions. A symbol, None or a negative number stands for a free dimension.
-
-    Returns:
-        The description with a NumPy data type.
-    """
-    dims = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in shape)
-    return TensorInfo(name, NUMPY_DTYPES.get(dtype, dtype), dims)
 
 
 def validate_io(

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.base import OUTPUT_DTYPES, RuntimeOutputs, make_closed_error, make_tensor_info, validate_io
+from hkd_deploy.backends.base import OUTPUT_DTYPES, RuntimeOutputs, make_closed_error, validate_io
+from hkd_deploy.model_metadata import make_tensor_info
 from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line
 from hkd_det.files import file_sha256
 from hkd_det.onnxrt.session import Provider, import_onnxruntime, open_session, parse_gpu_index

@@ -17,9 +17,9 @@ from hkd_deploy.backends.base import (
     PerformanceHint,
     RuntimeOutputs,
     make_closed_error,
-    make_tensor_info,
     validate_io,
 )
+from hkd_deploy.model_metadata import make_tensor_info
 from hkd_det.errors import DataError, UnavailableError, UsageError, import_package
 
 Precision = Literal["bf16"]

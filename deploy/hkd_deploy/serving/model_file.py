@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hkd_deploy.backends.base import NUMPY_DTYPES, TensorInfo, make_tensor_info
+from hkd_deploy.model_metadata import NUMPY_DTYPES, TensorInfo, make_tensor_info
 from hkd_deploy.precision.model import parse_onnx_model
 from hkd_deploy.trt.engine_info import read_engine_info, read_plan
 from hkd_deploy.trt.onnx_file import read_onnx_file

@@ -9,8 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from hkd_deploy.backends.base import TensorInfo
-from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.model_metadata import ModelMetadata, TensorInfo
 from hkd_deploy.serving.model_file import ModelFile
 from hkd_det.errors import UsageError
 from hkd_det.files import atomic_write, write_text

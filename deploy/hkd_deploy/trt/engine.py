@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hkd_deploy.backends.base import TensorInfo, make_tensor_info
+from hkd_deploy.model_metadata import TensorInfo, make_tensor_info
 from hkd_deploy.trt.bindings import TrtLog, import_tensorrt, make_trt_logger
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan
 from hkd_deploy.trt.cuda import CudaDevice, open_cuda

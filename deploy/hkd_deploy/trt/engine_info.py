@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hkd_deploy.backends.base import TensorInfo
+from hkd_deploy.model_metadata import TensorInfo
 from hkd_deploy.trt.cuda import GpuInfo
 from hkd_deploy.trt.profile import Profile
 from hkd_det.config import dataclass_from_dict

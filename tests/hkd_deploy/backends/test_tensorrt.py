@@ -28,11 +28,12 @@ import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import open_backend
-from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.backends.tensorrt import TensorRTBackend, open_tensorrt
+from hkd_deploy.model_metadata import TensorInfo
 from hkd_deploy.trt import cuda as cuda_module
 from hkd_deploy.trt.engine_info import EngineInfo, get_current_platform, write_engine
 from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.files import bytes_sha256
 
 K = 3  # boxes per image
 HW = (4, 6)

@@ -19,10 +19,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hkd_deploy.backends.base import TensorInfo
-from hkd_deploy.model_metadata import PREPROCESS, PREPROCESS_FLOAT01
+from hkd_deploy.model_metadata import PREPROCESS, PREPROCESS_FLOAT01, TensorInfo
 from hkd_deploy.trt.engine_info import EngineInfo, write_engine
 from hkd_deploy.trt.profile import Profile
+from hkd_det.files import bytes_sha256
 
 TRITON_CLIENT = "tritonclient==2.73.0"
 PROTO = "tritonclient/grpc/model_config_pb2.py"

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from hkd_deploy.backends.base import TensorInfo
 from hkd_deploy.export.cli import main
+from hkd_deploy.model_metadata import TensorInfo
 from hkd_deploy.trt import bindings
 from hkd_deploy.trt.bindings import TrtLog
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from hkd_deploy.backends.base import TensorInfo
+from hkd_deploy.model_metadata import TensorInfo
 from hkd_deploy.trt import engine_info as engine_info_module
 from hkd_deploy.trt.cuda import GpuInfo
 from hkd_deploy.trt.engine_info import (
     EngineInfo,
-    bytes_sha256,
     check_compatibility,
     get_current_platform,
     get_engine_info_path,
@@ -21,6 +20,7 @@ from hkd_deploy.trt.engine_info import (
 )
 from hkd_deploy.trt.profile import Profile
 from hkd_det.errors import DataError, UnavailableError
+from hkd_det.files import bytes_sha256
 
 ORIN = GpuInfo("Orin", "8.7")
 ENGINE_PATH = Path("student.engine")
