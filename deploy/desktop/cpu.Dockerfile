@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
-# hkd-det on any processor, without torch. From the repository's root:
+# hkd-det on any processor, without torch. Run in the root of the repository:
 #   docker build -f deploy/desktop/cpu.Dockerfile -t hkd-det:cpu .
-#   docker run --rm -v "$PWD":/data hkd-det:cpu hkd-demo student.onnx --source street.mp4 --save seen.mp4
+#   docker run --rm -v "$PWD":/data hkd-det:cpu hkd-demo student.onnx --source street.mp4 --save out.mp4
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE datasets.yaml ./

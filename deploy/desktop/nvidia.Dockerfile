@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
-# hkd-det on an NVIDIA GPU: TensorRT and CUDA from NVIDIA's image, ONNX Runtime for CUDA. From the repository's root:
+# hkd-det on an NVIDIA GPU: TensorRT and CUDA of NVIDIA's image, ONNX Runtime for CUDA. Run in the root of the repository:
 #   docker build -f deploy/desktop/nvidia.Dockerfile -t hkd-det:nvidia .
 #   docker run --rm --gpus all -v "$PWD":/data hkd-det:nvidia hkd-export student.onnx --trt
-# Python, CUDA and TensorRT come with the image. ONNX Runtime must be of the same CUDA: see docs/deploy/containers.md.
+# The image contains Python, CUDA and TensorRT. ONNX Runtime must support its CUDA version: see docs/how-to/deploy-containers.md.
 ARG TENSORRT_IMAGE=nvcr.io/nvidia/tensorrt:25.06-py3
 FROM ${TENSORRT_IMAGE}
 ARG ONNXRUNTIME_GPU="onnxruntime-gpu>=1.22,<1.27"
@@ -11,7 +11,7 @@ COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
-# --system-site-packages: the image's own tensorrt is the one that fits its libraries.
+# --system-site-packages: use the tensorrt package of the image, which fits its libraries.
 RUN python3 -m venv --system-site-packages /opt/hkd \
     && /opt/hkd/bin/pip install --no-cache-dir '.[gpu,tensorrt]' "${ONNXRUNTIME_GPU}" 'cuda-python<13'
 RUN useradd --uid 10001 --create-home hkd && install -d -o hkd /data

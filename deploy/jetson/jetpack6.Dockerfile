@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
-# hkd-det on a Jetson with JetPack 6 (L4T r36: TensorRT 10.3, CUDA 12.6, Python 3.10). From the repository's
-# root, on the board:
+# hkd-det on a Jetson with JetPack 6 (L4T r36: TensorRT 10.3, CUDA 12.6, Python 3.10). Run on the board, in the root
+# of the repository:
 #   docker build -f deploy/jetson/jetpack6.Dockerfile -t hkd-det:jetpack6 .
 #   docker run --rm --runtime nvidia --group-add video -v "$PWD":/data hkd-det:jetpack6 hkd-export student.onnx --trt
-# Engines run on the GPU by TensorRT. ONNX files run on the CPU, unless ONNXRUNTIME_INDEX names the package index with
-# NVIDIA's onnxruntime-gpu for JetPack 6: docs/deploy/containers.md says where to read its address.
+# TensorRT runs engines on the GPU. ONNX files run on the CPU, unless ONNXRUNTIME_INDEX is the address of the package
+# index with NVIDIA's onnxruntime-gpu for JetPack 6: see docs/how-to/deploy-containers.md.
 ARG L4T_JETPACK=r36.4.0
 FROM nvcr.io/nvidia/l4t-jetpack:${L4T_JETPACK}
 ARG ONNXRUNTIME_INDEX
@@ -17,16 +17,16 @@ COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
-# --system-site-packages: JetPack's tensorrt has no wheel on a package index.
+# --system-site-packages: no package index has the tensorrt package of JetPack.
 RUN python3 -m venv --system-site-packages /opt/hkd \
     && /opt/hkd/bin/pip install --no-cache-dir --upgrade 'pip>=24' \
     && /opt/hkd/bin/pip install --no-cache-dir '.[cpu,tensorrt]' 'cuda-python<13'
-# Without dependencies: what it needs is there, and pip would else take a newer build without CUDA from elsewhere.
+# --no-deps: the dependencies are installed, and pip would install a newer build without CUDA from PyPI.
 RUN if [ -n "${ONNXRUNTIME_INDEX}" ]; then \
         /opt/hkd/bin/pip uninstall -y onnxruntime \
         && /opt/hkd/bin/pip install --no-cache-dir --no-deps --index-url "${ONNXRUNTIME_INDEX}" onnxruntime-gpu; \
     fi
-# video: the group that may use the GPU and cameras on a Jetson.
+# The group video has access to the GPU and cameras of a Jetson.
 RUN useradd --uid 10001 --create-home --groups video hkd && install -d -o hkd /data
 ENV PATH=/opt/hkd/bin:$PATH
 USER 10001

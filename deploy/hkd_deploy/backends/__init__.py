@@ -1,15 +1,32 @@
-"""Selection of the runtime that opens a model file."""
+"""Selection of the runtime that opens a model file.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+A new backend is one file with a class of the interface `Backend`, and one row in `BACKENDS`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from hkd_deploy.backends.base import Backend, PerformanceHint
 from hkd_det.errors import DataError, UsageError
 
-BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "tensorrt", "ort-tensorrt", "ort-tensorrt-rtx")
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """Arguments of `open_backend`, for the function that opens the model.
+
+    Attributes:
+        path: The model file or OpenVINO directory.
+        device: cpu, cuda or cuda:N.
+        threads: Number of CPU threads per operator. None for the default of the runtime.
+        performance_hint: Optimize for `latency` or `throughput`.
+    """
+
+    path: Path
+    device: str
+    threads: int | None
+    performance_hint: PerformanceHint
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,77 @@ class OpenedBackend:
     max_batch: int | None = None
 
 
+# The runtimes are imported inside these functions: each takes up to a second, and most devices have only one.
+
+
+@contextmanager
+def _open_onnxruntime(request: OpenRequest) -> Iterator[OpenedBackend]:
+    from hkd_deploy.backends.onnxruntime import open_onnx_runtime  # noqa: PLC0415 - see above
+
+    with open_onnx_runtime(request.path, request.device, request.threads) as session:
+        yield OpenedBackend(session, "onnxruntime")
+
+
+@contextmanager
+def _open_ort_tensorrt(request: OpenRequest) -> Iterator[OpenedBackend]:
+    from hkd_deploy.backends.onnxruntime import make_tensorrt_provider, open_onnx_runtime  # noqa: PLC0415 - see above
+
+    provider = make_tensorrt_provider(request.path, request.device)
+    with open_onnx_runtime(request.path, request.device, request.threads, provider) as session:
+        yield OpenedBackend(session, "ort-tensorrt")
+
+
+@contextmanager
+def _open_ort_tensorrt_rtx(request: OpenRequest) -> Iterator[OpenedBackend]:
+    from hkd_deploy.backends.onnxruntime import (  # noqa: PLC0415 - see above
+        make_tensorrt_rtx_provider,
+        open_onnx_runtime,
+    )
+
+    provider = make_tensorrt_rtx_provider(request.path, request.device)
+    with open_onnx_runtime(request.path, request.device, request.threads, provider) as session:
+        yield OpenedBackend(session, "ort-tensorrt-rtx")
+
+
+@contextmanager
+def _open_openvino(request: OpenRequest) -> Iterator[OpenedBackend]:
+    from hkd_deploy.backends.openvino import open_openvino  # noqa: PLC0415 - see above
+
+    hint = request.performance_hint
+    with open_openvino(request.path, request.device, request.threads, None, hint) as compiled:
+        yield OpenedBackend(compiled, "openvino", compiled.num_requests if hint == "throughput" else 1)
+
+
+@contextmanager
+def _open_openvino_bf16(request: OpenRequest) -> Iterator[OpenedBackend]:
+    from hkd_deploy.backends.openvino import open_openvino  # noqa: PLC0415 - see above
+
+    hint = request.performance_hint
+    with open_openvino(request.path, request.device, request.threads, "bf16", hint) as compiled:
+        yield OpenedBackend(compiled, "openvino-bf16", compiled.num_requests if hint == "throughput" else 1)
+
+
+@contextmanager
+def _open_tensorrt(request: OpenRequest) -> Iterator[OpenedBackend]:
+    from hkd_deploy.backends.tensorrt import open_tensorrt  # noqa: PLC0415 - see above
+
+    path = request.path
+    if path.suffix == ".onnx":
+        raise UsageError(f"{path}: --backend tensorrt expects an engine. Build one with hkd-export {path} --trt.")
+    with open_tensorrt(path, request.device) as engine:
+        yield OpenedBackend(engine, "tensorrt", max_batch=engine.max_batch)
+
+
+BACKENDS: dict[str, Callable[[OpenRequest], AbstractContextManager[OpenedBackend]]] = {
+    "onnxruntime": _open_onnxruntime,
+    "openvino": _open_openvino,
+    "openvino-bf16": _open_openvino_bf16,
+    "tensorrt": _open_tensorrt,
+    "ort-tensorrt": _open_ort_tensorrt,
+    "ort-tensorrt-rtx": _open_ort_tensorrt_rtx,
+}
+
+
 @contextmanager
 def open_backend(
     path: Path,
@@ -38,8 +126,6 @@ def open_backend(
     performance_hint: PerformanceHint = "latency",
 ) -> Iterator[OpenedBackend]:
     """Open a model file or OpenVINO directory on exactly the requested device.
-
-    The function imports a runtime only if it is used.
 
     Args:
         path: An .onnx file, an .engine file or an OpenVINO directory.
@@ -57,35 +143,12 @@ def open_backend(
         UnavailableError: The runtime or the device is missing.
     """
     name = backend or default_backend(path)
+    if name not in BACKENDS:
+        raise UsageError(f"--backend {name}: expected one of {', '.join(BACKENDS)}.")
     if performance_hint != "latency" and not name.startswith("openvino"):
         raise UsageError(f"performance_hint {performance_hint}: backend {name} supports latency only. Use openvino.")
-    match name:
-        case "onnxruntime" | "ort-tensorrt" | "ort-tensorrt-rtx":
-            # Runtimes are imported here: each takes up to a second, and most devices have only one.
-            from hkd_deploy.backends import onnxruntime  # noqa: PLC0415
-
-            providers = {
-                "ort-tensorrt": onnxruntime.make_tensorrt_provider,
-                "ort-tensorrt-rtx": onnxruntime.make_tensorrt_rtx_provider,
-            }
-            provider = providers[name](path, device) if name in providers else None
-            with onnxruntime.open_onnx_runtime(path, device, threads, provider) as session:
-                yield OpenedBackend(session, name)
-        case "openvino" | "openvino-bf16":
-            from hkd_deploy.backends.openvino import open_openvino  # noqa: PLC0415 - see above
-
-            precision: Literal["bf16"] | None = "bf16" if name == "openvino-bf16" else None
-            with open_openvino(path, device, threads, precision, performance_hint) as compiled:
-                yield OpenedBackend(compiled, name, compiled.num_requests if performance_hint == "throughput" else 1)
-        case "tensorrt" if path.suffix == ".onnx":
-            raise UsageError(f"{path}: --backend tensorrt expects an engine. Build one with hkd-export {path} --trt.")
-        case "tensorrt":
-            from hkd_deploy.backends.tensorrt import open_tensorrt  # noqa: PLC0415 - see above
-
-            with open_tensorrt(path, device) as engine:
-                yield OpenedBackend(engine, name, max_batch=engine.max_batch)
-        case _:
-            raise UsageError(f"--backend {name}: expected one of {', '.join(BACKENDS)}.")
+    with BACKENDS[name](OpenRequest(path, device, threads, performance_hint)) as opened:
+        yield opened
 
 
 def default_backend(path: Path) -> str:

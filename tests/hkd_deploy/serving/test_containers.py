@@ -1,7 +1,4 @@
-"""The Dockerfiles against the repository: what they copy is there and passes .dockerignore, what they install exists.
-
-No daemon here: the images themselves are built by nobody in these tests.
-"""
+"""Tests that the Dockerfiles copy existing files and install existing extras. No image is built."""
 
 import re
 from fnmatch import fnmatch
@@ -14,46 +11,46 @@ ROOT = Path(__file__).parents[3]
 DOCKERFILES = sorted((ROOT / "deploy").glob("*/*.Dockerfile"))
 
 
-def instructions(path: Path) -> list[tuple[str, str]]:
-    """(instruction, the rest), continued lines joined, comments out."""
+def parse_instructions(path: Path) -> list[tuple[str, str]]:
+    """Return (instruction, arguments) with continued lines joined and without comments."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     split = [line.split(None, 1) for line in joined.splitlines() if line.strip()]
     return [(word.upper(), rest) for word, rest in split]
 
 
-def let_through(path: str) -> bool:
-    """By .dockerignore: the last line that matches the path or a folder above it decides."""
+def passes_dockerignore(path: str) -> bool:
+    """Apply .dockerignore: the last line that matches the path or a parent directory decides."""
     parts = path.rstrip("/").split("/")
-    above = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+    parents = ["/".join(parts[: count + 1]) for count in range(len(parts))]
     passes = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.lstrip("!").rstrip("/")
-        if line and not line.startswith("#") and any(fnmatch(folder, pattern) for folder in above):
+        if line and not line.startswith("#") and any(fnmatch(folder, pattern) for folder in parents):
             passes = line.startswith("!")
     return passes
 
 
-def test_all_four_are_there() -> None:
+def test_dockerfiles_exist() -> None:
     names = [f"{path.parent.name}/{path.stem}" for path in DOCKERFILES]
     assert names == ["desktop/cpu", "desktop/nvidia", "jetson/jetpack6", "jetson/jetpack7"]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
-def test_copies_what_is_there(path: Path) -> None:
-    copied = [rest.split()[:-1] for word, rest in instructions(path) if word == "COPY" and "--from" not in rest]
+def test_dockerfile_copies_existing_files(path: Path) -> None:
+    copied = [rest.split()[:-1] for word, rest in parse_instructions(path) if word == "COPY" and "--from" not in rest]
     sources = [source for sources in copied for source in sources]
     for source in sources:
-        assert (ROOT / source).exists() and let_through(source), source
+        assert (ROOT / source).exists() and passes_dockerignore(source), source
         assert source.endswith("/") == (ROOT / source).is_dir()
-    # All that building the wheel reads, by pyproject.toml.
+    # Everything that the wheel build reads, from pyproject.toml.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {*wheel["packages"], *wheel["force-include"], project["project"]["readme"], "pyproject.toml", "LICENSE"}
     assert {source.rstrip("/") for source in sources} >= needed
 
 
-def test_nothing_else_reaches_the_build() -> None:
+def test_dockerignore_excludes_other_files() -> None:
     for path in (
         "runs/best.pt",
         ".git/config",
@@ -61,21 +58,21 @@ def test_nothing_else_reaches_the_build() -> None:
         "deploy/jetson/jetpack6.Dockerfile",
         "docs/data.md",
     ):
-        assert not let_through(path), path
-    assert not let_through("hkd_det/__pycache__") and let_through("hkd_det/models/detector.py")
+        assert not passes_dockerignore(path), path
+    assert not passes_dockerignore("hkd_det/__pycache__") and passes_dockerignore("hkd_det/models/detector.py")
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
-def test_installs_extras_that_exist_and_runs_as_nobody_special(path: Path) -> None:
-    found = instructions(path)
+def test_dockerfile_extras_exist_and_user_is_unprivileged(path: Path) -> None:
+    entries = parse_instructions(path)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    runs = " ".join(rest for word, rest in found if word == "RUN")
+    runs = " ".join(rest for word, rest in entries if word == "RUN")
     named = [name for group in re.findall(r"'\.\[([a-z,]+)\]'", runs) for name in group.split(",")]
     assert named and set(named) <= set(extras) - {"train", "yolo"}
-    assert [word for word, _ in found][-3:] == ["USER", "WORKDIR", "CMD"]
-    (user,) = (rest for word, rest in found if word == "USER")
+    assert [word for word, _ in entries][-3:] == ["USER", "WORKDIR", "CMD"]
+    (user,) = (rest for word, rest in entries if word == "USER")
     assert int(user) > 999 and f"--uid {user} " in runs
-    # An index other than pip's own is the builder's to name.
+    # No package index except PyPI by default.
     assert "http" not in runs and not any(
-        word == "ARG" and rest.startswith("ONNXRUNTIME_INDEX=") for word, rest in found
+        word == "ARG" and rest.startswith("ONNXRUNTIME_INDEX=") for word, rest in entries
     )

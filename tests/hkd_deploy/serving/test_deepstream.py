@@ -1,4 +1,4 @@
-"""DeepStream's folder: nvinfer's configuration against its documentation, and the model it names."""
+"""Tests of the DeepStream files: keys of the nvinfer configuration and the converted model."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import pytest
 from hkd_deploy.export.cli import main
 from hkd_deploy.model_metadata import PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 
-# Of the page "Gst-nvinfer", DeepStream developer guide: the keys of [property] and [class-attrs-...] used here.
+# Keys of [property] and [class-attrs-...] in the chapter "Gst-nvinfer" of the DeepStream developer guide.
 PROPERTY = {
     "gpu-id", "gie-unique-id", "onnx-file", "model-engine-file", "network-mode", "network-type", "batch-size",
     "infer-dims", "interval", "process-mode", "net-scale-factor", "model-color-format", "maintain-aspect-ratio",
@@ -29,28 +29,34 @@ def read_config(path: Path) -> ConfigParser:
     return config
 
 
-def test_folder(float_onnx: Callable[..., Path]) -> None:
+def test_write_deepstream_creates_all_files(float_onnx: Callable[..., Path]) -> None:
     model = float_onnx()
     assert main([str(model), "--serving", "deepstream", "--max-batch", "4"]) == 0
     folder = model.parent / "deepstream" / "student"
     config = read_config(folder / "config_infer_primary.txt")
     assert set(config.sections()) == {"property", "class-attrs-all"}
-    found = config["property"]
-    assert set(found) <= PROPERTY and set(config["class-attrs-all"]) <= CLASS_ATTRIBUTES
-    # Each file it names lies beside it, but for what the device makes.
-    assert (folder / found["onnx-file"]).is_file() and (folder / found["labelfile-path"]).read_text() == "person\n"
-    assert found["model-engine-file"] == "student.onnx_b4_gpu0_fp32.engine"
-    assert f"{found['custom-lib-path']}:" in (folder / "Makefile").read_text()
-    assert f"bool {found['parse-bbox-func-name']}(" in (folder / "nvdsinfer_hkd.cpp").read_text()
-    # The picture as the network was trained on it.
-    assert float(found["net-scale-factor"]) == pytest.approx(1 / 255, abs=1e-12)
-    wanted = {"model-color-format": 0, "maintain-aspect-ratio": 1, "symmetric-padding": 0, "cluster-mode": 4}
-    assert {key: int(found[key]) for key in wanted} == wanted
-    assert (found["infer-dims"], int(found["batch-size"]), int(found["num-detected-classes"])) == ("3;96;160", 4, 1)
+    properties = config["property"]
+    assert set(properties) <= PROPERTY and set(config["class-attrs-all"]) <= CLASS_ATTRIBUTES
+    # All named files exist, except those that are built on the device.
+    assert (folder / properties["onnx-file"]).is_file() and (
+        folder / properties["labelfile-path"]
+    ).read_text() == "person\n"
+    assert properties["model-engine-file"] == "student.onnx_b4_gpu0_fp32.engine"
+    assert f"{properties['custom-lib-path']}:" in (folder / "Makefile").read_text()
+    assert f"bool {properties['parse-bbox-func-name']}(" in (folder / "nvdsinfer_hkd.cpp").read_text()
+    # Preprocessing as in training.
+    assert float(properties["net-scale-factor"]) == pytest.approx(1 / 255, abs=1e-12)
+    expected = {"model-color-format": 0, "maintain-aspect-ratio": 1, "symmetric-padding": 0, "cluster-mode": 4}
+    assert {key: int(properties[key]) for key in expected} == expected
+    assert (properties["infer-dims"], int(properties["batch-size"]), int(properties["num-detected-classes"])) == (
+        "3;96;160",
+        4,
+        1,
+    )
     assert float(config["class-attrs-all"]["pre-cluster-threshold"]) == 0.3
 
 
-def test_the_model_gives_what_it_gave_without_the_output_nvinfer_cannot_take(float_onnx: Callable[..., Path]) -> None:
+def test_write_deepstream_model_has_same_outputs(float_onnx: Callable[..., Path]) -> None:
     model = float_onnx(batch=2)
     assert main([str(model), "--serving", "deepstream"]) == 0
     written = model.parent / "deepstream" / "student" / "student.onnx"
@@ -59,14 +65,16 @@ def test_the_model_gives_what_it_gave_without_the_output_nvinfer_cannot_take(flo
     before = onnxruntime.InferenceSession(str(model)).run(["boxes", "scores"], {"images": batch})
     session = onnxruntime.InferenceSession(str(written))
     assert [output.name for output in session.get_outputs()] == ["boxes", "scores"]
-    for wanted, found in zip(before, session.run(None, {"images": batch}), strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    for expected, actual in zip(before, session.run(None, {"images": batch}), strict=True):
+        np.testing.assert_array_equal(actual, expected)
     assert session.get_modelmeta().custom_metadata_map["hkd.model"] == "tiny"
 
 
 @pytest.mark.slow
-def test_tensorrt_builds_it(float_onnx: Callable[..., Path], tensorrt_builds: Callable[..., dict[str, Any]]) -> None:
-    """nvinfer builds by the same parser, with the same profile; every output keeps a side behind the batch."""
+def test_tensorrt_builds_deepstream_model(
+    float_onnx: Callable[..., Path], tensorrt_builds: Callable[..., dict[str, Any]]
+) -> None:
+    """nvinfer uses the same parser and profile. All outputs have a dimension after the batch."""
     model = float_onnx()
     assert main([str(model), "--serving", "deepstream", "--max-batch", "4"]) == 0
     written = model.parent / "deepstream" / "student" / "student.onnx"
@@ -76,27 +84,29 @@ def test_tensorrt_builds_it(float_onnx: Callable[..., Path], tensorrt_builds: Ca
 
 @pytest.mark.parametrize(("precision", "mode"), [("fp16", "2"), ("int8", "1")])
 @pytest.mark.parametrize(("batch", "profile"), [(None, " --trt-profile 1,8,8"), (2, "")])
-def test_what_nvinfer_would_build_in_another_precision_it_is_not_given_to_build(
+def test_write_deepstream_reduced_precision_names_engine(
     float_onnx: Callable[..., Path], precision: str, mode: str, batch: int | None, profile: str
 ) -> None:
     model = float_onnx(batch=batch, changes={"hkd.precision": precision})
     assert main([str(model), "--serving", "deepstream"]) == 0
     folder = model.parent / "deepstream" / "student"
     text = (folder / "config_infer_primary.txt").read_text()
-    found = read_config(folder / "config_infer_primary.txt")["property"]
-    assert "onnx-file" not in found and found["model-engine-file"] == "student.engine"
-    assert found["network-mode"] == mode
-    assert (folder / "student.onnx").is_file()  # to build it from, by this command
+    properties = read_config(folder / "config_infer_primary.txt")["property"]
+    assert "onnx-file" not in properties and properties["model-engine-file"] == "student.engine"
+    assert properties["network-mode"] == mode
+    assert (folder / "student.onnx").is_file()  # source of the engine, with this command
     assert f"#   hkd-export student.onnx --trt{profile}\n" in text
 
 
-def test_engine(engine: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_write_deepstream_engine(engine: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     model = engine(count=False, free=False, preprocess=PREPROCESS_FLOAT01)
     assert main([str(model), "--serving", "deepstream"]) == 0
     folder = model.parent / "deepstream" / "student"
-    found = read_config(folder / "config_infer_primary.txt")["property"]
-    assert "onnx-file" not in found and (folder / found["model-engine-file"]).read_bytes() == model.read_bytes()
-    assert found["batch-size"] == "1"
+    properties = read_config(folder / "config_infer_primary.txt")["property"]
+    assert (
+        "onnx-file" not in properties and (folder / properties["model-engine-file"]).read_bytes() == model.read_bytes()
+    )
+    assert properties["batch-size"] == "1"
     capsys.readouterr()
     assert main([str(engine(preprocess=PREPROCESS_FLOAT01)), "--serving", "deepstream"]) == 2
     assert "Run hkd-export MODEL.onnx --serving deepstream" in capsys.readouterr().err
@@ -104,15 +114,15 @@ def test_engine(engine: Callable[..., Path], capsys: pytest.CaptureFixture[str])
     assert "input images uint8 (?, 96, 160, 3): nvinfer passes float32" in capsys.readouterr().err
 
 
-def test_a_graph_that_nvinfer_cannot_feed_is_refused_in_one_line(
+def test_write_deepstream_unsupported_graph_raises_one_line(
     tiny_onnx: Callable[..., Path], float_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     in_graph = {"hkd.preprocess": json.dumps(PREPROCESS_IN_GRAPH), "hkd.max_imgsz": "[720, 1280]"}
     for model, message in (
-        (tiny_onnx("boxed.onnx", changes=in_graph), "nvinfer does itself"),
-        (float_onnx("asked.onnx", changes={"hkd.preprocess": "{}"}), "metadata hkd.preprocess: invalid value"),
+        (tiny_onnx("letterbox.onnx", changes=in_graph), "nvinfer does itself"),
+        (float_onnx("preprocess.onnx", changes={"hkd.preprocess": "{}"}), "metadata hkd.preprocess: invalid value"),
         (float_onnx("raw.onnx", changes={"hkd.raw": "true"}), "--raw"),
-        (float_onnx("free.onnx", changes={"hkd.dynamic": "true"}), "the input size is free"),
+        (float_onnx("dynamic.onnx", changes={"hkd.dynamic": "true"}), "the input size is free"),
         (float_onnx("names.onnx", changes={"names": "person"}), "metadata names: cannot be read"),
     ):
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Every hkd-* line of the deploy guides is one that the command takes; every file they name is there."""
+"""Tests that the commands of the deployment guides are valid and that the named files exist."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from hkd_deploy.demo import cli as demo
 from hkd_deploy.export import cli as export
 
 ROOT = Path(__file__).parents[3]
-GUIDES = [ROOT / "docs" / "deploy.md", *sorted((ROOT / "docs" / "deploy").glob("*.md"))]
+GUIDES = sorted([*(ROOT / "docs" / "how-to").glob("deploy*.md"), ROOT / "docs" / "how-to" / "demo.md"])
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "hkd-export": export._build_parser().parse_args,
     "hkd-bench": bench._parse_bench_args,
@@ -20,8 +20,8 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 }
 
 
-def hkd_lines() -> list[str]:
-    """The command lines in code blocks, continued ones joined; inside `docker run` too, from the command on."""
+def list_commands() -> list[str]:
+    """Return the hkd-* commands in code blocks, also those inside `docker run`, with continued lines joined."""
     blocks = [block for guide in GUIDES for block in re.findall(r"^```\n(.*?)^```", guide.read_text(), re.M | re.S)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [
@@ -29,23 +29,23 @@ def hkd_lines() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("line", hkd_lines())
-def test_the_command_takes_it(line: str) -> None:
+@pytest.mark.parametrize("line", list_commands())
+def test_guide_command_is_valid(line: str) -> None:
     name, *words = shlex.split(line)
     PARSERS[name](words)
 
 
-def test_every_command_is_shown() -> None:
-    lines = hkd_lines()
+def test_guides_show_all_commands() -> None:
+    lines = list_commands()
     assert len(lines) > 12 and {line.split()[0] for line in lines} == set(PARSERS)
-    for flag in ("--trt", "--serving triton", "--serving deepstream", "--headless", "--precision int8"):
+    for flag in ("--trt", "--serving triton", "--serving deepstream", "--no-show", "--precision int8"):
         assert any(flag in line for line in lines), flag
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
-def test_what_it_names_is_there(guide: Path) -> None:
+def test_guide_links_and_files_exist(guide: Path) -> None:
     text = guide.read_text()
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
         assert link.startswith("https://") or (guide.parent / link).is_file(), link
     for path in re.findall(r"\bdeploy/(?:systemd|triton|jetson|desktop)/[\w.-]+", text):
         assert (ROOT / path).is_file(), path

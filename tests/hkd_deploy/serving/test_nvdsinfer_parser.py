@@ -1,4 +1,4 @@
-"""DeepStream's output parser, compiled from what the export writes and called as nvinfer calls it."""
+"""Tests of the DeepStream output parser: compile the exported source and call it as nvinfer does."""
 
 import ctypes
 import shutil
@@ -19,9 +19,9 @@ Parse = Callable[..., NDArray[np.float32] | None]
 
 @pytest.fixture(scope="module")
 def parse(tmp_path_factory: pytest.TempPathFactory) -> Parse:
-    """(boxes, scores) to rows of class, left, top, width, height, confidence; None where the parser refuses."""
+    """Function from boxes and scores to class, left, top, width, height, confidence. None if the parser fails."""
     if shutil.which("g++") is None or shutil.which("make") is None:
-        pytest.skip("needs g++ and make")
+        pytest.skip("requires g++ and make")
     from importlib.resources import files
 
     folder = tmp_path_factory.mktemp("parser")
@@ -49,41 +49,40 @@ def parse(tmp_path_factory: pytest.TempPathFactory) -> Parse:
         named: bool = True,
     ) -> NDArray[np.float32] | None:
         objects = np.zeros((len(scores), 6), np.float32)
-        found = call(boxes, scores, len(scores), boxes.shape[1], score_type, named, *SIZE_WH, threshold, objects)
-        return None if found < 0 else objects[:found]
+        num_objects = call(boxes, scores, len(scores), boxes.shape[1], score_type, named, *SIZE_WH, threshold, objects)
+        return None if num_objects < 0 else objects[:num_objects]
 
     return run
 
 
 @pytest.mark.slow
-def test_objects_against_numpy(parse: Parse) -> None:
-    """The same by another way: clip, size, threshold."""
-    chance = np.random.default_rng(0)
-    boxes = chance.uniform(-40, 200, (300, 4)).astype(np.float32)
-    scores = np.sort(chance.uniform(0, 1, 300).astype(np.float32))[::-1].copy()
+def test_parser_equals_numpy(parse: Parse) -> None:
+    rng = np.random.default_rng(0)
+    boxes = rng.uniform(-40, 200, (300, 4)).astype(np.float32)
+    scores = np.sort(rng.uniform(0, 1, 300).astype(np.float32))[::-1].copy()
     clipped = np.clip(boxes, 0, [*SIZE_WH, *SIZE_WH])
     sizes = clipped[:, 2:] - clipped[:, :2]
     keep = (scores >= 0.3) & (sizes > 0).all(1)
-    wanted = np.column_stack([np.zeros(300), clipped[:, :2], sizes, scores])[keep].astype(np.float32)
-    found = parse(boxes, scores)
-    assert found is not None and 20 < len(found) < 300
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    expected = np.column_stack([np.zeros(300), clipped[:, :2], sizes, scores])[keep].astype(np.float32)
+    objects = parse(boxes, scores)
+    assert objects is not None and 20 < len(objects) < 300
+    np.testing.assert_allclose(objects, expected, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_nobody_and_not_a_number(parse: Parse) -> None:
+def test_parser_low_score_or_nan_returns_no_objects(parse: Parse) -> None:
     boxes = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
     for scores in ([0.1, 0.0], [np.nan, 0.9]):
-        found = parse(boxes, np.array(scores, np.float32))
-        assert found is not None and len(found) == 0
+        objects = parse(boxes, np.array(scores, np.float32))
+        assert objects is not None and len(objects) == 0
 
 
 @pytest.mark.slow
-def test_another_model_is_refused(parse: Parse, capfd: pytest.CaptureFixture[str]) -> None:
+def test_parser_other_outputs_fails(parse: Parse, capfd: pytest.CaptureFixture[str]) -> None:
     boxes, scores = np.zeros((2, 4), np.float32), np.ones(2, np.float32)
     assert parse(boxes, scores, named=False) is None
     assert "no output scores" in capfd.readouterr().err
     assert parse(boxes, scores, score_type=HALF) is None
-    assert "scores is not float32" in capfd.readouterr().err
+    assert "scores: expected float32" in capfd.readouterr().err
     assert parse(np.zeros((2, 6), np.float32), scores) is None
-    assert "do not belong together" in capfd.readouterr().err
+    assert "different numbers of rows" in capfd.readouterr().err

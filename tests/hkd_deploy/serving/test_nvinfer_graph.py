@@ -1,4 +1,4 @@
-"""The graph that DeepStream gets answers as the file it was made of, in every precision, and TensorRT builds it."""
+"""Tests of the DeepStream graph: same outputs as its source in all precisions, and TensorRT builds it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,12 +26,12 @@ from hkd_det.models.checkpoint import DetectorCheckpoint
 from hkd_det.models.zoo import build_model
 
 HW = (128, 160)
-REACH = 4.0
+MAX_ACTIVATION = 4.0
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> DetectorCheckpoint:
-    """A detector whose statistics have moved and whose scores differ: not trained, but not blank either."""
+    """An untrained detector with updated batch statistics and varying scores."""
     torch.manual_seed(0)
     detector = build_model("mini-student")
     for branch in (detector.head.one2many, detector.head.one2one):
@@ -44,78 +44,79 @@ def checkpoint() -> DetectorCheckpoint:
     return DetectorCheckpoint("mini-student", detector.spec, detector.eval().state_dict(), config, 1, 0.5)
 
 
-def in_precision(source: Fp32Model, precision: str) -> onnx.ModelProto:
+def convert(source: Fp32Model, precision: str) -> onnx.ModelProto:
     match precision:
         case "fp32":
             return source.model
         case "int8":
             folded = replace(source, model=fold_norms(source.model)).model
             layers = find_graph_regions(folded).layers
-            entering = {node.input[0] for node in folded.graph.node if node.name in layers}
-            return convert_to_int8(folded, layers, dict.fromkeys(entering, REACH))
+            input_names = {node.input[0] for node in folded.graph.node if node.name in layers}
+            return convert_to_int8(folded, layers, dict.fromkeys(input_names, MAX_ACTIVATION))
         case _:
             return convert_to_half(source.model, find_graph_regions(source.model), precision)
 
 
 @pytest.fixture
 def exported(checkpoint: DetectorCheckpoint, tmp_path: Path) -> Callable[..., Path]:
-    """`exported(precision, batch)`: a file as hkd-export writes it; batch None: free."""
+    """Function `exported(precision, batch)` that writes a file like hkd-export. Batch None is free."""
 
     def write(precision: str, batch: int | None) -> Path:
         path = tmp_path / "student.onnx"
         export_onnx(checkpoint, path, ExportOptions(HW, batch))
         source = read_fp32_model(path)
-        save_model(source, in_precision(source, precision), path, precision, {}, {})
+        save_model(source, convert(source, precision), path, precision, {}, {})
         return path
 
     return write
 
 
-def pictures(count: int) -> np.ndarray:
-    """uint8 RGB [count, H, W, 3]: coarse noise, so that places differ."""
-    chance = np.random.default_rng(0)
-    coarse = chance.integers(0, 256, (count, HW[0] // 8, HW[1] // 8, 3), np.uint8)
-    return np.stack([cv2.resize(picture, (HW[1], HW[0])) for picture in coarse])
+def make_images(count: int) -> np.ndarray:
+    """Return uint8 RGB [count, H, W, 3] with coarse noise, so that all regions differ."""
+    coarse = np.random.default_rng(0).integers(0, 256, (count, HW[0] // 8, HW[1] // 8, 3), np.uint8)
+    return np.stack([cv2.resize(image, (HW[1], HW[0])) for image in coarse])
 
 
 @pytest.mark.parametrize("batch", [2, None])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_it_answers_as_its_source(exported: Callable[..., Path], precision: str, batch: int | None) -> None:
+def test_nvinfer_graph_equals_source(exported: Callable[..., Path], precision: str, batch: int | None) -> None:
     model = exported(precision, batch)
     assert main([str(model), "--serving", "deepstream"]) == 0
     written = model.parent / "deepstream" / "student" / "student.onnx"
-    given = pictures(2)
-    before = onnxruntime.InferenceSession(str(model)).run(["boxes", "scores"], {"images": given})
+    batch_nhwc = make_images(2)
+    before = onnxruntime.InferenceSession(str(model)).run(["boxes", "scores"], {"images": batch_nhwc})
     session = onnxruntime.InferenceSession(str(written))
     (images,) = session.get_inputs()
     assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(float)", [3, *HW])
     assert images.shape[0] == batch if batch else isinstance(images.shape[0], str)
     assert [output.name for output in session.get_outputs()] == ["boxes", "scores"]
-    after = session.run(None, {"images": given.transpose(0, 3, 1, 2).astype(np.float32) / 255})
-    # Scores fall, and those of many places differ: a picture read in another order would show.
+    after = session.run(None, {"images": batch_nhwc.transpose(0, 3, 1, 2).astype(np.float32) / 255})
+    # Scores are descending and differ, so a wrong axis order would change them.
     assert before[1][0, 0] > before[1][0, 9] > 0 and not np.array_equal(before[1][0], before[1][1])
-    for wanted, found in zip(before, after, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    for expected, actual in zip(before, after, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_only_its_start_and_what_it_says_of_it_are_new(exported: Callable[..., Path], precision: str) -> None:
+def test_nvinfer_graph_changes_first_nodes_only(exported: Callable[..., Path], precision: str) -> None:
     path = exported(precision, 1)
     assert main([str(path), "--serving", "deepstream"]) == 0
     written = path.parent / "deepstream" / "student" / "student.onnx"
     before, after = onnx.load(path), onnx.load(written)
     old, new = ([node.SerializeToString() for node in model.graph.node] for model in (before, after))
-    gone = [node.op_type for node in before.graph.node if node.SerializeToString() not in new]
+    removed = [node.op_type for node in before.graph.node if node.SerializeToString() not in new]
     added = [node.op_type for node in after.graph.node if node.SerializeToString() not in old]
-    assert (gone, added) == (["Cast", "Transpose"], ["Mul"])
+    assert (removed, added) == (["Cast", "Transpose"], ["Mul"])
     assert (after.opset_import, after.ir_version) == (before.opset_import, before.ir_version)
-    said, says = ({entry.key: entry.value for entry in model.metadata_props} for model in (before, after))
-    assert {key for key in says if says[key] != said.get(key)} == {"hkd.preprocess"}
-    manifest = ModelMetadata.from_metadata(says, written)
-    assert manifest == replace(ModelMetadata.from_metadata(said, path), preprocess="float01")
+    old_metadata, new_metadata = (
+        {entry.key: entry.value for entry in model.metadata_props} for model in (before, after)
+    )
+    assert {key for key in new_metadata if new_metadata[key] != old_metadata.get(key)} == {"hkd.preprocess"}
+    metadata = ModelMetadata.from_metadata(new_metadata, written)
+    assert metadata == replace(ModelMetadata.from_metadata(old_metadata, path), preprocess="float01")
 
 
-def test_a_graph_that_begins_otherwise_is_refused(
+def test_nvinfer_graph_other_first_node_raises(
     exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = exported("fp32", 1)
@@ -131,7 +132,7 @@ def test_a_graph_that_begins_otherwise_is_refused(
     assert not (path.parent / "deepstream" / "student" / "student.onnx").exists()
 
 
-def test_bfloat16_which_onnx_runtime_does_not_open(
+def test_nvinfer_graph_bf16_is_read_with_onnx(
     exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = exported("bf16", None)
@@ -140,9 +141,9 @@ def test_bfloat16_which_onnx_runtime_does_not_open(
     assert "network-mode=0\n" in (folder / "config_infer_primary.txt").read_text()
     images = onnx.load(folder / "student.onnx").graph.input[0].type.tensor_type
     assert images.elem_type == onnx.TensorProto.FLOAT
-    assert [side.dim_param or side.dim_value for side in images.shape.dim] == ["batch", 3, *HW]
+    assert [dim.dim_param or dim.dim_value for dim in images.shape.dim] == ["batch", 3, *HW]
     capsys.readouterr()
-    assert main([str(path), "--serving", "triton"]) == 2  # nor does Triton's
+    assert main([str(path), "--serving", "triton"]) == 2  # Triton uses ONNX Runtime
     error = capsys.readouterr().err.strip()
     assert f"Run hkd-export {path} --trt, then" in error and len(error.splitlines()) == 1
     assert not (path.parent / "triton").exists()
@@ -152,24 +153,25 @@ def test_bfloat16_which_onnx_runtime_does_not_open(
 
 
 @pytest.mark.parametrize("batch", [2, None])
-def test_the_interface_is_the_same_whoever_reads_it(exported: Callable[..., Path], batch: int | None) -> None:
-    """Of the input, all of it; of outputs, ONNX Runtime knows more sides than the file says."""
+def test_read_model_file_equals_onnx_package(exported: Callable[..., Path], batch: int | None) -> None:
+    """Output shapes can differ: ONNX Runtime infers more dimensions than the file declares."""
     path = exported("fp32", batch)
-    seen, says = read_model_file(path), model_file._read_with_onnx(path)
-    assert says.inputs == seen.inputs and says.metadata == seen.metadata and says.batch == seen.batch
-    assert [(one.name, one.dtype) for one in says.outputs] == [(one.name, one.dtype) for one in seen.outputs]
+    first, second = read_model_file(path), model_file._read_with_onnx(path)
+    assert (first.inputs, first.metadata, first.batch) == (second.inputs, second.metadata, second.batch)
+    names = [[(output.name, output.dtype) for output in model.outputs] for model in (first, second)]
+    assert names[0] == names[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, None])
 @pytest.mark.parametrize(
-    ("precision", "kind"), [("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16"), ("int8", "INT8")]
+    ("precision", "dtype"), [("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16"), ("int8", "INT8")]
 )
-def test_tensorrt_builds_it(
+def test_tensorrt_builds_nvinfer_graph(
     exported: Callable[..., Path],
     tensorrt_builds: Callable[..., dict[str, Any]],
     precision: str,
-    kind: str,
+    dtype: str,
     batch: int | None,
 ) -> None:
     model = exported(precision, batch)
@@ -177,4 +179,4 @@ def test_tensorrt_builds_it(
     written = model.parent / "deepstream" / "student" / "student.onnx"
     built = tensorrt_builds(written, (1, 3, *HW), (4, 3, *HW))
     assert built["input"] == "FLOAT" and built["outputs"] == {"boxes": ["FLOAT", 3], "scores": ["FLOAT", 2]}
-    assert kind in built["layer_types"]
+    assert dtype in built["layer_types"]

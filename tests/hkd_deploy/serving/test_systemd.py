@@ -1,4 +1,4 @@
-"""The service's unit: systemd's own verifier, and its command line by hkd-demo's own parser."""
+"""Tests of the systemd unit with `systemd-analyze` and with the argument parser of hkd-demo."""
 
 import re
 import shutil
@@ -13,15 +13,15 @@ FOLDER = Path(__file__).parents[3] / "deploy" / "systemd"
 UNIT, SETTINGS = FOLDER / "hkd-demo.service", FOLDER / "hkd-demo.env"
 
 
-def settings() -> dict[str, str]:
+def read_settings() -> dict[str, str]:
     lines = [line for line in SETTINGS.read_text().splitlines() if line and not line.startswith("#")]
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_the_command_is_one_hkd_demo_takes() -> None:
-    """Expanded as systemd does: ${X} is one word, a bare $X is split."""
+def test_unit_command_is_valid() -> None:
+    """Expand the command as systemd: ${X} is one word, $X is split at spaces."""
     (command,) = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
-    values = settings()
+    values = read_settings()
     words: list[str] = []
     for word in command.split()[1:]:
         if match := re.fullmatch(r"\$\{(\w+)\}", word):
@@ -32,21 +32,23 @@ def test_the_command_is_one_hkd_demo_takes() -> None:
             words.append(word)
     flags = _parse_demo_arguments(words)
     assert (flags.source, flags.device, flags.conf) == ("rtsp://user:password@camera.local:554/stream", "cuda", 0.3)
-    assert flags.show is False and flags.save == Path("/var/lib/hkd-demo/seen.mp4")
-    assert not values  # each setting is used
+    assert flags.show is False and flags.save == Path("/var/lib/hkd-demo/out.mp4")
+    assert not values  # all settings are used
 
 
 @pytest.mark.slow
-def test_systemd_reads_it(tmp_path: Path) -> None:
+def test_unit_passes_systemd_analyze(tmp_path: Path) -> None:
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
-        pytest.skip("systemd is not here")
+        pytest.skip("requires systemd-analyze")
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text().replace("/opt/hkd/bin/hkd-demo", str(shutil.which("true"))))
     done = subprocess.run([analyze, "verify", "--man=no", str(copy)], capture_output=True, text=True, check=False)
-    # systemd before 254 says of these two that it does not know them; the unit says so, too.
-    said = [line for line in done.stderr.splitlines() if "RestartSteps" not in line and "RestartMaxDelay" not in line]
-    assert done.returncode == 0 and said == []
-    security = [analyze, "security", "--offline=true", "--threshold=25", str(copy)]  # of 100: 2.5 in its own words
+    # Versions before 254 do not know these two settings.
+    warnings = [
+        line for line in done.stderr.splitlines() if "RestartSteps" not in line and "RestartMaxDelay" not in line
+    ]
+    assert done.returncode == 0 and warnings == []
+    security = [analyze, "security", "--offline=true", "--threshold=25", str(copy)]  # in percent: a score of 2.5
     done = subprocess.run(security, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-200:]

@@ -1,4 +1,4 @@
-"""Triton's model repository, read back by Triton's own protobuf."""
+"""Tests of the Triton model repository, parsed with Triton's protobuf."""
 
 import shutil
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from hkd_deploy.serving.triton import compute_preferred_batch_sizes
 
 
 def read_config(triton_proto: ModuleType, path: Path) -> Any:
-    """Strictly: an unknown field or value is an error."""
+    """Parse strictly: an unknown field or value is an error."""
     return text_format.Parse(path.read_text(), triton_proto.ModelConfig())
 
 
 @pytest.mark.slow
-def test_dynamic_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
+def test_write_triton_repository_free_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     model = tiny_onnx("student.onnx")
     assert main([str(model), "--serving", "triton", "--max-batch", "6"]) == 0
     folder = model.parent / "triton" / "student"
@@ -31,7 +31,7 @@ def test_dynamic_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType)
     boxes, scores, count = config.output
     assert (boxes.name, boxes.data_type, list(boxes.dims)) == ("boxes", triton_proto.TYPE_FP32, [2, 4])
     assert (scores.name, scores.data_type, list(scores.dims)) == ("scores", triton_proto.TYPE_FP32, [2])
-    # One number a picture: the server's documentation, "Reshape".
+    # One value per image: section "Reshape" of the Triton documentation.
     assert (count.name, count.data_type, list(count.dims)) == ("count", triton_proto.TYPE_INT64, [1])
     assert count.HasField("reshape") and list(count.reshape.shape) == [] and not scores.HasField("reshape")
     assert list(config.dynamic_batching.preferred_batch_size) == [2, 4, 6]
@@ -39,13 +39,17 @@ def test_dynamic_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType)
     (group,) = config.instance_group
     assert (group.kind, group.count) == (triton_proto.ModelInstanceGroup.KIND_CPU, 1)
     (warmup,) = config.model_warmup
-    black = warmup.inputs["images"]
-    assert (list(black.dims), black.data_type, black.zero_data) == ([96, 160, 3], triton_proto.TYPE_UINT8, True)
+    black_image = warmup.inputs["images"]
+    assert (list(black_image.dims), black_image.data_type, black_image.zero_data) == (
+        [96, 160, 3],
+        triton_proto.TYPE_UINT8,
+        True,
+    )
 
 
 @pytest.mark.slow
-def test_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
-    """Triton's batching wants a free first side: a fixed one is part of the shape, and max_batch_size is 0."""
+def test_write_triton_repository_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
+    """Batching in Triton requires a free first dimension. A fixed one is part of the shape, with max_batch_size 0."""
     model = tiny_onnx("student.onnx", batch=2)
     assert main([str(model), "--serving", "triton", "--serving-device", "gpu"]) == 0
     config = read_config(triton_proto, model.parent / "triton" / "student" / "config.pbtxt")
@@ -57,7 +61,7 @@ def test_fixed_batch(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -
 
 
 @pytest.mark.slow
-def test_an_odd_name(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
+def test_write_triton_repository_escapes_name(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     model = tiny_onnx('day "2" \\ ü.onnx')
     assert main([str(model), "--serving", "triton"]) == 0
     path = model.parent / "triton" / model.stem / "config.pbtxt"
@@ -65,8 +69,8 @@ def test_an_odd_name(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -
 
 
 @pytest.mark.slow
-def test_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
-    """Pictures of any size: the warm-up's is the network's own."""
+def test_write_triton_repository_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
+    """The warmup image has the size of the network input."""
     model = tiny_onnx("student.onnx", imgsz_hw=("height", "width"), changes={"imgsz": "[96, 160]"})
     assert main([str(model), "--serving", "triton", "--max-batch", "1"]) == 0
     config = read_config(triton_proto, model.parent / "triton" / "student" / "config.pbtxt")
@@ -76,8 +80,10 @@ def test_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> 
 
 
 @pytest.mark.slow
-def test_engine(engine: Callable[..., Path], triton_proto: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """Types and free sides from the sidecar, the batch at most the profile's."""
+def test_write_triton_repository_engine(
+    engine: Callable[..., Path], triton_proto: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data types and free dimensions come from the JSON file, the largest batch from the profile."""
     model = engine()
     assert main([str(model), "--serving", "triton"]) == 0
     folder = model.parent / "triton" / "student"
@@ -104,7 +110,7 @@ def test_engine(engine: Callable[..., Path], triton_proto: ModuleType, capsys: p
     assert "truncated or changed" in capsys.readouterr().err
 
 
-def test_several_models_share_a_repository_and_a_new_export_replaces_its_own(tiny_onnx: Callable[..., Path]) -> None:
+def test_write_triton_repository_several_models(tiny_onnx: Callable[..., Path]) -> None:
     first, second = tiny_onnx("first.onnx"), tiny_onnx("second.onnx")
     folder = first.parent / "models"
     for model in (first, second, first):
@@ -115,8 +121,8 @@ def test_several_models_share_a_repository_and_a_new_export_replaces_its_own(tin
     }
 
 
-def test_preferred_sizes() -> None:
-    assert [compute_preferred_batch_sizes(most) for most in (2, 3, 4, 8, 12)] == [
+def test_compute_preferred_batch_sizes() -> None:
+    assert [compute_preferred_batch_sizes(max_batch) for max_batch in (2, 3, 4, 8, 12)] == [
         [2],
         [2, 3],
         [2, 4],
@@ -133,7 +139,7 @@ def test_preferred_sizes() -> None:
         (["--serving", "triton", "--max-batch", "0"], 2, "--max-batch 0: expected at least 1"),
     ],
 )
-def test_wrong_flags_are_one_line(
+def test_serving_invalid_flag_prints_one_line(
     tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str], flags: list[str], code: int, message: str
 ) -> None:
     model = tiny_onnx()
@@ -143,7 +149,7 @@ def test_wrong_flags_are_one_line(
     assert list(model.parent.iterdir()) == [model]
 
 
-def test_what_is_no_model_is_one_line(
+def test_serving_invalid_model_prints_one_line(
     tiny_onnx: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.onnx"

@@ -1,4 +1,4 @@
-"""The client against a server of KServe v2 on this machine that runs the exported file behind it."""
+"""Tests of the Triton client with a local KServe v2 server that runs the exported file."""
 
 import importlib.util
 import json
@@ -20,9 +20,9 @@ KSERVE = {"tensor(uint8)": "UINT8", "tensor(float)": "FP32", "tensor(int64)": "I
 
 
 class Server:
-    """The two requests of the protocol that the client makes, over one model called student; `url` to ask.
+    """Server at `url` for the two requests of the client and one model named student.
 
-    As the protocol's text has it (kserve/docs, "Binary Tensor Data Extension"), and refusing what that forbids.
+    It implements the "Binary Tensor Data Extension" of kserve/docs and rejects invalid requests.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,7 @@ class Server:
                 server.infer(self)
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                """Not into the test's output."""
+                """Discard the log."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -55,14 +55,14 @@ class Server:
         if request.path != "/v2/models/student":
             self._send(request, 404, json.dumps({"error": f"no model at {request.path}"}).encode())
             return
-        described = {
+        tensors = {
             kind: [
                 {"name": value.name, "datatype": KSERVE[value.type], "shape": [-1, *value.shape[1:]]}
                 for value in values
             ]
             for kind, values in (("inputs", self.session.get_inputs()), ("outputs", self.session.get_outputs()))
         }
-        self._send(request, 200, json.dumps({"name": "student", "platform": "onnxruntime_onnx", **described}).encode())
+        self._send(request, 200, json.dumps({"name": "student", "platform": "onnxruntime_onnx", **tensors}).encode())
 
     def infer(self, request: BaseHTTPRequestHandler) -> None:
         assert request.path == "/v2/models/student/infer"
@@ -74,16 +74,16 @@ class Server:
         assert images["parameters"]["binary_data_size"] == len(pixels) == np.prod(images["shape"])
         assert head["parameters"]["binary_data_output"] is True
         batch = np.frombuffer(pixels, np.uint8).reshape(images["shape"])
-        names = ["count", "boxes", "scores"]  # an order of its own
+        names = ["count", "boxes", "scores"]  # an order unlike that of the graph
         outputs, tail = [], b""
         for name, value in zip(names, self.session.run(names, {"images": batch}), strict=True):
-            shaped = value[:, None] if value.ndim == 1 else value  # config.pbtxt's reshape of `count`
-            described = {"name": name, "shape": list(shaped.shape)}
-            described["datatype"] = {"float32": "FP32", "int64": "INT64"}[str(shaped.dtype)]
-            outputs.append({**described, "parameters": {"binary_data_size": shaped.nbytes}})
+            shaped = value[:, None] if value.ndim == 1 else value  # the reshape of `count` in config.pbtxt
+            output = {"name": name, "shape": list(shaped.shape)}
+            output["datatype"] = {"float32": "FP32", "int64": "INT64"}[str(shaped.dtype)]
+            outputs.append({**output, "parameters": {"binary_data_size": shaped.nbytes}})
             tail += shaped.tobytes()
-        answer = json.dumps({"model_name": "student", "model_version": "1", "outputs": outputs}).encode()
-        self._send(request, 200, answer + tail, {"Inference-Header-Content-Length": str(len(answer))})
+        response = json.dumps({"model_name": "student", "model_version": "1", "outputs": outputs}).encode()
+        self._send(request, 200, response + tail, {"Inference-Header-Content-Length": str(len(response))})
 
     def _send(
         self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None
@@ -112,40 +112,40 @@ def server(tiny_onnx: Callable[..., Path]) -> Iterator[Server]:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    """Dark, of another shape than the model's input, with one bright, reddish person."""
+def image_path(tmp_path: Path) -> Path:
+    """A dark image of another aspect ratio than the model input, with one bright, reddish person."""
     pixels = np.full((300, 400, 3), 20, np.uint8)
     pixels[60:240, 100:180] = (200, 210, 255)  # BGR
     cv2.imwrite(str(tmp_path / "street.png"), pixels)
     return tmp_path / "street.png"
 
 
-def test_finds_what_the_pipeline_finds(
-    client: ModuleType, server: Server, tiny_onnx: Callable[..., Path], picture: Path
+def test_request_detections_equals_pipeline(
+    client: ModuleType, server: Server, tiny_onnx: Callable[..., Path], image_path: Path
 ) -> None:
-    frame_rgb = np.ascontiguousarray(cv2.imread(str(picture))[:, :, ::-1])
-    found = client.request_detections(server.url, "student", frame_rgb)
+    frame_rgb = np.ascontiguousarray(cv2.imread(str(image_path))[:, :, ::-1])
+    actual = client.request_detections(server.url, "student", frame_rgb)
     with open_detector(tiny_onnx()) as detector:
-        wanted = detector(frame_rgb)
-    assert len(found) == len(wanted) == 1
-    np.testing.assert_array_equal(found.boxes_xyxy, wanted.boxes_xyxy)
-    np.testing.assert_array_equal(found.scores, wanted.scores)
-    np.testing.assert_allclose(found.boxes_xyxy[0], [100, 60, 180, 240], atol=4)  # the input is a third in size
+        expected = detector(frame_rgb)
+    assert len(actual) == len(expected) == 1
+    np.testing.assert_array_equal(actual.boxes_xyxy, expected.boxes_xyxy)
+    np.testing.assert_array_equal(actual.scores, expected.scores)
+    np.testing.assert_allclose(actual.boxes_xyxy[0], [100, 60, 180, 240], atol=4)  # input pixels are 3 image pixels
 
 
-def test_command(
-    client: ModuleType, server: Server, picture: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_client_command(
+    client: ModuleType, server: Server, image_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert client.main([str(picture), "--url", f"{server.url}/", "--conf", "0.1"]) == 0
+    assert client.main([str(image_path), "--url", f"{server.url}/", "--conf", "0.1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     x1, y1, x2, y2, score = map(float, line.split())
     assert 95 < x1 < 105 and 235 < y2 < 245 and 0.1 < score < 0.5 and x2 > x1 and y2 > y1
-    assert client.main([str(picture), "--url", server.url, "--conf", "0.9"]) == 0
+    assert client.main([str(image_path), "--url", server.url, "--conf", "0.9"]) == 0
     assert capsys.readouterr().out == ""
     for flags, message in (
-        ([str(picture), "--url", server.url, "--model", "teacher"], "404"),
-        ([str(picture), "--url", server.url, "--model", "odd"], "does not answer as a detector"),
-        ([str(picture), "--url", "http://127.0.0.1:1"], "is tritonserver running there?"),
+        ([str(image_path), "--url", server.url, "--model", "teacher"], "404"),
+        ([str(image_path), "--url", server.url, "--model", "odd"], "the response is not that of a detector"),
+        ([str(image_path), "--url", "http://127.0.0.1:1"], "Check that tritonserver is running"),
         ([str(tmp_path / "none.png"), "--url", server.url], "none.png"),
     ):
         assert client.main(flags) == 1

@@ -1,16 +1,16 @@
-// Calls the parser as nvinfer does, from plain C arrays that ctypes can hand over.
+// Calls the parser as nvinfer does, with C arrays from ctypes.
 #include "nvdsinfer_custom_impl.h"
 
 extern "C" bool NvDsInferParseCustomHkd(std::vector<NvDsInferLayerInfo> const &, NvDsInferNetworkInfo const &,
                                         NvDsInferParseDetectionParams const &,
                                         std::vector<NvDsInferObjectDetectionInfo> &);
 
-// objects: room for rows x 6 floats: class, left, top, width, height, confidence. Gives their number, -1 for a refusal.
-extern "C" int call_parser(float *boxes, float *scores, unsigned rows, unsigned sides, int score_type, int named,
+// objects: buffer of rows x 6 floats: class, left, top, width, height, confidence. Returns their number, or -1 on failure.
+extern "C" int call_parser(float *boxes, float *scores, unsigned rows, unsigned columns, int score_type, int named,
                            unsigned width, unsigned height, float threshold, float *objects) {
     NvDsInferLayerInfo box_layer{}, score_layer{};
     box_layer.dataType = FLOAT;
-    box_layer.inferDims = {2, {rows, sides}, rows * sides};
+    box_layer.inferDims = {2, {rows, columns}, rows * columns};
     box_layer.layerName = "boxes";
     box_layer.buffer = boxes;
     score_layer.dataType = static_cast<NvDsInferDataType>(score_type);
@@ -20,13 +20,13 @@ extern "C" int call_parser(float *boxes, float *scores, unsigned rows, unsigned 
     NvDsInferParseDetectionParams params;
     params.numClassesConfigured = 1;
     params.perClassPreclusterThreshold = {threshold};
-    std::vector<NvDsInferObjectDetectionInfo> found;
-    // nvinfer orders layers as the engine does, not as the graph.
-    if (!NvDsInferParseCustomHkd({score_layer, box_layer}, {width, height, 3}, params, found)) return -1;
-    for (unsigned i = 0; i < found.size(); ++i) {
+    std::vector<NvDsInferObjectDetectionInfo> detected;
+    // nvinfer passes the layers in the order of the engine, not of the graph.
+    if (!NvDsInferParseCustomHkd({score_layer, box_layer}, {width, height, 3}, params, detected)) return -1;
+    for (unsigned i = 0; i < detected.size(); ++i) {
         float *row = objects + 6 * i;
-        row[0] = static_cast<float>(found[i].classId), row[1] = found[i].left, row[2] = found[i].top;
-        row[3] = found[i].width, row[4] = found[i].height, row[5] = found[i].detectionConfidence;
+        row[0] = static_cast<float>(detected[i].classId), row[1] = detected[i].left, row[2] = detected[i].top;
+        row[3] = detected[i].width, row[4] = detected[i].height, row[5] = detected[i].detectionConfidence;
     }
-    return static_cast<int>(found.size());
+    return static_cast<int>(detected.size());
 }

@@ -1,5 +1,5 @@
-// What the parser uses of DeepStream's nvdsinfer.h and nvdsinfer_custom_impl.h, with the names and types that
-// the DeepStream API reference gives them. For the test only: a real build takes NVIDIA's headers.
+// Stub of DeepStream's nvdsinfer.h and nvdsinfer_custom_impl.h with the names and types of the DeepStream API reference.
+// For tests only: a real build uses NVIDIA's headers.
 #pragma once
 #include <vector>
 
