@@ -56,7 +56,7 @@ def test_dockerignore_excludes_other_files() -> None:
         ".git/config",
         ".venv/bin/python",
         "deploy/jetson/jetpack6.Dockerfile",
-        "docs/data.md",
+        "docs/how-to/data.md",
     ):
         assert not passes_dockerignore(path), path
     assert not passes_dockerignore("hkd_det/__pycache__") and passes_dockerignore("hkd_det/models/detector.py")
