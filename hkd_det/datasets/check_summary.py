@@ -1,8 +1,6 @@
-"""What a split holds, in numbers.
+"""Statistics of a split, and their text form for the terminal and the report of `hkd-train --check`."""
 
-What the terminal and the page say of a split.
-"""
-
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.structures import Sample
+from hkd_det.text_table import format_table
 
-# Where the protocols' setups end: far, medium, Reasonable, Reasonable_small, near, large.
+# Limits of the setups of the protocols: far, medium, Reasonable, Reasonable_small, near, large.
 HEIGHT_EDGES_PX = (0, 20, 30, 50, 75, 100, 150, 250, 500, np.inf)
-
-
 VISIBLE_RATIO_EDGES = (0, 0.2, 0.4, 0.65, 0.9, 1, np.inf)
+MAX_NAMED = 8  # labels and image sizes in a row
+BAR_WIDTH = 40  # characters of the longest bar
+MAX_LINE_LENGTH = 600  # characters of an error
 
 
 @dataclass(frozen=True)
 class HistogramBin:
-    """One bin of a histogram."""
+    """One bin of a histogram.
+
+    Attributes:
+        label: Limits of the bin.
+        count: Number of values.
+    """
 
     label: str
     count: int
@@ -30,7 +35,11 @@ class HistogramBin:
 
 @dataclass(frozen=True)
 class Range:
-    """Of one side of the pictures, in pixels."""
+    """Range of one side of the images.
+
+    Attributes:
+        min_px, median_px, max_px: Statistics in pixels.
+    """
 
     min_px: int
     median_px: float
@@ -39,11 +48,21 @@ class Range:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """A split. people: to be found; regions: ignored; empty: pictures without people to be found; unreadable: pictures.
+    """Statistics of one split.
 
-    labels: how often each stands, as the data set calls them. sizes: (width x height, pictures), the most frequent
-    first; width, height: of the pictures, None where none can be read. heights, visibilities: of the people to be
-    found.
+    Attributes:
+        split: Name of the split.
+        num_images: Number of samples.
+        num_empty: Number of images without ground-truth boxes.
+        num_unreadable: Number of images that cannot be decoded.
+        num_gt: Number of ground-truth boxes that are not ignored.
+        num_ignore_regions: Number of ignore regions.
+        label_counts: Label and number of boxes, most frequent first.
+        size_counts: "width x height" and number of images, most frequent first.
+        width_range: Range of the image width; None without readable images.
+        height_range: Range of the image height; None without readable images.
+        height_bins: Histogram of the box height.
+        visible_ratio_bins: Histogram of the visible part of the boxes.
     """
 
     split: str
@@ -61,28 +80,31 @@ class SplitSummary:
 
 
 def summarize(split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[int, int] | None]) -> SplitSummary:
-    """sizes_hw: (height, width) of each sample's picture, None where it can't be read."""
-    wanted = [~sample.ground_truth.ignore for sample in samples]
-    heights = _concatenate_values(
-        [sample.ground_truth.heights_px[keep] for sample, keep in zip(samples, wanted, strict=True)]
-    )
-    visible = _concatenate_values(
-        [sample.ground_truth.visible_ratio[keep] for sample, keep in zip(samples, wanted, strict=True)]
-    )
-    read = [size for size in sizes_hw if size]
+    """Compute the statistics of a split.
+
+    Args:
+        split: Name of the split.
+        samples: Samples of the split.
+        sizes_hw: Height and width of each image in pixels; None if it cannot be decoded.
+    """
+    masks = [~sample.ground_truth.ignore for sample in samples]
+    pairs = list(zip([sample.ground_truth for sample in samples], masks, strict=True))
+    heights = _concatenate_values([ground_truth.heights_px[mask] for ground_truth, mask in pairs])
+    visible_ratios = _concatenate_values([ground_truth.visible_ratio[mask] for ground_truth, mask in pairs])
+    known_sizes = [size for size in sizes_hw if size]
     return SplitSummary(
         split,
         num_images=len(samples),
-        num_empty=sum(not keep.any() for keep in wanted),
-        num_unreadable=len(samples) - len(read),
+        num_empty=sum(not mask.any() for mask in masks),
+        num_unreadable=len(samples) - len(known_sizes),
         num_gt=len(heights),
         num_ignore_regions=sum(int(sample.ground_truth.ignore.sum()) for sample in samples),
         label_counts=tuple(Counter(label for sample in samples for label in sample.ground_truth.labels).most_common()),
-        size_counts=tuple(Counter(f"{width} x {height}" for height, width in read).most_common()),
-        width_range=_compute_range([size[1] for size in read]),
-        height_range=_compute_range([size[0] for size in read]),
+        size_counts=tuple(Counter(f"{width} x {height}" for height, width in known_sizes).most_common()),
+        width_range=_compute_range([size[1] for size in known_sizes]),
+        height_range=_compute_range([size[0] for size in known_sizes]),
         height_bins=_make_histogram(heights, HEIGHT_EDGES_PX, " px", f"from {HEIGHT_EDGES_PX[-2]:g} px"),
-        visible_ratio_bins=_make_histogram(visible, VISIBLE_RATIO_EDGES, "", "all of it"),
+        visible_ratio_bins=_make_histogram(visible_ratios, VISIBLE_RATIO_EDGES, "", "fully visible"),
     )
 
 
@@ -93,7 +115,7 @@ def _compute_range(sides_px: Sequence[int]) -> Range | None:
 def _make_histogram(
     values: NDArray[np.float64], edges: Sequence[float], unit: str, last_label: str
 ) -> tuple[HistogramBin, ...]:
-    """Bins closed below and open above; the last has no upper end."""
+    """Count values in bins that are closed below and open above; the last bin has no upper limit."""
     counts = np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges) - 1)
     names = [f"{low:g} to {high:g}{unit}" for low, high in pairwise(edges[:-1])]
     return tuple(HistogramBin(name, count) for name, count in zip([*names, last_label], counts.tolist(), strict=True))
@@ -103,51 +125,41 @@ def _concatenate_values(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.floa
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-MAX_NAMED = 8  # labels, sizes
-
-
-BAR_WIDTH = 40
-
-
-MAX_LINE_LENGTH = 600  # letters of a fault
-
-
 def make_summary_rows(summary: SplitSummary) -> list[tuple[str, str]]:
-    """Names and values."""
-    unreadable = f", {summary.num_unreadable:,} that can't be read" if summary.num_unreadable else ""
+    """Return name and value of each row of the summary."""
+    unreadable = f"; {summary.num_unreadable:,} unreadable" if summary.num_unreadable else ""
     sides = [("width", summary.width_range), ("height", summary.height_range)] if len(summary.size_counts) > 1 else []
     return [
-        ("pictures", f"{summary.num_images:,}; {summary.num_empty:,} without people to be found{unreadable}"),
-        ("people to be found", f"{summary.num_gt:,}"),
+        ("images", f"{summary.num_images:,}; {summary.num_empty:,} without ground-truth boxes{unreadable}"),
+        ("ground-truth boxes", f"{summary.num_gt:,}"),
         ("ignore regions", f"{summary.num_ignore_regions:,}"),
         ("labels", _format_most_common(summary.label_counts)),
-        ("picture sizes", _format_most_common(summary.size_counts)),
-        *((f"picture {side}", _format_size_range(spread)) for side, spread in sides if spread),
+        ("image sizes", _format_most_common(summary.size_counts)),
+        *((f"image {side}", _format_size_range(size_range)) for side, size_range in sides if size_range),
     ]
 
 
 def format_summary(summary: SplitSummary) -> str:
-    """For the terminal: the facts, and the histograms as bars."""
-    lines = [summary.split, *(f"  {name:<20}{value}" for name, value in make_summary_rows(summary))]
-    for title, bars in list_histograms(summary):
-        lines += [f"  {title}", *_format_bars(bars)]
-    return "\n".join(lines)
+    """Format the summary rows and the histograms for the terminal."""
+    tables = [(summary.split, format_table(make_summary_rows(summary), left_columns=2))]
+    tables += [(title, _format_bars(bins)) for title, bins in list_histograms(summary)]
+    return "\n".join(f"{title}\n{textwrap.indent(table, '  ')}" for title, table in tables)
 
 
 def list_histograms(summary: SplitSummary) -> list[tuple[str, tuple[HistogramBin, ...]]]:
-    """Titles and bars; none where there is nobody."""
+    """Return title and bins of each histogram; empty without ground-truth boxes."""
     if not summary.num_gt:
         return []
     return [
-        ("height of the people to be found", summary.height_bins),
-        ("visible share of the people to be found", summary.visible_ratio_bins),
+        ("box height", summary.height_bins),
+        ("visible ratio of the boxes", summary.visible_ratio_bins),
     ]
 
 
 def escape_nonprintable(line: str) -> str:
-    """One line that any terminal and file takes: annotations hold what they like, such as half a surrogate pair."""
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line[:MAX_LINE_LENGTH])
-    return shown + ("..." if len(line) > MAX_LINE_LENGTH else "")
+    """Escape characters that a terminal or a file cannot represent, such as lone surrogates, and shorten the line."""
+    escaped = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line[:MAX_LINE_LENGTH])
+    return escaped + ("..." if len(line) > MAX_LINE_LENGTH else "")
 
 
 def _format_most_common(counts: Sequence[tuple[str, int]]) -> str:
@@ -159,6 +171,7 @@ def _format_size_range(value_range: Range) -> str:
     return f"{value_range.min_px} to {value_range.max_px} px, median {value_range.median_px:g}"
 
 
-def _format_bars(bins: Sequence[HistogramBin]) -> list[str]:
-    most = max(1, *(bar.count for bar in bins))
-    return [f"    {bar.label:<16}{bar.count:>10,} {'#' * -(-BAR_WIDTH * bar.count // most)}".rstrip() for bar in bins]
+def _format_bars(bins: Sequence[HistogramBin]) -> str:
+    max_count = max(1, *(one.count for one in bins))
+    rows = [(one.label, f"{one.count:,}", "#" * -(-BAR_WIDTH * one.count // max_count)) for one in bins]
+    return format_table(rows, align=("left", "right", "left"))

@@ -1,4 +1,4 @@
-"""`hkd-train --check`: every fault with its place, figures that were counted by hand, the page and its pictures."""
+"""Tests of `hkd-train --check`: errors with their location, statistics, the report and its images."""
 
 import json
 import os
@@ -32,62 +32,71 @@ SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 NO_TORCH = """
 import importlib.abc, sys
 
-class Absent(importlib.abc.MetaPathFinder):
+class BlockImports(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] in ("torch", "torchvision", "timm", "onnx"):
             raise ModuleNotFoundError(name, name=name)
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path.insert(0, BlockImports())
 from hkd_det.train.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def sample(number: int, boxes: list[list[float]], ignore: list[bool], seen: float = 1) -> Sample:
-    whole = xyxy_from_xywh(np.array(boxes, np.float32)).astype(np.float32)
-    visible = whole.copy()
-    visible[:, 3] = whole[:, 1] + seen * (whole[:, 3] - whole[:, 1])
+def make_sample(number: int, boxes: list[list[float]], ignore: list[bool], visible_ratio: float = 1) -> Sample:
+    boxes_xyxy = xyxy_from_xywh(np.array(boxes, np.float32)).astype(np.float32)
+    visible = boxes_xyxy.copy()
+    visible[:, 3] = boxes_xyxy[:, 1] + visible_ratio * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])
     labels = tuple("rider" if flag else "pedestrian" for flag in ignore)
-    return Sample(number, Path(f"{number}.png"), GroundTruth(whole, np.array(ignore, bool), visible, labels))
+    return Sample(number, Path(f"{number}.png"), GroundTruth(boxes_xyxy, np.array(ignore, bool), visible, labels))
 
 
-def test_figures_counted_by_hand() -> None:
-    first = sample(1, [[0, 0, 20, 50], [0, 0, 20, 49], [0, 0, 9, 600]], [False, False, True])
-    second = sample(2, [[0, 0, 10, 19.5]], [False], seen=0.5)
-    third = sample(3, [[0, 0, 10, 30]], [True])
-    found = summarize("val", [first, second, third], [(100, 200), (100, 200), None])
-    assert (found.num_images, found.num_empty, found.num_unreadable, found.num_gt, found.num_ignore_regions) == (
+def test_summarize_counts() -> None:
+    first = make_sample(1, [[0, 0, 20, 50], [0, 0, 20, 49], [0, 0, 9, 600]], [False, False, True])
+    second = make_sample(2, [[0, 0, 10, 19.5]], [False], visible_ratio=0.5)
+    third = make_sample(3, [[0, 0, 10, 30]], [True])
+    summary = summarize("val", [first, second, third], [(100, 200), (100, 200), None])
+    assert (
+        summary.num_images,
+        summary.num_empty,
+        summary.num_unreadable,
+        summary.num_gt,
+        summary.num_ignore_regions,
+    ) == (
         3,
         1,
         1,
         3,
         2,
     )
-    assert found.width_range == Range(200, 200, 200) and found.height_range == Range(100, 100, 100)
-    assert dict(found.label_counts) == {"pedestrian": 3, "rider": 2} and found.size_counts == (("200 x 100", 2),)
-    heights = {bar.label: bar.count for bar in found.height_bins if bar.count}
+    assert summary.width_range == Range(200, 200, 200) and summary.height_range == Range(100, 100, 100)
+    assert dict(summary.label_counts) == {"pedestrian": 3, "rider": 2} and summary.size_counts == (("200 x 100", 2),)
+    heights = {bar.label: bar.count for bar in summary.height_bins if bar.count}
     assert heights == {"0 to 20 px": 1, "30 to 50 px": 1, "50 to 75 px": 1}
-    assert {bar.label: bar.count for bar in found.visible_ratio_bins if bar.count} == {"0.4 to 0.65": 1, "all of it": 2}
+    assert {bar.label: bar.count for bar in summary.visible_ratio_bins if bar.count} == {
+        "0.4 to 0.65": 1,
+        "fully visible": 2,
+    }
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 100), st.booleans()), max_size=30))
-def test_histograms_equal_numpy(people: list[tuple[int, int, bool]]) -> None:
+def test_summarize_histograms_equal_numpy(persons: list[tuple[int, int, bool]]) -> None:
     samples = [
-        sample(number, [[0, 0, 5, height]], [ignore], seen / 100)
-        for number, (height, seen, ignore) in enumerate(people)
+        make_sample(number, [[0, 0, 5, height]], [ignore], ratio / 100)
+        for number, (height, ratio, ignore) in enumerate(persons)
     ]
-    found = summarize("val", samples, [None] * len(samples))
+    summary = summarize("val", samples, [None] * len(samples))
     kept = [one.ground_truth for one in samples if not one.ground_truth.ignore[0]]
-    heights = np.histogram([truth.heights_px[0] for truth in kept], HEIGHT_EDGES_PX)[0]
-    shares = np.histogram([truth.visible_ratio[0] for truth in kept], VISIBLE_RATIO_EDGES)[0]
-    assert [bar.count for bar in found.height_bins] == heights.tolist()
-    assert [bar.count for bar in found.visible_ratio_bins] == shares.tolist()
-    assert found.num_gt == len(kept) and found.width_range is None
+    heights = np.histogram([one.heights_px[0] for one in kept], HEIGHT_EDGES_PX)[0]
+    ratios = np.histogram([one.visible_ratio[0] for one in kept], VISIBLE_RATIO_EDGES)[0]
+    assert [bar.count for bar in summary.height_bins] == heights.tolist()
+    assert [bar.count for bar in summary.visible_ratio_bins] == ratios.tolist()
+    assert summary.num_gt == len(kept) and summary.width_range is None
 
 
 def coco(root: Path, **changes: Any) -> Path:
-    """Four pictures; of the first, two people. `changes` go into the second annotation."""
+    """COCO data set of four images with two persons in the first; `changes` apply to the second annotation."""
     for number in range(4):
         cv2.imwrite(str(root / f"{number}.png"), np.full((80, 100, 3), 50 * number, np.uint8))
     images = [{"id": number, "file_name": f"{number}.png", "width": 100, "height": 80} for number in range(4)]
@@ -98,10 +107,10 @@ def coco(root: Path, **changes: Any) -> Path:
         "categories": [{"id": 1, "name": "person"}],
     }
     (root / "all.json").write_text(json.dumps(content, indent=1))
-    (root / "mine.yaml").write_text(
+    (root / "custom.yaml").write_text(
         yaml.safe_dump({"format": "coco", "val": {"images": ".", "annotations": "all.json"}})
     )
-    return root / "mine.yaml"
+    return root / "custom.yaml"
 
 
 def run(data: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
@@ -109,22 +118,24 @@ def run(data: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     return main(["--data", str(data), "--check", *flags])
 
 
-def test_a_sound_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_valid_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(coco(tmp_path), monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert "no faults" in printed and "4; 3 without people" in printed and "100 x 80: 4" in printed
-    folder = tmp_path / "runs" / "check" / "mine"
+    assert "no errors" in printed and "4; 3 without ground-truth boxes" in printed and "100 x 80: 4" in printed
+    folder = tmp_path / "runs" / "check" / "custom"
     page = (folder / "index.html").read_text()
-    assert "No faults" in page and page.count("data:image/jpeg") == 1
+    assert "No errors" in page and page.count("data:image/jpeg") == 1
     assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import', page)
-    assert (folder / "faults.txt").read_text() == ""
-    for name in ("val_pictures.png", "val_histograms.png"):
+    assert (folder / "errors.txt").read_text() == ""
+    for name in ("val_images.png", "val_histograms.png"):
         assert cv2.imread(str(folder / name)) is not None
-    assert run(tmp_path / "mine.yaml", monkeypatch, "--project", "here", "--name", "first") == 0
+    assert run(tmp_path / "custom.yaml", monkeypatch, "--project", "here", "--name", "first") == 0
     assert (tmp_path / "here" / "first" / "index.html").is_file()
 
 
-def test_every_fault_is_told_with_its_place(
+def test_check_reports_every_error_with_location(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = coco(tmp_path, bbox=[1, 2, -3, 4])
@@ -135,16 +146,16 @@ def test_every_fault_is_told_with_its_place(
     line = lines.index("-3,") + 1
     assert run(data, monkeypatch) == 1
     output = capsys.readouterr()
-    faults = (tmp_path / "runs" / "check" / "mine" / "faults.txt").read_text().splitlines()
-    assert len(faults) == 4 and "4 faults" in output.out and "Traceback" not in output.err
-    record = next(fault for fault in faults if "annotation 2" in fault)
-    told = re.search(r"all\.json, line (\d+)", record)
-    assert told is not None and 0 < line - int(told[1]) < 10  # the record's first line, a few above the wrong number
-    assert sum("1.png" in fault for fault in faults) == 1 and sum("2.png" in fault for fault in faults) == 1
-    assert any("3.png: is 8 x 8 pixels, its annotation says 100 x 80" in fault for fault in faults)
+    errors = (tmp_path / "runs" / "check" / "custom" / "errors.txt").read_text().splitlines()
+    assert len(errors) == 4 and "4 errors" in output.out and "Traceback" not in output.err
+    record = next(error for error in errors if "annotation 2" in error)
+    match = re.search(r"all\.json, line (\d+)", record)
+    assert match is not None and 0 < line - int(match[1]) < 10  # the first line of the annotation
+    assert sum("1.png" in error for error in errors) == 1 and sum("2.png" in error for error in errors) == 1
+    assert any("3.png: the image has 8 x 8 pixels, its annotation 100 x 80" in error for error in errors)
 
 
-def test_a_file_in_one_line_has_a_column(
+def test_check_reports_column_of_one_line_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = coco(tmp_path, bbox="none")
@@ -155,7 +166,7 @@ def test_a_file_in_one_line_has_a_column(
     assert f"all.json, line 1, column {column}: annotation 2" in capsys.readouterr().out
 
 
-def test_a_file_that_can_not_be_read_at_all(
+def test_check_unreadable_annotation_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = coco(tmp_path)
@@ -166,7 +177,7 @@ def test_a_file_that_can_not_be_read_at_all(
     assert run(data, monkeypatch) == 2 and "nothing to check" in capsys.readouterr().err
 
 
-def test_a_faulty_picture_of_the_list_is_told_once_and_its_people_with_it(
+def test_check_reports_wrong_image_entry_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = coco(tmp_path)
@@ -176,91 +187,92 @@ def test_a_faulty_picture_of_the_list_is_told_once_and_its_people_with_it(
     (tmp_path / "all.json").write_text(json.dumps(content))
     assert run(data, monkeypatch) == 1
     printed = capsys.readouterr().out
-    assert "2 faults" in printed and "all.json, line 1, column 13: picture 0: width -1" in printed
+    assert "2 errors" in printed and "all.json, line 1, column 13: picture 0: width -1" in printed
     assert r"the first half a pair\ud800\n.png; put" in printed.replace(f"{tmp_path}/", "")
 
 
-def test_a_yolo_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_yolo_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     for name in "abc":
         cv2.imwrite(str(tmp_path / "images" / f"{name}.jpg"), np.zeros((80, 100, 3), np.uint8))
     (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.5\n0 0.5 0.5\n0 0.5 0.5 0.2 -0.5\n")
-    whole = (tmp_path / "images" / "b.jpg").read_bytes()
-    (tmp_path / "images" / "b.jpg").write_bytes(whole[:-20])
-    (tmp_path / "labels" / "c.txt").mkdir()  # what can't be read at all ends the split, not the check
-    (tmp_path / "mine.yaml").write_text("train: images\nval: images\nnames: [person]\n")
-    assert run(tmp_path / "mine.yaml", monkeypatch) == 1
-    faults = (tmp_path / "runs" / "check" / "mine" / "faults.txt").read_text()
-    assert "train: " in faults and "val: " in faults and "c.txt: Is a directory" in faults
+    jpeg = (tmp_path / "images" / "b.jpg").read_bytes()
+    (tmp_path / "images" / "b.jpg").write_bytes(jpeg[:-20])
+    (tmp_path / "labels" / "c.txt").mkdir()  # an unreadable file ends the split and not the check
+    (tmp_path / "custom.yaml").write_text("train: images\nval: images\nnames: [person]\n")
+    assert run(tmp_path / "custom.yaml", monkeypatch) == 1
+    errors = (tmp_path / "runs" / "check" / "custom" / "errors.txt").read_text()
+    assert "train: " in errors and "val: " in errors and "c.txt: Is a directory" in errors
     (tmp_path / "labels" / "c.txt").rmdir()
-    assert run(tmp_path / "mine.yaml", monkeypatch) == 1
-    found = (tmp_path / "runs" / "check" / "mine" / "faults.txt").read_text().replace(f"{tmp_path}/", "").splitlines()
-    assert [fault.split(": ")[1] for fault in found if fault.startswith("val: ")] == [
+    assert run(tmp_path / "custom.yaml", monkeypatch) == 1
+    lines = (tmp_path / "runs" / "check" / "custom" / "errors.txt").read_text().replace(f"{tmp_path}/", "").splitlines()
+    assert [line.split(": ")[1] for line in lines if line.startswith("val: ")] == [
         "labels/a.txt, line 2",
         "labels/a.txt, line 3",
         "images/b.jpg",
     ]
 
 
-def test_boxes_are_drawn_where_people_stand(tmp_path: Path) -> None:
-    """A black picture of 4:3, drawn 400 pixels high but for the gap: each colour lies where its box was put."""
+def test_contact_sheet_draws_boxes_at_their_place(tmp_path: Path) -> None:
+    """A black 4:3 image is drawn about 400 pixels high; each color is at the place of its box."""
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((300, 400, 3), np.uint8))
-    truth = sample(1, [[100, 50, 60, 200], [300, 100, 40, 100]], [False, True], seen=0.5).ground_truth
-    sheet = make_contact_sheet([(Sample(1, tmp_path / "a.png", truth), (300, 400))])
+    ground_truth = make_sample(
+        1, [[100, 50, 60, 200], [300, 100, 40, 100]], [False, True], visible_ratio=0.5
+    ).ground_truth
+    sheet = make_contact_sheet([(Sample(1, tmp_path / "a.png", ground_truth), (300, 400))])
     scale = (400 * 4 / 3 - GAP_PX) / 400
     top = CAPTION_HEIGHT_PX + 4 + (400 - 300 * scale) / 2
     tile = sheet[CAPTION_HEIGHT_PX + 4 : CAPTION_HEIGHT_PX + 4 + 400]
     assert sheet.shape[0] == 2 * CAPTION_HEIGHT_PX + 4 + 400
-    for colour, (left, upper, right, lower) in (
+    for color, (left, upper, right, lower) in (
         (PERSON_COLOR, (100, 50, 160, 250)),
         (VISIBLE_COLOR, (100, 50, 160, 150)),
         (IGNORED_COLOR, (300, 100, 340, 200)),
     ):
-        there = (tile == colour).all(2)
-        rows, columns = np.flatnonzero(there.any(1)) + CAPTION_HEIGHT_PX + 4, np.flatnonzero(there.any(0))
-        assert abs(rows[-1] - (top + lower * scale)) <= 2, colour
-        if colour != VISIBLE_COLOR:  # its other sides lie under the person's
+        mask = (tile == color).all(2)
+        rows, columns = np.flatnonzero(mask.any(1)) + CAPTION_HEIGHT_PX + 4, np.flatnonzero(mask.any(0))
+        assert abs(rows[-1] - (top + lower * scale)) <= 2, color
+        if color != VISIBLE_COLOR:  # its other sides are covered by the box
             assert abs(rows[0] - (top + upper * scale)) <= 2
             assert abs(columns[0] - left * scale) <= 2 and abs(columns[-1] - right * scale) <= 2
 
 
-def test_pictures_of_any_shape_and_number_make_a_sheet(tmp_path: Path) -> None:
+def test_contact_sheet_of_any_image_shape(tmp_path: Path) -> None:
     shapes = [(1, 1), (1, 900), (900, 1), (300, 400), (40, 30)] * 4
     readable = []
     for number, (height, width) in enumerate(shapes):
         path = tmp_path / f"caf\u00e9 {number} {'long ' * 30}.png"
         cv2.imencode(".png", np.zeros((height, width, 3), np.uint8))[1].tofile(path)
-        readable.append(
-            (Sample(number, path, sample(1, [[-5e6, -1, 1e7, 900]], [bool(number % 2)]).ground_truth), (height, width))
-        )
+        ground_truth = make_sample(1, [[-5e6, -1, 1e7, 900]], [bool(number % 2)]).ground_truth
+        readable.append((Sample(number, path, ground_truth), (height, width)))
     for count in (1, 2, len(shapes)):
         sheet = make_contact_sheet(readable[:count])
         assert sheet.shape[1] < 1700 and sheet.shape[0] > 100
 
 
-def test_what_is_printed_is_one_line_of_letters() -> None:
+def test_escape_nonprintable_gives_one_line() -> None:
     assert escape_nonprintable("caf\u00e9\n\ud800\x1b[31m") == r"caf\u00e9\n\ud800\x1b[31m".replace(r"\u00e9", "\u00e9")
     assert len(escape_nonprintable("x" * 10_000)) < 1000
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "expected"),
     [
         (
             {"format": "coco", "path": "inria", "val": {"images": ".", "annotations": "test.json"}},
-            ["288; 0 without people", "people to be found  597"],
+            ["288; 0 without ground-truth boxes", "ground-truth boxes  597"],
         ),
         (
             {"format": "citypersons", "path": "citypersons", "skip_missing": True, "train": "train", "val": "val"},
-            ["2; 0 without people", "3; 0 without people", "2048 x 1024: 3", "rider: 2"],
+            ["2; 0 without ground-truth", "3; 0 without ground-truth", "2048 x 1024: 3", "rider: 2"],
         ),
     ],
 )
-def test_real_data_has_no_faults(
+def test_check_real_data_has_no_errors(
     entry: dict[str, Any],
-    told: list[str],
+    expected: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -268,10 +280,10 @@ def test_real_data_has_no_faults(
     (tmp_path / "real.yaml").write_text(yaml.safe_dump({**entry, "path": str(SHARED / entry["path"])}))
     assert run(tmp_path / "real.yaml", monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert all(words in printed for words in told)
+    assert all(words in printed for words in expected)
 
 
-def test_checking_needs_no_torch(tmp_path: Path) -> None:
+def test_check_works_without_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", NO_TORCH, "--data", str(coco(tmp_path)), "--check"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "no faults" in done.stdout, done.stderr
+    assert done.returncode == 0 and "no errors" in done.stdout, done.stderr
