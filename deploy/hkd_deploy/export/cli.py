@@ -68,8 +68,8 @@ def _run_export(argv: Sequence[str] | None) -> int:
     parser = _build_parser()
     flags = parser.parse_args(argv)
     source, output = Path(flags.model), Path(flags.output) if flags.output else None
-    _check_source(source, flags)
     _check_unused_flags(source, parser, flags)
+    _check_source(source, flags)
     _check_combinations(flags)
     _check_output(source, output, flags)
     if source.suffix == ".engine":

@@ -1,57 +1,17 @@
-"""The tensorrt package: import, version, installation hint and log. It is imported on use."""
+"""The tensorrt package: import, version, installation hint, log and progress of a build. It is imported on use."""
 
 import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
+from types import TracebackType
 from typing import Any
 
 from hkd_det.errors import UnavailableError, import_package
 
 MIN_VERSION = (10, 0)  # the first with strongly typed networks and a progress monitor; JetPack 6 has 10.3
 JETSON_RELEASE_FILE = Path("/etc/nv_tegra_release")
-
-
-@dataclass
-class TrtLog:
-    """Messages of TensorRT that are needed later.
-
-    Attributes:
-        errors: All error messages, in order.
-        layers: The verbose message that lists the layers of the built engine. Empty if there was none.
-    """
-
-    errors: list[str] = field(default_factory=list)
-    layers: str = ""
-
-    @property
-    def first_error(self) -> str:
-        """The first error as one line."""
-        return " ".join(self.errors[0].split()) if self.errors else "no reason given"
-
-
-def make_trt_logger(trt: Any, log: TrtLog) -> Any:
-    """Create a TensorRT logger that writes to a `TrtLog` and prints nothing.
-
-    Args:
-        trt: The module `tensorrt`.
-        log: Receives the messages.
-
-    Returns:
-        The `ILogger`.
-    """
-
-    class Recorder(trt.ILogger):  # type: ignore[misc]  # the module is untyped
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                log.errors.append(msg)
-            elif msg.startswith("Layers:"):
-                log.layers = msg
-
-    return Recorder()
 
 
 def import_tensorrt() -> Any:
@@ -109,3 +69,151 @@ def _format_install_hint(system: str, machine: str, jetson: bool) -> str:
     return (
         f"engines are built and run on Linux with an NVIDIA GPU, not on {system} {machine}. Use the .onnx file instead"
     )
+
+
+@dataclass
+class TrtLog:
+    """Messages of TensorRT that are needed later.
+
+    Attributes:
+        errors: All error messages, in order.
+        layers: The verbose message that lists the layers of the built engine. Empty if there was none.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    layers: str = ""
+
+    @property
+    def first_error(self) -> str:
+        """The first error as one line."""
+        return " ".join(self.errors[0].split()) if self.errors else "no reason given"
+
+
+def make_trt_logger(trt: Any, log: TrtLog) -> Any:
+    """Create a TensorRT logger that writes to a `TrtLog` and prints nothing.
+
+    Args:
+        trt: The module `tensorrt`.
+        log: Receives the messages.
+
+    Returns:
+        The `ILogger`.
+    """
+
+    class Recorder(trt.ILogger):  # type: ignore[misc]  # the module is untyped
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                log.errors.append(msg)
+            elif msg.startswith("Layers:"):
+                log.layers = msg
+
+    return Recorder()
+
+
+class BuildProgress:
+    """Progress bar in percent. It starts again at 0 for every outermost phase.
+
+    TensorRT reports phases, which consist of steps and can contain other phases.
+
+    Args:
+        label: Text in front of the bar.
+    """
+
+    def __init__(self, label: str) -> None:
+        tqdm = import_package("tqdm", "tqdm", "pip install 'hkd-det[tensorrt]'").tqdm
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+        self._bar = tqdm(total=100, desc=label, bar_format=bar_format, delay=1, leave=False)
+        self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, finished steps, all steps)
+        self.cancelled = Event()
+
+    def cancel(self) -> None:
+        """Request that the build stops after its current step."""
+        self.cancelled.set()
+
+    def start(self, phase: str, parent: str | None, num_steps: int) -> None:
+        """Add a phase.
+
+        Args:
+            phase: Name of the phase.
+            parent: Name of the enclosing phase, or None.
+            num_steps: Number of steps of the phase.
+        """
+        if parent not in self._phases:
+            self._bar.n = 0
+        self._phases[phase] = (parent, 0, max(1, num_steps))
+        self._bar.set_postfix_str(phase, refresh=False)
+        self._refresh_bar()
+
+    def step(self, phase: str) -> bool:
+        """Count one finished step.
+
+        Args:
+            phase: Name of the phase. An unknown phase is ignored.
+
+        Returns:
+            Whether the build should continue.
+        """
+        if phase in self._phases:
+            parent, num_finished, num_steps = self._phases[phase]
+            self._phases[phase] = (parent, min(num_finished + 1, num_steps), num_steps)
+            self._refresh_bar()
+        return not self.cancelled.is_set()
+
+    def finish(self, phase: str) -> None:
+        """Remove a phase. The parent phase counts the step that contained it.
+
+        Args:
+            phase: Name of the phase. An unknown phase is ignored.
+        """
+        self._phases.pop(phase, None)
+
+    def __enter__(self) -> "BuildProgress":
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def _refresh_bar(self) -> None:
+        roots = [phase for phase, (parent, _, _) in self._phases.items() if parent not in self._phases]
+        percent = 100 * max((self._compute_fraction(phase) for phase in roots), default=0.0)
+        if percent > self._bar.n:  # unannounced phases can start late; the bar never moves back
+            self._bar.update(percent - self._bar.n)
+
+    def _compute_fraction(self, phase: str) -> float:
+        """Return the finished part of a phase, 0 to 1. Child phases count as parts of the current step."""
+        _, num_finished, num_steps = self._phases[phase]
+        children = [name for name, (parent, _, _) in self._phases.items() if parent == phase]
+        current_step = min(1.0, sum(self._compute_fraction(name) for name in children))
+        return min(1.0, (num_finished + current_step) / num_steps)
+
+
+def make_progress_monitor(trt: Any, progress: BuildProgress) -> Any:
+    """Create a TensorRT progress monitor that updates a progress bar.
+
+    Args:
+        trt: The module `tensorrt`.
+        progress: The bar.
+
+    Returns:
+        The `IProgressMonitor`.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is untyped
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            progress.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002 - signature of TensorRT
+            return progress.step(phase_name)
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress.finish(phase_name)
+
+    return Monitor()

@@ -1,4 +1,4 @@
-"""Parse an ONNX file and build a serialized engine with TensorRT 10.3 to 11.
+"""Parse an ONNX file, estimate the memory of the build, and build a serialized engine with TensorRT 10.3 to 11.
 
 Networks are always strongly typed: the engine computes in the precision of the ONNX file.
 """
@@ -12,10 +12,16 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-from hkd_deploy.trt.bindings import TrtLog, is_jetson, make_trt_logger, parse_trt_version
+from hkd_deploy.trt.bindings import (
+    BuildProgress,
+    TrtLog,
+    is_jetson,
+    make_progress_monitor,
+    make_trt_logger,
+    parse_trt_version,
+)
 from hkd_deploy.trt.onnx_file import OnnxFile
 from hkd_deploy.trt.profile import Profile, ProfileShape, resolve_profile
-from hkd_deploy.trt.progress import BuildProgress, make_progress_monitor
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 MIB = 2**20
@@ -23,6 +29,12 @@ DEFAULT_WORKSPACE_MIB = 1024
 # Newest supported opset, by the first TensorRT version that supports it. The parser accepts newer opsets without a
 # message and interprets them as the newest one that it supports.
 MAX_OPSETS = {(10, 13): 24, (10, 0): 20}
+MEMINFO = Path("/proc/meminfo")
+# Parts of the memory estimate. They follow from the design of the builder and are not measured: the CUDA context and
+# the TensorRT libraries; the copies of the weights in the parser, the builder, the engine and the engine under test.
+BASE_MIB = 800
+NUM_WEIGHT_COPIES = 4
+SMALL_MEMORY_MIB = 17 * 1024  # includes 16 GB boards, on which CPU and GPU share the memory
 
 
 @dataclass(frozen=True)
@@ -216,3 +228,49 @@ def _load_timing_cache(config: Any, path: Path | None, log: TrtLog) -> None:
         raise UsageError(
             f"--timing-cache {path}: not a timing cache of this GPU and TensorRT version. Use another file name."
         )
+
+
+def estimate_build_mib(onnx_bytes: int, workspace_mib: int) -> int:
+    """Estimate the peak memory of a build: 800 MiB + 4 x the ONNX file + the workspace.
+
+    Args:
+        onnx_bytes: Size of the ONNX file.
+        workspace_mib: Limit of the workspace, MiB.
+
+    Returns:
+        Peak memory, MiB.
+    """
+    return BASE_MIB + NUM_WEIGHT_COPIES * -(-onnx_bytes // MIB) + workspace_mib
+
+
+def format_memory_note(onnx_bytes: int, workspace_mib: int) -> str | None:
+    """Compare the estimated memory of a build with the available memory of a small board.
+
+    The kernel of a small board kills a build that runs out of memory without a message.
+
+    Args:
+        onnx_bytes: Size of the ONNX file.
+        workspace_mib: Limit of the workspace, MiB.
+
+    Returns:
+        A note or a warning. None on a machine with more than 16 GB, or if the memory size is unknown.
+    """
+    memory = _read_memory_mib()
+    if memory is None or memory[0] > SMALL_MEMORY_MIB:
+        return None
+    estimate, available = estimate_build_mib(onnx_bytes, workspace_mib), memory[1]
+    if available >= estimate:
+        return f"The build needs about {estimate} MiB (estimated). {available} MiB are available."
+    return (
+        f"warning: the build needs about {estimate} MiB (estimated), but only {available} MiB are available. Close "
+        f"other programs, add swap space, or use --workspace {max(64, workspace_mib // 4)}."
+    )
+
+
+def _read_memory_mib() -> tuple[int, int] | None:
+    """Return total and available memory, or None on a system without /proc/meminfo."""
+    if not MEMINFO.exists():
+        return None
+    lines = (line.split() for line in MEMINFO.read_text().splitlines())
+    kib = {fields[0]: int(fields[1]) for fields in lines}
+    return kib["MemTotal:"] // 1024, kib["MemAvailable:"] // 1024

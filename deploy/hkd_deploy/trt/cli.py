@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hkd_deploy.trt.bindings import TrtLog, get_install_hint, import_tensorrt
-from hkd_deploy.trt.builder import DEFAULT_WORKSPACE_MIB, BuildOptions, build_plan
+from hkd_deploy.trt.builder import DEFAULT_WORKSPACE_MIB, BuildOptions, build_plan, format_memory_note
 from hkd_deploy.trt.engine import build_engine, check_precision
 from hkd_deploy.trt.engine_info import get_engine_info_path
 from hkd_deploy.trt.engine_layers import (
@@ -28,7 +28,6 @@ from hkd_deploy.trt.engine_layers import (
 )
 from hkd_deploy.trt.onnx_file import OnnxFile, read_onnx_file
 from hkd_deploy.trt.profile import parse_profile
-from hkd_deploy.trt.progress import format_memory_note
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text
