@@ -67,7 +67,15 @@ def apply_override(cls: type, values: Mapping[str, Any], assignment: str) -> dic
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """Format the end of an error message about an unknown name: the most similar known name, or all of them."""
+    """Format the suggestion in an error message about an unknown name.
+
+    Args:
+        name: Unknown name.
+        known: Valid names.
+
+    Returns:
+        "; did you mean X?" for the most similar name, or "; expected one of ..." if none is similar.
+    """
     known = list(known)
     similar = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {similar[0]}?" if similar else f"; expected one of {', '.join(known)}"

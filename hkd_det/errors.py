@@ -94,7 +94,11 @@ def import_package(module: str, title: str = "", hint: str = BENCH_INSTALL_HINT)
 
 
 def first_error_line(error: BaseException) -> str:
-    """Return the first line of an error message. Messages of native libraries can have many lines."""
+    """Return the first line of an error message.
+
+    Args:
+        error: Exception, for example of a native library whose messages have many lines.
+    """
     return str(error).strip().split("\n", 1)[0]
 
 

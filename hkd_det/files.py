@@ -68,7 +68,12 @@ def atomic_write_dir(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically.
+
+    Args:
+        path: File to create or replace. Missing parent directories are created.
+        text: Content.
+    """
     with atomic_write(path) as temp_path:
         temp_path.write_text(text, encoding="utf-8")
 
@@ -93,12 +98,22 @@ def file_sha256(path: Path, on_chunk: Callable[[int], object] | None = None) -> 
 
 
 def bytes_sha256(content: bytes) -> str:
-    """Compute the SHA-256 digest of a byte string as 64 lower-case hexadecimal digits."""
+    """Compute the SHA-256 digest of a byte string.
+
+    Args:
+        content: The bytes.
+
+    Returns:
+        64 lower-case hexadecimal digits.
+    """
     return hashlib.sha256(content).hexdigest()
 
 
 def read_json(path: Path) -> Any:
     """Read a UTF-8 JSON file.
+
+    Args:
+        path: JSON file, with or without a byte order mark.
 
     Returns:
         The decoded value. The caller validates its structure.

@@ -47,6 +47,12 @@ def read_image(path: Path, apply_exif: bool = False) -> NDArray[np.uint8]:
 def read_image_bytes(path: Path) -> bytes:
     """Read the encoded bytes of an image file.
 
+    Args:
+        path: Image file.
+
+    Returns:
+        The complete content of the file.
+
     Raises:
         DataError: The file is missing, or is a truncated JPEG or PNG.
     """
@@ -87,12 +93,19 @@ def decode_image(encoded: bytes, path: Path, apply_exif: bool = False, reduction
 
 
 def is_jpeg(raw: bytes) -> bool:
-    """Return whether the bytes begin like a JPEG file."""
+    """Return whether the bytes begin like a JPEG file.
+
+    Args:
+        raw: Content of a file.
+    """
     return raw[:2] == JPEG_SOI
 
 
 def parse_jpeg_size_hw(raw: bytes) -> tuple[int, int] | None:
     """Read the image size from the header of a JPEG file.
+
+    Args:
+        raw: Content of the file, at least its header.
 
     Returns:
         Height and width in pixels, or None if the header has no valid size or the file is not a JPEG.
@@ -113,6 +126,9 @@ def is_truncated_jpeg(raw: bytes) -> bool:
     OpenCV fills the missing part of a truncated JPEG with gray and reports no error. This function searches the
     end marker after the header, because thumbnails in the header contain an end marker too. A size that the
     bytes cannot contain also counts as truncated: decoding it could allocate gigabytes.
+
+    Args:
+        raw: Content of a file.
     """
     if not is_jpeg(raw):
         return False
@@ -128,6 +144,9 @@ def is_truncated_png(raw: bytes) -> bool:
 
     A PNG is incomplete if a chunk is longer than the file or the end chunk is missing. OpenCV allocates the
     stated length of a chunk, up to 2 GiB, before it checks the length.
+
+    Args:
+        raw: Content of a file.
     """
     if not raw.startswith(PNG_SIGNATURE):
         return False

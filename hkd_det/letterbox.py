@@ -150,5 +150,12 @@ def parse_imgsz(text: str) -> tuple[int, int]:
 
 
 def format_imgsz(size_hw: tuple[int, int]) -> str:
-    """Format height and width as the value of `--imgsz`: (512, 640) becomes "640x512"."""
+    """Format a size as the value of `--imgsz`.
+
+    Args:
+        size_hw: Height and width in pixels.
+
+    Returns:
+        "640x512" (width x height) for (512, 640).
+    """
     return f"{size_hw[1]}x{size_hw[0]}"

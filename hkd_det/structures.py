@@ -39,11 +39,15 @@ class Detections:
 
     @classmethod
     def empty(cls) -> "Detections":
-        """Create an empty set of detections."""
+        """Return an empty set of detections."""
         return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
 
     def filter(self, min_score: float) -> "Detections":
-        """Return the detections with a score of at least `min_score`."""
+        """Return the detections with a minimum score.
+
+        Args:
+            min_score: Minimum score, 0 to 1, inclusive.
+        """
         keep = self.scores >= min_score
         return Detections(self.boxes_xyxy[keep], self.scores[keep])
 
@@ -79,7 +83,7 @@ class GroundTruth:
 
     @classmethod
     def empty(cls) -> "GroundTruth":
-        """Create the ground truth of an image without annotations."""
+        """Return the ground truth of an image without annotations."""
         no_boxes = np.zeros((0, 4), np.float32)
         return cls(no_boxes, np.zeros(0, bool), no_boxes, ())
 
@@ -119,7 +123,7 @@ class Sample:
 
 
 def unlabeled_ground_truth() -> GroundTruth:
-    """Create the ground truth of an unlabeled image: one ignore region that covers every pixel.
+    """Return the ground truth of an unlabeled image: one ignore region that covers every pixel.
 
     The region extends beyond the image, so it also covers the padding of crops. The detection loss therefore
     excludes all anchor points of the image.

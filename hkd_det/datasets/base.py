@@ -24,6 +24,9 @@ def raise_error(error: DataError) -> None:
     """Raise the error. This is the default error handler of the readers: an invalid record stops the reading.
 
     Another handler, such as `errors.append`, lets a reader skip the record and continue.
+
+    Args:
+        error: Error of one record. The message names file and record.
     """
     raise error
 
@@ -35,6 +38,9 @@ def show_progress(items: Sequence[Item], description: str, unit: str) -> Iterabl
         items: Items to iterate over.
         description: Label of the progress bar.
         unit: Unit of the items, singular.
+
+    Returns:
+        The items.
 
     Raises:
         UnavailableError: tqdm is not installed.
@@ -99,7 +105,11 @@ def select_person_class(names: Mapping[Key, str], category: str, where: str) -> 
 
 
 def is_pixel_value(value: Any) -> bool:
-    """Return whether a JSON value is a finite number in the range of pixel coordinates."""
+    """Return whether a JSON value is a finite number in the range of pixel coordinates.
+
+    Args:
+        value: Decoded JSON value.
+    """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and abs(value) <= MAX_COORDINATE_PX  # False for NaN and infinity
 
@@ -132,6 +142,9 @@ def xyxy_from_inclusive(
 
 def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
     """Read directories of unlabeled images, recursively and sorted by path.
+
+    Args:
+        folders: Image directories of `--unlabeled`.
 
     Returns:
         Samples whose ground truth is one ignore region over the complete image.

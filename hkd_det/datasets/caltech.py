@@ -103,7 +103,10 @@ def read_caltech(
 
 
 def parse_sets(text: str) -> list[str]:
-    """Return the set names of a range such as "set00-set05", or of one set.
+    """Return the set names of a range.
+
+    Args:
+        text: Range such as "set00-set05", or one set.
 
     Raises:
         UsageError: The text is not a range of sets.

@@ -66,6 +66,10 @@ class FrameAnnotations:
 def check_box(box_xywh: Sequence[float], visible_xywh: Sequence[float]) -> str:
     """Check the full box and the visible box of an object.
 
+    Args:
+        box_xywh: Full box, 1-based pixels.
+        visible_xywh: Visible box, 1-based pixels; zeros if not annotated.
+
     Returns:
         The problem, or "" if both boxes are valid.
     """
@@ -79,6 +83,13 @@ def check_box(box_xywh: Sequence[float], visible_xywh: Sequence[float]) -> str:
 
 def read_bbgt(path: Path, on_error: ErrorHandler = raise_error) -> FrameAnnotations:
     """Read a text file of one frame.
+
+    Args:
+        path: Text file.
+        on_error: Receives the errors of invalid lines.
+
+    Returns:
+        Objects of the frame.
 
     Raises:
         DataError: The file is missing or invalid. The message names file and line.
@@ -117,6 +128,10 @@ def read_bbgt(path: Path, on_error: ErrorHandler = raise_error) -> FrameAnnotati
 
 def read_vbb(path: Path, on_error: ErrorHandler = raise_error) -> tuple[FrameAnnotations, ...]:
     """Read the annotations of all frames of a video.
+
+    Args:
+        path: `.vbb` file.
+        on_error: Receives the errors of invalid objects.
 
     Returns:
         Annotations per frame. Index 0 is the first frame of the video, frame 1 in MATLAB.

@@ -18,7 +18,14 @@ from hkd_det.files import atomic_write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m hkd_det.datasets.caltech_extract` and return its exit code."""
+    """Run `python -m hkd_det.datasets.caltech_extract`.
+
+    Args:
+        argv: Command-line arguments (default: `sys.argv[1:]`).
+
+    Returns:
+        The exit code.
+    """
     return run_command("caltech_extract", _run, argv)
 
 

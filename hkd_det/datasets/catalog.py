@@ -105,7 +105,14 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
 
 
 def list_splits(data: str) -> list[str]:
-    """Return the splits (train, val, test) that a dataset has. Raises like `load_dataset`."""
+    """Return the splits that a dataset has. Raises like `load_dataset`.
+
+    Args:
+        data: Name in datasets.yaml, or path of a data yaml.
+
+    Returns:
+        A part of train, val, test, in this order.
+    """
     entry = _load_entry(data)
     return [split for split in SPLITS if entry.get(split) is not None]
 
@@ -114,6 +121,9 @@ def dataset_license(data: str) -> str:
     """Return the `license` text of a dataset, or "" if it has none.
 
     The data itself need not exist. Raises like `load_dataset` for an unknown name or a missing data yaml.
+
+    Args:
+        data: Name in datasets.yaml, or path of a data yaml.
     """
     text: str = _load_entry(data).get("license", "")
     return text
@@ -121,6 +131,12 @@ def dataset_license(data: str) -> str:
 
 def load_catalog_entry(data: str) -> dict[str, Any]:
     """Return the entry of a dataset in datasets.yaml.
+
+    Args:
+        data: Name of the dataset.
+
+    Returns:
+        Keys and values, validated.
 
     Raises:
         UsageError: The name is unknown.

@@ -36,6 +36,9 @@ def read_mat(path: Path) -> dict[str, Any]:
     becomes an object array, a struct array an object array of dicts. Sparse and complex arrays, functions and
     objects are not supported.
 
+    Args:
+        path: MATLAB file.
+
     Returns:
         Values by variable name.
 
@@ -57,6 +60,12 @@ def read_mat(path: Path) -> dict[str, Any]:
 def to_float_array(value: Any) -> NDArray[np.float64]:
     """Convert a value of `read_mat` to a float64 array.
 
+    Args:
+        value: Value that must be an array of numbers.
+
+    Returns:
+        array, float64: The same shape as `value`.
+
     Raises:
         ValueError: The value is not an array of numbers.
     """
@@ -67,6 +76,9 @@ def to_float_array(value: Any) -> NDArray[np.float64]:
 
 def to_text(value: Any) -> str:
     """Return a value of `read_mat` that must be one line of text.
+
+    Args:
+        value: Value of any type.
 
     Raises:
         ValueError: The value is not a printable string.

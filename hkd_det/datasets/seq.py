@@ -66,6 +66,14 @@ class SeqVideo:
         timestamps_s (array[N], float64): Seconds since 1970, or since an epoch of the writer. The last one is NaN
             if the file ends directly after its frame.
         fps: Frames per second, estimated from the first timestamps; 0 if unknown.
+
+    Args:
+        path: Video file, for error messages.
+        file: The open file. The caller closes it.
+        header: Header of the file.
+
+    Raises:
+        DataError: The file is truncated.
     """
 
     def __init__(self, path: Path, file: BinaryIO, header: SeqHeader) -> None:
@@ -150,6 +158,9 @@ class SeqVideo:
 @contextmanager
 def open_seq(path: Path) -> Iterator[SeqVideo]:
     """Open a `.seq` video. The file is closed at the end of the `with` block.
+
+    Args:
+        path: Video file.
 
     Yields:
         The open video.

@@ -57,7 +57,11 @@ def read_yolo(
 
 
 def get_label_path(image_path: Path) -> Path:
-    """Return the label file of an image: the last directory `images` becomes `labels`, the suffix `.txt`."""
+    """Return the label file of an image: the last directory `images` becomes `labels`, the suffix `.txt`.
+
+    Args:
+        image_path: Image file.
+    """
     parts = list(image_path.parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"

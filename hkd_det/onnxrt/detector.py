@@ -32,6 +32,14 @@ class OnnxDetector:
         config: Input and output conventions.
         batch: Number of images per run of the graph, or None if it is dynamic.
         input_hw: Height and width of the model input in pixels.
+
+    Args:
+        path: ONNX file, for error messages.
+        session: `onnxruntime.InferenceSession` of the file.
+        config: Input and output conventions.
+
+    Raises:
+        DataError: The input of the graph does not match the configuration.
     """
 
     def __init__(self, path: Path, session: Any, config: OnnxModelConfig) -> None:
@@ -98,6 +106,9 @@ def open_onnx_detector(
         device: "cpu", "cuda" or "cuda:N".
         config_path: YAML file of the model configuration (default: see `load_model_config`).
         threads: CPU threads per operator (default: one per physical core).
+
+    Returns:
+        The open detector.
 
     Raises:
         UsageError: The device or the number of threads is invalid.

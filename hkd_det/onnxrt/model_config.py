@@ -90,6 +90,9 @@ def load_model_config(
         metadata: Custom metadata of the ONNX file.
         config_path: YAML file of the configuration.
 
+    Returns:
+        The configuration.
+
     Raises:
         DataError: No source exists, or the source is invalid.
     """
@@ -108,6 +111,12 @@ def load_model_config(
 
 def read_model_config(path: Path) -> OnnxModelConfig:
     """Read a model configuration from a YAML file.
+
+    Args:
+        path: YAML file with the fields of `OnnxModelConfig` as keys.
+
+    Returns:
+        The configuration.
 
     Raises:
         DataError: The file is missing, is not YAML, or has an unknown key or an invalid value.

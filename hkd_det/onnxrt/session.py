@@ -13,6 +13,14 @@ LOAD_ERRORS = (
     "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelRequiresCompilation", "NoModel", "NoSuchFile",
     "NotImplemented", "RuntimeException",
 )  # fmt: skip
+_CUDA_MISSING_HINT = (
+    "the installed ONNX Runtime has no CUDA provider; for an NVIDIA GPU: "
+    "pip uninstall -y onnxruntime && pip install 'hkd-det[gpu]' (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
+)
+_CUDA_FAILURE_HINT = (
+    "CUDA or cuDNN is missing, or its version differs from the one onnxruntime-gpu was built for; "
+    "try pip install 'onnxruntime-gpu[cuda,cudnn]'"
+)
 
 
 @dataclass(frozen=True)
@@ -75,18 +83,6 @@ def open_session(
     return session
 
 
-_CUDA_MISSING_HINT = (
-    "the installed ONNX Runtime has no CUDA provider; for an NVIDIA GPU: "
-    "pip uninstall -y onnxruntime && pip install 'hkd-det[gpu]' (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
-)
-
-
-_CUDA_FAILURE_HINT = (
-    "CUDA or cuDNN is missing, or its version differs from the one onnxruntime-gpu was built for; "
-    "try pip install 'onnxruntime-gpu[cuda,cudnn]'"
-)
-
-
 def parse_gpu_index(device: str) -> str | None:
     """Parse a device name.
 
@@ -127,6 +123,9 @@ def _check_file(path: Path) -> None:
 
 def import_onnxruntime() -> Any:
     """Import ONNX Runtime.
+
+    Returns:
+        The module `onnxruntime`.
 
     Raises:
         UnavailableError: It is not installed, or does not load.
