@@ -1,10 +1,10 @@
-"""How much faster blocks are learnt by several workers: measured block times replayed, and measured on this machine.
+"""Speed-up of blockwise distillation with several workers: simulated from measured block times, and measured.
 
-    python benchmarks/studies/blockwise_speed.py RUN/blockwise/report.json [--measure TEACHER]
+    python benchmarks/studies/blockwise_speed.py RUN/blockwise/report.json [--measure TEACHER --data DATA.yaml]
 
-Replays the times of a finished block stage under every schedule, on 1 to 8 workers, against the bound that none can
-beat; sets the published times beside it; with --measure learns the blocks of a teacher for real, by one and by two
-workers in turn (nothing else should run then). Writes results/blockwise.md.
+Simulates the block times of a finished run under every schedule on 1 to 8 workers, and compares them with the lower
+bound and with the published times. --measure trains the blocks of a teacher with one and with two workers; no other
+program should run then. Writes results/blockwise.md.
 """
 
 import argparse
@@ -13,8 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
-
-from distillation_plan import DATA
 
 from hkd_bench.host import RaplMeter, read_host_fields
 from hkd_det.datasets.catalog import load_dataset
@@ -29,7 +27,7 @@ from hkd_det.train.distributed import init_distributed
 
 RESULT = Path(__file__).parent / "../results/blockwise.md"
 WORKERS = (1, 2, 3, 4, 8)
-# The 3x3 convolutions on CIFAR's pictures of 32 x 32: channels in and out, side of the output.
+# 3x3 convolutions on CIFAR's 32 x 32 images: (input channels, output channels, side of the output).
 VGG16 = [
     (3, 64, 32), (64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 8), (256, 256, 8), (256, 256, 8),
     (256, 512, 4), (512, 512, 4), (512, 512, 4), (512, 512, 2), (512, 512, 2), (512, 512, 2),
@@ -43,121 +41,163 @@ PUBLISHED: list[Published] = [
     ("ResNet-50", RESNET50, "bin-packing", {1: 9693, 2: 5061, 3: 3876, 4: 2750}),
     ("ResNet-50", RESNET50, "work-stealing", {1: 8113, 2: 4064, 4: 2094}),
 ]
-SAVED = {"VGG16": (0.19, 3920 / 1275), "ResNet-50": (0.29, 8113 / 2094)}  # energy, and speed-up, on four GPUs
+# Published energy saving (ratio) and speed-up on four GPUs.
+SAVED = {"VGG16": (0.19, 3920 / 1275), "ResNet-50": (0.29, 8113 / 2094)}
+
+INTRODUCTION = """# Speed-up of blockwise distillation with several workers
+
+Makespan of the block stage on several workers: simulated from measured block times, compared with the published times,
+and measured with one and two workers.
+
+```bash
+python benchmarks/studies/blockwise_speed.py RUN/blockwise/report.json --measure TEACHER --data DATA.yaml
+```"""
 
 
 def main() -> None:
-    """Write the report."""
+    """Write the result page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="blockwise/report.json of a run")
-    parser.add_argument("--measure", type=Path, metavar="TEACHER", help="best.pt whose blocks are learnt for real")
-    parser.add_argument("--imgsz", default="224x160", help="for --measure, width x height")
-    parser.add_argument("--views", type=int, default=256, help="for --measure")
+    parser.add_argument("--measure", type=Path, metavar="TEACHER", help="best.pt whose blocks are trained")
+    parser.add_argument("--data", type=Path, help="data YAML with the splits train and val; required by --measure")
+    parser.add_argument("--imgsz", default="224x160", help="input size WxH for --measure (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=256, help="training images for --measure (default: %(default)s)")
     flags = parser.parse_args()
+    if flags.measure and flags.data is None:
+        parser.error("--data: required by --measure. Pass a data YAML.")
     content = json.loads(flags.report.read_text())
     blocks = {block["layer"]: float(block["seconds"]) for block in content["blocks"]}
-    parts = ["# Blocks in parallel: how much faster", replayed(blocks), published(), energy(list(blocks.values()))]
+    times = list(blocks.values())
+    parts = [INTRODUCTION, format_simulation(blocks), format_published(), format_energy(times)]
     if flags.measure:
-        parts.append(measured(flags.measure, flags.imgsz, flags.views))
+        parts.append(format_measurement(flags.measure, flags.data, flags.imgsz, flags.images))
     write_text(RESULT.resolve(), "\n\n".join(parts) + "\n")
 
 
-def replayed(blocks: dict[str, float]) -> str:
-    """Speed-ups of the measured times, schedule by schedule."""
-    times, whole = list(blocks.values()), sum(blocks.values())
-    rows = [[name, *(f"{whole / simulate(times, n, name):.2f}" for n in WORKERS)] for name in get_args(Scheduler)]
-    rows.append(["none can beat", *(f"{whole / compute_lower_bound(times, n):.2f}" for n in WORKERS)])
+def format_simulation(blocks: dict[str, float]) -> str:
+    """Return the simulated speed-ups of every schedule.
+
+    Args:
+        blocks: Measured seconds by block.
+    """
+    times, total = list(blocks.values()), sum(blocks.values())
+    rows = [[name, *(f"{total / simulate(times, n, name):.2f}" for n in WORKERS)] for name in get_args(Scheduler)]
+    rows.append(["upper bound", *(f"{total / compute_lower_bound(times, n):.2f}" for n in WORKERS)])
     longest = max(blocks, key=lambda layer: blocks[layer])
     return (
-        f"## Replay of measured times\n{len(blocks)} blocks of one run, {whole:.1f} s in all, the longest "
-        f"({longest}) {blocks[longest]:.1f} s. Computed from these times: how many times faster on N workers that do "
-        "not disturb each other, starting them left out.\n\n"
-        f"{table(['schedule', *map(str, WORKERS)], rows)}"
+        f"## Simulation from measured times\n\n{len(blocks)} blocks of one run took {total:.1f} s in total; the "
+        f"longest ({longest}) took {blocks[longest]:.1f} s. The table gives the speed-up on N workers that do not slow "
+        "each other down, without the start of the workers.\n\n"
+        f"{format_markdown_table(['schedule', *map(str, WORKERS)], rows)}"
     )
 
 
-def published() -> str:
-    """What was published, beside a replay of block costs."""
+def format_published() -> str:
+    """Return the published speed-ups next to simulated ones."""
     rows = []
     for network, layers, scheduler, seconds in PUBLISHED:
         costs = [float(c_in * c_out * side**2) for c_in, c_out, side in layers]
-        told = [f"{seconds[1] / seconds[n]:.2f}" if n in seconds else "-" for n in (2, 3, 4)]
-        ours = [f"{sum(costs) / simulate(costs, n, scheduler):.2f}" for n in (2, 3, 4)]
-        rows.append([f"{network}, {scheduler}", *(f"{a} / {b}" for a, b in zip(told, ours, strict=True))])
+        reported = [f"{seconds[1] / seconds[n]:.2f}" if n in seconds else "-" for n in (2, 3, 4)]
+        simulated = [f"{sum(costs) / simulate(costs, n, scheduler):.2f}" for n in (2, 3, 4)]
+        rows.append([f"{network}, {scheduler}", *(f"{a} / {b}" for a, b in zip(reported, simulated, strict=True))])
     return (
-        "## Published\nSpeed-up on 2, 3 and 4 GPUs as published (Blakeney et al. 2021) / by replay. Their block times "
-        "are not public; the replay takes blocks to cost as much as their convolutions multiply, which no GPU keeps "
-        "to: it shows what the schedules can give, not what their machine did.\n\n"
-        f"{table(['network, schedule', '2', '3', '4'], rows)}"
+        "## Published times\n\nSpeed-up on 2, 3 and 4 GPUs: published (Blakeney et al. 2021) / simulated. The paper "
+        "gives no block times. The simulation assumes times proportional to the MACs of the convolutions. "
+        "It shows what the schedules allow, not what the machine of the paper did.\n\n"
+        f"{format_markdown_table(['network, schedule', '2', '3', '4'], rows)}"
     )
 
 
-def energy(times: Sequence[float]) -> str:
-    """Computed: a machine draws a share of its power for being on, the rest for the work, whoever does it."""
-    shares = {network: saved / (1 - 1 / faster) for network, (saved, faster) in SAVED.items()}
+def format_energy(times: Sequence[float]) -> str:
+    """Return the computed energy: one machine needs a constant part of its power, and a part for the work.
+
+    Args:
+        times: Measured seconds of the blocks.
+    """
+    idle_ratios = {network: saved / (1 - 1 / faster) for network, (saved, faster) in SAVED.items()}
     rows = []
-    for network, share in shares.items():
-        savings = [share * (1 - simulate(times, n, "bin-packing") / sum(times)) for n in WORKERS]
-        rows.append([f"{100 * share:.0f} % ({network})", *(f"{-100 * saving:.0f} %" for saving in savings)])
+    for network, idle_ratio in idle_ratios.items():
+        savings = [idle_ratio * (1 - simulate(times, n, "bin-packing") / sum(times)) for n in WORKERS]
+        rows.append([f"{100 * idle_ratio:.0f} % ({network})", *(f"{-100 * saving:.0f} %" for saving in savings)])
     meter = RaplMeter().total()
-    here = "can be read here; --measure reads it." if meter.joules is not None else f"is not known: {meter.reason}."
+    local = "is in the table below." if meter.joules is not None else f"cannot be read: {meter.reason}."
     return (
-        f"## Energy\nComputed, not measured; this machine's own {here} The model: one machine draws a share of its "
-        "power for being on, and the rest for the work, which stays the same: E(N) / E(1) = share x makespan(N) / "
-        "makespan(1) + (1 - share). The shares are those at which the published savings on four GPUs (19 % and 29 %) "
-        "follow from the published speed-ups. Our blocks, bin packing:\n\n"
-        f"{table(['share', *map(str, WORKERS)], rows)}"
+        f"## Energy\n\nThese values are computed, not measured. The energy of this machine {local} The model: a "
+        "machine needs a constant part of its power, and the rest for the work, which is the same for any number of "
+        "workers: E(N) / E(1) = c x makespan(N) / makespan(1) + (1 - c). c is the value for which the published "
+        "savings on four GPUs (19 % and 29 %) follow from the published speed-ups. Blocks of the first table, bin "
+        "packing:\n\n"
+        f"{format_markdown_table(['c', *map(str, WORKERS)], rows)}"
     )
 
 
-def measured(teacher: Path, imgsz: str, views: int) -> str:
-    """One and two workers in turn, for real."""
+def format_measurement(teacher: Path, data: Path, imgsz: str, num_images: int) -> str:
+    """Train the blocks with one and with two workers and return the measured times.
+
+    Args:
+        teacher: Checkpoint of the teacher.
+        data: Data YAML.
+        imgsz: Input size, WxH.
+        num_images: Training images of the blocks.
+    """
     rows, makespans = [], {}
     for workers in (1, 2):
         meter = RaplMeter()
-        content = learnt(teacher, imgsz, BlockwiseConfig(num_images=views, epochs=4, workers=workers))
-        ran, spent = content["ran"], meter.total()
-        makespans[workers] = ran["makespan_s"]
-        joules = "-" if spent.joules is None else f"{spent.joules:.0f} J"
+        content = train_blocks(teacher, data, imgsz, BlockwiseConfig(num_images=num_images, epochs=4, workers=workers))
+        stats, energy = content["run_stats"], meter.total()
+        makespans[workers] = stats["makespan_s"]
+        joules = "-" if energy.joules is None else f"{energy.joules:.0f} J"
         rows.append(
             [
                 str(workers),
-                f"{ran['started_s']:.1f} s",
-                f"{ran['makespan_s']:.1f} s",
-                f"{ran['lower_bound_s']:.1f} s",
+                f"{stats['startup_s']:.1f} s",
+                f"{stats['makespan_s']:.1f} s",
+                f"{stats['lower_bound_s']:.1f} s",
                 f"{content['sum_s']:.1f} s",
                 joules,
             ]
         )
-    told = ("CPU", "cores", "load average at the start")
-    here = ", ".join(f"{fact.name} {fact.value}" for fact in read_host_fields() if fact.name in told)
+    shown = ("CPU", "cores", "load average at the start")
+    host = ", ".join(f"{field.name} {field.value}" for field in read_host_fields() if field.name in shown)
     return (
-        f"## Measured\n{model_name(teacher)} at {imgsz}, {views} views, 4 epochs, bin packing by estimated times, on "
-        f"{here}: two workers are {makespans[1] / makespans[2]:.2f} times as fast.\n\n"
-        + table(["workers", "start-up", "makespan", "bound", "sum of block times", "energy"], rows)
+        f"## Measurement\n\n{model_name(teacher)} at {imgsz}, {num_images} images, 4 epochs, bin packing by estimated "
+        f"times, on {host}. Two workers are {makespans[1] / makespans[2]:.2f} times as fast.\n\n"
+        + format_markdown_table(["workers", "start-up", "makespan", "bound", "sum of block times", "energy"], rows)
     )
 
 
-def learnt(teacher: Path, imgsz: str, settings: BlockwiseConfig) -> dict[str, Any]:
-    """The report of one block stage."""
-    with tempfile.TemporaryDirectory() as folder, init_distributed("cpu") as processes:
+def train_blocks(teacher: Path, data: Path, imgsz: str, blockwise_config: BlockwiseConfig) -> dict[str, Any]:
+    """Run one block stage and return its report.
+
+    Args:
+        teacher: Checkpoint of the teacher.
+        data: Data YAML.
+        imgsz: Input size, WxH.
+        blockwise_config: Settings of the method.
+    """
+    with tempfile.TemporaryDirectory() as folder, init_distributed("cpu") as context:
         config = TrainConfig(
-            str(DATA),
+            str(data),
             model_name(teacher),
             folder,
             parse_imgsz(imgsz),
             teacher=str(teacher),
-            distill=DistillConfig(blockwise=settings),
+            distill=DistillConfig(blockwise=blockwise_config),
             device="cpu",
         )
-        training, validation = load_dataset(config.data, "train"), load_dataset(config.data, "val")
-        prepare_blockwise_student(config, settings, processes, training, validation[:64], resume=False)
+        train_samples, val_samples = load_dataset(config.data, "train"), load_dataset(config.data, "val")
+        prepare_blockwise_student(config, blockwise_config, context, train_samples, val_samples[:64], resume=False)
         content: dict[str, Any] = json.loads((Path(folder) / "blockwise/report.json").read_text())
         return content
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
+def format_markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        head: Cells of the head.
+        rows: Cells of the rows.
+    """
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

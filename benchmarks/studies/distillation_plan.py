@@ -1,18 +1,22 @@
-"""What the distillation study trains: a budget fixes sizes and schedule, a row one student and how it is taught."""
+"""Configuration of the distillation study: a budget sets models and schedule, a row one student and its method."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-DATA = HERE / "real_data.yaml"
-
 
 @dataclass(frozen=True)
 class Budget:
-    """Models, schedule and machine; settings go into every recipe.
+    """Models, schedule and hardware.
 
-    teacher_epochs: more than the students', as whoever distils has a good teacher already.
+    Attributes:
+        name: Name of the budget.
+        teacher: Model name of the teacher.
+        student: Model name of the student.
+        imgsz_hw: Input height and width, pixels.
+        epochs: Epochs of the students.
+        teacher_epochs: Epochs of the teacher; more, because distillation starts from a good teacher.
+        settings: Further settings of every recipe.
     """
 
     name: str
@@ -24,14 +28,14 @@ class Budget:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-# Few epochs: views close to what is measured teach faster than varied ones, and rates can be high.
-SHORT = {"batch": 16, "lr": 2e-3, "mosaic": 0.25, "multi_scale": 0.1, "finale": 0.25, "ema_decay": 0.99}
+# With few epochs, weak augmentation and a high learning rate give better results.
+SHORT = {"batch": 16, "lr": 2e-3, "mosaic": 0.25, "multi_scale": 0.1, "no_aug_ratio": 0.25, "ema_decay": 0.99}
 BUDGETS = {
     budget.name: budget
     for budget in (
         Budget("trial", "mini-teacher", "mini-student", (64, 96), 1, 2, {**SHORT, "workers": 0}),
         Budget("small", "mini-teacher", "mini-student", (160, 224), 4, 8, {**SHORT, "device": "cpu", "workers": 1}),
-        # The same pair, teacher and students for five times as long: is a teacher of use to a student that has time?
+        # The models of "small" with five times the epochs: does distillation still help after longer training?
         Budget("medium", "mini-teacher", "mini-student", (160, 224), 19, 19, {**SHORT, "device": "cpu", "workers": 1}),
         Budget("full", "teacher-r50", "student-r18", (512, 640), 60, 60, {"batch": 32, "device": "cuda", "workers": 8}),
     )
@@ -40,53 +44,68 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the result table.
 
-    model: "teacher" or "student" of the budget, or "trained teacher": starts with the teacher's shape and weights.
-    distill: the recipe's methods. as_long_as: names of rows whose training time together is this one's (then its epochs
-    follow from measured times); else the budget's for teacher or students.
+    Attributes:
+        name: Name of the row and of its run directory.
+        title: Text in the table.
+        model: "teacher" or "student" of the budget, or "trained teacher" (architecture and weights of the teacher).
+        distill: The `distill` section of the recipe.
+        same_time_as: Names of rows whose total training time this row gets. Its epochs follow from measured times.
     """
 
     name: str
     title: str
     model: str = "student"
     distill: dict[str, Any] = field(default_factory=dict)
-    as_long_as: tuple[str, ...] = ()
+    same_time_as: tuple[str, ...] = ()
 
-    def recipe(self, budget: Budget, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
-        """Settings of `hkd-train --recipe`."""
+    def make_recipe(self, budget: Budget, data: Path, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
+        """Return the settings for `hkd-train --recipe`.
+
+        Args:
+            budget: Models and schedule.
+            data: Data YAML.
+            seed: Seed of the run.
+            folder: Directory of the runs of this seed.
+            epochs: Epochs of the run.
+        """
         teacher = str(folder / "teacher/best.pt")
-        taught = {"teacher": teacher, "distill": self.distill} if self.distill else {}
+        distillation = {"teacher": teacher, "distill": self.distill} if self.distill else {}
         match self.model:
             case "teacher":
                 start = {"model": budget.teacher}
             case "student":
                 start = {"model": budget.student}
             case _:
-                # cdd and blockwise begin as their teacher where no model is named.
-                start = {} if self.distill else {"init": teacher}
+                # Without `model`, CDD and blockwise start from the teacher.
+                start = {} if self.distill else {"weights": teacher}
         return {
-            "data": str(DATA),
+            "data": str(data),
             **start,
-            "run": str(folder / self.name),
+            "save_dir": str(folder / self.name),
             "imgsz_hw": list(budget.imgsz_hw),
             "epochs": epochs,
             "seed": seed,
-            **taught,
+            **distillation,
             **budget.settings,
         }
 
 
 ROWS = (
     Row("teacher", "teacher", "teacher"),
-    Row("alone", "student alone"),
-    Row("long", "student alone, as long as teacher and student", as_long_as=("teacher", "alone")),
+    Row("baseline", "student without teacher"),
+    Row("baseline-long", "student without teacher, time of teacher + student", same_time_as=("teacher", "baseline")),
     Row("hkd", "HKD", distill={"hkd": {}}),
-    Row("noise", "noisy teacher (L2 on logits)", distill={"noise": {"form": "l2"}}),
-    Row("hkd-noise", "HKD + noisy targets", distill={"hkd": {}, "noise": {"form": "targets"}}),
+    Row("noisy-teacher", "noisy teacher (L2 on logits)", distill={"noisy_teacher": {"mode": "l2"}}),
+    Row("hkd-noisy-teacher", "HKD + noisy targets", distill={"hkd": {}, "noisy_teacher": {"mode": "targets"}}),
     Row("mokd", "HKD + MoKD", distill={"hkd": {}, "mokd": {}}),
-    Row("again", "teacher, trained on as CDD and blockwise are", "trained teacher"),
+    Row("teacher-long", "teacher, fine-tuned like CDD and blockwise", "trained teacher"),
     Row("cdd", "CDD", "trained teacher", {"cdd": {"keep_flops": 0.35}}),
     Row("blockwise", "blockwise", "trained teacher", {"blockwise": {}}),
-    Row("best", "HKD + noise + MoKD", distill={"hkd": {}, "noise": {"form": "targets"}, "mokd": {}}),
+    Row(
+        "hkd-noisy-teacher-mokd",
+        "HKD + noisy targets + MoKD",
+        distill={"hkd": {}, "noisy_teacher": {"mode": "targets"}, "mokd": {}},
+    ),
 )

@@ -1,4 +1,4 @@
-"""The distillation study's table, JSON and plot, from what its runs left."""
+"""Report of the distillation study: table, JSON and plot of all finished runs."""
 
 import json
 import statistics
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distillation_plan import DATA, ROWS, Budget, Row
+from distillation_plan import ROWS, Budget, Row
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,221 +23,275 @@ from hkd_det.files import atomic_write, write_text
 from hkd_det.models.checkpoint import load_detector_checkpoint
 
 SETUP = "Reasonable"
-STEP = 1.06  # between neighbours of the same FLOPs in the plot
-VERIFIED = 8  # pictures on which an exported file is compared with torch
+STEP = 1.06  # distance in the plot between rows with the same FLOPs, as a factor
+NUM_PARITY_IMAGES = 8  # images on which an exported file is compared with torch
 
 
 @dataclass(frozen=True)
-class Line:
-    """One row of the table: what its seeds gave. latency_ms: p50 from frame to detections, of the first seed's file."""
+class RowResult:
+    """Results of one row.
+
+    Attributes:
+        row: The row.
+        seeds: Content of `result.json` of each seed.
+        latency_ms: Median latency from frame to detections of the first seed's exported file.
+    """
 
     row: Row
     seeds: list[dict[str, Any]]
     latency_ms: float
 
-    def of(self, *keys: str) -> list[float]:
-        """A figure of every seed."""
-        found = []
-        for one in self.seeds:
-            value: Any = one
+    def get(self, *keys: str) -> list[float]:
+        """Return one value of every seed, addressed by nested keys."""
+        values = []
+        for seed in self.seeds:
+            value: Any = seed
             for key in keys:
                 value = value[key]
-            found.append(value)
-        return found
+            values.append(value)
+        return values
 
     def mean(self, *keys: str) -> float:
-        """Over the seeds."""
-        return statistics.fmean(self.of(*keys))
+        """Return the mean of a value over the seeds."""
+        return statistics.fmean(self.get(*keys))
 
 
-def write_report(budget: Budget, runs: Path, results: Path, also: Path | None = None) -> None:
+def write_report(budget: Budget, data: Path, runs: Path, results: Path, merge: Path | None = None) -> None:
     """Write `distillation_BUDGET.md`, `.json` and `.png` of all finished runs.
 
-    also: the JSON of an earlier report, whose other seeds are taken over in the rows that are there.
+    Args:
+        budget: Models and schedule.
+        data: Data YAML.
+        runs: Directory of the seeds.
+        results: Directory of the report.
+        merge: JSON of another report; its missing seeds are added to the finished rows.
     """
-    earlier = json.loads(also.read_text(encoding="utf-8"))["rows"] if also else []
-    others = {one["row"]["name"]: one["seeds"] for one in earlier}
-    finished = [(row, seeds) for row in ROWS if (seeds := _seeds(runs, row))]
-    measured = measure_latency(budget, runs, [(row, seeds[0]) for row, seeds in finished])
-    latency = {model.name: model.latency.p50_ms for model in measured.models}
-    lines = [Line(row, _with(seeds, others.get(row.name, [])), latency[row.name]) for row, seeds in finished]
+    merged_rows = json.loads(merge.read_text(encoding="utf-8"))["rows"] if merge else []
+    merged_seeds = {entry["row"]["name"]: entry["seeds"] for entry in merged_rows}
+    finished = [(row, seeds) for row in ROWS if (seeds := _read_seeds(runs, row))]
+    bench_result = measure_latency(budget, data, runs, [(row, seeds[0]) for row, seeds in finished])
+    latency = {model.name: model.latency.p50_ms for model in bench_result.models}
+    rows = [
+        RowResult(row, _merge_seeds(seeds, merged_seeds.get(row.name, [])), latency[row.name])
+        for row, seeds in finished
+    ]
     stem = results / f"distillation_{budget.name}"
     content = {
         "budget": asdict(budget),
-        "host": [asdict(fact) for fact in read_host_fields()],
-        "rows": [{"row": asdict(line.row), "latency_p50_ms": line.latency_ms, "seeds": line.seeds} for line in lines],
+        "host": [asdict(field) for field in read_host_fields()],
+        "rows": [{"row": asdict(row.row), "latency_p50_ms": row.latency_ms, "seeds": row.seeds} for row in rows],
     }
     write_text(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    write_text(stem.with_suffix(".md"), page(budget, lines))
-    with atomic_write(stem.with_suffix(".png")) as aside:
-        plot(lines).savefig(aside, dpi=120, format="png")
+    write_text(stem.with_suffix(".md"), format_page(budget, rows))
+    with atomic_write(stem.with_suffix(".png")) as temp_path:
+        plot(rows).savefig(temp_path, dpi=120, format="png")
 
 
-def _seeds(runs: Path, row: Row) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(runs.glob(f"seed*/{row.name}/judged.json"))]
+def measure_latency(budget: Budget, data: Path, runs: Path, rows: Sequence[tuple[Row, dict[str, Any]]]) -> BenchResult:
+    """Export the first seed of every row and measure all files alternately on the CPU.
 
+    Args:
+        budget: Models and schedule.
+        data: Data YAML.
+        runs: Directory of the seeds.
+        rows: Rows with the result of their first seed.
 
-def _with(seeds: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The seeds and those others that are not among them, in order."""
-    known = {one["seed"] for one in seeds}
-    return sorted([*seeds, *(one for one in others if one["seed"] not in known)], key=lambda one: one["seed"])
-
-
-def measure_latency(budget: Budget, runs: Path, rows: Sequence[tuple[Row, dict[str, Any]]]) -> BenchResult:
-    """Every row's exported file on the CPU, in turn, in one run."""
-    samples = load_dataset(str(DATA), "test")
+    Returns:
+        The benchmark result, one model per row.
+    """
+    samples = load_dataset(str(data), "test")
+    parity_images = [sample.path for sample in samples[:NUM_PARITY_IMAGES]]
     files = []
-    for row, first in rows:
+    for row, first_seed in rows:
         file = runs / f"{row.name}.onnx"
-        checkpoint = load_detector_checkpoint(runs / f"seed{first['seed']}" / row.name / "best.pt")
-        export_detector(
-            checkpoint, file, ExportOptions(budget.imgsz_hw), [sample.path for sample in samples[:VERIFIED]]
-        )
+        checkpoint = load_detector_checkpoint(runs / f"seed{first_seed['seed']}" / row.name / "best.pt")
+        export_detector(checkpoint, file, ExportOptions(budget.imgsz_hw), parity_images)
         files.append(file)
-    return bench(files, samples, BenchOptions(data=str(DATA), split="test"), [row.name for row, _ in rows])
+    return bench(files, samples, BenchOptions(data=str(data), split="test"), [row.name for row, _ in rows])
 
 
-def page(budget: Budget, lines: Sequence[Line]) -> str:
-    """Markdown: the table, the miss rates by height, and the published claims beside ours."""
-    seeds = sorted({one["seed"] for line in lines for one in line.seeds})
+def format_page(budget: Budget, rows: Sequence[RowResult]) -> str:
+    """Return the Markdown page: the table, the miss rates by height, and the published claims.
+
+    Args:
+        budget: Models and schedule.
+        rows: The results.
+    """
+    seeds = sorted({seed["seed"] for row in rows for seed in row.seeds})
     height, width = budget.imgsz_hw
-    told = claims({line.row.name: line for line in lines})
+    claims = list_claims({row.row.name: row for row in rows})
     return "\n".join(
         [
-            f"# What each way of teaching is worth: budget {budget.name}",
+            f"# Distillation methods compared: budget {budget.name}",
             "",
-            f"`python benchmarks/studies/distillation.py --budget {budget.name}`, seeds {', '.join(map(str, seeds))}; "
-            f"{budget.teacher} ({budget.teacher_epochs} epochs) teaches {budget.student} ({budget.epochs}) at "
-            f"{width}x{height}. MR^-2 {SETUP} of "
-            "CityPersons' protocol on INRIA's 288 test pictures: mean over the seeds, in brackets least and most. CPU "
-            "p50 is from a picture to its detections, of the first seed's exported file, all files in turn in one run. "
-            "CDD and blockwise begin as the trained teacher, so their control is the teacher that is trained on.",
+            f"Miss rate, size, CPU latency and training time of {budget.teacher} ({budget.teacher_epochs} epochs), "
+            f"{budget.student} ({budget.epochs} epochs) and every distillation method at {width}x{height}.",
             "",
-            *table(lines),
+            "```bash",
+            f"python benchmarks/studies/distillation.py --data DATA.yaml --budget {budget.name} "
+            f"--seeds {','.join(map(str, seeds))}",
+            "```",
             "",
-            "MR^-2 by height of the person in the picture, means over the seeds:",
+            f"MR^-2 {SETUP} is CityPersons' protocol on INRIA's 288 test images: mean over the seeds, minimum and "
+            "maximum in brackets. CPU p50 is the median latency from an image to its detections of the first seed's "
+            "exported file; all files were measured alternately. CDD and blockwise start from the trained teacher. "
+            "Compare them with the teacher that is fine-tuned for the same number of epochs.",
             "",
-            *by_height(lines),
+            *format_table(rows),
             "",
-            *(["## The published claims beside ours", "", *told, ""] if told else []),
+            "MR^-2 by height of the person in the image, means over the seeds (number of persons in brackets):",
+            "",
+            *format_heights(rows),
+            "",
+            *(["## Comparison with published claims", "", *claims, ""] if claims else []),
         ]
     )
 
 
-def table(lines: Sequence[Line]) -> list[str]:
-    """The main table."""
+def format_table(rows: Sequence[RowResult]) -> list[str]:
+    """Return the lines of the main table.
+
+    Args:
+        rows: The results.
+    """
     head = ["", "seeds", "MR^-2", "AP", "parameters", "GFLOPs", "CPU p50", "training", "energy"]
-    rows = []
-    for line in lines:
-        rates = [100 * rate for rate in line.of("miss_rates", SETUP)]
-        joules = [one["energy"]["joules"] for one in line.seeds]
-        rows.append(
+    cells = []
+    for row in rows:
+        rates = [100 * rate for rate in row.get("miss_rates", SETUP)]
+        joules = [seed["energy"]["joules"] for seed in row.seeds]
+        cells.append(
             [
-                line.row.title,
-                str(len(line.seeds)),
+                row.row.title,
+                str(len(row.seeds)),
                 f"{statistics.fmean(rates):.1f} % ({min(rates):.1f}-{max(rates):.1f})",
-                f"{100 * line.mean('ap'):.1f} %",
-                f"{line.mean('parameters') / 1e6:.2f} M",
-                f"{line.mean('flops') / 1e9:.2f}",
-                f"{line.latency_ms:.2f} ms",
-                f"{line.mean('train_s') / 60:.1f} min",
+                f"{100 * row.mean('ap'):.1f} %",
+                f"{row.mean('parameters') / 1e6:.2f} M",
+                f"{row.mean('flops') / 1e9:.2f}",
+                f"{row.latency_ms:.2f} ms",
+                f"{row.mean('train_s') / 60:.1f} min",
                 "not readable" if None in joules else f"{statistics.fmean(joules) / 1000:.1f} kJ",
             ]
         )
-    return markdown(head, rows)
+    return format_markdown(head, cells)
 
 
-def by_height(lines: Sequence[Line]) -> list[str]:
-    """Miss rates of the setups in which somebody is to be found."""
-    people = lines[0].seeds[0]["people"]
-    names = [name for name, count in people.items() if count]
-    rows = [[line.row.title, *(f"{100 * line.mean('miss_rates', name):.1f} %" for name in names)] for line in lines]
-    return markdown(["", *(f"{name} ({people[name]})" for name in names)], rows)
+def format_heights(rows: Sequence[RowResult]) -> list[str]:
+    """Return the lines of the table of miss rates in the setups that contain persons.
+
+    Args:
+        rows: The results.
+    """
+    num_gt = rows[0].seeds[0]["num_gt"]
+    names = [name for name, count in num_gt.items() if count]
+    cells = [[row.row.title, *(f"{100 * row.mean('miss_rates', name):.1f} %" for name in names)] for row in rows]
+    return format_markdown(["", *(f"{name} ({num_gt[name]})" for name in names)], cells)
 
 
-def claims(lines: dict[str, Line]) -> list[str]:
-    """One line a claim, of the rows that are there."""
+def list_claims(rows: dict[str, RowResult]) -> list[str]:
+    """Return one line per published claim whose rows exist.
 
-    def rate(name: str) -> str:
-        return f"{100 * lines[name].mean('miss_rates', SETUP):.1f} %"
+    Args:
+        rows: The results by name of the row.
+    """
 
-    def share(name: str, what: str) -> str:
-        return f"{100 * (lines[name].mean(what) / lines['teacher'].mean(what) - 1):+.0f} %"
+    def format_rate(name: str) -> str:
+        return f"{100 * rows[name].mean('miss_rates', SETUP):.1f} %"
 
-    told = []
-    again = f", {rate('again')} when it is trained on for as long" if "again" in lines else ""
-    if {"teacher", "alone", "hkd"} <= lines.keys():
-        fewer = lines["teacher"].mean("parameters") / lines["hkd"].mean("parameters")
-        told.append(
-            f"- HKD: 6x fewer parameters at a competitive miss rate. Ours: {fewer:.1f}x fewer; teacher "
-            f"{rate('teacher')}, student taught {rate('hkd')}, alone {rate('alone')}."
+    def format_change(name: str, key: str) -> str:
+        return f"{100 * (rows[name].mean(key) / rows['teacher'].mean(key) - 1):+.0f} %"
+
+    claims = []
+    fine_tuned = f" and {format_rate('teacher-long')} after the same fine-tuning" if "teacher-long" in rows else ""
+    if {"teacher", "baseline", "hkd"} <= rows.keys():
+        factor = rows["teacher"].mean("parameters") / rows["hkd"].mean("parameters")
+        claims.append(
+            f"- HKD. Published: 6x fewer parameters at a competitive miss rate. Measured: {factor:.1f}x fewer; teacher "
+            f"{format_rate('teacher')}, student with HKD {format_rate('hkd')}, without teacher "
+            f"{format_rate('baseline')}."
         )
-    if {"teacher", "cdd"} <= lines.keys():
-        told.append(
-            "- CDD: parameters -67 %, FLOPs -66 % at no loss. Ours: "
-            f"{share('cdd', 'parameters')}, {share('cdd', 'flops')}; {rate('cdd')} against the teacher's "
-            f"{rate('teacher')}{again}."
+    if {"teacher", "cdd"} <= rows.keys():
+        claims.append(
+            "- CDD. Published: parameters -67 %, FLOPs -66 %, no loss of accuracy. Measured: "
+            f"{format_change('cdd', 'parameters')}, {format_change('cdd', 'flops')}; miss rate {format_rate('cdd')}, "
+            f"teacher {format_rate('teacher')}{fine_tuned}."
         )
-    if {"teacher", "blockwise"} <= lines.keys():
-        told.append(
-            "- Blockwise: 3x to 3.9x faster on four workers with 19-29 % less energy. Ours: times and energy in "
-            f"results/blockwise.md; parameters {share('blockwise', 'parameters')}, "
-            f"FLOPs {share('blockwise', 'flops')}, {rate('blockwise')} after fine-tuning, against the teacher's "
-            f"{rate('teacher')}{again}."
+    if {"teacher", "blockwise"} <= rows.keys():
+        claims.append(
+            "- Blockwise. Published: 3x to 3.9x faster on four workers with 19-29 % less energy. Measured: times and "
+            f"energy in [blockwise.md](blockwise.md); parameters {format_change('blockwise', 'parameters')}, FLOPs "
+            f"{format_change('blockwise', 'flops')}; miss rate {format_rate('blockwise')} after fine-tuning, teacher "
+            f"{format_rate('teacher')}{fine_tuned}."
         )
-    if {"alone", "mokd"} <= lines.keys():
-        told.append(f"- MoKD: fewer epochs for the same result. Ours: {epochs_needed(lines)}")
-    if {"alone", "noise"} <= lines.keys():
-        told.append(f"- Noisy teacher: a better shallow student. Ours: {rate('noise')} against {rate('alone')} alone.")
-    return told
+    if {"baseline", "mokd"} <= rows.keys():
+        claims.append(f"- MoKD. Published: fewer epochs for the same result. Measured: {format_epochs(rows)}")
+    if {"baseline", "noisy-teacher"} <= rows.keys():
+        claims.append(
+            f"- Noisy teacher. Published: a better shallow student. Measured: {format_rate('noisy-teacher')}, without "
+            f"teacher {format_rate('baseline')}."
+        )
+    return claims
 
 
-def epochs_needed(lines: dict[str, Line]) -> str:
-    """After how many epochs each taught student had the validation miss rate that the student alone ended with."""
-    told = []
-    for name in ("hkd", "mokd", "best"):
-        if name not in lines:
+def format_epochs(rows: dict[str, RowResult]) -> str:
+    """Return after how many epochs the distilled students reached the best validation miss rate of the baseline.
+
+    Args:
+        rows: The results by name of the row.
+    """
+    texts = []
+    baseline_by_seed = {seed["seed"]: seed["val_miss_rates"] for seed in rows["baseline"].seeds}
+    for name in ("hkd", "mokd", "hkd-noisy-teacher-mokd"):
+        if name not in rows:
             continue
         needed = []
-        alone_by_seed = {one["seed"]: one for one in lines["alone"].seeds}
-        for taught in lines[name].seeds:
-            if taught["seed"] not in alone_by_seed:
+        for seed in rows[name].seeds:
+            baseline = baseline_by_seed.get(seed["seed"])
+            if baseline is None:
                 continue
-            alone = alone_by_seed[taught["seed"]]
-            reached = [epoch for epoch, rate in enumerate(taught["course"], 1) if rate <= min(alone["course"])]
+            reached = [epoch for epoch, rate in enumerate(seed["val_miss_rates"], 1) if rate <= min(baseline)]
             needed.append(str(reached[0]) if reached else "never")
-        told.append(f"{lines[name].row.title} after {', '.join(needed)}")
-    epochs = len(lines["alone"].seeds[0]["course"])
+        texts.append(f"{rows[name].row.title} after {', '.join(needed)}")
+    num_epochs = len(rows["baseline"].seeds[0]["val_miss_rates"])
     return (
-        f"the best validation miss rate of the student alone in {epochs} epochs was reached by " + "; ".join(told) + "."
+        f"the best validation miss rate of the student without teacher in {num_epochs} epochs was reached by "
+        f"{'; '.join(texts)} epochs (one value per seed)."
     )
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table's lines."""
+def format_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table.
+
+    Args:
+        head: Cells of the head.
+        rows: Cells of the rows.
+    """
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def plot(lines: Sequence[Line]) -> Figure:
-    """Miss rate against FLOPs; bars from the least to the most of the seeds, rows of the same FLOPs side by side."""
+def plot(rows: Sequence[RowResult]) -> Figure:
+    """Plot the miss rate over FLOPs with the range of the seeds. Rows with the same FLOPs are drawn side by side.
+
+    Args:
+        rows: The results.
+    """
     figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    beside: Counter[float] = Counter()
-    for index, (line, colour) in enumerate(zip(lines, colours, strict=False)):
-        rates = [100 * rate for rate in line.of("miss_rates", SETUP)]
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]  # missing in the stubs
+    num_drawn: Counter[float] = Counter()
+    for index, (row, color) in enumerate(zip(rows, colors, strict=False)):
+        rates = [100 * rate for rate in row.get("miss_rates", SETUP)]
         mean = statistics.fmean(rates)
         spread = [[mean - min(rates)], [max(rates) - mean]]
-        flops = line.mean("flops") / 1e9
-        x = flops * STEP ** beside[flops]
-        beside[flops] += 1
-        label = f"{mean:.1f} %  {line.row.title}"
-        axes.errorbar([x], [mean], yerr=spread, fmt="o", capsize=3, color=colour, label=label)
-        below = -10 if index % 2 else 4  # neighbours' names apart
-        axes.annotate(line.row.name, (x, mean), textcoords="offset points", xytext=(4, below), fontsize=7)
-    axes.set_xlabel("GFLOPs a picture (rows of the same FLOPs stand side by side, the first at its place)")
+        flops = row.mean("flops") / 1e9
+        x = flops * STEP ** num_drawn[flops]
+        num_drawn[flops] += 1
+        label = f"{mean:.1f} %  {row.row.title}"
+        axes.errorbar([x], [mean], yerr=spread, fmt="o", capsize=3, color=color, label=label)
+        offset = -10 if index % 2 else 4  # separates the names of neighbors
+        axes.annotate(row.row.name, (x, mean), textcoords="offset points", xytext=(4, offset), fontsize=7)
+    axes.set_xlabel("GFLOPs per image (rows with the same FLOPs are drawn side by side, the first at its value)")
     axes.set_ylabel("MR$^{-2}$ Reasonable, %")
     low, high = axes.get_xlim()
     rounded = [part * 10**power for power in range(-2, 3) for part in (1, 1.5, 2, 3, 5, 7)]
@@ -247,3 +301,12 @@ def plot(lines: Sequence[Line]) -> Figure:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
+
+
+def _read_seeds(runs: Path, row: Row) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(runs.glob(f"seed*/{row.name}/result.json"))]
+
+
+def _merge_seeds(seeds: list[dict[str, Any]], merged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    known = {seed["seed"] for seed in seeds}
+    return sorted([*seeds, *(seed for seed in merged if seed["seed"] not in known)], key=lambda seed: seed["seed"])

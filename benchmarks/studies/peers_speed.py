@@ -1,14 +1,16 @@
-"""The student against the small YOLO models: from picture to people on this CPU, all in one run.
+"""CPU latency of the student compared with small YOLO models, from image to detections.
 
-    python benchmarks/studies/peers_speed.py --student runs/x/best.pt [--rounds 10] [--threads 2] [--results FILE.md]
+    python benchmarks/studies/peers_speed.py --data DATA.yaml --student runs/x/best.pt [--rounds 10] [--threads 2]
 
-All at 640x512 on the same pictures, on ONNX Runtime and OpenVINO, in FP32, bfloat16 (OpenVINO) and INT8. The peers are
-built from Ultralytics' definitions with fresh weights: speed does not depend on them, but hardly a box passes `conf`,
-so suppression costs next to nothing, in the peers' favour. Letterbox, normalisation and postprocessing are counted for
-all. INT8 is made of all by hkd-export's quantiser, by the largest values of the calibration; how well it sees is
-another question, which hkd-export asks. A round runs every model `BURST` times in a row, as on a camera, after a pause
-and some calls that are not timed: ONNX Runtime's threads spin for a while and would slow whoever comes next. Compared
-are medians over all.
+All models run at 640x512 on the same images, with ONNX Runtime and OpenVINO, in FP32, bfloat16 (OpenVINO) and INT8. The
+YOLO models are built from Ultralytics' definitions with random weights. The speed does not depend on the weights, but
+few boxes exceed `conf`, so NMS takes almost no time. This favors the YOLO models. Letterbox, normalization and
+postprocessing are included for all models. All INT8 models come from the quantizer of hkd-export with the maximum
+values of the calibration images; their accuracy is not measured here.
+
+A round runs every model `BURST` times in sequence, as with a camera, after a pause and warmup calls. The pause is
+needed because the threads of ONNX Runtime spin for a while and would slow down the next model. The table gives medians
+over all rounds.
 """
 
 import argparse
@@ -45,11 +47,9 @@ from hkd_det.onnxrt.detector import OnnxDetector, normalize_input
 from hkd_det.onnxrt.model_config import OnnxModelConfig
 from hkd_det.onnxrt.session import open_session
 
-HERE = Path(__file__).parent
-DATA = HERE / "real_data.yaml"
 SIZE_HW = (512, 640)
-CALIBRATION, PICTURES = 48, 16
-BURST, WARM_UP, PAUSE_S = 8, 3, 0.1
+NUM_CALIBRATION_IMAGES, NUM_IMAGES = 48, 16
+BURST, NUM_WARMUP, PAUSE_S = 8, 3, 0.1
 PEERS = {
     "yolo26n": OnnxModelConfig("yolo-e2e", resize_mode="center", input_scale=1.0, conf=0.25),
     "yolo11n": OnnxModelConfig("yolo-raw", resize_mode="center", input_scale=1.0, conf=0.25, iou=0.7),
@@ -57,14 +57,14 @@ PEERS = {
 }
 RUNTIMES = {"fp32": ("onnxruntime", "openvino"), "bf16": ("openvino-bf16",), "int8": ("onnxruntime", "openvino")}
 
-# In a process of its own: at import ultralytics sets thread counts, OpenCV's too.
+# Runs in its own process: importing ultralytics changes the number of threads, also those of OpenCV.
 BUILD_PEER = """
 import sys, torch
 from ultralytics import YOLO
 net = YOLO(sys.argv[1] + ".yaml").model.eval()
 head = net.model[-1]
 if getattr(head, "one2one_cv2", None) is not None:
-    head.end2end = True  # YOLO26 as it is meant to be deployed: without suppression
+    head.end2end = True  # YOLO26 is deployed without NMS
 net = net.fuse()
 for module in net.modules():
     if hasattr(module, "export"):
@@ -73,12 +73,19 @@ torch.onnx.export(net, (torch.zeros(1, 3, 512, 640),), sys.argv[2], opset_versio
                   input_names=["images"], output_names=["output0"])
 """
 
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One model in one precision on one runtime, and what it took, milliseconds a picture."""
+class LatencySeries:
+    """Latencies of one model in one precision on one runtime.
+
+    Attributes:
+        model: Name of the model.
+        precision: "fp32", "bf16" or "int8".
+        runtime: Name of the runtime.
+        ms: Milliseconds per image.
+    """
 
     model: str
     precision: str
@@ -87,32 +94,43 @@ class Entry:
 
     @property
     def p50_ms(self) -> float:
-        """Median."""
+        """Median latency, ms."""
         return float(np.median(self.ms))
 
 
 def main() -> None:
-    """Build, quantise, time, tell."""
+    """Build, quantize and time all models, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, required=True, help="best.pt")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--work", type=Path, default=Path("runs/peers_speed"), help="folder for the model files")
-    parser.add_argument("--results", type=Path, help="write the table there, too")
+    parser.add_argument("--data", type=Path, required=True, help="data YAML with the splits train and test")
+    parser.add_argument("--student", type=Path, required=True, help="best.pt of the student")
+    parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the runtime (default: all)")
+    parser.add_argument("--work", type=Path, default=Path("runs/peers_speed"), help="directory of the model files")
+    parser.add_argument("--results", type=Path, help="file to which the table is written as well")
     arguments = parser.parse_args()
-    pictures = [read_image(sample.path) for sample in load_dataset(str(DATA), "test")[:PICTURES]]
-    files = build(arguments.student, arguments.work)
-    table = told(time_all(files, pictures, arguments.rounds, arguments.threads), arguments.threads)
+    images = [read_image(sample.path) for sample in load_dataset(str(arguments.data), "test")[:NUM_IMAGES]]
+    files = build_models(arguments.student, arguments.data, arguments.work)
+    entries = time_models(files, images, arguments.rounds, arguments.threads)
+    table = format_page(entries, arguments.threads)
     print(table)
     if arguments.results:
         write_text(arguments.results, table)
 
 
-def build(student: Path, folder: Path) -> dict[tuple[str, str], Path]:
-    """(model, precision) to file; what lies in the folder already is not built again."""
+def build_models(student: Path, data: Path, folder: Path) -> dict[tuple[str, str], Path]:
+    """Build the model files; existing files are kept.
+
+    Args:
+        student: Checkpoint of the student.
+        data: Data YAML; the split train is used for calibration.
+        folder: Directory of the model files.
+
+    Returns:
+        The files by (model, precision).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    calibration = [read_image(sample.path) for sample in load_dataset(str(DATA), "train")[:CALIBRATION]]
+    calibration = [read_image(sample.path) for sample in load_dataset(str(data), "train")[:NUM_CALIBRATION_IMAGES]]
     for name in ("student", *PEERS):
         fp32, int8 = folder / f"{name}.onnx", folder / f"{name}.int8.onnx"
         if not fp32.exists() and name == "student":
@@ -120,37 +138,54 @@ def build(student: Path, folder: Path) -> dict[tuple[str, str], Path]:
         elif not fp32.exists():
             subprocess.run([sys.executable, "-W", "ignore", "-c", BUILD_PEER, name, str(fp32)], check=True)
         if not int8.exists():
-            write_int8(fp32, int8, [as_fed(name, picture) for picture in calibration])
+            write_int8(fp32, int8, [prepare_input(name, image) for image in calibration])
         files |= {(name, "fp32"): fp32, (name, "bf16"): fp32, (name, "int8"): int8}
     return files
 
 
-def as_fed(name: str, picture: Picture) -> NDArray[Any]:
-    """A batch of one, as the graph takes it."""
-    size_hw = (picture.shape[0], picture.shape[1])
+def prepare_input(name: str, image: Image) -> NDArray[Any]:
+    """Return a batch of one in the input format of a model.
+
+    Args:
+        name: Name of the model.
+        image: uint8 [H, W, 3], RGB.
+    """
+    size_hw = (image.shape[0], image.shape[1])
     if name == "student":
-        return Letterbox(size_hw, SIZE_HW).apply(picture)[None]
-    described = PEERS[name]
-    letterbox = Letterbox(size_hw, SIZE_HW, described.resize_mode, described.pad_value, interpolation="linear")
-    return normalize_input(letterbox.apply(picture)[None], described, np.float32)
+        return Letterbox(size_hw, SIZE_HW).apply(image)[None]
+    config = PEERS[name]
+    letterbox = Letterbox(size_hw, SIZE_HW, config.resize_mode, config.pad_value, interpolation="linear")
+    return normalize_input(letterbox.apply(image)[None], config, np.float32)
 
 
 def write_int8(fp32: Path, int8: Path, inputs: Sequence[NDArray[Any]]) -> None:
-    """All layers but the last, by the largest value that enters each."""
+    """Quantize all layers except the last, with the maximum input value of each layer.
+
+    Args:
+        fp32: The FP32 model file.
+        int8: File to write.
+        inputs: Calibration inputs.
+    """
     model = fold_norms(onnx.load(fp32))
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{index}"
     layers = find_graph_regions(model).layers
     names = sorted({node.input[0] for node in model.graph.node if node.name in set(layers)})
-    reach = dict.fromkeys(names, 0.0)
-    for found in run_model(model, names, inputs):
-        for name, values in found.items():
-            reach[name] = max(reach[name], float(np.abs(values).max()))
-    onnx.save(convert_to_int8(model, layers, reach), int8)
+    max_values = dict.fromkeys(names, 0.0)
+    for outputs in run_model(model, names, inputs):
+        for name, values in outputs.items():
+            max_values[name] = max(max_values[name], float(np.abs(values).max()))
+    onnx.save(convert_to_int8(model, layers, max_values), int8)
 
 
 class OpenVinoSession:
-    """OpenVINO behind the few calls of ONNX Runtime's session that a ForeignModel makes."""
+    """OpenVINO with the part of ONNX Runtime's session interface that `OnnxDetector` uses.
+
+    Args:
+        path: The .onnx file.
+        precision: "f32" or "bf16".
+        threads: Threads of the runtime.
+    """
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         settings = {
@@ -160,68 +195,97 @@ class OpenVinoSession:
         self._request = self._compiled.create_infer_request()
 
     def get_inputs(self) -> list[SimpleNamespace]:
-        """The one input."""
+        """Return the single input."""
         return [SimpleNamespace(name="images", type="tensor(float)", shape=list(self._compiled.inputs[0].shape))]
 
     def get_outputs(self) -> list[SimpleNamespace]:
-        """The one output."""
+        """Return the single output."""
         return [SimpleNamespace(name="output0")]
 
     def run(self, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """One call."""
+        """Run one batch.
+
+        Args:
+            names: Names of the outputs.
+            feeds: Inputs by name.
+        """
         self._request.infer(feeds, share_inputs=True)
         return [self._request.get_tensor(name).data for name in names]
 
 
-def opened(stack: ExitStack, name: str, path: Path, runtime: str, threads: int) -> Callable[[Picture], Any]:
-    """From a picture to its people."""
+def open_model(stack: ExitStack, name: str, path: Path, runtime: str, threads: int) -> Callable[[Image], Any]:
+    """Return a function from an image to its detections.
+
+    Args:
+        stack: Closes the model.
+        name: Name of the model.
+        path: The model file.
+        runtime: Name of the runtime.
+        threads: Threads of the runtime.
+    """
     if name == "student":
         return stack.enter_context(open_detector(path, "cpu", threads, runtime))
     if runtime == "onnxruntime":
-        # As the student's, since the same quantiser has made the peers' INT8.
+        # The same option as for the student, because the same quantizer produced all INT8 models.
         session: Any = open_session(path, "cpu", threads, disable_quant_qdq=True)
     else:
         session = OpenVinoSession(path, "bf16" if runtime == "openvino-bf16" else "f32", threads)
     model = OnnxDetector(path, session, PEERS[name])
-    return lambda picture: model([picture])
+    return lambda image: model([image])
 
 
-def time_all(files: dict[tuple[str, str], Path], pictures: Sequence[Picture], rounds: int, threads: int) -> list[Entry]:
-    """Every model in every precision on every runtime that has it, in turn."""
+def time_models(
+    files: dict[tuple[str, str], Path], images: Sequence[Image], rounds: int, threads: int
+) -> list[LatencySeries]:
+    """Time every model in every precision on every runtime that supports it, alternately.
+
+    Args:
+        files: Model files by (model, precision).
+        images: Images to run.
+        rounds: Number of rounds.
+        threads: Threads of the runtimes.
+    """
     with ExitStack() as stack:
         entries = [
-            (Entry(model, precision, runtime, []), opened(stack, model, path, runtime, threads))
+            (LatencySeries(model, precision, runtime, []), open_model(stack, model, path, runtime, threads))
             for (model, precision), path in files.items()
             for runtime in RUNTIMES[precision]
         ]
         for _ in tqdm(range(rounds), "timing", unit="round"):
             for entry, detect in entries:
                 sleep(PAUSE_S)
-                for number in range(-WARM_UP, BURST):
-                    picture = pictures[number % len(pictures)]
+                for number in range(-NUM_WARMUP, BURST):
+                    image = images[number % len(images)]
                     start = perf_counter()
-                    detect(picture)
+                    detect(image)
                     if number >= 0:
                         entry.ms.append(1e3 * (perf_counter() - start))
     return [entry for entry, _ in entries]
 
 
-def told(entries: Sequence[Entry], threads: int) -> str:
-    """A Markdown table: a line a runtime and precision, what the student takes of the fastest peer, INT8 of FP32."""
-    processor = next(fact.value for fact in read_host_fields() if fact.name == "CPU")
+def format_page(entries: Sequence[LatencySeries], threads: int) -> str:
+    """Return the Markdown page with one row per runtime and precision.
+
+    Args:
+        entries: The latencies.
+        threads: Threads of the runtimes.
+    """
+    processor = next(field.value for field in read_host_fields() if field.name == "CPU")
     runs = len(entries[0].ms)
     lines = [
-        "# The student against small YOLO models, from picture to people",
+        "# CPU latency compared with small YOLO models",
         "",
-        f"`{' '.join(['python', *sys.argv])}`",
+        "Latency of the student and of three YOLO models from image to detections.",
         "",
-        f"{processor}, {threads} threads, pictures at {SIZE_HW[1]}x{SIZE_HW[0]}; milliseconds, median of",
-        f"{runs} runs (p10-p90).",
+        f"```bash\n{' '.join(['python', *sys.argv])}\n```",
         "",
-        f"| runtime | precision | student | {' | '.join(PEERS)} | student / fastest peer | student / its FP32 |",
+        f"{processor}, {threads} threads, images at {SIZE_HW[1]}x{SIZE_HW[0]}. "
+        f"Milliseconds, median of {runs} runs (p10-p90).",
+        "",
+        f"| runtime | precision | student | {' | '.join(PEERS)} | student / fastest YOLO | student / its FP32 |",
         f"|{' --- |' * (len(PEERS) + 5)}",
     ]
-    for runtime, precision in cells():
+    for runtime, precision in list_cells():
         row = {e.model: e for e in entries if (e.runtime, e.precision) == (runtime, precision)}
         of_fp32 = next(
             e.p50_ms
@@ -230,21 +294,21 @@ def told(entries: Sequence[Entry], threads: int) -> str:
         )
         student = row["student"].p50_ms
         fastest = min(row[peer].p50_ms for peer in PEERS)
-        times = [_time(row[name]) for name in ("student", *PEERS)]
+        times = [_format_time(row[name]) for name in ("student", *PEERS)]
         lines.append(
             f"| {runtime} | {precision} | {' | '.join(times)} | {student / fastest:.2f} | {student / of_fp32:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def cells() -> Iterator[tuple[str, str]]:
-    """Runtime and precision of each line."""
+def list_cells() -> Iterator[tuple[str, str]]:
+    """Yield the runtime and precision of each row."""
     for precision, runtimes in RUNTIMES.items():
         for runtime in runtimes:
             yield runtime, precision
 
 
-def _time(entry: Entry) -> str:
+def _format_time(entry: LatencySeries) -> str:
     low, high = np.percentile(entry.ms, [10, 90])
     return f"{entry.p50_ms:.1f} ({low:.1f}-{high:.1f})"
 

@@ -25,7 +25,7 @@ from hkd_det.ops.boxes import batched_box_iou, pairwise_intersection
 
 # Share of two boxes' union that they have in common: up to the first they are two people, from the second on one. Of
 # the Reasonable people in CityPersons' validation set 4.4 % share more than 0.6 with another, 0.8 % more than 0.8
-# (benchmarks/studies/doubles.py --crowd).
+# (benchmarks/studies/duplicate_suppression.py --crowd).
 IOU_LIMITS = (0.6, 0.8)
 
 
