@@ -1,1 +1,1 @@
-"""From a trained detector to a file a device can run. Needs torch and onnx."""
+"""Export of trained detectors: ONNX, verification, OpenVINO folder, and the command hkd-export."""

@@ -1,9 +1,4 @@
-"""What an exported file says of itself: the keys the field's readers know, and ours under `hkd.`.
-
-Writing ONNX: the deployed graph with its description inside, in one step.
-
-From a training's best.pt to an ONNX file that has shown that it says the same. Needs torch.
-"""
+"""Export of trained weights to a verified ONNX file with metadata. Requires torch."""
 
 import json
 import warnings
@@ -21,7 +16,7 @@ from torch import Tensor
 from hkd_deploy.export.diagnose import locate_difference
 from hkd_deploy.export.graph import ExportModule, min_input_hw
 from hkd_deploy.export.options import ExportOptions
-from hkd_deploy.export.parity import Parity, ParityError, Reference
+from hkd_deploy.export.parity import Parity, Reference
 from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_deploy.model_metadata import METADATA_FORMAT, PREPROCESS, PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 from hkd_det.datasets.catalog import dataset_license
@@ -33,10 +28,125 @@ from hkd_det.models.zoo import count_params_and_flops
 from hkd_det.structures import Detections, Sample
 from hkd_det.train.engine import predict_dataset
 
+OPSET = 17  # supported by ONNX Runtime 1.16, TensorRT 8.6 and OpenVINO 2024
+IR_VERSION = 8  # the IR version of opset 17
+
+
+def export_detector(
+    checkpoint: DetectorCheckpoint, path: Path, options: ExportOptions, image_paths: Sequence[Path]
+) -> Parity:
+    """Export a detector to ONNX and compare it with torch.
+
+    Args:
+        checkpoint: The trained detector.
+        path: ONNX file to write.
+        options: Inputs and outputs of the graph.
+        image_paths: Images to compare the outputs on.
+
+    Returns:
+        The differences between the file and torch.
+
+    Raises:
+        ParityError: If the outputs differ by more than the tolerances. No file is written.
+        DataError: If there is no image to compare on.
+    """
+    reference = torch_reference(checkpoint, f"the weights of {checkpoint.model}", options)
+    return export_and_verify(checkpoint, path, options, Verification(reference, image_paths))
+
+
+def export_and_verify(
+    checkpoint: DetectorCheckpoint, path: Path, options: ExportOptions, verification: Verification
+) -> Parity:
+    """Export a detector to ONNX and add the file to a verification.
+
+    Args:
+        checkpoint: The trained detector.
+        path: ONNX file to write.
+        options: Inputs and outputs of the graph.
+        verification: Verification with the torch reference.
+
+    Returns:
+        The differences between the file and torch.
+
+    Raises:
+        ParityError: If the outputs differ by more than the tolerances. No file is written.
+        DataError: If there is no image to compare on.
+    """
+    with atomic_write(path) as temp_path:
+        export_onnx(checkpoint, temp_path, options)
+        parity = verification.add(ExportedModel(path, "onnxruntime", is_exact=True), temp_path)
+        assert parity is not None  # only models of reduced precision are skipped
+    return parity
+
+
+def torch_reference(checkpoint: DetectorCheckpoint, name: str, options: ExportOptions) -> Reference:
+    """Return the trained detector in torch on the CPU as the reference.
+
+    Outputs come from the module that is exported. Miss rates come from the detector as training validates it, so that
+    they also verify the exported graph.
+
+    Args:
+        checkpoint: The trained detector.
+        name: Name for the table and messages.
+        options: Inputs and outputs of the graph.
+    """
+    export_module = ExportModule(checkpoint.build(), options).eval()
+
+    @torch.no_grad()
+    def run(batch: NDArray[Any]) -> list[NDArray[Any]]:
+        return [value.numpy() for value in export_module(torch.from_numpy(batch))]
+
+    def predict(samples: Sequence[Sample]) -> list[Detections]:
+        return predict_dataset(export_module.detector, samples, options.imgsz_hw, bf16=False)
+
+    def locate(path: Path, batch: NDArray[Any]) -> str:
+        return locate_difference(export_module, path, batch)
+
+    return Reference(name, "torch", options, run, predict, locate)
+
+
+def export_onnx(checkpoint: DetectorCheckpoint, path: Path, options: ExportOptions) -> None:
+    """Export a detector to an FP32 ONNX file with metadata, without a comparison.
+
+    Args:
+        checkpoint: The trained detector.
+        path: ONNX file to write.
+        options: Inputs and outputs of the graph.
+    """
+    export_module = ExportModule(checkpoint.build(), options).eval()
+    names = get_output_names(options)
+    with atomic_write(path) as temp_path:
+        with warnings.catch_warnings():
+            # The tracer warns about shapes that become constants. All of them are independent of the dynamic axes.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                export_module,
+                (_make_example_input(options),),
+                str(temp_path),
+                input_names=["images"],
+                output_names=names,
+                dynamic_axes=_get_dynamic_axes(options, names),
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        model = onnx.load(temp_path)
+        model.ir_version = min(model.ir_version, IR_VERSION)
+        onnx.helper.set_model_props(model, make_metadata(checkpoint, options))
+        onnx.checker.check_model(model)
+        onnx.save(model, temp_path)
+
 
 def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dict[str, str]:
-    """Every key with its text; `hkd_deploy.model_metadata.Manifest` reads them."""
-    weight = count_params_and_flops(checkpoint.build(), options.imgsz_hw)
+    """Return the metadata entries of the exported file.
+
+    Keys without a prefix are those of Ultralytics; keys with the prefix `hkd.` are read by
+    `hkd_deploy.model_metadata.ModelMetadata`.
+
+    Args:
+        checkpoint: The trained detector.
+        options: Inputs and outputs of the graph.
+    """
+    complexity = count_params_and_flops(checkpoint.build(), options.imgsz_hw)
     return {
         "description": f"hkd-det {checkpoint.model}, pedestrian detector, {'raw' if options.raw else 'end to end'}",
         "author": "hkd-det",
@@ -51,8 +161,8 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
         "names": "{0: 'person'}",
         "hkd.format": str(METADATA_FORMAT),
         "hkd.model": checkpoint.model,
-        "hkd.parameters": str(weight.num_params),
-        "hkd.flops": str(weight.flops),
+        "hkd.parameters": str(complexity.num_params),
+        "hkd.flops": str(complexity.flops),
         "hkd.preprocess": json.dumps(_describe_preprocess(options)),
         "hkd.max_imgsz": str(list(options.max_hw)),
         "hkd.dynamic": _format_bool(options.dynamic_size),
@@ -63,74 +173,13 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
     }
 
 
-def _describe_preprocess(options: ExportOptions) -> dict[str, object]:
-    if options.letterbox_hw:
-        return PREPROCESS_IN_GRAPH
-    return PREPROCESS if options.preprocess else PREPROCESS_FLOAT01
-
-
-def _make_eval_metadata(checkpoint: DetectorCheckpoint) -> dict[str, str]:
-    """How good the weights were when they were chosen, and on what."""
-    if "setup" not in checkpoint.config:  # nobody judged it
-        return {}
-    return {
-        "hkd.epoch": str(checkpoint.epoch),
-        "hkd.miss_rate": f"{checkpoint.miss_rate:.6f}",
-        "hkd.miss_rate_dataset": f"{checkpoint.config['data']}, val, {checkpoint.config['setup']}, trained weights in torch",
-    }
-
-
-def _get_weights_license(checkpoint: DetectorCheckpoint) -> str:
-    """In words, as far as is known: the data's yaml may not have come along with the weights."""
-    try:
-        terms = dataset_license(str(checkpoint.config["data"]))
-    except HkdError:
-        terms = ""
-    return f"the owners of {checkpoint.config['data']} allow: {terms}" if terms else "their training data allows"
-
-
-def _format_bool(value: bool) -> str:
-    return "true" if value else "false"
-
-
-OPSET = 17  # what ONNX Runtime 1.16, TensorRT 8.6 and OpenVINO 2024 all read
-
-
-IR_VERSION = 8  # what goes with it
-
-
-def export_onnx(checkpoint: DetectorCheckpoint, path: Path, options: ExportOptions) -> None:
-    """Export a trained detector, FP32. The metadata holds the keys the field's readers know and ours under `hkd.`."""
-    deployed = ExportModule(checkpoint.build(), options).eval()
-    names = get_output_names(options)
-    with atomic_write(path) as aside:
-        with warnings.catch_warnings():
-            # The tracer warns of shapes that become constants: where they should, nothing free depends on them.
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                deployed,
-                (_make_example_input(options),),
-                str(aside),
-                input_names=["images"],
-                output_names=names,
-                dynamic_axes=_get_dynamic_axes(options, names),
-                opset_version=OPSET,
-                dynamo=False,
-            )
-        model = onnx.load(aside)
-        model.ir_version = min(model.ir_version, IR_VERSION)
-        onnx.helper.set_model_props(model, make_metadata(checkpoint, options))
-        onnx.checker.check_model(model)
-        onnx.save(model, aside)
-
-
 def get_output_names(options: ExportOptions) -> list[str]:
-    """What the graph gives, in order."""
+    """Return the names of the graph outputs in order."""
     return ["boxes", "logits"] if options.raw else ["boxes", "scores", "count"]
 
 
 def _make_example_input(options: ExportOptions) -> Tensor:
-    """The smallest input: what the tracer makes a constant of (how many are chosen) is there in every larger one."""
+    """Return the smallest input. The tracer stores top-k sizes as constants, which larger inputs also satisfy."""
     height, width = min_input_hw(options.imgsz_hw) if options.dynamic_size else options.imgsz_hw
     if options.preprocess:
         return torch.zeros(options.batch or 1, height, width, 3, dtype=torch.uint8)
@@ -140,54 +189,43 @@ def _make_example_input(options: ExportOptions) -> Tensor:
 def _get_dynamic_axes(options: ExportOptions, names: list[str]) -> dict[str, dict[int, str]]:
     axes: dict[str, dict[int, str]] = {name: {} for name in ("images", *names)}
     if options.batch is None:
-        for free in axes.values():
-            free[0] = "batch"
+        for value_axes in axes.values():
+            value_axes[0] = "batch"
     if options.dynamic_size or options.letterbox_hw:
-        rows = 1 if options.preprocess else 2
-        axes["images"] |= {rows: "height", rows + 1: "width"}
+        height_axis = 1 if options.preprocess else 2
+        axes["images"] |= {height_axis: "height", height_axis + 1: "width"}
     if options.dynamic_size and options.raw:
         for name in names:
-            axes[name][1] = "points"
+            axes[name][1] = "anchor_points"
     return axes
 
 
-__all__ = ["ParityError", "export_and_verify", "export_detector", "torch_reference"]
+def _describe_preprocess(options: ExportOptions) -> dict[str, object]:
+    if options.letterbox_hw:
+        return PREPROCESS_IN_GRAPH
+    return PREPROCESS if options.preprocess else PREPROCESS_FLOAT01
 
 
-def export_detector(
-    checkpoint: DetectorCheckpoint, path: Path, options: ExportOptions, image_paths: Sequence[Path]
-) -> Parity:
-    """Write `path` and compare it with the trained detector on the pictures `verify_on`.
-
-    The file appears under its name only if parity holds: ParityError otherwise.
-    """
-    reference = torch_reference(checkpoint, f"{checkpoint.model}'s weights", options)
-    return export_and_verify(checkpoint, path, options, Verification(reference, image_paths))
-
-
-def export_and_verify(
-    checkpoint: DetectorCheckpoint, path: Path, options: ExportOptions, verification: Verification
-) -> Parity:
-    """Write `path` if the verification takes it; raises as it does."""
-    with atomic_write(path) as aside:
-        export_onnx(checkpoint, aside, options)
-        parity = verification.add(ExportedModel(path, "onnxruntime", is_exact=True), aside)
-        assert parity is not None  # an exact form is compared, or an error is raised
-    return parity
+def _make_eval_metadata(checkpoint: DetectorCheckpoint) -> dict[str, str]:
+    """Return the epoch, miss rate and dataset of the validation that selected the weights, if there was one."""
+    config = checkpoint.config
+    if "setup" not in config:
+        return {}
+    return {
+        "hkd.epoch": str(checkpoint.epoch),
+        "hkd.miss_rate": f"{checkpoint.miss_rate:.6f}",
+        "hkd.miss_rate_dataset": f"{config['data']}, val, {config['setup']}, trained weights in torch",
+    }
 
 
-def torch_reference(checkpoint: DetectorCheckpoint, name: str, options: ExportOptions) -> Reference:
-    """The trained detector in torch, on the CPU.
+def _get_weights_license(checkpoint: DetectorCheckpoint) -> str:
+    """Return the license of the training data. It is unknown if the data YAML is not on this machine."""
+    try:
+        terms = dataset_license(str(checkpoint.config["data"]))
+    except HkdError:
+        terms = ""
+    return f"the owners of {checkpoint.config['data']} allow: {terms}" if terms else "their training data allows"
 
-    Answers are compared with the deployed graph's, miss rates with those of the detector as training validates it.
-    """
-    deployed = ExportModule(checkpoint.build(), options).eval()
 
-    @torch.no_grad()
-    def run(batch: NDArray[Any]) -> list[NDArray[Any]]:
-        return [value.numpy() for value in deployed(torch.from_numpy(batch))]
-
-    def detect(samples: Sequence[Sample]) -> list[Detections]:
-        return predict_dataset(deployed.detector, samples, options.imgsz_hw, bf16=False)
-
-    return Reference(name, "torch", options, run, detect, lambda path, batch: locate_difference(deployed, path, batch))
+def _format_bool(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,4 +1,4 @@
-"""The OpenVINO folder: model.xml, model.bin, and metadata.yaml, which Ultralytics' readers know as well."""
+"""Export of an ONNX file to an OpenVINO folder: model.xml, model.bin and metadata.yaml as Ultralytics writes it."""
 
 import argparse
 import ast
@@ -20,68 +20,83 @@ from hkd_deploy.backends.openvino import (
 from hkd_det.errors import DataError, first_error_line
 from hkd_det.files import atomic_write_dir
 
-LITERAL_KEYS = ("stride", "batch", "imgsz", "names")  # numbers, a list and a mapping in the YAML; all else is text
+LITERAL_KEYS = ("stride", "batch", "imgsz", "names")  # metadata written as numbers, lists or mappings, not as text
 
-
-# Called with a finished folder's name and where it still lies; raises if it must not get that name.
+# Called with the final name and the temporary location of a folder. It raises to prevent the final name.
 FolderCheck = Callable[[Path, Path], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """hkd-export's flag."""
+    """Add the OpenVINO flag to `parser`."""
     group = parser.add_argument_group("OpenVINO")
-    group.add_argument("--openvino", action="store_true", help="write the folder OpenVINO opens, NAME_openvino, too")
+    group.add_argument("--openvino", action="store_true", help="write an OpenVINO folder (default name: NAME_openvino)")
 
 
 def export_openvino(onnx_path: Path, folder: Path | None = None, check: FolderCheck | None = None) -> Path:
-    """Write `folder`, by default NAME_openvino beside NAME.onnx, and say so; its path.
+    """Write an OpenVINO folder and print its size.
 
-    What `check` raises for is not written.
+    Args:
+        onnx_path: ONNX file of hkd-export.
+        folder: Folder to write, NAME_openvino next to NAME.onnx by default.
+        check: Check of the folder before it gets its final name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: As `write_openvino_folder`.
     """
     folder = folder or onnx_path.with_name(f"{onnx_path.stem}_openvino")
     write_openvino_folder(onnx_path, folder, check)
     size_mib = sum(file.stat().st_size for file in list_model_files(folder)) / 2**20
-    print(f"{folder}: OpenVINO's form of {onnx_path}, {size_mib:.1f} MiB, weights as they were")
+    print(f"{folder}: OpenVINO model of {onnx_path}, {size_mib:.1f} MiB, weights unchanged")
     return folder
 
 
 def write_openvino_folder(onnx_path: Path, folder: Path, check: FolderCheck | None = None) -> None:
-    """Write the folder from an ONNX file of hkd-export, weights as they are, in one step.
+    """Write an OpenVINO folder with the weights of an ONNX file unchanged.
 
-    Raises DataError for a file that OpenVINO can't read, where `folder` holds anything else than such a model, or where
-    the disk does not take it.
+    Args:
+        onnx_path: ONNX file of hkd-export.
+        folder: Folder to write. It is replaced if it contains an OpenVINO model and nothing else.
+        check: Check of the folder before it gets its final name.
+
+    Raises:
+        DataError: If OpenVINO cannot read the file, `folder` contains other files, or the disk is full.
     """
     _check_replaceable(folder)
-    with open_openvino(onnx_path) as runtime:  # what can't be opened is not written
+    with open_openvino(onnx_path) as runtime:
         metadata = runtime.metadata
-    with atomic_write_dir(folder) as aside:
+    with atomic_write_dir(folder) as temp_dir:
         model = read_model(onnx_path)
         try:
-            importlib.import_module("openvino").save_model(model, aside / MODEL_FILE, compress_to_fp16=False)
-        except RuntimeError as error:  # "basic_ios::clear: iostream error": OpenVINO says no more of a full disk
-            raise DataError(
-                f"{folder}: OpenVINO cannot write it: {first_error_line(error)}; is the disk full?"
-            ) from None
+            importlib.import_module("openvino").save_model(model, temp_dir / MODEL_FILE, compress_to_fp16=False)
+        except RuntimeError as error:  # a full disk gives "basic_ios::clear: iostream error"
+            reason = first_error_line(error)
+            raise DataError(f"{folder}: OpenVINO cannot write it: {reason}. Check the free disk space.") from None
         text = yaml.safe_dump({key: _parse_literal(key, value) for key, value in metadata.items()}, sort_keys=False)
-        (aside / METADATA_FILE).write_text(text, encoding="utf-8")
-        with open_openvino(aside):
+        (temp_dir / METADATA_FILE).write_text(text, encoding="utf-8")
+        with open_openvino(temp_dir):  # check that the written folder opens
             pass
         if check:
-            check(folder, aside)
+            check(folder, temp_dir)
 
 
 def _check_replaceable(folder: Path) -> None:
-    """A folder of the user's own is not thrown away."""
+    """Raise DataError if `folder` is a file, or contains anything except an OpenVINO model."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: a file; name a folder")
+        raise DataError(f"{folder}: is a file. Set --output to a folder.")
     if folder.is_dir():
-        odd = sorted(file.name for file in folder.iterdir() if file.name not in FOLDER_FILES)
-        if odd:
-            raise DataError(f"{folder}: holds {odd[0]}, which is not of an OpenVINO model; name another folder")
+        other_files = sorted(file.name for file in folder.iterdir() if file.name not in FOLDER_FILES)
+        if other_files:
+            raise DataError(
+                f"{folder}: contains {other_files[0]}, which is not part of an OpenVINO model. "
+                "Set --output to another folder."
+            )
 
 
 def _parse_literal(key: str, value: str) -> Any:
     try:
         return ast.literal_eval(value) if key in LITERAL_KEYS else value
     except (ValueError, SyntaxError):
-        return value  # batch: dynamic
+        return value  # "dynamic" of the key batch
