@@ -61,7 +61,11 @@ class ByteCache(Protocol):
     """A cache of bytes by image index: a `dict`, or a `DirectoryCache` for several workers."""
 
     def get(self, index: int, /) -> bytes | None:
-        """Return the entry of an index, or None."""
+        """Return the entry of an index, or None.
+
+        Args:
+            index: Index of the image.
+        """
 
     def __setitem__(self, index: int, raw: bytes, /) -> None: ...
 

@@ -55,7 +55,11 @@ class LayerInputs:
 
 @contextmanager
 def force_deterministic() -> Iterator[None]:
-    """Use one CPU thread and deterministic cuDNN algorithms inside the context, and restore the settings after it."""
+    """Use one CPU thread and deterministic cuDNN algorithms inside the context, and restore the settings after it.
+
+    Yields:
+        Nothing.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

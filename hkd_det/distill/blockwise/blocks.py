@@ -41,6 +41,9 @@ class ReplaceableConv:
 
         Args:
             is_cached: Whether the inputs are read from a file instead of computed.
+
+        Returns:
+            Multiply-accumulates per image.
         """
         return 3 * self.macs_block + self.macs + (0 if is_cached else self.macs_before)
 
