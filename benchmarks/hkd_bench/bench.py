@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, BenchResult, ModelResult, StageSamples, StoredCurve
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
-from hkd_deploy.backends import BACKENDS, default_backend
+from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
@@ -158,7 +158,7 @@ def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: B
 def _make_entries(
     models: Sequence[Path], backends: Sequence[str | None], names: Sequence[str] | None
 ) -> list[BenchEntry]:
-    pairs = [(path, backend or default_backend(path)) for path in models for backend in backends]
+    pairs = [(path, backend or get_default_backend(path)) for path in models for backend in backends]
     digests = {path: _hash_model_files(path) for path in models}
     return [
         BenchEntry(path, backend, name, digests[path])

@@ -142,16 +142,16 @@ def open_backend(
         DataError: The file is missing, damaged or not a model of `hkd-export`.
         UnavailableError: The runtime or the device is missing.
     """
-    name = backend or default_backend(path)
+    name = backend or get_default_backend(path)
     if name not in BACKENDS:
-        raise UsageError(f"--backend {name}: expected one of {', '.join(BACKENDS)}.")
+        raise UsageError(f"--backend {name}: expected {', '.join(BACKENDS)}.")
     if performance_hint != "latency" and not name.startswith("openvino"):
         raise UsageError(f"performance_hint {performance_hint}: backend {name} supports latency only. Use openvino.")
     with BACKENDS[name](OpenRequest(path, device, threads, performance_hint)) as opened:
         yield opened
 
 
-def default_backend(path: Path) -> str:
+def get_default_backend(path: Path) -> str:
     """Return the backend for a file type.
 
     Args:

@@ -67,11 +67,25 @@ class HostDeviceBuffer:
         stack.callback(cuda.free, self.device)
 
     def compute_num_bytes(self, shape: TensorShape) -> int:
-        """Return the number of bytes of a tensor of `shape`."""
+        """Compute the size of a tensor.
+
+        Args:
+            shape: Shape of the tensor.
+
+        Returns:
+            Number of bytes.
+        """
         return prod(shape) * self._dtype.itemsize
 
     def get_host_array(self, shape: TensorShape) -> NDArray[Any]:
-        """Return the host memory as an array of `shape`. It is valid until the request is closed."""
+        """Return a view of the host memory. It is valid until the request is closed.
+
+        Args:
+            shape: Shape of the array.
+
+        Returns:
+            The array.
+        """
         return self._bytes[: self.compute_num_bytes(shape)].view(self._dtype).reshape(shape)
 
 

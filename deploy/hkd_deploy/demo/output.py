@@ -221,7 +221,7 @@ def open_window(title: str) -> Iterator[Window]:
     Raises:
         UnavailableError: OpenCV or the machine does not support windows.
     """
-    reason = display_error(cv2.getBuildInformation(), sys.platform, os.environ)
+    reason = explain_missing_display(cv2.getBuildInformation(), sys.platform, os.environ)
     if reason:
         raise UnavailableError(reason)
     try:
@@ -234,7 +234,7 @@ def open_window(title: str) -> Iterator[Window]:
         cv2.destroyAllWindows()
 
 
-def display_error(build_information: str, platform: str, environment: Mapping[str, str]) -> str:
+def explain_missing_display(build_information: str, platform: str, environment: Mapping[str, str]) -> str:
     """Explain why a window cannot be opened.
 
     The check runs before the window opens, because Qt inside OpenCV aborts the process if there is no display.

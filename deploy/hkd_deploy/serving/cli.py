@@ -14,7 +14,11 @@ DEFAULT_MAX_BATCH = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags to a parser, in a group of their own."""
+    """Add the flags of this module.
+
+    Args:
+        parser: The parser of hkd-export.
+    """
     group = parser.add_argument_group("inference servers")
     group.add_argument(
         "--serving",

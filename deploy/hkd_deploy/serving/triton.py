@@ -91,7 +91,14 @@ def make_triton_config(model: ModelFile, name: str, device: TritonDevice, max_ba
 
 
 def compute_preferred_batch_sizes(max_batch: int) -> list[int]:
-    """Return the powers of two from 2 below `max_batch`, followed by `max_batch`."""
+    """Compute the batch sizes that Triton forms without waiting for `max_batch` requests.
+
+    Args:
+        max_batch: Largest batch.
+
+    Returns:
+        The powers of two from 2 below `max_batch`, followed by `max_batch`.
+    """
     powers = [2**power for power in range(1, max_batch.bit_length()) if 2**power < max_batch]
     return [*powers, max_batch]
 

@@ -72,5 +72,12 @@ class FrameSource(ABC):
 
 
 def sanitize_fps(fps: float) -> float | None:
-    """Return a frame rate, or None for a value that stands for unknown (0, NaN or a clock rate above 1000)."""
+    """Replace frame rates that stand for unknown by None.
+
+    Args:
+        fps: Frame rate of a container or camera.
+
+    Returns:
+        The frame rate. None for 0, NaN, and clock rates above 1000.
+    """
     return fps if 0 < fps <= 1000 else None

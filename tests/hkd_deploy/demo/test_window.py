@@ -6,30 +6,30 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.demo.output import Window, display_error, open_window
+from hkd_deploy.demo.output import Window, explain_missing_display, open_window
 from hkd_det.errors import UnavailableError
 
 HEADLESS = "  GUI:                           NONE\n  Media I/O:\n"
 WITH_GTK = "  GUI:                           GTK3\n    GTK+:  YES (ver 3.24)\n"
 
 
-def test_display_error_headless_opencv() -> None:
-    reason = display_error(HEADLESS, "linux", {"DISPLAY": ":0"})
+def test_explain_missing_display_headless_opencv() -> None:
+    reason = explain_missing_display(HEADLESS, "linux", {"DISPLAY": ":0"})
     assert "pip uninstall -y opencv-python-headless && pip install opencv-python" in reason
     assert "--save out.mp4" in reason
 
 
 @pytest.mark.parametrize("environment", [{}, {"DISPLAY": ""}])
-def test_display_error_no_display(environment: dict[str, str]) -> None:
-    assert "DISPLAY is not set" in display_error(WITH_GTK, "linux", environment)
+def test_explain_missing_display_no_display(environment: dict[str, str]) -> None:
+    assert "DISPLAY is not set" in explain_missing_display(WITH_GTK, "linux", environment)
 
 
 @pytest.mark.parametrize(
     ("platform", "environment"),
     [("linux", {"DISPLAY": ":0"}), ("linux", {"WAYLAND_DISPLAY": "wayland-0"}), ("darwin", {}), ("win32", {})],
 )
-def test_display_error_display_available(platform: str, environment: dict[str, str]) -> None:
-    assert display_error(WITH_GTK, platform, environment) == ""
+def test_explain_missing_display_available(platform: str, environment: dict[str, str]) -> None:
+    assert explain_missing_display(WITH_GTK, platform, environment) == ""
 
 
 def test_opencv_build_information_has_gui_line() -> None:

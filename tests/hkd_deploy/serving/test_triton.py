@@ -71,7 +71,7 @@ def test_write_triton_repository_escapes_name(tiny_onnx: Callable[..., Path], tr
 @pytest.mark.slow
 def test_write_triton_repository_free_size(tiny_onnx: Callable[..., Path], triton_proto: ModuleType) -> None:
     """The warmup image has the size of the network input."""
-    model = tiny_onnx("student.onnx", imgsz_hw=("height", "width"), changes={"imgsz": "[96, 160]"})
+    model = tiny_onnx("student.onnx", free_size=True, changes={"hkd.dynamic": "true"})
     assert main([str(model), "--serving", "triton", "--max-batch", "1"]) == 0
     config = read_config(triton_proto, model.parent / "triton" / "student" / "config.pbtxt")
     assert list(config.input[0].dims) == [-1, -1, 3] and config.max_batch_size == 1
