@@ -22,6 +22,7 @@ FORBIDDEN_WORDS = (
     "judged|reckons?|reckoned"
 )
 FORBIDDEN_PATTERN = re.compile(rf"(?<![a-z])({FORBIDDEN_WORDS})(?![a-z])", re.IGNORECASE)
+RESULT_SECTION = re.compile(r"^\s*(Returns|Yields):", re.MULTILINE)
 MIN_DOCUMENTED_RATIO = 0.9
 MAX_MODULES = 150
 MAX_SHORT_MODULES, SHORT_MODULE_LINES = 15, 40
@@ -136,7 +137,7 @@ def find_undocumented_arguments(paths: Sequence[Path]) -> tuple[list[str], int]:
 def find_undocumented_results(paths: Sequence[Path]) -> tuple[list[str], int]:
     """List functions with a result and without `Returns:` or `Yields:`, and count the functions with a result.
 
-    A summary that starts with "Return" or "Yield" documents the result. Properties have no section.
+    A summary such as "Return ..." or "Run ... and return ..." documents the result. Properties have no section.
     """
     offenders, num_functions = [], 0
     for place, name, node, _ in iterate_public_functions(paths):
@@ -146,7 +147,8 @@ def find_undocumented_results(paths: Sequence[Path]) -> tuple[list[str], int]:
             continue
         num_functions += 1
         docstring = ast.get_docstring(node) or ""
-        if not re.match(r"(Return|Yield)\b|.*^\s*(Returns|Yields):", docstring, re.DOTALL | re.MULTILINE):
+        summary = docstring.partition("\n")[0]
+        if not re.search(r"\b(return|yield)\b", summary, re.IGNORECASE) and not RESULT_SECTION.search(docstring):
             offenders.append(f"{place}: {name} has no Returns:")
     return offenders, num_functions
 

@@ -45,7 +45,11 @@ class HostFieldError(Exception):
 
 
 def read_host_fields() -> tuple[HostField, ...]:
-    """Read all fields, in display order."""
+    """Read all fields, in display order.
+
+    Returns:
+        Name and value of each field, or the reason why it cannot be read.
+    """
     readers: tuple[tuple[str, Callable[[], str]], ...] = (
         ("CPU", _read_cpu_model),
         ("cores", _read_core_count),

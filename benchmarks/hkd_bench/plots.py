@@ -113,7 +113,14 @@ def draw_miss_rates(
 
 
 def plot_latency(result: BenchResult) -> str:
-    """Plot the cumulative distribution of the latency, with dots at p50, p90 and p99, as inline SVG."""
+    """Plot the cumulative distribution of the latency, with dots at p50, p90 and p99, as inline SVG.
+
+    Args:
+        result: Measurements of all models.
+
+    Returns:
+        Inline SVG.
+    """
 
     def draw(axes: Axes) -> None:
         for index, model in enumerate(result.models):
@@ -141,7 +148,14 @@ def plot_latency(result: BenchResult) -> str:
 
 
 def plot_stages(result: BenchResult) -> str:
-    """Plot the mean latency of each stage as stacked bars, as inline SVG."""
+    """Plot the mean latency of each stage as stacked bars, as inline SVG.
+
+    Args:
+        result: Measurements of all models.
+
+    Returns:
+        Inline SVG.
+    """
     names = ("preprocess", "inference", "postprocess")
     means = np.array([_compute_stage_means(model) for model in result.models])  # [models, 3]
     texts = [" + ".join(f"{mean:.2g}" if mean < 1 else f"{mean:.1f}" for mean in row) + " ms" for row in means]
@@ -169,6 +183,9 @@ def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
     Args:
         training: Name of each run, with the epoch and the miss rate (fraction) of each evaluation.
+
+    Returns:
+        Inline SVG.
     """
 
     def draw(axes: Axes) -> None:
@@ -194,7 +211,14 @@ def _line_style(index: int) -> dict[str, Any]:
 
 
 def format_percent(fraction: float | None) -> str:
-    """Format a miss rate in percent; "-" for None."""
+    """Format a miss rate in percent; "-" for None.
+
+    Args:
+        fraction: Miss rate, 0 to 1, or None.
+
+    Returns:
+        For example "12.34 %".
+    """
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 

@@ -78,6 +78,9 @@ def render_examples(
         conf: Minimum score of a detection.
         num_images: Maximum number of images.
         setup: Setup that selects the evaluated boxes.
+
+    Returns:
+        The drawn images with captions.
     """
     candidates = [sample for sample in samples if (~sample.ground_truth.ignore).any()] or list(samples)
     indices = np.unique(np.linspace(0, len(candidates) - 1, min(num_images, len(candidates))).round().astype(int))
@@ -146,7 +149,19 @@ def render_html(
     training: Mapping[str, Sequence[tuple[int, float]]],
     video_frames: Sequence[NDArray[np.uint8]],
 ) -> str:
-    """Render the HTML of the report; see `write_bench_report` for the arguments."""
+    """Render the HTML of the report; see `write_bench_report` for the arguments.
+
+    Args:
+        result: Measurements of all models.
+        title: Title of the page.
+        intro: Paragraph below the title.
+        examples: Example images of the last model.
+        training: Name of each training run, with the epoch and the miss rate (fraction) of each evaluation.
+        video_frames (uint8 array[H, W, 3]): Frames of a processed video, RGB.
+
+    Returns:
+        The page.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -47,6 +47,9 @@ def summarize_latency(samples_ms: Sequence[float]) -> LatencySummary:
     Args:
         samples_ms: Latencies in milliseconds, at least one.
 
+    Returns:
+        The statistics, milliseconds.
+
     Raises:
         ValueError: There are no samples.
     """
@@ -108,7 +111,14 @@ class StoredCurve:
 
     @classmethod
     def from_miss_rate(cls, result: MissRateResult) -> "StoredCurve":
-        """Select points evenly on a logarithmic axis, including the first and the last."""
+        """Select points evenly on a logarithmic axis, including the first and the last.
+
+        Args:
+            result: Miss rate with its complete curve.
+
+        Returns:
+            The stored curve.
+        """
         num_points = len(result.fppi)
         indices = np.arange(num_points)
         if num_points > MAX_CURVE_POINTS:
@@ -227,12 +237,23 @@ class BenchResult:
 
 
 def write_result(path: Path, result: BenchResult) -> None:
-    """Write a result as JSON; the file is replaced atomically."""
+    """Write a result as JSON; the file is replaced atomically.
+
+    Args:
+        path: Output file (.json).
+        result: Measurements of all models.
+    """
     write_text(path, json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n")
 
 
 def read_result(path: Path) -> BenchResult:
     """Read a result that `write_result` wrote.
+
+    Args:
+        path: File of `hkd-bench --json`.
+
+    Returns:
+        The measurements.
 
     Raises:
         DataError: The file is missing or invalid; the message names it and the key.

@@ -70,13 +70,21 @@ class ScoreResult:
             detections: Its detections.
             miss_rates: Miss rate of each setup.
             metrics: Other metrics as fractions.
+
+        Returns:
+            The result.
         """
         num_out_of_range = int(np.count_nonzero((detections.scores < 0) | (detections.scores > 1)))
         return cls(path, len(detections), num_out_of_range, miss_rates or {}, metrics or {})
 
 
 def score_citypersons(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
-    """Yield the CityPersons miss rates of each detection file (COCO JSON)."""
+    """Yield the CityPersons miss rates of each detection file (COCO JSON).
+
+    Args:
+        config: Ground truth and options.
+        detections: Detection files (COCO JSON).
+    """
     setups = [citypersons.SETUPS[name] for name in _select_setups(config, citypersons.SETUPS)]
     ground_truth = read_coco_ground_truth(config.annotations)
     for path in detections:
@@ -87,7 +95,12 @@ def score_citypersons(config: ScoreConfig, detections: Sequence[Path]) -> Iterat
 
 
 def score_caltech(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
-    """Yield the Caltech miss rates of each directory of detections."""
+    """Yield the Caltech miss rates of each directory of detections.
+
+    Args:
+        config: Ground truth and options.
+        detections: Directories of detections, as the official toolbox reads them.
+    """
     version = caltech.AnnotationVersion(config.protocol)
     names = _select_setups(config, caltech.SETUPS)
     set_names = parse_sets(config.caltech_sets) if config.caltech_sets else None
@@ -102,7 +115,12 @@ def score_caltech(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[S
 
 
 def score_coco(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
-    """Yield COCO's metrics of each detection file (COCO JSON)."""
+    """Yield COCO's metrics of each detection file (COCO JSON).
+
+    Args:
+        config: Ground truth and options.
+        detections: Detection files (COCO JSON).
+    """
     if config.setups:
         raise UsageError("--setup: the protocol coco has no setups. Omit the flag.")
     ground_truth = read_coco_ground_truth(config.annotations)

@@ -55,7 +55,11 @@ COLUMNS = (
 
 
 def make_cells(result: BenchResult) -> list[list[Cell]]:
-    """Return one row per model with one cell per entry of `COLUMNS`."""
+    """Return one row per model with one cell per entry of `COLUMNS`.
+
+    Args:
+        result: Measurements of all models.
+    """
     rows = [_collect_metrics(model) for model in result.models]
     no_reference: Sequence[float | None] = [None] * len(COLUMNS)  # the first model has no ratios
     return [
@@ -65,7 +69,14 @@ def make_cells(result: BenchResult) -> list[list[Cell]]:
 
 
 def format_text_table(result: BenchResult) -> str:
-    """Format a result for the terminal: one row per model, its ratios to the first model below, and notes."""
+    """Format a result for the terminal: one row per model, its ratios to the first model below, and notes.
+
+    Args:
+        result: Measurements of all models.
+
+    Returns:
+        The table and the notes below it.
+    """
     rows = [["", *(column.unit for column in COLUMNS)]]
     for model, cells in zip(result.models, make_cells(result), strict=True):
         rows.append([model.name, *(cell.value for cell in cells)])
@@ -75,7 +86,14 @@ def format_text_table(result: BenchResult) -> str:
 
 
 def format_markdown_table(result: BenchResult) -> str:
-    """Format a result as a Markdown table with the ratios to the first model in parentheses, and notes."""
+    """Format a result as a Markdown table with the ratios to the first model in parentheses, and notes.
+
+    Args:
+        result: Measurements of all models.
+
+    Returns:
+        The table and the notes below it.
+    """
     headers = ["model", *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS)]
     rows = [
         [model.name, *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in cells)]
@@ -89,6 +107,9 @@ def format_score_table(scores: Mapping[str, ScoreResult]) -> str:
 
     Args:
         scores: Result of each detection file, by its name. At least one.
+
+    Returns:
+        The table.
     """
     first = next(iter(scores.values()))
     rows = [
@@ -100,7 +121,11 @@ def format_score_table(scores: Mapping[str, ScoreResult]) -> str:
 
 
 def make_notes(result: BenchResult) -> list[str]:
-    """Return the sentences below a table: data, conditions of the measurement and confidence of the percentiles."""
+    """Return the sentences below a table: data, conditions of the measurement and confidence of the percentiles.
+
+    Args:
+        result: Measurements of all models.
+    """
     first = result.models[0]
     threads = "the runtime's default threads" if result.threads is None else f"{result.threads} threads"
     data = f"{result.data or 'unnamed data'}, {result.split or 'no split'}"

@@ -96,6 +96,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the job in the file argv[0] and write the result to argv[1].
 
     An `HkdError` is written to the result, and the parent raises it.
+
+    Args:
+        argv: The job (JSON) and the file to write (JSON).
+
+    Returns:
+        Exit code 0, also after an `HkdError`.
     """
     job_path, out_path = map(Path, argv)
     job = parse_job(json.loads(job_path.read_text(encoding="utf-8")))
@@ -109,7 +115,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_job(values: dict[str, Any]) -> WorkerJob:
-    """Build a job from its JSON form, in which tuples are lists."""
+    """Build a job from its JSON form, in which tuples are lists.
+
+    Args:
+        values: Content of the JSON file.
+
+    Returns:
+        The job.
+    """
     tuples = {key: tuple(values[key]) for key in ("timed_images", "eval_images")}
     return WorkerJob(**{**values, **tuples})
 
@@ -181,7 +194,12 @@ def read_peak_mib() -> float:
 
 
 def write_detections_npz(path: Path, detections: Sequence[Detections]) -> None:
-    """Write the detections of all images to one .npz file."""
+    """Write the detections of all images to one .npz file.
+
+    Args:
+        path: Output file (.npz).
+        detections: Detections of each image.
+    """
     np.savez(
         path,
         num_detections=np.array([len(one) for one in detections]),
@@ -191,7 +209,14 @@ def write_detections_npz(path: Path, detections: Sequence[Detections]) -> None:
 
 
 def read_detections_npz(path: Path) -> list[Detections]:
-    """Read the file of `write_detections_npz`; one entry per image, in the same order."""
+    """Read the file of `write_detections_npz`; one entry per image, in the same order.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Detections of each image.
+    """
     with np.load(path) as arrays:
         ends = np.cumsum(arrays["num_detections"])[:-1]
         boxes, scores = np.split(arrays["boxes_xyxy"], ends), np.split(arrays["scores"], ends)
