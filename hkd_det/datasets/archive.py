@@ -1,6 +1,6 @@
-"""`unpack`: an archive into a folder; nothing beside the folder, and no more than its size makes likely.
+"""Safe extraction of archives: nothing is written outside the directory, and the extracted size is limited.
 
-Only plain files and folders are unpacked: data sets need no links, and links are how archives write elsewhere.
+Only regular files and directories are extracted. Links are refused because they can redirect writes.
 """
 
 import bz2
@@ -23,27 +23,15 @@ from tqdm import tqdm
 from hkd_det.errors import DataError, HkdError, UnavailableError
 
 CHUNK_BYTES = 1 << 20
-
-
-MAX_EXPANSION = 50  # an archive's size, unpacked: pictures take 1 time, annotations as text 3 to 20 times
-
-
+MAX_EXPANSION = 50  # extracted size / archive size: about 1 for images, 3 to 20 for annotations as text
 MIN_LIMIT_BYTES = 1 << 28
-
-
 MAX_MEMBERS = 2_000_000
-
-
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-
-
-DECOMPRESSORS: dict[bytes, Any] = {
+DECOMPRESSORS: dict[bytes, Any] = {  # by the first bytes of the file
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
-}  # by a file's first bytes
-
-
+}
 DAMAGED_ERRORS = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
     ValueError, OverflowError, IndexError, MemoryError,
@@ -52,35 +40,45 @@ DAMAGED_ERRORS = (
 
 @dataclass(frozen=True)
 class ArchiveMember:
-    """A file or, without content, a folder of an archive."""
+    """A file or directory in an archive.
+
+    Attributes:
+        name: Path in the archive.
+        content: Content of a file; None for a directory.
+    """
 
     name: str
     content: IO[bytes] | None
 
 
 def extract_archive(archive: Path, folder: Path, max_bytes: int = 0) -> None:
-    """Write the files of a .zip or .tar (also .gz, .bz2, .xz) under `folder`, where none of them may be yet.
+    """Extract a .zip or .tar (also .gz, .bz2, .xz) into a directory; existing files are not overwritten.
 
-    most_bytes: the most it may take; by default 50 times the archive's size, at least 256 MiB. Raises DataError for a
-    damaged archive, for a member that is a link or device or would lie outside the folder, and for one that takes too
-    much; then the folder holds a part, and is the caller's to remove.
+    Args:
+        archive: Archive file.
+        folder: Output directory. After an error it can contain a part of the files.
+        max_bytes: Limit of the extracted size. 0 selects 50 times the size of the archive, at least 256 MiB.
+
+    Raises:
+        DataError: The archive is damaged or too large, or a member is a link, a device or outside the directory.
+        UnavailableError: The disk has too little space.
     """
-    most = max_bytes or max(MIN_LIMIT_BYTES, MAX_EXPANSION * archive.stat().st_size)
+    limit_bytes = max_bytes or max(MIN_LIMIT_BYTES, MAX_EXPANSION * archive.stat().st_size)
     written = 0
     try:
         members = (
-            _iterate_zip_members(archive, folder, most)
+            _iterate_zip_members(archive, folder, limit_bytes)
             if archive.suffix == ".zip"
-            else _iterate_tar_members(archive, most)
+            else _iterate_tar_members(archive, limit_bytes)
         )
-        for count, member in enumerate(tqdm(members, desc=f"unpack {archive.name}", unit=" files"), 1):
+        for count, member in enumerate(tqdm(members, desc=f"extract {archive.name}", unit=" files"), 1):
             if count > MAX_MEMBERS:
                 raise DataError(f"{archive}: more than {MAX_MEMBERS:,} files")
             target = _resolve_target(folder, member, archive)
             if member.content is None:
                 target.mkdir(parents=True, exist_ok=True)
             else:
-                written = _write_member(member.content, target, written, most, archive)
+                written = _write_member(member.content, target, written, limit_bytes, archive)
     except HkdError:
         raise
     except DAMAGED_ERRORS as error:
@@ -88,33 +86,33 @@ def extract_archive(archive: Path, folder: Path, max_bytes: int = 0) -> None:
             f"{archive}: a damaged archive ({' '.join(str(error).split()) or type(error).__name__})"
         ) from None
     except OSError as error:
-        raise DataError(f"{archive}: cannot be unpacked: {error.strerror or error}") from None
+        raise DataError(f"{archive}: cannot be extracted: {error.strerror or error}") from None
 
 
 def _resolve_target(folder: Path, member: ArchiveMember, archive: Path) -> Path:
     name, parts = member.name, PurePosixPath(member.name).parts
-    outside = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
-    if outside or not (parts or member.content is None):
-        raise DataError(f"{archive}: member {name!r} would lie outside {folder}; nothing of it is used")
+    is_outside = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
+    if is_outside or not (parts or member.content is None):
+        raise DataError(f"{archive}: member {name!r} is outside {folder}. The archive is not used.")
     return folder.joinpath(*parts)
 
 
 def _write_member(content: IO[bytes], target: Path, written: int, max_bytes: int, archive: Path) -> int:
-    """Copy a member; the bytes written so far, this one included."""
+    """Write a member and return the number of bytes written so far, including this member."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("xb") as out:
-        while piece := content.read(CHUNK_BYTES):
-            written += len(piece)
+        while chunk := content.read(CHUNK_BYTES):
+            written += len(chunk)
             if written > max_bytes:
                 raise DataError(_format_size_error(archive, f"more than {max_bytes:,}"))
-            out.write(piece)
+            out.write(chunk)
     return written
 
 
 def _format_size_error(archive: Path, size_text: str) -> str:
     return (
-        f"{archive}: {archive.stat().st_size:,} bytes that would unpack to {size_text}, as no data set does; "
-        "if it is right, unpack it yourself"
+        f"{archive}: {archive.stat().st_size:,} bytes that extract to {size_text} bytes, which is too large for a "
+        "data set. If the archive is correct, extract it manually."
     )
 
 
@@ -126,9 +124,9 @@ def _iterate_zip_members(archive: Path, folder: Path, max_bytes: int) -> Iterato
             raise DataError(_format_size_error(archive, f"{total:,}"))
         check_disk_space(folder, total)
         for info in infos:
-            kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system == 3 else 0  # 3: made on Unix
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise DataError(f"{archive}: member {info.filename!r} is a link or device; nothing of it is used")
+            file_type = stat.S_IFMT(info.external_attr >> 16) if info.create_system == 3 else 0  # 3: Unix
+            if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise DataError(f"{archive}: member {info.filename!r} is a link or device. The archive is not used.")
             if info.is_dir():
                 yield ArchiveMember(info.filename, None)
             else:
@@ -137,50 +135,58 @@ def _iterate_zip_members(archive: Path, folder: Path, max_bytes: int) -> Iterato
 
 
 def _iterate_tar_members(archive: Path, max_bytes: int) -> Iterator[ArchiveMember]:
-    # r|: as a stream, front to back; Bounded, as a header, too, may claim to be gigabytes long
+    # r|: read as a stream. _BoundedReader limits headers too, which can claim a size of gigabytes.
     with (
-        _open_decompressed(archive) as plain,
-        tarfile.open(fileobj=_BoundedReader(plain, max_bytes, archive), mode="r|") as source,
+        _open_decompressed(archive) as stream,
+        tarfile.open(fileobj=_BoundedReader(stream, max_bytes, archive), mode="r|") as source,
     ):
         while info := source.next():
             if info.isdir():
                 yield ArchiveMember(info.name, None)
             elif info.isreg() and not info.issparse():
                 content = source.extractfile(info)
-                assert content is not None  # of a regular file there is always one
+                assert content is not None  # never None for a regular file
                 yield ArchiveMember(info.name, content)
             else:
-                raise DataError(f"{archive}: member {info.name!r} is a link or device; nothing of it is used")
-            source.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                raise DataError(f"{archive}: member {info.name!r} is a link or device. The archive is not used.")
+            source.members = []  # type: ignore[attr-defined]  # tarfile keeps all members in memory otherwise
 
 
 def _open_decompressed(archive: Path) -> IO[bytes]:
-    """The .tar in a .tar.gz, .bz2 or .xz; or the file as it is."""
+    """Open a .tar, decompressed if it is a .gz, .bz2 or .xz."""
     with archive.open("rb") as file:
         head = file.read(8)
-    for start, opener in DECOMPRESSORS.items():
-        if head.startswith(start):
+    for magic, opener in DECOMPRESSORS.items():
+        if head.startswith(magic):
             return cast("IO[bytes]", opener(archive, "rb"))
     return archive.open("rb")
 
 
 class _BoundedReader(io.RawIOBase):
-    """A stream that is read no further than twice a limit: as much again for headers."""
+    """Stream that can be read up to twice a limit; the second half is for headers."""
 
     def __init__(self, stream: IO[bytes], max_bytes: int, archive: Path) -> None:
         self._stream, self._num_bytes_left, self._max_bytes, self._archive = stream, 2 * max_bytes, max_bytes, archive
 
     def read(self, size: int = -1) -> bytes:
-        piece = self._stream.read(size)
-        self._num_bytes_left -= len(piece)
+        chunk = self._stream.read(size)
+        self._num_bytes_left -= len(chunk)
         if self._num_bytes_left < 0:
             raise DataError(_format_size_error(self._archive, f"more than {self._max_bytes:,}"))
-        return piece
+        return chunk
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise UnavailableError where the disk that holds `folder`, or will hold it, has less room than that."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    """Check the free space on the disk of a directory, which need not exist.
+
+    Args:
+        folder: Directory.
+        needed_bytes: Required space.
+
+    Raises:
+        UnavailableError: The disk has too little space.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise UnavailableError(f"{folder}: {needed_bytes:,} bytes needed, {free:,} free on its disk")
+        raise UnavailableError(f"{folder}: {needed_bytes:,} bytes needed, {free:,} free on its disk. Free some space.")

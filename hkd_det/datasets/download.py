@@ -1,7 +1,8 @@
-"""`download`: a named data set from the web into ./datasets/, where its licence allows that.
+"""Download of the data sets in datasets.yaml into ./datasets/.
 
-datasets.yaml says which files: `download: [{url, sha256, bytes, unpack_to}]`. They are fetched into
-datasets/.downloads/NAME, verified, unpacked there, and take their name in one step: what lies under the name is whole.
+An entry lists its files: `download: [{url, sha256, bytes, unpack_to}]`. They are downloaded to
+datasets/.downloads/NAME, verified and extracted there. The result is renamed at the end, so a directory under the final
+name is always complete.
 """
 
 import fcntl
@@ -20,79 +21,92 @@ from hkd_det.datasets.download_file import RemoteFile, download_file
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 TEMP_DIR = ".downloads"
-RECORD_FILE = ".downloaded.json"  # in the data set's folder: the SHA-256 of what it was unpacked from
+RECORD_FILE = ".downloaded.json"  # in the directory of the data set: URL and SHA-256 of each downloaded file
 FILE_KEYS = {"url", "sha256", "bytes", "unpack_to"}
 
 
 @dataclass(frozen=True)
 class DownloadItem:
-    """A file of a data set, and the folder in it where it is unpacked."""
+    """One file of a data set.
+
+    Attributes:
+        remote: URL, digest and size of the file.
+        unpack_to: Directory inside the data set into which it is extracted.
+    """
 
     remote: RemoteFile
     unpack_to: str
 
 
 def download(data: str) -> Path:
-    """Fetch, verify and unpack a data set of datasets.yaml; the folder it lies in. Says what it does.
+    """Download, verify and extract a data set of datasets.yaml. An existing directory is not changed.
 
-    What is there already stays as it is. Raises UsageError for another name, UnavailableError for a data set that
-    must be fetched by hand, and what `fetch` and `unpack` raise.
+    Args:
+        data: Name in datasets.yaml.
+
+    Returns:
+        Directory of the data set.
+
+    Raises:
+        UsageError: The name is not in datasets.yaml.
+        UnavailableError: The data set requires a manual download, or the download failed.
+        DataError: A file is not the expected one, or an archive is invalid.
     """
     if data.endswith((".yaml", ".yml")):
-        raise UsageError(
-            f"--data {data}: --download fetches the data sets of {find_catalog_file()} only, by their names"
-        )
+        raise UsageError(f"--data {data}: --download requires a name in {find_catalog_file()}, got a file")
     entry = load_catalog_entry(data)
     folder = DATASETS_DIR / PurePosixPath(entry.get("path", data)).parts[0]
-    parts = _parse_items(entry.get("download"), data)
-    if not parts and not _is_nonempty_dir(folder):
+    items = _parse_items(entry.get("download"), data)
+    if not items and not _is_nonempty_dir(folder):
         raise UnavailableError(
-            f"--data {data}: cannot be downloaded without you. Get it from {entry.get('homepage')}; accepted there: "
-            f"{entry.get('license')}; unpack it into {folder.absolute()} as {entry.get('directory_layout')}"
+            f"--data {data}: requires a manual download. Get it from {entry.get('homepage')} (license: "
+            f"{entry.get('license')}) and extract it into {folder.absolute()} as {entry.get('directory_layout')}"
         )
-    with _lock_temp_dir(DATASETS_DIR / TEMP_DIR / data) as work:
-        if _is_downloaded(folder, parts):
-            print(f"{data}: {folder} is there already; nothing is fetched")
+    with _lock_temp_dir(DATASETS_DIR / TEMP_DIR / data) as temp_dir:
+        if _is_downloaded(folder, items):
+            print(f"{data}: {folder} exists already; nothing is downloaded")
         else:
-            print(f"{data}: {entry.get('homepage')}; by using it you accept: {entry.get('license')}")
-            _download_and_extract(parts, work, folder)
-            print(f"{data}: fetched, verified and unpacked into {folder}")
-        shutil.rmtree(work)
+            print(f"{data}: {entry.get('homepage')}; by using it you accept the license: {entry.get('license')}")
+            _download_and_extract(items, temp_dir, folder)
+            print(f"{data}: downloaded, verified and extracted into {folder}")
+        shutil.rmtree(temp_dir)
     return folder
 
 
 def _download_and_extract(items: list[DownloadItem], temp_dir: Path, folder: Path) -> None:
-    archives = [temp_dir / f"{number}-{part.remote.name}" for number, part in enumerate(items)]
-    there = sum(path.stat().st_size for path in temp_dir.iterdir() if path.is_file())
-    check_disk_space(temp_dir, sum(part.remote.size_bytes for part in items) - there)
-    for part, archive in zip(items, archives, strict=True):
-        download_file(part.remote, archive)
-    unpacked = temp_dir / "unpacked"
-    shutil.rmtree(unpacked, ignore_errors=True)  # of a try that was interrupted
+    archives = [temp_dir / f"{index}-{item.remote.name}" for index, item in enumerate(items)]
+    present_bytes = sum(path.stat().st_size for path in temp_dir.iterdir() if path.is_file())
+    check_disk_space(temp_dir, sum(item.remote.size_bytes for item in items) - present_bytes)
+    for item, archive in zip(items, archives, strict=True):
+        download_file(item.remote, archive)
+    extracted = temp_dir / "extracted"
+    shutil.rmtree(extracted, ignore_errors=True)  # left by an interrupted run
     try:
-        for part, archive in zip(items, archives, strict=True):
-            target = unpacked / part.unpack_to
+        for item, archive in zip(items, archives, strict=True):
+            target = extracted / item.unpack_to
             if archive.name.endswith(ARCHIVE_SUFFIXES):
                 extract_archive(archive, target)
             else:
                 target.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(archive, target / part.remote.name)
-        (unpacked / RECORD_FILE).write_text(json.dumps(_make_record(items)), encoding="utf-8")
-        unpacked.replace(folder)  # an empty folder may lie there
+                shutil.copyfile(archive, target / item.remote.name)
+        (extracted / RECORD_FILE).write_text(json.dumps(_make_record(items)), encoding="utf-8")
+        extracted.replace(folder)  # `folder` may exist as an empty directory
     finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
+        shutil.rmtree(extracted, ignore_errors=True)
 
 
 def _is_downloaded(folder: Path, items: list[DownloadItem]) -> bool:
-    """Whether the data set lies there: as it is downloaded now, or as the user has put it there."""
+    """Return whether the directory exists: downloaded from the same files, or filled by the user."""
     try:
-        recorded = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return _is_nonempty_dir(folder)
     except ValueError:
-        recorded = None
-    if recorded != _make_record(items):
-        raise DataError(f"{folder}: downloaded from other files than datasets.yaml names now; remove it to fetch those")
+        record = None
+    if record != _make_record(items):
+        raise DataError(
+            f"{folder}: downloaded from other files than those in datasets.yaml. Remove it to download it again."
+        )
     return True
 
 
@@ -101,31 +115,31 @@ def _is_nonempty_dir(folder: Path) -> bool:
 
 
 def _make_record(items: list[DownloadItem]) -> dict[str, str]:
-    return {part.remote.url: part.remote.sha256 for part in items}
+    return {item.remote.url: item.remote.sha256 for item in items}
 
 
 @contextmanager
 def _lock_temp_dir(temp_dir: Path) -> Iterator[Path]:
-    """The folder to work in, for one process at a time: others, as torchrun starts them, wait until it is done."""
+    """Create the temporary directory and lock it; other processes, as started by torchrun, wait."""
     temp_dir.mkdir(parents=True, exist_ok=True)
     with (temp_dir.parent / f"{temp_dir.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{temp_dir.name}: another process is downloading it; waiting")
+            print(f"{temp_dir.name}: waiting for another process that downloads it")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        temp_dir.mkdir(parents=True, exist_ok=True)  # the other one has removed it
+        temp_dir.mkdir(parents=True, exist_ok=True)  # removed by the other process
         yield temp_dir
 
 
 def _parse_items(entries: Any, data: str) -> list[DownloadItem]:
-    """What datasets.yaml says under `download`, checked."""
+    """Validate the key `download` of an entry."""
     name = f"{find_catalog_file()}: {data}: download"
     if entries is None:
         return []
-    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{name}: expected a list of {{url, sha256, bytes, unpack_to}}")
-    return [_parse_item(one, name) for one in entries]
+    return [_parse_item(entry, name) for entry in entries]
 
 
 def _parse_item(entry: dict[str, Any], name: str) -> DownloadItem:
@@ -133,15 +147,15 @@ def _parse_item(entry: dict[str, Any], name: str) -> DownloadItem:
     if not set(entry) <= FILE_KEYS:
         raise DataError(f"{name}: unknown key {min(map(str, set(entry) - FILE_KEYS))!r}")
     if not isinstance(url, str) or not re.match(r"https?://[^/]+/", url):
-        raise DataError(f"{name}: url {url!r} must begin with https:// or http://")
+        raise DataError(f"{name}: url: expected https://... or http://..., got {url!r}")
     if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise DataError(f"{name}: sha256 {sha256!r} must be 64 hexadecimal digits in quotes: no file without one")
+        raise DataError(f"{name}: sha256: expected 64 lower-case hexadecimal digits in quotes, got {sha256!r}")
     if type(size) is not int or size < 1:
-        raise DataError(f"{name}: bytes {size!r} must be the file's size")
-    inside = PurePosixPath(str(unpack_to or "."))
-    if inside.is_absolute() or ".." in inside.parts:
-        raise DataError(f"{name}: unpack_to {unpack_to!r} must lie inside the data set")
+        raise DataError(f"{name}: bytes: expected the size of the file, got {size!r}")
+    target = PurePosixPath(str(unpack_to or "."))
+    if target.is_absolute() or ".." in target.parts:
+        raise DataError(f"{name}: unpack_to: expected a path inside the data set, got {unpack_to!r}")
     remote = RemoteFile(url, sha256, size)
     if not remote.name:
-        raise DataError(f"{name}: url {url!r} must end in a file's name")
-    return DownloadItem(remote, str(inside))
+        raise DataError(f"{name}: url: expected a file name at the end, got {url!r}")
+    return DownloadItem(remote, str(target))

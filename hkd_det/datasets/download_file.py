@@ -1,7 +1,7 @@
-"""`fetch`: a file from the web, whole and the one that is meant, or not at all.
+"""Download of one file with verification, retries and resumption.
 
-What has come so far lies in NAME.part, so that a download that was stopped goes on; NAME.part.version says which
-version of the file it is (the server's ETag or date), so that halves of two versions are never joined.
+The received bytes are in NAME.part, so that an interrupted download resumes. NAME.part.version contains the version of
+the file (ETag or date of the server), so that parts of two versions are never joined.
 """
 
 import re
@@ -21,29 +21,25 @@ from hkd_det.errors import DataError, UnavailableError
 from hkd_det.files import file_sha256
 
 CHUNK_BYTES = 1 << 20
-
-
-TIMEOUT_S = (30.0, 60.0)  # to connect, and between two pieces
-
-
-MAX_RETRIES = 4  # in a row, without a new byte
-
-
-RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP: come again later
-
+TIMEOUT_S = (30.0, 60.0)  # to connect, and between two chunks
+MAX_RETRIES = 4  # in a row without a new byte
+RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)  # temporary HTTP errors
 
 Sleep = Callable[[float], None]
 
 
 class _RetryableError(Exception):
-    """It may go well the next time."""
+    """A temporary failure: the request is repeated."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the web, and how to know it again.
+    """A file on a web server.
 
-    url: http or https; sha256: 64 lower-case hexadecimal digits; size_bytes: exact, 1 or more.
+    Attributes:
+        url: Address, http or https.
+        sha256: 64 lower-case hexadecimal digits.
+        size_bytes: Exact size, at least 1.
     """
 
     url: str
@@ -52,87 +48,95 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The last part of the URL's path, a plain file name; "" where there is none."""
+        """File name at the end of the URL, or "" if there is none."""
         name = PurePosixPath(unquote(urlsplit(self.url).path)).name
         return name if re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) else ""
 
 
 def download_file(remote: RemoteFile, path: Path, sleep: Sleep = time.sleep) -> None:
-    """Bring the file to `path`, unless it is there already; go on with what an earlier try has left.
+    """Download a file unless it exists already; resume an earlier download.
 
-    A broken connection is tried again after 1, 2, 4, 8 seconds (`wait`), as long as it takes while bytes come.
-    Raises UnavailableError for what the network or the server refuses, DataError for a full disk or another file than
-    the one that is meant; such a file is removed.
+    After a failure, the request is repeated after 1, 2, 4 and 8 seconds. The count starts again with every new byte.
+
+    Args:
+        remote: URL, digest and size.
+        path: Output path.
+        sleep: Function that waits for a number of seconds.
+
+    Raises:
+        UnavailableError: The network or the server refuses the request.
+        DataError: The disk is full, or the file is not the expected one; such a file is removed.
     """
     if path.exists() and _hash_file(path) == remote.sha256:
         return
-    part = path.with_name(f"{path.name}.part")
+    partial_path = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if _get_size_bytes(part) > remote.size_bytes:
-        _remove_partial(part)
+    if _get_size_bytes(partial_path) > remote.size_bytes:
+        _remove_partial(partial_path)
     with (
         requests.Session() as session,
         tqdm(desc=remote.name, total=remote.size_bytes, unit="B", unit_scale=True, unit_divisor=1024) as bar,
     ):
-        _download_with_retries(session, remote, part, bar, sleep)
-    found = _hash_file(part)
-    if found != remote.sha256:
-        _remove_partial(part)
+        _download_with_retries(session, remote, partial_path, bar, sleep)
+    sha256 = _hash_file(partial_path)
+    if sha256 != remote.sha256:
+        _remove_partial(partial_path)
         raise DataError(
-            f"{remote.url}: not the file that is meant: its SHA-256 is {found}, not {remote.sha256}; removed. "
-            "If a second try says the same, the file was changed at its source"
+            f"{remote.url}: expected SHA-256 {remote.sha256}, got {sha256}. The file was removed. If the error occurs "
+            "again, the file was changed on the server."
         )
-    part.replace(path)
-    _remove_partial(part)
+    partial_path.replace(path)
+    _remove_partial(partial_path)
 
 
 def _download_with_retries(
     session: requests.Session, remote: RemoteFile, partial_path: Path, bar: "tqdm[Any]", sleep: Sleep
 ) -> None:
-    """Receive until the part has the file's size."""
-    furthest, failures = _get_size_bytes(partial_path), 0
+    """Repeat requests until the partial file has the expected size."""
+    max_bytes, failures = _get_size_bytes(partial_path), 0
     while _get_size_bytes(partial_path) < remote.size_bytes:
         try:
             _download_once(session, remote, partial_path, bar)
         except SSLError as error:
             raise UnavailableError(
-                f"{remote.url}: the server's certificate is not accepted ({_format_root_cause(error)}); behind a company's "
-                "proxy set REQUESTS_CA_BUNDLE to its certificates"
+                f"{remote.url}: invalid server certificate ({_format_root_cause(error)}). Behind a proxy, "
+                "set REQUESTS_CA_BUNDLE to its certificates."
             ) from None
         except (_RetryableError, requests.ConnectionError, requests.Timeout, HTTPError) as error:
-            if _get_size_bytes(partial_path) > furthest:
-                furthest, failures = _get_size_bytes(partial_path), 0
+            if _get_size_bytes(partial_path) > max_bytes:
+                max_bytes, failures = _get_size_bytes(partial_path), 0
             if failures == MAX_RETRIES:
                 raise UnavailableError(
-                    f"{remote.url}: {_format_root_cause(error)}, {failures + 1} times in a row; what has come is kept "
-                    f"({_get_size_bytes(partial_path):,} of {remote.size_bytes:,} bytes): the same command goes on with it"
+                    f"{remote.url}: {_format_root_cause(error)}, {failures + 1} times in a row. "
+                    f"{_get_size_bytes(partial_path):,} of {remote.size_bytes:,} bytes are kept. "
+                    "Repeat the command to resume."
                 ) from None
-            bar.set_postfix_str(f"broken off, again in {2**failures} s")
+            bar.set_postfix_str(f"interrupted, retry in {2**failures} s")
             sleep(2.0**failures)
             failures += 1
-        except (RequestException, ValueError) as error:  # ValueError: a redirect to what is no address
+        except (RequestException, ValueError) as error:  # ValueError: a redirect to an invalid address
             raise UnavailableError(f"{remote.url}: {_format_root_cause(error)}") from None
 
 
 def _download_once(session: requests.Session, remote: RemoteFile, partial_path: Path, bar: "tqdm[Any]") -> None:
-    """One request: add what comes to the part, or write it anew where the server does not go on."""
-    # identity: bytes are counted and hashed as they lie on the server
+    """Send one request and append to the partial file; start again if the server does not resume."""
+    # identity: size and digest are those of the file on the server
     headers = {"Accept-Encoding": "identity", "User-Agent": "hkd-det", **_make_range_headers(partial_path)}
-    with session.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
-        start = _get_start_byte(answer, remote, partial_path)
+    with session.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+        start = _get_start_byte(response, remote, partial_path)
         try:
             with partial_path.open("r+b" if start else "wb", buffering=0) as out:
-                _get_version_path(partial_path).write_text(_get_version(answer), encoding="utf-8")
+                _get_version_path(partial_path).write_text(_get_version(response), encoding="utf-8")
                 out.seek(start)
                 bar.n = start
                 bar.set_postfix_str("")
-                _stream_to_file(answer, out.write, remote, bar)
+                _stream_to_file(response, out.write, remote, bar)
         except DataError:
             _remove_partial(partial_path)
             raise
         except OSError as error:
             raise DataError(
-                f"{partial_path}: {error.strerror or error}; what has come is kept: the same command goes on with it"
+                f"{partial_path}: {error.strerror or error}. The received bytes are kept. Repeat the command to resume."
             ) from None
     if _get_size_bytes(partial_path) < remote.size_bytes:
         raise _RetryableError("the connection ended early")
@@ -141,57 +145,57 @@ def _download_once(session: requests.Session, remote: RemoteFile, partial_path: 
 def _stream_to_file(
     response: requests.Response, write: Callable[[memoryview], int | None], remote: RemoteFile, bar: "tqdm[Any]"
 ) -> None:
-    # The raw stream: requests would unpack a .gz file that the server declares as "Content-Encoding: gzip".
-    for piece in response.raw.stream(CHUNK_BYTES, decode_content=False):
-        if bar.n + len(piece) > remote.size_bytes:
-            raise DataError(f"{remote.url}: sends more than the {remote.size_bytes:,} bytes of the file that is meant")
-        left = memoryview(piece)
-        while left:  # an unbuffered write may take less than all
-            left = left[write(left) :]
-        bar.update(len(piece))
+    # The raw stream: requests would decompress a .gz file that the server declares as "Content-Encoding: gzip".
+    for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
+        if bar.n + len(chunk) > remote.size_bytes:
+            raise DataError(f"{remote.url}: expected {remote.size_bytes:,} bytes, got more")
+        rest = memoryview(chunk)
+        while rest:  # an unbuffered write may write only a part
+            rest = rest[write(rest) :]
+        bar.update(len(chunk))
 
 
 def _get_start_byte(response: requests.Response, remote: RemoteFile, partial_path: Path) -> int:
-    """From which byte the answer's content goes on."""
+    """Return the offset of the response in the file."""
     status = response.status_code
     if status in RETRY_STATUS:
-        raise _RetryableError(f"the server answers {status} {response.reason}")
-    if status == 416:  # nothing there to go on with: the part is of another file
+        raise _RetryableError(f"HTTP status {status} {response.reason}")
+    if status == 416:  # range not satisfiable: the partial file belongs to another version
         _remove_partial(partial_path)
-        raise _RetryableError("the server has no more of the file")
+        raise _RetryableError("the server cannot resume the download")
     if status not in (200, 206):
-        raise UnavailableError(f"{remote.url}: the server answers {status} {response.reason}")
+        raise UnavailableError(f"{remote.url}: HTTP status {status} {response.reason}")
     start, size = 0, response.headers.get("Content-Length", "")
     if status == 206:
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""), re.ASCII)
-        known = _read_version(partial_path)
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""), re.ASCII)
+        version = _read_version(partial_path)
         if (
-            not span
-            or int(span[1]) != _get_size_bytes(partial_path)
-            or (known and _get_version(response) not in (known, ""))
+            not match
+            or int(match[1]) != _get_size_bytes(partial_path)
+            or (version and _get_version(response) not in (version, ""))
         ):
             _remove_partial(partial_path)
-            raise _RetryableError("the server went on from another place")
-        start, size = _get_size_bytes(partial_path), span[2]
+            raise _RetryableError("the server resumed at another offset or version")
+        start, size = _get_size_bytes(partial_path), match[2]
     if size.isdecimal() and int(size) != remote.size_bytes:
         raise DataError(
-            f"{remote.url}: {int(size):,} bytes there, {remote.size_bytes:,} in the file that is meant: "
-            "it was changed, or something between here and the server answers in its place"
+            f"{remote.url}: expected {remote.size_bytes:,} bytes, got {int(size):,}. The file was changed, or a proxy "
+            "returned another one."
         )
     return start
 
 
 def _make_range_headers(partial_path: Path) -> dict[str, str]:
-    """The headers that ask for the rest of the version whose beginning is there."""
-    have = _get_size_bytes(partial_path)
-    if not have:
+    """Return the headers that request the rest of the partial file, for the same version."""
+    num_bytes = _get_size_bytes(partial_path)
+    if not num_bytes:
         return {}
     version = _read_version(partial_path)
-    return {"Range": f"bytes={have}-", **({"If-Range": version} if version else {})}
+    return {"Range": f"bytes={num_bytes}-", **({"If-Range": version} if version else {})}
 
 
 def _get_version(response: requests.Response) -> str:
-    """What If-Range may name: a strong ETag, or the date; "" where the server says neither."""
+    """Return a value for If-Range: a strong ETag or the date; "" if the server sends neither."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
@@ -223,10 +227,10 @@ def _hash_file(path: Path) -> str:
 
 
 def _format_root_cause(error: BaseException) -> str:
-    """The reason at the end of a chain of exceptions, as short as it can be said."""
+    """Return the message of the exception at the end of the chain, in one line."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     if isinstance(error, TimeoutError):
-        return "no answer in time"
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__
+        return "timeout"
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(message.split()) or type(error).__name__

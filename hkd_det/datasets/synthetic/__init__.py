@@ -1,4 +1,4 @@
-"""The embedded default: a drawn street with people, written as CityPersons would be. numpy and OpenCV only."""
+"""Synthetic street scenes with persons, written in the CityPersons layout."""
 
 from hkd_det.datasets.synthetic.scene import RenderedScene, generate_scene
 from hkd_det.datasets.synthetic.writer import write_synthetic_dataset, write_video

@@ -1,4 +1,4 @@
-"""`python -m hkd_det.datasets.synthetic ROOT`: draw a street, in CityPersons' layout."""
+"""`python -m hkd_det.datasets.synthetic ROOT`: write a synthetic data set in the CityPersons layout."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,16 +9,18 @@ from hkd_det.errors import run_command
 
 
 def _run_synthetic(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hkd_det.datasets.synthetic", description=__doc__)
-    parser.add_argument("root", type=Path, help="the folder to write")
-    parser.add_argument("--train", type=int, default=240, help="pictures to train on")
-    parser.add_argument("--val", type=int, default=60, help="pictures to validate on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clip", type=Path, help="also write a film of 100 frames")
-    arguments = parser.parse_args(argv)
-    write_synthetic_dataset(arguments.root, arguments.train, arguments.val, arguments.seed)
-    if arguments.clip:
-        write_video(arguments.clip, arguments.seed)
+    parser = argparse.ArgumentParser(
+        prog="python -m hkd_det.datasets.synthetic", description="Write a synthetic data set."
+    )
+    parser.add_argument("root", type=Path, help="output directory")
+    parser.add_argument("--train", type=int, default=240, help="number of training images (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=60, help="number of validation images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: %(default)s)")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="also write a video of 100 frames")
+    flags = parser.parse_args(argv)
+    write_synthetic_dataset(flags.root, flags.train, flags.val, flags.seed)
+    if flags.video:
+        write_video(flags.video, flags.seed)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""People: proportions, clothes and pose, painted limb by limb."""
+"""Persons of the synthetic scenes: proportions, clothes and poses, drawn limb by limb."""
 
 import math
 from collections.abc import Callable
@@ -9,17 +9,11 @@ import numpy as np
 from hkd_det.datasets.synthetic.renderer import Canvas, Color, Point, scale_color
 
 SKIN_COLORS: list[Color] = [(238, 200, 172), (222, 178, 142), (198, 146, 106), (150, 104, 72), (104, 70, 50)]
-
-
 HAIR_COLORS: list[Color] = [(36, 28, 24), (70, 48, 32), (120, 84, 48), (190, 160, 104), (150, 146, 142)]
-
-
 CLOTHING_COLORS: list[Color] = [
     (34, 36, 44), (58, 62, 74), (40, 52, 88), (96, 100, 108), (150, 40, 44), (188, 182, 168), (60, 92, 70),
     (200, 150, 60), (112, 78, 60), (70, 120, 160), (214, 214, 218), (128, 64, 110), (220, 110, 60),
 ]  # fmt: skip
-
-
 LOWER_CLOTHING_COLORS: list[Color] = [
     (38, 44, 62),
     (30, 30, 34),
@@ -28,20 +22,25 @@ LOWER_CLOTHING_COLORS: list[Color] = [
     (60, 56, 54),
     (128, 124, 116),
 ]
+HEAD_TOP_OFFSET = 0.068  # from the center of the head, in standing heights
 
-
-PointTransform = Callable[[Point], Point]  # from shares of the height to pixels
-
-
-HEAD_TOP_OFFSET = 0.068  # above the head's centre
+PointTransform = Callable[[Point], Point]  # from standing heights to pixels
 
 
 @dataclass(frozen=True)
 class Person:
-    """Who it is. Lengths are shares of the standing height; `build` widens everything.
+    """Appearance and movement of a person.
 
-    turn: -1 faces left, 0 the camera or away from it (`back`), 1 right. phase: of the walk, radians.
-    stride: swing of the legs, radians; 0 stands.
+    Attributes:
+        build: Factor on all widths.
+        skin, hair, upper, lower, shoes: RGB colors, 0 to 255.
+        garment: "trousers", "skirt" or "coat".
+        has_bag: True for a bag in the hand.
+        has_hat: True for a hat.
+        facing: -1 left, 0 toward the camera or away from it, 1 right.
+        is_facing_away: True if the back is visible.
+        phase: Phase of the walk in radians.
+        stride: Swing of the legs in radians; 0 for standing.
     """
 
     build: float
@@ -60,13 +59,13 @@ class Person:
 
 
 def sample_person(rng: np.random.Generator) -> Person:
-    """Anybody."""
+    """Sample a random person."""
 
-    def pick(colours: list[Color]) -> Color:
-        red, green, blue = np.clip(np.array(colours[rng.integers(len(colours))]) + rng.normal(0, 9, 3), 0, 255)
+    def pick(colors: list[Color]) -> Color:
+        red, green, blue = np.clip(np.array(colors[rng.integers(len(colors))]) + rng.normal(0, 9, 3), 0, 255)
         return float(red), float(green), float(blue)
 
-    walks = rng.random() < 0.8
+    is_walking = rng.random() < 0.8
     return Person(
         build=float(np.clip(rng.normal(1.0, 0.1), 0.8, 1.3)),
         skin=pick(SKIN_COLORS),
@@ -80,13 +79,18 @@ def sample_person(rng: np.random.Generator) -> Person:
         facing=float(rng.choice([-1, 1]) * rng.random() ** 0.5),
         is_facing_away=bool(rng.random() < 0.5),
         phase=float(rng.uniform(0, 2 * math.pi)),
-        stride=float(rng.uniform(0.25, 0.5)) if walks else 0.06,
+        stride=float(rng.uniform(0.25, 0.5)) if is_walking else 0.06,
     )
 
 
 @dataclass(frozen=True)
 class Joints:
-    """Where a pose has its joints: x to the right, y up, shares of the standing height; near and far limbs."""
+    """Joints of a pose: x to the right, y up, in standing heights. Pairs contain the near and the far limb.
+
+    Attributes:
+        hip, neck, head: Joints of the torso.
+        knees, feet, elbows, hands: Joints of both limbs.
+    """
 
     hip: Point
     neck: Point
@@ -98,7 +102,7 @@ class Joints:
 
 
 def walking_pose(person: Person) -> Joints:
-    """The walk: legs swing against each other, the rear knee bends, arms swing against the legs."""
+    """Return the joints of a walking person: legs and arms swing in opposite directions, the rear knee bends."""
     swing = person.stride * math.sin(person.phase)
     facing, side = math.copysign(1.0, person.facing), abs(person.facing)
     hip, neck = (0.0, 0.52), (0.012 * facing * side, 0.83)
@@ -118,21 +122,22 @@ def walking_pose(person: Person) -> Joints:
         fore = arm + 0.35
         hands.append((elbow[0] + facing * side * 0.16 * math.sin(fore), elbow[1] - 0.16 * math.cos(fore)))
         elbows.append(elbow)
-    # The planted foot stands on the ground, whatever the swing.
+    # The lower foot touches the ground for every swing.
     drop = min(foot[1] for foot in feet) - 0.018
     lowered = [(x, y - drop) for x, y in feet]
     return Joints(
-        (hip[0], hip[1] - drop), (neck[0], neck[1] - drop), (neck[0] + 0.012 * facing * side, 1 - HEAD_TOP_OFFSET - drop),
+        (hip[0], hip[1] - drop), (neck[0], neck[1] - drop),
+        (neck[0] + 0.012 * facing * side, 1 - HEAD_TOP_OFFSET - drop),
         _to_pair([(x, y - drop) for x, y in knees]), _to_pair(lowered),
         _to_pair([(x, y - drop) for x, y in elbows]), _to_pair([(x, y - drop) for x, y in hands]),
     )  # fmt: skip
 
 
 def riding_pose(person: Person) -> Joints:
-    """On a bicycle, legs on the pedals, hands on the bar; the saddle at 0.5."""
+    """Return the joints of a cyclist, with the saddle at 0.5 standing heights."""
     facing = math.copysign(1.0, person.facing)
-    turn = person.phase
-    feet = [(facing * (0.06 + s * 0.07 * math.cos(turn)), 0.16 + s * 0.07 * math.sin(turn)) for s in (1.0, -1.0)]
+    phase = person.phase
+    feet = [(facing * (0.06 + s * 0.07 * math.cos(phase)), 0.16 + s * 0.07 * math.sin(phase)) for s in (1.0, -1.0)]
     knees = [(x + facing * 0.11, (y + 0.52) / 2 + 0.05) for x, y in feet]
     return Joints(
         (-facing * 0.05, 0.52), (facing * 0.1, 0.8), (facing * 0.15, 0.9), _to_pair(knees), _to_pair(feet),
@@ -141,35 +146,45 @@ def riding_pose(person: Person) -> Joints:
 
 
 def sitting_pose(person: Person) -> Joints:
-    """On a bench, its seat at 0.27."""
+    """Return the joints of a person on a bench, with the seat at 0.27 standing heights."""
     facing = math.copysign(1.0, person.facing)
     return Joints(
         (0.0, 0.29), (-facing * 0.02, 0.59), (0.0, 0.69),
-        _to_pair([(facing * 0.23, 0.29), (facing * 0.22, 0.28)]), _to_pair([(facing * 0.24, 0.02), (facing * 0.2, 0.02)]),
-        _to_pair([(facing * 0.07, 0.42), (facing * 0.06, 0.42)]), _to_pair([(facing * 0.2, 0.33), (facing * 0.18, 0.33)]),
+        _to_pair([(facing * 0.23, 0.29), (facing * 0.22, 0.28)]),
+        _to_pair([(facing * 0.24, 0.02), (facing * 0.2, 0.02)]),
+        _to_pair([(facing * 0.07, 0.42), (facing * 0.06, 0.42)]),
+        _to_pair([(facing * 0.2, 0.33), (facing * 0.18, 0.33)]),
     )  # fmt: skip
 
 
 def paint_person(canvas: Canvas, person: Person, joints: Joints, foot: Point, height_px: float) -> None:
-    """Paint a person whose ground point is `foot` (x, y pixels), `height_px` tall when standing; far limbs first."""
+    """Draw a person, far limbs first.
+
+    Args:
+        canvas: Canvas to draw on.
+        person: Appearance.
+        joints: Pose.
+        foot: Point on the ground, x and y in pixels.
+        height_px: Standing height in pixels.
+    """
 
     def at(point: Point) -> Point:
         return foot[0] + point[0] * height_px, foot[1] - point[1] * height_px
 
-    wide = person.build * height_px
+    width_px = person.build * height_px
     for limb in (1, 0):
-        tone = 0.72 if limb else 1.0
-        _paint_leg(canvas, person, at(joints.hip), at(joints.knees[limb]), at(joints.feet[limb]), wide, tone)
+        brightness = 0.72 if limb else 1.0
+        _paint_leg(canvas, person, at(joints.hip), at(joints.knees[limb]), at(joints.feet[limb]), width_px, brightness)
         if limb:
-            _paint_arm(canvas, person, joints, limb, at, wide, tone)
-    _paint_torso(canvas, person, joints, at, wide)
+            _paint_arm(canvas, person, joints, limb, at, width_px, brightness)
+    _paint_torso(canvas, person, joints, at, width_px)
     _paint_head(canvas, person, at(joints.neck), at(joints.head), height_px)
-    _paint_arm(canvas, person, joints, 0, at, wide, 1.0)
+    _paint_arm(canvas, person, joints, 0, at, width_px, 1.0)
     if person.has_bag:
         hand = at(joints.hands[0])
         canvas.draw_polygon(
             [
-                (hand[0] + dx * wide, hand[1] + dy * wide)
+                (hand[0] + dx * width_px, hand[1] + dy * width_px)
                 for dx, dy in ((-0.05, 0.02), (0.05, 0.02), (0.06, 0.14), (-0.06, 0.14))
             ],
             scale_color(person.shoes, 1.3),
@@ -183,14 +198,14 @@ def _to_pair(points: list[Point]) -> tuple[Point, Point]:
 def _paint_leg(
     canvas: Canvas, person: Person, hip: Point, knee: Point, foot: Point, width_px: float, brightness: float
 ) -> None:
-    bare = person.garment == "skirt"
+    has_bare_legs = person.garment == "skirt"
     thigh = scale_color(person.lower, brightness)
-    shin = scale_color(person.skin if bare else person.lower, brightness)
+    shin = scale_color(person.skin if has_bare_legs else person.lower, brightness)
     canvas.draw_capsule(hip, knee, 0.058 * width_px, 0.042 * width_px, thigh)
     canvas.draw_capsule(knee, foot, 0.042 * width_px, 0.026 * width_px, shin)
-    ahead = math.copysign(0.035 * width_px, person.facing) * min(1.0, abs(person.facing) + 0.2)
+    offset = math.copysign(0.035 * width_px, person.facing) * min(1.0, abs(person.facing) + 0.2)
     canvas.draw_ellipse(
-        (foot[0] + ahead, foot[1]), (0.05 * width_px, 0.02 * width_px), scale_color(person.shoes, brightness)
+        (foot[0] + offset, foot[1]), (0.05 * width_px, 0.02 * width_px), scale_color(person.shoes, brightness)
     )
 
 
@@ -237,13 +252,12 @@ def _paint_torso(canvas: Canvas, person: Person, joints: Joints, to_pixels: Poin
 
 
 def _paint_head(canvas: Canvas, person: Person, neck: Point, head: Point, height_px: float) -> None:
-    """Neck, hair, face, hat."""
     canvas.draw_capsule(neck, head, 0.026 * height_px, 0.026 * height_px, scale_color(person.skin, 0.85))
     canvas.draw_ellipse(head, (0.05 * height_px, HEAD_TOP_OFFSET * height_px), person.hair)
     if not (person.is_facing_away and abs(person.facing) < 0.5):
-        ahead = math.copysign(0.016 * height_px, person.facing) * abs(person.facing)
+        offset = math.copysign(0.016 * height_px, person.facing) * abs(person.facing)
         canvas.draw_ellipse(
-            (head[0] + ahead, head[1] + 0.016 * height_px), (0.038 * height_px, 0.05 * height_px), person.skin
+            (head[0] + offset, head[1] + 0.016 * height_px), (0.038 * height_px, 0.05 * height_px), person.skin
         )
     if person.has_hat:
         canvas.draw_ellipse(

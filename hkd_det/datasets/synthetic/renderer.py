@@ -1,6 +1,7 @@
-"""The canvas: shapes are painted into the picture and, with their owner's number, into an id map.
+"""Canvas and camera of the synthetic scenes.
 
-Perspective: a camera in a car, 1.4 m above a flat road, looking straight ahead.
+Shapes are drawn into an image and into a map of object ids, which gives the visible part of each object. The camera is
+1.4 m above a flat road and faces straight ahead.
 """
 
 from collections.abc import Sequence
@@ -11,21 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 Point = tuple[float, float]
+Color = tuple[float, float, float]  # RGB, 0 to 255
 
-
-Color = tuple[float, float, float]
-
-
-SUBPIXEL_SHIFT = 4  # OpenCV's fixed point: sixteenths of a pixel
-
-
+SUBPIXEL_SHIFT = 4  # fixed-point coordinates of OpenCV: 1/16 pixel
 BACKGROUND_ID = 0
+CAMERA_HEIGHT_M = 1.4
 
 
 class Canvas:
-    """A picture (H, W, 3) uint8 RGB and an id map (H, W) int32: whose pixel is on top.
+    """Image and map of object ids. Set `object_id`, `brightness` and `haze_ratio` before drawing.
 
-    Set `owner` before painting; `haze` mixes every colour with `air` (0 none, 1 all), as distance does.
+    Args:
+        size_hw: Height and width in pixels.
+        haze_color: Color of distant objects.
+
+    Attributes:
+        image (uint8 array[H, W, 3]): RGB.
+        id_map (int32 array[H, W]): Id of the object that is visible in each pixel.
+        haze_color: Color of distant objects.
+        haze_ratio: Part of the haze color in every drawn color, 0 to 1.
+        brightness: Factor on every drawn color.
+        object_id: Id of the drawn object.
     """
 
     def __init__(self, size_hw: tuple[int, int], haze_color: Color) -> None:
@@ -37,13 +44,13 @@ class Canvas:
         self.object_id = BACKGROUND_ID
 
     def draw_polygon(self, points: Sequence[Point], color: Color) -> None:
-        """Fill a polygon, its edges smoothed in the picture and sharp in the id map."""
+        """Fill a polygon; edges are antialiased in the image and sharp in the id map."""
         fixed = np.round(np.array(points) * (1 << SUBPIXEL_SHIFT)).astype(np.int32)
         cv2.fillPoly(self.image, [fixed], self._apply_haze(color), cv2.LINE_AA, SUBPIXEL_SHIFT)
         cv2.fillPoly(self.id_map, [fixed], self.object_id, cv2.LINE_8, SUBPIXEL_SHIFT)
 
     def draw_ellipse(self, center: Point, radii: Point, color: Color, angle_deg: float = 0.0) -> None:
-        """Fill an ellipse; `tilt` in degrees, clockwise."""
+        """Fill an ellipse; `angle_deg` is the clockwise rotation in degrees."""
         fixed = (round(center[0] * (1 << SUBPIXEL_SHIFT)), round(center[1] * (1 << SUBPIXEL_SHIFT)))
         axes = (max(1, round(radii[0] * (1 << SUBPIXEL_SHIFT))), max(1, round(radii[1] * (1 << SUBPIXEL_SHIFT))))
         cv2.ellipse(
@@ -52,7 +59,7 @@ class Canvas:
         cv2.ellipse(self.id_map, fixed, axes, angle_deg, 0, 360, self.object_id, -1, cv2.LINE_8, SUBPIXEL_SHIFT)
 
     def draw_ring(self, center: Point, radii: Point, width_px: float, color: Color) -> None:
-        """An ellipse's outline."""
+        """Draw the outline of an ellipse."""
         fixed = (round(center[0] * (1 << SUBPIXEL_SHIFT)), round(center[1] * (1 << SUBPIXEL_SHIFT)))
         axes = (max(1, round(radii[0] * (1 << SUBPIXEL_SHIFT))), max(1, round(radii[1] * (1 << SUBPIXEL_SHIFT))))
         thickness = max(1, round(width_px))
@@ -60,7 +67,7 @@ class Canvas:
         cv2.ellipse(self.id_map, fixed, axes, 0, 0, 360, self.object_id, thickness, cv2.LINE_8, SUBPIXEL_SHIFT)
 
     def draw_capsule(self, start: Point, end: Point, start_radius: float, end_radius: float, color: Color) -> None:
-        """A tapered capsule: an upper arm, a shin, a trunk, a bicycle's tube."""
+        """Fill a tapered capsule, for example a limb, a trunk or a tube."""
         along = np.array(end) - np.array(start)
         length = max(1e-6, float(np.hypot(*along)))
         across = np.array([-along[1], along[0]]) / length
@@ -76,55 +83,60 @@ class Canvas:
         self.draw_ellipse(end, (end_radius, end_radius), color)
 
     def compute_extent_xyxy(self, object_id: int) -> NDArray[np.float64] | None:
-        """The tight box of an owner's pixels, right and bottom exclusive; None without any."""
-        mine = self.id_map == object_id
-        columns, rows = np.flatnonzero(mine.any(0)), np.flatnonzero(mine.any(1))
+        """Compute the box of the visible pixels of an object.
+
+        Args:
+            object_id: Id of the object.
+
+        Returns:
+            box_xyxy (float64 array[4]): Pixels, right and bottom exclusive; None if the object is not visible.
+        """
+        mask = self.id_map == object_id
+        columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
         if not len(rows):
             return None
         return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
 
     def _apply_haze(self, color: Color) -> tuple[int, int, int]:
         red, green, blue = (
-            round(min(255.0, (1 - self.haze_ratio) * self.brightness * own + self.haze_ratio * far))
-            for own, far in zip(color, self.haze_color, strict=True)
+            round(min(255.0, (1 - self.haze_ratio) * self.brightness * value + self.haze_ratio * haze))
+            for value, haze in zip(color, self.haze_color, strict=True)
         )
         return red, green, blue
 
 
 def scale_color(color: Color, factor: float) -> Color:
-    """A colour made darker (below 1) or lighter (above 1)."""
-    red, green, blue = (min(255.0, part * factor) for part in color)
+    """Return a darker (factor below 1) or lighter color."""
+    red, green, blue = (min(255.0, value * factor) for value in color)
     return red, green, blue
-
-
-CAMERA_HEIGHT_M = 1.4
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Where things of a street appear in a picture of `size_hw`.
+    """Projection of the scene: x meters to the right of the camera, z meters ahead.
 
-    x metres to the right of the camera, z metres ahead, up metres above the road.
+    Attributes:
+        size_hw: Height and width of the image in pixels.
     """
 
     size_hw: tuple[int, int]
 
     @property
     def focal_px(self) -> float:
-        """Pixels a metre at one metre's distance: a field of view of 85 degrees across."""
+        """Pixels per meter at a distance of one meter; the horizontal field of view is 85 degrees."""
         return 0.55 * self.size_hw[1]
 
     @property
     def horizon_px(self) -> float:
-        """The row in which the road ends."""
+        """Row of the horizon."""
         return 0.42 * self.size_hw[0]
 
     def pixels_per_meter(self, z: float) -> float:
-        """Pixels a metre at distance z."""
+        """Return the scale at the distance z, in pixels per meter."""
         return self.focal_px / z
 
     def project(self, x: float, z: float, height_m: float = 0.0) -> Point:
-        """The pixel (x, y) of a place."""
+        """Return the pixel (x, y) of a point `height_m` above the road."""
         return self.size_hw[1] / 2 + x * self.pixels_per_meter(z), self.horizon_px + (
             CAMERA_HEIGHT_M - height_m
         ) * self.pixels_per_meter(z)

@@ -1,4 +1,4 @@
-"""A web server on this machine that behaves as badly as it is told: for the tests of downloads."""
+"""Fixtures of the download tests: a local web server with configurable failures."""
 
 import hashlib
 import random
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hkd_det.datasets import download_file as fetch
+from hkd_det.datasets import download_file as module
 from hkd_det.datasets.download_file import RemoteFile
 
 CONTENT = random.Random(3).randbytes(300_000)
@@ -21,25 +21,25 @@ CONTENT = random.Random(3).randbytes(300_000)
 
 @dataclass
 class Site:
-    """What is served under every path, and how."""
+    """Content and behavior of the server, the same for every path."""
 
     content: bytes = CONTENT
     ranges: bool = True
     headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"one"'})
-    breaks: list[int] = field(default_factory=list)  # of the next answers: after how many bytes the line goes dead
-    statuses: list[int] = field(default_factory=list)  # of the next answers, in the place of 200
-    length: int | None = None  # what is said to come, where it is not the truth; 0: nothing is said
+    breaks: list[int] = field(default_factory=list)  # number of bytes after which each of the next responses ends
+    statuses: list[int] = field(default_factory=list)  # status of each of the next responses
+    length: int | None = None  # wrong Content-Length; 0 omits the header
     redirect_to: str = ""
-    asked: list[dict[str, str]] = field(default_factory=list)  # the headers of every request
+    requests: list[dict[str, str]] = field(default_factory=list)  # headers of every request
     address: str = ""
 
     def file(self, **changes: Any) -> RemoteFile:
-        known = {"sha256": hashlib.sha256(self.content).hexdigest(), "size_bytes": len(self.content)}
-        return RemoteFile(f"{self.address}/data/set.zip", **{**known, **changes})
+        values = {"sha256": hashlib.sha256(self.content).hexdigest(), "size_bytes": len(self.content)}
+        return RemoteFile(f"{self.address}/data/set.zip", **{**values, **changes})
 
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        asked = {key.lower(): value for key, value in handler.headers.items()}
-        self.asked.append(asked)
+    def respond(self, handler: BaseHTTPRequestHandler) -> None:
+        headers = {key.lower(): value for key, value in handler.headers.items()}
+        self.requests.append(headers)
         if self.redirect_to:
             handler.send_response(302)
             handler.send_header("Location", self.redirect_to)
@@ -50,9 +50,9 @@ class Site:
             handler.send_error(status)
             return
         start, versions = 0, [self.headers.get("ETag"), self.headers.get("Last-Modified")]
-        span = re.fullmatch(r"bytes=(\d+)-", asked.get("range", ""))
-        if span and self.ranges and asked.get("if-range", versions[0]) in versions:
-            start = int(span[1])
+        match = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
+        if match and self.ranges and headers.get("if-range", versions[0]) in versions:
+            start = int(match[1])
             if start >= len(self.content):
                 handler.send_error(416)
                 return
@@ -73,17 +73,17 @@ class Site:
 
 
 @contextmanager
-def _serving(site: Site, host: str) -> Iterator[Site]:
+def _run_server(site: Site, host: str) -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            site.answer(self)
+            site.respond(self)
 
         def log_message(self, *_: object) -> None:
             pass
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            """Whoever asked has had enough."""
+            """Ignore clients that close the connection."""
 
     with Server((host, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -103,12 +103,12 @@ Serve = Callable[..., Site]
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     monkeypatch.setenv("NO_PROXY", "*")
     with ExitStack() as stack:
-        yield lambda host="127.0.0.1", **how: stack.enter_context(_serving(Site(**how), host))
+        yield lambda host="127.0.0.1", **options: stack.enter_context(_run_server(Site(**options), host))
 
 
 @pytest.fixture(autouse=True)
-def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Every pause that would have been made; none is made."""
-    pauses: list[float] = []
-    monkeypatch.setattr(fetch.download_file, "__defaults__", (pauses.append,))
-    return pauses
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record the duration of every pause instead of waiting."""
+    durations: list[float] = []
+    monkeypatch.setattr(module.download_file, "__defaults__", (durations.append,))
+    return durations
