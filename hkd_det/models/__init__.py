@@ -1,1 +1,1 @@
-"""The detector, a file a part. Needs torch."""
+"""Detectors: the common interface, the model families, checkpoints and the zoo. Needs torch."""

@@ -1,8 +1,8 @@
 """Task-aligned assignment of anchor points to ground-truth boxes (TOOD, Feng et al. 2021, eq. 1 and 4).
 
 The alignment metric of a point and a box is t = score^alpha * IoU^beta. A box takes its `topk` points of highest metric
-among the points inside it. A point that several boxes take is assigned to the box with the highest IoU. The target score
-of a point is its metric, scaled so that the best point of a box has the best IoU of that box as target.
+among the points inside it. A point that several boxes take is assigned to the box with the highest IoU. The target
+score of a point is its metric, scaled so that the best point of a box has the best IoU of that box as target.
 
 `topk` = 1 is the one-to-one assignment of the end-to-end branch (YOLOv10). There, several points are often equally good
 and the assignment would depend on rounding, which cannot be learned. `center_weight` therefore multiplies the metric by

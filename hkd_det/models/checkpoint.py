@@ -48,7 +48,7 @@ def build_from_spec(spec: ModelSpec, changes: ModelChanges = NO_CHANGES) -> Base
     Raises:
         UsageError: If the network cannot be built or a change does not fit it.
     """
-    return get_family(spec)(spec, changes)  # type: ignore[call-arg]  # nn.Module has no constructor arguments
+    return get_family(spec)(spec, changes)
 
 
 def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The neck is a feature pyramid (Lin et al. 2017) followed by a bottom-up path (PA
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from hkd_det.models.base import (
     BranchOutputs,
     DenseOutputs,
     DetectionBatch,
+    DetectorPart,
     FeatureInfo,
     ModelSpec,
     Targets,
@@ -56,7 +57,7 @@ class DenseDetector(BaseDetector):
         return dense_soft_label_losses(outputs, detections, targets, reduce_mean, background_weight)
 
     def raw_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return boxes [B, A, 4] and logits [B, A] of the branch that `predict` uses. See `BaseDetector.raw_outputs`."""
+        """Return boxes and logits of the branch that `predict` uses. See `BaseDetector.raw_outputs`."""
         outputs: DenseOutputs = self(images)
         branch = outputs.one2one or outputs.one2many
         return branch.boxes_xyxy, branch.logits
@@ -129,7 +130,7 @@ class HKDDetector(DenseDetector):
     """Backbone from timm, `PAFPN` neck, and a head with a one-to-many and a one-to-one branch."""
 
     spec_type = HKDDetectorSpec
-    part_prefixes = {"backbone.": "backbone", "neck.": "neck"}
+    part_prefixes: ClassVar[dict[str, DetectorPart]] = {"backbone.": "backbone", "neck.": "neck"}
 
     spec: HKDDetectorSpec
     mean: Tensor

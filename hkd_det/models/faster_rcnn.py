@@ -6,7 +6,7 @@ torchvision's model, all images of a batch have one size, nothing is resized, an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from hkd_det.models.backbone import MEAN_RGB, STD_RGB, Backbone, load_backbone_w
 from hkd_det.models.base import (
     BaseDetector,
     DetectionBatch,
+    DetectorPart,
     FeatureInfo,
     ModelSpec,
     ProposalOutputs,
@@ -75,7 +76,7 @@ class FasterRCNN(BaseDetector):
 
     capabilities = frozenset({"features", "logits", "detections", "rois"})
     spec_type = FasterRCNNSpec
-    part_prefixes = {"backbone.body.": "backbone", "backbone.fpn.": "neck"}
+    part_prefixes: ClassVar[dict[str, DetectorPart]] = {"backbone.body.": "backbone", "backbone.fpn.": "neck"}
 
     spec: FasterRCNNSpec
     mean: Tensor
@@ -148,9 +149,9 @@ class FasterRCNN(BaseDetector):
         self,
         outputs: ProposalOutputs,
         detections: DetectionBatch,
-        targets: Targets,
+        targets: Targets,  # noqa: ARG002 - part of the interface
         reduce_mean: ReduceMean = clamp_min_one,
-        background_weight: float = 1.0,
+        background_weight: float = 1.0,  # noqa: ARG002 - part of the interface
     ) -> tuple[Tensor, Tensor]:
         """Compute `roi_soft_label_losses`. `targets` and `background_weight` have no effect."""
         return roi_soft_label_losses(self, outputs, detections, reduce_mean)
@@ -165,10 +166,13 @@ class FasterRCNN(BaseDetector):
     def postprocess(self, outputs: ProposalOutputs, max_det: int = 100) -> DetectionBatch:
         """Run the second stage on all proposals, then non-maximum suppression without a score threshold."""
         roi_outputs = self.forward_rois(outputs, outputs.proposals)
-        all_boxes, all_scores = clip_boxes_to_image(roi_outputs.boxes_xyxy, outputs.input_hw), roi_outputs.logits
+        all_scores = roi_outputs.logits.sigmoid()
+        all_boxes = clip_boxes_to_image(roi_outputs.boxes_xyxy, outputs.input_hw)
         counts = [len(proposals) for proposals in outputs.proposals]
         boxes, scores = [], []
-        for image_boxes, image_scores in zip(all_boxes.split(counts), all_scores.sigmoid().split(counts), strict=True):
+        for image_boxes, image_scores in zip(
+            torch.split(all_boxes, counts), torch.split(all_scores, counts), strict=True
+        ):
             kept = nms(image_boxes, image_scores, self.roi_heads.nms_thresh)[:max_det]
             boxes.append(image_boxes[kept])
             scores.append(image_scores[kept])
@@ -184,7 +188,7 @@ class FasterRCNN(BaseDetector):
         return compute_second_stage(self.rpn, self.roi_heads, self.forward_features(images), images)
 
     def feature_info(self) -> list[FeatureInfo]:
-        """Return the first four pyramid levels. The fifth is the fourth, subsampled, and only the first stage reads it."""
+        """Return the first four pyramid levels. The fifth is the fourth, subsampled, for the first stage only."""
         return [
             FeatureInfo(f"backbone.fpn.layer_blocks.{level}", stride, self.spec.channels)
             for level, stride in enumerate(STRIDES)

@@ -1,12 +1,10 @@
-"""Head: at every point of the pyramid, is a person centred here, and where are the four sides?
+"""The head of `HKDDetector`: scores and distance distributions at every anchor point, and their conversion to boxes.
 
-Decoupled (YOLOX) and shared between levels, each level with its own normalisation (RTMDet). Scores come in
-two branches (YOLOv10): `many` learns from several points a person and shapes the features; `one` learns from
-a single point a person, so that few answer twice and people who overlap both stay. `one` is `many` plus a learnt
-correction that only has to silence the neighbours of the best point; its gradient stays out of all it
-stands on. Sides are distributions over distances (GFL).
-
-Anchor points: the centres of the pyramid's cells, and boxes as distances from them.
+The head is decoupled (YOLOX) and shared by all levels, with separate normalizations per level (RTMDet). Scores have two
+branches (YOLOv10). `one2many` is trained with several anchor points per box and shapes the features. `one2one` is
+trained with one anchor point per box, so that duplicates are rare and overlapping persons are kept. It is `one2many`
+plus a learned correction, which only has to suppress the neighbors of the best point. Its gradient reaches neither
+`one2many` nor the features.
 """
 
 import math
@@ -18,15 +16,17 @@ from torch import Tensor, nn
 
 from hkd_det.models.surgery import PrunableLayer
 
-PRIOR_PROB = 0.01  # the share of points that hold a person, about: where the scores start (RetinaNet)
+PRIOR_PROB = 0.01  # initial score, about the ratio of anchor points on persons (RetinaNet)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadOutputs:
-    """What the head says at A points, the levels' points in a row from fine to coarse.
+    """Head outputs at all anchor points, fine level first, row by row.
 
-    many, one: [B, A] score logits of the two branches.
-    sides: [B, A, 4, bins] logits of the distances left, up, right, down, in strides.
+    Attributes:
+        one2many (Tensor[B, A]): Score logits of the one-to-many branch.
+        one2one (Tensor[B, A]): Score logits of the one-to-one branch.
+        box_logits (Tensor[B, A, 4, reg_max]): Logits of the distances left, up, right, down, in strides.
     """
 
     one2many: Tensor
@@ -35,7 +35,13 @@ class HeadOutputs:
 
 
 class ConvTower(nn.Module):
-    """`depth` 3x3 convolutions shared by all levels, with a normalisation of its own for each level."""
+    """A stack of 3x3 convolutions that all levels share, each with one batch normalization per level.
+
+    Args:
+        channels: Number of channels.
+        depth: Number of convolutions.
+        num_levels: Number of feature levels.
+    """
 
     def __init__(self, channels: int, depth: int, num_levels: int) -> None:
         super().__init__()
@@ -45,15 +51,22 @@ class ConvTower(nn.Module):
         )
 
     def forward(self, features: Tensor, level: int) -> Tensor:
-        """[B, channels, H, W] of one level, the same shape out."""
-        norms: nn.ModuleList = self.norms[level]  # type: ignore[assignment]
+        """Process the features [B, channels, H, W] of one level; the shape stays the same."""
+        norms: nn.ModuleList = self.norms[level]  # type: ignore[assignment]  # typed as Module by torch
         for conv, norm in zip(self.convs, norms, strict=True):
             features = torch.relu(norm(conv(features)))
         return features
 
 
 class Head(nn.Module):
-    """Scores and side distributions for every point of a pyramid of `levels` maps."""
+    """Predicts scores and distance distributions from feature levels.
+
+    Args:
+        channels: Channels of the levels.
+        depth: Number of convolutions per tower.
+        num_levels: Number of levels.
+        reg_max: Number of distance bins.
+    """
 
     def __init__(self, channels: int, depth: int, num_levels: int, reg_max: int) -> None:
         super().__init__()
@@ -64,66 +77,91 @@ class Head(nn.Module):
         self.one2many = nn.Conv2d(channels, 1, 1)
         self.one2one = nn.Conv2d(channels, 1, 1)
         self.box_logits = nn.Conv2d(channels, 4 * reg_max, 1)
-        nn.init.constant_(self.one2many.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))  # type: ignore[arg-type]
+        prior_logit = -math.log((1 - PRIOR_PROB) / PRIOR_PROB)
+        nn.init.constant_(self.one2many.bias, prior_logit)  # type: ignore[arg-type]  # the bias is not None
         nn.init.zeros_(self.one2one.weight)
-        nn.init.zeros_(self.one2one.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.one2one.bias)  # type: ignore[arg-type]  # the bias is not None
 
     def forward(self, feature_maps: Sequence[Tensor]) -> HeadOutputs:
-        """One [B, channels, H_i, W_i] map a level to the raw maps of all their points."""
+        """Run the head on levels [B, channels, H_i, W_i], fine to coarse."""
         levels = [self._forward_level(features, level) for level, features in enumerate(feature_maps)]
-        many, one, sides = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
-        return HeadOutputs(many, one, sides)
+        one2many, one2one, box_logits = (torch.cat(outputs, 1) for outputs in zip(*levels, strict=True))
+        return HeadOutputs(one2many, one2one, box_logits)
 
     def _forward_level(self, features: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        scores = self.cls_tower(features, level)
-        many = self.one2many(scores)
-        one = many.detach() + self.one2one(self.one2one_tower(scores.detach(), level))
-        # Scores and sides leave here as float32: box arithmetic must not run in bfloat16.
-        return many.float().flatten(1), one.float().flatten(1), self._forward_box_logits(features, level)
+        cls_features = self.cls_tower(features, level)
+        one2many = self.one2many(cls_features)
+        one2one = one2many.detach() + self.one2one(self.one2one_tower(cls_features.detach(), level))
+        # float32 from here on. bfloat16 is too coarse for box coordinates.
+        return one2many.float().flatten(1), one2one.float().flatten(1), self._forward_box_logits(features, level)
 
     def _forward_box_logits(self, features: Tensor, level: int) -> Tensor:
         logits = self.box_logits(self.reg_tower(features, level)).float()
-        # Channels last all the way: processors compute convolutions so, and turning 64 channels takes as long as one.
+        # Stay in channels last, the layout of convolutions on CPUs. Transposing costs as much as a convolution.
         return logits.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (4, self.reg_max))
 
 
 def find_tower_layers(head: Head, name: str) -> list[PrunableLayer]:
-    """All convolutions of the towers of a head that bears this name in its detector."""
-    readers = {
+    """Return all tower convolutions of a head as prunable layers.
+
+    Args:
+        head: The head.
+        name: Its module name in the detector.
+
+    Returns:
+        The layers, tower by tower.
+    """
+    tower_consumers = {
         "cls_tower": (f"{name}.one2many", f"{name}.one2one_tower.convs.0"),
         "one2one_tower": (f"{name}.one2one",),
         "reg_tower": (f"{name}.box_logits",),
     }
     layers = []
-    for tower, last in readers.items():
-        inside = f"{name}.{tower}"
-        levels, depth = len(getattr(head, tower).norms), len(getattr(head, tower).convs)
+    for tower, last_consumers in tower_consumers.items():
+        prefix = f"{name}.{tower}"
+        num_levels, depth = len(getattr(head, tower).norms), len(getattr(head, tower).convs)
         for index in range(depth):
-            norms = tuple(f"{inside}.norms.{level}.{index}" for level in range(levels))
-            readers_here = (f"{inside}.convs.{index + 1}",) if index + 1 < depth else last
-            layers.append(PrunableLayer(f"{inside}.convs.{index}", norms, readers_here))
+            norms = tuple(f"{prefix}.norms.{level}.{index}" for level in range(num_levels))
+            consumers = (f"{prefix}.convs.{index + 1}",) if index + 1 < depth else last_consumers
+            layers.append(PrunableLayer(f"{prefix}.convs.{index}", norms, consumers))
     return layers
 
 
 def make_anchors(
     input_hw: tuple[int, int], strides: Sequence[int], device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Centres [A, 2] (x, y) in input pixels and strides [A] of all cells, fine level first, row by row."""
-    points, steps = [], []
+    """Compute the anchor points: the centers of all cells, fine level first, row by row.
+
+    Args:
+        input_hw: Height and width of the input, pixels.
+        strides: Strides of the levels, fine to coarse, pixels.
+        device: Device of the result.
+
+    Returns:
+        points (Tensor[A, 2]): (x, y), input pixels.
+        strides (Tensor[A]): Stride of each point, input pixels.
+    """
+    points, point_strides = [], []
     for stride in strides:
         rows = torch.arange(input_hw[0] // stride, device=device)
         columns = torch.arange(input_hw[1] // stride, device=device)
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         points.append((torch.stack([x, y], -1).reshape(-1, 2).float() + 0.5) * stride)
-        # shape[0], not len(), stays free when exported.
-        steps.append(torch.full((points[-1].shape[0],), float(stride), device=device))
-    return torch.cat(points), torch.cat(steps)
+        # shape[0] stays symbolic in an export, len() does not.
+        point_strides.append(torch.full((points[-1].shape[0],), float(stride), device=device))
+    return torch.cat(points), torch.cat(point_strides)
 
 
 def dist2bbox(box_logits: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
-    """Side distributions [B, A, 4, bins] at points [A, 2] to boxes [B, A, 4] xyxy in input pixels.
+    """Decode distance distributions to boxes. A distance is the mean of its distribution (GFL, Li et al. 2020, eq. 5).
 
-    The distance is the distribution's mean (GFL, Li et al. 2020, eq. 5) times the point's stride.
+    Args:
+        box_logits (Tensor[B, A, 4, reg_max]): Logits of the distances left, up, right, down, in strides.
+        anchor_points (Tensor[A, 2]): (x, y), input pixels. [B, A, 2] is allowed, too.
+        strides (Tensor[A]): Strides of the points, input pixels. [B, A] is allowed, too.
+
+    Returns:
+        boxes (Tensor[B, A, 4]): xyxy, input pixels.
     """
     bins = torch.arange(box_logits.shape[-1], device=box_logits.device, dtype=box_logits.dtype)
     distances = (box_logits.softmax(-1) * bins).sum(-1) * strides[..., None]  # [B, A, 4]
@@ -131,7 +169,17 @@ def dist2bbox(box_logits: Tensor, anchor_points: Tensor, strides: Tensor) -> Ten
 
 
 def bbox2dist(boxes_xyxy: Tensor, anchor_points: Tensor, strides: Tensor, reg_max: int) -> Tensor:
-    """Boxes [..., 4] to the distances [..., 4] of their sides from the points, in strides, 0 .. bins - 1.01."""
+    """Encode boxes as distances from anchor points.
+
+    Args:
+        boxes_xyxy (Tensor[..., 4]): Boxes, input pixels.
+        anchor_points (Tensor[..., 2]): (x, y), input pixels.
+        strides (Tensor[...]): Strides of the points, input pixels.
+        reg_max: Number of distance bins.
+
+    Returns:
+        distances (Tensor[..., 4]): Left, up, right, down, in strides, clamped to 0 and reg_max - 1.01.
+    """
     left_up = anchor_points - boxes_xyxy[..., :2]
     right_down = boxes_xyxy[..., 2:] - anchor_points
     return (torch.cat([left_up, right_down], -1) / strides[..., None]).clamp(0, reg_max - 1.01)

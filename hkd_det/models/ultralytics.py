@@ -90,7 +90,7 @@ class UltralyticsDetector(DenseDetector):
         self.strides = tuple(int(stride) for stride in self._head.stride)
         if max(self.strides) > MAX_STRIDE:
             raise UsageError(
-                f"--model {spec.name}: the stride {max(self.strides)} is above {MAX_STRIDE}, the step of the input size. "
+                f"--model {spec.name}: stride {max(self.strides)} is above {MAX_STRIDE}, the step of the input size. "
                 "Choose another model."
             )
         for conv in _find_score_convs(self._head):
@@ -277,7 +277,8 @@ def load_ultralytics(path: Path) -> UltralyticsDetector:
         detector.network.load_state_dict(model.state_dict())
     except (UsageError, RuntimeError) as error:
         raise DataError(
-            f"{path}: saved by an incompatible version of ultralytics ({first_error_line(error) or type(error).__name__}). Install that version."
+            f"{path}: saved by an incompatible version of ultralytics "
+            f"({first_error_line(error) or type(error).__name__}). Install that version."
         ) from error
     return detector.eval()
 

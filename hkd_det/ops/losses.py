@@ -1,13 +1,4 @@
-"""Varifocal loss (Zhang et al. 2021, eq. 2): scores learn the quality of their box.
-
-Distribution focal loss (GFL, Li et al. 2020, eq. 6): a side's distance as a distribution over whole strides.
-
-Localisation distillation (LD, Zheng et al. 2022): a student's side distributions learn the teacher's.
-
-Learning a teacher's scores: binary cross-entropy where student and teacher disagree.
-
-Imitation of feature maps: standardised mean squared error (PKD, Cao et al. 2022).
-"""
+"""Loss functions of detection and distillation on tensors, not reduced unless stated."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +8,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+SCORE_EPS = 1e-4  # Scores are clamped to [eps, 1 - eps]. An ONNX teacher can return exactly 0 or 1.
+EPS = 1e-5  # added to the variance of a channel
+
+ReduceMean = Callable[[Tensor], Tensor]
+"""Maps a scalar of this process to its mean over all processes, at least 1: the divisor of a summed loss."""
+
+
+def clamp_min_one(total: Tensor) -> Tensor:
+    """Return `total`, at least 1: the `ReduceMean` of a single process."""
+    return total.clamp(min=1.0)
+
+
+def sum_losses(losses: dict[str, Tensor]) -> Tensor:
+    """Return the sum of scalar losses."""
+    return torch.stack(list(losses.values())).sum()
+
 
 def varifocal_loss(logits: Tensor, target_scores: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
-    """[...] loss of score logits against quality targets 0..1, not reduced.
+    """Compute the varifocal loss (Zhang et al. 2021, eq. 2): scores learn the quality q of their boxes.
 
-    Where quality q > 0: q x BCE(p, q), so that good examples count most. Elsewhere: alpha p^gamma BCE(p, 0),
-    so that easy background counts least. The weights are constants of the step.
+    q * BCE(p, q) where q > 0, else alpha * p^gamma * BCE(p, 0). The weights do not have gradients.
+
+    Args:
+        logits (Tensor[...]): Score logits.
+        target_scores (Tensor[...]): Target scores q, 0 to 1.
+        alpha: Weight of the background.
+        gamma: Exponent that reduces the weight of easy background.
+
+    Returns:
+        loss (Tensor[...]): Loss per element.
     """
     with torch.no_grad():
         weight = torch.where(target_scores > 0, target_scores, alpha * logits.sigmoid().pow(gamma))
@@ -30,115 +45,138 @@ def varifocal_loss(logits: Tensor, target_scores: Tensor, alpha: float = 0.75, g
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
-    """[...] cross-entropy of [..., bins] logits with the two bins around each distance [...], 0 <= d < bins - 1."""
-    low = distances.long()
-    upper_share = distances - low
-    flat, below = logits.flatten(0, -2), low.flatten()
-    to_low = F.cross_entropy(flat, below, reduction="none").view_as(distances)
-    to_high = F.cross_entropy(flat, below + 1, reduction="none").view_as(distances)
-    return to_low * (1 - upper_share) + to_high * upper_share
+    """Compute the distribution focal loss (GFL, Li et al. 2020, eq. 6).
+
+    The loss is the cross-entropy with the two bins next to the distance, weighted linearly.
+
+    Args:
+        logits (Tensor[..., reg_max]): Logits of the distance bins.
+        distances (Tensor[...]): Target distances in bins, 0 <= d < reg_max - 1.
+
+    Returns:
+        loss (Tensor[...]): Loss per distance.
+    """
+    lower = distances.long()
+    upper_weight = distances - lower
+    flat_logits, flat_lower = logits.flatten(0, -2), lower.flatten()
+    lower_loss = F.cross_entropy(flat_logits, flat_lower, reduction="none").view_as(distances)
+    upper_loss = F.cross_entropy(flat_logits, flat_lower + 1, reduction="none").view_as(distances)
+    return lower_loss * (1 - upper_weight) + upper_loss * upper_weight
 
 
 def localization_distillation_loss(
     student_box_logits: Tensor, teacher_box_logits: Tensor, temperature: float = 2.0
 ) -> Tensor:
-    """[...] KL divergence of [..., 4, bins] logits at a temperature, summed over bins, averaged over the four sides."""
+    """Compute the localization distillation loss (LD, Zheng et al. 2022).
+
+    T^2 * KL(teacher || student) of the distance distributions at temperature T, averaged over the four sides.
+
+    Args:
+        student_box_logits (Tensor[..., 4, reg_max]): Logits of the student.
+        teacher_box_logits (Tensor[..., 4, reg_max]): Logits of the teacher; no gradient.
+        temperature: T.
+
+    Returns:
+        loss (Tensor[...]): Loss per box.
+    """
     student = F.log_softmax(student_box_logits / temperature, -1)
     teacher = F.log_softmax(teacher_box_logits.detach() / temperature, -1)
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     return divergence.mean(-1) * temperature**2
 
 
-SCORE_EPS = 1e-4  # scores this near to 0 and 1 are no nearer: a black box may round
-
-
 def quality_focal_kd_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
-    """[...] BCE of the student's score s against the teacher's score t, weighted by |t - s|^power, not reduced.
+    """Compute |t - s|^beta * KL(t || s) of Bernoulli distributions (form of GFL, Li et al. 2020, eq. 5).
 
-    Sigmoid, never softmax: over one class a softmax is identically 1. The teacher's own entropy is
-    subtracted, so that agreement costs 0.
+    The entropy of the teacher score t is subtracted from the cross-entropy, so that the loss is 0 for equal scores.
+    Scores are sigmoids: a softmax over one class would always be 1.
+
+    Args:
+        student_logits (Tensor[...]): Score logits of the student.
+        teacher_logits (Tensor[...]): Score logits of the teacher; no gradient.
+        beta: Exponent of the weight. The weight does not have a gradient.
+
+    Returns:
+        loss (Tensor[...]): Loss per element.
     """
     target = teacher_logits.detach().sigmoid()
     with torch.no_grad():
         weight = (target - student_logits.sigmoid()).abs().pow(beta)
-    cross = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
+    cross_entropy = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
     entropy = F.binary_cross_entropy_with_logits(teacher_logits.detach(), target, reduction="none")
-    return weight * (cross - entropy)
-
-
-EPS = 1e-5  # added to a channel's variance
+    return weight * (cross_entropy - entropy)
 
 
 def pkd_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """[N, ...] half the squared difference of standardised [N, C, ...] features, averaged over channels.
+    """Compute half the squared error of standardized features, averaged over channels (PKD, Cao et al. 2022).
 
-    Standardised: mean 0 and variance 1 in each channel of each item. The mean of what comes back is 1 - Pearson's
-    correlation: 0 for equal patterns of any scale and offset, 1 for unrelated ones, 2 for opposite ones. The student
-    alone gets a gradient.
+    Each channel of each item is standardized to mean 0 and variance 1 over its positions. The mean over the positions
+    is then 1 - r with Pearson's correlation r: 0 for equal patterns of any scale and offset, 2 for opposite ones.
+
+    Args:
+        student_features (Tensor[N, C, ...]): Features of the student.
+        teacher_features (Tensor[N, C, ...]): Features of the teacher; no gradient.
+
+    Returns:
+        loss (Tensor[N, ...]): float32, loss per position.
     """
-    errors: Tensor = _PKDFunction.apply(_flatten_cells(student_features), _flatten_cells(teacher_features))
+    errors: Tensor = _PKDFunction.apply(_flatten_positions(student_features), _flatten_positions(teacher_features))
     return errors.view(len(student_features), *student_features.shape[2:])
 
 
 def fg_balanced_mean(error: Tensor, fg_mask: Tensor, fg_ratio: float) -> Tensor:
-    """[B] means of error maps [B, H, W]: `share` of the weight on foreground cells [B, H, W], the rest on the others.
+    """Compute the mean of an error map with a fixed total weight of the foreground.
 
-    A picture with only one of the two kinds gets the plain mean of that kind.
+    Args:
+        error (Tensor[B, H, W]): Errors per cell.
+        fg_mask (Tensor[B, H, W]): bool, foreground cells.
+        fg_ratio: Total weight of the foreground cells, 0 to 1. Has no effect for an image with only foreground or only
+            background.
+
+    Returns:
+        mean (Tensor[B]): Weighted mean per image.
     """
-    inside = fg_mask.sum((1, 2))
-    outside = fg_mask[0].numel() - inside
-    part = torch.where(inside > 0, fg_ratio, 0.0)
-    part = torch.where(outside > 0, part, 1.0)
-    of_inside, of_outside = part / inside.clamp(min=1), (1 - part) / outside.clamp(min=1)
-    weight = torch.where(fg_mask, of_inside[:, None, None], of_outside[:, None, None])
+    num_fg = fg_mask.sum((1, 2))
+    num_bg = fg_mask[0].numel() - num_fg
+    fg_total = torch.where(num_fg > 0, fg_ratio, 0.0)
+    fg_total = torch.where(num_bg > 0, fg_total, 1.0)
+    fg_weight, bg_weight = fg_total / num_fg.clamp(min=1), (1 - fg_total) / num_bg.clamp(min=1)
+    weight = torch.where(fg_mask, fg_weight[:, None, None], bg_weight[:, None, None])
     return (error * weight).sum((1, 2))
 
 
 class _PKDFunction(torch.autograd.Function):
-    """[N, T] errors of [N, T, C] float32 features at T cells.
+    """Computes the errors [N, T] of float32 features [N, T, C] at T positions.
 
-    By hand, as this is much of what the levels cost: torch's normalisations are slow unless a channel lies in one
-    piece, which maps, channels last, would first have to be brought to, and autograd would keep twice as many of them.
+    A manual backward pass, because this loss is much of the cost of feature distillation. torch's normalizations are
+    slow unless each channel is contiguous, and autograd would keep twice as many feature maps.
     """
 
     @staticmethod
     def forward(ctx: Any, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        mine, scale = _standardize(student_features)
-        theirs, _ = _standardize(teacher_features)
-        difference = torch.sub(mine, theirs, out=theirs)
-        ctx.save_for_backward(mine, scale, difference)
+        student, scale = _standardize(student_features)
+        teacher, _ = _standardize(teacher_features)
+        difference = torch.sub(student, teacher, out=teacher)
+        ctx.save_for_backward(student, scale, difference)
         return torch.linalg.vector_norm(difference, dim=2).square() * (0.5 / difference.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        mine, scale, difference = ctx.saved_tensors
-        of_mine = difference * (grad_output / difference.shape[2])[..., None]
-        along = (of_mine * mine).mean(1, keepdim=True)
-        # What would only shift or stretch the channel changes nothing of its standardised form.
-        return of_mine.sub_(of_mine.mean(1, keepdim=True)).addcmul_(mine, along, value=-1).mul_(scale), None
+        student, scale, difference = ctx.saved_tensors
+        grad = difference * (grad_output / difference.shape[2])[..., None]
+        projection = (grad * student).mean(1, keepdim=True)
+        # Remove the components that only shift or scale the channel: they do not change its standardized values.
+        return grad.sub_(grad.mean(1, keepdim=True)).addcmul_(student, projection, value=-1).mul_(scale), None
 
 
-def _flatten_cells(features: Tensor) -> Tensor:
-    """[N, C, ...] as [N, T, C] float32, cell by cell: as they lie in memory, if they are channels last."""
+def _flatten_positions(features: Tensor) -> Tensor:
+    """Return features [N, C, ...] as [N, T, C] float32; without a copy of the layout if they are channels last."""
     return features.movedim(1, -1).flatten(1, -2).float()
 
 
 def _standardize(features: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, T, C] with mean 0 and variance 1 over the cells, and the factor [N, 1, C] that it took."""
-    centred = features - features.mean(1, keepdim=True)
-    scale = (centred.square().mean(1, keepdim=True) + EPS).rsqrt()
-    return centred.mul_(scale), scale
-
-
-ReduceMean = Callable[[Tensor], Tensor]
-
-
-def clamp_min_one(total: Tensor) -> Tensor:
-    """The norm of the only process: the sum itself, at least 1."""
-    return total.clamp(min=1.0)
-
-
-def sum_losses(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of the terms."""
-    return torch.stack(list(losses.values())).sum()
+    """Return features [N, T, C] with mean 0 and variance 1 over T, and the scale [N, 1, C] that was applied."""
+    centered = features - features.mean(1, keepdim=True)
+    scale = (centered.square().mean(1, keepdim=True) + EPS).rsqrt()
+    return centered.mul_(scale), scale

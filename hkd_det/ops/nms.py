@@ -1,17 +1,7 @@
-"""Doubles: of boxes that show the same person only the best keeps its score, from whatever points and levels they are.
+"""Suppression of duplicate detections: by local maxima, by score decay and by non-maximum suppression.
 
-Training tells all points but one to be silent. Each learns it by itself, and in few epochs not well enough
-(docs/explanation/architecture.md).
-
-Peaks: of neighbouring points that see one person only the best keeps its score (CenterNet, Zhou et al. 2019).
-
-Non-maximum suppression with shapes that depend on no value, so that it can be exported.
-
-Non-maximum suppression in a graph without the operator NonMaxSuppression.
-
-How many boxes that operator leaves depends on values: TensorRT for RTX cannot build it, TensorRT 10.3 fails at it in
-INT8, and a CUDA graph cannot hold it. Matrix products of fixed shape say the same everywhere (Cluster-NMS, Zheng et
-al. 2021): in each round a box stays if no better box that stays overlaps it.
+`peak_nms`, `decay_duplicate_scores` and `cluster_nms` have shapes that do not depend on values, so they can be exported
+to every runtime.
 """
 
 from collections.abc import Sequence
@@ -23,98 +13,160 @@ from torchvision.ops import nms
 
 from hkd_det.ops.boxes import batched_box_iou, pairwise_intersection
 
-# Share of two boxes' union that they have in common: up to the first they are two people, from the second on one. Of
-# the Reasonable people in CityPersons' validation set 4.4 % share more than 0.6 with another, 0.8 % more than 0.8
+SUPPRESSED_LOGIT = -20.0  # a score of 2e-9
+
+# Neighbors in flat regions of a score map differ by rounding only, and each runtime would keep another one. All of them
+# are kept.
+TIE_TOLERANCE = 1e-3
+
+# Up to the first IoU, two boxes are two persons; from the second on, one person. Of the Reasonable persons in the
+# CityPersons validation set, 4.4 % overlap another one by more than 0.6 and 0.8 % by more than 0.8
 # (benchmarks/studies/duplicate_suppression.py --crowd).
 IOU_LIMITS = (0.6, 0.8)
 
-
-# From 0 to this lead in logits a better box takes a worse one's score. Steps would make each runtime choose differently
-# where scores or overlaps differ by rounding; of two that are the same to the last digit both stay, as peaks do.
+# A better box suppresses another one completely if its logit is higher by this margin, and partly below it. A hard
+# comparison would make the result depend on the rounding of the runtime. Exact ties are both kept, as in `peak_nms`.
 LOGIT_MARGIN = 0.02
 
-
-# The best boxes are compared with each other: further down nobody is found, once or twice. Over the second half of them
-# it fades out, as who is the hundredth is rounding's choice, too.
+# Boxes with a lower rank are not compared. Suppression fades out over the second half of these ranks, because rounding
+# also determines which box has the last rank.
 NMS_TOPK = 100
 
+IOU_THRESHOLD = 0.7  # the default of Ultralytics
+PRE_NMS_TOPK = 1000  # boxes per image that enter non-maximum suppression
+CHUNK_SIZE = 250  # boxes of `cluster_nms` that are resolved together, in descending order of score
 
-def decay_duplicate_scores(boxes_xyxy: Tensor, logits: Tensor) -> Tensor:
-    """Scores [B, K], 0..1, of boxes [B, K, 4] with logits [B, K], falling: less the more a better box shows the same.
-
-    s_j = sigmoid(l_j) (1 - f_j max_i same(IoU_ij) lead(l_i - l_j)); same and lead rise from 0 to 1 within `SAME` and
-    `LEAD`, f falls from 1 to 0 over the second half of `RIVALS`. A Matrix NMS (SOLOv2, Wang et al. 2020) that is
-    continuous in all that it is given. Shapes depend on no value.
-    """
-    best, leads = boxes_xyxy[:, :NMS_TOPK].float(), logits[:, :NMS_TOPK].float() / LOGIT_MARGIN
-    steep = 1 / (IOU_LIMITS[1] - IOU_LIMITS[0])
-    same = (batched_box_iou(best, best) * steep - IOU_LIMITS[0] * steep).clamp(0, 1)
-    lead = (leads[:, :, None] - leads[:, None]).clamp(0, 1)
-    rank = torch.arange(best.shape[1], dtype=best.dtype, device=best.device)
-    fade = (2 - rank * (2 / NMS_TOPK)).clamp(0, 1)
-    scores = logits.float().sigmoid()
-    return torch.cat([scores[:, :NMS_TOPK] * (1 - fade * (same * lead).amax(1)), scores[:, NMS_TOPK:]], 1)
-
-
-def suppress_duplicates(boxes_xyxy: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes [B, K, 4] and their `distinct` scores [B, K], falling, of boxes and logits that fall."""
-    scores, index = decay_duplicate_scores(boxes_xyxy, logits).topk(logits.shape[1])
-    return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
-
-
-SUPPRESSED_LOGIT = -20.0  # a logit: a score of 2e-9
-
-
-# Over flat ground neighbours differ by rounding alone, and each runtime would choose another: such ties all stay.
-TIE_TOLERANCE = 1e-3
+# Each iteration resolves one more link of a chain within a chunk (A suppresses B, so B does not suppress C, ...).
+# Longer chains do not occur in the outputs of a trained detector.
+MAX_ITERATIONS = 16
 
 
 def peak_nms(logits: Tensor, input_hw: tuple[int, int], strides: Sequence[int]) -> Tensor:
-    """[B, A] score logits with those silenced that a point next to them, on their own level, exceeds.
+    """Keep only the local maxima of each score map (CenterNet, Zhou et al. 2019).
 
-    A max-pooling, not a suppression by boxes: every runtime has it, and it costs nothing.
+    Args:
+        logits (Tensor[B, A]): Score logits of all anchor points, fine level first, row by row.
+        input_hw: Height and width of the input images, pixels.
+        strides: Strides of the levels, fine to coarse, pixels.
+
+    Returns:
+        logits (Tensor[B, A]): `logits`, or `SUPPRESSED_LOGIT` where one of the 8 neighbors is higher by more than
+            `TIE_TOLERANCE`.
     """
-    kept, start = [], 0
+    levels, start = [], 0
     for stride in strides:
         height, width = input_hw[0] // stride, input_hw[1] // stride
         level = logits[:, start : start + height * width].reshape(-1, 1, height, width)
         highest = F.max_pool2d(level, 3, stride=1, padding=1)
-        kept.append(
-            torch.where(level >= highest - TIE_TOLERANCE, level, torch.full_like(level, SUPPRESSED_LOGIT)).flatten(1)
-        )
+        peaks = torch.where(level >= highest - TIE_TOLERANCE, level, torch.full_like(level, SUPPRESSED_LOGIT))
+        levels.append(peaks.flatten(1))
         start += height * width
-    return torch.cat(kept, 1)
+    return torch.cat(levels, 1)
 
 
-IOU_THRESHOLD = 0.7  # Ultralytics' own threshold
+def decay_duplicate_scores(boxes_xyxy: Tensor, logits: Tensor) -> Tensor:
+    """Reduce the scores of boxes that overlap a better box: Matrix NMS (SOLOv2, Wang et al. 2020) without steps.
+
+    s_j = sigmoid(l_j) * (1 - f_j * max_i duplicate(IoU_ij) * lead(l_i - l_j)). `duplicate` rises linearly from 0 to 1
+    within `IOU_LIMITS`, `lead` within 0 and `LOGIT_MARGIN`. f_j falls from 1 to 0 over the second half of the first
+    `NMS_TOPK` ranks. The result is continuous in all inputs.
+
+    Args:
+        boxes_xyxy (Tensor[B, K, 4]): Boxes, in descending order of logit.
+        logits (Tensor[B, K]): Score logits.
+
+    Returns:
+        scores (Tensor[B, K]): float32, 0 to 1, in the order of the boxes.
+    """
+    top_boxes, top_logits = boxes_xyxy[:, :NMS_TOPK].float(), logits[:, :NMS_TOPK].float() / LOGIT_MARGIN
+    slope = 1 / (IOU_LIMITS[1] - IOU_LIMITS[0])
+    duplicate = (batched_box_iou(top_boxes, top_boxes) * slope - IOU_LIMITS[0] * slope).clamp(0, 1)  # [B, i, j]
+    lead = (top_logits[:, :, None] - top_logits[:, None]).clamp(0, 1)
+    rank = torch.arange(top_boxes.shape[1], dtype=top_boxes.dtype, device=top_boxes.device)
+    fade = (2 - rank * (2 / NMS_TOPK)).clamp(0, 1)
+    scores = logits.float().sigmoid()
+    return torch.cat([scores[:, :NMS_TOPK] * (1 - fade * (duplicate * lead).amax(1)), scores[:, NMS_TOPK:]], 1)
 
 
-PRE_NMS_TOPK = 1000  # the best of a picture that suppression looks at
+def suppress_duplicates(boxes_xyxy: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply `decay_duplicate_scores` and sort the result.
+
+    Args:
+        boxes_xyxy (Tensor[B, K, 4]): Boxes, in descending order of logit.
+        logits (Tensor[B, K]): Score logits.
+
+    Returns:
+        boxes (Tensor[B, K, 4]): Sorted boxes.
+        scores (Tensor[B, K]): 0 to 1, descending.
+    """
+    scores, index = decay_duplicate_scores(boxes_xyxy, logits).topk(logits.shape[1])
+    return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
 
 
 def batched_nms(
     boxes_xyxy: Tensor, scores: Tensor, max_det: int, iou_threshold: float = IOU_THRESHOLD
 ) -> tuple[Tensor, Tensor]:
-    """The best boxes [B, K, 4] and scores [B, K], falling, of boxes [B, A, 4] and scores [B, A], 0..1.
+    """Run torchvision's non-maximum suppression on all images at once.
 
-    K is `top`, or A where that is smaller. Who overlaps a better one by more than `iou` is gone; 0 fills up.
+    Args:
+        boxes_xyxy (Tensor[B, A, 4]): Boxes.
+        scores (Tensor[B, A]): Scores, 0 to 1.
+        max_det: Maximum number of detections per image.
+        iou_threshold: A box is removed if its IoU with a better box that remains is higher.
+
+    Returns:
+        boxes (Tensor[B, K, 4]): Remaining boxes, K = min(max_det, A).
+        scores (Tensor[B, K]): Descending. Unused rows have score 0.
     """
     count = min(max(PRE_NMS_TOPK, max_det), scores.shape[1])
     scores, index = scores.topk(count)  # [B, C]
     boxes_xyxy = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
-    # All pictures at once, each moved to ground of its own. index.shape[0], not len(index), stays free when exported.
-    width = boxes_xyxy.max() - boxes_xyxy.min() + 1
-    ground = torch.arange(index.shape[0], device=index.device)[:, None, None] * width
-    kept = nms((boxes_xyxy + ground).flatten(0, 1), scores.flatten(), iou_threshold)
-    stays = torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores)
-    scores, index = (scores * stays).topk(min(max_det, count))
+    # An offset per image separates the images. index.shape[0] stays symbolic in an export, len(index) does not.
+    span = boxes_xyxy.max() - boxes_xyxy.min() + 1
+    offset = torch.arange(index.shape[0], device=index.device)[:, None, None] * span
+    kept = nms((boxes_xyxy + offset).flatten(0, 1), scores.flatten(), iou_threshold)
+    is_kept = torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores)
+    scores, index = (scores * is_kept).topk(min(max_det, count))
+    return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
+
+
+def cluster_nms(
+    boxes_xyxy: Tensor, scores: Tensor, max_det: int, iou_threshold: float = IOU_THRESHOLD
+) -> tuple[Tensor, Tensor]:
+    """Compute the result of `batched_nms` by matrix products of fixed shape (Cluster-NMS, Zheng et al. 2021).
+
+    The number of outputs of the ONNX operator NonMaxSuppression depends on values. TensorRT for RTX cannot build it,
+    TensorRT 10.3 fails at it in INT8, and a CUDA graph cannot contain it.
+
+    Args:
+        boxes_xyxy (Tensor[B, A, 4]): Boxes.
+        scores (Tensor[B, A]): Scores, 0 to 1.
+        max_det: Maximum number of detections per image.
+        iou_threshold: A box is removed if its IoU with a better box that remains is higher.
+
+    Returns:
+        boxes (Tensor[B, K, 4]): Remaining boxes, K = min(max_det, A).
+        scores (Tensor[B, K]): Descending. Unused rows have score 0.
+    """
+    count = min(max(PRE_NMS_TOPK, max_det), int(scores.shape[1]))
+    scores, index = scores.topk(count)  # [B, C]
+    boxes_xyxy = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
+    kept_chunks, candidates = [], torch.ones_like(scores)
+    for start in range(0, count, CHUNK_SIZE):
+        chunk = boxes_xyxy[:, start : start + CHUNK_SIZE]
+        overlaps = _exceeds_iou(chunk, boxes_xyxy[:, start:], iou_threshold).float()  # [B, chunk, C - start]
+        size = min(CHUNK_SIZE, count - start)
+        kept = _resolve_chunk(candidates[:, :size], overlaps[:, :, :size])
+        kept_chunks.append(kept)
+        candidates = candidates[:, size:] * (kept[:, None] @ overlaps[:, :, size:] < 0.5)[:, 0]
+    scores, index = (scores * torch.cat(kept_chunks, 1)).topk(min(max_det, count))
     return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
 
 
 def nms_detections(
     boxes_xyxy: Sequence[Tensor], scores: Sequence[Tensor], iou_threshold: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Run non-maximum suppression on each image.
+    """Run torchvision's non-maximum suppression on lists of detections.
 
     Args:
         boxes_xyxy (sequence of Tensor[N, 4]): Boxes per image.
@@ -135,46 +187,19 @@ def nms_detections(
     )
 
 
-BLOCK_SIZE = 250  # boxes, by falling score, that are settled together before the next are looked at
-
-
-# A round settles one more link of a chain within a block (A beats B, so B no longer beats C, ...). Chains in which
-# scores fall from neighbour to neighbour 16 times are not seen where a detector has learnt anything.
-MAX_ITERATIONS = 16
-
-
-def cluster_nms(
-    boxes_xyxy: Tensor, scores: Tensor, max_det: int, iou_threshold: float = IOU_THRESHOLD
-) -> tuple[Tensor, Tensor]:
-    """`hkd_det.ops.nms.suppressed`, the same answers, for boxes [B, A, 4] and scores [B, A]."""
-    count = min(max(PRE_NMS_TOPK, max_det), int(scores.shape[1]))
-    scores, index = scores.topk(count)  # [B, C]
-    boxes_xyxy = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
-    stays, left = [], torch.ones_like(scores)
-    for start in range(0, count, BLOCK_SIZE):
-        block = boxes_xyxy[:, start : start + BLOCK_SIZE]
-        beats = _exceeds_iou(block, boxes_xyxy[:, start:], iou_threshold).float()  # [B, block, C - start]
-        size = min(BLOCK_SIZE, count - start)
-        settled = _resolve_block(left[:, :size], beats[:, :, :size])
-        stays.append(settled)
-        left = left[:, size:] * (settled[:, None] @ beats[:, :, size:] < 0.5)[:, 0]
-    scores, index = (scores * torch.cat(stays, 1)).topk(min(max_det, count))
-    return boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4)), scores
-
-
-def _resolve_block(candidates: Tensor, overlaps: Tensor) -> Tensor:
-    """Which of the boxes that are left [B, N] stay, 1 or 0, where beats [B, N, N] says who overlaps whom."""
+def _resolve_chunk(candidates: Tensor, overlaps: Tensor) -> Tensor:
+    """Return [B, N], 1 for each candidate [B, N] that no better remaining box overlaps, given overlaps [B, N, N]."""
     size = overlaps.shape[1]
-    rivals = overlaps * (torch.arange(size)[:, None] < torch.arange(size)).float()  # only the better beats
+    suppressors = overlaps * (torch.arange(size)[:, None] < torch.arange(size)).float()  # better boxes only
     candidates = candidates[:, None]
-    stays = candidates
+    kept = candidates
     for _ in range(MAX_ITERATIONS):
-        stays = torch.where(stays @ rivals < 0.5, candidates, 0.0)
-    return stays[:, 0]
+        kept = torch.where(kept @ suppressors < 0.5, candidates, 0.0)
+    return kept[:, 0]
 
 
 def _exceeds_iou(boxes1: Tensor, boxes2: Tensor, iou_threshold: float) -> Tensor:
-    """[B, N, M]: whether the intersection of boxes [B, N, 4] and [B, M, 4] is more than `iou` of their union."""
+    """Return [B, N, M] bool: whether the IoU of boxes [B, N, 4] and [B, M, 4] is above the threshold."""
     # i / (a + b - i) > t without a division.
     scale = iou_threshold / (1 + iou_threshold)
     areas1, areas2 = (

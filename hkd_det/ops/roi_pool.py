@@ -1,10 +1,10 @@
-"""RoIAlign (He et al. 2017) as a weighted sum of cells: several times faster on a CPU than torchvision's kernel.
+"""RoI pooling as weighted sums of feature map cells, several times faster on a CPU than torchvision's kernels.
 
-Two samples across and two down in each of 7x7 bins, each read from four cells: 16 cells and weights a bin, the same for
-all channels and for every map of that size. What sums them is `embedding_bag`, over maps as they lie in memory, and
-what takes the gradient back is another one.
+`roi_align` is RoIAlign (He et al. 2017) with 7 x 7 bins and 2 x 2 samples per bin. Each sample interpolates four cells,
+so a bin reads 16 cells. Cells and weights are the same for all channels and all feature maps of one size.
+`embedding_bag` sums them in the forward pass and in the backward pass.
 
-Regions: features of boxes, each read from the pyramid level of its size; the levels may differ in width.
+`BoxAveragePool` reads one vector per box, the mean of 4 x 4 samples.
 """
 
 import math
@@ -21,73 +21,49 @@ from torchvision.ops.poolers import LevelMapper
 from hkd_det.ops.boxes import CELLS_PER_GT_HEIGHT
 from hkd_det.ops.losses import pkd_loss
 
-OUTPUT_SIZE = 7  # bins across and down a region
-
-
-SAMPLING_RATIO = 2  # across and down a bin
+OUTPUT_SIZE = 7  # bins per side of an RoI
+SAMPLING_RATIO = 2  # samples per side of a bin
+SAMPLES_PER_AXIS = 4  # samples per side of a box in `BoxAveragePool`
 
 
 def roi_sampling_weights(
     boxes_xyxy: Tensor, image_index: Tensor, stride: int, feature_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Which cells of maps [B, C, H, W] the bins of R regions read, [R * 49, 16], and with which weights.
+    """Compute which cells of feature maps [B, C, H, W] the bins of R RoIs read, and with which weights.
 
-    boxes_xyxy: [R, 4] input pixels. picture: [R] which of the B the region lies in.
+    Args:
+        boxes_xyxy (Tensor[R, 4]): RoIs, input pixels.
+        image_index (Tensor[R]): int64, index of the image of each RoI, 0 to B - 1.
+        stride: Stride of the feature maps, input pixels.
+        feature_hw: H and W.
+
+    Returns:
+        cells (Tensor[R * 49, 16]): int32, cell indices into the flattened [B * H * W].
+        weights (Tensor[R * 49, 16]): Weights.
     """
-    rows, down = _compute_axis_weights(boxes_xyxy[:, 1], boxes_xyxy[:, 3], stride, feature_hw[0])
-    columns, across = _compute_axis_weights(boxes_xyxy[:, 0], boxes_xyxy[:, 2], stride, feature_hw[1])
+    rows, row_weights = _compute_axis_weights(boxes_xyxy[:, 1], boxes_xyxy[:, 3], stride, feature_hw[0])
+    columns, column_weights = _compute_axis_weights(boxes_xyxy[:, 0], boxes_xyxy[:, 2], stride, feature_hw[1])
     rows = rows + feature_hw[0] * image_index.int()[:, None, None]
     cells = feature_hw[1] * rows[:, :, None, :, None] + columns[:, None, :, None, :]  # [R, 7, 7, 4, 4]
-    weights = down[:, :, None, :, None] * across[:, None, :, None, :]
+    weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
     return cells.reshape(-1, (2 * SAMPLING_RATIO) ** 2), weights.reshape(-1, (2 * SAMPLING_RATIO) ** 2)
 
 
 def roi_align(features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
-    """[R, C, 7, 7] float32 of maps [B, C, H, W], from the cells that `region_cells` gives."""
+    """Pool RoIs from feature maps, with the values and gradients of `torchvision.ops.roi_align`.
+
+    Args:
+        features (Tensor[B, C, H, W]): Feature maps.
+        cells (Tensor[R * 49, 16]): Cell indices of `roi_sampling_weights`.
+        weights (Tensor[R * 49, 16]): Weights of `roi_sampling_weights`.
+
+    Returns:
+        pooled (Tensor[R, C, 7, 7]): float32.
+    """
     channels = features.shape[1]
-    in_a_row = features.permute(0, 2, 3, 1).reshape(-1, channels).float()
-    pooled: Tensor = _WeightedRowSum.apply(in_a_row, cells, weights)
+    rows = features.permute(0, 2, 3, 1).reshape(-1, channels).float()
+    pooled: Tensor = _WeightedRowSum.apply(rows, cells, weights)
     return pooled.view(-1, OUTPUT_SIZE, OUTPUT_SIZE, channels).permute(0, 3, 1, 2)
-
-
-class _WeightedRowSum(torch.autograd.Function):
-    """[S, C] sums of rows [N, C] float32, those that `cells` [S, K] names, weighted by `weights` [S, K].
-
-    A row's gradient is a weighted sum, too, of the sums that read it. torch's own backward pass of `embedding_bag` adds
-    up the same numbers in the same order, but takes a CPU four times as long.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(cells, weights)
-        ctx.rows = len(rows)
-        return F.embedding_bag(cells, rows, per_sample_weights=weights, mode="sum")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cells, weights = ctx.saved_tensors
-        ordered, order = cells.flatten().sort(stable=True)
-        first = torch.searchsorted(ordered, torch.arange(ctx.rows, dtype=cells.dtype, device=cells.device))
-        readers, weights = order // cells.shape[1], weights.flatten().index_select(0, order)
-        return F.embedding_bag(readers, gradient, first, per_sample_weights=weights, mode="sum"), None, None
-
-
-def _compute_axis_weights(low: Tensor, high: Tensor, stride: int, num_cells: int) -> tuple[Tensor, Tensor]:
-    """Along one axis, of R regions [R] .. [R]: the cells [R, 7, 4] that each bin reads and their weights.
-
-    As torchvision has it: a region is a cell wide at least, and a sample more than a cell outside counts 0.
-    """
-    low, high = low.float() / stride, high.float() / stride
-    position = (torch.arange(OUTPUT_SIZE * SAMPLING_RATIO, device=low.device) + 0.5) / (OUTPUT_SIZE * SAMPLING_RATIO)
-    at = low[:, None] + (high - low).clamp(min=1)[:, None] * position  # [R, 14]
-    counts = ((at >= -1) & (at <= num_cells)).float() / SAMPLING_RATIO
-    at = at.clamp(0, num_cells - 1)
-    before = at.floor()
-    share = at - before
-    read = torch.stack([before, (before + 1).clamp(max=num_cells - 1)], -1).int()
-    weights = torch.stack([counts * (1 - share), counts * share], -1)
-    return read.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO), weights.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO)
 
 
 def roi_feature_loss(
@@ -97,38 +73,50 @@ def roi_feature_loss(
     boxes_xyxy: Tensor,
     image_index: Tensor,
 ) -> Tensor:
-    """[R] imitation errors of the pooled features of regions [R, 4] in input pixels, of pictures [R] of the batch.
+    """Compute the mean `pkd_loss` of the pooled features of each RoI.
 
-    mine, other: [B, C_i, H_i, W_i] a level, fine to coarse, with the same C_i. strides: powers of two, rising. Which
-    level reads which region is FPN's rule (Lin et al. 2017, eq. 1), as in torchvision's MultiScaleRoIAlign, which wants
-    one C for all levels; where the rule's stride is not among them, the nearest does, the finer in a draw.
+    The level of an RoI follows FPN (Lin et al. 2017, eq. 1), as in torchvision's `MultiScaleRoIAlign`, which requires
+    one channel count for all levels. If no level has the stride of the rule, the nearest one is used, the finer of two.
+
+    Args:
+        student_features (sequence of Tensor[B, C_i, H_i, W_i]): Levels of the student, fine to coarse.
+        teacher_features (sequence of Tensor[B, C_i, H_i, W_i]): Levels of the teacher of the same shapes.
+        strides: Strides of the levels, ascending powers of two.
+        boxes_xyxy (Tensor[R, 4]): RoIs, input pixels.
+        image_index (Tensor[R]): int64, index of the image of each RoI.
+
+    Returns:
+        loss (Tensor[R]): float32, loss per RoI.
     """
     octaves = [int(math.log2(stride)) for stride in strides]
-    nearest = [
+    nearest_level = [
         min(range(len(octaves)), key=lambda level: abs(octaves[level] - octave))
         for octave in range(octaves[0], octaves[-1] + 1)
     ]
-    level_of = torch.tensor(nearest, device=image_index.device)[LevelMapper(octaves[0], octaves[-1])([boxes_xyxy])]
-    errors = student_features[0].new_zeros(len(image_index), dtype=torch.float32)
+    octave_index = LevelMapper(octaves[0], octaves[-1])([boxes_xyxy])
+    box_level = torch.tensor(nearest_level, device=image_index.device)[octave_index]
+    losses = student_features[0].new_zeros(len(image_index), dtype=torch.float32)
     for level, stride in enumerate(strides):
-        chosen = (level_of == level).nonzero()[:, 0]
-        if len(chosen) == 0:
+        index = (box_level == level).nonzero()[:, 0]
+        if len(index) == 0:
             continue
         height, width = student_features[level].shape[-2:]
-        cells = roi_sampling_weights(boxes_xyxy[chosen], image_index[chosen], stride, (height, width))
-        pooled, wanted = (roi_align(maps[level], *cells) for maps in (student_features, teacher_features))
-        errors = errors.index_add(0, chosen, pkd_loss(pooled, wanted).mean((1, 2)))
-    return errors
-
-
-SAMPLES_PER_AXIS = 4  # places across and down a box whose mean is its vector
+        sampling = roi_sampling_weights(boxes_xyxy[index], image_index[index], stride, (height, width))
+        student, teacher = (roi_align(features[level], *sampling) for features in (student_features, teacher_features))
+        losses = losses.index_add(0, index, pkd_loss(student, teacher).mean((1, 2)))
+    return losses
 
 
 class BoxAveragePool:
-    """Reads boxes [R, 5] as vectors from maps of a network, as RoIAlign with one cell a box.
+    """Pools one vector per box from the feature maps of many layers.
 
-    RoIAlign itself turns whole maps into float32 and back, forwards and backwards. Which cells a box reads depends on
-    the maps' sizes alone, and few sizes serve many layers: worked out once for each, so a step makes one of these.
+    The result is that of RoIAlign with one bin. RoIAlign would convert whole feature maps to float32 and back. The
+    sampling weights depend on the size of the feature maps only and are computed once per size, so that one object
+    serves all layers of a training step.
+
+    Args:
+        rois (Tensor[R, 5]): Image index and xyxy box, input pixels.
+        input_hw: Height and width of the input images, pixels.
     """
 
     def __init__(self, rois: Tensor, input_hw: tuple[int, int]) -> None:
@@ -136,37 +124,70 @@ class BoxAveragePool:
         self._weights_cache: dict[tuple[tuple[torch.Size, ...], torch.dtype], list[_PoolingWeights]] = {}
 
     def __call__(self, features: Sequence[Tensor]) -> Tensor:
-        """[R, C] float32, means over the boxes of a layer's map [B, C, H, W], or of its maps, fine to coarse.
+        """Pool the boxes from a feature map, or each from one of several levels.
 
-        Of several each box is read from the one on which it is about `CELLS_A_PERSON` cells high.
+        Args:
+            features (sequence of Tensor[B, C, H_i, W_i]): The levels of one layer, fine to coarse. A box is pooled from
+                the level on which its height is nearest to `CELLS_PER_GT_HEIGHT` cells.
+
+        Returns:
+            vectors (Tensor[R, C]): float32.
         """
         key = tuple(level[:, 0].shape for level in features), features[0].dtype
         if key not in self._weights_cache:
             self._weights_cache[key] = self._compute_weights(*key)
         first, *others = (
-            _WeightedSumPool.apply(level, cells)
-            for level, cells in zip(features, self._weights_cache[key], strict=True)
+            _WeightedSumPool.apply(level, weights)
+            for level, weights in zip(features, self._weights_cache[key], strict=True)
         )
-        # All levels but a box's own say 0 of it, so that their sum is exact.
+        # All levels except that of the box contribute exactly 0.
         return sum(others, first).float()
 
     def _compute_weights(self, sizes: Sequence[torch.Size], dtype: torch.dtype) -> "list[_PoolingWeights]":
         strides = [self.input_hw[0] / height for _, height, _ in sizes]
-        high_px = (self.rois[:, 4] - self.rois[:, 2]).clamp(min=1)
-        octaves = high_px.new_tensor([math.log2(CELLS_PER_GT_HEIGHT * stride) for stride in strides])
-        level_of = (high_px.log2()[:, None] - octaves).abs().argmin(1)  # [R]
+        height_px = (self.rois[:, 4] - self.rois[:, 2]).clamp(min=1)
+        octaves = height_px.new_tensor([math.log2(CELLS_PER_GT_HEIGHT * stride) for stride in strides])
+        box_level = (height_px.log2()[:, None] - octaves).abs().argmin(1)  # [R]
         return [
-            _PoolingWeights.from_rois(self.rois, level_of == level, stride, size, dtype)
+            _PoolingWeights.from_rois(self.rois, box_level == level, stride, size, dtype)
             for level, (stride, size) in enumerate(zip(strides, sizes, strict=True))
         ]
 
 
+class _WeightedRowSum(torch.autograd.Function):
+    """Computes S weighted sums [S, C] of float32 rows [N, C], given cells [S, K] and weights [S, K].
+
+    The gradient of a row is a weighted sum of the gradients of the sums that read it. torch's own backward pass of
+    `embedding_bag` adds the same numbers in the same order but takes four times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(cells, weights)
+        ctx.num_rows = len(rows)
+        return F.embedding_bag(cells, rows, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        cells, weights = ctx.saved_tensors
+        sorted_cells, order = cells.flatten().sort(stable=True)
+        offsets = torch.searchsorted(sorted_cells, torch.arange(ctx.num_rows, dtype=cells.dtype, device=cells.device))
+        readers, weights = order // cells.shape[1], weights.flatten().index_select(0, order)
+        return F.embedding_bag(readers, grad_output, offsets, per_sample_weights=weights, mode="sum"), None, None
+
+
 @dataclass(frozen=True, eq=False)
 class _PoolingWeights:
-    """What boxes read of maps [B, C, H, W]: of each cell a share, zeros left out.
+    """What R boxes read from feature maps [B, C, H, W]: weights per cell, as a sparse list and as dense matrices.
 
-    cells, shares: [N] of all boxes, cells counted through the batch. starts: [R] where each box's begin.
-    whole: [B, most, H W] the same shares with their zeros; box R is in place `place[R]` of picture `picture[R]`.
+    Attributes:
+        cell_indices (Tensor[N]): Cells with a nonzero weight, box by box, indices into the flattened [B * H * W].
+        weights (Tensor[N]): Their weights.
+        offsets (Tensor[R]): Start of each box in the two lists.
+        dense_weights (Tensor[B, S, H * W]): All weights; S is the largest number of boxes in one image.
+        image_index (Tensor[R]): Image of each box.
+        slot (Tensor[R]): Row of each box in `dense_weights[image_index]`.
     """
 
     cell_indices: Tensor
@@ -180,32 +201,30 @@ class _PoolingWeights:
     def from_rois(
         cls, rois: Tensor, level_mask: Tensor, stride: float, size: torch.Size, dtype: torch.dtype
     ) -> "_PoolingWeights":
-        """Of the boxes that are `mine` [R] bool; the others read nothing."""
+        """Compute the weights of the boxes in `level_mask` [R] bool; the other boxes read nothing."""
         batch, height, width = size
-        rows, columns = (
-            _interpolation_weights(rois[:, 2], rois[:, 4], stride, height),
-            _interpolation_weights(rois[:, 1], rois[:, 3], stride, width),
-        )
-        dense = (level_mask[:, None, None] * rows[:, :, None] * columns[:, None]).flatten(1).to(dtype)  # [R, H W]
-        picture = rois[:, 0].long()
-        box, cell = dense.nonzero(as_tuple=True)
-        counts = (dense != 0).sum(1)
-        alike = picture[:, None] == picture  # [R, R]
-        place = alike.tril(-1).sum(1)
-        whole = dense.new_zeros(batch, int(alike.sum(1).amax()) if len(rois) else 0, height * width)
-        whole[picture, place] = dense
-        cells = picture[box] * (height * width) + cell
-        return cls(cells, dense[box, cell], counts.cumsum(0) - counts, whole, picture, place)
+        rows = _interpolation_weights(rois[:, 2], rois[:, 4], stride, height)
+        columns = _interpolation_weights(rois[:, 1], rois[:, 3], stride, width)
+        weights = (level_mask[:, None, None] * rows[:, :, None] * columns[:, None]).flatten(1).to(dtype)  # [R, H W]
+        image_index = rois[:, 0].long()
+        box, cell = weights.nonzero(as_tuple=True)
+        counts = (weights != 0).sum(1)
+        same_image = image_index[:, None] == image_index  # [R, R]
+        slot = same_image.tril(-1).sum(1)
+        dense = weights.new_zeros(batch, int(same_image.sum(1).amax()) if len(rois) else 0, height * width)
+        dense[image_index, slot] = weights
+        cells = image_index[box] * (height * width) + cell
+        return cls(cells, weights[box, cell], counts.cumsum(0) - counts, dense, image_index, slot)
 
 
 class _WeightedSumPool(torch.autograd.Function):
-    """Forwards the boxes' cells alone are looked at; backwards a whole map has to be written, quickest by a product."""
+    """Pools sparsely in the forward pass. The backward pass writes whole maps, fastest by a dense matrix product."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weights: _PoolingWeights) -> Tensor:
-        """[R, C]."""
-        ctx.read, ctx.size = weights, features.shape
-        table = features.permute(0, 2, 3, 1).flatten(0, 2)  # [B H W, C], a view where channels come last
+        """Return [R, C]."""
+        ctx.pooling_weights, ctx.size = weights, features.shape
+        table = features.permute(0, 2, 3, 1).flatten(0, 2)  # [B H W, C], a view of channels-last features
         if not len(weights.offsets):
             return table.new_zeros(0, features.shape[1])
         return F.embedding_bag(
@@ -214,17 +233,34 @@ class _WeightedSumPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        """[B, C, H, W]."""
-        read: _PoolingWeights = ctx.read
+        """Return [B, C, H, W]."""
+        weights: _PoolingWeights = ctx.pooling_weights
         batch, channels, height, width = ctx.size
-        padded = grad_output.new_zeros(batch, read.dense_weights.shape[1], channels)
-        padded[read.image_index, read.slot] = grad_output
-        written = read.dense_weights.transpose(1, 2) @ padded  # [B, H W, C]
-        return written.view(batch, height, width, channels).permute(0, 3, 1, 2), None
+        padded = grad_output.new_zeros(batch, weights.dense_weights.shape[1], channels)
+        padded[weights.image_index, weights.slot] = grad_output
+        grad = weights.dense_weights.transpose(1, 2) @ padded  # [B, H W, C]
+        return grad.view(batch, height, width, channels).permute(0, 3, 1, 2), None
+
+
+def _compute_axis_weights(low: Tensor, high: Tensor, stride: int, num_cells: int) -> tuple[Tensor, Tensor]:
+    """Return the cells [R, 7, 4] that each bin reads along one axis, and their weights, for RoIs from low to high [R].
+
+    As in torchvision, an RoI is at least one cell wide, and a sample more than one cell outside the map counts as 0.
+    """
+    low, high = low.float() / stride, high.float() / stride
+    steps = (torch.arange(OUTPUT_SIZE * SAMPLING_RATIO, device=low.device) + 0.5) / (OUTPUT_SIZE * SAMPLING_RATIO)
+    samples = low[:, None] + (high - low).clamp(min=1)[:, None] * steps  # [R, 14]
+    sample_weight = ((samples >= -1) & (samples <= num_cells)).float() / SAMPLING_RATIO
+    samples = samples.clamp(0, num_cells - 1)
+    lower = samples.floor()
+    upper_weight = samples - lower
+    cells = torch.stack([lower, (lower + 1).clamp(max=num_cells - 1)], -1).int()
+    weights = torch.stack([sample_weight * (1 - upper_weight), sample_weight * upper_weight], -1)
+    return cells.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO), weights.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO)
 
 
 def _interpolation_weights(start: Tensor, end: Tensor, stride: float, num_cells: int) -> Tensor:
-    """[R, cells] how much each cell counts in a line's mean from `low` to `high` [R], input pixels, interpolated."""
-    within = (torch.arange(SAMPLES_PER_AXIS, device=start.device) + 0.5) / SAMPLES_PER_AXIS
-    places = ((start[:, None] + (end - start)[:, None] * within) / stride - 0.5).clamp(0, num_cells - 1)  # [R, samples]
-    return (1 - (places[..., None] - torch.arange(num_cells, device=start.device)).abs()).clamp(min=0).mean(1)
+    """Return [R, cells]: the weight of each cell in the mean along one axis from start to end [R], input pixels."""
+    steps = (torch.arange(SAMPLES_PER_AXIS, device=start.device) + 0.5) / SAMPLES_PER_AXIS
+    samples = ((start[:, None] + (end - start)[:, None] * steps) / stride - 0.5).clamp(0, num_cells - 1)  # [R, samples]
+    return (1 - (samples[..., None] - torch.arange(num_cells, device=start.device)).abs()).clamp(min=0).mean(1)

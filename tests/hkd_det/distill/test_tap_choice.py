@@ -120,10 +120,10 @@ def test_regions_are_read_from_the_nearest_stride_that_is_there() -> None:
 
 def test_names_that_do_not_fit_are_refused_at_the_start() -> None:
     student, teacher = HKDDetector(OURS), yolo()
-    with pytest.raises(UsageError, match="1 layers of the student and 0 of the teacher"):
+    with pytest.raises(UsageError, match="got 1 and 0"):
         terms_of(student, teacher, ["neck.outputs.0"], [])
     with pytest.raises(
-        UsageError, match=r"feature_layers\.teacher: neck\.outputs\.0: no such layer; did you mean network\."
+        UsageError, match=r"feature_layers\.teacher: neck\.outputs\.0: no such layer\. Did you mean network\."
     ):
         terms_of(student, teacher, ["neck.outputs.0"], ["neck.outputs.0"])
 

@@ -47,7 +47,9 @@ def test_what_an_inner_layer_gives_is_read_by_its_consumers_alone(spec: HKDDetec
             for name in layer.norms:
                 modules[name].bias[0] += 3.0  # type: ignore[index,operator]
         after = detector(PICTURE)
-        assert torch.equal(before.one2many.logits, after.one2many.logits) and torch.equal(before.one2one.logits, after.one2one.logits)
+        assert torch.equal(before.one2many.logits, after.one2many.logits) and torch.equal(
+            before.one2one.logits, after.one2one.logits
+        )
         assert torch.equal(before.one2many.box_logits, after.one2many.box_logits)
         for layer in detector.prunable_layers():
             for name in layer.norms:
@@ -91,8 +93,8 @@ def test_what_was_narrowed_can_be_made_separable() -> None:
 
 @pytest.mark.parametrize(
     ("widths", "told"),
-    [({"backbone.body.conv1": 3}, "no layer"), ({"head.one2one_tower.convs.0": 0}, "one must stay"),
-     ({"head.one2one_tower.convs.0": 17}, "it has 16")],
+    [({"backbone.body.conv1": 3}, "no prunable layer"), ({"head.one2one_tower.convs.0": 0}, "expected 1 to 16 channels, got 0"),
+     ({"head.one2one_tower.convs.0": 17}, "expected 1 to 16 channels, got 17")],
 )  # fmt: skip
 def test_widths_that_cannot_be_are_refused(widths: dict[str, int], told: str) -> None:
     with pytest.raises(UsageError, match=told):

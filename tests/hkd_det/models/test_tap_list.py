@@ -93,10 +93,10 @@ def test_any_layer_with_a_map_can_be_found_in_the_order_asked() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("neck.output.1", r"taps: neck\.output\.1: no such layer; did you mean neck\.outputs\.1\?"),
-        ("head.one2many", r"head\.one2many: gives no single map .* did you mean"),  # runs once a level
-        ("neck", r"neck: gives no single map .* did you mean neck\."),  # gives several
-        ("xyz", r"xyz: no such layer; did you mean \w"),
+        ("neck.output.1", r"taps: neck\.output\.1: no such layer\. Did you mean neck\.outputs\.1\?"),
+        ("head.one2many", r"head\.one2many: the layer has no single feature map\. Did you mean"),  # runs once a level
+        ("neck", r"neck: the layer has no single feature map\. Did you mean neck\."),  # gives several
+        ("xyz", r"xyz: no such layer\. Did you mean \w"),
     ],
 )
 def test_what_is_no_layer_with_a_map_is_refused_with_the_nearest_name(name: str, said: str) -> None:
