@@ -16,8 +16,8 @@ T = TypeVar("T")
 def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """Create a dataclass from a mapping of its fields.
 
-    Values are checked against the field types: bool, int, float, str, Literal, dict, homogeneous tuples, nested
-    dataclasses, and `X | None`. Strings are converted to numbers, because YAML reads 1e-3 as a string.
+    Values are checked against the field types: bool, int, float, str, Literal, dict, tuple, nested dataclasses, and
+    `X | None`. Strings are converted to numbers, because YAML reads 1e-3 as a string.
 
     Args:
         cls: Dataclass to create.
@@ -122,19 +122,29 @@ def _convert_value(cls: Any, value: Any, where: str) -> Any:
             raise UsageError(f"{where}: expected one of {', '.join(map(str, typing.get_args(cls)))}, got {value!r}")
         return value
     if typing.get_origin(cls) is dict:
-        if not isinstance(value, Mapping):
-            raise UsageError(f"{where}: {value!r} is not a mapping")
-        return dict(value)
+        return _convert_dict(typing.get_args(cls)[1], value, where)
     if typing.get_origin(cls) is tuple:
-        return _convert_tuple(typing.get_args(cls)[0], value, where)
+        return _convert_tuple(typing.get_args(cls), value, where)
     return _convert_scalar(cls, value, where)
 
 
-def _convert_tuple(cls: Any, value: Any, where: str) -> tuple[Any, ...]:
+def _convert_dict(item_type: Any, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where}: {value!r} is not a mapping")
+    if item_type is Any:
+        return dict(value)
+    return {key: _convert_value(item_type, item, _join_key(where, str(key))) for key, item in value.items()}
+
+
+def _convert_tuple(item_types: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         raise UsageError(f"{where}: {value!r} is not a list")
-    return tuple(_convert_value(cls, item, where) for item in items)
+    if item_types[-1] is Ellipsis:
+        item_types = item_types[:1] * len(items)
+    if len(item_types) != len(items):
+        raise UsageError(f"{where}: expected {len(item_types)} values, got {len(items)}")
+    return tuple(_convert_value(cls, item, where) for cls, item in zip(item_types, items, strict=True))
 
 
 def _convert_scalar(cls: Any, value: Any, where: str) -> Any:

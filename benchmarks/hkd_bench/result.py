@@ -2,18 +2,17 @@
 
 import dataclasses
 import json
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from scipy.stats import binom
 
 from hkd_bench.host import HostField
-from hkd_det.errors import DataError
-from hkd_det.files import write_text
+from hkd_det.config import dataclass_from_dict
+from hkd_det.errors import DataError, UsageError
+from hkd_det.files import read_json, write_text
 from hkd_det.metrics.matching import MissRateResult
 
 SCHEMA_VERSION = 1
@@ -258,50 +257,11 @@ def read_result(path: Path) -> BenchResult:
     Raises:
         DataError: The file is missing or invalid; the message names it and the key.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Write a result with hkd-bench --json.") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not a JSON file ({error})") from None
+    content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA_VERSION:
         raise DataError(f"{path}: expected a result of hkd-bench with schema {SCHEMA_VERSION}, got {schema}")
     try:
-        result = _decode_value(BenchResult, content, "result")
-    except ValueError as error:
+        return dataclass_from_dict(BenchResult, content)
+    except UsageError as error:
         raise DataError(f"{path}: {error}. Measure again with hkd-bench --json.") from None
-    assert isinstance(result, BenchResult)
-    return result
-
-
-def _decode_value(cls: Any, value: Any, location: str) -> Any:
-    """Convert a JSON value to a type. Raises ValueError with the key if it does not fit."""
-    if dataclasses.is_dataclass(cls):
-        return _decode_dataclass(cls, value, location)
-    origin, inner = get_origin(cls), get_args(cls)
-    if origin in (Union, types.UnionType):
-        return None if value is None else _decode_value(inner[0], value, location)
-    if origin is tuple and isinstance(value, list):
-        item_types = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
-        if len(item_types) == len(value):
-            pairs = enumerate(zip(item_types, value, strict=True))
-            return tuple(_decode_value(item_cls, item, f"{location}[{index}]") for index, (item_cls, item) in pairs)
-    elif origin is dict and isinstance(value, dict):
-        return {key: _decode_value(inner[1], item, f"{location}.{key}") for key, item in value.items()}
-    elif cls is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is cls:
-        return value
-    raise ValueError(f"{location}: expected {getattr(cls, '__name__', cls)}, got {str(value)[:40]!r}")
-
-
-def _decode_dataclass(cls: Any, value: Any, location: str) -> Any:
-    hints = get_type_hints(cls)
-    fields = dataclasses.fields(cls)
-    required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    keys: set[str] = set(value) if isinstance(value, dict) else set()
-    wrong = sorted((required - keys) | (keys - {field.name for field in fields}))
-    if wrong:
-        raise ValueError(f"{location}: missing or unknown key {', '.join(wrong)}")
-    return cls(**{name: _decode_value(hints[name], value[name], f"{location}.{name}") for name in value})

@@ -90,7 +90,7 @@ def test_result_round_trip_and_wrong_json(result: BenchResult, tmp_path: Path) -
         with pytest.raises(DataError, match=r"r\.json"):
             read_result(tmp_path / "r.json")
     (tmp_path / "r.json").write_text("{")
-    with pytest.raises(DataError, match="not a JSON file"):
+    with pytest.raises(DataError, match="not JSON"):
         read_result(tmp_path / "r.json")
 
 

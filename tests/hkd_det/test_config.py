@@ -27,6 +27,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     other: Inner | None = None
     free: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 INNER_VALUES = st.builds(
@@ -76,6 +77,8 @@ def test_number_that_yaml_reads_as_string_is_converted() -> None:
         ({"run": "r", "inner": {"weight": "nan"}}, r"inner\.weight.*not a number"),
         ({"run": "r", "on": "yes"}, "true nor false"),
         ({"run": "r", "size": 3}, "not a list"),
+        ({"run": "r", "size": [3]}, "size: expected 2 values, got 1"),
+        ({"run": "r", "counts": {"a": "many"}}, r"counts\.a: .*not an integer"),
         ({"run": "r", "inner": {"mode": "three"}}, "one, two"),
         ({"run": ["r"]}, "not a string"),
         ({"run": "r", "inner": 3}, "mapping"),
