@@ -11,7 +11,7 @@ from hkd_bench.result import BenchResult, write_result
 from hkd_bench.table import format_text_table
 from hkd_deploy import open_detector
 from hkd_deploy.backends import BACKENDS
-from hkd_deploy.streams.files import list_images
+from hkd_deploy.streams.sources import list_images
 from hkd_det.datasets.catalog import SPLITS, load_dataset
 from hkd_det.errors import UsageError
 from hkd_det.structures import Sample
