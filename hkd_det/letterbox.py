@@ -86,9 +86,8 @@ class Letterbox:
         else:
             # Bilinear downscaling below half size skips pixels, and small persons flicker.
             use_area = self.interpolation == "area" and height < self.source_hw[0]
-            cv2.resize(
-                image_rgb, (width, height), content, interpolation=cv2.INTER_AREA if use_area else cv2.INTER_LINEAR
-            )
+            flag = cv2.INTER_AREA if use_area else cv2.INTER_LINEAR
+            cv2.resize(image_rgb, (width, height), content, interpolation=flag)
         return canvas
 
     def boxes_to_source(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -101,7 +100,9 @@ class Letterbox:
             array[N, 4]: xyxy, source pixels.
         """
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
-        return clip_boxes((boxes - self._offset_xyxy()) / self._scale_xyxy(), self.source_hw).astype(np.float32)
+        return clip_boxes((boxes - self._compute_offset_xyxy()) / self._compute_scale_xyxy(), self.source_hw).astype(
+            np.float32
+        )
 
     def boxes_to_input(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:
         """Map boxes from the source image to the model input.
@@ -113,13 +114,13 @@ class Letterbox:
             array[N, 4]: xyxy, input pixels.
         """
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
-        return (boxes * self._scale_xyxy() + self._offset_xyxy()).astype(np.float32)
+        return (boxes * self._compute_scale_xyxy() + self._compute_offset_xyxy()).astype(np.float32)
 
-    def _offset_xyxy(self) -> NDArray[np.float32]:
+    def _compute_offset_xyxy(self) -> NDArray[np.float32]:
         top, left = self.content_offset
         return np.array([left, top, left, top], dtype=np.float32)
 
-    def _scale_xyxy(self) -> NDArray[np.float32]:
+    def _compute_scale_xyxy(self) -> NDArray[np.float32]:
         # The rounded size instead of `scale`: for an image 3 pixels wide they can differ by a sixth.
         scale_y, scale_x = (content / source for content, source in zip(self.content_hw, self.source_hw, strict=True))
         return np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
