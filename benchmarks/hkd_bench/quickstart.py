@@ -25,14 +25,12 @@ from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.export.options import ExportOptions
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.synthetic import write_synthetic_dataset, write_video
-from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import run_command
 from hkd_det.files import write_text
 from hkd_det.letterbox import format_imgsz
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.engine import EpochRecord
+from hkd_det.train.history import EpochRecord
 from hkd_det.train.trainer import train
 
 TEACHER, STUDENT_BASELINE, STUDENT_DISTILLED = "teacher", "student baseline", "student distilled"
@@ -163,7 +161,7 @@ def _make_train_config(
         mosaic=0.25,
         multi_scale=0.1,
         teacher=str(save_dir / "teacher" / "best.pt") if is_distilled else "",
-        distill=DistillConfig(hkd=HKDConfig()) if is_distilled else DistillConfig(),
+        distill={"hkd": {}} if is_distilled else {},
         device="cpu",
         seed=seed,
     )

@@ -17,12 +17,11 @@ from typing import Any, get_args
 from hkd_bench.host import RaplMeter, read_host_fields
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.blockwise.config import BlockwiseConfig, Scheduler, compute_lower_bound, simulate
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.files import write_text
 from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.zoo import model_name
-from hkd_det.train.blockwise import prepare_blockwise_student
 from hkd_det.train.config import TrainConfig
+from hkd_det.train.context import make_epoch_plan, make_run_context, prepare_student
 from hkd_det.train.distributed import init_distributed
 
 RESULT = Path(__file__).parent / "../results/blockwise.md"
@@ -182,11 +181,12 @@ def train_blocks(teacher: Path, data: Path, imgsz: str, blockwise_config: Blockw
             folder,
             parse_imgsz(imgsz),
             teacher=str(teacher),
-            distill=DistillConfig(blockwise=blockwise_config),
+            distill={"blockwise": blockwise_config},
             device="cpu",
         )
         train_samples, val_samples = load_dataset(config.data, "train"), load_dataset(config.data, "val")
-        prepare_blockwise_student(config, blockwise_config, context, train_samples, val_samples[:64], resume=False)
+        plan = make_epoch_plan(config, len(train_samples), 0)
+        prepare_student(config, make_run_context(config, plan, context, train_samples, val_samples[:64], resume=False))
         content: dict[str, Any] = json.loads((Path(folder) / "blockwise/report.json").read_text())
         return content
 

@@ -32,8 +32,10 @@ from hkd_bench.host import read_host_fields
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.citypersons import read_citypersons
+from hkd_det.distill.base import RunContext
 from hkd_det.errors import HkdError
 from hkd_det.train.config import TrainConfig
+from hkd_det.train.context import make_epoch_plan
 from hkd_det.train.dataset import Batch, DistributedBatchSampler, TrainDataset, build_dataloader, iterate_batches
 from hkd_det.train.distributed import DistributedContext
 from hkd_det.train.trainer import Trainer
@@ -113,10 +115,9 @@ def measure(case: Case, samples: Sequence[Sample], rounds: int) -> None:
     read_files(samples)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig("measured", case.model, folder, case.imgsz_hw, device="cpu", setup="All")
-        trainer = Trainer(config, DistributedContext(0, 1, torch.device("cpu")), samples, samples)
-    loaders = {
-        workers: build_dataloader(samples, trainer.epoch_plan, 0, 1, workers, config.cache_mib) for workers in WORKERS
-    }
+        plan, dist_context = make_epoch_plan(config, len(samples), 0), DistributedContext(0, 1, torch.device("cpu"))
+        trainer = Trainer(config, plan, RunContext(), dist_context, samples, samples)
+    loaders = {workers: build_dataloader(samples, plan, 0, 1, workers, config.cache_mib) for workers in WORKERS}
     in_memory = list(iterate_first_epoch(loaders[0]))
     train_steps(trainer, in_memory)  # fills torch's caches of compiled operations, once per size
     for loader in loaders.values():
@@ -192,14 +193,16 @@ def train_steps(trainer: Trainer, batches: Iterable[Batch]) -> None:
         trainer: The trainer.
         batches: The batches.
     """
-    trainer.loader = _FixedBatches(batches)  # type: ignore[assignment]  # only iterated
-    with tqdm(disable=True) as bar:
-        trainer.train_one_epoch(trainer.distiller, 0, 0.0, bar)
+    trainer.loader = _FixedBatches(batches, trainer.plan.steps_per_epoch)  # type: ignore[assignment]  # only iterated
+    trainer.run_epoch_steps(0)
 
 
 class _FixedBatches:
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Iterable[Batch], num_batches: int) -> None:
+        self.batches, self.num_batches = batches, num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)

@@ -29,7 +29,7 @@ from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import write_text
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.train import cli
-from hkd_det.train.baseline import evaluate_detector
+from hkd_det.train.baseline import measure_detector
 
 RESULTS_DIR = Path(__file__).parents[1] / "results"
 
@@ -85,7 +85,7 @@ def run_row(budget: Budget, row: Row, data: Path, seed: int, folder: Path) -> No
     energy = meter.total()
     checkpoint = load_detector_checkpoint(run_dir / "best.pt")
     bf16 = checkpoint.config["precision"] == "bf16"
-    result, _ = evaluate_detector(checkpoint.build(), load_dataset(str(data), "test"), budget.imgsz_hw, bf16)
+    result, _ = measure_detector(checkpoint.build(), load_dataset(str(data), "test"), budget.imgsz_hw, bf16)
     content = {
         "row": row.name,
         "seed": seed,

@@ -31,17 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from hkd_bench.host import read_host_fields
+from hkd_det.distill.base import RunContext
 from hkd_det.distill.cdd.config import CDDConfig
-from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
-from hkd_det.distill.distiller import DistillationLoss, Distiller
+from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.files import write_text
 from hkd_det.letterbox import format_imgsz
 from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.zoo import DEFAULT_TEACHER, build_model
-from hkd_det.ops.losses import clamp_min_one, sum_losses
-from hkd_det.train.trainer import NoOpHook, TrainHook
+from hkd_det.ops.losses import sum_losses
 
 RESULT = Path(__file__).parent / "../results/distillation_cost.md"
 ALLOWED = 1.10  # what a distilled step may cost, of student and teacher alone
@@ -118,48 +116,41 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[tuple[float, 
     torch.manual_seed(0)
     pictures, truth = batch_of(case, device)
     teacher = placed(build_model(case.teacher), device)
-    alone = Distiller(placed(build_model(case.student), device), None, clamp_min_one)
+    alone = Distiller(placed(build_model(case.student), device))
     student = placed(build_model(case.student), device)
     if case.shrinks:
-        taught, shape = shrinking(student, teacher, case, device)
+        taught = shrinking(student, teacher, case, device)
     else:
-        methods = DistillConfig(hkd=HKDConfig(region_min_score=0.0, max_regions=PEOPLE))
-        taught, shape = (
-            Distiller(student, DistillationLoss(student, teacher, methods).to(device), clamp_min_one),
-            NoOpHook(),
-        )
+        methods = {"hkd": HKDConfig(region_min_score=0.0, max_regions=PEOPLE)}
+        taught = Distiller(student, teacher, build_methods(methods, student, teacher)).to(device)
     timed = timer(device)
-    steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth, shape))
+    steps = (step_of(alone, pictures, truth), forward_of(teacher, pictures), step_of(taught, pictures, truth))
     for step in steps:  # memory is laid out, kernels are chosen
         step()
         step()
-    times = shape.schedule.compare_interval if isinstance(shape, ChannelPruner) else 1
+    times = taught.methods[0].pruner.schedule.compare_interval if case.shrinks else 1  # type: ignore[union-attr]
     return [
         tuple(mean(part) for part in zip(*([timed(step) for step in steps] for _ in range(times)), strict=True))
         for _ in range(rounds)
     ]
 
 
-def shrinking(
-    student: BaseDetector, teacher: BaseDetector, case: Case, device: torch.device
-) -> tuple[Distiller, ChannelPruner]:
+def shrinking(student: BaseDetector, teacher: BaseDetector, case: Case, device: torch.device) -> Distiller:
     """A student that begins as its teacher and sheds channels, its galleries full."""
     settings = CDDConfig()
     student.load_state_dict(teacher.state_dict())
-    ledger = prepare_student(student, settings, case.imgsz_hw, case.student)
-    distiller = DistillationLoss(placed(student, device), teacher, DistillConfig(cdd=settings)).to(device)
-    assert distiller.cdd is not None
-    for site, evidence in zip(distiller.cdd.sites, distiller.cdd.importance, strict=True):
-        evidence.gallery.add(torch.rand(settings.queue_size, len(site.compactor.masked), device=device))  # type: ignore[operator,union-attr]
-    course = PruningSchedule.from_config(settings, COURSE, 1.0)
-    shape = ChannelPruner(distiller.cdd, ledger, settings, course, lambda mine: [mine])
-    return Distiller(student, distiller, clamp_min_one), shape
+    (method,) = build_methods({"cdd": settings}, student, teacher)
+    method.setup(RunContext(case.student, imgsz_hw=case.imgsz_hw, total_steps=COURSE))
+    distiller = Distiller(placed(student, device), teacher, [method]).to(device)
+    for site, evidence in zip(method.losses.sites, method.losses.importance, strict=True):  # type: ignore[arg-type,union-attr]
+        evidence.queue.add(torch.rand(settings.queue_size, len(site.compactor.masked), device=device))  # type: ignore[operator,union-attr]
+    return distiller
 
 
 def print_compiled(case: Case, device: torch.device, rounds: int) -> None:
     """Both parts as they are and compiled, in turns: medians, and the wall's seconds until the compiled is ready."""
     pictures, truth = batch_of(case, device)
-    students = [Distiller(placed(build_model(case.student), device), None, clamp_min_one) for _ in range(2)]
+    students = [Distiller(placed(build_model(case.student), device)) for _ in range(2)]
     teachers = [placed(build_model(case.teacher), device).eval().requires_grad_(False) for _ in range(2)]
     students[1].student.compile()
     teachers[1].compile()
@@ -204,23 +195,23 @@ def placed(detector: BaseDetector, device: torch.device) -> BaseDetector:
     return detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def step_of(learner: Distiller, pictures: Tensor, truth: Targets, shape: TrainHook | None = None) -> Callable[[], None]:
+def step_of(learner: Distiller, pictures: Tensor, truth: Targets) -> Callable[[], None]:
     """One step as a run makes it, at full strength where there is a teacher."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
     learner.train()
-    numbers, shape = count(CHOOSING), shape or NoOpHook()
+    numbers = count(CHOOSING)
 
     def step() -> None:
         number = next(numbers)
-        shape.before_step(number)
+        learner.before_step(number)
         with torch.autocast(pictures.device.type, torch.bfloat16):
             task, taught = learner(pictures, truth, 1.0)
         optimizer.zero_grad(set_to_none=True)
         sum_losses(task | taught).backward()
-        shape.after_backward(number)
+        learner.after_backward(number)
         nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
         optimizer.step()
-        shape.after_step()
+        learner.after_step()
 
     return step
 

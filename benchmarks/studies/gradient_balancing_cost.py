@@ -20,15 +20,14 @@ from torch import nn
 from tqdm import tqdm
 
 from hkd_bench.host import read_host_fields
-from hkd_det.distill.distiller import DistillationLoss, Distiller
-from hkd_det.distill.gradients import GradientBalancer
+from hkd_det.distill.distiller import Distiller, build_methods
+from hkd_det.distill.gradients import GradientBalancer, SumBalancer
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.mokd import MoKDConfig, build_balancer
+from hkd_det.distill.mokd import MoKD, MoKDConfig
 from hkd_det.files import write_text
 from hkd_det.models.base import Targets
 from hkd_det.models.zoo import build_model
-from hkd_det.ops.losses import clamp_min_one, sum_losses
+from hkd_det.ops.losses import sum_losses
 
 HERE = Path(__file__).parent
 RESULT = HERE / "../results/arbitration_cost.md"
@@ -69,9 +68,7 @@ def setup() -> tuple[Distiller, torch.Tensor, Targets]:
     torch.manual_seed(0)
     student = build_model("mini-student").to(memory_format=torch.channels_last)
     teacher = build_model("mini-teacher").to(memory_format=torch.channels_last)
-    learner = Distiller(
-        student, DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig())), clamp_min_one
-    ).train()
+    learner = Distiller(student, teacher, build_methods({"hkd": HKDConfig()}, student, teacher)).train()
     pictures = torch.randint(0, 255, (BATCH, 3, *IMGSZ_HW), dtype=torch.uint8).to(memory_format=torch.channels_last)
     corners = torch.rand(BATCH, PEOPLE, 2) * torch.tensor([170.0, 80.0])
     boxes = torch.cat([corners, corners + torch.tensor([30.0, 75.0])], -1)
@@ -92,7 +89,8 @@ def steps_of(learner: Distiller, pictures: torch.Tensor, truth: Targets) -> dict
         optimizer.step()
 
     def made(settings: MoKDConfig | None) -> Callable[[], None]:
-        arbiter = build_balancer(settings, learner, learner.student, lambda _tensors: None)
+        parameters, method = list(learner.parameters()), MoKD(settings, learner.student, None) if settings else None
+        arbiter = method.balancer(parameters, lambda _tensors: None) if method else SumBalancer()
         return lambda: step(arbiter)
 
     return {name: made(settings) for name, settings in RULES.items()}

@@ -1,4 +1,4 @@
-"""Adapter: brings a student's map to the channels and the stride of the teacher's. Dropped after training."""
+"""Adapters that map student features to the channels and the stride of the teacher. Dropped after training."""
 
 from typing import Literal
 
@@ -10,34 +10,46 @@ from torch.nn.utils import parametrizations
 from hkd_det.errors import UsageError
 from hkd_det.models.base import FeatureInfo
 
-DILATIONS = (1, 2, 3)  # of the multi-scale projection: 3x3 views of 3, 5 and 7 cells
-
+DILATIONS = (1, 2, 3)  # receptive fields of 3, 5 and 7 cells
 
 Projection = Literal["plain", "norm", "multi-scale", "orthogonal"]
-
-
-"""What maps the student's channels to the teacher's.
-
-plain: a 1x1 convolution. norm: the same, then batch normalisation. multi-scale: `MultiScale`. orthogonal: `Turn`.
-"""
+"""Channel projection. plain: 1x1 convolution. norm: the same and batch normalization. multi-scale:
+`MultiScaleProjection`. orthogonal: `OrthogonalProjection`."""
 
 
 class Adapter(nn.Module):
-    """A projection of the channels, after average pooling or before nearest upsampling where the strides differ."""
+    """Project the channels; before it, pool a finer student map; after it, upsample a coarser one.
+
+    Args:
+        student: Feature layer of the student.
+        teacher: Feature layer of the teacher.
+        projection: Kind of channel projection.
+
+    Raises:
+        UsageError: If neither stride is a multiple of the other.
+    """
 
     def __init__(self, student: FeatureInfo, teacher: FeatureInfo, projection: Projection = "plain") -> None:
         super().__init__()
         finer, coarser = sorted((student.stride, teacher.stride))
         if coarser % finer:
             raise UsageError(
-                f"taps {student.name} (stride {student.stride}) and {teacher.name} ({teacher.stride}) differ"
+                f"distill.hkd.feature_layers: the strides of {student.name} ({student.stride}) and {teacher.name} "
+                f"({teacher.stride}) do not divide. Choose layers of which one stride is a multiple of the other."
             )
         self.stride_ratio = coarser // finer
         self.should_pool = student.stride < teacher.stride
         self.projection = _build_projection(student.channels, teacher.channels, projection)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, student channels, H, W] to [B, teacher channels, H', W'] with the teacher's stride."""
+        """Map student features to the shape of the teacher.
+
+        Args:
+            features (Tensor[B, C_s, H, W]): Student feature map.
+
+        Returns:
+            Tensor[B, C_t, H', W']: Channels and stride of the teacher.
+        """
         if self.stride_ratio > 1 and self.should_pool:
             features = F.avg_pool2d(features, self.stride_ratio)
         features = self.projection(features)
@@ -47,47 +59,56 @@ class Adapter(nn.Module):
 
 
 class MultiScaleProjection(nn.Module):
-    """MoKD's light projection: what lies around a cell, near and farther off, before the 1x1 convolution.
+    """Light projection of MoKD (Hayder et al. 2025): dilated depthwise 3x3 convolutions, then a 1x1 convolution.
 
-    Depthwise 3x3 convolutions of several rates side by side, added to the map itself; each begins at nothing, so that
-    it starts as a plain projection and looks around where that pays.
+    The outputs of the depthwise convolutions are added to the input. Their weights start at 0, so the module starts as a
+    plain 1x1 projection.
+
+    Args:
+        in_channels: Channels of the student.
+        out_channels: Channels of the teacher.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        views = [
+        convs = [
             nn.Conv2d(in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False)
             for rate in DILATIONS
         ]
-        for view in views:
-            nn.init.zeros_(view.weight)
-        self.dilated_convs = nn.ModuleList(views)
+        for conv in convs:
+            nn.init.zeros_(conv.weight)
+        self.dilated_convs = nn.ModuleList(convs)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H, W]."""
-        seen = features
-        for view in self.dilated_convs:
-            seen = seen + view(features)
-        return self.pointwise(seen)
+        """Project features [B, C_in, H, W] to [B, C_out, H, W]."""
+        context = features
+        for conv in self.dilated_convs:
+            context = context + conv(features)
+        return self.pointwise(context)
 
 
 class OrthogonalProjection(nn.Module):
-    """VkD's projection (Miles et al. 2024): linear, with orthonormal columns, or rows where the teacher is narrower.
+    """Orthogonal projection of VkD (Miles et al. 2024).
 
-    It turns the student's space and neither stretches it nor hides anything of it, so what is learnt is learnt by the
-    student. The teacher is to be standardised: nothing here could take up its scale.
+    The weight has orthonormal columns, or orthonormal rows if the teacher is narrower. It preserves lengths and angles,
+    so the student has to learn everything that the loss asks for. It cannot learn the scale of the teacher: standardize
+    the teacher features first.
+
+    Args:
+        in_channels: Channels of the student.
+        out_channels: Channels of the teacher.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_channels, out_channels, bias=False)
-        # Not by reflections, torch's own choice: weight decay turns the signs that they keep in the parameter to 0.
+        # Not torch's default (Householder): weight decay would shrink the signs that it stores in the parameter.
         parametrizations.orthogonal(self.linear, "weight", "cayley")
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H, W]."""
-        with torch.autocast(features.device.type, enabled=False):  # bf16 products are orthonormal to 1e-2 only
+        """Project features [B, C_in, H, W] to [B, C_out, H, W]."""
+        with torch.autocast(features.device.type, enabled=False):  # in bf16 the weight is orthonormal to 1e-2 only
             weight = self.linear.weight
         return F.linear(features.movedim(1, -1), weight).movedim(-1, 1)
 

@@ -1,185 +1,216 @@
-"""Distiller: runs the frozen teacher on the student's batch and asks the methods for their terms.
+"""Student, frozen teacher and distillation methods as one module, so that DDP finds every trained parameter."""
 
-Learner: what one step of training computes. One module, so that DDP sees every parameter that learns.
-"""
-
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.base import DistillationBatch
-from hkd_det.distill.cdd.method import CDD
-from hkd_det.distill.hkd import HKD, HKDConfig, TwoStageHKD
-from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noisy_teacher import NoisyLogitLoss, NoisyTeacher, check_same_strides
-from hkd_det.distill.soft_labels import SoftLabelDistillation
-from hkd_det.errors import UsageError
-from hkd_det.models.base import BaseDetector, FeatureInfo, ModelOutputs, ProposalOutputs, Targets
-from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
-from hkd_det.models.onnx_teacher import OnnxTeacher
+from hkd_det.distill import check_methods, check_teacher, load_method
+from hkd_det.distill.base import DistillationBatch, DistillMethod, TeacherModel
+from hkd_det.distill.gradients import AllReduceMean, GradientBalancer, SumBalancer
+from hkd_det.models.base import BaseDetector, ModelOutputs, Targets
 from hkd_det.ops.hooks import FeatureHooks
-from hkd_det.ops.losses import ReduceMean
-
-
-class DistillationLoss(nn.Module):
-    """The methods that teach one detector by another. Its parameters are the methods' own, never the teacher's."""
-
-    def __init__(self, student: BaseDetector, teacher: BaseDetector | OnnxTeacher, config: DistillConfig) -> None:
-        super().__init__()
-        # In tuples, so no submodules: the teacher is not trained, averaged or saved, and the student not twice.
-        self._teacher = (teacher.eval().requires_grad_(False),)
-        self._student = (student,)
-        inside = white_box_teacher(teacher, config)
-        names = config.hkd.feature_layers if config.hkd else LayerPairs()
-        student_taps, teacher_taps = select_layers(student, inside, names) if inside else ([], [])
-        # Nothing works in place behind the ends of a pyramid, but behind a layer that somebody names something may.
-        copies = bool(names.student)
-        self._student_hooks = FeatureHooks(student, [layer.name for layer in student_taps], copies)
-        self._teacher_hooks = FeatureHooks(teacher, [layer.name for layer in teacher_taps], copies)
-        noise = config.noisy_teacher
-        self.noisy_teacher = NoisyTeacher(noise) if noise and noise.mode == "targets" else None
-        self.det_loss_weight = config.hkd.det_loss_weight if config.hkd else 1.0
-        self._teacher_cache: tuple[ModelOutputs, list[Tensor]] | None = None
-        self.methods = nn.ModuleList()
-        if config.hkd and inside:
-            self.methods.append(
-                _build_hkd(student, inside, (student_taps, teacher_taps), config.hkd, self.noisy_teacher)
-            )
-        if config.soft_labels:
-            self.methods.append(SoftLabelDistillation(config.soft_labels))
-        if noise and noise.mode == "l2" and inside:
-            check_same_strides(student, inside)
-            self.methods.append(NoisyLogitLoss(noise))
-        self.cdd: CDD | None = None
-        if config.cdd and inside:
-            # Hierarchical distillation has a logit level of its own.
-            settings = replace(config.cdd, cls=0.0) if config.hkd else config.cdd
-            self.cdd = CDD(student, inside, settings)
-            self.methods.append(self.cdd)
-
-    def forward_teacher(self, images: Tensor) -> None:
-        """Run the teacher on the batch that the student sees next: what it needed meanwhile is then the student's."""
-        with torch.no_grad():
-            output: ModelOutputs = self._teacher[0](images)
-        self._teacher_cache = output, self._teacher_hooks.pop()
-
-    def forward(
-        self,
-        images: Tensor,
-        student_outputs: ModelOutputs,
-        targets: Targets,
-        distill_weight: float,
-        reduce_mean: ReduceMean,
-    ) -> dict[str, Tensor]:
-        """The distillation terms for the batch the student has just seen, times `strength`, 0..1.
-
-        Its teacher need not have been heard before; that only saves memory.
-        """
-        (teacher,), (student,) = self._teacher, self._student
-        if self._teacher_cache is None:
-            self.forward_teacher(images)
-        assert self._teacher_cache is not None
-        (other, other_maps), self._teacher_cache = self._teacher_cache, None
-        if self.noisy_teacher:
-            other, other_maps = (
-                self.noisy_teacher.perturb_outputs(other),
-                self.noisy_teacher.perturb_features(other_maps),
-            )
-        my_maps = self._student_hooks.pop()
-        noise = (
-            self.noisy_teacher.perturb_detections if self.noisy_teacher and isinstance(other, ProposalOutputs) else None
-        )
-        lesson = DistillationBatch(
-            images, targets, student, teacher, student_outputs, other, my_maps, other_maps, reduce_mean, noise
-        )
-        terms: dict[str, Tensor] = {}
-        for method in self.methods:
-            terms |= method(lesson)
-        return {name: distill_weight * term for name, term in terms.items()}
-
-    def clear(self) -> None:
-        """Let go of what was recorded in a step that is not distilled."""
-        self._student_hooks.pop()
-        if self.cdd:
-            self.cdd.clear()
-
-    def close(self) -> None:
-        """Remove the taps from both networks."""
-        self._student_hooks.close()
-        self._teacher_hooks.close()
-        if self.cdd:
-            self.cdd.close()
-
-
-def white_box_teacher(teacher: BaseDetector | OnnxTeacher, config: DistillConfig) -> BaseDetector | None:
-    """The teacher, if its features and logits can be read; UsageError for a method that would need them of another."""
-    if isinstance(teacher, BaseDetector):
-        return teacher
-    shows = f"{teacher.model.path} shows neither features nor logits"
-    if config.noisy_teacher and config.noisy_teacher.mode == "l2":
-        raise UsageError(
-            f"--distill noisy_teacher: {shows}; next to soft_labels, distill.noisy_teacher.mode=targets is for it"
-        )
-    if config.hkd or config.cdd:
-        asked = "hkd" if config.hkd else "cdd"
-        raise UsageError(f"--distill {asked}: {shows}; --distill soft_labels learns from its boxes and scores")
-    return None
-
-
-def _build_hkd(
-    student: BaseDetector,
-    teacher: BaseDetector,
-    layers: tuple[list[FeatureInfo], list[FeatureInfo]],
-    config: HKDConfig,
-    noisy_teacher: NoisyTeacher | None,
-) -> nn.Module:
-    """The published form between two-stage detectors, ours where either is dense; `taps` are both's."""
-    if "rois" in student.capabilities & teacher.capabilities:
-        _check_ignored_options(
-            config, ("pyramid", "region", "cls", "box", "fg_ratio", "region_min_score", "max_regions")
-        )
-        pairs = pair_layers(*layers, config.feature_layers)
-        return TwoStageHKD(student, teacher, config.two_stage, noisy_teacher, config.adapter, pairs)
-    _check_ignored_options(config, ("two_stage",))
-    return HKD(*layers, config)
-
-
-def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
-    """UsageError for a setting of the other form, which nobody would hear."""
-    for name in names:
-        if getattr(config, name) != getattr(HKDConfig(), name):
-            raise UsageError(
-                f"distill.hkd.{name} is not heard here: between two Faster R-CNNs the levels' weights are those of "
-                "two_stage, for all others those of hkd itself"
-            )
-
+from hkd_det.ops.losses import ReduceMean, clamp_min_one
 
 LossDict = dict[str, Tensor]
 
 
+def build_methods(
+    configs: Mapping[str, Any], student: BaseDetector, teacher: Any, teacher_path: Path = Path("the teacher")
+) -> list[DistillMethod]:
+    """Build the methods of a run for a pair of networks.
+
+    Args:
+        configs: Method name -> configuration, as `parse_methods` returns it.
+        student: Detector to train.
+        teacher: Frozen teacher.
+        teacher_path: File of the teacher, for messages.
+
+    Raises:
+        UsageError: If methods exclude each other or the teacher does not provide what a method needs.
+    """
+    same = {"same_architecture"} if type(teacher) is type(student) else set()
+    check_teacher(configs, frozenset(teacher.capabilities | same), teacher_path.name)
+    return [load_method(name)(config, student, teacher) for name, config in check_methods(configs).items()]
+
+
 class Distiller(nn.Module):
-    """A detector with its loss and, if it has a teacher, its distiller."""
+    """A student with its detection loss, its teacher and the distillation methods.
+
+    Only the student and the methods are submodules. The teacher is not trained, averaged or saved.
+
+    Args:
+        student: Detector to train. Copies of it must be made before: the hooks of this class would be copied with it.
+        teacher: Frozen teacher, or None without distillation.
+        methods: Methods built for this pair.
+        reduce_mean: Converts a sum over the images of this process to the divisor that is right over all processes.
+    """
 
     def __init__(
-        self, student: BaseDetector, distillation_loss: DistillationLoss | None, reduce_mean: ReduceMean
+        self,
+        student: BaseDetector,
+        teacher: TeacherModel | None = None,
+        methods: Sequence[DistillMethod] = (),
+        reduce_mean: ReduceMean = clamp_min_one,
     ) -> None:
         super().__init__()
         self.student = student
-        self.distillation_loss = distillation_loss
+        self.methods = nn.ModuleList(methods)
         self.reduce_mean = reduce_mean
+        # A tuple hides the teacher from the registration of submodules.
+        self._teacher = (teacher.eval().requires_grad_(False) if isinstance(teacher, nn.Module) else teacher,)
+        self._student_hooks: list[FeatureHooks] = []
+        self._teacher_hooks: list[FeatureHooks] = []
+        self._student_names: list[str] = []
+        self._teacher_names: list[str] = []
+        if teacher is not None:
+            self._register_hooks(student, teacher)
 
     def forward(self, images: Tensor, targets: Targets, distill_weight: float) -> tuple[LossDict, LossDict]:
-        """The batch's terms, the task's and the teacher's; `strength` 0..1 scales the latter, at 0 there are none."""
-        if self.distillation_loss is not None and distill_weight > 0:
-            self.distillation_loss.forward_teacher(images)
-        output = self.student(images)
-        task = self.student.loss(output, targets, self.reduce_mean)
-        taught: LossDict = {}
-        if self.distillation_loss is not None and distill_weight > 0:
-            taught = self.distillation_loss(images, output, targets, distill_weight, self.reduce_mean)
-            task = {name: self.distillation_loss.det_loss_weight * term for name, term in task.items()}
-        elif self.distillation_loss is not None:
-            self.distillation_loss.clear()
-        return task, taught
+        """Compute the losses of a batch.
+
+        Args:
+            images (Tensor[B, 3, H, W]): RGB, 0 to 255.
+            targets: Ground truth.
+            distill_weight: Factor for the distillation losses, 0 to 1. At 0 the teacher does not run.
+
+        Returns:
+            det_losses: Detection losses by name, scalars.
+            distill_losses: Weighted distillation losses by name, scalars. Empty without distillation.
+        """
+        is_distilled = len(self.methods) > 0 and distill_weight > 0
+        # The teacher runs before the student, so that its activations are free when the student allocates its own.
+        teacher = self._forward_teacher(images) if is_distilled else None
+        outputs = self.student(images)
+        det_losses = self.student.loss(outputs, targets, self.reduce_mean)
+        if teacher is None:
+            self._clear()
+            return det_losses, {}
+        batch = self._make_batch(images, targets, outputs, *teacher)
+        losses = {name: loss for method in self.methods for name, loss in method(batch).items()}
+        det_weight = math.prod(method.det_loss_weight for method in self._iterate_methods())
+        return (
+            {name: det_weight * loss for name, loss in det_losses.items()},
+            {name: distill_weight * loss for name, loss in losses.items()},
+        )
+
+    def before_step(self, step: int) -> None:
+        """Prepare all methods for a step, counted from 0 over the whole run."""
+        for method in self._iterate_methods():
+            method.before_step(step)
+
+    def after_backward(self, step: int) -> dict[str, float]:
+        """Let all methods change gradients; return their values to log."""
+        return {name: value for m in self._iterate_methods() for name, value in m.after_backward(step).items()}
+
+    def after_step(self) -> None:
+        """Let all methods change parameters after the optimizer step."""
+        for method in self._iterate_methods():
+            method.after_step()
+
+    def deployable_model(self, model: BaseDetector) -> BaseDetector:
+        """Return the student, or a copy of it, without the layers that only training needs."""
+        for method in self._iterate_methods():
+            model = method.deployable_model(model)
+        return model
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether every method allows the student to become `best.pt`."""
+        return all(method.target_reached for method in self._iterate_methods())
+
+    def summary(self) -> str:
+        """Return the methods' text for the last line of the run."""
+        return "".join(method.summary() for method in self._iterate_methods())
+
+    def build_balancer(self, all_reduce_mean: AllReduceMean) -> GradientBalancer:
+        """Return the gradient balancer of the methods, or the plain sum.
+
+        Args:
+            all_reduce_mean: Averages tensors over processes, in place.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        balancers = [method.balancer(parameters, all_reduce_mean) for method in self._iterate_methods()]
+        return next((balancer for balancer in balancers if balancer is not None), SumBalancer())
+
+    def close(self) -> None:
+        """Remove the hooks from both networks."""
+        for hooks in (*self._student_hooks, *self._teacher_hooks):
+            hooks.close()
+
+    def _iterate_methods(self) -> list[DistillMethod]:
+        return list(self.methods)  # type: ignore[arg-type]  # ModuleList is not generic
+
+    def _register_hooks(self, student: BaseDetector, teacher: Any) -> None:
+        """Record each layer that a method requests once; copy it unless no layer works in place after it."""
+        requests = [(method.feature_layers(), method.clone_student_features) for method in self._iterate_methods()]
+        student_names = {name: clone for pairs, clone in requests for name in pairs.student}
+        teacher_names = {name: True for pairs, _ in requests for name in pairs.teacher}
+        self._student_hooks, self._student_names = _make_hooks(student, student_names)
+        self._teacher_hooks, self._teacher_names = _make_hooks(teacher, teacher_names)
+
+    def _forward_teacher(self, images: Tensor) -> tuple[ModelOutputs, dict[str, Tensor]]:
+        (teacher,) = self._teacher
+        assert teacher is not None
+        with torch.no_grad():
+            outputs = teacher(images)
+        return outputs, _pop_features(self._teacher_hooks, self._teacher_names)
+
+    def _make_batch(
+        self,
+        images: Tensor,
+        targets: Targets,
+        student_outputs: ModelOutputs,
+        teacher_outputs: Any,
+        teacher_features: dict[str, Tensor],
+    ) -> DistillationBatch:
+        noisy_outputs = self._perturb(teacher_outputs)
+        for method in self._iterate_methods():
+            teacher_features = method.perturb_features(teacher_features)
+        return DistillationBatch(
+            images,
+            targets,
+            self.student,
+            self._teacher[0],
+            student_outputs,
+            noisy_outputs,
+            _pop_features(self._student_hooks, self._student_names),
+            teacher_features,
+            self.reduce_mean,
+            # Detections of perturbed outputs are perturbed already.
+            self._perturb if noisy_outputs is teacher_outputs else None,
+        )
+
+    def _perturb(self, outputs: Any) -> Any:
+        for method in self._iterate_methods():
+            outputs = method.perturb_teacher(outputs)
+        return outputs
+
+    def _clear(self) -> None:
+        _pop_features(self._student_hooks, self._student_names)
+        for method in self._iterate_methods():
+            method.clear()
+
+
+def _make_hooks(model: Any, names: Mapping[str, bool]) -> tuple[list[FeatureHooks], list[str]]:
+    """Register hooks on layers of a model.
+
+    Args:
+        model: Detector, or an ONNX teacher without layers.
+        names: Layer name -> whether to copy its output. The default feature layers are never copied.
+    """
+    default = {info.name for info in model.feature_info()}
+    hooks, ordered = [], []
+    for clone in (False, True):
+        group = [name for name, asked in names.items() if (asked and name not in default) == clone]
+        if group:
+            hooks.append(FeatureHooks(model, group, clone))
+            ordered += group
+    return hooks, ordered
+
+
+def _pop_features(hooks: Sequence[FeatureHooks], names: Sequence[str]) -> dict[str, Tensor]:
+    return dict(zip(names, [feature for one in hooks for feature in one.pop()], strict=True))

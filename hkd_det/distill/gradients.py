@@ -1,60 +1,74 @@
-"""Arbiter: makes gradients of the task's and the teacher's losses.
+"""Gradient balancers: how the gradients of detection and distillation losses become one step."""
 
-Reach: which parameters a loss depends on, read from autograd's graph without a backward pass.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+AllReduceMean = Callable[[Sequence[Tensor]], None]
+"""Replaces tensors, in place, by their means over all processes. Every process calls it with the same shapes."""
+
 
 class GradientBalancer(Protocol):
-    """Fills `.grad` of everything that learns from two losses."""
+    """Fills `.grad` of all trained parameters from two losses."""
 
     def backward(self, det_loss: Tensor, distill_loss: Tensor | None, distill_weight: float) -> dict[str, float]:
-        """From the scalar losses, `taught` None in a step without a teacher; returns figures to log.
+        """Run the backward pass.
 
-        strength: what the schedule has scaled `taught` with, 0..1.
+        Args:
+            det_loss: Detection loss, scalar.
+            distill_loss: Distillation loss, scalar, already multiplied by `distill_weight`. None without distillation.
+            distill_weight: Factor of the schedule, 0 to 1.
+
+        Returns:
+            Values to log.
         """
 
     def state_dict(self) -> dict[str, float]:
-        """What it has learnt so far: all that an exact resume needs."""
+        """Return the state that an exact resume needs."""
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """The inverse of `state`."""
+        """Restore the state that `state_dict` returned."""
 
 
 class SumBalancer:
-    """The plain sum of both losses: hand-set weights decide."""
+    """Backward pass of the plain sum of both losses."""
 
-    def backward(self, det_loss: Tensor, distill_loss: Tensor | None, distill_weight: float) -> dict[str, float]:  # noqa: ARG002
-        """One backward pass; the strength is in the loss."""
-        (det_loss if distill_loss is None else det_loss + distill_loss).backward()  # type: ignore[no-untyped-call]
+    def backward(self, det_loss: Tensor, distill_loss: Tensor | None, distill_weight: float) -> dict[str, float]:  # noqa: ARG002 - the weight is in the loss already
+        """Run one backward pass; see `GradientBalancer.backward`."""
+        (det_loss if distill_loss is None else det_loss + distill_loss).backward()  # type: ignore[no-untyped-call]  # torch
         return {}
 
     def state_dict(self) -> dict[str, float]:
-        """Nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Nothing to do."""
+        """Do nothing; there is no state."""
 
 
 def reachable_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """[P] float: 1 where a backward pass from the loss would come to the parameter, else 0."""
-    position = {id(parameter): index for index, parameter in enumerate(parameters)}
-    found = torch.zeros(len(parameters))
-    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
+    """Find the parameters that a loss depends on, without a backward pass.
+
+    Args:
+        loss: Scalar with an autograd graph.
+        parameters: P leaf tensors.
+
+    Returns:
+        Tensor[P]: 1 where a backward pass reaches the parameter, else 0.
+    """
+    index_by_id = {id(parameter): index for index, parameter in enumerate(parameters)}
+    reached = torch.zeros(len(parameters))
+    visited, queue = {loss.grad_fn}, [loss.grad_fn]
+    while queue:
+        node = queue.pop()
         if node is None:
             continue
-        index = position.get(id(getattr(node, "variable", None)))  # only the graph's leaves have a variable
+        index = index_by_id.get(id(getattr(node, "variable", None)))  # only leaves of the graph have a variable
         if index is not None:
-            found[index] = 1
-        fresh = {before for before, _ in node.next_functions} - seen
-        seen |= fresh
-        waiting.extend(fresh)
-    return found
+            reached[index] = 1
+        new = {previous for previous, _ in node.next_functions} - visited
+        visited |= new
+        queue.extend(new)
+    return reached

@@ -1,46 +1,39 @@
-"""HKD as it was published (Chen et al. 2019): a two-stage teacher and student, MSE at three levels.
+"""Hierarchical knowledge distillation (HKD, Chen et al. 2019): losses at feature, region and logit level.
 
-Pyramid: the feature pyramid's maps. Region: the 7x7 features that enter the region head. Logit: what leaves the head's
-two fully connected layers, the vector that scores and boxes are linear in. The student is thinner, so each level has an
-adapter. `../shared/methods.md`, section 1, says what is known of the source and what is not.
-
-Both heads see the same regions: the true boxes, and the best that the teacher's first stage proposes. Those lie on
-the people it will find and on the background it takes longest to reject; they do not move while the student learns,
-as the student's own would; and they cost nothing, where the teacher's detections would cost its head on 1000 regions.
-
-Hierarchical distillation: pyramid, region and logit level (HKD, Chen et al. 2019; one-stage form).
-
-Pyramid: the student's neck maps, through adapters, imitate the teacher's, people and background balanced.
-Region: the same on 7x7 RoIAligned features of the true boxes and of the teacher's confident ones.
-Logit: the student's scores learn the teacher's where they differ, its side distributions the teacher's
-where the teacher sees somebody, in each branch that both have. Where the two have no points in common, and for a
-one-to-one branch that the teacher lacks, its detections take their place (`detections.py`). `../shared/methods.md`,
-section 1, has the reasons.
+`TwoStageHKD` is the published form, for two Faster R-CNN models. `DenseHKD` transfers it to all other pairs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hkd_det.distill.adapters import Adapter, Projection
-from hkd_det.distill.base import DistillationBatch, sample_rois
-from hkd_det.distill.noisy_teacher import NoisyTeacher
+from hkd_det.distill.base import DistillationBatch, DistillMethod, match_branches, sample_rois
 from hkd_det.errors import UsageError
-from hkd_det.models.base import BranchOutputs, DenseOutputs, FeatureInfo, ProposalOutputs, Targets
+from hkd_det.models.base import BaseDetector, BranchOutputs, FeatureInfo, Targets
 from hkd_det.models.criterion import dense_soft_label_losses
-from hkd_det.models.faster_rcnn import FasterRCNN
-from hkd_det.models.feature_layers import LayerPairs, pair_by_stride, pair_layers
+from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
 from hkd_det.ops.boxes import giou_loss
 from hkd_det.ops.losses import fg_balanced_mean, localization_distillation_loss, pkd_loss, quality_focal_kd_loss
 from hkd_det.ops.roi_pool import roi_feature_loss
 
+Pair = tuple[FeatureInfo, FeatureInfo]
+
 
 @dataclass(frozen=True)
 class TwoStageConfig:
-    """How much each level counts (the source does not tell), and how many of the teacher's proposals are regions."""
+    """Settings of HKD between two Faster R-CNN models. The paper does not state the weights.
+
+    Attributes:
+        pyramid: Weight of the feature-pyramid loss.
+        region: Weight of the RoI-feature loss.
+        logit: Weight of the loss on the last hidden layer of the box head.
+        num_proposals: Maximum number of teacher proposals per image that are compared.
+    """
 
     pyramid: float = 1.0
     region: float = 1.0
@@ -49,75 +42,25 @@ class TwoStageConfig:
 
     def __post_init__(self) -> None:
         if min(self.pyramid, self.region, self.logit, self.num_proposals) < 0:
-            raise UsageError("distill.hkd.two_stage: pyramid, region, logit and num_proposals are not negative")
-
-
-class TwoStageHKD(nn.Module):
-    """The three levels between two Faster R-CNNs. Its parameters are the adapters'.
-
-    projection: of the pyramid's adapters; where it is orthogonal, the pyramid's maps are standardised first.
-    """
-
-    def __init__(
-        self,
-        student: FasterRCNN,
-        teacher: FasterRCNN,
-        config: TwoStageConfig,
-        noisy_teacher: NoisyTeacher | None = None,
-        projection: Projection = "plain",
-        layer_pairs: Sequence[tuple[FeatureInfo, FeatureInfo]] | None = None,
-    ) -> None:
-        """`pairs`: the maps that are compared, in the order in which the lesson brings them; None: the pyramids'."""
-        super().__init__()
-        self.config, self.noisy_teacher = config, noisy_teacher
-        mine, other = student.spec, teacher.spec
-        layer_pairs = layer_pairs or pair_by_stride(student.feature_info(), teacher.feature_info())
-        self.pyramid_adapters = nn.ModuleList(Adapter(*pair, projection) for pair in layer_pairs)
-        self.feature_loss = pkd_loss if projection == "orthogonal" else mse_per_item
-        self.region_adapter = nn.Conv2d(mine.channels, other.channels, 1)
-        self.logit_adapter = nn.Linear(mine.head_width, other.head_width)
-
-    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
-        """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_logit`, each a scalar."""
-        student, teacher, mine, other = batch.student, batch.teacher, batch.student_outputs, batch.teacher_outputs
-        assert isinstance(student, FasterRCNN) and isinstance(teacher, FasterRCNN)
-        assert isinstance(mine, ProposalOutputs) and isinstance(other, ProposalOutputs)
-        regions = sample_rois(batch, other, self.config.num_proposals)
-        norm = batch.reduce_mean(torch.tensor(float(sum(map(len, regions))), device=regions[0].device))
-        seen = student.forward_rois(mine, regions)
-        with torch.no_grad():
-            wanted = teacher.forward_rois(other, regions)
-            if self.noisy_teacher:
-                wanted = self.noisy_teacher.perturb_rois(wanted)
-        levels = [
-            self.feature_loss(adapter(level), target).mean()
-            for adapter, level, target in zip(
-                self.pyramid_adapters, batch.student_features, batch.teacher_features, strict=True
-            )
-        ]
-        region = mse_per_item(self.region_adapter(seen.roi_features), wanted.roi_features).sum() / norm
-        logit = mse_per_item(self.logit_adapter(seen.box_features), wanted.box_features).sum() / norm
-        return {
-            "hkd_pyramid": self.config.pyramid * torch.stack(levels).mean(),
-            "hkd_region": self.config.region * region,
-            "hkd_logit": self.config.logit * logit,
-        }
-
-
-def mse_per_item(student: Tensor, teacher: Tensor) -> Tensor:
-    """[N] mean squared error of [N, ...] features, item by item."""
-    return (student.float() - teacher.detach().float()).square().flatten(1).mean(1)
+            raise UsageError("distill.hkd.two_stage: pyramid, region, logit and num_proposals must be at least 0.")
 
 
 @dataclass(frozen=True)
 class HKDConfig:
-    """How much each level counts, and its choices.
+    """Settings of HKD.
 
-    foreground: share of the pyramid level's weight that lies on people. confident: teacher score, 0..1,
-    from which its boxes are regions too. regions: at most so many of them a picture. two_stage: instead of all these,
-    the levels between two Faster R-CNNs. truth: what the task's own terms count while the teacher teaches, 0..1; at 0
-    they set in when it stops, for the end of training. adapter: what brings the student's channels to the teacher's.
-    taps: the layers whose maps are compared.
+    Attributes:
+        pyramid: Weight of the feature-pyramid loss.
+        region: Weight of the RoI-feature loss.
+        cls: Weight of the score loss.
+        box: Weight of the box loss.
+        fg_ratio: Ratio of the pyramid loss that falls on persons, 0 to 1.
+        region_min_score: Teacher score from which a teacher box is compared as a region, 0 to 1.
+        max_regions: Maximum number of teacher boxes per image that are compared as regions.
+        two_stage: Settings between two Faster R-CNN models, which replace those above.
+        det_loss_weight: Factor for the detection losses while the teacher is used, 0 to 1.
+        adapter: Projection from student to teacher channels.
+        feature_layers: Layers to compare. Empty: the outputs of both feature pyramids, paired by stride.
     """
 
     pyramid: float = 2.0
@@ -133,95 +76,218 @@ class HKDConfig:
     feature_layers: LayerPairs = field(default_factory=LayerPairs)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.det_loss_weight <= 1:
-            raise UsageError(
-                f"distill.hkd.det_loss_weight = {self.det_loss_weight}: the weight of the task's own terms is 0..1"
-            )
-        if not 0 <= self.fg_ratio <= 1:
-            raise UsageError(f"distill.hkd.fg_ratio = {self.fg_ratio}: a share, 0..1")
+        for name in ("det_loss_weight", "fg_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"distill.hkd.{name}: {getattr(self, name)} is out of range. Use 0 to 1.")
         if min(self.pyramid, self.region, self.cls, self.box, self.region_min_score, self.max_regions) < 0:
-            raise UsageError("hkd: pyramid, region, cls, box, region_min_score and max_regions are not negative")
+            raise UsageError(
+                "distill.hkd: pyramid, region, cls, box, region_min_score and max_regions must be at least 0."
+            )
 
 
-class HKD(nn.Module):
-    """The three levels between a student's and a teacher's taps. Its parameters are the adapters'."""
+class HKD(DistillMethod):
+    """Hierarchical distillation. Its parameters are the adapters.
+
+    Attributes:
+        levels: The losses: `TwoStageHKD` for two Faster R-CNN models, else `DenseHKD`.
+    """
+
+    Config = HKDConfig
+    requires = frozenset({"features", "logits"})
+    supports_unlabeled = True
+
+    def __init__(self, config: HKDConfig, student: BaseDetector, teacher: Any) -> None:
+        super().__init__(config, student, teacher)
+        self.det_loss_weight = config.det_loss_weight
+        layers = select_layers(student, teacher, config.feature_layers)
+        pairs = pair_layers(*layers, config.feature_layers)
+        self._layers = LayerPairs(tuple(s.name for s, _ in pairs), tuple(t.name for _, t in pairs))
+        self.levels: nn.Module
+        if "rois" in student.capabilities & teacher.capabilities:
+            _check_ignored_options(
+                config, ("pyramid", "region", "cls", "box", "fg_ratio", "region_min_score", "max_regions")
+            )
+            self.levels = TwoStageHKD(student, teacher, pairs, config.two_stage, config.adapter)
+        else:
+            _check_ignored_options(config, ("two_stage",))
+            self.levels = DenseHKD(pairs, config)
+
+    def feature_layers(self) -> LayerPairs:
+        """Return the compared layers, pair by pair."""
+        return self._layers
+
+    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
+        """Compute the weighted losses of all levels, scalars."""
+        losses: dict[str, Tensor] = self.levels(batch)
+        return losses
+
+
+def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
+    """Raise UsageError for a changed setting that has no effect for this pair of models."""
+    for name in names:
+        if getattr(config, name) != getattr(HKDConfig(), name):
+            raise UsageError(
+                f"distill.hkd.{name} has no effect for these models. Two Faster R-CNN models use distill.hkd.two_stage, "
+                "all other pairs use the settings of distill.hkd itself."
+            )
+
+
+class TwoStageHKD(nn.Module):
+    """Three levels between two Faster R-CNN models, each a mean squared error behind an adapter.
+
+    Pyramid: feature-pyramid levels. Region: 7x7 RoI features at the input of the box head. Logit: output of the two
+    hidden layers of the box head, in which scores and boxes are linear. Both heads process the same RoIs: the ground
+    truth and the teacher's best proposals. These contain persons and difficult background. They do not depend on the
+    student, and they need no pass of the teacher's box head over 1000 proposals.
+
+    Args:
+        student: Student.
+        teacher: Teacher.
+        pairs: Compared feature layers.
+        config: Weights and number of proposals.
+        projection: Projection of the pyramid adapters. "orthogonal" compares standardized features (PKD loss).
+    """
 
     def __init__(
-        self, student_layers: Sequence[FeatureInfo], teacher_layers: Sequence[FeatureInfo], config: HKDConfig
+        self,
+        student: BaseDetector,
+        teacher: Any,
+        pairs: Sequence[Pair],
+        config: TwoStageConfig,
+        projection: Projection = "plain",
     ) -> None:
         super().__init__()
         self.config = config
-        pairs = pair_layers(student_layers, teacher_layers, config.feature_layers)
-        self.student_indices = [list(student_layers).index(mine) for mine, _ in pairs]
-        self.adapters = nn.ModuleList(Adapter(mine, other, config.adapter) for mine, other in pairs)
-        self.strides = [other.stride for _, other in pairs]
-        # Regions are read from one map a stride, fine to coarse: of several taps the last.
+        self.names = [(s.name, t.name) for s, t in pairs]
+        self.pyramid_adapters = nn.ModuleList(Adapter(s, t, projection) for s, t in pairs)
+        self.feature_loss = pkd_loss if projection == "orthogonal" else mse_per_item
+        self.region_adapter = nn.Conv2d(student.spec.channels, teacher.spec.channels, 1)
+        self.logit_adapter = nn.Linear(student.spec.head_width, teacher.spec.head_width)
+
+    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
+        """Compute the losses.
+
+        Returns:
+            `hkd_pyramid`, `hkd_region` and `hkd_logit`, weighted scalars.
+        """
+        rois = sample_rois(batch, self.config.num_proposals)
+        avg_factor = batch.reduce_mean(torch.tensor(float(sum(map(len, rois))), device=rois[0].device))
+        student = batch.student.forward_rois(batch.student_outputs, rois)
+        teacher = batch.forward_teacher_rois(rois)
+        levels = [
+            self.feature_loss(adapter(batch.student_features[s]), batch.teacher_features[t]).mean()
+            for adapter, (s, t) in zip(self.pyramid_adapters, self.names, strict=True)
+        ]
+        region = mse_per_item(self.region_adapter(student.roi_features), teacher.roi_features).sum() / avg_factor
+        logit = mse_per_item(self.logit_adapter(student.box_features), teacher.box_features).sum() / avg_factor
+        return {
+            "hkd_pyramid": self.config.pyramid * torch.stack(levels).mean(),
+            "hkd_region": self.config.region * region,
+            "hkd_logit": self.config.logit * logit,
+        }
+
+
+def mse_per_item(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the mean squared error of each item.
+
+    Args:
+        student (Tensor[N, ...]): Student features.
+        teacher (Tensor[N, ...]): Teacher features; no gradient.
+
+    Returns:
+        Tensor[N]: Mean over all other dimensions.
+    """
+    return (student.float() - teacher.detach().float()).square().flatten(1).mean(1)
+
+
+class DenseHKD(nn.Module):
+    """Three levels between any other pair of detectors.
+
+    Pyramid: PKD loss of the feature maps, with a fixed ratio for persons (`fg_ratio`). Region: the same on 7x7 RoI
+    features of ground-truth boxes and confident teacher boxes. Logit: the scores imitate the teacher's scores where they
+    differ; the boxes imitate the teacher's boxes in proportion to its score, in each branch that both models have. Without
+    common anchor points, and for a one-to-one branch that the teacher lacks, the teacher's detections are soft labels.
+
+    Args:
+        pairs: Compared feature layers.
+        config: Settings.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], config: HKDConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.names = [(s.name, t.name) for s, t in pairs]
+        self.adapters = nn.ModuleList(Adapter(s, t, config.adapter) for s, t in pairs)
+        self.strides = [teacher.stride for _, teacher in pairs]
+        # RoIs are read from one level per stride, the last one of several.
         self.region_levels = [index for _, index in sorted({s: i for i, s in enumerate(self.strides)}.items())]
 
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
-        """The weighted terms `hkd_pyramid`, `hkd_region`, `hkd_score`, `hkd_box`, each a scalar."""
-        maps = [batch.student_features[source] for source in self.student_indices]
-        adapted = [adapter(level) for adapter, level in zip(self.adapters, maps, strict=True)]
-        scores, boxes = self._compute_logit_losses(batch)
+        """Compute the losses.
+
+        Returns:
+            `hkd_pyramid`, `hkd_region`, `hkd_cls` and `hkd_box`, weighted scalars.
+        """
+        student = [
+            adapter(batch.student_features[name]) for adapter, (name, _) in zip(self.adapters, self.names, strict=True)
+        ]
+        teacher = [batch.teacher_features[name] for _, name in self.names]
+        cls_loss, box_loss = self._compute_logit_losses(batch)
         return {
-            "hkd_pyramid": self.config.pyramid * self._compute_pyramid_loss(adapted, batch),
-            "hkd_region": self.config.region * self._compute_region_loss(adapted, batch),
-            "hkd_cls": self.config.cls * scores,
-            "hkd_box": self.config.box * boxes,
+            "hkd_pyramid": self.config.pyramid * self._compute_pyramid_loss(student, teacher, batch.targets),
+            "hkd_region": self.config.region * self._compute_region_loss(student, teacher, batch),
+            "hkd_cls": self.config.cls * cls_loss,
+            "hkd_box": self.config.box * box_loss,
         }
 
-    def _compute_pyramid_loss(self, student_features: Sequence[Tensor], batch: DistillationBatch) -> Tensor:
-        levels = []
-        for mine, other, stride in zip(student_features, batch.teacher_features, self.strides, strict=True):
-            people = foreground_mask((other.shape[-2], other.shape[-1]), stride, batch.targets)
-            levels.append(fg_balanced_mean(pkd_loss(mine, other), people, self.config.fg_ratio).mean())
-        return torch.stack(levels).mean()
+    def _compute_pyramid_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Targets) -> Tensor:
+        losses = []
+        for s, t, stride in zip(student, teacher, self.strides, strict=True):
+            mask = foreground_mask((t.shape[-2], t.shape[-1]), stride, targets)
+            losses.append(fg_balanced_mean(pkd_loss(s, t), mask, self.config.fg_ratio).mean())
+        return torch.stack(losses).mean()
 
-    def _compute_region_loss(self, student_features: Sequence[Tensor], batch: DistillationBatch) -> Tensor:
-        truth, maps = batch.targets, batch.teacher_features
-        found, most = batch.teacher_detections, self.config.max_regions
-        scores = pad_sequence([of_one[:most] for of_one in found.scores], batch_first=True, padding_value=-1.0)
-        theirs = pad_sequence([of_one[:most] for of_one in found.boxes_xyxy], batch_first=True)
-        read = torch.cat([truth.valid, scores >= self.config.region_min_score], 1)
-        picture, place = read.nonzero(as_tuple=True)
-        boxes = torch.cat([truth.boxes_xyxy, theirs], 1)[picture, place]
-        norm = batch.reduce_mean(torch.tensor(float(len(boxes)), device=boxes.device))
+    def _compute_region_loss(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: DistillationBatch
+    ) -> Tensor:
+        targets, detections, limit = batch.targets, batch.teacher_detections, self.config.max_regions
+        scores = pad_sequence([s[:limit] for s in detections.scores], batch_first=True, padding_value=-1.0)
+        teacher_boxes = pad_sequence([b[:limit] for b in detections.boxes_xyxy], batch_first=True)
+        selected = torch.cat([targets.valid, scores >= self.config.region_min_score], 1)
+        image_index, box_index = selected.nonzero(as_tuple=True)
+        boxes = torch.cat([targets.boxes_xyxy, teacher_boxes], 1)[image_index, box_index]
+        avg_factor = batch.reduce_mean(torch.tensor(float(len(boxes)), device=boxes.device))
         if not len(boxes):
-            return 0.0 * torch.stack([level.float().mean() for level in student_features]).sum()
-        mine, other = ([of_one[index] for index in self.region_levels] for of_one in (student_features, maps))
-        strides = [self.strides[index] for index in self.region_levels]
-        return roi_feature_loss(mine, other, strides, boxes, picture).sum() / norm
+            return 0.0 * torch.stack([level.float().mean() for level in student]).sum()
+        s, t, strides = ([values[index] for index in self.region_levels] for values in (student, teacher, self.strides))
+        return roi_feature_loss(s, t, strides, boxes, image_index).sum() / avg_factor  # type: ignore[arg-type]
 
     def _compute_logit_losses(self, batch: DistillationBatch) -> tuple[Tensor, Tensor]:
-        student, teacher = batch.student_outputs, batch.teacher_outputs
-        if not (
-            isinstance(student, DenseOutputs)
-            and isinstance(teacher, DenseOutputs)
-            and student.has_same_anchor_points(teacher)
-        ):
+        """Return the unweighted score loss and box loss, scalars."""
+        branches = match_branches(batch)
+        if not branches:
             return batch.student.soft_label_loss(
                 batch.student_outputs, batch.teacher_detections, batch.targets, batch.reduce_mean
             )
-        scores, boxes = student.one2many.logits.new_zeros(()), student.one2many.logits.new_zeros(())
-        for mine, other in ((student.one2many, teacher.one2many), (student.one2one, teacher.one2one)):
-            if mine is None or other is None:
-                continue
-            confidence = other.logits.sigmoid()
-            norm = batch.reduce_mean(confidence.sum())
-            scores = scores + quality_focal_kd_loss(mine.logits, other.logits).sum() / norm
-            if mine.has_box_loss:
-                boxes = boxes + (confidence * _compute_box_loss(mine, other)).sum() / norm
-        if student.one2one is not None and teacher.one2one is None:
-            # The teacher's branch `many` would have it answer several times; what is left after suppression does not.
+        cls_loss = box_loss = branches[0][0].logits.new_zeros(())
+        for student, teacher in branches:
+            confidence = teacher.logits.sigmoid()
+            avg_factor = batch.reduce_mean(confidence.sum())
+            cls_loss = cls_loss + quality_focal_kd_loss(student.logits, teacher.logits).sum() / avg_factor
+            if student.has_box_loss:
+                box_loss = box_loss + (confidence * _compute_box_loss(student, teacher)).sum() / avg_factor
+        if len(branches) == 1:
+            # The teacher has no one-to-one branch. Its detections contain no duplicates, its one-to-many branch does.
+            outputs: Any = batch.student_outputs
             more = dense_soft_label_losses(
-                student, batch.teacher_detections, batch.targets, batch.reduce_mean, one2one_only=True
+                outputs, batch.teacher_detections, batch.targets, batch.reduce_mean, one2one_only=True
             )
-            scores, boxes = scores + more[0], boxes + more[1]
-        return scores, boxes
+            cls_loss, box_loss = cls_loss + more[0], box_loss + more[1]
+        return cls_loss, box_loss
 
 
 def _compute_box_loss(student: BranchOutputs, teacher: BranchOutputs) -> Tensor:
-    """[B, A]: of the side distributions where both have the same bins, else of the boxes."""
+    """Return [B, A]: divergence of the box distributions if both have the same bins, else 1 - GIoU of the boxes."""
     if (
         student.box_logits is not None
         and teacher.box_logits is not None
@@ -232,7 +298,16 @@ def _compute_box_loss(student: BranchOutputs, teacher: BranchOutputs) -> Tensor:
 
 
 def foreground_mask(feature_hw: tuple[int, int], stride: int, targets: Targets) -> Tensor:
-    """[B, H, W] bool: the cell's centre lies in a person's box."""
+    """Mark the cells of a feature map whose center is inside a ground-truth box.
+
+    Args:
+        feature_hw: Height and width of the feature map, cells.
+        stride: Cell size, input pixels.
+        targets: Ground truth.
+
+    Returns:
+        Tensor[B, H, W]: bool.
+    """
     x1, y1, x2, y2 = targets.boxes_xyxy[..., None].unbind(2)  # [B, M, 1]
     y, x = (stride * (torch.arange(cells, device=x1.device) + 0.5) for cells in feature_hw)
     rows, columns = (y > y1) & (y < y2), (x > x1) & (x < x2) & targets.valid[..., None]  # [B, M, H] and [B, M, W]

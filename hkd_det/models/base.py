@@ -4,8 +4,8 @@ Shape letters: B images, A anchor points or anchors, M ground-truth boxes, N det
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from hkd_det.errors import UsageError
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer
-from hkd_det.ops.losses import ReduceMean, clamp_min_one
+from hkd_det.ops.losses import SCORE_EPS, ReduceMean, clamp_min_one
 from hkd_det.ops.nms import nms_detections
 
+TensorFunction = Callable[[Tensor], Tensor]
 DetectorPart = Literal["backbone", "neck", "head"]
 
 
@@ -61,6 +62,11 @@ class DenseOutputs:
             self.anchor_points, other.anchor_points
         )
 
+    def map_values(self, on_logits: TensorFunction, on_features: TensorFunction) -> "DenseOutputs":  # noqa: ARG002 - interface
+        """Apply a function to the score logits [B, A] of each branch; `on_features` has no effect."""
+        one2one = replace(self.one2one, logits=on_logits(self.one2one.logits)) if self.one2one else None
+        return replace(self, one2many=replace(self.one2many, logits=on_logits(self.one2many.logits)), one2one=one2one)
+
 
 @dataclass(frozen=True, eq=False)
 class DetectionBatch:
@@ -77,6 +83,11 @@ class DetectionBatch:
     def suppress(self, iou_threshold: float) -> "DetectionBatch":
         """Return the detections that remain after non-maximum suppression per image."""
         return DetectionBatch(*nms_detections(self.boxes_xyxy, self.scores, iou_threshold))
+
+    def map_values(self, on_logits: TensorFunction, on_features: TensorFunction) -> "DetectionBatch":  # noqa: ARG002 - interface
+        """Apply a function to the logits [1, N] of the scores of each image; `on_features` has no effect."""
+        logits = (scores.logit(eps=SCORE_EPS)[None] for scores in self.scores)
+        return replace(self, scores=tuple(on_logits(values)[0].sigmoid() for values in logits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +111,10 @@ class ProposalOutputs:
     proposals: tuple[Tensor, ...]
     input_hw: tuple[int, int]
 
+    def map_values(self, on_logits: TensorFunction, on_features: TensorFunction) -> "ProposalOutputs":  # noqa: ARG002 - interface
+        """Return the outputs unchanged: distillation reads detections and RoI outputs instead."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class RoIOutputs:
@@ -118,6 +133,11 @@ class RoIOutputs:
     logits: Tensor
     box_deltas: Tensor
     boxes_xyxy: Tensor
+
+    def map_values(self, on_logits: TensorFunction, on_features: TensorFunction) -> "RoIOutputs":
+        """Apply functions to the box features [R, D], the logit level of HKD, and to the RoI features [R, C, 7, 7]."""
+        roi_features = on_features(self.roi_features)
+        return replace(self, roi_features=roi_features, box_features=on_logits(self.box_features))
 
 
 ModelOutputs = DenseOutputs | ProposalOutputs | DetectionBatch

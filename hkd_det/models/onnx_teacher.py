@@ -19,6 +19,8 @@ class OnnxTeacher(nn.Module):
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"detections"})
 
+    capabilities: ClassVar[frozenset[str]] = frozenset({"detections"})
+
     def __init__(self, model: OnnxDetector) -> None:
         super().__init__()
         self.model = model

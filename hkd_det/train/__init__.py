@@ -1,1 +1,1 @@
-"""How a detector learns. Needs torch."""
+"""Training of detectors, alone or with distillation. Requires torch."""

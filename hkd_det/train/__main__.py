@@ -1,4 +1,4 @@
-"""`python -m hkd_det.train`, for torchrun: `torchrun -m hkd_det.train --data ...`."""
+"""Entry point for torchrun: `torchrun -m hkd_det.train --data ...`."""
 
 from hkd_det.train.cli import main
 

@@ -1,7 +1,4 @@
-"""Judging a trained detector: miss rate in total and by height, average precision, and what it weighs.
-
-Control: the same student without its teacher, same seed and schedule, and what the teacher brought.
-"""
+"""Comparison of a distilled student with the same student trained without its teacher."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +11,7 @@ from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill import load_method
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
 from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, evaluate_detections
@@ -28,27 +25,35 @@ from hkd_det.train.distributed import resolve_device
 from hkd_det.train.engine import predict_dataset
 
 HEIGHT_BINS_PX = (20.0, 50.0, 100.0, 200.0)
+NUM_BOOTSTRAP = 300
 
 
 def height_setups() -> list[CityPersonsSetup]:
-    """People by height, as visible as in the setup All; the ranges are closed, so each ends just below the next."""
+    """Return one setup per height range, with the visible ratio of the setup All.
+
+    Ranges are closed intervals, so each ends at the largest float below the next.
+    """
     ends = [*(float(np.nextafter(edge, 0)) for edge in HEIGHT_BINS_PX[1:]), 1e10]
     names = [*(f"{low:g}-{high:g} px" for low, high in pairwise(HEIGHT_BINS_PX)), "200 px and more"]
-    return [
-        CityPersonsSetup(name, span, (0.2, 1e10))
-        for name, span in zip(names, zip(HEIGHT_BINS_PX, ends, strict=True), strict=True)
-    ]
+    ranges = zip(HEIGHT_BINS_PX, ends, strict=True)
+    return [CityPersonsSetup(name, height_px, (0.2, 1e10)) for name, height_px in zip(names, ranges, strict=True)]
 
 
 EVAL_SETUPS = (REASONABLE, SETUPS["All"], *height_setups())
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """What a detector is worth and what it costs.
+class DetectorMetrics:
+    """Accuracy and size of a detector.
 
-    miss_rates: MR^-2 by setup, fractions, -1 where nobody was to be found. people: to be found, by setup.
-    ap, ap50: COCO's, fractions. parameters: numbers; flops: a picture. imgsz_hw: of the input.
+    Attributes:
+        miss_rates: MR^-2 by setup, fraction; -1 for a setup without ground truth.
+        num_gt: Ground-truth boxes by setup.
+        ap: COCO average precision, fraction.
+        ap50: COCO average precision at IoU 0.5, fraction.
+        parameters: Number of parameters.
+        flops: FLOPs per image.
+        imgsz_hw: Input height and width, pixels.
     """
 
     miss_rates: dict[str, float]
@@ -60,95 +65,113 @@ class EvalResult:
     imgsz_hw: tuple[int, int]
 
 
-def evaluate_detector(
-    detector: BaseDetector,
-    samples: Sequence[Sample],
-    imgsz_hw: tuple[int, int],
-    bf16: bool,
-    setup: str = "Reasonable",
-) -> tuple[EvalResult, list[Detections]]:
-    """Measure a detector on samples, in `setup` and those of JUDGED_SETUPS; its detections come along."""
-    found = predict_dataset(detector, samples, imgsz_hw, bf16)
-    rates = evaluate_detections(samples, found, dict.fromkeys((SETUPS[setup], *EVAL_SETUPS)))
-    precision = evaluate_average_precision(samples, found)
-    weight = count_params_and_flops(detector, imgsz_hw)
-    return EvalResult(
-        {name: rate.value for name, rate in rates.items()},
-        {name: rate.num_gt for name, rate in rates.items()},
+def measure_detector(
+    detector: BaseDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool, setup: str = "Reasonable"
+) -> tuple[DetectorMetrics, list[Detections]]:
+    """Measure accuracy and size of a detector.
+
+    Args:
+        detector: Detector in evaluation mode.
+        samples: Annotated images.
+        imgsz_hw: Input height and width, pixels.
+        bf16: Whether to use mixed precision.
+        setup: Setup to evaluate in addition to `EVAL_SETUPS`.
+
+    Returns:
+        metrics: Accuracy and size.
+        detections: Detections of each image, source pixels.
+    """
+    detections = predict_dataset(detector, samples, imgsz_hw, bf16)
+    results = evaluate_detections(samples, detections, dict.fromkeys((SETUPS[setup], *EVAL_SETUPS)))
+    precision = evaluate_average_precision(samples, detections)
+    complexity = count_params_and_flops(detector, imgsz_hw)
+    metrics = DetectorMetrics(
+        {name: result.value for name, result in results.items()},
+        {name: result.num_gt for name, result in results.items()},
         precision["AP"],
         precision["AP50"],
-        weight.num_params,
-        weight.flops,
+        complexity.num_params,
+        complexity.flops,
         imgsz_hw,
-    ), found
-
-
-NUM_BOOTSTRAP = 300
+    )
+    return metrics, detections
 
 
 @dataclass(frozen=True)
-class ControlComparison:
-    """What a teacher brought, measured on one split.
+class BaselineComparison:
+    """Effect of the teacher, measured on one split.
 
-    taught, alone: the student with and without. low, high: of the difference in miss rate of `setup`, taught minus
-    alone, the middle 95 % over pictures drawn anew with replacement (bootstrap); it knows nothing of other seeds.
+    Attributes:
+        setup: Setup of the run.
+        distilled: Student with the teacher.
+        baseline: Student without the teacher.
+        ci_low: Lower end of the 95 % bootstrap interval of the difference in miss rate (distilled minus baseline).
+            Images are resampled; the variation between seeds is not included.
+        ci_high: Upper end of that interval.
     """
 
     setup: str
-    distilled: EvalResult
-    baseline: EvalResult
+    distilled: DetectorMetrics
+    baseline: DetectorMetrics
     ci_low: float
     ci_high: float
 
     @property
     def mr_difference(self) -> float:
-        """In miss rate, a fraction: below 0 the teacher helped."""
+        """Difference in miss rate, fraction; below 0 the teacher helped."""
         return self.distilled.miss_rates[self.setup] - self.baseline.miss_rates[self.setup]
 
 
-def control_config(config: TrainConfig) -> TrainConfig:
-    """The settings of the control run: nothing else differs but the teacher, and the folder it goes into.
+def make_baseline_config(config: TrainConfig) -> TrainConfig:
+    """Return the configuration of the run without the teacher, in its own directory.
 
-    Unlabelled pictures go with the teacher; the labelled ones come in the same steps, views and order.
+    Unlabeled images are left out. The labeled ones come in the same steps, augmentations and order.
 
-    Raises UsageError for a run without a teacher, and for a teacher in the control's place.
+    Args:
+        config: Configuration of a distilled run.
+
+    Raises:
+        UsageError: For a run without a teacher, a student that is made from its teacher, or a teacher that the baseline
+            would overwrite.
     """
     if not config.teacher:
-        raise UsageError("--baseline shows what a teacher brings: it needs --teacher and --distill")
-    if config.distill.blockwise:
-        raise UsageError("--baseline: blockwise makes the student from its teacher; without there is none to train")
-    if config.distill.cdd:
-        raise UsageError("--baseline: cdd asks the teacher which channels may go; without one the student stays wide")
-    control = replace(
-        config,
-        teacher="",
-        teacher_config="",
-        unlabeled=(),
-        distill=DistillConfig(),
-        save_dir=f"{config.save_dir}-baseline",
+        raise UsageError("--baseline: requires --teacher and --distill. It measures the effect of the teacher.")
+    for name in config.distill:
+        if load_method(name).student_source != "config":
+            raise UsageError(
+                f"--baseline: {name} derives the student from the teacher, so there is no student without it. "
+                "Leave --baseline out."
+            )
+    baseline = replace(
+        config, teacher="", teacher_config="", unlabeled=(), distill={}, save_dir=f"{config.save_dir}-baseline"
     )
-    if Path(config.teacher).resolve() == (control.save_path / "best.pt").resolve():
-        raise UsageError(f"--teacher {config.teacher}: the control run would write over it; --name another")
-    return control
+    if Path(config.teacher).resolve() == (baseline.save_path / "best.pt").resolve():
+        raise UsageError(f"--teacher {config.teacher}: the baseline run would overwrite it. Choose another --name.")
+    return baseline
 
 
-def compare_with_control(config: TrainConfig, split: str = "val") -> ControlComparison:
-    """Judge both runs' best.pt and write `baseline.json` into the taught run's folder."""
+def compare_with_baseline(config: TrainConfig, split: str = "val") -> BaselineComparison:
+    """Evaluate `best.pt` of both runs and write `baseline.json` to the directory of the distilled run.
+
+    Args:
+        config: Configuration of the distilled run.
+        split: Split to evaluate.
+    """
     samples, device, bf16 = load_dataset(config.data, split), resolve_device(config.device), config.precision == "bf16"
-    (taught, found), (alone, found_alone) = (
-        evaluate_detector(
-            load_detector_checkpoint(Path(run) / "best.pt").build().to(device),
+    (distilled, detections), (baseline, baseline_detections) = (
+        measure_detector(
+            load_detector_checkpoint(Path(directory) / "best.pt").build().to(device),
             samples,
             config.imgsz_hw,
             bf16,
             config.setup,
         )
-        for run in (config.save_dir, control_config(config).save_dir)
+        for directory in (config.save_dir, make_baseline_config(config).save_dir)
     )
-    low, high = bootstrap_interval(samples, found, found_alone, config.setup)
-    brought = ControlComparison(config.setup, taught, alone, low, high)
-    write_text(config.save_path / "baseline.json", json.dumps(asdict(brought), indent=1) + "\n")
-    return brought
+    low, high = bootstrap_interval(samples, detections, baseline_detections, config.setup)
+    comparison = BaselineComparison(config.setup, distilled, baseline, low, high)
+    write_text(config.save_path / "baseline.json", json.dumps(asdict(comparison), indent=1) + "\n")
+    return comparison
 
 
 def bootstrap_interval(
@@ -158,35 +181,50 @@ def bootstrap_interval(
     setup: str,
     num_resamples: int = NUM_BOOTSTRAP,
 ) -> tuple[float, float]:
-    """The middle 95 % of the difference in miss rate, first minus second, over bootstrapped sets of pictures."""
-    chance, differences = np.random.default_rng(0), []
+    """Compute the 95 % bootstrap interval of a difference in miss rate, first minus second.
+
+    Args:
+        samples: Annotated images.
+        first_detections: Detections of the first detector for each image.
+        second_detections: Detections of the second detector for each image.
+        setup: Setup to evaluate.
+        num_resamples: Number of bootstrap samples of the images.
+
+    Returns:
+        Lower and upper end, fractions.
+    """
+    rng, differences = np.random.default_rng(0), []
     for _ in tqdm(range(num_resamples), desc="bootstrap", leave=False, delay=2):
-        drawn = chance.integers(len(samples), size=len(samples)).tolist()
-        resampled = [samples[index] for index in drawn]
-        rates = [
-            evaluate_detections(resampled, [found[index] for index in drawn], [SETUPS[setup]])[setup]
-            for found in (first_detections, second_detections)
-        ]
-        if rates[0].num_gt:  # a draw may hold nobody
-            differences.append(rates[0].value - rates[1].value)
+        indices = rng.integers(len(samples), size=len(samples)).tolist()
+        resampled = [samples[index] for index in indices]
+        first, second = (
+            evaluate_detections(resampled, [detections[index] for index in indices], [SETUPS[setup]])[setup]
+            for detections in (first_detections, second_detections)
+        )
+        if first.num_gt:  # a resample may contain no ground truth
+            differences.append(first.value - second.value)
     low, high = np.percentile(differences, [2.5, 97.5])
     return float(low), float(high)
 
 
-def format_comparison(comparison: ControlComparison) -> str:
-    """The comparison as a table for the terminal."""
-    lines = [f"{'':<22}{'taught':>10}{'alone':>10}{'difference':>12}"]
-    for name, people in comparison.distilled.num_gt.items():
-        if people:
-            pair = comparison.distilled.miss_rates[name], comparison.baseline.miss_rates[name]
-            lines.append(_format_comparison_row(f"MR^-2 {name}", *pair))
-    lines.append(_format_comparison_row("AP", comparison.distilled.ap, comparison.baseline.ap))
+def format_comparison(comparison: BaselineComparison) -> str:
+    """Format a comparison as a table for the terminal.
+
+    Args:
+        comparison: Result of `compare_with_baseline`.
+    """
+    lines = [f"{'':<22}{'distilled':>10}{'baseline':>10}{'difference':>12}"]
+    for name, num_gt in comparison.distilled.num_gt.items():
+        if num_gt:
+            rates = comparison.distilled.miss_rates[name], comparison.baseline.miss_rates[name]
+            lines.append(_format_row(f"MR^-2 {name}", *rates))
+    lines.append(_format_row("AP", comparison.distilled.ap, comparison.baseline.ap))
     lines.append(
-        f"What the teacher brought, MR^-2 {comparison.setup}: {100 * comparison.mr_difference:+.2f} points "
-        f"(95 % over the pictures: {100 * comparison.ci_low:+.2f} to {100 * comparison.ci_high:+.2f}; one seed)"
+        f"Effect of the teacher, MR^-2 {comparison.setup}: {100 * comparison.mr_difference:+.2f} points "
+        f"(95 % interval over images: {100 * comparison.ci_low:+.2f} to {100 * comparison.ci_high:+.2f}; one seed)"
     )
     return "\n".join(lines)
 
 
-def _format_comparison_row(name: str, distilled: float, baseline: float) -> str:
+def _format_row(name: str, distilled: float, baseline: float) -> str:
     return f"{name:<22}{100 * distilled:>8.2f} %{100 * baseline:>8.2f} %{100 * (distilled - baseline):>+12.2f}"

@@ -1,59 +1,88 @@
-"""Learning rate and distillation strength over a run.
-
-One run's settings: what `hkd-train` was asked, saved with the weights.
-"""
+"""Configuration of a training run, and its schedules."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hkd_det.config import dataclass_from_dict
-from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill import METHODS, check_methods, check_teacher, load_method, parse_methods
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
-from hkd_det.models.onnx_teacher import is_onnx_file
+from hkd_det.models.onnx_teacher import OnnxTeacher, is_onnx_file
 
 
 def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_factor: float = 0.02) -> float:
-    """Factor on the rate at a step of 0 .. steps - 1: linear rise, then half a cosine down to `floor`."""
-    rising = max(1, round(total_steps * warmup_ratio))
-    if step < rising:
-        return (step + 1) / rising
-    progress = (step - rising) / max(1, total_steps - rising)
+    """Compute the factor of the learning rate: linear warm-up, then half a cosine.
+
+    Args:
+        step: Step, 0 to total_steps - 1.
+        total_steps: Steps of the run.
+        warmup_ratio: Ratio of the steps in which the rate rises, 0 to 1.
+        min_factor: Factor at the end.
+    """
+    warmup_steps = max(1, round(total_steps * warmup_ratio))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def distill_weight_at(epoch: int, epochs: int, no_aug_ratio: float) -> float:
-    """Factor on the distillation terms in epoch 0 .. epochs - 1: half a cosine from 1, 0 in the finale."""
-    taught = no_aug_start_epoch(epochs, no_aug_ratio)
-    if epoch >= taught:
+    """Compute the factor of the distillation losses: half a cosine from 1, then 0 in the last epochs.
+
+    Args:
+        epoch: Epoch, 0 to epochs - 1.
+        epochs: Epochs of the run.
+        no_aug_ratio: Ratio of the epochs at the end without augmentation and distillation.
+    """
+    end = no_aug_start_epoch(epochs, no_aug_ratio)
+    if epoch >= end:
         return 0.0
-    return 0.5 * (1 + math.cos(math.pi * epoch / max(1, taught)))
+    return 0.5 * (1 + math.cos(math.pi * epoch / max(1, end)))
 
 
 def no_aug_start_epoch(epochs: int, no_aug_ratio: float) -> int:
-    """The first epoch of the finale, in which views are plain and nobody teaches."""
+    """Return the first epoch without mosaic, multi-scale and distillation."""
     return epochs - round(epochs * no_aug_ratio)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the weights that come out, and where they go.
+    """Configuration of a run. It decides the weights and is saved with them.
 
-    data: a name in datasets.yaml or a path to a data yaml. imgsz_hw: (height, width) in pixels, multiples of 32.
-    backbone: a timm model in the place of the model's own, or "". pretrained: "imagenet", a weights file, or "" for
-    none. init: a checkpoint whose shape and weights are the start, or "". teacher: a checkpoint to distil from, an ONNX
-    file as a black box, or "". teacher_description: the YAML that says how to feed and read such a file, or "" for what
-    lies in or beside it. distill: how.
-    unlabelled: folders of pictures for the teacher alone to speak of. unlabelled_share: how many of them a step takes
-    on top of `batch`, as a share of it.
-    batch: pictures a step over all processes. warmup: share of the steps with rising rate. multi_scale: how far
-    the input size varies, 0..0.5. mosaic: share of training views made of four pictures. finale: share of the
-    epochs at the end without mosaic, multi-scale and distillation. precision: "bf16" or "fp32".
-    cache_mib: room in the temporary folder (TMPDIR) for pictures that had to be packed anew, over all loader workers.
-    setup: whose miss rate chooses the best epoch.
+    Attributes:
+        data: Name in datasets.yaml, or path of a data YAML file.
+        model: Model name, as in `hkd-train --model`.
+        save_dir: Directory of the run.
+        imgsz_hw: Input height and width, pixels, multiples of 32.
+        epochs: Number of epochs.
+        batch: Images per step, over all processes.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of AdamW, not applied to biases and normalization.
+        warmup_ratio: Ratio of the steps in which the learning rate rises, 0 to 1.
+        clip_grad_norm: Maximum gradient norm.
+        ema_decay: Maximum decay of the moving average of the weights, 0 to 1.
+        multi_scale: Random change of the input size, 0 to 0.5.
+        mosaic: Probability of a mosaic of four images, 0 to 1.
+        no_aug_ratio: Ratio of the epochs at the end without mosaic, multi-scale and distillation, 0 to 1.
+        backbone: timm model that replaces the default backbone, or "".
+        pretrained: Backbone weights: "imagenet", a file, or "" for none.
+        weights: Checkpoint that gives the initial architecture and weights, or "".
+        teacher: Checkpoint or ONNX file of the teacher, or "".
+        teacher_config: YAML file that describes an ONNX teacher, or "" to look next to or inside the file.
+        distill: Method name -> settings: a mapping or the method's configuration.
+        unlabeled: Directories of images without annotations, for distillation.
+        unlabeled_ratio: Unlabeled images per step as a ratio of `batch`; they are added to it.
+        freeze_bn: Whether the statistics of batch normalization stay fixed.
+        precision: "bf16" (mixed precision) or "fp32".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        workers: Processes that load images.
+        cache_mib: Space for recompressed images in the temporary directory (TMPDIR), MiB, over all workers.
+        seed: Random seed.
+        setup: Evaluation setup whose miss rate selects the best epoch.
     """
 
     data: str
@@ -75,7 +104,7 @@ class TrainConfig:
     weights: str = ""
     teacher: str = ""
     teacher_config: str = ""
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    distill: dict[str, Any] = field(default_factory=dict)
     unlabeled: tuple[str, ...] = ()
     unlabeled_ratio: float = 0.5
     freeze_bn: bool = False
@@ -87,85 +116,95 @@ class TrainConfig:
     setup: str = "Reasonable"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "distill", parse_methods(self.distill))  # the class is frozen
         self._check_ranges()
-        self._check_teacher()
+        self._check_distillation()
         self._check_onnx_teacher()
         self._check_weights()
 
     def _check_ranges(self) -> None:
-        low = {"epochs": 1, "batch": 1, "workers": 0, "cache_mib": 0, "lr": 0, "weight_decay": 0, "seed": 0}
-        for name, least in low.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        for name, most in {
-            "warmup_ratio": 1,
-            "mosaic": 1,
-            "no_aug_ratio": 1,
-            "multi_scale": 0.5,
-            "ema_decay": 1,
-        }.items():
-            if not 0 <= getattr(self, name) <= most:
-                raise UsageError(f"{name} = {getattr(self, name)}: must be from 0 to {most}")
-        if self.setup not in SETUPS:
-            raise UsageError(f"setup = {self.setup}: there are {', '.join(SETUPS)}")
-        if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
-            raise UsageError(f"imgsz_hw = {list(self.imgsz_hw)}: height and width, multiples of {STRIDE} pixels")
-        for name in ("unlabeled_ratio", "clip_grad_norm"):  # clipped to less than nothing, gradients would climb
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use at least 1.")
+        for name in ("workers", "cache_mib", "lr", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use at least 0.")
+        maximums = {"warmup_ratio": 1, "mosaic": 1, "no_aug_ratio": 1, "multi_scale": 0.5, "ema_decay": 1}
+        for name, maximum in maximums.items():
+            if not 0 <= getattr(self, name) <= maximum:
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use 0 to {maximum}.")
+        for name in ("unlabeled_ratio", "clip_grad_norm"):
             if getattr(self, name) <= 0:
-                raise UsageError(f"{name} = {getattr(self, name)}: must be above 0")
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use a value above 0.")
+        if self.setup not in SETUPS:
+            raise UsageError(f"setup: {self.setup} is unknown. Choose from {', '.join(SETUPS)}.")
+        if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
+            raise UsageError(
+                f"imgsz_hw: {list(self.imgsz_hw)} is invalid. Use height and width in pixels, multiples of {STRIDE}."
+            )
 
-    def _check_teacher(self) -> None:
-        if bool(self.teacher) != bool(self.distill.names):
-            raise UsageError("--teacher and --distill go together: who teaches, and how (in a recipe: hkd: {})")
-        if self.distill.online_methods.names and not no_aug_start_epoch(self.epochs, self.no_aug_ratio):
+    def _check_distillation(self) -> None:
+        if bool(self.teacher) != bool(self.distill):
             raise UsageError(
-                f"no_aug_ratio = {self.no_aug_ratio}: of {self.epochs} epochs it leaves none in which anybody teaches"
+                "--teacher requires --distill and vice versa. In a recipe, set `teacher:` and `distill: {METHOD: {}}`."
             )
-        if self.unlabeled and not {"hkd", "soft_labels", "noisy_teacher"} & set(self.distill.names):
+        check_methods(self.distill)
+        methods = [load_method(name) for name in self.distill]
+        if any(method.has_losses for method in methods) and not no_aug_start_epoch(self.epochs, self.no_aug_ratio):
             raise UsageError(
-                "--unlabeled needs somebody to speak of such pictures: --teacher, and --distill soft_labels or hkd"
+                f"no_aug_ratio: {self.no_aug_ratio} of {self.epochs} epochs leaves no epoch with distillation. Reduce it."
             )
+        if self.unlabeled and not any(method.supports_unlabeled for method in methods):
+            suitable = [name for name in METHODS if load_method(name).supports_unlabeled]
+            raise UsageError(f"--unlabeled requires --teacher and one of --distill {', '.join(suitable)}.")
 
     def _check_onnx_teacher(self) -> None:
-        black_box = is_onnx_file(Path(self.teacher))
-        deaf = [name for name in self.distill.names if name not in ("soft_labels", "noisy_teacher", "mokd")]
-        if black_box and (deaf or not self.distill.soft_labels):
-            raise UsageError(
-                f"--distill {','.join(self.distill.names)}: {self.teacher} is a black box, it shows no features or "
-                "weights; --distill soft_labels learns from its boxes and scores"
-            )
-        if black_box and self.distill.noisy_teacher and self.distill.noisy_teacher.mode == "l2":
-            raise UsageError(
-                f"--distill noisy_teacher: {self.teacher} is a black box, it shows no logits to regress; "
-                "--set distill.noisy_teacher.mode=targets makes the scores noisy that soft_labels learns from"
-            )
-        if self.teacher_config and not black_box:
-            raise UsageError("--teacher-config says how to read a teacher's .onnx file: give it with --teacher")
+        is_onnx = is_onnx_file(Path(self.teacher))
+        if is_onnx:
+            check_teacher(self.distill, OnnxTeacher.capabilities, self.teacher)
+        if self.teacher_config and not is_onnx:
+            raise UsageError("--teacher-config describes an ONNX teacher. Give an .onnx file with --teacher.")
 
     def _check_weights(self) -> None:
         for flag, file in {"teacher": self.teacher, "weights": self.weights}.items():
             if file and Path(file).resolve() == (self.save_path / "best.pt").resolve():
-                raise UsageError(f"--{flag} {file}: this run would write over it; --name another")
-        if self.weights and self.distill.blockwise:
-            raise UsageError("--distill blockwise starts from its teacher, not from --weights: leave one out")
-        if (self.weights or self.distill.blockwise) and (self.backbone or self.pretrained):
-            raise UsageError("--backbone and --pretrained are for a fresh student; this one starts from a checkpoint")
+                raise UsageError(f"--{flag} {file}: this run would overwrite it. Choose another --name.")
+        prepared = [name for name in self.distill if load_method(name).student_source == "prepared"]
+        if self.weights and prepared:
+            raise UsageError(f"--distill {prepared[0]} starts from the teacher, not from --weights. Leave one out.")
+        if (self.weights or prepared) and (self.backbone or self.pretrained):
+            raise UsageError(
+                "--backbone and --pretrained apply to a new student, and this one starts from a checkpoint. Leave them out."
+            )
+
+    @property
+    def online_methods(self) -> dict[str, Any]:
+        """Configurations of the methods that take part in training."""
+        return {name: c for name, c in self.distill.items() if load_method(name).student_source != "prepared"}
 
     @property
     def unlabeled_batch(self) -> int:
-        """Unlabelled pictures that a step takes beside its `batch` labelled ones, over all processes."""
+        """Unlabeled images per step, over all processes."""
         return max(1, round(self.unlabeled_ratio * self.batch)) if self.unlabeled else 0
 
     @property
     def save_path(self) -> Path:
-        """The folder that holds all the run leaves behind."""
+        """Directory of the run."""
         return Path(self.save_dir)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML and checkpoints."""
+        """Return plain values for YAML and checkpoints."""
         return {**asdict(self), "imgsz_hw": list(self.imgsz_hw), "unlabeled": list(self.unlabeled)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "") -> "TrainConfig":
-        """The inverse of `as_dict`, read strictly; whatever is wrong is a UsageError."""
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> "TrainConfig":
+        """Build a configuration from plain values, strictly.
+
+        Args:
+            values: Field name -> value, as `as_dict` returns it.
+            where: Source of the values, for messages.
+
+        Raises:
+            UsageError: For an unknown key or an invalid value.
+        """
         return dataclass_from_dict(cls, values, where)

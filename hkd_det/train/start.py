@@ -1,7 +1,4 @@
-"""From the command's flags to a run: a new one, or one that goes on. Needs torch.
-
-`hkd-train --list-layers`: the layers of detectors that can be named in a recipe's `distill.hkd.feature_layers`.
-"""
+"""The part of `hkd-train` that needs torch: from flags to a new or resumed run, and the list of feature layers."""
 
 import argparse
 import os
@@ -12,149 +9,68 @@ from typing import Any
 import yaml
 
 from hkd_det.config import apply_override
+from hkd_det.distill import METHODS, load_method, override_method
 from hkd_det.errors import DataError, UsageError
 from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_training_state
 from hkd_det.models.feature_layers import format_feature_layers, list_feature_layers
 from hkd_det.models.zoo import build_model, get_spec, load_detector, model_name
-from hkd_det.train.baseline import compare_with_control, control_config, format_comparison
+from hkd_det.train.baseline import compare_with_baseline, format_comparison, make_baseline_config
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import train
 
 SETTING_FLAGS = (
-    "data", "model", "weights", "teacher", "teacher_config", "unlabeled", "epochs", "batch", "backbone",
-    "pretrained", "device", "workers", "seed",
+    "data", "model", "weights", "teacher", "teacher_config", "unlabeled", "epochs", "batch", "backbone", "pretrained",
+    "device", "workers", "seed",
 )  # fmt: skip
-
-
-DERIVED_FLAGS = ("recipe", "imgsz", "distill", "set")  # that decide settings, each in a way of its own
+DERIVED_FLAGS = ("recipe", "imgsz", "distill", "set")  # flags that determine settings in another way
 
 
 def start_training(arguments: argparse.Namespace) -> int:
-    """Train as `hkd-train`'s flags say; returns the exit code."""
+    """Train as the flags of `hkd-train` request.
+
+    Args:
+        arguments: Parsed flags.
+
+    Returns:
+        Exit code.
+    """
     if arguments.resume:
         _check_resume_flags(arguments)
         config = _load_resumed_config(Path(arguments.resume))
     else:
         config = _build_new_config(arguments)
-    control = control_config(config) if arguments.baseline else None
+    baseline = make_baseline_config(config) if arguments.baseline else None
     before = _read_mtime_ns(config.save_path / "last.pt")
     try:
         train(config, resume=bool(arguments.resume))
-        if control:
-            train(control, resume=bool(arguments.resume) and _is_started(control))
+        if baseline:
+            train(baseline, resume=bool(arguments.resume) and _is_started(baseline))
             if os.environ.get("RANK", "0") == "0":
-                print(format_comparison(compare_with_control(config)))
+                print(format_comparison(compare_with_baseline(config)))
     except KeyboardInterrupt:
-        # Under --exist-ok last.pt is the earlier run's until this one has finished an epoch.
+        # With --exist-ok, last.pt belongs to the earlier run until this one has finished an epoch.
         if arguments.resume or _read_mtime_ns(config.save_path / "last.pt") != before:
-            command = f"hkd-train --resume {config.save_dir}{' --baseline' if control else ''}"
-            print(f"hkd-train: the finished epochs are kept; go on with: {command}", file=sys.stderr)
-        elif (config.save_path / "blockwise/plan.json").exists():
-            print("hkd-train: the finished blocks are kept; the same command goes on with the others", file=sys.stderr)
+            command = f"hkd-train --resume {config.save_dir}{' --baseline' if baseline else ''}"
+            print(f"hkd-train: the finished epochs are saved. Continue with: {command}", file=sys.stderr)
+        elif any((config.save_path / name).is_dir() for name in config.distill):
+            print("hkd-train: the prepared student is saved so far. Continue with the same command.", file=sys.stderr)
         raise
     return 0
 
 
-def _read_mtime_ns(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _is_started(control: TrainConfig) -> bool:
-    """Whether the control's folder holds a run of these settings, not one whose place it is to take (--exist-ok)."""
-    path = control.save_path / "last.pt"
-    return (
-        path.exists()
-        and TrainConfig.from_dict({**load_training_state(path)["config"], "save_dir": control.save_dir}) == control
-    )
-
-
-def _build_new_config(arguments: argparse.Namespace) -> TrainConfig:
-    config = _merge_settings(arguments)
-    if not _get_initial_checkpoint(config.as_dict()):
-        get_spec(config.model)
-    folders = [config.save_path, *([control_config(config).save_path] if arguments.baseline else [])]
-    for folder in folders:
-        if (folder / "last.pt").exists() and not arguments.exist_ok:
-            raise UsageError(
-                f"{folder} already holds a run: --resume {config.save_path} goes on with it, "
-                "--name NAME starts another, --exist-ok starts over in its place"
-            )
-    return config
-
-
-def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
-    """The recipe's settings, if one is given, under those of the flags."""
-    settings = _load_recipe(Path(arguments.recipe)) if arguments.recipe else {}
-    settings |= {name: value for name in SETTING_FLAGS if (value := getattr(arguments, name)) is not None}
-    if arguments.imgsz:
-        settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
-    if arguments.distill is not None:
-        settings["distill"] = {name.strip(): {} for name in arguments.distill.split(",") if name.strip()}
-    for assignment in arguments.set:
-        settings = apply_override(TrainConfig, settings, assignment)
-    if _has_method(settings, "cdd") and not settings.get("model"):
-        settings.setdefault("weights", settings.get("teacher", ""))
-    start = _get_initial_checkpoint(settings)
-    if start:
-        model = model_name(Path(start))
-        if settings.setdefault("model", model) != model:
-            raise UsageError(f"--model {settings['model']}: {start} is a {model}; leave --model out to start from it")
-    begins_as_teacher = _has_method(settings, "cdd") or _has_method(settings, "blockwise")
-    for flag in ("data", "teacher" if begins_as_teacher else "model", "model"):
-        if not settings.get(flag):
-            raise UsageError(f"--{flag} is needed (or --recipe YAML, or --resume RUN)")
-    if arguments.name or arguments.project or "save_dir" not in settings:
-        distill = settings.get("distill")
-        methods = map(str, distill) if isinstance(distill, dict) else ()  # what else it may be, is refused below
-        name = arguments.name or "-".join([str(settings["model"]), *methods])
-        settings["save_dir"] = str(Path(arguments.project or "runs/train") / name)
-    return TrainConfig.from_dict(settings, arguments.recipe)
-
-
-def _get_initial_checkpoint(settings: dict[str, Any]) -> str:
-    """The checkpoint whose shape and weights the student has at its start, or ""."""
-    return str(settings.get("teacher" if _has_method(settings, "blockwise") else "weights") or "")
-
-
-def _has_method(settings: dict[str, Any], method: str) -> bool:
-    distill = settings.get("distill")
-    return isinstance(distill, dict) and distill.get(method) is not None
-
-
-def _load_recipe(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"--recipe {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"--recipe {path}: not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"--recipe {path}: expected settings, `key: value`")
-    return content
-
-
-def _check_resume_flags(arguments: argparse.Namespace) -> None:
-    """UsageError for flags that would not be heard: a resumed run has the settings that it began with."""
-    asked = [name for name in (*SETTING_FLAGS, *DERIVED_FLAGS) if getattr(arguments, name) not in (None, "", [])]
-    unheard = [name for name in asked if not (name == "data" and arguments.download)]
-    if unheard:
-        flags = " ".join(f"--{name.replace('_', '-')}" for name in unheard)
-        raise UsageError(f"--resume goes on with the run's own settings; leave out {flags}, or start another run")
-
-
-def _load_resumed_config(save_path: Path) -> TrainConfig:
-    path = save_path if save_path.suffix == ".pt" else save_path / "last.pt"
-    if not path.exists():
-        raise DataError(f"--resume {save_path}: no last.pt there; no epoch was finished, start the run again")
-    return TrainConfig.from_dict({**load_training_state(path)["config"], "save_dir": str(path.parent)})
-
-
 def print_feature_layers(arguments: argparse.Namespace) -> int:
-    """Print a table for each detector that the flags name; returns the exit code, 0.
+    """Print the feature layers of each detector that the flags name, with the size of their outputs.
 
-    Raises UsageError where none is named, and what building or reading it raises.
+    Args:
+        arguments: Parsed flags.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UsageError: If no detector is named.
     """
     detectors: dict[str, BaseDetector] = {}
     if arguments.weights:
@@ -164,10 +80,111 @@ def print_feature_layers(arguments: argparse.Namespace) -> int:
     if arguments.teacher:
         detectors[f"--teacher {arguments.teacher}"] = load_detector(Path(arguments.teacher))
     if not detectors:
-        raise UsageError("--list-layers: whose? --model NAME, --weights CHECKPOINT or --teacher CHECKPOINT")
+        raise UsageError("--list-layers: requires a detector. Add --model, --weights or --teacher.")
     imgsz_hw = parse_imgsz(arguments.imgsz) if arguments.imgsz else TrainConfig.imgsz_hw
     for name, detector in detectors.items():
-        print(
-            f"{name}, maps at {imgsz_hw[1]}x{imgsz_hw[0]}:\n{format_feature_layers(list_feature_layers(detector), imgsz_hw)}"
-        )
+        table = format_feature_layers(list_feature_layers(detector), imgsz_hw)
+        print(f"{name}, features at {imgsz_hw[1]}x{imgsz_hw[0]}:\n{table}")
     return 0
+
+
+def _read_mtime_ns(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _is_started(baseline: TrainConfig) -> bool:
+    """Return whether the directory holds a run of these settings, not an earlier one that --exist-ok replaces."""
+    path = baseline.save_path / "last.pt"
+    if not path.exists():
+        return False
+    saved = load_training_state(path)["config"]
+    return TrainConfig.from_dict({**saved, "save_dir": baseline.save_dir}) == baseline
+
+
+def _build_new_config(arguments: argparse.Namespace) -> TrainConfig:
+    config = _merge_settings(arguments)
+    if not _get_initial_checkpoint(config.as_dict()):
+        get_spec(config.model)
+    directories = [config.save_path]
+    if arguments.baseline:
+        directories.append(make_baseline_config(config).save_path)
+    for directory in directories:
+        if (directory / "last.pt").exists() and not arguments.exist_ok:
+            raise UsageError(
+                f"{directory}: already contains a run. Continue it with --resume {config.save_path}, choose another "
+                "--name, or replace it with --exist-ok."
+            )
+    return config
+
+
+def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
+    """Combine the recipe with the flags, which take precedence."""
+    settings = _load_recipe(Path(arguments.recipe)) if arguments.recipe else {}
+    settings |= {name: value for name in SETTING_FLAGS if (value := getattr(arguments, name)) is not None}
+    if arguments.imgsz:
+        settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
+    if arguments.distill is not None:
+        settings["distill"] = {name.strip(): {} for name in arguments.distill.split(",") if name.strip()}
+    if not isinstance(settings.setdefault("distill", {}), dict):
+        raise UsageError(f"distill: expected a mapping of {', '.join(METHODS)}")
+    for assignment in arguments.set:
+        if assignment.startswith("distill."):
+            settings["distill"] = override_method(settings["distill"], assignment)
+        else:
+            settings = apply_override(TrainConfig, settings, assignment)
+    sources = _get_student_sources(settings)
+    if "teacher" in sources and not settings.get("model"):
+        settings.setdefault("weights", settings.get("teacher", ""))
+    if checkpoint := _get_initial_checkpoint(settings):
+        model = model_name(Path(checkpoint))
+        if settings.setdefault("model", model) != model:
+            raise UsageError(f"--model {settings['model']}: {checkpoint} is a {model}. Leave --model out to use it.")
+    # A student that starts from the teacher needs no --model.
+    for flag in ("data", "teacher" if sources - {"config"} else "model", "model"):
+        if not settings.get(flag):
+            raise UsageError(f"--{flag} is required, or --recipe YAML, or --resume RUN.")
+    if arguments.name or arguments.project or "save_dir" not in settings:
+        name = arguments.name or "-".join([str(settings["model"]), *map(str, settings["distill"])])
+        settings["save_dir"] = str(Path(arguments.project or "runs/train") / name)
+    return TrainConfig.from_dict(settings, arguments.recipe)
+
+
+def _get_student_sources(settings: dict[str, Any]) -> set[str]:
+    """Return `DistillMethod.student_source` of the methods in use; unknown names are reported later."""
+    methods = [name for name, value in settings["distill"].items() if value is not None and name in METHODS]
+    return {load_method(name).student_source for name in methods}
+
+
+def _get_initial_checkpoint(settings: dict[str, Any]) -> str:
+    """Return the checkpoint that gives the architecture of the student, or an empty string."""
+    return str(settings.get("teacher" if "prepared" in _get_student_sources(settings) else "weights") or "")
+
+
+def _load_recipe(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"--recipe {path}: no such file. See the recipes directory.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"--recipe {path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"--recipe {path}: expected a mapping `key: value`, got {type(content).__name__}.")
+    return content
+
+
+def _check_resume_flags(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for flags without effect: a resumed run keeps its settings."""
+    given = [name for name in (*SETTING_FLAGS, *DERIVED_FLAGS) if getattr(arguments, name) not in (None, "", [])]
+    ignored = [name for name in given if not (name == "data" and arguments.download)]
+    if ignored:
+        flags = " ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        raise UsageError(f"--resume: the run keeps its settings, {flags} would have no effect. Leave them out.")
+
+
+def _load_resumed_config(save_path: Path) -> TrainConfig:
+    path = save_path if save_path.suffix == ".pt" else save_path / "last.pt"
+    if not path.exists():
+        raise DataError(
+            f"--resume {save_path}: contains no last.pt, because no epoch was finished. Start the run again."
+        )
+    return TrainConfig.from_dict({**load_training_state(path)["config"], "save_dir": str(path.parent)})

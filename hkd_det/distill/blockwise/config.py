@@ -1,11 +1,4 @@
-"""Which worker learns which block: three schedules, their makespan by replay, and the bound that none can beat.
-
-round-robin: block i goes to worker i mod N. bin-packing: the longest expected first, each to the worker with the least
-to do so far (Graham 1969: at most 4/3 - 1/(3 N) of the best there is). work-stealing: nothing is planned, whoever is
-free takes the next one, the longest expected first.
-
-Blockwise: the method's settings, `distill: blockwise:` of a recipe.
-"""
+"""Settings of blockwise distillation, and the schedules that assign blocks to workers."""
 
 import heapq
 from collections.abc import Sequence
@@ -16,72 +9,34 @@ from hkd_det.errors import UsageError
 from hkd_det.models.base import DetectorPart
 
 Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
-
-
-def make_schedule(expected_times: Sequence[float], num_workers: int, scheduler: Scheduler) -> list[list[int]]:
-    """The tasks, by their index in `expected` times, in the order in which each queue is worked off; no empty queue.
-
-    Under work stealing each task is a queue of its own, in the order in which they are handed out.
-    """
-    longest_first = sorted(range(len(expected_times)), key=lambda task: (-expected_times[task], task))
-    match scheduler:
-        case "round-robin":
-            return [
-                list(range(first, len(expected_times), num_workers))
-                for first in range(min(num_workers, len(expected_times)))
-            ]
-        case "work-stealing":
-            return [[task] for task in longest_first]
-        case "bin-packing":
-            loads = [(0.0, worker) for worker in range(num_workers)]
-            packed: list[list[int]] = [[] for _ in range(num_workers)]
-            for task in longest_first:
-                load, worker = heapq.heappop(loads)
-                packed[worker].append(task)
-                heapq.heappush(loads, (load + expected_times[task], worker))
-            return [queue for queue in packed if queue]
-
-
-def simulate(
-    times: Sequence[float], num_workers: int, scheduler: Scheduler, expected_times: Sequence[float] | None = None
-) -> float:
-    """Makespan of tasks that take `times`, on equal workers that do nothing else; the unit is that of `times`.
-
-    expected: what the schedule is planned with, where that was not `times` themselves.
-    """
-    planned = make_schedule(times if expected_times is None else expected_times, num_workers, scheduler)
-    free = [0.0] * num_workers  # when each worker will be
-    for queue in planned:
-        heapq.heapreplace(free, free[0] + sum(times[task] for task in queue))
-    return max(free)
-
-
-def compute_lower_bound(times: Sequence[float], num_workers: int) -> float:
-    """No schedule ends before its longest task, or before everybody has worked without a pause."""
-    return max(max(times, default=0.0), sum(times) / num_workers)
-
+"""round-robin: block i goes to worker i mod N. bin-packing: the longest block first, each to the worker with the least
+work (Graham 1969: at most 4/3 - 1/(3 N) times the optimum). work-stealing: a free worker takes the longest block left."""
 
 InputSource = Literal["teacher", "student"]
 
 
 @dataclass(frozen=True)
 class BlockwiseConfig:
-    """What is replaced, how each block learns, and who works.
+    """Settings of blockwise distillation.
 
-    parts: of the detector, whose 3x3 convolutions are replaced. least: channels, in and out, from which one is.
-    views: training views that all blocks learn from; an eighth of them is kept to measure with.
-    epochs, batch, lr: of each block's own training on them.
-    inputs: what enters a block that learns: the teacher's activations, so that all blocks can learn at once; or, as a
-    control, those of the student, in which the blocks before it are replaced: one after the other, by one worker.
-    cache_mib: room in the run's folder for the teacher's activations; what does not fit is computed anew in each step.
-
-    workers: tasks at a time; 1 works in this process, more in others, by Dask. scheduler: how tasks are shared.
-    cluster: address of a running Dask scheduler, "tcp://host:port", whose workers are taken instead; they must see the
-    run's folder under the same path. times: `report.json` of an earlier run, whose measured times are planned with;
-    "" estimates them. retries: how many deaths of its worker a task survives.
-
-    judge: measure each block, alone in the teacher, on the validation split. limit: by how much it may then raise the
-    miss rate (fraction); a block above stays out.
+    Attributes:
+        parts: Parts of the detector whose 3x3 convolutions are replaced.
+        min_channels: Minimum number of input and output channels of a replaced convolution.
+        num_images: Number of augmented training images for all blocks. An eighth of them is held out to measure errors.
+        epochs: Epochs of each block.
+        batch: Batch size of each block.
+        lr: Learning rate of each block.
+        input_source: "teacher": a block is trained on the teacher's activations, so that all blocks are independent.
+            "student": on those of a network with all earlier blocks replaced, one after the other (control experiment).
+        cache_mib: Disk space in the run directory for activations, MiB. The others are computed again in each step.
+        workers: Number of parallel tasks. 1 runs in this process; more use Dask.
+        scheduler: Assignment of blocks to workers.
+        cluster: Address of a running Dask scheduler, "tcp://host:port", instead of local workers. Its workers must see
+            the run directory under the same path.
+        timing_report: `report.json` of an earlier run whose times plan the schedule. Empty: estimate them from the FLOPs.
+        retries: Number of worker crashes that a task survives.
+        evaluate_blocks: Whether to measure the miss rate with each block alone.
+        max_mr_increase: Maximum increase of the miss rate by a block, fraction. Blocks above it are left out.
     """
 
     parts: tuple[DetectorPart, ...] = ("backbone",)
@@ -101,20 +56,79 @@ class BlockwiseConfig:
     max_mr_increase: float = 1.0
 
     def __post_init__(self) -> None:
-        low = {"min_channels": 1, "num_images": 2, "epochs": 1, "batch": 1, "cache_mib": 0, "workers": 1, "retries": 0}
-        for name, least in low.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"distill.blockwise.{name} = {getattr(self, name)}: must be at least {least}")
+        minimums = {
+            "min_channels": 1, "num_images": 2, "epochs": 1, "batch": 1, "cache_mib": 0, "workers": 1, "retries": 0,
+        }  # fmt: skip
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
+                raise UsageError(
+                    f"distill.blockwise.{name}: {getattr(self, name)} is out of range. Use at least {minimum}."
+                )
         if self.lr <= 0:
-            raise UsageError(f"distill.blockwise.lr = {self.lr}: must be above 0")
+            raise UsageError(f"distill.blockwise.lr: {self.lr} is out of range. Use a value above 0.")
         if self.cluster and self.workers > 1:
-            raise UsageError("distill.blockwise: workers or cluster: a running cluster has its own workers")
+            raise UsageError("distill.blockwise: workers has no effect with cluster, which has its own. Leave one out.")
         if self.input_source == "student" and (self.workers > 1 or self.cluster):
             raise UsageError(
-                "distill.blockwise.input_source=student: each block waits for the one before it, more workers can't help; "
-                "leave out distill.blockwise.workers and cluster"
+                "distill.blockwise.input_source=student: blocks depend on each other and are trained one by one. "
+                "Leave distill.blockwise.workers and cluster out."
             )
         if self.max_mr_increase < 1 and not self.evaluate_blocks:
             raise UsageError(
-                "distill.blockwise.max_mr_increase needs distill.blockwise.evaluate_blocks=true: blocks must be measured"
+                "distill.blockwise.max_mr_increase: the blocks are not measured. "
+                "Set distill.blockwise.evaluate_blocks=true."
             )
+
+
+def make_schedule(expected_times: Sequence[float], num_workers: int, scheduler: Scheduler) -> list[list[int]]:
+    """Assign tasks to queues.
+
+    Args:
+        expected_times: Expected time of each task, any unit.
+        num_workers: Number of workers.
+        scheduler: Rule of assignment.
+
+    Returns:
+        Non-empty queues of task indices, in the order of execution. With "work-stealing" each task is its own queue.
+    """
+    longest_first = sorted(range(len(expected_times)), key=lambda task: (-expected_times[task], task))
+    match scheduler:
+        case "round-robin":
+            num_queues = min(num_workers, len(expected_times))
+            return [list(range(first, len(expected_times), num_workers)) for first in range(num_queues)]
+        case "work-stealing":
+            return [[task] for task in longest_first]
+        case "bin-packing":
+            loads = [(0.0, worker) for worker in range(num_workers)]
+            queues: list[list[int]] = [[] for _ in range(num_workers)]
+            for task in longest_first:
+                load, worker = heapq.heappop(loads)
+                queues[worker].append(task)
+                heapq.heappush(loads, (load + expected_times[task], worker))
+            return [queue for queue in queues if queue]
+
+
+def simulate(
+    times: Sequence[float], num_workers: int, scheduler: Scheduler, expected_times: Sequence[float] | None = None
+) -> float:
+    """Compute the makespan of tasks on equal workers without other work.
+
+    Args:
+        times: Actual time of each task.
+        num_workers: Number of workers.
+        scheduler: Rule of assignment.
+        expected_times: Times that plan the schedule; `times` by default.
+
+    Returns:
+        Makespan in the unit of `times`.
+    """
+    queues = make_schedule(times if expected_times is None else expected_times, num_workers, scheduler)
+    finish_times = [0.0] * num_workers
+    for queue in queues:
+        heapq.heapreplace(finish_times, finish_times[0] + sum(times[task] for task in queue))
+    return max(finish_times)
+
+
+def compute_lower_bound(times: Sequence[float], num_workers: int) -> float:
+    """Return the lower bound of every makespan: the longest task, or all work divided by the number of workers."""
+    return max(max(times, default=0.0), sum(times) / num_workers)

@@ -7,18 +7,23 @@ from hkd_det.errors import UsageError
 
 @dataclass(frozen=True)
 class CDDConfig:
-    """How far the student shrinks, by when, and what its teacher asks of it meanwhile.
+    """Settings of CDD: the target size, the losses and the schedule.
 
-    keep_flops, keep_parameters: shares of the starting network's that may be left, both of them; 1 sets no limit.
-    least: channels that every layer keeps, if it has so many.
-    score: weight of the score logits' term. temperature: of both networks' scores in it.
-    feature: weight of the distance of pooled people, summed over layers. lasso: weight of the compactor rows' norms.
-
-    warmup: share of the schedule before any channel is taken. masked_by: share of the part in which the teacher
-    teaches, by whose end all have been chosen. fade: share of the schedule in which a chosen channel goes from 1 to 0.
-    gallery: pooled teacher vectors remembered a layer. neighbours: of them, how many a person is compared with.
-    lowest: share of a layer's channels that a comparison marks, those that have gone among them.
-    look_every: steps from one comparison to the next, at most; see `Course.every`. The paper compares in each.
+    Attributes:
+        keep_flops: Maximum ratio of the FLOPs to keep, above 0 to 1; 1 sets no limit.
+        keep_parameters: Maximum ratio of the parameters to keep, above 0 to 1; 1 sets no limit.
+        min_channels: Channels that every layer keeps, if it has so many.
+        cls: Weight of the score loss.
+        temperature: Temperature of both networks' scores in that loss.
+        feature: Weight of the distance of pooled person features, summed over layers.
+        lasso: Weight of the group lasso on the rows of the compactors.
+        warmup_ratio: Ratio of all steps before the first channel is selected.
+        mask_end: Ratio of the steps with a teacher at whose end all channels are selected.
+        fade_ratio: Ratio of all steps in which a selected channel fades from 1 to 0.
+        queue_size: Number of pooled teacher features to keep per layer.
+        num_neighbors: Number of these with which each person is compared.
+        candidate_ratio: Ratio of a layer's channels that a comparison marks, removed ones included.
+        compare_interval: Maximum number of steps between comparisons. The paper compares in each step.
     """
 
     keep_flops: float = 0.35
@@ -39,15 +44,16 @@ class CDDConfig:
     def __post_init__(self) -> None:
         for name in ("keep_flops", "keep_parameters", "mask_end", "fade_ratio", "candidate_ratio"):
             if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"distill.cdd.{name} = {getattr(self, name)}: a share, above 0 and at most 1")
+                raise UsageError(f"distill.cdd.{name}: {getattr(self, name)} is out of range. Use above 0 to 1.")
         if self.keep_flops == self.keep_parameters == 1:
-            raise UsageError("distill.cdd: keep_flops or keep_parameters must be below 1, or there is nothing to shed")
-        for name, least in {"min_channels": 1, "queue_size": 1, "num_neighbors": 1, "compare_interval": 1}.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"distill.cdd.{name} = {getattr(self, name)}: must be at least {least}")
+            raise UsageError("distill.cdd: nothing to prune. Set keep_flops or keep_parameters below 1.")
+        for name in ("min_channels", "queue_size", "num_neighbors", "compare_interval"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"distill.cdd.{name}: {getattr(self, name)} is out of range. Use at least 1.")
         if self.temperature <= 0 or min(self.cls, self.feature, self.lasso) < 0:
-            raise UsageError("distill.cdd: the temperature is above 0, and cls, feature and lasso are not negative")
+            raise UsageError("distill.cdd: temperature must be above 0; cls, feature and lasso must be at least 0.")
         if not 0 <= self.warmup_ratio < self.mask_end:
             raise UsageError(
-                f"distill.cdd.warmup_ratio = {self.warmup_ratio}: from 0 to below mask_end = {self.mask_end}"
+                f"distill.cdd.warmup_ratio: {self.warmup_ratio} is out of range. "
+                f"Use 0 to below mask_end ({self.mask_end})."
             )

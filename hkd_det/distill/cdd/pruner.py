@@ -17,7 +17,7 @@ from hkd_det.distill.cdd.compactor import (
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.cost_model import ChannelCostModel, filter_deployed_layers
 from hkd_det.distill.cdd.importance import PooledFeatures
-from hkd_det.distill.cdd.method import CDD
+from hkd_det.distill.cdd.losses import CDDLoss
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.zoo import ModelComplexity
@@ -144,7 +144,7 @@ class ChannelPruner:
 
     def __init__(
         self,
-        method: CDD,
+        method: CDDLoss,
         cost_model: ChannelCostModel,
         config: CDDConfig,
         schedule: PruningSchedule,

@@ -1,20 +1,26 @@
 """What brings the student's channels to the teacher's: its shapes, and what each kind promises."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from hkd_det.distill import parse_methods
 from hkd_det.distill.adapters import DILATIONS, Adapter, MultiScaleProjection, OrthogonalProjection, Projection
-from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
-from hkd_det.models.base import FeatureInfo
+from hkd_det.models.base import BaseDetector, FeatureInfo
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.ops.losses import pkd_loss
 
 KINDS: list[Projection] = ["plain", "norm", "multi-scale", "orthogonal"]
 ANCHORS = (16, 32, 64, 128, 256)
+
+
+def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
+    return Distiller(student, teacher, build_methods(parse_methods(methods), student, teacher))
 
 
 @pytest.mark.parametrize("projection", KINDS)
@@ -74,9 +80,9 @@ def test_the_multi_scale_projection_starts_plain_and_sees_as_far_as_its_rates() 
 def test_the_recipe_chooses_it_for_dense_and_two_stage_students(projection: Projection) -> None:
     spec = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
     thin = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
-    methods = DistillConfig(hkd=HKDConfig(adapter=projection))
+    methods = {"hkd": HKDConfig(adapter=projection)}
     for student, teacher in ((HKDDetector(spec), HKDDetector(spec)), (FasterRCNN(thin), FasterRCNN(thin))):
-        adapters = [m for m in DistillationLoss(student, teacher, methods).modules() if isinstance(m, Adapter)]
+        adapters = [m for m in make_distiller(student, teacher, methods).modules() if isinstance(m, Adapter)]
         assert adapters and all(type(a.projection) is type(adapters[0].projection) for a in adapters)
         kind = {
             "plain": torch.nn.Conv2d,

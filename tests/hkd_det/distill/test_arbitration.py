@@ -10,12 +10,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
-from hkd_det.distill.mokd import GramMatrix, MoKDConfig, min_norm_weight, solve_loss_weights
+from hkd_det.distill.loss_weights import GramMatrix, LossWeights, min_norm_weight
+from hkd_det.distill.loss_weights import solve_loss_weights as solve
+from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.errors import UsageError
 
 PAIRS = arrays(np.float64, (2, 3), elements=st.floats(-10, 10).map(lambda x: round(x, 2)))
 LOSSES = st.floats(0.05, 20)
 LOGS = MoKDConfig("min-norm", eps=1e-9)
+
+
+def solve_loss_weights(config: MoKDConfig, gram: GramMatrix, det_loss: float, distill_loss: float) -> LossWeights:
+    return solve(config.solver, config.eps, gram, det_loss, distill_loss)  # type: ignore[arg-type]
 
 
 def gram_of(pair: np.ndarray) -> GramMatrix:

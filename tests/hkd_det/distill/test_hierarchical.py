@@ -2,17 +2,18 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
 
+from hkd_det.distill import parse_methods
 from hkd_det.distill.adapters import Adapter
 from hkd_det.distill.base import DistillationBatch
-from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hkd import HKD, HKDConfig
-from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.distiller import Distiller, build_methods
+from hkd_det.distill.hkd import DenseHKD, HKDConfig
 from hkd_det.errors import UsageError
-from hkd_det.models.base import BranchOutputs, DenseOutputs, DetectionBatch, FeatureInfo, Targets
+from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, FeatureInfo, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.feature_layers import pair_by_stride
 from hkd_det.models.head import make_anchors
@@ -23,6 +24,10 @@ from hkd_det.ops.roi_pool import roi_feature_loss
 
 STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
+
+
+def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
+    return Distiller(student, teacher, build_methods(parse_methods(methods), student, teacher))
 
 
 def truth(*boxes: list[float]) -> Targets:
@@ -79,8 +84,8 @@ def test_taps_are_paired_by_the_nearest_stride() -> None:
 
 def test_every_level_gives_a_term_and_a_gradient(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
-    terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
+    terms = distiller(PICTURE, PERSON, 1.0)[1]
     assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
@@ -90,30 +95,29 @@ def test_every_level_gives_a_term_and_a_gradient(pair: tuple[HKDDetector, HKDDet
 
 def test_the_teacher_is_no_part_of_what_learns(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
     ours = {id(parameter) for parameter in distiller.parameters()}
     assert not ours & {id(parameter) for parameter in teacher.parameters()}
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
+    distiller(PICTURE, PERSON, 1.0)[1]
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_a_teacher_heard_before_the_student_says_the_same_once(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student.eval(), teacher, DistillConfig(hkd=HKDConfig()))
-    after = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
-    distiller.forward_teacher(PICTURE)
-    assert distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one) == after
+    distiller = make_distiller(student.eval(), teacher, {"hkd": HKDConfig()})
+    after = distiller(PICTURE, PERSON, 1.0)[1]
+    assert distiller(PICTURE, PERSON, 1.0)[1] == after
     other = 255 - PICTURE  # the next batch is heard anew
-    assert distiller(other, student(other), PERSON, 1.0, clamp_min_one)["hkd_cls"] != after["hkd_cls"]
+    assert distiller(other, PERSON, 1.0)[1]["hkd_cls"] != after["hkd_cls"]
 
 
 def test_strength_scales_every_term(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student.eval(), teacher, DistillConfig(hkd=HKDConfig()))
-    full = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
-    half = distiller(PICTURE, student(PICTURE), PERSON, 0.5, clamp_min_one)
+    distiller = make_distiller(student.eval(), teacher, {"hkd": HKDConfig()})
+    full = distiller(PICTURE, PERSON, 1.0)[1]
+    half = distiller(PICTURE, PERSON, 0.5)[1]
     for name in full:
         torch.testing.assert_close(half[name] * 2, full[name])
 
@@ -122,12 +126,13 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
     torch.manual_seed(0)
     twin = HKDDetector(TEACHER).eval()
     taps = twin.feature_info()
-    method = HKD(taps, taps, HKDConfig(region_min_score=0.0))
+    method = DenseHKD(list(zip(taps, taps, strict=True)), HKDConfig(region_min_score=0.0))
     for adapter in method.adapters:
         torch.nn.init.dirac_(adapter.projection.weight)
         torch.nn.init.zeros_(adapter.projection.bias)
     with torch.no_grad():
-        maps, prediction = twin.forward_features(PICTURE), twin(PICTURE)
+        outputs, prediction = twin.forward_features(PICTURE), twin(PICTURE)
+        maps = {tap.name: feature for tap, feature in zip(taps, outputs, strict=True)}
         lesson = DistillationBatch(PICTURE, PERSON, twin, twin, prediction, prediction, maps, maps, clamp_min_one)
         terms = method(lesson)
     for term in terms.values():
@@ -140,9 +145,9 @@ def test_the_logit_level_is_made_of_its_formulas(pair: tuple[HKDDetector, HKDDet
     with torch.no_grad():
         torch.nn.init.normal_(teacher.head.one2many.weight, std=20.0)  # some points of any confidence
         torch.nn.init.zeros_(teacher.head.one2many.bias)
-        distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig(cls=3.0, box=5.0)))
+        distiller = make_distiller(student, teacher, {"hkd": HKDConfig(cls=3.0, box=5.0)})
         mine, other = student(PICTURE), teacher(PICTURE)
-        terms = distiller(PICTURE, mine, PERSON, 1.0, clamp_min_one)
+        terms = distiller(PICTURE, PERSON, 1.0)[1]
     scores, boxes, confidence = 0.0, 0.0, other.one2many.logits[0].sigmoid()
     for a, b in ((mine.one2many, other.one2many), (mine.one2one, other.one2one)):
         s, t = (branch.logits[0].double().sigmoid() for branch in (a, b))
@@ -165,8 +170,8 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
     people = Targets(boxes, real, torch.zeros_like(real))
     seen = torch.tensor([[12.0, 9, 45, 63], [20, 0, 30, 20], [50, 40, 60, 64]])
     found = DetectionBatch((seen, torch.zeros(0, 4)), (torch.tensor([0.9, 0.5, 0.3]), torch.zeros(0)))
-    tap = [FeatureInfo("t", 8, 6)]
-    method = HKD(tap, tap, HKDConfig(pyramid=1.0, region_min_score=0.4, max_regions=2))
+    tap = FeatureInfo("t", 8, 6)
+    method = DenseHKD([(tap, tap)], HKDConfig(pyramid=1.0, region_min_score=0.4, max_regions=2))
     mine, other = torch.randn(2, 2, 6, 8, 8, generator=chance)
     silent = DenseOutputs(
         BranchOutputs(torch.zeros(2, 64), torch.zeros(2, 64, 4)), None, *make_anchors((64, 64), (8,)), (64, 64)
@@ -177,7 +182,9 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
             return found
 
     detector = HKDDetector(STUDENT)
-    lesson = DistillationBatch(mine, people, detector, Teacher(), silent, silent, [mine], [other], clamp_min_one)
+    lesson = DistillationBatch(
+        mine, people, detector, Teacher(), silent, silent, {"t": mine}, {"t": other}, clamp_min_one
+    )
     terms = method(lesson)
     adapted = method.adapters[0](mine)
     read = torch.stack([boxes[0, 0], seen[0], seen[1], boxes[1, 0], boxes[1, 1]])
@@ -191,7 +198,7 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
 def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -> None:
     """Whoever still held a map, its output would not be gone when the step's own names are."""
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig.from_names("hkd,noisy_teacher"))
+    distiller = make_distiller(student, teacher, {"hkd": {}, "noisy_teacher": {}})
     alive: list[weakref.ref[torch.Tensor]] = []
     names = [(student, tap.name) for tap in student.feature_info()] + [
         (teacher, tap.name) for tap in teacher.feature_info()
@@ -200,11 +207,8 @@ def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -
         network.get_submodule(name).register_forward_hook(lambda _m, _i, out: alive.append(weakref.ref(out)))
 
     def step(strength: float) -> None:
-        output = student(PICTURE)
-        if strength > 0:
-            torch.stack(list(distiller(PICTURE, output, PERSON, strength, clamp_min_one).values())).sum().backward()
-        else:
-            distiller.clear()
+        det_losses, distill_losses = distiller(PICTURE, PERSON, strength)
+        torch.stack(list((det_losses | distill_losses).values())).sum().backward()
 
     gc.disable()  # what only the collector frees is held for too long
     try:
@@ -218,8 +222,8 @@ def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -
 
 def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig(region_min_score=1.1)))
-    terms = distiller(PICTURE, student(PICTURE), truth(), 1.0, clamp_min_one)
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig(region_min_score=1.1)})
+    terms = distiller(PICTURE, truth(), 1.0)[1]
     torch.stack(list(terms.values())).sum().backward()
     assert terms["hkd_region"] == 0
     assert all(torch.isfinite(term) for term in terms.values())
@@ -228,11 +232,11 @@ def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[HKDDetector,
 
 def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
-    optimizer = torch.optim.Adam([*student.parameters(), *distiller.parameters()], lr=3e-3)
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
+    optimizer = torch.optim.Adam([*student.parameters(), *distiller.methods.parameters()], lr=3e-3)
     course = []
     for _ in range(25):
-        terms = distiller(PICTURE, student(PICTURE), PERSON, 1.0, clamp_min_one)
+        terms = distiller(PICTURE, PERSON, 1.0)[1]
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.distill.gradients import GradientBalancer, SumBalancer, reachable_parameters
-from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer, GramMatrix, MoKDConfig, solve_loss_weights
+from hkd_det.distill.loss_weights import GramMatrix, solve_loss_weights
+from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer, MoKDConfig
 from hkd_det.models.base import FeatureInfo
 from hkd_det.ops.hooks import FeatureHooks
 
@@ -85,7 +86,7 @@ def test_at_the_parameters_the_gradients_are_autograds(net: Net, rule: str) -> N
     shared = sorted({name for name, _ in net.named_parameters()} - TASK_ONLY - TEACHER_ONLY - IDLE)
     own, other = (torch.cat([one[name].flatten() for name in shared]) for one in by_hand(net))
     task, taught = (loss.item() for loss in net.losses())
-    verdict = solve_loss_weights(settings, gram_of(own, other), task, taught)
+    verdict = solve_loss_weights(settings.solver, settings.eps, gram_of(own, other), task, taught)
     assert_gradients(net, verdict.det_loss_scale, verdict.distill_loss_scale)
     assert told["mokd_cosine"] == pytest.approx(torch.cosine_similarity(own, other, dim=0).item(), rel=1e-4)
     ratio = (own.norm() / (task + EPS)) / (other.norm() / (taught + EPS))
@@ -110,7 +111,9 @@ def test_at_the_taps_the_maps_gradients_decide(net: Net, rule: str) -> None:
         )
         gradients = torch.autograd.grad(loss, [fine, coarse])
         found.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    verdict = solve_loss_weights(settings, gram_of(*found), *(loss.item() for loss in net.losses()))
+    verdict = solve_loss_weights(
+        settings.solver, settings.eps, gram_of(*found), *(loss.item() for loss in net.losses())
+    )
     assert_gradients(net, verdict.det_loss_scale, verdict.distill_loss_scale)
 
 

@@ -1,16 +1,18 @@
 """The noisy teacher: its statistics, its own L2 term against finite differences, and what noise does to targets."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hkd_det.distill import check_methods, parse_methods
 from hkd_det.distill.base import DistillationBatch
-from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.noisy_teacher import NoisyLogitLoss, NoisyTeacher, NoisyTeacherConfig, fg_balanced_l2
+from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig, fg_balanced_l2
 from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, DetectionBatch, Targets
@@ -32,20 +34,24 @@ Make = Callable[[], BaseDetector]
 MAKE: dict[str, Make] = {"dense": lambda: HKDDetector(DENSE), "two-stage": lambda: FasterRCNN(TWO_STAGE)}
 
 
+def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
+    return Distiller(student, teacher, build_methods(parse_methods(methods), student, teacher))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 
 
 def perturbed(noise: NoisyTeacherConfig, logits: Tensor) -> Tensor:
-    return NoisyTeacher(noise).perturb_logits(logits)
+    return NoisyTeacher(replace(noise, mode="targets"), None, None).perturb_logits(logits)
 
 
-def terms_of(student: BaseDetector, teacher: BaseDetector, methods: DistillConfig) -> dict[str, Tensor]:
+def terms_of(student: BaseDetector, teacher: BaseDetector, methods: dict[str, Any]) -> dict[str, Tensor]:
     """The terms of one batch, adapters the same whatever the methods."""
     torch.manual_seed(1)
-    distiller = DistillationLoss(student, teacher, methods)
-    return distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one)
+    distiller = make_distiller(student, teacher, methods)
+    return distiller(PICTURES, PEOPLE, 1.0)[1]
 
 
 def test_noise_has_the_published_mean_and_variance() -> None:
@@ -124,11 +130,11 @@ def test_noise_leaves_the_expected_gradient_of_l2_and_softens_sigmoid_targets() 
 @pytest.mark.parametrize("student", MAKE)
 def test_alone_it_teaches_whatever_the_families(student: str, teacher: str) -> None:
     mine, other = MAKE[student]().train(), MAKE[teacher]()
-    distiller = DistillationLoss(mine, other, DistillConfig(noisy_teacher=NoisyTeacherConfig(weight=1.0)))
-    terms = distiller(PICTURES, mine(PICTURES), PEOPLE, 1.0, clamp_min_one)
+    distiller = make_distiller(mine, other, {"noisy_teacher": NoisyTeacherConfig(weight=1.0)})
+    terms = distiller(PICTURES, PEOPLE, 1.0)[1]
     assert terms.keys() == {"noisy_teacher"} and terms["noisy_teacher"] > 0
     terms["noisy_teacher"].backward()
-    assert not list(distiller.parameters())
+    assert not list(distiller.methods.parameters())
     assert all(p.grad is None for p in other.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in mine.parameters())
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in mine.parameters())
@@ -139,9 +145,10 @@ def test_a_student_equal_to_its_teacher_learns_nothing_from_it_but_noise(family:
     twin = MAKE[family]().eval()
     with torch.no_grad():
         output = twin(PICTURES)
-        lesson = DistillationBatch(PICTURES, PEOPLE, twin, twin, output, output, [], [], clamp_min_one)
+        lesson = DistillationBatch(PICTURES, PEOPLE, twin, twin, output, output, {}, {}, clamp_min_one)
         quiet, loud = (
-            NoisyLogitLoss(NoisyTeacherConfig(alpha=1.0, sigma=sigma))(lesson)["noisy_teacher"] for sigma in (0.0, 1.0)
+            NoisyTeacher(NoisyTeacherConfig(alpha=1.0, sigma=sigma), twin, twin)(lesson)["noisy_teacher"]
+            for sigma in (0.0, 1.0)
         )
     assert quiet == 0 and loud > 0
 
@@ -151,8 +158,8 @@ def test_a_two_stage_teacher_judges_the_dense_students_best_boxes() -> None:
     student, teacher = HKDDetector(DENSE).eval(), FasterRCNN(TWO_STAGE).eval()
     with torch.no_grad():
         mine, other = student(PICTURES), teacher(PICTURES)
-        lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, [], [], clamp_min_one)
-        told = NoisyLogitLoss(NoisyTeacherConfig(weight=1.0, sigma=0.0))(lesson)["noisy_teacher"]
+        lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, {}, {}, clamp_min_one)
+        told = NoisyTeacher(NoisyTeacherConfig(weight=1.0, sigma=0.0), student, teacher)(lesson)["noisy_teacher"]
         s, z = [], []
         for b in range(2):
             for point in mine.one2many.logits[b].argsort(descending=True)[:64]:
@@ -172,11 +179,11 @@ def test_a_second_stage_regresses_no_logits_of_doubles() -> None:
         mine, other = student(PICTURES), teacher(PICTURES)
         told = []
         for boxes, scores in (([best], [0.9]), ([best, beside], [0.9, 1e-9])):
-            lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, [], [], clamp_min_one)
+            lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, {}, {}, clamp_min_one)
             lesson.__dict__["teacher_detections"] = DetectionBatch(
                 (torch.tensor(boxes),) * 2, (torch.tensor(scores),) * 2
             )
-            told.append(NoisyLogitLoss(NoisyTeacherConfig(sigma=0.0))(lesson)["noisy_teacher"])
+            told.append(NoisyTeacher(NoisyTeacherConfig(sigma=0.0), student, teacher)(lesson)["noisy_teacher"])
     torch.testing.assert_close(told[1], told[0])
 
 
@@ -184,7 +191,7 @@ def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
     """The scores change, maps and boxes don't; with features noisy, the maps do."""
     student, teacher = HKDDetector(DENSE).eval(), HKDDetector(DENSE)
     clean, scores, maps = (
-        terms_of(student, teacher, DistillConfig(hkd=HKDConfig(region=0.0), noisy_teacher=noise))
+        terms_of(student, teacher, {"hkd": HKDConfig(region=0.0), "noisy_teacher": noise})
         for noise in (
             None,
             NoisyTeacherConfig("targets", alpha=1.0),
@@ -198,31 +205,28 @@ def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
 
 def test_beside_hkd_the_l2_form_is_one_more_term_and_leaves_the_others() -> None:
     student, teacher = HKDDetector(DENSE).eval(), HKDDetector(DENSE)
-    alone, both = (
-        terms_of(student, teacher, methods)
-        for methods in (DistillConfig.from_names("hkd"), DistillConfig.from_names("hkd,noisy_teacher"))
-    )
+    alone, both = (terms_of(student, teacher, methods) for methods in ({"hkd": {}}, {"hkd": {}, "noisy_teacher": {}}))
     assert both.keys() == alone.keys() | {"noisy_teacher"}
     assert all(both[name] == alone[name] for name in alone)
 
 
 def test_misuse_is_refused() -> None:
     with pytest.raises(UsageError, match="another method"):
-        DistillConfig(noisy_teacher=NoisyTeacherConfig("targets"))
+        check_methods({"noisy_teacher": NoisyTeacherConfig("targets")})
     with pytest.raises(UsageError, match=r"noisy_teacher\.mode=targets"):
         NoisyTeacherConfig(feature_sigma=0.1)
-    with pytest.raises(UsageError, match="probability"):
+    with pytest.raises(UsageError, match="alpha"):
         NoisyTeacherConfig(alpha=1.5)
-    with pytest.raises(UsageError, match="share"):
+    with pytest.raises(UsageError, match="fg_ratio"):
         NoisyTeacherConfig(fg_ratio=-0.1)
-    with pytest.raises(UsageError, match="maps noisy that hkd compares"):
-        DistillConfig(noisy_teacher=NoisyTeacherConfig("targets", feature_sigma=0.1), soft_labels=SoftLabelConfig())
+    with pytest.raises(UsageError, match="no method compares features"):
+        check_methods(
+            {"noisy_teacher": NoisyTeacherConfig("targets", feature_sigma=0.1), "soft_labels": SoftLabelConfig()}
+        )
     for unheard in ({"weight": 0.5}, {"fg_ratio": 0.2}):
-        with pytest.raises(UsageError, match="no term of its own"):
+        with pytest.raises(UsageError, match="has no loss"):
             NoisyTeacherConfig("targets", **unheard)
     student, teacher = HKDDetector(DENSE), HKDDetector(COARSE)
-    with pytest.raises(UsageError, match="same pyramid strides"):
-        DistillationLoss(student, teacher, DistillConfig.from_names("noisy_teacher"))
-    DistillationLoss(
-        student, teacher, DistillConfig(noisy_teacher=NoisyTeacherConfig("targets"), soft_labels=SoftLabelConfig())
-    )
+    with pytest.raises(UsageError, match="equal strides"):
+        make_distiller(student, teacher, {"noisy_teacher": {}})
+    make_distiller(student, teacher, {"noisy_teacher": NoisyTeacherConfig("targets"), "soft_labels": SoftLabelConfig()})

@@ -3,16 +3,17 @@
 import math
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
+from hkd_det.distill import parse_methods
 from hkd_det.distill.base import DistillationBatch
-from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.models import criterion as soft_points
@@ -33,6 +34,10 @@ TWO_STAGE = FasterRCNNSpec(
 )  # fmt: skip
 BOX = [20.0, 4.0, 44.0, 60.0]
 PICTURES = torch.randint(0, 255, (2, 3, *HW), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
+    return Distiller(student, teacher, build_methods(parse_methods(methods), student, teacher))
 
 
 def unknown(count: int = 1) -> Targets:
@@ -151,11 +156,11 @@ def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(
     torch.manual_seed(0)
     detector = detector_of(family)
     taught = found((BOX, 0.9), ([60.0, 10.0, 84.0, 62.0], 0.5), count=2)
-    distiller = DistillationLoss(detector, Told(taught), DistillConfig(soft_labels=SoftLabelConfig()))
+    distiller = make_distiller(detector, Told(taught), {"soft_labels": SoftLabelConfig()})
     optimizer = torch.optim.Adam(detector.parameters(), lr=5e-3)
     detector.train()
     for _ in range(60):
-        terms = distiller(PICTURES, detector(PICTURES), unknown(2), 1.0, clamp_min_one)
+        terms = distiller(PICTURES, unknown(2), 1.0)[1]
         assert terms.keys() == {"soft_cls", "soft_box"}
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
@@ -189,8 +194,17 @@ def test_in_regions_scores_are_a_mean_and_boxes_are_weighted_by_the_teachers_sco
     torch.testing.assert_close(box, (weights * apart).sum() / weights.sum(), rtol=1e-4, atol=1e-6)
 
 
+def record_outputs(model: BaseDetector) -> list[DenseOutputs]:
+    """Return a list that receives the outputs of each forward pass."""
+    outputs: list[DenseOutputs] = []
+    model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    return outputs
+
+
 class Told(torch.nn.Module):
     """A teacher that always finds the same."""
+
+    capabilities = frozenset({"detections"})
 
     def __init__(self, answer: DetectionBatch) -> None:
         super().__init__()
@@ -228,8 +242,8 @@ def thin(name: str) -> UltralyticsSpec:
 def test_every_family_teaches_every_family_by_its_detections(teacher: str, pupil: str) -> None:
     torch.manual_seed(0)
     mine = detector_of(pupil).train()
-    distiller = DistillationLoss(mine, detector_of(teacher), DistillConfig(soft_labels=SoftLabelConfig()))
-    terms = distiller(PICTURES, mine(PICTURES), unknown(2), 1.0, clamp_min_one)
+    distiller = make_distiller(mine, detector_of(teacher), {"soft_labels": SoftLabelConfig()})
+    terms = distiller(PICTURES, unknown(2), 1.0)[1]
     torch.stack(list(terms.values())).sum().backward()
     assert terms.keys() == {"soft_cls", "soft_box"} and all(torch.isfinite(term) for term in terms.values())
     assert any(p.grad is not None and p.grad.any() for p in mine.parameters())
@@ -241,9 +255,10 @@ def test_hkd_teaches_by_detections_where_the_two_have_no_points_in_common() -> N
     coarse = HKDDetector(replace(TINY, strides=(16, 32)))
     for teacher in (FasterRCNN(TWO_STAGE), coarse):
         mine = HKDDetector(TINY).train()
-        distiller = DistillationLoss(mine, teacher, DistillConfig(hkd=HKDConfig()))
-        output = mine(PICTURES)
-        terms = distiller(PICTURES, output, unknown(2), 1.0, clamp_min_one)
+        distiller = make_distiller(mine, teacher, {"hkd": HKDConfig()})
+        outputs = record_outputs(mine)
+        terms = distiller(PICTURES, unknown(2), 1.0)[1]
+        (output,) = outputs
         with torch.no_grad():
             told = teacher.eval().postprocess(teacher(PICTURES))
         score, box = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
@@ -256,9 +271,10 @@ def test_a_one_to_one_branch_with_boxes_of_its_own_hears_hkd_of_them_too() -> No
     """YOLO26's is what is deployed, and nothing that `many` learns about boxes reaches it."""
     torch.manual_seed(0)
     mine, teacher = UltralyticsDetector(thin("yolo26n")).train(), HKDDetector(TINY)
-    distiller = DistillationLoss(mine, teacher, DistillConfig(hkd=HKDConfig(box=1.0)))
-    output = mine(PICTURES)
-    told = distiller(PICTURES, output, unknown(2), 1.0, clamp_min_one)["hkd_box"]
+    distiller = make_distiller(mine, teacher, {"hkd": HKDConfig(box=1.0)})
+    outputs = record_outputs(mine)
+    told = distiller(PICTURES, unknown(2), 1.0)[1]["hkd_box"]
+    (output,) = outputs
     with torch.no_grad():
         other = teacher(PICTURES)
     assert output.one2one is not None and output.one2one.has_box_loss and other.one2one is not None
@@ -278,9 +294,10 @@ def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -
     """YOLO11 over ours: its points one by one for `many`, what is left after suppression for `one`."""
     torch.manual_seed(0)
     mine, teacher = HKDDetector(TINY).train(), UltralyticsDetector(thin("yolo11n"))
-    distiller = DistillationLoss(mine, teacher, DistillConfig(hkd=HKDConfig()))
-    output = mine(PICTURES)
-    terms = distiller(PICTURES, output, unknown(2), 1.0, clamp_min_one)
+    distiller = make_distiller(mine, teacher, {"hkd": HKDConfig()})
+    outputs = record_outputs(mine)
+    terms = distiller(PICTURES, unknown(2), 1.0)[1]
+    (output,) = outputs
     with torch.no_grad():
         other = teacher.eval()(PICTURES)
         told = teacher.postprocess(other)
@@ -300,7 +317,9 @@ def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -
 def test_noise_multiplies_the_logits_of_a_black_boxs_scores() -> None:
     torch.manual_seed(0)
     told = found((BOX, 0.8), (BOX, 0.3), count=400)
-    noisy = NoisyTeacher(NoisyTeacherConfig(alpha=0.5, sigma=0.2, granularity="sample")).perturb_outputs(told)
+    noisy = NoisyTeacher(
+        NoisyTeacherConfig("targets", alpha=0.5, sigma=0.2, granularity="sample"), None, None
+    ).perturb_teacher(told)
     assert isinstance(noisy, DetectionBatch) and noisy.boxes_xyxy is told.boxes_xyxy
     factors = torch.stack(noisy.scores).logit() / torch.stack(told.scores).logit()
     torch.testing.assert_close(factors[:, 0], factors[:, 1])  # one for a whole picture
@@ -308,7 +327,9 @@ def test_noise_multiplies_the_logits_of_a_black_boxs_scores() -> None:
     assert 0.4 < still.float().mean() < 0.6
     moved = factors[~still, 0]
     assert moved.mean().item() == pytest.approx(1, abs=0.05) and moved.std().item() == pytest.approx(0.2, abs=0.04)
-    certain = NoisyTeacher(NoisyTeacherConfig(alpha=1.0)).perturb_detections(found((BOX, 1.0), (BOX, 0.0)))
+    certain = NoisyTeacher(NoisyTeacherConfig("targets", alpha=1.0), None, None).perturb_teacher(
+        found((BOX, 1.0), (BOX, 0.0))
+    )
     assert all(0 <= score <= 1 for score in certain.scores[0])
 
 
@@ -323,6 +344,6 @@ def test_a_lessons_detections_are_worked_out_once() -> None:
     teacher = Counting(found((BOX, 0.5)))
     mine = HKDDetector(TINY)
     lesson = DistillationBatch(
-        PICTURES, unknown(2), mine, teacher, mine(PICTURES), teacher.answer, [], [], clamp_min_one
+        PICTURES, unknown(2), mine, teacher, mine(PICTURES), teacher.answer, {}, {}, clamp_min_one
     )
     assert lesson.teacher_detections is lesson.teacher_detections and teacher.asked == 1

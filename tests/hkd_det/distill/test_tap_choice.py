@@ -1,22 +1,22 @@
 """Taps chosen by name: what is compared with what, across families and strides, and what is refused."""
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.config import apply_override, dataclass_from_dict
-from hkd_det.distill.distiller import DistillationLoss
+from hkd_det.distill import override_method, parse_methods
+from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.feature_layers import LayerPairs
 from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
-from hkd_det.ops.losses import clamp_min_one, pkd_loss
+from hkd_det.ops.losses import pkd_loss
 from hkd_det.ops.roi_pool import roi_feature_loss
 
 OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 12, 16, 20), "stem_width": 8}, channels=24, head_depth=1)
@@ -27,6 +27,10 @@ PEOPLE = Targets(
     torch.ones(2, 1, dtype=torch.bool),
     torch.zeros(2, 1, dtype=torch.bool),
 )
+
+
+def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
+    return Distiller(student, teacher, build_methods(parse_methods(methods), student, teacher))
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +46,8 @@ def yolo() -> UltralyticsDetector:
 
 def terms_of(student: BaseDetector, teacher: BaseDetector, mine: list[str], other: list[str]) -> dict[str, Tensor]:
     taught = HKDConfig(feature_layers=LayerPairs(tuple(mine), tuple(other)))
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=taught))
-    return distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one)
+    distiller = make_distiller(student, teacher, {"hkd": taught})
+    return distiller(PICTURES, PEOPLE, 1.0)[1]
 
 
 def test_named_layers_are_compared_in_their_order() -> None:
@@ -55,11 +59,11 @@ def test_named_layers_are_compared_in_their_order() -> None:
     for name in (*names, *other):
         twin.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.clone()}))
     taught = HKDConfig(pyramid=1.0, fg_ratio=0.5, feature_layers=LayerPairs(tuple(names), tuple(other)))
-    distiller = DistillationLoss(twin, twin, DistillConfig(hkd=taught))
+    distiller = make_distiller(twin, twin, {"hkd": taught})
     nobody = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))
     with torch.no_grad():
-        term = distiller(PICTURES, twin(PICTURES), nobody, 1.0, clamp_min_one)["hkd_pyramid"]
-        adapters = distiller.methods[0].adapters
+        term = distiller(PICTURES, nobody, 1.0)[1]["hkd_pyramid"]
+        adapters = distiller.methods[0].levels.adapters
         errors = [
             pkd_loss(adapter(seen[a]), seen[b]).mean() for adapter, a, b in zip(adapters, names, other, strict=True)
         ]
@@ -130,8 +134,8 @@ def test_names_that_do_not_fit_are_refused_at_the_start() -> None:
 
 def test_they_are_named_in_a_recipe_and_by_a_flag() -> None:
     recipe = {"hkd": {"feature_layers": {"student": ["neck.outputs.0"], "teacher": ["network.model.16"]}}}
-    methods = dataclass_from_dict(DistillConfig, recipe)
-    assert methods.hkd and methods.hkd.feature_layers == LayerPairs(("neck.outputs.0",), ("network.model.16",))
-    given = apply_override(DistillConfig, recipe, "hkd.feature_layers.student=neck.outputs.1,neck.outputs.2")
-    changed = dataclass_from_dict(DistillConfig, given)
-    assert changed.hkd and changed.hkd.feature_layers.student == ("neck.outputs.1", "neck.outputs.2")
+    methods = parse_methods(recipe)
+    assert methods["hkd"].feature_layers == LayerPairs(("neck.outputs.0",), ("network.model.16",))
+    given = override_method(recipe, "distill.hkd.feature_layers.student=neck.outputs.1,neck.outputs.2")
+    changed = parse_methods(given)
+    assert changed["hkd"].feature_layers.student == ("neck.outputs.1", "neck.outputs.2")

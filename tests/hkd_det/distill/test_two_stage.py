@@ -1,21 +1,23 @@
 """The published HKD between two Faster R-CNNs, and a two-stage student under teachers of other kinds."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hkd_det.distill import check_methods, parse_methods
 from hkd_det.distill.base import DistillationBatch, sample_rois
-from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.hkd import HKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item
-from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill.distiller import Distiller, build_methods
+from hkd_det.distill.hkd import DenseHKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.errors import UsageError
-from hkd_det.models.base import DetectionBatch, ProposalOutputs, Targets
+from hkd_det.models.base import BaseDetector, DetectionBatch, ProposalOutputs, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.faster_rcnn_loss import roi_soft_label_losses
+from hkd_det.models.feature_layers import pair_by_stride
 from hkd_det.ops.losses import clamp_min_one
 
 ANCHORS = (16, 32, 64, 128, 256)
@@ -31,6 +33,10 @@ PEOPLE = Targets(
 NOBODY = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))
 
 
+def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
+    return Distiller(student, teacher, build_methods(parse_methods(methods), student, teacher))
+
+
 @pytest.fixture
 def pair() -> tuple[FasterRCNN, FasterRCNN]:
     torch.manual_seed(0)
@@ -42,8 +48,24 @@ def lesson_of(student: FasterRCNN, teacher: FasterRCNN, truth: Targets = PEOPLE)
     with torch.no_grad():
         other = teacher(PICTURES)
     return DistillationBatch(
-        PICTURES, truth, student, teacher, mine, other, mine.features, other.features, clamp_min_one
+        PICTURES,
+        truth,
+        student,
+        teacher,
+        mine,
+        other,
+        features_of(student, mine),
+        features_of(teacher, other),
+        clamp_min_one,
     )
+
+
+def features_of(model: FasterRCNN, outputs: ProposalOutputs) -> dict[str, Tensor]:
+    return {layer.name: feature for layer, feature in zip(model.feature_info(), outputs.features, strict=True)}
+
+
+def two_stage_hkd(student: FasterRCNN, teacher: FasterRCNN, config: TwoStageConfig) -> TwoStageHKD:
+    return TwoStageHKD(student, teacher, pair_by_stride(student.feature_info(), teacher.feature_info()), config)
 
 
 def as_identity(method: TwoStageHKD) -> None:
@@ -56,8 +78,8 @@ def as_identity(method: TwoStageHKD) -> None:
 
 def test_every_level_gives_a_term_and_a_gradient(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
-    terms = distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one)
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
+    terms = distiller(PICTURES, PEOPLE, 1.0)[1]
     reached = {"hkd_pyramid": student.backbone, "hkd_region": student.backbone, "hkd_logit": student.roi_heads.box_head}
     assert terms.keys() == reached.keys()
     for name, part in reached.items():
@@ -65,13 +87,13 @@ def test_every_level_gives_a_term_and_a_gradient(pair: tuple[FasterRCNN, FasterR
         assert all(g is not None and torch.isfinite(g).all() for g in gradients), name
         assert any(g.abs().sum() > 0 for g in gradients), name
     torch.stack(list(terms.values())).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.methods.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     _, teacher = pair
-    method = TwoStageHKD(teacher, teacher, TwoStageConfig())
+    method = two_stage_hkd(teacher, teacher, TwoStageConfig())
     as_identity(method)
     lesson = lesson_of(teacher, teacher)
     for term in method(lesson).values():
@@ -81,12 +103,12 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair: tuple[FasterR
 def test_the_terms_are_mean_squared_errors(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     """Worked out again from the two networks' own features, region by region, with adapters as plain matrices."""
     student, teacher = pair[0].eval(), pair[1]
-    method = TwoStageHKD(student, teacher, TwoStageConfig(pyramid=2.0, region=3.0, logit=5.0, num_proposals=4))
+    method = two_stage_hkd(student, teacher, TwoStageConfig(pyramid=2.0, region=3.0, logit=5.0, num_proposals=4))
     lesson = lesson_of(student, teacher)
     terms = method(lesson)
     levels, regions, logits = [], [], []
     for adapter, mine, other in zip(
-        method.pyramid_adapters, lesson.student_features, lesson.teacher_features, strict=True
+        method.pyramid_adapters, lesson.student_features.values(), lesson.teacher_features.values(), strict=True
     ):
         weight, bias = adapter.projection.weight[:, :, 0, 0], adapter.projection.bias
         adapted = torch.einsum("oi,bihw->bohw", weight, mine) + bias[:, None, None]
@@ -121,15 +143,15 @@ def test_squared_error_by_hand() -> None:
 def test_both_see_people_and_the_teachers_best_proposals(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     lesson = lesson_of(*pair)
     assert isinstance(lesson.teacher_outputs, ProposalOutputs)
-    for b, regions in enumerate(sample_rois(lesson, lesson.teacher_outputs, 3)):
+    for b, regions in enumerate(sample_rois(lesson, 3)):
         assert torch.equal(regions, torch.cat([PEOPLE.boxes_xyxy[b], lesson.teacher_outputs.proposals[b][:3]]))
     ignored = replace(PEOPLE, valid=torch.zeros(2, 1, dtype=torch.bool), ignore=torch.ones(2, 1, dtype=torch.bool))
     lesson = replace(lesson, targets=ignored)
-    assert all(len(regions) == 3 for regions in sample_rois(lesson, lesson.teacher_outputs, 3))
+    assert all(len(regions) == 3 for regions in sample_rois(lesson, 3))
 
 
 def test_without_any_region_the_terms_are_finite(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    method = TwoStageHKD(*pair, TwoStageConfig(num_proposals=0))
+    method = two_stage_hkd(*pair, TwoStageConfig(num_proposals=0))
     terms = method(lesson_of(*pair, truth=NOBODY))
     torch.stack(list(terms.values())).sum().backward()
     assert terms["hkd_region"] == terms["hkd_logit"] == 0 and terms["hkd_pyramid"] > 0
@@ -138,11 +160,11 @@ def test_without_any_region_the_terms_are_finite(pair: tuple[FasterRCNN, FasterR
 
 def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
-    optimizer = torch.optim.Adam([*student.parameters(), *distiller.parameters()], lr=3e-3)
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
+    optimizer = torch.optim.Adam([*student.parameters(), *distiller.methods.parameters()], lr=3e-3)
     course: dict[str, list[float]] = {}
     for _ in range(25):
-        terms = distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one)
+        terms = distiller(PICTURES, PEOPLE, 1.0)[1]
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
@@ -154,15 +176,17 @@ def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tupl
 def test_noise_multiplies_the_teachers_embedding_region_by_region(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     lesson = lesson_of(*pair)
     assert isinstance(lesson.teacher_outputs, ProposalOutputs)
-    clean = pair[1].forward_rois(lesson.teacher_outputs, sample_rois(lesson, lesson.teacher_outputs, 60))
-    noisy = NoisyTeacher(NoisyTeacherConfig("targets", alpha=0.5, sigma=0.3, granularity="sample")).perturb_rois(clean)
+    clean = pair[1].forward_rois(lesson.teacher_outputs, sample_rois(lesson, 60))
+    noisy = NoisyTeacher(
+        NoisyTeacherConfig("targets", alpha=0.5, sigma=0.3, granularity="sample"), *pair
+    ).perturb_teacher(clean)
     factor = (noisy.box_features / clean.box_features).nanmean(1)
     assert torch.equal(noisy.roi_features, clean.roi_features) and 0.2 < (factor == 1).float().mean() < 0.8
     torch.testing.assert_close(noisy.box_features, factor[:, None] * clean.box_features)
-    method = TwoStageHKD(*pair, TwoStageConfig())
+    method = two_stage_hkd(*pair, TwoStageConfig())
     terms = [method(lesson)]
-    method.noisy_teacher = NoisyTeacher(NoisyTeacherConfig("targets", alpha=1.0, sigma=3.0))
-    terms.append(method(lesson))
+    noise = NoisyTeacher(NoisyTeacherConfig("targets", alpha=1.0, sigma=3.0), *pair)
+    terms.append(method(replace(lesson, perturb=noise.perturb_teacher)))
     assert terms[0]["hkd_pyramid"] == terms[1]["hkd_pyramid"] and terms[0]["hkd_logit"] < terms[1]["hkd_logit"]
 
 
@@ -171,9 +195,9 @@ def test_a_dense_student_hears_a_two_stage_teachers_noise(pair: tuple[FasterRCNN
     student = HKDDetector(DENSE).eval()
     answers = []
     for noise in (None, NoisyTeacherConfig("targets", alpha=1.0, sigma=1.0), NoisyTeacherConfig("targets", alpha=0.0)):
-        distiller = DistillationLoss(student, pair[1], DistillConfig(hkd=HKDConfig(), noisy_teacher=noise))
+        distiller = make_distiller(student, pair[1], {"hkd": HKDConfig(), "noisy_teacher": noise})
         as_nothing(distiller)
-        answers.append(distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one))
+        answers.append(distiller(PICTURES, PEOPLE, 1.0)[1])
     clean, noisy, still = answers
     assert clean["hkd_cls"] > 0 and (noisy["hkd_cls"] - clean["hkd_cls"]).abs() > 0.01 * clean["hkd_cls"]
     torch.testing.assert_close(noisy["hkd_pyramid"], clean["hkd_pyramid"])
@@ -181,17 +205,17 @@ def test_a_dense_student_hears_a_two_stage_teachers_noise(pair: tuple[FasterRCNN
         torch.testing.assert_close(still[name], clean[name])
 
 
-def as_nothing(distiller: DistillationLoss) -> None:
+def as_nothing(distiller: Distiller) -> None:
     """Adapters that are the same for every distiller."""
-    for parameter in distiller.parameters():
+    for parameter in distiller.methods.parameters():
         nn.init.constant_(parameter, 0.01)
 
 
 def test_a_dense_teacher_teaches_a_two_stage_student(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair[0], HKDDetector(DENSE)
-    distiller = DistillationLoss(student, teacher, DistillConfig(hkd=HKDConfig()))
-    assert isinstance(distiller.methods[0], HKD)
-    terms = distiller(PICTURES, student(PICTURES), PEOPLE, 1.0, clamp_min_one)
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
+    assert isinstance(distiller.methods[0].levels, DenseHKD)
+    terms = distiller(PICTURES, PEOPLE, 1.0)[1]
     assert terms.keys() == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
@@ -266,24 +290,22 @@ def test_a_score_of_one_is_no_infinite_demand(pair: tuple[FasterRCNN, FasterRCNN
 
 
 def test_settings_of_the_form_that_is_not_used_are_refused(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    with pytest.raises(UsageError, match=r"hkd\.pyramid is not heard"):
-        DistillationLoss(*pair, DistillConfig(hkd=HKDConfig(pyramid=5.0)))
-    with pytest.raises(UsageError, match=r"hkd\.two_stage is not heard"):
-        DistillationLoss(pair[0], HKDDetector(DENSE), DistillConfig(hkd=HKDConfig(two_stage=TwoStageConfig(logit=5.0))))
-    DistillationLoss(
-        *pair, DistillConfig(hkd=HKDConfig(two_stage=TwoStageConfig(logit=5.0), det_loss_weight=0.5, adapter="norm"))
-    )
+    with pytest.raises(UsageError, match=r"hkd\.pyramid has no effect"):
+        make_distiller(*pair, {"hkd": HKDConfig(pyramid=5.0)})
+    with pytest.raises(UsageError, match=r"hkd\.two_stage has no effect"):
+        make_distiller(pair[0], HKDDetector(DENSE), {"hkd": HKDConfig(two_stage=TwoStageConfig(logit=5.0))})
+    make_distiller(*pair, {"hkd": HKDConfig(two_stage=TwoStageConfig(logit=5.0), det_loss_weight=0.5, adapter="norm")})
 
 
 def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:
     from hkd_det.distill.mokd import MoKDConfig
 
     with pytest.raises(UsageError, match="det_loss_weight"):
-        DistillConfig(hkd=HKDConfig(det_loss_weight=0.0), mokd=MoKDConfig())
-    with pytest.raises(UsageError, match=r"0\.\.1"):
+        check_methods({"hkd": HKDConfig(det_loss_weight=0.0), "mokd": MoKDConfig()})
+    with pytest.raises(UsageError, match="0 to 1"):
         HKDConfig(det_loss_weight=2.0)
-    for wrong in ({"foreground": 1.5}, {"confident": -0.1}, {"region": -1.0}):
+    for wrong in ({"fg_ratio": 1.5}, {"region_min_score": -0.1}, {"region": -1.0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             HKDConfig(**wrong)
-    with pytest.raises(UsageError, match="proposals"):
+    with pytest.raises(UsageError, match="num_proposals"):
         TwoStageConfig(num_proposals=-1)

@@ -8,8 +8,8 @@ import torch
 
 from hkd_deploy.export.cli import main as export
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.distill.distiller import DistillationLoss
-from hkd_det.distill.methods import DistillConfig
+from hkd_det.distill import parse_methods
+from hkd_det.distill.distiller import build_methods
 from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.image import read_image
@@ -73,7 +73,7 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
         "--project", str(tmp_path), "--name", "run", "--unlabeled", str(people.parent / "val"),
     ]  # fmt: skip
     assert main(flags) == 2
-    assert "--set distill.noisy_teacher.mode=targets" in capsys.readouterr().err
+    assert "set distill.noisy_teacher.mode=targets" in capsys.readouterr().err
     flags += ["--set", "distill.noisy_teacher.sigma=0.2", "--set", "distill.noisy_teacher.mode=targets"]  # in any order
     assert main(flags) == 0
     course = (tmp_path / "run" / "results.csv").read_text()
@@ -82,14 +82,14 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
     assert main(["--resume", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     assert main([*flags[:-4], "--name", "other", "--distill", "hkd"]) == 2
-    assert "black box" in (told := capsys.readouterr().err) and "--distill soft_labels" in told
+    assert "provides only detections" in (told := capsys.readouterr().err) and "--distill soft_labels" in told
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not YOLOX.is_file(), reason="HKD_TEST_DATA is not set")
 def test_a_real_foreign_model_teaches(people: Path, tmp_path: Path) -> None:
     taught = {"teacher": str(YOLOX), "teacher_config": str(DESCRIPTION)}
-    result = train(settings(people, tmp_path, **taught, distill=DistillConfig(soft_labels=SoftLabelConfig())))
+    result = train(settings(people, tmp_path, **taught, distill={"soft_labels": SoftLabelConfig()}))
     assert {"soft_cls", "soft_box"} <= result.history[0].losses.keys()
 
 
@@ -106,8 +106,8 @@ def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None
 
 @pytest.mark.parametrize("names", ["hkd", "blockwise", "noisy_teacher", "hkd,soft_labels"])
 def test_what_a_black_box_cannot_do_is_refused_at_once(people: Path, tmp_path: Path, names: str) -> None:
-    with pytest.raises(UsageError, match=r"model\.onnx is a black box.*--distill soft_labels"):
-        settings(people, tmp_path, teacher="model.onnx", distill=DistillConfig.from_names(names))
+    with pytest.raises(UsageError, match=r"model\.onnx provides only detections.*--distill soft_labels"):
+        settings(people, tmp_path, teacher="model.onnx", distill={name: {} for name in names.split(",")})
 
 
 @pytest.mark.parametrize("asked", [["--distill", "blockwise"], ["--distill", "cdd"], ["--list-layers"]])
@@ -122,17 +122,17 @@ def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
     class Closed:
         path = tmp_path / "closed.onnx"
 
-    with pytest.raises(UsageError, match=r"closed\.onnx shows neither features nor logits; --distill soft_labels"):
-        DistillationLoss(HKDDetector(TINY), OnnxTeacher(Closed()), DistillConfig.from_names("hkd"))  # type: ignore[arg-type]
+    with pytest.raises(
+        UsageError, match=r"requires features, logits of the teacher, and closed\.onnx provides only detections"
+    ):
+        build_methods(parse_methods({"hkd": {}}), HKDDetector(TINY), OnnxTeacher(Closed()), Closed.path)  # type: ignore[arg-type]
 
 
 def test_a_description_without_a_black_box_and_a_black_box_without_description(people: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--teacher-description .* \.onnx"):
-        settings(people, tmp_path, teacher="best.pt", teacher_config="a.yaml", distill=DistillConfig.from_names("hkd"))
+    with pytest.raises(UsageError, match=r"--teacher-config .* \.onnx"):
+        settings(people, tmp_path, teacher="best.pt", teacher_config="a.yaml", distill={"hkd": {}})
     (tmp_path / "model.onnx").write_bytes(b"nothing")
-    taught = settings(
-        people, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill=DistillConfig.from_names("soft_labels")
-    )
+    taught = settings(people, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill={"soft_labels": {}})
     with pytest.raises(DataError, match=r"model\.onnx: ONNX Runtime .* cannot load it"):
         train(taught)
     assert len(load_dataset(str(people), "val")) == 4

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import UsageError
 from hkd_det.metrics.citypersons import SETUPS, evaluate
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
@@ -47,7 +46,7 @@ def test_the_control_differs_in_nothing_but_the_teacher(
     assert main([*common, "--epochs", "1", "--name", "teacher"]) == 0
     taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--epochs", "2", "--baseline"]
     assert main([*common, *taught, "--name", "taught"]) == 0
-    assert "What the teacher brought" in capsys.readouterr().out
+    assert "Effect of the teacher" in capsys.readouterr().out
     assert main([*common, "--epochs", "2", "--name", "alone"]) == 0
     controlled, alone = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("taught-baseline", "alone"))
     assert all(torch.equal(value, alone.weights[name]) for name, value in controlled.weights.items())
@@ -68,7 +67,7 @@ def test_the_comparison_is_in_the_runs_own_setup(
     assert main([*common, "--name", "teacher"]) == 0
     taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--baseline", "--set", "setup=bare"]
     assert main([*common, *taught, "--name", "taught"]) == 0
-    assert "What the teacher brought, MR^-2 bare" in capsys.readouterr().out
+    assert "Effect of the teacher, MR^-2 bare" in capsys.readouterr().out
     written = json.loads((tmp_path / "taught/baseline.json").read_text())
     assert written["distilled"]["miss_rates"]["bare"] == load_detector_checkpoint(tmp_path / "taught/best.pt").miss_rate
 
@@ -110,15 +109,13 @@ def test_an_earlier_runs_control_is_not_gone_on_with(
     seed: int, goes_on: bool, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--exist-ok leaves it there until the new run's control takes its place; its miss rate would be compared."""
-    run = TrainConfig(
-        str(people), "mini-student", str(tmp_path / "run"), teacher="t.pt", distill=DistillConfig.from_names("hkd")
-    )
-    older = replace(control.control_config(run), seed=seed)
+    run = TrainConfig(str(people), "mini-student", str(tmp_path / "run"), teacher="t.pt", distill={"hkd": {}})
+    older = replace(control.make_baseline_config(run), seed=seed)
     save_training_state(tmp_path / "run/last.pt", {"config": run.as_dict()})
     save_training_state(tmp_path / "run-baseline/last.pt", {"config": older.as_dict()})
     resumed = []
     monkeypatch.setattr(start, "train", lambda config, resume: resumed.append((Path(config.save_dir).name, resume)))
-    monkeypatch.setattr(start, "compare_with_control", lambda _config: None)
+    monkeypatch.setattr(start, "compare_with_baseline", lambda _config: None)
     monkeypatch.setattr(start, "format_comparison", lambda _brought: "")
     assert main(["--resume", str(tmp_path / "run"), "--baseline"]) == 0
     assert resumed == [("run", True), ("run-baseline", goes_on)]
@@ -129,16 +126,14 @@ def test_an_older_control_is_not_written_over(people: Path, tmp_path: Path, caps
     (tmp_path / "run-baseline/last.pt").touch()
     taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--baseline"]
     assert main(["--data", str(people), *taught, "--project", str(tmp_path), "--name", "run"]) == 2
-    assert "run-baseline already holds a run" in capsys.readouterr().err
+    assert "run-baseline: already contains a run" in capsys.readouterr().err
 
 
 def test_the_control_does_not_write_over_the_teacher(people: Path, tmp_path: Path) -> None:
     teacher = str(tmp_path / "run-baseline/best.pt")
-    run = TrainConfig(
-        str(people), "mini-student", str(tmp_path / "run"), teacher=teacher, distill=DistillConfig.from_names("hkd")
-    )
-    with pytest.raises(UsageError, match="write over it"):
-        control.control_config(run)
+    run = TrainConfig(str(people), "mini-student", str(tmp_path / "run"), teacher=teacher, distill={"hkd": {}})
+    with pytest.raises(UsageError, match="overwrite it"):
+        control.make_baseline_config(run)
 
 
 def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +163,7 @@ def test_every_person_stands_in_just_one_range_of_height() -> None:
 def test_perfect_detections_miss_nobody(people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = perfect(people)
     monkeypatch.setattr(judge, "predict_dataset", lambda *_: found)
-    judged, _ = judge.evaluate_detector(
+    judged, _ = judge.measure_detector(
         sizes.build_model("mini-student"), load_dataset(str(people), "val"), (64, 96), bf16=False
     )
     assert judged.ap == pytest.approx(1) and judged.miss_rates["Reasonable"] == judged.miss_rates["All"] == 0

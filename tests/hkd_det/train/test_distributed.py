@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from hkd_det.distill.distiller import DistillationLoss, Distiller
+from hkd_det.distill.distiller import Distiller, build_methods
+from hkd_det.distill.gradients import SumBalancer
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.mokd import MoKDConfig, build_balancer
+from hkd_det.distill.mokd import MoKD, MoKDConfig
 from hkd_det.models.base import Targets
 from hkd_det.models.criterion import sum_losses
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec, freeze_batch_norm
@@ -27,8 +27,8 @@ with init_distributed("cpu") as context:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     student, teacher = HKDDetector(spec), HKDDetector(spec)
-    config = DistillConfig(hkd=HKDConfig(region_min_score=0.009))
-    distiller = Distiller(student, DistillationLoss(student, teacher, config), context.reduce_mean)
+    methods = build_methods({"hkd": HKDConfig(region_min_score=0.009)}, student, teacher)
+    distiller = Distiller(student, teacher, methods, context.reduce_mean)
     distiller.train()
     freeze_batch_norm(student)
     generator = torch.Generator().manual_seed(1)
@@ -44,7 +44,10 @@ with init_distributed("cpu") as context:
         "amortized": MoKDConfig("amortized"),
     }
     for name, balancer_config in balancers.items():
-        balancer = build_balancer(balancer_config, distiller, student, context.all_reduce_mean)
+        balancer = SumBalancer()
+        if balancer_config:
+            parameters = list(distiller.parameters())
+            balancer = MoKD(balancer_config, student, teacher).balancer(parameters, context.all_reduce_mean)
         use_ddp = context.world_size > 1 and balancer_config is None
         module = DistributedDataParallel(distiller) if use_ddp else distiller
         distiller.zero_grad()

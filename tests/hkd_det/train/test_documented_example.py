@@ -1,4 +1,4 @@
-"""The Python example of docs/distillation.md, as a script's own process and as the processes that it starts run it."""
+"""The Python example of docs/how-to/distill.md, as a script and as imported by the processes that it starts."""
 
 import re
 from pathlib import Path
@@ -6,22 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from hkd_det.distill.methods import DistillConfig
-from hkd_det.train import trainer as run
+from hkd_det.distill import parse_methods
+from hkd_det.train import trainer
 from hkd_det.train.config import TrainConfig
 
-DOC = Path(__file__).parents[3] / "docs" / "distillation.md"
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "distill.md"
 
 
-@pytest.mark.parametrize(("name", "trained"), [("__main__", 1), ("__mp_main__", 0)])
-def test_the_example_trains_in_its_own_process_alone(
-    name: str, trained: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "num_runs"), [("__main__", 1), ("__mp_main__", 0)])
+def test_documented_example_trains_in_main_process_only(
+    name: str, num_runs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pictures are loaded by spawned processes, which import the script under the name __mp_main__."""
-    asked: list[TrainConfig] = []
-    monkeypatch.setattr(run, "train", lambda config: asked.append(config) or SimpleNamespace(miss_rate=0.5))
-    found = re.search(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    exec(compile(found[1], str(DOC), "exec"), {"__name__": name})
-    assert len(asked) == trained and capsys.readouterr().out.split() == ["0.5"] * trained
-    assert all(config.distill == DistillConfig.from_names("hkd,mokd") and config.workers > 0 for config in asked)
+    """Spawned processes that load images import the script under the name __mp_main__."""
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(trainer, "train", lambda config: configs.append(config) or SimpleNamespace(miss_rate=0.5))
+    match = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert match is not None
+    exec(compile(match[1], str(PAGE), "exec"), {"__name__": name})
+    assert len(configs) == num_runs and capsys.readouterr().out.split() == ["0.5"] * num_runs
+    assert all(c.distill == parse_methods({"hkd": {}, "mokd": {}}) and c.workers > 0 for c in configs)

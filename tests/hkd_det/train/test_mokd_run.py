@@ -3,12 +3,12 @@
 import csv
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
 from hkd_det.models import zoo as sizes
@@ -34,7 +34,7 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**layout, "nc": 1}))  # type: ignore[arg-type]
 
 
-def settings(people: Path, run: Path, teacher: Path, methods: DistillConfig, **changes: object) -> TrainConfig:
+def settings(people: Path, run: Path, teacher: Path, methods: dict[str, Any], **changes: object) -> TrainConfig:
     values: dict[str, object] = {
         "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
         "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
@@ -68,7 +68,7 @@ def teachers(tmp_path: Path) -> dict[str, Path]:
 def test_hkd_with_noise_and_mokd_trains(
     people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: MoKDConfig
 ) -> None:
-    methods = DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig(), mokd=mokd)
+    methods = {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": mokd}
     result = train(
         settings(people, tmp_path / "run", teachers[teacher], methods, model=model, epochs=2, no_aug_ratio=0.5)
     )
@@ -91,16 +91,16 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     monkeypatch: pytest.MonkeyPatch,
     settings_of: MoKDConfig,
 ) -> None:
-    methods = DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig(), mokd=settings_of)
+    methods = {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": settings_of}
     train(settings(people, tmp_path / "whole", teachers["dense"], methods))
 
     def cut(*_arguments: object) -> float:
         raise KeyboardInterrupt
 
     config = settings(people, tmp_path / "cut", teachers["dense"], methods)
-    kept = runs.Trainer._set_learning_rate
+    kept = runs.Trainer._compute_lr
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        patch.setattr(runs.Trainer, "_compute_lr", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models import zoo as sizes
 from hkd_det.models.checkpoint import (
@@ -71,7 +70,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 ) -> None:
     """Cut in the middle of the second epoch, distilling: the hardest state there is."""
     teacher = train(settings(people, tmp_path / "teacher", epochs=1)).best
-    taught = {"teacher": str(teacher), "distill": DistillConfig(hkd=HKDConfig()), "workers": workers}
+    taught = {"teacher": str(teacher), "distill": {"hkd": HKDConfig()}, "workers": workers}
     train(settings(people, tmp_path / "whole", **taught))
 
     def cut(*_arguments: object) -> float:
@@ -81,8 +80,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     with monkeypatch.context() as patch:
         from hkd_det.train import trainer as run
 
-        kept = run.Trainer._set_learning_rate
-        patch.setattr(run.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        kept = run.Trainer._compute_lr
+        patch.setattr(run.Trainer, "_compute_lr", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert len(load_training_state(tmp_path / "cut" / "last.pt")["history"]) == 1
@@ -92,7 +91,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     assert [e["losses"] for e in whole["history"]] == [e["losses"] for e in resumed["history"]]
     other = DetectorCheckpoint.from_detector(load_detector_checkpoint(teacher).build(), "mini-student", {}, 2, 0.5)
     save_detector_checkpoint(teacher, other)
-    with pytest.raises(DataError, match="its teacher was another file"):
+    with pytest.raises(DataError, match="has changed since"):
         train(config, resume=True)
 
 
@@ -142,8 +141,8 @@ def test_a_full_disk_loses_nothing(
 def test_a_run_does_not_write_over_its_own_start(people: Path, tmp_path: Path) -> None:
     """Going on after a kill, it would be taught by itself."""
     own = str(tmp_path / "elsewhere/../best.pt")
-    for asked in ({"weights": own}, {"teacher": own, "distill": DistillConfig(hkd=HKDConfig())}):
-        with pytest.raises(UsageError, match=f"--{next(iter(asked))} .* write over it"):
+    for asked in ({"weights": own}, {"teacher": own, "distill": {"hkd": HKDConfig()}}):
+        with pytest.raises(UsageError, match=f"--{next(iter(asked))} .* overwrite it"):
             settings(people, tmp_path, **asked)
 
 
@@ -161,7 +160,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(
     monkeypatch.setitem(sizes.MODELS, "mini-student", replace(TINY, channels=8))
     assert main(["--resume", str(tmp_path)]) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-train: ")]
-    assert len(told) == 2 and all("does not fit this run" in line and "start the run again" in line for line in told)
+    assert len(told) == 2 and all("does not fit this run" in line and "Start a new run" in line for line in told)
     assert "'balancer'" in told[0]
 
 

@@ -1,18 +1,16 @@
 """What a step has recorded and compared is gone when the next one begins, whatever the method."""
 
 import gc
-from dataclasses import replace
 
 import pytest
 import torch
 
-from hkd_det.distill.cdd.pruner import prepare_student
-from hkd_det.distill.distiller import DistillationLoss, Distiller
-from hkd_det.distill.methods import DistillConfig
-from hkd_det.distill.mokd import build_balancer
+from hkd_det.distill import parse_methods
+from hkd_det.distill.base import RunContext
+from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.models.base import Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.ops.losses import clamp_min_one, sum_losses
+from hkd_det.ops.losses import sum_losses
 
 STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
@@ -33,11 +31,13 @@ def maps_alive() -> int:
 @pytest.mark.parametrize("names", ["hkd,noisy_teacher", "soft_labels", "hkd,mokd", "cdd", "hkd,cdd"])
 def test_no_method_holds_a_map_beyond_its_step(names: str) -> None:
     torch.manual_seed(0)
-    methods, student = DistillConfig.from_names(names), HKDDetector(STUDENT)
-    if methods.cdd:
-        prepare_student(student, replace(methods.cdd, keep_flops=0.9), (64, 64), "student")
-    learner = Distiller(student, DistillationLoss(student, HKDDetector(TEACHER), methods), clamp_min_one).train()
-    arbiter = build_balancer(methods.mokd, learner, student, lambda _: None)
+    student, teacher = HKDDetector(STUDENT), HKDDetector(TEACHER)
+    configs = parse_methods({name: {"keep_flops": 0.9} if name == "cdd" else {} for name in names.split(",")})
+    methods = build_methods(configs, student, teacher)
+    for method in methods:
+        method.setup(RunContext(imgsz_hw=(64, 64)))
+    learner = Distiller(student, teacher, methods).train()
+    arbiter = learner.build_balancer(lambda _: None)
     held: list[int] = []
     student.neck.register_forward_hook(lambda *_: held.append(maps_alive()))
 

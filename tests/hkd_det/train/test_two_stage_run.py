@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
 from hkd_det.models import zoo as sizes
 from hkd_det.models.checkpoint import load_detector_checkpoint, load_training_state
@@ -52,7 +51,7 @@ def test_a_pair_trains_and_the_student_detects_the_same_when_loaded(people: Path
         people,
         tmp_path / "student",
         teacher=teacher,
-        distill=DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig("targets")),
+        distill={"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig("targets")},
     )
     assert result.history[0].losses.keys() == TASK | LEVELS
     assert all(value > 0 for value in result.history[0].losses.values())
@@ -74,7 +73,7 @@ def test_it_learns(people: Path, tmp_path: Path) -> None:
 
 
 def test_the_teacher_alone_teaches_until_the_end_of_training(people: Path, tmp_path: Path, teacher: str) -> None:
-    taught = DistillConfig(hkd=HKDConfig(det_loss_weight=0.0))
+    taught = {"hkd": HKDConfig(det_loss_weight=0.0)}
     result = run(people, tmp_path / "alone", teacher=teacher, distill=taught, epochs=2, no_aug_ratio=0.5)
     first, last = (record.losses for record in result.history)
     assert all(first[name] == 0 for name in TASK) and all(first[name] > 0 for name in LEVELS)
@@ -85,7 +84,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
     """Samples and noise are drawn anew: the epoch, not what went before, decides how."""
     taught = {
         "teacher": teacher,
-        "distill": DistillConfig(hkd=HKDConfig(), noisy_teacher=NoisyTeacherConfig("targets")),
+        "distill": {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig("targets")},
         "epochs": 2,
     }
     run(people, tmp_path / "whole", **taught)
@@ -97,8 +96,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
     with pytest.MonkeyPatch.context() as patch:
         from hkd_det.train import trainer as runs
 
-        kept = runs.Trainer._set_learning_rate
-        patch.setattr(runs.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        kept = runs.Trainer._compute_lr
+        patch.setattr(runs.Trainer, "_compute_lr", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)
@@ -108,5 +107,5 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
 
 def test_a_dense_teacher_teaches_a_two_stage_student(people: Path, tmp_path: Path) -> None:
     dense = run(people, tmp_path / "dense", "mini-teacher")
-    result = run(people, tmp_path / "taught", teacher=str(dense.best), distill=DistillConfig(hkd=HKDConfig()))
+    result = run(people, tmp_path / "taught", teacher=str(dense.best), distill={"hkd": HKDConfig()})
     assert {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"} <= result.history[0].losses.keys()

@@ -11,7 +11,6 @@ from hkd_det.datasets import GroundTruth, Sample
 from hkd_det.datasets.base import read_unlabeled
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models import zoo as sizes
@@ -23,7 +22,7 @@ from hkd_det.models.zoo import build_model
 from hkd_det.ops.losses import clamp_min_one
 from hkd_det.structures import unlabeled_ground_truth
 from hkd_det.train.augment import AugmentedImage, augment
-from hkd_det.train.baseline import control_config
+from hkd_det.train.baseline import make_baseline_config
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.dataset import EpochPlan, build_dataloader, iterate_batches
 from hkd_det.train.trainer import train
@@ -50,7 +49,7 @@ def config(people: Path, run: Path, folder: Path, teacher: str, **changes: objec
     values: dict[str, object] = {
         "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
         "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": teacher, "unlabeled": (str(folder),),
-        "distill": DistillConfig(soft_labels=SoftLabelConfig()),
+        "distill": {"soft_labels": SoftLabelConfig()},
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -97,7 +96,7 @@ def test_no_task_loss_of_any_family_hears_of_them(name: str) -> None:
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     boxes = torch.tensor([[[10.0, 5.0, 34.0, 60.0]], [[0.0, 0.0, 96.0, 64.0]]])
     known = torch.tensor([[True], [False]])
-    learner = Distiller(detector.eval(), None, clamp_min_one)
+    learner = Distiller(detector.eval())
     output = detector(pictures)
     if isinstance(output, DenseOutputs):
         read = [
@@ -111,7 +110,9 @@ def test_no_task_loss_of_any_family_hears_of_them(name: str) -> None:
         read = [output.objectness, output.box_deltas, *output.features]
     for part in read:
         part.retain_grad()
-    torch.stack(list(learner._compute_det_loss(output, Targets(boxes, known, ~known)).values())).sum().backward()
+    torch.stack(
+        list(learner.student.loss(output, Targets(boxes, known, ~known), clamp_min_one).values())
+    ).sum().backward()
     heard = [part.grad for part in read if part.grad is not None]
     assert len(heard) >= 3 and all(grad[0].any() for grad in heard[:2])
     assert not any(grad[1].any() for grad in heard)
@@ -167,9 +168,7 @@ def test_an_unreadable_one_is_told_with_its_file(folder: Path, people: Path) -> 
 @pytest.fixture
 def teacher(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
-    return str(
-        train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabeled=(), distill=DistillConfig())).best
-    )
+    return str(train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabeled=(), distill={})).best)
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
@@ -185,8 +184,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     with monkeypatch.context() as patch:
         from hkd_det.train import trainer as run
 
-        kept = run.Trainer._set_learning_rate
-        patch.setattr(run.Trainer, "_set_learning_rate", lambda self, step: cut() if step == 4 else kept(self, step))
+        kept = run.Trainer._compute_lr
+        patch.setattr(run.Trainer, "_compute_lr", lambda self, step: cut() if step == 4 else kept(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(interrupted)
     saved = TrainConfig.from_dict(load_training_state(tmp_path / "cut" / "last.pt")["config"])
@@ -198,14 +197,14 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 
 def test_settings_that_make_no_sense_are_refused(people: Path, tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--unlabeled.*--teacher"):
-        config(people, tmp_path, folder, "", distill=DistillConfig())
+        config(people, tmp_path, folder, "", distill={})
     with pytest.raises(UsageError, match="--unlabeled"):
-        config(people, tmp_path, folder, "best.pt", distill=DistillConfig.from_names("blockwise"))
+        config(people, tmp_path, folder, "best.pt", distill={"blockwise": {}})
     with pytest.raises(UsageError, match="unlabeled_ratio"):
         config(people, tmp_path, folder, "best.pt", unlabeled_ratio=0.0)
     asked = config(people, tmp_path, folder, "best.pt", unlabeled_ratio=0.01)
     assert asked.unlabeled_batch == 1
-    alone = control_config(asked)
+    alone = make_baseline_config(asked)
     assert alone.unlabeled == () and alone.unlabeled_batch == 0 and alone.batch == asked.batch
 
 
@@ -219,5 +218,5 @@ def test_the_check_for_people_looks_at_the_labelled_pictures_only(
     ]
     kept = run.load_dataset
     monkeypatch.setattr(run, "load_dataset", lambda data, split: nobody if split == "train" else kept(data, split))
-    with pytest.raises(DataError, match="nobody to find in the train split"):
+    with pytest.raises(DataError, match="the train split contains no person"):
         train(config(people, tmp_path / "nobody", folder, teacher))

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hkd_det.distill.hkd import HKDConfig
-from hkd_det.distill.methods import DistillConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
 from hkd_det.errors import DataError
 from hkd_det.models import zoo as sizes
@@ -45,7 +44,7 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(people: Path, run: Path, model: str, teacher: Path | None, **changes: object) -> TrainConfig:
-    taught = {"teacher": str(teacher), "distill": DistillConfig(hkd=HKDConfig())} if teacher else {}
+    taught = {"teacher": str(teacher), "distill": {"hkd": HKDConfig()}} if teacher else {}
     values: dict[str, object] = {
         "data": str(people), "model": model, "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
         "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
@@ -83,14 +82,12 @@ def test_chosen_taps_and_noise_teach_across_families_both_ways_and_resume_exactl
         ("yolo11n", our_teacher(tmp_path / "teacher.pt"), LayerPairs(theirs, ours)),
         ("mini-student", yolo, LayerPairs(ours, theirs)),
     ):
-        taught = {"distill": DistillConfig(hkd=HKDConfig(feature_layers=taps), noisy_teacher=NoisyTeacherConfig())}
+        taught = {"distill": {"hkd": HKDConfig(feature_layers=taps), "noisy_teacher": NoisyTeacherConfig()}}
         config = settings(people, tmp_path / model, model, teacher, **taught)
         assert train(config).history[-1].losses.keys() >= TERMS | {"noisy_teacher"}
     cut = replace(config, save_dir=str(tmp_path / "cut"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Trainer, "_set_learning_rate", stop_at(5, Trainer._set_learning_rate)
-        )  # in the second epoch's third step
+        patch.setattr(Trainer, "_compute_lr", stop_at(5, Trainer._compute_lr))  # in the second epoch's third step
         with pytest.raises(KeyboardInterrupt):
             train(cut)
     train(cut, resume=True)

@@ -16,12 +16,13 @@ from hkd_det.distill.cdd.compactor import (
 )
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.cost_model import ChannelCostModel
-from hkd_det.distill.cdd.method import CDD
+from hkd_det.distill.cdd.losses import CDDLoss
 from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.criterion import DetectionCriterion
+from hkd_det.ops.hooks import FeatureHooks
 from hkd_det.ops.losses import clamp_min_one
 from hkd_det.ops.roi_pool import BoxAveragePool
 
@@ -109,26 +110,37 @@ def test_unreachable_target_raises_usage_error(native_detector: BaseDetector, ke
         prepare_student(native_detector, config, HW, "native")
 
 
+def make_batch(method: CDDLoss, student: BaseDetector, teacher: BaseDetector) -> DistillationBatch:
+    """Run both networks and record the layers that the method reads."""
+    hooks = FeatureHooks(student, method.layers.student), FeatureHooks(teacher, method.layers.teacher, clone=True)
+    student_outputs = student(IMAGES)
+    with torch.no_grad():
+        teacher_outputs = teacher(IMAGES)
+    names = (method.layers.student, method.layers.teacher)
+    student_features, teacher_features = (dict(zip(n, h.pop(), strict=True)) for n, h in zip(names, hooks, strict=True))
+    for one in hooks:
+        one.close()
+    return DistillationBatch(
+        IMAGES, TARGETS, student, teacher, student_outputs, teacher_outputs, student_features, teacher_features,
+        clamp_min_one,
+    )  # fmt: skip
+
+
 class Trainer:
     """Runs distilled training steps of a student on one batch."""
 
     def __init__(self, student: BaseDetector, teacher: BaseDetector, config: CDDConfig, steps: int) -> None:
         self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
         self.cost_model: ChannelCostModel = prepare_student(student, config, HW, "student")
-        self.method = CDD(student, teacher, config)
+        self.method = CDDLoss(student, teacher, config)
         schedule = PruningSchedule.from_config(config, steps, 1.0)
         self.pruner = ChannelPruner(self.method, self.cost_model, config, schedule, lambda vectors: [vectors])
         self.optimizer = torch.optim.AdamW([*student.parameters(), *self.method.parameters()], lr=1e-2)
 
     def train_step(self, step: int) -> None:
         self.pruner.before_step(step)
-        outputs = self.student(IMAGES)
-        with torch.no_grad():
-            teacher_outputs = self.teacher(IMAGES)
-        batch = DistillationBatch(
-            IMAGES, TARGETS, self.student, self.teacher, outputs, teacher_outputs, [], [], clamp_min_one
-        )
-        losses = [*DetectionCriterion()(outputs, TARGETS).values(), *self.method(batch).values()]
+        batch = make_batch(self.method, self.student, self.teacher)
+        losses = [*DetectionCriterion()(batch.student_outputs, TARGETS).values(), *self.method(batch).values()]
         loss = torch.stack(losses).sum()
         self.optimizer.zero_grad()
         loss.backward()
@@ -216,7 +228,7 @@ def test_losses_match_their_formulas(native_detector: BaseDetector) -> None:
     teacher = build_from_spec(native_detector.spec).eval()
     config = CDDConfig(keep_flops=0.9, cls=3.0, temperature=4.0, feature=0.2)
     prepare_student(native_detector, config, HW, "native")
-    method = CDD(native_detector.train(), teacher, config)
+    method = CDDLoss(native_detector.train(), teacher, config)
     recorded: dict[str, torch.Tensor] = {}
     for name in [name for site in method.sites for name in site.layer.norms]:
         for model, module in (
@@ -227,15 +239,13 @@ def test_losses_match_their_formulas(native_detector: BaseDetector) -> None:
                 lambda _module, _inputs, output, key=f"{model} {name}": recorded.update({key: output.clone()})
             )
     with torch.no_grad():
-        student_outputs, teacher_outputs = native_detector(IMAGES), teacher(IMAGES)
-        losses = method(
-            DistillationBatch(
-                IMAGES, TARGETS, native_detector, teacher, student_outputs, teacher_outputs, [], [], clamp_min_one
-            )
-        )
+        batch = make_batch(method, native_detector, teacher)
+        losses = method(batch)
     cls_loss = torch.zeros(())
     for branch in ("one2many", "one2one"):
-        student, target = (getattr(outputs, branch).logits for outputs in (student_outputs, teacher_outputs))
+        student, target = (
+            getattr(outputs, branch).logits for outputs in (batch.student_outputs, batch.teacher_outputs)
+        )
         s, t = (torch.distributions.Bernoulli(logits=logits / 4) for logits in (student, target))
         divergence = (t.probs - s.probs).abs() * torch.distributions.kl_divergence(t, s)
         cls_loss = cls_loss + 4**2 * divergence.sum() / target.sigmoid().sum().clamp(min=1)
@@ -271,13 +281,8 @@ def test_losses_are_zero_for_equal_student_and_teacher(native_detector: BaseDete
     teacher = build_from_spec(native_detector.spec)
     teacher.load_state_dict(native_detector.state_dict())
     prepare_student(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
-    method = CDD(native_detector.eval(), teacher.eval(), CDDConfig())
-    student_outputs, teacher_outputs = native_detector(IMAGES), teacher(IMAGES)
-    losses = method(
-        DistillationBatch(
-            IMAGES, TARGETS, native_detector, teacher, student_outputs, teacher_outputs, [], [], clamp_min_one
-        )
-    )
+    method = CDDLoss(native_detector.eval(), teacher.eval(), CDDConfig())
+    losses = method(make_batch(method, native_detector, teacher))
     for loss in losses.values():
         torch.testing.assert_close(loss, torch.zeros(()), atol=1e-4, rtol=0)
     sum(losses.values()).backward()  # type: ignore[union-attr]
@@ -287,4 +292,4 @@ def test_losses_are_zero_for_equal_student_and_teacher(native_detector: BaseDete
 def test_teacher_with_other_layers_raises_usage_error(native_detector: BaseDetector) -> None:
     prepare_student(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
     with pytest.raises(UsageError, match=r"no layer head\.cls_tower\.convs\.1"):
-        CDD(native_detector, build_from_spec(replace(native_detector.spec, head_depth=1)), CDDConfig())
+        CDDLoss(native_detector, build_from_spec(replace(native_detector.spec, head_depth=1)), CDDConfig())

@@ -1,0 +1,133 @@
+"""Losses of capacity-dynamic distillation: scores of all boxes, and pooled person features inside every block."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hkd_det.distill.base import DistillationBatch, comparable_logits
+from hkd_det.distill.cdd.compactor import CompactorSite, find_compactors
+from hkd_det.distill.cdd.config import CDDConfig
+from hkd_det.distill.cdd.importance import ChannelImportance, PooledFeatures, sample_regions
+from hkd_det.errors import UsageError
+from hkd_det.models.base import BaseDetector
+from hkd_det.models.feature_layers import LayerPairs
+from hkd_det.ops.losses import quality_focal_kd_loss
+from hkd_det.ops.roi_pool import BoxAveragePool
+
+
+class CDDLoss(nn.Module):
+    """Losses `cdd_feature` and `cdd_cls`. Its parameters are adapters between layers of different widths.
+
+    Args:
+        student: Student with compactors.
+        teacher: Teacher of the same family, with all layers that contain a compactor in the student.
+        config: Settings of CDD.
+
+    Attributes:
+        sites: Compactors of the student.
+        layers: Normalization layers whose outputs `forward` reads from the batch.
+        is_comparison_step: Whether the next step records features to select channels by.
+        pooled_features: Recorded features of each compactor; empty in other steps.
+
+    Raises:
+        UsageError: If the teacher lacks a layer.
+    """
+
+    def __init__(self, student: BaseDetector, teacher: Any, config: CDDConfig) -> None:
+        super().__init__()
+        sites = find_compactors(student)
+        _check_same_layers(sites, teacher)
+        self.config = config
+        self.sites = tuple(sites)  # in a tuple, because they are submodules of the student
+        names = [name for site in sites for name in site.layer.norms]
+        self.layers = LayerPairs(tuple(f"{name}.norm" for name in names), tuple(names))
+        self.adapters = nn.ModuleList(_make_adapter(site, teacher) for site in sites)
+        self.importance = nn.ModuleList(
+            ChannelImportance(config, len(site.compactor.masked), _get_teacher_channels(site, teacher))
+            for site in sites
+        )
+        self.is_comparison_step = True
+        self.pooled_features: list[PooledFeatures] = []
+
+    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
+        """Compute the weighted losses, scalars."""
+        height, width = batch.images.shape[-2:]
+        regions = sample_regions(batch.targets, (height, width), has_negatives=self.is_comparison_step)
+        gt_rois = regions.rois[: regions.num_gt]
+        gt_pool = BoxAveragePool(gt_rois, (height, width))
+        pool = BoxAveragePool(regions.rois, (height, width)) if self.is_comparison_step else gt_pool
+        avg_factor = batch.reduce_mean(torch.tensor(float(len(gt_rois)), device=gt_rois.device))
+        feature_loss = batch.images.new_zeros((), dtype=torch.float32)
+        self.pooled_features = []
+        for site, adapter in zip(self.sites, self.adapters, strict=True):
+            student = gt_pool([batch.student_features[f"{name}.norm"] for name in site.layer.norms])
+            teacher = pool([batch.teacher_features[name] for name in site.layer.norms])
+            distances = _compute_l2_distances(adapter(student), teacher[: len(gt_rois)])
+            feature_loss = feature_loss + distances.sum() / avg_factor
+            if self.is_comparison_step:
+                with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+                    self.pooled_features.append(PooledFeatures(teacher, site.compactor.apply_to_vectors(student)))
+        return {
+            "cdd_feature": self.config.feature * feature_loss,
+            "cdd_cls": self.config.cls * self._compute_cls_loss(batch),
+        }
+
+    def update_importance(self, layer: int, features: PooledFeatures) -> Tensor:
+        """Update the importance of a layer's channels; see `ChannelImportance.update`.
+
+        Returns:
+            Tensor[C]: bool, channels that no person of the batch needs.
+        """
+        adapter, importance = self.adapters[layer], self.importance[layer]
+        assert isinstance(importance, ChannelImportance)
+        projection = adapter.weight.detach() if isinstance(adapter, nn.Linear) else None
+        return importance.update(features, projection, self.sites[layer].compactor.masked)
+
+    def compute_relative_response(self, layer: int) -> Tensor:
+        """Return the channel responses [C] of a layer, comparable between layers."""
+        importance = self.importance[layer]
+        assert isinstance(importance, ChannelImportance)
+        return importance.compute_relative_response(self.sites[layer].compactor.masked)
+
+    def clear(self) -> None:
+        """Release the features of a step without distillation."""
+        self.pooled_features = []
+
+    def _compute_cls_loss(self, batch: DistillationBatch) -> Tensor:
+        """T^2 times the score loss at temperature T, so that the gradient does not depend on T (Hinton et al. 2015)."""
+        temperature = self.config.temperature
+        loss = batch.images.new_zeros((), dtype=torch.float32)
+        if self.config.cls == 0:
+            return loss
+        for student, teacher, avg_factor in comparable_logits(batch):
+            pair_loss = temperature**2 * quality_focal_kd_loss(student / temperature, teacher / temperature)
+            loss = loss + pair_loss.sum() / batch.reduce_mean(avg_factor)
+        return loss
+
+
+def _check_same_layers(sites: Sequence[CompactorSite], teacher: BaseDetector) -> None:
+    teacher_layers = {(layer.conv, layer.norms) for layer in teacher.prunable_layers()}
+    for site in sites:
+        if (site.layer.conv, site.layer.norms) not in teacher_layers:
+            raise UsageError(
+                f"--distill cdd: the teacher has no layer {site.layer.conv}. "
+                "Leave --model out to start from a copy of the teacher."
+            )
+
+
+def _make_adapter(site: CompactorSite, teacher: BaseDetector) -> nn.Module:
+    student_channels, teacher_channels = len(site.compactor.masked), _get_teacher_channels(site, teacher)
+    if student_channels == teacher_channels:
+        return nn.Identity()
+    return nn.Linear(student_channels, teacher_channels, bias=False)
+
+
+def _get_teacher_channels(site: CompactorSite, teacher: BaseDetector) -> int:
+    return int(teacher.get_submodule(site.layer.conv).out_channels)  # type: ignore[arg-type]  # a convolution
+
+
+def _compute_l2_distances(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the Euclidean distances [N] of [N, C]; the gradient at distance 0 is 0, not NaN."""
+    return torch.linalg.vector_norm(student - teacher, dim=1)
