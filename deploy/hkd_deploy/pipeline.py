@@ -92,7 +92,7 @@ class Detector:
         """
         if isinstance(images_rgb, (list, tuple)):
             return self._predict_batches(images_rgb)
-        return self.predict_timed(images_rgb)[0]  # type: ignore[arg-type] # a Sequence that is no list or tuple: rejected there
+        return self.predict_timed(images_rgb)[0]  # type: ignore[arg-type] # other sequences raise ValueError there
 
     def predict_timed(self, image_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
         """Run inference on one image and measure the stages.

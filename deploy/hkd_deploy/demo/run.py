@@ -117,16 +117,18 @@ class ProgressLine:
         if self._text:
             self._print(end="\n")
 
-    def update(self, stats: FrameStats, status: str = "") -> None:
+    def update(self, stats: FrameStats, num_dropped: int = 0, status: str = "") -> None:
         """Set the state and print it, at most ten times per second in a terminal.
 
         Args:
             stats: Statistics of the run.
+            num_dropped: Number of dropped frames of a live source.
             status: Text at the end of the line. A change is printed immediately.
         """
         width = len(self._text)
-        self._text = f"{self._name}: {stats.num_frames}{self._total} frames, {stats.recent_fps:.1f} fps {status}"
-        self._text = self._text.ljust(width)  # overwrite the previous text
+        parts = [f"{stats.num_frames}{self._total} frames", f"{stats.recent_fps:.1f} fps"]
+        parts += [f"{num_dropped} dropped"] * (num_dropped > 0) + [status] * bool(status)
+        self._text = f"{self._name}: {', '.join(parts)}".ljust(width)  # overwrite the previous text
         if status != self._status or perf_counter() - self._printed_s >= self._interval_s:
             self._status, self._printed_s = status, perf_counter()
             self._print(end="")
@@ -219,7 +221,7 @@ def run_demo(
 
         def handle_idle() -> bool:
             """Show the status of a live source without a frame. Return False after the window is closed."""
-            progress.update(stats, source.status)
+            progress.update(stats, source.num_dropped, source.status)
             return window is None or _update_idle_window(window, canvas, source.status)
 
         start_s = monotonic()
@@ -235,7 +237,7 @@ def run_demo(
                     output.write(canvas, frame.timestamp_s if source.is_live else None)
                 if window:
                     window.show(canvas)
-            progress.update(stats)
+            progress.update(stats, source.num_dropped)
             if window and not window.is_open(_compute_wait_ms(source, frame, start_s)):
                 return
     if window and source.num_frames == 1:
