@@ -39,7 +39,6 @@ class SeqHeader:
         num_frames: Number of frames; 0 if the header does not contain it.
         frame_bytes: Bytes of an uncompressed frame.
         frame_stride_bytes: Distance of uncompressed frames in bytes.
-        fps: Frames per second of the header, often wrong; 0 if invalid.
     """
 
     size_hw: tuple[int, int]
@@ -48,7 +47,6 @@ class SeqHeader:
     num_frames: int
     frame_bytes: int
     frame_stride_bytes: int
-    fps: float
 
     @property
     def encoding(self) -> str:
@@ -63,9 +61,6 @@ class SeqVideo:
         path: Video file.
         header: Header of the file.
         size_hw: Frame height and width in pixels.
-        timestamps_s (array[N], float64): Seconds since 1970, or since an epoch of the writer. The last one is NaN
-            if the file ends directly after its frame.
-        fps: Frames per second, estimated from the first timestamps; 0 if unknown.
 
     Args:
         path: Video file, for error messages.
@@ -80,8 +75,6 @@ class SeqVideo:
         self.path, self.header, self._file = path, header, file
         self.size_hw = header.size_hw
         self._offsets, self._sizes = _index_frames(path, file, header)
-        self.timestamps_s = np.array([self._read_timestamp(index) for index in range(len(self))], np.float64)
-        self.fps = _estimate_fps(self.timestamps_s, header.fps)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -146,14 +139,6 @@ class SeqVideo:
             raise DataError(f"{self.path}: frame {index} is not an image of {width} x {height}")
         return image
 
-    def _read_timestamp(self, index: int) -> float:
-        self._file.seek(self._offsets[index] + self._sizes[index])
-        raw = self._file.read(TIME_BYTES)
-        if len(raw) < TIME_BYTES:
-            return float("nan")
-        seconds, milliseconds = struct.unpack("<IH", raw)
-        return float(seconds + milliseconds / 1000)
-
 
 @contextmanager
 def open_seq(path: Path) -> Iterator[SeqVideo]:
@@ -186,7 +171,6 @@ def _parse_header(raw: bytes, path: Path) -> SeqHeader:
     width, height, depth, used_depth, frame_bytes, codec, num_frames, origin, stride = struct.unpack_from(
         "<9I", raw, 548
     )
-    fps = struct.unpack_from("<d", raw, 584)[0]
     if version > MAX_VERSION or header_bytes != HEADER_BYTES or origin != 0:
         raise DataError(
             f"{path}: .seq version {version}, header of {header_bytes} bytes, origin {origin}; "
@@ -196,9 +180,7 @@ def _parse_header(raw: bytes, path: Path) -> SeqHeader:
         raise DataError(f"{path}: .seq codec {codec} is not supported; expected one of {', '.join(map(str, CODECS))}")
     if not 0 < width * height <= MAX_PIXELS or used_depth != 8:
         raise DataError(f"{path}: a video of {width} x {height} pixels, {used_depth} bits each, is not supported")
-    header = SeqHeader(
-        (height, width), depth // 8, codec, num_frames, frame_bytes, stride, fps if 0 < fps < float("inf") else 0.0
-    )
+    header = SeqHeader((height, width), depth // 8, codec, num_frames, frame_bytes, stride)
     if header.encoding == RAW:
         _check_raw(header, path)
     return header
@@ -259,11 +241,3 @@ def _read_at(file: BinaryIO, offset: int, count: int) -> bytes:
     if len(raw) < count:
         raise DataError(f"{file.name}: ends at byte {offset + len(raw)}, before {offset + count}")
     return raw
-
-
-def _estimate_fps(timestamps_s: NDArray[np.float64], header_fps: float) -> float:
-    """Estimate the frame rate from the steps near the median of the first 100 timestamps, as the toolbox does."""
-    steps = np.diff(timestamps_s[:100])
-    steps = steps[np.isfinite(steps)]
-    typical = steps[np.abs(steps - np.median(steps)) < 0.005] if len(steps) else steps
-    return float(1 / typical.mean()) if len(typical) and typical.mean() > 0 else header_fps
