@@ -16,6 +16,7 @@ from hkd_det.errors import UsageError
 from hkd_det.letterbox import format_imgsz
 from hkd_det.models.base import BaseDetector, DetectorPart, FeatureInfo
 from hkd_det.ops.hooks import observe_calls
+from hkd_det.text_table import format_table
 
 PROBE_HW = (128, 192)  # not square, so that a globally pooled map is not mistaken for one of stride 128
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -112,15 +113,13 @@ def format_feature_layers(layers: Sequence[ListedLayer], imgsz_hw: tuple[int, in
     Returns:
         Lines without a trailing newline.
     """
-    width = max(len(layer.info.name) for layer in layers)
-    lines = [f"  {'layer':<{width}}  {'part':<8}  {'stride':>6}  {'channels':>8}  {'size':>9}"]
+    rows = []
     for layer in layers:
         feature_hw = (imgsz_hw[0] // layer.info.stride, imgsz_hw[1] // layer.info.stride)
-        lines.append(
-            f"{'*' if layer.is_default else ' '} {layer.info.name:<{width}}  {layer.part:<8}  {layer.info.stride:>6}  "
-            f"{layer.info.channels:>8}  {format_imgsz(feature_hw):>9}"
-        )
-    return "\n".join([*lines, "* default"])
+        numbers = (str(layer.info.stride), str(layer.info.channels), format_imgsz(feature_hw))
+        rows.append(("*" if layer.is_default else "", layer.info.name, layer.part, *numbers))
+    table = format_table(rows, ("", "layer", "part", "stride", "channels", "size"), left_columns=3)
+    return f"{table}\n* default"
 
 
 def select_layers(

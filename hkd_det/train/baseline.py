@@ -20,6 +20,7 @@ from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import count_params_and_flops
 from hkd_det.structures import Detections
+from hkd_det.text_table import format_table
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.distributed import resolve_device
 from hkd_det.train.engine import predict_dataset
@@ -213,18 +214,20 @@ def format_comparison(comparison: BaselineComparison) -> str:
     Args:
         comparison: Result of `compare_with_baseline`.
     """
-    lines = [f"{'':<22}{'distilled':>10}{'baseline':>10}{'difference':>12}"]
-    for name, num_gt in comparison.distilled.num_gt.items():
-        if num_gt:
-            rates = comparison.distilled.miss_rates[name], comparison.baseline.miss_rates[name]
-            lines.append(_format_row(f"MR^-2 {name}", *rates))
-    lines.append(_format_row("AP", comparison.distilled.ap, comparison.baseline.ap))
-    lines.append(
+    distilled, baseline = comparison.distilled, comparison.baseline
+    rows = [
+        _make_row(f"MR^-2 {name}", distilled.miss_rates[name], baseline.miss_rates[name])
+        for name, num_gt in distilled.num_gt.items()
+        if num_gt
+    ]
+    rows.append(_make_row("AP", distilled.ap, baseline.ap))
+    return (
+        f"{format_table(rows, ('', 'distilled', 'baseline', 'difference'))}\n"
         f"Effect of the teacher, MR^-2 {comparison.setup}: {100 * comparison.mr_difference:+.2f} points "
         f"(95 % interval over images: {100 * comparison.ci_low:+.2f} to {100 * comparison.ci_high:+.2f}; one seed)"
     )
-    return "\n".join(lines)
 
 
-def _format_row(name: str, distilled: float, baseline: float) -> str:
-    return f"{name:<22}{100 * distilled:>8.2f} %{100 * baseline:>8.2f} %{100 * (distilled - baseline):>+12.2f}"
+def _make_row(name: str, distilled: float, baseline: float) -> tuple[str, str, str, str]:
+    difference = f"{100 * (distilled - baseline):+.2f}"
+    return name, f"{100 * distilled:.2f} %", f"{100 * baseline:.2f} %", difference

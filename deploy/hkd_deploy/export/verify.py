@@ -23,6 +23,7 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import NO_GROUND_TRUTH
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
+from hkd_det.text_table import format_table
 
 TABLE_HEADER = ("model", "backend", "boxes", "scores", "miss rate", "increase")
 NOT_MEASURED = "not measured"
@@ -127,11 +128,12 @@ class Verification:
             no_rate = NOT_MEASURED
             notes.append(str(error))
         rate_cell = no_rate if reference_rate is None else _format_percent(reference_rate)
-        lines: list[tuple[str, ...]] = [TABLE_HEADER, (reference.name, reference.backend, "-", "-", rate_cell, "-")]
+        rows = [(reference.name, reference.backend, "-", "-", rate_cell, "-")]
         for row in self._rows:
             name_cells = (str(row.model.path), row.model.backend)
             if row.parity is None:
-                lines.append((*name_cells, f"not run: {row.skip_reason}"))
+                rows.append((*name_cells, "not run", "-", "-", "-"))
+                notes.append(f"{row.model.path} on {row.model.backend}: not run: {row.skip_reason}")
                 continue
             rate_cells = (no_rate, "-")
             if reference_rate is not None:
@@ -141,10 +143,10 @@ class Verification:
                 except DataError as error:
                     rate_cells = (NOT_MEASURED, "-")
                     notes.append(str(error))
-            lines.append(
+            rows.append(
                 (*name_cells, f"{row.parity.box_error_px:.2g} px", f"{row.parity.score_error:.2g}", *rate_cells)
             )
-        return "\n".join([*_align_columns(lines), *notes])
+        return "\n".join([format_table(rows, TABLE_HEADER, left_columns=2), *notes])
 
     def _get_reference_outputs(self) -> ReferenceOutputs:
         if self._reference_outputs is None:
@@ -207,17 +209,3 @@ def _compute_miss_rate(detections: Sequence[Detections], samples: Sequence[Sampl
 
 def _format_percent(rate: float) -> str:
     return f"{100 * rate:.2f} %"
-
-
-def _align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Align cells in columns: two text columns, then numbers. A short row ends with free text."""
-    num_columns = len(TABLE_HEADER)
-    widths = [max(len(line[column]) for line in lines if len(line) == num_columns) for column in range(num_columns)]
-    widths[:2] = [max(len(line[column]) for line in lines) for column in range(2)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 or len(line) < num_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=False))
-        ).rstrip()
-        for line in lines
-    ]

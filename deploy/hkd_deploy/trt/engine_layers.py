@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hkd_det.text_table import format_table
+
 # Data types as TensorRT writes them, in search order. "Row major linear FP16 format" and "Half" are the same type.
 PRECISION_PATTERNS = {
     "bf16": r"\b(bf16|bfloat16)\b",
@@ -112,9 +114,7 @@ def format_layer_table(layers: Sequence[EngineLayer]) -> str:
         Header and lines with precision, output shape, type and name.
     """
     rows = [(layer.precision, "x".join(map(str, layer.shape)), layer.layer_type, layer.name) for layer in layers]
-    rows = [("precision", "shape", "type", "layer"), *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows)
+    return format_table(rows, ("precision", "shape", "type", "layer"), left_columns=4)
 
 
 def _has_compute(layer: Mapping[str, Any]) -> bool:
