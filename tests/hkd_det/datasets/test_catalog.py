@@ -118,8 +118,8 @@ def test_names_of_datasets_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DataError, match=r"datasets/citypersons does not exist.*cityscapes-dataset\.com.*leftImg8bit"):
         load_dataset("citypersons", "train")
     content = yaml.safe_load(catalog.find_catalog_file().read_text())
-    for entry in content.values():
-        assert catalog.CATALOG_KEYS | {"license"} <= set(entry)
+    for name in content:
+        assert catalog.CATALOG_KEYS | {"license"} <= set(catalog.load_catalog_entry(name)), name
 
 
 def test_named_dataset_is_read_from_datasets_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
