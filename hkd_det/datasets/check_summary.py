@@ -86,6 +86,9 @@ def summarize(split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[in
         split: Name of the split.
         samples: Samples of the split.
         sizes_hw: Height and width of each image in pixels; None if it cannot be decoded.
+
+    Returns:
+        The statistics.
     """
     masks = [~sample.ground_truth.ignore for sample in samples]
     pairs = list(zip([sample.ground_truth for sample in samples], masks, strict=True))
@@ -126,7 +129,11 @@ def _concatenate_values(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.floa
 
 
 def make_summary_rows(summary: SplitSummary) -> list[tuple[str, str]]:
-    """Return name and value of each row of the summary."""
+    """Return name and value of each row of the summary.
+
+    Args:
+        summary: Statistics of a split.
+    """
     unreadable = f"; {summary.num_unreadable:,} unreadable" if summary.num_unreadable else ""
     sides = [("width", summary.width_range), ("height", summary.height_range)] if len(summary.size_counts) > 1 else []
     return [
@@ -140,14 +147,25 @@ def make_summary_rows(summary: SplitSummary) -> list[tuple[str, str]]:
 
 
 def format_summary(summary: SplitSummary) -> str:
-    """Format the summary rows and the histograms for the terminal."""
+    """Format the summary rows and the histograms for the terminal.
+
+    Args:
+        summary: Statistics of a split.
+
+    Returns:
+        Several lines.
+    """
     tables = [(summary.split, format_table(make_summary_rows(summary), left_columns=2))]
     tables += [(title, _format_bars(bins)) for title, bins in list_histograms(summary)]
     return "\n".join(f"{title}\n{textwrap.indent(table, '  ')}" for title, table in tables)
 
 
 def list_histograms(summary: SplitSummary) -> list[tuple[str, tuple[HistogramBin, ...]]]:
-    """Return title and bins of each histogram; empty without ground-truth boxes."""
+    """Return title and bins of each histogram; empty without ground-truth boxes.
+
+    Args:
+        summary: Statistics of a split.
+    """
     if not summary.num_gt:
         return []
     return [
@@ -157,7 +175,14 @@ def list_histograms(summary: SplitSummary) -> list[tuple[str, tuple[HistogramBin
 
 
 def escape_nonprintable(line: str) -> str:
-    """Escape characters that a terminal or a file cannot represent, such as lone surrogates, and shorten the line."""
+    """Escape characters that a terminal or a file cannot represent, such as lone surrogates, and shorten the line.
+
+    Args:
+        line: Text, for example a file name.
+
+    Returns:
+        Printable text.
+    """
     escaped = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line[:MAX_LINE_LENGTH])
     return escaped + ("..." if len(line) > MAX_LINE_LENGTH else "")
 

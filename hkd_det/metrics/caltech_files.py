@@ -54,6 +54,9 @@ def read_caltech_ground_truth(
         annotation_version: Version of the annotations in the directory.
         set_names: Sets to read. The default is every test set (set06 to set10) in the directory.
 
+    Returns:
+        Ground-truth table and the frame of each image.
+
     Raises:
         DataError: A file is missing or invalid; the message names it.
     """
@@ -80,6 +83,9 @@ def read_caltech_detections(folder: Path, ground_truth: CaltechGroundTruth) -> D
     Args:
         folder: Directory with one `set06/V000.txt` per video.
         ground_truth: Ground truth that selects the frames.
+
+    Returns:
+        The detections, sorted by image and descending score.
 
     Raises:
         DataError: A file is missing or a line is invalid; the message names both.

@@ -93,6 +93,12 @@ class CocoGroundTruth:
 def read_coco_ground_truth(path: Path) -> CocoGroundTruth:
     """Read the annotations of the person class.
 
+    Args:
+        path: JSON file of annotations.
+
+    Returns:
+        Ground-truth table, image ids and category id.
+
     Raises:
         DataError: The file is missing or an annotation is invalid; the message names both.
     """
@@ -126,6 +132,9 @@ def read_coco_detections(path: Path, ground_truth: CocoGroundTruth) -> Detection
         path: JSON file of detections.
         ground_truth: Ground truth that defines image ids and the person class.
 
+    Returns:
+        The detections, sorted by image and descending score.
+
     Raises:
         DataError: The file is missing or a detection is invalid (unknown image, duplicate id, wrong number).
     """
@@ -156,6 +165,10 @@ def read_coco_detections(path: Path, ground_truth: CocoGroundTruth) -> Detection
 
 def evaluate(ground_truth: CocoGroundTruth, detections: DetectionTable) -> dict[str, float]:
     """Compute the twelve metrics of COCO.
+
+    Args:
+        ground_truth: Ground truth.
+        detections: Detections in the same images.
 
     Returns:
         The metrics of `METRIC_NAMES` as fractions; -1 for a size class without ground truth.

@@ -199,7 +199,17 @@ def log_average_miss_rate(recall_curve: RecallCurve, fppi_points: Iterable[float
 
 
 def make_result(recall_curve: RecallCurve, value: float, num_gt: int, num_images: int) -> MissRateResult:
-    """Combine a curve and its log-average; the value becomes `NO_GROUND_TRUTH` if `num_gt` is 0."""
+    """Combine a curve and its log-average; the value becomes `NO_GROUND_TRUTH` if `num_gt` is 0.
+
+    Args:
+        recall_curve: Recall and false positives by descending score.
+        value: Log-average miss rate.
+        num_gt: Number of evaluated ground-truth boxes.
+        num_images: Number of images.
+
+    Returns:
+        The result.
+    """
     return MissRateResult(
         value if num_gt else NO_GROUND_TRUTH,
         recall_curve.fppi,

@@ -60,7 +60,14 @@ class GroundTruthTable:
 
     @classmethod
     def from_samples(cls, ground_truths: Sequence[GroundTruth]) -> "GroundTruthTable":
-        """Build the table from the ground truth of each image, in order."""
+        """Build the table from the ground truth of each image, in order.
+
+        Args:
+            ground_truths: Ground truth of each image.
+
+        Returns:
+            The table.
+        """
         boxes_xyxy = _concatenate_arrays([one.boxes_xyxy for one in ground_truths], 4)
         return cls(
             len(ground_truths),
@@ -98,13 +105,23 @@ class DetectionTable:
             image_index (int array[D]): Image of each detection.
             boxes_xywh (float64 array[D, 4]): xywh, pixels.
             scores (float64 array[D]): Scores.
+
+        Returns:
+            The sorted table.
         """
         order = np.lexsort((-scores, image_index))
         return cls(image_index[order], boxes_xywh[order], scores[order], order)
 
     @classmethod
     def from_detections(cls, detections: Sequence[Detections]) -> "DetectionTable":
-        """Build the table from the detections of each image, in order."""
+        """Build the table from the detections of each image, in order.
+
+        Args:
+            detections: Detections of each image.
+
+        Returns:
+            The table.
+        """
         boxes_xyxy = _concatenate_arrays([one.boxes_xyxy for one in detections], 4)
         return cls.from_rows(
             np.repeat(np.arange(len(detections)), [len(one) for one in detections]),
@@ -116,7 +133,11 @@ class DetectionTable:
         return len(self.scores)
 
     def select(self, mask: NDArray[np.bool_]) -> "DetectionTable":
-        """Return the rows where `mask` (bool array[D]) is true."""
+        """Return the rows where `mask` (bool array[D]) is true.
+
+        Args:
+            mask (bool array[D]): Rows to keep.
+        """
         return DetectionTable(self.image_index[mask], self.boxes_xywh[mask], self.scores[mask], self.source_row[mask])
 
     def rank_per_image(self) -> NDArray[np.intp]:

@@ -31,7 +31,11 @@ FORMAT_VERSION = 2
 
 
 def get_family(spec: ModelSpec) -> type[BaseDetector]:
-    """Return the detector class of a spec."""
+    """Return the detector class of a spec.
+
+    Args:
+        spec: Architecture description.
+    """
     return next(family for family in FAMILIES.values() if family.spec_type is type(spec))
 
 
@@ -52,7 +56,14 @@ def build_from_spec(spec: ModelSpec, changes: ModelChanges = NO_CHANGES) -> Base
 
 
 def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
-    """Convert a spec to plain values, with its family under the key `family`."""
+    """Convert a spec to plain values, with its family under the key `family`.
+
+    Args:
+        spec: Architecture description.
+
+    Returns:
+        Mapping that can be saved as YAML or with `weights_only`.
+    """
     name = next(name for name, family in FAMILIES.items() if family.spec_type is type(spec))
     return {"family": name, **asdict(spec)}
 
@@ -100,19 +111,39 @@ class DetectorCheckpoint:
     def from_detector(
         cls, detector: BaseDetector, model: str, config: dict[str, Any], epoch: int, miss_rate: float
     ) -> "DetectorCheckpoint":
-        """Create a checkpoint of a detector with its present weights. See the attributes for the arguments."""
+        """Create a checkpoint of a detector with its present weights.
+
+        Args:
+            detector: Detector to save.
+            model: Name of the model.
+            config: Configuration of the run.
+            epoch: Finished epochs.
+            miss_rate: MR^-2 on the validation split, a fraction.
+
+        Returns:
+            The checkpoint.
+        """
         weights = {name: value.cpu() for name, value in detector.state_dict().items()}
         return cls(model, detector.spec, weights, config, epoch, miss_rate, detector.changes)
 
     def build(self) -> BaseDetector:
-        """Build the detector with these weights, in evaluation mode on the CPU."""
+        """Build the detector with these weights, in evaluation mode on the CPU.
+
+        Returns:
+            The detector.
+        """
         detector = build_from_spec(self.spec, self.changes)
         detector.load_state_dict(self.weights)
         return detector.eval()
 
 
 def save_detector_checkpoint(path: Path, checkpoint: DetectorCheckpoint) -> None:
-    """Write best.pt atomically."""
+    """Write best.pt atomically.
+
+    Args:
+        path: Output file.
+        checkpoint: Weights and metadata.
+    """
     _write_checkpoint(
         path,
         {
@@ -159,7 +190,12 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
 
 
 def save_training_state(path: Path, state: dict[str, Any]) -> None:
-    """Write last.pt atomically."""
+    """Write last.pt atomically.
+
+    Args:
+        path: Output file.
+        state: Everything that an exact resume needs.
+    """
     _write_checkpoint(path, {"type": "state", **state})
 
 
@@ -179,7 +215,14 @@ def load_training_state(path: Path) -> dict[str, Any]:
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """Compute a SHA-256 of names and values of a state dictionary. It does not depend on the file format."""
+    """Compute a SHA-256 of names and values of a state dictionary. It does not depend on the file format.
+
+    Args:
+        weights: State dictionary.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())

@@ -64,18 +64,31 @@ def apply_changes(network: nn.Module, changes: ModelChanges) -> None:
 
 
 def is_dense_conv(module: nn.Module) -> bool:
-    """Return whether a module is a convolution with one group, so that single channels can be removed."""
+    """Return whether a module is a convolution with one group, so that single channels can be removed.
+
+    Args:
+        module: Any module.
+    """
     return type(module) is nn.Conv2d and module.groups == 1
 
 
 def filter_dense_convs(network: nn.Module, layers: list[PrunableLayer]) -> list[PrunableLayer]:
-    """Return the layers of which the convolution and all consumers are dense convolutions."""
+    """Return the layers of which the convolution and all consumers are dense convolutions.
+
+    Args:
+        network: Network that contains the layers.
+        layers: Candidates.
+    """
     modules = dict(network.named_modules())
     return [layer for layer in layers if all(is_dense_conv(modules[name]) for name in (layer.conv, *layer.consumers))]
 
 
 def find_residual_layers(network: nn.Module) -> list[PrunableLayer]:
-    """Return the inner layers of the residual blocks of timm and torchvision: all convolutions but a block's last."""
+    """Return the inner layers of the residual blocks of timm and torchvision: all convolutions but a block's last.
+
+    Args:
+        network: Backbone.
+    """
     layers = []
     for name, block in network.named_modules():
         if all(hasattr(block, part) for part in ("conv1", "bn1", "conv2", "bn2")) and hasattr(block, "downsample"):
@@ -140,14 +153,25 @@ class SeparableConvBlock(nn.Module):
         self.pointwise2 = nn.Conv2d(out_channels, out_channels, 1, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        """Map features [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride].
+
+        Args:
+            features (Tensor[B, in_channels, H, W]): Input features.
+
+        Returns:
+            Tensor[B, out_channels, H / stride, W / stride].
+        """
         features = self.act(self.norm(self.pointwise1(self.depthwise1(features))))
         outputs: Tensor = self.pointwise2(self.depthwise2(features))
         return outputs
 
 
 def is_dense_conv3x3(module: nn.Module) -> bool:
-    """Return whether a module is a convolution that `SeparableConvBlock` can replace."""
+    """Return whether a module is a convolution that `SeparableConvBlock` can replace.
+
+    Args:
+        module: Any module.
+    """
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == (3, 3)
@@ -157,7 +181,14 @@ def is_dense_conv3x3(module: nn.Module) -> bool:
 
 
 def make_block(conv: nn.Conv2d) -> SeparableConvBlock:
-    """Build a block with fresh weights and the channels and stride of a convolution."""
+    """Build a block with fresh weights and the channels and stride of a convolution.
+
+    Args:
+        conv: Convolution to replace.
+
+    Returns:
+        The block.
+    """
     stride = (conv.stride[0], conv.stride[1])
     return SeparableConvBlock(conv.in_channels, conv.out_channels, stride, conv.bias is not None)
 

@@ -27,7 +27,11 @@ NUM_PARITY_IMAGES = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code.
+
+    Args:
+        argv: Arguments after the command name; the default is `sys.argv`.
+    """
     # Treat SIGTERM (docker stop, timeout) like Ctrl-C, so that temporary files are removed.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -174,7 +174,11 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
 
 
 def get_output_names(options: ExportOptions) -> list[str]:
-    """Return the names of the graph outputs in order."""
+    """Return the names of the graph outputs in order.
+
+    Args:
+        options: Options of the export.
+    """
     return ["boxes", "logits"] if options.raw else ["boxes", "scores", "count"]
 
 

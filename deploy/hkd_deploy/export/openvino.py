@@ -27,7 +27,11 @@ FolderCheck = Callable[[Path, Path], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the OpenVINO flag to `parser`."""
+    """Add the OpenVINO flag to `parser`.
+
+    Args:
+        parser: Parser of hkd-export.
+    """
     group = parser.add_argument_group("OpenVINO")
     group.add_argument("--openvino", action="store_true", help="write an OpenVINO folder (default name: NAME_openvino)")
 

@@ -55,7 +55,11 @@ class ExportOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the graph flags to `parser`."""
+    """Add the graph flags to `parser`.
+
+    Args:
+        parser: Parser of hkd-export.
+    """
     group = parser.add_argument_group("graph", "require weights (.pt) as input")
     group.add_argument(
         "--imgsz", metavar="WxH", help="input size, width x height, multiples of 32 (default: training size)"
@@ -113,7 +117,11 @@ def make_export_options(flags: argparse.Namespace, trained_hw: tuple[int, int]) 
 
 
 def read_export_options(metadata: ModelMetadata) -> ExportOptions:
-    """Return the options that a model file was exported with."""
+    """Return the options that a model file was exported with.
+
+    Args:
+        metadata: Metadata of the file.
+    """
     return ExportOptions(
         metadata.imgsz_hw,
         metadata.batch,

@@ -97,6 +97,9 @@ class ReferenceOutputs:
 def onnx_reference(path: Path) -> Reference:
     """Return an ONNX file on ONNX Runtime as the reference.
 
+    Args:
+        path: The ONNX file.
+
     Raises:
         HkdError: If the file cannot be opened or was not written by hkd-export.
     """
@@ -125,6 +128,9 @@ def run_reference(run: RunFunction, options: ExportOptions, image_paths: Sequenc
         image_paths: Image files.
         desc: Label of the progress bar.
 
+    Returns:
+        Inputs and outputs of all images.
+
     Raises:
         DataError: If there is no image, or an image cannot be read.
     """
@@ -146,6 +152,9 @@ def compare_outputs(
         is_exact: Compare every detection with one of the same score. If False (reduced precision), compare detections
             with a score of at least `MIN_COMPARED_SCORE` with the nearest box.
         desc: Label of the progress bar.
+
+    Returns:
+        Largest differences of boxes and scores.
     """
     difference = max_abs_difference if is_exact else matched_difference
     pairs = list(zip(reference_outputs.batches, reference_outputs.outputs, strict=True))

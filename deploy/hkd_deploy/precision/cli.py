@@ -37,7 +37,11 @@ class PrecisionError(HkdError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the precision flags to `parser`. The command defines `--data` and `--output`."""
+    """Add the precision flags to `parser`. The command defines `--data` and `--output`.
+
+    Args:
+        parser: Parser of hkd-export.
+    """
     group = parser.add_argument_group("precision", "evaluated on the val split of --data")
     group.add_argument(
         "--precision",

@@ -40,6 +40,9 @@ def find_graph_regions(model: Any) -> GraphRegions:
 
     Args:
         model: onnx.ModelProto in which every node has a unique name.
+
+    Returns:
+        The regions, as sets of node names.
     """
     feature_inputs = _find_feature_inputs(model)
     weights = find_constants(model)

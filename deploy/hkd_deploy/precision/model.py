@@ -71,6 +71,12 @@ def progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | None 
 def read_fp32_model(path: Path) -> Fp32Model:
     """Read an FP32 file that hkd-export wrote.
 
+    Args:
+        path: The ONNX file.
+
+    Returns:
+        The parsed model with its metadata and hash.
+
     Raises:
         UnavailableError: If the onnx package is not installed.
         DataError: If the file is missing, not written by hkd-export, not FP32, or has an unsupported opset.

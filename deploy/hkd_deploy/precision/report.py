@@ -154,6 +154,9 @@ def load_eval_samples(data: str) -> list[Sample]:
     Args:
         data: Dataset name or data YAML.
 
+    Returns:
+        The samples.
+
     Raises:
         DataError: If the split has no person of the setup Reasonable.
         HkdError: If the dataset cannot be read.
@@ -168,7 +171,12 @@ def load_eval_samples(data: str) -> list[Sample]:
 
 
 def select_evenly(items: Sequence[T], count: int) -> list[T]:
-    """Return `count` items at even distances, including the first and the last; all items if there are fewer."""
+    """Return `count` items at even distances, including the first and the last; all items if there are fewer.
+
+    Args:
+        items: Items to select from.
+        count: Maximum number of items.
+    """
     indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[index] for index in indices]
 
@@ -199,6 +207,9 @@ def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: 
         samples: Images with ground truth.
         conf: Confidence threshold of the recall.
         desc: Label of the progress bar.
+
+    Returns:
+        Miss rate and recall.
     """
     detections = predict_samples(path, device, get_eval_backend(device), samples, desc)
     result = evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name]
@@ -206,7 +217,12 @@ def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: 
 
 
 def compute_recall(result: MissRateResult, conf: float) -> float:
-    """Return the ratio of persons that detections with a score of at least `conf` match, 0 to 1."""
+    """Return the ratio of persons that detections with a score of at least `conf` match, 0 to 1.
+
+    Args:
+        result: Miss rate with its complete curve.
+        conf: Minimum score of a detection.
+    """
     count = int((result.scores >= conf).sum())
     return 1 - float(result.miss_rate[count - 1]) if count else 0.0
 
@@ -221,6 +237,9 @@ def compare_latency(fp32: Path, path: Path, device: str, samples: Sequence[Sampl
         path: The converted file.
         device: cpu, cuda or cuda:N.
         samples: Images to select from.
+
+    Returns:
+        Both medians of each runtime.
     """
     images = [read_image(sample.path) for sample in select_evenly(samples, NUM_TIMED_IMAGES)]
     backends = list_onnx_backends(device)
@@ -240,12 +259,20 @@ def compare_latency(fp32: Path, path: Path, device: str, samples: Sequence[Sampl
 
 
 def get_eval_backend(device: str) -> str:
-    """Return the runtime for accuracy measurements: OpenVINO if installed, which executes INT8, or ONNX Runtime."""
+    """Return the runtime for accuracy measurements: OpenVINO if installed, which executes INT8, or ONNX Runtime.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+    """
     return list_onnx_backends(device)[-1]
 
 
 def list_onnx_backends(device: str) -> list[str]:
-    """Return the installed runtimes that run an ONNX file on a device without building an engine."""
+    """Return the installed runtimes that run an ONNX file on a device without building an engine.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+    """
     has_openvino = device == "cpu" and importlib.util.find_spec("openvino") is not None
     return ["onnxruntime", *(["openvino"] if has_openvino else [])]
 

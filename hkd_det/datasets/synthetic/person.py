@@ -59,7 +59,14 @@ class Person:
 
 
 def sample_person(rng: np.random.Generator) -> Person:
-    """Sample a random person."""
+    """Sample a random person.
+
+    Args:
+        rng: Random generator.
+
+    Returns:
+        Body, clothes and phase of the movement.
+    """
 
     def pick(colors: list[Color]) -> Color:
         red, green, blue = np.clip(np.array(colors[rng.integers(len(colors))]) + rng.normal(0, 9, 3), 0, 255)
@@ -102,7 +109,11 @@ class Joints:
 
 
 def walking_pose(person: Person) -> Joints:
-    """Return the joints of a walking person: legs and arms swing in opposite directions, the rear knee bends."""
+    """Return the joints of a walking person: legs and arms swing in opposite directions, the rear knee bends.
+
+    Args:
+        person: Body and phase of the movement.
+    """
     swing = person.stride * math.sin(person.phase)
     facing, side = math.copysign(1.0, person.facing), abs(person.facing)
     hip, neck = (0.0, 0.52), (0.012 * facing * side, 0.83)
@@ -134,7 +145,11 @@ def walking_pose(person: Person) -> Joints:
 
 
 def riding_pose(person: Person) -> Joints:
-    """Return the joints of a cyclist, with the saddle at 0.5 standing heights."""
+    """Return the joints of a cyclist, with the saddle at 0.5 standing heights.
+
+    Args:
+        person: Body and phase of the movement.
+    """
     facing = math.copysign(1.0, person.facing)
     phase = person.phase
     feet = [(facing * (0.06 + s * 0.07 * math.cos(phase)), 0.16 + s * 0.07 * math.sin(phase)) for s in (1.0, -1.0)]
@@ -146,7 +161,11 @@ def riding_pose(person: Person) -> Joints:
 
 
 def sitting_pose(person: Person) -> Joints:
-    """Return the joints of a person on a bench, with the seat at 0.27 standing heights."""
+    """Return the joints of a person on a bench, with the seat at 0.27 standing heights.
+
+    Args:
+        person: Body and phase of the movement.
+    """
     facing = math.copysign(1.0, person.facing)
     return Joints(
         (0.0, 0.29), (-facing * 0.02, 0.59), (0.0, 0.69),

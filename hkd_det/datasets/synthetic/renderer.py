@@ -44,13 +44,25 @@ class Canvas:
         self.object_id = BACKGROUND_ID
 
     def draw_polygon(self, points: Sequence[Point], color: Color) -> None:
-        """Fill a polygon; edges are antialiased in the image and sharp in the id map."""
+        """Fill a polygon; edges are antialiased in the image and sharp in the id map.
+
+        Args:
+            points: Corners (x, y), pixels.
+            color: Fill color.
+        """
         fixed = np.round(np.array(points) * (1 << SUBPIXEL_SHIFT)).astype(np.int32)
         cv2.fillPoly(self.image, [fixed], self._apply_haze(color), cv2.LINE_AA, SUBPIXEL_SHIFT)
         cv2.fillPoly(self.id_map, [fixed], self.object_id, cv2.LINE_8, SUBPIXEL_SHIFT)
 
     def draw_ellipse(self, center: Point, radii: Point, color: Color, angle_deg: float = 0.0) -> None:
-        """Fill an ellipse; `angle_deg` is the clockwise rotation in degrees."""
+        """Fill an ellipse; `angle_deg` is the clockwise rotation in degrees.
+
+        Args:
+            center: Center (x, y), pixels.
+            radii: Radii along x and y, pixels.
+            color: Fill color.
+            angle_deg: Clockwise rotation, degrees.
+        """
         fixed = (round(center[0] * (1 << SUBPIXEL_SHIFT)), round(center[1] * (1 << SUBPIXEL_SHIFT)))
         axes = (max(1, round(radii[0] * (1 << SUBPIXEL_SHIFT))), max(1, round(radii[1] * (1 << SUBPIXEL_SHIFT))))
         cv2.ellipse(
@@ -59,7 +71,14 @@ class Canvas:
         cv2.ellipse(self.id_map, fixed, axes, angle_deg, 0, 360, self.object_id, -1, cv2.LINE_8, SUBPIXEL_SHIFT)
 
     def draw_ring(self, center: Point, radii: Point, width_px: float, color: Color) -> None:
-        """Draw the outline of an ellipse."""
+        """Draw the outline of an ellipse.
+
+        Args:
+            center: Center (x, y), pixels.
+            radii: Radii along x and y, pixels.
+            width_px: Width of the outline.
+            color: Color of the outline.
+        """
         fixed = (round(center[0] * (1 << SUBPIXEL_SHIFT)), round(center[1] * (1 << SUBPIXEL_SHIFT)))
         axes = (max(1, round(radii[0] * (1 << SUBPIXEL_SHIFT))), max(1, round(radii[1] * (1 << SUBPIXEL_SHIFT))))
         thickness = max(1, round(width_px))
@@ -67,7 +86,15 @@ class Canvas:
         cv2.ellipse(self.id_map, fixed, axes, 0, 0, 360, self.object_id, thickness, cv2.LINE_8, SUBPIXEL_SHIFT)
 
     def draw_capsule(self, start: Point, end: Point, start_radius: float, end_radius: float, color: Color) -> None:
-        """Fill a tapered capsule, for example a limb, a trunk or a tube."""
+        """Fill a tapered capsule, for example a limb, a trunk or a tube.
+
+        Args:
+            start: Center of the first end (x, y), pixels.
+            end: Center of the second end (x, y), pixels.
+            start_radius: Radius at the first end, pixels.
+            end_radius: Radius at the second end, pixels.
+            color: Fill color.
+        """
         along = np.array(end) - np.array(start)
         length = max(1e-6, float(np.hypot(*along)))
         across = np.array([-along[1], along[0]]) / length
@@ -106,7 +133,12 @@ class Canvas:
 
 
 def scale_color(color: Color, factor: float) -> Color:
-    """Return a darker (factor below 1) or lighter color."""
+    """Return a darker (factor below 1) or lighter color.
+
+    Args:
+        color: Color to change.
+        factor: Factor for each channel.
+    """
     red, green, blue = (min(255.0, value * factor) for value in color)
     return red, green, blue
 
@@ -132,11 +164,21 @@ class Camera:
         return 0.42 * self.size_hw[0]
 
     def pixels_per_meter(self, z: float) -> float:
-        """Return the scale at the distance z, in pixels per meter."""
+        """Return the scale at the distance z, in pixels per meter.
+
+        Args:
+            z: Distance from the camera, meters.
+        """
         return self.focal_px / z
 
     def project(self, x: float, z: float, height_m: float = 0.0) -> Point:
-        """Return the pixel (x, y) of a point `height_m` above the road."""
+        """Return the pixel (x, y) of a point `height_m` above the road.
+
+        Args:
+            x: Horizontal offset from the optical axis, meters.
+            z: Distance from the camera, meters.
+            height_m: Height above the road.
+        """
         return self.size_hw[1] / 2 + x * self.pixels_per_meter(z), self.horizon_px + (
             CAMERA_HEIGHT_M - height_m
         ) * self.pixels_per_meter(z)

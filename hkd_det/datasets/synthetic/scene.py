@@ -83,6 +83,9 @@ def generate_scene(seed: int, split: int, index: int, size_hw: tuple[int, int] =
         split: 0 for train, 1 for val.
         index: Number of the image in the split.
         size_hw: Height and width in pixels.
+
+    Returns:
+        Image and annotations.
     """
     rng = np.random.default_rng((seed, split, index))
     camera = Camera(size_hw)
@@ -101,6 +104,9 @@ def render_scene(
         lighting: Colors and brightness.
         objects: Persons and objects, in any order.
         rng: Random generator of scenery and noise.
+
+    Returns:
+        Image and annotations.
     """
     canvas = Canvas(camera.size_hw, lighting.sky_horizon)
     scenery.paint_ground(canvas, camera, lighting, rng)
@@ -152,7 +158,16 @@ def _to_xywh(box_xyxy: NDArray[np.float64]) -> tuple[int, int, int, int]:
 
 
 def sample_objects(camera: Camera, lighting: Lighting, rng: np.random.Generator) -> list[SceneObject]:
-    """Sample the persons and objects of a scene."""
+    """Sample the persons and objects of a scene.
+
+    Args:
+        camera: Projection.
+        lighting: Colors and brightness.
+        rng: Random generator.
+
+    Returns:
+        Persons and objects, in no order.
+    """
     objects = [*_sample_scenery(camera, lighting, rng)]
     for _ in range(3 + rng.poisson(9)):
         x, z = sample_position(rng)
@@ -164,12 +179,26 @@ def sample_objects(camera: Camera, lighting: Lighting, rng: np.random.Generator)
 
 
 def sample_height_m(rng: np.random.Generator) -> float:
-    """Sample a body height in meters; 8 % are children."""
+    """Sample a body height in meters; 8 % are children.
+
+    Args:
+        rng: Random generator.
+
+    Returns:
+        Height, meters.
+    """
     return float(rng.uniform(1.0, 1.4) if rng.random() < 0.08 else rng.normal(1.71, 0.09))
 
 
 def sample_position(rng: np.random.Generator) -> tuple[float, float]:
-    """Sample a position (x, z) in meters on the road or the sidewalks; the logarithm of z is uniform."""
+    """Sample a position (x, z) in meters on the road or the sidewalks; the logarithm of z is uniform.
+
+    Args:
+        rng: Random generator.
+
+    Returns:
+        Position (x, z), meters.
+    """
     z = float(np.exp(rng.uniform(math.log(3.6), math.log(46))))
     if z < 9 or rng.random() < 0.2:
         return float(rng.uniform(-1, 1) * min(4.3, 0.75 * z)), z
@@ -179,7 +208,19 @@ def sample_position(rng: np.random.Generator) -> tuple[float, float]:
 def make_pedestrian(
     camera: Camera, lighting: Lighting, person: Person, x: float, z: float, height_m: float
 ) -> SceneObject:
-    """Make a walking person at the position (x, z) in meters."""
+    """Make a walking person at the position (x, z) in meters.
+
+    Args:
+        camera: Projection.
+        lighting: Colors and brightness.
+        person: Body and phase of the movement.
+        x: Horizontal offset from the optical axis, meters.
+        z: Distance from the camera, meters.
+        height_m: Height of the body.
+
+    Returns:
+        The object.
+    """
     return _make_person(camera, lighting, person, walking_pose(person), (x, z), height_m, PEDESTRIAN)
 
 

@@ -54,7 +54,14 @@ LIGHTINGS = (
 
 
 def paint_ground(canvas: Canvas, camera: Camera, lighting: Lighting, rng: np.random.Generator) -> None:
-    """Draw sky, road, road markings and sidewalks."""
+    """Draw sky, road, road markings and sidewalks.
+
+    Args:
+        canvas: Image to draw on.
+        camera: Projection.
+        lighting: Colors and brightness.
+        rng: Random generator.
+    """
     height = camera.size_hw[0]
     canvas.object_id, canvas.haze_ratio, canvas.brightness = BACKGROUND_ID, 0.0, 1.0
     horizon = int(camera.horizon_px)
@@ -99,7 +106,14 @@ def paint_ground(canvas: Canvas, camera: Camera, lighting: Lighting, rng: np.ran
 
 
 def paint_houses(canvas: Canvas, camera: Camera, lighting: Lighting, rng: np.random.Generator) -> None:
-    """Draw two rows of houses along the sidewalks, from far to near, and the houses at the end of the street."""
+    """Draw two rows of houses along the sidewalks, from far to near, and the houses at the end of the street.
+
+    Args:
+        canvas: Image to draw on.
+        camera: Projection.
+        lighting: Colors and brightness.
+        rng: Random generator.
+    """
     canvas.object_id, canvas.brightness = BACKGROUND_ID, lighting.brightness
     canvas.haze_ratio = _compute_haze(lighting, ROAD_LENGTH_M)
     for left in np.arange(-12, 12, 4.0):
@@ -164,7 +178,16 @@ def _paint_house(
 
 
 def paint_car(canvas: Canvas, camera: Camera, lighting: Lighting, x: float, z: float, rng: np.random.Generator) -> None:
-    """Draw a car from behind, or from the front on the left side, with the visible flank."""
+    """Draw a car from behind, or from the front on the left side, with the visible flank.
+
+    Args:
+        canvas: Image to draw on.
+        camera: Projection.
+        lighting: Colors and brightness.
+        x: Horizontal offset from the optical axis, meters.
+        z: Distance from the camera, meters.
+        rng: Random generator.
+    """
     canvas.haze_ratio, canvas.brightness = _compute_haze(lighting, z), lighting.brightness
     paint = CAR_COLORS[rng.integers(len(CAR_COLORS))]
     half, length_m = 0.9, 4.2
@@ -206,7 +229,16 @@ def paint_car(canvas: Canvas, camera: Camera, lighting: Lighting, x: float, z: f
 def paint_tree(
     canvas: Canvas, camera: Camera, lighting: Lighting, x: float, z: float, rng: np.random.Generator
 ) -> None:
-    """Draw a tree; its trunk resembles a distant person."""
+    """Draw a tree; its trunk resembles a distant person.
+
+    Args:
+        canvas: Image to draw on.
+        camera: Projection.
+        lighting: Colors and brightness.
+        x: Horizontal offset from the optical axis, meters.
+        z: Distance from the camera, meters.
+        rng: Random generator.
+    """
     canvas.haze_ratio, canvas.brightness = _compute_haze(lighting, z), lighting.brightness
     scale = camera.pixels_per_meter(z)
     paint_shadow(canvas, camera, lighting, x, z, 0.8, 0.4)
@@ -233,7 +265,16 @@ def paint_tree(
 def paint_post(
     canvas: Canvas, camera: Camera, lighting: Lighting, x: float, z: float, rng: np.random.Generator
 ) -> None:
-    """Draw a lamp post, sign, bollard or hydrant, which resemble distant persons."""
+    """Draw a lamp post, sign, bollard or hydrant, which resemble distant persons.
+
+    Args:
+        canvas: Image to draw on.
+        camera: Projection.
+        lighting: Colors and brightness.
+        x: Horizontal offset from the optical axis, meters.
+        z: Distance from the camera, meters.
+        rng: Random generator.
+    """
     canvas.haze_ratio, canvas.brightness = _compute_haze(lighting, z), lighting.brightness
     scale = camera.pixels_per_meter(z)
     gray: Color = (98, 102, 104)
@@ -265,7 +306,17 @@ def paint_post(
 def paint_shadow(
     canvas: Canvas, camera: Camera, lighting: Lighting, x: float, z: float, half_x_m: float, half_z_m: float
 ) -> None:
-    """Darken an elliptic area of the ground; the id map does not change."""
+    """Darken an elliptic area of the ground; the id map does not change.
+
+    Args:
+        canvas: Image to draw on.
+        camera: Projection.
+        lighting: Colors and brightness.
+        x: Horizontal offset from the optical axis, meters.
+        z: Distance from the camera, meters.
+        half_x_m: Half the width of the shadow.
+        half_z_m: Half the depth of the shadow.
+    """
     (left, _), (right, _) = camera.project(x - half_x_m, z), camera.project(x + half_x_m, z)
     far, near = camera.project(x, z + half_z_m)[1], camera.project(x, max(1.0, z - half_z_m))[1]
     x1, x2, y1, y2 = (
@@ -291,7 +342,13 @@ def _compute_haze(lighting: Lighting, z: float) -> float:
 def add_sensor_noise(
     canvas: Canvas, lighting: Lighting, rng: np.random.Generator
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Return the image with blur, random exposure and noise that increases in the dark."""
+    """Return the image with blur, random exposure and noise that increases in the dark.
+
+    Args:
+        canvas: Finished image.
+        lighting: Brightness.
+        rng: Random generator.
+    """
     image = canvas.image
     if rng.random() < 0.6:
         sigma = float(rng.uniform(0.4, 0.9))

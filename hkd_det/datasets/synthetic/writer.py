@@ -203,7 +203,13 @@ class Walker:
     height_m: float
 
     def to_scene_object(self, camera: Camera, lighting: scenery.Lighting, time_s: float) -> scene.SceneObject:
-        """Return the scene object at a time in seconds."""
+        """Return the scene object at a time in seconds.
+
+        Args:
+            camera: Projection.
+            lighting: Colors and brightness.
+            time_s: Time since the start of the video.
+        """
         speed = math.hypot(self.speed_x, self.speed_z)
         person = replace(self.person, phase=self.person.phase + math.pi * speed * time_s / STEP_LENGTH_M)
         x, z = self.x + self.speed_x * time_s, max(3.5, self.z + self.speed_z * time_s)
