@@ -1,0 +1,93 @@
+"""The commands and examples of the documentation work as they are written."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 600
+
+
+def run_command(command: str, cwd: Path) -> None:
+    """Run a documented command with the console scripts and the Python of this environment."""
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    if words[0] == "python":
+        program = sys.executable
+    else:
+        found = shutil.which(words[0], path=str(Path(sys.executable).parent))
+        assert found, f"{words[0]} is not installed"
+        program = found
+    done = subprocess.run(
+        [program, *words[1:]], cwd=cwd, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def documented_commands(page: Path) -> list[str]:
+    """Return the `hkd-*` commands of a page's code blocks, in order."""
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [command for block in blocks for command in re.findall(r"^hkd-(?:.*\\\n)*.*$", block, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory in which `make demo` was run, with one epoch per training."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    run_command("hkd-quickstart --save-dir runs/quickstart --epochs 1", directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_quickstart_writes_what_the_tutorial_lists(quickstart: Path) -> None:
+    tutorial = (ROOT / "docs" / "tutorials" / "quickstart.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| ", tutorial, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert len(names) >= 10
+    assert [name for name in names if not (quickstart / "runs" / "quickstart" / name).exists()] == []
+    report = (quickstart / "runs" / "quickstart" / "report.html").read_text(encoding="utf-8")
+    assert "MR" in report and "<img" in report
+
+
+@pytest.mark.slow
+def test_readme_commands_run(quickstart: Path) -> None:
+    commands = documented_commands(ROOT / "README.md")
+    assert {command.split()[0] for command in commands} == {"hkd-train", "hkd-export", "hkd-bench", "hkd-demo"}
+    for command in commands:
+        run_command(command, quickstart)
+    assert (quickstart / "detections.mp4").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_examples_run(quickstart: Path) -> None:
+    readme = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`(python examples/[^`]+)`", readme)
+    assert {command.split()[1] for command in commands} == {
+        f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")
+    }
+    image = next((quickstart / "runs" / "quickstart" / "street").rglob("*.png"))
+    shutil.copy(image, quickstart / "image.jpg")
+    for command in commands:
+        epochs = " 1" if "distill_student" in command else ""
+        run_command(command.replace("examples/", f"{ROOT}/examples/", 1) + epochs, quickstart)
+    assert (quickstart / "detections.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse formats help differently in other versions")
+def test_cli_reference_is_current() -> None:
+    path = ROOT / "docs" / "generate_cli_reference.py"
+    spec = importlib.util.spec_from_file_location("generate_cli_reference", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert page == module.format_page(), "run `make docs-reference`"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
