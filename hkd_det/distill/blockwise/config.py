@@ -8,9 +8,10 @@ from typing import Literal
 from hkd_det.errors import UsageError
 from hkd_det.models.base import DetectorPart
 
+# round-robin: block i goes to worker i mod N. bin-packing: the longest block first, each to the worker with the least
+# work (Graham 1969: at most 4/3 - 1/(3 N) times the optimum). work-stealing: a free worker takes the longest
+# remaining block.
 Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
-"""round-robin: block i goes to worker i mod N. bin-packing: the longest block first, each to the worker with the least
-work (Graham 1969: at most 4/3 - 1/(3 N) times the optimum). work-stealing: a free worker takes the longest block left."""
 
 InputSource = Literal["teacher", "student"]
 
@@ -33,7 +34,7 @@ class BlockwiseConfig:
         scheduler: Assignment of blocks to workers.
         cluster: Address of a running Dask scheduler, "tcp://host:port", instead of local workers. Its workers must see
             the run directory under the same path.
-        timing_report: `report.json` of an earlier run whose times plan the schedule. Empty: estimate them from the FLOPs.
+        timing_report: `report.json` of an earlier run whose times plan the schedule; "" estimates them from FLOPs.
         retries: Number of worker crashes that a task survives.
         evaluate_blocks: Whether to measure the miss rate with each block alone.
         max_mr_increase: Maximum increase of the miss rate by a block, fraction. Blocks above it are left out.
@@ -130,5 +131,10 @@ def simulate(
 
 
 def compute_lower_bound(times: Sequence[float], num_workers: int) -> float:
-    """Return the lower bound of every makespan: the longest task, or all work divided by the number of workers."""
+    """Return the lower bound of every makespan: the longest task, or all work divided by the number of workers.
+
+    Args:
+        times: Time of each task.
+        num_workers: Number of workers.
+    """
     return max(max(times, default=0.0), sum(times) / num_workers)

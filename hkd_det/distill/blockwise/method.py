@@ -1,7 +1,7 @@
 """Parallel blockwise distillation (Blakeney et al. 2021): the student is made from the teacher before training.
 
-Every 3x3 convolution of the chosen parts of the teacher is replaced by a block of depthwise-separable convolutions. Each
-block is trained alone to reproduce the output of its convolution. Then the blocks are assembled and fine-tuned.
+Every 3x3 convolution of the selected parts of the teacher is replaced by a block of depthwise-separable convolutions.
+Each block is trained alone to reproduce the output of its convolution. Then the blocks are assembled and fine-tuned.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from hkd_det.models.zoo import count_params_and_flops, load_detector
 
 
 class Blockwise(DistillMethod):
-    """Makes the student in `prepare_student`. It has no loss; other methods can distill during fine-tuning."""
+    """Builds the student in `prepare_student`. It has no loss; other methods can distill during fine-tuning."""
 
     Config = BlockwiseConfig
     requires = frozenset({"features", "same_architecture"})
@@ -48,20 +48,25 @@ class Blockwise(DistillMethod):
 
         Blocks of an interrupted call with the same settings are kept. `blockwise/report.json` describes the result.
 
+        Args:
+            config: Settings of the method.
+            context: Directory, teacher and data of the run.
+
         Returns:
             Checkpoint `blockwise/assembled.pt` in the directory of the run.
 
         Raises:
-            UsageError: With several processes, or if no convolution can be replaced.
-            DataError: If every block exceeds `max_mr_increase`.
+            UsageError: Several processes run, or no convolution can be replaced.
+            DataError: Every block exceeds `max_mr_increase`.
         """
         path = context.save_dir / "blockwise" / "assembled.pt"
         if context.resume and path.exists():
             return path
         if context.world_size > 1:
             raise UsageError(
-                "--distill blockwise: blocks are trained by separate workers, not under torchrun. Start without torchrun "
-                "(distill.blockwise.workers), then fine-tune under torchrun with --weights blockwise/assembled.pt."
+                "--distill blockwise: blocks are trained by separate workers, not under torchrun. Start without "
+                "torchrun (distill.blockwise.workers), then fine-tune under torchrun with "
+                "--weights blockwise/assembled.pt."
             )
         teacher = load_detector(context.teacher).to(context.torch_device).requires_grad_(False)
         layers = find_replaceable_convs(teacher, context.imgsz_hw, config.parts, config.min_channels)
@@ -118,8 +123,9 @@ def _assemble_student(
     if not included:
         smallest = 100 * (min(block_rates.values()) - teacher_rate)
         raise DataError(
-            f"distill.blockwise.max_mr_increase={config.max_mr_increase}: every block alone raises the miss rate by more, "
-            f"at least {smallest:.2f} points. Raise the limit, or train the blocks longer (distill.blockwise.epochs)."
+            f"distill.blockwise.max_mr_increase={config.max_mr_increase}: every block alone raises the miss rate by "
+            f"more, at least {smallest:.2f} points. Raise the limit, or train the blocks "
+            "longer (distill.blockwise.epochs)."
         )
     student = assemble(teacher, {layer: blocks[layer] for layer in included})
     before, after = (count_params_and_flops(model, context.imgsz_hw) for model in (teacher, student))

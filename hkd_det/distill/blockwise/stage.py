@@ -1,7 +1,4 @@
-"""The block stage of a run: every block learnt, in a folder where a broken-off stage goes on.
-
-Report: what each block came to, how long it took, and how far the schedule was from the best there is.
-"""
+"""The block stage of a run: training of all blocks in a directory, with resume, and the report about them."""
 
 import json
 import shutil
@@ -24,14 +21,23 @@ from hkd_det.models.base import BaseDetector
 
 WriteImages = Callable[[Path], None]
 
+SIMULATED_WORKERS = (1, 2, 3, 4, 8, 16)
+# Settings that change the blocks. With other values the stage starts again.
+BLOCK_SETTINGS = ("num_images", "epochs", "batch", "lr", "input_source")
+
 
 @dataclass(frozen=True)
 class BlockwiseStage:
-    """Where the blocks are learnt and from what.
+    """Directory and inputs of the block stage.
 
-    folder: holds `plan.json`, `blocks/`, `ran.json` and, while tasks run, the views and the teacher's activations.
-    open_teacher: gives the teacher in any process. draw_views: writes the training views, [N, 3, H, W] uint8, to a .npy
-    file. identity: plain values that fix what is learnt beside the settings: teacher, data, size, seed.
+    Attributes:
+        folder: Contains `plan.json`, `blocks/`, `run_stats.json` and, during the training, images and activations.
+        load_teacher: Returns the teacher in any process.
+        write_images: Writes the training images, uint8 [N, 3, H, W], to a .npy file.
+        config: Settings of the method.
+        fingerprint: JSON values that determine the blocks in addition to the settings: teacher, data, size, seed.
+        seed: Seed of the run.
+        device: Device of the workers, see `BlockTask`.
     """
 
     folder: Path
@@ -45,74 +51,160 @@ class BlockwiseStage:
 
 @dataclass(frozen=True)
 class StageResult:
-    """How the tasks went, in the network's order.
+    """Results of the block stage.
 
-    ran: None if the blocks come from several starts, one of which was broken off.
+    Attributes:
+        block_results: Results of the blocks, in the order of the forward pass.
+        run_stats: Timing of the stage; None if it was interrupted and resumed.
     """
 
     block_results: list[BlockResult]
     run_stats: RunStats | None
 
 
+@dataclass(frozen=True)
+class AssemblyResult:
+    """Assembled network, evaluated on the validation split before fine-tuning.
+
+    Attributes:
+        teacher_miss_rate: MR^-2 of the teacher in the run's setup, 0 to 1.
+        miss_rate: MR^-2 of the assembled network, 0 to 1.
+        block_miss_rates: MR^-2 of the teacher with one block, by layer; empty if blocks were not evaluated.
+        excluded_layers: Layers that keep their convolution.
+        parameters: Parameters of teacher and assembled network.
+        flops: FLOPs per image of teacher and assembled network.
+    """
+
+    teacher_miss_rate: float
+    miss_rate: float
+    block_miss_rates: dict[str, float]
+    excluded_layers: list[str]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+
+
 def train_blocks(stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[ReplaceableConv]) -> StageResult:
-    """Learn the blocks that are not there yet; `teacher` is the one that `open_teacher` gives, on the run's device."""
+    """Train the blocks that do not exist yet.
+
+    Args:
+        stage: Directory and inputs.
+        teacher: The teacher on the device of the run.
+        layers: Convolutions to replace, in the order of the forward pass.
+
+    Returns:
+        The results of all blocks.
+
+    Raises:
+        DataError: `timing_report` does not contain the times of these blocks.
+        UnavailableError: Dask is needed but not installed.
+        BlockError: A block could not be trained.
+    """
     _resume_or_clear(stage, layers)
+    stats_path = stage.folder / "run_stats.json"
     missing = [layer for layer in layers if not _block_path(stage, layer.name).exists()]
     if missing:
         check_dask_installed(_make_executor_config(stage.config))
-        measured = _read_measured_times(stage.config, missing)
+        measured_times = _read_measured_times(stage.config, missing)
         tasks = _prepare_tasks(stage, teacher, layers, missing)
-        ran = _run_block_tasks(stage, tasks, measured or _estimate_work(tasks, missing))
+        stats = _run_block_tasks(stage, tasks, measured_times or _estimate_work(tasks, missing))
         if len(missing) == len(layers):
-            write_text(stage.folder / "run_stats.json", json.dumps(asdict(ran)) + "\n")
-    for large in ("inputs", "images.npy"):
-        _remove(stage.folder / large)
-    learnt = [read_block(_block_path(stage, layer.name))[1] for layer in layers]
-    told = stage.folder / "run_stats.json"
-    return StageResult(learnt, RunStats(**json.loads(told.read_text(encoding="utf-8"))) if told.exists() else None)
+            write_text(stats_path, json.dumps(asdict(stats)) + "\n")
+    for temporary in ("inputs", "images.npy"):
+        _remove(stage.folder / temporary)
+    results = [read_block(_block_path(stage, layer.name))[1] for layer in layers]
+    run_stats = RunStats(**json.loads(stats_path.read_text(encoding="utf-8"))) if stats_path.exists() else None
+    return StageResult(results, run_stats)
 
 
 def read_blocks(folder: Path, layers: Sequence[ReplaceableConv]) -> dict[str, StateDict]:
-    """The learnt blocks' weights by layer."""
+    """Read the weights of trained blocks.
+
+    Args:
+        folder: Directory of the stage.
+        layers: The replaced convolutions.
+
+    Returns:
+        State dicts by layer.
+    """
     return {layer.name: read_block(folder / "blocks" / f"{layer.name}.pt")[0] for layer in layers}
 
 
+def write_blockwise_report(
+    path: Path, stage_result: StageResult, scheduler: Scheduler, assembly_result: AssemblyResult
+) -> None:
+    """Write `report.json`: results of the blocks, timing, and simulated makespans (`simulated_s`).
+
+    Times are in seconds. `run_stats` is null if the stage was interrupted and resumed.
+
+    Args:
+        path: File to write.
+        stage_result: Results of the block stage.
+        scheduler: Schedule of the run.
+        assembly_result: The assembled network.
+    """
+    times = [block.seconds for block in stage_result.block_results]
+    stats = stage_result.run_stats
+    content: dict[str, Any] = {
+        "scheduler": scheduler,
+        "run_stats": {**asdict(stats), "lower_bound_s": compute_lower_bound(times, stats.num_workers)}
+        if stats
+        else None,
+        "sum_s": sum(times),
+        "simulated_s": simulate_makespans(times),
+        **asdict(assembly_result),
+        "blocks": [{**asdict(block), "residual_ratio": block.residual_ratio} for block in stage_result.block_results],
+    }
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def simulate_makespans(times: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Simulate every schedule on `SIMULATED_WORKERS`.
+
+    Args:
+        times: Measured time of each block, seconds.
+
+    Returns:
+        Makespans in seconds by schedule and number of workers, and their lower bound.
+    """
+    makespans = {name: {str(n): simulate(times, n, name) for n in SIMULATED_WORKERS} for name in get_args(Scheduler)}
+    return {**makespans, "lower bound": {str(n): compute_lower_bound(times, n) for n in SIMULATED_WORKERS}}
+
+
 def _resume_or_clear(stage: BlockwiseStage, layers: Sequence[ReplaceableConv]) -> None:
-    """Go on where an earlier start of this very stage was broken off; whatever else lies there goes."""
-    settings = stage.config
-    learning = {name: getattr(settings, name) for name in ("num_images", "epochs", "batch", "lr", "input_source")}
-    plan = {**stage.fingerprint, **learning, "layers": [layer.name for layer in layers]}
+    """Keep the directory of an interrupted stage with the same plan; clear any other."""
+    settings = {name: getattr(stage.config, name) for name in BLOCK_SETTINGS}
+    plan = {**stage.fingerprint, **settings, "layers": [layer.name for layer in layers]}
     text = json.dumps(plan, indent=1) + "\n"
     path = stage.folder / "plan.json"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         _remove(stage.folder)
         write_text(path, text)
-    for aside in [*stage.folder.rglob(".*"), *stage.folder.glob("*.dask")]:  # of a process that was killed
-        _remove(aside)
+    for temporary in [*stage.folder.rglob(".*"), *stage.folder.glob("*.dask")]:  # left by a killed process
+        _remove(temporary)
 
 
 def _prepare_tasks(
     stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[ReplaceableConv], missing: Sequence[ReplaceableConv]
 ) -> dict[str, BlockTask]:
-    """Views and activations in files, and a task a layer."""
-    settings, views = stage.config, stage.folder / "images.npy"
-    if not views.exists():
-        stage.write_images(views)
-    cached = select_cached_layers(missing, settings.num_images, settings.cache_mib * 2**20)
-    write_inputs(teacher, cached, np.load(views, mmap_mode="r"), stage.folder / "inputs", settings.batch)
-    blocks = [_block_path(stage, layer.name).resolve() for layer in layers]
-    before = {layer.name: tuple(blocks[:place]) for place, layer in enumerate(layers)}
-    files = {layer.name: input_cache_path(stage.folder / "inputs", layer.name).resolve() for layer in cached}
+    """Write images and activations to files, and return the tasks by layer."""
+    config, images_path = stage.config, stage.folder / "images.npy"
+    if not images_path.exists():
+        stage.write_images(images_path)
+    cached = select_cached_layers(missing, config.num_images, config.cache_mib * 2**20)
+    write_inputs(teacher, cached, np.load(images_path, mmap_mode="r"), stage.folder / "inputs", config.batch)
+    block_paths = [_block_path(stage, layer.name).resolve() for layer in layers]
+    preceding = {layer.name: tuple(block_paths[:index]) for index, layer in enumerate(layers)}
+    input_caches = {layer.name: input_cache_path(stage.folder / "inputs", layer.name).resolve() for layer in cached}
     return {
         layer.name: BlockTask(
             layer.name,
             layer.norm,
             stage.load_teacher,
-            views.resolve(),
-            files.get(layer.name),
-            before[layer.name] if settings.input_source == "student" else (),
+            images_path.resolve(),
+            input_caches.get(layer.name),
+            preceding[layer.name] if config.input_source == "student" else (),
             _block_path(stage, layer.name).resolve(),
-            settings,
+            config,
             stage.seed,
             stage.device,
         )
@@ -123,11 +215,12 @@ def _prepare_tasks(
 def _run_block_tasks(stage: BlockwiseStage, tasks: dict[str, BlockTask], expected_times: Sequence[float]) -> RunStats:
     with tqdm(total=len(tasks), desc="blocks", unit="block") as bar:
 
-        def done(name: str, learnt: BlockResult) -> None:
-            bar.write(f"{name}: {100 * (learnt.residual_ratio or 0):.1f} % left unexplained, {learnt.seconds:.1f} s")
+        def on_done(name: str, result: BlockResult) -> None:
+            residual = 100 * (result.residual_ratio or 0)
+            bar.write(f"{name}: residual {residual:.1f} % of the variance, {result.seconds:.1f} s")
             bar.update()
 
-        return run_tasks(train_block, tasks, expected_times, _make_executor_config(stage.config), stage.folder, done)
+        return run_tasks(train_block, tasks, expected_times, _make_executor_config(stage.config), stage.folder, on_done)
 
 
 def _make_executor_config(config: BlockwiseConfig) -> ExecutorConfig:
@@ -135,12 +228,11 @@ def _make_executor_config(config: BlockwiseConfig) -> ExecutorConfig:
 
 
 def _estimate_work(tasks: dict[str, BlockTask], layers: Sequence[ReplaceableConv]) -> list[float]:
-    """The work that each task takes."""
     return [float(layer.estimate_macs(tasks[layer.name].input_cache is not None)) for layer in layers]
 
 
 def _read_measured_times(config: BlockwiseConfig, layers: Sequence[ReplaceableConv]) -> list[float]:
-    """Seconds that each task took in the earlier run that the settings name; empty if they name none."""
+    """Return the seconds of each block in the run of `timing_report`; empty without one."""
     if not config.timing_report:
         return []
     path = Path(config.timing_report)
@@ -150,8 +242,8 @@ def _read_measured_times(config: BlockwiseConfig, layers: Sequence[ReplaceableCo
         return [seconds[layer.name] for layer in layers]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"distill.blockwise.timing_report={path}: no times of these blocks there ({type(error).__name__}: {error}); "
-            "give the blockwise/report.json of a run with the same teacher"
+            f"distill.blockwise.timing_report={path}: no times of these blocks ({type(error).__name__}: {error}). "
+            "Pass the blockwise/report.json of a run with the same teacher."
         ) from None
 
 
@@ -164,51 +256,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-SIMULATED_WORKERS = (1, 2, 3, 4, 8, 16)
-
-
-@dataclass(frozen=True)
-class AssemblyResult:
-    """What was put together, judged on the validation split before fine-tuning.
-
-    miss_rate_teacher, miss_rate: MR^-2 of the run's setup, fractions. miss_rates_alone: of each block alone in the
-    teacher, by layer; empty if they were not judged. left_out: layers whose blocks were not taken.
-    parameters, flops: of teacher and assembled network, a picture of the run's size.
-    """
-
-    teacher_miss_rate: float
-    miss_rate: float
-    block_miss_rates: dict[str, float]
-    excluded_layers: list[str]
-    parameters: tuple[int, int]
-    flops: tuple[int, int]
-
-
-def write_blockwise_report(
-    path: Path, stage_result: StageResult, scheduler: Scheduler, assembly_result: AssemblyResult
-) -> None:
-    """`report.json`: times in seconds, errors as in `Learnt`; `replayed_s` are makespans on other numbers of workers.
-
-    `ran` is null if the blocks come from several starts, one of which was broken off.
-    """
-    times = [learnt.seconds for learnt in stage_result.block_results]
-    ran = stage_result.run_stats
-    content: dict[str, Any] = {
-        "scheduler": scheduler,
-        "run_stats": {**asdict(ran), "lower_bound_s": compute_lower_bound(times, ran.num_workers)} if ran else None,
-        "sum_s": sum(times),
-        "simulated_s": simulate_makespans(times),
-        **asdict(assembly_result),
-        "blocks": [
-            {**asdict(learnt), "residual_ratio": learnt.residual_ratio} for learnt in stage_result.block_results
-        ],
-    }
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def simulate_makespans(times: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Makespans, s, of measured block times under every schedule, by number of workers, and the bound below them."""
-    schedules = {name: {str(n): simulate(times, n, name) for n in SIMULATED_WORKERS} for name in get_args(Scheduler)}
-    return {**schedules, "lower bound": {str(n): compute_lower_bound(times, n) for n in SIMULATED_WORKERS}}

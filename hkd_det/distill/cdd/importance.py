@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.models.base import Targets
 
 CHUNK_SIZE = 64  # similarities per chunk in the top-k search
@@ -91,9 +90,11 @@ class ChannelImportance(nn.Module):
     """Running importance of the channels of one layer.
 
     Args:
-        config: Supplies `queue_size`, `num_neighbors` and `candidate_ratio`.
         channels: Channels C of the student layer.
         teacher_channels: Channels of the teacher layer.
+        queue_size: Teacher vectors to keep.
+        num_neighbors: Teacher vectors that each person is compared with.
+        candidate_ratio: Ratio of the channels that a comparison marks as low, masked ones included.
 
     Attributes:
         queue: Teacher vectors of past batches.
@@ -102,10 +103,12 @@ class ChannelImportance(nn.Module):
 
     response: Tensor
 
-    def __init__(self, config: CDDConfig, channels: int, teacher_channels: int) -> None:
+    def __init__(
+        self, channels: int, teacher_channels: int, queue_size: int, num_neighbors: int, candidate_ratio: float
+    ) -> None:
         super().__init__()
-        self.num_neighbors, self.candidate_ratio = config.num_neighbors, config.candidate_ratio
-        self.queue = FeatureQueue(config.queue_size, teacher_channels)
+        self.num_neighbors, self.candidate_ratio = num_neighbors, candidate_ratio
+        self.queue = FeatureQueue(queue_size, teacher_channels)
         self.register_buffer("response", torch.zeros(channels))
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ class CDDLoss(nn.Module):
         pooled_features: Recorded features of each compactor; empty in other steps.
 
     Raises:
-        UsageError: If the teacher lacks a layer.
+        UsageError: The teacher lacks a layer.
     """
 
     def __init__(self, student: BaseDetector, teacher: Any, config: CDDConfig) -> None:
@@ -45,14 +45,30 @@ class CDDLoss(nn.Module):
         self.layers = LayerPairs(tuple(f"{name}.norm" for name in names), tuple(names))
         self.adapters = nn.ModuleList(_make_adapter(site, teacher) for site in sites)
         self.importance = nn.ModuleList(
-            ChannelImportance(config, len(site.compactor.masked), _get_teacher_channels(site, teacher))
+            ChannelImportance(
+                len(site.compactor.masked),
+                _get_teacher_channels(site, teacher),
+                config.queue_size,
+                config.num_neighbors,
+                config.candidate_ratio,
+            )
             for site in sites
         )
         self.is_comparison_step = True
         self.pooled_features: list[PooledFeatures] = []
 
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
-        """Compute the weighted losses, scalars."""
+        """Compute the weighted losses.
+
+        cdd_feature = feature * sum over layers of mean_n ||A s_n - t_n||_2, with the pooled vectors s and t of person n
+        and the adapter A. cdd_cls = cls * T^2 times the quality focal distillation loss of the scores at temperature T.
+
+        Args:
+            batch: Images, targets, outputs and recorded features of both networks.
+
+        Returns:
+            Scalar tensors "cdd_feature" and "cdd_cls".
+        """
         height, width = batch.images.shape[-2:]
         regions = sample_regions(batch.targets, (height, width), has_negatives=self.is_comparison_step)
         gt_rois = regions.rois[: regions.num_gt]
@@ -77,8 +93,12 @@ class CDDLoss(nn.Module):
     def update_importance(self, layer: int, features: PooledFeatures) -> Tensor:
         """Update the importance of a layer's channels; see `ChannelImportance.update`.
 
+        Args:
+            layer: Index of the compactor.
+            features: Pooled vectors of the batch.
+
         Returns:
-            Tensor[C]: bool, channels that no person of the batch needs.
+            bool Tensor[C]: Channels that are unimportant in every comparison of the batch.
         """
         adapter, importance = self.adapters[layer], self.importance[layer]
         assert isinstance(importance, ChannelImportance)
@@ -86,7 +106,14 @@ class CDDLoss(nn.Module):
         return importance.update(features, projection, self.sites[layer].compactor.masked)
 
     def compute_relative_response(self, layer: int) -> Tensor:
-        """Return the channel responses [C] of a layer, comparable between layers."""
+        """Return the mean responses of a layer relative to its remaining channels.
+
+        Args:
+            layer: Index of the compactor.
+
+        Returns:
+            Tensor[C], comparable between layers.
+        """
         importance = self.importance[layer]
         assert isinstance(importance, ChannelImportance)
         return importance.compute_relative_response(self.sites[layer].compactor.masked)

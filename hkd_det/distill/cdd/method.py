@@ -18,8 +18,8 @@ class CDD(DistillMethod):
     """Losses and channel pruning of CDD. `setup` inserts the compactors into the student.
 
     Attributes:
-        losses: Losses and channel importance. Empty before `setup`.
-        pruner: Selects and fades the channels. Missing before `setup`.
+        losses: Losses and channel importance; set by `setup`.
+        pruner: Selects and fades the channels; set by `setup`.
     """
 
     Config = CDDConfig
@@ -37,14 +37,25 @@ class CDD(DistillMethod):
 
     @classmethod
     def resolve_config(cls, config: CDDConfig, methods: Mapping[str, Any]) -> CDDConfig:
-        """Switch the score loss off if HKD, which contains it, is in use."""
+        """Disable the score loss if HKD is used, which contains it.
+
+        Args:
+            config: Settings of CDD.
+            methods: Settings of all methods of the run, by name.
+
+        Returns:
+            The settings to use.
+        """
         return replace(config, cls=0.0) if "hkd" in methods else config
 
     def setup(self, context: RunContext) -> None:
         """Insert compactors into the student, and build losses and pruner.
 
+        Args:
+            context: Input size, schedule and processes of the run.
+
         Raises:
-            UsageError: If the student cannot become small enough, or the teacher steps are too few.
+            UsageError: The student cannot become small enough, or distillation covers too few steps.
         """
         student, teacher = self._networks
         cost_model = prepare_student(student, self.config, context.imgsz_hw, context.model)

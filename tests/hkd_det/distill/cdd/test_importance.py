@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.importance import (
     EMA_DECAY,
     ChannelImportance,
@@ -82,9 +81,8 @@ def test_unimportant_channels_stay_within_candidate_ratio() -> None:
 
 
 def test_importance_averages_batches_and_applies_the_adapter() -> None:
-    config = CDDConfig(num_neighbors=1, candidate_ratio=0.34)
     adapter = torch.tensor([[1.0, 0.0, 1.0], [0.0, 2.0, -0.75]])  # the teacher has two channels, the student three
-    importance = ChannelImportance(config, 3, 2)
+    importance = ChannelImportance(3, 2, queue_size=24000, num_neighbors=1, candidate_ratio=0.34)
     teacher, student = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.4]])
     # A s = (1.4, 1.7). The nearest vector (0.6, 0.8) is projected back to (0.6, 1.6, 0.6 - 0.6).
     assert importance.update(PooledFeatures(teacher, student), adapter, make_mask(num_channels=3)).tolist() == [
