@@ -95,8 +95,8 @@ def check_methods(configs: Mapping[str, Any]) -> dict[str, Any]:
         excluded = [other for other in configs if other in load_method(name).conflicts]
         if excluded:
             raise UsageError(
-                f"--distill {name},{','.join(excluded)}: these methods change the same layers. Train with one, then start "
-                "a second run with the other from the first run's best.pt (--weights)."
+                f"--distill {name},{','.join(excluded)}: these methods change the same layers. Train with one, then "
+                "start a second run with the other from the first run's best.pt (--weights)."
             )
     return {name: load_method(name).resolve_config(config, configs) for name, config in configs.items()}
 

@@ -61,8 +61,8 @@ class Adapter(nn.Module):
 class MultiScaleProjection(nn.Module):
     """Light projection of MoKD (Hayder et al. 2025): dilated depthwise 3x3 convolutions, then a 1x1 convolution.
 
-    The outputs of the depthwise convolutions are added to the input. Their weights start at 0, so the module starts as a
-    plain 1x1 projection.
+    The outputs of the depthwise convolutions are added to the input. Their weights start at 0, so the module starts as
+    a plain 1x1 projection.
 
     Args:
         in_channels: Channels of the student.

@@ -264,8 +264,8 @@ class LogitPair(NamedTuple):
     Attributes:
         student (Tensor[...]): Score logits.
         teacher (Tensor[...]): Score logits, without gradients.
-        avg_factor (Tensor): Divisor for a sum over the pair: the summed teacher scores at anchor points, the number of RoIs
-            in a second stage.
+        avg_factor (Tensor): Divisor for a sum over the pair: the summed teacher scores at anchor points, the number of
+            RoIs in a second stage.
     """
 
     student: Tensor

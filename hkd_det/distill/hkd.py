@@ -127,8 +127,8 @@ def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
     for name in names:
         if getattr(config, name) != getattr(HKDConfig(), name):
             raise UsageError(
-                f"distill.hkd.{name} has no effect for these models. Two Faster R-CNN models use distill.hkd.two_stage, "
-                "all other pairs use the settings of distill.hkd itself."
+                f"distill.hkd.{name} has no effect for these models. Two Faster R-CNN models use "
+                "distill.hkd.two_stage, all other pairs use the settings of distill.hkd itself."
             )
 
 
@@ -204,9 +204,10 @@ class DenseHKD(nn.Module):
     """Three levels between any other pair of detectors.
 
     Pyramid: PKD loss of the feature maps, with a fixed ratio for persons (`fg_ratio`). Region: the same on 7x7 RoI
-    features of ground-truth boxes and confident teacher boxes. Logit: the scores imitate the teacher's scores where they
-    differ; the boxes imitate the teacher's boxes in proportion to its score, in each branch that both models have. Without
-    common anchor points, and for a one-to-one branch that the teacher lacks, the teacher's detections are soft labels.
+    features of ground-truth boxes and confident teacher boxes. Logit: the scores imitate the teacher's scores where
+    they differ; the boxes imitate the teacher's boxes in proportion to its score, in each branch that both models have.
+    Without common anchor points, and for a one-to-one branch that the teacher lacks, the teacher's detections are soft
+    labels.
 
     Args:
         pairs: Compared feature layers.

@@ -2,9 +2,9 @@
 
 MoKD compares the gradients of log losses, grad L / (L + eps). Their lengths do not depend on the units of the losses.
 
-Length of the step: the weighted sum is scaled to the length of the detection gradient. The scale of a log has no meaning
-for a clipped norm, and Adam's second moments must fit the last epochs, in which the detection gradient is used alone. The
-step becomes shorter only if the gradients nearly cancel: scaling such a sum would amplify noise.
+Length of the step: the weighted sum is scaled to the length of the detection gradient. The scale of a log has no
+meaning for a clipped norm, and Adam's second moments must fit the last epochs, which use the detection gradient alone.
+The step becomes shorter only if the gradients nearly cancel: scaling such a sum would amplify noise.
 """
 
 import math
@@ -71,7 +71,7 @@ def min_norm_weight(gram: GramMatrix) -> float:
 
 
 def bisector_weight(gram: GramMatrix) -> float:
-    """Compute the detection weight at which the combination bisects the angle: |g_distill| / (|g_det| + |g_distill|)."""
+    """Compute the detection weight that bisects the angle: |g_distill| / (|g_det| + |g_distill|)."""
     det, distill = math.sqrt(gram.det_det), math.sqrt(gram.distill_distill)
     return distill / (det + distill)
 

@@ -30,9 +30,9 @@ class MoKDConfig:
     """Settings of MoKD.
 
     Attributes:
-        solver: "bisector": bisect the angle between the gradients. "min-norm": shortest convex combination (MGDA), which
-            decreases both log losses equally and mostly follows the shorter gradient. "amortized": weights learned
-            from the losses alone, one backward pass.
+        solver: "bisector": bisect the angle between the gradients. "min-norm": shortest convex combination (MGDA),
+            which decreases both log losses equally and mostly follows the shorter gradient. "amortized": weights
+            learned from the losses alone, one backward pass.
         gradient_level: Compare the gradients of all shared "parameters", or of the "feature" pyramid outputs. Has no
             effect on "amortized".
         eps: Added to each loss before the logarithm.
@@ -51,7 +51,8 @@ class MoKDConfig:
             raise UsageError("distill.mokd: eps must be above 0, lr and weight_decay must be at least 0.")
         if self.solver == "amortized" and self.gradient_level == "feature":
             raise UsageError(
-                "distill.mokd.gradient_level has no effect with solver=amortized, which compares no gradients. Leave it out."
+                "distill.mokd.gradient_level has no effect with solver=amortized, which compares no gradients. Leave "
+                "it out."
             )
         if self.solver != "amortized" and (self.lr, self.weight_decay) != (MoKDConfig.lr, MoKDConfig.weight_decay):
             raise UsageError(
@@ -184,8 +185,8 @@ class AmortizedBalancer:
     """Loss weights learned from the losses alone, in one backward pass.
 
     pi = softmax(z) descends 1/2 (pi_det log L_det + pi_distill log L_distill)^2. The step is the gradient of
-    pi_det log L_det + pi_distill log L_distill, multiplied by L_det / pi_det. So the detection gradient keeps its scale,
-    and a parameter that only the detection loss reaches is trained as without a teacher.
+    pi_det log L_det + pi_distill log L_distill, multiplied by L_det / pi_det. So the detection gradient keeps its
+    scale, and a parameter that only the detection loss reaches is trained as without a teacher.
 
     Args:
         config: Settings of MoKD.

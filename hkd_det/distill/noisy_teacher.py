@@ -1,9 +1,10 @@
 """Noisy teacher (Sau and Balasubramanian 2016): random noise on the logits of the teacher.
 
-mode "l2", as published: a loss of its own. The paper defines L = 1 / (2 |B|) sum ||s - z'||^2 for a classifier. A detector
-has over a thousand anchor points, nearly all background, and a plain sum would measure background only. `fg_balanced_l2`
-therefore averages the squared errors with weights: t for persons and 1 - t for background, where t is the teacher score.
-The weights use the teacher without noise, so noise leaves the expected gradient unchanged: E[s - z'] = s - z.
+mode "l2", as published: a loss of its own. The paper defines L = 1 / (2 |B|) sum ||s - z'||^2 for a classifier. A
+detector has over a thousand anchor points, nearly all background, and a plain sum would measure background only.
+`fg_balanced_l2` therefore averages the squared errors with weights: t for persons and 1 - t for background, where t is
+the teacher score. The weights use the teacher without noise, so noise leaves the expected gradient unchanged:
+E[s - z'] = s - z.
 
 mode "targets": the noise changes what the other methods learn from.
 """
@@ -161,6 +162,7 @@ def _check_same_strides(student: BaseDetector, teacher: Any) -> None:
     strides = [[layer.stride for layer in detector.feature_info()] for detector in (student, teacher)]
     if strides[0] != strides[1] and "rois" not in student.capabilities | teacher.capabilities:
         raise UsageError(
-            f"--distill noisy_teacher: the student has strides {strides[0]} and the teacher {strides[1]}, so their logits "
-            "cannot be compared. Use equal strides, or add hkd or soft_labels and set distill.noisy_teacher.mode=targets."
+            f"--distill noisy_teacher: the student has strides {strides[0]} and the teacher {strides[1]}, so their "
+            "logits cannot be compared. Use equal strides, or add hkd or soft_labels and set "
+            "distill.noisy_teacher.mode=targets."
         )

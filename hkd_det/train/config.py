@@ -152,7 +152,8 @@ class TrainConfig:
         methods = [load_method(name) for name in self.distill]
         if any(method.has_losses for method in methods) and not no_aug_start_epoch(self.epochs, self.no_aug_ratio):
             raise UsageError(
-                f"no_aug_ratio: {self.no_aug_ratio} of {self.epochs} epochs leaves no epoch with distillation. Reduce it."
+                f"no_aug_ratio: {self.no_aug_ratio} of {self.epochs} epochs leaves no epoch with distillation. Reduce "
+                "it."
             )
         if self.unlabeled and not any(method.supports_unlabeled for method in methods):
             suitable = [name for name in METHODS if load_method(name).supports_unlabeled]
@@ -174,7 +175,8 @@ class TrainConfig:
             raise UsageError(f"--distill {prepared[0]} starts from the teacher, not from --weights. Leave one out.")
         if (self.weights or prepared) and (self.backbone or self.pretrained):
             raise UsageError(
-                "--backbone and --pretrained apply to a new student, and this one starts from a checkpoint. Leave them out."
+                "--backbone and --pretrained apply to a new student, and this one starts from a checkpoint. Leave them "
+                "out."
             )
 
     @property

@@ -36,8 +36,8 @@ def check_annotations(config: TrainConfig, train_samples: Sequence[Sample], val_
     if evaluate_detections(val_samples, [], [setup])[setup.name].num_gt == 0:
         raise DataError(
             f"--data {config.data}: the val split has no person in setup {setup.name} (height from "
-            f"{setup.height_px[0]:g} px, visible ratio from {setup.visible_ratio[0]:g}). Use --set setup=All for smaller "
-            "persons."
+            f"{setup.height_px[0]:g} px, visible ratio from {setup.visible_ratio[0]:g}). Use --set setup=All for "
+            "smaller persons."
         )
 
 

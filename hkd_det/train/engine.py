@@ -106,7 +106,8 @@ def train_one_epoch(
         loss = sum_losses(losses)
         if not torch.isfinite(loss):
             raise DataError(
-                f"lr={config.lr}: the loss is {loss.item()} in epoch {epoch + 1}, step {index + 1}. Reduce it (--set lr=)."
+                f"lr={config.lr}: the loss is {loss.item()} in epoch {epoch + 1}, step {index + 1}. "
+                "Reduce it (--set lr=)."
             )
         optimizer.zero_grad(set_to_none=True)
         distill_loss = sum_losses(distill_losses) if distill_losses else None

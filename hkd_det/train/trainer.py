@@ -186,8 +186,8 @@ class Trainer:
         except (KeyError, TypeError, RuntimeError) as error:  # missing keys, unknown keys, other shapes
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise DataError(
-                f"{path}: does not fit this run ({reason}). Another version of hkd-det wrote it, or --weights or --teacher "
-                "has changed. Start a new run."
+                f"{path}: does not fit this run ({reason}). Another version of hkd-det wrote it, or --weights or "
+                "--teacher has changed. Start a new run."
             ) from error
 
     def _run_epoch(self, module: nn.Module, epoch: int, progress: "tqdm[Any]") -> EpochRecord:
