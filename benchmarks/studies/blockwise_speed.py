@@ -21,7 +21,7 @@ from hkd_det.files import write_text
 from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.zoo import model_name
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.context import make_epoch_plan, make_run_context, prepare_student
+from hkd_det.train.context import make_epoch_plan, make_run_context, resolve_initial_weights
 from hkd_det.train.distributed import init_distributed
 
 RESULT = Path(__file__).parent / "../results/blockwise.md"
@@ -186,7 +186,7 @@ def train_blocks(teacher: Path, data: Path, imgsz: str, blockwise_config: Blockw
         )
         train_samples, val_samples = load_dataset(config.data, "train"), load_dataset(config.data, "val")
         plan = make_epoch_plan(config, len(train_samples), 0)
-        prepare_student(config, make_run_context(config, plan, context, train_samples, val_samples[:64], resume=False))
+        resolve_initial_weights(config, make_run_context(config, plan, context, train_samples, val_samples[:64], resume=False))
         content: dict[str, Any] = json.loads((Path(folder) / "blockwise/report.json").read_text())
         return content
 

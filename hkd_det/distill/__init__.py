@@ -29,6 +29,9 @@ METHODS: dict[str, str] = {
 def load_method(name: str) -> "type[DistillMethod]":
     """Import and return the class of a registered method.
 
+    Args:
+        name: Key of `METHODS`.
+
     Raises:
         UsageError: If no method has this name.
     """

@@ -81,7 +81,14 @@ class MultiScaleProjection(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features [B, C_in, H, W] to [B, C_out, H, W]."""
+        """Project features [B, C_in, H, W] to [B, C_out, H, W].
+
+        Args:
+            features (Tensor[B, C_in, H, W]): Student feature map.
+
+        Returns:
+            Tensor[B, C_out, H, W]: Projected feature map.
+        """
         context = features
         for conv in self.dilated_convs:
             context = context + conv(features)
@@ -107,7 +114,14 @@ class OrthogonalProjection(nn.Module):
         parametrizations.orthogonal(self.linear, "weight", "cayley")
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features [B, C_in, H, W] to [B, C_out, H, W]."""
+        """Project features [B, C_in, H, W] to [B, C_out, H, W].
+
+        Args:
+            features (Tensor[B, C_in, H, W]): Student feature map.
+
+        Returns:
+            Tensor[B, C_out, H, W]: Projected feature map.
+        """
         with torch.autocast(features.device.type, enabled=False):  # in bf16 the weight is orthonormal to 1e-2 only
             weight = self.linear.weight
         return F.linear(features.movedim(1, -1), weight).movedim(-1, 1)

@@ -38,10 +38,25 @@ class TeacherModel(Protocol):
         """What distillation can read: any of "features", "logits", "detections"."""
 
     def __call__(self, images: Tensor) -> ModelOutputs:
-        """Predict from images [B, 3, H, W], RGB, 0 to 255."""
+        """Predict from images [B, 3, H, W], RGB, 0 to 255.
+
+        Args:
+            images (Tensor[B, 3, H, W]): RGB, 0 to 255.
+
+        Returns:
+            Outputs of the model.
+        """
 
     def postprocess(self, outputs: Any, max_det: int = 100) -> DetectionBatch:
-        """Convert outputs of this model to at most `max_det` detections per image."""
+        """Convert outputs of this model to at most `max_det` detections per image.
+
+        Args:
+            outputs: Return value of the call.
+            max_det: Maximum number of detections per image.
+
+        Returns:
+            Detections in descending order of score.
+        """
 
     def feature_info(self) -> list[FeatureInfo]:
         """Return the default feature layers, from the smallest stride to the largest."""
@@ -86,6 +101,9 @@ class DistillationBatch:
 
         Args:
             rois (list of Tensor[R_i, 4]): Boxes of each image, xyxy, input pixels.
+
+        Returns:
+            Outputs of the RoIs, with the noise of `perturb`.
         """
         with torch.no_grad():
             outputs: RoIOutputs = self.teacher.forward_rois(self.teacher_outputs, rois)
@@ -177,7 +195,14 @@ class DistillMethod(nn.Module):
         self.config = config
 
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
-        """Compute the weighted losses, scalars; the method name prefixes each key."""
+        """Compute the weighted losses, scalars; the method name prefixes each key.
+
+        Args:
+            batch: Batch with the outputs of both networks.
+
+        Returns:
+            Loss name -> weighted scalar.
+        """
         raise NotImplementedError
 
     def feature_layers(self) -> LayerPairs:
@@ -185,21 +210,50 @@ class DistillMethod(nn.Module):
         return LayerPairs()
 
     def setup(self, context: RunContext) -> None:
-        """Prepare method and student for the run, before the moving average copies the student."""
+        """Prepare method and student for the run, before the moving average copies the student.
+
+        Args:
+            context: The run.
+        """
 
     def perturb_teacher(self, outputs: Perturbed) -> Perturbed:
-        """Change teacher outputs before any method reads them; return them unchanged by default."""
+        """Change teacher outputs before any method reads them; return them unchanged by default.
+
+        Args:
+            outputs: Outputs of the teacher, its detections, or its RoI outputs.
+
+        Returns:
+            Changed outputs of the same type.
+        """
         return outputs
 
     def perturb_features(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Change teacher features [B, C, H, W] before any method reads them."""
+        """Change teacher features [B, C, H, W] before any method reads them.
+
+        Args:
+            features: Layer name -> feature map.
+
+        Returns:
+            Changed feature maps.
+        """
         return features
 
     def before_step(self, step: int) -> None:
-        """Prepare the step, counted from 0 over the whole run."""
+        """Prepare the step, counted from 0 over the whole run.
+
+        Args:
+            step: Index of the step, from 0 over the whole run.
+        """
 
     def after_backward(self, step: int) -> dict[str, float]:  # noqa: ARG002 - interface
-        """Change gradients before clipping; return values to log."""
+        """Change gradients before clipping; return values to log.
+
+        Args:
+            step: Index of the step, from 0 over the whole run.
+
+        Returns:
+            Value name -> value to log.
+        """
         return {}
 
     def after_step(self) -> None:
@@ -209,7 +263,14 @@ class DistillMethod(nn.Module):
         """Release tensors of a step without distillation."""
 
     def deployable_model(self, model: BaseDetector) -> BaseDetector:
-        """Return the detector without training-only layers, as it is evaluated and saved."""
+        """Return the detector without training-only layers, as it is evaluated and saved.
+
+        Args:
+            model: The student, or its moving average.
+
+        Returns:
+            The plain detector.
+        """
         return model
 
     @property
@@ -231,17 +292,35 @@ class DistillMethod(nn.Module):
         Args:
             parameters: Parameters of the student and of all methods.
             all_reduce_mean: Averages tensors over processes, in place.
+
+        Returns:
+            The balancer, or None.
         """
         return None
 
     @classmethod
     def prepare_student(cls, config: Any, context: RunContext) -> Path | None:  # noqa: ARG003 - interface
-        """Make the student before training; return its checkpoint, or None to use the configured one."""
+        """Make the student before training; return its checkpoint, or None to use the configured one.
+
+        Args:
+            config: Configuration of this method.
+            context: The run.
+
+        Returns:
+            The checkpoint, or None.
+        """
         return None
 
     @classmethod
     def required_capabilities(cls, config: Any) -> frozenset[str]:  # noqa: ARG003 - interface
-        """Return `requires` for a configuration."""
+        """Return `requires` for a configuration.
+
+        Args:
+            config: Configuration of this method.
+
+        Returns:
+            Required capabilities.
+        """
         return cls.requires
 
     @classmethod
@@ -251,6 +330,9 @@ class DistillMethod(nn.Module):
         Args:
             config: Configuration of this method.
             methods: Method name -> configuration of every method in the run, this one included.
+
+        Returns:
+            The configuration to use.
 
         Raises:
             UsageError: If the combination is invalid.
@@ -280,6 +362,12 @@ def comparable_logits(batch: DistillationBatch) -> list[LogitPair]:
     the ground truth and the teacher's best proposals. A two-stage student is compared with a dense teacher on the
     teacher's detections after NMS. A dense student is compared with a two-stage teacher on the student's best boxes.
     Its one-to-one branch is left out: that branch must score duplicates at 0, and the teacher does not.
+
+    Args:
+        batch: Batch with the outputs of both networks.
+
+    Returns:
+        One pair per branch, or one pair of RoIs.
     """
     student, teacher = batch.student_outputs, batch.teacher_outputs
     if isinstance(student, DenseOutputs) and isinstance(teacher, DenseOutputs):
@@ -313,6 +401,9 @@ def _pair_rois(student_logits: Tensor, teacher_logits: Tensor) -> LogitPair:
 
 def match_branches(batch: DistillationBatch) -> list[tuple[BranchOutputs, BranchOutputs]]:
     """Pair the branches of two dense detectors with the same anchor points.
+
+    Args:
+        batch: Batch with the outputs of both networks.
 
     Returns:
         Student and teacher branches: one-to-many first, then one-to-one if both have it. Empty for other families and

@@ -29,6 +29,9 @@ def build_methods(
         teacher: Frozen teacher.
         teacher_path: File of the teacher, for messages.
 
+    Returns:
+        The methods in the order of `METHODS`.
+
     Raises:
         UsageError: If methods exclude each other or the teacher does not provide what a method needs.
     """
@@ -98,12 +101,23 @@ class Distiller(nn.Module):
         )
 
     def before_step(self, step: int) -> None:
-        """Prepare all methods for a step, counted from 0 over the whole run."""
+        """Prepare all methods for a step, counted from 0 over the whole run.
+
+        Args:
+            step: Index of the step.
+        """
         for method in self._iterate_methods():
             method.before_step(step)
 
     def after_backward(self, step: int) -> dict[str, float]:
-        """Let all methods change gradients; return their values to log."""
+        """Let all methods change gradients; return their values to log.
+
+        Args:
+            step: Index of the step.
+
+        Returns:
+            Value name -> value.
+        """
         return {name: value for m in self._iterate_methods() for name, value in m.after_backward(step).items()}
 
     def after_step(self) -> None:
@@ -112,7 +126,14 @@ class Distiller(nn.Module):
             method.after_step()
 
     def deployable_model(self, model: BaseDetector) -> BaseDetector:
-        """Return the student, or a copy of it, without the layers that only training needs."""
+        """Return the student, or a copy of it, without the layers that only training needs.
+
+        Args:
+            model: The student, or its moving average.
+
+        Returns:
+            The plain detector.
+        """
         for method in self._iterate_methods():
             model = method.deployable_model(model)
         return model
@@ -131,6 +152,9 @@ class Distiller(nn.Module):
 
         Args:
             all_reduce_mean: Averages tensors over processes, in place.
+
+        Returns:
+            The first balancer that a method provides, or a `SumBalancer`.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         balancers = [method.balancer(parameters, all_reduce_mean) for method in self._iterate_methods()]

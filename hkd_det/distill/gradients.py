@@ -29,14 +29,27 @@ class GradientBalancer(Protocol):
         """Return the state that an exact resume needs."""
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the state that `state_dict` returned."""
+        """Restore the state that `state_dict` returned.
+
+        Args:
+            state_dict: Return value of `state_dict`.
+        """
 
 
 class SumBalancer:
     """Backward pass of the plain sum of both losses."""
 
     def backward(self, det_loss: Tensor, distill_loss: Tensor | None, distill_weight: float) -> dict[str, float]:  # noqa: ARG002 - the weight is in the loss already
-        """Run one backward pass; see `GradientBalancer.backward`."""
+        """Run one backward pass; see `GradientBalancer.backward`.
+
+        Args:
+            det_loss: Detection loss, scalar.
+            distill_loss: Distillation loss, scalar, or None.
+            distill_weight: Has no effect, because the loss contains it.
+
+        Returns:
+            An empty mapping.
+        """
         (det_loss if distill_loss is None else det_loss + distill_loss).backward()  # type: ignore[no-untyped-call]  # torch
         return {}
 
@@ -45,7 +58,11 @@ class SumBalancer:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Do nothing; there is no state."""
+        """Do nothing; there is no state.
+
+        Args:
+            state_dict: Has no effect.
+        """
 
 
 def reachable_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:

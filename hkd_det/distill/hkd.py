@@ -88,6 +88,11 @@ class HKDConfig:
 class HKD(DistillMethod):
     """Hierarchical distillation. Its parameters are the adapters.
 
+    Args:
+        config: Settings.
+        student: Detector to train.
+        teacher: Teacher with features and logits.
+
     Attributes:
         levels: The losses: `TwoStageHKD` for two Faster R-CNN models, else `DenseHKD`.
     """
@@ -167,6 +172,9 @@ class TwoStageHKD(nn.Module):
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """Compute the losses.
 
+        Args:
+            batch: Batch of two two-stage detectors.
+
         Returns:
             `hkd_pyramid`, `hkd_region` and `hkd_logit`, weighted scalars.
         """
@@ -225,6 +233,9 @@ class DenseHKD(nn.Module):
 
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """Compute the losses.
+
+        Args:
+            batch: Batch with the features of the compared layers.
 
         Returns:
             `hkd_pyramid`, `hkd_region`, `hkd_cls` and `hkd_box`, weighted scalars.

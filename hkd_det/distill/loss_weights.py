@@ -39,7 +39,12 @@ class GramMatrix:
         return self.det_det > 0 < self.distill_distill
 
     def scale(self, det_factor: float, distill_factor: float) -> "GramMatrix":
-        """Return the Gram matrix of the gradients multiplied by these factors."""
+        """Return the Gram matrix of the gradients multiplied by these factors.
+
+        Args:
+            det_factor: Factor of the detection gradient.
+            distill_factor: Factor of the distillation gradient.
+        """
         return GramMatrix(
             self.det_det * det_factor**2,
             self.det_distill * det_factor * distill_factor,
@@ -47,7 +52,11 @@ class GramMatrix:
         )
 
     def norm(self, det_weight: float) -> float:
-        """Return the length of det_weight * g_det + (1 - det_weight) * g_distill."""
+        """Return the length of det_weight * g_det + (1 - det_weight) * g_distill.
+
+        Args:
+            det_weight: Weight of the detection gradient, 0 to 1.
+        """
         rest = 1 - det_weight
         squared = (
             det_weight**2 * self.det_det + 2 * det_weight * rest * self.det_distill + rest**2 * self.distill_distill
@@ -61,6 +70,9 @@ def min_norm_weight(gram: GramMatrix) -> float:
     pi = (g22 - g12) / (g11 + g22 - 2 g12), clipped to [0, 1]. Inside the interval the combination has equal inner
     products with both gradients.
 
+    Args:
+        gram: Gram matrix of the gradients.
+
     Returns:
         Weight, 0 to 1; 0.5 for equal gradients, for which every weight gives the same combination.
     """
@@ -71,7 +83,14 @@ def min_norm_weight(gram: GramMatrix) -> float:
 
 
 def bisector_weight(gram: GramMatrix) -> float:
-    """Compute the detection weight that bisects the angle: |g_distill| / (|g_det| + |g_distill|)."""
+    """Compute the detection weight that bisects the angle: |g_distill| / (|g_det| + |g_distill|).
+
+    Args:
+        gram: Gram matrix of the gradients, both different from 0.
+
+    Returns:
+        Weight, 0 to 1.
+    """
     det, distill = math.sqrt(gram.det_det), math.sqrt(gram.distill_distill)
     return distill / (det + distill)
 
@@ -96,6 +115,12 @@ class LossWeights:
         """Blend with the detection gradient alone, for a distillation loss that is scaled by `distill_weight`, 0 to 1.
 
         The gradient of a log loss does not contain the scale, so the schedule must act here.
+
+        Args:
+            distill_weight: Factor of the schedule, 0 to 1.
+
+        Returns:
+            The blended weights.
         """
         return replace(self, det_loss_scale=1 - distill_weight + distill_weight * self.det_loss_scale)
 

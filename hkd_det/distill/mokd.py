@@ -1,4 +1,4 @@
-"""MoKD (Hayder et al. 2025): detection and distillation as two objectives, weighted anew in each step by gradients.
+"""MoKD (Hayder et al. 2025): detection and distillation as two objectives, weighted in each step by their gradients.
 
 Only parameters that both losses reach are balanced. A parameter that one loss reaches, such as an adapter, takes the
 gradient of that loss: there is no conflict, and a weight near 0 would stop its training.
@@ -62,7 +62,13 @@ class MoKDConfig:
 
 
 class MoKD(DistillMethod):
-    """Balances the gradients of the detection loss and of the other methods. It has no loss and no parameters."""
+    """Balances the gradients of the detection loss and of the other methods. It has no loss and no parameters.
+
+    Args:
+        config: Settings.
+        student: Detector to train.
+        teacher: Has no effect.
+    """
 
     Config = MoKDConfig
     has_losses = False
@@ -120,7 +126,13 @@ class GradientSpaceBalancer:
         self.config, self.parameters, self.hooks, self.all_reduce_mean = config, parameters, hooks, all_reduce_mean
 
     def backward(self, det_loss: Tensor, distill_loss: Tensor | None, distill_weight: float) -> dict[str, float]:
-        """Fill `.grad`; return `LossWeights.metrics`. See `GradientBalancer.backward`."""
+        """Fill `.grad`; return `LossWeights.metrics`. See `GradientBalancer.backward`.
+
+        Args:
+            det_loss: Detection loss, scalar.
+            distill_loss: Distillation loss, scalar, or None.
+            distill_weight: Factor of the schedule, 0 to 1.
+        """
         features = self.hooks.pop() if self.hooks else []
         if distill_loss is None:
             _backward(det_loss, self.parameters, self.all_reduce_mean)
@@ -156,7 +168,11 @@ class GradientSpaceBalancer:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Do nothing; there is no state."""
+        """Do nothing; there is no state.
+
+        Args:
+            state_dict: Has no effect.
+        """
 
     def _solve_weights(self, inner_products: Tensor, losses: Tensor, distill_weight: float) -> LossWeights:
         """Solve for the losses without the schedule's factor, then blend with it."""
@@ -199,7 +215,13 @@ class AmortizedBalancer:
         self.logits = (0.0, 0.0)
 
     def backward(self, det_loss: Tensor, distill_loss: Tensor | None, distill_weight: float) -> dict[str, float]:
-        """Fill `.grad`; return the detection weight and the factor of the distillation loss."""
+        """Fill `.grad`; return the detection weight and the factor of the distillation loss.
+
+        Args:
+            det_loss: Detection loss, scalar.
+            distill_loss: Distillation loss, scalar, or None.
+            distill_weight: Factor of the schedule, 0 to 1.
+        """
         if distill_loss is None:
             _backward(det_loss, self.parameters, self.all_reduce_mean)
             return {}
@@ -217,7 +239,11 @@ class AmortizedBalancer:
         return {"det_loss": self.logits[0], "distill_loss": self.logits[1]}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the logits z."""
+        """Restore the logits z.
+
+        Args:
+            state_dict: Return value of `state_dict`.
+        """
         self.logits = (state_dict["det_loss"], state_dict["distill_loss"])
 
     def _update_logits(self, det_weight: float, log_det_loss: float, log_distill_loss: float) -> None:

@@ -64,7 +64,13 @@ class NoisyTeacherConfig:
 
 
 class NoisyTeacher(DistillMethod):
-    """Noise on the teacher, or a loss on noisy logits. It has no parameters."""
+    """Noise on the teacher, or a loss on noisy logits. It has no parameters.
+
+    Args:
+        config: Settings.
+        student: Detector to train.
+        teacher: Teacher; its logits are compared in mode "l2".
+    """
 
     Config = NoisyTeacherConfig
     requires = frozenset({"logits"})
@@ -118,7 +124,14 @@ class NoisyTeacher(DistillMethod):
         return {name: self._perturb_features(feature) for name, feature in features.items()}
 
     def perturb_logits(self, logits: Tensor) -> Tensor:
-        """Add noise to logits [N, ...]; N counts images, or RoIs of a two-stage detector."""
+        """Add noise to logits [N, ...]; N counts images, or RoIs of a two-stage detector.
+
+        Args:
+            logits (Tensor[N, ...]): Logits.
+
+        Returns:
+            Tensor[N, ...]: Noisy logits.
+        """
         return self._perturb(logits, self.config.sigma)
 
     def _perturb_features(self, features: Tensor) -> Tensor:

@@ -157,6 +157,9 @@ def compare_with_baseline(config: TrainConfig, split: str = "val") -> BaselineCo
     Args:
         config: Configuration of the distilled run.
         split: Split to evaluate.
+
+    Returns:
+        The comparison.
     """
     samples, device, bf16 = load_dataset(config.data, split), resolve_device(config.device), config.precision == "bf16"
     (distilled, detections), (baseline, baseline_detections) = (
@@ -213,6 +216,9 @@ def format_comparison(comparison: BaselineComparison) -> str:
 
     Args:
         comparison: Result of `compare_with_baseline`.
+
+    Returns:
+        Lines of text.
     """
     distilled, baseline = comparison.distilled, comparison.baseline
     rows = [

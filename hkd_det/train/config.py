@@ -22,6 +22,9 @@ def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_fact
         total_steps: Steps of the run.
         warmup_ratio: Ratio of the steps in which the rate rises, 0 to 1.
         min_factor: Factor at the end.
+
+    Returns:
+        Factor, above 0 to 1.
     """
     warmup_steps = max(1, round(total_steps * warmup_ratio))
     if step < warmup_steps:
@@ -37,6 +40,9 @@ def distill_weight_at(epoch: int, epochs: int, no_aug_ratio: float) -> float:
         epoch: Epoch, 0 to epochs - 1.
         epochs: Epochs of the run.
         no_aug_ratio: Ratio of the epochs at the end without augmentation and distillation.
+
+    Returns:
+        Factor, 0 to 1.
     """
     end = no_aug_start_epoch(epochs, no_aug_ratio)
     if epoch >= end:
@@ -45,7 +51,12 @@ def distill_weight_at(epoch: int, epochs: int, no_aug_ratio: float) -> float:
 
 
 def no_aug_start_epoch(epochs: int, no_aug_ratio: float) -> int:
-    """Return the first epoch without mosaic, multi-scale and distillation."""
+    """Return the first epoch without mosaic, multi-scale and distillation.
+
+    Args:
+        epochs: Epochs of the run.
+        no_aug_ratio: Ratio of these epochs, 0 to 1.
+    """
     return epochs - round(epochs * no_aug_ratio)
 
 
@@ -205,6 +216,9 @@ class TrainConfig:
         Args:
             values: Field name -> value, as `as_dict` returns it.
             where: Source of the values, for messages.
+
+        Returns:
+            The configuration.
 
         Raises:
             UsageError: For an unknown key or an invalid value.

@@ -48,6 +48,9 @@ def make_epoch_plan(config: TrainConfig, num_images: int, num_unlabeled: int) ->
         config: Configuration of the run.
         num_images: Number of labeled training images.
         num_unlabeled: Number of unlabeled training images.
+
+    Returns:
+        The plan.
     """
     return EpochPlan(
         num_images,
@@ -78,6 +81,9 @@ def make_run_context(
         train_samples: Labeled training images.
         val_samples: Validation images.
         resume: Whether the run continues an earlier one.
+
+    Returns:
+        The context.
     """
 
     def iterate_images(num_images: int) -> Iterator[Tensor]:
@@ -116,7 +122,7 @@ def make_run_context(
     )
 
 
-def prepare_student(config: TrainConfig, context: RunContext) -> Path | None:
+def resolve_initial_weights(config: TrainConfig, context: RunContext) -> Path | None:
     """Let a method make the student from the teacher.
 
     Args:

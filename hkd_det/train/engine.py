@@ -44,7 +44,11 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, detector: BaseDetector) -> None:
-        """Move the average toward the detector, running statistics included; copy integer buffers."""
+        """Move the average toward the detector, running statistics included; copy integer buffers.
+
+        Args:
+            detector: Detector in training.
+        """
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         current: dict[str, Tensor] = detector.state_dict()
@@ -161,6 +165,9 @@ def evaluate(
         samples: Annotated images.
         config: Configuration with input size, precision and setup.
         setups: Further setups to evaluate.
+
+    Returns:
+        Miss rates and detections.
     """
     detections = predict_dataset(model, samples, config.imgsz_hw, bf16=config.precision == "bf16")
     results = evaluate_detections(samples, detections, list(dict.fromkeys((SETUPS[config.setup], *setups))))

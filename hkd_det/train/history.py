@@ -40,6 +40,9 @@ class EpochRecord:
         Args:
             epochs: Number of epochs of the run.
             setup: Name of the setup of `miss_rate`.
+
+        Returns:
+            One line.
         """
         return (
             f"epoch {self.epoch}/{epochs}  loss {sum(self.losses.values()):.3f}  "

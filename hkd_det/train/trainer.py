@@ -32,7 +32,7 @@ from hkd_det.models.checkpoint import (
 from hkd_det.models.detector import freeze_batch_norm
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
 from hkd_det.train.config import TrainConfig, compute_lr_factor, no_aug_start_epoch
-from hkd_det.train.context import check_annotations, make_epoch_plan, make_run_context, prepare_student
+from hkd_det.train.context import check_annotations, make_epoch_plan, make_run_context, resolve_initial_weights
 from hkd_det.train.dataset import EpochPlan, build_dataloader
 from hkd_det.train.distributed import DistributedContext, init_distributed
 from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch
@@ -61,6 +61,9 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
         config: Configuration of the run. All files go to `config.save_dir`.
         resume: Whether to continue after the last finished epoch in that directory.
 
+    Returns:
+        The result of the run.
+
     Raises:
         HkdError: For errors that the user can correct.
     """
@@ -70,7 +73,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
         unlabeled_samples = read_unlabeled([Path(directory) for directory in config.unlabeled])
         plan = make_epoch_plan(config, len(train_samples), len(unlabeled_samples))
         context = make_run_context(config, plan, dist_context, train_samples, val_samples, resume)
-        weights = prepare_student(config, context)
+        weights = resolve_initial_weights(config, context)
         trainer = Trainer(
             config, plan, context, dist_context, [*train_samples, *unlabeled_samples], val_samples, weights
         )

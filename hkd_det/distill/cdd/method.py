@@ -17,6 +17,11 @@ from hkd_det.models.feature_layers import LayerPairs
 class CDD(DistillMethod):
     """Losses and channel pruning of CDD. `setup` inserts the compactors into the student.
 
+    Args:
+        config: Settings.
+        student: Detector to train, without compactors.
+        teacher: Teacher of the same family.
+
     Attributes:
         losses: Losses and channel importance; set by `setup`.
         pruner: Selects and fades the channels; set by `setup`.
