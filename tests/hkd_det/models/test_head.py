@@ -1,4 +1,4 @@
-"""Anchor points and the code of boxes as distances."""
+"""Anchor points, and boxes as distances from them."""
 
 import torch
 from hypothesis import given, settings
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hkd_det.models.head import bbox2dist, dist2bbox, make_anchors
 
 
-def test_points_are_the_cell_centres() -> None:
+def test_make_anchors_returns_cell_centers() -> None:
     points, strides = make_anchors((16, 32), (8, 16))
     assert points.tolist() == [
         [4, 4], [12, 4], [20, 4], [28, 4],
@@ -19,19 +19,19 @@ def test_points_are_the_cell_centres() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0, 13.9), min_size=4, max_size=4), st.sampled_from([8.0, 16.0, 32.0]))
-def test_decoding_a_sharp_distribution_gives_the_encoded_box_back(distances: list[float], stride: float) -> None:
+def test_dist2bbox_inverts_bbox2dist(distances: list[float], stride: float) -> None:
     point, step = torch.tensor([[200.0, 100.0]]), torch.tensor([stride])
     left, up, right, down = (distance * stride for distance in distances)
     box = torch.tensor([[200 - left, 100 - up, 200 + right, 100 + down]])
     encoded = bbox2dist(box, point, step, reg_max=16)
     low = encoded.long()
-    share = encoded - low
-    probability = torch.zeros(1, 4, 16).scatter_(2, low[..., None], (1 - share)[..., None])
-    probability = probability.scatter_add(2, low[..., None] + 1, share[..., None])
+    upper_weight = encoded - low
+    probability = torch.zeros(1, 4, 16).scatter_(2, low[..., None], (1 - upper_weight)[..., None])
+    probability = probability.scatter_add(2, low[..., None] + 1, upper_weight[..., None])
     decoded = dist2bbox(probability.clamp(min=1e-30).log()[None], point, step)
     torch.testing.assert_close(decoded[0], box, atol=1e-2, rtol=1e-4)
 
 
-def test_a_side_beyond_the_last_bin_is_cut_to_it() -> None:
+def test_bbox2dist_clamps_to_the_last_bin() -> None:
     encoded = bbox2dist(torch.tensor([[-1000.0, 0, 10, 10]]), torch.tensor([[5.0, 5.0]]), torch.tensor([8.0]), 16)
     assert encoded[0, 0] < 15 and encoded[0, 0] > 14.9

@@ -1,4 +1,4 @@
-"""YOLO models against Ultralytics' own inference, as teachers and students, and where the package is missing."""
+"""YOLO models against the inference of Ultralytics, its files, and the missing package."""
 
 import subprocess
 import sys
@@ -27,21 +27,20 @@ from hkd_det.models.ultralytics import (
 from hkd_det.models.ultralytics_io import import_tasks
 from hkd_det.models.zoo import build_model, count_params_and_flops, get_spec
 from hkd_det.ops.losses import sum_losses
-from hkd_det.ops.nms import batched_nms
 
 NAMES = ("yolov8n", "yolo11n", "yolo26n", "yolov10n")
 HW = (64, 96)
 
 
-def thin(name: str, classes: int = 1, person: int = 0) -> UltralyticsSpec:
-    """The named model with an eighth of a nano's channels."""
-    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
-    return UltralyticsSpec(name, {**layout, "nc": classes}, person)
+def make_thin_spec(name: str, classes: int = 1, person: int = 0) -> UltralyticsSpec:
+    """Return the named model with an eighth of the channels of a nano model."""
+    model_yaml = deepcopy(make_ultralytics_spec(name).model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
+    return UltralyticsSpec(name, {**model_yaml, "nc": classes}, person)
 
 
-def lively(spec: UltralyticsSpec) -> UltralyticsDetector:
-    """Random weights and statistics, so that no two points say the same."""
+def make_random_detector(spec: UltralyticsSpec) -> UltralyticsDetector:
+    """Return a detector with random weights and statistics, so that all points have different outputs."""
     torch.manual_seed(0)
     detector = UltralyticsDetector(spec)
     for module in detector.modules():
@@ -52,47 +51,47 @@ def lively(spec: UltralyticsSpec) -> UltralyticsDetector:
     return detector.eval()
 
 
-def pictures(count: int = 2) -> Tensor:
+def make_images(count: int = 2) -> Tensor:
     return torch.randint(0, 256, (count, 3, *HW), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-def truth() -> Targets:
+def make_targets() -> Targets:
     boxes = torch.tensor([[[20.0, 8, 44, 60], [60, 4, 90, 30]]]).repeat(2, 1, 1)
     return Targets(boxes, torch.tensor([[True, False]] * 2), torch.tensor([[False, True]] * 2))
 
 
-def theirs(detector: UltralyticsDetector) -> tuple[Tensor, Tensor]:
-    """Boxes [B, A, 4] xyxy and scores [B, A] of Ultralytics' own inference, by the one-to-many head."""
+def run_ultralytics(detector: UltralyticsDetector) -> tuple[Tensor, Tensor]:
+    """Return boxes [B, A, 4] xyxy and scores [B, A] of the one-to-many head, computed by Ultralytics."""
     head: Any = detector.network.model[-1]
     head.xyxy, head.end2end = True, False
     with torch.no_grad():
-        decoded = detector.network(pictures().float() / 255)[0]  # [B, 4 + classes, A]
+        decoded = detector.network(make_images().float() / 255)[0]  # [B, 4 + classes, A]
     return decoded[:, :4].transpose(1, 2), decoded[:, 4 + detector.spec.person_class_id]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("classes", "person"), [(1, 0), (3, 2)])
-def test_boxes_and_scores_are_ultralytics_own(name: str, classes: int, person: int) -> None:
-    detector = lively(thin(name, classes, person))
+def test_forward_equals_ultralytics(name: str, classes: int, person: int) -> None:
+    detector = make_random_detector(make_thin_spec(name, classes, person))
     with torch.no_grad():
-        prediction = detector(pictures())
-    boxes, scores = theirs(detector)
+        outputs = detector(make_images())
+    boxes, scores = run_ultralytics(detector)
     assert scores.std() > 1e-4 and boxes.std() > 1
-    torch.testing.assert_close(prediction.one2many.boxes_xyxy, boxes, atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(prediction.one2many.logits.sigmoid(), scores)
+    torch.testing.assert_close(outputs.one2many.boxes_xyxy, boxes, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(outputs.one2many.logits.sigmoid(), scores)
     points, strides = make_anchors(HW, detector.strides)
-    assert torch.equal(prediction.anchor_points, points) and torch.equal(prediction.strides, strides)
+    assert torch.equal(outputs.anchor_points, points) and torch.equal(outputs.strides, strides)
 
 
 @pytest.mark.parametrize("name", ["yolo26n", "yolov10n"])
 def test_predict_end2end_model_equals_ultralytics(name: str) -> None:
-    detector = lively(thin(name))
+    detector = make_random_detector(make_thin_spec(name))
     head: Any = detector.network.model[-1]
     head.end2end, head.max_det = True, 20
     with torch.no_grad():
-        expected = detector.network(pictures().float() / 255)[0]  # [B, 20, 6]: box, score, class
-        boxes, scores = detector.predict(pictures(), max_det=20)
-        detections = detector.postprocess(detector(pictures()), max_det=20)
+        expected = detector.network(make_images().float() / 255)[0]  # [B, 20, 6]: box, score, class
+        boxes, scores = detector.predict(make_images(), max_det=20)
+        detections = detector.postprocess(detector(make_images()), max_det=20)
     torch.testing.assert_close(scores, expected[..., 4])
     for image in range(2):
         assert_same_detections(boxes[image], scores[image], expected[image, :, :4], expected[image, :, 4])
@@ -106,73 +105,66 @@ def assert_same_detections(boxes: Tensor, scores: Tensor, other_boxes: Tensor, o
     assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all()
 
 
-def test_detections_of_models_with_suppression_are_torchvisions() -> None:
-    detector = lively(thin("yolo11n"))
+def test_predict_with_nms_equals_torchvision() -> None:
+    detector = make_random_detector(make_thin_spec("yolo11n"))
     with torch.no_grad():
-        boxes, scores = detector.predict(pictures(), max_det=50)
-        found = detector.postprocess(detector(pictures()), max_det=50)
-    all_boxes, all_scores = theirs(detector)
+        boxes, scores = detector.predict(make_images(), max_det=50)
+        detections = detector.postprocess(detector(make_images()), max_det=50)
+    all_boxes, all_scores = run_ultralytics(detector)
     for b in range(2):
         kept = nms(all_boxes[b], all_scores[b], 0.7)[:50]
         assert 0 < len(kept) < all_scores.shape[1]
         torch.testing.assert_close(boxes[b, : len(kept)], all_boxes[b, kept], atol=1e-3, rtol=1e-5)
         torch.testing.assert_close(scores[b, : len(kept)], all_scores[b, kept])
         assert (scores[b, len(kept) :] == 0).all()
-        torch.testing.assert_close(found.scores[b], scores[b, : len(kept)])
-
-
-def test_suppression_keeps_pictures_apart_and_fills_up_with_zero() -> None:
-    same = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10.5], [20, 0, 30, 10]])
-    boxes, scores = batched_nms(same.repeat(2, 1, 1), torch.tensor([[0.9, 0.8, 0.7], [0.1, 0.2, 0.0]]), max_det=5)
-    assert scores.tolist() == [pytest.approx([0.9, 0.7, 0]), pytest.approx([0.2, 0, 0])]
-    assert boxes[0, :2].tolist() == same[[0, 2]].tolist() and boxes[1, 0].tolist() == same[1].tolist()
+        torch.testing.assert_close(detections.scores[b], scores[b, : len(kept)])
 
 
 @pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
-def test_both_modes_say_the_same_and_learn(name: str) -> None:
-    detector = lively(thin(name))
+def test_training_and_eval_mode_return_the_same_outputs(name: str) -> None:
+    detector = make_random_detector(make_thin_spec(name))
     with torch.no_grad():
-        quiet = detector(pictures())
+        eval_outputs = detector(make_images())
     detector.train()
     for module in detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
-    loud = detector(pictures())
-    for mine, other in ((quiet.one2many, loud.one2many), (quiet.one2one, loud.one2one)):
+    train_outputs = detector(make_images())
+    for mine, other in ((eval_outputs.one2many, train_outputs.one2many), (eval_outputs.one2one, train_outputs.one2one)):
         if mine is not None and other is not None:
             assert torch.equal(mine.logits, other.logits) and torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
-    terms = DetectionCriterion()(loud, truth())
-    assert ("box_one2one" in terms) == (name == "yolo26n") and ("dfl" in terms) == (name == "yolo11n")
-    assert torch.isfinite(sum_losses(terms))
-    branches = [branch for branch in (loud.one2many, loud.one2one) if branch is not None]
+    losses = DetectionCriterion()(train_outputs, make_targets())
+    assert ("box_one2one" in losses) == (name == "yolo26n") and ("dfl" in losses) == (name == "yolo11n")
+    assert torch.isfinite(sum_losses(losses))
+    branches = [branch for branch in (train_outputs.one2many, train_outputs.one2one) if branch is not None]
     torch.stack([out.square().mean() for one in branches for out in (one.logits, one.boxes_xyxy)]).sum().backward()
-    still = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert not still
+    untrained = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not untrained
 
 
-def test_the_one_to_one_heads_gradient_stays_out_of_the_neck() -> None:
-    detector = lively(thin("yolo26n")).train()
-    terms = DetectionCriterion()(detector(pictures()), truth())
-    torch.stack([term for name, term in terms.items() if name.endswith("_one2one")]).sum().backward()
+def test_one2one_gradient_does_not_reach_the_neck() -> None:
+    detector = make_random_detector(make_thin_spec("yolo26n")).train()
+    losses = DetectionCriterion()(detector(make_images()), make_targets())
+    torch.stack([term for name, term in losses.items() if name.endswith("_one2one")]).sum().backward()
     head = f"network.model.{len(detector.network.model) - 1}.one2one_"
     touched = {name for name, parameter in detector.named_parameters() if parameter.grad is not None}
     assert touched and all(name.startswith(head) for name in touched)
 
 
-def test_a_fresh_model_gives_every_point_our_prior() -> None:
-    detector = UltralyticsDetector(thin("yolo26n"))
+def test_initial_scores_are_the_prior() -> None:
+    detector = UltralyticsDetector(make_thin_spec("yolo26n"))
     head: Any = detector.network.model[-1]
     for branch in (*head.cv3, *head.one2one_cv3):
         assert branch[-1].bias.sigmoid().item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "yolov8n-p2"])
-def test_taps_are_the_heads_inputs_with_the_strides_and_channels_they_claim(name: str) -> None:
-    detector = UltralyticsDetector(thin(name)).eval()
+def test_feature_info_describes_the_inputs_of_the_head(name: str) -> None:
+    detector = UltralyticsDetector(make_thin_spec(name)).eval()
     modules, seen = dict(detector.named_modules()), {}
     for tap in detector.feature_info():
         modules[tap.name].register_forward_hook(lambda _m, _i, out, name=tap.name: seen.update({name: out}))
-    maps = detector.forward_features(pictures())
+    maps = detector.forward_features(make_images())
     for tap, level in zip(detector.feature_info(), maps, strict=True):
         assert seen[tap.name] is level
         assert level.shape == (2, tap.channels, HW[0] // tap.stride, HW[1] // tap.stride)
@@ -180,9 +172,9 @@ def test_taps_are_the_heads_inputs_with_the_strides_and_channels_they_claim(name
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
-def test_inner_layers_are_read_by_their_consumer_alone(name: str) -> None:
-    """A channel whose normalised value is shifted changes nothing once the consumer's weights for it are 0."""
-    detector = lively(thin(name))
+def test_prunable_layers_are_read_by_their_consumer_only(name: str) -> None:
+    """Shifting a channel has no effect if the weights of the consumer for it are 0."""
+    detector = make_random_detector(make_thin_spec(name))
     inner = detector.prunable_layers()
     assert len(inner) > 5
     modules: dict[str, Any] = dict(detector.named_modules())
@@ -191,49 +183,49 @@ def test_inner_layers_are_read_by_their_consumer_alone(name: str) -> None:
             assert modules[layer.conv].out_channels == modules[layer.norms[0]].num_features
             assert modules[layer.consumers[0]].in_channels == modules[layer.conv].out_channels
             modules[layer.consumers[0]].weight[:, 0] = 0
-        before = detector(pictures()).one2many.logits
+        before = detector(make_images()).one2many.logits
         for layer in inner:
             modules[layer.norms[0]].bias[0] += 3.0
-        assert torch.equal(detector(pictures()).one2many.logits, before)
+        assert torch.equal(detector(make_images()).one2many.logits, before)
         modules[inner[0].norms[0]].bias[1] += 3.0
-        assert not torch.equal(detector(pictures()).one2many.logits, before)
+        assert not torch.equal(detector(make_images()).one2many.logits, before)
 
 
-def test_a_spec_goes_through_plain_values() -> None:
-    spec = thin("yolo26n", 3, 1)
+def test_spec_dict_round_trip_with_several_classes() -> None:
+    spec = make_thin_spec("yolo26n", 3, 1)
     again = spec_from_dict(spec_to_dict(spec))
     assert again == spec
-    detector = lively(spec)
+    detector = make_random_detector(spec)
     twin = build_from_spec(again, NO_CHANGES).eval()
     twin.load_state_dict(detector.state_dict())
     with torch.no_grad():
-        assert torch.equal(twin(pictures()).one2many.logits, detector(pictures()).one2many.logits)
+        assert torch.equal(twin(make_images()).one2many.logits, detector(make_images()).one2many.logits)
 
 
-def test_a_named_model_has_ultralytics_parameters() -> None:
-    """Those that its deployed form has: without the one-to-many head where it is not needed, without DFL's constant."""
+def test_named_model_has_the_parameters_of_ultralytics() -> None:
+    """Without the one-to-many head of end-to-end models and without the constant of DFL."""
     for name in ("yolo11n", "yolo26n"):
         published = import_tasks().DetectionModel(f"{name}.yaml", nc=1, verbose=False)
         if name == "yolo26n":
             published.end2end = True
             published.model[-1].fuse()
-        wanted = sum(parameter.numel() for parameter in published.parameters() if parameter.requires_grad)
-        assert count_params_and_flops(build_model(name), HW).num_params == wanted
+        expected = sum(parameter.numel() for parameter in published.parameters() if parameter.requires_grad)
+        assert count_params_and_flops(build_model(name), HW).num_params == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("yolo11q", "yolo11n"), ("yolo11", "the size is missing"), ("yolo11n-seg", "no such detector"),
         ("yolov8n-worldv2", "no such detector"), ("yolo", "no such detector"),
     ],
 )  # fmt: skip
-def test_a_name_that_ultralytics_has_not_is_refused(name: str, said: str) -> None:
-    with pytest.raises(UsageError, match=f"--model {name}: .*{said}"):
+def test_unknown_name_raises_with_suggestion(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"--model {name}: .*{message}"):
         get_spec(name)
 
 
-def test_other_misfits_are_refused() -> None:
+def test_unsupported_models_raise() -> None:
     with pytest.raises(UsageError, match="stride 64"):
         build_model("yolov8n-p6")
     with pytest.raises(UsageError, match="--backbone resnet18: yolo11n has its own backbone"):
@@ -242,9 +234,9 @@ def test_other_misfits_are_refused() -> None:
         get_spec("nolo11n")
 
 
-def test_a_definition_can_run_no_code(tmp_path: Path) -> None:
-    """`activation` goes to `eval` in Ultralytics, and a layer's name to its module's globals."""
-    spec, mark = thin("yolov8n"), tmp_path / "mark"
+def test_model_yaml_cannot_run_code(tmp_path: Path) -> None:
+    """Ultralytics passes `activation` to `eval` and looks up layer names in the globals of its module."""
+    spec, mark = make_thin_spec("yolov8n"), tmp_path / "mark"
     evil = {**spec.model_yaml, "activation": f"open({str(mark)!r}, 'w') and nn.SiLU()"}
     with pytest.raises(UsageError, match="does not build"):
         UltralyticsDetector(UltralyticsSpec("evil", evil))
@@ -254,9 +246,9 @@ def test_a_definition_can_run_no_code(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def write(path: Path, spec: UltralyticsSpec, names: dict[int, str]) -> UltralyticsDetector:
-    """Ultralytics' file form: the pickled network in half precision."""
-    detector = lively(spec)
+def write_ultralytics_file(path: Path, spec: UltralyticsSpec, names: dict[int, str]) -> UltralyticsDetector:
+    """Write a file as Ultralytics does: the pickled network in half precision."""
+    detector = make_random_detector(spec)
     network = deepcopy(detector.network)
     network.names = names
     torch.save({"model": None, "ema": network.half(), "train_args": {"imgsz": 64}, "version": "8"}, path)
@@ -264,21 +256,23 @@ def write(path: Path, spec: UltralyticsSpec, names: dict[int, str]) -> Ultralyti
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
-def test_ultralytics_files_are_read(name: str, tmp_path: Path) -> None:
-    detector = write(tmp_path / "some.pt", thin(name, 3, 1), {0: "dog", 1: "person", 2: "car"})
+def test_load_ultralytics_selects_the_person_class(name: str, tmp_path: Path) -> None:
+    detector = write_ultralytics_file(
+        tmp_path / "some.pt", make_thin_spec(name, 3, 1), {0: "dog", 1: "person", 2: "car"}
+    )
     before = torch.serialization.get_safe_globals()
     assert is_ultralytics_file(tmp_path / "some.pt")
     read = load_ultralytics(tmp_path / "some.pt")
     assert read.spec.person_class_id == 1 and read.spec.name == "some" and not read.training
     detector.network.half().float()
     with torch.no_grad():
-        assert torch.equal(read(pictures()).one2many.logits, detector(pictures()).one2many.logits)
+        assert torch.equal(read(make_images()).one2many.logits, detector(make_images()).one2many.logits)
     assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
-def test_ultralytics_files_of_no_use_are_refused(tmp_path: Path) -> None:
+def test_load_ultralytics_rejects_unfit_files(tmp_path: Path) -> None:
     path = tmp_path / "some.pt"
-    write(path, thin("yolov8n", 2), {0: "dog", 1: "car"})
+    write_ultralytics_file(path, make_thin_spec("yolov8n", 2), {0: "dog", 1: "car"})
     with pytest.raises(DataError, match=r"some\.pt: none of its 2 classes is called person \(dog, car"):
         load_ultralytics(path)
     segments = import_tasks().SegmentationModel("yolov8n-seg.yaml", nc=1, verbose=False)
@@ -292,7 +286,7 @@ def test_ultralytics_files_of_no_use_are_refused(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Writes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -301,9 +295,9 @@ class Bomb:
         return (Path.touch, (self.mark,))
 
 
-def test_an_ultralytics_file_can_run_no_code(tmp_path: Path) -> None:
+def test_load_ultralytics_cannot_run_code(tmp_path: Path) -> None:
     path, mark = tmp_path / "some.pt", tmp_path / "mark"
-    network = lively(thin("yolov8n")).network
+    network = make_random_detector(make_thin_spec("yolov8n")).network
     network.names = Bomb(mark)
     torch.save({"model": network}, path)
     assert is_ultralytics_file(path)
@@ -323,7 +317,7 @@ from hkd_det.models.ultralytics import UltralyticsDetector, make_ultralytics_spe
 before = state()
 assert "ultralytics" not in sys.modules
 import socket
-socket.getaddrinfo = socket.socket.connect = lambda *_: print("calls home")
+socket.getaddrinfo = socket.socket.connect = lambda *_: print("network access")
 UltralyticsDetector(make_ultralytics_spec("yolo11n"))
 assert "ultralytics" in sys.modules
 assert state() == before, "changed"
@@ -331,7 +325,7 @@ assert state() == before, "changed"
 
 
 @pytest.mark.slow
-def test_importing_ultralytics_leaves_no_trace_and_says_nothing(tmp_path: Path) -> None:
+def test_import_of_ultralytics_has_no_side_effects(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin", "HOME": str(tmp_path), "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", IMPORTS], capture_output=True, text=True, check=False, env=environment
@@ -339,7 +333,7 @@ def test_importing_ultralytics_leaves_no_trace_and_says_nothing(tmp_path: Path) 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_without_ultralytics_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ultralytics_raises_with_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "ultralytics"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ultralytics", None)
@@ -347,7 +341,7 @@ def test_without_ultralytics_there_is_one_clear_line(monkeypatch: pytest.MonkeyP
         get_spec("yolo11n")
 
 
-def test_an_ultralytics_without_its_safe_loader_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ultralytics_without_safe_loader_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(import_tasks(), "SAFE_LOAD")
     with pytest.raises(UnavailableError, match="too old"):
         get_spec("yolo11n")

@@ -1,4 +1,4 @@
-"""Taps chosen by name: what is compared with what, across families and strides, and what is refused."""
+"""Feature layers that are configured by name, across families and strides."""
 
 from copy import deepcopy
 from typing import Any
@@ -17,12 +17,11 @@ from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.feature_layers import LayerPairs
 from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 from hkd_det.ops.losses import pkd_loss
-from hkd_det.ops.roi_pool import roi_feature_loss
 
 OURS = HKDDetectorSpec("resnet10t", {"channels": (8, 12, 16, 20), "stem_width": 8}, channels=24, head_depth=1)
 TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
-PICTURES = torch.randint(0, 255, (2, 3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-PEOPLE = Targets(
+IMAGES = torch.randint(0, 255, (2, 3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+TARGETS = Targets(
     torch.tensor([[[10.0, 10.0, 40.0, 60.0]], [[30.0, 5.0, 50.0, 55.0]]]),
     torch.ones(2, 1, dtype=torch.bool),
     torch.zeros(2, 1, dtype=torch.bool),
@@ -38,31 +37,33 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def yolo() -> UltralyticsDetector:
+def make_thin_yolo() -> UltralyticsDetector:
     layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
     return UltralyticsDetector(UltralyticsSpec("yolo11n", layout))
 
 
-def terms_of(student: BaseDetector, teacher: BaseDetector, mine: list[str], other: list[str]) -> dict[str, Tensor]:
+def compute_losses(
+    student: BaseDetector, teacher: BaseDetector, mine: list[str], other: list[str]
+) -> dict[str, Tensor]:
     taught = HKDConfig(feature_layers=LayerPairs(tuple(mine), tuple(other)))
     distiller = make_distiller(student, teacher, {"hkd": taught})
-    return distiller(PICTURES, PEOPLE, 1.0)[1]
+    return distiller(IMAGES, TARGETS, 1.0)[1]
 
 
-def test_named_layers_are_compared_in_their_order() -> None:
-    """A student that is its teacher: each pair's own correlation, worked out from the named layers' outputs."""
+def test_configured_layers_are_compared_in_order() -> None:
+    """Student and teacher are one model: the loss equals that of the outputs of the layers."""
     twin, seen = HKDDetector(OURS).eval(), {}
-    # Behind bn2 a shortcut is added and an activation taken, both in place.
+    # After bn2, the shortcut and the activation are computed in place.
     names = ["backbone.body.layer3", "neck.outputs.2", "neck.laterals.1", "backbone.body.layer3.0.bn2"]
     other = ["neck.outputs.1", "neck.downs.1", "backbone.body.layer4", "backbone.body.layer2.0.bn2"]
     for name in (*names, *other):
         twin.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.clone()}))
     taught = HKDConfig(pyramid=1.0, fg_ratio=0.5, feature_layers=LayerPairs(tuple(names), tuple(other)))
     distiller = make_distiller(twin, twin, {"hkd": taught})
-    nobody = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))
+    empty = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))
     with torch.no_grad():
-        term = distiller(PICTURES, nobody, 1.0)[1]["hkd_pyramid"]
+        term = distiller(IMAGES, empty, 1.0)[1]["hkd_pyramid"]
         adapters = distiller.methods[0].levels.adapters
         errors = [
             pkd_loss(adapter(seen[a]), seen[b]).mean() for adapter, a, b in zip(adapters, names, other, strict=True)
@@ -78,61 +79,53 @@ def test_named_layers_are_compared_in_their_order() -> None:
         (["neck.outputs.1", "backbone.body.layer3"], ["network.model.19", "network.model.6"]),  # two at stride 16
     ],
 )
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_yolo_teacher_and_our_student_and_the_reverse_at_any_strides(
-    mine: list[str], other: list[str], turned: bool
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_layers_of_different_strides_and_families_are_compared(
+    mine: list[str], other: list[str], is_swapped: bool
 ) -> None:
-    student, teacher = HKDDetector(OURS).train(), yolo()
-    terms = terms_of(teacher.train(), student, other, mine) if turned else terms_of(student, teacher, mine, other)
-    learner = [p for p in (teacher if turned else student).parameters() if p.requires_grad]
+    student, teacher = HKDDetector(OURS).train(), make_thin_yolo()
+    terms = (
+        compute_losses(teacher.train(), student, other, mine)
+        if is_swapped
+        else compute_losses(student, teacher, mine, other)
+    )
+    trainable = [p for p in (teacher if is_swapped else student).parameters() if p.requires_grad]
     for name in ("hkd_pyramid", "hkd_region"):
         assert torch.isfinite(terms[name]) and terms[name] > 0
-        gradients = torch.autograd.grad(terms[name], learner, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(terms[name], trainable, retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
 
 
-def test_two_faster_rcnns_compare_the_named_maps() -> None:
+def test_two_stage_models_compare_the_configured_layers() -> None:
     student, teacher = FasterRCNN(TWO_STAGE).eval(), FasterRCNN(TWO_STAGE)
     one, four = ["backbone.body.layer2"], [f"backbone.fpn.layer_blocks.{level}" for level in range(4)]
-    assert terms_of(student, teacher, one, ["backbone.fpn.layer_blocks.3"])["hkd_pyramid"] > 0
+    assert compute_losses(student, teacher, one, ["backbone.fpn.layer_blocks.3"])["hkd_pyramid"] > 0
     torch.manual_seed(5)
-    named = terms_of(student, teacher, four, four)["hkd_pyramid"]
+    named = compute_losses(student, teacher, four, four)["hkd_pyramid"]
     torch.manual_seed(5)
-    assert terms_of(student, teacher, [], [])["hkd_pyramid"] == named
+    assert compute_losses(student, teacher, [], [])["hkd_pyramid"] == named
 
 
-def test_naming_the_defaults_changes_nothing() -> None:
+def test_configuring_the_defaults_changes_nothing() -> None:
     student, teacher = HKDDetector(OURS).eval(), HKDDetector(OURS)
     names = [tap.name for tap in student.feature_info()]
     torch.manual_seed(5)
-    automatic = terms_of(student, teacher, [], [])
+    automatic = compute_losses(student, teacher, [], [])
     torch.manual_seed(5)
-    assert terms_of(student, teacher, names, names) == automatic
+    assert compute_losses(student, teacher, names, names) == automatic
 
 
-def test_regions_are_read_from_the_nearest_stride_that_is_there() -> None:
-    """Strides 8 and 32: what the rule reads at 16 goes to 8."""
-    chance = torch.Generator().manual_seed(1)
-    mine, other = ([torch.randn(1, 3, 512 // s, 512 // s, generator=chance) for s in (8, 32)] for _ in range(2))
-    boxes = torch.tensor([[10.0, 10, 60, 120], [50, 50, 270, 270], [0, 0, 500, 500]])  # the rule: 8, 16, 32
-    regions = boxes, torch.zeros(3, dtype=torch.int64)
-    told = roi_feature_loss(mine, other, (8, 32), *regions)
-    fine = roi_feature_loss(mine[:1], other[:1], (8,), *regions)
-    coarse = roi_feature_loss(mine[1:], other[1:], (32,), *regions)
-    torch.testing.assert_close(told, torch.stack([fine[0], fine[1], coarse[2]]))
-
-
-def test_names_that_do_not_fit_are_refused_at_the_start() -> None:
-    student, teacher = HKDDetector(OURS), yolo()
+def test_invalid_layer_pairs_raise_at_the_start() -> None:
+    student, teacher = HKDDetector(OURS), make_thin_yolo()
     with pytest.raises(UsageError, match="got 1 and 0"):
-        terms_of(student, teacher, ["neck.outputs.0"], [])
+        compute_losses(student, teacher, ["neck.outputs.0"], [])
     with pytest.raises(
         UsageError, match=r"feature_layers\.teacher: neck\.outputs\.0: no such layer\. Did you mean network\."
     ):
-        terms_of(student, teacher, ["neck.outputs.0"], ["neck.outputs.0"])
+        compute_losses(student, teacher, ["neck.outputs.0"], ["neck.outputs.0"])
 
 
-def test_they_are_named_in_a_recipe_and_by_a_flag() -> None:
+def test_layer_pairs_are_read_from_recipe_and_override() -> None:
     recipe = {"hkd": {"feature_layers": {"student": ["neck.outputs.0"], "teacher": ["network.model.16"]}}}
     methods = parse_methods(recipe)
     assert methods["hkd"].feature_layers == LayerPairs(("neck.outputs.0",), ("network.model.16",))
