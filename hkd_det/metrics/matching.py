@@ -1,4 +1,4 @@
-"""Matching of detections to ground truth, and the miss-rate curve that all protocols share.
+"""Matching of detections to ground truth, and the miss-rate curve of all protocols.
 
 In each image, detections are processed by descending score. A detection takes the unmatched ground-truth box with the
 highest IoU that reaches the threshold; among equal IoUs the last in the list wins. If there is none, the detection may

@@ -131,11 +131,11 @@ def test_command_writes_json_and_html(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "r.json"
-    flags = [str(model), "--data", str(half_right), "--runs", "3", "--names", "mine", "--json", str(out)]
+    flags = [str(model), "--data", str(half_right), "--runs", "3", "--names", "tiny-a", "--json", str(out)]
     assert main([*flags, "--html", str(tmp_path / "r.html")]) == 0
     printed = capsys.readouterr().out
-    assert "mine" in printed and "50.00" in printed
-    assert read_result(out).models[0].name == "mine" and (tmp_path / "r.html").stat().st_size > 10_000
+    assert "tiny-a" in printed and "50.00" in printed
+    assert read_result(out).models[0].name == "tiny-a" and (tmp_path / "r.html").stat().st_size > 10_000
 
 
 def test_images_are_timed_without_miss_rate(

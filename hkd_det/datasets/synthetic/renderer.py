@@ -1,4 +1,4 @@
-"""Canvas and camera of the synthetic scenes.
+"""Canvas, camera and lighting of the synthetic scenes.
 
 Shapes are drawn into an image and into a map of object ids, which gives the visible part of each object. The camera is
 1.4 m above a flat road and faces straight ahead.
@@ -182,3 +182,69 @@ class Camera:
         return self.size_hw[1] / 2 + x * self.pixels_per_meter(z), self.horizon_px + (
             CAMERA_HEIGHT_M - height_m
         ) * self.pixels_per_meter(z)
+
+
+@dataclass(frozen=True)
+class Lighting:
+    """Time of day and weather.
+
+    Attributes:
+        name: Name.
+        sky_top, sky_horizon: RGB colors of the sky.
+        brightness: Factor on every color.
+        haze_distance_m: Distance in meters at which 63 % of a color is haze.
+        lit_window_ratio: Fraction of lit windows.
+        shadow_brightness: Factor on the ground in a shadow.
+    """
+
+    name: str
+    sky_top: Color
+    sky_horizon: Color
+    brightness: float
+    haze_distance_m: float
+    lit_window_ratio: float
+    shadow_brightness: float
+
+
+LIGHTINGS = (
+    Lighting("sun", (92, 142, 206), (196, 216, 232), 1.08, 160, 0.02, 0.62),
+    Lighting("overcast", (160, 166, 174), (206, 208, 210), 0.9, 90, 0.06, 0.86),
+    Lighting("dusk", (74, 78, 116), (226, 160, 116), 0.66, 100, 0.35, 0.86),
+    Lighting("night", (14, 16, 30), (46, 44, 56), 0.44, 80, 0.5, 0.9),
+)
+
+
+def compute_haze(lighting: Lighting, z: float) -> float:
+    """Return the ratio of haze in the colors of a distant object.
+
+    Args:
+        lighting: Colors and brightness.
+        z: Distance in meters.
+
+    Returns:
+        Ratio, 0 to 1.
+    """
+    return float(1 - np.exp(-z / lighting.haze_distance_m))
+
+
+def add_sensor_noise(
+    canvas: Canvas, lighting: Lighting, rng: np.random.Generator
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Return the image with blur, random exposure and noise that increases in the dark.
+
+    Args:
+        canvas: Finished image.
+        lighting: Brightness.
+        rng: Random generator.
+    """
+    image = canvas.image
+    if rng.random() < 0.6:
+        sigma = float(rng.uniform(0.4, 0.9))
+        image = cv2.GaussianBlur(image, (3, 3), sigma)
+    sigma_noise = 3.0 + 9.0 * (1 - min(1.0, lighting.brightness))
+    grain = rng.normal(0, sigma_noise, (128, 128, 3)).astype(np.int16)
+    rows, columns = (-(-side // 128) for side in image.shape[:2])
+    tiled = np.tile(grain, (rows, columns, 1))[: image.shape[0], : image.shape[1]]
+    gain = float(rng.uniform(0.85, 1.15))
+    exposed = cv2.convertScaleAbs(image, alpha=gain)
+    return cv2.add(exposed, tiled, dtype=cv2.CV_8U).astype(np.uint8)

@@ -1,12 +1,19 @@
-"""Scenery of the synthetic scenes: sky, road, houses, cars, trees, posts, shadows, sensor noise."""
+"""Scenery of the synthetic scenes: sky, road, houses, cars, trees, posts, shadows."""
 
 import itertools
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from hkd_det.datasets.synthetic.renderer import BACKGROUND_ID, Camera, Canvas, Color, scale_color
+from hkd_det.datasets.synthetic.renderer import (
+    BACKGROUND_ID,
+    Camera,
+    Canvas,
+    Color,
+    Lighting,
+    compute_haze,
+    scale_color,
+)
 
 FACADE_COLORS: list[Color] = [
     (176, 158, 132), (150, 108, 88), (186, 180, 168), (128, 126, 124), (204, 188, 150), (140, 132, 112), (112, 92, 84),
@@ -21,36 +28,6 @@ CAR_COLORS: list[Color] = [
     (190, 160, 60),
 ]
 CURB_X_M, WALL_X_M, ROAD_LENGTH_M = 4.6, 8.6, 60.0
-
-
-@dataclass(frozen=True)
-class Lighting:
-    """Time of day and weather.
-
-    Attributes:
-        name: Name.
-        sky_top, sky_horizon: RGB colors of the sky.
-        brightness: Factor on every color.
-        haze_distance_m: Distance in meters at which 63 % of a color is haze.
-        lit_window_ratio: Fraction of lit windows.
-        shadow_brightness: Factor on the ground in a shadow.
-    """
-
-    name: str
-    sky_top: Color
-    sky_horizon: Color
-    brightness: float
-    haze_distance_m: float
-    lit_window_ratio: float
-    shadow_brightness: float
-
-
-LIGHTINGS = (
-    Lighting("sun", (92, 142, 206), (196, 216, 232), 1.08, 160, 0.02, 0.62),
-    Lighting("overcast", (160, 166, 174), (206, 208, 210), 0.9, 90, 0.06, 0.86),
-    Lighting("dusk", (74, 78, 116), (226, 160, 116), 0.66, 100, 0.35, 0.86),
-    Lighting("night", (14, 16, 30), (46, 44, 56), 0.44, 80, 0.5, 0.9),
-)
 
 
 def paint_ground(canvas: Canvas, camera: Camera, lighting: Lighting, rng: np.random.Generator) -> None:
@@ -77,22 +54,11 @@ def paint_ground(canvas: Canvas, camera: Camera, lighting: Lighting, rng: np.ran
     )
     canvas.image[horizon:] = road[:, None].clip(0, 255).astype(np.uint8)
     canvas.brightness = lighting.brightness * road_brightness
+    strips = ((CURB_X_M, WALL_X_M, (148, 142, 134)), (CURB_X_M, CURB_X_M + 0.25, (184, 180, 172)))  # sidewalk, curb
     for side in (-1, 1):
-        sidewalk = [
-            camera.project(side * x, z)
-            for x, z in ((CURB_X_M, ROAD_LENGTH_M), (WALL_X_M, ROAD_LENGTH_M), (WALL_X_M, 1.2), (CURB_X_M, 1.2))
-        ]
-        canvas.draw_polygon(sidewalk, (148, 142, 134))
-        curb = [
-            camera.project(side * x, z)
-            for x, z in (
-                (CURB_X_M, ROAD_LENGTH_M),
-                (CURB_X_M + 0.25, ROAD_LENGTH_M),
-                (CURB_X_M + 0.25, 1.2),
-                (CURB_X_M, 1.2),
-            )
-        ]
-        canvas.draw_polygon(curb, (184, 180, 172))
+        for inner_x, outer_x, color in strips:
+            corners = ((inner_x, ROAD_LENGTH_M), (outer_x, ROAD_LENGTH_M), (outer_x, 1.2), (inner_x, 1.2))
+            canvas.draw_polygon([camera.project(side * x, z) for x, z in corners], color)
     start = float(rng.uniform(0, 6))
     for z in np.arange(start + 1.5, 45, 6.0):
         line = [camera.project(x, depth) for x, depth in ((-0.07, z), (0.07, z), (0.07, z + 3), (-0.07, z + 3))]
@@ -115,7 +81,7 @@ def paint_houses(canvas: Canvas, camera: Camera, lighting: Lighting, rng: np.ran
         rng: Random generator.
     """
     canvas.object_id, canvas.brightness = BACKGROUND_ID, lighting.brightness
-    canvas.haze_ratio = _compute_haze(lighting, ROAD_LENGTH_M)
+    canvas.haze_ratio = compute_haze(lighting, ROAD_LENGTH_M)
     for left in np.arange(-12, 12, 4.0):
         height_m = float(rng.uniform(6, 17))
         block = [
@@ -140,7 +106,7 @@ def _paint_house(
     rng: np.random.Generator,
 ) -> None:
     near, far = z_range
-    canvas.haze_ratio = _compute_haze(lighting, (near + far) / 2)
+    canvas.haze_ratio = compute_haze(lighting, (near + far) / 2)
     height_m = float(rng.uniform(8, 20))
     x = side * WALL_X_M
     if rng.random() < 0.12:  # a gap with a hedge
@@ -188,7 +154,7 @@ def paint_car(canvas: Canvas, camera: Camera, lighting: Lighting, x: float, z: f
         z: Distance from the camera, meters.
         rng: Random generator.
     """
-    canvas.haze_ratio, canvas.brightness = _compute_haze(lighting, z), lighting.brightness
+    canvas.haze_ratio, canvas.brightness = compute_haze(lighting, z), lighting.brightness
     paint = CAR_COLORS[rng.integers(len(CAR_COLORS))]
     half, length_m = 0.9, 4.2
     height_m = float(rng.choice([1.45, 1.6, 1.95]))
@@ -239,7 +205,7 @@ def paint_tree(
         z: Distance from the camera, meters.
         rng: Random generator.
     """
-    canvas.haze_ratio, canvas.brightness = _compute_haze(lighting, z), lighting.brightness
+    canvas.haze_ratio, canvas.brightness = compute_haze(lighting, z), lighting.brightness
     scale = camera.pixels_per_meter(z)
     paint_shadow(canvas, camera, lighting, x, z, 0.8, 0.4)
     height_m = float(rng.uniform(4, 7))
@@ -275,7 +241,7 @@ def paint_post(
         z: Distance from the camera, meters.
         rng: Random generator.
     """
-    canvas.haze_ratio, canvas.brightness = _compute_haze(lighting, z), lighting.brightness
+    canvas.haze_ratio, canvas.brightness = compute_haze(lighting, z), lighting.brightness
     scale = camera.pixels_per_meter(z)
     gray: Color = (98, 102, 104)
     post_type = rng.choice(["lamp", "sign", "bollard", "hydrant"], p=[0.3, 0.3, 0.25, 0.15])
@@ -333,30 +299,3 @@ def paint_shadow(
     radii = (max(1, round((right - left) / 2)), max(1, round((near - far) / 2)))
     cv2.ellipse(mask, center, radii, 0, 0, 360, int(255 * lighting.shadow_brightness), -1, cv2.LINE_AA)
     window[:] = cv2.multiply(window, cv2.merge([mask] * 3), scale=1 / 255)
-
-
-def _compute_haze(lighting: Lighting, z: float) -> float:
-    return float(1 - np.exp(-z / lighting.haze_distance_m))
-
-
-def add_sensor_noise(
-    canvas: Canvas, lighting: Lighting, rng: np.random.Generator
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Return the image with blur, random exposure and noise that increases in the dark.
-
-    Args:
-        canvas: Finished image.
-        lighting: Brightness.
-        rng: Random generator.
-    """
-    image = canvas.image
-    if rng.random() < 0.6:
-        sigma = float(rng.uniform(0.4, 0.9))
-        image = cv2.GaussianBlur(image, (3, 3), sigma)
-    sigma_noise = 3.0 + 9.0 * (1 - min(1.0, lighting.brightness))
-    grain = rng.normal(0, sigma_noise, (128, 128, 3)).astype(np.int16)
-    rows, columns = (-(-side // 128) for side in image.shape[:2])
-    tiled = np.tile(grain, (rows, columns, 1))[: image.shape[0], : image.shape[1]]
-    gain = float(rng.uniform(0.85, 1.15))
-    exposed = cv2.convertScaleAbs(image, alpha=gain)
-    return cv2.add(exposed, tiled, dtype=cv2.CV_8U).astype(np.uint8)

@@ -13,10 +13,10 @@ import scipy.io
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hkd_det.datasets.synthetic import scene, scenery
+from hkd_det.datasets.synthetic.objects import SceneObject, make_pedestrian, sample_height_m, sample_position
 from hkd_det.datasets.synthetic.person import Person, sample_person
-from hkd_det.datasets.synthetic.renderer import Camera
-from hkd_det.datasets.synthetic.scene import AnnotationRecord, generate_scene
+from hkd_det.datasets.synthetic.renderer import LIGHTINGS, Camera, Lighting
+from hkd_det.datasets.synthetic.scene import AnnotationRecord, generate_scene, render_scene, sample_objects
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import atomic_write, write_text
 
@@ -202,7 +202,7 @@ class Walker:
     speed_z: float
     height_m: float
 
-    def to_scene_object(self, camera: Camera, lighting: scenery.Lighting, time_s: float) -> scene.SceneObject:
+    def to_scene_object(self, camera: Camera, lighting: Lighting, time_s: float) -> SceneObject:
         """Return the scene object at a time in seconds.
 
         Args:
@@ -213,7 +213,7 @@ class Walker:
         speed = math.hypot(self.speed_x, self.speed_z)
         person = replace(self.person, phase=self.person.phase + math.pi * speed * time_s / STEP_LENGTH_M)
         x, z = self.x + self.speed_x * time_s, max(3.5, self.z + self.speed_z * time_s)
-        return scene.make_pedestrian(camera, lighting, person, x, z, self.height_m)
+        return make_pedestrian(camera, lighting, person, x, z, self.height_m)
 
 
 def iterate_frames(seed: int, num_frames: int, fps: float, size_hw: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
@@ -228,15 +228,15 @@ def iterate_frames(seed: int, num_frames: int, fps: float, size_hw: tuple[int, i
     Yields:
         frame (uint8 array[H, W, 3]): RGB.
     """
-    camera, lighting = Camera(size_hw), scenery.LIGHTINGS[0]
+    camera, lighting = Camera(size_hw), LIGHTINGS[0]
     rng = np.random.default_rng((seed, 2))
     walkers = [_sample_walker(rng) for _ in range(12)]
     for index in range(num_frames):
         # The same seed in every frame keeps houses, cars and trees unchanged.
         static_rng = np.random.default_rng((seed, 3))
-        static = [one for one in scene.sample_objects(camera, lighting, static_rng) if one.label is None]
+        static = [one for one in sample_objects(camera, lighting, static_rng) if one.label is None]
         moving = [walker.to_scene_object(camera, lighting, index / fps) for walker in walkers]
-        yield scene.render_scene(camera, lighting, static + moving, static_rng).image
+        yield render_scene(camera, lighting, static + moving, static_rng).image
 
 
 def write_video(
@@ -267,7 +267,7 @@ def write_video(
 
 
 def _sample_walker(rng: np.random.Generator) -> Walker:
-    x, z = scene.sample_position(rng)
+    x, z = sample_position(rng)
     is_along_road = rng.random() < 0.6
     speed = float(rng.uniform(0.9, 1.6))
     speed_x, speed_z = (0.0, -speed) if is_along_road else (-math.copysign(speed, x), 0.0)
@@ -277,4 +277,4 @@ def _sample_walker(rng: np.random.Generator) -> Walker:
         is_facing_away=False,
         stride=0.42,
     )
-    return Walker(person, x, max(z, 7.0), speed_x, speed_z, scene.sample_height_m(rng))
+    return Walker(person, x, max(z, 7.0), speed_x, speed_z, sample_height_m(rng))
