@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     Args:
-        argv: Arguments after the command name; the default is `sys.argv`.
+        argv: Command line without the program name; None for that of the process.
     """
     # Treat SIGTERM (docker stop, timeout) like Ctrl-C, so that temporary files are removed.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)

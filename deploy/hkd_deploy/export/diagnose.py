@@ -147,8 +147,8 @@ def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     """Return the norm of the difference divided by the norm of `expected`; infinite if a value is not finite.
 
     Args:
-        expected: Reference values.
-        actual: Values of the same shape.
+        expected (array): Values of torch.
+        actual (array): Values of the file, of the same shape.
     """
     error = np.linalg.norm((actual - expected).astype(np.float64).ravel())
     ratio = error / max(1e-12, float(np.linalg.norm(expected.astype(np.float64).ravel())))

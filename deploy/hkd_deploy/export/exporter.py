@@ -177,7 +177,7 @@ def get_output_names(options: ExportOptions) -> list[str]:
     """Return the names of the graph outputs in order.
 
     Args:
-        options: Options of the export.
+        options: Options of the graph.
     """
     return ["boxes", "logits"] if options.raw else ["boxes", "scores", "count"]
 

@@ -102,7 +102,7 @@ def min_input_hw(imgsz_hw: tuple[int, int]) -> tuple[int, int]:
     """Return the smallest (height, width) of the network input in a graph with a dynamic size.
 
     Args:
-        imgsz_hw: Height and width of the network input, pixels.
+        imgsz_hw: Largest (height, width) of the network input in pixels.
     """
     return min(MIN_SIDE, imgsz_hw[0]), min(MIN_SIDE, imgsz_hw[1])
 

@@ -98,7 +98,7 @@ def onnx_reference(path: Path) -> Reference:
     """Return an ONNX file on ONNX Runtime as the reference.
 
     Args:
-        path: The ONNX file.
+        path: ONNX file of hkd-export.
 
     Raises:
         HkdError: If the file cannot be opened or was not written by hkd-export.
@@ -129,7 +129,7 @@ def run_reference(run: RunFunction, options: ExportOptions, image_paths: Sequenc
         desc: Label of the progress bar.
 
     Returns:
-        Inputs and outputs of all images.
+        Inputs and outputs of the reference.
 
     Raises:
         DataError: If there is no image, or an image cannot be read.
@@ -154,7 +154,7 @@ def compare_outputs(
         desc: Label of the progress bar.
 
     Returns:
-        Largest differences of boxes and scores.
+        The largest differences over all images.
     """
     difference = max_abs_difference if is_exact else matched_difference
     pairs = list(zip(reference_outputs.batches, reference_outputs.outputs, strict=True))

@@ -110,7 +110,12 @@ class Verification:
         return parity
 
     def skip(self, model: ExportedModel, reason: str) -> None:
-        """Add a row for a model that cannot run on this machine."""
+        """Add a row for a model that cannot run on this machine.
+
+        Args:
+            model: The exported model.
+            reason: Why it cannot run, for the table.
+        """
         self._rows.append(VerificationRow(model, None, reason))
 
     def format_table(self, known_miss_rates: Mapping[tuple[Path, str], float]) -> str:

@@ -42,7 +42,7 @@ def find_graph_regions(model: Any) -> GraphRegions:
         model: onnx.ModelProto in which every node has a unique name.
 
     Returns:
-        The regions, as sets of node names.
+        Node names of the body, its layers and the output layers.
     """
     feature_inputs = _find_feature_inputs(model)
     weights = find_constants(model)

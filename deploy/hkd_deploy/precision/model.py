@@ -75,7 +75,7 @@ def read_fp32_model(path: Path) -> Fp32Model:
         path: The ONNX file.
 
     Returns:
-        The parsed model with its metadata and hash.
+        The model, with a unique name for every node.
 
     Raises:
         UnavailableError: If the onnx package is not installed.

@@ -155,7 +155,7 @@ def load_eval_samples(data: str) -> list[Sample]:
         data: Dataset name or data YAML.
 
     Returns:
-        The samples.
+        All samples of the split.
 
     Raises:
         DataError: If the split has no person of the setup Reasonable.
@@ -171,11 +171,11 @@ def load_eval_samples(data: str) -> list[Sample]:
 
 
 def select_evenly(items: Sequence[T], count: int) -> list[T]:
-    """Return `count` items at even distances, including the first and the last; all items if there are fewer.
+    """Return items at even distances, including the first and the last.
 
     Args:
         items: Items to select from.
-        count: Maximum number of items.
+        count: Number of items. All items are returned if there are fewer.
     """
     indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[index] for index in indices]
@@ -217,11 +217,11 @@ def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: 
 
 
 def compute_recall(result: MissRateResult, conf: float) -> float:
-    """Return the ratio of persons that detections with a score of at least `conf` match, 0 to 1.
+    """Return the ratio of persons that detections above a score threshold match, 0 to 1.
 
     Args:
-        result: Miss rate with its complete curve.
-        conf: Minimum score of a detection.
+        result: Miss rate curve of a setup.
+        conf: Lowest score of a detection.
     """
     count = int((result.scores >= conf).sum())
     return 1 - float(result.miss_rate[count - 1]) if count else 0.0
@@ -239,7 +239,7 @@ def compare_latency(fp32: Path, path: Path, device: str, samples: Sequence[Sampl
         samples: Images to select from.
 
     Returns:
-        Both medians of each runtime.
+        One comparison per runtime.
     """
     images = [read_image(sample.path) for sample in select_evenly(samples, NUM_TIMED_IMAGES)]
     backends = list_onnx_backends(device)
@@ -259,7 +259,7 @@ def compare_latency(fp32: Path, path: Path, device: str, samples: Sequence[Sampl
 
 
 def get_eval_backend(device: str) -> str:
-    """Return the runtime for accuracy measurements: OpenVINO if installed, which executes INT8, or ONNX Runtime.
+    """Return the runtime for accuracy measurements: OpenVINO if installed, because it executes INT8, or ONNX Runtime.
 
     Args:
         device: cpu, cuda or cuda:N.
