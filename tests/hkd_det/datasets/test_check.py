@@ -187,8 +187,8 @@ def test_check_reports_wrong_image_entry_once(
     (tmp_path / "all.json").write_text(json.dumps(content))
     assert run(data, monkeypatch) == 1
     printed = capsys.readouterr().out
-    assert "2 errors" in printed and "all.json, line 1, column 13: picture 0: width -1" in printed
-    assert r"the first half a pair\ud800\n.png; put" in printed.replace(f"{tmp_path}/", "")
+    assert "2 errors" in printed and "all.json, line 1, column 13: image 0: width -1" in printed
+    assert r"the first is half a pair\ud800\n.png. Add" in printed.replace(f"{tmp_path}/", "")
 
 
 def test_check_yolo_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
