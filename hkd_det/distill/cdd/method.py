@@ -9,7 +9,7 @@ from torch import Tensor
 from hkd_det.distill.base import DistillationBatch, DistillMethod, RunContext
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.losses import CDDLoss
-from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
+from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_pruning
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.feature_layers import LayerPairs
 
@@ -63,7 +63,7 @@ class CDD(DistillMethod):
             UsageError: The student cannot become small enough, or distillation covers too few steps.
         """
         student, teacher = self._networks
-        cost_model = prepare_student(student, self.config, context.imgsz_hw, context.model)
+        cost_model = prepare_pruning(student, self.config, context.imgsz_hw, context.model)
         self.losses = CDDLoss(student, teacher, self.config)
         schedule = PruningSchedule.from_config(self.config, context.total_steps, context.distill_ratio)
         self.pruner = ChannelPruner(self.losses, cost_model, self.config, schedule, context.all_gather)

@@ -93,7 +93,7 @@ class PruningSchedule:
         return step % self.compare_interval == 0 or (step + 1) / self.total_steps >= self.end
 
 
-def prepare_student(
+def prepare_pruning(
     detector: BaseDetector, config: CDDConfig, imgsz_hw: tuple[int, int], model_name: str
 ) -> ChannelCostModel:
     """Insert compactors into a student, in place.

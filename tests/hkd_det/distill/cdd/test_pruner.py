@@ -17,7 +17,7 @@ from hkd_det.distill.cdd.compactor import (
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.cost_model import ChannelCostModel
 from hkd_det.distill.cdd.losses import CDDLoss
-from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_student
+from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_pruning
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.checkpoint import build_from_spec
@@ -107,7 +107,7 @@ def test_steps_without_comparison_mask_nothing(native_detector: BaseDetector) ->
 def test_unreachable_target_raises_usage_error(native_detector: BaseDetector, key: str, unit: str) -> None:
     config = CDDConfig(**{"keep_flops": 1.0, "keep_parameters": 1.0, key: 0.05})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=rf"{key}=0\.05: .*keeps at least 0\.\d+ of its {unit}\. Set a larger value"):
-        prepare_student(native_detector, config, HW, "native")
+        prepare_pruning(native_detector, config, HW, "native")
 
 
 def make_batch(method: CDDLoss, student: BaseDetector, teacher: BaseDetector) -> DistillationBatch:
@@ -131,7 +131,7 @@ class Trainer:
 
     def __init__(self, student: BaseDetector, teacher: BaseDetector, config: CDDConfig, steps: int) -> None:
         self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
-        self.cost_model: ChannelCostModel = prepare_student(student, config, HW, "student")
+        self.cost_model: ChannelCostModel = prepare_pruning(student, config, HW, "student")
         self.method = CDDLoss(student, teacher, config)
         schedule = PruningSchedule.from_config(config, steps, 1.0)
         self.pruner = ChannelPruner(self.method, self.cost_model, config, schedule, lambda vectors: [vectors])
@@ -227,7 +227,7 @@ def test_losses_match_their_formulas(native_detector: BaseDetector) -> None:
     torch.manual_seed(0)
     teacher = build_from_spec(native_detector.spec).eval()
     config = CDDConfig(keep_flops=0.9, cls=3.0, temperature=4.0, feature=0.2)
-    prepare_student(native_detector, config, HW, "native")
+    prepare_pruning(native_detector, config, HW, "native")
     method = CDDLoss(native_detector.train(), teacher, config)
     recorded: dict[str, torch.Tensor] = {}
     for name in [name for site in method.sites for name in site.layer.norms]:
@@ -280,7 +280,7 @@ def test_optimizer_momentum_does_not_move_masked_rows(native_detector: BaseDetec
 def test_losses_are_zero_for_equal_student_and_teacher(native_detector: BaseDetector) -> None:
     teacher = build_from_spec(native_detector.spec)
     teacher.load_state_dict(native_detector.state_dict())
-    prepare_student(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
+    prepare_pruning(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
     method = CDDLoss(native_detector.eval(), teacher.eval(), CDDConfig())
     losses = method(make_batch(method, native_detector, teacher))
     for loss in losses.values():
@@ -290,6 +290,6 @@ def test_losses_are_zero_for_equal_student_and_teacher(native_detector: BaseDete
 
 
 def test_teacher_with_other_layers_raises_usage_error(native_detector: BaseDetector) -> None:
-    prepare_student(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
+    prepare_pruning(native_detector, CDDConfig(keep_flops=0.9), HW, "native")
     with pytest.raises(UsageError, match=r"no layer head\.cls_tower\.convs\.1"):
         CDDLoss(native_detector, build_from_spec(replace(native_detector.spec, head_depth=1)), CDDConfig())
