@@ -57,6 +57,8 @@ def iterate_words(text: str, path: Path, first_line: int) -> Iterator[str]:
 def find_words_in_module(path: Path) -> list[str]:
     """List forbidden words in docstrings, string constants and comments of a module."""
     offenders: list[str] = []
+    if not FORBIDDEN_PATTERN.search(path.read_text(encoding="utf-8")):
+        return offenders
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             offenders += iterate_words(node.value, path, node.lineno)
