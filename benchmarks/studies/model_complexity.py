@@ -3,16 +3,16 @@
 python benchmarks/studies/model_complexity.py
 """
 
-from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.models.checkpoint import spec_to_dict
 from hkd_det.models.zoo import MODELS, build_model, count_params_and_flops
 
 if __name__ == "__main__":
     for name, spec in MODELS.items():
         complexity = count_params_and_flops(build_model(name), (512, 640))
-        if isinstance(spec, FasterRCNNSpec):
-            channels = spec.stage_channels if spec.width_mult != 1 else None
-        else:
-            channels = spec.backbone_kwargs.get("channels")
+        values = spec_to_dict(spec)
+        channels = values.get("backbone_kwargs", {}).get("channels")
+        if values.get("width_mult", 1) != 1:
+            channels = getattr(spec, "stage_channels", None)
         widths = f", widths {'-'.join(map(str, channels))}" if channels else ""
         num_params, flops = complexity.num_params / 1e6, complexity.flops / 1e9
-        print(f"| `{name}` | {spec.backbone}{widths} | {num_params:.2f} M | {flops:.1f} |")
+        print(f"| `{name}` | {values['backbone']}{widths} | {num_params:.2f} M | {flops:.1f} |")

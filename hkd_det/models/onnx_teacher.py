@@ -19,8 +19,6 @@ class OnnxTeacher(nn.Module):
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"detections"})
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"detections"})
-
     def __init__(self, model: OnnxDetector) -> None:
         super().__init__()
         self.model = model
