@@ -34,8 +34,8 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
-        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 1, "batch":
+        4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -68,7 +68,8 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
 ) -> None:
     path = exported(people, tmp_path / "teacher")
     flags = [
-        "--data", str(people), "--model", "mini-student", "--teacher", str(path), "--distill", "soft_labels,noisy_teacher",
+        "--data", str(people), "--model", "mini-student", "--teacher", str(path), "--distill", "
+        ""soft_labels,noisy_teacher",
         "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
         "--project", str(tmp_path), "--name", "run", "--unlabeled", str(people.parent / "val"),
     ]  # fmt: skip
@@ -125,7 +126,8 @@ def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"requires features, logits of the teacher, and closed\.onnx provides only detections"
     ):
-        build_methods(parse_methods({"hkd": {}}), HKDDetector(TINY), OnnxTeacher(Closed()), Closed.path)  # type: ignore[arg-type]
+        build_methods(parse_methods({"hkd": {}}), HKDDetector(TINY), OnnxTeacher(Closed()), Closed.path)  # type:
+        ignore[arg-type]
 
 
 def test_a_description_without_a_black_box_and_a_black_box_without_description(people: Path, tmp_path: Path) -> None:

@@ -31,13 +31,14 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     layout["scales"][layout["scale"]][1] = 0.0625
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
     monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r18", TWO_STAGE)
-    monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**layout, "nc": 1}))  # type: ignore[arg-type]
+    monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**layout, "nc": 1}))  # type:
+    ignore[arg-type]
 
 
 def settings(people: Path, run: Path, teacher: Path, methods: dict[str, Any], **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch":
+        4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 

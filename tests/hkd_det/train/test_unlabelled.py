@@ -47,8 +47,8 @@ def folder(tmp_path: Path) -> Path:
 
 def config(people: Path, run: Path, folder: Path, teacher: str, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": teacher, "unlabeled": (str(folder),),
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch":
+        4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": teacher, "unlabeled": (str(folder),),
         "distill": {"soft_labels": SoftLabelConfig()},
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -150,8 +150,8 @@ def test_a_photograph_is_turned_upright_only_where_no_boxes_refer_to_it(tmp_path
     loader, sampler = build_dataloader(
         samples, epochs(num_images=1, batch=1, num_unlabeled=1, unlabeled_batch=1), 0, 1, 0, 1
     )
-    stored, upright = (loader.dataset.pictures.read(index, (64, 64)).picture[..., 0] for index in (0, 1))  # type: ignore[attr-defined]
-    assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
+    stored, upright = (loader.dataset.pictures.read(index, (64, 64)).picture[..., 0] for index in (0, 1))  # type:
+    ignore[attr-defined] assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
     assert upright[:30].max() < 50 and upright[34:].min() > 200
     assert len(sampler) == 1
 
