@@ -43,7 +43,7 @@ def in_place(_tensors: object) -> None:
     """The mean over one process."""
 
 
-def arbiter(net: Net, settings: MoKDConfig) -> GradientBalancer:
+def balancer(net: Net, settings: MoKDConfig) -> GradientBalancer:
     if settings.solver == "amortized":
         return AmortizedBalancer(settings, list(net.parameters()), in_place)
     taps = FeatureHooks(net, [layer.name for layer in TAPS]) if settings.gradient_level == "feature" else None
@@ -80,25 +80,25 @@ def gram_of(own: Tensor, other: Tensor) -> GramMatrix:
 
 
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
-def test_at_the_parameters_the_gradients_are_autograds(net: Net, rule: str) -> None:
+def test_parameter_level_gradients_match_autograd(net: Net, rule: str) -> None:
     settings = MoKDConfig(rule)  # type: ignore[arg-type]
-    told = arbiter(net, settings).backward(*net.losses(), 1.0)
+    told = balancer(net, settings).backward(*net.losses(), 1.0)
     shared = sorted({name for name, _ in net.named_parameters()} - TASK_ONLY - TEACHER_ONLY - IDLE)
     own, other = (torch.cat([one[name].flatten() for name in shared]) for one in by_hand(net))
     task, taught = (loss.item() for loss in net.losses())
-    verdict = solve_loss_weights(settings.solver, settings.eps, gram_of(own, other), task, taught)
-    assert_gradients(net, verdict.det_loss_scale, verdict.distill_loss_scale)
+    weights = solve_loss_weights(settings.solver, settings.eps, gram_of(own, other), task, taught)
+    assert_gradients(net, weights.det_loss_scale, weights.distill_loss_scale)
     assert told["mokd_cosine"] == pytest.approx(torch.cosine_similarity(own, other, dim=0).item(), rel=1e-4)
     ratio = (own.norm() / (task + EPS)) / (other.norm() / (taught + EPS))
     assert told["mokd_norm_ratio_log10"] == pytest.approx(math.log10(ratio), rel=1e-4)
-    assert told["mokd_det_weight"] == pytest.approx(verdict.det_weight)
+    assert told["mokd_det_weight"] == pytest.approx(weights.det_weight)
 
 
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
-def test_at_the_taps_the_maps_gradients_decide(net: Net, rule: str) -> None:
+def test_feature_level_gradients_match_autograd(net: Net, rule: str) -> None:
     """By hand: the coarse map also speaks through the fine one's gradient, as it is computed from it."""
     settings = MoKDConfig(rule, gradient_level="feature")  # type: ignore[arg-type]
-    arbiter(net, settings).backward(*net.losses(), 1.0)
+    balancer(net, settings).backward(*net.losses(), 1.0)
     found = []
     for index in (0, 1):
         fine = net.fine(net.trunk(INPUTS).tanh()).detach().requires_grad_()
@@ -111,16 +111,16 @@ def test_at_the_taps_the_maps_gradients_decide(net: Net, rule: str) -> None:
         )
         gradients = torch.autograd.grad(loss, [fine, coarse])
         found.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    verdict = solve_loss_weights(
+    weights = solve_loss_weights(
         settings.solver, settings.eps, gram_of(*found), *(loss.item() for loss in net.losses())
     )
-    assert_gradients(net, verdict.det_loss_scale, verdict.distill_loss_scale)
+    assert_gradients(net, weights.det_loss_scale, weights.distill_loss_scale)
 
 
-def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
+def test_amortized_weights_match_formula(net: Net) -> None:
     """Over some steps of descent on the net, the logits against autograd's gradient of the half square."""
     settings = MoKDConfig("amortized", lr=0.5, weight_decay=0.1)
-    amortised = arbiter(net, settings)
+    amortised = balancer(net, settings)
     logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     for _ in range(5):
         losses = torch.stack(net.losses()).detach().double()
@@ -142,7 +142,7 @@ def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
         {"det_loss": logits[0].item(), "distill_loss": logits[1].item()}, rel=1e-5
     )
     assert logits.abs().min() > 0.01
-    twin = arbiter(net, settings)
+    twin = balancer(net, settings)
     twin.load_state_dict(amortised.state_dict())
     assert twin.backward(*net.losses(), 1.0) == amortised.backward(*net.losses(), 1.0)
 
@@ -152,8 +152,8 @@ def test_the_amortised_weights_follow_the_formula(net: Net) -> None:
     [MoKDConfig("min-norm"), MoKDConfig("bisector", gradient_level="feature"), MoKDConfig("amortized")],
     ids=lambda s: s.solver,
 )
-def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: MoKDConfig) -> None:
-    made = arbiter(net, settings)
+def test_balancer_without_teacher_equals_plain_backward(net: Net, settings: MoKDConfig) -> None:
+    made = balancer(net, settings)
     task, _ = net.losses()
     assert made.backward(task, None, 0.0) == {}
     plain = Net()
@@ -166,9 +166,9 @@ def test_without_a_teacher_the_task_learns_as_alone(net: Net, settings: MoKDConf
 
 
 @pytest.mark.parametrize("at", ["parameters", "feature"])
-def test_following_min_norm_both_losses_fall(net: Net, at: str) -> None:
+def test_min_norm_step_decreases_both_losses(net: Net, at: str) -> None:
     """To first order: a small step along the arbitrated gradient lowers the logs of both."""
-    made = arbiter(net, MoKDConfig("min-norm", gradient_level=at))  # type: ignore[arg-type]
+    made = balancer(net, MoKDConfig("min-norm", gradient_level=at))  # type: ignore[arg-type]
     before = torch.stack(net.losses()).log()
     made.backward(*net.losses(), 1.0)
     with torch.no_grad():
@@ -180,13 +180,13 @@ def test_following_min_norm_both_losses_fall(net: Net, at: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [MoKDConfig(), MoKDConfig(gradient_level="feature"), MoKDConfig("amortized")])
-def test_the_teacher_fades_with_its_strength(net: Net, settings: MoKDConfig) -> None:
+def test_distill_weight_blends_gradients(net: Net, settings: MoKDConfig) -> None:
     """A quarter of the full step and three quarters of the task's own gradient, though log losses hear no scale."""
     full, quarter = Net(), Net()
     full.load_state_dict(net.state_dict())
     quarter.load_state_dict(net.state_dict())
-    told = arbiter(full, settings).backward(*full.losses(), 1.0)
-    made = arbiter(quarter, settings)
+    told = balancer(full, settings).backward(*full.losses(), 1.0)
+    made = balancer(quarter, settings)
     task, taught = quarter.losses()
     assert made.backward(task, 0.25 * taught, 0.25) == pytest.approx(told, rel=1e-4)
     own, _ = by_hand(net)
@@ -196,13 +196,13 @@ def test_the_teacher_fades_with_its_strength(net: Net, settings: MoKDConfig) -> 
             torch.testing.assert_close(faded.grad, wanted)
 
 
-def test_reach_is_where_autograd_gives_a_gradient(net: Net) -> None:
+def test_reachable_parameters_match_autograd(net: Net) -> None:
     for loss in net.losses():
         given = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
         assert reachable_parameters(loss, list(net.parameters())).tolist() == [float(one is not None) for one in given]
 
 
-def test_equal_gradients_of_two_parameters_are_clipped_once() -> None:
+def test_shared_gradient_tensor_is_clipped_once() -> None:
     """Autograd may hand one tensor out twice, and clipping writes in place."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     made = AmortizedBalancer(MoKDConfig("amortized"), [a, b], in_place)

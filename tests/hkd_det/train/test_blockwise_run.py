@@ -91,7 +91,7 @@ def stopped_at(count: int, monkeypatch: pytest.MonkeyPatch, owner: Any, name: st
             yield
 
 
-def test_the_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Path) -> None:
+def test_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Path) -> None:
     teacher = written(tmp_path / "teacher.pt")
     flags = [
         "--data", str(people), "--teacher", str(teacher), "--distill", "blockwise", "--imgsz", "96x64", "--epochs", "1",
@@ -119,9 +119,7 @@ def test_the_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Pat
     assert main(flags) == 2  # it holds a run
 
 
-def test_broken_off_among_the_blocks_the_same_command_goes_on(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_block_training_continues(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = written(tmp_path / "teacher.pt")
     cut = settings(people, tmp_path / "cut", teacher, blockwise())
     with stopped_at(3, monkeypatch, stage, "train_block"):
@@ -139,7 +137,7 @@ def test_broken_off_among_the_blocks_the_same_command_goes_on(
     assert same(weights(tmp_path / "cut", "best.pt"), weights(tmp_path / "whole", "best.pt"))
 
 
-def test_another_teacher_or_setting_starts_over(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_teacher_or_setting_starts_over(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = written(tmp_path / "teacher.pt")
     with stopped_at(3, monkeypatch, stage, "train_block"):
         train(settings(people, tmp_path / "run", teacher, blockwise()))
@@ -150,7 +148,7 @@ def test_another_teacher_or_setting_starts_over(people: Path, tmp_path: Path, mo
     assert [path.stem for path in blocks] == BLOCKS[:1] and blocks[0].read_bytes() != old
 
 
-def test_another_batch_draws_other_views_and_starts_over(
+def test_other_batch_samples_other_images_and_starts_over(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = written(tmp_path / "teacher.pt")
@@ -164,7 +162,7 @@ def test_another_batch_draws_other_views_and_starts_over(
     assert (tmp_path / "run/4").read_bytes() != (tmp_path / "run/6").read_bytes()
 
 
-def test_broken_off_in_fine_tuning_it_ends_with_the_same_weights(
+def test_interrupted_fine_tuning_ends_with_same_weights(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, methods = written(tmp_path / "teacher.pt"), blockwise()
@@ -205,7 +203,7 @@ def a_worker_killed(blocks: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_killed_workers_or_not_the_assembled_network_is_the_same(people: Path, tmp_path: Path) -> None:
+def test_killed_workers_do_not_change_the_network(people: Path, tmp_path: Path) -> None:
     """Two workers under either schedule and cache, one of them really killed, against one process."""
     teacher, longer = written(tmp_path / "teacher.pt"), {"epochs": 20, "num_images": 32}
     train(settings(people, tmp_path / "alone", teacher, blockwise(**longer)))
@@ -227,7 +225,7 @@ def test_killed_workers_or_not_the_assembled_network_is_the_same(people: Path, t
         ({"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
     ],
 )
-def test_fine_tuned_under_its_own_teacher(
+def test_fine_tuning_with_teacher_has_losses(
     people: Path, tmp_path: Path, changes: dict[str, Any], terms: set[str]
 ) -> None:
     methods = {"blockwise": BlockwiseConfig(**QUICK), **changes}
@@ -241,12 +239,12 @@ def thin_yolo() -> UltralyticsSpec:
     return UltralyticsSpec("yolo11n", {**layout, "nc": 1})
 
 
-def test_a_faster_rcnn(people: Path, tmp_path: Path) -> None:
+def test_faster_rcnn_is_replaced_blockwise(people: Path, tmp_path: Path) -> None:
     spec = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
     _family(people, tmp_path, spec)
 
 
-def test_a_yolo_model(people: Path, tmp_path: Path) -> None:
+def test_yolo_is_replaced_blockwise(people: Path, tmp_path: Path) -> None:
     _family(people, tmp_path, thin_yolo())
 
 
@@ -262,7 +260,7 @@ def _trained(people: Path, tmp_path: Path, spec: ModelSpec) -> TrainResult:
     return train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt", spec), blockwise(min_channels=8)))
 
 
-def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_above_max_mr_increase_is_left_out(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Miss rates are told by hand: of the teacher, of each block alone, of what is put together."""
     from hkd_det.train import context
 
@@ -277,7 +275,7 @@ def test_what_stays_above_the_limit_stays_out(people: Path, tmp_path: Path, monk
         train(settings(people, tmp_path / "none", teacher, blockwise(evaluate_blocks=True, max_mr_increase=0.1)))
 
 
-def test_what_cannot_be_is_said_at_once(
+def test_invalid_blockwise_run_is_reported_at_once(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = written(tmp_path / "teacher.pt")
@@ -309,7 +307,7 @@ def test_what_cannot_be_is_said_at_once(
     assert not (tmp_path / "runs").exists() and not (tmp_path / "run/blockwise/images.npy").exists()
 
 
-def test_what_cannot_be_afterwards_is_said_before_the_blocks_are_learnt(people: Path, tmp_path: Path) -> None:
+def test_invalid_fine_tuning_is_reported_before_block_training(people: Path, tmp_path: Path) -> None:
     teacher, folder = written(tmp_path / "teacher.pt"), tmp_path / "run"
     elsewhere = {
         "blockwise": BlockwiseConfig(**QUICK),

@@ -26,19 +26,18 @@ TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=
 
 
 @pytest.fixture(autouse=True)
-def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
     layout["scales"][layout["scale"]][1] = 0.0625
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
     monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r18", TWO_STAGE)
-    monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**layout, "nc": 1}))  # type:
-    ignore[arg-type]
+    monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**layout, "nc": 1}))  # type: ignore[arg-type]
 
 
 def settings(people: Path, run: Path, teacher: Path, methods: dict[str, Any], **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch":
-        4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2,
+        "batch": 4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -66,7 +65,7 @@ def teachers(tmp_path: Path) -> dict[str, Path]:
     ],
     ids=lambda value: f"{value.solver}-{value.gradient_level}" if isinstance(value, MoKDConfig) else value,
 )
-def test_hkd_with_noise_and_mokd_trains(
+def test_hkd_with_noisy_teacher_and_mokd_trains(
     people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: MoKDConfig
 ) -> None:
     methods = {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": mokd}
@@ -85,7 +84,7 @@ def test_hkd_with_noise_and_mokd_trains(
 @pytest.mark.parametrize(
     "settings_of", [MoKDConfig(gradient_level="feature"), MoKDConfig("amortized")], ids=lambda s: s.solver
 )
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
+def test_resumed_run_equals_uninterrupted_run(
     people: Path,
     tmp_path: Path,
     teachers: dict[str, Path],

@@ -23,7 +23,7 @@ TASK = {"rpn_cls", "rpn_box", "cls", "box"}
 
 
 @pytest.fixture(autouse=True)
-def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r50", TEACHER)
     monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r18", STUDENT)
     monkeypatch.setitem(sizes.MODELS, "mini-teacher", DENSE)
@@ -46,7 +46,7 @@ def teacher(people: Path, tmp_path: Path) -> str:
     return str(run(people, tmp_path / "teacher", "fasterrcnn-r50").best)
 
 
-def test_a_pair_trains_and_the_student_detects_the_same_when_loaded(people: Path, tmp_path: Path, teacher: str) -> None:
+def test_pair_trains_and_checkpoint_predicts_the_same(people: Path, tmp_path: Path, teacher: str) -> None:
     result = run(
         people,
         tmp_path / "student",
@@ -66,13 +66,13 @@ def test_a_pair_trains_and_the_student_detects_the_same_when_loaded(people: Path
 
 
 @pytest.mark.slow
-def test_it_learns(people: Path, tmp_path: Path) -> None:
+def test_training_reduces_losses(people: Path, tmp_path: Path) -> None:
     result = run(people, tmp_path, epochs=25, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9, no_aug_ratio=0.1)
     first, last = result.history[0].losses, result.history[-1].losses
     assert last["rpn_cls"] < 0.5 * first["rpn_cls"] and last["cls"] < 0.5 * first["cls"]
 
 
-def test_the_teacher_alone_teaches_until_the_end_of_training(people: Path, tmp_path: Path, teacher: str) -> None:
+def test_teacher_alone_trains_until_last_epochs(people: Path, tmp_path: Path, teacher: str) -> None:
     taught = {"hkd": HKDConfig(det_loss_weight=0.0)}
     result = run(people, tmp_path / "alone", teacher=teacher, distill=taught, epochs=2, no_aug_ratio=0.5)
     first, last = (record.losses for record in result.history)
@@ -80,7 +80,7 @@ def test_the_teacher_alone_teaches_until_the_end_of_training(people: Path, tmp_p
     assert last.keys() == TASK and last["cls"] > 0
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tmp_path: Path, teacher: str) -> None:
+def test_resumed_run_equals_uninterrupted_run(people: Path, tmp_path: Path, teacher: str) -> None:
     """Samples and noise are drawn anew: the epoch, not what went before, decides how."""
     taught = {
         "teacher": teacher,
@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_dense_teacher_teaches_a_two_stage_student(people: Path, tmp_path: Path) -> None:
+def test_dense_teacher_trains_two_stage_student(people: Path, tmp_path: Path) -> None:
     dense = run(people, tmp_path / "dense", "mini-teacher")
     result = run(people, tmp_path / "taught", teacher=str(dense.best), distill={"hkd": HKDConfig()})
     assert {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"} <= result.history[0].losses.keys()

@@ -37,7 +37,7 @@ def thin(name: str, classes: int = 1) -> UltralyticsSpec:
 
 
 @pytest.fixture
-def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
     for name in ("yolov8n", "yolo11n", "yolo26n"):
         monkeypatch.setitem(sizes.MODELS, name, thin(name))  # type: ignore[arg-type]
@@ -58,11 +58,9 @@ def our_teacher(path: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("tiny_sizes")
+@pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize(("name", "own"), [("yolo11n", "dfl"), ("yolo26n", "box_one2one")])
-def test_a_yolo_student_learns_from_our_teacher_and_teaches_ours(
-    people: Path, tmp_path: Path, name: str, own: str
-) -> None:
+def test_yolo_student_and_teacher_train_with_native_detector(people: Path, tmp_path: Path, name: str, own: str) -> None:
     taught = train(settings(people, tmp_path / "yolo", name, our_teacher(tmp_path / "teacher.pt")))
     assert taught.history[0].losses.keys() >= TERMS | {"cls", "box", own}
     best = load_detector_checkpoint(taught.best)
@@ -73,8 +71,8 @@ def test_a_yolo_student_learns_from_our_teacher_and_teaches_ours(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("tiny_sizes")
-def test_chosen_taps_and_noise_teach_across_families_both_ways_and_resume_exactly(people: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_named_layers_and_noise_resume_exactly(people: Path, tmp_path: Path) -> None:
     """Run whole, and again from an epoch's end: noise is drawn by the epoch."""
     yolo = train(settings(people, tmp_path / "yolo", "yolo11n", None, epochs=1)).best
     ours, theirs = ("backbone.body.layer3", "neck.outputs.0"), ("network.model.16", "network.model.22")
@@ -105,16 +103,16 @@ def stop_at(step: int, kept: Callable[[Trainer, int], None]) -> Callable[[Traine
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("tiny_sizes")
-def test_a_yolo_student_learns_to_find_dark_boxes(people: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_yolo_training_learns_dark_boxes(people: Path, tmp_path: Path) -> None:
     plain = {"mosaic": 0.0, "multi_scale": 0.0, "ema_decay": 0.9}
     course = train(settings(people, tmp_path, "yolov8n", None, epochs=20, lr=1e-2, **plain))
     assert course.history[-1].losses["box"] < 0.6 * course.history[0].losses["box"]
     assert course.miss_rate < 0.5
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_an_ultralytics_file_teaches_our_student(people: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_ultralytics_file_trains_native_student(people: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = UltralyticsDetector(thin("yolo11n", 3)).network
     network.names = {0: "person", 1: "dog", 2: "car"}
@@ -128,7 +126,7 @@ def test_an_ultralytics_file_teaches_our_student(people: Path, tmp_path: Path) -
     assert "hkd_pyramid" in (tmp_path / "run" / "results.csv").read_text()
 
 
-def test_a_teacher_is_told_by_what_its_file_holds(tmp_path: Path) -> None:
+def test_teacher_type_follows_file_content(tmp_path: Path) -> None:
     assert isinstance(load_detector(our_teacher(tmp_path / "teacher.pt")), HKDDetector)
     with pytest.raises(DataError, match=r"nothing\.pt: no such checkpoint"):
         load_detector(tmp_path / "nothing.pt")

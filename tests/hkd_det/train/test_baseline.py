@@ -27,7 +27,7 @@ FLAGS = ["--imgsz", "96x64", "--batch", "4", "--workers", "0", "--device", "cpu"
 
 
 @pytest.fixture
-def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
 
 
@@ -38,10 +38,8 @@ def perfect(people: Path) -> list[Detections]:
     ]
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_the_control_differs_in_nothing_but_the_teacher(
-    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_baseline_differs_by_teacher_only(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", str(people), "--model", "mini-student", *FLAGS, "--project", str(tmp_path)]
     assert main([*common, "--epochs", "1", "--name", "teacher"]) == 0
     taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--epochs", "2", "--baseline"]
@@ -59,10 +57,8 @@ def test_the_control_differs_in_nothing_but_the_teacher(
         )
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_the_comparison_is_in_the_runs_own_setup(
-    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_comparison_uses_setup_of_the_run(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", str(people), "--model", "mini-student", *FLAGS, "--project", str(tmp_path), "--epochs", "1"]
     assert main([*common, "--name", "teacher"]) == 0
     taught = ["--teacher", str(tmp_path / "teacher/best.pt"), "--distill", "hkd", "--baseline", "--set", "setup=bare"]
@@ -72,7 +68,7 @@ def test_the_comparison_is_in_the_runs_own_setup(
     assert written["distilled"]["miss_rates"]["bare"] == load_detector_checkpoint(tmp_path / "taught/best.pt").miss_rate
 
 
-def test_broken_off_it_says_how_to_go_on_with_the_control_too(
+def test_interrupt_prints_resume_command_with_baseline(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cut(config: TrainConfig, resume: bool) -> None:
@@ -87,7 +83,7 @@ def test_broken_off_it_says_how_to_go_on_with_the_control_too(
     assert f"hkd-train --resume {tmp_path / 'run'} --baseline" in capsys.readouterr().err
 
 
-def test_only_epochs_of_this_run_are_gone_on_with(
+def test_interrupt_before_first_epoch_prints_no_resume(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Started over with --exist-ok and broken off in its first epoch: last.pt is still the earlier run's."""
@@ -105,7 +101,7 @@ def test_only_epochs_of_this_run_are_gone_on_with(
 
 
 @pytest.mark.parametrize(("seed", "goes_on"), [(0, True), (1, False)])
-def test_an_earlier_runs_control_is_not_gone_on_with(
+def test_baseline_of_earlier_run_is_not_resumed(
     seed: int, goes_on: bool, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--exist-ok leaves it there until the new run's control takes its place; its miss rate would be compared."""
@@ -121,7 +117,7 @@ def test_an_earlier_runs_control_is_not_gone_on_with(
     assert resumed == [("run", True), ("run-baseline", goes_on)]
 
 
-def test_an_older_control_is_not_written_over(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_baseline_is_not_overwritten(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run-baseline").mkdir()
     (tmp_path / "run-baseline/last.pt").touch()
     taught = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--baseline"]
@@ -129,28 +125,28 @@ def test_an_older_control_is_not_written_over(people: Path, tmp_path: Path, caps
     assert "run-baseline: already contains a run" in capsys.readouterr().err
 
 
-def test_the_control_does_not_write_over_the_teacher(people: Path, tmp_path: Path) -> None:
+def test_baseline_does_not_overwrite_teacher(people: Path, tmp_path: Path) -> None:
     teacher = str(tmp_path / "run-baseline/best.pt")
     run = TrainConfig(str(people), "mini-student", str(tmp_path / "run"), teacher=teacher, distill={"hkd": {}})
     with pytest.raises(UsageError, match="overwrite it"):
         control.make_baseline_config(run)
 
 
-def test_a_control_without_a_teacher_is_refused(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_baseline_without_teacher_exits_with_code_2(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data", str(people), "--model", "mini-student", "--baseline"]) == 2
     assert "--teacher" in capsys.readouterr().err
 
 
-def test_the_interval_of_equals_is_nothing_and_of_all_against_nothing_is_all(people: Path) -> None:
+def test_bootstrap_interval_of_extreme_detections(people: Path) -> None:
     samples, found = load_dataset(str(people), "val"), perfect(people)
     nothing = [Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))] * len(samples)
     assert control.bootstrap_interval(samples, found, found, "Reasonable", num_resamples=20) == (0.0, 0.0)
     assert control.bootstrap_interval(samples, found, nothing, "Reasonable", num_resamples=20) == (-1.0, -1.0)
 
 
-def test_every_person_stands_in_just_one_range_of_height() -> None:
-    chance = np.random.default_rng(0)
-    heights_px = np.concatenate([chance.uniform(20, 400, 300), judge.HEIGHT_BINS_PX])
+def test_every_height_belongs_to_one_setup() -> None:
+    rng = np.random.default_rng(0)
+    heights_px = np.concatenate([rng.uniform(20, 400, 300), judge.HEIGHT_BINS_PX])
     boxes = np.stack([np.zeros_like(heights_px), np.zeros_like(heights_px), heights_px / 2, heights_px], 1)
     count = len(heights_px)
     table = GroundTruthTable(1, np.zeros(count, int), boxes, heights_px, np.ones(count), np.zeros(count, bool))
@@ -159,8 +155,8 @@ def test_every_person_stands_in_just_one_range_of_height() -> None:
     assert sum(rate.num_gt for name, rate in rates.items() if name != "All") == rates["All"].num_gt == count
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_perfect_detections_miss_nobody(people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_perfect_detections_have_zero_miss_rate(people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = perfect(people)
     monkeypatch.setattr(judge, "predict_dataset", lambda *_: found)
     judged, _ = judge.measure_detector(

@@ -35,8 +35,8 @@ def truth(*boxes: list[float]) -> Targets:
     return Targets(tensor, torch.ones(1, len(boxes), dtype=torch.bool), torch.zeros(1, len(boxes), dtype=torch.bool))
 
 
-PERSON = truth([10.0, 10.0, 40.0, 60.0])
-PICTURE = torch.randint(0, 255, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+ONE_PERSON = truth([10.0, 10.0, 40.0, 60.0])
+IMAGE = torch.randint(0, 255, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -45,36 +45,36 @@ def pair() -> tuple[HKDDetector, HKDDetector]:
     return HKDDetector(STUDENT).train(), HKDDetector(TEACHER)
 
 
-def test_a_recorder_keeps_the_outputs_and_forgets_them_when_taken(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_feature_hooks_pop_returns_and_clears_outputs(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, _ = pair
     recorder = FeatureHooks(student, [layer.name for layer in student.feature_info()])
-    maps = student.forward_features(PICTURE)
+    maps = student.forward_features(IMAGE)
     assert all(torch.equal(a, b) for a, b in zip(recorder.pop(), maps, strict=True))
     with pytest.raises(KeyError):
         recorder.pop()
     recorder.close()
-    student.forward_features(PICTURE)
+    student.forward_features(IMAGE)
     with pytest.raises(KeyError):
         recorder.pop()
 
 
-def test_a_tap_on_a_layer_that_is_not_there_is_refused(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_unknown_feature_layer_raises_usage_error(pair: tuple[HKDDetector, HKDDetector]) -> None:
     with pytest.raises(UsageError, match=r"neck\.nothing"):
         FeatureHooks(pair[0], ["neck.nothing"])
 
 
 @pytest.mark.parametrize(("mine", "other"), [(8, 8), (8, 16), (32, 16)])
-def test_an_adapter_gives_the_teachers_channels_and_stride(mine: int, other: int) -> None:
+def test_adapter_matches_channels_and_stride(mine: int, other: int) -> None:
     adapter = Adapter(FeatureInfo("s", mine, 5), FeatureInfo("t", other, 7))
     assert adapter(torch.zeros(2, 5, 64 // mine, 96 // mine)).shape == (2, 7, 64 // other, 96 // other)
 
 
-def test_adapters_between_strides_that_do_not_divide_are_refused() -> None:
+def test_adapter_with_indivisible_strides_raises_usage_error() -> None:
     with pytest.raises(UsageError):
         Adapter(FeatureInfo("s", 12, 5), FeatureInfo("t", 8, 7))
 
 
-def test_taps_are_paired_by_the_nearest_stride() -> None:
+def test_pair_by_stride_selects_nearest_stride() -> None:
     student = [FeatureInfo("s8", 8, 1), FeatureInfo("s16", 16, 1)]
     teacher = [FeatureInfo("t4", 4, 1), FeatureInfo("t16", 16, 1), FeatureInfo("t32", 32, 1)]
     assert [(a.name, b.name) for a, b in pair_by_stride(student, teacher)] == [
@@ -82,10 +82,10 @@ def test_taps_are_paired_by_the_nearest_stride() -> None:
     ]  # fmt: skip
 
 
-def test_every_level_gives_a_term_and_a_gradient(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_every_level_has_loss_and_gradient(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
-    terms = distiller(PICTURE, PERSON, 1.0)[1]
+    terms = distiller(IMAGE, ONE_PERSON, 1.0)[1]
     assert set(terms) == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
@@ -93,36 +93,36 @@ def test_every_level_gives_a_term_and_a_gradient(pair: tuple[HKDDetector, HKDDet
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_the_teacher_is_no_part_of_what_learns(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_teacher_is_not_trained(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
     ours = {id(parameter) for parameter in distiller.parameters()}
     assert not ours & {id(parameter) for parameter in teacher.parameters()}
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    distiller(PICTURE, PERSON, 1.0)[1]
+    distiller(IMAGE, ONE_PERSON, 1.0)[1]
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_teacher_heard_before_the_student_says_the_same_once(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_teacher_runs_once_per_batch(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
     distiller = make_distiller(student.eval(), teacher, {"hkd": HKDConfig()})
-    after = distiller(PICTURE, PERSON, 1.0)[1]
-    assert distiller(PICTURE, PERSON, 1.0)[1] == after
-    other = 255 - PICTURE  # the next batch is heard anew
-    assert distiller(other, PERSON, 1.0)[1]["hkd_cls"] != after["hkd_cls"]
+    after = distiller(IMAGE, ONE_PERSON, 1.0)[1]
+    assert distiller(IMAGE, ONE_PERSON, 1.0)[1] == after
+    other = 255 - IMAGE  # the next batch is heard anew
+    assert distiller(other, ONE_PERSON, 1.0)[1]["hkd_cls"] != after["hkd_cls"]
 
 
-def test_strength_scales_every_term(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_distill_weight_scales_every_loss(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
     distiller = make_distiller(student.eval(), teacher, {"hkd": HKDConfig()})
-    full = distiller(PICTURE, PERSON, 1.0)[1]
-    half = distiller(PICTURE, PERSON, 0.5)[1]
+    full = distiller(IMAGE, ONE_PERSON, 1.0)[1]
+    half = distiller(IMAGE, ONE_PERSON, 0.5)[1]
     for name in full:
         torch.testing.assert_close(half[name] * 2, full[name])
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
+def test_equal_student_and_teacher_have_zero_loss() -> None:
     torch.manual_seed(0)
     twin = HKDDetector(TEACHER).eval()
     taps = twin.feature_info()
@@ -131,23 +131,23 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
         torch.nn.init.dirac_(adapter.projection.weight)
         torch.nn.init.zeros_(adapter.projection.bias)
     with torch.no_grad():
-        outputs, prediction = twin.forward_features(PICTURE), twin(PICTURE)
+        outputs, prediction = twin.forward_features(IMAGE), twin(IMAGE)
         maps = {tap.name: feature for tap, feature in zip(taps, outputs, strict=True)}
-        lesson = DistillationBatch(PICTURE, PERSON, twin, twin, prediction, prediction, maps, maps, clamp_min_one)
+        lesson = DistillationBatch(IMAGE, ONE_PERSON, twin, twin, prediction, prediction, maps, maps, clamp_min_one)
         terms = method(lesson)
     for term in terms.values():
         torch.testing.assert_close(term, torch.zeros(()), atol=1e-4, rtol=0)
 
 
-def test_the_logit_level_is_made_of_its_formulas(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_logit_losses_match_their_formulas(pair: tuple[HKDDetector, HKDDetector]) -> None:
     """Worked out point by point: both branches' scores, and the sides weighted by the teacher's score."""
     student, teacher = pair[0].eval(), pair[1].eval()
     with torch.no_grad():
         torch.nn.init.normal_(teacher.head.one2many.weight, std=20.0)  # some points of any confidence
         torch.nn.init.zeros_(teacher.head.one2many.bias)
         distiller = make_distiller(student, teacher, {"hkd": HKDConfig(cls=3.0, box=5.0)})
-        mine, other = student(PICTURE), teacher(PICTURE)
-        terms = distiller(PICTURE, PERSON, 1.0)[1]
+        mine, other = student(IMAGE), teacher(IMAGE)
+        terms = distiller(IMAGE, ONE_PERSON, 1.0)[1]
     scores, boxes, confidence = 0.0, 0.0, other.one2many.logits[0].sigmoid()
     for a, b in ((mine.one2many, other.one2many), (mine.one2one, other.one2one)):
         s, t = (branch.logits[0].double().sigmoid() for branch in (a, b))
@@ -162,9 +162,9 @@ def test_the_logit_level_is_made_of_its_formulas(pair: tuple[HKDDetector, HKDDet
     torch.testing.assert_close(terms["hkd_box"], 5 * boxes / confidence.sum().clamp(min=1), atol=1e-5, rtol=1e-3)
 
 
-def test_pyramid_and_regions_are_read_where_people_are() -> None:
+def test_pyramid_and_region_losses_read_persons() -> None:
     """Two pictures, one of the people in them padding; the teacher finds three and none, two of them well enough."""
-    chance = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     boxes = torch.tensor([[[10.0, 8, 40, 60], [0, 0, 0, 0]], [[-5, 4, 20, 50], [30, 12, 52, 64]]])
     real = torch.tensor([[True, False], [True, True]])
     people = Targets(boxes, real, torch.zeros_like(real))
@@ -172,7 +172,7 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
     found = DetectionBatch((seen, torch.zeros(0, 4)), (torch.tensor([0.9, 0.5, 0.3]), torch.zeros(0)))
     tap = FeatureInfo("t", 8, 6)
     method = DenseHKD([(tap, tap)], HKDConfig(pyramid=1.0, region_min_score=0.4, max_regions=2))
-    mine, other = torch.randn(2, 2, 6, 8, 8, generator=chance)
+    mine, other = torch.randn(2, 2, 6, 8, 8, generator=rng)
     silent = DenseOutputs(
         BranchOutputs(torch.zeros(2, 64), torch.zeros(2, 64, 4)), None, *make_anchors((64, 64), (8,)), (64, 64)
     )
@@ -195,7 +195,7 @@ def test_pyramid_and_regions_are_read_where_people_are() -> None:
     torch.testing.assert_close(terms["hkd_pyramid"], balanced.mean())
 
 
-def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_features_do_not_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -> None:
     """Whoever still held a map, its output would not be gone when the step's own names are."""
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": {}, "noisy_teacher": {}})
@@ -207,7 +207,7 @@ def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -
         network.get_submodule(name).register_forward_hook(lambda _m, _i, out: alive.append(weakref.ref(out)))
 
     def step(strength: float) -> None:
-        det_losses, distill_losses = distiller(PICTURE, PERSON, strength)
+        det_losses, distill_losses = distiller(IMAGE, ONE_PERSON, strength)
         torch.stack(list((det_losses | distill_losses).values())).sum().backward()
 
     gc.disable()  # what only the collector frees is held for too long
@@ -220,26 +220,26 @@ def test_no_steps_maps_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -
         gc.enable()
 
 
-def test_a_picture_with_nobody_in_it_gives_finite_terms(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_image_without_persons_gives_finite_losses(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig(region_min_score=1.1)})
-    terms = distiller(PICTURE, truth(), 1.0)[1]
+    terms = distiller(IMAGE, truth(), 1.0)[1]
     torch.stack(list(terms.values())).sum().backward()
     assert terms["hkd_region"] == 0
     assert all(torch.isfinite(term) for term in terms.values())
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[HKDDetector, HKDDetector]) -> None:
+def test_training_on_hkd_alone_reduces_loss(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
     optimizer = torch.optim.Adam([*student.parameters(), *distiller.methods.parameters()], lr=3e-3)
-    course = []
+    history = []
     for _ in range(25):
-        terms = distiller(PICTURE, PERSON, 1.0)[1]
+        terms = distiller(IMAGE, ONE_PERSON, 1.0)[1]
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        course.append(loss.item())
-    assert course[-1] < 0.5 * course[0]
+        history.append(loss.item())
+    assert history[-1] < 0.5 * history[0]

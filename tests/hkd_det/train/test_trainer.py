@@ -30,7 +30,7 @@ TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8
 
 
 @pytest.fixture
-def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
 
 
@@ -46,8 +46,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_a_run_leaves_checkpoints_settings_and_history(people: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_run_writes_checkpoints_settings_and_history(people: Path, tmp_path: Path) -> None:
     result = train(settings(people, tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt", "config.yaml", "results.csv"}
     best = load_detector_checkpoint(result.best)
@@ -56,16 +56,16 @@ def test_a_run_leaves_checkpoints_settings_and_history(people: Path, tmp_path: P
     assert result.history[-1].losses["cls"] < result.history[0].losses["cls"] * 1.5
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_it_learns_to_find_dark_boxes(people: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_training_learns_dark_boxes(people: Path, tmp_path: Path) -> None:
     result = train(settings(people, tmp_path, epochs=30, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9))
     assert result.history[-1].losses["box"] < 0.6 * result.history[0].losses["box"]
     assert result.miss_rate < 0.7
 
 
-@pytest.mark.usefixtures("tiny_sizes")
+@pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
+def test_resumed_run_equals_uninterrupted_run(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """Cut in the middle of the second epoch, distilling: the hardest state there is."""
@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_then_resume(people: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_run_equals_uninterrupted_run(people: Path, tmp_path: Path) -> None:
     """A real process, really killed, more than once; the command's own --resume; the same final weights."""
     base = [sys.executable, "-c", "import sys; from hkd_det.train.cli import main; sys.exit(main())"]
     common = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "4", "--batch", "4"]
@@ -119,8 +119,8 @@ def test_kill_9_at_any_moment_then_resume(people: Path, tmp_path: Path) -> None:
     assert same(whole["ema"], resumed["ema"]) and len(resumed["history"]) == 4
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_a_full_disk_loses_nothing(
+@pytest.mark.usefixtures("tiny_models")
+def test_full_disk_keeps_earlier_files(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(people, tmp_path / "run", epochs=1)
@@ -138,7 +138,7 @@ def test_a_full_disk_loses_nothing(
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
 
 
-def test_a_run_does_not_write_over_its_own_start(people: Path, tmp_path: Path) -> None:
+def test_run_does_not_overwrite_its_input(people: Path, tmp_path: Path) -> None:
     """Going on after a kill, it would be taught by itself."""
     own = str(tmp_path / "elsewhere/../best.pt")
     for asked in ({"weights": own}, {"teacher": own, "distill": {"hkd": HKDConfig()}}):
@@ -146,8 +146,8 @@ def test_a_run_does_not_write_over_its_own_start(people: Path, tmp_path: Path) -
             settings(people, tmp_path, **asked)
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_a_state_that_does_not_fit_is_refused_in_one_line(
+@pytest.mark.usefixtures("tiny_models")
+def test_unsuitable_state_is_rejected_in_one_line(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of an older version, which had no arbiters; one whose detector has another shape now."""
@@ -164,8 +164,8 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(
     assert "'balancer'" in told[0]
 
 
-@pytest.mark.usefixtures("tiny_sizes")
-def test_a_checkpoint_of_another_model_is_refused(people: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_models")
+def test_checkpoint_of_other_model_is_rejected(people: Path, tmp_path: Path) -> None:
     train(settings(people, tmp_path, epochs=1))
     with pytest.raises(DataError, match="mini-teacher"):
         train(settings(people, tmp_path, model="mini-teacher", epochs=1), resume=True)

@@ -43,7 +43,7 @@ CDD_TERMS = {"cdd_feature", "cdd_cls"}
 
 
 @pytest.fixture(autouse=True)
-def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, spec in {"mini-student": TINY, "mini-teacher": WIDE, "fasterrcnn-r18": TWO_STAGE}.items():
         monkeypatch.setitem(sizes.MODELS, name, spec)
 
@@ -75,9 +75,7 @@ def share_left(result: TrainResult, teacher: Path) -> float:
     return after / before
 
 
-def test_the_command_starts_as_the_teacher_and_leaves_a_plain_smaller_network(
-    people: Path, tmp_path: Path, teacher: Path
-) -> None:
+def test_command_prunes_copy_of_teacher_to_plain_network(people: Path, tmp_path: Path, teacher: Path) -> None:
     flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "cdd", "--set", "lr=1e-9"]
     assert main([*flags, "--teacher", str(teacher), "--distill", "cdd", "--set", "distill.cdd.keep_flops=0.8"]) == 0
@@ -96,7 +94,7 @@ def test_the_command_starts_as_the_teacher_and_leaves_a_plain_smaller_network(
     assert not any(isinstance(module, Compactor) for module in twin.modules())
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tmp_path: Path, teacher: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(people: Path, tmp_path: Path, teacher: Path) -> None:
     """Cut while channels fade; neighbours and distractors are as they would have been."""
     settings = {"distill": {"cdd": CDD, "hkd": HKDConfig()}, "epochs": 3}
     train(configured(people, tmp_path / "whole", teacher, **settings))
@@ -130,7 +128,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(people: Path, tm
         ({"noisy_teacher": NoisyTeacherConfig()}, set()),
     ],
 )
-def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[str, Any], terms: set[str]) -> None:
+def test_cdd_combines_with_other_methods(
+    people: Path, tmp_path: Path, teacher: Path, others: dict[str, Any], terms: set[str]
+) -> None:
     methods = {"cdd": CDD, **others}
     result = train(configured(people, tmp_path / "run", teacher, distill=methods, epochs=1))
     losses, figures = result.history[0].losses, result.history[0].metrics
@@ -139,7 +139,7 @@ def test_it_combines(people: Path, tmp_path: Path, teacher: Path, others: dict[s
 
 
 @pytest.mark.slow
-def test_a_wider_fresh_student_shrinks_under_its_teacher(people: Path, tmp_path: Path, teacher: Path) -> None:
+def test_wider_new_student_is_pruned(people: Path, tmp_path: Path, teacher: Path) -> None:
     result = train(configured(people, tmp_path / "run", teacher, model="mini-teacher", weights="", epochs=1))
     wide = saved(tmp_path / "wide.pt", "mini-teacher")
     assert load_detector_checkpoint(result.best).spec == WIDE and share_left(result, wide) <= 0.8
@@ -147,7 +147,7 @@ def test_a_wider_fresh_student_shrinks_under_its_teacher(people: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["fasterrcnn-r18", "yolo26n"])
-def test_other_families_shrink(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+def test_other_families_are_pruned(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     if model == "yolo26n":
         layout = dict(sizes.get_spec(model).model_yaml)  # type: ignore[union-attr]
         layout["scales"] = {layout["scale"]: [0.33, 0.0625, 1024]}
@@ -163,7 +163,7 @@ def test_other_families_shrink(people: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_two_processes_shed_together(people: Path, tmp_path: Path, teacher: Path) -> None:
+def test_two_processes_prune_together(people: Path, tmp_path: Path, teacher: Path) -> None:
     flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "1", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "two", "--teacher", str(teacher)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -178,7 +178,7 @@ def test_two_processes_shed_together(people: Path, tmp_path: Path, teacher: Path
     assert after.flops <= 0.8 * before.flops
 
 
-def test_what_cannot_be_says_so_at_once(people: Path, tmp_path: Path, teacher: Path) -> None:
+def test_invalid_cdd_run_is_reported_at_once(people: Path, tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(UsageError, match="cdd,blockwise"):
         check_methods({"cdd": CDD, "blockwise": BlockwiseConfig()})
     assert list(parse_methods({"cdd": CDD, "mokd": MoKDConfig()})) == ["mokd", "cdd"]
@@ -197,7 +197,7 @@ def test_what_cannot_be_says_so_at_once(people: Path, tmp_path: Path, teacher: P
         (["--distill", "cdd", "--set", "distill.cdd.keep_flops=1"], "nothing to prune"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused(
+def test_invalid_cdd_flags_exit_with_code_2(
     people: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
 ) -> None:
     common = ["--data", str(people), "--imgsz", "96x64", "--teacher", str(teacher), "--project", str(tmp_path)]

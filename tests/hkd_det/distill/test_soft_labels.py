@@ -33,7 +33,7 @@ TWO_STAGE = FasterRCNNSpec(
     "resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256)
 )  # fmt: skip
 BOX = [20.0, 4.0, 44.0, 60.0]
-PICTURES = torch.randint(0, 255, (2, 3, *HW), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+IMAGES = torch.randint(0, 255, (2, 3, *HW), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
@@ -70,7 +70,7 @@ def divergence(p: float, t: float) -> float:
     return sum(a * math.log(a / b) for a, b in ((t, p), (1 - t, 1 - p)) if a > 0)
 
 
-def test_ten_points_are_asked_for_the_teachers_score_and_the_others_for_nothing() -> None:
+def test_dense_targets_are_teacher_score_at_ten_points() -> None:
     """All points lie inside the box at its exact place: ten of them answer, each by quality 1 times 0.6."""
     whole = [-1.0, -1.0, 97.0, 65.0]
     score, box = soft_points.dense_soft_label_losses(
@@ -81,7 +81,7 @@ def test_ten_points_are_asked_for_the_teachers_score_and_the_others_for_nothing(
     assert box.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_silence_counts_as_much_as_it_is_told_to() -> None:
+def test_background_weight_scales_background_loss() -> None:
     whole = [-1.0, -1.0, 97.0, 65.0]
     full, half, none = (
         soft_points.dense_soft_label_losses(
@@ -93,7 +93,7 @@ def test_silence_counts_as_much_as_it_is_told_to() -> None:
     assert half == pytest.approx((full + none) / 2)
 
 
-def test_a_teachers_silence_is_no_evidence_against_an_annotated_person() -> None:
+def test_missed_person_is_not_background() -> None:
     """Points in the person's box are left alone, though the teacher sees nobody; those outside are not."""
     prediction = everywhere(BOX, 0.3)
     logits = prediction.one2many.logits.clone().requires_grad_()
@@ -104,7 +104,7 @@ def test_a_teachers_silence_is_no_evidence_against_an_annotated_person() -> None
     assert inside.sum() > 10 and not logits.grad[0, inside].any() and (logits.grad[0, ~inside] > 0).all()
 
 
-def test_boxes_are_learnt_by_giou_weighted_by_the_target() -> None:
+def test_box_loss_is_giou_weighted_by_target() -> None:
     """The student's box is the upper half of the teacher's: quality 0.5 at its ten best points, GIoU 0.5."""
     whole, half = [-1.0, -1.0, 97.0, 65.0], [-1.0, -1.0, 97.0, 32.0]
     _, box = soft_points.dense_soft_label_losses(everywhere(half, 0.3), found((whole, 0.8)), unknown(), clamp_min_one)
@@ -112,7 +112,7 @@ def test_boxes_are_learnt_by_giou_weighted_by_the_target() -> None:
     assert box.item() == pytest.approx(weight * 0.5 / max(weight, 1.0), rel=1e-4)
 
 
-def test_a_box_below_the_least_score_is_as_good_as_none() -> None:
+def test_box_below_min_score_is_ignored() -> None:
     prediction = everywhere(BOX, 0.3)
     none = soft_points.dense_soft_label_losses(prediction, found(), unknown(), clamp_min_one)
     weak = soft_points.dense_soft_label_losses(
@@ -121,11 +121,11 @@ def test_a_box_below_the_least_score_is_as_good_as_none() -> None:
     assert none[0] == weak[0] and none[1] == weak[1] == 0
 
 
-def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soft_label_gradients_match_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets are constants of the step: frozen, the box term's gradient is its slope, the score term's is known."""
-    chance = torch.Generator().manual_seed(1)
-    logits = (torch.randn(1, 126, generator=chance, dtype=torch.double) - 1).requires_grad_()
-    sides = torch.randn(1, 126, 4, 8, generator=chance, dtype=torch.double).requires_grad_()
+    rng = torch.Generator().manual_seed(1)
+    logits = (torch.randn(1, 126, generator=rng, dtype=torch.double) - 1).requires_grad_()
+    sides = torch.randn(1, 126, 4, 8, generator=rng, dtype=torch.double).requires_grad_()
     points, strides = make_anchors(HW, (8, 16, 32))
     told = found((BOX, 0.7), ([60.0, 10.0, 80.0, 60.0], 0.4))
 
@@ -152,7 +152,7 @@ def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["ours", "yolo", "faster-rcnn"])
-def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(family: str) -> None:
+def test_training_on_soft_labels_reaches_teacher_boxes(family: str) -> None:
     torch.manual_seed(0)
     detector = detector_of(family)
     taught = found((BOX, 0.9), ([60.0, 10.0, 84.0, 62.0], 0.5), count=2)
@@ -160,13 +160,13 @@ def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(
     optimizer = torch.optim.Adam(detector.parameters(), lr=5e-3)
     detector.train()
     for _ in range(60):
-        terms = distiller(PICTURES, unknown(2), 1.0)[1]
+        terms = distiller(IMAGES, unknown(2), 1.0)[1]
         assert terms.keys() == {"soft_cls", "soft_box"}
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
     with torch.no_grad():
-        output = detector(PICTURES)
+        output = detector(IMAGES)
         if isinstance(detector, FasterRCNN):
             output = replace(
                 output, proposals=tuple(box + torch.tensor([2.0, 1.0, -1.0, 2.0]) for box in taught.boxes_xyxy)
@@ -179,12 +179,12 @@ def test_descent_on_the_detections_alone_brings_a_student_to_its_teachers_boxes(
         assert (scores[2:] < 0.3).all()
 
 
-def test_in_regions_scores_are_a_mean_and_boxes_are_weighted_by_the_teachers_score() -> None:
+def test_roi_losses_match_their_formulas() -> None:
     torch.manual_seed(0)
     pupil = FasterRCNN(TWO_STAGE).eval()
     told = found((BOX, 0.9), ([60.0, 2.0, 80.0, 50.0], 0.2))
     with torch.no_grad():
-        output = replace(pupil(PICTURES[:1]), proposals=(torch.tensor([[0.0, 0.0, 4.0, 4.0]]),))  # near nobody
+        output = replace(pupil(IMAGES[:1]), proposals=(torch.tensor([[0.0, 0.0, 4.0, 4.0]]),))  # near nobody
         score, box = roi_soft_label_losses(pupil, output, told, clamp_min_one)
         answer = pupil.forward_rois(output, told.boxes_xyxy)
     wanted, weights = (torch.distributions.Bernoulli(probs=told.scores[0]), told.scores[0])
@@ -239,17 +239,17 @@ def thin(name: str) -> UltralyticsSpec:
 
 @pytest.mark.parametrize("teacher", ["ours", "yolo", "faster-rcnn"])
 @pytest.mark.parametrize("pupil", ["ours", "yolo", "faster-rcnn"])
-def test_every_family_teaches_every_family_by_its_detections(teacher: str, pupil: str) -> None:
+def test_soft_labels_train_every_pair_of_families(teacher: str, pupil: str) -> None:
     torch.manual_seed(0)
     mine = detector_of(pupil).train()
     distiller = make_distiller(mine, detector_of(teacher), {"soft_labels": SoftLabelConfig()})
-    terms = distiller(PICTURES, unknown(2), 1.0)[1]
+    terms = distiller(IMAGES, unknown(2), 1.0)[1]
     torch.stack(list(terms.values())).sum().backward()
     assert terms.keys() == {"soft_cls", "soft_box"} and all(torch.isfinite(term) for term in terms.values())
     assert any(p.grad is not None and p.grad.any() for p in mine.parameters())
 
 
-def test_hkd_teaches_by_detections_where_the_two_have_no_points_in_common() -> None:
+def test_hkd_uses_soft_labels_without_common_anchor_points() -> None:
     """A two-stage teacher, and one of ours with other strides, over our student."""
     torch.manual_seed(0)
     coarse = HKDDetector(replace(TINY, strides=(16, 32)))
@@ -257,31 +257,31 @@ def test_hkd_teaches_by_detections_where_the_two_have_no_points_in_common() -> N
         mine = HKDDetector(TINY).train()
         distiller = make_distiller(mine, teacher, {"hkd": HKDConfig()})
         outputs = record_outputs(mine)
-        terms = distiller(PICTURES, unknown(2), 1.0)[1]
+        terms = distiller(IMAGES, unknown(2), 1.0)[1]
         (output,) = outputs
         with torch.no_grad():
-            told = teacher.eval().postprocess(teacher(PICTURES))
+            told = teacher.eval().postprocess(teacher(IMAGES))
         score, box = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
         torch.testing.assert_close(terms["hkd_cls"], score)
         torch.testing.assert_close(terms["hkd_box"], 0.5 * box)
         assert score > 0
 
 
-def test_a_one_to_one_branch_with_boxes_of_its_own_hears_hkd_of_them_too() -> None:
+def test_one2one_branch_with_boxes_receives_hkd_box_loss() -> None:
     """YOLO26's is what is deployed, and nothing that `many` learns about boxes reaches it."""
     torch.manual_seed(0)
     mine, teacher = UltralyticsDetector(thin("yolo26n")).train(), HKDDetector(TINY)
     distiller = make_distiller(mine, teacher, {"hkd": HKDConfig(box=1.0)})
     outputs = record_outputs(mine)
-    told = distiller(PICTURES, unknown(2), 1.0)[1]["hkd_box"]
+    told = distiller(IMAGES, unknown(2), 1.0)[1]["hkd_box"]
     (output,) = outputs
     with torch.no_grad():
-        other = teacher(PICTURES)
+        other = teacher(IMAGES)
     assert output.one2one is not None and output.one2one.has_box_loss and other.one2one is not None
     wanted = 0.0
     for a, b in ((output.one2many, other.one2many), (output.one2one, other.one2one)):
         distance = 1 - torch.stack(
-            [generalized_box_iou(a.boxes_xyxy[i], b.boxes_xyxy[i]).diagonal() for i in range(len(PICTURES))]
+            [generalized_box_iou(a.boxes_xyxy[i], b.boxes_xyxy[i]).diagonal() for i in range(len(IMAGES))]
         )
         confidence = b.logits.sigmoid()
         wanted += (confidence * distance).sum() / confidence.sum().clamp(min=1)
@@ -290,16 +290,16 @@ def test_a_one_to_one_branch_with_boxes_of_its_own_hears_hkd_of_them_too() -> No
     assert gradient.any()
 
 
-def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -> None:
+def test_one2one_branch_learns_from_teacher_detections() -> None:
     """YOLO11 over ours: its points one by one for `many`, what is left after suppression for `one`."""
     torch.manual_seed(0)
     mine, teacher = HKDDetector(TINY).train(), UltralyticsDetector(thin("yolo11n"))
     distiller = make_distiller(mine, teacher, {"hkd": HKDConfig()})
     outputs = record_outputs(mine)
-    terms = distiller(PICTURES, unknown(2), 1.0)[1]
+    terms = distiller(IMAGES, unknown(2), 1.0)[1]
     (output,) = outputs
     with torch.no_grad():
-        other = teacher.eval()(PICTURES)
+        other = teacher.eval()(IMAGES)
         told = teacher.postprocess(other)
     assert output.one2one is not None and other.one2one is None
     pointwise = quality_focal_kd_loss(output.one2many.logits, other.one2many.logits).sum()
@@ -314,7 +314,7 @@ def test_a_one_to_one_branch_hears_a_teacher_that_has_none_by_its_detections() -
     assert gradient.any()
 
 
-def test_noise_multiplies_the_logits_of_a_black_boxs_scores() -> None:
+def test_targets_mode_perturbs_logits_of_detections() -> None:
     torch.manual_seed(0)
     told = found((BOX, 0.8), (BOX, 0.3), count=400)
     noisy = NoisyTeacher(
@@ -333,7 +333,7 @@ def test_noise_multiplies_the_logits_of_a_black_boxs_scores() -> None:
     assert all(0 <= score <= 1 for score in certain.scores[0])
 
 
-def test_a_lessons_detections_are_worked_out_once() -> None:
+def test_teacher_detections_are_computed_once() -> None:
     class Counting(Told):
         asked = 0
 
@@ -343,7 +343,5 @@ def test_a_lessons_detections_are_worked_out_once() -> None:
 
     teacher = Counting(found((BOX, 0.5)))
     mine = HKDDetector(TINY)
-    lesson = DistillationBatch(
-        PICTURES, unknown(2), mine, teacher, mine(PICTURES), teacher.answer, {}, {}, clamp_min_one
-    )
-    assert lesson.teacher_detections is lesson.teacher_detections and teacher.asked == 1
+    batch = DistillationBatch(IMAGES, unknown(2), mine, teacher, mine(IMAGES), teacher.answer, {}, {}, clamp_min_one)
+    assert batch.teacher_detections is batch.teacher_detections and teacher.asked == 1

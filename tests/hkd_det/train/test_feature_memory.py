@@ -15,8 +15,8 @@ from hkd_det.ops.losses import sum_losses
 STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
 BATCH = 7  # no layer has as many channels, so that a map is known by it
-PICTURES = torch.randint(0, 255, (BATCH, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-PEOPLE = Targets(
+IMAGES = torch.randint(0, 255, (BATCH, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+TARGETS = Targets(
     torch.tensor([[[10.0, 10, 40, 60]]]).expand(BATCH, -1, -1),
     torch.ones(BATCH, 1, dtype=torch.bool),
     torch.zeros(BATCH, 1, dtype=torch.bool),
@@ -29,7 +29,7 @@ def maps_alive() -> int:
 
 
 @pytest.mark.parametrize("names", ["hkd,noisy_teacher", "soft_labels", "hkd,mokd", "cdd", "hkd,cdd"])
-def test_no_method_holds_a_map_beyond_its_step(names: str) -> None:
+def test_no_method_keeps_features_after_its_step(names: str) -> None:
     torch.manual_seed(0)
     student, teacher = HKDDetector(STUDENT), HKDDetector(TEACHER)
     configs = parse_methods({name: {"keep_flops": 0.9} if name == "cdd" else {} for name in names.split(",")})
@@ -37,13 +37,13 @@ def test_no_method_holds_a_map_beyond_its_step(names: str) -> None:
     for method in methods:
         method.setup(RunContext(imgsz_hw=(64, 64)))
     learner = Distiller(student, teacher, methods).train()
-    arbiter = learner.build_balancer(lambda _: None)
+    balancer = learner.build_balancer(lambda _: None)
     held: list[int] = []
     student.neck.register_forward_hook(lambda *_: held.append(maps_alive()))
 
     def step(strength: float) -> None:
-        task, taught = learner(PICTURES, PEOPLE, strength)
-        arbiter.backward(sum_losses(task), sum_losses(taught) if taught else None, strength)
+        task, taught = learner(IMAGES, TARGETS, strength)
+        balancer.backward(sum_losses(task), sum_losses(taught) if taught else None, strength)
         learner.zero_grad(set_to_none=True)
 
     gc.collect()

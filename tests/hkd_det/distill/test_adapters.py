@@ -25,7 +25,7 @@ def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any])
 
 @pytest.mark.parametrize("projection", KINDS)
 @pytest.mark.parametrize(("mine", "other"), [((8, 5), (16, 7)), ((16, 7), (8, 5)), ((8, 6), (8, 6))])
-def test_every_kind_gives_the_teachers_shape(
+def test_adapter_output_has_teacher_shape(
     projection: Projection, mine: tuple[int, int], other: tuple[int, int]
 ) -> None:
     adapter = Adapter(FeatureInfo("s", *mine), FeatureInfo("t", *other), projection)
@@ -39,30 +39,30 @@ def far_from_orthonormal(weight: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("mine", "other"), [(5, 9), (9, 5), (6, 6)])
-def test_a_turn_stays_orthonormal_while_it_learns(mine: int, other: int) -> None:
+def test_orthogonal_projection_stays_orthonormal_in_training(mine: int, other: int) -> None:
     torch.manual_seed(0)
     turn = OrthogonalProjection(mine, other)
     maps, wanted = torch.randn(2, mine, 6, 6), torch.randn(2, other, 6, 6)
     optimizer = torch.optim.AdamW(turn.parameters(), lr=0.05, weight_decay=0.05)
-    before, course = turn.linear.weight.detach().clone(), []
+    before, history = turn.linear.weight.detach().clone(), []
     for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16):
             loss = pkd_loss(turn(maps), wanted).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        course.append(loss.item())
+        history.append(loss.item())
     assert far_from_orthonormal(turn.linear.weight.detach()) < 1e-5
-    assert (turn.linear.weight - before).abs().max() > 0.1 and course[-1] < course[0]
+    assert (turn.linear.weight - before).abs().max() > 0.1 and history[-1] < history[0]
 
 
-def test_a_turn_into_more_channels_keeps_lengths_and_angles() -> None:
+def test_orthogonal_projection_preserves_lengths_and_angles() -> None:
     a, b = torch.randn(2, 1, 5, 3, 3)
     turn = OrthogonalProjection(5, 9)
     torch.testing.assert_close((turn(a) * turn(b)).sum(1), (a * b).sum(1))
 
 
-def test_the_multi_scale_projection_starts_plain_and_sees_as_far_as_its_rates() -> None:
+def test_multi_scale_projection_starts_as_plain_convolution() -> None:
     projection = MultiScaleProjection(4, 6)
     maps = torch.zeros(1, 4, 15, 15)
     maps[..., 7, 7] = 1.0
@@ -77,7 +77,7 @@ def test_the_multi_scale_projection_starts_plain_and_sees_as_far_as_its_rates() 
 
 
 @pytest.mark.parametrize("projection", KINDS)
-def test_the_recipe_chooses_it_for_dense_and_two_stage_students(projection: Projection) -> None:
+def test_recipe_selects_adapter_for_both_student_kinds(projection: Projection) -> None:
     spec = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
     thin = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
     methods = {"hkd": HKDConfig(adapter=projection)}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from hkd_det.distill import check_methods, parse_methods
 from hkd_det.distill.base import DistillationBatch, sample_rois
 from hkd_det.distill.distiller import Distiller, build_methods
-from hkd_det.distill.hkd import DenseHKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item
+from hkd_det.distill.hkd import DenseHKD, HKDConfig
+from hkd_det.distill.hkd_two_stage import TwoStageConfig, TwoStageHKD, mse_per_item
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, DetectionBatch, ProposalOutputs, Targets
@@ -24,13 +25,13 @@ ANCHORS = (16, 32, 64, 128, 256)
 STUDENT = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
 TEACHER = FasterRCNNSpec("resnet18", width_mult=0.25, channels=12, head_width=24, anchor_sizes=ANCHORS)
 DENSE = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
-PICTURES = torch.randint(0, 255, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-PEOPLE = Targets(
+IMAGES = torch.randint(0, 255, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+TARGETS = Targets(
     torch.tensor([[[10.0, 10.0, 40.0, 60.0]], [[30.0, 5.0, 50.0, 55.0]]]),
     torch.ones(2, 1, dtype=torch.bool),
     torch.zeros(2, 1, dtype=torch.bool),
 )
-NOBODY = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))
+NO_TARGETS = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))
 
 
 def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any]) -> Distiller:
@@ -43,12 +44,12 @@ def pair() -> tuple[FasterRCNN, FasterRCNN]:
     return FasterRCNN(STUDENT).train(), FasterRCNN(TEACHER).eval()
 
 
-def lesson_of(student: FasterRCNN, teacher: FasterRCNN, truth: Targets = PEOPLE) -> DistillationBatch:
-    mine = student(PICTURES)
+def make_batch(student: FasterRCNN, teacher: FasterRCNN, truth: Targets = TARGETS) -> DistillationBatch:
+    mine = student(IMAGES)
     with torch.no_grad():
-        other = teacher(PICTURES)
+        other = teacher(IMAGES)
     return DistillationBatch(
-        PICTURES,
+        IMAGES,
         truth,
         student,
         teacher,
@@ -68,7 +69,7 @@ def two_stage_hkd(student: FasterRCNN, teacher: FasterRCNN, config: TwoStageConf
     return TwoStageHKD(student, teacher, pair_by_stride(student.feature_info(), teacher.feature_info()), config)
 
 
-def as_identity(method: TwoStageHKD) -> None:
+def set_identity(method: TwoStageHKD) -> None:
     for layer in [*(adapter.projection for adapter in method.pyramid_adapters), method.region_adapter]:
         nn.init.dirac_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -76,10 +77,10 @@ def as_identity(method: TwoStageHKD) -> None:
     nn.init.zeros_(method.logit_adapter.bias)
 
 
-def test_every_level_gives_a_term_and_a_gradient(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_every_level_has_loss_and_gradient(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
-    terms = distiller(PICTURES, PEOPLE, 1.0)[1]
+    terms = distiller(IMAGES, TARGETS, 1.0)[1]
     reached = {"hkd_pyramid": student.backbone, "hkd_region": student.backbone, "hkd_logit": student.roi_heads.box_head}
     assert terms.keys() == reached.keys()
     for name, part in reached.items():
@@ -91,35 +92,35 @@ def test_every_level_gives_a_term_and_a_gradient(pair: tuple[FasterRCNN, FasterR
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_equal_student_and_teacher_have_zero_loss(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     _, teacher = pair
     method = two_stage_hkd(teacher, teacher, TwoStageConfig())
-    as_identity(method)
-    lesson = lesson_of(teacher, teacher)
-    for term in method(lesson).values():
+    set_identity(method)
+    batch = make_batch(teacher, teacher)
+    for term in method(batch).values():
         torch.testing.assert_close(term, torch.zeros(()), atol=1e-6, rtol=0)
 
 
-def test_the_terms_are_mean_squared_errors(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_losses_are_mean_squared_errors(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     """Worked out again from the two networks' own features, region by region, with adapters as plain matrices."""
     student, teacher = pair[0].eval(), pair[1]
     method = two_stage_hkd(student, teacher, TwoStageConfig(pyramid=2.0, region=3.0, logit=5.0, num_proposals=4))
-    lesson = lesson_of(student, teacher)
-    terms = method(lesson)
+    batch = make_batch(student, teacher)
+    terms = method(batch)
     levels, regions, logits = [], [], []
     for adapter, mine, other in zip(
-        method.pyramid_adapters, lesson.student_features.values(), lesson.teacher_features.values(), strict=True
+        method.pyramid_adapters, batch.student_features.values(), batch.teacher_features.values(), strict=True
     ):
         weight, bias = adapter.projection.weight[:, :, 0, 0], adapter.projection.bias
         adapted = torch.einsum("oi,bihw->bohw", weight, mine) + bias[:, None, None]
         levels.append((adapted - other).pow(2).sum() / other.numel())
     for b in range(2):
-        for box in [*PEOPLE.boxes_xyxy[b], *lesson.teacher_outputs.proposals[b][:4]]:
+        for box in [*TARGETS.boxes_xyxy[b], *batch.teacher_outputs.proposals[b][:4]]:
             alone = [torch.zeros(0, 4), torch.zeros(0, 4)]
             alone[b] = box[None]
             mine, other = (
-                student.forward_rois(lesson.student_outputs, alone),
-                teacher.forward_rois(lesson.teacher_outputs, alone),
+                student.forward_rois(batch.student_outputs, alone),
+                teacher.forward_rois(batch.teacher_outputs, alone),
             )
             weight, bias = method.region_adapter.weight[:, :, 0, 0], method.region_adapter.bias
             pooled = torch.einsum("oi,rihw->rohw", weight, mine.roi_features) + bias[:, None, None]
@@ -135,48 +136,48 @@ def test_the_terms_are_mean_squared_errors(pair: tuple[FasterRCNN, FasterRCNN]) 
     torch.testing.assert_close(terms["hkd_logit"], 5 * torch.stack(logits).mean())
 
 
-def test_squared_error_by_hand() -> None:
+def test_mse_per_item_matches_hand_calculation() -> None:
     told = mse_per_item(torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[1.0, 4.0]], [[3.0, -1.0]]]))
     assert told.tolist() == [2.0, 5.0]  # (0 + 4) / 2, (9 + 1) / 2
 
 
-def test_both_see_people_and_the_teachers_best_proposals(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    lesson = lesson_of(*pair)
-    assert isinstance(lesson.teacher_outputs, ProposalOutputs)
-    for b, regions in enumerate(sample_rois(lesson, 3)):
-        assert torch.equal(regions, torch.cat([PEOPLE.boxes_xyxy[b], lesson.teacher_outputs.proposals[b][:3]]))
-    ignored = replace(PEOPLE, valid=torch.zeros(2, 1, dtype=torch.bool), ignore=torch.ones(2, 1, dtype=torch.bool))
-    lesson = replace(lesson, targets=ignored)
-    assert all(len(regions) == 3 for regions in sample_rois(lesson, 3))
+def test_rois_are_ground_truth_and_best_proposals(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+    batch = make_batch(*pair)
+    assert isinstance(batch.teacher_outputs, ProposalOutputs)
+    for b, regions in enumerate(sample_rois(batch, 3)):
+        assert torch.equal(regions, torch.cat([TARGETS.boxes_xyxy[b], batch.teacher_outputs.proposals[b][:3]]))
+    ignored = replace(TARGETS, valid=torch.zeros(2, 1, dtype=torch.bool), ignore=torch.ones(2, 1, dtype=torch.bool))
+    batch = replace(batch, targets=ignored)
+    assert all(len(regions) == 3 for regions in sample_rois(batch, 3))
 
 
-def test_without_any_region_the_terms_are_finite(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_losses_without_rois_are_finite(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     method = two_stage_hkd(*pair, TwoStageConfig(num_proposals=0))
-    terms = method(lesson_of(*pair, truth=NOBODY))
+    terms = method(make_batch(*pair, truth=NO_TARGETS))
     torch.stack(list(terms.values())).sum().backward()
     assert terms["hkd_region"] == terms["hkd_logit"] == 0 and terms["hkd_pyramid"] > 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in pair[0].parameters())
 
 
-def test_descent_on_the_terms_alone_brings_the_student_to_its_teacher(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_training_on_hkd_alone_reduces_loss(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
     optimizer = torch.optim.Adam([*student.parameters(), *distiller.methods.parameters()], lr=3e-3)
-    course: dict[str, list[float]] = {}
+    history: dict[str, list[float]] = {}
     for _ in range(25):
-        terms = distiller(PICTURES, PEOPLE, 1.0)[1]
+        terms = distiller(IMAGES, TARGETS, 1.0)[1]
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
         for name, term in terms.items():
-            course.setdefault(name, []).append(term.item())
-    assert all(values[-1] < 0.7 * values[0] for values in course.values()), course
+            history.setdefault(name, []).append(term.item())
+    assert all(values[-1] < 0.7 * values[0] for values in history.values()), history
 
 
-def test_noise_multiplies_the_teachers_embedding_region_by_region(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    lesson = lesson_of(*pair)
-    assert isinstance(lesson.teacher_outputs, ProposalOutputs)
-    clean = pair[1].forward_rois(lesson.teacher_outputs, sample_rois(lesson, 60))
+def test_noise_perturbs_box_features_per_roi(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+    batch = make_batch(*pair)
+    assert isinstance(batch.teacher_outputs, ProposalOutputs)
+    clean = pair[1].forward_rois(batch.teacher_outputs, sample_rois(batch, 60))
     noisy = NoisyTeacher(
         NoisyTeacherConfig("targets", alpha=0.5, sigma=0.3, granularity="sample"), *pair
     ).perturb_teacher(clean)
@@ -184,20 +185,20 @@ def test_noise_multiplies_the_teachers_embedding_region_by_region(pair: tuple[Fa
     assert torch.equal(noisy.roi_features, clean.roi_features) and 0.2 < (factor == 1).float().mean() < 0.8
     torch.testing.assert_close(noisy.box_features, factor[:, None] * clean.box_features)
     method = two_stage_hkd(*pair, TwoStageConfig())
-    terms = [method(lesson)]
+    terms = [method(batch)]
     noise = NoisyTeacher(NoisyTeacherConfig("targets", alpha=1.0, sigma=3.0), *pair)
-    terms.append(method(replace(lesson, perturb=noise.perturb_teacher)))
+    terms.append(method(replace(batch, perturb=noise.perturb_teacher)))
     assert terms[0]["hkd_pyramid"] == terms[1]["hkd_pyramid"] and terms[0]["hkd_logit"] < terms[1]["hkd_logit"]
 
 
-def test_a_dense_student_hears_a_two_stage_teachers_noise(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_dense_student_receives_noise_of_two_stage_teacher(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     """In the scores of its detections, which take the logits' place; features and boxes are as they were."""
     student = HKDDetector(DENSE).eval()
     answers = []
     for noise in (None, NoisyTeacherConfig("targets", alpha=1.0, sigma=1.0), NoisyTeacherConfig("targets", alpha=0.0)):
         distiller = make_distiller(student, pair[1], {"hkd": HKDConfig(), "noisy_teacher": noise})
-        as_nothing(distiller)
-        answers.append(distiller(PICTURES, PEOPLE, 1.0)[1])
+        set_constant(distiller)
+        answers.append(distiller(IMAGES, TARGETS, 1.0)[1])
     clean, noisy, still = answers
     assert clean["hkd_cls"] > 0 and (noisy["hkd_cls"] - clean["hkd_cls"]).abs() > 0.01 * clean["hkd_cls"]
     torch.testing.assert_close(noisy["hkd_pyramid"], clean["hkd_pyramid"])
@@ -205,17 +206,17 @@ def test_a_dense_student_hears_a_two_stage_teachers_noise(pair: tuple[FasterRCNN
         torch.testing.assert_close(still[name], clean[name])
 
 
-def as_nothing(distiller: Distiller) -> None:
+def set_constant(distiller: Distiller) -> None:
     """Adapters that are the same for every distiller."""
     for parameter in distiller.methods.parameters():
         nn.init.constant_(parameter, 0.01)
 
 
-def test_a_dense_teacher_teaches_a_two_stage_student(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_dense_teacher_trains_two_stage_student(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair[0], HKDDetector(DENSE)
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
     assert isinstance(distiller.methods[0].levels, DenseHKD)
-    terms = distiller(PICTURES, PEOPLE, 1.0)[1]
+    terms = distiller(IMAGES, TARGETS, 1.0)[1]
     assert terms.keys() == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
@@ -228,11 +229,11 @@ def found(boxes: list[list[float]], scores: list[float]) -> DetectionBatch:
     return DetectionBatch((torch.tensor(boxes).view(-1, 4),) * 2, (torch.tensor(scores),) * 2)
 
 
-def test_a_student_that_says_what_its_teacher_found_has_no_soft_terms(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_roi_losses_are_zero_for_matching_student(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     """Told its own scores of two boxes, by a teacher whose boxes are where it leaves them."""
     student = pair[0].eval()
     with torch.no_grad():
-        output = replace(student(PICTURES), proposals=(torch.zeros(0, 4),) * 2)
+        output = replace(student(IMAGES), proposals=(torch.zeros(0, 4),) * 2)
         nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.weight)  # regions are left where they are
         nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.bias)
         boxes = torch.tensor([[5.0, 5.0, 30.0, 60.0], [20.0, 3.0, 50.0, 40.0]])
@@ -242,14 +243,14 @@ def test_a_student_that_says_what_its_teacher_found_has_no_soft_terms(pair: tupl
     assert score.abs() < 1e-6 and box.abs() < 1e-5
 
 
-def test_soft_terms_by_hand(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_roi_losses_match_hand_calculation(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     """Scores by Bernoulli's divergence at the found box; boxes there and from the one proposal near it."""
     student = pair[0].eval()
     with torch.no_grad():
         nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.weight)
         nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.bias)
         near, far = [10.0, 10.0, 30.0, 40.0], [40.0, 40.0, 60.0, 60.0]
-        output = replace(student(PICTURES), proposals=(torch.tensor([near, far]),) * 2)
+        output = replace(student(IMAGES), proposals=(torch.tensor([near, far]),) * 2)
         box = [10.0, 10.0, 30.0, 50.0]
         told = found([box], [0.8])
         score_term, box_term = roi_soft_label_losses(student, output, told, clamp_min_one)
@@ -262,12 +263,12 @@ def test_soft_terms_by_hand(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     torch.testing.assert_close(box_term, torch.tensor(2 * 0.8 * 0.25 / weight))
 
 
-def test_silence_about_a_double_is_no_word_against_the_person(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_duplicate_with_low_score_is_ignored(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     """A teacher that answers once a person scores the box beside its best next to 0; both show the same person."""
     student = pair[0].eval()
     best, beside, elsewhere = [10.0, 10.0, 30.0, 50.0], [11.0, 10.0, 31.0, 50.0], [40.0, 5.0, 60.0, 45.0]
     with torch.no_grad():
-        output = student(PICTURES)
+        output = student(IMAGES)
         once = roi_soft_label_losses(student, output, found([best, elsewhere], [0.9, 0.1]), clamp_min_one)
         doubled = roi_soft_label_losses(
             student, output, found([beside, best, elsewhere], [1e-9, 0.9, 0.1]), clamp_min_one
@@ -275,21 +276,21 @@ def test_silence_about_a_double_is_no_word_against_the_person(pair: tuple[Faster
     torch.testing.assert_close(doubled, once)
 
 
-def test_a_teacher_that_finds_nobody_gives_finite_soft_terms(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_empty_teacher_detections_give_zero_losses(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student = pair[0]
-    terms = roi_soft_label_losses(student, student(PICTURES), found([], []), clamp_min_one)
+    terms = roi_soft_label_losses(student, student(IMAGES), found([], []), clamp_min_one)
     torch.stack(terms).sum().backward()
     assert all(term == 0 for term in terms)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-def test_a_score_of_one_is_no_infinite_demand(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_teacher_score_of_one_gives_finite_loss(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student = pair[0]
-    score, _ = roi_soft_label_losses(student, student(PICTURES), found([[5.0, 5.0, 30.0, 60.0]], [1.0]), clamp_min_one)
+    score, _ = roi_soft_label_losses(student, student(IMAGES), found([[5.0, 5.0, 30.0, 60.0]], [1.0]), clamp_min_one)
     assert torch.isfinite(score) and score > 0
 
 
-def test_settings_of_the_form_that_is_not_used_are_refused(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
+def test_setting_without_effect_raises_usage_error(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     with pytest.raises(UsageError, match=r"hkd\.pyramid has no effect"):
         make_distiller(*pair, {"hkd": HKDConfig(pyramid=5.0)})
     with pytest.raises(UsageError, match=r"hkd\.two_stage has no effect"):
@@ -297,7 +298,7 @@ def test_settings_of_the_form_that_is_not_used_are_refused(pair: tuple[FasterRCN
     make_distiller(*pair, {"hkd": HKDConfig(two_stage=TwoStageConfig(logit=5.0), det_loss_weight=0.5, adapter="norm")})
 
 
-def test_the_arbiter_and_a_weight_of_the_truth_exclude_each_other() -> None:
+def test_invalid_hkd_config_raises_usage_error() -> None:
     from hkd_det.distill.mokd import MoKDConfig
 
     with pytest.raises(UsageError, match="det_loss_weight"):

@@ -50,7 +50,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--resume", "nothing-here", "--epochs", "9", "--workers", "0", "--set", "lr=1"], 2, "--epochs --workers"),
     ],
 )
-def test_mistakes_get_one_line(
+def test_user_error_prints_one_line(
     flags: list[str], code: int, message: str, people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*(str(people) if flag == "DATA" else flag for flag in flags), "--project", str(tmp_path)]) == code
@@ -58,16 +58,14 @@ def test_mistakes_get_one_line(
     assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
 
 
-def test_a_recipe_without_a_mapping_of_methods_gets_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recipe_without_method_mapping_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("distill: true\n")
     assert main(["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--recipe", str(recipe)]) == 2
     assert "distill: expected a mapping of hkd" in capsys.readouterr().err
 
 
-def test_the_help_names_every_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -75,7 +73,7 @@ def test_the_help_names_every_size(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert all(name in said for name in MODELS)
 
 
-def test_taps_are_listed_without_data_and_without_training(
+def test_list_layers_needs_no_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -89,7 +87,7 @@ def test_taps_are_listed_without_data_and_without_training(
     assert "--list-layers: requires a detector" in capsys.readouterr().err
 
 
-def test_training_goes_on_after_a_download(
+def test_download_continues_with_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -99,7 +97,7 @@ def test_training_goes_on_after_a_download(
     assert "is there already" in said.out and "--model huge" in said.err
 
 
-def test_a_run_is_not_overwritten_unasked(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_run_is_not_overwritten(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mini-student").mkdir()
     (tmp_path / "mini-student" / "last.pt").write_bytes(b"precious")
     assert main(["--data", str(people), *FLAGS, "--project", str(tmp_path)]) == 2
@@ -107,7 +105,7 @@ def test_a_run_is_not_overwritten_unasked(people: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "mini-student" / "last.pt").read_bytes() == b"precious"
 
 
-def test_a_teacher_of_another_kind_is_refused(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_teacher_of_wrong_type_is_rejected(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tmp_path / "yolo.pt"
     teacher.write_text("not a checkpoint")
     flags = ["--teacher", str(teacher), "--distill", "hkd", "--workers", "0", "--project", str(tmp_path / "runs")]
@@ -115,7 +113,7 @@ def test_a_teacher_of_another_kind_is_refused(people: Path, tmp_path: Path, caps
     assert str(teacher) in capsys.readouterr().err
 
 
-def test_nobody_to_find_is_said_before_training(
+def test_split_without_persons_is_reported_before_training(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", str(people), *FLAGS, "--project", str(tmp_path), "--set", "setup=Reasonable_occ=heavy"]
@@ -124,7 +122,7 @@ def test_nobody_to_find_is_said_before_training(
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_truncated_picture_stops_training_with_its_name(
+def test_truncated_image_is_reported_by_name(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
 ) -> None:
     shutil.copytree(people.parent, tmp_path / "data")
@@ -136,7 +134,7 @@ def test_a_truncated_picture_stops_training_with_its_name(
     assert len(lines) == 1 and str(picture) in lines[0] and "Traceback" not in lines[0]
 
 
-def test_any_timm_backbone_can_be_named(people: Path, tmp_path: Path) -> None:
+def test_any_timm_backbone_can_be_used(people: Path, tmp_path: Path) -> None:
     flags = ["--data", str(people), *FLAGS, "--workers", "0", "--project", str(tmp_path), "--batch", "4"]
     assert main([*flags, "--backbone", "mobilenetv3_small_050"]) == 0
     assert (
@@ -145,7 +143,7 @@ def test_any_timm_backbone_can_be_named(people: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on_and_leaves_no_traceback(people: Path, tmp_path: Path) -> None:
+def test_interrupt_prints_resume_command_without_traceback(people: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hkd_det.train", "--data", str(people), *FLAGS[:-1], "500", "--workers", "2"]
     process = subprocess.Popen([*command, "--project", str(tmp_path)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

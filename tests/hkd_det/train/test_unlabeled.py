@@ -36,25 +36,25 @@ TWO_STAGE = FasterRCNNSpec(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Five pictures of other sizes and forms, one below, and what is none."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     (tmp_path / "own" / "more").mkdir(parents=True)
     for index, name in enumerate(["b.png", "a.jpg", "c.JPG", "more/d.png", "wide.png"]):
         hw = (40 + 20 * index, 150 - 20 * index)
-        cv2.imwrite(str(tmp_path / "own" / name), chance.integers(0, 255, (*hw, 3)).astype(np.uint8))
+        cv2.imwrite(str(tmp_path / "own" / name), rng.integers(0, 255, (*hw, 3)).astype(np.uint8))
     (tmp_path / "own" / "notes.txt").write_text("no picture")
     return tmp_path / "own"
 
 
 def config(people: Path, run: Path, folder: Path, teacher: str, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2, "batch":
-        4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": teacher, "unlabeled": (str(folder),),
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2,
+        "batch": 4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": teacher, "unlabeled": (str(folder),),
         "distill": {"soft_labels": SoftLabelConfig()},
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def test_a_folders_pictures_are_read_in_order_and_what_is_missing_is_told(folder: Path, tmp_path: Path) -> None:
+def test_unlabeled_images_are_listed_in_order(folder: Path, tmp_path: Path) -> None:
     names = [sample.path.relative_to(folder).as_posix() for sample in read_unlabeled([folder])]
     assert names == ["a.jpg", "b.png", "c.JPG", "more/d.png", "wide.png"]
     assert len(read_unlabeled([folder, folder / "more"])) == 6
@@ -67,15 +67,15 @@ def test_a_folders_pictures_are_read_in_order_and_what_is_missing_is_told(folder
 
 def views_of(size_hw: tuple[int, int], tiles: int, seed: int) -> AugmentedImage:
     """A view of a picture, or mosaic, that nobody knows anything of."""
-    chance = np.random.default_rng(seed)
-    hw = (int(chance.integers(20, 200)), int(chance.integers(20, 200)))
+    rng = np.random.default_rng(seed)
+    hw = (int(rng.integers(20, 200)), int(rng.integers(20, 200)))
     truth = unlabeled_ground_truth()
     source = AugmentedImage(np.full((*hw, 3), 200, np.uint8), truth.boxes_xyxy, truth.visible_xyxy, truth.ignore)
-    return augment([lambda _frame: source] * tiles, size_hw, chance)
+    return augment([lambda _frame: source] * tiles, size_hw, rng)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_ignore_region_covers_the_whole_view_however_it_is_cut(seed: int) -> None:
+def test_ignore_region_covers_augmented_image(seed: int) -> None:
     """The grey beside a small picture too, mirrored or not."""
     view = views_of((64, 96), 1, seed)
     assert view.boxes_xyxy.tolist() == [[0, 0, 96, 64]] and view.ignore.tolist() == [True]
@@ -87,7 +87,7 @@ def test_the_ignore_region_covers_the_whole_view_however_it_is_cut(seed: int) ->
 
 
 @pytest.mark.parametrize("name", ["ours", "yolo26n", "faster-rcnn"])
-def test_no_task_loss_of_any_family_hears_of_them(name: str) -> None:
+def test_detection_losses_ignore_unlabeled_images(name: str) -> None:
     """Zero gradient at everything that a task loss reads of an unlabelled picture beside a labelled one."""
     torch.manual_seed(0)
     detector = {"ours": lambda: HKDDetector(TINY), "faster-rcnn": lambda: FasterRCNN(TWO_STAGE)}.get(
@@ -123,7 +123,7 @@ def epochs(**changes: object) -> EpochPlan:
     return EpochPlan(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def test_they_come_on_top_and_change_nothing_of_the_labelled_ones() -> None:
+def test_unlabeled_images_leave_labeled_ones_unchanged() -> None:
     alone, mixed = epochs(), epochs(num_unlabeled=5, unlabeled_batch=2)
     for epoch in range(3):
         batches_alone, batches_mixed = (list(one.sample_batches(epoch, no_aug=False)) for one in (alone, mixed))
@@ -137,7 +137,7 @@ def test_they_come_on_top_and_change_nothing_of_the_labelled_ones() -> None:
     assert first != second
 
 
-def test_a_photograph_is_turned_upright_only_where_no_boxes_refer_to_it(tmp_path: Path) -> None:
+def test_exif_rotation_applies_to_unlabeled_images_only(tmp_path: Path) -> None:
     """A JPEG whose EXIF says: turn me by a quarter. Its left half is black, so upright its upper or lower is."""
     picture = np.full((64, 64, 3), 255, np.uint8)
     picture[:, :32] = 0
@@ -150,13 +150,13 @@ def test_a_photograph_is_turned_upright_only_where_no_boxes_refer_to_it(tmp_path
     loader, sampler = build_dataloader(
         samples, epochs(num_images=1, batch=1, num_unlabeled=1, unlabeled_batch=1), 0, 1, 0, 1
     )
-    stored, upright = (loader.dataset.pictures.read(index, (64, 64)).picture[..., 0] for index in (0, 1))  # type:
-    ignore[attr-defined] assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
+    stored, upright = (loader.dataset.pictures.read(index, (64, 64)).picture[..., 0] for index in (0, 1))  # type: ignore[attr-defined]
+    assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
     assert upright[:30].max() < 50 and upright[34:].min() > 200
     assert len(sampler) == 1
 
 
-def test_an_unreadable_one_is_told_with_its_file(folder: Path, people: Path) -> None:
+def test_unreadable_image_is_reported_by_name(folder: Path, people: Path) -> None:
     (folder / "a.jpg").write_bytes(b"nothing")
     samples, others = load_dataset(str(people), "train"), read_unlabeled([folder])
     drawn = epochs(num_images=len(samples), num_unlabeled=len(others), unlabeled_batch=4)
@@ -171,7 +171,7 @@ def teacher(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
     return str(train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabeled=(), distill={})).best)
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
+def test_resumed_run_equals_uninterrupted_run(
     people: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(config(people, tmp_path / "whole", folder, teacher))
@@ -195,7 +195,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_settings_that_make_no_sense_are_refused(people: Path, tmp_path: Path, folder: Path) -> None:
+def test_invalid_unlabeled_settings_raise_usage_error(people: Path, tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--unlabeled.*--teacher"):
         config(people, tmp_path, folder, "", distill={})
     with pytest.raises(UsageError, match="--unlabeled"):
@@ -208,7 +208,7 @@ def test_settings_that_make_no_sense_are_refused(people: Path, tmp_path: Path, f
     assert alone.unlabeled == () and alone.unlabeled_batch == 0 and alone.batch == asked.batch
 
 
-def test_the_check_for_people_looks_at_the_labelled_pictures_only(
+def test_annotation_check_reads_labeled_images_only(
     people: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hkd_det.train import trainer as run

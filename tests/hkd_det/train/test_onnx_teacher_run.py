@@ -28,14 +28,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
 
 
 def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 1, "batch":
-        4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
+        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 1,
+        "batch": 4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -46,7 +46,7 @@ def exported(people: Path, folder: Path, **changes: object) -> Path:
     return best.with_suffix(".onnx")
 
 
-def test_our_own_export_says_what_its_detector_says(people: Path, tmp_path: Path) -> None:
+def test_onnx_export_predicts_like_its_detector(people: Path, tmp_path: Path) -> None:
     """Boxes and scores, picture by picture; boxes cut at the picture's borders."""
     path = exported(people, tmp_path)
     teacher, detector = load_onnx_teacher(path, CPU), load_detector_checkpoint(path.with_suffix(".pt")).build()
@@ -63,15 +63,13 @@ def test_our_own_export_says_what_its_detector_says(people: Path, tmp_path: Path
     assert teacher.feature_info() == [] and not list(teacher.parameters())
 
 
-def test_a_black_box_teaches_a_whole_run_by_the_command(
-    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_onnx_teacher_trains_by_the_command(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = exported(people, tmp_path / "teacher")
     flags = [
-        "--data", str(people), "--model", "mini-student", "--teacher", str(path), "--distill", "
-        ""soft_labels,noisy_teacher",
-        "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
-        "--project", str(tmp_path), "--name", "run", "--unlabeled", str(people.parent / "val"),
+        "--data", str(people), "--model", "mini-student", "--teacher", str(path),
+        "--distill", "soft_labels,noisy_teacher", "--imgsz", "96x64", "--epochs", "2", "--batch", "4",
+        "--workers", "0", "--device", "cpu", "--project", str(tmp_path), "--name", "run",
+        "--unlabeled", str(people.parent / "val"),
     ]  # fmt: skip
     assert main(flags) == 2
     assert "set distill.noisy_teacher.mode=targets" in capsys.readouterr().err
@@ -88,14 +86,14 @@ def test_a_black_box_teaches_a_whole_run_by_the_command(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not YOLOX.is_file(), reason="HKD_TEST_DATA is not set")
-def test_a_real_foreign_model_teaches(people: Path, tmp_path: Path) -> None:
+def test_third_party_onnx_teacher_trains(people: Path, tmp_path: Path) -> None:
     taught = {"teacher": str(YOLOX), "teacher_config": str(DESCRIPTION)}
     result = train(settings(people, tmp_path, **taught, distill={"soft_labels": SoftLabelConfig()}))
     assert {"soft_cls", "soft_box"} <= result.history[0].losses.keys()
 
 
 @pytest.mark.skipif(not YOLOX.is_file(), reason="HKD_TEST_DATA is not set")
-def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None:
+def test_third_party_teacher_predicts_same_in_batch() -> None:
     teacher = load_onnx_teacher(YOLOX, CPU, DESCRIPTION)
     picture = read_image(sorted((SHARED / "inria" / "test").iterdir())[0])
     alone = teacher.model([picture])[0].filter(0.3)
@@ -106,31 +104,30 @@ def test_a_foreign_teacher_sees_in_a_batch_what_it_sees_in_the_picture() -> None
 
 
 @pytest.mark.parametrize("names", ["hkd", "blockwise", "noisy_teacher", "hkd,soft_labels"])
-def test_what_a_black_box_cannot_do_is_refused_at_once(people: Path, tmp_path: Path, names: str) -> None:
+def test_method_beyond_detections_raises_usage_error(people: Path, tmp_path: Path, names: str) -> None:
     with pytest.raises(UsageError, match=r"model\.onnx provides only detections.*--distill soft_labels"):
         settings(people, tmp_path, teacher="model.onnx", distill={name: {} for name in names.split(",")})
 
 
 @pytest.mark.parametrize("asked", [["--distill", "blockwise"], ["--distill", "cdd"], ["--list-layers"]])
-def test_by_the_command_it_is_no_student_and_shows_no_taps(
+def test_onnx_file_is_no_student_and_has_no_layers(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str]
 ) -> None:
     assert main(["--data", str(people), "--teacher", str(tmp_path / "model.onnx"), *asked]) == 2
     assert "is a black box" in (told := capsys.readouterr().err) and "--distill soft_labels" in told
 
 
-def test_hkd_from_python_is_refused_too(tmp_path: Path) -> None:
+def test_build_methods_rejects_hkd_with_onnx_teacher(tmp_path: Path) -> None:
     class Closed:
         path = tmp_path / "closed.onnx"
 
     with pytest.raises(
         UsageError, match=r"requires features, logits of the teacher, and closed\.onnx provides only detections"
     ):
-        build_methods(parse_methods({"hkd": {}}), HKDDetector(TINY), OnnxTeacher(Closed()), Closed.path)  # type:
-        ignore[arg-type]
+        build_methods(parse_methods({"hkd": {}}), HKDDetector(TINY), OnnxTeacher(Closed()), Closed.path)  # type: ignore[arg-type]
 
 
-def test_a_description_without_a_black_box_and_a_black_box_without_description(people: Path, tmp_path: Path) -> None:
+def test_teacher_config_requires_onnx_teacher(people: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--teacher-config .* \.onnx"):
         settings(people, tmp_path, teacher="best.pt", teacher_config="a.yaml", distill={"hkd": {}})
     (tmp_path / "model.onnx").write_bytes(b"nothing")

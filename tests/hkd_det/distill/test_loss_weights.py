@@ -35,7 +35,7 @@ def step_of(settings: MoKDConfig, pair: np.ndarray, losses: tuple[float, float])
 
 @effort(max_examples=150, deadline=None)
 @given(PAIRS, st.sampled_from(["free", "opposed", "parallel", "equal", "zero"]), st.floats(0.1, 5))
-def test_the_share_is_a_quadratic_programs(pair: np.ndarray, kind: str, factor: float) -> None:
+def test_min_norm_weight_matches_quadratic_program(pair: np.ndarray, kind: str, factor: float) -> None:
     """A solver on the simplex of both weights; where the optimum is not unique the lengths are compared."""
     second = {"opposed": -factor * pair[0], "parallel": factor * pair[0], "equal": pair[0], "zero": 0 * pair[0]}
     pair = np.stack([pair[0], second.get(kind, pair[1])])
@@ -55,7 +55,7 @@ def test_the_share_is_a_quadratic_programs(pair: np.ndarray, kind: str, factor: 
 
 @effort(max_examples=200, deadline=None)
 @given(PAIRS, LOSSES, LOSSES)
-def test_inside_the_simplex_both_losses_gain_the_same(pair: np.ndarray, task: float, taught: float) -> None:
+def test_min_norm_step_decreases_both_losses_equally(pair: np.ndarray, task: float, taught: float) -> None:
     logs = pair / np.array([[task], [taught]])
     step = step_of(LOGS, pair, (task, taught))
     if (pair**2).sum(1).min() == 0:
@@ -69,7 +69,7 @@ def test_inside_the_simplex_both_losses_gain_the_same(pair: np.ndarray, task: fl
 
 @effort(max_examples=150, deadline=None)
 @given(PAIRS, LOSSES, LOSSES, st.floats(0.01, 100), st.sampled_from(["min-norm", "bisector"]))
-def test_a_loss_may_be_measured_in_anything(
+def test_step_does_not_depend_on_loss_scale(
     pair: np.ndarray, task: float, taught: float, factor: float, rule: str
 ) -> None:
     """c L_taught moves as L_taught does; c L_task as c times that: it is the task that sets the step's length."""
@@ -86,7 +86,7 @@ def test_a_loss_may_be_measured_in_anything(
 
 @effort(max_examples=150, deadline=None)
 @given(PAIRS, LOSSES, LOSSES, st.sampled_from(["min-norm", "bisector"]))
-def test_the_step_is_as_long_as_the_tasks_or_shorter(pair: np.ndarray, task: float, taught: float, rule: str) -> None:
+def test_step_is_at_most_as_long_as_detection_gradient(pair: np.ndarray, task: float, taught: float, rule: str) -> None:
     if (pair**2).sum(1).min() < 1e-3:
         return
     step, own = (
@@ -98,7 +98,7 @@ def test_the_step_is_as_long_as_the_tasks_or_shorter(pair: np.ndarray, task: flo
         assert step == pytest.approx(own)
 
 
-def test_opposed_gradients_cancel_and_nearly_opposed_ones_are_not_stretched() -> None:
+def test_opposed_gradients_are_not_amplified() -> None:
     for rule in ("min-norm", "bisector"):
         opposed = np.array([[3.0, 0.0], [-1.0, 0.0]])
         np.testing.assert_allclose(step_of(MoKDConfig(rule), opposed, (3.0, 1.0)), 0, atol=1e-12)
@@ -108,13 +108,13 @@ def test_opposed_gradients_cancel_and_nearly_opposed_ones_are_not_stretched() ->
         assert np.linalg.norm(step) == pytest.approx(2 * math.cos(angle / 2))
 
 
-def test_the_bisector_has_the_same_angle_to_both() -> None:
+def test_bisector_has_equal_angles() -> None:
     pair = np.array([[4.0, 0.0], [0.0, 0.1]])
     step = step_of(MoKDConfig("bisector"), pair, (1.0, 7.0))
     np.testing.assert_allclose(step, np.array([1.0, 1.0]) * 4 / math.sqrt(2))
 
 
-def test_min_norm_by_hand() -> None:
+def test_min_norm_matches_hand_calculation() -> None:
     """Losses 2 and 1, gradients (2, 0) and (0, 2): logs (1, 0) and (0, 2), shares 0.8 and 0.2, sum (0.8, 0.4)."""
     verdict = solve_loss_weights(LOGS, GramMatrix(4.0, 0.0, 4.0), 2.0, 1.0)
     assert verdict.det_weight == pytest.approx(0.8)
@@ -128,7 +128,7 @@ def test_min_norm_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rule", ["min-norm", "bisector"])
-def test_near_a_loss_of_zero_the_weights_stay_finite(rule: str) -> None:
+def test_weights_are_finite_near_zero_loss(rule: str) -> None:
     verdict = solve_loss_weights(MoKDConfig(rule), GramMatrix(1.0, 1e-9, 1e-16), 1.0, 0.0)  # type: ignore[arg-type]
     assert math.isfinite(verdict.det_loss_scale) and math.isfinite(verdict.distill_loss_scale)
 
@@ -144,6 +144,6 @@ def test_near_a_loss_of_zero_the_weights_stay_finite(rule: str) -> None:
         {"solver": "min-norm", "weight_decay": 0.1},
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
+def test_invalid_config_raises_usage_error(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="mokd"):
         MoKDConfig(**wrong)  # type: ignore[arg-type]

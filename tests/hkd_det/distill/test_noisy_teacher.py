@@ -24,8 +24,8 @@ ANCHORS = (16, 32, 64, 128, 256)
 TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=ANCHORS)
 DENSE = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 COARSE = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, strides=(16, 32), channels=16)
-PICTURES = torch.randint(0, 255, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-PEOPLE = Targets(
+IMAGES = torch.randint(0, 255, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+TARGETS = Targets(
     torch.tensor([[[10.0, 10.0, 40.0, 60.0]], [[30.0, 5.0, 50.0, 55.0]]]),
     torch.ones(2, 1, dtype=torch.bool),
     torch.zeros(2, 1, dtype=torch.bool),
@@ -47,14 +47,14 @@ def perturbed(noise: NoisyTeacherConfig, logits: Tensor) -> Tensor:
     return NoisyTeacher(replace(noise, mode="targets"), None, None).perturb_logits(logits)
 
 
-def terms_of(student: BaseDetector, teacher: BaseDetector, methods: dict[str, Any]) -> dict[str, Tensor]:
+def compute_losses(student: BaseDetector, teacher: BaseDetector, methods: dict[str, Any]) -> dict[str, Tensor]:
     """The terms of one batch, adapters the same whatever the methods."""
     torch.manual_seed(1)
     distiller = make_distiller(student, teacher, methods)
-    return distiller(PICTURES, PEOPLE, 1.0)[1]
+    return distiller(IMAGES, TARGETS, 1.0)[1]
 
 
-def test_noise_has_the_published_mean_and_variance() -> None:
+def test_noise_has_published_mean_and_variance() -> None:
     """Mean z, variance alpha sigma^2 z^2, four standard errors allowed: a forgotten `1 +` would give mean 0."""
     z = torch.tensor([-6.0, 0.0, 2.0])
     alpha, sigma, count = 0.4, 0.5, 40_000
@@ -67,7 +67,7 @@ def test_noise_has_the_published_mean_and_variance() -> None:
 
 
 @pytest.mark.parametrize("each", ["logit", "sample"])
-def test_every_sample_tosses_its_own_coin(each: str) -> None:
+def test_each_sample_is_perturbed_independently(each: str) -> None:
     z = torch.full((20_000, 5), 3.0)
     factor = perturbed(NoisyTeacherConfig(alpha=0.3, sigma=0.5, granularity=each), z) / z  # type: ignore[arg-type]
     touched = factor != 1
@@ -77,9 +77,9 @@ def test_every_sample_tosses_its_own_coin(each: str) -> None:
     assert alike.all() if each == "sample" else not alike.any()
 
 
-def test_the_terms_gradient_is_that_of_finite_differences() -> None:
-    chance = torch.Generator().manual_seed(1)
-    student, teacher, noisy = torch.randn(3, 2, 7, generator=chance, dtype=torch.float64)
+def test_l2_gradient_matches_finite_differences() -> None:
+    rng = torch.Generator().manual_seed(1)
+    student, teacher, noisy = torch.randn(3, 2, 7, generator=rng, dtype=torch.float64)
     student.requires_grad_()
 
     def loss(logits: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def test_the_terms_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, (student,))
 
 
-def test_the_term_by_hand() -> None:
+def test_l2_loss_matches_hand_calculation() -> None:
     """Two points of score 0.75 and 0.25: people (0.75 * 2 + 0.25 * 8) / 1, the others (0.25 * 2 + 0.75 * 8) / 1."""
     told = fg_balanced_l2(
         torch.tensor([0.0, 0.0]), torch.tensor([2.0, -4.0]), torch.tensor([0.75, 0.25]), 0.4, clamp_min_one
@@ -96,7 +96,7 @@ def test_the_term_by_hand() -> None:
     assert told.item() == pytest.approx(0.4 * 3.5 + 0.6 * 6.5)
 
 
-def test_a_thousand_points_of_background_weigh_no_more_than_one_person() -> None:
+def test_background_weighs_no_more_than_one_person() -> None:
     student, teacher = torch.zeros(1, 1001, requires_grad=True), torch.full((1, 1001), -12.0)
     with torch.no_grad():
         teacher[0, 0] = 12.0
@@ -105,7 +105,7 @@ def test_a_thousand_points_of_background_weigh_no_more_than_one_person() -> None
     torch.testing.assert_close(student.grad[0, 0].abs(), student.grad[0, 1:].abs().sum(), rtol=0.05, atol=0)
 
 
-def test_noise_leaves_the_expected_gradient_of_l2_and_softens_sigmoid_targets() -> None:
+def test_noise_keeps_expected_l2_gradient() -> None:
     count = 20_000
     z, s = torch.tensor([-5.0, -2.0, 1.5, 4.0]), torch.tensor([0.5, -3.0, 1.0, 1.0])
     noisy = perturbed(NoisyTeacherConfig(alpha=1.0, sigma=0.8), z.expand(count, 4))
@@ -128,10 +128,10 @@ def test_noise_leaves_the_expected_gradient_of_l2_and_softens_sigmoid_targets() 
 
 @pytest.mark.parametrize("teacher", MAKE)
 @pytest.mark.parametrize("student", MAKE)
-def test_alone_it_teaches_whatever_the_families(student: str, teacher: str) -> None:
+def test_l2_mode_trains_every_pair_of_families(student: str, teacher: str) -> None:
     mine, other = MAKE[student]().train(), MAKE[teacher]()
     distiller = make_distiller(mine, other, {"noisy_teacher": NoisyTeacherConfig(weight=1.0)})
-    terms = distiller(PICTURES, PEOPLE, 1.0)[1]
+    terms = distiller(IMAGES, TARGETS, 1.0)[1]
     assert terms.keys() == {"noisy_teacher"} and terms["noisy_teacher"] > 0
     terms["noisy_teacher"].backward()
     assert not list(distiller.methods.parameters())
@@ -141,11 +141,11 @@ def test_alone_it_teaches_whatever_the_families(student: str, teacher: str) -> N
 
 
 @pytest.mark.parametrize("family", MAKE)
-def test_a_student_equal_to_its_teacher_learns_nothing_from_it_but_noise(family: str) -> None:
+def test_equal_student_and_teacher_differ_by_noise_only(family: str) -> None:
     twin = MAKE[family]().eval()
     with torch.no_grad():
-        output = twin(PICTURES)
-        lesson = DistillationBatch(PICTURES, PEOPLE, twin, twin, output, output, {}, {}, clamp_min_one)
+        output = twin(IMAGES)
+        lesson = DistillationBatch(IMAGES, TARGETS, twin, twin, output, output, {}, {}, clamp_min_one)
         quiet, loud = (
             NoisyTeacher(NoisyTeacherConfig(alpha=1.0, sigma=sigma), twin, twin)(lesson)["noisy_teacher"]
             for sigma in (0.0, 1.0)
@@ -153,12 +153,12 @@ def test_a_student_equal_to_its_teacher_learns_nothing_from_it_but_noise(family:
     assert quiet == 0 and loud > 0
 
 
-def test_a_two_stage_teacher_judges_the_dense_students_best_boxes() -> None:
+def test_two_stage_teacher_rates_best_student_boxes() -> None:
     """Told where the student is sure of itself, by a teacher that is asked about one box at a time."""
     student, teacher = HKDDetector(DENSE).eval(), FasterRCNN(TWO_STAGE).eval()
     with torch.no_grad():
-        mine, other = student(PICTURES), teacher(PICTURES)
-        lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, {}, {}, clamp_min_one)
+        mine, other = student(IMAGES), teacher(IMAGES)
+        lesson = DistillationBatch(IMAGES, TARGETS, student, teacher, mine, other, {}, {}, clamp_min_one)
         told = NoisyTeacher(NoisyTeacherConfig(weight=1.0, sigma=0.0), student, teacher)(lesson)["noisy_teacher"]
         s, z = [], []
         for b in range(2):
@@ -171,15 +171,15 @@ def test_a_two_stage_teacher_judges_the_dense_students_best_boxes() -> None:
     torch.testing.assert_close(told, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_a_second_stage_regresses_no_logits_of_doubles() -> None:
+def test_two_stage_student_ignores_duplicates() -> None:
     """A dense teacher's silenced neighbour of a peak shows the person whom the peak stands for."""
     student, teacher = FasterRCNN(TWO_STAGE).eval(), HKDDetector(DENSE).eval()
     best, beside = [10.0, 10.0, 40.0, 60.0], [11.0, 10.0, 41.0, 60.0]
     with torch.no_grad():
-        mine, other = student(PICTURES), teacher(PICTURES)
+        mine, other = student(IMAGES), teacher(IMAGES)
         told = []
         for boxes, scores in (([best], [0.9]), ([best, beside], [0.9, 1e-9])):
-            lesson = DistillationBatch(PICTURES, PEOPLE, student, teacher, mine, other, {}, {}, clamp_min_one)
+            lesson = DistillationBatch(IMAGES, TARGETS, student, teacher, mine, other, {}, {}, clamp_min_one)
             lesson.__dict__["teacher_detections"] = DetectionBatch(
                 (torch.tensor(boxes),) * 2, (torch.tensor(scores),) * 2
             )
@@ -187,11 +187,11 @@ def test_a_second_stage_regresses_no_logits_of_doubles() -> None:
     torch.testing.assert_close(told[1], told[0])
 
 
-def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
+def test_targets_mode_changes_hkd_targets_only() -> None:
     """The scores change, maps and boxes don't; with features noisy, the maps do."""
     student, teacher = HKDDetector(DENSE).eval(), HKDDetector(DENSE)
     clean, scores, maps = (
-        terms_of(student, teacher, {"hkd": HKDConfig(region=0.0), "noisy_teacher": noise})
+        compute_losses(student, teacher, {"hkd": HKDConfig(region=0.0), "noisy_teacher": noise})
         for noise in (
             None,
             NoisyTeacherConfig("targets", alpha=1.0),
@@ -203,14 +203,16 @@ def test_noisy_targets_are_a_teacher_that_errs_for_hkd_alone() -> None:
     assert maps["hkd_cls"] == clean["hkd_cls"] and maps["hkd_pyramid"] != clean["hkd_pyramid"]
 
 
-def test_beside_hkd_the_l2_form_is_one_more_term_and_leaves_the_others() -> None:
+def test_l2_mode_leaves_hkd_losses_unchanged() -> None:
     student, teacher = HKDDetector(DENSE).eval(), HKDDetector(DENSE)
-    alone, both = (terms_of(student, teacher, methods) for methods in ({"hkd": {}}, {"hkd": {}, "noisy_teacher": {}}))
+    alone, both = (
+        compute_losses(student, teacher, methods) for methods in ({"hkd": {}}, {"hkd": {}, "noisy_teacher": {}})
+    )
     assert both.keys() == alone.keys() | {"noisy_teacher"}
     assert all(both[name] == alone[name] for name in alone)
 
 
-def test_misuse_is_refused() -> None:
+def test_invalid_noise_config_raises_usage_error() -> None:
     with pytest.raises(UsageError, match="another method"):
         check_methods({"noisy_teacher": NoisyTeacherConfig("targets")})
     with pytest.raises(UsageError, match=r"noisy_teacher\.mode=targets"):
