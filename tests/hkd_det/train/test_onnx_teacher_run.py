@@ -114,7 +114,7 @@ def test_onnx_file_is_no_student_and_has_no_layers(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str]
 ) -> None:
     assert main(["--data", str(people), "--teacher", str(tmp_path / "model.onnx"), *asked]) == 2
-    assert "is a black box" in (told := capsys.readouterr().err) and "--distill soft_labels" in told
+    assert "an ONNX file has no feature maps" in (told := capsys.readouterr().err) and "--distill soft_labels" in told
 
 
 def test_build_methods_rejects_hkd_with_onnx_teacher(tmp_path: Path) -> None:
