@@ -12,6 +12,7 @@ from hkd_bench.table import format_text_table
 from hkd_deploy import open_detector
 from hkd_deploy.backends import BACKENDS
 from hkd_deploy.streams.sources import list_images
+from hkd_det import __version__
 from hkd_det.datasets.catalog import SPLITS, load_dataset
 from hkd_det.errors import UsageError
 from hkd_det.structures import Sample
@@ -83,6 +84,7 @@ def _parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         "See `hkd-bench score --help` for the metrics of detection files.",
         epilog="example: hkd-bench teacher.onnx student.onnx --data citypersons --split val --html report.html",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "models", nargs="+", type=Path, metavar="MODEL", help="files or directories written by hkd-export"
     )

@@ -23,6 +23,7 @@ from hkd_deploy import open_detector
 from hkd_deploy.demo.run import save_video
 from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.export.options import ExportOptions
+from hkd_det import __version__
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.synthetic import write_synthetic_dataset, write_video
 from hkd_det.errors import run_command
@@ -114,6 +115,7 @@ def _run_quickstart_cli(argv: Sequence[str] | None) -> int:
         prog="hkd-quickstart",
         description="Run the complete workflow on synthetic images: train, distill, export, measure, write a report.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "--save-dir", type=Path, default=Path("runs/quickstart"), help="output directory (default: %(default)s)"
     )

@@ -186,7 +186,9 @@ def train_blocks(teacher: Path, data: Path, imgsz: str, blockwise_config: Blockw
         )
         train_samples, val_samples = load_dataset(config.data, "train"), load_dataset(config.data, "val")
         plan = make_epoch_plan(config, len(train_samples), 0)
-        resolve_initial_weights(config, make_run_context(config, plan, context, train_samples, val_samples[:64], resume=False))
+        resolve_initial_weights(
+            config, make_run_context(config, plan, context, train_samples, val_samples[:64], resume=False)
+        )
         content: dict[str, Any] = json.loads((Path(folder) / "blockwise/report.json").read_text())
         return content
 

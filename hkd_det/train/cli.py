@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hkd_det import __version__
 from hkd_det.datasets.download import download
 from hkd_det.distill import METHODS
 from hkd_det.errors import UnavailableError, UsageError, run_command
@@ -55,6 +56,7 @@ def _build_train_parser() -> argparse.ArgumentParser:
         prog="hkd-train",
         description="Train a pedestrian detector, alone or with distillation from a teacher.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--data", help="dataset: a name in datasets.yaml, or a data YAML file")
     parser.add_argument("--download", action="store_true", help="download --data, a name in datasets.yaml, first")
     parser.add_argument(

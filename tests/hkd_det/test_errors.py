@@ -62,7 +62,5 @@ def test_missing_parent_package_counts_as_not_installed() -> None:
 
 
 def test_default_hint_names_the_bench_extra() -> None:
-    with pytest.raises(
-        UnavailableError, match=r"^packages_test_plots is not installed; .*'hkd-det\[bench\]'$"
-    ):
+    with pytest.raises(UnavailableError, match=r"^packages_test_plots is not installed; .*'hkd-det\[bench\]'$"):
         import_package("packages_test_plots")

@@ -14,6 +14,7 @@ from hkd_deploy.demo.output import open_window
 from hkd_deploy.demo.run import FrameStats, open_output, run_demo
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
+from hkd_det import __version__
 from hkd_det.errors import UsageError, run_command
 
 
@@ -61,6 +62,7 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Run an exported model on a video, images, a webcam or a network camera; show or save the result.",
         epilog="example: hkd-demo student.onnx --source street.mp4 --save out.mp4",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("model", type=Path, help="file or directory written by hkd-export")
     parser.add_argument(
         "--source", required=True, help="video, image, directory of images, webcam (0), rtsp:// or http:// URL"

@@ -19,6 +19,7 @@ from hkd_deploy.precision.report import list_onnx_backends, select_evenly
 from hkd_deploy.serving import cli as serving
 from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
+from hkd_det import __version__
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.letterbox import format_imgsz
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-export", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("model", help="best.pt of a training run, or an .onnx file of hkd-export")
     parser.add_argument("--output", help="file to write (default: best.onnx next to the weights)")
     parser.add_argument(
