@@ -30,7 +30,7 @@ from hkd_det.models.base import (
     RoIOutputs,
     Targets,
 )
-from hkd_det.models.faster_rcnn_loss import mark_ignored_anchors, roi_soft_label_losses, smooth_l1_sum
+from hkd_det.models.criterion import mark_ignored_anchors, roi_soft_label_losses, smooth_l1_sum
 from hkd_det.models.faster_rcnn_trace import (
     NUM_CLASSES,
     PERSON_LABEL,

@@ -35,8 +35,7 @@ from hkd_det.train.config import TrainConfig, compute_lr_factor, no_aug_start_ep
 from hkd_det.train.context import check_annotations, make_epoch_plan, make_run_context, resolve_initial_weights
 from hkd_det.train.dataset import EpochPlan, build_dataloader
 from hkd_det.train.distributed import DistributedContext, init_distributed
-from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch
-from hkd_det.train.history import EpochRecord, write_history
+from hkd_det.train.engine import EpochRecord, ModelEma, evaluate, train_one_epoch, write_history
 
 
 @dataclass(frozen=True)

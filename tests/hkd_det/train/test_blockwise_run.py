@@ -26,9 +26,9 @@ from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
 from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.models.base import ModelSpec
 from hkd_det.models.checkpoint import (
     DetectorCheckpoint,
-    ModelSpec,
     build_from_spec,
     load_detector_checkpoint,
     load_training_state,
