@@ -125,3 +125,7 @@ def _build_train_parser() -> argparse.ArgumentParser:
         help="override any other setting of config.yaml, such as lr=1e-3 or distill.METHOD.KEY=1; repeatable",
     )
     return parser
+
+
+if __name__ == "__main__":  # torchrun -m hkd_det.train.cli
+    raise SystemExit(main())

@@ -167,7 +167,7 @@ def test_two_processes_prune_together(people: Path, tmp_path: Path, teacher: Pat
     flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "1", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "two", "--teacher", str(teacher)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "hkd_det.train", *flags, "--distill", "cdd", "--set", "distill.cdd.keep_flops=0.8"]
+    command = [*torchrun, "-m", "hkd_det.train.cli", *flags, "--distill", "cdd", "--set", "distill.cdd.keep_flops=0.8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

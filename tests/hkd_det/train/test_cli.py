@@ -144,7 +144,7 @@ def test_any_timm_backbone_can_be_used(people: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupt_prints_resume_command_without_traceback(people: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hkd_det.train", "--data", str(people), *FLAGS[:-1], "500", "--workers", "2"]
+    command = [sys.executable, "-m", "hkd_det.train.cli", "--data", str(people), *FLAGS[:-1], "500", "--workers", "2"]
     process = subprocess.Popen([*command, "--project", str(tmp_path)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "mini-student" / "last.pt").exists():

@@ -110,7 +110,7 @@ def test_torchrun_gives_the_weights_of_one_process(people: Path, tmp_path: Path)
     flags += ["--project", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
-        command = [*launcher, "-m", "hkd_det.train", *flags, "--name", name]
+        command = [*launcher, "-m", "hkd_det.train.cli", *flags, "--name", name]
         process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert process.returncode == 0, process.stderr
     one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True)["distiller"] for name in ("one", "two"))
