@@ -1,7 +1,17 @@
-"""Gradient balancers: how the gradients of detection and distillation losses become one step."""
+"""Gradient balancers: how the gradients of detection and distillation losses become one step.
 
+The weights of two losses follow from the Gram matrix of their gradients, after MoKD (Hayder et al. 2025).
+MoKD compares the gradients of log losses, grad L / (L + eps). Their lengths do not depend on the units of the losses.
+
+Length of the step: the weighted sum is scaled to the length of the detection gradient. The scale of a log has no
+meaning for a clipped norm, and Adam's second moments must fit the last epochs, which use the detection gradient alone.
+The step becomes shorter only if the gradients nearly cancel: scaling such a sum would amplify noise.
+"""
+
+import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -89,3 +99,153 @@ def reachable_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         visited |= new
         queue.extend(new)
     return reached
+
+
+@dataclass(frozen=True)
+class GramMatrix:
+    """Inner products of the gradients of the detection and the distillation loss.
+
+    Attributes:
+        det_det: <g_det, g_det>.
+        det_distill: <g_det, g_distill>.
+        distill_distill: <g_distill, g_distill>.
+    """
+
+    det_det: float
+    det_distill: float
+    distill_distill: float
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between the gradients; 0 if one of them is 0."""
+        if not self.is_positive:
+            return 0.0
+        return self.det_distill / math.sqrt(self.det_det * self.distill_distill)
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether both gradients differ from 0."""
+        return self.det_det > 0 < self.distill_distill
+
+    def scale(self, det_factor: float, distill_factor: float) -> "GramMatrix":
+        """Return the Gram matrix of the gradients multiplied by these factors.
+
+        Args:
+            det_factor: Factor of the detection gradient.
+            distill_factor: Factor of the distillation gradient.
+        """
+        return GramMatrix(
+            self.det_det * det_factor**2,
+            self.det_distill * det_factor * distill_factor,
+            self.distill_distill * distill_factor**2,
+        )
+
+    def norm(self, det_weight: float) -> float:
+        """Return the length of det_weight * g_det + (1 - det_weight) * g_distill.
+
+        Args:
+            det_weight: Weight of the detection gradient, 0 to 1.
+        """
+        rest = 1 - det_weight
+        squared = (
+            det_weight**2 * self.det_det + 2 * det_weight * rest * self.det_distill + rest**2 * self.distill_distill
+        )
+        return math.sqrt(max(0.0, squared))
+
+
+def min_norm_weight(gram: GramMatrix) -> float:
+    """Compute the detection weight of the shortest convex combination of both gradients (MGDA, Desideri 2012).
+
+    pi = (g22 - g12) / (g11 + g22 - 2 g12), clipped to [0, 1]. Inside the interval the combination has equal inner
+    products with both gradients.
+
+    Args:
+        gram: Gram matrix of the gradients.
+
+    Returns:
+        Weight, 0 to 1; 0.5 for equal gradients, for which every weight gives the same combination.
+    """
+    difference = gram.det_det + gram.distill_distill - 2 * gram.det_distill
+    if difference <= 0:
+        return 0.5
+    return min(1.0, max(0.0, (gram.distill_distill - gram.det_distill) / difference))
+
+
+def bisector_weight(gram: GramMatrix) -> float:
+    """Compute the detection weight that bisects the angle: |g_distill| / (|g_det| + |g_distill|).
+
+    Args:
+        gram: Gram matrix of the gradients, both different from 0.
+
+    Returns:
+        Weight, 0 to 1.
+    """
+    det, distill = math.sqrt(gram.det_det), math.sqrt(gram.distill_distill)
+    return distill / (det + distill)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the two losses for the parameters that both reach.
+
+    Attributes:
+        det_weight: Weight of the detection loss between the gradients of the log losses, 0 to 1.
+        gram: Gram matrix of the gradients of the log losses.
+        det_loss_scale: Factor of the detection loss, with the length of the step.
+        distill_loss_scale: Factor of the distillation loss, with the length of the step.
+    """
+
+    det_weight: float
+    gram: GramMatrix
+    det_loss_scale: float
+    distill_loss_scale: float
+
+    def blend(self, distill_weight: float) -> "LossWeights":
+        """Blend with the detection gradient alone, for a distillation loss that is scaled by `distill_weight`, 0 to 1.
+
+        The gradient of a log loss does not contain the scale, so the schedule must act here.
+
+        Args:
+            distill_weight: Factor of the schedule, 0 to 1.
+
+        Returns:
+            The blended weights.
+        """
+        return replace(self, det_loss_scale=1 - distill_weight + distill_weight * self.det_loss_scale)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Values to log: cosine, log10 of the ratio of lengths (detection to distillation), detection weight."""
+        ratio = 0.5 * math.log10(self.gram.det_det / self.gram.distill_distill) if self.gram.is_positive else 0.0
+        return {
+            "mokd_cosine": self.gram.cosine,
+            "mokd_norm_ratio_log10": ratio,
+            "mokd_det_weight": self.det_weight,
+        }
+
+
+def solve_loss_weights(
+    solver: Literal["bisector", "min-norm"], eps: float, gram: GramMatrix, det_loss: float, distill_loss: float
+) -> LossWeights:
+    """Compute the weights of two losses.
+
+    Args:
+        solver: Rule for the weight between the gradients of the log losses.
+        eps: Added to each loss before the logarithm.
+        gram: Gram matrix of the gradients of the losses.
+        det_loss: Value of the detection loss.
+        distill_loss: Value of the distillation loss.
+
+    Returns:
+        The weights. If one of the gradients is 0, both factors are 1.
+    """
+    det_factor, distill_factor = 1 / (det_loss + eps), 1 / (distill_loss + eps)
+    logs = gram.scale(det_factor, distill_factor)
+    if not logs.is_positive:
+        return LossWeights(0.5, logs, 1.0, 1.0)
+    weight = (min_norm_weight if solver == "min-norm" else bisector_weight)(logs)
+    det, distill = math.sqrt(logs.det_det), math.sqrt(logs.distill_distill)
+    # Length of the bisector at 120 degrees. Below 90 degrees both rules give longer combinations.
+    min_norm = det * distill / (det + distill)
+    scale = math.sqrt(gram.det_det) / max(logs.norm(weight), min_norm)
+    return LossWeights(weight, logs, scale * weight * det_factor, scale * (1 - weight) * distill_factor)

@@ -18,8 +18,14 @@ from torch import Tensor
 
 from hkd_det.distill import load_method
 from hkd_det.distill.base import DistillationBatch, DistillMethod
-from hkd_det.distill.gradients import AllReduceMean, GradientBalancer, reachable_parameters
-from hkd_det.distill.loss_weights import GramMatrix, LossWeights, solve_loss_weights
+from hkd_det.distill.gradients import (
+    AllReduceMean,
+    GradientBalancer,
+    GramMatrix,
+    LossWeights,
+    reachable_parameters,
+    solve_loss_weights,
+)
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.hooks import FeatureHooks

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.gradients import GradientBalancer, SumBalancer, reachable_parameters
-from hkd_det.distill.loss_weights import GramMatrix, solve_loss_weights
+from hkd_det.distill.gradients import (
+    GradientBalancer,
+    GramMatrix,
+    SumBalancer,
+    reachable_parameters,
+    solve_loss_weights,
+)
 from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer, MoKDConfig
 from hkd_det.models.base import FeatureInfo
 from hkd_det.ops.hooks import FeatureHooks

@@ -150,7 +150,7 @@ def test_exif_rotation_applies_to_unlabeled_images_only(tmp_path: Path) -> None:
     loader, sampler = build_dataloader(
         samples, epochs(num_images=1, batch=1, num_unlabeled=1, unlabeled_batch=1), 0, 1, 0, 1
     )
-    stored, upright = (loader.dataset.pictures.read(index, (64, 64)).picture[..., 0] for index in (0, 1))  # type: ignore[attr-defined]
+    stored, upright = (loader.dataset.images.read(index, (64, 64)).image[..., 0] for index in (0, 1))  # type: ignore[attr-defined]
     assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
     assert upright[:30].max() < 50 and upright[34:].min() > 200
     assert len(sampler) == 1

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
-from hkd_det.distill.loss_weights import GramMatrix, LossWeights, min_norm_weight
-from hkd_det.distill.loss_weights import solve_loss_weights as solve
+from hkd_det.distill.gradients import GramMatrix, LossWeights, min_norm_weight
+from hkd_det.distill.gradients import solve_loss_weights as solve
 from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.errors import UsageError
 
