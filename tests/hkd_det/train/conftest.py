@@ -1,4 +1,4 @@
-"""A data set small enough to train on in a test: dark figures on light ground, in COCO form."""
+"""A data set for training tests: dark boxes on a light background, in COCO format."""
 
 import json
 from pathlib import Path

@@ -94,7 +94,7 @@ def test_download_continues_with_training(
     (tmp_path / "datasets/citypersons/leftImg8bit").mkdir(parents=True)
     assert main(["--data", "citypersons", "--download", "--model", "huge"]) == 2
     said = capsys.readouterr()
-    assert "is there already" in said.out and "--model huge" in said.err
+    assert "exists already" in said.out and "--model huge" in said.err
 
 
 def test_existing_run_is_not_overwritten(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
