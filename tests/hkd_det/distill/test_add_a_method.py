@@ -1,4 +1,4 @@
-"""The method in docs/how-to/add-a-method.md, registered and trained by hkd-train as the page describes."""
+"""The methods in docs/how-to/add-a-method.md, registered and trained by hkd-train as the page describes."""
 
 import csv
 import importlib.util
@@ -23,14 +23,16 @@ PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "add-a-method.md"
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 
 
-@pytest.fixture
-def method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """Save the file of the page, register its entry, and return the name of the method."""
-    code, entry = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+@pytest.fixture(params=["first", "second"])
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Save the code of the page, register one of its two methods, and return the name of the method."""
+    code, entry, second = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     ((name, target),) = yaml.safe_load("{" + entry + "}").items()
     module_name = target.partition(":")[0]
+    if request.param == "second":
+        name, target = "pooled_cosine", f"{module_name}:PooledCosine"
     path = tmp_path / "method.py"
-    path.write_text(code, encoding="utf-8")
+    path.write_text(code + second, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
