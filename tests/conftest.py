@@ -1,11 +1,20 @@
-"""For every test: Ctrl-C works in the processes they start."""
+"""Settings for all tests."""
 
 import signal
 
 import pytest
 
+DOWNLOADING_FIXTURES = {"tensorrt_python", "triton_proto"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as slow whose fixtures download packages: the fast tests install nothing."""
+    for item in items:
+        if DOWNLOADING_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True, scope="session")
-def _ctrl_c_is_heard() -> None:
-    """A job started in the background ignores SIGINT, and so would all its children."""
+def _sigint_raises_keyboard_interrupt() -> None:
+    """Restore the default handler: child processes of a background job would ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
