@@ -40,12 +40,12 @@ CONF = 0.3  # minimum score of a drawn box
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Size of the quickstart. The defaults take about ten minutes on two CPU cores.
+    """Size of the quickstart. The defaults take about seven minutes on two CPU cores.
 
     Attributes:
         num_train: Number of training images.
         num_val: Number of validation images.
-        imgsz_hw: Size of the images and of the model input in pixels.
+        imgsz_hw: Height and width of the model input, pixels. The images have twice this size by default.
         epochs: Epochs of each of the three training runs.
         batch: Batch size.
         runs: Timed runs per model.

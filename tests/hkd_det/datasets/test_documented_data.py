@@ -43,11 +43,14 @@ def test_documented_reader_loads_a_dataset(tmp_path: Path, monkeypatch: pytest.M
     exec(compile(reader + row, "add-a-reader.md", "exec"), namespace)
     (tmp_path / "images").mkdir()
     cv2.imwrite(str(tmp_path / "images" / "a.png"), np.zeros((60, 100, 3), np.uint8))
-    (tmp_path / "annotations.csv").write_text("split,image,x1,y1,x2,y2\ntrain,a.png,1,2,3,4\ntrain,a.png,1,2,x,4\n")
+    cv2.imwrite(str(tmp_path / "images" / "b.png"), np.zeros((60, 100, 3), np.uint8))
+    rows = ["split,image,x1,y1,x2,y2", "train,a.png,1,2,3,4", "train,a.png,1,2,x,4", "train,b.png,1,2,x,4"]
+    (tmp_path / "annotations.csv").write_text("\n".join(rows))
     (data,) = find_blocks(GUIDE, "yaml")
     (tmp_path / "data.yaml").write_text(data)
     with pytest.raises(DataError, match="line 3"):
         load_dataset(str(tmp_path / "data.yaml"), "train")
     errors: list[DataError] = []
-    (sample,) = load_dataset(str(tmp_path / "data.yaml"), "train", errors.append)
-    assert sample.ground_truth.boxes_xyxy.tolist() == [[1, 2, 3, 4]] and len(errors) == 1
+    valid, empty = load_dataset(str(tmp_path / "data.yaml"), "train", errors.append)
+    assert valid.ground_truth.boxes_xyxy.tolist() == [[1, 2, 3, 4]] and len(errors) == 2
+    assert empty.ground_truth.boxes_xyxy.shape == (0, 4)
