@@ -18,7 +18,9 @@ Projection = Literal["plain", "norm", "multi-scale", "orthogonal"]
 
 
 class Adapter(nn.Module):
-    """Project the channels; before it, pool a finer student map; after it, upsample a coarser one.
+    """Map a student feature layer to a teacher feature layer: average pooling, channel projection, nearest upsampling.
+
+    A student map with a smaller stride is pooled before the projection. One with a larger stride is upsampled after it.
 
     Args:
         student: Feature layer of the student.
@@ -35,7 +37,7 @@ class Adapter(nn.Module):
         if coarser % finer:
             raise UsageError(
                 f"distill.hkd.feature_layers: the strides of {student.name} ({student.stride}) and {teacher.name} "
-                f"({teacher.stride}) do not divide. Choose layers of which one stride is a multiple of the other."
+                f"({teacher.stride}) do not match. Choose layers of which one stride is a multiple of the other."
             )
         self.stride_ratio = coarser // finer
         self.should_pool = student.stride < teacher.stride
@@ -98,9 +100,9 @@ class MultiScaleProjection(nn.Module):
 class OrthogonalProjection(nn.Module):
     """Orthogonal projection of VkD (Miles et al. 2024).
 
-    The weight has orthonormal columns, or orthonormal rows if the teacher is narrower. It preserves lengths and angles,
-    so the student has to learn everything that the loss asks for. It cannot learn the scale of the teacher: standardize
-    the teacher features first.
+    The weight has orthonormal columns, or orthonormal rows if the teacher is narrower. Orthonormal columns preserve
+    lengths and angles, so the adapter cannot compensate for errors of the student features. The adapter cannot learn the
+    scale of the teacher features: standardize them first.
 
     Args:
         in_channels: Channels of the student.

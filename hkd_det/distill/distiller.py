@@ -229,7 +229,7 @@ def _make_hooks(model: Any, names: Mapping[str, bool]) -> tuple[list[FeatureHook
     default = {info.name for info in model.feature_info()}
     hooks, ordered = [], []
     for clone in (False, True):
-        group = [name for name, asked in names.items() if (asked and name not in default) == clone]
+        group = [name for name, should_copy in names.items() if (should_copy and name not in default) == clone]
         if group:
             hooks.append(FeatureHooks(model, group, clone))
             ordered += group
@@ -237,4 +237,4 @@ def _make_hooks(model: Any, names: Mapping[str, bool]) -> tuple[list[FeatureHook
 
 
 def _pop_features(hooks: Sequence[FeatureHooks], names: Sequence[str]) -> dict[str, Tensor]:
-    return dict(zip(names, [feature for one in hooks for feature in one.pop()], strict=True))
+    return dict(zip(names, [feature for group in hooks for feature in group.pop()], strict=True))

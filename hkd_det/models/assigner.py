@@ -1,14 +1,15 @@
-"""Task-aligned assignment of anchor points to ground-truth boxes (TOOD, Feng et al. 2021, eq. 1 and 4).
+"""Task-aligned assignment of anchor points to ground-truth boxes (TOOD, Feng et al. 2021, section 3.2).
 
-The alignment metric of a point and a box is t = score^alpha * IoU^beta. A box takes its `topk` points of highest metric
-among the points inside it. A point that several boxes take is assigned to the box with the highest IoU. The target
-score of a point is its metric, scaled so that the best point of a box has the best IoU of that box as target.
+The alignment metric of a point and a box is t = score^alpha * IoU^beta. For each box, the `topk` points with the highest
+metric among the points inside the box are selected. A point that is selected for several boxes is assigned to the box
+with the highest IoU. The target score of a point is its metric, scaled so that the highest target score of a box equals
+the highest IoU of that box.
 
-`topk` = 1 is the one-to-one assignment of the end-to-end branch (YOLOv10). There, several points are often equally good
-and the assignment would depend on rounding, which cannot be learned. `center_weight` therefore multiplies the metric by
-exp(-center_weight * d), where d is the squared distance from the box center in strides plus the squared distance in
-octaves from the level whose cells are an eighth of the box height (as CSP, Liu et al. 2019, assigns a box to its center
-and scale).
+`topk` = 1 is the one-to-one assignment of the end-to-end branch (YOLOv10). There, several points often have nearly the
+same metric, so that the assignment would depend on rounding. `center_weight` therefore multiplies the metric by
+exp(-center_weight * d). The distance d is the squared distance from the box center in strides, plus the squared
+distance in octaves from the level whose cells are an eighth of the box height. CSP (Liu et al. 2019) also assigns a box
+to its center and scale.
 """
 
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def _gather_gt_boxes(boxes_xyxy: Tensor, target_gt_idx: Tensor) -> Tensor:
 
 
 def _normalize_align_metric(align_metric: Tensor, iou: Tensor) -> Tensor:
-    """Return [B, A]: metrics scaled so that the best point of each box has its best IoU (TOOD, eq. 4)."""
+    """Return [B, A]: metrics scaled so that the best point of each box has its best IoU."""
     if align_metric.shape[1] == 0:
         return align_metric.new_zeros((align_metric.shape[0], align_metric.shape[2]))
     best_metric = align_metric.amax(2, keepdim=True)

@@ -1,9 +1,9 @@
 """The head of `HKDDetector`: scores and distance distributions at every anchor point, and their conversion to boxes.
 
 The head is decoupled (YOLOX) and shared by all levels, with separate normalizations per level (RTMDet). Scores have two
-branches (YOLOv10). `one2many` is trained with several anchor points per box and shapes the features. `one2one` is
-trained with one anchor point per box, so that duplicates are rare and overlapping persons are kept. It is `one2many`
-plus a learned correction, which only has to suppress the neighbors of the best point. Its gradient reaches neither
+branches (YOLOv10). `one2many` is trained with several anchor points per box, and its gradient trains the backbone.
+`one2one` is trained with one anchor point per box, so that duplicates are rare and overlapping persons are kept. It is
+`one2many` plus a learned correction that suppresses the neighbors of the best point. Its gradient reaches neither
 `one2many` nor the features.
 """
 

@@ -1,4 +1,4 @@
-"""An ONNX detector of any origin as teacher: only its detections are known."""
+"""An ONNX detector of any origin as teacher. It provides detections only."""
 
 from pathlib import Path
 from typing import Any, ClassVar

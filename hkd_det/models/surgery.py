@@ -1,6 +1,6 @@
 """Changes of a network after it was built: layers with fewer channels, and depthwise-separable convolutions.
 
-`ModelChanges` describes the changes, so that a checkpoint can be built again with `apply_changes`.
+`ModelChanges` describes the changes. `apply_changes` repeats them when the network of a checkpoint is built.
 """
 
 from collections.abc import Sequence

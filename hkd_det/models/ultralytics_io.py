@@ -1,8 +1,8 @@
 """The package ultralytics (AGPL-3.0, an extra): importing it without side effects, and its model definitions.
 
-At import, Ultralytics resolves a host name to test whether it is online, sets thread counts, print options and warning
-filters, and replaces `torch.save` and `PIL.Image.open`. `import_tasks` sets Ultralytics to offline and quiet, and
-restores what it changed. Its settings file belongs to the user and stays.
+At import, Ultralytics resolves a host name to test whether it is online. It sets thread counts, print options and
+warning filters, and replaces `torch.save` and `PIL.Image.open`. `import_tasks` disables network access and output, and
+restores this state after the import. It keeps the settings file that Ultralytics creates in the user's configuration.
 """
 
 import difflib

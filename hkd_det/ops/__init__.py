@@ -1,1 +1,1 @@
-"""Operations on tensors that know no model: boxes, suppression, RoI pooling, losses and hooks. Needs torch."""
+"""Tensor operations that do not depend on a model: boxes, suppression, RoI pooling, losses and hooks."""

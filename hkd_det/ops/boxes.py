@@ -45,8 +45,8 @@ def giou_loss(boxes_xyxy: Tensor, target_boxes_xyxy: Tensor) -> Tensor:
     """Compute torchvision's `generalized_box_iou_loss` for boxes that may be inverted (Rezatofighi et al. 2019).
 
     A detector that regresses plain distances can predict x2 < x1 or y2 < y1. Such a box would have a negative area.
-    Here its area is 0: along an inverted axis, both coordinates are replaced by the point between them that is nearest
-    to the target center. This leaves the enclosing box and its gradient as they are.
+    This function treats it as a box of area 0: along an inverted axis, the point between both coordinates that is
+    nearest to the target center replaces them. The enclosing box and its gradient do not change.
 
     Args:
         boxes_xyxy (Tensor[..., 4]): Predicted boxes.

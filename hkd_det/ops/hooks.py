@@ -1,4 +1,4 @@
-"""Forward hooks: recording feature maps, and observing the calls of modules. The model is not changed."""
+"""Forward hooks that record feature maps or observe the calls of modules. They do not change the model."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -86,7 +86,7 @@ def localization_distillation_loss(
 
 
 def quality_focal_kd_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
-    """Compute |t - s|^beta * KL(t || s) of Bernoulli distributions (form of GFL, Li et al. 2020, eq. 5).
+    """Compute |t - s|^beta * KL(t || s) of Bernoulli distributions (quality focal loss, Li et al. 2020, eq. 2).
 
     The entropy of the teacher score t is subtracted from the cross-entropy, so that the loss is 0 for equal scores.
     Scores are sigmoids: a softmax over one class would always be 1.
@@ -148,8 +148,8 @@ def fg_balanced_mean(error: Tensor, fg_mask: Tensor, fg_ratio: float) -> Tensor:
 class _PKDFunction(torch.autograd.Function):
     """Computes the errors [N, T] of float32 features [N, T, C] at T positions.
 
-    A manual backward pass, because this loss is much of the cost of feature distillation. torch's normalizations are
-    slow unless each channel is contiguous, and autograd would keep twice as many feature maps.
+    The backward pass is manual, because this loss is a large part of the cost of feature distillation. The normalizations
+    of torch are slow unless each channel is contiguous, and autograd would store twice as many feature maps.
     """
 
     @staticmethod

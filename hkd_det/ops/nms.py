@@ -15,17 +15,18 @@ from hkd_det.ops.boxes import batched_box_iou, pairwise_intersection
 
 SUPPRESSED_LOGIT = -20.0  # a score of 2e-9
 
-# Neighbors in flat regions of a score map differ by rounding only, and each runtime would keep another one. All of them
-# are kept.
+# Neighbors in flat regions of a score map differ by rounding only, and the highest one depends on the runtime. All
+# neighbors within this tolerance of the maximum are kept.
 TIE_TOLERANCE = 1e-3
 
-# Up to the first IoU, two boxes are two persons; from the second on, one person. Of the Reasonable persons in the
-# CityPersons validation set, 4.4 % overlap another one by more than 0.6 and 0.8 % by more than 0.8
-# (benchmarks/studies/duplicate_suppression.py --crowd).
+# Two boxes with an IoU up to the first value are two persons; from the second value on, they are one person. In the
+# Reasonable setup of the CityPersons validation set, 4.4 % of the persons overlap another one by more than 0.6, and
+# 0.8 % by more than 0.8 (benchmarks/studies/duplicate_suppression.py --crowd).
 IOU_LIMITS = (0.6, 0.8)
 
-# A better box suppresses another one completely if its logit is higher by this margin, and partly below it. A hard
-# comparison would make the result depend on the rounding of the runtime. Exact ties are both kept, as in `peak_nms`.
+# A box with a higher logit suppresses another one completely if the difference is at least this margin, and partly
+# below it. With a hard comparison, the result would depend on the rounding of the runtime. Two boxes with equal logits
+# are both kept, as in `peak_nms`.
 LOGIT_MARGIN = 0.02
 
 # Boxes with a lower rank are not compared. Suppression fades out over the second half of these ranks, because rounding

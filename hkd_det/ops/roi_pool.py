@@ -1,4 +1,4 @@
-"""RoI pooling as weighted sums of feature map cells, several times faster on a CPU than torchvision's kernels.
+"""RoI pooling as weighted sums of feature map cells. On a CPU it is several times faster than torchvision's kernels.
 
 `roi_align` is RoIAlign (He et al. 2017) with 7 x 7 bins and 2 x 2 samples per bin. Each sample interpolates four cells,
 so a bin reads 16 cells. Cells and weights are the same for all channels and all feature maps of one size.

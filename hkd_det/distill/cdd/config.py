@@ -12,17 +12,17 @@ class CDDConfig:
     Attributes:
         keep_flops: Maximum ratio of the FLOPs to keep, above 0 to 1; 1 sets no limit.
         keep_parameters: Maximum ratio of the parameters to keep, above 0 to 1; 1 sets no limit.
-        min_channels: Channels that every layer keeps, if it has so many.
+        min_channels: Minimum number of channels of each layer; a narrower layer is not pruned.
         cls: Weight of the score loss.
-        temperature: Temperature of both networks' scores in that loss.
+        temperature: Temperature T of the score loss.
         feature: Weight of the distance of pooled person features, summed over layers.
         lasso: Weight of the group lasso on the rows of the compactors.
         warmup_ratio: Ratio of all steps before the first channel is selected.
-        mask_end: Ratio of the steps with a teacher at whose end all channels are selected.
-        fade_ratio: Ratio of all steps in which a selected channel fades from 1 to 0.
-        queue_size: Number of pooled teacher features to keep per layer.
-        num_neighbors: Number of these with which each person is compared.
-        candidate_ratio: Ratio of a layer's channels that a comparison marks, removed ones included.
+        mask_end: Ratio of the distilled steps after which all channels are selected.
+        fade_ratio: Ratio of all steps in which the compactor row of a selected channel shrinks from norm 1 to 0.
+        queue_size: Number of pooled teacher features in the queue of each layer.
+        num_neighbors: Number of nearest features in the queue that the feature of each person is compared with.
+        candidate_ratio: Ratio of a layer's channels that are candidates in a comparison, removed channels included.
         compare_interval: Maximum number of steps between comparisons. The paper compares in each step.
     """
 

@@ -165,8 +165,8 @@ def compute_channel_responses(student_vectors: Tensor, neighbors: Tensor) -> Ten
 def find_unimportant_channels(responses: Tensor, masked: Tensor, candidate_ratio: float) -> Tensor:
     """Find the channels that are among the lowest responses in every comparison.
 
-    Masked channels count as the lowest and are not returned again. The channels found by agreement therefore never
-    exceed `candidate_ratio` of a layer.
+    Masked channels count as the lowest and are not returned again. Masked and returned channels together are therefore
+    at most `candidate_ratio` of a layer.
 
     Args:
         responses (Tensor[N, K, C]): Responses of N persons with K neighbors each.
