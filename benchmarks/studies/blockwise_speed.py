@@ -19,7 +19,7 @@ from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.blockwise.config import BlockwiseConfig, Scheduler, compute_lower_bound, simulate
 from hkd_det.files import write_text
 from hkd_det.letterbox import parse_imgsz
-from hkd_det.models.zoo import model_name
+from hkd_det.models.zoo import read_model_name
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import make_epoch_plan, make_run_context, resolve_initial_weights
 from hkd_det.train.distributed import init_distributed
@@ -159,8 +159,8 @@ def format_measurement(teacher: Path, data: Path, imgsz: str, num_images: int) -
     shown = ("CPU", "cores", "load average at the start")
     host = ", ".join(f"{field.name} {field.value}" for field in read_host_fields() if field.name in shown)
     return (
-        f"## Measurement\n\n{model_name(teacher)} at {imgsz}, {num_images} images, 4 epochs, bin packing by estimated "
-        f"times, on {host}. Two workers are {makespans[1] / makespans[2]:.2f} times as fast.\n\n"
+        f"## Measurement\n\n{read_model_name(teacher)} at {imgsz}, {num_images} images, 4 epochs, bin packing by "
+        f"estimated times, on {host}. Two workers are {makespans[1] / makespans[2]:.2f} times as fast.\n\n"
         + format_markdown_table(["workers", "start-up", "makespan", "bound", "sum of block times", "energy"], rows)
     )
 
@@ -177,7 +177,7 @@ def train_blocks(teacher: Path, data: Path, imgsz: str, blockwise_config: Blockw
     with tempfile.TemporaryDirectory() as folder, init_distributed("cpu") as context:
         config = TrainConfig(
             str(data),
-            model_name(teacher),
+            read_model_name(teacher),
             folder,
             parse_imgsz(imgsz),
             teacher=str(teacher),

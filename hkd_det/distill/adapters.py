@@ -101,8 +101,8 @@ class OrthogonalProjection(nn.Module):
     """Orthogonal projection of VkD (Miles et al. 2024).
 
     The weight has orthonormal columns, or orthonormal rows if the teacher is narrower. Orthonormal columns preserve
-    lengths and angles, so the adapter cannot compensate for errors of the student features. The adapter cannot learn the
-    scale of the teacher features: standardize them first.
+    lengths and angles, so the adapter cannot compensate for errors of the student features. Nor can it learn the scale
+    of the teacher features: standardize them first.
 
     Args:
         in_channels: Channels of the student.

@@ -25,7 +25,7 @@ from hkd_det.models.feature_layers import LayerPairs
 from hkd_det.ops.losses import SCORE_EPS, ReduceMean
 
 MAX_ROIS = 64  # RoIs per image at which two detectors are compared
-DUPLICATE_IOU = 0.5  # an end-to-end teacher scores duplicates near 0, whatever the box shows
+DUPLICATE_IOU = 0.5  # The score of a duplicate in an end-to-end teacher is near 0 and does not describe its content.
 
 Perturbed = TypeVar("Perturbed", DenseOutputs, ProposalOutputs, DetectionBatch, RoIOutputs)
 
@@ -75,7 +75,7 @@ class DistillationBatch:
         teacher_outputs: Outputs of the teacher for `images`, without gradients.
         student_features: Layer name -> feature map [B, C, H', W'], for the layers that the methods request.
         teacher_features: The same of the teacher, without gradients.
-        reduce_mean: Converts a sum over the images of this process to the divisor that is right over all processes.
+        reduce_mean: Converts a local normalization sum to the divisor that is correct for all processes together.
         perturb: Noise for teacher values that are computed later in the step: detections and RoI outputs.
     """
 
@@ -112,7 +112,7 @@ class DistillationBatch:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The training run, as far as a method may depend on it. Functions replace imports of `hkd_det.train`.
+    """The part of a training run that methods use. Callables replace imports of `hkd_det.train`.
 
     Attributes:
         model: Name of the student, for messages and checkpoints.
@@ -157,7 +157,7 @@ class DistillMethod(nn.Module):
     """A distillation method. Its parameters are trained with the student and dropped after training.
 
     A subclass defines `Config` and `forward`; every other method has a default that does nothing. The student and the
-    teacher must not become submodules: keep them in a tuple if the method needs them later.
+    teacher must not become submodules: store them in a tuple if the method needs them later.
 
     Attributes:
         Config: Frozen dataclass with the settings of the method, `distill.NAME` in a recipe.
@@ -166,9 +166,9 @@ class DistillMethod(nn.Module):
         conflicts: Names of methods that cannot be combined with this one.
         has_losses: Whether `forward` returns losses.
         supports_unlabeled: Whether the losses are defined for images without annotations.
-        student_source: Where the student comes from. "config": `--model` and `--weights`. "teacher": the same, and
-            without `--model` a copy of the teacher. "prepared": `prepare_student` makes it from the teacher, and
-            the method takes no part in training.
+        student_source: Origin of the student. "config": `--model` or `--weights`. "teacher": the same, and without
+            `--model` a copy of the teacher. "prepared": `prepare_student` builds it from the teacher, and the method
+            has no part in training.
         clone_student_features: Whether recorded student layers are copied, because a later layer may work in place.
         det_loss_weight: Factor for the detection losses while the teacher is used.
     """
@@ -300,7 +300,7 @@ class DistillMethod(nn.Module):
 
     @classmethod
     def prepare_student(cls, config: Any, context: RunContext) -> Path | None:  # noqa: ARG003 - interface
-        """Make the student before training; return its checkpoint, or None to use the configured one.
+        """Build the student before training; return its checkpoint, or None to use the configured student.
 
         Args:
             config: Configuration of this method.
@@ -346,8 +346,8 @@ class LogitPair(NamedTuple):
     Attributes:
         student (Tensor[...]): Score logits.
         teacher (Tensor[...]): Score logits, without gradients.
-        avg_factor (Tensor): Divisor for a sum over the pair: the summed teacher scores at anchor points, the number of
-            RoIs in a second stage.
+        avg_factor (Tensor): Scalar divisor for a sum over the pair: the sum of the teacher scores for anchor points,
+            the number of RoIs for a second stage.
     """
 
     student: Tensor
@@ -361,7 +361,8 @@ def comparable_logits(batch: DistillationBatch) -> list[LogitPair]:
     Two dense detectors are compared at their anchor points, branch by branch. Two two-stage detectors are compared on
     the ground truth and the teacher's best proposals. A two-stage student is compared with a dense teacher on the
     teacher's detections after NMS. A dense student is compared with a two-stage teacher on the student's best boxes.
-    Its one-to-one branch is left out: that branch must score duplicates at 0, and the teacher does not.
+    The one-to-one branch of that student is left out, because its scores of duplicates must be 0 and those of the
+    teacher are not.
 
     Args:
         batch: Batch with the outputs of both networks.

@@ -1,11 +1,11 @@
-"""Gradient balancers: how the gradients of detection and distillation losses become one step.
+"""Gradient balancers, which combine the gradients of detection and distillation losses to one step.
 
-The weights of two losses follow from the Gram matrix of their gradients, after MoKD (Hayder et al. 2025).
-MoKD compares the gradients of log losses, grad L / (L + eps). Their lengths do not depend on the units of the losses.
+MoKD (Hayder et al. 2025) computes the weights of two losses from the Gram matrix of their gradients. It compares the
+gradients of log losses, grad L / (L + eps), whose lengths do not depend on the units of the losses.
 
-Length of the step: the weighted sum is scaled to the length of the detection gradient. The scale of a log has no
-meaning for a clipped norm, and Adam's second moments must fit the last epochs, which use the detection gradient alone.
-The step becomes shorter only if the gradients nearly cancel: scaling such a sum would amplify noise.
+The weighted sum is scaled to the length of the detection gradient. Gradient clipping and Adam's second moments then fit
+the last epochs, which use the detection gradient only. The step is shorter only if the gradients nearly cancel, because
+scaling such a sum would amplify noise.
 """
 
 import math
@@ -75,7 +75,7 @@ class SumBalancer:
         """
 
 
-def reachable_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def find_reachable_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Find the parameters that a loss depends on, without a backward pass.
 
     Args:
@@ -153,7 +153,7 @@ class GramMatrix:
         return math.sqrt(max(0.0, squared))
 
 
-def min_norm_weight(gram: GramMatrix) -> float:
+def compute_min_norm_weight(gram: GramMatrix) -> float:
     """Compute the detection weight of the shortest convex combination of both gradients (MGDA, Desideri 2012).
 
     pi = (g22 - g12) / (g11 + g22 - 2 g12), clipped to [0, 1]. Inside the interval the combination has equal inner
@@ -171,7 +171,7 @@ def min_norm_weight(gram: GramMatrix) -> float:
     return min(1.0, max(0.0, (gram.distill_distill - gram.det_distill) / difference))
 
 
-def bisector_weight(gram: GramMatrix) -> float:
+def compute_bisector_weight(gram: GramMatrix) -> float:
     """Compute the detection weight that bisects the angle: |g_distill| / (|g_det| + |g_distill|).
 
     Args:
@@ -243,7 +243,7 @@ def solve_loss_weights(
     logs = gram.scale(det_factor, distill_factor)
     if not logs.is_positive:
         return LossWeights(0.5, logs, 1.0, 1.0)
-    weight = (min_norm_weight if solver == "min-norm" else bisector_weight)(logs)
+    weight = (compute_min_norm_weight if solver == "min-norm" else compute_bisector_weight)(logs)
     det, distill = math.sqrt(logs.det_det), math.sqrt(logs.distill_distill)
     # Length of the bisector at 120 degrees. Below 90 degrees both rules give longer combinations.
     min_norm = det * distill / (det + distill)

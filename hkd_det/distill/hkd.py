@@ -1,6 +1,8 @@
-"""Hierarchical knowledge distillation (HKD, Chen et al. 2019): losses at feature, region and logit level.
+"""Hierarchical knowledge distillation (HKD, Chen et al., ICIP 2019, arXiv 1909.09325).
 
-`TwoStageHKD` is the published form, for two two-stage models. `DenseHKD` transfers it to all other pairs.
+L = w_pyramid L_pyramid + w_region L_region + w_logit L_logit: losses of feature maps, RoI features and logits.
+`TwoStageHKD` is the published form for two two-stage models. `DenseHKD` transfers it to all other pairs; there the
+logit level consists of a score loss and a box loss.
 """
 
 from collections.abc import Sequence
@@ -32,8 +34,8 @@ class HKDConfig:
         region: Weight of the RoI-feature loss.
         cls: Weight of the score loss.
         box: Weight of the box loss.
-        fg_ratio: Ratio of the pyramid loss that falls on persons, 0 to 1.
-        region_min_score: Teacher score from which a teacher box is compared as a region, 0 to 1.
+        fg_ratio: Total weight of the cells on persons in the pyramid loss, 0 to 1.
+        region_min_score: Minimum score of a teacher box that is compared as a region, 0 to 1.
         max_regions: Maximum number of teacher boxes per image that are compared as regions.
         two_stage: Settings between two Faster R-CNN models, which replace those above.
         det_loss_weight: Factor for the detection losses while the teacher is used, 0 to 1.
@@ -116,13 +118,15 @@ def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
 
 
 class DenseHKD(nn.Module):
-    """Three levels between any other pair of detectors.
+    """Losses at three levels for all pairs other than two Faster R-CNN models.
 
-    Pyramid: PKD loss of the feature maps, with a fixed ratio for persons (`fg_ratio`). Region: the same on 7x7 RoI
-    features of ground-truth boxes and confident teacher boxes. Logit: the scores imitate the teacher's scores where
-    they differ; the boxes imitate the teacher's boxes in proportion to its score, in each branch that both models have.
-    Without common anchor points, and for a one-to-one branch that the teacher lacks, the teacher's detections are soft
-    labels.
+    Pyramid: `pkd_loss` of the feature maps, averaged with a fixed weight of persons (`fg_balanced_mean`).
+    Region: `pkd_loss` of 7x7 RoI features, at ground-truth boxes and confident teacher boxes.
+    Score: sum |t - s| KL(t || s) / sum t, with the student score s and the teacher score t of each anchor point.
+    Box: sum t d / sum t, where d is `localization_distillation_loss`, or 1 - GIoU for other distance bins.
+
+    The score and box losses are summed over the branches that both models have. Without common anchor points, and for a
+    one-to-one branch that the teacher lacks, the teacher's detections are soft labels (`dense_soft_label_losses`).
 
     Args:
         pairs: Compared feature layers.
@@ -162,7 +166,7 @@ class DenseHKD(nn.Module):
     def _compute_pyramid_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Targets) -> Tensor:
         losses = []
         for s, t, stride in zip(student, teacher, self.strides, strict=True):
-            mask = foreground_mask((t.shape[-2], t.shape[-1]), stride, targets)
+            mask = make_foreground_mask((t.shape[-2], t.shape[-1]), stride, targets)
             losses.append(fg_balanced_mean(pkd_loss(s, t), mask, self.config.fg_ratio).mean())
         return torch.stack(losses).mean()
 
@@ -216,7 +220,7 @@ def _compute_box_loss(student: BranchOutputs, teacher: BranchOutputs) -> Tensor:
     return giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
 
 
-def foreground_mask(feature_hw: tuple[int, int], stride: int, targets: Targets) -> Tensor:
+def make_foreground_mask(feature_hw: tuple[int, int], stride: int, targets: Targets) -> Tensor:
     """Mark the cells of a feature map whose center is inside a ground-truth box.
 
     Args:

@@ -1,4 +1,4 @@
-"""HKD between two two-stage detectors, as published (Chen et al. 2019)."""
+"""HKD between two two-stage detectors, as published (Chen et al., ICIP 2019, arXiv 1909.09325)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,12 +39,14 @@ class TwoStageConfig:
 
 
 class TwoStageHKD(nn.Module):
-    """Three levels between two Faster R-CNN models, each a mean squared error behind an adapter.
+    """Losses at three levels between two Faster R-CNN models: ||A s - t||^2 / n, averaged over positions or RoIs.
+
+    s and t are the features of student and teacher with n values each, and A is an affine adapter.
 
     Pyramid: feature-pyramid levels. Region: 7x7 RoI features at the input of the box head. Logit: output of the two
-    hidden layers of the box head, in which scores and boxes are linear. Both heads process the same RoIs: the ground
-    truth and the teacher's best proposals. These contain persons and difficult background. They do not depend on the
-    student, and they need no pass of the teacher's box head over 1000 proposals.
+    hidden layers of the box head, from which scores and boxes are linear. Both heads process the same RoIs: the ground
+    truth and the teacher's best proposals. These cover persons and difficult background and do not depend on the
+    student. The box head of the teacher processes only these RoIs instead of all proposals.
 
     Args:
         student: Student.

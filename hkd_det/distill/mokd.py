@@ -1,11 +1,15 @@
-"""MoKD (Hayder et al. 2025): detection and distillation as two objectives, weighted in each step by their gradients.
+"""MoKD (Hayder et al. 2025, arXiv 2505.08170): detection and distillation as two objectives of each step.
+
+The step is pi g_det + (1 - pi) g_distill, with the gradients g_i = grad L_i / (L_i + eps) of the log losses. The solver
+"min-norm" is the published form: pi = (g22 - g12) / (g11 + g22 - 2 g12), clipped to [0, 1], with the inner products
+g_ij (MGDA). `solve_loss_weights` describes the length of the step.
 
 Only parameters that both losses reach are balanced. A parameter that one loss reaches, such as an adapter, takes the
 gradient of that loss: there is no conflict, and a weight near 0 would stop its training.
 
-With several processes the balancers average the gradients themselves. DistributedDataParallel cannot do it, because its
-hooks do not see `autograd.grad`. All processes then compute the same weights from the gradients of the whole batch.
-Buffers stay local: training does not read them, and those of the first process are evaluated and saved, as with DDP.
+With several processes the balancers average the gradients themselves, because the hooks of DistributedDataParallel are
+not called by `autograd.grad`. All processes compute the same weights from the gradients of the whole batch. Buffers are
+not synchronized: training does not read them, and those of the first process are evaluated and saved, as with DDP.
 """
 
 import math
@@ -23,7 +27,7 @@ from hkd_det.distill.gradients import (
     GradientBalancer,
     GramMatrix,
     LossWeights,
-    reachable_parameters,
+    find_reachable_parameters,
     solve_loss_weights,
 )
 from hkd_det.errors import UsageError
@@ -85,7 +89,7 @@ class MoKD(DistillMethod):
 
     @classmethod
     def resolve_config(cls, config: MoKDConfig, methods: Mapping[str, Any]) -> MoKDConfig:
-        """Check that another method has losses and that the weight of the detection loss is free."""
+        """Check that another method has losses and that no method sets the weight of the detection loss."""
         if not any(load_method(name).has_losses for name in methods):
             raise UsageError("--distill mokd: there is no distillation loss to balance. Add a method, such as hkd.")
         fixed = [name for name, other in methods.items() if getattr(other, "det_loss_weight", 1.0) < 1]
@@ -110,10 +114,10 @@ class MoKD(DistillMethod):
 
 
 class GradientSpaceBalancer:
-    """Loss weights from the gradients of all shared parameters, or of feature maps.
+    """Computes loss weights from the gradients of all shared parameters, or of feature maps.
 
-    With parameters it takes one backward pass per loss. With features it takes, for each loss, the pass down to the
-    features, and then one complete pass of the weighted sum.
+    Parameters require one backward pass per loss. Features require a backward pass per loss down to the features, and
+    then one complete backward pass of the weighted sum.
 
     Args:
         config: Settings of MoKD.
@@ -192,23 +196,24 @@ class GradientSpaceBalancer:
         self, det_loss: Tensor, distill_loss: Tensor
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Split into parameters that both losses reach in any process, only detection, only distillation."""
-        reached = torch.stack([reachable_parameters(loss, self.parameters) for loss in (det_loss, distill_loss)])
+        reached = torch.stack([find_reachable_parameters(loss, self.parameters) for loss in (det_loss, distill_loss)])
         reached = reached.to(det_loss.device)
         self.all_reduce_mean([reached])
         flags = [(det > 0, distill > 0) for det, distill in reached.T.tolist()]
         shared, det_only, distill_only = (
-            [parameter for parameter, flag in zip(self.parameters, flags, strict=True) if flag == wanted]
-            for wanted in ((True, True), (True, False), (False, True))
+            [parameter for parameter, flag in zip(self.parameters, flags, strict=True) if flag == required]
+            for required in ((True, True), (True, False), (False, True))
         )
         return shared, det_only, distill_only
 
 
 class AmortizedBalancer:
-    """Loss weights learned from the losses alone, in one backward pass.
+    """Learns the loss weights from the values of the losses, with one backward pass per step.
 
-    pi = softmax(z) descends 1/2 (pi_det log L_det + pi_distill log L_distill)^2. The step is the gradient of
-    pi_det log L_det + pi_distill log L_distill, multiplied by L_det / pi_det. So the detection gradient keeps its
-    scale, and a parameter that only the detection loss reaches is trained as without a teacher.
+    The logits z of pi = softmax(z) minimize 1/2 (pi_det log L_det + pi_distill log L_distill)^2 by gradient descent.
+    The step is the gradient of pi_det log L_det + pi_distill log L_distill, multiplied by L_det / pi_det. The factor of
+    the detection gradient is therefore 1, and a parameter that only the detection loss reaches is trained as without a
+    teacher.
 
     Args:
         config: Settings of MoKD.
@@ -262,7 +267,7 @@ class AmortizedBalancer:
 
 
 def _backward(loss: Tensor, parameters: Sequence[Tensor], all_reduce_mean: AllReduceMean) -> None:
-    reached = reachable_parameters(loss, parameters).to(loss.device)
+    reached = find_reachable_parameters(loss, parameters).to(loss.device)
     all_reduce_mean([reached])
     inputs = [parameter for parameter, flag in zip(parameters, reached.tolist(), strict=True) if flag > 0]
     gradients = _compute_gradients(loss, inputs)
@@ -277,7 +282,10 @@ def _compute_gradients(loss: Tensor, inputs: Sequence[Tensor], retain_graph: boo
 
 def _compute_inner_products(det_gradients: Sequence[Tensor], distill_gradients: Sequence[Tensor]) -> Tensor:
     """Return [3] float64: the inner products in the order of `GramMatrix`."""
-    a, b = (torch.cat([gradient.float().flatten() for gradient in one]) for one in (det_gradients, distill_gradients))
+    a, b = (
+        torch.cat([gradient.float().flatten() for gradient in gradients])
+        for gradients in (det_gradients, distill_gradients)
+    )
     return torch.stack([a @ a, a @ b, b @ b]).double()
 
 

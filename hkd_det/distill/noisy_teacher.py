@@ -1,12 +1,13 @@
-"""Noisy teacher (Sau and Balasubramanian 2016): random noise on the logits of the teacher.
+"""Noisy teacher (Sau and Balasubramanian 2016, arXiv 1610.09650): random noise on the logits of the teacher.
 
-mode "l2", as published: a loss of its own. The paper defines L = 1 / (2 |B|) sum ||s - z'||^2 for a classifier. A
-detector has over a thousand anchor points, nearly all background, and a plain sum would measure background only.
-`fg_balanced_l2` therefore averages the squared errors with weights: t for persons and 1 - t for background, where t is
-the teacher score. The weights use the teacher without noise, so noise leaves the expected gradient unchanged:
-E[s - z'] = s - z.
+The noisy logits are z' = (1 + xi) z with xi ~ N(0, sigma^2), for each sample with probability alpha.
 
-mode "targets": the noise changes what the other methods learn from.
+Mode "l2" is the published form, a loss L = 1 / (2 |B|) sum ||s - z'||^2 between the logits s and z' of a classifier. A
+detector has over a thousand anchor points, nearly all of them background, and a plain sum would measure background
+only. `fg_balanced_l2` therefore averages the squared errors with weights: t for persons and 1 - t for background, where
+t is the teacher score without noise. Noise does not change the expected gradient, because E[s - z'] = s - z.
+
+Mode "targets" adds the noise to the teacher outputs that the other methods read.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ class NoisyTeacherConfig:
     Attributes:
         mode: "l2": loss on noisy logits, alone or with other methods. "targets": noise for the other methods.
         weight: Weight of the l2 loss.
-        fg_ratio: Ratio of the l2 loss that falls on persons, 0 to 1.
+        fg_ratio: Total weight of persons in the l2 loss, 0 to 1.
         alpha: Probability that an image is perturbed, 0 to 1.
         sigma: Standard deviation of xi.
         granularity: One xi per "logit", or one per image ("sample"). The paper leaves this open.
@@ -138,12 +139,12 @@ class NoisyTeacher(DistillMethod):
         return self._perturb(features, self.config.feature_sigma) if self.config.feature_sigma else features
 
     def _perturb(self, values: Tensor, sigma: float) -> Tensor:
-        """Multiply the values [N, ...] of each chosen sample by 1 + xi."""
-        rest = [1] * (values.ndim - 1)
-        shape = values.shape if self.config.granularity == "logit" else (len(values), *rest)
+        """Multiply the values [N, ...] of each sample by 1 + xi with probability alpha."""
+        ones = [1] * (values.ndim - 1)
+        shape = values.shape if self.config.granularity == "logit" else (len(values), *ones)
         factor = 1 + sigma * torch.randn(shape, device=values.device, dtype=values.dtype)
-        chosen = torch.rand(len(values), *rest, device=values.device) < self.config.alpha
-        return torch.where(chosen, factor * values, values)
+        is_perturbed = torch.rand(len(values), *ones, device=values.device) < self.config.alpha
+        return torch.where(is_perturbed, factor * values, values)
 
 
 def fg_balanced_l2(

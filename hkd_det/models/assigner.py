@@ -1,9 +1,9 @@
 """Task-aligned assignment of anchor points to ground-truth boxes (TOOD, Feng et al. 2021, section 3.2).
 
-The alignment metric of a point and a box is t = score^alpha * IoU^beta. For each box, the `topk` points with the highest
-metric among the points inside the box are selected. A point that is selected for several boxes is assigned to the box
-with the highest IoU. The target score of a point is its metric, scaled so that the highest target score of a box equals
-the highest IoU of that box.
+The alignment metric of a point and a box is t = score^alpha * IoU^beta. For each box, the `topk` points with the
+highest metric among the points inside the box are selected. A point that is selected for several boxes is assigned to
+the box with the highest IoU. The target score of a point is its metric, scaled so that the highest target score of a
+box equals the highest IoU of that box.
 
 `topk` = 1 is the one-to-one assignment of the end-to-end branch (YOLOv10). There, several points often have nearly the
 same metric, so that the assignment would depend on rounding. `center_weight` therefore multiplies the metric by

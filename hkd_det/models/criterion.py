@@ -243,11 +243,11 @@ def roi_soft_label_losses(
 ) -> tuple[Tensor, Tensor]:
     """Compute the losses of the second stage of a student with the detections of a teacher as soft labels.
 
-    Scores are trained at the boxes of the teacher, where its scores are known. Boxes are trained there and at the
-    proposals of the student nearby; alone, RoIs at the target would only teach to leave a box where it is.
+    Scores are trained at the boxes of the teacher. Boxes are trained there and at the proposals of the student that
+    overlap one of them. Without these proposals, the target of every RoI would be the RoI itself.
 
-    A teacher with a one-to-one branch gives boxes next to its best ones scores near 0. These scores do not describe
-    the content of a box, which the second stage classifies. Such duplicates are suppressed first.
+    A teacher with a one-to-one branch predicts scores near 0 for duplicates of its best boxes. These scores do not
+    describe the content of a box, which the second stage classifies. Duplicates are therefore suppressed first.
 
     Args:
         student: Detector with the capability "rois".
@@ -260,7 +260,7 @@ def roi_soft_label_losses(
         box_loss (Tensor): Scalar mean of the GIoU loss, weighted by the scores of the teacher.
     """
     detections = detections.suppress(POSITIVE_IOU)
-    rois, owners = zip(
+    rois, box_indices = zip(
         *(
             _append_positive_proposals(proposals[:MAX_ROIS], boxes)
             for proposals, boxes in zip(outputs.proposals, detections.boxes_xyxy, strict=True)
@@ -268,12 +268,13 @@ def roi_soft_label_losses(
         strict=True,
     )
     roi_outputs = student.forward_rois(outputs, rois)
-    scores = torch.cat([score[owner] for score, owner in zip(detections.scores, owners, strict=True)]).detach()  # [R]
-    boxes = torch.cat([box[owner] for box, owner in zip(detections.boxes_xyxy, owners, strict=True)]).detach()
+    # scores [R] and boxes [R, 4] of the teacher box that each RoI belongs to
+    scores = torch.cat([score[index] for score, index in zip(detections.scores, box_indices, strict=True)]).detach()
+    boxes = torch.cat([box[index] for box, index in zip(detections.boxes_xyxy, box_indices, strict=True)]).detach()
     is_teacher_box = torch.cat(
         [
-            torch.arange(len(owner), device=owner.device) < len(box)
-            for box, owner in zip(detections.boxes_xyxy, owners, strict=True)
+            torch.arange(len(index), device=index.device) < len(box)
+            for box, index in zip(detections.boxes_xyxy, box_indices, strict=True)
         ]
     )
     teacher_logits = scores[is_teacher_box].logit(eps=SCORE_EPS)

@@ -163,7 +163,7 @@ def load_detector(path: Path) -> BaseDetector:
     return load_detector_checkpoint(path).build()
 
 
-def model_name(path: Path) -> str:
+def read_model_name(path: Path) -> str:
     """Return the name of the model in a checkpoint file. Arguments and errors are those of `load_detector`."""
     _check_not_onnx(path)
     if is_ultralytics_file(path):

@@ -148,8 +148,9 @@ def fg_balanced_mean(error: Tensor, fg_mask: Tensor, fg_ratio: float) -> Tensor:
 class _PKDFunction(torch.autograd.Function):
     """Computes the errors [N, T] of float32 features [N, T, C] at T positions.
 
-    The backward pass is manual, because this loss is a large part of the cost of feature distillation. The normalizations
-    of torch are slow unless each channel is contiguous, and autograd would store twice as many feature maps.
+    The backward pass is manual, because this loss is a large part of the cost of feature distillation. The
+    normalizations of torch are slow unless each channel is contiguous, and autograd would store twice as many feature
+    maps.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ SAMPLING_RATIO = 2  # samples per side of a bin
 SAMPLES_PER_AXIS = 4  # samples per side of a box in `BoxAveragePool`
 
 
-def roi_sampling_weights(
+def compute_roi_sampling_weights(
     boxes_xyxy: Tensor, image_index: Tensor, stride: int, feature_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Compute which cells of feature maps [B, C, H, W] the bins of R RoIs read, and with which weights.
@@ -54,8 +54,8 @@ def roi_align(features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         features (Tensor[B, C, H, W]): Feature maps.
-        cells (Tensor[R * 49, 16]): Cell indices of `roi_sampling_weights`.
-        weights (Tensor[R * 49, 16]): Weights of `roi_sampling_weights`.
+        cells (Tensor[R * 49, 16]): Cell indices of `compute_roi_sampling_weights`.
+        weights (Tensor[R * 49, 16]): Weights of `compute_roi_sampling_weights`.
 
     Returns:
         pooled (Tensor[R, C, 7, 7]): float32.
@@ -101,7 +101,7 @@ def roi_feature_loss(
         if len(index) == 0:
             continue
         height, width = student_features[level].shape[-2:]
-        sampling = roi_sampling_weights(boxes_xyxy[index], image_index[index], stride, (height, width))
+        sampling = compute_roi_sampling_weights(boxes_xyxy[index], image_index[index], stride, (height, width))
         student, teacher = (roi_align(features[level], *sampling) for features in (student_features, teacher_features))
         losses = losses.index_add(0, index, pkd_loss(student, teacher).mean((1, 2)))
     return losses
@@ -203,8 +203,8 @@ class _PoolingWeights:
     ) -> "_PoolingWeights":
         """Compute the weights of the boxes in `level_mask` [R] bool; the other boxes read nothing."""
         batch, height, width = size
-        rows = _interpolation_weights(rois[:, 2], rois[:, 4], stride, height)
-        columns = _interpolation_weights(rois[:, 1], rois[:, 3], stride, width)
+        rows = _compute_interpolation_weights(rois[:, 2], rois[:, 4], stride, height)
+        columns = _compute_interpolation_weights(rois[:, 1], rois[:, 3], stride, width)
         weights = (level_mask[:, None, None] * rows[:, :, None] * columns[:, None]).flatten(1).to(dtype)  # [R, H W]
         image_index = rois[:, 0].long()
         box, cell = weights.nonzero(as_tuple=True)
@@ -259,7 +259,7 @@ def _compute_axis_weights(low: Tensor, high: Tensor, stride: int, num_cells: int
     return cells.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO), weights.view(-1, OUTPUT_SIZE, 2 * SAMPLING_RATIO)
 
 
-def _interpolation_weights(start: Tensor, end: Tensor, stride: float, num_cells: int) -> Tensor:
+def _compute_interpolation_weights(start: Tensor, end: Tensor, stride: float, num_cells: int) -> Tensor:
     """Return [R, cells]: the weight of each cell in the mean along one axis from start to end [R], input pixels."""
     steps = (torch.arange(SAMPLES_PER_AXIS, device=start.device) + 0.5) / SAMPLES_PER_AXIS
     samples = ((start[:, None] + (end - start)[:, None] * steps) / stride - 0.5).clamp(0, num_cells - 1)  # [R, samples]

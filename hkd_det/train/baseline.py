@@ -29,7 +29,7 @@ HEIGHT_BINS_PX = (20.0, 50.0, 100.0, 200.0)
 NUM_BOOTSTRAP = 300
 
 
-def height_setups() -> list[CityPersonsSetup]:
+def make_height_setups() -> list[CityPersonsSetup]:
     """Return one setup per height range, with the visible ratio of the setup All.
 
     Ranges are closed intervals, so each ends at the largest float below the next.
@@ -40,7 +40,7 @@ def height_setups() -> list[CityPersonsSetup]:
     return [CityPersonsSetup(name, height_px, (0.2, 1e10)) for name, height_px in zip(names, ranges, strict=True)]
 
 
-EVAL_SETUPS = (REASONABLE, SETUPS["All"], *height_setups())
+EVAL_SETUPS = (REASONABLE, SETUPS["All"], *make_height_setups())
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,13 @@ def compare_with_baseline(config: TrainConfig, split: str = "val") -> BaselineCo
         )
         for directory in (config.save_dir, make_baseline_config(config).save_dir)
     )
-    low, high = bootstrap_interval(samples, detections, baseline_detections, config.setup)
+    low, high = compute_bootstrap_interval(samples, detections, baseline_detections, config.setup)
     comparison = BaselineComparison(config.setup, distilled, baseline, low, high)
     write_text(config.save_path / "baseline.json", json.dumps(asdict(comparison), indent=1) + "\n")
     return comparison
 
 
-def bootstrap_interval(
+def compute_bootstrap_interval(
     samples: Sequence[Sample],
     first_detections: Sequence[Detections],
     second_detections: Sequence[Detections],

@@ -33,7 +33,7 @@ def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_fact
     return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def distill_weight_at(epoch: int, epochs: int, no_aug_ratio: float) -> float:
+def compute_distill_weight(epoch: int, epochs: int, no_aug_ratio: float) -> float:
     """Compute the factor of the distillation losses: half a cosine from 1, then 0 in the last epochs.
 
     Args:
@@ -44,13 +44,13 @@ def distill_weight_at(epoch: int, epochs: int, no_aug_ratio: float) -> float:
     Returns:
         Factor, 0 to 1.
     """
-    end = no_aug_start_epoch(epochs, no_aug_ratio)
+    end = get_no_aug_start_epoch(epochs, no_aug_ratio)
     if epoch >= end:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * epoch / max(1, end)))
 
 
-def no_aug_start_epoch(epochs: int, no_aug_ratio: float) -> int:
+def get_no_aug_start_epoch(epochs: int, no_aug_ratio: float) -> int:
     """Return the first epoch without mosaic, multi-scale and distillation.
 
     Args:
@@ -161,7 +161,7 @@ class TrainConfig:
             )
         check_methods(self.distill)
         methods = [load_method(name) for name in self.distill]
-        if any(method.has_losses for method in methods) and not no_aug_start_epoch(self.epochs, self.no_aug_ratio):
+        if any(method.has_losses for method in methods) and not get_no_aug_start_epoch(self.epochs, self.no_aug_ratio):
             raise UsageError(
                 f"no_aug_ratio: {self.no_aug_ratio} of {self.epochs} epochs leaves no epoch with distillation. Reduce "
                 "it."

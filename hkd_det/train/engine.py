@@ -24,7 +24,7 @@ from hkd_det.metrics.citypersons import SETUPS, CityPersonsSetup, evaluate_detec
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.losses import sum_losses
 from hkd_det.structures import Detections
-from hkd_det.train.config import TrainConfig, distill_weight_at
+from hkd_det.train.config import TrainConfig, compute_distill_weight
 from hkd_det.train.dataset import Batch, iterate_batches
 
 
@@ -102,7 +102,7 @@ def train_one_epoch(
     losses_sum: dict[str, float] = {}
     metrics_sum: dict[str, float] = {}
     num_steps = len(loader)
-    distill_weight = distill_weight_at(epoch, config.epochs, config.no_aug_ratio)
+    distill_weight = compute_distill_weight(epoch, config.epochs, config.no_aug_ratio)
     for index, (images, targets) in enumerate(iterate_batches(loader)):
         step = epoch * num_steps + index
         for group in optimizer.param_groups:

@@ -15,7 +15,7 @@ from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_training_state
 from hkd_det.models.feature_layers import format_feature_layers, list_feature_layers
-from hkd_det.models.zoo import build_model, get_spec, load_detector, model_name
+from hkd_det.models.zoo import build_model, get_spec, load_detector, read_model_name
 from hkd_det.train.baseline import compare_with_baseline, format_comparison, make_baseline_config
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import train
@@ -136,7 +136,7 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
     if "teacher" in sources and not settings.get("model"):
         settings.setdefault("weights", settings.get("teacher", ""))
     if checkpoint := _get_initial_checkpoint(settings):
-        model = model_name(Path(checkpoint))
+        model = read_model_name(Path(checkpoint))
         if settings.setdefault("model", model) != model:
             raise UsageError(f"--model {settings['model']}: {checkpoint} is a {model}. Leave --model out to use it.")
     # A student that starts from the teacher needs no --model.

@@ -31,7 +31,7 @@ from hkd_det.models.checkpoint import (
 )
 from hkd_det.models.detector import freeze_batch_norm
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
-from hkd_det.train.config import TrainConfig, compute_lr_factor, no_aug_start_epoch
+from hkd_det.train.config import TrainConfig, compute_lr_factor, get_no_aug_start_epoch
 from hkd_det.train.context import check_annotations, make_epoch_plan, make_run_context, resolve_initial_weights
 from hkd_det.train.dataset import EpochPlan, build_dataloader
 from hkd_det.train.distributed import DistributedContext, init_distributed
@@ -196,7 +196,7 @@ class Trainer:
         config, is_main, start = self.config, self.dist_context.is_main_process, time.monotonic()
         self.sampler.epoch = epoch
         torch.manual_seed(_derive_seed(config.seed, epoch, self.dist_context.rank))
-        self.sampler.no_aug = epoch >= no_aug_start_epoch(config.epochs, config.no_aug_ratio)
+        self.sampler.no_aug = epoch >= get_no_aug_start_epoch(config.epochs, config.no_aug_ratio)
         progress.set_description(f"epoch {epoch + 1}/{config.epochs}")
         losses, metrics = self.run_epoch_steps(epoch, module, progress)
         images_per_s = self.plan.steps_per_epoch * config.batch / (time.monotonic() - start)

@@ -130,17 +130,17 @@ def write_inputs(
         teacher: The teacher, in evaluation mode.
         layers: Layers to record.
         images: uint8 [N, 3, H, W].
-        folder: Directory of the files, see `input_cache_path`; each contains float16 [N, C, H, W].
+        folder: Directory of the files, see `get_input_cache_path`; each contains float16 [N, C, H, W].
         batch: Images that are loaded at once.
     """
-    missing = [layer for layer in layers if not input_cache_path(folder, layer.name).exists()]
+    missing = [layer for layer in layers if not get_input_cache_path(folder, layer.name).exists()]
     if not missing:
         return
     device = next(teacher.parameters()).device
     with ExitStack() as stack:
         shapes = {layer.name: (len(images), *layer.input_chw) for layer in missing}
         arrays = {
-            name: stack.enter_context(create_npy(input_cache_path(folder, name), shape, np.float16))
+            name: stack.enter_context(create_npy(get_input_cache_path(folder, name), shape, np.float16))
             for name, shape in shapes.items()
         }
         for start in range(0, len(images), batch):
@@ -149,7 +149,7 @@ def write_inputs(
                 arrays[name][start : start + len(values)] = values.cpu().numpy()
 
 
-def input_cache_path(folder: Path, name: str) -> Path:
+def get_input_cache_path(folder: Path, name: str) -> Path:
     """Return the cache file of a layer's inputs.
 
     Args:

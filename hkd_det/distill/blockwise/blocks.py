@@ -170,7 +170,7 @@ def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw
             trace.input_shapes[name] = tuple(inputs[0].shape)
             trace.macs[name] = module.weight.numel() * output.shape[-2] * output.shape[-1]
             if is_dense_conv3x3(module):
-                trace.outputs[name] = output  # Kept, so that no other tensor takes its place in memory.
+                trace.outputs[name] = output  # A reference keeps the memory from being reused.
         else:
             trace.norm_by_conv |= {conv: name for conv, value in trace.outputs.items() if inputs[0] is value}
 

@@ -68,10 +68,12 @@ class BlockwiseConfig:
         if self.lr <= 0:
             raise UsageError(f"distill.blockwise.lr: {self.lr} is out of range. Use a value above 0.")
         if self.cluster and self.workers > 1:
-            raise UsageError("distill.blockwise: workers has no effect with cluster, which has its own. Leave one out.")
+            raise UsageError(
+                "distill.blockwise.workers: has no effect with cluster, which has workers of its own. Leave one out."
+            )
         if self.input_source == "student" and (self.workers > 1 or self.cluster):
             raise UsageError(
-                "distill.blockwise.input_source=student: blocks depend on each other and are trained one by one. "
+                "distill.blockwise.input_source=student: each block depends on the blocks before it. "
                 "Leave distill.blockwise.workers and cluster out."
             )
         if self.max_mr_increase < 1 and not self.evaluate_blocks:

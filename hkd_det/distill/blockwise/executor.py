@@ -148,7 +148,7 @@ def _import_dask() -> tuple[Any, Any]:
 
 
 def _import_on_worker(_function: Callable[[Any], Any]) -> None:
-    """Unpickling the argument imports everything that the function needs, which takes seconds."""
+    """Do nothing. Unpickling the argument imports all modules that the function needs, which takes seconds."""
 
 
 def _call_task(function: Callable[[T], R], name: str, task: T) -> R:

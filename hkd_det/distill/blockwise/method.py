@@ -1,7 +1,8 @@
-"""Parallel blockwise distillation (Blakeney et al. 2021): the student is made from the teacher before training.
+"""Parallel blockwise distillation (Blakeney et al. 2021, arXiv 2012.03096): a student that is built from the teacher.
 
 Every 3x3 convolution of the selected parts of the teacher is replaced by a block of depthwise-separable convolutions.
-Each block is trained alone to reproduce the output of its convolution. Then the blocks are assembled and fine-tuned.
+Each block b is trained separately to minimize the mean of (b(x) - y)^2, with the teacher's input x and output y of the
+convolution. Then the blocks are assembled and fine-tuned.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from tqdm import tqdm
 
-from hkd_det.distill.blockwise.activations import input_cache_path, select_cached_layers, write_inputs
+from hkd_det.distill.blockwise.activations import get_input_cache_path, select_cached_layers, write_inputs
 from hkd_det.distill.blockwise.blocks import ReplaceableConv, StateDict
 from hkd_det.distill.blockwise.config import BlockwiseConfig, Scheduler, compute_lower_bound, simulate
 from hkd_det.distill.blockwise.executor import ExecutorConfig, RunStats, check_dask_installed, run_tasks
@@ -101,7 +101,7 @@ def train_blocks(stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[
     """
     _resume_or_clear(stage, layers)
     stats_path = stage.folder / "run_stats.json"
-    missing = [layer for layer in layers if not _block_path(stage, layer.name).exists()]
+    missing = [layer for layer in layers if not _get_block_path(stage, layer.name).exists()]
     if missing:
         check_dask_installed(_make_executor_config(stage.config))
         measured_times = _read_measured_times(stage.config, missing)
@@ -111,7 +111,7 @@ def train_blocks(stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[
             write_text(stats_path, json.dumps(asdict(stats)) + "\n")
     for temporary in ("inputs", "images.npy"):
         _remove(stage.folder / temporary)
-    results = [read_block(_block_path(stage, layer.name))[1] for layer in layers]
+    results = [read_block(_get_block_path(stage, layer.name))[1] for layer in layers]
     run_stats = RunStats(**json.loads(stats_path.read_text(encoding="utf-8"))) if stats_path.exists() else None
     return StageResult(results, run_stats)
 
@@ -192,9 +192,9 @@ def _prepare_tasks(
         stage.write_images(images_path)
     cached = select_cached_layers(missing, config.num_images, config.cache_mib * 2**20)
     write_inputs(teacher, cached, np.load(images_path, mmap_mode="r"), stage.folder / "inputs", config.batch)
-    block_paths = [_block_path(stage, layer.name).resolve() for layer in layers]
+    block_paths = [_get_block_path(stage, layer.name).resolve() for layer in layers]
     preceding = {layer.name: tuple(block_paths[:index]) for index, layer in enumerate(layers)}
-    input_caches = {layer.name: input_cache_path(stage.folder / "inputs", layer.name).resolve() for layer in cached}
+    input_caches = {layer.name: get_input_cache_path(stage.folder / "inputs", layer.name).resolve() for layer in cached}
     return {
         layer.name: BlockTask(
             layer.name,
@@ -203,7 +203,7 @@ def _prepare_tasks(
             images_path.resolve(),
             input_caches.get(layer.name),
             preceding[layer.name] if config.input_source == "student" else (),
-            _block_path(stage, layer.name).resolve(),
+            _get_block_path(stage, layer.name).resolve(),
             config,
             stage.seed,
             stage.device,
@@ -247,7 +247,7 @@ def _read_measured_times(config: BlockwiseConfig, layers: Sequence[ReplaceableCo
         ) from None
 
 
-def _block_path(stage: BlockwiseStage, layer: str) -> Path:
+def _get_block_path(stage: BlockwiseStage, layer: str) -> Path:
     return stage.folder / "blocks" / f"{layer}.pt"
 
 

@@ -1,9 +1,9 @@
-"""One task: train the block that replaces one convolution, from the teacher's activations around it.
+"""One task: train the block that replaces one convolution, from the teacher's activations before and after it.
 
-The target is the output of the normalization that follows the convolution, before the activation. In front of the
-normalization, channels of large variance would dominate the loss although the network scales them down. Behind the
-activation, a block would get no gradient from negative values. The block is trained with a normalization of its own.
-Its statistics, scale and shift replace the teacher's, so nothing is normalized twice.
+The target is the output of the normalization that follows the convolution, before the activation. Before the
+normalization, channels of large variance would dominate the loss although the network scales them down. After the
+activation, negative values would give no gradient. The block is trained with a normalization of its own, whose
+statistics, scale and shift replace those of the teacher.
 
 Random numbers depend on the run's seed and the layer's name, and the arithmetic uses one thread. A block is therefore
 the same on any worker and at any time.

@@ -1,1 +1,1 @@
-"""Capacity-dynamic distillation (CDD, Xie et al. 2023): the student loses channels during training."""
+"""Capacity-dynamic distillation (CDD, Xie et al., CVPR 2023, arXiv 2303.09230): channel pruning during training."""

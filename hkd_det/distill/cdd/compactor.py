@@ -1,8 +1,8 @@
 """Compactors: 1x1 convolutions behind normalization layers, whose row norms measure the importance of channels.
 
-The first part inserts compactors into a network and finds them. The second part is the group lasso that fades masked
-channels (gradient resetting, Xie et al. 2023). The third part fuses compactors into the network and removes the masked
-channels.
+The first part inserts compactors into a network and finds them. The second part contains the group lasso and the
+gradient resetting that shrink the rows of masked channels to 0 (Xie et al. 2023). The third part fuses compactors into
+the network and removes the masked channels.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ class Compactor(nn.Module):
 
     Attributes:
         weight (Parameter[C, C, 1, 1] or [C, 1, 1, 1]): Dense or diagonal weight.
-        masked (bool Tensor[C]): Channels that are fading or have faded.
+        masked (bool Tensor[C]): Channels whose rows shrink to 0 or are 0.
     """
 
     masked: Tensor

@@ -1,4 +1,10 @@
-"""Capacity-dynamic distillation (CDD): the student starts wide and loses channels while it learns from the teacher."""
+"""Capacity-dynamic distillation (CDD, Xie et al., CVPR 2023, arXiv 2303.09230): a student that is pruned in training.
+
+A compactor W, a 1x1 convolution with rows W_i, follows each prunable layer. The losses are the sum over layers of
+||A s - t||, with pooled person features s and t and an adapter A, a score loss, and the group lasso lambda sum ||W_i||.
+Channels with a small response |t s| are masked. Their gradient is lambda W_i / ||W_i|| (gradient resetting), so that
+their rows shrink to 0. At the end the compactors are fused into the convolutions.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
-from hkd_det.distill.gradients import GramMatrix, LossWeights, min_norm_weight
+from hkd_det.distill.gradients import GramMatrix, LossWeights, compute_min_norm_weight
 from hkd_det.distill.gradients import solve_loss_weights as solve
 from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.errors import UsageError
@@ -45,7 +45,7 @@ def test_min_norm_weight_matches_quadratic_program(pair: np.ndarray, kind: str, 
         constraints={"type": "eq", "fun": lambda pi: pi.sum() - 1, "jac": lambda _: np.ones(2)},
         options={"ftol": 1e-14, "maxiter": 200},
     )  # fmt: skip
-    share = min_norm_weight(gram_of(pair))
+    share = compute_min_norm_weight(gram_of(pair))
     assert 0 <= share <= 1
     pi = np.array([share, 1 - share])
     assert pi @ gram @ pi <= found.x @ gram @ found.x + 1e-7 * (1 + np.trace(gram))
@@ -63,7 +63,7 @@ def test_min_norm_step_decreases_both_losses_equally(pair: np.ndarray, task: flo
         return
     gains, rounding = logs @ step, 1e-7 * np.linalg.norm(logs) * np.linalg.norm(pair)
     assert gains.min() >= -rounding
-    if 0 < min_norm_weight(gram_of(logs)) < 1:
+    if 0 < compute_min_norm_weight(gram_of(logs)) < 1:
         assert gains[0] == pytest.approx(gains[1], rel=1e-5, abs=rounding)
 
 

@@ -10,7 +10,7 @@ from hkd_det.distill.gradients import (
     GradientBalancer,
     GramMatrix,
     SumBalancer,
-    reachable_parameters,
+    find_reachable_parameters,
     solve_loss_weights,
 )
 from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer, MoKDConfig
@@ -204,7 +204,9 @@ def test_distill_weight_blends_gradients(net: Net, settings: MoKDConfig) -> None
 def test_reachable_parameters_match_autograd(net: Net) -> None:
     for loss in net.losses():
         given = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
-        assert reachable_parameters(loss, list(net.parameters())).tolist() == [float(one is not None) for one in given]
+        assert find_reachable_parameters(loss, list(net.parameters())).tolist() == [
+            float(one is not None) for one in given
+        ]
 
 
 def test_shared_gradient_tensor_is_clipped_once() -> None:

@@ -7,7 +7,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from hkd_det.ops.losses import pkd_loss
-from hkd_det.ops.roi_pool import roi_align, roi_feature_loss, roi_sampling_weights
+from hkd_det.ops.roi_pool import compute_roi_sampling_weights, roi_align, roi_feature_loss
 
 STRIDES = (8, 16, 32)
 SIDE = 512
@@ -72,7 +72,7 @@ def test_roi_align_equals_torchvision_in_value_and_gradient(layout: torch.memory
     boxes = torch.cat([boxes, 120 * torch.rand(20, 4, generator=generator) - 10])
     image = torch.randint(0, 2, (len(boxes),), generator=generator)
     features = torch.randn(2, 5, 12, 10, generator=generator).to(memory_format=layout).requires_grad_()
-    actual = roi_align(features, *roi_sampling_weights(boxes, image, 8, (12, 10)))
+    actual = roi_align(features, *compute_roi_sampling_weights(boxes, image, 8, (12, 10)))
     expected = torchvision_roi_align(features, torch.cat([image[:, None], boxes], 1), 7, 1 / 8, 2)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
     weight = torch.randn(expected.shape, generator=generator)

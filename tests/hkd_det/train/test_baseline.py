@@ -140,8 +140,8 @@ def test_baseline_without_teacher_exits_with_code_2(people: Path, capsys: pytest
 def test_bootstrap_interval_of_extreme_detections(people: Path) -> None:
     samples, found = load_dataset(str(people), "val"), perfect(people)
     nothing = [Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))] * len(samples)
-    assert control.bootstrap_interval(samples, found, found, "Reasonable", num_resamples=20) == (0.0, 0.0)
-    assert control.bootstrap_interval(samples, found, nothing, "Reasonable", num_resamples=20) == (-1.0, -1.0)
+    assert control.compute_bootstrap_interval(samples, found, found, "Reasonable", num_resamples=20) == (0.0, 0.0)
+    assert control.compute_bootstrap_interval(samples, found, nothing, "Reasonable", num_resamples=20) == (-1.0, -1.0)
 
 
 def test_every_height_belongs_to_one_setup() -> None:
@@ -151,7 +151,7 @@ def test_every_height_belongs_to_one_setup() -> None:
     count = len(heights_px)
     table = GroundTruthTable(1, np.zeros(count, int), boxes, heights_px, np.ones(count), np.zeros(count, bool))
     nobody = DetectionTable.from_detections([Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))])
-    rates = evaluate(table, nobody, [*judge.height_setups(), SETUPS["All"]])
+    rates = evaluate(table, nobody, [*judge.make_height_setups(), SETUPS["All"]])
     assert sum(rate.num_gt for name, rate in rates.items() if name != "All") == rates["All"].num_gt == count
 
 

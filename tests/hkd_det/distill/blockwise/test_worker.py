@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hkd_det.distill.blockwise.activations import (
     count_input_bytes,
-    input_cache_path,
+    get_input_cache_path,
     record_inputs,
     select_cached_layers,
     write_inputs,
@@ -130,7 +130,7 @@ def test_block_is_identical_with_cached_and_computed_inputs(
     torch.manual_seed(99)
     rng_state = torch.get_rng_state()
     computed, cached = make_task(index, "a.pt"), make_task(index, "b.pt")
-    cached = replace(cached, input_cache=input_cache_path(tmp_path / "inputs", cached.layer))
+    cached = replace(cached, input_cache=get_input_cache_path(tmp_path / "inputs", cached.layer))
     num_threads = torch.get_num_threads()
     train_block(computed)
     assert torch.equal(torch.get_rng_state(), rng_state) and torch.get_num_threads() == num_threads
@@ -181,7 +181,7 @@ def test_input_cache_stays_within_its_capacity(
     with torch.no_grad():
         teacher(torch.from_numpy(images))
     handle.remove()
-    np.testing.assert_allclose(np.load(input_cache_path(tmp_path, layer)), inputs[0].numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(np.load(get_input_cache_path(tmp_path, layer)), inputs[0].numpy(), rtol=1e-3, atol=1e-3)
 
 
 def test_finished_block_is_not_trained_again(make_task: MakeTask) -> None:
