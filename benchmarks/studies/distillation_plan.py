@@ -35,7 +35,7 @@ BUDGETS = {
     for budget in (
         Budget("trial", "mini-teacher", "mini-student", (64, 96), 1, 2, {**SHORT, "workers": 0}),
         Budget("small", "mini-teacher", "mini-student", (160, 224), 4, 8, {**SHORT, "device": "cpu", "workers": 1}),
-        # The models of "small" with five times the epochs: does distillation still help after longer training?
+        # The models of "small" with about five times the epochs: the effect of distillation after longer training.
         Budget("medium", "mini-teacher", "mini-student", (160, 224), 19, 19, {**SHORT, "device": "cpu", "workers": 1}),
         Budget("full", "teacher-r50", "student-r18", (512, 640), 60, 60, {"batch": 32, "device": "cuda", "workers": 8}),
     )
