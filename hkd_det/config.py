@@ -5,7 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from hkd_det.errors import UsageError
@@ -25,7 +25,7 @@ def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
         where: Dotted key of the mapping, the prefix of error messages.
 
     Returns:
-        The dataclass.
+        The dataclass with the converted values.
 
     Raises:
         UsageError: A key is unknown or missing, or a value has the wrong type. The message names the key
@@ -37,11 +37,11 @@ def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
     for key in values:
         if key not in field_types:
             raise UsageError(f"{_join_key(where, str(key))}: no such setting{suggest_name(str(key), field_types)}")
+    missing = [field.name for field in fields(cls) if _is_required(field) and field.name not in values]
+    if missing:
+        raise UsageError(f"{where or 'settings'}: missing {', '.join(missing)}. Add the missing keys.")
     converted = {key: _convert_value(field_types[key], value, _join_key(where, key)) for key, value in values.items()}
-    try:
-        return cls(**converted)
-    except TypeError as error:
-        raise UsageError(f"{where or 'settings'}: {str(error).partition('__init__() ')[2] or error}") from None
+    return cls(**converted)
 
 
 def apply_override(cls: type, values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
@@ -67,18 +67,18 @@ def apply_override(cls: type, values: Mapping[str, Any], assignment: str) -> dic
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """Format the suggestion in an error message about an unknown name.
+    """Format the last sentence of an error message about an unknown name.
 
     Args:
         name: Unknown name.
         known: Valid names.
 
     Returns:
-        "; did you mean X?" for the most similar name, or "; expected one of ..." if none is similar.
+        ". Did you mean X?" for the most similar name, or ". Expected one of ..." if none is similar.
     """
     known = list(known)
     similar = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {similar[0]}?" if similar else f"; expected one of {', '.join(known)}"
+    return f". Did you mean {similar[0]}?" if similar else f". Expected one of {', '.join(known)}."
 
 
 def _apply_override_at(
@@ -106,6 +106,10 @@ def _unwrap_optional(cls: Any) -> tuple[Any, bool]:
     return cls, False
 
 
+def _is_required(field: Field[Any]) -> bool:
+    return field.init and field.default is MISSING and field.default_factory is MISSING
+
+
 def _get_field_types(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls)}
@@ -130,7 +134,7 @@ def _convert_value(cls: Any, value: Any, where: str) -> Any:
 
 def _convert_dict(item_type: Any, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: {value!r} is not a mapping")
+        raise UsageError(f"{where}: expected a mapping, got {value!r}")
     if item_type is Any:
         return dict(value)
     return {key: _convert_value(item_type, item, _join_key(where, str(key))) for key, item in value.items()}
@@ -139,7 +143,7 @@ def _convert_dict(item_type: Any, value: Any, where: str) -> dict[str, Any]:
 def _convert_tuple(item_types: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
-        raise UsageError(f"{where}: {value!r} is not a list")
+        raise UsageError(f"{where}: expected a list, got {value!r}")
     if item_types[-1] is Ellipsis:
         item_types = item_types[:1] * len(items)
     if len(item_types) != len(items):
@@ -153,11 +157,11 @@ def _convert_scalar(cls: Any, value: Any, where: str) -> Any:
             return value
         if value in ("true", "false"):
             return value == "true"
-        raise UsageError(f"{where}: {value!r} is neither true nor false")
+        raise UsageError(f"{where}: expected true or false, got {value!r}")
     if cls is str:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
-        raise UsageError(f"{where}: {value!r} is not a string")
+        raise UsageError(f"{where}: expected a string, got {value!r}")
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
             number = cls(value)
@@ -167,7 +171,7 @@ def _convert_scalar(cls: Any, value: Any, where: str) -> Any:
             number = None
         if number is not None and (not isinstance(value, float) or number == value):
             return number
-    raise UsageError(f"{where}: {value!r} is not {'an integer' if cls is int else 'a number'}")
+    raise UsageError(f"{where}: expected {'an integer' if cls is int else 'a number'}, got {value!r}")
 
 
 def _join_key(where: str, key: str) -> str:

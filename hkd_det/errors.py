@@ -51,8 +51,8 @@ def run_command(name: str, func: Callable[[Sequence[str] | None], int], argv: Se
         argv: Command-line arguments, or None for `sys.argv[1:]`.
 
     Returns:
-        The exit code of `func`, the exit code of an `HkdError`, 1 for an operating system error
-        such as a full disk, or 130 for Ctrl-C. Other exceptions propagate.
+        The exit code of `func` or of an `HkdError`. 1 for an operating system error, such as a full disk.
+        130 for Ctrl-C. Other exceptions propagate.
     """
     try:
         return func(argv)

@@ -1,4 +1,4 @@
-"""Atomic file writing, SHA-256 digests and JSON reading."""
+"""Atomic file writing, SHA-256 digests, and reading of JSON and YAML."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from hkd_det.errors import DataError
 
@@ -131,6 +133,33 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not readable JSON: nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, or a number with thousands of digits
         raise DataError(f"{path}: not JSON ({error})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a UTF-8 YAML file.
+
+    Args:
+        path: YAML file, with or without a byte order mark.
+
+    Returns:
+        The decoded value. The caller validates its structure.
+
+    Raises:
+        DataError: The file is missing or is not YAML. The message names the file and, if known, the line.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: expected a YAML file, got a directory") from None
+    except RecursionError:
+        raise DataError(f"{path}: not readable YAML: nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise DataError(f"{path}{line}: not YAML ({error.problem})") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date or number
+        raise DataError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
 
 
 def _get_umask() -> int:

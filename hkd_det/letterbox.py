@@ -1,6 +1,6 @@
-"""Letterbox: resize an image to the model input and map boxes back, and parsing of `--imgsz`.
+"""Letterbox: resize an image to the model input and map boxes back. Parse `--imgsz`.
 
-Training validation, export, benchmark, demo and ONNX detectors use this class.
+Validation, export, benchmark, demo and ONNX detectors use this class.
 """
 
 from dataclasses import dataclass
@@ -100,28 +100,15 @@ class Letterbox:
             array[N, 4]: xyxy, source pixels.
         """
         boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
-        return clip_boxes((boxes - self._compute_offset_xyxy()) / self._compute_scale_xyxy(), self.source_hw).astype(
-            np.float32
-        )
-
-    def boxes_to_input(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Map boxes from the source image to the model input.
-
-        Args:
-            boxes_xyxy (array[N, 4]): xyxy, source pixels.
-
-        Returns:
-            array[N, 4]: xyxy, input pixels.
-        """
-        boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
-        return (boxes * self._compute_scale_xyxy() + self._compute_offset_xyxy()).astype(np.float32)
+        boxes = (boxes - self._compute_offset_xyxy()) / self._compute_scale_xyxy()
+        return clip_boxes(boxes, self.source_hw).astype(np.float32)
 
     def _compute_offset_xyxy(self) -> NDArray[np.float32]:
         top, left = self.content_offset
         return np.array([left, top, left, top], dtype=np.float32)
 
     def _compute_scale_xyxy(self) -> NDArray[np.float32]:
-        # The rounded size instead of `scale`: for an image 3 pixels wide they can differ by a sixth.
+        # Use the rounded size, not `scale`: for an image 3 pixels wide the two differ by up to a sixth.
         scale_y, scale_x = (content / source for content, source in zip(self.content_hw, self.source_hw, strict=True))
         return np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""Text tables of all commands. One module, because the package `tabulate` is optional and imported on use."""
+"""Text tables of all commands. The optional package `tabulate` is imported on use."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def format_table(
     Raises:
         UnavailableError: The package tabulate is not installed.
     """
-    tabulate = import_package("tabulate", "tabulate", "pip install 'hkd-det[bench]'").tabulate
+    tabulate = import_package("tabulate").tabulate
     if style == "plain" and headers:  # as a row: tabulate widens the columns below a header
         rows, headers = [headers, *rows], ()
     num_columns = max((len(row) for row in (headers, *rows)), default=0)

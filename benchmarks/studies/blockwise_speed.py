@@ -2,9 +2,9 @@
 
     python benchmarks/studies/blockwise_speed.py RUN/blockwise/report.json [--measure TEACHER --data DATA.yaml]
 
-Simulates the block times of a finished run under every schedule on 1 to 8 workers, and compares them with the lower
-bound and with the published times. --measure trains the blocks of a teacher with one and with two workers; no other
-program should run then. Writes results/blockwise.md.
+Simulates the block times of a finished run under every schedule on 1 to 8 workers. Compares them with the lower bound
+and with the published times. --measure trains the blocks of a teacher with one and with two workers. Run no other
+program during the measurement. Writes results/blockwise.md.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from hkd_det.distill.blockwise.config import BlockwiseConfig, Scheduler, compute
 from hkd_det.files import write_text
 from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.zoo import read_model_name
+from hkd_det.text_table import format_table
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import make_epoch_plan, make_run_context, resolve_initial_weights
 from hkd_det.train.distributed import init_distributed
@@ -87,7 +88,7 @@ def format_simulation(blocks: dict[str, float]) -> str:
         f"## Simulation from measured times\n\n{len(blocks)} blocks of one run took {total:.1f} s in total; the "
         f"longest ({longest}) took {blocks[longest]:.1f} s. The table gives the speed-up on N workers that do not slow "
         "each other down, without the start of the workers.\n\n"
-        f"{format_markdown_table(['schedule', *map(str, WORKERS)], rows)}"
+        f"{format_table(rows, ['schedule', *map(str, WORKERS)], style='github')}"
     )
 
 
@@ -103,7 +104,7 @@ def format_published() -> str:
         "## Published times\n\nSpeed-up on 2, 3 and 4 GPUs: published (Blakeney et al. 2021) / simulated. The paper "
         "gives no block times. The simulation assumes times proportional to the MACs of the convolutions. "
         "It shows what the schedules allow, not what the machine of the paper did.\n\n"
-        f"{format_markdown_table(['network, schedule', '2', '3', '4'], rows)}"
+        f"{format_table(rows, ['network, schedule', '2', '3', '4'], style='github')}"
     )
 
 
@@ -122,11 +123,11 @@ def format_energy(times: Sequence[float]) -> str:
     local = "is in the table below." if meter.joules is not None else f"cannot be read: {meter.reason}."
     return (
         f"## Energy\n\nThese values are computed, not measured. The energy of this machine {local} The model: a "
-        "machine needs a constant part of its power, and the rest for the work, which is the same for any number of "
-        "workers: E(N) / E(1) = c x makespan(N) / makespan(1) + (1 - c). c is the value for which the published "
-        "savings on four GPUs (19 % and 29 %) follow from the published speed-ups. Blocks of the first table, bin "
+        "machine needs a constant part of its power. The energy for the work itself is the same for any number of "
+        "workers. Then E(N) / E(1) = c x makespan(N) / makespan(1) + (1 - c). The published speed-ups and savings on "
+        "four GPUs (19 % and 29 %) give the value of c. Blocks of the first table, bin "
         "packing:\n\n"
-        f"{format_markdown_table(['c', *map(str, WORKERS)], rows)}"
+        f"{format_table(rows, ['c', *map(str, WORKERS)], style='github')}"
     )
 
 
@@ -156,12 +157,14 @@ def format_measurement(teacher: Path, data: Path, imgsz: str, num_images: int) -
                 joules,
             ]
         )
-    shown = ("CPU", "cores", "load average at the start")
-    host = ", ".join(f"{field.name} {field.value}" for field in read_host_fields() if field.name in shown)
+    field_names = ("CPU", "cores", "load average at start")
+    host = ", ".join(f"{field.name} {field.value}" for field in read_host_fields() if field.name in field_names)
     return (
         f"## Measurement\n\n{read_model_name(teacher)} at {imgsz}, {num_images} images, 4 epochs, bin packing by "
         f"estimated times, on {host}. Two workers are {makespans[1] / makespans[2]:.2f} times as fast.\n\n"
-        + format_markdown_table(["workers", "start-up", "makespan", "bound", "sum of block times", "energy"], rows)
+        + format_table(
+            rows, ["workers", "start-up", "makespan", "bound", "sum of block times", "energy"], style="github"
+        )
     )
 
 
@@ -191,17 +194,6 @@ def train_blocks(teacher: Path, data: Path, imgsz: str, blockwise_config: Blockw
         )
         content: dict[str, Any] = json.loads((Path(folder) / "blockwise/report.json").read_text())
         return content
-
-
-def format_markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table.
-
-    Args:
-        head: Cells of the head.
-        rows: Cells of the rows.
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python benchmarks/studies/data_loading.py --data DATA.yaml --citypersons DIR [--rounds 3] [--images 96]
 
-Every case trains with the defaults of `hkd-train`: batch 16, bf16, 50 % mosaics, sizes varied by 25 %. A round measures
-in sequence on the same cores: the training step on the batches of one epoch in memory; then for each number of workers
-the loader alone, and step and loader together. Each is measured with an empty image cache (first) and with a full one
-(later). The files are in the cache of the operating system, and the workers are running. Ratios are taken within a
-round, because the speed of the machine drifts. The table gives their median and range.
+Every case trains with the defaults of `hkd-train`: batch 16, bf16, 50 % mosaics, sizes varied by 25 %. A round first
+measures the training step on the batches of one epoch in memory. For each number of workers it then measures the loader
+alone, and step and loader together, on the same cores. Each is measured with an empty image cache (first) and with a
+full one (later). The files are in the cache of the operating system, and the workers are running. Ratios are taken
+within a round, because the speed of the machine drifts. The table gives their median and range.
 
 Another process slows down a step on two cores by more than its own time, because the threads of the step wait for each
 other. A measurement during which other programs used more than a tenth of a core is therefore repeated, up to MAX_TRIES

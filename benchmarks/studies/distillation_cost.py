@@ -2,10 +2,14 @@
 
     python benchmarks/studies/distillation_cost.py [--rounds 15] [--only NAME] [--compile]
 
-A round measures three parts in sequence on the same batch: the student's step (forward, loss, backward, optimizer), the
-teacher's forward pass (no gradients, bf16, channels last), and the step distilled with HKD. A model that is its own
-teacher is distilled with CDD. The ratio of the third to the sum of the others is taken within a round, because the
-speed of the machine drifts; the table gives its median and range. Weights are random. Every image contains three
+A round measures three parts in sequence on the same batch:
+
+1. the student's step (forward, loss, backward, optimizer),
+2. the teacher's forward pass (no gradients, bf16, channels last),
+3. the step distilled with HKD, or with CDD for a model that is its own teacher.
+
+The ratio of the third to the sum of the others is taken within a round, because the speed of the machine drifts. The
+table gives its median and range. Weights are random. Every image contains three
 persons, and the teacher detects three, so six regions per image are compared. On the CPU one thread runs and its CPU
 time is measured, so that other programs have little effect. On a GPU the wall time between two synchronizations is
 measured.

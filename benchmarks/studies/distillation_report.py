@@ -21,6 +21,7 @@ from hkd_deploy.export.options import ExportOptions
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import atomic_write, write_text
 from hkd_det.models.checkpoint import load_detector_checkpoint
+from hkd_det.text_table import format_table
 
 SETUP = "Reasonable"
 STEP = 1.06  # distance in the plot between rows with the same FLOPs, as a factor
@@ -137,19 +138,19 @@ def format_page(budget: Budget, rows: Sequence[RowResult]) -> str:
             "exported file; all files were measured alternately. CDD and blockwise start from the trained teacher. "
             "Compare them with the teacher that is fine-tuned for the same number of epochs.",
             "",
-            *format_table(rows),
+            format_results(rows),
             "",
             "MR^-2 by height of the person in the image, means over the seeds (number of persons in brackets):",
             "",
-            *format_heights(rows),
+            format_heights(rows),
             "",
             *(["## Comparison with published claims", "", *claims, ""] if claims else []),
         ]
     )
 
 
-def format_table(rows: Sequence[RowResult]) -> list[str]:
-    """Return the lines of the main table.
+def format_results(rows: Sequence[RowResult]) -> str:
+    """Return the main table.
 
     Args:
         rows: The results.
@@ -172,11 +173,11 @@ def format_table(rows: Sequence[RowResult]) -> list[str]:
                 "not readable" if None in joules else f"{statistics.fmean(joules) / 1000:.1f} kJ",
             ]
         )
-    return format_markdown(head, cells)
+    return format_table(cells, head, style="github")
 
 
-def format_heights(rows: Sequence[RowResult]) -> list[str]:
-    """Return the lines of the table of miss rates in the setups that contain persons.
+def format_heights(rows: Sequence[RowResult]) -> str:
+    """Return the table of miss rates in the setups that contain persons.
 
     Args:
         rows: The results.
@@ -184,7 +185,7 @@ def format_heights(rows: Sequence[RowResult]) -> list[str]:
     num_gt = rows[0].seeds[0]["num_gt"]
     names = [name for name, count in num_gt.items() if count]
     cells = [[row.row.title, *(f"{100 * row.mean('miss_rates', name):.1f} %" for name in names)] for row in rows]
-    return format_markdown(["", *(f"{name} ({num_gt[name]})" for name in names)], cells)
+    return format_table(cells, ["", *(f"{name} ({num_gt[name]})" for name in names)], style="github")
 
 
 def list_claims(rows: dict[str, RowResult]) -> list[str]:
@@ -256,16 +257,6 @@ def format_epochs(rows: dict[str, RowResult]) -> str:
         f"the best validation miss rate of the student without teacher in {num_epochs} epochs was reached by "
         f"{'; '.join(texts)} epochs (one value per seed)."
     )
-
-
-def format_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table.
-
-    Args:
-        head: Cells of the head.
-        rows: Cells of the rows.
-    """
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def plot(rows: Sequence[RowResult]) -> Figure:

@@ -4,10 +4,10 @@
         [--latency 640x512]
     python benchmarks/studies/duplicate_suppression.py --crowd citypersons/val_gt.json
 
-Miss rates are MR^-2 Reasonable on the splits val and test (see real_data.yaml), at the training size of each
-detector: all peaks of the one-to-one branch, the peaks without duplicates (as deployed), and the peaks after
+Miss rates are MR^-2 Reasonable on the splits val and test (see real_data.yaml), at the training size of each detector.
+The columns are all peaks of the one-to-one branch, the peaks without duplicates (as deployed), and the peaks after
 torchvision's NMS at IoU 0.5. Latencies are those of two files exported from the first checkpoint, measured alternately.
---crowd reports how many persons of an annotation file (COCO layout, setup Reasonable) overlap another person by more
+--crowd counts the persons of an annotation file (COCO layout, setup Reasonable) that overlap another person by more
 than `IOU_LIMITS`.
 """
 

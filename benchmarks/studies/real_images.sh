@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train, export and benchmark on real images: training on INRIA and `people`, evaluation on INRIA's test images.
-# Takes about 50 minutes on two idle cores. RUNS/report.html contains images of the data set.
+# Takes about 50 minutes on two idle cores. RUNS/report.html contains images of the dataset.
 #   bash benchmarks/studies/real_images.sh DATA.yaml [RUNS]
 # DATA.yaml: see real_data.yaml. Results: benchmarks/results/real_images.{json,txt}
 set -euo pipefail

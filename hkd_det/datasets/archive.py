@@ -73,7 +73,7 @@ def extract_archive(archive: Path, folder: Path, max_bytes: int = 0) -> None:
         )
         for count, member in enumerate(tqdm(members, desc=f"extract {archive.name}", unit=" files"), 1):
             if count > MAX_MEMBERS:
-                raise DataError(f"{archive}: more than {MAX_MEMBERS:,} files")
+                raise DataError(f"{archive}: more than {MAX_MEMBERS:,} files. Extract it manually.")
             target = _resolve_target(folder, member, archive)
             if member.content is None:
                 target.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,8 @@ def extract_archive(archive: Path, folder: Path, max_bytes: int = 0) -> None:
         raise
     except DAMAGED_ERRORS as error:
         raise DataError(
-            f"{archive}: a damaged archive ({' '.join(str(error).split()) or type(error).__name__})"
+            f"{archive}: damaged archive ({' '.join(str(error).split()) or type(error).__name__}). "
+            "Remove it and download it again."
         ) from None
     except OSError as error:
         raise DataError(f"{archive}: cannot be extracted: {error.strerror or error}") from None
@@ -112,7 +113,7 @@ def _write_member(content: IO[bytes], target: Path, written: int, max_bytes: int
 def _format_size_error(archive: Path, size_text: str) -> str:
     return (
         f"{archive}: {archive.stat().st_size:,} bytes that extract to {size_text} bytes, which is too large for a "
-        "data set. If the archive is correct, extract it manually."
+        "dataset. If the archive is correct, extract it manually."
     )
 
 

@@ -1,6 +1,6 @@
 """Caltech Pedestrian (Dollár et al., TPAMI 2012): video frames with the original or the corrected annotations.
 
-set00 to set05 are for training, set06 to set10 for testing. Of the test sets the protocol uses every 30th frame:
+set00 to set05 are for training, set06 to set10 for testing. The protocol uses every 30th frame of the test sets:
 I00029, I00059 and so on. `python -m hkd_det.datasets.caltech_extract` extracts the frames from the videos. `person`
 is a person to detect; `people`, `person?` and `ignore` are ignore regions; `person-fa`, a false alarm of the
 annotators, is omitted. The corrected annotations are those of Zhang et al. (CVPR 2016).
@@ -186,7 +186,7 @@ def read_corrected_annotations(
 
 def _check_frame_step(frame_step: int) -> None:
     if frame_step < 1:
-        raise UsageError(f"frame_step: {frame_step} must be 1 or more")
+        raise UsageError(f"frame_step: expected at least 1, got {frame_step}")
 
 
 def _list_videos(folder: Path, pattern: str) -> list[Path]:

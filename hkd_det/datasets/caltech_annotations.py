@@ -159,7 +159,7 @@ def _parse_bbgt_header(header: str, path: Path) -> int:
         raise DataError(f"{path}, line 1: expected `% bbGt version=3`, got {header[:60]!r}")
     version = int(match[1])
     if version not in NUM_FIELDS_BY_VERSION:
-        raise DataError(f"{path}, line 1: bbGt version {version} is not supported; expected 1, 2 or 3")
+        raise DataError(f"{path}, line 1: bbGt version {version} is not supported. Expected 1, 2 or 3.")
     return NUM_FIELDS_BY_VERSION[version]
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     arguments = _build_parser().parse_args(argv)
     if arguments.frame_step < 1:
-        raise UsageError(f"--frame-step {arguments.frame_step}: must be 1 or more")
+        raise UsageError(f"--frame-step: expected at least 1, got {arguments.frame_step}")
     sets, image_dir = parse_sets(arguments.sets), arguments.root / "images"
     videos = _list_videos(arguments.root, sets)
     counts = {name: [0, 0, 0] for name in sets}  # videos, written images, existing images
@@ -82,7 +82,7 @@ def _list_videos(root: Path, sets: Sequence[str]) -> list[Path]:
         videos = [path for name in sets for path in sorted((folder / name).glob("V*.seq"))]
         if videos:
             return videos
-    raise DataError(f"{root}: no videos videos/{sets[0]}/V*.seq or {sets[0]}/V*.seq")
+    raise DataError(f"{root}: contains no videos. Expected videos/{sets[0]}/V*.seq or {sets[0]}/V*.seq.")
 
 
 def _build_parser() -> argparse.ArgumentParser:

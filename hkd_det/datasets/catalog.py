@@ -7,16 +7,14 @@ A data yaml has the keys of Ultralytics (`path`, `train`, `val`, `test`, `names`
 * `skip_missing`, `category`, `annotations`, `frame_step`, `time`: Options of some formats, see `READERS`.
 
 A yolo split is an image directory or a text file that lists images. A coco split is
-`{images: DIR, annotations: FILE}`. Both accept a list. A split of another format is a string, such as the name of
-the split in the dataset, or `set00-set05` for Caltech. docs/reference/dataset-yaml.md describes all keys.
+`{images: DIR, annotations: FILE}`. Both accept a list. A split of another format is a string: the name of the split
+in the dataset, or `set00-set05` for Caltech. docs/reference/dataset-yaml.md describes all keys.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from hkd_det.config import suggest_name
 from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error
@@ -29,6 +27,7 @@ from hkd_det.datasets.inria import read_inria, read_pennfudan
 from hkd_det.datasets.voc import read_voc
 from hkd_det.datasets.yolo import read_yolo
 from hkd_det.errors import DataError, UsageError
+from hkd_det.files import read_yaml
 from hkd_det.structures import Sample
 
 SPLITS = ("train", "val", "test")
@@ -209,7 +208,7 @@ def _read_coco_split(source: Any, root: Path, category: str, where: str, on_erro
 
 def _check_str(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{where}: {value!r} must be a string")
+        raise UsageError(f"{where}: expected a string, got {value!r}")
     return value
 
 
@@ -222,16 +221,7 @@ def _parse_class_names(entry: dict[str, Any], name: str) -> dict[int, str]:
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such data yaml") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: expected a data yaml, got a directory") from None
-    except RecursionError:
-        raise DataError(f"{path}: not a data yaml: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date or number
-        raise DataError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected `key: value` lines such as path, train, val")
     return content
@@ -256,5 +246,5 @@ def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, An
             raise UsageError(f"{name}: unknown key {key!r} for format {format_name}{suggest_name(str(key), known)}")
     for key, (cls, meaning) in {"path": (str, "a directory"), "license": (str, "a string"), **options}.items():
         if key in entry and not isinstance(entry[key], cls):
-            raise UsageError(f"{name}: {key}: {entry[key]!r} must be {meaning}")
+            raise UsageError(f"{name}: {key}: expected {meaning}, got {entry[key]!r}")
     return entry

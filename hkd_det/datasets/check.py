@@ -1,4 +1,4 @@
-"""Validation of a data set (`hkd-train --check`): read every annotation, decode every image, count, plot, report."""
+"""Validation of a dataset (`hkd-train --check`): read every annotation, decode every image, count, plot, report."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ MAX_PRINTED = 50  # errors on the terminal
 
 
 def check_dataset(data: str, output_dir: Path) -> int:
-    """Check every split of a data set, print a summary and write a report.
+    """Check every split of a dataset, print a summary and write a report.
 
     The report consists of `index.html`, `errors.txt`, and a contact sheet and histograms of each split as PNG.
 
@@ -35,7 +35,7 @@ def check_dataset(data: str, output_dir: Path) -> int:
         0, or 1 if there are errors.
 
     Raises:
-        UsageError: The data set is unknown, or its entry has an invalid key.
+        UsageError: The dataset is unknown, or its entry has an invalid key.
     """
     errors: dict[str, None] = {}  # an ordered set
     splits = list_splits(data)

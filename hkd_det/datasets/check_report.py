@@ -55,7 +55,7 @@ def plot_histograms(summary: SplitSummary) -> Figure:
     FigureCanvasAgg(figure)
     for position, (title, bins) in enumerate(list_histograms(summary), 1):
         axes = figure.add_subplot(1, 2, position)
-        bars = axes.barh([one.label for one in bins], [one.count for one in bins], color="#0072B2")
+        bars = axes.barh([bin_.label for bin_ in bins], [bin_.count for bin_ in bins], color="#0072B2")
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
         axes.set_title(title, loc="left", fontsize=11)
         axes.invert_yaxis()
@@ -86,7 +86,7 @@ class SplitReport:
     def histograms(self) -> list[tuple[str, list[tuple[HistogramBin, float]]]]:
         """Title of each histogram, and its bins with their lengths in percent of the longest."""
         return [
-            (title, [(one, 100 * one.count / max(1, *(other.count for other in bins))) for one in bins])
+            (title, [(bin_, 100 * bin_.count / max(1, *(other.count for other in bins))) for bin_ in bins])
             for title, bins in list_histograms(self.summary)
         ]
 
@@ -101,7 +101,7 @@ def write_dataset_report(path: Path, data: str, reports: Sequence[SplitReport], 
 
     Args:
         path: Output file.
-        data: Name of the data set.
+        data: Name of the dataset.
         reports: Content of each split.
         errors: One line per error.
     """

@@ -197,6 +197,6 @@ def _format_size_range(value_range: Range) -> str:
 
 
 def _format_bars(bins: Sequence[HistogramBin]) -> str:
-    max_count = max(1, *(one.count for one in bins))
-    rows = [(one.label, f"{one.count:,}", "#" * -(-BAR_WIDTH * one.count // max_count)) for one in bins]
+    max_count = max(1, *(bin_.count for bin_ in bins))
+    rows = [(bin_.label, f"{bin_.count:,}", "#" * -(-BAR_WIDTH * bin_.count // max_count)) for bin_ in bins]
     return format_table(rows, align=("left", "right", "left"))

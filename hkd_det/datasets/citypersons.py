@@ -60,7 +60,7 @@ def read_citypersons(
         samples = _read_json_samples(json_dir, image_dir, on_error)
     else:
         raise DataError(
-            f"{root}: no CityPersons annotations of {split}; expected {DIRECTORY_LAYOUT.format(split=split)}"
+            f"{root}: no CityPersons annotations of {split}. Expected {DIRECTORY_LAYOUT.format(split=split)}."
         )
     return filter_missing_images(samples, skip_missing, str(image_dir), on_error)
 

@@ -1,4 +1,4 @@
-"""Download of the data sets in datasets.yaml into ./datasets/.
+"""Download of the datasets in datasets.yaml into ./datasets/.
 
 An entry lists its files: `download: [{url, sha256, bytes, unpack_to}]`. They are downloaded to
 datasets/.downloads/NAME, verified and extracted there. The result is renamed at the end, so a directory under the final
@@ -21,17 +21,17 @@ from hkd_det.datasets.download_file import RemoteFile, download_file
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 TEMP_DIR = ".downloads"
-RECORD_FILE = ".downloaded.json"  # in the directory of the data set: URL and SHA-256 of each downloaded file
+RECORD_FILE = ".downloaded.json"  # in the directory of the dataset: URL and SHA-256 of each downloaded file
 FILE_KEYS = {"url", "sha256", "bytes", "unpack_to"}
 
 
 @dataclass(frozen=True)
 class DownloadItem:
-    """One file of a data set.
+    """One file of a dataset.
 
     Attributes:
         remote: URL, digest and size of the file.
-        unpack_to: Directory inside the data set into which it is extracted.
+        unpack_to: Directory inside the dataset into which it is extracted.
     """
 
     remote: RemoteFile
@@ -39,17 +39,17 @@ class DownloadItem:
 
 
 def download(data: str) -> Path:
-    """Download, verify and extract a data set of datasets.yaml. An existing directory is not changed.
+    """Download, verify and extract a dataset of datasets.yaml. An existing directory is not changed.
 
     Args:
         data: Name in datasets.yaml.
 
     Returns:
-        Directory of the data set.
+        Directory of the dataset.
 
     Raises:
         UsageError: The name is not in datasets.yaml.
-        UnavailableError: The data set requires a manual download, or the download failed.
+        UnavailableError: The dataset requires a manual download, or the download failed.
         DataError: A file is not the expected one, or an archive is invalid.
     """
     if data.endswith((".yaml", ".yml")):
@@ -154,7 +154,7 @@ def _parse_item(entry: dict[str, Any], name: str) -> DownloadItem:
         raise DataError(f"{name}: bytes: expected the size of the file, got {size!r}")
     target = PurePosixPath(str(unpack_to or "."))
     if target.is_absolute() or ".." in target.parts:
-        raise DataError(f"{name}: unpack_to: expected a path inside the data set, got {unpack_to!r}")
+        raise DataError(f"{name}: unpack_to: expected a path inside the dataset, got {unpack_to!r}")
     remote = RemoteFile(url, sha256, size)
     if not remote.name:
         raise DataError(f"{name}: url: expected a file name at the end, got {url!r}")

@@ -9,10 +9,10 @@ The reader follows the official evaluation of pedestrians, in its setting that i
 * Boxes are clipped to the image.
 
 The annotations contain the visible part only as a level: more than 10, 40 or 80 percent are occluded or truncated.
-The visible box is the upper part of the full box, because legs are hidden most often. Its height is the middle of
-the range that the worse level allows: 0.75 (0.6 to 0.9), 0.4 (0.2 to 0.6) or 0.1 (0 to 0.2). Therefore the limits
-0.2, 0.65 and 0.9 of the CityPersons setups separate the levels as the limits of the benchmark do: `>10` is in the
-setup Reasonable and `>40` is not.
+The visible box is the upper part of the full box, because legs are hidden most often. The worse of the two levels sets
+its height relative to the full box: 0.75 (range 0.6 to 0.9), 0.4 (0.2 to 0.6) or 0.1 (0 to 0.2). The limits 0.2, 0.65
+and 0.9 of the CityPersons setups then separate the levels as the limits of the benchmark do. `>10` is in the setup
+Reasonable and `>40` is not.
 """
 
 from pathlib import Path

@@ -102,7 +102,7 @@ def _parse_variables(raw: bytes) -> dict[str, Any]:
         raise ValueError("the header is not that of version 5")
     order = orders[raw[126:HEADER_BYTES]]
     if struct.unpack_from(order + "H", raw, 124)[0] >> 8 == 2:
-        raise ValueError("version 7.3; save it in MATLAB with -v7")
+        raise ValueError("version 7.3 is not supported, save it in MATLAB with -v7")
     budget = iter(range(MAX_VALUES))
     elements = _ElementReader(memoryview(raw)[HEADER_BYTES:], order, budget)
     decompressed, variables = 0, {}

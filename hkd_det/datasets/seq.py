@@ -173,11 +173,11 @@ def _parse_header(raw: bytes, path: Path) -> SeqHeader:
     )
     if version > MAX_VERSION or header_bytes != HEADER_BYTES or origin != 0:
         raise DataError(
-            f"{path}: .seq version {version}, header of {header_bytes} bytes, origin {origin}; "
-            f"supported are versions up to {MAX_VERSION} with {HEADER_BYTES} and 0"
+            f"{path}: .seq version {version}, header of {header_bytes} bytes, origin {origin} are not "
+            f"supported. Expected a version up to {MAX_VERSION}, a header of {HEADER_BYTES} bytes and origin 0."
         )
     if codec not in CODECS:
-        raise DataError(f"{path}: .seq codec {codec} is not supported; expected one of {', '.join(map(str, CODECS))}")
+        raise DataError(f"{path}: .seq codec {codec} is not supported. Expected one of {', '.join(map(str, CODECS))}.")
     if not 0 < width * height <= MAX_PIXELS or used_depth != 8:
         raise DataError(f"{path}: a video of {width} x {height} pixels, {used_depth} bits each, is not supported")
     header = SeqHeader((height, width), depth // 8, codec, num_frames, frame_bytes, stride)

@@ -72,7 +72,7 @@ def _list_names(root: Path, split: str) -> list[str]:
         return list(dict.fromkeys(line.split()[0] for line in text.splitlines() if line.strip()))
     if (root / "ImageSets").is_dir() or not (root / "Annotations").is_dir():
         raise DataError(
-            f"{list_path}: no such image list; expected ImageSets/, Annotations/ and {IMAGE_DIR}/ in {root}"
+            f"{list_path}: no such image list. Expected ImageSets/, Annotations/ and {IMAGE_DIR}/ in {root}."
         )
     return sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
 

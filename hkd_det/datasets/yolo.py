@@ -141,7 +141,8 @@ def _parse_line(line: str, names: Mapping[int, str], where: str) -> tuple[int, l
         raise DataError(f"{where}: the box has a negative size: width {width:g}, height {height:g}")
     if max(map(abs, row[1:])) > MAX_COORDINATE_RATIO:
         raise DataError(
-            f"{where}: expected values relative to the image size (0 to 1), got {row[1:]}; are they pixels?"
+            f"{where}: expected values relative to the image size (0 to 1), got {row[1:]}. "
+            "Divide pixels by the image size."
         )
     box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
     if box[0] >= 1 or box[1] >= 1 or box[2] <= 0 or box[3] <= 0:

@@ -53,8 +53,8 @@ class CaltechSetup:
         name: Name of the setup, for example Reasonable.
         height_px: Range of the box height in pixels.
         visible_ratio: Range of the visible part, 0 to 1. (inf, inf) selects boxes that are not occluded.
-        aspect_deviation: 0 for no limit. A positive value selects boxes whose width / height deviates by less from
-            `PERSON_ASPECT_RATIO`; a negative value selects those that deviate by more than its amount.
+        aspect_deviation: Limit of |width / height - `PERSON_ASPECT_RATIO`|. A positive value selects the boxes below
+            the limit, a negative value those above its amount. 0 selects all boxes.
         iou_threshold: Smallest overlap of a match, 0 to 1.
         height_margin: Factor by which detections may be outside the height range.
     """

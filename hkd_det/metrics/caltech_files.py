@@ -1,4 +1,4 @@
-"""Reading of Caltech ground truth and detections in the benchmark's own files; coordinates stay 1-based pixels.
+"""Readers of Caltech ground truth and detections in the benchmark's own files. Coordinates stay 1-based pixels.
 
 Ground truth: a directory of `set06/V000.vbb` (original annotations) or of text files (corrected annotations), or a
 `gt-SETUP.mat` written by an official program. Detections: one `set06/V000.txt` per video, with lines of
@@ -63,7 +63,7 @@ def read_caltech_ground_truth(
     if path.is_file():
         return _read_gt_mat(path)
     if not path.is_dir():
-        raise DataError(f"{path}: not found. Expected a directory of annotations or a gt-SETUP.mat.")
+        raise DataError(f"{path}: no such file or directory. Expected a directory of annotations or a gt-SETUP.mat.")
     selected = set_names or [name for name in TEST_SETS if next(path.rglob(f"*{name}*"), None)]
     if not selected:
         raise DataError(
@@ -111,16 +111,16 @@ def read_caltech_detections(folder: Path, ground_truth: CaltechGroundTruth) -> D
 
 
 def _build_gt_table(frames: list[CaltechFrame], annotation_version: AnnotationVersion) -> GroundTruthTable:
-    kept = [_has_known_label(frame) for frame in frames]
-    pairs = list(zip(frames, kept, strict=True))
-    boxes = np.concatenate([frame.annotations.boxes_xywh[keep] for frame, keep in pairs])
+    masks = [_has_known_label(frame) for frame in frames]
+    pairs = list(zip(frames, masks, strict=True))
+    boxes = np.concatenate([frame.annotations.boxes_xywh[mask] for frame, mask in pairs])
     return GroundTruthTable(
         len(frames),
-        np.repeat(np.arange(len(frames)), [int(keep.sum()) for keep in kept]),
+        np.repeat(np.arange(len(frames)), [int(mask.sum()) for mask in masks]),
         boxes,
         boxes[:, 3],
-        np.concatenate([_compute_visible_ratios(frame, annotation_version)[keep] for frame, keep in pairs]),
-        np.concatenate([_compute_ignore_mask(frame, annotation_version)[keep] for frame, keep in pairs]),
+        np.concatenate([_compute_visible_ratios(frame, annotation_version)[mask] for frame, mask in pairs]),
+        np.concatenate([_compute_ignore_mask(frame, annotation_version)[mask] for frame, mask in pairs]),
     )
 
 

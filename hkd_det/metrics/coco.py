@@ -114,14 +114,16 @@ def read_coco_ground_truth(path: Path) -> CocoGroundTruth:
             annotations.append(annotation)
     table = GroundTruthTable(
         len(image_ids),
-        np.array([image_index[_normalize_id(one.image_id)] for one in annotations], np.intp),
-        _parse_coco_boxes([one.bbox for one in annotations], path, "annotation"),
-        _to_array([one.bbox[3] if one.height is None else one.height for one in annotations]),
-        _to_array([_compute_record_visible_ratio(one) for one in annotations]),
-        np.array([_is_ignored_record(one) for one in annotations], bool),
+        np.array([image_index[_normalize_id(record.image_id)] for record in annotations], np.intp),
+        _parse_coco_boxes([record.bbox for record in annotations], path, "annotation"),
+        _to_array([record.bbox[3] if record.height is None else record.height for record in annotations]),
+        _to_array([_compute_record_visible_ratio(record) for record in annotations]),
+        np.array([_is_ignored_record(record) for record in annotations], bool),
     )
-    area = _to_array([one.bbox[2] * one.bbox[3] if one.area is None else one.area for one in annotations])
-    iscrowd = np.array([bool(one.iscrowd) for one in annotations], bool)
+    area = _to_array(
+        [record.bbox[2] * record.bbox[3] if record.area is None else record.area for record in annotations]
+    )
+    iscrowd = np.array([bool(record.iscrowd) for record in annotations], bool)
     return CocoGroundTruth(path, image_ids, category_id, table, area, iscrowd)
 
 
@@ -142,24 +144,26 @@ def read_coco_detections(path: Path, ground_truth: CocoGroundTruth) -> Detection
     records = content if isinstance(content, list) else [content]
     _check_detection_ids(records, path)
     detections = [
-        one for one in records if one.category_id is None or _normalize_id(one.category_id) == ground_truth.category_id
+        record
+        for record in records
+        if record.category_id is None or _normalize_id(record.category_id) == ground_truth.category_id
     ]
     if records and not detections:
         raise DataError(
             f"{path}: no detection is of category_id {ground_truth.category_id!r}, the person class of "
-            f"{ground_truth.path}; the first is of {records[0].category_id!r}"
+            f"{ground_truth.path}. The first has category_id {records[0].category_id!r}."
         )
     index_by_id = {image_id: index for index, image_id in enumerate(ground_truth.image_ids)}
-    image_index = np.array([index_by_id.get(_normalize_id(one.image_id), -1) for one in detections], np.intp)
+    image_index = np.array([index_by_id.get(_normalize_id(record.image_id), -1) for record in detections], np.intp)
     if (image_index < 0).any():
         unknown = detections[int(np.argmax(image_index < 0))].image_id
         raise DataError(
             f"{path}: image_id {unknown!r} is not among the {len(ground_truth.image_ids)} images of {ground_truth.path}"
         )
-    scores = _to_array([one.score for one in detections])
+    scores = _to_array([record.score for record in detections])
     if not np.isfinite(scores).all():
         raise DataError(f"{path}: expected finite scores, got {scores[~np.isfinite(scores)][0]}")
-    boxes = _parse_coco_boxes([one.bbox for one in detections], path, "detection")
+    boxes = _parse_coco_boxes([record.bbox for record in detections], path, "detection")
     return DetectionTable.from_rows(image_index, boxes, scores)
 
 
@@ -265,7 +269,7 @@ def _find_person_category(categories: Sequence[_Category], path: Path) -> CocoId
 
 
 def _check_detection_ids(detections: Sequence[_Detection], path: Path) -> None:
-    ids = [_normalize_id(one.id) for one in detections if one.id is not None]
+    ids = [_normalize_id(record.id) for record in detections if record.id is not None]
     if len(set(ids)) < len(ids):
         raise DataError(f"{path}: duplicate detection id {_find_duplicate(ids)!r}. Make the ids unique or omit them.")
 

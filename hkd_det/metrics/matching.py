@@ -1,4 +1,4 @@
-"""Matching of detections to ground truth, and the miss-rate curve of all protocols.
+"""Match detections to ground truth and compute the miss-rate curve, for all protocols.
 
 In each image, detections are processed by descending score. A detection takes the unmatched ground-truth box with the
 highest IoU that reaches the threshold; among equal IoUs the last in the list wins. If there is none, the detection may
@@ -84,7 +84,7 @@ def compute_overlaps(
     """Compute all pairs whose IoU or IoA reaches a minimum.
 
     Args:
-        detections: All detections of the data set.
+        detections: All detections of the dataset.
         gt_image_index (int array[N]): Image of each ground-truth box.
         gt_boxes_xywh (float64 array[N, 4]): Boxes that are compared by IoU. Some protocols reshape them.
         ignore_boxes_xywh (float64 array[N, 4]): The same boxes as ignore regions, compared by IoA.
@@ -145,13 +145,13 @@ def match_detections(
     # Per detection by descending IoU, then by descending row: the last of equal overlaps comes first.
     order = np.lexsort((-pairs.gt_index[candidates], -pairs.iou[candidates], pairs.detection_index[candidates]))
     candidates = candidates[order]
-    taken: set[int] = set()
+    matched_rows: set[int] = set()
     last_matched = -1
     for detection, gt in zip(
         pairs.detection_index[candidates].tolist(), pairs.gt_index[candidates].tolist(), strict=True
     ):
-        if detection != last_matched and gt not in taken:
-            taken.add(gt)
+        if detection != last_matched and gt not in matched_rows:
+            matched_rows.add(gt)
             last_matched = detection
             match_status[detection], matched_gt[detection] = TRUE_POSITIVE, gt
     return match_status, matched_gt
@@ -246,8 +246,8 @@ def _filter_overlapping(
     intersection, area = _compute_intersection(boxes, gt_boxes), boxes[:, 2] * boxes[:, 3]
     iou = _divide_or_zero(intersection, area + gt_boxes[:, 2] * gt_boxes[:, 3] - intersection)
     ioa = _divide_or_zero(_compute_intersection(boxes, ignore_boxes_xywh[gt_index]), area)
-    kept = (iou >= min_overlap) | (ioa >= min_overlap)
-    return OverlapPairs(detection_index[kept], gt_index[kept], iou[kept], ioa[kept])
+    keep = (iou >= min_overlap) | (ioa >= min_overlap)
+    return OverlapPairs(detection_index[keep], gt_index[keep], iou[keep], ioa[keep])
 
 
 def _compute_intersection(detection_boxes_xywh: Floats, gt_boxes_xywh: Floats) -> Floats:

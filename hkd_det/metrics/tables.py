@@ -1,7 +1,7 @@
-"""Columns that the metrics read: all ground truth and all detections of a data set.
+"""Tables that the metrics read: all ground truth and all detections of a dataset, one row per box.
 
-Boxes are float64 xywh because the official programs compute with them: rounding decides whether an overlap of exactly
-0.5 or a height of exactly 50 counts. Columns keep ten million detections in memory.
+Boxes are float64 xywh, as in the official programs. Rounding decides whether an overlap of exactly 0.5 or a height of
+exactly 50 counts. A table of columns holds ten million detections in memory.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def is_valid_box(boxes_xywh: Floats) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, eq=False)
 class GroundTruthTable:
-    """Ground-truth boxes and ignore regions of a data set, N in all, per image in file order.
+    """Ground-truth boxes and ignore regions of a dataset, N in all, per image in file order.
 
     Attributes:
         num_images: Number of evaluated images, including those without boxes.
@@ -68,20 +68,20 @@ class GroundTruthTable:
         Returns:
             The table.
         """
-        boxes_xyxy = _concatenate_arrays([one.boxes_xyxy for one in ground_truths], 4)
+        boxes_xyxy = _concatenate_arrays([ground_truth.boxes_xyxy for ground_truth in ground_truths], 4)
         return cls(
             len(ground_truths),
-            np.repeat(np.arange(len(ground_truths)), [len(one) for one in ground_truths]),
+            np.repeat(np.arange(len(ground_truths)), [len(ground_truth) for ground_truth in ground_truths]),
             xywh_from_xyxy(boxes_xyxy).astype(np.float64),
             boxes_xyxy[:, 3] - boxes_xyxy[:, 1],
-            np.concatenate([one.visible_ratio for one in ground_truths] or [np.zeros(0)]),
-            np.concatenate([one.ignore for one in ground_truths] or [np.zeros(0, bool)]),
+            np.concatenate([ground_truth.visible_ratio for ground_truth in ground_truths] or [np.zeros(0)]),
+            np.concatenate([ground_truth.ignore for ground_truth in ground_truths] or [np.zeros(0, bool)]),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionTable:
-    """Detections of a data set, D in all, sorted by image and descending score.
+    """Detections of a dataset, D in all, sorted by image and descending score.
 
     Use `from_rows` or `from_detections` to build a sorted table.
 
@@ -122,11 +122,11 @@ class DetectionTable:
         Returns:
             The table.
         """
-        boxes_xyxy = _concatenate_arrays([one.boxes_xyxy for one in detections], 4)
+        boxes_xyxy = _concatenate_arrays([image.boxes_xyxy for image in detections], 4)
         return cls.from_rows(
-            np.repeat(np.arange(len(detections)), [len(one) for one in detections]),
+            np.repeat(np.arange(len(detections)), [len(image) for image in detections]),
             xywh_from_xyxy(boxes_xyxy).astype(np.float64),
-            _concatenate_arrays([one.scores for one in detections]),
+            _concatenate_arrays([image.scores for image in detections]),
         )
 
     def __len__(self) -> int:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError
+from hkd_det.files import read_yaml
 from hkd_det.letterbox import PAD_VALUE, Align
 
 OutputFormat = Literal["yolox-raw", "yolo-raw", "yolo-e2e", "boxes-scores"]
@@ -121,12 +120,7 @@ def read_model_config(path: Path) -> OnnxModelConfig:
     Raises:
         DataError: The file is missing, is not YAML, or has an unknown key or an invalid value.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such model configuration") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     try:
         return dataclass_from_dict(OnnxModelConfig, content)
     except UsageError as error:

@@ -14,12 +14,12 @@ LOAD_ERRORS = (
     "NotImplemented", "RuntimeException",
 )  # fmt: skip
 _CUDA_MISSING_HINT = (
-    "the installed ONNX Runtime has no CUDA provider; for an NVIDIA GPU: "
-    "pip uninstall -y onnxruntime && pip install 'hkd-det[gpu]' (on Jetson: NVIDIA's own onnxruntime-gpu wheel)"
+    "the installed ONNX Runtime has no CUDA provider. For an NVIDIA GPU: "
+    "pip uninstall -y onnxruntime && pip install 'hkd-det[gpu]' (on Jetson: NVIDIA's own onnxruntime-gpu wheel)."
 )
 _CUDA_FAILURE_HINT = (
-    "CUDA or cuDNN is missing, or its version differs from the one onnxruntime-gpu was built for; "
-    "try pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    "CUDA or cuDNN is missing, or onnxruntime-gpu was built for another version. "
+    "Try pip install 'onnxruntime-gpu[cuda,cudnn]'."
 )
 
 
@@ -29,8 +29,8 @@ class Provider:
 
     Attributes:
         name: Name of the provider in ONNX Runtime.
-        missing_hint: Hint of the error message if ONNX Runtime does not have this provider.
-        failure_hint: Hint of the error message if the provider does not start.
+        missing_hint: Problem and remedy if ONNX Runtime does not have this provider; the end of the message.
+        failure_hint: Remedy if the provider does not start, as sentences.
         options: Provider options.
         extra_providers: Providers, with options, for operators that this one does not support. ONNX Runtime
             always adds the CPU provider.
@@ -108,8 +108,8 @@ def _select_provider(device: str) -> Provider:
     if index is None:
         return Provider(
             "CPUExecutionProvider",
-            missing_hint="ONNX Runtime has no CPU provider",
-            failure_hint="install ONNX Runtime again",
+            missing_hint="the installed ONNX Runtime has no CPU provider. Install ONNX Runtime again.",
+            failure_hint="Install ONNX Runtime again.",
         )
     return Provider("CUDAExecutionProvider", _CUDA_MISSING_HINT, _CUDA_FAILURE_HINT, {"device_id": index})
 
@@ -158,7 +158,7 @@ def _create_session(runtime: Any, path: Path, provider: Provider, threads: int |
         ) from None
     except (RuntimeError, ValueError, getattr(state, "EPFail", RuntimeError)) as error:
         raise UnavailableError(
-            f"{provider.name} does not start: {_format_load_error(error)}; {provider.failure_hint}"
+            f"{provider.name} does not start: {_format_load_error(error)}. {provider.failure_hint}"
         ) from None
 
 
@@ -167,7 +167,7 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
     actual = session.get_providers()[0]
     if actual != provider.name:
         raise UnavailableError(
-            f"--device {device}: ONNX Runtime opened the model on {actual} instead of {provider.name}; "
+            f"--device {device}: ONNX Runtime opened the model on {actual} instead of {provider.name}. "
             f"{provider.failure_hint}"
         )
     if "device_id" not in provider.options:
@@ -195,9 +195,9 @@ def _format_load_error(error: Exception) -> str:
     text = first_error_line(error)
     opset = re.search(r"Opset (\d+) .* till opset (\d+)", text)
     if opset:
-        return f"its opset is {opset[1]}, this version supports up to {opset[2]}; update ONNX Runtime"
+        return f"its opset is {opset[1]}, this version supports up to {opset[2]}. Update ONNX Runtime."
     missing = re.search(r"Could not find an implementation for (\w+)", text)
     if missing:
-        return f"it has no {missing[1]} for the number type of this file; bf16 files require TensorRT"
+        return f"it has no {missing[1]} for the number type of this file. A bf16 file requires TensorRT."
     text = re.sub(r" ?/\S+\.(?:h|cc):\d+ .*?\) (?=[A-Z])", " ", text)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : (Load model from .*? failed: ?)?", "", text)

@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hkd_det.config import apply_override
 from hkd_det.distill import METHODS, load_method, override_method
 from hkd_det.errors import DataError, UsageError
+from hkd_det.files import read_yaml
 from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_training_state
@@ -162,11 +161,9 @@ def _get_initial_checkpoint(settings: dict[str, Any]) -> str:
 
 def _load_recipe(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"--recipe {path}: no such file. See the recipes directory.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"--recipe {path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
+    except DataError as error:
+        raise DataError(f"--recipe {error}. See the recipes directory for examples.") from None
     if not isinstance(content, dict):
         raise DataError(f"--recipe {path}: expected a mapping `key: value`, got {type(content).__name__}.")
     return content

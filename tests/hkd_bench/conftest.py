@@ -1,4 +1,4 @@
-"""Fixtures: the model of the runtime tests, which detects the box of all bright pixels, and a data set for it."""
+"""Fixtures: the model of the runtime tests, which detects the box of all bright pixels, and a dataset for it."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def write_tiny_onnx() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def half_right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COCO data set of two images with a bright rectangle each; in the second the ground truth is elsewhere."""
+    """COCO dataset of two images with a bright rectangle each; in the second the ground truth is elsewhere."""
     root = tmp_path_factory.mktemp("half_right")
     images, annotations = [], []
     for number, gt_box in enumerate(([40, 10, 32, 70], [110, 10, 32, 70]), 1):

@@ -36,7 +36,7 @@ _RTX_MISSING_HINT = (
     "pip uninstall -y onnxruntime-gpu && pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx."
 )
 _RTX_FAILURE_HINT = (
-    "check that the driver supports the CUDA version of the plugin (onnxruntime-ep-nv-tensorrt-rtx-cu12 or -cu13)."
+    "Check that the driver supports the CUDA version of the plugin (onnxruntime-ep-nv-tensorrt-rtx-cu12 or -cu13)."
 )
 
 

@@ -54,7 +54,7 @@ def test_official_frames_are_every_30th() -> None:
 
 @official
 def test_frame_and_pixel_indices_match_the_official_gt() -> None:
-    # The corrected ground gt contains rounded original boxes where they are ignored. Other frames differ.
+    # The corrected ground truth contains rounded original boxes where they are ignored. Other frames differ.
     gt = scipy.io.loadmat(OFFICIAL / "gt-All.mat")["gt"]
     assert gt.shape == (1, 4024)
     videos = [read_vbb(path) for path in sorted((OFFICIAL / "annotations" / "set06").glob("*.vbb"))]
@@ -215,9 +215,9 @@ def test_data_yaml_with_caltech_options(tmp_path: Path, write_vbb: Write) -> Non
     assert [sample.image_id for sample in load_dataset(str(data), "val")] == ["set06/V000/I00029"]
     for line, message in (
         ("annotations: newer", "annotations: expected original or corrected, got 'newer'"),
-        ("annotations: 3", "must be original or corrected"),
-        ("frame_step: 0", "frame_step: 0 must be 1 or more"),
-        ("frame_step: often", "must be an integer"),
+        ("annotations: 3", "annotations: expected original or corrected, got 3"),
+        ("frame_step: 0", "frame_step: expected at least 1, got 0"),
+        ("frame_step: often", "frame_step: expected an integer, got 'often'"),
         ("names: [person]\ncategory: x", "unknown key 'category'"),
     ):
         data.write_text(f"format: caltech\ntrain: set00\n{line}\n")

@@ -59,9 +59,9 @@ def test_interrupted_extraction_continues(
 def test_errors_are_one_line(tmp_path: Path, write_seq: Write, capsys: pytest.CaptureFixture[str]) -> None:
     write_seq(tmp_path / "set06" / "V000.seq", FRAMES, 201, frames=9)
     for argv, code, message in (
-        ([str(tmp_path), "--frame-step", "0"], 2, "--frame-step 0: must be 1 or more"),
+        ([str(tmp_path), "--frame-step", "0"], 2, "--frame-step: expected at least 1, got 0"),
         ([str(tmp_path), "--sets", "set12"], 2, "expected a set or a range of sets"),
-        ([str(tmp_path), "--sets", "set00"], 1, "no videos videos/set00/V*.seq or set00/V*.seq"),
+        ([str(tmp_path), "--sets", "set00"], 1, "no videos. Expected videos/set00/V*.seq or set00/V*.seq"),
         ([str(tmp_path / "gone")], 1, "no videos"),
         ([str(tmp_path)], 1, "7 of 9 frames are complete"),
     ):

@@ -53,21 +53,21 @@ COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train": "images/train", "nams": ["person"]}, "did you mean names"),
+        ({"train": "images/train", "nams": ["person"]}, "Did you mean names"),
         ({"train": "images/train"}, "names"),
         ({"train": "images/train", "names": "person"}, "names"),
         ({"train": "images/train", "names": {"0": "person"}}, "names"),
-        ({"train": 5, "names": ["person"]}, "5 must be a string"),
-        ({"train": "images/train", "names": ["person"], "category": 3}, "category: 3 must be a name"),
-        ({"train": "images/train", "names": ["person"], "path": None}, "path: None must be a directory"),
+        ({"train": 5, "names": ["person"]}, "expected a string, got 5"),
+        ({"train": "images/train", "names": ["person"], "category": 3}, "category: expected a name, got 3"),
+        ({"train": "images/train", "names": ["person"], "path": None}, "path: expected a directory, got None"),
         ({"train": "images/train", "names": ["person"], "skip_missing": True}, "skip_missing' for format yolo"),
         ({"train": "images/train", "format": "tfrecord"}, "voc"),
         ({"train": "images/train", "format": ["coco"]}, "expected one of yolo, coco, citypersons"),
         ({"train": "images/train", "format": "coco"}, "annotations"),
         ({"train": {"images": "images/train"}, "format": "coco"}, "annotations"),
-        ({"train": {**COCO_SPLIT, "annotations": 3}, "format": "coco"}, "3 must be a string"),
-        ({"train": COCO_SPLIT, "format": "coco", "skip_missing": "false"}, "must be true or false"),
-        ({"train": COCO_SPLIT, "format": "citypersons"}, "must be a string"),
+        ({"train": {**COCO_SPLIT, "annotations": 3}, "format": "coco"}, "expected a string, got 3"),
+        ({"train": COCO_SPLIT, "format": "coco", "skip_missing": "false"}, "expected true or false"),
+        ({"train": COCO_SPLIT, "format": "citypersons"}, "expected a string"),
         ({"train": "train", "format": "citypersons", "category": "person"}, "unknown key 'category'"),
     ],
 )
@@ -113,7 +113,7 @@ def test_missing_yaml_is_named(tmp_path: Path) -> None:
 
 def test_names_of_datasets_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="did you mean citypersons"):
+    with pytest.raises(UsageError, match="Did you mean citypersons"):
         load_dataset("cityperson", "train")
     with pytest.raises(DataError, match=r"datasets/citypersons does not exist.*cityscapes-dataset\.com.*leftImg8bit"):
         load_dataset("citypersons", "train")

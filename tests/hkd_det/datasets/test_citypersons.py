@@ -73,8 +73,8 @@ def test_official_mat_equals_official_json() -> None:
 
 @official
 def test_official_images_exist_or_are_missing() -> None:
-    found = read_citypersons(OFFICIAL, "train", True) + read_citypersons(OFFICIAL, "val", True)
-    assert len(found) == 5 and all(sample.path.is_file() for sample in found)
+    samples = read_citypersons(OFFICIAL, "train", True) + read_citypersons(OFFICIAL, "val", True)
+    assert len(samples) == 5 and all(sample.path.is_file() for sample in samples)
     with pytest.raises(DataError, match=r"2973 of 2975 images are missing, the first is .*png.*skip_missing"):
         read_citypersons(OFFICIAL, "train")
 

@@ -212,7 +212,7 @@ def test_missing_images_are_rejected(name: str, tmp_path: Path) -> None:
 def test_invalid_options_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="time: 'noon'"):
         load_dataset(str(write_dataset("eurocity", tmp_path / "e", time="noon")), "train")
-    with pytest.raises(UsageError, match="did you mean skip_missing"):
+    with pytest.raises(UsageError, match="Did you mean skip_missing"):
         load_dataset(str(write_dataset("crowdhuman", tmp_path / "c", skip_misisng=True)), "train")
     with pytest.raises(DataError, match="no such annotation file"):
         load_dataset(str(write_dataset("crowdhuman", tmp_path / "c", train="test")), "train")

@@ -140,14 +140,14 @@ def evaluate_reasonable(ground_truths: list[GroundTruth], detections: list[Detec
 def test_evaluate_detections_closed_forms() -> None:
     person = complete({"bbox": [0, 0, 40, 100], "ratio": 1.0, "ignore": False})
     far_off = [500, 0, 40, 100]
-    truth, tp, fp = to_ground_truth([person]), to_detections([([0, 0, 40, 100], 0.9)]), to_detections([(far_off, 0.9)])
-    assert evaluate_reasonable([truth], [tp]).value == 0.0
-    assert evaluate_reasonable([truth], [Detections.empty()]).value == 1.0
-    assert evaluate_reasonable([truth], [fp]).value == 1.0
+    gt, tp, fp = to_ground_truth([person]), to_detections([([0, 0, 40, 100], 0.9)]), to_detections([(far_off, 0.9)])
+    assert evaluate_reasonable([gt], [tp]).value == 0.0
+    assert evaluate_reasonable([gt], [Detections.empty()]).value == 1.0
+    assert evaluate_reasonable([gt], [fp]).value == 1.0
     assert evaluate_reasonable([GroundTruth.empty()], [fp]).value == -1
-    assert evaluate_reasonable([truth], []).num_gt == 1  # no detections at all
+    assert evaluate_reasonable([gt], []).num_gt == 1  # no detections at all
     # One true positive for two boxes, no false positive: the miss rate is 0.5 at every point.
-    assert evaluate_reasonable([truth, truth], [tp, Detections.empty()]).value == pytest.approx(0.5, abs=1e-12)
+    assert evaluate_reasonable([gt, gt], [tp, Detections.empty()]).value == pytest.approx(0.5, abs=1e-12)
 
 
 def test_match_image_returns_status_and_missed_boxes() -> None:
@@ -169,17 +169,17 @@ def test_evaluate_before_curve_uses_last_recall() -> None:
     other two points have the same recall.
     """
     person = complete({"bbox": [0, 0, 40, 100], "ratio": 1.0, "ignore": False})
-    truth = to_ground_truth([person])
+    gt = to_ground_truth([person])
     dt = to_detections([([500, 0, 40, 100], 0.9), ([0, 0, 40, 100], 0.8)])
-    result = evaluate_reasonable([truth, truth], [dt, Detections.empty()])
+    result = evaluate_reasonable([gt, gt], [dt, Detections.empty()])
     assert result.fppi.tolist() == [0.5, 0.5] and result.miss_rate.tolist() == [1.0, 0.5]
     assert result.value == pytest.approx(0.5, abs=1e-12)
     # With one more false positive at the end (FPPI 1) the last recall is still 0.5.
     more = to_detections([([500, 0, 40, 100], 0.9), ([0, 0, 40, 100], 0.8), ([800, 0, 40, 100], 0.1)])
-    assert evaluate_reasonable([truth, truth], [more, Detections.empty()]).value == pytest.approx(0.5, abs=1e-12)
+    assert evaluate_reasonable([gt, gt], [more, Detections.empty()]).value == pytest.approx(0.5, abs=1e-12)
     # With recall 0 before the curve, the miss rate is 1 at seven points: the mean is 0.5 ** (2 / 9).
     tables_of_two = (
-        GroundTruthTable.from_samples([truth, truth]),
+        GroundTruthTable.from_samples([gt, gt]),
         DetectionTable.from_detections([dt, Detections.empty()]),
     )
     result = evaluate(*tables_of_two, [REASONABLE], zero_recall_before_curve=True)["Reasonable"]

@@ -96,13 +96,13 @@ def test_error_names_file_and_problem(tmp_path: Path) -> None:
     path = write_brightness_model(tmp_path / "model.onnx")
     with pytest.raises(DataError, match=r"model\.onnx: not exported by hkd-export.*model\.yaml"):
         open_onnx_detector(path)
-    with pytest.raises(DataError, match=r"model\.yaml: color_ordr: no such setting; did you mean color_order\?"):
+    with pytest.raises(DataError, match=r"model\.yaml: color_ordr: no such setting\. Did you mean color_order\?"):
         open_with_config(path, color_ordr="bgr")
     with pytest.raises(DataError, match="expected 3 channels in the layout NHWC"):
         open_with_config(path, layout="NHWC")
     with pytest.raises(DataError, match=r"the outputs are not in the format yolo-e2e: expected \[B, N, 6\]"):
         open_with_config(path, output_format="yolo-e2e")([make_gray(9)])
-    with pytest.raises(DataError, match=r"other\.yaml: no such model configuration"):
+    with pytest.raises(DataError, match=r"other\.yaml: no such file"):
         open_onnx_detector(path, config_path=tmp_path / "other.yaml")
     with pytest.raises(DataError, match=r"gone\.onnx: no such model file"):
         open_onnx_detector(tmp_path / "gone.onnx")

@@ -193,7 +193,7 @@ def test_invalid_cdd_run_is_reported_at_once(people: Path, tmp_path: Path, teach
     [
         (["--distill", "cdd", "--baseline"], "cdd derives the student"),
         (["--distill", "hkd", "--set", "distill.cdd.keep_flops=0.5", "--model", "mini-student"], "cdd is not in use"),
-        (["--distill", "cdd", "--set", "distill.cdd.keep_flops=half"], "'half' is not a number"),
+        (["--distill", "cdd", "--set", "distill.cdd.keep_flops=half"], "expected a number, got 'half'"),
         (["--distill", "cdd", "--set", "distill.cdd.keep_flops=1"], "nothing to prune"),
     ],
 )

@@ -26,7 +26,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", "--distill", "cdd"], 2, "--teacher is required"),
         (["--data", "x.yaml", "--distill", "blockwise"], 2, "--teacher is required"),
         (["--data", "x.yaml", "--model", "mini-student", "--imgsz", "100"], 2, "multiples of 32"),
-        (["--data", "x.yaml", *FLAGS, "--set", "lr=fast"], 2, "not a number"),
+        (["--data", "x.yaml", *FLAGS, "--set", "lr=fast"], 2, "expected a number"),
         (["--data", "x.yaml", *FLAGS, "--set", "speed=1"], 2, "speed"),
         (["--data", "x.yaml", *FLAGS, "--set", "epochs=0"], 2, "Use at least 1."),
         (["--data", "x.yaml", *FLAGS, "--set", "mosaic=1.5"], 2, "mosaic: 1.5 is out of range. Use 0 to 1."),

@@ -251,7 +251,7 @@ def test_command_downloads_and_continues(
     ("flags", "code", "message"),
     [
         (["--download"], 2, "--data NAME"),
-        (["--download", "--data", "walker"], 2, "did you mean walkers"),
+        (["--download", "--data", "walker"], 2, "Did you mean walkers"),
         (["--download", "--data", "own.yaml"], 2, "requires a name in"),
         (["--download", "--data", "walkers"], 1, "https://walkers.example"),
         (["--download", "--data", "walkers", "--model", "mini-student"], 1, "https://walkers.example"),
