@@ -5,7 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 from hkd_det.errors import UsageError
@@ -37,7 +37,7 @@ def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
     for key in values:
         if key not in field_types:
             raise UsageError(f"{_join_key(where, str(key))}: no such setting{suggest_name(str(key), field_types)}")
-    missing = [field.name for field in fields(cls) if _is_required(field) and field.name not in values]
+    missing = [name for name in _list_required_fields(cls) if name not in values]
     if missing:
         raise UsageError(f"{where or 'settings'}: missing {', '.join(missing)}. Add the missing keys.")
     converted = {key: _convert_value(field_types[key], value, _join_key(where, key)) for key, value in values.items()}
@@ -106,8 +106,8 @@ def _unwrap_optional(cls: Any) -> tuple[Any, bool]:
     return cls, False
 
 
-def _is_required(field: Field[Any]) -> bool:
-    return field.init and field.default is MISSING and field.default_factory is MISSING
+def _list_required_fields(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
 
 
 def _get_field_types(cls: type) -> dict[str, Any]:

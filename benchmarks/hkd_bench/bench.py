@@ -43,8 +43,8 @@ class BenchOptions:
         warmup_s: Minimum duration of the untimed runs per round, in seconds.
         stage_runs: Runs per round that time each stage.
         max_timed_images: Maximum number of different images that are timed; they are held in memory.
-        data: Name of the data set, stored in the result.
-        split: Split of the data set, stored in the result.
+        data: Name of the dataset, stored in the result.
+        split: Split of the dataset, stored in the result.
         command: Command line, stored in the result.
         has_ground_truth: False for images without annotations: no miss rate is measured.
     """
@@ -232,14 +232,14 @@ def _run_worker(job: WorkerJob, work_dir: Path, bar: "tqdm[Any]") -> WorkerResul
             worker.kill()
             raise
     if not out_path.exists():
-        raise UnavailableError(f"{job.model}: {_worker_error(worker.returncode, log_path)}")
+        raise UnavailableError(f"{job.model}: {_format_worker_error(worker.returncode, log_path)}")
     content = json.loads(out_path.read_text(encoding="utf-8"))
     if "error" in content:
         raise ERROR_CLASSES[content["error"]](content["message"])
     return WorkerResult(**content["result"])
 
 
-def _worker_error(returncode: int, log_path: Path) -> str:
+def _format_worker_error(returncode: int, log_path: Path) -> str:
     """Describe why a worker process ended without a result."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if returncode == -9:

@@ -1,17 +1,27 @@
-"""Entry point of `hkd-bench` and `hkd-bench score`.
+"""`hkd-bench`: miss rate, latency and memory of exported models in one table. `hkd-bench score` is in `score_cli`.
 
-It checks the optional packages before it imports the command, so that a missing one gives one line of error.
+The optional packages are checked before any module that imports them, so that a missing one gives one line of error.
 """
 
-import importlib
+import argparse
 import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from hkd_det.errors import UnavailableError, run_command
+from hkd_deploy import open_detector
+from hkd_deploy.backends import BACKENDS
+from hkd_deploy.streams.sources import list_images
+from hkd_det import __version__
+from hkd_det.datasets.catalog import SPLITS, load_dataset
+from hkd_det.errors import BENCH_INSTALL_HINT, UnavailableError, UsageError, run_command
+from hkd_det.structures import Sample
 
 # Packages of the extra `bench` that the commands import.
 BENCH_PACKAGES = ("imagesize", "jinja2", "matplotlib", "msgspec", "psutil", "pycocotools", "scipy", "tabulate", "tqdm")
+EXAMPLE_CONF = 0.3  # minimum score of a box in the report; the miss rate itself has no threshold
+NUM_EXAMPLES = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,10 +37,120 @@ def _run_subcommand(argv: Sequence[str] | None) -> int:
     args = argv or []
     for package in BENCH_PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise UnavailableError(f"{package} is not installed. Run pip install 'hkd-det[bench]'.")
-    exit_code: int
+            raise UnavailableError(f"{package} is not installed. Run {BENCH_INSTALL_HINT}.")
     if args[:1] == ["score"]:
-        exit_code = importlib.import_module("hkd_bench.score_cli").run_score(args[1:])
-    else:
-        exit_code = importlib.import_module("hkd_bench.bench_cli").run_bench(args)
-    return exit_code
+        from hkd_bench import score_cli  # noqa: PLC0415  # imports packages of the extra
+
+        return score_cli.run_score(args[1:])
+    return run_bench(args)
+
+
+def run_bench(argv: Sequence[str] | None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        argv: Arguments after `hkd-bench`.
+
+    Raises:
+        HkdError: A flag, a model or the dataset is invalid.
+    """
+    from hkd_bench import bench, report, result, table  # noqa: PLC0415  # import packages of the extra
+
+    args = argv or []
+    flags = parse_bench_args(args)
+    samples = _load_samples(flags)[: flags.max_images]
+    options = bench.BenchOptions(
+        device=flags.device,
+        threads=flags.threads,
+        backends=tuple(flags.backend.split(",")) if flags.backend else (None,),
+        runs=flags.runs,
+        data=flags.data or str(flags.images),
+        split=flags.split if flags.data else "",
+        command=shlex.join(["hkd-bench", *args]),
+        has_ground_truth=bool(flags.data),
+    )
+    measured = bench.bench(flags.models, samples, options, names=flags.names.split(",") if flags.names else None)
+    print(table.format_text_table(measured))
+    if flags.json:
+        result.write_result(flags.json, measured)
+        print(f"saved {flags.json}")
+    if flags.html:
+        title = _make_title([model.name for model in measured.models], measured.data, measured.split)
+        examples = None
+        if flags.data:
+            with open_detector(flags.models[-1], flags.device, flags.threads, options.backends[-1]) as detector:
+                examples = report.render_examples(detector, samples, EXAMPLE_CONF, NUM_EXAMPLES)
+        report.write_bench_report(flags.html, measured, title=title, examples=examples)
+        print(f"saved {flags.html}")
+    return 0
+
+
+def _load_samples(flags: argparse.Namespace) -> list[Sample]:
+    if flags.data:
+        return load_dataset(flags.data, flags.split)
+    if not flags.images.is_dir():
+        raise UsageError(f"--images {flags.images}: no such directory. Expected a directory of images.")
+    return [Sample(path.name, path) for path in list_images(flags.images)]
+
+
+def _make_title(names: Sequence[str], data: str, split: str) -> str:
+    listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+    return f"{listed} on {Path(data).name} {split}".rstrip()
+
+
+def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the flags of `hkd-bench`.
+
+    Args:
+        argv: Arguments after `hkd-bench`.
+
+    Raises:
+        UsageError: A value is invalid, or flags contradict each other.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hkd-bench",
+        description="Measure exported models: miss rate on a dataset, latency, memory. "
+        "See `hkd-bench score --help` for the metrics of detection files.",
+        epilog="example: hkd-bench teacher.onnx student.onnx --data citypersons --split val --html report.html",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "models", nargs="+", type=Path, metavar="MODEL", help="files or directories written by hkd-export"
+    )
+    parser.add_argument("--data", help="dataset: a name in datasets.yaml or a .yaml file")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="directory of images without annotations, instead of --data: no miss rate",
+    )
+    parser.add_argument("--split", choices=SPLITS, default="val", help="split of --data (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: %(default)s)")
+    parser.add_argument(
+        "--backend",
+        metavar="A,B",
+        help=f"measure every model on each of {', '.join(BACKENDS)} (default: by the type of the model)",
+    )
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: one per physical core)")
+    parser.add_argument("--runs", type=int, default=200, help="timed runs per model (default: %(default)s)")
+    parser.add_argument("--max-images", type=int, metavar="N", help="use only the first N images")
+    parser.add_argument("--names", metavar="A,B", help="names of the models (default: the file names)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics and latency samples")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one self-contained HTML file")
+    flags = parser.parse_args(argv)
+    _check_bench_args(flags)
+    return flags
+
+
+def _check_bench_args(flags: argparse.Namespace) -> None:
+    """Check flags that would otherwise fail only after the measurement."""
+    if bool(flags.data) == bool(flags.images):
+        raise UsageError(
+            "--data, --images: expected exactly one of them: a dataset (--data citypersons) or a directory of images "
+            "to time without miss rate (--images DIR)"
+        )
+    if flags.max_images is not None and flags.max_images < 1:
+        raise UsageError(f"--max-images: expected at least 1, got {flags.max_images}")
+    for flag, path in (("--json", flags.json), ("--html", flags.html)):
+        if path and path.is_dir():
+            raise UsageError(f"{flag} {path}: expected a file, got a directory")

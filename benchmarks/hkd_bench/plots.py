@@ -96,7 +96,7 @@ def draw_miss_rates(
     for index, (label, curve_fppi, curve_miss_rate) in enumerate(lines):
         fppi, miss_rate = np.array([0.0, *curve_fppi]), np.array([1.0, *curve_miss_rate])
         x, y = np.maximum(fppi, 1e-6), np.maximum(miss_rate, 1e-6)  # zeros cannot be drawn on logarithmic axes
-        axes.plot(x, y, drawstyle="steps-post", label=label, **_line_style(index))
+        axes.plot(x, y, drawstyle="steps-post", label=label, **_get_line_style(index))
         visible = miss_rate[fppi <= 10]
         lowest = min(lowest, float(visible[visible > 0].min(initial=1.0)))
     floor = max((tick for tick in MISS_RATE_TICKS if tick < lowest), default=MISS_RATE_TICKS[0])
@@ -126,7 +126,7 @@ def plot_latency(result: BenchResult) -> str:
         for index, model in enumerate(result.models):
             times, latency = np.sort(model.e2e_ms), model.latency
             ratio = np.arange(1, len(times) + 1) / len(times)
-            style = _line_style(index)
+            style = _get_line_style(index)
             axes.plot(times, ratio, drawstyle="steps-post", label=f"p50 {latency.p50_ms:.1f} ms  {model.name}", **style)
             marks = [latency.p50_ms, latency.p90_ms, latency.p99_ms]
             axes.plot(marks, (0.5, 0.9, 0.99), "o", color=style["color"], markersize=4.5)
@@ -191,7 +191,7 @@ def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     def draw(axes: Axes) -> None:
         for index, (name, history) in enumerate(training.items()):
             epochs, percent = np.array([epoch for epoch, _ in history]), np.array([100 * value for _, value in history])
-            style = _line_style(index)
+            style = _get_line_style(index)
             axes.plot(epochs, percent, label=f"{np.nanmin(percent):.2f} %  {name}", **style)
             best = int(np.nanargmin(percent))
             axes.plot(epochs[best], percent[best], "o", color=style["color"], markersize=5)
@@ -206,7 +206,7 @@ def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return _render_svg(draw, "Miss rate during training", descriptions)
 
 
-def _line_style(index: int) -> dict[str, Any]:
+def _get_line_style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
 
 

@@ -1,7 +1,7 @@
 """`hkd-quickstart`: the complete workflow on synthetic images.
 
-It generates street images, trains a teacher and a student, distills a second student, exports and measures all three,
-runs the distilled student on a video and writes a report.
+It generates street images, trains a teacher and a student, and distills a second student. Then it exports and measures
+all three, runs the distilled student on a video and writes a report.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def _log_step(step: int, message: str) -> None:
 
 
 def _write_street_dataset(save_dir: Path, seed: int, config: QuickstartConfig) -> Path:
-    """Write the synthetic data set in the CityPersons layout and its .yaml file; return the path of the latter."""
+    """Write the synthetic dataset in the CityPersons layout and its .yaml file; return the path of the latter."""
     write_synthetic_dataset(save_dir / "street", config.num_train, config.num_val, seed=seed)
     path = save_dir / "street.yaml"
     write_text(path, yaml.safe_dump({"format": "citypersons", "path": "street", "train": "train", "val": "val"}))

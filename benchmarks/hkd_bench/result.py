@@ -198,7 +198,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Measurements of several models on one machine and one data set.
+    """Measurements of several models on one machine and one dataset.
 
     Attributes:
         schema: `SCHEMA_VERSION` of the JSON form.
@@ -207,8 +207,8 @@ class BenchResult:
         host: Fields that describe the machine.
         device: Device that ran the models.
         threads: CPU threads of an operator; None for the default of the runtime.
-        data: Name or path of the data set or image directory.
-        split: Split of the data set.
+        data: Name or path of the dataset or image directory.
+        split: Split of the dataset.
         num_images: Number of evaluated images; 0 if only time and memory were measured.
         num_timed_images: Number of different images that were timed.
         runs: Timed runs per model, over all rounds.

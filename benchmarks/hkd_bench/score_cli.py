@@ -144,9 +144,9 @@ def _check_score_args(flags: argparse.Namespace) -> None:
     if flags.plot and flags.protocol == "coco":
         raise UsageError("--plot: the protocol coco has no miss-rate curve. Select another --protocol.")
     if flags.zero_recall_before_curve and flags.protocol != "citypersons":
-        raise UsageError("--zero-recall-before-curve: requires --protocol citypersons; Caltech always uses recall 0.")
+        raise UsageError("--zero-recall-before-curve: requires --protocol citypersons. Caltech always uses recall 0.")
     if flags.caltech_sets and not flags.protocol.startswith("caltech"):
-        raise UsageError("--caltech-sets: requires --protocol caltech or caltech-new")
+        raise UsageError("--caltech-sets: requires --protocol caltech or caltech-new.")
     for flag, path in (("--json", flags.json), ("--plot", flags.plot)):
         if path and path.is_dir():
             raise UsageError(f"{flag} {path}: expected a file, got a directory")

@@ -169,5 +169,5 @@ def _select_setups(
 ) -> list[str]:
     for name in config.setups:
         if name not in setups:
-            raise UsageError(f"--setup {name}: expected {', '.join(setups)} for the protocol {config.protocol}")
+            raise UsageError(f"--setup {name}: expected one of {', '.join(setups)} for the protocol {config.protocol}")
     return list(config.setups or setups)

@@ -202,9 +202,9 @@ def write_detections_npz(path: Path, detections: Sequence[Detections]) -> None:
     """
     np.savez(
         path,
-        num_detections=np.array([len(one) for one in detections]),
-        boxes_xyxy=np.concatenate([one.boxes_xyxy for one in detections]),
-        scores=np.concatenate([one.scores for one in detections]),
+        num_detections=np.array([len(image) for image in detections]),
+        boxes_xyxy=np.concatenate([image.boxes_xyxy for image in detections]),
+        scores=np.concatenate([image.scores for image in detections]),
     )
 
 

@@ -97,8 +97,8 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
         if "download" in entry:
             raise DataError(f"{missing}. Download it with `hkd-train --data {data} --download`.")
         raise DataError(
-            f"{missing}. Get it from {entry.get('homepage')} ({entry.get('license')}) and extract it as "
-            f"{entry.get('directory_layout')}"
+            f"{missing}. Get it from {entry.get('homepage')}. License: {entry.get('license')}. Extract it as "
+            f"{entry.get('directory_layout')}."
         )
     return _read_split(entry, root, split, data, on_error)
 

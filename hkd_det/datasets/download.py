@@ -59,8 +59,8 @@ def download(data: str) -> Path:
     items = _parse_items(entry.get("download"), data)
     if not items and not _is_nonempty_dir(folder):
         raise UnavailableError(
-            f"--data {data}: requires a manual download. Get it from {entry.get('homepage')} (license: "
-            f"{entry.get('license')}) and extract it into {folder.absolute()} as {entry.get('directory_layout')}"
+            f"--data {data}: requires a manual download. Get it from {entry.get('homepage')}. License: "
+            f"{entry.get('license')}. Extract it into {folder.absolute()} as {entry.get('directory_layout')}."
         )
     with _lock_temp_dir(DATASETS_DIR / TEMP_DIR / data) as temp_dir:
         if _is_downloaded(folder, items):

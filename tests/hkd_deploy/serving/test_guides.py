@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_bench import bench_cli as bench
+from hkd_bench import cli as bench
 from hkd_deploy.demo import cli as demo
 from hkd_deploy.export import cli as export
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 GUIDES = sorted([*(ROOT / "docs" / "how-to").glob("deploy*.md"), ROOT / "docs" / "how-to" / "demo.md"])
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "hkd-export": export._build_parser().parse_args,
-    "hkd-bench": bench._parse_bench_args,
+    "hkd-bench": bench.parse_bench_args,
     "hkd-demo": demo._parse_demo_arguments,
 }
 

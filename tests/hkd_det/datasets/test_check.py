@@ -96,7 +96,7 @@ def test_summarize_histograms_equal_numpy(persons: list[tuple[int, int, bool]]) 
 
 
 def coco(root: Path, **changes: Any) -> Path:
-    """COCO data set of four images with two persons in the first; `changes` apply to the second annotation."""
+    """COCO dataset of four images with two persons in the first; `changes` apply to the second annotation."""
     for number in range(4):
         cv2.imwrite(str(root / f"{number}.png"), np.full((80, 100, 3), 50 * number, np.uint8))
     images = [{"id": number, "file_name": f"{number}.png", "width": 100, "height": 80} for number in range(4)]

@@ -1,4 +1,4 @@
-"""Tests of the download of data sets by name, from a local web server into ./datasets/."""
+"""Tests of the download of datasets by name, from a local web server into ./datasets/."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def test_download_extracts_once(
 ) -> None:
     site, plain = serve(content=make_zip()), serve(content=b"{}")
     write_catalog([make_entry(site, unpack_to="inner"), make_entry(plain, url=f"{plain.address}/notes.json")])
-    (tmp_path / "datasets" / "walkers").mkdir(parents=True)  # an empty directory is not a data set
+    (tmp_path / "datasets" / "walkers").mkdir(parents=True)  # an empty directory is not a dataset
     assert download.download("walkers") == Path("datasets/walkers")
     root = tmp_path / "datasets" / "walkers"
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
@@ -181,8 +181,8 @@ def test_download_without_disk_space(serve: Serve, write_catalog: WriteCatalog) 
         ([{"url": "https://a.b/set.zip", "bytes": True, "sha256": "a" * 64}], "bytes: expected .* got True"),
         ([{"url": "https://a.b/set.zip", "bytes": 0, "sha256": "a" * 64}], "bytes: expected .* got 0"),
         ([{"url": "https://a.b/", "bytes": 3, "sha256": "a" * 64}], "a file name"),
-        ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "unpack_to": "../x"}], "inside the data set"),
-        ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "unpack_to": "/x"}], "inside the data set"),
+        ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "unpack_to": "../x"}], "inside the dataset"),
+        ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "unpack_to": "/x"}], "inside the dataset"),
         ([{"url": "https://a.b/s", "bytes": 3, "sha256": "a" * 64, "md5": "x"}], "unknown key 'md5'"),
     ],
 )
