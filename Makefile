@@ -33,8 +33,8 @@ imports: $(READY)  ## import directions between packages, no torch on the device
 docs: $(READY)  ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-docs-reference: $(READY)  ## write docs/reference/cli.md from --help
-	$(BIN)/python docs/generate_cli_reference.py
+docs-reference: $(READY)  ## write the command and method reference
+	$(BIN)/python docs/generate_reference.py
 
 check: lint types imports docs test  ## what CI runs
 

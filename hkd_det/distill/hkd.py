@@ -66,7 +66,7 @@ class HKDConfig:
 
 
 class HKD(DistillMethod):
-    """Hierarchical distillation. Its parameters are the adapters.
+    """Hierarchical distillation of pyramid features, region features and logits through adapter layers.
 
     Args:
         config: Settings.

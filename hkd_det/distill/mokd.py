@@ -72,7 +72,7 @@ class MoKDConfig:
 
 
 class MoKD(DistillMethod):
-    """Balances the gradients of the detection loss and of the other methods. It has no loss and no parameters.
+    """Balances the gradients of the detection loss and of the other methods in each step.
 
     Args:
         config: Settings.

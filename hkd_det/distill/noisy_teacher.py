@@ -65,7 +65,7 @@ class NoisyTeacherConfig:
 
 
 class NoisyTeacher(DistillMethod):
-    """Noise on the teacher, or a loss on noisy logits. It has no parameters.
+    """Adds noise to the logits or features of the teacher.
 
     Args:
         config: Settings.

@@ -28,7 +28,7 @@ class SoftLabelConfig:
 
 
 class SoftLabels(DistillMethod):
-    """Losses between the student and the teacher's detections. It has no parameters."""
+    """Trains on the detections of any teacher as soft labels, also on unlabeled images."""
 
     Config = SoftLabelConfig
     requires = frozenset({"detections"})

@@ -31,7 +31,7 @@ from hkd_det.models.zoo import count_params_and_flops, load_detector
 
 
 class Blockwise(DistillMethod):
-    """Builds the student in `prepare_student`. It has no loss; other methods can distill during fine-tuning."""
+    """Replaces convolutions of the teacher by separable blocks, which are trained in parallel."""
 
     Config = BlockwiseConfig
     requires = frozenset({"features", "same_architecture"})

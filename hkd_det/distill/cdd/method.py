@@ -21,7 +21,7 @@ from hkd_det.models.feature_layers import LayerPairs
 
 
 class CDD(DistillMethod):
-    """Losses and channel pruning of CDD. `setup` inserts the compactors into the student.
+    """Prunes channels of the student during distillation, starting from a copy of the teacher.
 
     Args:
         config: Settings.

@@ -11,9 +11,9 @@ from hkd_det.train.config import TrainConfig
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
 
-def test_recipes_cover_every_method() -> None:
+def test_recipes_cover_the_published_methods() -> None:
     used = {name for path in RECIPES for name in yaml.safe_load(path.read_text(encoding="utf-8"))["distill"]}
-    assert used == set(METHODS)
+    assert {"hkd", "noisy_teacher", "mokd", "cdd", "blockwise", "soft_labels"} <= used <= set(METHODS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
