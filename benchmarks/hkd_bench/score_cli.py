@@ -88,7 +88,7 @@ def _make_score_names(flags: argparse.Namespace) -> list[str]:
         num_parts = next((n for n in (1, 2, 3) if len({path.parts[-n:] for path in paths}) == len(paths)), 99)
         names = ["/".join(path.with_suffix("").parts[-num_parts:]) for path in paths]
     if len(names) != len(paths) or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UsageError(f"--names: expected {len(paths)} unique names, one per detection file")
+        raise UsageError(f"--names: expected {len(paths)} unique names, one per file, got {', '.join(names)}")
     return names
 
 

@@ -143,7 +143,7 @@ def load_catalog_entry(data: str) -> dict[str, Any]:
     catalog = _load_yaml(find_catalog_file())
     if data not in catalog:
         raise UsageError(
-            f"--data {data}: expected a name in datasets.yaml or a path of a .yaml file{suggest_name(data, catalog)}"
+            f"--data {data}: neither a .yaml file nor a name in datasets.yaml{suggest_name(data, catalog)}"
         )
     return _validate_entry(catalog[data], f"{find_catalog_file()}: {data}", CATALOG_KEYS)
 
