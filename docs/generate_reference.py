@@ -34,8 +34,7 @@ Exit codes: 0 success, 1 failure, 2 usage error.
 METHODS_HEADER = """# Distillation methods
 
 Requirements and settings of each method, written by `make docs-reference` from `hkd_det.distill.METHODS`. A setting is
-`distill.METHOD.KEY` in `--set`, and a key below `distill: METHOD:` in a recipe. [Distill](../how-to/distill.md) shows the
-use.
+`distill.METHOD.KEY` in `--set`, and a key below `distill: METHOD:` in a recipe. Usage: [Distill](../how-to/distill.md).
 """
 
 
