@@ -1,4 +1,4 @@
-"""What brings the student's channels to the teacher's: its shapes, and what each kind promises."""
+"""Adapters: output shapes and the properties of each projection."""
 
 from typing import Any
 
@@ -24,53 +24,53 @@ def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any])
 
 
 @pytest.mark.parametrize("projection", KINDS)
-@pytest.mark.parametrize(("mine", "other"), [((8, 5), (16, 7)), ((16, 7), (8, 5)), ((8, 6), (8, 6))])
+@pytest.mark.parametrize(("student", "teacher"), [((8, 5), (16, 7)), ((16, 7), (8, 5)), ((8, 6), (8, 6))])
 def test_adapter_output_has_teacher_shape(
-    projection: Projection, mine: tuple[int, int], other: tuple[int, int]
+    projection: Projection, student: tuple[int, int], teacher: tuple[int, int]
 ) -> None:
-    adapter = Adapter(FeatureInfo("s", *mine), FeatureInfo("t", *other), projection)
-    out = adapter(torch.randn(2, mine[1], 64 // mine[0], 96 // mine[0]))
-    assert out.shape == (2, other[1], 64 // other[0], 96 // other[0])
+    adapter = Adapter(FeatureInfo("s", *student), FeatureInfo("t", *teacher), projection)
+    out = adapter(torch.randn(2, student[1], 64 // student[0], 96 // student[0]))
+    assert out.shape == (2, teacher[1], 64 // teacher[0], 96 // teacher[0])
 
 
-def far_from_orthonormal(weight: Tensor) -> float:
-    fewer = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    return (fewer @ fewer.T - torch.eye(len(fewer))).abs().max().item()
+def compute_orthonormality_error(weight: Tensor) -> float:
+    rows = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    return (rows @ rows.T - torch.eye(len(rows))).abs().max().item()
 
 
-@pytest.mark.parametrize(("mine", "other"), [(5, 9), (9, 5), (6, 6)])
-def test_orthogonal_projection_stays_orthonormal_in_training(mine: int, other: int) -> None:
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(5, 9), (9, 5), (6, 6)])
+def test_orthogonal_projection_stays_orthonormal_in_training(in_channels: int, out_channels: int) -> None:
     torch.manual_seed(0)
-    turn = OrthogonalProjection(mine, other)
-    maps, wanted = torch.randn(2, mine, 6, 6), torch.randn(2, other, 6, 6)
-    optimizer = torch.optim.AdamW(turn.parameters(), lr=0.05, weight_decay=0.05)
-    before, history = turn.linear.weight.detach().clone(), []
+    projection = OrthogonalProjection(in_channels, out_channels)
+    features, target = torch.randn(2, in_channels, 6, 6), torch.randn(2, out_channels, 6, 6)
+    optimizer = torch.optim.AdamW(projection.parameters(), lr=0.05, weight_decay=0.05)
+    before, history = projection.linear.weight.detach().clone(), []
     for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = pkd_loss(turn(maps), wanted).mean()
+            loss = pkd_loss(projection(features), target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         history.append(loss.item())
-    assert far_from_orthonormal(turn.linear.weight.detach()) < 1e-5
-    assert (turn.linear.weight - before).abs().max() > 0.1 and history[-1] < history[0]
+    assert compute_orthonormality_error(projection.linear.weight.detach()) < 1e-5
+    assert (projection.linear.weight - before).abs().max() > 0.1 and history[-1] < history[0]
 
 
 def test_orthogonal_projection_preserves_lengths_and_angles() -> None:
     a, b = torch.randn(2, 1, 5, 3, 3)
-    turn = OrthogonalProjection(5, 9)
-    torch.testing.assert_close((turn(a) * turn(b)).sum(1), (a * b).sum(1))
+    projection = OrthogonalProjection(5, 9)
+    torch.testing.assert_close((projection(a) * projection(b)).sum(1), (a * b).sum(1))
 
 
 def test_multi_scale_projection_starts_as_plain_convolution() -> None:
     projection = MultiScaleProjection(4, 6)
-    maps = torch.zeros(1, 4, 15, 15)
-    maps[..., 7, 7] = 1.0
-    torch.testing.assert_close(projection(maps), projection.pointwise(maps))
-    for view in projection.dilated_convs:
-        torch.nn.init.ones_(view.weight)
-    seen = (projection(maps) - projection.pointwise(torch.zeros_like(maps))).abs().sum(1)[0] > 1e-6
-    rows, columns = seen.nonzero().T.tolist()
+    features = torch.zeros(1, 4, 15, 15)
+    features[..., 7, 7] = 1.0
+    torch.testing.assert_close(projection(features), projection.pointwise(features))
+    for conv in projection.dilated_convs:
+        torch.nn.init.ones_(conv.weight)
+    is_affected = (projection(features) - projection.pointwise(torch.zeros_like(features))).abs().sum(1)[0] > 1e-6
+    rows, columns = is_affected.nonzero().T.tolist()
     offsets = {(row - 7, column - 7) for row, column in zip(rows, columns, strict=True)}
     assert offsets == {(i * rate, j * rate) for rate in DILATIONS for i in (-1, 0, 1) for j in (-1, 0, 1)}
     assert sum(p.numel() for p in projection.parameters()) == 4 * 6 + 6 + 4 * 9 * len(DILATIONS)

@@ -1,4 +1,4 @@
-"""The published HKD between two Faster R-CNNs, and a two-stage student under teachers of other kinds."""
+"""HKD between two Faster R-CNN models, and two-stage students with other teachers."""
 
 from dataclasses import replace
 from typing import Any
@@ -44,28 +44,28 @@ def pair() -> tuple[FasterRCNN, FasterRCNN]:
     return FasterRCNN(STUDENT).train(), FasterRCNN(TEACHER).eval()
 
 
-def make_batch(student: FasterRCNN, teacher: FasterRCNN, truth: Targets = TARGETS) -> DistillationBatch:
-    mine = student(IMAGES)
+def make_batch(student: FasterRCNN, teacher: FasterRCNN, targets: Targets = TARGETS) -> DistillationBatch:
+    student_outputs = student(IMAGES)
     with torch.no_grad():
-        other = teacher(IMAGES)
+        teacher_outputs = teacher(IMAGES)
     return DistillationBatch(
         IMAGES,
-        truth,
+        targets,
         student,
         teacher,
-        mine,
-        other,
-        features_of(student, mine),
-        features_of(teacher, other),
+        student_outputs,
+        teacher_outputs,
+        get_features(student, student_outputs),
+        get_features(teacher, teacher_outputs),
         clamp_min_one,
     )
 
 
-def features_of(model: FasterRCNN, outputs: ProposalOutputs) -> dict[str, Tensor]:
+def get_features(model: FasterRCNN, outputs: ProposalOutputs) -> dict[str, Tensor]:
     return {layer.name: feature for layer, feature in zip(model.feature_info(), outputs.features, strict=True)}
 
 
-def two_stage_hkd(student: FasterRCNN, teacher: FasterRCNN, config: TwoStageConfig) -> TwoStageHKD:
+def make_two_stage_hkd(student: FasterRCNN, teacher: FasterRCNN, config: TwoStageConfig) -> TwoStageHKD:
     return TwoStageHKD(student, teacher, pair_by_stride(student.feature_info(), teacher.feature_info()), config)
 
 
@@ -80,65 +80,67 @@ def set_identity(method: TwoStageHKD) -> None:
 def test_every_level_has_loss_and_gradient(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
-    terms = distiller(IMAGES, TARGETS, 1.0)[1]
-    reached = {"hkd_pyramid": student.backbone, "hkd_region": student.backbone, "hkd_logit": student.roi_heads.box_head}
-    assert terms.keys() == reached.keys()
-    for name, part in reached.items():
-        gradients = torch.autograd.grad(terms[name], list(part.parameters()), retain_graph=True, allow_unused=True)
+    losses = distiller(IMAGES, TARGETS, 1.0)[1]
+    trained_parts = {
+        "hkd_pyramid": student.backbone,
+        "hkd_region": student.backbone,
+        "hkd_logit": student.roi_heads.box_head,
+    }
+    assert losses.keys() == trained_parts.keys()
+    for name, part in trained_parts.items():
+        gradients = torch.autograd.grad(losses[name], list(part.parameters()), retain_graph=True, allow_unused=True)
         assert all(g is not None and torch.isfinite(g).all() for g in gradients), name
         assert any(g.abs().sum() > 0 for g in gradients), name
-    torch.stack(list(terms.values())).sum().backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.methods.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_equal_student_and_teacher_have_zero_loss(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     _, teacher = pair
-    method = two_stage_hkd(teacher, teacher, TwoStageConfig())
+    method = make_two_stage_hkd(teacher, teacher, TwoStageConfig())
     set_identity(method)
     batch = make_batch(teacher, teacher)
-    for term in method(batch).values():
-        torch.testing.assert_close(term, torch.zeros(()), atol=1e-6, rtol=0)
+    for loss in method(batch).values():
+        torch.testing.assert_close(loss, torch.zeros(()), atol=1e-6, rtol=0)
 
 
 def test_losses_are_mean_squared_errors(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    """Worked out again from the two networks' own features, region by region, with adapters as plain matrices."""
+    """The reference applies the adapters as matrices, to one region at a time."""
     student, teacher = pair[0].eval(), pair[1]
-    method = two_stage_hkd(student, teacher, TwoStageConfig(pyramid=2.0, region=3.0, logit=5.0, num_proposals=4))
+    method = make_two_stage_hkd(student, teacher, TwoStageConfig(pyramid=2.0, region=3.0, logit=5.0, num_proposals=4))
     batch = make_batch(student, teacher)
-    terms = method(batch)
+    losses = method(batch)
     levels, regions, logits = [], [], []
-    for adapter, mine, other in zip(
+    for adapter, s, t in zip(
         method.pyramid_adapters, batch.student_features.values(), batch.teacher_features.values(), strict=True
     ):
         weight, bias = adapter.projection.weight[:, :, 0, 0], adapter.projection.bias
-        adapted = torch.einsum("oi,bihw->bohw", weight, mine) + bias[:, None, None]
-        levels.append((adapted - other).pow(2).sum() / other.numel())
+        adapted = torch.einsum("oi,bihw->bohw", weight, s) + bias[:, None, None]
+        levels.append((adapted - t).pow(2).sum() / t.numel())
     for b in range(2):
         for box in [*TARGETS.boxes_xyxy[b], *batch.teacher_outputs.proposals[b][:4]]:
-            alone = [torch.zeros(0, 4), torch.zeros(0, 4)]
-            alone[b] = box[None]
-            mine, other = (
-                student.forward_rois(batch.student_outputs, alone),
-                teacher.forward_rois(batch.teacher_outputs, alone),
-            )
+            rois = [torch.zeros(0, 4), torch.zeros(0, 4)]
+            rois[b] = box[None]
+            s = student.forward_rois(batch.student_outputs, rois)
+            t = teacher.forward_rois(batch.teacher_outputs, rois)
             weight, bias = method.region_adapter.weight[:, :, 0, 0], method.region_adapter.bias
-            pooled = torch.einsum("oi,rihw->rohw", weight, mine.roi_features) + bias[:, None, None]
-            regions.append((pooled - other.roi_features).pow(2).mean())
+            pooled = torch.einsum("oi,rihw->rohw", weight, s.roi_features) + bias[:, None, None]
+            regions.append((pooled - t.roi_features).pow(2).mean())
             logits.append(
-                (mine.box_features @ method.logit_adapter.weight.T + method.logit_adapter.bias - other.box_features)
+                (s.box_features @ method.logit_adapter.weight.T + method.logit_adapter.bias - t.box_features)
                 .pow(2)
                 .mean()
             )
     assert len(regions) == 10
-    torch.testing.assert_close(terms["hkd_pyramid"], 2 * torch.stack(levels).mean())
-    torch.testing.assert_close(terms["hkd_region"], 3 * torch.stack(regions).mean())
-    torch.testing.assert_close(terms["hkd_logit"], 5 * torch.stack(logits).mean())
+    torch.testing.assert_close(losses["hkd_pyramid"], 2 * torch.stack(levels).mean())
+    torch.testing.assert_close(losses["hkd_region"], 3 * torch.stack(regions).mean())
+    torch.testing.assert_close(losses["hkd_logit"], 5 * torch.stack(logits).mean())
 
 
 def test_mse_per_item_matches_hand_calculation() -> None:
-    told = mse_per_item(torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[1.0, 4.0]], [[3.0, -1.0]]]))
-    assert told.tolist() == [2.0, 5.0]  # (0 + 4) / 2, (9 + 1) / 2
+    errors = mse_per_item(torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[1.0, 4.0]], [[3.0, -1.0]]]))
+    assert errors.tolist() == [2.0, 5.0]  # (0 + 4) / 2, (9 + 1) / 2
 
 
 def test_rois_are_ground_truth_and_best_proposals(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
@@ -152,10 +154,10 @@ def test_rois_are_ground_truth_and_best_proposals(pair: tuple[FasterRCNN, Faster
 
 
 def test_losses_without_rois_are_finite(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    method = two_stage_hkd(*pair, TwoStageConfig(num_proposals=0))
-    terms = method(make_batch(*pair, truth=NO_TARGETS))
-    torch.stack(list(terms.values())).sum().backward()
-    assert terms["hkd_region"] == terms["hkd_logit"] == 0 and terms["hkd_pyramid"] > 0
+    method = make_two_stage_hkd(*pair, TwoStageConfig(num_proposals=0))
+    losses = method(make_batch(*pair, targets=NO_TARGETS))
+    torch.stack(list(losses.values())).sum().backward()
+    assert losses["hkd_region"] == losses["hkd_logit"] == 0 and losses["hkd_pyramid"] > 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in pair[0].parameters())
 
 
@@ -165,12 +167,12 @@ def test_training_on_hkd_alone_reduces_loss(pair: tuple[FasterRCNN, FasterRCNN])
     optimizer = torch.optim.Adam([*student.parameters(), *distiller.methods.parameters()], lr=3e-3)
     history: dict[str, list[float]] = {}
     for _ in range(25):
-        terms = distiller(IMAGES, TARGETS, 1.0)[1]
+        losses = distiller(IMAGES, TARGETS, 1.0)[1]
         optimizer.zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
-        for name, term in terms.items():
-            history.setdefault(name, []).append(term.item())
+        for name, loss in losses.items():
+            history.setdefault(name, []).append(loss.item())
     assert all(values[-1] < 0.7 * values[0] for values in history.values()), history
 
 
@@ -184,30 +186,30 @@ def test_noise_perturbs_box_features_per_roi(pair: tuple[FasterRCNN, FasterRCNN]
     factor = (noisy.box_features / clean.box_features).nanmean(1)
     assert torch.equal(noisy.roi_features, clean.roi_features) and 0.2 < (factor == 1).float().mean() < 0.8
     torch.testing.assert_close(noisy.box_features, factor[:, None] * clean.box_features)
-    method = two_stage_hkd(*pair, TwoStageConfig())
-    terms = [method(batch)]
+    method = make_two_stage_hkd(*pair, TwoStageConfig())
+    losses = [method(batch)]
     noise = NoisyTeacher(NoisyTeacherConfig("targets", alpha=1.0, sigma=3.0), *pair)
-    terms.append(method(replace(batch, perturb=noise.perturb_teacher)))
-    assert terms[0]["hkd_pyramid"] == terms[1]["hkd_pyramid"] and terms[0]["hkd_logit"] < terms[1]["hkd_logit"]
+    losses.append(method(replace(batch, perturb=noise.perturb_teacher)))
+    assert losses[0]["hkd_pyramid"] == losses[1]["hkd_pyramid"] and losses[0]["hkd_logit"] < losses[1]["hkd_logit"]
 
 
 def test_dense_student_receives_noise_of_two_stage_teacher(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    """In the scores of its detections, which take the logits' place; features and boxes are as they were."""
+    """The noise changes the scores of the teacher's detections, which replace the logits, but no features or boxes."""
     student = HKDDetector(DENSE).eval()
-    answers = []
+    results = []
     for noise in (None, NoisyTeacherConfig("targets", alpha=1.0, sigma=1.0), NoisyTeacherConfig("targets", alpha=0.0)):
         distiller = make_distiller(student, pair[1], {"hkd": HKDConfig(), "noisy_teacher": noise})
-        set_constant(distiller)
-        answers.append(distiller(IMAGES, TARGETS, 1.0)[1])
-    clean, noisy, still = answers
+        set_constant_adapters(distiller)
+        results.append(distiller(IMAGES, TARGETS, 1.0)[1])
+    clean, noisy, unperturbed = results
     assert clean["hkd_cls"] > 0 and (noisy["hkd_cls"] - clean["hkd_cls"]).abs() > 0.01 * clean["hkd_cls"]
     torch.testing.assert_close(noisy["hkd_pyramid"], clean["hkd_pyramid"])
     for name in clean:
-        torch.testing.assert_close(still[name], clean[name])
+        torch.testing.assert_close(unperturbed[name], clean[name])
 
 
-def set_constant(distiller: Distiller) -> None:
-    """Adapters that are the same for every distiller."""
+def set_constant_adapters(distiller: Distiller) -> None:
+    """Set all adapter weights to one constant."""
     for parameter in distiller.methods.parameters():
         nn.init.constant_(parameter, 0.01)
 
@@ -216,35 +218,35 @@ def test_dense_teacher_trains_two_stage_student(pair: tuple[FasterRCNN, FasterRC
     student, teacher = pair[0], HKDDetector(DENSE)
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
     assert isinstance(distiller.methods[0].levels, DenseHKD)
-    terms = distiller(IMAGES, TARGETS, 1.0)[1]
-    assert terms.keys() == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
-    for name, term in terms.items():
-        gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
+    losses = distiller(IMAGES, TARGETS, 1.0)[1]
+    assert losses.keys() == {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}
+    for name, loss in losses.items():
+        gradients = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
         assert all(g is None or torch.isfinite(g).all() for g in gradients), name
 
 
-def found(boxes: list[list[float]], scores: list[float]) -> DetectionBatch:
-    """The same in both pictures."""
+def make_detections(boxes: list[list[float]], scores: list[float]) -> DetectionBatch:
+    """Return the same detections for both images."""
     return DetectionBatch((torch.tensor(boxes).view(-1, 4),) * 2, (torch.tensor(scores),) * 2)
 
 
 def test_roi_losses_are_zero_for_matching_student(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    """Told its own scores of two boxes, by a teacher whose boxes are where it leaves them."""
+    """The teacher detections are the boxes and scores that the student predicts."""
     student = pair[0].eval()
     with torch.no_grad():
         output = replace(student(IMAGES), proposals=(torch.zeros(0, 4),) * 2)
-        nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.weight)  # regions are left where they are
+        nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.weight)  # decoded boxes equal the RoIs
         nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.bias)
         boxes = torch.tensor([[5.0, 5.0, 30.0, 60.0], [20.0, 3.0, 50.0, 40.0]])
-        answer = student.forward_rois(output, [boxes, boxes])
-        told = DetectionBatch((boxes, boxes), (answer.logits[:2].sigmoid(), answer.logits[2:].sigmoid()))
-        score, box = roi_soft_label_losses(student, output, told, clamp_min_one)
+        scores = student.forward_rois(output, [boxes, boxes]).logits.sigmoid()
+        detections = DetectionBatch((boxes, boxes), (scores[:2], scores[2:]))
+        score, box = roi_soft_label_losses(student, output, detections, clamp_min_one)
     assert score.abs() < 1e-6 and box.abs() < 1e-5
 
 
 def test_roi_losses_match_hand_calculation(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    """Scores by Bernoulli's divergence at the found box; boxes there and from the one proposal near it."""
+    """Scores: Bernoulli KL divergence at the teacher box. Boxes: 1 - GIoU there and at the one proposal near it."""
     student = pair[0].eval()
     with torch.no_grad():
         nn.init.zeros_(student.roi_heads.box_predictor.bbox_pred.weight)
@@ -252,41 +254,43 @@ def test_roi_losses_match_hand_calculation(pair: tuple[FasterRCNN, FasterRCNN]) 
         near, far = [10.0, 10.0, 30.0, 40.0], [40.0, 40.0, 60.0, 60.0]
         output = replace(student(IMAGES), proposals=(torch.tensor([near, far]),) * 2)
         box = [10.0, 10.0, 30.0, 50.0]
-        told = found([box], [0.8])
-        score_term, box_term = roi_soft_label_losses(student, output, told, clamp_min_one)
-        s = student.forward_rois(output, list(told.boxes_xyxy)).logits.sigmoid()
+        detections = make_detections([box], [0.8])
+        score_loss, box_loss = roi_soft_label_losses(student, output, detections, clamp_min_one)
+        s = student.forward_rois(output, list(detections.boxes_xyxy)).logits.sigmoid()
     t = torch.tensor(0.8)
     divergence = t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()
-    torch.testing.assert_close(score_term, divergence.mean(), atol=1e-5, rtol=1e-4)
-    # The found box itself is at distance 0, the near proposal at 1 - 30/40, the far one is nobody's; each weighs 0.8.
+    torch.testing.assert_close(score_loss, divergence.mean(), atol=1e-5, rtol=1e-4)
+    # The loss is 0 at the teacher box and 1 - 30/40 at the near proposal. The far one is not used. Each weight is 0.8.
     weight = max(4 * 0.8, 1.0)
-    torch.testing.assert_close(box_term, torch.tensor(2 * 0.8 * 0.25 / weight))
+    torch.testing.assert_close(box_loss, torch.tensor(2 * 0.8 * 0.25 / weight))
 
 
 def test_duplicate_with_low_score_is_ignored(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    """A teacher that answers once a person scores the box beside its best next to 0; both show the same person."""
+    """An end-to-end teacher scores a duplicate of its best box near 0; both boxes contain the same person."""
     student = pair[0].eval()
-    best, beside, elsewhere = [10.0, 10.0, 30.0, 50.0], [11.0, 10.0, 31.0, 50.0], [40.0, 5.0, 60.0, 45.0]
+    best, duplicate, separate = [10.0, 10.0, 30.0, 50.0], [11.0, 10.0, 31.0, 50.0], [40.0, 5.0, 60.0, 45.0]
     with torch.no_grad():
         output = student(IMAGES)
-        once = roi_soft_label_losses(student, output, found([best, elsewhere], [0.9, 0.1]), clamp_min_one)
-        doubled = roi_soft_label_losses(
-            student, output, found([beside, best, elsewhere], [1e-9, 0.9, 0.1]), clamp_min_one
+        expected = roi_soft_label_losses(student, output, make_detections([best, separate], [0.9, 0.1]), clamp_min_one)
+        actual = roi_soft_label_losses(
+            student, output, make_detections([duplicate, best, separate], [1e-9, 0.9, 0.1]), clamp_min_one
         )
-    torch.testing.assert_close(doubled, once)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_empty_teacher_detections_give_zero_losses(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student = pair[0]
-    terms = roi_soft_label_losses(student, student(IMAGES), found([], []), clamp_min_one)
-    torch.stack(terms).sum().backward()
-    assert all(term == 0 for term in terms)
+    losses = roi_soft_label_losses(student, student(IMAGES), make_detections([], []), clamp_min_one)
+    torch.stack(losses).sum().backward()
+    assert all(loss == 0 for loss in losses)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
 def test_teacher_score_of_one_gives_finite_loss(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student = pair[0]
-    score, _ = roi_soft_label_losses(student, student(IMAGES), found([[5.0, 5.0, 30.0, 60.0]], [1.0]), clamp_min_one)
+    score, _ = roi_soft_label_losses(
+        student, student(IMAGES), make_detections([[5.0, 5.0, 30.0, 60.0]], [1.0]), clamp_min_one
+    )
     assert torch.isfinite(score) and score > 0
 
 

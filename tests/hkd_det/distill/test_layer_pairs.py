@@ -38,41 +38,46 @@ def _seeded() -> None:
 
 
 def make_thin_yolo() -> UltralyticsDetector:
-    layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
-    return UltralyticsDetector(UltralyticsSpec("yolo11n", layout))
+    model_yaml = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
+    return UltralyticsDetector(UltralyticsSpec("yolo11n", model_yaml))
 
 
 def compute_losses(
-    student: BaseDetector, teacher: BaseDetector, mine: list[str], other: list[str]
+    student: BaseDetector, teacher: BaseDetector, student_layers: list[str], teacher_layers: list[str]
 ) -> dict[str, Tensor]:
-    taught = HKDConfig(feature_layers=LayerPairs(tuple(mine), tuple(other)))
-    distiller = make_distiller(student, teacher, {"hkd": taught})
+    config = HKDConfig(feature_layers=LayerPairs(tuple(student_layers), tuple(teacher_layers)))
+    distiller = make_distiller(student, teacher, {"hkd": config})
     return distiller(IMAGES, TARGETS, 1.0)[1]
 
 
 def test_configured_layers_are_compared_in_order() -> None:
-    """Student and teacher are one model: the loss equals that of the outputs of the layers."""
-    twin, seen = HKDDetector(OURS).eval(), {}
-    # After bn2, the shortcut and the activation are computed in place.
-    names = ["backbone.body.layer3", "neck.outputs.2", "neck.laterals.1", "backbone.body.layer3.0.bn2"]
-    other = ["neck.outputs.1", "neck.downs.1", "backbone.body.layer4", "backbone.body.layer2.0.bn2"]
-    for name in (*names, *other):
-        twin.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.clone()}))
-    taught = HKDConfig(pyramid=1.0, fg_ratio=0.5, feature_layers=LayerPairs(tuple(names), tuple(other)))
-    distiller = make_distiller(twin, twin, {"hkd": taught})
+    """Student and teacher are the same model, so the loss follows from the outputs of its layers."""
+    detector, recorded = HKDDetector(OURS).eval(), {}
+    # The shortcut and the activation after bn2 change its output in place.
+    student_layers = ["backbone.body.layer3", "neck.outputs.2", "neck.laterals.1", "backbone.body.layer3.0.bn2"]
+    teacher_layers = ["neck.outputs.1", "neck.downs.1", "backbone.body.layer4", "backbone.body.layer2.0.bn2"]
+    for name in (*student_layers, *teacher_layers):
+        detector.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: recorded.update({name: out.clone()})
+        )
+    config = HKDConfig(
+        pyramid=1.0, fg_ratio=0.5, feature_layers=LayerPairs(tuple(student_layers), tuple(teacher_layers))
+    )
+    distiller = make_distiller(detector, detector, {"hkd": config})
     empty = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool))
     with torch.no_grad():
-        term = distiller(IMAGES, empty, 1.0)[1]["hkd_pyramid"]
+        loss = distiller(IMAGES, empty, 1.0)[1]["hkd_pyramid"]
         adapters = distiller.methods[0].levels.adapters
         errors = [
-            pkd_loss(adapter(seen[a]), seen[b]).mean() for adapter, a, b in zip(adapters, names, other, strict=True)
+            pkd_loss(adapter(recorded[s]), recorded[t]).mean()
+            for adapter, s, t in zip(adapters, student_layers, teacher_layers, strict=True)
         ]
-    torch.testing.assert_close(term, torch.stack(errors).mean())
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
 
 
 @pytest.mark.parametrize(
-    ("mine", "other"),
+    ("student_layers", "teacher_layers"),
     [
         (["neck.outputs.0", "neck.outputs.1"], ["network.model.19", "network.model.22"]),  # 8 and 16 to 16 and 32
         (["backbone.body.layer4", "neck.outputs.0"], ["network.model.2", "network.model.22"]),  # 32 to 4, 8 to 32
@@ -81,34 +86,34 @@ def test_configured_layers_are_compared_in_order() -> None:
 )
 @pytest.mark.parametrize("is_swapped", [False, True])
 def test_layers_of_different_strides_and_families_are_compared(
-    mine: list[str], other: list[str], is_swapped: bool
+    student_layers: list[str], teacher_layers: list[str], is_swapped: bool
 ) -> None:
     student, teacher = HKDDetector(OURS).train(), make_thin_yolo()
-    terms = (
-        compute_losses(teacher.train(), student, other, mine)
+    losses = (
+        compute_losses(teacher.train(), student, teacher_layers, student_layers)
         if is_swapped
-        else compute_losses(student, teacher, mine, other)
+        else compute_losses(student, teacher, student_layers, teacher_layers)
     )
     trainable = [p for p in (teacher if is_swapped else student).parameters() if p.requires_grad]
     for name in ("hkd_pyramid", "hkd_region"):
-        assert torch.isfinite(terms[name]) and terms[name] > 0
-        gradients = torch.autograd.grad(terms[name], trainable, retain_graph=True, allow_unused=True)
+        assert torch.isfinite(losses[name]) and losses[name] > 0
+        gradients = torch.autograd.grad(losses[name], trainable, retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
 
 
 def test_two_stage_models_compare_the_configured_layers() -> None:
     student, teacher = FasterRCNN(TWO_STAGE).eval(), FasterRCNN(TWO_STAGE)
-    one, four = ["backbone.body.layer2"], [f"backbone.fpn.layer_blocks.{level}" for level in range(4)]
-    assert compute_losses(student, teacher, one, ["backbone.fpn.layer_blocks.3"])["hkd_pyramid"] > 0
+    layer, pyramid = ["backbone.body.layer2"], [f"backbone.fpn.layer_blocks.{level}" for level in range(4)]
+    assert compute_losses(student, teacher, layer, ["backbone.fpn.layer_blocks.3"])["hkd_pyramid"] > 0
     torch.manual_seed(5)
-    named = compute_losses(student, teacher, four, four)["hkd_pyramid"]
+    named = compute_losses(student, teacher, pyramid, pyramid)["hkd_pyramid"]
     torch.manual_seed(5)
     assert compute_losses(student, teacher, [], [])["hkd_pyramid"] == named
 
 
 def test_configuring_the_defaults_changes_nothing() -> None:
     student, teacher = HKDDetector(OURS).eval(), HKDDetector(OURS)
-    names = [tap.name for tap in student.feature_info()]
+    names = [info.name for info in student.feature_info()]
     torch.manual_seed(5)
     automatic = compute_losses(student, teacher, [], [])
     torch.manual_seed(5)
@@ -129,6 +134,6 @@ def test_layer_pairs_are_read_from_recipe_and_override() -> None:
     recipe = {"hkd": {"feature_layers": {"student": ["neck.outputs.0"], "teacher": ["network.model.16"]}}}
     methods = parse_methods(recipe)
     assert methods["hkd"].feature_layers == LayerPairs(("neck.outputs.0",), ("network.model.16",))
-    given = override_method(recipe, "distill.hkd.feature_layers.student=neck.outputs.1,neck.outputs.2")
-    changed = parse_methods(given)
+    overridden = override_method(recipe, "distill.hkd.feature_layers.student=neck.outputs.1,neck.outputs.2")
+    changed = parse_methods(overridden)
     assert changed["hkd"].feature_layers.student == ("neck.outputs.1", "neck.outputs.2")

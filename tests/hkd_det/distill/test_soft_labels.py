@@ -1,4 +1,4 @@
-"""A dense student under a teacher's detections: hand-made cases, finite differences, and descent to the teacher."""
+"""Soft labels: loss values, gradients, training, and the soft labels inside HKD."""
 
 import math
 from copy import deepcopy
@@ -16,7 +16,7 @@ from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.distill.soft_labels import SoftLabelConfig
-from hkd_det.models import criterion as soft_points
+from hkd_det.models import criterion
 from hkd_det.models.assigner import AssignResult
 from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, Targets
 from hkd_det.models.criterion import MIN_TEACHER_SCORE, roi_soft_label_losses
@@ -39,140 +39,154 @@ def make_distiller(student: BaseDetector, teacher: Any, methods: dict[str, Any])
     return Distiller(student, teacher, build_methods(parse_methods(methods), student, teacher))
 
 
-def unknown(count: int = 1) -> Targets:
-    """Truth of pictures without labels: one ignore region each."""
-    everywhere = torch.tensor([[[0.0, 0.0, HW[1], HW[0]]]]).expand(count, -1, -1)
-    return Targets(everywhere, torch.zeros(count, 1, dtype=torch.bool), torch.ones(count, 1, dtype=torch.bool))
+def make_unlabeled_targets(count: int = 1) -> Targets:
+    """Return the targets of unlabeled images: one ignore region that covers the image."""
+    region = torch.tensor([[[0.0, 0.0, HW[1], HW[0]]]]).expand(count, -1, -1)
+    return Targets(region, torch.zeros(count, 1, dtype=torch.bool), torch.ones(count, 1, dtype=torch.bool))
 
 
-def person(*box: float) -> Targets:
+def make_person(*box: float) -> Targets:
     return Targets(torch.tensor([[box]]), torch.tensor([[True]]), torch.tensor([[False]]))
 
 
-def found(*scored: tuple[list[float], float], count: int = 1) -> DetectionBatch:
-    boxes = torch.tensor([box for box, _ in scored]).view(-1, 4)
-    return DetectionBatch((boxes,) * count, (torch.tensor([score for _, score in scored]),) * count)
+def make_detections(*items: tuple[list[float], float], count: int = 1) -> DetectionBatch:
+    """Return the same (box, score) pairs for `count` images."""
+    boxes = torch.tensor([box for box, _ in items]).view(-1, 4)
+    return DetectionBatch((boxes,) * count, (torch.tensor([score for _, score in items]),) * count)
 
 
-def student(logits: Tensor, boxes: Tensor, sides: Tensor | None = None) -> DenseOutputs:
+def make_outputs(logits: Tensor, boxes: Tensor, box_logits: Tensor | None = None) -> DenseOutputs:
     points, strides = make_anchors(HW, (8, 16, 32))
-    return DenseOutputs(BranchOutputs(logits, boxes, sides), None, points, strides, HW)
+    return DenseOutputs(BranchOutputs(logits, boxes, box_logits), None, points, strides, HW)
 
 
-def everywhere(box: list[float], score: float) -> DenseOutputs:
-    """A student that says the same box and score at each of its 126 points."""
+def make_constant_outputs(box: list[float], score: float) -> DenseOutputs:
+    """Return outputs with the same box and score at each of the 126 anchor points."""
     logit = math.log(score / (1 - score))
-    return student(torch.full((1, 126), logit), torch.tensor(box).expand(1, 126, 4))
+    return make_outputs(torch.full((1, 126), logit), torch.tensor(box).expand(1, 126, 4))
 
 
-def divergence(p: float, t: float) -> float:
+def compute_bernoulli_kl(p: float, t: float) -> float:
     return sum(a * math.log(a / b) for a, b in ((t, p), (1 - t, 1 - p)) if a > 0)
 
 
 def test_dense_targets_are_teacher_score_at_ten_points() -> None:
-    """All points lie inside the box at its exact place: ten of them answer, each by quality 1 times 0.6."""
+    """All predicted boxes equal the teacher box, so ten points (top-k) have the target 1 * 0.6."""
     whole = [-1.0, -1.0, 97.0, 65.0]
-    score, box = soft_points.dense_soft_label_losses(
-        everywhere(whole, 0.3), found((whole, 0.6)), unknown(), clamp_min_one
+    score, box = criterion.dense_soft_label_losses(
+        make_constant_outputs(whole, 0.3), make_detections((whole, 0.6)), make_unlabeled_targets(), clamp_min_one
     )
-    there, elsewhere = 0.3 * divergence(0.3, 0.6), 0.3 * divergence(0.3, 1e-4)
-    assert score.item() == pytest.approx((10 * there + 116 * elsewhere) / (10 * 0.6), rel=1e-3)
+    assigned, background = 0.3 * compute_bernoulli_kl(0.3, 0.6), 0.3 * compute_bernoulli_kl(0.3, 1e-4)
+    assert score.item() == pytest.approx((10 * assigned + 116 * background) / (10 * 0.6), rel=1e-3)
     assert box.item() == pytest.approx(0, abs=1e-6)
 
 
 def test_background_weight_scales_background_loss() -> None:
     whole = [-1.0, -1.0, 97.0, 65.0]
     full, half, none = (
-        soft_points.dense_soft_label_losses(
-            everywhere(whole, 0.3), found((whole, 0.6)), unknown(), clamp_min_one, silence
+        criterion.dense_soft_label_losses(
+            make_constant_outputs(whole, 0.3),
+            make_detections((whole, 0.6)),
+            make_unlabeled_targets(),
+            clamp_min_one,
+            background_weight,
         )[0].item()
-        for silence in (1.0, 0.5, 0.0)
+        for background_weight in (1.0, 0.5, 0.0)
     )
-    assert none == pytest.approx(10 * 0.3 * divergence(0.3, 0.6) / 6, rel=1e-3)
+    assert none == pytest.approx(10 * 0.3 * compute_bernoulli_kl(0.3, 0.6) / 6, rel=1e-3)
     assert half == pytest.approx((full + none) / 2)
 
 
 def test_missed_person_is_not_background() -> None:
-    """Points in the person's box are left alone, though the teacher sees nobody; those outside are not."""
-    prediction = everywhere(BOX, 0.3)
+    """Points inside a ground-truth box that the teacher misses have no loss; all other points are background."""
+    prediction = make_constant_outputs(BOX, 0.3)
     logits = prediction.one2many.logits.clone().requires_grad_()
     output = replace(prediction, one2many=replace(prediction.one2many, logits=logits))
-    soft_points.dense_soft_label_losses(output, found(), person(*BOX), clamp_min_one)[0].backward()
+    criterion.dense_soft_label_losses(output, make_detections(), make_person(*BOX), clamp_min_one)[0].backward()
     x, y = prediction.anchor_points.unbind(-1)
     inside = (x > BOX[0]) & (x < BOX[2]) & (y > BOX[1]) & (y < BOX[3])
     assert inside.sum() > 10 and not logits.grad[0, inside].any() and (logits.grad[0, ~inside] > 0).all()
 
 
 def test_box_loss_is_giou_weighted_by_target() -> None:
-    """The student's box is the upper half of the teacher's: quality 0.5 at its ten best points, GIoU 0.5."""
+    """The student box is the upper half of the teacher box: IoU and GIoU are 0.5 at the ten assigned points."""
     whole, half = [-1.0, -1.0, 97.0, 65.0], [-1.0, -1.0, 97.0, 32.0]
-    _, box = soft_points.dense_soft_label_losses(everywhere(half, 0.3), found((whole, 0.8)), unknown(), clamp_min_one)
+    _, box = criterion.dense_soft_label_losses(
+        make_constant_outputs(half, 0.3), make_detections((whole, 0.8)), make_unlabeled_targets(), clamp_min_one
+    )
     weight = 10 * 0.5 * 0.8
     assert box.item() == pytest.approx(weight * 0.5 / max(weight, 1.0), rel=1e-4)
 
 
 def test_box_below_min_score_is_ignored() -> None:
-    prediction = everywhere(BOX, 0.3)
-    none = soft_points.dense_soft_label_losses(prediction, found(), unknown(), clamp_min_one)
-    weak = soft_points.dense_soft_label_losses(
-        prediction, found((BOX, MIN_TEACHER_SCORE - 1e-3)), unknown(), clamp_min_one
+    prediction = make_constant_outputs(BOX, 0.3)
+    none = criterion.dense_soft_label_losses(prediction, make_detections(), make_unlabeled_targets(), clamp_min_one)
+    weak = criterion.dense_soft_label_losses(
+        prediction, make_detections((BOX, MIN_TEACHER_SCORE - 1e-3)), make_unlabeled_targets(), clamp_min_one
     )
     assert none[0] == weak[0] and none[1] == weak[1] == 0
 
 
 def test_soft_label_gradients_match_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Targets are constants of the step: frozen, the box term's gradient is its slope, the score term's is known."""
+    """The assignment is kept constant. The box gradient equals finite differences, the score gradient its formula."""
     rng = torch.Generator().manual_seed(1)
     logits = (torch.randn(1, 126, generator=rng, dtype=torch.double) - 1).requires_grad_()
-    sides = torch.randn(1, 126, 4, 8, generator=rng, dtype=torch.double).requires_grad_()
+    box_logits = torch.randn(1, 126, 4, 8, generator=rng, dtype=torch.double).requires_grad_()
     points, strides = make_anchors(HW, (8, 16, 32))
-    told = found((BOX, 0.7), ([60.0, 10.0, 80.0, 60.0], 0.4))
+    detections = make_detections((BOX, 0.7), ([60.0, 10.0, 80.0, 60.0], 0.4))
 
-    def terms(values: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_losses(values: Tensor) -> tuple[Tensor, Tensor]:
         boxes = dist2bbox(values, points, strides)
-        return soft_points.dense_soft_label_losses(student(logits, boxes, values), told, unknown(), clamp_min_one)
+        return criterion.dense_soft_label_losses(
+            make_outputs(logits, boxes, values), detections, make_unlabeled_targets(), clamp_min_one
+        )
 
-    kept: list[AssignResult] = []
-    work_out = soft_points.assign_soft_targets
-    monkeypatch.setattr(soft_points, "assign_soft_targets", lambda *given: kept.append(work_out(*given)) or kept[0])
-    score, box = terms(sides)
-    (of_score,) = torch.autograd.grad(score, logits, retain_graph=True)
-    s, t = logits.detach().sigmoid(), kept[0].target_scores.double().clamp(1e-4)
-    norm = kept[0].target_scores.sum().clamp(min=1)
-    torch.testing.assert_close(of_score, (s - t).abs() * (s - t) / norm, atol=1e-7, rtol=1e-4)
-    (of_box,) = torch.autograd.grad(box, sides)
-    assert of_box.abs().sum() > 0.01
+    assignments: list[AssignResult] = []
+    assign = criterion.assign_soft_targets
+
+    def assign_once(*args: Any) -> AssignResult:
+        assignments.append(assign(*args))
+        return assignments[0]
+
+    monkeypatch.setattr(criterion, "assign_soft_targets", assign_once)
+    score, box = compute_losses(box_logits)
+    (score_grad,) = torch.autograd.grad(score, logits, retain_graph=True)
+    s, t = logits.detach().sigmoid(), assignments[0].target_scores.double().clamp(1e-4)
+    avg_factor = assignments[0].target_scores.sum().clamp(min=1)
+    torch.testing.assert_close(score_grad, (s - t).abs() * (s - t) / avg_factor, atol=1e-7, rtol=1e-4)
+    (box_grad,) = torch.autograd.grad(box, box_logits)
+    assert box_grad.abs().sum() > 0.01
     for seed in range(3):
-        way = torch.randn(sides.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+        direction = torch.randn(box_logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
         with torch.no_grad():
-            slope = (terms(sides + 1e-5 * way)[1] - terms(sides - 1e-5 * way)[1]) / 2e-5
-        torch.testing.assert_close(slope, (of_box * way).sum(), atol=1e-6, rtol=1e-4)
+            slope = compute_losses(box_logits + 1e-5 * direction)[1] - compute_losses(box_logits - 1e-5 * direction)[1]
+        torch.testing.assert_close(slope / 2e-5, (box_grad * direction).sum(), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["ours", "yolo", "faster-rcnn"])
 def test_training_on_soft_labels_reaches_teacher_boxes(family: str) -> None:
     torch.manual_seed(0)
-    detector = detector_of(family)
-    taught = found((BOX, 0.9), ([60.0, 10.0, 84.0, 62.0], 0.5), count=2)
-    distiller = make_distiller(detector, Told(taught), {"soft_labels": SoftLabelConfig()})
+    detector = make_detector(family)
+    detections = make_detections((BOX, 0.9), ([60.0, 10.0, 84.0, 62.0], 0.5), count=2)
+    distiller = make_distiller(detector, ConstantTeacher(detections), {"soft_labels": SoftLabelConfig()})
     optimizer = torch.optim.Adam(detector.parameters(), lr=5e-3)
     detector.train()
     for _ in range(60):
-        terms = distiller(IMAGES, unknown(2), 1.0)[1]
-        assert terms.keys() == {"soft_cls", "soft_box"}
+        losses = distiller(IMAGES, make_unlabeled_targets(2), 1.0)[1]
+        assert losses.keys() == {"soft_cls", "soft_box"}
         optimizer.zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
     with torch.no_grad():
         output = detector(IMAGES)
         if isinstance(detector, FasterRCNN):
             output = replace(
-                output, proposals=tuple(box + torch.tensor([2.0, 1.0, -1.0, 2.0]) for box in taught.boxes_xyxy)
+                output, proposals=tuple(box + torch.tensor([2.0, 1.0, -1.0, 2.0]) for box in detections.boxes_xyxy)
             )
-        answers = detector.postprocess(output)
-    for boxes, scores in zip(answers.boxes_xyxy, answers.scores, strict=True):
-        overlap = box_iou(taught.boxes_xyxy[0], boxes[:2])
+        predictions = detector.postprocess(output)
+    for boxes, scores in zip(predictions.boxes_xyxy, predictions.scores, strict=True):
+        overlap = box_iou(detections.boxes_xyxy[0], boxes[:2])
         assert overlap.max(1).values.min() > 0.8, (boxes[:3], scores[:3])
         assert scores[overlap.argmax(1)].tolist() == pytest.approx([0.9, 0.5], abs=0.15)
         assert (scores[2:] < 0.3).all()
@@ -180,17 +194,17 @@ def test_training_on_soft_labels_reaches_teacher_boxes(family: str) -> None:
 
 def test_roi_losses_match_their_formulas() -> None:
     torch.manual_seed(0)
-    pupil = FasterRCNN(TWO_STAGE).eval()
-    told = found((BOX, 0.9), ([60.0, 2.0, 80.0, 50.0], 0.2))
+    student = FasterRCNN(TWO_STAGE).eval()
+    detections = make_detections((BOX, 0.9), ([60.0, 2.0, 80.0, 50.0], 0.2))
     with torch.no_grad():
-        output = replace(pupil(IMAGES[:1]), proposals=(torch.tensor([[0.0, 0.0, 4.0, 4.0]]),))  # near nobody
-        score, box = roi_soft_label_losses(pupil, output, told, clamp_min_one)
-        answer = pupil.forward_rois(output, told.boxes_xyxy)
-    wanted, weights = (torch.distributions.Bernoulli(probs=told.scores[0]), told.scores[0])
-    divergence = torch.distributions.kl_divergence(wanted, torch.distributions.Bernoulli(logits=answer.logits))
+        output = replace(student(IMAGES[:1]), proposals=(torch.tensor([[0.0, 0.0, 4.0, 4.0]]),))  # far from both boxes
+        score, box = roi_soft_label_losses(student, output, detections, clamp_min_one)
+        roi_outputs = student.forward_rois(output, detections.boxes_xyxy)
+    target, weights = torch.distributions.Bernoulli(probs=detections.scores[0]), detections.scores[0]
+    divergence = torch.distributions.kl_divergence(target, torch.distributions.Bernoulli(logits=roi_outputs.logits))
     torch.testing.assert_close(score, divergence.mean(), rtol=1e-4, atol=1e-6)
-    apart = 1 - generalized_box_iou(answer.boxes_xyxy, told.boxes_xyxy[0]).diagonal()
-    torch.testing.assert_close(box, (weights * apart).sum() / weights.sum(), rtol=1e-4, atol=1e-6)
+    giou_loss = 1 - generalized_box_iou(roi_outputs.boxes_xyxy, detections.boxes_xyxy[0]).diagonal()
+    torch.testing.assert_close(box, (weights * giou_loss).sum() / weights.sum(), rtol=1e-4, atol=1e-6)
 
 
 def record_outputs(model: BaseDetector) -> list[DenseOutputs]:
@@ -200,17 +214,17 @@ def record_outputs(model: BaseDetector) -> list[DenseOutputs]:
     return outputs
 
 
-class Told(torch.nn.Module):
-    """A teacher that always finds the same."""
+class ConstantTeacher(torch.nn.Module):
+    """A teacher that always returns the same detections."""
 
     capabilities = frozenset({"detections"})
 
-    def __init__(self, answer: DetectionBatch) -> None:
+    def __init__(self, detections: DetectionBatch) -> None:
         super().__init__()
-        self.answer = answer
+        self.detections = detections
 
-    def forward(self, _pictures: Tensor) -> DetectionBatch:
-        return self.answer
+    def forward(self, _images: Tensor) -> DetectionBatch:
+        return self.detections
 
     def postprocess(self, output: DetectionBatch, max_det: int = 100) -> DetectionBatch:
         assert max_det >= 2
@@ -220,127 +234,131 @@ class Told(torch.nn.Module):
         return []
 
 
-def detector_of(family: str) -> BaseDetector:
+def make_detector(family: str) -> BaseDetector:
     match family:
         case "ours":
             return HKDDetector(TINY)
         case "yolo":
-            return UltralyticsDetector(thin("yolo11n"))
+            return UltralyticsDetector(make_thin_spec("yolo11n"))
         case _:
             return FasterRCNN(TWO_STAGE)
 
 
-def thin(name: str) -> UltralyticsSpec:
-    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
-    return UltralyticsSpec(name, {**layout, "nc": 1})
+def make_thin_spec(name: str) -> UltralyticsSpec:
+    model_yaml = deepcopy(make_ultralytics_spec(name).model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
+    return UltralyticsSpec(name, {**model_yaml, "nc": 1})
 
 
 @pytest.mark.parametrize("teacher", ["ours", "yolo", "faster-rcnn"])
-@pytest.mark.parametrize("pupil", ["ours", "yolo", "faster-rcnn"])
-def test_soft_labels_train_every_pair_of_families(teacher: str, pupil: str) -> None:
+@pytest.mark.parametrize("student", ["ours", "yolo", "faster-rcnn"])
+def test_soft_labels_train_every_pair_of_families(teacher: str, student: str) -> None:
     torch.manual_seed(0)
-    mine = detector_of(pupil).train()
-    distiller = make_distiller(mine, detector_of(teacher), {"soft_labels": SoftLabelConfig()})
-    terms = distiller(IMAGES, unknown(2), 1.0)[1]
-    torch.stack(list(terms.values())).sum().backward()
-    assert terms.keys() == {"soft_cls", "soft_box"} and all(torch.isfinite(term) for term in terms.values())
-    assert any(p.grad is not None and p.grad.any() for p in mine.parameters())
+    student_model = make_detector(student).train()
+    distiller = make_distiller(student_model, make_detector(teacher), {"soft_labels": SoftLabelConfig()})
+    losses = distiller(IMAGES, make_unlabeled_targets(2), 1.0)[1]
+    torch.stack(list(losses.values())).sum().backward()
+    assert losses.keys() == {"soft_cls", "soft_box"} and all(torch.isfinite(loss) for loss in losses.values())
+    assert any(p.grad is not None and p.grad.any() for p in student_model.parameters())
 
 
 def test_hkd_uses_soft_labels_without_common_anchor_points() -> None:
-    """A two-stage teacher, and one of ours with other strides, over our student."""
+    """For a two-stage teacher, and for an HKDDetector with other strides."""
     torch.manual_seed(0)
     coarse = HKDDetector(replace(TINY, strides=(16, 32)))
     for teacher in (FasterRCNN(TWO_STAGE), coarse):
-        mine = HKDDetector(TINY).train()
-        distiller = make_distiller(mine, teacher, {"hkd": HKDConfig()})
-        outputs = record_outputs(mine)
-        terms = distiller(IMAGES, unknown(2), 1.0)[1]
+        student = HKDDetector(TINY).train()
+        distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
+        outputs = record_outputs(student)
+        losses = distiller(IMAGES, make_unlabeled_targets(2), 1.0)[1]
         (output,) = outputs
         with torch.no_grad():
-            told = teacher.eval().postprocess(teacher(IMAGES))
-        score, box = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
-        torch.testing.assert_close(terms["hkd_cls"], score)
-        torch.testing.assert_close(terms["hkd_box"], 0.5 * box)
+            detections = teacher.eval().postprocess(teacher(IMAGES))
+        score, box = criterion.dense_soft_label_losses(output, detections, make_unlabeled_targets(2), clamp_min_one)
+        torch.testing.assert_close(losses["hkd_cls"], score)
+        torch.testing.assert_close(losses["hkd_box"], 0.5 * box)
         assert score > 0
 
 
 def test_one2one_branch_with_boxes_receives_hkd_box_loss() -> None:
-    """YOLO26's is what is deployed, and nothing that `many` learns about boxes reaches it."""
+    """The one-to-one branch of YOLO26 has boxes of its own, which the box loss of `one2many` does not train."""
     torch.manual_seed(0)
-    mine, teacher = UltralyticsDetector(thin("yolo26n")).train(), HKDDetector(TINY)
-    distiller = make_distiller(mine, teacher, {"hkd": HKDConfig(box=1.0)})
-    outputs = record_outputs(mine)
-    told = distiller(IMAGES, unknown(2), 1.0)[1]["hkd_box"]
+    student, teacher = UltralyticsDetector(make_thin_spec("yolo26n")).train(), HKDDetector(TINY)
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig(box=1.0)})
+    outputs = record_outputs(student)
+    loss = distiller(IMAGES, make_unlabeled_targets(2), 1.0)[1]["hkd_box"]
     (output,) = outputs
     with torch.no_grad():
-        other = teacher(IMAGES)
-    assert output.one2one is not None and output.one2one.has_box_loss and other.one2one is not None
-    wanted = 0.0
-    for a, b in ((output.one2many, other.one2many), (output.one2one, other.one2one)):
+        teacher_outputs = teacher(IMAGES)
+    assert output.one2one is not None and output.one2one.has_box_loss and teacher_outputs.one2one is not None
+    expected = 0.0
+    for a, b in ((output.one2many, teacher_outputs.one2many), (output.one2one, teacher_outputs.one2one)):
         distance = 1 - torch.stack(
             [generalized_box_iou(a.boxes_xyxy[i], b.boxes_xyxy[i]).diagonal() for i in range(len(IMAGES))]
         )
         confidence = b.logits.sigmoid()
-        wanted += (confidence * distance).sum() / confidence.sum().clamp(min=1)
-    torch.testing.assert_close(told, wanted)
-    (gradient,) = torch.autograd.grad(told, output.one2one.boxes_xyxy)
+        expected += (confidence * distance).sum() / confidence.sum().clamp(min=1)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, output.one2one.boxes_xyxy)
     assert gradient.any()
 
 
 def test_one2one_branch_learns_from_teacher_detections() -> None:
-    """YOLO11 over ours: its points one by one for `many`, what is left after suppression for `one`."""
+    """The one-to-many branch imitates the logits of YOLO11, the one-to-one branch its detections after suppression."""
     torch.manual_seed(0)
-    mine, teacher = HKDDetector(TINY).train(), UltralyticsDetector(thin("yolo11n"))
-    distiller = make_distiller(mine, teacher, {"hkd": HKDConfig()})
-    outputs = record_outputs(mine)
-    terms = distiller(IMAGES, unknown(2), 1.0)[1]
+    student, teacher = HKDDetector(TINY).train(), UltralyticsDetector(make_thin_spec("yolo11n"))
+    distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})
+    outputs = record_outputs(student)
+    losses = distiller(IMAGES, make_unlabeled_targets(2), 1.0)[1]
     (output,) = outputs
     with torch.no_grad():
-        other = teacher.eval()(IMAGES)
-        told = teacher.postprocess(other)
-    assert output.one2one is not None and other.one2one is None
-    pointwise = quality_focal_kd_loss(output.one2many.logits, other.one2many.logits).sum()
-    by_points = pointwise / other.one2many.logits.sigmoid().sum().clamp(min=1)
-    by_detections, boxes = soft_points.dense_soft_label_losses(output, told, unknown(2), clamp_min_one)
-    many_alone, boxes_alone = soft_points.dense_soft_label_losses(
-        replace(output, one2one=None), told, unknown(2), clamp_min_one
+        teacher_outputs = teacher.eval()(IMAGES)
+        detections = teacher.postprocess(teacher_outputs)
+    assert output.one2one is not None and teacher_outputs.one2one is None
+    pointwise = quality_focal_kd_loss(output.one2many.logits, teacher_outputs.one2many.logits).sum()
+    by_points = pointwise / teacher_outputs.one2many.logits.sigmoid().sum().clamp(min=1)
+    by_detections, boxes = criterion.dense_soft_label_losses(
+        output, detections, make_unlabeled_targets(2), clamp_min_one
     )
-    torch.testing.assert_close(terms["hkd_cls"], by_points + by_detections - many_alone)
-    torch.testing.assert_close(boxes, boxes_alone)  # ours has no boxes of its own in that branch
-    (gradient,) = torch.autograd.grad(terms["hkd_cls"], output.one2one.logits)
+    many_only, boxes_only = criterion.dense_soft_label_losses(
+        replace(output, one2one=None), detections, make_unlabeled_targets(2), clamp_min_one
+    )
+    torch.testing.assert_close(losses["hkd_cls"], by_points + by_detections - many_only)
+    torch.testing.assert_close(boxes, boxes_only)  # the one-to-one branch has no boxes of its own
+    (gradient,) = torch.autograd.grad(losses["hkd_cls"], output.one2one.logits)
     assert gradient.any()
 
 
 def test_targets_mode_perturbs_logits_of_detections() -> None:
     torch.manual_seed(0)
-    told = found((BOX, 0.8), (BOX, 0.3), count=400)
+    detections = make_detections((BOX, 0.8), (BOX, 0.3), count=400)
     noisy = NoisyTeacher(
         NoisyTeacherConfig("targets", alpha=0.5, sigma=0.2, granularity="sample"), None, None
-    ).perturb_teacher(told)
-    assert isinstance(noisy, DetectionBatch) and noisy.boxes_xyxy is told.boxes_xyxy
-    factors = torch.stack(noisy.scores).logit() / torch.stack(told.scores).logit()
-    torch.testing.assert_close(factors[:, 0], factors[:, 1])  # one for a whole picture
-    still = (factors[:, 0] - 1).abs() < 1e-5
-    assert 0.4 < still.float().mean() < 0.6
-    moved = factors[~still, 0]
-    assert moved.mean().item() == pytest.approx(1, abs=0.05) and moved.std().item() == pytest.approx(0.2, abs=0.04)
+    ).perturb_teacher(detections)
+    assert isinstance(noisy, DetectionBatch) and noisy.boxes_xyxy is detections.boxes_xyxy
+    factors = torch.stack(noisy.scores).logit() / torch.stack(detections.scores).logit()
+    torch.testing.assert_close(factors[:, 0], factors[:, 1])  # one factor per image
+    is_unchanged = (factors[:, 0] - 1).abs() < 1e-5
+    assert 0.4 < is_unchanged.float().mean() < 0.6
+    changed = factors[~is_unchanged, 0]
+    assert changed.mean().item() == pytest.approx(1, abs=0.05) and changed.std().item() == pytest.approx(0.2, abs=0.04)
     certain = NoisyTeacher(NoisyTeacherConfig("targets", alpha=1.0), None, None).perturb_teacher(
-        found((BOX, 1.0), (BOX, 0.0))
+        make_detections((BOX, 1.0), (BOX, 0.0))
     )
     assert all(0 <= score <= 1 for score in certain.scores[0])
 
 
 def test_teacher_detections_are_computed_once() -> None:
-    class Counting(Told):
-        asked = 0
+    class CountingTeacher(ConstantTeacher):
+        num_calls = 0
 
         def postprocess(self, output: DetectionBatch, max_det: int = 100) -> DetectionBatch:
-            self.asked += 1
+            self.num_calls += 1
             return super().postprocess(output, max_det)
 
-    teacher = Counting(found((BOX, 0.5)))
-    mine = HKDDetector(TINY)
-    batch = DistillationBatch(IMAGES, unknown(2), mine, teacher, mine(IMAGES), teacher.answer, {}, {}, clamp_min_one)
-    assert batch.teacher_detections is batch.teacher_detections and teacher.asked == 1
+    teacher = CountingTeacher(make_detections((BOX, 0.5)))
+    student = HKDDetector(TINY)
+    batch = DistillationBatch(
+        IMAGES, make_unlabeled_targets(2), student, teacher, student(IMAGES), teacher.detections, {}, {}, clamp_min_one
+    )
+    assert batch.teacher_detections is batch.teacher_detections and teacher.num_calls == 1

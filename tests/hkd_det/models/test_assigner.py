@@ -56,7 +56,7 @@ def test_assign_masks_background_in_ignore_regions() -> None:
 
 
 def test_assign_box_smaller_than_a_cell_gets_a_point() -> None:
-    tiny_box = [7.0, 7.0, 9.0, 9.0]  # no cell centre inside
+    tiny_box = [7.0, 7.0, 9.0, 9.0]  # no cell center inside
     result = TaskAlignedAssigner(topk=1)(*make_predictions(tiny_box), POINTS, STRIDES, make_targets(tiny_box))
     assert int(result.fg_mask.sum()) == 1
 

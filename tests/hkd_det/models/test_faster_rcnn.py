@@ -1,4 +1,4 @@
-"""Faster R-CNN: detections and losses of torchvision's model, and ignore regions."""
+"""Faster R-CNN compared with torchvision: detections and losses; and ignore regions."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,10 +15,7 @@ from hkd_det.models.backbone import Backbone
 from hkd_det.models.base import Targets
 from hkd_det.models.checkpoint import build_from_spec, spec_from_dict, spec_to_dict
 from hkd_det.models.criterion import IGNORE_LABEL, mark_ignored_anchors
-from hkd_det.models.faster_rcnn import (
-    FasterRCNN,
-    FasterRCNNSpec,
-)
+from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.ops.boxes import pairwise_intersection
 
 TINY = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
@@ -47,8 +44,8 @@ def tiny() -> FasterRCNN:
 
 
 @pytest.fixture(scope="module")
-def twins() -> tuple[FasterRCNN, TorchvisionFasterRCNN]:
-    """Our model and torchvision's with the same weights."""
+def model_pair() -> tuple[FasterRCNN, TorchvisionFasterRCNN]:
+    """Return our model and torchvision's model with the same weights."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5
@@ -64,32 +61,32 @@ def twins() -> tuple[FasterRCNN, TorchvisionFasterRCNN]:
     return ours, reference
 
 
-def test_predict_equals_torchvision(twins: tuple[FasterRCNN, TorchvisionFasterRCNN]) -> None:
-    ours, reference = (model.eval() for model in twins)
+def test_predict_equals_torchvision(model_pair: tuple[FasterRCNN, TorchvisionFasterRCNN]) -> None:
+    ours, reference = (model.eval() for model in model_pair)
     with torch.no_grad():
         expected = reference(list(IMAGES.float() / 255))
         boxes, scores = ours.predict(IMAGES, max_det=50)
-    for b, one in enumerate(expected):
-        count = len(one["scores"])
+    for b, detections in enumerate(expected):
+        count = len(detections["scores"])
         assert count > 5
-        torch.testing.assert_close(scores[b, :count], one["scores"], atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(boxes[b, :count], one["boxes"], atol=2e-2, rtol=1e-3)
+        torch.testing.assert_close(scores[b, :count], detections["scores"], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(boxes[b, :count], detections["boxes"], atol=2e-2, rtol=1e-3)
         assert not scores[b, count:].any() and not boxes[b, count:].any()
 
 
-def test_losses_equal_torchvision(twins: tuple[FasterRCNN, TorchvisionFasterRCNN]) -> None:
-    ours, reference = (model.train() for model in twins)
+def test_losses_equal_torchvision(model_pair: tuple[FasterRCNN, TorchvisionFasterRCNN]) -> None:
+    ours, reference = (model.train() for model in model_pair)
     targets = [{"boxes": boxes, "labels": torch.ones(2, dtype=torch.int64)} for boxes in TWO.boxes_xyxy]
     sample_everything(ours)
     sample_everything(reference)
     expected = reference(list(IMAGES.float() / 255), targets)
     losses = ours.loss(ours(IMAGES), TWO)
-    for mine, other in {
+    for name, reference_name in {
         "rpn_cls": "loss_objectness", "rpn_box": "loss_rpn_box_reg",
         "cls": "loss_classifier", "box": "loss_box_reg",
     }.items():  # fmt: skip
-        assert losses[mine] > 0
-        torch.testing.assert_close(losses[mine], expected[other], atol=1e-4, rtol=1e-3)
+        assert losses[name] > 0
+        torch.testing.assert_close(losses[name], expected[reference_name], atol=1e-4, rtol=1e-3)
 
 
 def test_losses_have_gradients_for_all_weights(tiny: FasterRCNN) -> None:
@@ -118,15 +115,15 @@ def test_ignore_region_has_no_influence_on_the_first_stage(tiny: FasterRCNN) -> 
     output = tiny.train()(IMAGES)
     objectness = output.objectness.detach().requires_grad_()
     tiny.loss(replace(output, objectness=objectness), targets_with_region)["rpn_cls"].backward()
-    seen = output.anchors_xyxy.clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))
-    area = (seen[:, 2:] - seen[:, :2]).prod(-1)  # of the part inside the image
-    inside = pairwise_intersection(seen, torch.tensor([region]))[:, 0] >= 0.5 * area
-    apart = box_iou(output.anchors_xyxy, torch.tensor([[10.0, 5.0, 30.0, 60.0]]))[:, 0] == 0
-    assert (inside & apart).sum() > 50 and not objectness.grad[:, inside & apart].any()
-    assert objectness.grad[:, ~inside & apart].all()
+    clipped = output.anchors_xyxy.clamp(min=torch.zeros(4), max=torch.tensor([96.0, 64.0, 96.0, 64.0]))
+    area = (clipped[:, 2:] - clipped[:, :2]).prod(-1)
+    inside = pairwise_intersection(clipped, torch.tensor([region]))[:, 0] >= 0.5 * area
+    is_background = box_iou(output.anchors_xyxy, torch.tensor([[10.0, 5.0, 30.0, 60.0]]))[:, 0] == 0
+    assert (inside & is_background).sum() > 50 and not objectness.grad[:, inside & is_background].any()
+    assert objectness.grad[:, ~inside & is_background].all()
     objectness.grad = None
     tiny.loss(replace(output, objectness=objectness), make_targets([[10.0, 5.0, 30.0, 60.0]]))["rpn_cls"].backward()
-    assert objectness.grad[:, inside & apart].all()  # without the region they count
+    assert objectness.grad[:, inside & is_background].all()  # sampled without the region
 
 
 def test_ignore_region_has_no_influence_on_the_second_stage(tiny: FasterRCNN) -> None:
@@ -135,12 +132,14 @@ def test_ignore_region_has_no_influence_on_the_second_stage(tiny: FasterRCNN) ->
     outside = torch.tensor([[0.0, 0.0, 35.0, 64.0], [12.0, 6.0, 30.0, 58.0]])
     inside_region = torch.tensor([[45.0, 5.0, 60.0, 50.0], [70.0, 20.0, 90.0, 64.0]])
     targets_with_region = make_targets([person], [region])
-    alone = tiny.loss(replace(output, proposals=(outside, outside)), targets_with_region)
-    more = torch.cat([outside, inside_region])
+    expected = tiny.loss(replace(output, proposals=(outside, outside)), targets_with_region)
+    all_boxes = torch.cat([outside, inside_region])
     torch.testing.assert_close(
-        tiny.loss(replace(output, proposals=(more, more)), targets_with_region)["cls"], alone["cls"]
+        tiny.loss(replace(output, proposals=(all_boxes, all_boxes)), targets_with_region)["cls"], expected["cls"]
     )
-    assert tiny.loss(replace(output, proposals=(more, more)), make_targets([person]))["cls"] != alone["cls"]
+    assert (
+        tiny.loss(replace(output, proposals=(all_boxes, all_boxes)), make_targets([person]))["cls"] != expected["cls"]
+    )
 
 
 corner = st.integers(0, 40)
@@ -149,15 +148,14 @@ corner = st.integers(0, 40)
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(corner, corner, corner, corner), min_size=1, max_size=6), st.integers(0, 2))
 def test_mark_ignored_anchors_equals_pixel_counts(corners: list[tuple[int, int, int, int]], label: int) -> None:
-    """Against a count of pixels."""
     boxes = [(min(a, c), min(b, d), max(a, c) + 1, max(b, d) + 1) for a, b, c, d in corners]
     region = (10, 10, 31, 35)
     labels = torch.full((len(boxes),), label)
     actual = mark_ignored_anchors(labels, torch.tensor(boxes).float(), torch.tensor([region]).float())
-    for (x1, y1, x2, y2), one in zip(boxes, actual.tolist(), strict=True):
+    for (x1, y1, x2, y2), actual_label in zip(boxes, actual.tolist(), strict=True):
         inside = sum(10 <= x < 31 and 10 <= y < 35 for x in range(x1, x2) for y in range(y1, y2))
-        mostly = 2 * inside >= (x2 - x1) * (y2 - y1)
-        assert one == (IGNORE_LABEL if mostly and label == 0 else label)
+        is_mostly_inside = 2 * inside >= (x2 - x1) * (y2 - y1)
+        assert actual_label == (IGNORE_LABEL if is_mostly_inside and label == 0 else label)
 
 
 def test_split_ignored_drops_padding() -> None:
@@ -186,20 +184,22 @@ def test_feature_info_names_the_pooled_features(tiny: FasterRCNN) -> None:
 
     recorder = FeatureHooks(tiny, [layer.name for layer in tiny.feature_info()])
     output = tiny(IMAGES)
-    for tap, mine, other in zip(tiny.feature_info(), recorder.pop(), output.features, strict=True):
-        assert torch.equal(mine, other) and mine.shape == (2, tap.channels, 64 // tap.stride, 96 // tap.stride)
+    for info, recorded, expected in zip(tiny.feature_info(), recorder.pop(), output.features, strict=True):
+        assert torch.equal(recorded, expected)
+        assert recorded.shape == (2, info.channels, 64 // info.stride, 96 // info.stride)
 
 
 def test_prunable_layers_are_in_the_backbone(tiny: FasterRCNN) -> None:
-    names = dict(tiny.named_modules())
-    inner = tiny.prunable_layers()
-    assert len(inner) == 8 and all(names[one.consumers[0]].in_channels == names[one.conv].out_channels for one in inner)
+    modules = dict(tiny.named_modules())
+    layers = tiny.prunable_layers()
+    assert len(layers) == 8
+    assert all(modules[layer.consumers[0]].in_channels == modules[layer.conv].out_channels for layer in layers)
 
 
 def test_spec_dict_round_trip(tiny: FasterRCNN) -> None:
-    again = build_from_spec(spec_from_dict(spec_to_dict(TINY)))
-    assert again.spec == TINY
-    again.load_state_dict(tiny.state_dict())
+    rebuilt = build_from_spec(spec_from_dict(spec_to_dict(TINY)))
+    assert rebuilt.spec == TINY
+    rebuilt.load_state_dict(tiny.state_dict())
 
 
 def test_backbone_has_scaled_stages(tiny: FasterRCNN) -> None:

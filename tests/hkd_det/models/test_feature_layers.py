@@ -1,4 +1,4 @@
-"""Listed feature layers against the strides and widths in the definitions of the networks."""
+"""Feature layers: listing, lookup by name and the printed table."""
 
 from copy import deepcopy
 
@@ -18,9 +18,9 @@ TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=24, head_width
 
 
 def make_thin_yolo(name: str) -> UltralyticsDetector:
-    layout = deepcopy(make_ultralytics_spec(name).model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
-    return UltralyticsDetector(UltralyticsSpec(name, layout))
+    model_yaml = deepcopy(make_ultralytics_spec(name).model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
+    return UltralyticsDetector(UltralyticsSpec(name, model_yaml))
 
 
 def list_part(detector: BaseDetector, part: str) -> list[tuple[str, int, int]]:
@@ -64,13 +64,13 @@ def test_list_yolo_has_the_layers_of_its_definition(name: str) -> None:
         is_downsampling = any(m.stride == (2, 2) for m in layer.modules() if isinstance(m, nn.Conv2d))
         strides.append(before // 2 if isinstance(layer, nn.Upsample) else before * 2 if is_downsampling else before)
     layers = list_part(detector, "backbone") + list_part(detector, "neck")
-    assert len(layers) > 8 and {tap.name for tap in detector.feature_info()} <= {name for name, _, _ in layers}
+    assert len(layers) > 8 and {info.name for info in detector.feature_info()} <= {name for name, _, _ in layers}
     for layer, stride, channels in layers:
         block = modules[int(layer.rpartition(".")[2])]
         last = [m for m in block.modules() if isinstance(m, nn.Conv2d)] if block.type.endswith("Conv") else [block.cv2]
         assert stride == strides[block.i]
         assert channels == getattr(last[-1], "conv", last[-1]).out_channels
-    kinds = {one.partition("model.")[2].split(".")[1] for one, _, _ in list_part(detector, "head")}
+    kinds = {name.partition("model.")[2].split(".")[1] for name, _, _ in list_part(detector, "head")}
     assert kinds == {"cv2", "cv3"} | ({"one2one_cv2", "one2one_cv3"} if detector.is_end2end else set())
 
 

@@ -1,4 +1,4 @@
-"""YOLO models against the inference of Ultralytics, its files, and the missing package."""
+"""YOLO models compared with Ultralytics: inference, model files, and a missing package."""
 
 import subprocess
 import sys
@@ -98,10 +98,10 @@ def test_predict_end2end_model_equals_ultralytics(name: str) -> None:
     torch.testing.assert_close(torch.stack(detections.boxes_xyxy), boxes)
 
 
-def assert_same_detections(boxes: Tensor, scores: Tensor, other_boxes: Tensor, other_scores: Tensor) -> None:
+def assert_same_detections(boxes: Tensor, scores: Tensor, expected_boxes: Tensor, expected_scores: Tensor) -> None:
     """Compare two lists of detections one to one. The order of scores that are equal up to rounding may differ."""
-    same = torch.isclose(scores[:, None], other_scores, rtol=1e-4, atol=1e-7)
-    same &= torch.isclose(boxes[:, None], other_boxes, atol=1e-3, rtol=1e-5).all(-1)
+    same = torch.isclose(scores[:, None], expected_scores, rtol=1e-4, atol=1e-7)
+    same &= torch.isclose(boxes[:, None], expected_boxes, atol=1e-3, rtol=1e-5).all(-1)
     assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all()
 
 
@@ -130,14 +130,18 @@ def test_training_and_eval_mode_return_the_same_outputs(name: str) -> None:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     train_outputs = detector(make_images())
-    for mine, other in ((eval_outputs.one2many, train_outputs.one2many), (eval_outputs.one2one, train_outputs.one2one)):
-        if mine is not None and other is not None:
-            assert torch.equal(mine.logits, other.logits) and torch.equal(mine.boxes_xyxy, other.boxes_xyxy)
+    pairs = ((eval_outputs.one2many, train_outputs.one2many), (eval_outputs.one2one, train_outputs.one2one))
+    for eval_branch, train_branch in pairs:
+        if eval_branch is not None and train_branch is not None:
+            assert torch.equal(eval_branch.logits, train_branch.logits)
+            assert torch.equal(eval_branch.boxes_xyxy, train_branch.boxes_xyxy)
     losses = DetectionCriterion()(train_outputs, make_targets())
     assert ("box_one2one" in losses) == (name == "yolo26n") and ("dfl" in losses) == (name == "yolo11n")
     assert torch.isfinite(sum_losses(losses))
     branches = [branch for branch in (train_outputs.one2many, train_outputs.one2one) if branch is not None]
-    torch.stack([out.square().mean() for one in branches for out in (one.logits, one.boxes_xyxy)]).sum().backward()
+    torch.stack(
+        [out.square().mean() for branch in branches for out in (branch.logits, branch.boxes_xyxy)]
+    ).sum().backward()
     untrained = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not untrained
 
@@ -147,8 +151,8 @@ def test_one2one_gradient_does_not_reach_the_neck() -> None:
     losses = DetectionCriterion()(detector(make_images()), make_targets())
     torch.stack([term for name, term in losses.items() if name.endswith("_one2one")]).sum().backward()
     head = f"network.model.{len(detector.network.model) - 1}.one2one_"
-    touched = {name for name, parameter in detector.named_parameters() if parameter.grad is not None}
-    assert touched and all(name.startswith(head) for name in touched)
+    trained = {name for name, parameter in detector.named_parameters() if parameter.grad is not None}
+    assert trained and all(name.startswith(head) for name in trained)
 
 
 def test_initial_scores_are_the_prior() -> None:
@@ -161,45 +165,45 @@ def test_initial_scores_are_the_prior() -> None:
 @pytest.mark.parametrize("name", [*NAMES, "yolov8n-p2"])
 def test_feature_info_describes_the_inputs_of_the_head(name: str) -> None:
     detector = UltralyticsDetector(make_thin_spec(name)).eval()
-    modules, seen = dict(detector.named_modules()), {}
-    for tap in detector.feature_info():
-        modules[tap.name].register_forward_hook(lambda _m, _i, out, name=tap.name: seen.update({name: out}))
+    modules, recorded = dict(detector.named_modules()), {}
+    for info in detector.feature_info():
+        modules[info.name].register_forward_hook(lambda _m, _i, out, name=info.name: recorded.update({name: out}))
     maps = detector.forward_features(make_images())
-    for tap, level in zip(detector.feature_info(), maps, strict=True):
-        assert seen[tap.name] is level
-        assert level.shape == (2, tap.channels, HW[0] // tap.stride, HW[1] // tap.stride)
-    assert [tap.stride for tap in detector.feature_info()] == ([4, 8, 16, 32] if "p2" in name else [8, 16, 32])
+    for info, level in zip(detector.feature_info(), maps, strict=True):
+        assert recorded[info.name] is level
+        assert level.shape == (2, info.channels, HW[0] // info.stride, HW[1] // info.stride)
+    assert [info.stride for info in detector.feature_info()] == ([4, 8, 16, 32] if "p2" in name else [8, 16, 32])
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
 def test_prunable_layers_are_read_by_their_consumer_only(name: str) -> None:
     """Shifting a channel has no effect if the weights of the consumer for it are 0."""
     detector = make_random_detector(make_thin_spec(name))
-    inner = detector.prunable_layers()
-    assert len(inner) > 5
+    layers = detector.prunable_layers()
+    assert len(layers) > 5
     modules: dict[str, Any] = dict(detector.named_modules())
     with torch.no_grad():
-        for layer in inner:
+        for layer in layers:
             assert modules[layer.conv].out_channels == modules[layer.norms[0]].num_features
             assert modules[layer.consumers[0]].in_channels == modules[layer.conv].out_channels
             modules[layer.consumers[0]].weight[:, 0] = 0
         before = detector(make_images()).one2many.logits
-        for layer in inner:
+        for layer in layers:
             modules[layer.norms[0]].bias[0] += 3.0
         assert torch.equal(detector(make_images()).one2many.logits, before)
-        modules[inner[0].norms[0]].bias[1] += 3.0
+        modules[layers[0].norms[0]].bias[1] += 3.0
         assert not torch.equal(detector(make_images()).one2many.logits, before)
 
 
 def test_spec_dict_round_trip_with_several_classes() -> None:
     spec = make_thin_spec("yolo26n", 3, 1)
-    again = spec_from_dict(spec_to_dict(spec))
-    assert again == spec
+    restored = spec_from_dict(spec_to_dict(spec))
+    assert restored == spec
     detector = make_random_detector(spec)
-    twin = build_from_spec(again, NO_CHANGES).eval()
-    twin.load_state_dict(detector.state_dict())
+    rebuilt = build_from_spec(restored, NO_CHANGES).eval()
+    rebuilt.load_state_dict(detector.state_dict())
     with torch.no_grad():
-        assert torch.equal(twin(make_images()).one2many.logits, detector(make_images()).one2many.logits)
+        assert torch.equal(rebuilt(make_images()).one2many.logits, detector(make_images()).one2many.logits)
 
 
 def test_named_model_has_the_parameters_of_ultralytics() -> None:
@@ -236,14 +240,14 @@ def test_unsupported_models_raise() -> None:
 
 def test_model_yaml_cannot_run_code(tmp_path: Path) -> None:
     """Ultralytics passes `activation` to `eval` and looks up layer names in the globals of its module."""
-    spec, mark = make_thin_spec("yolov8n"), tmp_path / "mark"
-    evil = {**spec.model_yaml, "activation": f"open({str(mark)!r}, 'w') and nn.SiLU()"}
+    spec, marker = make_thin_spec("yolov8n"), tmp_path / "marker"
+    malicious = {**spec.model_yaml, "activation": f"open({str(marker)!r}, 'w') and nn.SiLU()"}
     with pytest.raises(UsageError, match="does not build"):
-        UltralyticsDetector(UltralyticsSpec("evil", evil))
+        UltralyticsDetector(UltralyticsSpec("malicious", malicious))
     backbone = [[-1, 1, "check_requirements", ["left-pad"]], *spec.model_yaml["backbone"][1:]]
     with pytest.raises(UsageError, match="does not build"):
-        UltralyticsDetector(UltralyticsSpec("evil", {**spec.model_yaml, "backbone": backbone}))
-    assert not mark.exists()
+        UltralyticsDetector(UltralyticsSpec("malicious", {**spec.model_yaml, "backbone": backbone}))
+    assert not marker.exists()
 
 
 def write_ultralytics_file(path: Path, spec: UltralyticsSpec, names: dict[int, str]) -> UltralyticsDetector:
@@ -262,11 +266,11 @@ def test_load_ultralytics_selects_the_person_class(name: str, tmp_path: Path) ->
     )
     before = torch.serialization.get_safe_globals()
     assert is_ultralytics_file(tmp_path / "some.pt")
-    read = load_ultralytics(tmp_path / "some.pt")
-    assert read.spec.person_class_id == 1 and read.spec.name == "some" and not read.training
+    loaded = load_ultralytics(tmp_path / "some.pt")
+    assert loaded.spec.person_class_id == 1 and loaded.spec.name == "some" and not loaded.training
     detector.network.half().float()
     with torch.no_grad():
-        assert torch.equal(read(make_images()).one2many.logits, detector(make_images()).one2many.logits)
+        assert torch.equal(loaded(make_images()).one2many.logits, detector(make_images()).one2many.logits)
     assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
@@ -285,25 +289,25 @@ def test_load_ultralytics_rejects_unfit_files(tmp_path: Path) -> None:
         load_ultralytics(path)
 
 
-class Bomb:
+class CodeRunner:
     """Creates a file when it is unpickled."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.mark,))
+        return (Path.touch, (self.marker,))
 
 
 def test_load_ultralytics_cannot_run_code(tmp_path: Path) -> None:
-    path, mark = tmp_path / "some.pt", tmp_path / "mark"
+    path, marker = tmp_path / "some.pt", tmp_path / "marker"
     network = make_random_detector(make_thin_spec("yolov8n")).network
-    network.names = Bomb(mark)
+    network.names = CodeRunner(marker)
     torch.save({"model": network}, path)
     assert is_ultralytics_file(path)
     with pytest.raises(DataError, match="can be loaded safely"):
         load_ultralytics(path)
-    assert not mark.exists()
+    assert not marker.exists()
 
 
 IMPORTS = """
@@ -327,10 +331,10 @@ assert state() == before, "changed"
 @pytest.mark.slow
 def test_import_of_ultralytics_has_no_side_effects(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin", "HOME": str(tmp_path), "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", "-c", IMPORTS], capture_output=True, text=True, check=False, env=environment
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 def test_missing_ultralytics_raises_with_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,11 +90,11 @@ def test_score_decay_ignores_empty_boxes() -> None:
 @given(st.integers(0, 10_000))
 def test_suppress_duplicates_sorts_by_score(seed: int) -> None:
     boxes, logits = random_crowd(seed)
-    found, scores = suppress_duplicates(boxes, logits)
+    kept_boxes, scores = suppress_duplicates(boxes, logits)
     assert (scores.diff() <= 0).all()
     torch.testing.assert_close(scores[0, 0], logits[0, 0].sigmoid())
     unsuppressed = decay_duplicate_scores(boxes, logits)[0]
-    for box, score in zip(found[0], scores[0], strict=True):
+    for box, score in zip(kept_boxes[0], scores[0], strict=True):
         assert (unsuppressed[(boxes[0] == box).all(1)] == score).any()
 
 
@@ -102,7 +102,7 @@ def test_suppress_duplicates_sorts_by_score(seed: int) -> None:
 def test_score_decay_agrees_with_nms_at_both_limits(seed: int) -> None:
     """NMS at 0.6 keeps all boxes with full scores; boxes that NMS at 0.8 removes have score 0."""
     boxes, _ = random_crowd(seed, NMS_TOPK // 2, 150.0)
-    boxes[:, 1::2] = boxes[:, ::2] + 1  # neighbours in rank: nearly the same
+    boxes[:, 1::2] = boxes[:, ::2] + 1  # boxes of adjacent rank are near duplicates
     logits = torch.linspace(4, -4, NMS_TOPK // 2)[None]
     score, unsuppressed = decay_duplicate_scores(boxes, logits)[0], logits[0].sigmoid()
     kept = {end: set(nms(boxes[0], unsuppressed, end).tolist()) for end in IOU_LIMITS}

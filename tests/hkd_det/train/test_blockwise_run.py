@@ -1,4 +1,4 @@
-"""Whole small runs with `--distill blockwise`: from a teacher to a fine-tuned student, broken off anywhere."""
+"""Short complete runs with `--distill blockwise`: results, interruption, families, and errors."""
 
 import json
 import os
@@ -48,42 +48,44 @@ QUICK: dict[str, Any] = {"min_channels": 16, "num_images": 16, "epochs": 1, "bat
 BLOCKS = [f"backbone.body.{name}" for name in ("layer3.0.conv2", "layer4.0.conv1", "layer4.0.conv2")]
 
 
-def written(path: Path, spec: ModelSpec = TINY) -> Path:
+def write_checkpoint(path: Path, spec: ModelSpec = TINY) -> Path:
     torch.manual_seed(3)
     save_detector_checkpoint(path, DetectorCheckpoint("tiny", spec, build_from_spec(spec).state_dict(), {}, 1, 1.0))
     return path
 
 
-def settings(people: Path, folder: Path, teacher: Path, methods: dict[str, Any], **changes: object) -> TrainConfig:
+def make_config(
+    data_yaml: Path, folder: Path, teacher: Path, methods: dict[str, Any], **changes: object
+) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "tiny", "save_dir": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
+        "data": str(data_yaml), "model": "tiny", "save_dir": str(folder), "imgsz_hw": (64, 96), "epochs": 1, "batch": 4,
         "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def blockwise(**changes: Any) -> dict[str, Any]:
+def make_methods(**changes: Any) -> dict[str, Any]:
     return {"blockwise": BlockwiseConfig(**{**QUICK, **changes})}
 
 
-def weights(folder: Path, file: str = "blockwise/assembled.pt") -> dict[str, Tensor]:
+def load_weights(folder: Path, file: str = "blockwise/assembled.pt") -> dict[str, Tensor]:
     return load_detector_checkpoint(folder / file).weights
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @contextmanager
-def stopped_at(count: int, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[None]:
-    """As Ctrl-C in call number `count` of a function."""
-    kept, calls = getattr(owner, name), []
+def interrupt_call(count: int, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[None]:
+    """Raise KeyboardInterrupt in call number `count` of a function."""
+    original, calls = getattr(owner, name), []
 
-    def call(*arguments: Any) -> Any:
+    def call(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == count:
             raise KeyboardInterrupt
-        return kept(*arguments)
+        return original(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, call)
@@ -91,18 +93,18 @@ def stopped_at(count: int, monkeypatch: pytest.MonkeyPatch, owner: Any, name: st
             yield
 
 
-def test_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Path) -> None:
-    teacher = written(tmp_path / "teacher.pt")
+def test_command_replaces_reports_and_fine_tunes(data_yaml: Path, tmp_path: Path) -> None:
+    teacher = write_checkpoint(tmp_path / "teacher.pt")
     flags = [
-        "--data", str(people), "--teacher", str(teacher), "--distill", "blockwise", "--imgsz", "96x64", "--epochs", "1",
-        "--batch", "4", "--workers", "0", "--device", "cpu", "--project", str(tmp_path), "--name", "run",
-        "--set", "distill.blockwise.evaluate_blocks=true",
+        "--data", str(data_yaml), "--teacher", str(teacher), "--distill", "blockwise", "--imgsz", "96x64",
+        "--epochs", "1", "--batch", "4", "--workers", "0", "--device", "cpu", "--project", str(tmp_path),
+        "--name", "run", "--set", "distill.blockwise.evaluate_blocks=true",
         *[part for name, value in QUICK.items() for part in ("--set", f"distill.blockwise.{name}={value}")],
     ]  # fmt: skip
     assert main(flags) == 0
     folder = tmp_path / "run"
-    left = {path.name for path in (folder / "blockwise").iterdir()}
-    assert left == {"assembled.pt", "blocks", "plan.json", "run_stats.json", "report.json"}
+    files = {path.name for path in (folder / "blockwise").iterdir()}
+    assert files == {"assembled.pt", "blocks", "plan.json", "run_stats.json", "report.json"}
     report = json.loads((folder / "blockwise/report.json").read_text())
     assert [block["layer"] for block in report["blocks"]] == BLOCKS == list(report["block_miss_rates"])
     assert report["run_stats"]["makespan_s"] >= report["run_stats"]["lower_bound_s"] == pytest.approx(report["sum_s"])
@@ -116,13 +118,13 @@ def test_command_replaces_reports_and_fine_tunes(people: Path, tmp_path: Path) -
     shapes = [tuple(build_from_spec(TINY).get_submodule(name).weight.shape[:2]) for name in BLOCKS]
     saved = sum(9 * o * i - (9 * i + i * o + 2 * o + 9 * o + o * o) for o, i in shapes)
     assert report["parameters"][0] - report["parameters"][1] == saved > 0
-    assert main(flags) == 2  # it holds a run
+    assert main(flags) == 2  # the directory contains a run
 
 
-def test_interrupted_block_training_continues(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = written(tmp_path / "teacher.pt")
-    cut = settings(people, tmp_path / "cut", teacher, blockwise())
-    with stopped_at(3, monkeypatch, stage, "train_block"):
+def test_interrupted_block_training_continues(data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = write_checkpoint(tmp_path / "teacher.pt")
+    cut = make_config(data_yaml, tmp_path / "cut", teacher, make_methods())
+    with interrupt_call(3, monkeypatch, stage, "train_block"):
         train(cut)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut/blockwise/blocks").iterdir()}
     assert sorted(path.stem for path in finished) == BLOCKS[:2]
@@ -132,29 +134,29 @@ def test_interrupted_block_training_continues(people: Path, tmp_path: Path, monk
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
     assert not [p for p in (tmp_path / "cut/blockwise").iterdir() if p.name.startswith(".") or p.suffix == ".dask"]
     assert json.loads((tmp_path / "cut/blockwise/report.json").read_text())["run_stats"] is None
-    train(settings(people, tmp_path / "whole", teacher, blockwise(cache_mib=0)))
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    assert same(weights(tmp_path / "cut", "best.pt"), weights(tmp_path / "whole", "best.pt"))
+    train(make_config(data_yaml, tmp_path / "whole", teacher, make_methods(cache_mib=0)))
+    assert equal_states(load_weights(tmp_path / "cut"), load_weights(tmp_path / "whole"))
+    assert equal_states(load_weights(tmp_path / "cut", "best.pt"), load_weights(tmp_path / "whole", "best.pt"))
 
 
-def test_other_teacher_or_setting_starts_over(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = written(tmp_path / "teacher.pt")
-    with stopped_at(3, monkeypatch, stage, "train_block"):
-        train(settings(people, tmp_path / "run", teacher, blockwise()))
+def test_other_teacher_or_setting_starts_over(data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = write_checkpoint(tmp_path / "teacher.pt")
+    with interrupt_call(3, monkeypatch, stage, "train_block"):
+        train(make_config(data_yaml, tmp_path / "run", teacher, make_methods()))
     old = (tmp_path / f"run/blockwise/blocks/{BLOCKS[0]}.pt").read_bytes()
-    with stopped_at(2, monkeypatch, stage, "train_block"):
-        train(settings(people, tmp_path / "run", teacher, blockwise(epochs=2)))
+    with interrupt_call(2, monkeypatch, stage, "train_block"):
+        train(make_config(data_yaml, tmp_path / "run", teacher, make_methods(epochs=2)))
     blocks = list((tmp_path / "run/blockwise/blocks").iterdir())
     assert [path.stem for path in blocks] == BLOCKS[:1] and blocks[0].read_bytes() != old
 
 
 def test_other_batch_samples_other_images_and_starts_over(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = written(tmp_path / "teacher.pt")
+    teacher = write_checkpoint(tmp_path / "teacher.pt")
     for batch in (4, 6):
-        with stopped_at(2, monkeypatch, stage, "train_block"):
-            train(settings(people, tmp_path / "run", teacher, blockwise(), batch=batch))
+        with interrupt_call(2, monkeypatch, stage, "train_block"):
+            train(make_config(data_yaml, tmp_path / "run", teacher, make_methods(), batch=batch))
         views = (tmp_path / "run/blockwise/images.npy").read_bytes()
         blocks = [path.read_bytes() for path in (tmp_path / "run/blockwise/blocks").iterdir()]
         (tmp_path / f"run/{batch}").write_bytes(b"".join([views, *blocks]))
@@ -163,29 +165,29 @@ def test_other_batch_samples_other_images_and_starts_over(
 
 
 def test_interrupted_fine_tuning_ends_with_same_weights(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher, methods = written(tmp_path / "teacher.pt"), blockwise()
-    whole = settings(people, tmp_path / "whole", teacher, methods, epochs=2)
-    cut = settings(people, tmp_path / "cut", teacher, methods, epochs=2)
+    teacher, methods = write_checkpoint(tmp_path / "teacher.pt"), make_methods()
+    whole = make_config(data_yaml, tmp_path / "whole", teacher, methods, epochs=2)
+    cut = make_config(data_yaml, tmp_path / "cut", teacher, methods, epochs=2)
     train(whole)
-    with stopped_at(5, monkeypatch, run.Trainer, "_compute_lr"):  # the second epoch's second step
+    with interrupt_call(5, monkeypatch, run.Trainer, "_compute_lr"):  # second step of the second epoch
         train(cut)
     assert len(load_training_state(tmp_path / "cut/last.pt")["history"]) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "train_block", None)  # nothing is left to learn
+        patch.setattr(stage, "train_block", None)  # all blocks are trained
         train(cut, resume=True)
     ends = [load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut")]
-    assert same(ends[0]["distiller"], ends[1]["distiller"]) and same(ends[0]["ema"], ends[1]["ema"])
+    assert equal_states(ends[0]["distiller"], ends[1]["distiller"]) and equal_states(ends[0]["ema"], ends[1]["ema"])
 
 
 @contextmanager
-def a_worker_killed(blocks: Path) -> Iterator[None]:
-    """One of Dask's workers gets SIGKILL once a first block lies there."""
-    over, killed = threading.Event(), threading.Event()
+def kill_one_worker(blocks: Path) -> Iterator[None]:
+    """Kill one Dask worker with SIGKILL after the first block is write_checkpoint."""
+    finished, killed = threading.Event(), threading.Event()
 
     def kill() -> None:
-        while not over.wait(0.01) and not killed.is_set():
+        while not finished.wait(0.01) and not killed.is_set():
             if list(blocks.glob("*.pt")):
                 children = psutil.Process().children(recursive=True)
                 worker = next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
@@ -198,124 +200,132 @@ def a_worker_killed(blocks: Path) -> Iterator[None]:
         yield
         assert killed.is_set()
     finally:
-        over.set()
+        finished.set()
         killer.join()
 
 
 @pytest.mark.slow
-def test_killed_workers_do_not_change_the_network(people: Path, tmp_path: Path) -> None:
-    """Two workers under either schedule and cache, one of them really killed, against one process."""
-    teacher, longer = written(tmp_path / "teacher.pt"), {"epochs": 20, "num_images": 32}
-    train(settings(people, tmp_path / "alone", teacher, blockwise(**longer)))
+def test_killed_workers_do_not_change_the_network(data_yaml: Path, tmp_path: Path) -> None:
+    """Two workers with one of them killed give the network of one process, for two schedules and caches."""
+    teacher, changes = write_checkpoint(tmp_path / "teacher.pt"), {"epochs": 20, "num_images": 32}
+    train(make_config(data_yaml, tmp_path / "in-process", teacher, make_methods(**changes)))
     for scheduler, cache_mib in (("work-stealing", 0), ("round-robin", 64)):
         folder = tmp_path / scheduler
-        methods = blockwise(workers=2, scheduler=scheduler, cache_mib=cache_mib, **longer)
-        with a_worker_killed(folder / "blockwise/blocks"):
-            train(settings(people, folder, teacher, methods))
-        assert same(weights(tmp_path / "alone"), weights(folder))
-        assert same(weights(tmp_path / "alone", "best.pt"), weights(folder, "best.pt"))
+        methods = make_methods(workers=2, scheduler=scheduler, cache_mib=cache_mib, **changes)
+        with kill_one_worker(folder / "blockwise/blocks"):
+            train(make_config(data_yaml, folder, teacher, methods))
+        assert equal_states(load_weights(tmp_path / "in-process"), load_weights(folder))
+        assert equal_states(load_weights(tmp_path / "in-process", "best.pt"), load_weights(folder, "best.pt"))
         report = json.loads((folder / "blockwise/report.json").read_text())
         assert report["run_stats"]["num_workers"] == 2 and report["scheduler"] == scheduler
 
 
 @pytest.mark.parametrize(
-    ("changes", "terms"),
+    ("changes", "losses"),
     [
         ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}),
         ({"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
     ],
 )
 def test_fine_tuning_with_teacher_has_losses(
-    people: Path, tmp_path: Path, changes: dict[str, Any], terms: set[str]
+    data_yaml: Path, tmp_path: Path, changes: dict[str, Any], losses: set[str]
 ) -> None:
     methods = {"blockwise": BlockwiseConfig(**QUICK), **changes}
-    result = train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt"), methods))
-    assert result.history[0].losses.keys() >= terms
+    result = train(make_config(data_yaml, tmp_path / "run", write_checkpoint(tmp_path / "teacher.pt"), methods))
+    assert result.history[0].losses.keys() >= losses
 
 
-def thin_yolo() -> UltralyticsSpec:
-    layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
-    return UltralyticsSpec("yolo11n", {**layout, "nc": 1})
+def make_thin_yolo_spec() -> UltralyticsSpec:
+    model_yaml = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
+    return UltralyticsSpec("yolo11n", {**model_yaml, "nc": 1})
 
 
-def test_faster_rcnn_is_replaced_blockwise(people: Path, tmp_path: Path) -> None:
+def test_faster_rcnn_is_replaced_blockwise(data_yaml: Path, tmp_path: Path) -> None:
     spec = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
-    _family(people, tmp_path, spec)
+    _check_family(data_yaml, tmp_path, spec)
 
 
-def test_yolo_is_replaced_blockwise(people: Path, tmp_path: Path) -> None:
-    _family(people, tmp_path, thin_yolo())
+def test_yolo_is_replaced_blockwise(data_yaml: Path, tmp_path: Path) -> None:
+    _check_family(data_yaml, tmp_path, make_thin_yolo_spec())
 
 
-def _family(people: Path, tmp_path: Path, spec: ModelSpec) -> None:
-    result = _trained(people, tmp_path, spec)
+def _check_family(data_yaml: Path, tmp_path: Path, spec: ModelSpec) -> None:
+    result = _train_blockwise(data_yaml, tmp_path, spec)
     best = load_detector_checkpoint(result.best)
     assert best.spec == spec and best.changes.separable
     assert all(f"{name}.pointwise2.weight" in best.weights for name in best.changes.separable)
     best.build()
 
 
-def _trained(people: Path, tmp_path: Path, spec: ModelSpec) -> TrainResult:
-    return train(settings(people, tmp_path / "run", written(tmp_path / "teacher.pt", spec), blockwise(min_channels=8)))
+def _train_blockwise(data_yaml: Path, tmp_path: Path, spec: ModelSpec) -> TrainResult:
+    return train(
+        make_config(
+            data_yaml, tmp_path / "run", write_checkpoint(tmp_path / "teacher.pt", spec), make_methods(min_channels=8)
+        )
+    )
 
 
-def test_block_above_max_mr_increase_is_left_out(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Miss rates are told by hand: of the teacher, of each block alone, of what is put together."""
+def test_block_above_max_mr_increase_is_left_out(
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The miss rates are set: of the teacher, of each block alone, and of the assembled network."""
     from hkd_det.train import context
 
     rates = iter([0.5, 0.5, 0.7, 0.55, 0.6, 0.5, 0.9, 0.9, 0.9])
     monkeypatch.setattr(context, "evaluate", lambda *_: SimpleNamespace(miss_rate=next(rates)))
-    teacher = written(tmp_path / "teacher.pt")
-    train(settings(people, tmp_path / "run", teacher, blockwise(evaluate_blocks=True, max_mr_increase=0.1)))
+    teacher = write_checkpoint(tmp_path / "teacher.pt")
+    train(make_config(data_yaml, tmp_path / "run", teacher, make_methods(evaluate_blocks=True, max_mr_increase=0.1)))
     report = json.loads((tmp_path / "run/blockwise/report.json").read_text())
     assert report["excluded_layers"] == [BLOCKS[1]] and report["miss_rate"] == 0.6
     assert load_detector_checkpoint(tmp_path / "run/best.pt").changes.separable == (BLOCKS[0], BLOCKS[2])
     with pytest.raises(DataError, match=r"every block alone raises the miss rate by more, at least 40\.00 points"):
-        train(settings(people, tmp_path / "none", teacher, blockwise(evaluate_blocks=True, max_mr_increase=0.1)))
+        train(
+            make_config(data_yaml, tmp_path / "none", teacher, make_methods(evaluate_blocks=True, max_mr_increase=0.1))
+        )
 
 
 def test_invalid_blockwise_run_is_reported_at_once(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher = written(tmp_path / "teacher.pt")
-    flags = ["--data", str(people), "--teacher", str(teacher), "--distill", "blockwise"]
-    for more, message in {
+    teacher = write_checkpoint(tmp_path / "teacher.pt")
+    flags = ["--data", str(data_yaml), "--teacher", str(teacher), "--distill", "blockwise"]
+    for extra_flags, message in {
         ("--baseline",): "no student without it",
         ("--weights", str(teacher)): "starts from the teacher, not from --weights",
         ("--model", "mini-student"): "is a tiny. Leave --model out",
         ("--pretrained", "imagenet"): "starts from a checkpoint",
         ("--set", "distill.blockwise.parts=tail"): "expected one of backbone, neck, head",
     }.items():
-        assert main([*flags, *more, "--project", str(tmp_path / "runs")]) == 2
+        assert main([*flags, *extra_flags, "--project", str(tmp_path / "runs")]) == 2
         assert message in capsys.readouterr().err
-    for wrong in (
+    for invalid in (
         {"input_source": "student", "workers": 2},
         {"workers": 2, "cluster": "tcp://a:1"},
         {"max_mr_increase": 0.1},
     ):
         with pytest.raises(UsageError, match=r"distill\.blockwise"):
-            blockwise(**wrong)
-    config = settings(people, tmp_path / "run", teacher, blockwise())
+            make_methods(**invalid)
+    config = make_config(data_yaml, tmp_path / "run", teacher, make_methods())
     with pytest.raises(UsageError, match="not under torchrun"):
         Blockwise.prepare_student(config.distill["blockwise"], RunContext(world_size=2))
     with pytest.raises(DataError, match="no times of these blocks"):
-        train(settings(people, tmp_path / "run", teacher, blockwise(timing_report=str(people))))
+        train(make_config(data_yaml, tmp_path / "run", teacher, make_methods(timing_report=str(data_yaml))))
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UnavailableError, match="distributed"):
-        train(settings(people, tmp_path / "run", teacher, blockwise(workers=2)))
+        train(make_config(data_yaml, tmp_path / "run", teacher, make_methods(workers=2)))
     assert not (tmp_path / "runs").exists() and not (tmp_path / "run/blockwise/images.npy").exists()
 
 
-def test_invalid_fine_tuning_is_reported_before_block_training(people: Path, tmp_path: Path) -> None:
-    teacher, folder = written(tmp_path / "teacher.pt"), tmp_path / "run"
-    elsewhere = {
+def test_invalid_fine_tuning_is_reported_before_block_training(data_yaml: Path, tmp_path: Path) -> None:
+    teacher, folder = write_checkpoint(tmp_path / "teacher.pt"), tmp_path / "run"
+    invalid = {
         "blockwise": BlockwiseConfig(**QUICK),
         "hkd": HKDConfig(feature_layers=LayerPairs(("neck",), ("nowhere",))),
     }
     with pytest.raises(UsageError, match=r"distill\.hkd\.feature_layers"):
-        train(settings(people, folder, teacher, elsewhere))
+        train(make_config(data_yaml, folder, teacher, invalid))
     methods = {"blockwise": BlockwiseConfig(**QUICK), "soft_labels": SoftLabelConfig()}
     with pytest.raises(DataError, match="no such directory"):
-        train(settings(people, folder, teacher, methods, unlabeled=("nowhere",)))
+        train(make_config(data_yaml, folder, teacher, methods, unlabeled=("nowhere",)))
     assert not folder.exists()

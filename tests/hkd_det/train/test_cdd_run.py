@@ -1,4 +1,4 @@
-"""Whole small runs that shrink: from the command, combined with other methods, and cut in the middle."""
+"""Short complete runs with `--distill cdd`: the command, resume, combinations, families, and errors."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ WIDE = replace(TINY, backbone_kwargs={"channels": (12, 12, 24, 24), "stem_width"
 TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 HW = (64, 96)
 CDD = CDDConfig(keep_flops=0.8)
-CDD_TERMS = {"cdd_feature", "cdd_cls"}
+CDD_LOSSES = {"cdd_feature", "cdd_cls"}
 
 
 @pytest.fixture(autouse=True)
@@ -50,33 +50,34 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    return saved(tmp_path / "teacher.pt", "mini-student")
+    return save_model(tmp_path / "teacher.pt", "mini-student")
 
 
-def saved(path: Path, model: str) -> Path:
+def save_model(path: Path, model: str) -> Path:
     torch.manual_seed(3)
     detector = sizes.build_model(model)
     save_detector_checkpoint(path, DetectorCheckpoint(model, sizes.get_spec(model), detector.state_dict(), {}, 1, 1.0))
     return path
 
 
-def configured(people: Path, folder: Path, teacher: Path, **changes: Any) -> TrainConfig:
+def make_config(data_yaml: Path, folder: Path, teacher: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(folder), "imgsz_hw": HW, "epochs": 2, "batch": 4,
-        "workers": 0, "device": "cpu", "teacher": str(teacher), "weights": str(teacher), "distill": {"cdd": CDD},
+        "data": str(data_yaml), "model": "mini-student", "save_dir": str(folder), "imgsz_hw": HW, "epochs": 2,
+        "batch": 4, "workers": 0, "device": "cpu", "teacher": str(teacher), "weights": str(teacher),
+        "distill": {"cdd": CDD},
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})
 
 
-def share_left(result: TrainResult, teacher: Path) -> float:
+def compute_flops_ratio(result: TrainResult, teacher: Path) -> float:
     before, after = (
         count_params_and_flops(load_detector_checkpoint(path).build(), HW).flops for path in (teacher, result.best)
     )
     return after / before
 
 
-def test_command_prunes_copy_of_teacher_to_plain_network(people: Path, tmp_path: Path, teacher: Path) -> None:
-    flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0"]
+def test_command_prunes_copy_of_teacher_to_plain_network(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
+    flags = ["--data", str(data_yaml), "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "cdd", "--set", "lr=1e-9"]
     assert main([*flags, "--teacher", str(teacher), "--distill", "cdd", "--set", "distill.cdd.keep_flops=0.8"]) == 0
     best, state = load_detector_checkpoint(tmp_path / "cdd/best.pt"), load_training_state(tmp_path / "cdd/last.pt")
@@ -87,25 +88,27 @@ def test_command_prunes_copy_of_teacher_to_plain_network(people: Path, tmp_path:
     assert best.spec == TINY and best.changes.widths and not best.changes.separable
     stem = "backbone.body.conv1.0.weight"
     torch.testing.assert_close(best.weights[stem], load_detector_checkpoint(teacher).weights[stem], atol=1e-6, rtol=0)
-    # Chosen by two thirds of the run, so the first of two epochs can't have been the best.
+    # All channels are selected after two thirds of the run, so only the second epoch can be the best.
     assert [epoch["meets_target"] for epoch in state["history"]] == [False, True] and best.epoch == 2
-    twin = sizes.build_from_spec(best.spec, best.changes)
-    twin.load_state_dict(best.weights)
-    assert not any(isinstance(module, Compactor) for module in twin.modules())
+    detector = sizes.build_from_spec(best.spec, best.changes)
+    detector.load_state_dict(best.weights)
+    assert not any(isinstance(module, Compactor) for module in detector.modules())
 
 
-def test_resumed_run_equals_uninterrupted_run(people: Path, tmp_path: Path, teacher: Path) -> None:
-    """Cut while channels fade; neighbours and distractors are as they would have been."""
+def test_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
+    """The run is interrupted while channels fade; queues and background samples are restored."""
     settings = {"distill": {"cdd": CDD, "hkd": HKDConfig()}, "epochs": 3}
-    train(configured(people, tmp_path / "whole", teacher, **settings))
-    config = configured(people, tmp_path / "cut", teacher, **settings)
+    train(make_config(data_yaml, tmp_path / "whole", teacher, **settings))
+    config = make_config(data_yaml, tmp_path / "cut", teacher, **settings)
 
-    def cut() -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        kept = runs.Trainer._compute_lr
-        patch.setattr(runs.Trainer, "_compute_lr", lambda self, step: cut() if step == 5 else kept(self, step))
+        original = runs.Trainer._compute_lr
+        patch.setattr(
+            runs.Trainer, "_compute_lr", lambda self, step: interrupt() if step == 5 else original(self, step)
+        )
         with pytest.raises(KeyboardInterrupt):
             train(config)
     middle = load_training_state(tmp_path / "cut/last.pt")["distiller"]
@@ -116,12 +119,13 @@ def test_resumed_run_equals_uninterrupted_run(people: Path, tmp_path: Path, teac
     for part in ("distiller", "ema"):
         assert whole[part].keys() == resumed[part].keys()
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
-    best, again = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("whole", "cut"))
-    assert best.changes == again.changes and all(torch.equal(v, again.weights[n]) for n, v in best.weights.items())
+    best, resumed_best = (load_detector_checkpoint(tmp_path / name / "best.pt") for name in ("whole", "cut"))
+    assert best.changes == resumed_best.changes
+    assert all(torch.equal(value, resumed_best.weights[name]) for name, value in best.weights.items())
 
 
 @pytest.mark.parametrize(
-    ("others", "terms"),
+    ("others", "expected"),
     [
         ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_cls"}),
         ({"hkd": HKDConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
@@ -129,32 +133,38 @@ def test_resumed_run_equals_uninterrupted_run(people: Path, tmp_path: Path, teac
     ],
 )
 def test_cdd_combines_with_other_methods(
-    people: Path, tmp_path: Path, teacher: Path, others: dict[str, Any], terms: set[str]
+    data_yaml: Path, tmp_path: Path, teacher: Path, others: dict[str, Any], expected: set[str]
 ) -> None:
     methods = {"cdd": CDD, **others}
-    result = train(configured(people, tmp_path / "run", teacher, distill=methods, epochs=1))
-    losses, figures = result.history[0].losses, result.history[0].metrics
-    assert losses.keys() >= terms | CDD_TERMS and figures["cdd_lasso"] > 0 and share_left(result, teacher) <= 0.8
-    assert (losses["cdd_cls"] > 0) == ("hkd" not in others)  # hierarchical distillation has a logit level itself
+    result = train(make_config(data_yaml, tmp_path / "run", teacher, distill=methods, epochs=1))
+    losses, metrics = result.history[0].losses, result.history[0].metrics
+    assert (
+        losses.keys() >= expected | CDD_LOSSES
+        and metrics["cdd_lasso"] > 0
+        and compute_flops_ratio(result, teacher) <= 0.8
+    )
+    assert (losses["cdd_cls"] > 0) == ("hkd" not in others)  # HKD computes the score loss
 
 
 @pytest.mark.slow
-def test_wider_new_student_is_pruned(people: Path, tmp_path: Path, teacher: Path) -> None:
-    result = train(configured(people, tmp_path / "run", teacher, model="mini-teacher", weights="", epochs=1))
-    wide = saved(tmp_path / "wide.pt", "mini-teacher")
-    assert load_detector_checkpoint(result.best).spec == WIDE and share_left(result, wide) <= 0.8
+def test_wider_new_student_is_pruned(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
+    result = train(make_config(data_yaml, tmp_path / "run", teacher, model="mini-teacher", weights="", epochs=1))
+    wide = save_model(tmp_path / "wide.pt", "mini-teacher")
+    assert load_detector_checkpoint(result.best).spec == WIDE and compute_flops_ratio(result, wide) <= 0.8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["fasterrcnn-r18", "yolo26n"])
-def test_other_families_are_pruned(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+def test_other_families_are_pruned(
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
     if model == "yolo26n":
-        layout = dict(sizes.get_spec(model).model_yaml)  # type: ignore[union-attr]
-        layout["scales"] = {layout["scale"]: [0.33, 0.0625, 1024]}
-        monkeypatch.setitem(sizes.MODELS, model, replace(sizes.get_spec(model), model_yaml=layout))  # type: ignore[type-var]
-    teacher = saved(tmp_path / "teacher.pt", model)
+        model_yaml = dict(sizes.get_spec(model).model_yaml)  # type: ignore[union-attr]
+        model_yaml["scales"] = {model_yaml["scale"]: [0.33, 0.0625, 1024]}
+        monkeypatch.setitem(sizes.MODELS, model, replace(sizes.get_spec(model), model_yaml=model_yaml))  # type: ignore[type-var]
+    teacher = save_model(tmp_path / "teacher.pt", model)
     methods = {"cdd": CDDConfig(keep_flops=1.0, keep_parameters=0.97, min_channels=2)}
-    result = train(configured(people, tmp_path / "run", teacher, model=model, epochs=1, distill=methods))
+    result = train(make_config(data_yaml, tmp_path / "run", teacher, model=model, epochs=1, distill=methods))
     before, after = (
         count_params_and_flops(load_detector_checkpoint(path).build(), HW).num_params for path in (teacher, result.best)
     )
@@ -163,14 +173,14 @@ def test_other_families_are_pruned(people: Path, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_two_processes_prune_together(people: Path, tmp_path: Path, teacher: Path) -> None:
-    flags = ["--data", str(people), "--imgsz", "96x64", "--epochs", "1", "--batch", "4", "--workers", "0"]
+def test_two_processes_prune_together(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
+    flags = ["--data", str(data_yaml), "--imgsz", "96x64", "--epochs", "1", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "two", "--teacher", str(teacher)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "hkd_det.train.cli", *flags, "--distill", "cdd", "--set", "distill.cdd.keep_flops=0.8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     before, after = (
         count_params_and_flops(load_detector_checkpoint(path).build(), HW)
         for path in (teacher, tmp_path / "two/best.pt")
@@ -178,18 +188,18 @@ def test_two_processes_prune_together(people: Path, tmp_path: Path, teacher: Pat
     assert after.flops <= 0.8 * before.flops
 
 
-def test_invalid_cdd_run_is_reported_at_once(people: Path, tmp_path: Path, teacher: Path) -> None:
+def test_invalid_cdd_run_is_reported_at_once(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(UsageError, match="cdd,blockwise"):
         check_methods({"cdd": CDD, "blockwise": BlockwiseConfig()})
     assert list(parse_methods({"cdd": CDD, "mokd": MoKDConfig()})) == ["mokd", "cdd"]
     with pytest.raises(UsageError, match=r"keep_flops=0\.1:.*mini-student"):
-        train(configured(people, tmp_path / "run", teacher, distill={"cdd": CDDConfig(keep_flops=0.1)}))
+        train(make_config(data_yaml, tmp_path / "run", teacher, distill={"cdd": CDDConfig(keep_flops=0.1)}))
     with pytest.raises(UsageError, match="same_architecture"):
-        train(configured(people, tmp_path / "run", saved(tmp_path / "two.pt", "fasterrcnn-r18"), weights=""))
+        train(make_config(data_yaml, tmp_path / "run", save_model(tmp_path / "two.pt", "fasterrcnn-r18"), weights=""))
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--distill", "cdd", "--baseline"], "cdd derives the student"),
         (["--distill", "hkd", "--set", "distill.cdd.keep_flops=0.5", "--model", "mini-student"], "cdd is not in use"),
@@ -198,8 +208,8 @@ def test_invalid_cdd_run_is_reported_at_once(people: Path, tmp_path: Path, teach
     ],
 )
 def test_invalid_cdd_flags_exit_with_code_2(
-    people: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+    data_yaml: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    common = ["--data", str(people), "--imgsz", "96x64", "--teacher", str(teacher), "--project", str(tmp_path)]
+    common = ["--data", str(data_yaml), "--imgsz", "96x64", "--teacher", str(teacher), "--project", str(tmp_path)]
     assert main([*common, *flags]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

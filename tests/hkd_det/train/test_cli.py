@@ -1,4 +1,4 @@
-"""`hkd-train`'s answers to what a user may get wrong: one line, the right exit code."""
+"""`hkd-train`: one line and an exit code for each user error, and the options that do not train."""
 
 import shutil
 import signal
@@ -51,9 +51,9 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
     ],
 )
 def test_user_error_prints_one_line(
-    flags: list[str], code: int, message: str, people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], code: int, message: str, data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*(str(people) if flag == "DATA" else flag for flag in flags), "--project", str(tmp_path)]) == code
+    assert main([*(str(data_yaml) if flag == "DATA" else flag for flag in flags), "--project", str(tmp_path)]) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
 
@@ -69,8 +69,8 @@ def test_help_names_every_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert all(name in said for name in MODELS)
+    output = " ".join(capsys.readouterr().out.split())
+    assert all(name in output for name in MODELS)
 
 
 def test_list_layers_needs_no_data(
@@ -78,8 +78,8 @@ def test_list_layers_needs_no_data(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["--list-layers", "--model", "mini-student", "--imgsz", "224x160"]) == 0
-    said = capsys.readouterr().out
-    row = next(line for line in said.splitlines() if "neck.outputs.0" in line)
+    output = capsys.readouterr().out
+    row = next(line for line in output.splitlines() if "neck.outputs.0" in line)
     assert row.split() == ["*", "neck.outputs.0", "neck", "8", "40", "28x20"]
     assert not list(tmp_path.iterdir())
     assert main(["--list-layers", "--teacher", "nothing.pt"]) == 1
@@ -93,49 +93,57 @@ def test_download_continues_with_training(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets/citypersons/leftImg8bit").mkdir(parents=True)
     assert main(["--data", "citypersons", "--download", "--model", "huge"]) == 2
-    said = capsys.readouterr()
-    assert "exists already" in said.out and "--model huge" in said.err
+    captured = capsys.readouterr()
+    assert "exists already" in captured.out and "--model huge" in captured.err
 
 
-def test_existing_run_is_not_overwritten(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_run_is_not_overwritten(data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mini-student").mkdir()
-    (tmp_path / "mini-student" / "last.pt").write_bytes(b"precious")
-    assert main(["--data", str(people), *FLAGS, "--project", str(tmp_path)]) == 2
+    (tmp_path / "mini-student" / "last.pt").write_bytes(b"earlier run")
+    assert main(["--data", str(data_yaml), *FLAGS, "--project", str(tmp_path)]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert (tmp_path / "mini-student" / "last.pt").read_bytes() == b"precious"
+    assert (tmp_path / "mini-student" / "last.pt").read_bytes() == b"earlier run"
 
 
-def test_teacher_of_wrong_type_is_rejected(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_teacher_of_wrong_type_is_rejected(data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tmp_path / "yolo.pt"
     teacher.write_text("not a checkpoint")
     flags = ["--teacher", str(teacher), "--distill", "hkd", "--workers", "0", "--project", str(tmp_path / "runs")]
-    assert main(["--data", str(people), *FLAGS, *flags]) == 1
+    assert main(["--data", str(data_yaml), *FLAGS, *flags]) == 1
     assert str(teacher) in capsys.readouterr().err
 
 
 def test_split_without_persons_is_reported_before_training(
-    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--data", str(people), *FLAGS, "--project", str(tmp_path), "--set", "setup=Reasonable_occ=heavy"]
+    flags = ["--data", str(data_yaml), *FLAGS, "--project", str(tmp_path), "--set", "setup=Reasonable_occ=heavy"]
     assert main(flags) == 1
     assert "setup=All" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_truncated_image_is_reported_by_name(
-    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+    data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
 ) -> None:
-    shutil.copytree(people.parent, tmp_path / "data")
-    picture = tmp_path / "data" / "train" / "005.png"
-    picture.write_bytes(picture.read_bytes()[:500])
-    flags = ["--data", str(tmp_path / "data" / people.name), *FLAGS, "--workers", workers, "--project", str(tmp_path)]
+    shutil.copytree(data_yaml.parent, tmp_path / "data")
+    image_path = tmp_path / "data" / "train" / "005.png"
+    image_path.write_bytes(image_path.read_bytes()[:500])
+    flags = [
+        "--data",
+        str(tmp_path / "data" / data_yaml.name),
+        *FLAGS,
+        "--workers",
+        workers,
+        "--project",
+        str(tmp_path),
+    ]
     assert main(flags) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "hkd-train: " in line]
-    assert len(lines) == 1 and str(picture) in lines[0] and "Traceback" not in lines[0]
+    assert len(lines) == 1 and str(image_path) in lines[0] and "Traceback" not in lines[0]
 
 
-def test_any_timm_backbone_can_be_used(people: Path, tmp_path: Path) -> None:
-    flags = ["--data", str(people), *FLAGS, "--workers", "0", "--project", str(tmp_path), "--batch", "4"]
+def test_any_timm_backbone_can_be_used(data_yaml: Path, tmp_path: Path) -> None:
+    flags = ["--data", str(data_yaml), *FLAGS, "--workers", "0", "--project", str(tmp_path), "--batch", "4"]
     assert main([*flags, "--backbone", "mobilenetv3_small_050"]) == 0
     assert (
         load_detector_checkpoint(tmp_path / "mini-student" / "best.pt").build().spec.backbone == "mobilenetv3_small_050"
@@ -143,8 +151,18 @@ def test_any_timm_backbone_can_be_used(people: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_prints_resume_command_without_traceback(people: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hkd_det.train.cli", "--data", str(people), *FLAGS[:-1], "500", "--workers", "2"]
+def test_interrupt_prints_resume_command_without_traceback(data_yaml: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "hkd_det.train.cli",
+        "--data",
+        str(data_yaml),
+        *FLAGS[:-1],
+        "500",
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen([*command, "--project", str(tmp_path)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "mini-student" / "last.pt").exists():

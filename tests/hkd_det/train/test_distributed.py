@@ -103,9 +103,9 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_gives_the_weights_of_one_process(people: Path, tmp_path: Path) -> None:
+def test_torchrun_gives_the_weights_of_one_process(data_yaml: Path, tmp_path: Path) -> None:
     """With frozen batch normalization the weights agree up to rounding."""
-    flags = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "1", "--batch", "4"]
+    flags = ["--data", str(data_yaml), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "1", "--batch", "4"]
     flags += ["--workers", "0", "--device", "cpu", "--set", "freeze_bn=true", "--set", "precision=fp32"]
     flags += ["--project", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

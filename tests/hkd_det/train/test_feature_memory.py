@@ -1,4 +1,4 @@
-"""What a step has recorded and compared is gone when the next one begins, whatever the method."""
+"""No method keeps feature maps of a step in memory after the step."""
 
 import gc
 
@@ -14,7 +14,7 @@ from hkd_det.ops.losses import sum_losses
 
 STUDENT = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 TEACHER = HKDDetectorSpec("resnet10t", {"channels": (8, 16, 16, 32), "stem_width": 8}, channels=24, head_depth=1)
-BATCH = 7  # no layer has as many channels, so that a map is known by it
+BATCH = 7  # no layer has as many channels, so the first dimension identifies a feature map of a batch
 IMAGES = torch.randint(0, 255, (BATCH, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 TARGETS = Targets(
     torch.tensor([[[10.0, 10, 40, 60]]]).expand(BATCH, -1, -1),
@@ -23,9 +23,9 @@ TARGETS = Targets(
 )
 
 
-def maps_alive() -> int:
-    """Maps of a batch that somebody in Python holds, of what was made since `gc.freeze`."""
-    return sum(type(thing) is torch.Tensor and thing.ndim == 4 and len(thing) == BATCH for thing in gc.get_objects())
+def count_live_feature_maps() -> int:
+    """Count the feature maps of a batch that were created since `gc.freeze` and are still referenced."""
+    return sum(type(item) is torch.Tensor and item.ndim == 4 and len(item) == BATCH for item in gc.get_objects())
 
 
 @pytest.mark.parametrize("names", ["hkd,noisy_teacher", "soft_labels", "hkd,mokd", "cdd", "hkd,cdd"])
@@ -36,23 +36,24 @@ def test_no_method_keeps_features_after_its_step(names: str) -> None:
     methods = build_methods(configs, student, teacher)
     for method in methods:
         method.setup(RunContext(imgsz_hw=(64, 64)))
-    learner = Distiller(student, teacher, methods).train()
-    balancer = learner.build_balancer(lambda _: None)
-    held: list[int] = []
-    student.neck.register_forward_hook(lambda *_: held.append(maps_alive()))
+    distiller = Distiller(student, teacher, methods).train()
+    balancer = distiller.build_balancer(lambda _: None)
+    counts: list[int] = []
+    student.neck.register_forward_hook(lambda *_: counts.append(count_live_feature_maps()))
 
-    def step(strength: float) -> None:
-        task, taught = learner(IMAGES, TARGETS, strength)
-        balancer.backward(sum_losses(task), sum_losses(taught) if taught else None, strength)
-        learner.zero_grad(set_to_none=True)
+    def step(distill_weight: float) -> None:
+        det_losses, distill_losses = distiller(IMAGES, TARGETS, distill_weight)
+        distill_loss = sum_losses(distill_losses) if distill_losses else None
+        balancer.backward(sum_losses(det_losses), distill_loss, distill_weight)
+        distiller.zero_grad(set_to_none=True)
 
     gc.collect()
     gc.freeze()
-    gc.disable()  # what only the collector frees is held for too long
+    gc.disable()  # references must be released without the garbage collector
     try:
-        for strength in (1.0, 1.0, 0.0):
-            step(strength)
-            assert held.pop() > 0 and maps_alive() == 0
+        for distill_weight in (1.0, 1.0, 0.0):
+            step(distill_weight)
+            assert counts.pop() > 0 and count_live_feature_maps() == 0
     finally:
         gc.enable()
         gc.unfreeze()

@@ -1,4 +1,4 @@
-"""Whole small runs with MoKD: every family learns, and a resumed run is the unbroken one."""
+"""Short complete runs with MoKD: all families, and resume."""
 
 import csv
 from copy import deepcopy
@@ -27,16 +27,16 @@ TWO_STAGE = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
-    layout["scales"][layout["scale"]][1] = 0.0625
+    model_yaml = deepcopy(make_ultralytics_spec("yolo11n").model_yaml)
+    model_yaml["scales"][model_yaml["scale"]][1] = 0.0625
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
     monkeypatch.setitem(sizes.MODELS, "fasterrcnn-r18", TWO_STAGE)
-    monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**layout, "nc": 1}))  # type: ignore[arg-type]
+    monkeypatch.setitem(sizes.MODELS, "yolo11n", UltralyticsSpec("yolo11n", {**model_yaml, "nc": 1}))  # type: ignore[arg-type]
 
 
-def settings(people: Path, run: Path, teacher: Path, methods: dict[str, Any], **changes: object) -> TrainConfig:
+def make_config(data_yaml: Path, run: Path, teacher: Path, methods: dict[str, Any], **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2,
+        "data": str(data_yaml), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2,
         "batch": 4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": str(teacher), "distill": methods,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -49,8 +49,8 @@ def teachers(tmp_path: Path) -> dict[str, Path]:
     save_detector_checkpoint(
         paths["dense"], DetectorCheckpoint("tiny", TINY, HKDDetector(TINY).state_dict(), {}, 1, 1.0)
     )
-    two = FasterRCNN(TWO_STAGE).state_dict()
-    save_detector_checkpoint(paths["two-stage"], DetectorCheckpoint("two", TWO_STAGE, two, {}, 1, 1.0))
+    two_stage_weights = FasterRCNN(TWO_STAGE).state_dict()
+    save_detector_checkpoint(paths["two-stage"], DetectorCheckpoint("two", TWO_STAGE, two_stage_weights, {}, 1, 1.0))
     return paths
 
 
@@ -66,11 +66,11 @@ def teachers(tmp_path: Path) -> dict[str, Path]:
     ids=lambda value: f"{value.solver}-{value.gradient_level}" if isinstance(value, MoKDConfig) else value,
 )
 def test_hkd_with_noisy_teacher_and_mokd_trains(
-    people: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: MoKDConfig
+    data_yaml: Path, tmp_path: Path, teachers: dict[str, Path], model: str, teacher: str, mokd: MoKDConfig
 ) -> None:
     methods = {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": mokd}
     result = train(
-        settings(people, tmp_path / "run", teachers[teacher], methods, model=model, epochs=2, no_aug_ratio=0.5)
+        make_config(data_yaml, tmp_path / "run", teachers[teacher], methods, model=model, epochs=2, no_aug_ratio=0.5)
     )
     first, last = result.history
     assert set(first.metrics) == {"mokd_cosine", "mokd_norm_ratio_log10", "mokd_det_weight"} and not last.metrics
@@ -82,25 +82,27 @@ def test_hkd_with_noisy_teacher_and_mokd_trains(
 
 
 @pytest.mark.parametrize(
-    "settings_of", [MoKDConfig(gradient_level="feature"), MoKDConfig("amortized")], ids=lambda s: s.solver
+    "mokd", [MoKDConfig(gradient_level="feature"), MoKDConfig("amortized")], ids=lambda s: s.solver
 )
 def test_resumed_run_equals_uninterrupted_run(
-    people: Path,
+    data_yaml: Path,
     tmp_path: Path,
     teachers: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
-    settings_of: MoKDConfig,
+    mokd: MoKDConfig,
 ) -> None:
-    methods = {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": settings_of}
-    train(settings(people, tmp_path / "whole", teachers["dense"], methods))
+    methods = {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": mokd}
+    train(make_config(data_yaml, tmp_path / "whole", teachers["dense"], methods))
 
-    def cut(*_arguments: object) -> float:
+    def interrupt(*_args: object) -> float:
         raise KeyboardInterrupt
 
-    config = settings(people, tmp_path / "cut", teachers["dense"], methods)
-    kept = runs.Trainer._compute_lr
+    config = make_config(data_yaml, tmp_path / "cut", teachers["dense"], methods)
+    original = runs.Trainer._compute_lr
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Trainer, "_compute_lr", lambda self, step: cut() if step == 4 else kept(self, step))
+        patch.setattr(
+            runs.Trainer, "_compute_lr", lambda self, step: interrupt() if step == 4 else original(self, step)
+        )
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)

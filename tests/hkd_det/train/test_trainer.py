@@ -1,4 +1,4 @@
-"""Whole small runs: they learn, they distil, and a killed one ends with the very same weights."""
+"""Short complete runs: files, learning, resume, and errors."""
 
 import os
 import signal
@@ -34,21 +34,21 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
 
 
-def settings(people: Path, run: Path, **changes: object) -> TrainConfig:
+def make_config(data_yaml: Path, run: Path, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 3,
+        "data": str(data_yaml), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 3,
         "batch": 4, "workers": 0, "device": "cpu",
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.usefixtures("tiny_models")
-def test_run_writes_checkpoints_settings_and_history(people: Path, tmp_path: Path) -> None:
-    result = train(settings(people, tmp_path))
+def test_run_writes_checkpoints_settings_and_history(data_yaml: Path, tmp_path: Path) -> None:
+    result = train(make_config(data_yaml, tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt", "config.yaml", "results.csv"}
     best = load_detector_checkpoint(result.best)
     assert best.model == "mini-student" and best.spec == TINY and best.miss_rate == result.miss_rate
@@ -57,8 +57,8 @@ def test_run_writes_checkpoints_settings_and_history(people: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("tiny_models")
-def test_training_learns_dark_boxes(people: Path, tmp_path: Path) -> None:
-    result = train(settings(people, tmp_path, epochs=30, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9))
+def test_training_learns_dark_boxes(data_yaml: Path, tmp_path: Path) -> None:
+    result = train(make_config(data_yaml, tmp_path, epochs=30, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9))
     assert result.history[-1].losses["box"] < 0.6 * result.history[0].losses["box"]
     assert result.miss_rate < 0.7
 
@@ -66,40 +66,42 @@ def test_training_learns_dark_boxes(people: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_equals_uninterrupted_run(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """Cut in the middle of the second epoch, distilling: the hardest state there is."""
-    teacher = train(settings(people, tmp_path / "teacher", epochs=1)).best
-    taught = {"teacher": str(teacher), "distill": {"hkd": HKDConfig()}, "workers": workers}
-    train(settings(people, tmp_path / "whole", **taught))
+    """The distilled run is interrupted in the middle of the second epoch."""
+    teacher = train(make_config(data_yaml, tmp_path / "teacher", epochs=1)).best
+    distillation = {"teacher": str(teacher), "distill": {"hkd": HKDConfig()}, "workers": workers}
+    train(make_config(data_yaml, tmp_path / "whole", **distillation))
 
-    def cut(*_arguments: object) -> float:
+    def interrupt(*_args: object) -> float:
         raise KeyboardInterrupt
 
-    config = settings(people, tmp_path / "cut", **taught)
+    config = make_config(data_yaml, tmp_path / "cut", **distillation)
     with monkeypatch.context() as patch:
         from hkd_det.train import trainer as run
 
-        kept = run.Trainer._compute_lr
-        patch.setattr(run.Trainer, "_compute_lr", lambda self, step: cut() if step == 4 else kept(self, step))
+        original = run.Trainer._compute_lr
+        patch.setattr(run.Trainer, "_compute_lr", lambda self, step: interrupt() if step == 4 else original(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert len(load_training_state(tmp_path / "cut" / "last.pt")["history"]) == 1
     train(config, resume=True)
     whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert same(whole["distiller"], resumed["distiller"]) and same(whole["ema"], resumed["ema"])
+    assert equal_states(whole["distiller"], resumed["distiller"]) and equal_states(whole["ema"], resumed["ema"])
     assert [e["losses"] for e in whole["history"]] == [e["losses"] for e in resumed["history"]]
-    other = DetectorCheckpoint.from_detector(load_detector_checkpoint(teacher).build(), "mini-student", {}, 2, 0.5)
-    save_detector_checkpoint(teacher, other)
+    new_teacher = DetectorCheckpoint.from_detector(
+        load_detector_checkpoint(teacher).build(), "mini-student", {}, 2, 0.5
+    )
+    save_detector_checkpoint(teacher, new_teacher)
     with pytest.raises(DataError, match="has changed since"):
         train(config, resume=True)
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_run_equals_uninterrupted_run(people: Path, tmp_path: Path) -> None:
-    """A real process, really killed, more than once; the command's own --resume; the same final weights."""
+def test_killed_and_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_path: Path) -> None:
+    """SIGKILL ends the process twice; `--resume` continues to the same final weights."""
     base = [sys.executable, "-c", "import sys; from hkd_det.train.cli import main; sys.exit(main())"]
-    common = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "4", "--batch", "4"]
+    common = ["--data", str(data_yaml), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "4", "--batch", "4"]
     flags = [*common, "--workers", "0", "--device", "cpu", "--project", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*base, *flags, "--name", "whole"], check=True, env=environment, capture_output=True)
@@ -116,42 +118,42 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(people: Path, tmp_path:
         command = [*base, "--resume", str(tmp_path / "killed")]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     whole, resumed = (load_training_state(tmp_path / name / "last.pt") for name in ("whole", "killed"))
-    assert same(whole["ema"], resumed["ema"]) and len(resumed["history"]) == 4
+    assert equal_states(whole["ema"], resumed["ema"]) and len(resumed["history"]) == 4
 
 
 @pytest.mark.usefixtures("tiny_models")
 def test_full_disk_keeps_earlier_files(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(people, tmp_path / "run", epochs=1)
+    config = make_config(data_yaml, tmp_path / "run", epochs=1)
     train(config)
     before = (tmp_path / "run" / "last.pt").read_bytes()
 
-    def full(_path: Path, _content: object) -> int:
+    def raise_disk_full(_path: Path, _content: object) -> int:
         raise OSError(28, "No space left on device", str(_path))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    flags = ["--data", str(people), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "1", "--batch", "4"]
+    monkeypatch.setattr(Path, "write_bytes", raise_disk_full)
+    flags = ["--data", str(data_yaml), "--model", "mini-student", "--imgsz", "96x64", "--epochs", "1", "--batch", "4"]
     code = main([*flags, "--workers", "0", "--project", str(tmp_path), "--name", "run", "--exist-ok"])
     assert code == 1 and "No space left on device" in capsys.readouterr().err
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
 
 
-def test_run_does_not_overwrite_its_input(people: Path, tmp_path: Path) -> None:
-    """Going on after a kill, it would be taught by itself."""
-    own = str(tmp_path / "elsewhere/../best.pt")
-    for asked in ({"weights": own}, {"teacher": own, "distill": {"hkd": HKDConfig()}}):
-        with pytest.raises(UsageError, match=f"--{next(iter(asked))} .* overwrite it"):
-            settings(people, tmp_path, **asked)
+def test_run_does_not_overwrite_its_input(data_yaml: Path, tmp_path: Path) -> None:
+    """A resumed run would otherwise use its own output as teacher."""
+    best = str(tmp_path / "elsewhere/../best.pt")
+    for inputs in ({"weights": best}, {"teacher": best, "distill": {"hkd": HKDConfig()}}):
+        with pytest.raises(UsageError, match=f"--{next(iter(inputs))} .* overwrite it"):
+            make_config(data_yaml, tmp_path, **inputs)
 
 
 @pytest.mark.usefixtures("tiny_models")
 def test_unsuitable_state_is_rejected_in_one_line(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of an older version, which had no arbiters; one whose detector has another shape now."""
-    train(settings(people, tmp_path, epochs=1))
+    """A state without a balancer, as an older version writes it, and a state of a detector with other shapes."""
+    train(make_config(data_yaml, tmp_path, epochs=1))
     older = {name: value for name, value in load_training_state(tmp_path / "last.pt").items() if name != "balancer"}
     state = (tmp_path / "last.pt").read_bytes()
     save_training_state(tmp_path / "last.pt", older)
@@ -159,16 +161,16 @@ def test_unsuitable_state_is_rejected_in_one_line(
     (tmp_path / "last.pt").write_bytes(state)
     monkeypatch.setitem(sizes.MODELS, "mini-student", replace(TINY, channels=8))
     assert main(["--resume", str(tmp_path)]) == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-train: ")]
-    assert len(told) == 2 and all("does not fit this run" in line and "Start a new run" in line for line in told)
-    assert "'balancer'" in told[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hkd-train: ")]
+    assert len(errors) == 2 and all("does not fit this run" in line and "Start a new run" in line for line in errors)
+    assert "'balancer'" in errors[0]
 
 
 @pytest.mark.usefixtures("tiny_models")
-def test_checkpoint_of_other_model_is_rejected(people: Path, tmp_path: Path) -> None:
-    train(settings(people, tmp_path, epochs=1))
+def test_checkpoint_of_other_model_is_rejected(data_yaml: Path, tmp_path: Path) -> None:
+    train(make_config(data_yaml, tmp_path, epochs=1))
     with pytest.raises(DataError, match="mini-teacher"):
-        train(settings(people, tmp_path, model="mini-teacher", epochs=1), resume=True)
+        train(make_config(data_yaml, tmp_path, model="mini-teacher", epochs=1), resume=True)
     with pytest.raises(DataError, match="state"):
         load_detector_checkpoint(tmp_path / "last.pt")
     broken = tmp_path / "broken.pt"

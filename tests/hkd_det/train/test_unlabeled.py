@@ -1,4 +1,4 @@
-"""Unlabelled pictures: mixed in on top, silent to every task loss, the same in a resumed run."""
+"""Unlabelled images: mixed in on top, silent to every task loss, the same in a resumed run."""
 
 from pathlib import Path
 
@@ -35,19 +35,19 @@ TWO_STAGE = FasterRCNNSpec(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pictures of other sizes and forms, one below, and what is none."""
+    """Five images of other sizes and forms, one below, and what is none."""
     rng = np.random.default_rng(0)
     (tmp_path / "own" / "more").mkdir(parents=True)
     for index, name in enumerate(["b.png", "a.jpg", "c.JPG", "more/d.png", "wide.png"]):
         hw = (40 + 20 * index, 150 - 20 * index)
         cv2.imwrite(str(tmp_path / "own" / name), rng.integers(0, 255, (*hw, 3)).astype(np.uint8))
-    (tmp_path / "own" / "notes.txt").write_text("no picture")
+    (tmp_path / "own" / "notes.txt").write_text("no image")
     return tmp_path / "own"
 
 
-def config(people: Path, run: Path, folder: Path, teacher: str, **changes: object) -> TrainConfig:
+def config(data_yaml: Path, run: Path, folder: Path, teacher: str, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
-        "data": str(people), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2,
+        "data": str(data_yaml), "model": "mini-student", "save_dir": str(run), "imgsz_hw": (64, 96), "epochs": 2,
         "batch": 4, "workers": 0, "device": "cpu", "no_aug_ratio": 0.0, "teacher": teacher, "unlabeled": (str(folder),),
         "distill": {"soft_labels": SoftLabelConfig()},
     }  # fmt: skip
@@ -65,22 +65,24 @@ def test_unlabeled_images_are_listed_in_order(folder: Path, tmp_path: Path) -> N
         read_unlabeled([tmp_path / "empty"])
 
 
-def views_of(size_hw: tuple[int, int], tiles: int, seed: int) -> AugmentedImage:
-    """A view of a picture, or mosaic, that nobody knows anything of."""
+def make_augmented_image(size_hw: tuple[int, int], tiles: int, seed: int) -> AugmentedImage:
+    """Return an augmented image or mosaic without annotations."""
     rng = np.random.default_rng(seed)
     hw = (int(rng.integers(20, 200)), int(rng.integers(20, 200)))
-    truth = unlabeled_ground_truth()
-    source = AugmentedImage(np.full((*hw, 3), 200, np.uint8), truth.boxes_xyxy, truth.visible_xyxy, truth.ignore)
+    ground_truth = unlabeled_ground_truth()
+    source = AugmentedImage(
+        np.full((*hw, 3), 200, np.uint8), ground_truth.boxes_xyxy, ground_truth.visible_xyxy, ground_truth.ignore
+    )
     return augment([lambda _frame: source] * tiles, size_hw, rng)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_ignore_region_covers_augmented_image(seed: int) -> None:
-    """The grey beside a small picture too, mirrored or not."""
-    view = views_of((64, 96), 1, seed)
-    assert view.boxes_xyxy.tolist() == [[0, 0, 96, 64]] and view.ignore.tolist() == [True]
+    """The ignore region includes the gray padding of a small image, mirrored or not."""
+    augmented = make_augmented_image((64, 96), 1, seed)
+    assert augmented.boxes_xyxy.tolist() == [[0, 0, 96, 64]] and augmented.ignore.tolist() == [True]
     covered = np.zeros((64, 96), bool)
-    mosaic = views_of((64, 96), 4, seed)
+    mosaic = make_augmented_image((64, 96), 4, seed)
     for x1, y1, x2, y2 in mosaic.boxes_xyxy.astype(int):
         covered[y1:y2, x1:x2] = True
     assert covered.all() and mosaic.ignore.all() and len(mosaic.ignore) == 4
@@ -88,67 +90,67 @@ def test_ignore_region_covers_augmented_image(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["ours", "yolo26n", "faster-rcnn"])
 def test_detection_losses_ignore_unlabeled_images(name: str) -> None:
-    """Zero gradient at everything that a task loss reads of an unlabelled picture beside a labelled one."""
+    """The detection losses of a batch have no gradient at the outputs for its unlabeled image."""
     torch.manual_seed(0)
     detector = {"ours": lambda: HKDDetector(TINY), "faster-rcnn": lambda: FasterRCNN(TWO_STAGE)}.get(
         name, lambda: build_model(name)
     )()
-    pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
+    images = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     boxes = torch.tensor([[[10.0, 5.0, 34.0, 60.0]], [[0.0, 0.0, 96.0, 64.0]]])
-    known = torch.tensor([[True], [False]])
-    learner = Distiller(detector.eval())
-    output = detector(pictures)
+    valid = torch.tensor([[True], [False]])
+    distiller = Distiller(detector.eval())
+    output = detector(images)
     if isinstance(output, DenseOutputs):
-        read = [
-            part
+        tensors = [
+            tensor
             for branch in (output.one2many, output.one2one)
             if branch
-            for part in (branch.logits, branch.boxes_xyxy)
+            for tensor in (branch.logits, branch.boxes_xyxy)
         ]
     else:
         assert isinstance(output, ProposalOutputs)
-        read = [output.objectness, output.box_deltas, *output.features]
-    for part in read:
-        part.retain_grad()
+        tensors = [output.objectness, output.box_deltas, *output.features]
+    for tensor in tensors:
+        tensor.retain_grad()
     torch.stack(
-        list(learner.student.loss(output, Targets(boxes, known, ~known), clamp_min_one).values())
+        list(distiller.student.loss(output, Targets(boxes, valid, ~valid), clamp_min_one).values())
     ).sum().backward()
-    heard = [part.grad for part in read if part.grad is not None]
-    assert len(heard) >= 3 and all(grad[0].any() for grad in heard[:2])
-    assert not any(grad[1].any() for grad in heard)
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    assert len(gradients) >= 3 and all(grad[0].any() for grad in gradients[:2])
+    assert not any(grad[1].any() for grad in gradients)
 
 
-def epochs(**changes: object) -> EpochPlan:
+def make_plan(**changes: object) -> EpochPlan:
     values = {"num_images": 10, "batch": 4, "size_hw": (64, 96), "multi_scale": 0.25, "mosaic": 0.5, "seed": 3}
     return EpochPlan(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_unlabeled_images_leave_labeled_ones_unchanged() -> None:
-    alone, mixed = epochs(), epochs(num_unlabeled=5, unlabeled_batch=2)
+    labeled, mixed = make_plan(), make_plan(num_unlabeled=5, unlabeled_batch=2)
     for epoch in range(3):
-        batches_alone, batches_mixed = (list(one.sample_batches(epoch, no_aug=False)) for one in (alone, mixed))
-        assert [batch[:4] for batch in batches_mixed] == batches_alone
-        others = [draw for batch in batches_mixed for draw in batch[4:]]
-        assert len(others) == 6 and {draw.indices for draw in others} == {(index,) for index in range(10, 15)}
-        assert len({draw.seed for draw in others}) == 6
-        assert all(len({draw.size_hw for draw in batch}) == 1 for batch in batches_mixed)
-        assert list(mixed.sample_batches(epoch, no_aug=True)) == list(alone.sample_batches(epoch, no_aug=True))
-    first, second = ([draw.indices for batch in mixed.sample_batches(e, False) for draw in batch[4:]] for e in (0, 1))
+        labeled_batches, mixed_batches = (list(plan.sample_batches(epoch, no_aug=False)) for plan in (labeled, mixed))
+        assert [batch[:4] for batch in mixed_batches] == labeled_batches
+        unlabeled = [spec for batch in mixed_batches for spec in batch[4:]]
+        assert len(unlabeled) == 6 and {spec.indices for spec in unlabeled} == {(index,) for index in range(10, 15)}
+        assert len({spec.seed for spec in unlabeled}) == 6
+        assert all(len({spec.size_hw for spec in batch}) == 1 for batch in mixed_batches)
+        assert list(mixed.sample_batches(epoch, no_aug=True)) == list(labeled.sample_batches(epoch, no_aug=True))
+    first, second = ([spec.indices for batch in mixed.sample_batches(e, False) for spec in batch[4:]] for e in (0, 1))
     assert first != second
 
 
 def test_exif_rotation_applies_to_unlabeled_images_only(tmp_path: Path) -> None:
-    """A JPEG whose EXIF says: turn me by a quarter. Its left half is black, so upright its upper or lower is."""
-    picture = np.full((64, 64, 3), 255, np.uint8)
-    picture[:, :32] = 0
-    _, jpeg = cv2.imencode(".jpg", picture)
+    """The EXIF orientation rotates by 90 degrees, so the black left half becomes the upper half."""
+    image = np.full((64, 64, 3), 255, np.uint8)
+    image[:, :32] = 0
+    _, jpeg = cv2.imencode(".jpg", image)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     raw = jpeg.tobytes()
-    path = tmp_path / "turned.jpg"
+    path = tmp_path / "rotated.jpg"
     path.write_bytes(raw[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + raw[2:])
     samples = [Sample(0, path), Sample(1, path, unlabeled_ground_truth())]
     loader, sampler = build_dataloader(
-        samples, epochs(num_images=1, batch=1, num_unlabeled=1, unlabeled_batch=1), 0, 1, 0, 1
+        samples, make_plan(num_images=1, batch=1, num_unlabeled=1, unlabeled_batch=1), 0, 1, 0, 1
     )
     stored, upright = (loader.dataset.images.read(index, (64, 64)).image[..., 0] for index in (0, 1))  # type: ignore[attr-defined]
     assert stored[:, :30].max() < 50 and stored[:, 34:].min() > 200
@@ -156,67 +158,72 @@ def test_exif_rotation_applies_to_unlabeled_images_only(tmp_path: Path) -> None:
     assert len(sampler) == 1
 
 
-def test_unreadable_image_is_reported_by_name(folder: Path, people: Path) -> None:
+def test_unreadable_image_is_reported_by_name(folder: Path, data_yaml: Path) -> None:
     (folder / "a.jpg").write_bytes(b"nothing")
-    samples, others = load_dataset(str(people), "train"), read_unlabeled([folder])
-    drawn = epochs(num_images=len(samples), num_unlabeled=len(others), unlabeled_batch=4)
-    loader, _ = build_dataloader([*samples, *others], drawn, 0, 1, 0, 1)
+    samples, unlabeled = load_dataset(str(data_yaml), "train"), read_unlabeled([folder])
+    plan = make_plan(num_images=len(samples), num_unlabeled=len(unlabeled), unlabeled_batch=4)
+    loader, _ = build_dataloader([*samples, *unlabeled], plan, 0, 1, 0, 1)
     with pytest.raises(DataError, match=r"a\.jpg: not a readable image"):
         list(iterate_batches(loader))
 
 
 @pytest.fixture
-def teacher(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def teacher(data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(sizes.MODELS, "mini-student", TINY)
-    return str(train(config(people, tmp_path / "t", tmp_path, "", epochs=1, unlabeled=(), distill={})).best)
+    return str(train(config(data_yaml, tmp_path / "t", tmp_path, "", epochs=1, unlabeled=(), distill={})).best)
 
 
 def test_resumed_run_equals_uninterrupted_run(
-    people: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
+    data_yaml: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(config(people, tmp_path / "whole", folder, teacher))
+    whole = train(config(data_yaml, tmp_path / "whole", folder, teacher))
     assert {"soft_cls", "soft_box", "cls"} <= whole.history[0].losses.keys()
 
-    def cut(*_arguments: object) -> float:
+    def interrupt(*_args: object) -> float:
         raise KeyboardInterrupt
 
-    interrupted = config(people, tmp_path / "cut", folder, teacher)
+    interrupted = config(data_yaml, tmp_path / "cut", folder, teacher)
     with monkeypatch.context() as patch:
         from hkd_det.train import trainer as run
 
-        kept = run.Trainer._compute_lr
-        patch.setattr(run.Trainer, "_compute_lr", lambda self, step: cut() if step == 4 else kept(self, step))
+        original = run.Trainer._compute_lr
+        patch.setattr(run.Trainer, "_compute_lr", lambda self, step: interrupt() if step == 4 else original(self, step))
         with pytest.raises(KeyboardInterrupt):
             train(interrupted)
     saved = TrainConfig.from_dict(load_training_state(tmp_path / "cut" / "last.pt")["config"])
     assert saved == interrupted
     train(saved, resume=True)
-    one, other = (load_training_state(tmp_path / name / "last.pt")["distiller"] for name in ("whole", "cut"))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    whole_state, resumed_state = (
+        load_training_state(tmp_path / name / "last.pt")["distiller"] for name in ("whole", "cut")
+    )
+    assert whole_state.keys() == resumed_state.keys()
+    assert all(torch.equal(value, resumed_state[name]) for name, value in whole_state.items())
 
 
-def test_invalid_unlabeled_settings_raise_usage_error(people: Path, tmp_path: Path, folder: Path) -> None:
+def test_invalid_unlabeled_settings_raise_usage_error(data_yaml: Path, tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--unlabeled.*--teacher"):
-        config(people, tmp_path, folder, "", distill={})
+        config(data_yaml, tmp_path, folder, "", distill={})
     with pytest.raises(UsageError, match="--unlabeled"):
-        config(people, tmp_path, folder, "best.pt", distill={"blockwise": {}})
+        config(data_yaml, tmp_path, folder, "best.pt", distill={"blockwise": {}})
     with pytest.raises(UsageError, match="unlabeled_ratio"):
-        config(people, tmp_path, folder, "best.pt", unlabeled_ratio=0.0)
-    asked = config(people, tmp_path, folder, "best.pt", unlabeled_ratio=0.01)
-    assert asked.unlabeled_batch == 1
-    alone = make_baseline_config(asked)
-    assert alone.unlabeled == () and alone.unlabeled_batch == 0 and alone.batch == asked.batch
+        config(data_yaml, tmp_path, folder, "best.pt", unlabeled_ratio=0.0)
+    distilled = config(data_yaml, tmp_path, folder, "best.pt", unlabeled_ratio=0.01)
+    assert distilled.unlabeled_batch == 1
+    baseline = make_baseline_config(distilled)
+    assert baseline.unlabeled == () and baseline.unlabeled_batch == 0 and baseline.batch == distilled.batch
 
 
 def test_annotation_check_reads_labeled_images_only(
-    people: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
+    data_yaml: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hkd_det.train import trainer as run
 
-    nobody = [
-        Sample(sample.image_id, sample.path, GroundTruth.empty()) for sample in load_dataset(str(people), "train")
+    empty_samples = [
+        Sample(sample.image_id, sample.path, GroundTruth.empty()) for sample in load_dataset(str(data_yaml), "train")
     ]
-    kept = run.load_dataset
-    monkeypatch.setattr(run, "load_dataset", lambda data, split: nobody if split == "train" else kept(data, split))
+    original = run.load_dataset
+    monkeypatch.setattr(
+        run, "load_dataset", lambda data, split: empty_samples if split == "train" else original(data, split)
+    )
     with pytest.raises(DataError, match="the train split contains no person"):
-        train(config(people, tmp_path / "nobody", folder, teacher))
+        train(config(data_yaml, tmp_path / "empty", folder, teacher))
