@@ -105,8 +105,9 @@ def train_one_epoch(
     distill_weight = compute_distill_weight(epoch, config.epochs, config.no_aug_ratio)
     for index, (images, targets) in enumerate(iterate_batches(loader)):
         step = epoch * num_steps + index
+        lr = lr_schedule(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr_schedule(step)
+            group["lr"] = lr
         hooks.before_step(step)
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)  # noqa: PLW2901 - same batch
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
