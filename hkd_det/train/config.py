@@ -134,6 +134,9 @@ class TrainConfig:
         self._check_weights()
 
     def _check_ranges(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{name}: {value} is out of range. Use a finite number.")
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use at least 1.")
