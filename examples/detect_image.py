@@ -11,7 +11,7 @@ from hkd_det.image import read_image
 
 
 def main(model: str, image: str, output: str) -> None:
-    """Detect people, print them, and write the image with boxes."""
+    """Detect persons, print their boxes, and write the image with boxes."""
     image_rgb = read_image(Path(image))
     with open_detector(model, device="cpu") as detector:
         detections = detector(image_rgb).filter(min_score=0.3)

@@ -15,7 +15,7 @@ def main(model: str, data: str) -> None:
         detections = [detector(read_image(sample.path)) for sample in samples]
     for setup, result in evaluate_detections(samples, detections).items():
         if result.num_gt:
-            print(f"{setup:<22} MR^-2 {100 * result.miss_rate:6.2f} %  ({result.num_gt} people)")
+            print(f"{setup:<22} MR^-2 {100 * result.value:6.2f} %  ({result.num_gt} persons)")
 
 
 if __name__ == "__main__":

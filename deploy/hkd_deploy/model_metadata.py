@@ -157,7 +157,7 @@ def make_tensor_info(name: str, dtype: str, shape: Iterable[Any]) -> TensorInfo:
     Args:
         name: Name in the graph.
         dtype: Data type as ONNX Runtime, OpenVINO or TensorRT names it. An unknown name is kept.
-        shape: Dimensions. A symbol, None or a negative number stands for a free dimension.
+        shape: Dimensions. A symbol, None or a negative number means a free dimension.
 
     Returns:
         The description with a NumPy data type.
@@ -183,7 +183,7 @@ def _check_format_version(metadata: Mapping[str, str], path: Path) -> None:
 
 def _parse_nonempty_text(value: str) -> str:
     if not value.strip():
-        raise ValueError("expected a non-empty text")
+        raise ValueError("expected a non-empty string")
     return value
 
 

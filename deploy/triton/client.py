@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.errors import DataError, UnavailableError, run_command
+from hkd_det.errors import DataError, UnavailableError, UsageError, run_command
 from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
 from hkd_det.structures import Detections
@@ -117,6 +117,10 @@ def _run_client_command(argv: Sequence[str] | None) -> int:
         "--conf", type=float, default=0.3, help="minimum score of printed boxes, 0 to 1 (default: %(default)s)"
     )
     flags = parser.parse_args(argv)
+    if not flags.url.startswith(("http://", "https://")):
+        raise UsageError(f"--url {flags.url}: expected an http:// or https:// address. Example: http://localhost:8000.")
+    if not 0 <= flags.conf <= 1:
+        raise UsageError(f"--conf {flags.conf:g}: expected a score from 0 to 1.")
     detections = request_detections(flags.url, flags.model, read_image(flags.image))
     for (x1, y1, x2, y2), score in zip(detections.boxes_xyxy, detections.scores, strict=True):
         if score >= flags.conf:

@@ -51,7 +51,7 @@ def bad_dir(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempP
         (["good.onnx", "--device", "cuda"], 1, "--device cuda: "),
         (["good.onnx", "--device", "cuda", "--backend", "ort-tensorrt"], 1, "has no TensorRT"),
         (["good.onnx", "--device", "cuda", "--backend", "ort-tensorrt-rtx"], 1, "TensorRT for RTX is not installed"),
-        (["good.onnx", "--backend", "tensorrt"], 2, "--backend tensorrt expects an engine"),
+        (["good.onnx", "--backend", "tensorrt"], 2, "--backend tensorrt: expected an .engine file"),
         (["good.onnx", "--device", "cuda", "--backend", "openvino"], 2, "the openvino backend supports cpu only"),
         (["good.onnx", "--backend", "tflite"], 2, "--backend tflite: expected onnxruntime, openvino"),
     ],

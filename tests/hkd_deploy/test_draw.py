@@ -79,7 +79,7 @@ def test_draw_any_box_on_any_image(box: tuple[float, ...], status: MatchStatus, 
 @pytest.mark.parametrize("size_hw", [(512, 1024), (360, 640)])
 def test_draw_overlay_is_readable_and_small(size_hw: tuple[int, int]) -> None:
     canvas = np.full((*size_hw, 3), 255, np.uint8)  # worst case: white text on a white image
-    draw_overlay(canvas, ["mini-student  640x512  cpu", "31.4 fps   7 people"])
+    draw_overlay(canvas, ["mini-student  640x512  cpu", "31.4 fps   persons 7"])
     changed = (canvas != 255).any(axis=2)
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     assert (rows[0], columns[0]) == (0, 0)

@@ -102,7 +102,9 @@ def _open_tensorrt(request: OpenRequest) -> Iterator[OpenedBackend]:
 
     path = request.path
     if path.suffix == ".onnx":
-        raise UsageError(f"{path}: --backend tensorrt expects an engine. Build one with hkd-export {path} --trt.")
+        raise UsageError(
+            f"--backend tensorrt: expected an .engine file, got {path}. Build one with hkd-export {path} --trt."
+        )
     with open_tensorrt(path, request.device) as engine:
         yield OpenedBackend(engine, "tensorrt", max_batch=engine.max_batch)
 
@@ -173,5 +175,9 @@ def get_default_backend(path: Path) -> str:
         case ".engine" | ".plan":
             return "tensorrt"
         case ".pt":
-            raise DataError(f"{path}: a checkpoint, which no backend opens. Create an .onnx file: hkd-export {path}.")
-    raise DataError(f"{path}: expected an .onnx file, an .engine file or an OpenVINO directory.")
+            raise DataError(
+                f"{path}: expected an exported model, got a checkpoint. Create an .onnx file with hkd-export {path}."
+            )
+    raise DataError(
+        f"{path}: expected an .onnx file, an .engine file or an OpenVINO directory. Create one with hkd-export."
+    )

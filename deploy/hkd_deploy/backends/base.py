@@ -72,7 +72,7 @@ def validate_io(
     model_metadata = ModelMetadata.from_metadata(metadata, path)
     for flag, is_set in (("--raw", model_metadata.raw), ("--no-preprocess", model_metadata.preprocess != "uint8")):
         if is_set:
-            raise DataError(f"{path}: exported with {flag}, which no backend runs. Export it again without {flag}.")
+            raise DataError(f"{path}: exported with {flag}, which no backend supports. Export it again without {flag}.")
     if {output.name: output.dtype for output in outputs} != OUTPUT_DTYPES:
         raise _make_io_error(path, f"outputs {OUTPUT_DTYPES}", outputs)
     match [(tensor.name, tensor.dtype, tensor.shape) for tensor in inputs]:

@@ -221,7 +221,7 @@ def _find_rtx_devices(ort: Any) -> tuple[str, list[Any]]:
         )
     try:
         _register_provider_library(ort, plugin)
-    except Exception as error:  # noqa: BLE001 - the errors of ONNX Runtime share no other base class
+    except Exception as error:  # noqa: BLE001 - the only common base class of ONNX Runtime errors
         raise UnavailableError(
             f"--backend ort-tensorrt-rtx: the plugin does not load: {first_error_line(error)}. "
             f"To solve this, {_RTX_FAILURE_HINT}"

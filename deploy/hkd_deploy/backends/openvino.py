@@ -25,7 +25,7 @@ from hkd_det.errors import DataError, UnavailableError, UsageError, import_packa
 Precision = Literal["bf16"]
 PERFORMANCE_HINTS = ("latency", "throughput")
 MODEL_FILE, METADATA_FILE = "model.xml", "metadata.yaml"
-FOLDER_FILES = (MODEL_FILE, "model.bin", METADATA_FILE)
+DIRECTORY_FILES = (MODEL_FILE, "model.bin", METADATA_FILE)
 OPENVINO_LOAD_ERRORS = (
     "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
 )  # fmt: skip
@@ -176,7 +176,7 @@ def list_model_files(path: Path) -> list[Path]:
         xml_files = sorted(path.glob("*.xml"))
         if len(xml_files) != 1:
             raise DataError(
-                f"{path}: not an OpenVINO directory: expected {', '.join(FOLDER_FILES)}, got {len(xml_files)} "
+                f"{path}: not an OpenVINO directory: expected {', '.join(DIRECTORY_FILES)}, got {len(xml_files)} "
                 ".xml files. Create one with hkd-export student.onnx --openvino."
             )
         path = xml_files[0]
@@ -254,7 +254,7 @@ def _compile_model(core: Any, path: Path, config: dict[str, str]) -> tuple[dict[
 
 @contextmanager
 def _convert_load_errors(path: Path) -> Iterator[None]:
-    """Convert the load errors of OpenVINO to a DataError. They share no base class except Exception."""
+    """Convert the load errors of OpenVINO to a DataError. Their only common base class is Exception."""
     front_ends = importlib.import_module("openvino.frontend")
     load_errors = [getattr(front_ends, name) for name in OPENVINO_LOAD_ERRORS if hasattr(front_ends, name)]
     try:

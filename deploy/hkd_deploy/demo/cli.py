@@ -50,7 +50,7 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
         if stats.num_frames:
-            print(stats.summary(num_dropped))
+            print(stats.format_summary(num_dropped))
             if _get_mtime_ns(flags.save) != mtime_ns:
                 print(f"saved {flags.save}")
     return 0

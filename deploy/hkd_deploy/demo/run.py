@@ -64,7 +64,7 @@ class FrameStats:
         span_s = self._ticks_s[-1] - self._start_s
         return self.num_frames / span_s if span_s > 0 else 0.0
 
-    def summary(self, num_dropped: int) -> str:
+    def format_summary(self, num_dropped: int) -> str:
         """Format frame count, rate and a table of stage percentiles.
 
         Args:

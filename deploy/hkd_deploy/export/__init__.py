@@ -1,1 +1,1 @@
-"""Export of trained detectors: ONNX, verification, OpenVINO folder, and the command hkd-export."""
+"""Export of trained detectors: ONNX, verification, OpenVINO directory, and the command hkd-export."""

@@ -1,8 +1,4 @@
-"""`hkd-export`: write a trained detector as a file for a runtime.
-
-Weights (.pt) become an ONNX file, which requires torch. All other conversions start from the ONNX file and run without
-torch, on the target device as well: reduced precision, TensorRT engine, OpenVINO folder, model server directories.
-"""
+"""Command `hkd-export`: convert a trained detector to a file for a runtime."""
 
 import argparse
 import signal
@@ -11,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hkd_deploy.export import openvino, options
-from hkd_deploy.export.parity import Reference, onnx_reference
+from hkd_deploy.export.parity import Reference, make_onnx_reference
 from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision import cli as precision
@@ -25,13 +21,21 @@ from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
 from hkd_det.letterbox import format_imgsz
 
 NUM_PARITY_IMAGES = 16
+DESCRIPTION = (
+    "Convert a trained detector to a file for a runtime. Weights (.pt) are exported to an ONNX file; this requires "
+    "torch. All other conversions read an ONNX file and need no torch, so they also run on the target device: reduced "
+    "precision, TensorRT engine, OpenVINO directory, files for an inference server."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
+    """Run the command.
 
     Args:
-        argv: Command line without the program name; None for that of the process.
+        argv: Arguments. None for those of the process.
+
+    Returns:
+        The exit code.
     """
     # Treat SIGTERM (docker stop, timeout) like Ctrl-C, so that temporary files are removed.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -42,10 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hkd-export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="hkd-export", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("model", help="best.pt of a training run, or an .onnx file of hkd-export")
-    parser.add_argument("--output", help="file to write (default: best.onnx next to the weights)")
+    parser.add_argument(
+        "model", help="best.pt of a training run, an .onnx file of hkd-export, or an .engine file (with --serving)"
+    )
+    parser.add_argument("--output", help="file or OpenVINO directory to write (default: next to the model)")
     parser.add_argument(
         "--data", help="dataset whose val split is used for verification and evaluation (default: training dataset)"
     )
@@ -109,11 +115,13 @@ def _run_export(argv: Sequence[str] | None) -> int:
 def _check_source(source: Path, flags: argparse.Namespace) -> None:
     is_reduced = flags.precision != "fp32"
     if source.suffix not in (".pt", ".onnx", ".engine"):
-        raise UsageError(f"{source}: expected best.pt of a training run, or an .onnx file of hkd-export.")
+        raise UsageError(f"{source}: expected best.pt of a training run, or an .onnx or .engine file of hkd-export.")
     if source.suffix == ".engine" and (not flags.serving or is_reduced or flags.openvino):
-        raise UsageError(f"{source}: an engine only supports --serving. Pass the .onnx file for other conversions.")
+        raise UsageError(
+            f"{source}: an .engine file supports --serving only. Pass the .onnx file for other conversions."
+        )
     if source.suffix == ".onnx" and not (is_reduced or flags.trt or flags.openvino or flags.serving):
-        raise UsageError(f"{source}: no conversion selected; set --precision, --trt, --openvino or --serving.")
+        raise UsageError(f"{source}: no conversion selected. Set --precision, --trt, --openvino or --serving.")
 
 
 def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
@@ -126,7 +134,7 @@ def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: ar
     ):
         for name in () if has_effect else names:
             if getattr(flags, name) != parser.get_default(name):
-                raise UsageError(f"--{name.replace('_', '-')}: {requirement}.")
+                raise UsageError(f"--{name.replace('_', '-')}: {requirement}. Omit the flag.")
 
 
 def _check_combinations(flags: argparse.Namespace) -> None:
@@ -136,9 +144,13 @@ def _check_combinations(flags: argparse.Namespace) -> None:
         conversion = "--precision" if flags.precision != "fp32" else "--openvino" if flags.openvino else ""
         if getattr(flags, name) and conversion:
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: not available with {conversion}; it makes a graph for custom programs.")
+            raise UsageError(
+                f"{flag}: not available with {conversion}, which needs the default inputs and outputs. Omit one."
+            )
     if flags.trt and flags.serving:
-        raise UsageError("--trt --serving: two steps. First set --trt, then run hkd-export MODEL.engine --serving ...")
+        raise UsageError(
+            "--serving: not available with --trt. Build the engine, then run hkd-export MODEL.engine --serving FORMAT."
+        )
     if flags.trt:
         tensorrt.make_build_options(flags)
 
@@ -146,15 +158,22 @@ def _check_combinations(flags: argparse.Namespace) -> None:
 def _check_output(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
     onnx_output, engine_output, folder_output = _split_output_by_suffix(output)
     if onnx_output and source.suffix != ".pt" and flags.precision == "fp32":
-        raise UsageError(f"--output {output}: from {source}, an .onnx file requires --precision.")
+        raise UsageError(
+            f"--output {output}: an .onnx file from {source} requires --precision. Set --precision, or omit --output."
+        )
     if engine_output and (not flags.trt or flags.dry_run):
-        raise UsageError(f"--output {output}: an engine requires --trt without --dry-run.")
+        raise UsageError(
+            f"--output {output}: an .engine file requires --trt without --dry-run. Omit --output, or set these flags."
+        )
     if folder_output and not flags.openvino:
-        raise UsageError(f"--output {output}: must end in .onnx, or in .engine with --trt. A folder needs --openvino.")
+        raise UsageError(
+            f"--output {output}: expected a name ending in .onnx, or in .engine with --trt. "
+            "A directory requires --openvino."
+        )
 
 
 def _split_output_by_suffix(output: Path | None) -> tuple[Path | None, Path | None, Path | None]:
-    """Return `output` as (ONNX file, engine, OpenVINO folder) according to its suffix; the others are None."""
+    """Return `output` as (ONNX file, engine, OpenVINO directory) according to its suffix; the others are None."""
     match output.suffix if output else None:
         case None:
             return None, None, None
@@ -172,12 +191,12 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
         from hkd_deploy.export.exporter import (  # noqa: PLC0415 - torch is only needed for weights
             export_and_verify,
             export_onnx,
-            torch_reference,
+            make_torch_reference,
         )
         from hkd_det.models.checkpoint import load_detector_checkpoint  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            f"{weights}: needs {error.name}, which is not installed. Run pip install 'hkd-det[train]', or export the "
+            f"{weights}: the package {error.name} is not installed. Run pip install 'hkd-det[train]', or export the "
             "weights on the training machine and pass the .onnx file."
         ) from None
     checkpoint = load_detector_checkpoint(weights)
@@ -189,7 +208,7 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
         export_onnx(checkpoint, path, export_options)
         note = "; not compared with torch (--no-verify)"
     else:
-        reference = torch_reference(checkpoint, str(weights), export_options)
+        reference = make_torch_reference(checkpoint, str(weights), export_options)
         verification = _build_verification(reference, flags.data or str(checkpoint.config["data"]), flags)
         export_and_verify(checkpoint, path, export_options, verification)
         note = ""
@@ -207,7 +226,7 @@ def _build_verification(reference: Reference, data: str, flags: argparse.Namespa
     try:
         samples = load_dataset(data, "val")
     except HkdError as error:
-        raise type(error)(f"verification images: {error} (or set --data or --no-verify)") from error
+        raise type(error)(f"verification images: {str(error).rstrip('.')}. Set --data or --no-verify.") from error
     image_paths = [sample.path for sample in select_evenly(samples, NUM_PARITY_IMAGES)]
     return Verification(reference, image_paths, select_evenly(samples, flags.verify_images or len(samples)), data)
 
@@ -215,14 +234,14 @@ def _build_verification(reference: Reference, data: str, flags: argparse.Namespa
 def _build_onnx_verification(onnx_path: Path, flags: argparse.Namespace) -> Verification | None:
     """Verify against an ONNX file; None with --no-verify.
 
-    A device rarely has the training dataset. Without --verify and --data a missing dataset therefore only gives a note.
+    A device rarely has the training dataset. If neither --verify nor --data is set, a missing dataset is not an error.
     """
     if flags.verify is False:
         return None
     onnx_file = read_onnx_file(onnx_path)
     try:
         data = flags.data or ModelMetadata.from_metadata(onnx_file.metadata, onnx_path).data
-        return _build_verification(onnx_reference(onnx_path), data, flags)
+        return _build_verification(make_onnx_reference(onnx_path), data, flags)
     except HkdError as error:
         if flags.verify or flags.data:
             raise

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hkd_deploy.export.graph import ExportModule
-from hkd_deploy.export.parity import BOX_TOLERANCE_PX, SCORE_TOLERANCE, max_abs_difference
+from hkd_deploy.export.parity import BOX_TOLERANCE_PX, SCORE_TOLERANCE, compute_max_difference
 from hkd_deploy.precision.calibration import run_model
 from hkd_deploy.precision.graph_regions import find_constants, find_graph_regions
 from hkd_det.ops.hooks import observe_calls
@@ -104,7 +104,7 @@ def locate_difference(export_module: ExportModule, path: Path, batch: NDArray[An
     layers, expected, actual = compare_layers(export_module, model, batch)
     if not layers:
         return "the layer that differs cannot be located, because no node name matches a torch layer"
-    box_px, score = max_abs_difference(expected, actual)
+    box_px, score = compute_max_difference(expected, actual)
     if box_px <= BOX_TOLERANCE_PX and score <= SCORE_TOLERANCE:
         return _explain_fusion(model, batch)
     return f"{_find_first_stage(layers)}; {_find_worst_layer(layers)}"
@@ -143,7 +143,7 @@ def compare_layers(
     return layers, expected, [values[name] for name in outputs]
 
 
-def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+def compute_relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     """Return the norm of the difference divided by the norm of `expected`; infinite if a value is not finite.
 
     Args:
@@ -246,9 +246,9 @@ def _compare_layer(call: LayerTrace, input_value: NDArray[Any], output_value: ND
         expected = module(expected)
     return LayerComparison(
         call.name,
-        relative_error(call.input_value.numpy(), input_value),
-        relative_error(call.output_value.numpy(), output_value),
-        relative_error(expected.numpy(), output_value),
+        compute_relative_error(call.input_value.numpy(), input_value),
+        compute_relative_error(call.output_value.numpy(), output_value),
+        compute_relative_error(expected.numpy(), output_value),
     )
 
 
@@ -264,7 +264,7 @@ def _explain_fusion(model: Any, batch: NDArray[Any]) -> str:
     hidden = [node.output[0] for node in model.graph.node if node.name in set(regions.layers)]
     (fused,) = run_model(model, [*names, *heads], [batch])
     (unfused,) = run_model(model, [*names, *heads, *hidden], [batch])
-    error = max((relative_error(unfused[name], fused[name]) for name in heads), default=float("inf"))
+    error = max((compute_relative_error(unfused[name], fused[name]) for name in heads), default=float("inf"))
     if error <= MAX_RELATIVE_ERROR:
         return (
             f"all layers agree (the output layers by {error:.2g}), and decoding selects differently among scores that "

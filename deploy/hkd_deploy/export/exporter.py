@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkd_deploy.export.diagnose import locate_difference
-from hkd_deploy.export.graph import ExportModule, min_input_hw
+from hkd_deploy.export.graph import ExportModule, get_min_input_hw
 from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import Parity, Reference
 from hkd_deploy.export.verify import ExportedModel, Verification
@@ -50,7 +50,7 @@ def export_detector(
         ParityError: If the outputs differ by more than the tolerances. No file is written.
         DataError: If there is no image to compare on.
     """
-    reference = torch_reference(checkpoint, f"the weights of {checkpoint.model}", options)
+    reference = make_torch_reference(checkpoint, f"the weights of {checkpoint.model}", options)
     return export_and_verify(checkpoint, path, options, Verification(reference, image_paths))
 
 
@@ -79,7 +79,7 @@ def export_and_verify(
     return parity
 
 
-def torch_reference(checkpoint: DetectorCheckpoint, name: str, options: ExportOptions) -> Reference:
+def make_torch_reference(checkpoint: DetectorCheckpoint, name: str, options: ExportOptions) -> Reference:
     """Return the trained detector in torch on the CPU as the reference.
 
     Outputs come from the module that is exported. Miss rates come from the detector as training validates it, so that
@@ -184,7 +184,7 @@ def get_output_names(options: ExportOptions) -> list[str]:
 
 def _make_example_input(options: ExportOptions) -> Tensor:
     """Return the smallest input. The tracer stores top-k sizes as constants, which larger inputs also satisfy."""
-    height, width = min_input_hw(options.imgsz_hw) if options.dynamic_size else options.imgsz_hw
+    height, width = get_min_input_hw(options.imgsz_hw) if options.dynamic_size else options.imgsz_hw
     if options.preprocess:
         return torch.zeros(options.batch or 1, height, width, 3, dtype=torch.uint8)
     return torch.zeros(options.batch or 1, 3, height, width)

@@ -91,14 +91,14 @@ class ExportModule(nn.Module):
         # Convert before the transpose: TensorRT does not transpose uint8.
         inputs = images.float().permute(0, 3, 1, 2) if self.options.preprocess else images * 255
         if self.options.dynamic_size:
-            inputs = pad_to_stride(inputs, min_input_hw(self.options.imgsz_hw))
+            inputs = pad_to_stride(inputs, get_min_input_hw(self.options.imgsz_hw))
         if self.options.raw:
             return self.detector.raw_outputs(inputs)
         boxes, scores = self.detector.predict_traceable(inputs, MAX_DET)
         return boxes, scores, (scores >= MIN_SCORE).sum(1)
 
 
-def min_input_hw(imgsz_hw: tuple[int, int]) -> tuple[int, int]:
+def get_min_input_hw(imgsz_hw: tuple[int, int]) -> tuple[int, int]:
     """Return the smallest (height, width) of the network input in a graph with a dynamic size.
 
     Args:

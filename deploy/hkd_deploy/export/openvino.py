@@ -1,4 +1,4 @@
-"""Export of an ONNX file to an OpenVINO folder: model.xml, model.bin and metadata.yaml as Ultralytics writes it."""
+"""Export of an ONNX file to an OpenVINO directory: model.xml, model.bin and metadata.yaml as Ultralytics writes it."""
 
 import argparse
 import ast
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hkd_deploy.backends.openvino import (
-    FOLDER_FILES,
+    DIRECTORY_FILES,
     METADATA_FILE,
     MODEL_FILE,
     list_model_files,
@@ -22,7 +22,7 @@ from hkd_det.files import atomic_write_dir
 
 LITERAL_KEYS = ("stride", "batch", "imgsz", "names")  # metadata written as numbers, lists or mappings, not as text
 
-# Called with the final name and the temporary location of a folder. It raises to prevent the final name.
+# Called with the final and the temporary path of the directory. An exception prevents the final rename.
 FolderCheck = Callable[[Path, Path], object]
 
 
@@ -33,37 +33,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of hkd-export.
     """
     group = parser.add_argument_group("OpenVINO")
-    group.add_argument("--openvino", action="store_true", help="write an OpenVINO folder (default name: NAME_openvino)")
+    group.add_argument(
+        "--openvino", action="store_true", help="write an OpenVINO directory (default name: NAME_openvino)"
+    )
 
 
 def export_openvino(onnx_path: Path, folder: Path | None = None, check: FolderCheck | None = None) -> Path:
-    """Write an OpenVINO folder and print its size.
+    """Write an OpenVINO directory and print its size.
 
     Args:
         onnx_path: ONNX file of hkd-export.
-        folder: Folder to write, NAME_openvino next to NAME.onnx by default.
-        check: Check of the folder before it gets its final name.
+        folder: Directory to write, NAME_openvino next to NAME.onnx by default.
+        check: Check of the directory before it is renamed to `folder`.
 
     Returns:
-        The folder.
+        The directory.
 
     Raises:
-        DataError: As `write_openvino_folder`.
+        DataError: See `write_openvino_directory`.
     """
     folder = folder or onnx_path.with_name(f"{onnx_path.stem}_openvino")
-    write_openvino_folder(onnx_path, folder, check)
+    write_openvino_directory(onnx_path, folder, check)
     size_mib = sum(file.stat().st_size for file in list_model_files(folder)) / 2**20
     print(f"{folder}: OpenVINO model of {onnx_path}, {size_mib:.1f} MiB, weights unchanged")
     return folder
 
 
-def write_openvino_folder(onnx_path: Path, folder: Path, check: FolderCheck | None = None) -> None:
-    """Write an OpenVINO folder with the weights of an ONNX file unchanged.
+def write_openvino_directory(onnx_path: Path, folder: Path, check: FolderCheck | None = None) -> None:
+    """Write an OpenVINO directory with the weights of an ONNX file unchanged.
 
     Args:
         onnx_path: ONNX file of hkd-export.
-        folder: Folder to write. It is replaced if it contains an OpenVINO model and nothing else.
-        check: Check of the folder before it gets its final name.
+        folder: Directory to write. It is replaced if it contains an OpenVINO model and nothing else.
+        check: Check of the directory before it is renamed to `folder`.
 
     Raises:
         DataError: If OpenVINO cannot read the file, `folder` contains other files, or the disk is full.
@@ -80,7 +82,7 @@ def write_openvino_folder(onnx_path: Path, folder: Path, check: FolderCheck | No
             raise DataError(f"{folder}: OpenVINO cannot write it: {reason}. Check the free disk space.") from None
         text = yaml.safe_dump({key: _parse_literal(key, value) for key, value in metadata.items()}, sort_keys=False)
         (temp_dir / METADATA_FILE).write_text(text, encoding="utf-8")
-        with open_openvino(temp_dir):  # check that the written folder opens
+        with open_openvino(temp_dir):  # check that OpenVINO can read the written files
             pass
         if check:
             check(folder, temp_dir)
@@ -89,13 +91,13 @@ def write_openvino_folder(onnx_path: Path, folder: Path, check: FolderCheck | No
 def _check_replaceable(folder: Path) -> None:
     """Raise DataError if `folder` is a file, or contains anything except an OpenVINO model."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: is a file. Set --output to a folder.")
+        raise DataError(f"{folder}: expected a directory, got a file. Set --output to a directory.")
     if folder.is_dir():
-        other_files = sorted(file.name for file in folder.iterdir() if file.name not in FOLDER_FILES)
+        other_files = sorted(file.name for file in folder.iterdir() if file.name not in DIRECTORY_FILES)
         if other_files:
             raise DataError(
                 f"{folder}: contains {other_files[0]}, which is not part of an OpenVINO model. "
-                "Set --output to another folder."
+                "Set --output to another directory."
             )
 
 

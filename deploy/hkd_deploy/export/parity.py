@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hkd_deploy.export.options import ExportOptions, read_export_options
 from hkd_deploy.model_metadata import ModelMetadata
-from hkd_deploy.precision.model import progress_bar
+from hkd_deploy.precision.model import make_progress_bar
 from hkd_deploy.precision.report import predict_samples
 from hkd_det.errors import DataError, HkdError
 from hkd_det.image import read_image
@@ -94,7 +94,7 @@ class ReferenceOutputs:
     outputs: list[Sequence[NDArray[Any]]]
 
 
-def onnx_reference(path: Path) -> Reference:
+def make_onnx_reference(path: Path) -> Reference:
     """Return an ONNX file on ONNX Runtime as the reference.
 
     Args:
@@ -137,7 +137,7 @@ def run_reference(run: RunFunction, options: ExportOptions, image_paths: Sequenc
     if not image_paths:
         raise DataError("parity: no image to compare on. Set --data to a dataset with a val split.")
     batches = [prepare_input(read_image(path), options) for path in image_paths]
-    return ReferenceOutputs(batches, [run(batch) for batch in progress_bar(batches, desc, "image")])
+    return ReferenceOutputs(batches, [run(batch) for batch in make_progress_bar(batches, desc, "image")])
 
 
 def compare_outputs(
@@ -156,10 +156,10 @@ def compare_outputs(
     Returns:
         The largest differences over all images.
     """
-    difference = max_abs_difference if is_exact else matched_difference
+    difference = compute_max_difference if is_exact else compute_matched_difference
     pairs = list(zip(reference_outputs.batches, reference_outputs.outputs, strict=True))
     rows = []
-    for batch, outputs in progress_bar(pairs, desc, "image"):
+    for batch, outputs in make_progress_bar(pairs, desc, "image"):
         expected = [np.repeat(value, batch_size, axis=0) for value in outputs]
         rows.append(difference(expected, run(np.repeat(batch, batch_size, axis=0))))
     differences = np.array(rows)  # [N, 2]: pixels, score
@@ -190,7 +190,7 @@ def prepare_input(image_rgb: NDArray[np.uint8], options: ExportOptions) -> NDArr
     return batch if options.preprocess else (batch.transpose(0, 3, 1, 2) / 255).astype(np.float32)
 
 
-def max_abs_difference(expected: Sequence[NDArray[Any]], actual: Sequence[NDArray[Any]]) -> tuple[float, float]:
+def compute_max_difference(expected: Sequence[NDArray[Any]], actual: Sequence[NDArray[Any]]) -> tuple[float, float]:
     """Compare every detection (or the best raw candidates) of two outputs.
 
     Args:
@@ -213,7 +213,7 @@ def max_abs_difference(expected: Sequence[NDArray[Any]], actual: Sequence[NDArra
     return float(np.max(box_errors)), float(np.abs(expected[1] - actual[1]).max())
 
 
-def matched_difference(expected: Sequence[NDArray[Any]], actual: Sequence[NDArray[Any]]) -> tuple[float, float]:
+def compute_matched_difference(expected: Sequence[NDArray[Any]], actual: Sequence[NDArray[Any]]) -> tuple[float, float]:
     """Compare each detection with a score of at least `MIN_COMPARED_SCORE` with the nearest box, in both directions.
 
     Args:

@@ -31,7 +31,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """One exported file or folder on one runtime.
+    """One exported file or directory on one runtime.
 
     Attributes:
         path: Final file name.
@@ -105,7 +105,7 @@ class Verification:
         if math.isnan(parity.box_error_px) or math.isnan(parity.score_error):
             raise ParityError(f"{model.path}: outputs are NaN on {model.backend}. Select another precision or runtime.")
         if model.is_exact and not parity.within_tolerance:
-            raise self._parity_error(model, parity, path)
+            raise self._make_parity_error(model, parity, path)
         self._rows.append(VerificationRow(model, parity))
         return parity
 
@@ -161,7 +161,7 @@ class Verification:
             )
         return self._reference_outputs
 
-    def _parity_error(self, model: ExportedModel, parity: Parity, path: Path) -> ParityError:
+    def _make_parity_error(self, model: ExportedModel, parity: Parity, path: Path) -> ParityError:
         location = f"the layer that differs cannot be located on {model.backend}"
         if model.backend == "onnxruntime":
             batch = self._get_reference_outputs().batches[parity.worst_index]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.model_metadata import ModelMetadata
-from hkd_deploy.precision.model import Fp32Model, import_onnx, progress_bar
+from hkd_deploy.precision.model import Fp32Model, import_onnx, make_progress_bar
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import HkdError, UsageError
 from hkd_det.image import read_image
@@ -50,7 +50,9 @@ def load_calibration_samples(data: str, count: int) -> list[Sample]:
     try:
         samples = load_dataset(data, "train")
     except HkdError as error:
-        raise type(error)(f"calibration images: {error} (--calib-data selects another dataset)") from error
+        raise type(error)(
+            f"calibration images: {str(error).rstrip('.')}. Set --calib-data to another dataset."
+        ) from error
     indices = sorted(Random(SEED).sample(range(len(samples)), min(count, len(samples))))
     if len(indices) < MIN_RECOMMENDED_IMAGES:
         warning = f"{len(indices)} calibration images; at least {MIN_RECOMMENDED_IMAGES} are recommended"
@@ -91,7 +93,7 @@ def calibrate(
     max_abs = dict.fromkeys(names, 0.0)
     images = (read_image(sample.path) for sample in samples)
     inputs = (make_network_input(source.model_metadata, image) for image in images)
-    for values in run_model(source.model, names, progress_bar(inputs, "calibrating", "image", len(samples))):
+    for values in run_model(source.model, names, make_progress_bar(inputs, "calibrating", "image", len(samples))):
         for name, value in values.items():
             max_abs[name] = max(max_abs[name], float(np.abs(value).max()))
         subset = {name: value.ravel()[:: max(1, value.size // MAX_HISTOGRAM_VALUES)] for name, value in values.items()}

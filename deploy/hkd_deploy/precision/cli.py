@@ -97,23 +97,23 @@ def convert_precision(fp32: Path, output: Path | None, flags: argparse.Namespace
     """
     path = output or fp32.with_suffix(f".{flags.precision}.onnx")
     if path.resolve() == fp32.resolve():
-        raise UsageError(f"--output {path}: is the FP32 input file. Select another name.")
+        raise UsageError(f"--output {path}: this file is the FP32 input. Choose another name.")
     _check_flags(flags)
     source = read_fp32_model(fp32)
     if flags.precision == "bf16":
         line, miss_rates = _write_bf16(source, path), MissRates()
     else:
         report = _write_evaluated(source, path, flags)
-        line, miss_rates = report.log_line(), _collect_miss_rates(source.path, path, report, flags.eval_device)
+        line, miss_rates = report.format_log_line(), _collect_miss_rates(source.path, path, report, flags.eval_device)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; {line}")
     return path, miss_rates
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
     if not (math.isfinite(flags.max_mr_increase) and flags.max_mr_increase >= 0):
-        raise UsageError(f"--max-mr-increase {flags.max_mr_increase}: expected percentage points of at least 0.")
+        raise UsageError(f"--max-mr-increase {flags.max_mr_increase:g}: expected percentage points of at least 0.")
     if not 0 < flags.conf < 1:
-        raise UsageError(f"--conf {flags.conf}: expected a value between 0 and 1.")
+        raise UsageError(f"--conf {flags.conf:g}: expected a score between 0 and 1.")
     if flags.calib_data and flags.precision != "int8":
         raise UsageError(f"--calib-data {flags.calib_data}: requires --precision int8. Omit it.")
 
@@ -130,7 +130,7 @@ def _write_bf16(source: Fp32Model, path: Path) -> str:
 def _write_evaluated(source: Fp32Model, path: Path, flags: argparse.Namespace) -> PrecisionReport:
     data = flags.data or source.model_metadata.data
     samples = load_eval_samples(data)  # before the conversion, which may take long
-    before, model, quantization = _make_model(source, samples, data, flags)
+    before, model, quantization = _convert_model(source, samples, data, flags)
     with atomic_write(path) as temp_path:
         save_model(source, model, temp_path, flags.precision, quantization, {})
         report = PrecisionReport(
@@ -148,7 +148,7 @@ def _write_evaluated(source: Fp32Model, path: Path, flags: argparse.Namespace) -
     return report
 
 
-def _make_model(
+def _convert_model(
     source: Fp32Model, samples: Sequence[Sample], data: str, flags: argparse.Namespace
 ) -> tuple[Accuracy, Any, dict[str, Any]]:
     """Return the accuracy of the FP32 file, the converted onnx.ModelProto, and the INT8 settings."""
@@ -185,5 +185,5 @@ def _format_refusal(path: Path, report: PrecisionReport, quantization: dict[str,
         hint = "Set more --calib-images or other --calib-data"
     return (
         f"{path}: not written: the miss rate increases by {report.mr_increase:.2f} points{excluded}, more than "
-        f"--max-mr-increase {report.max_mr_increase:g}. {hint}, or set --force."
+        f"--max-mr-increase {report.max_mr_increase:g}. {hint}, or set --force to write it anyway."
     )

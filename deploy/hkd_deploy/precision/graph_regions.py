@@ -1,4 +1,4 @@
-"""Regions of a graph that may run in reduced precision, found by graph structure instead of node names.
+"""Regions of a graph that may run in reduced precision, determined by the graph structure instead of node names.
 
     preprocessing | body: first convolution .. input of the output layers | output layers | decoding
 

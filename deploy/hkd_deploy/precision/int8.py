@@ -110,7 +110,7 @@ def _create_quantizer(model: Any, names: list[str], tensor_ranges: TensorRanges)
 
 
 def _duplicate_shared_weights(model: Any, quantized_nodes: set[str]) -> None:
-    """Give the quantized layers a copy of weights that they share with FP32 layers."""
+    """Duplicate weights that both quantized and FP32 layers use, for the quantized layers."""
     layers = [node for node in model.graph.node if node.op_type in LAYER_OPS]
     float_weights = {node.input[1] for node in layers if node.name not in quantized_nodes}
     shared = float_weights.intersection(node.input[1] for node in layers if node.name in quantized_nodes)

@@ -51,7 +51,7 @@ def import_onnx() -> Any:
     return import_package("onnx", "onnx", "--precision needs it: pip install 'hkd-det[quant]'")
 
 
-def progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | None = None) -> Iterable[T]:
+def make_progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | None = None) -> Iterable[T]:
     """Return the iterable with a tqdm progress bar that disappears at the end.
 
     Args:
@@ -84,7 +84,7 @@ def read_fp32_model(path: Path) -> Fp32Model:
     """
     onnx = import_onnx()
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Create it with hkd-export best.pt.")
+        raise DataError(f"{path}: no such model file. Create it with hkd-export best.pt.")
     content = path.read_bytes()
     model = parse_onnx_model(onnx, content, path)
     metadata = ModelMetadata.from_metadata(_read_metadata(model), path)
@@ -169,7 +169,9 @@ def _check_is_fp32(onnx: Any, source: Fp32Model) -> None:
     reduced = sorted(types.intersection(REDUCED_TYPES))
     if reduced or any(node.op_type in QUANTIZED_OPS for node in source.model.graph.node):
         precision = source.get_metadata().get("hkd.precision", reduced[0].lower() if reduced else "int8")
-        raise DataError(f"{source.path}: expected an FP32 file, got {precision}. Pass the file that was converted.")
+        raise DataError(
+            f"{source.path}: expected an FP32 file, got {precision}. Pass the FP32 file that it was converted from."
+        )
 
 
 def _check_opset(source: Fp32Model) -> None:

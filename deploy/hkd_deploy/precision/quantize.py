@@ -24,7 +24,7 @@ from hkd_deploy.precision.calibration import (
 )
 from hkd_deploy.precision.graph_regions import GraphRegions, find_graph_regions
 from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
-from hkd_deploy.precision.model import Fp32Model, import_onnx, progress_bar
+from hkd_deploy.precision.model import Fp32Model, import_onnx, make_progress_bar
 from hkd_det.errors import DataError
 from hkd_det.image import read_image
 from hkd_det.structures import Sample
@@ -137,8 +137,8 @@ def rank_layer_sensitivity(
 ) -> list[tuple[str, float]]:
     """Quantize each layer alone and measure the noise in the output layers.
 
-    Noise is the squared error divided by the variance of the FP32 values, both summed over a tensor, then summed over
-    the output layers and averaged over the inputs.
+    The noise of a tensor is its summed squared error divided by its summed squared deviation from the mean in FP32. It
+    is summed over the output layers and averaged over the inputs.
 
     Args:
         model: onnx.ModelProto in FP32.
@@ -152,7 +152,7 @@ def rank_layer_sensitivity(
     outputs = [node.output[0] for node in model.graph.node if node.name in set(regions.output_layers)]
     expected = list(run_model(model, outputs, inputs))
     noise = {}
-    for layer in progress_bar(regions.layers, "ranking layers", "layer"):
+    for layer in make_progress_bar(regions.layers, "ranking layers", "layer"):
         actual = run_model(convert_to_int8(model, [layer], tensor_ranges), outputs, inputs)
         noise[layer] = sum(_compute_noise(*pair) for pair in zip(expected, actual, strict=True)) / len(inputs)
     return sorted(noise.items(), key=lambda item: -item[1])
@@ -181,16 +181,16 @@ def select_excluded_nodes(
     max_excluded = int(len(ranked) * MAX_EXCLUDED_RATIO)
     trials = [baseline]
 
-    def fits(count: int) -> bool:
+    def is_within_limit(count: int) -> bool:
         excluded = tuple(ranked[:count])
         trials.append(QuantizationTrial(excluded, measure_mr_increase(excluded)))
         return trials[-1].mr_increase <= max_mr_increase
 
     low, high = 0, max_excluded  # invariant: `low` exceeds the limit, `high` is within it
-    if max_excluded and fits(max_excluded):
+    if max_excluded and is_within_limit(max_excluded):
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
+            low, high = (low, middle) if is_within_limit(middle) else (middle, high)
     within_limit = [trial for trial in trials if trial.mr_increase <= max_mr_increase]
     if within_limit:
         return min(within_limit, key=lambda trial: len(trial.excluded_nodes))

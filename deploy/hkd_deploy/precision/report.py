@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.pipeline import Detector, open_detector
-from hkd_deploy.precision.model import progress_bar
+from hkd_deploy.precision.model import make_progress_bar
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError
 from hkd_det.image import read_image
@@ -114,7 +114,7 @@ class PrecisionReport:
             reasons.append(f"the speedup is below {MIN_SPEEDUP:g}")
         return reasons
 
-    def log_line(self) -> str:
+    def format_log_line(self) -> str:
         """Return the report as one line."""
         speedups = ", ".join(f"{latency.backend} {latency.fp32_ms / latency.ms:.2f}x" for latency in self.latencies)
         conclusion = f"not recommended: {' and '.join(self.reasons)}" if self.reasons else "recommended"
@@ -164,7 +164,7 @@ def load_eval_samples(data: str) -> list[Sample]:
     try:
         samples = load_dataset(data, "val")
     except HkdError as error:
-        raise type(error)(f"evaluation images: {error} (--data selects another dataset)") from error
+        raise type(error)(f"evaluation images: {str(error).rstrip('.')}. Set --data to another dataset.") from error
     if not evaluate_detections(samples, [], [REASONABLE])[REASONABLE.name].num_gt:
         raise DataError(f"{data}: the val split has no person of at least 50 px. Set --data to another dataset.")
     return samples
@@ -185,7 +185,7 @@ def predict_samples(path: Path, device: str, backend: str, samples: Sequence[Sam
     """Run a model file on samples.
 
     Args:
-        path: Model file or OpenVINO folder.
+        path: Model file or OpenVINO directory.
         device: cpu, cuda or cuda:N.
         backend: Runtime name.
         samples: Images to read.
@@ -195,7 +195,7 @@ def predict_samples(path: Path, device: str, backend: str, samples: Sequence[Sam
         Detections of each sample, in image pixels.
     """
     with open_detector(path, device, backend=backend) as detector:
-        return [detector(read_image(sample.path)) for sample in progress_bar(samples, desc, "image")]
+        return [detector(read_image(sample.path)) for sample in make_progress_bar(samples, desc, "image")]
 
 
 def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: float, desc: str) -> Accuracy:
@@ -249,7 +249,7 @@ def compare_latency(fp32: Path, path: Path, device: str, samples: Sequence[Sampl
             backend: [stack.enter_context(open_detector(file, device, backend=backend)) for file in (fp32, path)]
             for backend in backends
         }
-        for backend in progress_bar(backends * NUM_ROUNDS, "timing", "round"):
+        for backend in make_progress_bar(backends * NUM_ROUNDS, "timing", "round"):
             fp32_detector, detector = pairs[backend]
             round_images = islice(cycle(images), NUM_WARMUP + NUM_RUNS)
             round_ms = [(_measure_ms(fp32_detector, image), _measure_ms(detector, image)) for image in round_images]

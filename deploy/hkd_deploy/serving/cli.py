@@ -89,5 +89,7 @@ def _parse_serving_formats(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in SERVING_FORMATS:
-            raise UsageError(f"--serving {text}: expected {' or '.join(SERVING_FORMATS)}, or both with a comma.")
+            raise UsageError(
+                f"--serving {text}: expected {' or '.join(SERVING_FORMATS)}, or both separated by a comma."
+            )
     return names

@@ -34,7 +34,7 @@ MEMINFO = Path("/proc/meminfo")
 # the TensorRT libraries; the copies of the weights in the parser, the builder, the engine and the engine under test.
 BASE_MIB = 800
 NUM_WEIGHT_COPIES = 4
-SMALL_MEMORY_MIB = 17 * 1024  # includes 16 GB boards, on which CPU and GPU share the memory
+SMALL_MEMORY_MIB = 17 * 1024  # includes 16 GB boards, on which CPU and GPU use the same memory
 
 
 @dataclass(frozen=True)

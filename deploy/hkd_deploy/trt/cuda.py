@@ -196,7 +196,7 @@ class CudaDevice:
         message = self._runtime.cudaGetErrorString(error)[1].decode()
         if error == self._runtime.cudaError_t.cudaErrorInsufficientDriver:
             return (
-                f"{message}: no NVIDIA driver found, or one that is older than this cuda-python. "
+                f"{message}: the NVIDIA driver is missing or older than this cuda-python requires. "
                 f"Install a driver, or a matching package: {CUDA_INSTALL_HINT}"
             )
         return message
@@ -217,9 +217,11 @@ def open_cuda(device: str) -> CudaDevice:
     """
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if not match:
-        raise UsageError(f"--device {device}: an engine runs on a GPU only. Expected cuda or cuda:0.")
+        raise UsageError(
+            f"--device {device}: expected cuda or cuda:N, because an engine runs on a GPU only. Set --device cuda."
+        )
     runtime = import_package("cuda.bindings.runtime", "cuda-python", CUDA_INSTALL_HINT)
     try:
         return CudaDevice(runtime, int(match[1] or 0))
     except RuntimeError as error:  # cuda-python 12.6 without the library of the driver
-        raise UnavailableError(f"--device {device}: no NVIDIA driver found: {error}.") from None
+        raise UnavailableError(f"--device {device}: the NVIDIA driver is missing: {error}. Install it.") from None

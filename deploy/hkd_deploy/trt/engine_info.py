@@ -1,6 +1,6 @@
-"""ENGINE.engine.json: properties of an engine, next to it.
+"""The JSON file NAME.engine.json, which describes the engine NAME.engine in the same directory.
 
-The engine file itself is the plain serialized engine, so that trtexec, Triton and DeepStream can read it.
+The .engine file is the plain serialized engine, so that trtexec, Triton and DeepStream can read it.
 """
 
 import json
@@ -117,7 +117,7 @@ def read_engine_info(engine_path: Path) -> EngineInfo:
         DataError: If one of the files is missing, or the JSON file is damaged or has a newer format.
     """
     if not engine_path.is_file():
-        raise DataError(f"{engine_path}: no such engine. hkd-export MODEL.onnx --trt builds one.")
+        raise DataError(f"{engine_path}: no such engine. Build it with hkd-export MODEL.onnx --trt.")
     path = get_engine_info_path(engine_path)
     if not path.is_file():
         raise DataError(f"{engine_path}: {path.name} is missing. Copy both files, or run hkd-export MODEL.onnx --trt.")

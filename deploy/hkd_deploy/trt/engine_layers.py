@@ -1,7 +1,7 @@
 """Layers of a built engine and the precision of each.
 
-There are two sources: the JSON of the engine inspector, and the verbose log of the builder. The log is the only one
-without a GPU, because an engine can only be opened on a GPU. TensorRT 10 stores the data type of a tensor under
+There are two sources: the JSON of the engine inspector, and the verbose log of the builder. Without a GPU only the log
+is available, because an engine can be opened on a GPU only. TensorRT 10 stores the data type of a tensor under
 "Format/Datatype", TensorRT 11 under "Datatype".
 """
 

@@ -55,16 +55,17 @@ def read_onnx_file(path: Path) -> OnnxFile:
         DataError: If the file is missing, not an ONNX file, truncated, or has an unknown precision.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such model file. hkd-export writes one.")
+        raise DataError(f"{path}: no such model file. Create it with hkd-export.")
     content = path.read_bytes()
     try:
         opset, metadata = _parse_model(content)
     except (ValueError, LookupError, TypeError):  # truncated, a missing field, or a field of another wire type
-        raise DataError(f"{path}: not an ONNX file, or a truncated one.") from None
+        raise DataError(f"{path}: not an ONNX file, or truncated. Create it with hkd-export.") from None
     precision = metadata.get("hkd.precision", "fp32")
     if precision not in PRECISIONS:
         raise DataError(
-            f"{path}: unknown hkd.precision {precision!r} in the metadata. Expected {', '.join(PRECISIONS)}."
+            f"{path}: metadata hkd.precision: expected {', '.join(PRECISIONS)}, got {precision!r}. "
+            "Export the model again."
         )
     return OnnxFile(path, content, opset, metadata, precision)
 

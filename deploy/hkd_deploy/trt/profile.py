@@ -66,7 +66,7 @@ def parse_profile(text: str) -> tuple[ProfileShape, ProfileShape, ProfileShape]:
     if len({len(value) for value in values}) > 1 or any(
         low > high for lower, upper in itertools.pairwise(values) for low, high in zip(lower, upper, strict=True)
     ):
-        raise UsageError(f"--trt-profile {text}: the three shapes must have the same form and ascend.")
+        raise UsageError(f"--trt-profile {text}: expected three shapes of the same form in ascending order.")
     return smallest, optimum, largest
 
 
@@ -85,8 +85,8 @@ def resolve_profile(
 ) -> Profile | None:
     """Determine the optimization profile of a graph.
 
-    The default profile has the batches 1, 4 and 8, and sizes from a quarter of the largest size in the metadata up
-    to that size. The engine is optimized for the largest size.
+    The default profile has the batches 1, 4 and 8. Its largest size is that of the metadata, which is also the optimum.
+    Its smallest size is a quarter of it.
 
     Args:
         shape: Shape of the input `images`, NHWC or NCHW. Free dimensions are -1.

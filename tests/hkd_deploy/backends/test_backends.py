@@ -12,7 +12,7 @@ import pytest
 
 from hkd_deploy import Detector, open_detector
 from hkd_deploy.backends import open_backend
-from hkd_deploy.export.openvino import write_openvino_folder
+from hkd_deploy.export.openvino import write_openvino_directory
 from hkd_deploy.model_metadata import PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 from hkd_det.errors import DataError, UsageError
 
@@ -27,7 +27,7 @@ def open_with(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
 
     def open_model(onnx: Path, **kwargs: object) -> AbstractContextManager[Detector]:
         if request.param == "openvino folder":
-            write_openvino_folder(onnx, tmp_path / "tiny_openvino")
+            write_openvino_directory(onnx, tmp_path / "tiny_openvino")
             return open_detector(tmp_path / "tiny_openvino", threads=1, **kwargs)  # type: ignore[arg-type]
         return open_detector(onnx, threads=1, backend=request.param, **kwargs)  # type: ignore[arg-type]
 
@@ -141,7 +141,7 @@ def test_call_letterbox_in_graph_passes_frames_unchanged(tiny_onnx: Callable[...
 def test_open_unsupported_graph_names_export_flag(
     tiny_onnx: Callable[..., Path], open_with: Open, changes: dict[str, str], flag: str
 ) -> None:
-    with pytest.raises(DataError, match=f"exported with {flag}, which no backend runs"):
+    with pytest.raises(DataError, match=f"exported with {flag}, which no backend supports"):
         open_with(tiny_onnx(changes=changes)).__enter__()
 
 
@@ -196,7 +196,7 @@ def test_call_closed_detector_raises(tiny_onnx: Callable[..., Path], open_with: 
         ("none.onnx", None, r"none\.onnx: no such model file"),
         ("none.onnx", "openvino", r"none\.onnx: no such model file"),
         ("none_openvino", None, r"none_openvino: no such model file"),
-        ("best.pt", None, r"Create an \.onnx file: hkd-export .*best\.pt"),
+        ("best.pt", None, r"Create an \.onnx file with hkd-export .*best\.pt"),
         ("notes.txt", None, "expected an .onnx file, an .engine file or an OpenVINO directory"),
         (".", None, r"not an OpenVINO directory: expected model\.xml, model\.bin, metadata\.yaml, got 0 \.xml files"),
     ],

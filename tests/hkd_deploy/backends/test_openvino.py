@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import FOLDER_FILES, create_core, list_model_files, open_openvino
+from hkd_deploy.backends.openvino import DIRECTORY_FILES, create_core, list_model_files, open_openvino
 from hkd_deploy.export.cli import main as export
-from hkd_deploy.export.openvino import export_openvino, write_openvino_folder
+from hkd_deploy.export.openvino import export_openvino, write_openvino_directory
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 ov = importlib.import_module("openvino")
@@ -126,7 +126,7 @@ def test_call_throughput_keeps_order_of_frames(folder: Path) -> None:
 
 
 def test_export_openvino_writes_standard_metadata(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FOLDER_FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(DIRECTORY_FILES)
     content = yaml.safe_load((folder / "metadata.yaml").read_text())
     assert (content["task"], content["stride"], content["imgsz"], content["names"]) == (
         "detect",
@@ -153,23 +153,23 @@ def test_export_openvino_replaces_own_directory_only(tiny_onnx: Callable[..., Pa
     with open_openvino(folder) as runtime:
         assert runtime.input_hw == (64, 96)
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match=r"contains thesis\.txt, .* another folder"):
+    with pytest.raises(DataError, match=r"contains thesis\.txt, .* another directory"):
         export_openvino(tmp_path / "tiny.onnx")
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
-def test_write_openvino_folder_damaged_file_writes_nothing(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
+def test_write_openvino_directory_damaged_file_writes_nothing(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny_onnx()
     folder = export_openvino(path)
     before = (folder / "model.xml").read_bytes()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"tiny\.onnx: OpenVINO .* cannot load the file"):
-        write_openvino_folder(path, folder)
+        write_openvino_directory(path, folder)
     assert (folder / "model.xml").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny.onnx", "tiny_openvino"]
 
 
-def test_write_openvino_folder_full_disk_raises(
+def test_write_openvino_directory_full_disk_raises(
     tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is the one that save_model raised on a file system of 1.5 MB."""
@@ -180,7 +180,7 @@ def test_write_openvino_folder_full_disk_raises(
     path = tiny_onnx()
     monkeypatch.setattr("openvino.save_model", full)
     with pytest.raises(DataError, match=r"/ov: OpenVINO cannot write it: basic_ios.*\. Check the free disk space\.$"):
-        write_openvino_folder(path, path.with_name("ov"))
+        write_openvino_directory(path, path.with_name("ov"))
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -250,7 +250,7 @@ def test_open_truncated_directory_raises(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", FOLDER_FILES)
+@pytest.mark.parametrize("name", DIRECTORY_FILES)
 def test_open_incomplete_directory_raises(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(DataError, match="not an OpenVINO directory" if name == "model.xml" else f"{name}: no such"):
@@ -309,6 +309,6 @@ def test_open_without_openvino_raises(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_list_model_files_returns_all_files(folder: Path, tiny_onnx: Callable[..., Path]) -> None:
-    assert [path.name for path in list_model_files(folder)] == list(FOLDER_FILES)
+    assert [path.name for path in list_model_files(folder)] == list(DIRECTORY_FILES)
     assert list_model_files(folder / "model.xml") == list_model_files(folder)
     assert list_model_files(tiny_onnx()) == [tiny_onnx()]

@@ -1,9 +1,9 @@
 # ruff: noqa: N802, ARG002 - names and arguments of CUDA and TensorRT
 """Tests of the TensorRT backend with a fake CUDA and a fake TensorRT.
 
-The fake CUDA executes work only when a stream is synchronized. It knows memory by its address and fails on memory that
-is freed twice or used after it was freed. The tests at the end compare its calls with the real cuda-python, and the
-fake engine with the real TensorRT bindings.
+The fake CUDA executes work only when a stream is synchronized. It fails on memory that is
+freed twice or used after it was freed. The tests at the end compare its calls with the real cuda-python, and the fake
+engine with the real TensorRT bindings.
 """
 
 import ctypes
@@ -577,7 +577,7 @@ def test_engine_with_other_outputs_raises(board: Board) -> None:
 @pytest.mark.parametrize(
     ("device", "error_class", "message"),
     [
-        ("cpu", UsageError, "--device cpu: an engine runs on a GPU only"),
+        ("cpu", UsageError, "--device cpu: expected cuda or cuda:N"),
         ("cuda:2", UnavailableError, r"--device cuda:2: this machine has 2 GPU\(s\), numbered from 0"),
     ],
 )
@@ -639,7 +639,7 @@ def test_values_match_the_real_cuda_python(real_cuda: Any) -> None:
 
 @pytest.mark.usefixtures("real_cuda")
 def test_open_cuda_without_a_driver_raises() -> None:
-    with pytest.raises(UnavailableError, match="no NVIDIA driver found"):
+    with pytest.raises(UnavailableError, match="the NVIDIA driver is missing"):
         cuda_module.open_cuda("cuda")
 
 

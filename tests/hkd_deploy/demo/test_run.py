@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_stats_without_frames() -> None:
     stats = FrameStats()
     assert (stats.num_frames, stats.recent_fps, stats.mean_fps) == (0, 0.0, 0.0)
-    assert stats.summary(num_dropped=0) == "no frames"
+    assert stats.format_summary(num_dropped=0) == "no frames"
 
 
 def test_stats_rates(clock: Clock) -> None:
@@ -37,12 +37,12 @@ def test_stats_rates(clock: Clock) -> None:
     assert stats.mean_fps == pytest.approx(60 / 4.5)
 
 
-def test_summary_percentiles(clock: Clock) -> None:
+def test_format_summary_percentiles(clock: Clock) -> None:
     stats = FrameStats()
     for index in range(101):  # times 0 to 100: percentile p is p
         clock.now_s += 0.02
         stats.add(StageTimes(preprocess_ms=index, inference_ms=2 * index, postprocess_ms=0.5), age_ms=3 * index + 7)
-    assert stats.summary(num_dropped=12).splitlines() == [
+    assert stats.format_summary(num_dropped=12).splitlines() == [
         "101 frames, 12 dropped, 50.0 fps including reading and drawing",
         "milliseconds          p50      p90      p99",
         "preprocess          50.00    90.00    99.00",
@@ -51,14 +51,14 @@ def test_summary_percentiles(clock: Clock) -> None:
         "total              150.50   270.50   297.50",
         "since capture      157.00   277.00   304.00",
     ]
-    assert "dropped" not in stats.summary(num_dropped=0)
+    assert "dropped" not in stats.format_summary(num_dropped=0)
 
 
-def test_summary_recorded_source_has_no_age(clock: Clock) -> None:
+def test_format_summary_recorded_source_has_no_age(clock: Clock) -> None:
     stats = FrameStats()
     clock.now_s += 1
     stats.add(StageTimes(1, 2, 3), None)
-    assert "capture" not in stats.summary(num_dropped=0)
+    assert "capture" not in stats.format_summary(num_dropped=0)
 
 
 def test_stats_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,4 +67,4 @@ def test_stats_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(25):
         stats.add(StageTimes(index, 0, 0), None)
     assert stats.num_frames == 25
-    assert "preprocess          19.50" in stats.summary(num_dropped=0)  # the median of 15 ... 24
+    assert "preprocess          19.50" in stats.format_summary(num_dropped=0)  # the median of 15 ... 24

@@ -151,7 +151,7 @@ def test_command_exports_weights_and_reports_errors(
         ([str(weights), "--output", "model.engine", "--no-verify"], 2, "--trt"),
         ([str(weights), "--data", str(tmp_path / "none.yaml")], 1, "none.yaml"),
         ([str(tmp_path / "none.pt")], 1, "none.pt"),
-        ([str(tmp_path / "best.onnx")], 2, "set --precision, --trt"),
+        ([str(tmp_path / "best.onnx")], 2, "Set --precision, --trt"),
         ([str(tmp_path / "street.yaml")], 2, "expected best.pt"),
     ):
         assert main(flags) == code

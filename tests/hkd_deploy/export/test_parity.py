@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hkd_deploy.export.parity import ReferenceOutputs, compare_outputs, matched_difference, max_abs_difference
+from hkd_deploy.export.parity import (
+    ReferenceOutputs,
+    compare_outputs,
+    compute_matched_difference,
+    compute_max_difference,
+)
 
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
 
@@ -17,17 +22,20 @@ def make_outputs(*detections: tuple[float, float]) -> Outputs:
     return boxes[None], scores[None], np.array([len(detections)])
 
 
-def test_max_abs_difference_compares_every_detection() -> None:
-    assert max_abs_difference(make_outputs((5, 0.9), (50, 0.01)), make_outputs((5, 0.9), (50.25, 0.01))) == (0.25, 0)
-    box_px, score = max_abs_difference(make_outputs((5, 0.9), (50, 0.01)), make_outputs((5, 0.9)))
+def test_compute_max_difference_compares_every_detection() -> None:
+    assert compute_max_difference(make_outputs((5, 0.9), (50, 0.01)), make_outputs((5, 0.9), (50.25, 0.01))) == (
+        0.25,
+        0,
+    )
+    box_px, score = compute_max_difference(make_outputs((5, 0.9), (50, 0.01)), make_outputs((5, 0.9)))
     assert box_px == np.inf and score == pytest.approx(0.01)
 
 
-def test_matched_difference_compares_in_both_directions() -> None:
+def test_compute_matched_difference_compares_in_both_directions() -> None:
     expected = make_outputs((5, 0.9), (50, 0.1))
-    assert matched_difference(expected, make_outputs((7, 0.8), (90, 0.1))) == (2, pytest.approx(0.1))
+    assert compute_matched_difference(expected, make_outputs((7, 0.8), (90, 0.1))) == (2, pytest.approx(0.1))
     # The counterpart has a score below the threshold.
-    assert matched_difference(make_outputs((5, 0.9), (50, 0.35)), make_outputs((5, 0.9), (50, 0.2))) == (
+    assert compute_matched_difference(make_outputs((5, 0.9), (50, 0.35)), make_outputs((5, 0.9), (50, 0.2))) == (
         0,
         pytest.approx(0.15),
     )
@@ -36,9 +44,9 @@ def test_matched_difference_compares_in_both_directions() -> None:
         (make_outputs((5, 0.9)), make_outputs((5, 0.9), (45, 0.5))),
         (make_outputs((5, 0.9), (45, 0.5)), make_outputs((5, 0.9))),
     ):
-        assert matched_difference(first, second) == (40, pytest.approx(0.4))
-    assert matched_difference(expected, make_outputs()) == (np.inf, pytest.approx(0.9))
-    assert matched_difference(make_outputs(), make_outputs()) == (0, 0)
+        assert compute_matched_difference(first, second) == (40, pytest.approx(0.4))
+    assert compute_matched_difference(expected, make_outputs()) == (np.inf, pytest.approx(0.9))
+    assert compute_matched_difference(make_outputs(), make_outputs()) == (0, 0)
 
 
 def test_compare_outputs_returns_worst_image() -> None:

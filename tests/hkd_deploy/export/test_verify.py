@@ -13,7 +13,7 @@ from hkd_deploy.export import exporter
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.openvino import export_openvino
 from hkd_deploy.export.options import ExportOptions
-from hkd_deploy.export.parity import ParityError, onnx_reference
+from hkd_deploy.export.parity import ParityError, make_onnx_reference
 from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
@@ -122,7 +122,7 @@ def test_verify_openvino_folder_that_differs_is_not_written(
 ) -> None:
     path, other = tiny_onnx(), scale_scores(tiny_onnx("other.onnx"), 0.9)
     image_paths = sorted((street().parent / "street" / "images" / "val").iterdir())
-    verification = Verification(onnx_reference(other), image_paths)
+    verification = Verification(make_onnx_reference(other), image_paths)
     files = sorted(path.parent.iterdir())
     with pytest.raises(ParityError, match=r"tiny_openvino: not written: differs from .*other\.onnx .* scores: 0\.0"):
         export_openvino(
@@ -136,7 +136,7 @@ def test_verification_of_reduced_precision_rejects_nan_only(
 ) -> None:
     image_paths = sorted((street().parent / "street" / "images" / "val").iterdir())
     high, low, nan = (scale_scores(tiny_onnx(f"{factor}.onnx"), factor) for factor in (3, 2.7, float("nan")))
-    verification = Verification(onnx_reference(high), image_paths)
+    verification = Verification(make_onnx_reference(high), image_paths)
     parity = verification.add(ExportedModel(low, "onnxruntime", is_exact=False))
     score = (25 * 64 * 255 + (96 * 160 - 25 * 64) * 20) / (96 * 160 * 255)  # the score of `tiny_onnx`
     assert (

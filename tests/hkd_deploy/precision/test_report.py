@@ -21,7 +21,7 @@ def test_precision_report_compares_fastest_runtimes() -> None:
     assert report.speedup == 2.0 and report.fastest.backend == "openvino"
     assert report.mr_increase == pytest.approx(0.4) and report.recall_increase == pytest.approx(-0.5)
     assert report.reasons == []
-    assert report.log_line() == (
+    assert report.format_log_line() == (
         "int8 compared with fp32 on this device: end-to-end speedup 2.00x (onnxruntime 0.62x, openvino 2.00x); "
         "on openvino miss rate +0.40 points (20.40 %), recall at 0.3 -0.50 points (79.50 %); recommended"
     )
@@ -46,7 +46,7 @@ def test_precision_report_compares_fastest_runtimes() -> None:
 def test_precision_report_lists_reasons_against(changes: dict[str, object], reasons: list[str]) -> None:
     report = make_report(**changes)  # type: ignore[arg-type]
     assert report.reasons == reasons and report.to_metadata()["recommended"] is False
-    assert report.log_line().endswith(f"; not recommended: {' and '.join(reasons)}")
+    assert report.format_log_line().endswith(f"; not recommended: {' and '.join(reasons)}")
 
 
 def test_compute_recall_counts_matches_above_threshold() -> None:

@@ -44,7 +44,7 @@ def test_unit_passes_systemd_analyze(tmp_path: Path) -> None:
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text().replace("/opt/hkd/bin/hkd-demo", str(shutil.which("true"))))
     done = subprocess.run([analyze, "verify", "--man=no", str(copy)], capture_output=True, text=True, check=False)
-    # Versions before 254 do not know these two settings.
+    # Versions before 254 do not support these two settings.
     warnings = [
         line for line in done.stderr.splitlines() if "RestartSteps" not in line and "RestartMaxDelay" not in line
     ]

@@ -50,7 +50,7 @@ def test_parse_profile_of_another_form_raises(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["2,1,3", "1,3,2", "1x64x64,1x32x64,1x64x64", "1,2x64x64,3x64x64"])
 def test_parse_profile_that_does_not_ascend_raises(text: str) -> None:
-    with pytest.raises(UsageError, match="the three shapes must have the same form and ascend"):
+    with pytest.raises(UsageError, match="expected three shapes of the same form in ascending order"):
         parse_profile(text)
 
 
