@@ -1,7 +1,8 @@
 """Deployment of trained detectors: export, runtime without torch, video streams and demo.
 
-with open_detector("student.onnx", device="cpu") as detector:
-    detections = detector(image_rgb)
+Examples:
+    >>> with open_detector("student.onnx", device="cpu") as detector:
+    ...     detections = detector(image_rgb)
 """
 
 from hkd_deploy.pipeline import Detector, StageTimes, open_detector

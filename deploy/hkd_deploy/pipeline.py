@@ -208,7 +208,7 @@ def open_detector(
         DataError: The file is missing, damaged or not a model of `hkd-export`.
         UnavailableError: The runtime or the device is missing.
 
-    Example:
+    Examples:
         >>> with open_detector("student.onnx") as detector:
         ...     detections = detector(image_rgb)
     """

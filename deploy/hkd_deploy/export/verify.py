@@ -62,7 +62,7 @@ class VerificationRow:
 
 
 class Verification:
-    """Compares exported models with a reference and formats the results as a table.
+    """Comparison of exported models with a reference, formatted as a table.
 
     Args:
         reference: The model to compare with.

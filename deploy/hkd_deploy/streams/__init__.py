@@ -1,8 +1,9 @@
 """Image sources: image files, directories, videos, webcams and network cameras.
 
-with open_source("rtsp://camera/stream") as source:
-    for image_rgb, timestamp_s in source:
-        ...
+Examples:
+    >>> with open_source("rtsp://camera/stream") as source:
+    ...     for image_rgb, timestamp_s in source:
+    ...         print(timestamp_s, image_rgb.shape)
 """
 
 import re
