@@ -65,13 +65,13 @@ class ModelEma:
 
 
 def train_one_epoch(
-    distiller: nn.Module,
+    model: nn.Module,
     loader: DataLoader[Batch | HkdError],
     optimizer: torch.optim.Optimizer,
     balancer: GradientBalancer,
     ema: ModelEma,
     lr_schedule: Callable[[int], float],
-    hooks: Distiller,
+    distiller: Distiller,
     device: torch.device,
     epoch: int,
     config: TrainConfig,
@@ -80,14 +80,14 @@ def train_one_epoch(
     """Train for one epoch.
 
     Args:
-        distiller: `Distiller`, or its DDP wrapper.
+        model: `distiller`, or its DDP wrapper.
         loader: Batches of the epoch.
-        optimizer: Optimizer of the parameters of `distiller`.
+        optimizer: Optimizer of the parameters of `model`.
         balancer: Runs the backward pass of both losses.
         ema: Moving average of the student.
         lr_schedule: Returns the learning rate of a step, counted over the whole run.
-        hooks: The unwrapped `Distiller`, whose methods act before and after the optimizer step.
-        device: Device of the distiller.
+        distiller: Student, teacher and methods. The methods act before and after the optimizer step.
+        device: Device of the model.
         epoch: Index of the epoch, from 0.
         config: Configuration of the run.
         progress: Progress bar, one unit per step.
@@ -108,10 +108,10 @@ def train_one_epoch(
         lr = lr_schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        hooks.before_step(step)
+        distiller.before_step(step)
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)  # noqa: PLW2901 - same batch
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            det_losses, distill_losses = distiller(images, targets.to(device), distill_weight)
+            det_losses, distill_losses = model(images, targets.to(device), distill_weight)
         losses = det_losses | distill_losses
         loss = sum_losses(losses)
         if not torch.isfinite(loss):
@@ -122,11 +122,11 @@ def train_one_epoch(
         optimizer.zero_grad(set_to_none=True)
         distill_loss = sum_losses(distill_losses) if distill_losses else None
         metrics = balancer.backward(sum_losses(det_losses), distill_loss, distill_weight)
-        metrics |= hooks.after_backward(step)
-        nn.utils.clip_grad_norm_(distiller.parameters(), config.clip_grad_norm)
+        metrics |= distiller.after_backward(step)
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         optimizer.step()
-        hooks.after_step()
-        ema.update(hooks.student)
+        distiller.after_step()
+        ema.update(distiller.student)
         _accumulate(losses_sum, {name: float(value.detach()) for name, value in losses.items()})
         _accumulate(metrics_sum, metrics)
         if progress is not None:
