@@ -30,13 +30,15 @@ from hkd_det.models.base import (
     RoIOutputs,
     Targets,
 )
-from hkd_det.models.criterion import mark_ignored_anchors, roi_soft_label_losses, smooth_l1_sum
-from hkd_det.models.faster_rcnn_trace import (
+from hkd_det.models.faster_rcnn_ops import (
     NUM_CLASSES,
     PERSON_LABEL,
     ROI_SIZE,
     STRIDES,
     compute_second_stage,
+    mark_ignored_anchors,
+    roi_soft_label_losses,
+    smooth_l1_sum,
 )
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer, apply_changes, find_residual_layers
 from hkd_det.ops.losses import ReduceMean, clamp_min_one

@@ -110,9 +110,7 @@ def test_open_provider_start_failure_raises(tiny_onnx: Callable[..., Path], monk
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", broken)
-    with pytest.raises(
-        UnavailableError, match=r"TensorrtExecutionProvider does not start: lib[^\n]*\. TensorRT"
-    ):
+    with pytest.raises(UnavailableError, match=r"TensorrtExecutionProvider does not start: lib[^\n]*\. TensorRT"):
         open_once(tiny_onnx(), "ort-tensorrt")
 
 

@@ -15,9 +15,9 @@ from hkd_det.distill.hkd_two_stage import TwoStageConfig, TwoStageHKD, mse_per_i
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, DetectionBatch, ProposalOutputs, Targets
-from hkd_det.models.criterion import roi_soft_label_losses
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.faster_rcnn_ops import roi_soft_label_losses
 from hkd_det.models.feature_layers import pair_by_stride
 from hkd_det.ops.losses import clamp_min_one
 

@@ -17,11 +17,11 @@ from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.models import criterion
-from hkd_det.models.assigner import AssignResult
 from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, Targets
-from hkd_det.models.criterion import MIN_TEACHER_SCORE, roi_soft_label_losses
+from hkd_det.models.criterion import MIN_TEACHER_SCORE, AssignResult
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.faster_rcnn_ops import roi_soft_label_losses
 from hkd_det.models.head import dist2bbox, make_anchors
 from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 from hkd_det.ops.losses import clamp_min_one, quality_focal_kd_loss

@@ -2,8 +2,8 @@
 
 import torch
 
-from hkd_det.models.assigner import TaskAlignedAssigner
 from hkd_det.models.base import Targets
+from hkd_det.models.criterion import TaskAlignedAssigner
 from hkd_det.models.head import make_anchors
 
 POINTS, STRIDES = make_anchors((64, 64), (8,))  # 8 x 8 points at 4, 12, ... 60

@@ -14,8 +14,8 @@ from torchvision.ops import box_iou
 from hkd_det.models.backbone import Backbone
 from hkd_det.models.base import Targets
 from hkd_det.models.checkpoint import build_from_spec, spec_from_dict, spec_to_dict
-from hkd_det.models.criterion import IGNORE_LABEL, mark_ignored_anchors
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
+from hkd_det.models.faster_rcnn_ops import IGNORE_LABEL, mark_ignored_anchors
 from hkd_det.ops.boxes import pairwise_intersection
 
 TINY = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))

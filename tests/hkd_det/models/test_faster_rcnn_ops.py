@@ -6,7 +6,7 @@ from torchvision.ops import roi_align
 
 from hkd_deploy.export.parity import compute_box_difference
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.faster_rcnn_trace import _roi_align_level
+from hkd_det.models.faster_rcnn_ops import _roi_align_level
 
 TINY = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
 
