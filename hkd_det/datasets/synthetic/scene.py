@@ -67,10 +67,10 @@ class RenderedScene:
 
 
 def generate_scene(seed: int, split: int, index: int, size_hw: tuple[int, int] = (512, 1024)) -> RenderedScene:
-    """Generate one image of a data set. Equal arguments give equal results.
+    """Generate one image of a dataset. Equal arguments give equal results.
 
     Args:
-        seed: Seed of the data set.
+        seed: Seed of the dataset.
         split: 0 for train, 1 for val.
         index: Number of the image in the split.
         size_hw: Height and width in pixels.

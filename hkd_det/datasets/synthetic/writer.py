@@ -1,4 +1,4 @@
-"""Writers of synthetic data: CityPersons annotation files, complete data sets, and videos without annotations."""
+"""Writers of synthetic data: CityPersons annotation files, complete datasets, and videos without annotations."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def write_citypersons_json(path: Path, size_hw: tuple[int, int], records: Sequen
 
 @dataclass(frozen=True)
 class SyntheticDatasetConfig:
-    """Arguments that determine a data set; written to `dataset.json` when the data set is complete.
+    """Arguments that determine a dataset; written to `dataset.json` when the dataset is complete.
 
     Attributes:
         num_train: Number of training images.
@@ -119,7 +119,7 @@ def write_synthetic_dataset(
     size_hw: tuple[int, int] = (512, 1024),
     num_workers: int = 2,
 ) -> None:
-    """Write a data set in the CityPersons layout, unless it exists already.
+    """Write a dataset in the CityPersons layout, unless it exists already.
 
     Equal arguments give equal files for any number of workers.
 
@@ -132,7 +132,7 @@ def write_synthetic_dataset(
         num_workers: Number of processes.
 
     Raises:
-        UsageError: The directory contains a data set with other arguments.
+        UsageError: The directory contains a dataset with other arguments.
         DataError: `dataset.json` is damaged.
     """
     config = SyntheticDatasetConfig(num_train, num_val, seed, size_hw)
@@ -154,7 +154,7 @@ def _check_existing_dataset(config_path: Path, config: SyntheticDatasetConfig) -
         raise DataError(f"{config_path}: not readable ({error}). Remove {config_path.parent}.") from None
     if existing != json.loads(json.dumps(asdict(config))):
         raise UsageError(
-            f"{config_path.parent}: contains another data set ({existing}). Remove it or select another directory."
+            f"{config_path.parent}: contains another dataset ({existing}). Remove it or select another directory."
         )
 
 

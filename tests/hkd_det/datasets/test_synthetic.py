@@ -138,7 +138,7 @@ def test_existing_dataset_is_kept(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     write_synthetic_dataset(tmp_path, 1, 1, size_hw=SMALL, num_workers=1)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(UsageError, match="another data set"):
+    with pytest.raises(UsageError, match="another dataset"):
         write_synthetic_dataset(tmp_path, 1, 1, seed=9, size_hw=SMALL, num_workers=1)
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(DataError, match="not readable"):
