@@ -223,8 +223,7 @@ def _find_rtx_devices(ort: Any) -> tuple[str, list[Any]]:
         _register_provider_library(ort, plugin)
     except Exception as error:  # noqa: BLE001 - the only common base class of ONNX Runtime errors
         raise UnavailableError(
-            f"--backend ort-tensorrt-rtx: the plugin does not load: {first_error_line(error)}. "
-            f"To solve this, {_RTX_FAILURE_HINT}"
+            f"--backend ort-tensorrt-rtx: the plugin does not load: {first_error_line(error)}. {_RTX_FAILURE_HINT}"
         ) from None
     name = plugin.get_ep_name()
     return name, [device for device in ort.get_ep_devices() if device.ep_name == name]

@@ -100,7 +100,7 @@ def test_open_silent_fallback_to_cuda_raises(tiny_onnx: Callable[..., Path], mon
     assert [name for name, _ in kwargs["providers"]] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]  # type: ignore[attr-defined]
     assert kwargs["enable_fallback"] == 0
     monkeypatch.setattr(Session, "provider", "CUDAExecutionProvider")
-    with pytest.raises(UnavailableError, match=r"on CUDAExecutionProvider instead of Tensorrt.*; TensorRT, CUDA or"):
+    with pytest.raises(UnavailableError, match=r"on CUDAExecutionProvider instead of Tensorrt.*\. TensorRT, CUDA or"):
         open_once(path, "ort-tensorrt")
 
 
@@ -173,7 +173,5 @@ def test_open_broken_rtx_plugin_raises(tiny_onnx: Callable[..., Path], monkeypat
         raise onnxruntime.capi.onnxruntime_pybind11_state.Fail(f"{library}: undefined symbol\nmore")
 
     monkeypatch.setattr(onnxruntime, "register_execution_provider_library", broken, raising=False)
-    with pytest.raises(
-        UnavailableError, match=r"the plugin does not load: plugin\.so: undefined symbol\. To solve this, check that"
-    ):
+    with pytest.raises(UnavailableError, match=r"the plugin does not load: plugin\.so: undefined symbol\. Check that"):
         open_once(tiny_onnx(), "ort-tensorrt-rtx")
