@@ -58,7 +58,7 @@ def test_device_modules_import_without_torch() -> None:
     ("flags", "message"),
     [
         (["--data", "citypersons", "--download"], "cityscapes-dataset.com"),
-        (["--data", "citypersons", "--model", "mini-student"], "torch is not installed; training needs: pip install"),
+        (["--data", "citypersons", "--model", "mini-student"], "torch is not installed. Run pip install"),
     ],
 )
 def test_hkd_train_without_torch(flags: list[str], message: str, tmp_path: Path) -> None:

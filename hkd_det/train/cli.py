@@ -45,7 +45,7 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
     try:
         from hkd_det.train import start  # noqa: PLC0415 - imports torch
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{error.name} is not installed. To train: pip install 'hkd-det[train]'") from None
+        raise UnavailableError(f"{error.name} is not installed. Run pip install 'hkd-det[train]'.") from None
     if arguments.list_layers:
         return start.print_feature_layers(arguments)
     return start.start_training(arguments)
