@@ -4,9 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 # One process per package: OpenVINO can crash in a process in which torch has trained before.
 PACKAGES := tests/hkd_deploy tests/hkd_bench tests/hkd_det $(wildcard tests/test_*.py)
-FAST := -m "not slow" -n 2 --dist loadfile
+FAST := -m "not slow and not documentation" -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast lint types imports docs docs-reference check install lock tensorrt-cpu clean
+.PHONY: help demo test test-fast test-docs lint types imports docs docs-reference check install lock tensorrt-cpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,10 +15,13 @@ demo: $(READY)  ## train, distill, export and measure on a synthetic dataset: ru
 	$(BIN)/hkd-quickstart --save-dir runs/quickstart
 
 test: $(READY)  ## run all tests
-	for tests in $(PACKAGES); do $(BIN)/pytest $$tests || exit 1; done
+	for tests in $(PACKAGES); do $(BIN)/pytest -m "not documentation" $$tests || exit 1; done
 
 test-fast: $(READY)  ## run the tests without training, engine builds and child processes
 	for tests in $(PACKAGES); do $(BIN)/pytest $(FAST) $$tests || exit 1; done
+
+test-docs: $(READY)  ## run the commands of the README and the examples (about 6 minutes)
+	$(BIN)/pytest -m documentation tests/test_documentation.py
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

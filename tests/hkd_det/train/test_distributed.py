@@ -18,7 +18,7 @@ from hkd_det.distill.gradients import SumBalancer
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.mokd import MoKD, MoKDConfig
 from hkd_det.models.base import Targets
-from hkd_det.models.criterion import sum_losses
+from hkd_det.ops.losses import sum_losses
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec, freeze_batch_norm
 from hkd_det.train.distributed import init_distributed
 
