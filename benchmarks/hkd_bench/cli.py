@@ -20,7 +20,6 @@ from hkd_det.structures import Sample
 
 # Packages of the extra `bench` that the commands import.
 BENCH_PACKAGES = ("imagesize", "jinja2", "matplotlib", "msgspec", "psutil", "pycocotools", "scipy", "tabulate", "tqdm")
-TRAIN_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxruntime")
 EXAMPLE_CONF = 0.3  # minimum score of a box in the report; the miss rate itself has no threshold
 NUM_EXAMPLES = 6
 
@@ -32,22 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the command name; the default is `sys.argv`.
     """
     return run_command("hkd-bench", _run_subcommand, sys.argv[1:] if argv is None else argv)
-
-
-def main_quickstart(argv: Sequence[str] | None = None) -> int:
-    """Run `hkd-quickstart` and return the exit code.
-
-    Args:
-        argv: Arguments after the command name; the default is `sys.argv`.
-    """
-    return run_command("hkd-quickstart", _run_quickstart, argv)
-
-
-def _run_quickstart(argv: Sequence[str] | None) -> int:
-    _check_packages((*BENCH_PACKAGES, *TRAIN_PACKAGES), "pip install 'hkd-det[cpu,train]'")
-    from hkd_bench import quickstart  # noqa: PLC0415  # imports torch
-
-    return quickstart.main(argv)
 
 
 def _check_packages(packages: Sequence[str], hint: str) -> None:

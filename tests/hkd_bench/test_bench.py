@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hkd_bench.bench import BenchOptions, bench
-from hkd_bench.cli import main, main_quickstart
+from hkd_bench.cli import main
 from hkd_bench.host import read_host_fields
 from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, read_result, write_result
@@ -210,6 +210,3 @@ def test_missing_package_gives_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tabulate" else object())
     assert main(["x.onnx"]) == 1
     assert capsys.readouterr().err == "hkd-bench: tabulate is not installed. Run pip install 'hkd-det[bench]'.\n"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
-    assert main_quickstart([]) == 1
-    assert capsys.readouterr().err == "hkd-quickstart: torch is not installed. Run pip install 'hkd-det[cpu,train]'.\n"
