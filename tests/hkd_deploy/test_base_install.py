@@ -1,6 +1,5 @@
 """Tests that a device needs only numpy, opencv, pyyaml and a runtime, and that the runtime is imported on use."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,15 +38,10 @@ for backend in ("onnxruntime", "openvino"):
 sys.exit(main([model, "--source", video, "--save", output]))
 """
 
-MEASURE_IMPORT = """
-import json, sys, time
-
-start = time.process_time()
+LIST_RUNTIMES = """
+import sys
 import hkd_deploy
-imported = sorted({"onnxruntime", "openvino", "tensorrt", "yaml"} & set(sys.modules))
-with hkd_deploy.open_detector(sys.argv[1]):
-    pass
-print(json.dumps({"opened_s": time.process_time() - start, "imported": imported}))
+print(sorted({"onnxruntime", "openvino", "tensorrt", "yaml"} & set(sys.modules)))
 """
 
 IMPORT_MODULES = f"""{BASE_INSTALL}
@@ -76,12 +70,7 @@ def test_base_install_imports_device_modules(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_import_is_fast_and_loads_no_runtime(tiny_onnx: Callable[..., Path]) -> None:
-    path = tiny_onnx()
-    runs = []
-    for _ in range(3):
-        command = [sys.executable, "-c", MEASURE_IMPORT, str(path)]
-        runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    assert all(run["imported"] == [] for run in runs)
-    # Processor time of the fastest run, nearly independent of the load of the machine. Measured: 0.16 s.
-    assert min(run["opened_s"] for run in runs) < 0.5
+def test_import_loads_no_runtime() -> None:
+    command = [sys.executable, "-c", LIST_RUNTIMES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
