@@ -30,7 +30,7 @@ MAX_SHORT_MODULES, SHORT_MODULE_LINES = 15, 40
 PLUGIN_INTERFACES = {"main", "evaluate", "add_arguments"}
 FAMILY_BASE = "BaseDetector"
 # Modules that may test for a model family or an output type.
-FAMILY_MODULES = ("hkd_det/models/", "hkd_det/distill/base.py")
+FAMILY_MODULES = ("hkd_det/models/", "hkd_det/distill/batch.py")
 OUTSIDE_REFERENCES = ("../" + "shared", "/work" + "/")
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 

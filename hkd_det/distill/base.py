@@ -1,31 +1,25 @@
-"""Interface of a distillation method, and the data that a method receives in each training step."""
+"""Interface of a distillation method: the method, its teacher, and the part of a training run that it can use."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.gradients import AllReduceMean, GradientBalancer
 from hkd_det.models.base import (
     BaseDetector,
-    BranchOutputs,
     DenseOutputs,
     DetectionBatch,
     FeatureInfo,
     ModelOutputs,
     ProposalOutputs,
     RoIOutputs,
-    Targets,
 )
 from hkd_det.models.feature_layers import LayerPairs
-from hkd_det.ops.losses import SCORE_EPS, ReduceMean
-
-MAX_ROIS = 64  # RoIs per image at which two detectors are compared
-DUPLICATE_IOU = 0.5  # The score of a duplicate in an end-to-end teacher is near 0 and does not describe its content.
 
 Perturbed = TypeVar("Perturbed", DenseOutputs, ProposalOutputs, DetectionBatch, RoIOutputs)
 
@@ -60,54 +54,6 @@ class TeacherModel(Protocol):
 
     def feature_info(self) -> list[FeatureInfo]:
         """Return the default feature layers, from the smallest stride to the largest."""
-
-
-@dataclass(frozen=True, eq=False)
-class DistillationBatch:
-    """One training batch with the outputs of student and teacher.
-
-    Attributes:
-        images (Tensor[B, 3, H, W]): RGB, 0 to 255.
-        targets: Ground truth.
-        student: Detector in training.
-        teacher: Frozen teacher.
-        student_outputs: Outputs of the student for `images`.
-        teacher_outputs: Outputs of the teacher for `images`, without gradients.
-        student_features: Layer name -> feature map [B, C, H', W'], for the layers that the methods request.
-        teacher_features: The same of the teacher, without gradients.
-        reduce_mean: Converts a local normalization sum to the divisor that is correct for all processes together.
-        perturb: Noise for teacher values that are computed later in the step: detections and RoI outputs.
-    """
-
-    images: Tensor
-    targets: Targets
-    student: BaseDetector
-    teacher: Any
-    student_outputs: ModelOutputs
-    teacher_outputs: ModelOutputs
-    student_features: Mapping[str, Tensor]
-    teacher_features: Mapping[str, Tensor]
-    reduce_mean: ReduceMean
-    perturb: Callable[[Any], Any] | None = None
-
-    @cached_property
-    def teacher_detections(self) -> DetectionBatch:
-        """At most 100 teacher detections per image, computed once for all methods."""
-        detections: DetectionBatch = self.teacher.postprocess(self.teacher_outputs)
-        return self.perturb(detections) if self.perturb else detections
-
-    def forward_teacher_rois(self, rois: Sequence[Tensor]) -> RoIOutputs:
-        """Run the second stage of a two-stage teacher, without gradients.
-
-        Args:
-            rois (list of Tensor[R_i, 4]): Boxes of each image, xyxy, input pixels.
-
-        Returns:
-            Outputs of the RoIs, with the noise of `perturb`.
-        """
-        with torch.no_grad():
-            outputs: RoIOutputs = self.teacher.forward_rois(self.teacher_outputs, rois)
-            return self.perturb(outputs) if self.perturb else outputs
 
 
 @dataclass(frozen=True)
@@ -338,103 +284,3 @@ class DistillMethod(nn.Module):
             UsageError: If the combination is invalid.
         """
         return config
-
-
-class LogitPair(NamedTuple):
-    """Logits of student and teacher for the same boxes.
-
-    Attributes:
-        student (Tensor[...]): Score logits.
-        teacher (Tensor[...]): Score logits, without gradients.
-        avg_factor (Tensor): Scalar divisor for a sum over the pair: the sum of the teacher scores for anchor points,
-            the number of RoIs for a second stage.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    avg_factor: Tensor
-
-
-def comparable_logits(batch: DistillationBatch) -> list[LogitPair]:
-    """Pair the logits of student and teacher that refer to the same boxes, for every combination of families.
-
-    Two dense detectors are compared at their anchor points, branch by branch. Two two-stage detectors are compared on
-    the ground truth and the teacher's best proposals. A two-stage student is compared with a dense teacher on the
-    teacher's detections after NMS. A dense student is compared with a two-stage teacher on the student's best boxes.
-    The one-to-one branch of that student is left out, because its scores of duplicates must be 0 and those of the
-    teacher are not.
-
-    Args:
-        batch: Batch with the outputs of both networks.
-
-    Returns:
-        One pair per branch, or one pair of RoIs.
-    """
-    student, teacher = batch.student_outputs, batch.teacher_outputs
-    if isinstance(student, DenseOutputs) and isinstance(teacher, DenseOutputs):
-        branches = ((student.one2many, teacher.one2many), (student.one2one, teacher.one2one))
-        return [
-            LogitPair(s.logits, t.logits, t.logits.sigmoid().sum())
-            for s, t in branches
-            if s is not None and t is not None
-        ]
-    if isinstance(student, ProposalOutputs) and isinstance(teacher, ProposalOutputs):
-        rois = sample_rois(batch, MAX_ROIS)
-        student_logits = batch.student.forward_rois(student, rois).logits
-        with torch.no_grad():
-            return [_pair_rois(student_logits, batch.teacher.forward_rois(teacher, rois).logits)]
-    if isinstance(student, ProposalOutputs):
-        detections = batch.teacher_detections.suppress(DUPLICATE_IOU)
-        teacher_logits = torch.cat(detections.scores).logit(eps=SCORE_EPS).detach()
-        return [_pair_rois(batch.student.forward_rois(student, detections.boxes_xyxy).logits, teacher_logits)]
-    assert isinstance(student, DenseOutputs)
-    top = student.one2many.logits.topk(min(MAX_ROIS, student.one2many.logits.shape[1])).indices  # [B, K]
-    boxes = student.one2many.boxes_xyxy.detach().gather(1, top[..., None].expand(-1, -1, 4))
-    with torch.no_grad():
-        teacher_logits = batch.teacher.forward_rois(teacher, boxes.unbind()).logits
-    return [_pair_rois(student.one2many.logits.gather(1, top).flatten(), teacher_logits)]
-
-
-def _pair_rois(student_logits: Tensor, teacher_logits: Tensor) -> LogitPair:
-    count = torch.tensor(float(len(student_logits)), device=student_logits.device)
-    return LogitPair(student_logits, teacher_logits, count)
-
-
-def match_branches(batch: DistillationBatch) -> list[tuple[BranchOutputs, BranchOutputs]]:
-    """Pair the branches of two dense detectors with the same anchor points.
-
-    Args:
-        batch: Batch with the outputs of both networks.
-
-    Returns:
-        Student and teacher branches: one-to-many first, then one-to-one if both have it. Empty for other families and
-        for detectors with different anchor points.
-    """
-    student, teacher = batch.student_outputs, batch.teacher_outputs
-    if not (isinstance(student, DenseOutputs) and isinstance(teacher, DenseOutputs)):
-        return []
-    if not student.has_same_anchor_points(teacher):
-        return []
-    pairs = [(student.one2many, teacher.one2many)]
-    if student.one2one is not None and teacher.one2one is not None:
-        pairs.append((student.one2one, teacher.one2one))
-    return pairs
-
-
-def sample_rois(batch: DistillationBatch, num_proposals: int) -> list[Tensor]:
-    """Return the ground-truth boxes and the teacher's best proposals of each image.
-
-    Args:
-        batch: Batch with a two-stage teacher.
-        num_proposals: Maximum number of proposals per image.
-
-    Returns:
-        list of Tensor[R_i, 4]: xyxy, input pixels.
-    """
-    outputs = batch.teacher_outputs
-    assert isinstance(outputs, ProposalOutputs)
-    gt_boxes, _ = batch.targets.split_ignored()
-    return [
-        torch.cat([boxes, proposals[:num_proposals]])
-        for boxes, proposals in zip(gt_boxes, outputs.proposals, strict=True)
-    ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.distill import check_methods, check_teacher, load_method
-from hkd_det.distill.base import DistillationBatch, DistillMethod, TeacherModel
+from hkd_det.distill.base import DistillMethod, TeacherModel
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.gradients import AllReduceMean, GradientBalancer, SumBalancer
 from hkd_det.models.base import BaseDetector, ModelOutputs, Targets
 from hkd_det.ops.hooks import FeatureHooks

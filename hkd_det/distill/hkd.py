@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hkd_det.distill.adapters import Adapter, Projection
-from hkd_det.distill.base import DistillationBatch, DistillMethod, match_branches
+from hkd_det.distill.base import DistillMethod
+from hkd_det.distill.batch import DistillationBatch, match_branches
 from hkd_det.distill.hkd_two_stage import Pair, TwoStageConfig, TwoStageHKD
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, BranchOutputs, Targets

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.distill.adapters import Adapter, Projection
-from hkd_det.distill.base import DistillationBatch, sample_rois
+from hkd_det.distill.batch import DistillationBatch, sample_rois
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, FeatureInfo
 from hkd_det.ops.losses import pkd_loss

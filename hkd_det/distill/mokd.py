@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from hkd_det.distill import load_method
-from hkd_det.distill.base import DistillationBatch, DistillMethod
+from hkd_det.distill.base import DistillMethod
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.gradients import (
     AllReduceMean,
     GradientBalancer,

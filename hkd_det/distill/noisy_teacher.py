@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hkd_det.distill import load_method
-from hkd_det.distill.base import DistillationBatch, DistillMethod, Perturbed, comparable_logits
+from hkd_det.distill.base import DistillMethod, Perturbed
+from hkd_det.distill.batch import DistillationBatch, comparable_logits
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.losses import ReduceMean

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hkd_det.distill.base import DistillationBatch, DistillMethod
+from hkd_det.distill.base import DistillMethod
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.errors import UsageError
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from hkd_det.distill.base import DistillationBatch, DistillMethod, RunContext
+from hkd_det.distill.base import DistillMethod, RunContext
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.blockwise.activations import create_npy
 from hkd_det.distill.blockwise.blocks import StateDict, assemble, find_replaceable_convs
 from hkd_det.distill.blockwise.config import BlockwiseConfig

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.base import DistillationBatch, comparable_logits
+from hkd_det.distill.batch import DistillationBatch, comparable_logits
 from hkd_det.distill.cdd.compactor import CompactorSite, find_compactors
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.importance import ChannelImportance, PooledFeatures, sample_regions

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hkd_det.distill.base import DistillationBatch, DistillMethod, RunContext
+from hkd_det.distill.base import DistillMethod, RunContext
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.losses import CDDLoss
 from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_pruning

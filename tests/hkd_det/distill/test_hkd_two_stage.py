@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.distill import check_methods, parse_methods
-from hkd_det.distill.base import DistillationBatch, sample_rois
+from hkd_det.distill.batch import DistillationBatch, sample_rois
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import DenseHKD, HKDConfig
 from hkd_det.distill.hkd_two_stage import TwoStageConfig, TwoStageHKD, mse_per_item

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hkd_det.distill import check_methods, parse_methods
-from hkd_det.distill.base import DistillationBatch
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig, fg_balanced_l2

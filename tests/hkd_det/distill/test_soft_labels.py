@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
 from hkd_det.distill import parse_methods
-from hkd_det.distill.base import DistillationBatch
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hkd_det.distill.base import DistillationBatch
+from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.cdd.compactor import (
     apply_proximal_step,
     compute_group_lasso,
