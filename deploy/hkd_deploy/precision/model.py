@@ -1,15 +1,20 @@
-"""FP32 model files: reading, checks, and writing of the converted file."""
+"""FP32 model files: reading, checks, running them for inner values, and writing of the converted file."""
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.files import bytes_sha256
+from hkd_det.onnxrt.session import open_session
 
 # Opset 13 introduced scales per channel. The quantizer of ONNX Runtime supports opsets below 21.
 SUPPORTED_OPSETS = range(13, 21)
@@ -121,6 +126,33 @@ def parse_onnx_model(onnx: Any, content: bytes, path: Path) -> Any:
     if model is None or not model.graph.node or not all(isinstance(text, str) for text in _iterate_strings(model)):
         raise DataError(f"{path}: not an ONNX file, or truncated. Create it with hkd-export best.pt.")
     return model
+
+
+def run_model(
+    model: Any, names: Sequence[str], inputs: Iterable[NDArray[Any]]
+) -> Iterable[dict[str, NDArray[np.float32]]]:
+    """Run a model on ONNX Runtime and return values from inside its graph.
+
+    Args:
+        model: onnx.ModelProto with one input. It is not modified.
+        names: Names of the values to return.
+        inputs: Batches in the shape and dtype of the model input.
+
+    Yields:
+        Value name to array, for each batch.
+    """
+    onnx = import_onnx()
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    outputs = {value.name for value in extended.graph.output}
+    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    with TemporaryDirectory(prefix="hkd-precision-") as temp_dir:
+        path = Path(temp_dir) / "extended.onnx"
+        onnx.save(extended, path)
+        session = open_session(path)
+        (model_input,) = session.get_inputs()
+        for batch in inputs:
+            yield dict(zip(names, session.run(list(names), {model_input.name: batch}), strict=True))
 
 
 def save_model(

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.precision.calibration import (
+from hkd_deploy.precision.graph_regions import GraphRegions, find_graph_regions
+from hkd_deploy.precision.int8 import (
     CALIBRATION_METHODS,
     SEED,
     CalibrationMethod,
     TensorRanges,
     calibrate,
+    convert_to_int8,
+    fold_norms,
     make_network_input,
-    run_model,
 )
-from hkd_deploy.precision.graph_regions import GraphRegions, find_graph_regions
-from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
-from hkd_deploy.precision.model import Fp32Model, import_onnx, make_progress_bar
+from hkd_deploy.precision.model import Fp32Model, import_onnx, make_progress_bar, run_model
 from hkd_det.errors import DataError
 from hkd_det.image import read_image
 from hkd_det.structures import Sample
