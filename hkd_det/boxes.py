@@ -5,6 +5,7 @@ Boxes are xyxy in pixels: x to the right, y down, the right and bottom edges exc
 such as COCO's xywh and the 1-based inclusive boxes of MATLAB tools.
 """
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -105,9 +106,8 @@ def nms(boxes_xyxy: Boxes, iou_threshold: float) -> NDArray[np.intp]:
     Returns:
         array[K]: Ascending indices of the kept boxes.
     """
-    overlaps = box_iou(boxes_xyxy, boxes_xyxy) > iou_threshold  # [N, N]
-    removed = np.zeros(len(boxes_xyxy), bool)
-    for index in range(len(boxes_xyxy)):
-        if not removed[index]:
-            removed[index + 1 :] |= overlaps[index, index + 1 :]
-    return np.flatnonzero(~removed)
+    if not len(boxes_xyxy):
+        return np.zeros(0, np.intp)
+    boxes_xywh = np.clip(xywh_from_xyxy(boxes_xyxy), (-np.inf, -np.inf, 0, 0), None)
+    scores = np.arange(len(boxes_xyxy), 0, -1, dtype=np.float32)  # keeps the order of the boxes
+    return np.asarray(cv2.dnn.NMSBoxes(boxes_xywh.tolist(), scores.tolist(), 0.0, iou_threshold), np.intp)

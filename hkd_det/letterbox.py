@@ -17,6 +17,7 @@ PAD_VALUE = 114
 STRIDE = 32  # all models of this project downsample their input by 32
 
 Align = Literal["top-left", "center", "stretch"]
+Interpolation = Literal["area", "linear"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Letterbox:
     input_hw: tuple[int, int]
     align: Align = "top-left"
     pad_value: int = PAD_VALUE
-    interpolation: Literal["area", "linear"] = "area"
+    interpolation: Interpolation = "area"
 
     @property
     def scale(self) -> float:

@@ -9,9 +9,9 @@ from typing import Literal
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import read_yaml
-from hkd_det.letterbox import PAD_VALUE, Align
+from hkd_det.letterbox import PAD_VALUE, Align, Interpolation
 
-OutputFormat = Literal["yolox-raw", "yolo-raw", "yolo-e2e", "boxes-scores"]
+OutputFormat = Literal["yolox-raw", "yolo-raw", "yolo-e2e", "gfl-raw", "fastestdet-raw", "boxes-scores"]
 
 NATIVE_FORMAT = "1"  # metadata key hkd.format in the files of hkd-export
 
@@ -27,6 +27,9 @@ class OnnxModelConfig:
     * `yolox-raw`: [B, A, 5 + classes]: cx, cy, w, h relative to cell corner and stride, objectness, class scores.
     * `yolo-raw`: [B, 4 + classes, A]: cx, cy, w, h in input pixels, class scores (YOLOv8, YOLO11).
     * `yolo-e2e`: [B, N, 6]: x1, y1, x2, y2 in input pixels, score, class (YOLOv10, YOLO26).
+    * `gfl-raw`: class scores and, for each side, the logits of `num_bins` distances in strides (PicoDet, NanoDet-Plus):
+      one output [B, A, classes + 4 * num_bins], or the class scores of each level, then the distances of each level.
+    * `fastestdet-raw`: [B, 5 + classes, H, W]: objectness, x, y, w, h, class scores (FastestDet).
     * `boxes-scores`: outputs named `boxes` [B, N, 4] (xyxy, input pixels), `scores` [B, N] and, for several
       classes, `labels` [B, N].
 
@@ -39,11 +42,18 @@ class OnnxModelConfig:
         std: Divisor per channel, in the order of `color_order`.
         resize_mode: Position of the resized image in the input, as in `Letterbox.align`.
         pad_value: Gray value of the padding, 0 to 255.
+        interpolation: Method of the resize, as in `Letterbox.interpolation`.
         imgsz_hw: Input height and width in pixels; required if the file has a dynamic input size.
         person_class_id: Class index of persons.
-        strides: Strides of the feature levels of `yolox-raw`, in the order of the output.
+        strides: Strides of the feature levels of `yolox-raw` and `gfl-raw`, in the order of the output.
+        num_bins: Distances per side of `gfl-raw`.
+        point_offset: Position of the anchor points of `gfl-raw` in their cells, 0 (corner) to 1, usually 0 or 0.5.
+        score_activation: Function that `gfl-raw` applies to the class scores: "none" or "sigmoid".
         conf: Minimum score of a detection, 0 to 1.
-        iou: IoU threshold of NMS for the formats without their own NMS (`yolox-raw`, `yolo-raw`).
+        iou: IoU threshold of NMS for the formats that need NMS (`...-raw`).
+        name: Name of the model, for tables.
+        license: License of the weights.
+        homepage: Origin of the weights.
     """
 
     output_format: OutputFormat
@@ -54,11 +64,18 @@ class OnnxModelConfig:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     resize_mode: Align = "top-left"
     pad_value: int = PAD_VALUE
+    interpolation: Interpolation = "linear"
     imgsz_hw: tuple[int, ...] | None = None
     person_class_id: int = 0
     strides: tuple[int, ...] = (8, 16, 32)
+    num_bins: int = 8
+    point_offset: float = 0.5
+    score_activation: Literal["none", "sigmoid"] = "none"
     conf: float = 0.01
     iou: float = 0.65
+    name: str = ""
+    license: str = ""
+    homepage: str = ""
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -71,10 +88,19 @@ class OnnxModelConfig:
             raise UsageError(f"imgsz_hw: expected height and width in pixels, got {list(self.imgsz_hw)}")
         if not self.strides or min(self.strides) < 1:
             raise UsageError(f"strides: expected integers of at least 1, got {list(self.strides)}")
+        if self.num_bins < 2:
+            raise UsageError(f"num_bins: must be at least 2, got {self.num_bins}")
+        if not 0 <= self.point_offset <= 1:
+            raise UsageError(f"point_offset: must be 0 to 1, got {self.point_offset}")
         if self.person_class_id < 0:
             raise UsageError(f"person_class_id: must be at least 0, got {self.person_class_id}")
         if not 0 <= self.conf <= 1 or not 0 < self.iou <= 1:
             raise UsageError(f"conf and iou: must be 0 to 1, got {self.conf} and {self.iou}")
+
+    @property
+    def needs_nms(self) -> bool:
+        """Whether the outputs contain several boxes per object."""
+        return self.output_format.endswith("-raw")
 
 
 def load_model_config(

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from hkd_det.onnxrt.detector import decode_outputs, normalize_input
+from hkd_det.onnxrt.decode import decode_outputs
+from hkd_det.onnxrt.detector import normalize_input
 from hkd_det.onnxrt.model_config import OnnxModelConfig, OutputFormat
 
 INPUT_HW = (64, 96)
@@ -14,7 +15,7 @@ Rows = list[tuple[float, ...]]
 
 
 def decode(
-    output_format: OutputFormat, *arrays: np.ndarray, names: tuple[str, ...] = ("output",), **changes: float
+    output_format: OutputFormat, *arrays: np.ndarray, names: tuple[str, ...] = ("output",), **changes: object
 ) -> list[Rows]:
     """Per image, rows of x1, y1, x2, y2, score."""
     values = {"person_class_id": PERSON, "conf": 0.1, "iou": 1.0, **changes}
@@ -47,6 +48,70 @@ def test_yolox_equals_scalar_decoding() -> None:
     for actual_rows, expected_rows in zip(decode("yolox-raw", raw), expected, strict=True):
         assert 20 < len(expected_rows) < 126
         np.testing.assert_allclose(actual_rows, expected_rows, rtol=1e-4, atol=1e-3)
+
+
+def make_gfl_rows(classes: np.ndarray, bins: np.ndarray) -> Rows:
+    """Decode one image of a GFL head with four distances per side and the anchor points in the cell centers."""
+    rows, anchor = [], 0
+    for stride in (16, 64):
+        for row in range(math.ceil(INPUT_HW[0] / stride)):
+            for column in range(math.ceil(INPUT_HW[1] / stride)):
+                sides = []
+                for logits in bins[anchor].reshape(4, 4).tolist():
+                    weights = [math.exp(logit) for logit in logits]
+                    sides.append(stride * sum(i * weight for i, weight in enumerate(weights)) / sum(weights))
+                x, y = (column + 0.5) * stride, (row + 0.5) * stride
+                left, top, right, bottom = sides
+                score = 1 / (1 + math.exp(-classes[anchor, PERSON]))
+                if score >= 0.1:
+                    rows.append((x - left, y - top, x + right, y + bottom, score))
+                anchor += 1
+    assert anchor == len(classes)
+    return sorted(rows, key=lambda values: -values[-1])
+
+
+@pytest.mark.parametrize("is_one_output", [True, False])
+def test_gfl_equals_scalar_decoding(is_one_output: bool) -> None:
+    """96 pixels are one and a half cells of stride 64, which the network rounds up to two."""
+    rng = np.random.default_rng(0)
+    classes, bins = rng.normal(-1, 1, (2, 26, 3)).astype(np.float32), rng.normal(0, 2, (2, 26, 16)).astype(np.float32)
+    expected = [make_gfl_rows(*image) for image in zip(classes, bins, strict=True)]
+    arrays = [np.concatenate([classes, bins], 2)] if is_one_output else [*_split(classes), *_split(bins)]
+    names = tuple(f"output{number}" for number in range(len(arrays)))
+    values = {"strides": (16, 64), "num_bins": 4, "score_activation": "sigmoid"}
+    decoded = decode("gfl-raw", *arrays, names=names, **values)
+    for actual_rows, expected_rows in zip(decoded, expected, strict=True):
+        assert 10 < len(expected_rows) < 26
+        np.testing.assert_allclose(actual_rows, expected_rows, rtol=1e-4, atol=1e-3)
+
+
+def _split(values: np.ndarray) -> list[np.ndarray]:
+    return np.split(values, [24], axis=1)  # 4 x 6 cells of stride 16, 1 x 2 cells of stride 64
+
+
+def test_gfl_point_offset_and_scores_without_activation() -> None:
+    raw = np.zeros((1, 24, 3 + 16), np.float32)
+    raw[0, 7, PERSON] = 0.5  # second row, second column; equal logits give a distance of 1.5 strides
+    (row,) = decode("gfl-raw", raw, strides=(16,), num_bins=4, point_offset=0.0)[0]
+    assert row == pytest.approx((16 - 24, 16 - 24, 16 + 24, 16 + 24, 0.5))
+
+
+def test_fastestdet_equals_scalar_decoding() -> None:
+    raw = np.random.default_rng(0).normal(0.3, 0.5, (2, 5 + 4, 4, 6)).astype(np.float32)
+    decoded = decode("fastestdet-raw", raw)
+    for image, actual_rows in zip(raw.tolist(), decoded, strict=True):
+        expected = []
+        for row in range(4):
+            for column in range(6):
+                objectness, x, y, width, height, *classes = (channel[row][column] for channel in image)
+                x, y = (column + math.tanh(x)) / 6 * INPUT_HW[1], (row + math.tanh(y)) / 4 * INPUT_HW[0]
+                width, height = INPUT_HW[1] / (1 + math.exp(-width)), INPUT_HW[0] / (1 + math.exp(-height))
+                score = min(max(objectness, 0), 1) ** 0.6 * min(max(classes[PERSON], 0), 1) ** 0.4
+                if score >= 0.1:
+                    expected.append((x - width / 2, y - height / 2, x + width / 2, y + height / 2, score))
+        assert 5 < len(expected) < 24
+        expected.sort(key=lambda values: -values[-1])
+        np.testing.assert_allclose(actual_rows, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_yolo_raw_has_detections_in_columns() -> None:
@@ -86,6 +151,11 @@ def test_score_zero_is_dropped_even_at_conf_zero() -> None:
         ("yolo-raw", (1, 6, 126), "has 2 classes"),
         ("yolo-e2e", (1, 5, 7), r"\[B, N, 6\], got \[1, 5, 7\]"),
         ("yolo-e2e", (5, 6), "3 dimensions"),
+        ("gfl-raw", (1, 126, 34), "has 2 classes"),
+        ("gfl-raw", (1, 125, 35), "expected 126 anchor points .*, got 125"),
+        ("gfl-raw", (126, 35), r"expected one output \[B, A, classes \+ 32\], or 3 outputs"),
+        ("fastestdet-raw", (1, 7, 4, 6), "has 2 classes"),
+        ("fastestdet-raw", (1, 126, 9), "4 dimensions"),
         ("boxes-scores", (1, 5, 4), "outputs boxes and scores, got output"),
     ],
 )
