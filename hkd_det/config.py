@@ -22,7 +22,7 @@ def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
     Args:
         cls: Dataclass to create.
         values: Mapping of field names to values. Omitted fields keep their defaults.
-        where: Dotted key of the mapping, the prefix of error messages.
+        where: Prefix of error messages: the dotted key of the mapping, or its file with a colon (`recipe.yaml:`).
 
     Returns:
         The dataclass with the converted values.
@@ -33,13 +33,13 @@ def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """
     field_types = _get_field_types(cls)
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where or 'settings'}: expected a mapping of {', '.join(field_types)}")
+        raise UsageError(f"{where.rstrip(':') or 'settings'}: expected a mapping of {', '.join(field_types)}.")
     for key in values:
         if key not in field_types:
             raise UsageError(f"{_join_key(where, str(key))}: no such setting{suggest_name(str(key), field_types)}")
     missing = [name for name in _list_required_fields(cls) if name not in values]
     if missing:
-        raise UsageError(f"{where or 'settings'}: missing {', '.join(missing)}. Add the missing keys.")
+        raise UsageError(f"{where.rstrip(':') or 'settings'}: missing {', '.join(missing)}. Add the missing keys.")
     converted = {key: _convert_value(field_types[key], value, _join_key(where, key)) for key, value in values.items()}
     return cls(**converted)
 
@@ -62,7 +62,7 @@ def apply_override(cls: type, values: Mapping[str, Any], assignment: str) -> dic
     """
     key, equals, text = assignment.partition("=")
     if not equals:
-        raise UsageError(f"--set {assignment}: expected key=value")
+        raise UsageError(f"--set {assignment}: expected key=value, such as lr=1e-3.")
     return _apply_override_at(cls, values, key.split("."), text, assignment)
 
 
@@ -95,7 +95,7 @@ def _apply_override_at(
     if not (isinstance(nested_cls, type) and is_dataclass(nested_cls)) or (nested is None and is_optional):
         raise UsageError(f"--set {assignment}: {name} is not in use. Add it to --distill or to the recipe.")
     if not isinstance(nested, Mapping | None):
-        raise UsageError(f"{name}: expected a mapping of {', '.join(_get_field_types(nested_cls))}")
+        raise UsageError(f"{name}: expected a mapping of {', '.join(_get_field_types(nested_cls))}.")
     return {**values, name: _apply_override_at(nested_cls, nested or {}, rest, text, assignment)}
 
 
@@ -123,7 +123,7 @@ def _convert_value(cls: Any, value: Any, where: str) -> Any:
         return dataclass_from_dict(cls, {} if value is None else value, where)
     if typing.get_origin(cls) is typing.Literal:
         if value not in typing.get_args(cls):
-            raise UsageError(f"{where}: expected one of {', '.join(map(str, typing.get_args(cls)))}, got {value!r}")
+            raise UsageError(f"{where}: expected one of {', '.join(map(str, typing.get_args(cls)))}, got {value!r}.")
         return value
     if typing.get_origin(cls) is dict:
         return _convert_dict(typing.get_args(cls)[1], value, where)
@@ -134,7 +134,7 @@ def _convert_value(cls: Any, value: Any, where: str) -> Any:
 
 def _convert_dict(item_type: Any, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: expected a mapping, got {value!r}")
+        raise UsageError(f"{where}: expected a mapping, got {value!r}.")
     if item_type is Any:
         return dict(value)
     return {key: _convert_value(item_type, item, _join_key(where, str(key))) for key, item in value.items()}
@@ -143,11 +143,11 @@ def _convert_dict(item_type: Any, value: Any, where: str) -> dict[str, Any]:
 def _convert_tuple(item_types: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
-        raise UsageError(f"{where}: expected a list, got {value!r}")
+        raise UsageError(f"{where}: expected a list, got {value!r}.")
     if item_types[-1] is Ellipsis:
         item_types = item_types[:1] * len(items)
     if len(item_types) != len(items):
-        raise UsageError(f"{where}: expected {len(item_types)} values, got {len(items)}")
+        raise UsageError(f"{where}: expected {len(item_types)} values, got {len(items)}.")
     return tuple(_convert_value(cls, item, where) for cls, item in zip(item_types, items, strict=True))
 
 
@@ -157,11 +157,11 @@ def _convert_scalar(cls: Any, value: Any, where: str) -> Any:
             return value
         if value in ("true", "false"):
             return value == "true"
-        raise UsageError(f"{where}: expected true or false, got {value!r}")
+        raise UsageError(f"{where}: expected true or false, got {value!r}.")
     if cls is str:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
-        raise UsageError(f"{where}: expected a string, got {value!r}")
+        raise UsageError(f"{where}: expected a string, got {value!r}.")
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
             number = cls(value)
@@ -171,8 +171,10 @@ def _convert_scalar(cls: Any, value: Any, where: str) -> Any:
             number = None
         if number is not None and (not isinstance(value, float) or number == value):
             return number
-    raise UsageError(f"{where}: expected {'an integer' if cls is int else 'a number'}, got {value!r}")
+    raise UsageError(f"{where}: expected {'an integer' if cls is int else 'a number'}, got {value!r}.")
 
 
 def _join_key(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+    if not where:
+        return key
+    return f"{where} {key}" if where.endswith(":") else f"{where}.{key}"

@@ -12,7 +12,8 @@ A message names the flag, file or key, the problem and the remedy. Commands prin
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 BENCH_INSTALL_HINT = "pip install 'hkd-det[bench]'"
@@ -61,7 +62,8 @@ def run_command(name: str, func: Callable[[Sequence[str] | None], int], argv: Se
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
+        hint = "Check the path, its permissions and the free disk space."
+        print(f"{name}: {where}{error.strerror or error}. {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -93,13 +95,29 @@ def import_package(module: str, title: str = "", hint: str = BENCH_INSTALL_HINT)
         raise _make_import_error(title, error, hint) from None
 
 
+@contextmanager
+def require_extra(extra: str) -> Iterator[None]:
+    """Report a package that is missing in the block, which contains imports only, as one line.
+
+    Args:
+        extra: Extra of hkd-det that installs the package.
+
+    Raises:
+        UnavailableError: A package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{error.name} is not installed. Run pip install 'hkd-det[{extra}]'.") from None
+
+
 def first_error_line(error: BaseException) -> str:
-    """Return the first line of an error message.
+    """Return the first line of an error message without its final period, to quote it in another message.
 
     Args:
         error: Exception, for example of a native library whose messages have many lines.
     """
-    return str(error).strip().split("\n", 1)[0]
+    return str(error).strip().split("\n", 1)[0].removesuffix(".")
 
 
 def _make_import_error(title: str, error: BaseException, hint: str) -> UnavailableError:

@@ -26,21 +26,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path: File to create or replace. Missing parent directories are created.
 
     Yields:
-        Path of the temporary file, in the same directory and with the same suffix as `path`.
+        Path of the temporary file, which does not exist yet. It has the name of `path` and is in another directory.
+
+    Raises:
+        OSError: The file cannot be written. Its `filename` is `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temp_path = Path(name)
-    try:
+    with _write_next_to(path) as temp_path:
         yield temp_path
         with temp_path.open("rb") as file:
             os.fsync(file.fileno())
-        temp_path.chmod(0o666 & ~_get_umask())
-        temp_path.replace(path)
-    except BaseException:
-        temp_path.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -54,19 +48,36 @@ def atomic_write_dir(path: Path) -> Iterator[Path]:
 
     Yields:
         Path of the empty temporary directory.
+
+    Raises:
+        OSError: The directory cannot be written. Its `filename` is `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as name:
-        temp_path, backup_path = Path(name) / "new", Path(name) / "old"
+    with _write_next_to(path) as temp_path:
         temp_path.mkdir()
         yield temp_path
-        if path.exists():
-            path.rename(backup_path)  # a rename cannot replace a directory that is not empty
-        try:
-            temp_path.rename(path)
-        except BaseException:
-            backup_path.rename(path)
-            raise
+
+
+@contextmanager
+def _write_next_to(path: Path) -> Iterator[Path]:
+    """Yield a path in a temporary directory next to `path`, and rename it to `path` at the end."""
+    prefix = f".{path.name}-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as name:
+            temp_path, backup_path = Path(name) / path.name, Path(name) / f"{path.name}.old"
+            yield temp_path
+            if temp_path.is_dir() and path.exists():
+                path.rename(backup_path)  # a rename cannot replace a directory that is not empty
+            try:
+                temp_path.replace(path)
+            except BaseException:
+                if backup_path.exists():
+                    backup_path.rename(path)
+                raise
+    except OSError as error:
+        if f"{os.sep}{prefix}" in str(error.filename):  # users know the final name only
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -111,6 +122,28 @@ def bytes_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def read_content(path: Path, expected: str, hint: str = "Check the path.") -> bytes:
+    """Read a file completely.
+
+    Args:
+        path: File to read.
+        expected: Description of the file for the error message, such as "a JSON file".
+        hint: Last sentence of the message about a missing file.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        DataError: The file is missing, or a directory.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: no such file. {hint}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: expected {expected}, got a directory.") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a UTF-8 JSON file.
 
@@ -123,16 +156,13 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: The file is missing or is not JSON. The message names the file and, if known, the line.
     """
+    content = read_content(path, "a JSON file")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: expected a JSON file, got a directory") from None
+        return json.loads(content.decode("utf-8-sig"))
     except RecursionError:
-        raise DataError(f"{path}: not readable JSON: nested too deeply") from None
+        raise DataError(f"{path}: not JSON: nested too deeply. Correct the file.") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, or a number with thousands of digits
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise DataError(f"{path}: not JSON: {error}. Correct the file.") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -147,22 +177,13 @@ def read_yaml(path: Path) -> Any:
     Raises:
         DataError: The file is missing or is not YAML. The message names the file and, if known, the line.
     """
+    content = read_content(path, "a YAML file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: expected a YAML file, got a directory") from None
+        return yaml.safe_load(content.decode("utf-8-sig"))
     except RecursionError:
-        raise DataError(f"{path}: not readable YAML: nested too deeply") from None
+        raise DataError(f"{path}: not YAML: nested too deeply. Correct the file.") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise DataError(f"{path}{line}: not YAML ({error.problem})") from None
+        raise DataError(f"{path}{line}: not YAML: {error.problem}. Correct the file.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date or number
-        raise DataError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-
-
-def _get_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise DataError(f"{path}: not YAML: {' '.join(str(error).split())}. Correct the file.") from None

@@ -38,7 +38,7 @@ def documented_commands(page: Path) -> list[str]:
 # As `make demo`, with fewer images and epochs.
 QUICKSTART = """
 from pathlib import Path
-from hkd_bench.quickstart import QuickstartConfig, run_quickstart
+from hkd_bench.quickstart.steps import QuickstartConfig, run_quickstart
 config = QuickstartConfig(num_train=40, num_val=12, epochs=1, runs=20, video_frames=25)
 run_quickstart(Path("runs/quickstart"), config=config)
 """

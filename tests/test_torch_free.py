@@ -19,7 +19,7 @@ TORCH_MODULES = (
     "hkd_deploy.export.diagnose",
     "hkd_deploy.export.exporter",
     "hkd_deploy.export.graph",
-    "hkd_bench.quickstart",
+    "hkd_bench.quickstart.steps",
 )
 NO_TORCH = """
 import importlib, importlib.abc, sys
@@ -35,9 +35,8 @@ IMPORT_MODULES = f"""{NO_TORCH}
 for module in sys.argv[1:]:
     importlib.import_module(module)
 """
-RUN_TRAIN = f"""{NO_TORCH}
-from hkd_det.train.cli import main
-sys.exit(main(sys.argv[1:]))
+RUN_COMMAND = f"""{NO_TORCH}
+sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
 """
 
 
@@ -55,13 +54,16 @@ def test_device_modules_import_without_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("module", "flags", "message"),
     [
-        (["--data", "citypersons", "--download"], "cityscapes-dataset.com"),
-        (["--data", "citypersons", "--model", "mini-student"], "torch is not installed. Run pip install"),
+        ("hkd_det.train.cli", ["--data", "citypersons", "--download"], "cityscapes-dataset.com"),
+        ("hkd_det.train.cli", ["--data", "citypersons", "--model", "mini-student"], "pip install 'hkd-det[train]'."),
+        ("hkd_deploy.export.cli", ["best.pt"], "pip install 'hkd-det[train]', or export the weights on"),
+        ("hkd_bench.quickstart", [], " is not installed. Run pip install 'hkd-det[train]'."),
     ],
 )
-def test_hkd_train_without_torch(flags: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RUN_TRAIN, *flags]
+def test_command_without_torch_ends_in_one_line(module: str, flags: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RUN_COMMAND, module, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from hkd_bench.host import HostField
 from hkd_det.config import dataclass_from_dict
-from hkd_det.errors import DataError, UsageError
+from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import read_json, write_text
 from hkd_det.metrics.matching import MissRateResult
 
@@ -264,4 +264,4 @@ def read_result(path: Path) -> BenchResult:
     try:
         return dataclass_from_dict(BenchResult, content)
     except UsageError as error:
-        raise DataError(f"{path}: {error}. Measure again with hkd-bench --json.") from None
+        raise DataError(f"{path}: {first_error_line(error)}. Measure again with hkd-bench --json.") from None

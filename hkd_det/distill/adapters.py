@@ -36,8 +36,8 @@ class Adapter(nn.Module):
         finer, coarser = sorted((student.stride, teacher.stride))
         if coarser % finer:
             raise UsageError(
-                f"distill.hkd.feature_layers: the strides of {student.name} ({student.stride}) and {teacher.name} "
-                f"({teacher.stride}) do not match. Choose layers of which one stride is a multiple of the other."
+                f"feature layers {student.name} (student) and {teacher.name} (teacher): expected strides of which one "
+                f"is a multiple of the other, got {student.stride} and {teacher.stride}. Choose other layers."
             )
         self.stride_ratio = coarser // finer
         self.should_pool = student.stride < teacher.stride

@@ -85,7 +85,7 @@ class HKD(DistillMethod):
     def __init__(self, config: HKDConfig, student: BaseDetector, teacher: Any) -> None:
         super().__init__(config, student, teacher)
         self.det_loss_weight = config.det_loss_weight
-        layers = select_layers(student, teacher, config.feature_layers)
+        layers = select_layers(student, teacher, config.feature_layers, "distill.hkd.feature_layers")
         pairs = pair_layers(*layers, config.feature_layers)
         self._layers = LayerPairs(tuple(s.name for s, _ in pairs), tuple(t.name for _, t in pairs))
         self.levels: nn.Module

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hkd_det.config import dataclass_from_dict
-from hkd_det.errors import DataError, UsageError
+from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import atomic_write
 from hkd_det.models.base import BaseDetector, ModelSpec
 from hkd_det.models.detector import HKDDetector
@@ -185,7 +185,8 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
         )
     except (KeyError, TypeError, UsageError) as error:
         raise DataError(
-            f"{path}: written by another version of hkd-det ({error}). Train or export it with that version."
+            f"{path}: written by another version of hkd-det ({first_error_line(error)}). "
+            "Train or export it with that version."
         ) from error
 
 

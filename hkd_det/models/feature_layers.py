@@ -123,7 +123,7 @@ def format_feature_layers(layers: Sequence[ListedLayer], imgsz_hw: tuple[int, in
 
 
 def select_layers(
-    student: BaseDetector, teacher: BaseDetector, layer_pairs: LayerPairs
+    student: BaseDetector, teacher: BaseDetector, layer_pairs: LayerPairs, setting: str
 ) -> tuple[list[FeatureInfo], list[FeatureInfo]]:
     """Return the layers to record: the configured ones in their order, or the default layers.
 
@@ -131,6 +131,7 @@ def select_layers(
         student: The student.
         teacher: The teacher.
         layer_pairs: Configured layers.
+        setting: Configuration key of `layer_pairs`, for error messages, such as "distill.METHOD.feature_layers".
 
     Returns:
         student_layers: Layers of the student.
@@ -141,14 +142,14 @@ def select_layers(
     """
     if len(layer_pairs.student) != len(layer_pairs.teacher):
         raise UsageError(
-            f"distill.hkd.feature_layers: expected as many layers of the student as of the teacher, got "
-            f"{len(layer_pairs.student)} and {len(layer_pairs.teacher)}. They are compared in pairs."
+            f"{setting}: expected as many layers of the student as of the teacher, got {len(layer_pairs.student)} and "
+            f"{len(layer_pairs.teacher)}. They are compared in pairs."
         )
     if not layer_pairs.student:
         return student.feature_info(), teacher.feature_info()
     return (
-        find_feature_layers(student, layer_pairs.student, "distill.hkd.feature_layers.student"),
-        find_feature_layers(teacher, layer_pairs.teacher, "distill.hkd.feature_layers.teacher"),
+        find_feature_layers(student, layer_pairs.student, f"{setting}.student"),
+        find_feature_layers(teacher, layer_pairs.teacher, f"{setting}.teacher"),
     )
 
 

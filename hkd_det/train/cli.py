@@ -10,7 +10,7 @@ from pathlib import Path
 from hkd_det import __version__
 from hkd_det.datasets.download import download
 from hkd_det.distill import METHODS
-from hkd_det.errors import UnavailableError, UsageError, run_command
+from hkd_det.errors import UsageError, require_extra, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +42,8 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
 
         directory = Path(arguments.project or "runs/check") / (arguments.name or Path(arguments.data).stem)
         return check_dataset(arguments.data, directory)
-    try:
+    with require_extra("train"):
         from hkd_det.train import start  # noqa: PLC0415 - imports torch
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"{error.name} is not installed. Run pip install 'hkd-det[train]'.") from None
     if arguments.list_layers:
         return start.print_feature_layers(arguments)
     return start.start_training(arguments)

@@ -218,7 +218,7 @@ class TrainConfig:
 
         Args:
             values: Field name -> value, as `as_dict` returns it.
-            where: Source of the values, for messages.
+            where: File of the values, for error messages; "" for none.
 
         Returns:
             The configuration.
@@ -226,4 +226,4 @@ class TrainConfig:
         Raises:
             UsageError: For an unknown key or an invalid value.
         """
-        return dataclass_from_dict(cls, values, where)
+        return dataclass_from_dict(cls, values, f"{where}:" if where else "")

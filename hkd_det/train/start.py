@@ -163,7 +163,7 @@ def _load_recipe(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except DataError as error:
-        raise DataError(f"--recipe {error}. See the recipes directory for examples.") from None
+        raise DataError(f"--recipe {error} See the recipes directory for examples.") from None
     if not isinstance(content, dict):
         raise DataError(f"--recipe {path}: expected a mapping `key: value`, got {type(content).__name__}.")
     return content

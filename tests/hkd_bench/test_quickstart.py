@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hkd_bench.quickstart import QuickstartConfig, run_quickstart
+from hkd_bench.quickstart import main
+from hkd_bench.quickstart.steps import QuickstartConfig, run_quickstart
 from hkd_bench.result import read_result
+from hkd_det.errors import DataError
 
 
 @pytest.mark.slow
@@ -30,3 +32,15 @@ def test_quickstart_writes_report_video_and_result(tmp_path: Path) -> None:
         "config.yaml",
         "results.csv",
     }
+
+
+def test_default_epochs_are_those_of_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    configs: list[QuickstartConfig] = []
+
+    def record(_save_dir: Path, _seed: int, config: QuickstartConfig) -> None:
+        configs.append(config)
+        raise DataError("stop")
+
+    monkeypatch.setattr("hkd_bench.quickstart.steps.run_quickstart", record)
+    assert main(["--save-dir", str(tmp_path)]) == 1
+    assert configs == [QuickstartConfig()]

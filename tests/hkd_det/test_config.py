@@ -90,6 +90,20 @@ def test_invalid_value_names_the_key(values: Any, message: str) -> None:
         dataclass_from_dict(Outer, values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"run": "r", "inner": {"wieght": 1}}, "r.yaml: inner.wieght: no such setting. Did you mean weight?"),
+        ({"run": "r", "count": "x"}, "r.yaml: count: expected an integer, got 'x'."),
+        ({}, "r.yaml: missing run. Add the missing keys."),
+    ],
+)
+def test_error_separates_file_and_key(values: Any, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        dataclass_from_dict(Outer, values, "r.yaml:")
+    assert str(error.value) == message
+
+
 def test_override_reaches_nested_dataclasses() -> None:
     def apply(assignment: str) -> Outer:
         return dataclass_from_dict(Outer, apply_override(Outer, {"run": "r", "other": {}}, assignment))

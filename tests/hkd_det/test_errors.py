@@ -14,7 +14,11 @@ from hkd_det.errors import DataError, UnavailableError, UsageError, import_packa
     [
         (UsageError("--x: no"), 2, "hkd: --x: no"),
         (DataError("a.jpg: broken"), 1, "hkd: a.jpg: broken"),
-        (OSError(28, "No space left on device", "b.pt"), 1, "hkd: b.pt: No space left on device"),
+        (
+            OSError(28, "No space left on device", "b.pt"),
+            1,
+            "hkd: b.pt: No space left on device. Check the path, its permissions and the free disk space.",
+        ),
         (KeyboardInterrupt(), 130, "hkd: interrupted"),
     ],
 )

@@ -1,7 +1,10 @@
 """Atomic writing, digests and JSON reading."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -38,6 +41,34 @@ def test_directory_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["directory"]
 
 
+@pytest.mark.parametrize("write", [atomic_write, atomic_write_dir])
+def test_write_error_names_the_final_path(write: Callable[[Path], Any], tmp_path: Path) -> None:
+    """No error names the temporary path: a missing permission, a failed rename, or an error while writing."""
+    path = tmp_path / "out"
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught, write(tmp_path / "file" / "out"):
+        pass
+    assert caught.value.filename == str(tmp_path / "file")
+    with pytest.raises(FileNotFoundError) as missing, write(path) as temp_path:
+        (temp_path / "none" / "x").touch()
+    assert missing.value.filename == str(path) and not path.exists()
+    denied_error = PermissionError(13, "Permission denied", f"{tmp_path}/.out-1")
+    with (
+        patch("tempfile.mkdtemp", side_effect=denied_error),
+        pytest.raises(PermissionError) as denied,
+        write(path),
+    ):
+        pass
+    assert denied.value.filename == str(path)
+
+
+def test_file_does_not_replace_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError) as caught:
+        write_text(tmp_path / "out", "text")
+    assert caught.value.filename == str(tmp_path / "out") and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
 def test_digest_of_a_file_equals_that_of_its_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000  # more than one chunk
     (tmp_path / "file").write_bytes(content)
@@ -51,7 +82,7 @@ def test_invalid_json_names_file_and_line(tmp_path: Path) -> None:
     path.write_text('\ufeff{"a": 1}', encoding="utf-8")
     assert read_json(path) == {"a": 1}
     for text, message in (
-        ("{\n1", "not JSON .*line 2"),
+        ("{\n1", "not JSON: .*line 2"),
         ("[" * 100_000, "nested too deeply"),
         ("1" * 5000, "not JSON"),
     ):

@@ -74,7 +74,7 @@ class VideoWriter:
         if not writer.isOpened():
             description = f"{size_hw[1]}x{size_hw[0]} at {self._fps:g} fps"
             raise DataError(
-                f"{self._path.parent}: OpenCV cannot write a {self._path.suffix} video of {description}. "
+                f"{self._path.name}: OpenCV cannot write a {self._path.suffix} video of {description}. "
                 "Choose another suffix or size."
             )
         return writer
@@ -156,7 +156,7 @@ class ImageWriter:
             DataError: OpenCV cannot write the file.
         """
         if not cv2.imwrite(str(self._path), cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)):
-            raise DataError(f"{self._path.parent}: OpenCV cannot write the image. Check the free disk space.")
+            raise DataError(f"{self._path.name}: OpenCV cannot write the image. Check the free disk space.")
 
 
 @contextmanager

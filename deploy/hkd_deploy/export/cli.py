@@ -17,7 +17,7 @@ from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det import __version__
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.errors import HkdError, UnavailableError, UsageError, run_command
+from hkd_det.errors import HkdError, UnavailableError, UsageError, first_error_line, run_command
 from hkd_det.letterbox import format_imgsz
 
 NUM_PARITY_IMAGES = 16
@@ -113,6 +113,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
 
 
 def _check_source(source: Path, flags: argparse.Namespace) -> None:
+    """Check that the file type supports the conversions, and that OpenVINO gets a file of hkd-export."""
     is_reduced = flags.precision != "fp32"
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a training run, or an .onnx or .engine file of hkd-export.")
@@ -122,6 +123,8 @@ def _check_source(source: Path, flags: argparse.Namespace) -> None:
         )
     if source.suffix == ".onnx" and not (is_reduced or flags.trt or flags.openvino or flags.serving):
         raise UsageError(f"{source}: no conversion selected. Set --precision, --trt, --openvino or --serving.")
+    if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
+        ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
 
 
 def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
@@ -200,16 +203,19 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
             "weights on the training machine and pass the .onnx file."
         ) from None
     checkpoint = load_detector_checkpoint(weights)
-    height, width = checkpoint.config["imgsz_hw"]
-    export_options = options.make_export_options(flags, (height, width))
+    trained_hw = checkpoint.config.get("imgsz_hw")
+    export_options = options.make_export_options(flags, (trained_hw[0], trained_hw[1]) if trained_hw else None)
     path = output or weights.with_suffix(".onnx")
     verification = None
     if flags.verify is False:
         export_onnx(checkpoint, path, export_options)
         note = "; not compared with torch (--no-verify)"
     else:
+        data = flags.data or str(checkpoint.config.get("data", ""))
+        if not data:
+            raise UsageError(f"{weights}: the checkpoint does not name its dataset. Set --data, or --no-verify.")
         reference = make_torch_reference(checkpoint, str(weights), export_options)
-        verification = _build_verification(reference, flags.data or str(checkpoint.config["data"]), flags)
+        verification = _build_verification(reference, data, flags)
         export_and_verify(checkpoint, path, export_options, verification)
         note = ""
     size_mib = path.stat().st_size / 2**20
@@ -226,7 +232,7 @@ def _build_verification(reference: Reference, data: str, flags: argparse.Namespa
     try:
         samples = load_dataset(data, "val")
     except HkdError as error:
-        raise type(error)(f"verification images: {str(error).rstrip('.')}. Set --data or --no-verify.") from error
+        raise type(error)(f"verification images: {first_error_line(error)}. Set --data or --no-verify.") from error
     image_paths = [sample.path for sample in select_evenly(samples, NUM_PARITY_IMAGES)]
     return Verification(reference, image_paths, select_evenly(samples, flags.verify_images or len(samples)), data)
 

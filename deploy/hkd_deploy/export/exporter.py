@@ -168,7 +168,7 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
         "hkd.dynamic": _format_bool(options.dynamic_size),
         "hkd.raw": _format_bool(options.raw),
         "hkd.weights_sha256": weights_sha256(checkpoint.weights),
-        "hkd.data": str(checkpoint.config["data"]),
+        "hkd.data": _get_training_data(checkpoint),
         **_make_eval_metadata(checkpoint),
     }
 
@@ -218,17 +218,23 @@ def _make_eval_metadata(checkpoint: DetectorCheckpoint) -> dict[str, str]:
     return {
         "hkd.epoch": str(checkpoint.epoch),
         "hkd.miss_rate": f"{checkpoint.miss_rate:.6f}",
-        "hkd.miss_rate_dataset": f"{config['data']}, val, {config['setup']}, trained weights in torch",
+        "hkd.miss_rate_dataset": f"{_get_training_data(checkpoint)}, val, {config['setup']}, trained weights in torch",
     }
 
 
 def _get_weights_license(checkpoint: DetectorCheckpoint) -> str:
     """Return the license of the training data. It is unknown if the data YAML is not on this machine."""
+    data = _get_training_data(checkpoint)
     try:
-        terms = dataset_license(str(checkpoint.config["data"]))
+        terms = dataset_license(data)
     except HkdError:
         terms = ""
-    return f"the owners of {checkpoint.config['data']} allow: {terms}" if terms else "their training data allows"
+    return f"the owners of {data} allow: {terms}" if terms else "their training data allows"
+
+
+def _get_training_data(checkpoint: DetectorCheckpoint) -> str:
+    """Return the name of the training dataset. Checkpoints of other training loops may lack it."""
+    return str(checkpoint.config.get("data", "unknown"))
 
 
 def _format_bool(value: bool) -> str:

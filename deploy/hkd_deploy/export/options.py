@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import UsageError
-from hkd_det.letterbox import format_imgsz, parse_imgsz
+from hkd_det.letterbox import parse_imgsz
 
 DEFAULT_MAX_IMGSZ = "1920x1080"  # Full HD, the largest image of most cameras
 DYNAMIC_CHOICES = ("batch", "size")
@@ -92,22 +92,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_export_options(flags: argparse.Namespace, trained_hw: tuple[int, int]) -> ExportOptions:
+def make_export_options(flags: argparse.Namespace, trained_hw: tuple[int, int] | None) -> ExportOptions:
     """Return the options that the flags of `add_arguments` set.
 
     Args:
         flags: Parsed command line.
-        trained_hw: (height, width) of the training input in pixels, the default of `--imgsz`.
+        trained_hw: (height, width) of the training input in pixels, the default of `--imgsz`. None if the checkpoint
+            does not contain it.
 
     Raises:
-        UsageError: If flags exclude each other or have an invalid value.
+        UsageError: If flags exclude each other, have an invalid value, or --imgsz is required.
     """
+    imgsz_hw = parse_imgsz(flags.imgsz) if flags.imgsz else trained_hw
+    if imgsz_hw is None:
+        raise UsageError("--imgsz: required, because the checkpoint does not contain an input size. Set WIDTHxHEIGHT.")
     if "batch" in flags.dynamic and flags.batch is not None:
         raise UsageError(f"--batch {flags.batch}: not available with --dynamic batch. Omit one.")
     if flags.max_imgsz and not flags.letterbox:
         raise UsageError(f"--max-imgsz {flags.max_imgsz}: requires --letterbox. Set --imgsz for the network input.")
     return ExportOptions(
-        parse_imgsz(flags.imgsz or format_imgsz(trained_hw)),
+        imgsz_hw,
         None if "batch" in flags.dynamic else 1 if flags.batch is None else flags.batch,
         "size" in flags.dynamic,
         _parse_max_imgsz(flags.max_imgsz or DEFAULT_MAX_IMGSZ) if flags.letterbox else None,

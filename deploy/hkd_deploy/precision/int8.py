@@ -25,7 +25,7 @@ from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision.graph_regions import LAYER_OPS
 from hkd_deploy.precision.model import Fp32Model, import_onnx, make_progress_bar, run_model
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.errors import HkdError, UsageError
+from hkd_det.errors import HkdError, UsageError, first_error_line
 from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
 from hkd_det.structures import Sample
@@ -61,7 +61,7 @@ def load_calibration_samples(data: str, count: int) -> list[Sample]:
         samples = load_dataset(data, "train")
     except HkdError as error:
         raise type(error)(
-            f"calibration images: {str(error).rstrip('.')}. Set --calib-data to another dataset."
+            f"calibration images: {first_error_line(error)}. Set --calib-data to another dataset."
         ) from error
     indices = sorted(Random(SEED).sample(range(len(samples)), min(count, len(samples))))
     if len(indices) < MIN_RECOMMENDED_IMAGES:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hkd_deploy.pipeline import Detector, open_detector
 from hkd_deploy.precision.model import make_progress_bar
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.errors import DataError, HkdError
+from hkd_det.errors import DataError, HkdError, first_error_line
 from hkd_det.image import read_image
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult
@@ -164,7 +164,7 @@ def load_eval_samples(data: str) -> list[Sample]:
     try:
         samples = load_dataset(data, "val")
     except HkdError as error:
-        raise type(error)(f"evaluation images: {str(error).rstrip('.')}. Set --data to another dataset.") from error
+        raise type(error)(f"evaluation images: {first_error_line(error)}. Set --data to another dataset.") from error
     if not evaluate_detections(samples, [], [REASONABLE])[REASONABLE.name].num_gt:
         raise DataError(f"{data}: the val split has no person of at least 50 px. Set --data to another dataset.")
     return samples

@@ -13,7 +13,7 @@ from hkd_deploy.model_metadata import TensorInfo
 from hkd_deploy.trt.cuda import GpuInfo
 from hkd_deploy.trt.profile import Profile
 from hkd_det.config import dataclass_from_dict
-from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line
 from hkd_det.files import atomic_write, bytes_sha256
 
 FORMAT = 1
@@ -124,7 +124,8 @@ def read_engine_info(engine_path: Path) -> EngineInfo:
     try:
         engine_info = dataclass_from_dict(EngineInfo, json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, UsageError) as error:
-        raise DataError(f"{path}: damaged ({error}). Build the engine again: hkd-export MODEL.onnx --trt.") from None
+        reason = first_error_line(error)
+        raise DataError(f"{path}: damaged ({reason}). Build the engine again: hkd-export MODEL.onnx --trt.") from None
     if engine_info.format > FORMAT:
         raise DataError(f"{path}: written by a newer version of hkd-det. Run pip install -U hkd-det.")
     return engine_info

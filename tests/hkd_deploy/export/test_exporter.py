@@ -159,6 +159,24 @@ def test_command_exports_weights_and_reports_errors(
         assert message in error and len(error.splitlines()) == 1
 
 
+def test_command_exports_checkpoint_without_settings(
+    checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of another training loop contains neither the input size nor the dataset."""
+    weights = tmp_path / "best.pt"
+    save_detector_checkpoint(weights, replace(checkpoint, config={}))
+    for flags, message in (
+        (["--no-verify"], "--imgsz: required, because the checkpoint does not contain an input size. Set "),
+        (["--imgsz", "96x64"], f"{weights}: the checkpoint does not name its dataset. Set --data, or --no-verify."),
+    ):
+        assert main([str(weights), *flags]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+    assert main([str(weights), "--imgsz", "96x64", "--no-verify"]) == 0
+    with open_detector(tmp_path / "best.onnx") as detector:
+        assert detector.metadata.imgsz_hw == (64, 96) and detector.metadata.data == "unknown"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "batch"), [("mini-student", 1), ("mini-student", None), ("student-r18", 1)])
 def test_export_onnx_output_builds_on_tensorrt(

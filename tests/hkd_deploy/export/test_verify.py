@@ -164,6 +164,19 @@ def test_verify_without_data_is_skipped_or_fails(
     assert capsys.readouterr().err == ""
 
 
+def test_openvino_export_states_each_problem_once(
+    tiny_onnx: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tiny_onnx("foreign.onnx", changes={"hkd.format": None})
+    assert main([str(foreign), "--openvino"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"hkd-export: {foreign}: not an hkd-det model: ")
+    # Nothing can be created below /proc, not even by root.
+    assert main([str(tiny_onnx()), "--openvino", "--no-verify", "--output", "/proc/folder"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("hkd-export: /proc/folder: ") and "Check the path, its permissions" in error
+
+
 def test_verify_weights_and_exported_files(
     weights: Path, street: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,7 +71,8 @@ def test_adapter_matches_channels_and_stride(student_stride: int, teacher_stride
 
 
 def test_adapter_with_indivisible_strides_raises_usage_error() -> None:
-    with pytest.raises(UsageError):
+    message = r"^feature layers s \(student\) and t \(teacher\): .*, got 12 and 8\. Choose other layers\.$"
+    with pytest.raises(UsageError, match=message):
         Adapter(FeatureInfo("s", 12, 5), FeatureInfo("t", 8, 7))
 
 

@@ -14,7 +14,7 @@ from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
-from hkd_det.models.feature_layers import LayerPairs
+from hkd_det.models.feature_layers import LayerPairs, select_layers
 from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 from hkd_det.ops.losses import pkd_loss
 
@@ -128,6 +128,20 @@ def test_invalid_layer_pairs_raise_at_the_start() -> None:
         UsageError, match=r"feature_layers\.teacher: neck\.outputs\.0: no such layer\. Did you mean network\."
     ):
         compute_losses(student, teacher, ["neck.outputs.0"], ["neck.outputs.0"])
+
+
+@pytest.mark.parametrize(
+    ("layer_pairs", "message"),
+    [
+        (LayerPairs(("neck",)), r"^distill\.mine\.layers: expected as many layers"),
+        (LayerPairs(("nowhere",), ("neck.outputs.0",)), r"^distill\.mine\.layers\.student: nowhere: no such layer"),
+        (LayerPairs(("neck.outputs.0",), ("nowhere",)), r"^distill\.mine\.layers\.teacher: nowhere: no such layer"),
+    ],
+)
+def test_invalid_layer_pairs_name_the_setting(layer_pairs: LayerPairs, message: str) -> None:
+    student, teacher = HKDDetector(OURS), HKDDetector(OURS)
+    with pytest.raises(UsageError, match=message):
+        select_layers(student, teacher, layer_pairs, "distill.mine.layers")
 
 
 def test_layer_pairs_are_read_from_recipe_and_override() -> None:

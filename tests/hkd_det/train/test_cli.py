@@ -60,6 +60,13 @@ def test_user_error_prints_one_line(
     assert error.startswith("hkd-train: ") and message in error and len(error.splitlines()) == 1
 
 
+def test_unknown_recipe_key_names_file_and_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("epohcs: 3\n")
+    assert main(["--data", "x.yaml", *FLAGS, "--recipe", str(recipe)]) == 2
+    assert capsys.readouterr().err == f"hkd-train: {recipe}: epohcs: no such setting. Did you mean epochs?\n"
+
+
 def test_recipe_without_method_mapping_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("distill: true\n")

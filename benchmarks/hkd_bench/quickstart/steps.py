@@ -1,10 +1,5 @@
-"""`hkd-quickstart`: the complete workflow on synthetic images.
+"""The steps of the quickstart, from the synthetic images to the report. Requires torch."""
 
-It generates street images, trains a teacher and a student, and distills a second student. Then it exports and measures
-all three, runs the distilled student on a video and writes a report.
-"""
-
-import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +13,12 @@ from numpy.typing import NDArray
 from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.report import render_examples, write_bench_report
 from hkd_bench.result import BenchResult, write_result
-from hkd_bench.table import format_text_table
 from hkd_deploy import open_detector
 from hkd_deploy.demo.run import save_video
 from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.export.options import ExportOptions
-from hkd_det import __version__
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.synthetic import write_synthetic_dataset, write_video
-from hkd_det.errors import run_command
 from hkd_det.files import write_text
 from hkd_det.letterbox import format_imgsz
 from hkd_det.models.checkpoint import load_detector_checkpoint
@@ -59,11 +51,6 @@ class QuickstartConfig:
     batch: int = 4
     runs: int = 100
     video_frames: int = 75
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    return run_command("hkd-quickstart", _run_quickstart_cli, argv)
 
 
 def run_quickstart(save_dir: Path, seed: int = 0, config: QuickstartConfig | None = None) -> BenchResult:
@@ -108,26 +95,6 @@ def run_quickstart(save_dir: Path, seed: int = 0, config: QuickstartConfig | Non
     save_video(models[-1], str(save_dir / "clip.mp4"), video_path, conf=CONF)
     _write_quickstart_report(save_dir, config, seed, result, histories, models, video_path)
     return result
-
-
-def _run_quickstart_cli(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="hkd-quickstart",
-        description="Run the complete workflow on synthetic images: train, distill, export, measure, write a report.",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument(
-        "--save-dir", type=Path, default=Path("runs/quickstart"), help="output directory (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of images and training (default: %(default)s)")
-    parser.add_argument(
-        "--epochs", type=int, default=QuickstartConfig.epochs, help="epochs of each training run (default: %(default)s)"
-    )
-    flags = parser.parse_args(argv)
-    result = run_quickstart(flags.save_dir, flags.seed, QuickstartConfig(epochs=flags.epochs))
-    print(f"\n{format_text_table(result)}\n")
-    print(f"report: {flags.save_dir / 'report.html'}   video: {flags.save_dir / 'video.mp4'}")
-    return 0
 
 
 def _format_command(save_dir: Path, seed: int, config: QuickstartConfig) -> str:
