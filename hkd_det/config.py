@@ -66,6 +66,30 @@ def apply_override(cls: type, values: Mapping[str, Any], assignment: str) -> dic
     return _apply_override_at(cls, values, key.split("."), text, assignment)
 
 
+def check_range(name: str, value: float, low: float, high: float = math.inf, *, is_open: bool = False) -> None:
+    """Check that a setting or a flag is in a range.
+
+    Args:
+        name: Key or flag, for the error message.
+        value: Value to check.
+        low: Minimum.
+        high: Maximum; infinity for none.
+        is_open: Whether `low` itself is not allowed.
+
+    Raises:
+        UsageError: The value is outside the range, infinite or NaN.
+    """
+    if math.isfinite(value) and (low < value if is_open else low <= value) and value <= high:
+        return
+    if not math.isfinite(value):
+        expected = "a finite number"
+    elif math.isfinite(high):
+        expected = f"a number above {low:g}, at most {high:g}" if is_open else f"{low:g} to {high:g}"
+    else:
+        expected = f"a number above {low:g}" if is_open else f"at least {low:g}"
+    raise UsageError(f"{name}: expected {expected}, got {value}.")
+
+
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """Format the last sentence of an error message about an unknown name.
 

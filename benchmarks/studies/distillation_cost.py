@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from hkd_bench.host import read_host_fields
 from hkd_det.distill.base import RunContext
-from hkd_det.distill.cdd.config import CDDConfig
+from hkd_det.distill.cdd.losses import CDDConfig
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.files import write_text

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hkd_det.config import check_range
 from hkd_det.distill.adapters import Adapter, Projection
 from hkd_det.distill.base import DistillMethod
 from hkd_det.distill.batch import DistillationBatch, match_branches
@@ -57,13 +58,10 @@ class HKDConfig:
     feature_layers: LayerPairs = field(default_factory=LayerPairs)
 
     def __post_init__(self) -> None:
-        for name in ("det_loss_weight", "fg_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"distill.hkd.{name}: {getattr(self, name)} is out of range. Use 0 to 1.")
-        if min(self.pyramid, self.region, self.cls, self.box, self.region_min_score, self.max_regions) < 0:
-            raise UsageError(
-                "distill.hkd: pyramid, region, cls, box, region_min_score and max_regions must be at least 0."
-            )
+        for name in ("pyramid", "region", "cls", "box", "max_regions"):
+            check_range(f"distill.hkd.{name}", getattr(self, name), 0)
+        for name in ("fg_ratio", "region_min_score", "det_loss_weight"):
+            check_range(f"distill.hkd.{name}", getattr(self, name), 0, 1)
 
 
 class HKD(DistillMethod):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hkd_det.config import check_range
 from hkd_det.distill.adapters import Adapter, Projection
 from hkd_det.distill.batch import DistillationBatch, sample_rois
-from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, FeatureInfo
 from hkd_det.ops.losses import pkd_loss
 
@@ -34,8 +34,8 @@ class TwoStageConfig:
     num_proposals: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.pyramid, self.region, self.logit, self.num_proposals) < 0:
-            raise UsageError("distill.hkd.two_stage: pyramid, region, logit and num_proposals must be at least 0.")
+        for name in ("pyramid", "region", "logit", "num_proposals"):
+            check_range(f"distill.hkd.two_stage.{name}", getattr(self, name), 0)
 
 
 class TwoStageHKD(nn.Module):

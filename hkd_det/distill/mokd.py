@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hkd_det.config import check_range
 from hkd_det.distill import load_method
 from hkd_det.distill.base import DistillMethod
 from hkd_det.distill.batch import DistillationBatch
@@ -58,17 +59,17 @@ class MoKDConfig:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.eps <= 0 or self.lr < 0 or self.weight_decay < 0:
-            raise UsageError("distill.mokd: eps must be above 0, lr and weight_decay must be at least 0.")
+        check_range("distill.mokd.eps", self.eps, 0, is_open=True)
+        for name in ("lr", "weight_decay"):
+            check_range(f"distill.mokd.{name}", getattr(self, name), 0)
         if self.solver == "amortized" and self.gradient_level == "feature":
             raise UsageError(
-                "distill.mokd.gradient_level has no effect with solver=amortized, which compares no gradients. Leave "
-                "it out."
+                "distill.mokd.gradient_level: no effect with solver=amortized, which compares no gradients. Omit it."
             )
         if self.solver != "amortized" and (self.lr, self.weight_decay) != (MoKDConfig.lr, MoKDConfig.weight_decay):
             raise UsageError(
                 f"distill.mokd: lr and weight_decay have no effect with solver={self.solver}. "
-                "Leave them out, or set distill.mokd.solver=amortized."
+                "Omit them, or set distill.mokd.solver=amortized."
             )
 
 

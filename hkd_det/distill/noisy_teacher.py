@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hkd_det.config import check_range
 from hkd_det.distill import load_method
 from hkd_det.distill.base import DistillMethod, Perturbed
 from hkd_det.distill.batch import DistillationBatch, comparable_logits
@@ -48,10 +49,10 @@ class NoisyTeacherConfig:
     feature_sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.alpha <= 1 and 0 <= self.fg_ratio <= 1):
-            raise UsageError("distill.noisy_teacher: alpha and fg_ratio must be from 0 to 1.")
-        if min(self.sigma, self.feature_sigma, self.weight) < 0:
-            raise UsageError("distill.noisy_teacher: sigma, feature_sigma and weight must be at least 0.")
+        for name in ("alpha", "fg_ratio"):
+            check_range(f"distill.noisy_teacher.{name}", getattr(self, name), 0, 1)
+        for name in ("sigma", "feature_sigma", "weight"):
+            check_range(f"distill.noisy_teacher.{name}", getattr(self, name), 0)
         if self.feature_sigma and self.mode == "l2":
             raise UsageError(
                 "distill.noisy_teacher.feature_sigma: mode=l2 compares logits only. "

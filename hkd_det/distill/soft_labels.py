@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hkd_det.config import check_range
 from hkd_det.distill.base import DistillMethod
 from hkd_det.distill.batch import DistillationBatch
-from hkd_det.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class SoftLabelConfig:
     background_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.cls, self.box, self.background_weight) < 0:
-            raise UsageError("distill.soft_labels: cls, box and background_weight must be at least 0.")
+        for name in ("cls", "box", "background_weight"):
+            check_range(f"distill.soft_labels.{name}", getattr(self, name), 0)
 
 
 class SoftLabels(DistillMethod):

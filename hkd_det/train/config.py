@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hkd_det.config import dataclass_from_dict
+from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.distill import METHODS, check_methods, check_teacher, load_method, parse_methods
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import STRIDE
@@ -134,27 +134,20 @@ class TrainConfig:
         self._check_weights()
 
     def _check_ranges(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"{name}: {value} is out of range. Use a finite number.")
         for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use at least 1.")
+            check_range(name, getattr(self, name), 1)
         for name in ("workers", "cache_mib", "lr", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use at least 0.")
+            check_range(name, getattr(self, name), 0)
+        for name in ("unlabeled_ratio", "clip_grad_norm"):
+            check_range(name, getattr(self, name), 0, is_open=True)
         maximums = {"warmup_ratio": 1, "mosaic": 1, "no_aug_ratio": 1, "multi_scale": 0.5, "ema_decay": 1}
         for name, maximum in maximums.items():
-            if not 0 <= getattr(self, name) <= maximum:
-                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use 0 to {maximum}.")
-        for name in ("unlabeled_ratio", "clip_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name}: {getattr(self, name)} is out of range. Use a value above 0.")
+            check_range(name, getattr(self, name), 0, maximum)
         if self.setup not in SETUPS:
-            raise UsageError(f"setup: {self.setup} is unknown. Choose from {', '.join(SETUPS)}.")
+            raise UsageError(f"setup: expected one of {', '.join(SETUPS)}, got {self.setup}.")
         if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
             raise UsageError(
-                f"imgsz_hw: {list(self.imgsz_hw)} is invalid. Use height and width in pixels, multiples of {STRIDE}."
+                f"imgsz_hw: expected height and width in pixels, multiples of {STRIDE}, got {list(self.imgsz_hw)}."
             )
 
     def _check_distillation(self) -> None:

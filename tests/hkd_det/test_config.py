@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hkd_det.config import apply_override, dataclass_from_dict
+from hkd_det.config import apply_override, check_range, dataclass_from_dict
 from hkd_det.errors import UsageError
 
 
@@ -102,6 +102,29 @@ def test_error_separates_file_and_key(values: Any, message: str) -> None:
     with pytest.raises(UsageError) as error:
         dataclass_from_dict(Outer, values, "r.yaml:")
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "is_open", "message"),
+    [
+        (0, (1,), False, "x: expected at least 1, got 0."),
+        (0.0, (0,), True, "x: expected a number above 0, got 0.0."),
+        (1.5, (0, 1), False, "x: expected 0 to 1, got 1.5."),
+        (0, (0, 1), True, "x: expected a number above 0, at most 1, got 0."),
+        (float("inf"), (0,), False, "x: expected a finite number, got inf."),
+        (float("nan"), (0, 1), False, "x: expected a finite number, got nan."),
+    ],
+)
+def test_value_outside_range_is_rejected(value: float, limits: tuple[float, ...], is_open: bool, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        check_range("x", value, *limits, is_open=is_open)
+    assert str(error.value) == message
+
+
+def test_limits_belong_to_the_range() -> None:
+    for value in (0, 1, 0.5):
+        check_range("x", value, 0, 1)
+    check_range("x", 1, 0, 1, is_open=True)
 
 
 def test_override_reaches_nested_dataclasses() -> None:

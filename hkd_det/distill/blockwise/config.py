@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hkd_det.config import check_range
 from hkd_det.errors import UsageError
 from hkd_det.models.base import DetectorPart
 
@@ -57,24 +58,20 @@ class BlockwiseConfig:
     max_mr_increase: float = 1.0
 
     def __post_init__(self) -> None:
-        minimums = {
-            "min_channels": 1, "num_images": 2, "epochs": 1, "batch": 1, "cache_mib": 0, "workers": 1, "retries": 0,
-        }  # fmt: skip
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise UsageError(
-                    f"distill.blockwise.{name}: {getattr(self, name)} is out of range. Use at least {minimum}."
-                )
-        if self.lr <= 0:
-            raise UsageError(f"distill.blockwise.lr: {self.lr} is out of range. Use a value above 0.")
+        for name in ("min_channels", "epochs", "batch", "workers"):
+            check_range(f"distill.blockwise.{name}", getattr(self, name), 1)
+        for name in ("cache_mib", "retries"):
+            check_range(f"distill.blockwise.{name}", getattr(self, name), 0)
+        check_range("distill.blockwise.num_images", self.num_images, 2)
+        check_range("distill.blockwise.lr", self.lr, 0, is_open=True)
         if self.cluster and self.workers > 1:
             raise UsageError(
-                "distill.blockwise.workers: has no effect with cluster, which has workers of its own. Leave one out."
+                "distill.blockwise.workers: has no effect with cluster, which has workers of its own. Omit one."
             )
         if self.input_source == "student" and (self.workers > 1 or self.cluster):
             raise UsageError(
                 "distill.blockwise.input_source=student: each block depends on the blocks before it. "
-                "Leave distill.blockwise.workers and cluster out."
+                "Omit distill.blockwise.workers and cluster."
             )
         if self.max_mr_increase < 1 and not self.evaluate_blocks:
             raise UsageError(

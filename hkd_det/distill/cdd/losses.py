@@ -1,20 +1,73 @@
-"""Losses of capacity-dynamic distillation: scores of all boxes, and pooled person features inside every block."""
+"""Settings and losses of capacity-dynamic distillation: scores of all boxes, pooled person features of all blocks."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hkd_det.config import check_range
 from hkd_det.distill.batch import DistillationBatch, comparable_logits
 from hkd_det.distill.cdd.compactor import CompactorSite, find_compactors
-from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.importance import ChannelImportance, PooledFeatures, sample_regions
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.feature_layers import LayerPairs
 from hkd_det.ops.losses import quality_focal_kd_loss
 from hkd_det.ops.roi_pool import BoxAveragePool
+
+
+@dataclass(frozen=True)
+class CDDConfig:
+    """Settings of CDD: the target size, the losses and the schedule.
+
+    Attributes:
+        keep_flops: Maximum ratio of the FLOPs to keep, above 0 to 1; 1 sets no limit.
+        keep_parameters: Maximum ratio of the parameters to keep, above 0 to 1; 1 sets no limit.
+        min_channels: Minimum number of channels of each layer; a narrower layer is not pruned.
+        cls: Weight of the score loss.
+        temperature: Temperature T of the score loss.
+        feature: Weight of the distance of pooled person features, summed over layers.
+        lasso: Weight of the group lasso on the rows of the compactors.
+        warmup_ratio: Ratio of all steps before the first channel is selected.
+        mask_end: Ratio of the distilled steps after which all channels are selected.
+        fade_ratio: Ratio of all steps in which the compactor row of a selected channel shrinks from norm 1 to 0.
+        queue_size: Number of pooled teacher features in the queue of each layer.
+        num_neighbors: Number of nearest features in the queue that the feature of each person is compared with.
+        candidate_ratio: Ratio of a layer's channels that are candidates in a comparison, removed channels included.
+        compare_interval: Maximum number of steps between comparisons. The paper compares in each step.
+    """
+
+    keep_flops: float = 0.35
+    keep_parameters: float = 1.0
+    min_channels: int = 4
+    cls: float = 1.0
+    temperature: float = 2.0
+    feature: float = 0.05
+    lasso: float = 0.004
+    warmup_ratio: float = 1 / 6
+    mask_end: float = 2 / 3
+    fade_ratio: float = 1 / 12
+    queue_size: int = 24000
+    num_neighbors: int = 2
+    candidate_ratio: float = 0.5
+    compare_interval: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("keep_flops", "keep_parameters", "mask_end", "fade_ratio", "candidate_ratio"):
+            check_range(f"distill.cdd.{name}", getattr(self, name), 0, 1, is_open=True)
+        for name in ("min_channels", "queue_size", "num_neighbors", "compare_interval"):
+            check_range(f"distill.cdd.{name}", getattr(self, name), 1)
+        for name in ("cls", "feature", "lasso", "warmup_ratio"):
+            check_range(f"distill.cdd.{name}", getattr(self, name), 0)
+        check_range("distill.cdd.temperature", self.temperature, 0, is_open=True)
+        if self.keep_flops == self.keep_parameters == 1:
+            raise UsageError("distill.cdd: nothing to prune. Set keep_flops or keep_parameters below 1.")
+        if self.warmup_ratio >= self.mask_end:
+            raise UsageError(
+                f"distill.cdd.warmup_ratio: expected less than mask_end ({self.mask_end:g}), got {self.warmup_ratio:g}."
+            )
 
 
 class CDDLoss(nn.Module):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hkd_det.distill.base import DistillMethod, RunContext
 from hkd_det.distill.batch import DistillationBatch
-from hkd_det.distill.cdd.config import CDDConfig
-from hkd_det.distill.cdd.losses import CDDLoss
+from hkd_det.distill.cdd.losses import CDDConfig, CDDLoss
 from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_pruning
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.feature_layers import LayerPairs

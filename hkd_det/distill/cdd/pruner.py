@@ -14,10 +14,9 @@ from hkd_det.distill.cdd.compactor import (
     insert_compactors,
     reset_gradient,
 )
-from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.cost_model import ChannelCostModel, filter_deployed_layers
 from hkd_det.distill.cdd.importance import PooledFeatures
-from hkd_det.distill.cdd.losses import CDDLoss
+from hkd_det.distill.cdd.losses import CDDConfig, CDDLoss
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.zoo import ModelComplexity

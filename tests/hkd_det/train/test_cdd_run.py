@@ -13,7 +13,7 @@ import torch
 from hkd_det.distill import check_methods, parse_methods
 from hkd_det.distill.blockwise.config import BlockwiseConfig
 from hkd_det.distill.cdd.compactor import Compactor
-from hkd_det.distill.cdd.config import CDDConfig
+from hkd_det.distill.cdd.losses import CDDConfig
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig

@@ -14,9 +14,8 @@ from hkd_det.distill.cdd.compactor import (
     compute_group_lasso_gradient,
     reset_gradient,
 )
-from hkd_det.distill.cdd.config import CDDConfig
 from hkd_det.distill.cdd.cost_model import ChannelCostModel
-from hkd_det.distill.cdd.losses import CDDLoss
+from hkd_det.distill.cdd.losses import CDDConfig, CDDLoss
 from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_pruning
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, Targets
