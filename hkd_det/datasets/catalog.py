@@ -88,11 +88,8 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
         DataError: Files are missing or invalid.
     """
     entry = _load_entry(data)
-    if data.endswith(YAML_SUFFIXES):
-        path = Path(data)
-        return _read_split(entry, path.parent / entry.get("path", "."), split, str(path), on_error)
-    root = DATASETS_DIR / entry.get("path", data)
-    if not root.is_dir():
+    root = _get_root(entry, data)
+    if not data.endswith(YAML_SUFFIXES) and not root.is_dir():
         missing = f"--data {data}: {root.resolve()} does not exist"
         if "download" in entry:
             raise DataError(f"{missing}. Download it with `hkd-train --data {data} --download`.")
@@ -114,6 +111,36 @@ def list_splits(data: str) -> list[str]:
     """
     entry = _load_entry(data)
     return [split for split in SPLITS if entry.get(split) is not None]
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """The annotation file of a split.
+
+    Attributes:
+        annotations: COCO file.
+        images: Directory that each `file_name` is relative to.
+        category: Name of the person category; empty for the default.
+    """
+
+    annotations: Path
+    images: Path
+    category: str
+
+
+def find_coco_source(data: str, split: str) -> CocoSource | None:
+    """Return the annotation file of a split, or None if the split is not exactly one COCO file.
+
+    Args:
+        data: Name in datasets.yaml, or path of a data yaml.
+        split: Name of a split that `load_dataset` reads.
+    """
+    entry = _load_entry(data)
+    parts = _ensure_list(entry[split])
+    if entry.get("format", "yolo") != "coco" or len(parts) != 1:
+        return None
+    images, annotations = _parse_coco_paths(parts[0], _get_root(entry, data), f"{data}: split {split}")
+    return CocoSource(annotations, images, entry.get("category", ""))
 
 
 def dataset_license(data: str) -> str:
@@ -153,6 +180,12 @@ def find_catalog_file() -> Path:
     package = Path(__file__).parent
     installed = package / "datasets.yaml"
     return installed if installed.exists() else package.parents[1] / "datasets.yaml"
+
+
+def _get_root(entry: dict[str, Any], data: str) -> Path:
+    if data.endswith(YAML_SUFFIXES):
+        return Path(data).parent / entry.get("path", ".")
+    return DATASETS_DIR / entry.get("path", data)
 
 
 def _load_entry(data: str) -> dict[str, Any]:
@@ -200,10 +233,15 @@ def _merge_samples(parts: list[list[Sample]]) -> list[Sample]:
 
 
 def _read_coco_split(source: Any, root: Path, category: str, where: str, on_error: ErrorHandler) -> list[Sample]:
+    images, annotations = _parse_coco_paths(source, root, where)
+    return read_coco(annotations, images, category, on_error)
+
+
+def _parse_coco_paths(source: Any, root: Path, where: str) -> tuple[Path, Path]:
+    """Return the image directory and the annotation file of one part of a split."""
     if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
         raise UsageError(f"{where}: expected {{images: DIR, annotations: FILE}}, or a list of those")
-    images, annotations = (root / _check_str(source[key], where) for key in ("images", "annotations"))
-    return read_coco(annotations, images, category, on_error)
+    return root / _check_str(source["images"], where), root / _check_str(source["annotations"], where)
 
 
 def _check_str(value: Any, where: str) -> str:

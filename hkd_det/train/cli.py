@@ -36,17 +36,43 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
             print(f"Next: hkd-train --data {data} --check (validate it) or --model mini-student (train)")
             return 0
     if arguments.check:
-        if not arguments.data:
-            raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")
-        from hkd_det.datasets.check import check_dataset  # noqa: PLC0415 - not in the processes that load images
-
-        directory = Path(arguments.project or "runs/check") / (arguments.name or Path(arguments.data).stem)
-        return check_dataset(arguments.data, directory)
+        return _run_check(arguments)
+    for flag in ("audit", "audit_config", "audit_score", "write_audited", "audited_as"):
+        if getattr(arguments, flag) is not None:
+            raise UsageError(f"--{flag.replace('_', '-')}: requires --check. Add --check.")
     with require_extra("train"):
         from hkd_det.train import start  # noqa: PLC0415 - imports torch
     if arguments.list_layers:
         return start.print_feature_layers(arguments)
     return start.start_training(arguments)
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    from hkd_det.datasets.check import AuditOptions, check_dataset  # noqa: PLC0415 - not in the processes that load images
+
+    if not arguments.data:
+        raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")
+    directory = Path(arguments.project or "runs/check") / (arguments.name or Path(arguments.data).stem)
+    if arguments.audit is None:
+        for flag in ("audit_config", "audit_score", "write_audited", "audited_as"):
+            if getattr(arguments, flag) is not None:
+                raise UsageError(f"--{flag.replace('_', '-')}: requires --audit. Add --audit MODEL.")
+        return check_dataset(arguments.data, directory)
+    if arguments.audited_as and not arguments.write_audited:
+        raise UsageError("--audited-as: requires --write-audited. Add --write-audited FILE.")
+    score = {} if arguments.audit_score is None else {"min_score": arguments.audit_score}
+    if not 0 < score.get("min_score", 1) <= 1:
+        raise UsageError(f"--audit-score {arguments.audit_score:g}: must be above 0 and at most 1")
+    configs = arguments.audit_config.split(",") if arguments.audit_config else []
+    options = AuditOptions(
+        models=tuple(Path(name.strip()) for name in arguments.audit.split(",")),
+        config_paths=tuple(Path(name.strip()) if name.strip() else None for name in configs),
+        device="cpu" if arguments.device in (None, "auto") else arguments.device,
+        write_audited=arguments.write_audited or "",
+        audited_as=arguments.audited_as or "ignore",
+        **score,
+    )
+    return check_dataset(arguments.data, directory, options)
 
 
 def _build_train_parser() -> argparse.ArgumentParser:
@@ -63,6 +89,7 @@ def _build_train_parser() -> argparse.ArgumentParser:
         help="validate the dataset and exit: print statistics and annotation errors, save preview images; exit code 1 "
         "on errors",
     )
+    _add_audit_arguments(parser)
     parser.add_argument(
         "--list-layers",
         action="store_true",
@@ -123,6 +150,34 @@ def _build_train_parser() -> argparse.ArgumentParser:
         help="override any other setting of config.yaml, such as lr=1e-3 or distill.METHOD.KEY=1; repeatable",
     )
     return parser
+
+
+def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--audit",
+        metavar="MODEL[,MODEL...]",
+        help="with --check: run ONNX detectors over the images and report probable missing labels, badly placed boxes "
+        "and improbable labels. A model that hkd-export did not write needs a YAML file next to it, see --audit-config",
+    )
+    parser.add_argument(
+        "--audit-config",
+        metavar="YAML[,YAML...]",
+        help="input and output format of each model of --audit, in their order (default: the .yaml file next to it)",
+    )
+    parser.add_argument(
+        "--audit-score", type=float, metavar="SCORE", help="minimum score of a probable missing label (default: 0.3)"
+    )
+    parser.add_argument(
+        "--write-audited",
+        metavar="FILE",
+        help="with --audit: write the annotations and the missing people as a COCO file. {split} in FILE is the name "
+        "of the split; without it, several splits are FILE_SPLIT",
+    )
+    parser.add_argument(
+        "--audited-as",
+        choices=("ignore", "label"),
+        help="add missing people as ignore regions, or as labels (score from 0.5) and ignore regions (default: ignore)",
+    )
 
 
 if __name__ == "__main__":  # torchrun -m hkd_det.train.cli

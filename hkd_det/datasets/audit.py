@@ -1,0 +1,265 @@
+"""Label audit: compare the labels of images with the fused detections of one or several models.
+
+The fusion is weighted boxes fusion (Solovyev et al., Image and Vision Computing 2021). The findings are those of
+ObjectLab (Tkachenko et al., 2023) for one class: overlooked, badly located and spurious labels.
+benchmarks/results/label_audit.md contains the precision and recall at these thresholds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from hkd_det.boxes import Boxes, box_area, box_intersection, box_iou
+from hkd_det.structures import Detections, GroundTruth, Sample
+
+FindingKind = Literal["missing", "location", "improbable"]
+FINDING_KINDS: tuple[FindingKind, ...] = ("missing", "location", "improbable")
+
+FUSION_IOU = 0.55  # default of weighted boxes fusion
+FUSION_MIN_SCORE = 0.05  # weaker boxes change no cluster that can become a finding
+PROPOSAL_SCORE = 0.3  # default of --audit-score; about two of three missing labels of INRIA test are people
+CERTAIN_SCORE = 0.5  # about five of six
+# Missing: the proposal is no label (IoU), and neither a part of a label nor of an ignore region.
+MAX_MISSING_IOU = 0.4
+MAX_INSIDE_RATIO = 0.6
+# Location: below 0.3 the proposal shows something else; from 0.6 it is as close as these models get.
+MIN_LOCATION_IOU, MAX_LOCATION_IOU = 0.3, 0.6
+FOUND_IOU = 0.5  # as in the miss rate
+MAX_IMPROBABLE_SCORE = 0.05  # mean over the models of the best score at the label
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """Fused detections of several models in one image, sorted by descending score.
+
+    Attributes:
+        boxes_xyxy (array[N, 4], float64): xyxy, pixels of the image.
+        scores (array[N], float64): Sum of the scores of a cluster divided by the number of all models, 0 to 1.
+        num_models (array[N], int): Number of models that detect the box.
+    """
+
+    boxes_xyxy: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    num_models: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A label that is probably missing or wrong.
+
+    Attributes:
+        kind: `missing` (a person without label), `location` (a label that does not fit the person) or `improbable`
+            (a label where no model detects a person).
+        image_id: Identifier of the image in its split.
+        path: Image file.
+        score: Score of the proposal. For `improbable`: mean over the models of the best score at the label.
+        num_models: Number of models that detect the proposal; 0 for `improbable`.
+        label_xyxy: Box of the label, xyxy, pixels; None for `missing`.
+        proposal_xyxy: Box of the proposal, xyxy, pixels; None for `improbable`.
+        iou: IoU of label and proposal; 0 if one of them does not exist.
+    """
+
+    kind: FindingKind
+    image_id: int | str
+    path: Path
+    score: float
+    num_models: int
+    label_xyxy: tuple[float, ...] | None
+    proposal_xyxy: tuple[float, ...] | None
+    iou: float = 0.0
+
+    @property
+    def sort_key(self) -> tuple[float, float]:
+        """Key that sorts findings of one kind, the most certain first."""
+        if self.kind == "missing":
+            return -self.score, 0.0
+        if self.kind == "location":
+            return -self.score * (1 - self.iou), 0.0
+        assert self.label_xyxy is not None
+        return self.score, self.label_xyxy[1] - self.label_xyxy[3]  # among equals the tallest first
+
+
+@dataclass(frozen=True)
+class SplitAudit:
+    """Result of the audit of one split.
+
+    Attributes:
+        split: Name of the split.
+        num_images: Number of images.
+        num_labels: Number of labels that are not ignored.
+        matched_ious: IoU of each label that a proposal matches (at least `MIN_LOCATION_IOU`).
+        findings: All findings, sorted by kind and certainty.
+    """
+
+    split: str
+    num_images: int
+    num_labels: int
+    matched_ious: tuple[float, ...]
+    findings: tuple[Finding, ...]
+
+    def select(self, kind: FindingKind) -> list[Finding]:
+        """Return the findings of one kind, the most certain first.
+
+        Args:
+            kind: Kind of the findings.
+        """
+        return [finding for finding in self.findings if finding.kind == kind]
+
+    @property
+    def found_ious(self) -> list[float]:
+        """IoU of each label that the models find (at least `FOUND_IOU`)."""
+        return [iou for iou in self.matched_ious if iou >= FOUND_IOU]
+
+
+def audit_split(
+    split: str,
+    samples: Sequence[Sample],
+    detections: Sequence[Sequence[Detections]],
+    min_score: float = PROPOSAL_SCORE,
+) -> SplitAudit:
+    """Audit the labels of a split.
+
+    Args:
+        split: Name of the split.
+        samples: Samples of the split.
+        detections: For each model, the detections of each sample, down to a score of about 0.01.
+        min_score: Minimum score of a proposal, 0 to 1.
+
+    Returns:
+        The result.
+    """
+    findings: list[Finding] = []
+    matched_ious: list[float] = []
+    for index, sample in enumerate(samples):
+        image_detections = [model_detections[index] for model_detections in detections]
+        proposals = fuse_detections(image_detections, min_score)
+        pairs = _match_labels(sample.ground_truth, proposals)
+        matched_ious += [iou for _, _, iou in pairs]
+        bad_pairs = [pair for pair in pairs if _is_bad_location(pair, proposals, len(detections))]
+        findings += [_make_location_finding(sample, proposals, *pair) for pair in bad_pairs]
+        findings += _find_missing(sample, proposals, [proposal for _, proposal, _ in bad_pairs])
+        findings += _find_improbable(sample, image_detections)
+    findings.sort(key=lambda finding: (FINDING_KINDS.index(finding.kind), *finding.sort_key))
+    num_labels = sum(int((~sample.ground_truth.ignore).sum()) for sample in samples)
+    return SplitAudit(split, len(samples), num_labels, tuple(matched_ious), tuple(findings))
+
+
+def fuse_detections(detections: Sequence[Detections], min_score: float = 0.0) -> Proposals:
+    """Fuse the detections of several models in one image by weighted boxes fusion.
+
+    In descending order of score, a box joins the cluster with the highest IoU above `FUSION_IOU`, or starts a new one.
+    A cluster contains one box per model, so its size is the number of models that agree. Its box is the mean of its
+    boxes, weighted by their scores.
+
+    Args:
+        detections: Detections of each model.
+        min_score: Minimum score of a proposal, 0 to 1.
+
+    Returns:
+        The proposals.
+    """
+    rows = [
+        (float(score), model, box.astype(np.float64))
+        for model, image_detections in enumerate(detections)
+        for box, score in zip(image_detections.boxes_xyxy, image_detections.scores, strict=True)
+        if score >= FUSION_MIN_SCORE
+    ]
+    clusters: list[dict[int, tuple[float, NDArray[np.float64]]]] = []  # per model: score and box
+    fused = np.zeros((len(rows), 4))
+    for score, model, box in sorted(rows, key=lambda row: -row[0]):
+        overlaps = box_iou(box[None], fused[: len(clusters)])[0]  # [number of clusters]
+        best = int(overlaps.argmax()) if clusters else -1
+        if best < 0 or overlaps[best] <= FUSION_IOU:
+            fused[len(clusters)] = box
+            clusters.append({model: (score, box)})
+        elif model not in clusters[best]:
+            clusters[best][model] = (score, box)
+            box_scores, boxes = zip(*clusters[best].values(), strict=True)
+            fused[best] = np.average(boxes, axis=0, weights=box_scores)
+    scores = np.array([sum(score for score, _ in cluster.values()) for cluster in clusters]) / max(1, len(detections))
+    order = np.argsort(-scores, kind="stable")
+    order = order[scores[order] >= min_score]
+    num_models = np.array([len(cluster) for cluster in clusters], np.int64)
+    return Proposals(fused[order], scores[order], num_models[order])
+
+
+def _find_missing(sample: Sample, proposals: Proposals, located: Sequence[int]) -> list[Finding]:
+    """Find proposals that are no label.
+
+    A finding counts as a label for the weaker proposals after it, and so do the proposals `located` of bad locations.
+    """
+    is_label = ~sample.ground_truth.ignore
+    labels = [*sample.ground_truth.boxes_xyxy[is_label], *sample.ground_truth.visible_xyxy[is_label]]
+    labels += list(proposals.boxes_xyxy[list(located)])
+    ignored = list(sample.ground_truth.boxes_xyxy[~is_label])
+    findings = []
+    for box, score, num_models in zip(proposals.boxes_xyxy, proposals.scores, proposals.num_models, strict=True):
+        if _max_iou(box, labels) > MAX_MISSING_IOU or _max_inside_ratio(box, labels + ignored) > MAX_INSIDE_RATIO:
+            continue
+        labels.append(box)
+        findings.append(
+            Finding("missing", sample.image_id, sample.path, float(score), int(num_models), None, tuple(box.tolist()))
+        )
+    return findings
+
+
+def _match_labels(ground_truth: GroundTruth, proposals: Proposals) -> list[tuple[int, int, float]]:
+    """Assign proposals to labels one to one; return label, proposal and IoU of each pair."""
+    rows = np.flatnonzero(~ground_truth.ignore)
+    ious = np.maximum(
+        box_iou(ground_truth.boxes_xyxy[rows], proposals.boxes_xyxy),
+        box_iou(ground_truth.visible_xyxy[rows], proposals.boxes_xyxy),
+    )  # [labels, proposals]
+    ious[ious < MIN_LOCATION_IOU] = 0
+    pairs = zip(*linear_sum_assignment(ious, maximize=True), strict=True)
+    return [(int(rows[row]), int(column), float(ious[row, column])) for row, column in pairs if ious[row, column] > 0]
+
+
+def _is_bad_location(pair: tuple[int, int, float], proposals: Proposals, num_models: int) -> bool:
+    """Return whether a label differs from a proposal of the majority of the models."""
+    _, proposal, iou = pair
+    return iou < MAX_LOCATION_IOU and bool(2 * proposals.num_models[proposal] > num_models)
+
+
+def _make_location_finding(sample: Sample, proposals: Proposals, label: int, proposal: int, iou: float) -> Finding:
+    return Finding(
+        "location",
+        sample.image_id,
+        sample.path,
+        float(proposals.scores[proposal]),
+        int(proposals.num_models[proposal]),
+        tuple(sample.ground_truth.boxes_xyxy[label].tolist()),
+        tuple(proposals.boxes_xyxy[proposal].tolist()),
+        iou,
+    )
+
+
+def _find_improbable(sample: Sample, detections: Sequence[Detections]) -> list[Finding]:
+    """Find labels at which no model detects anything, even at a very low score."""
+    ground_truth, findings = sample.ground_truth, []
+    for row in np.flatnonzero(~ground_truth.ignore):
+        box_pair = np.stack([ground_truth.boxes_xyxy[row], ground_truth.visible_xyxy[row]])
+        best_scores = [
+            np.where(box_iou(box_pair, one.boxes_xyxy).max(0) >= MIN_LOCATION_IOU, one.scores, 0).max(initial=0)
+            for one in detections
+        ]
+        score = float(np.mean(best_scores))
+        if score < MAX_IMPROBABLE_SCORE:
+            label = tuple(ground_truth.boxes_xyxy[row].tolist())
+            findings.append(Finding("improbable", sample.image_id, sample.path, score, 0, label, None))
+    return findings
+
+
+def _max_iou(box: NDArray[np.float64], others: Sequence[Boxes]) -> float:
+    return float(box_iou(box[None], np.array(others).reshape(-1, 4)).max(initial=0))
+
+
+def _max_inside_ratio(box: NDArray[np.float64], regions: Sequence[Boxes]) -> float:
+    """Return the largest fraction of a box that is inside one region."""
+    inside = box_intersection(box[None], np.array(regions).reshape(-1, 4)).max(initial=0)
+    return float(inside / max(box_area(box[None])[0], 1e-9))
