@@ -22,6 +22,7 @@ from hkd_bench.result import SCHEMA_VERSION, BenchResult, ModelResult, StageSamp
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
+from hkd_deploy.trt.onnx_file import is_external_model
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
@@ -46,6 +47,8 @@ class BenchOptions:
         data: Name of the dataset, stored in the result.
         split: Split of the dataset, stored in the result.
         command: Command line, stored in the result.
+        model_configs: YAML files of the models that hkd-export did not write: one for all of them, or one per such
+            model, in order. Empty selects the file next to the model.
         has_ground_truth: False for images without annotations: no miss rate is measured.
     """
 
@@ -61,6 +64,7 @@ class BenchOptions:
     data: str = ""
     split: str = ""
     command: str = ""
+    model_configs: tuple[Path, ...] = ()
     has_ground_truth: bool = True
 
 
@@ -73,12 +77,14 @@ class BenchEntry:
         backend: Name of the backend.
         name: Name in tables and plots.
         sha256: Hexadecimal digest of the file, or of the digests of a directory's files.
+        model_config: YAML file that describes a model of another tool; None for its default.
     """
 
     path: Path
     backend: str
     name: str
     sha256: str
+    model_config: Path | None
 
 
 def bench(
@@ -87,7 +93,7 @@ def bench(
     """Measure the miss rate over all samples, and latency and memory on some of them.
 
     Args:
-        models: Files or directories written by hkd-export.
+        models: Files or directories written by hkd-export, or ONNX files of other tools.
         samples: Images, with ground truth unless `options.has_ground_truth` is false.
         options: Options of the measurement.
         names: One name per model and backend. The default is the file name.
@@ -101,7 +107,7 @@ def bench(
         UnavailableError: A device or backend is missing, or a process ended early.
     """
     _check_options(models, samples, options)
-    entries = _make_entries(models, options.backends, names)
+    entries = _make_entries(models, options, names)
     host = read_host_fields()  # before the measurement raises the load average
     results: list[list[WorkerResult]] = [[] for _ in entries]
     detections: list[list[Detections]] = [[] for _ in entries]
@@ -155,15 +161,39 @@ def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: B
         raise UsageError(f"--runs: expected at least {options.rounds}, one per round, got {options.runs}")
 
 
-def _make_entries(
-    models: Sequence[Path], backends: Sequence[str | None], names: Sequence[str] | None
-) -> list[BenchEntry]:
-    pairs = [(path, backend or get_default_backend(path)) for path in models for backend in backends]
+def _make_entries(models: Sequence[Path], options: BenchOptions, names: Sequence[str] | None) -> list[BenchEntry]:
+    pairs = [(path, backend or get_default_backend(path)) for path in models for backend in options.backends]
     digests = {path: _hash_model_files(path) for path in models}
+    model_configs = assign_model_configs(models, options.model_configs)
     return [
-        BenchEntry(path, backend, name, digests[path])
+        BenchEntry(path, backend, name, digests[path], model_configs.get(path))
         for (path, backend), name in zip(pairs, _make_names(pairs, names), strict=True)
     ]
+
+
+def assign_model_configs(models: Sequence[Path], model_configs: Sequence[Path]) -> dict[Path, Path]:
+    """Assign model configurations to the models that hkd-export did not write.
+
+    Args:
+        models: Model files or directories.
+        model_configs: One YAML file for all such models, or one per such model in order; or none.
+
+    Returns:
+        The YAML file of each such model.
+
+    Raises:
+        UsageError: The number of files does not fit.
+    """
+    external = [path for path in dict.fromkeys(models) if is_external_model(path)]
+    if model_configs and len(model_configs) not in (1, len(external)):
+        raise UsageError(
+            f"--model-config: expected one file, or {len(external)} (one per model that hkd-export did not write), "
+            f"got {len(model_configs)}"
+        )
+    if model_configs and not external:
+        raise UsageError("--model-config: has no effect, because hkd-export wrote all models. Omit the flag.")
+    per_model = model_configs if len(model_configs) > 1 else [*model_configs] * len(external)
+    return dict(zip(external, per_model, strict=False))
 
 
 def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:
@@ -206,6 +236,7 @@ def _make_job(
         warmup_s=options.warmup_s,
         runs=options.runs // options.rounds + (round_index < options.runs % options.rounds),
         stage_runs=options.stage_runs,
+        model_config=str(entry.model_config) if entry.model_config else None,
         eval_images=tuple(str(sample.path) for sample in eval_samples),
         detections_npz=str(work_dir / "detections.npz"),
     )
@@ -258,6 +289,7 @@ def _make_model_result(
         sha256=entry.sha256,
         backend=entry.backend,
         model=first.model,
+        license=first.license,
         parameters=first.parameters,
         flops=first.flops,
         imgsz_hw=(first.imgsz_hw[0], first.imgsz_hw[1]),

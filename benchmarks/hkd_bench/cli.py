@@ -70,6 +70,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
         runs=flags.runs,
         data=flags.data or str(flags.images),
         split=flags.split if flags.data else "",
+        model_configs=tuple(map(Path, flags.model_config.split(","))) if flags.model_config else (),
         command=shlex.join(["hkd-bench", *args]),
         has_ground_truth=bool(flags.data),
     )
@@ -82,7 +83,11 @@ def run_bench(argv: Sequence[str] | None) -> int:
         title = _make_title([model.name for model in measured.models], measured.data, measured.split)
         examples = None
         if flags.data:
-            with open_detector(flags.models[-1], flags.device, flags.threads, options.backends[-1]) as detector:
+            last = flags.models[-1]
+            model_config = bench.assign_model_configs(flags.models, options.model_configs).get(last)
+            with open_detector(
+                last, flags.device, flags.threads, options.backends[-1], model_config=model_config
+            ) as detector:
                 examples = report.render_examples(detector, samples, EXAMPLE_CONF, NUM_EXAMPLES)
         report.write_bench_report(flags.html, measured, title=title, examples=examples)
         print(f"saved {flags.html}")
@@ -113,13 +118,23 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         prog="hkd-bench",
-        description="Measure exported models: miss rate on a dataset, latency, memory. "
+        description="Measure detectors: miss rate on a dataset, latency, memory. "
         "See `hkd-bench score --help` for the metrics of detection files.",
         epilog="example: hkd-bench teacher.onnx student.onnx --data citypersons --split val --html report.html",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
-        "models", nargs="+", type=Path, metavar="MODEL", help="files or directories written by hkd-export"
+        "models",
+        nargs="+",
+        type=Path,
+        metavar="MODEL",
+        help="files or directories written by hkd-export, or ONNX files of other tools with a model configuration",
+    )
+    parser.add_argument(
+        "--model-config",
+        metavar="YAML[,YAML]",
+        help="configuration of the ONNX files that hkd-export did not write: one file, or one per such model "
+        "(default: MODEL.yaml next to MODEL.onnx); see recipes/onnx/",
     )
     parser.add_argument("--data", help="dataset: a name in datasets.yaml or a .yaml file")
     parser.add_argument(

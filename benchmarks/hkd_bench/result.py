@@ -15,7 +15,7 @@ from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import read_json, write_text
 from hkd_det.metrics.matching import MissRateResult
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_CURVE_POINTS = 2000
 
 
@@ -130,9 +130,10 @@ class StageSamples:
     """Latency of each stage in milliseconds, one entry per run.
 
     Attributes:
-        preprocess_ms: Letterbox.
-        inference_ms: Network with decoding.
-        postprocess_ms: Conversion of the boxes to the pixels of the frame.
+        preprocess_ms: Letterbox and, for a model of another tool, normalization.
+        inference_ms: Network with decoding; of another tool, the graph.
+        postprocess_ms: Conversion of the boxes to the pixels of the frame and, for a model of another tool, decoding
+            and NMS.
     """
 
     preprocess_ms: tuple[float, ...]
@@ -150,8 +151,9 @@ class ModelResult:
         sha256: Digest of the file, or of the digests of a directory's files.
         backend: Backend that ran the model.
         model: Name of the architecture, from the model metadata.
+        license: License of the weights, from the model metadata or the model configuration.
         parameters: Number of parameters.
-        flops: FLOPs per image; a multiply-add counts as two.
+        flops: FLOPs per image; a multiply-add counts as two. None if unknown.
         imgsz_hw: Input size in pixels.
         file_mib: Size of the file or directory in MiB.
         miss_rates: MR^-2 of each setup as a fraction; None without ground truth.
@@ -171,8 +173,9 @@ class ModelResult:
     sha256: str
     backend: str
     model: str
+    license: str
     parameters: int
-    flops: int
+    flops: int | None
     imgsz_hw: tuple[int, int]
     file_mib: float
     miss_rates: dict[str, float | None]

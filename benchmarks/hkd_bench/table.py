@@ -137,12 +137,20 @@ def make_notes(result: BenchResult) -> list[str]:
         f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_bounds(result),
+        f"License of the weights: {_format_licenses(result)}.",
     ]
     too_few = [percentile for percentile in (90, 99) if confidence_bound_ms(first.e2e_ms, percentile) is None]
     if too_few:
         names = " and ".join(f"p{percentile}" for percentile in too_few)
         notes.append(f"{names}: too few runs for a 99 % confidence bound (p90 needs 64 runs, p99 needs 662).")
     return notes
+
+
+def _format_licenses(result: BenchResult) -> str:
+    names_by_license: dict[str, list[str]] = {}
+    for model in result.models:
+        names_by_license.setdefault(model.license, []).append(model.name)
+    return "; ".join(f"{license_text} ({', '.join(names)})" for license_text, names in names_by_license.items())
 
 
 def _format_backends(result: BenchResult) -> str:
@@ -176,7 +184,7 @@ def _collect_metrics(model: ModelResult) -> Sequence[float | None]:
     latency = model.latency
     return (
         model.parameters / 1e6,
-        model.flops / 1e9,
+        None if model.flops is None else model.flops / 1e9,
         model.file_mib,
         _to_percent(model.miss_rates["Reasonable"]),
         _to_percent(model.miss_rates["All"]),

@@ -48,6 +48,7 @@ class WorkerJob:
         warmup_s: Minimum duration of the untimed runs in seconds.
         runs: Timed runs from frame to detections.
         stage_runs: Further runs that time each stage.
+        model_config: YAML file of the model configuration, for a model of another tool; None for its default.
         eval_images: Images whose detections are written to `detections_npz`.
         detections_npz: Output path of the detections.
     """
@@ -61,6 +62,7 @@ class WorkerJob:
     warmup_s: float
     runs: int
     stage_runs: int
+    model_config: str | None
     eval_images: tuple[str, ...]
     detections_npz: str
 
@@ -71,8 +73,9 @@ class WorkerResult:
 
     Attributes:
         model: Name of the architecture.
+        license: License of the weights.
         parameters: Number of parameters.
-        flops: FLOPs per image.
+        flops: FLOPs per image; None if unknown.
         imgsz_hw: Input size in pixels.
         load_ms: Time to open the model in milliseconds.
         e2e_ms: Latency of each timed run in milliseconds.
@@ -82,8 +85,9 @@ class WorkerResult:
     """
 
     model: str
+    license: str
     parameters: int
-    flops: int
+    flops: int | None
     imgsz_hw: tuple[int, int]
     load_ms: float
     e2e_ms: tuple[float, ...]
@@ -149,7 +153,8 @@ def measure_model(job: WorkerJob) -> WorkerResult:
     reset_peak()
     baseline_mib = read_resident_mib()
     start = perf_counter()
-    with open_detector(job.model, job.device, job.threads, job.backend) as detector:
+    model_config = Path(job.model_config) if job.model_config else None
+    with open_detector(job.model, job.device, job.threads, job.backend, model_config=model_config) as detector:
         load_ms = 1e3 * (perf_counter() - start)
         _run_warmup(detector, images, job)
         e2e_ms = _time_end_to_end(detector, images, job.runs)
@@ -161,6 +166,7 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         metadata = detector.metadata
     return WorkerResult(
         model=metadata.model,
+        license=metadata.license,
         parameters=metadata.parameters,
         flops=metadata.flops,
         imgsz_hw=metadata.imgsz_hw,

@@ -48,14 +48,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Metadata of an exported detector.
+    """Metadata of a detector.
+
+    A model of another tool has no `data`, `date` and `version`, and `weights_sha256` is that of its file.
 
     Attributes:
         model: Model name, for example `mini-student`.
         imgsz_hw: (height, width) of the network input, pixels. The upper limit if `dynamic` is true.
         batch: Fixed batch size of the graph. None if the batch dimension is free.
         parameters: Number of parameters.
-        flops: FLOPs per image at `imgsz_hw`. A multiply-accumulate counts as two.
+        flops: FLOPs per image at `imgsz_hw`. A multiply-accumulate counts as two. None if unknown.
         weights_sha256: SHA-256 of the trained weights, 64 hexadecimal digits.
         data: Dataset that the weights were trained on.
         license: License of the code and of the weights.
@@ -73,7 +75,7 @@ class ModelMetadata:
     imgsz_hw: tuple[int, int]
     batch: int | None
     parameters: int
-    flops: int
+    flops: int | None
     weights_sha256: str
     data: str
     license: str

@@ -1,53 +1,29 @@
-"""Inference pipeline: letterbox, backend and conversion of boxes to image pixels, with the time of each stage."""
+"""Inference with models of `hkd-export`, and the function that opens any model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import OpenedBackend, open_backend
 from hkd_deploy.backends.base import Backend, PerformanceHint, RuntimeOutputs
+from hkd_deploy.detector import Detector, StageTimes, check_image
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError
 from hkd_det.letterbox import PAD_VALUE, STRIDE, Letterbox, format_imgsz
 from hkd_det.structures import Detections
 
 
-@dataclass(frozen=True)
-class StageTimes:
-    """Wall-clock times of one image.
+class ExportedDetector(Detector):
+    """A model of `hkd-export`: letterbox, backend and conversion of boxes to image pixels.
 
-    Attributes:
-        preprocess_ms: Check and letterbox. Near zero if the graph letterboxes.
-        inference_ms: Execution of the graph.
-        postprocess_ms: Conversion of the boxes to image pixels.
-    """
-
-    preprocess_ms: float
-    inference_ms: float
-    postprocess_ms: float
-
-    @property
-    def total_ms(self) -> float:
-        """Time from the image to its detections."""
-        return self.preprocess_ms + self.inference_ms + self.postprocess_ms
-
-
-class Detector:
-    """An opened detector. It keeps no state between calls, so several threads may call it.
+    Several threads may call it.
 
     Args:
         opened: The opened model.
-
-    Attributes:
-        metadata: Metadata of the model.
-        backend: Name of the backend.
-        device: Device that runs the model.
 
     Raises:
         DataError: Metadata and graph contradict each other.
@@ -69,45 +45,8 @@ class Detector:
                 f"but {runtime.input_hw or 'any'} in the graph. Export the model again."
             )
 
-    @overload
-    def __call__(self, images_rgb: NDArray[np.uint8]) -> Detections: ...
-
-    @overload
-    def __call__(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
-
-    def __call__(self, images_rgb: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Detections | list[Detections]:
-        """Run inference on one image or on a list of images.
-
-        A list is processed in the largest batches that the graph accepts.
-
-        Args:
-            images_rgb (uint8[H, W, 3] or a list of such arrays): RGB images of any size.
-
-        Returns:
-            Detections in image pixels, for a list one entry per image.
-
-        Raises:
-            ValueError: An array is not an image.
-            DataError: An image exceeds the limit of a graph that letterboxes.
-        """
-        if isinstance(images_rgb, (list, tuple)):
-            return self._predict_batches(images_rgb)
-        return self.predict_timed(images_rgb)[0]  # type: ignore[arg-type] # other sequences raise ValueError there
-
     def predict_timed(self, image_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
-        """Run inference on one image and measure the stages.
-
-        Args:
-            image_rgb (uint8[H, W, 3]): RGB image of any size.
-
-        Returns:
-            detections: Detections in image pixels.
-            times: Time of each stage.
-
-        Raises:
-            ValueError: The array is not an image.
-            DataError: The image exceeds the limit of a graph that letterboxes.
-        """
+        """Run inference on one image and measure the stages. See `Detector.predict_timed`."""
         start = perf_counter()
         letterbox = self._make_letterbox(image_rgb)
         batch = self._make_batch([letterbox], [image_rgb])
@@ -122,7 +61,8 @@ class Detector:
             postprocess_ms=1e3 * (end - inferred),
         )
 
-    def _predict_batches(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+    def predict_batches(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Run inference on a list of images. See `Detector.predict_batches`."""
         letterboxes = [self._make_letterbox(image) for image in images_rgb]
         results: dict[int, Detections] = {}
 
@@ -144,7 +84,7 @@ class Detector:
 
     def _make_letterbox(self, image_rgb: NDArray[np.uint8]) -> Letterbox:
         """Compute the position of an image in the input of the graph."""
-        _check_image(image_rgb)
+        check_image(image_rgb)
         image_hw = (image_rgb.shape[0], image_rgb.shape[1])
         metadata = self.metadata
         if metadata.letterbox:
@@ -190,8 +130,11 @@ def open_detector(
     threads: int | None = None,
     backend: str | None = None,
     performance_hint: PerformanceHint = "latency",
+    model_config: Path | None = None,
 ) -> Iterator[Detector]:
-    """Open an exported model on exactly the requested device.
+    """Open a model on exactly the requested device.
+
+    An ONNX file that `hkd-export` did not write needs a model configuration.
 
     Args:
         path: An .onnx file, an .engine file or an OpenVINO directory.
@@ -199,33 +142,33 @@ def open_detector(
         threads: Number of CPU threads per operator. None for the default of the runtime.
         backend: One of `hkd_deploy.backends.BACKENDS`. None selects the backend by the file type.
         performance_hint: For OpenVINO: `latency` for single images, `throughput` for lists.
+        model_config: YAML file of the model configuration (default: MODEL.yaml next to MODEL.onnx).
 
     Yields:
         The detector, valid inside the `with` block.
 
     Raises:
         UsageError: An argument is invalid, or the backend does not support it.
-        DataError: The file is missing, damaged or not a model of `hkd-export`.
+        DataError: The file is missing or damaged, or its model configuration is missing or invalid.
         UnavailableError: The runtime or the device is missing.
 
     Examples:
         >>> with open_detector("student.onnx") as detector:
         ...     detections = detector(image_rgb)
     """
-    with open_backend(Path(path), device, threads, backend, performance_hint) as opened:
-        yield Detector(opened)
+    # These modules import YAML, which an import of hkd_deploy does not need.
+    from hkd_deploy.external import open_external_detector  # noqa: PLC0415 - see above
+    from hkd_deploy.trt.onnx_file import is_external_model  # noqa: PLC0415 - see above
+
+    path = Path(path)
+    if model_config or is_external_model(path):
+        yield open_external_detector(path, device, threads, backend or "onnxruntime", performance_hint, model_config)
+        return
+    with open_backend(path, device, threads, backend, performance_hint) as opened:
+        yield ExportedDetector(opened)
 
 
 def _to_source_detections(letterbox: Letterbox, outputs: RuntimeOutputs, index: int) -> Detections:
     boxes, scores, count = outputs
     num_valid = int(count[index])
     return Detections(letterbox.boxes_to_source(boxes[index, :num_valid]), scores[index, :num_valid])
-
-
-def _check_image(image_rgb: object) -> None:
-    if not isinstance(image_rgb, np.ndarray):
-        raise ValueError(f"image: expected a uint8 array (H, W, 3), got {type(image_rgb).__name__}.")
-    if image_rgb.dtype != np.uint8 or image_rgb.ndim != 3 or image_rgb.shape[2] != 3:
-        raise ValueError(f"image: expected uint8 (H, W, 3), got {image_rgb.dtype} {image_rgb.shape}.")
-    if image_rgb.size == 0:
-        raise ValueError(f"image: expected at least one pixel, got shape {image_rgb.shape}.")

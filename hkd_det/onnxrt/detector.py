@@ -60,10 +60,20 @@ class OnnxDetector:
         detections: list[Detections] = []
         step = self.batch or max(1, len(images_rgb))
         for start in range(0, len(images_rgb), step):
-            detections += self._predict_batch(images_rgb[start : start + step])
+            letterboxes, batch = self.preprocess(images_rgb[start : start + step])
+            detections += self.postprocess(self.run(batch), letterboxes)
         return detections
 
-    def _predict_batch(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+    def preprocess(self, images_rgb: Sequence[NDArray[np.uint8]]) -> tuple[list[Letterbox], NDArray[np.generic]]:
+        """Resize and normalize images.
+
+        Args:
+            images_rgb (list of array[H, W, 3]): RGB, uint8; at least one, and at most `batch`.
+
+        Returns:
+            letterboxes: Position of each image in the model input.
+            batch (array[B, ...]): Model input. Unused rows of a fixed batch contain the first image.
+        """
         letterboxes = [
             Letterbox(
                 (image.shape[0], image.shape[1]),
@@ -76,12 +86,36 @@ class OnnxDetector:
         ]
         inputs = [letterbox.apply(image) for letterbox, image in zip(letterboxes, images_rgb, strict=True)]
         inputs += [inputs[0]] * ((self.batch or len(inputs)) - len(inputs))  # fill a graph of fixed batch size
-        batch = normalize_input(np.stack(inputs), self.config, self._input_dtype)
+        images = inputs[0][None] if len(inputs) == 1 else np.stack(inputs)
+        return letterboxes, normalize_input(images, self.config, self._input_dtype)
+
+    def run(self, batch: NDArray[np.generic]) -> dict[str, NDArray[Any]]:
+        """Run the graph.
+
+        Args:
+            batch (array[B, ...]): Model input of `preprocess`.
+
+        Returns:
+            Output arrays by name.
+        """
         outputs = self._session.run(self._output_names, {self._input_name: batch})
+        return dict(zip(self._output_names, outputs, strict=True))
+
+    def postprocess(self, outputs: dict[str, NDArray[Any]], letterboxes: Sequence[Letterbox]) -> list[Detections]:
+        """Decode outputs, suppress duplicates and map boxes to the images.
+
+        Args:
+            outputs: Output arrays by name.
+            letterboxes: Position of each image in the model input.
+
+        Returns:
+            Detections per image, in pixels of that image.
+
+        Raises:
+            DataError: The outputs do not have the shapes of `config.output_format`.
+        """
         try:
-            decoded = list(
-                decode_outputs(dict(zip(self._output_names, outputs, strict=True)), self.config, self.input_hw)
-            )
+            decoded = list(decode_outputs(outputs, self.config, self.input_hw))
         except ValueError as error:
             raise DataError(
                 f"{self.path}: the outputs are not in the format {self.config.output_format}: {error}. "

@@ -1,5 +1,6 @@
 """Configuration of an ONNX detector: how to prepare its input and how to decode its outputs."""
 
+import ast
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def load_model_config(
 ) -> OnnxModelConfig:
     """Load the configuration of an ONNX model from the first source that exists.
 
-    The sources are `config_path`, the metadata of hkd-export, and a `.yaml` file next to the model.
+    The sources are `config_path`, the metadata of hkd-export, a `.yaml` file next to the model, and the metadata of
+    Ultralytics.
 
     Args:
         model_path: ONNX file.
@@ -126,10 +128,13 @@ def load_model_config(
     if "hkd.format" in metadata:
         return _read_native_config(model_path, metadata)
     default_path = model_path.with_suffix(".yaml")
+    if not default_path.is_file() and metadata.get("author") == "Ultralytics":
+        return _read_ultralytics_config(model_path, metadata)
     if not default_path.is_file():
         raise DataError(
             f"{model_path}: not exported by hkd-export, and no model configuration found. Write {default_path.name} "
-            "in the same directory, or pass --teacher-config FILE. Examples are in recipes/onnx/."
+            "in the same directory, or pass --model-config FILE (hkd-train: --teacher-config FILE). Examples are in "
+            "recipes/onnx/."
         )
     return read_model_config(default_path)
 
@@ -178,3 +183,36 @@ def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxMo
         raise DataError(
             f"{model_path}: metadata hkd.preprocess is damaged ({error}). Export the model again."
         ) from None
+
+
+def _read_ultralytics_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxModelConfig:
+    """Derive the configuration of `yolo export format=onnx` from its metadata."""
+    try:
+        if metadata["task"] != "detect":
+            raise ValueError(f"expected the task detect, got {metadata['task']}")
+        is_end2end = metadata.get("end2end") == "True"
+        has_nms = bool(ast.literal_eval(metadata.get("args", "{}")).get("nms"))
+        values = {
+            "output_format": "yolo-e2e" if is_end2end or has_nms else "yolo-raw",
+            "input_scale": 1,
+            "resize_mode": "center",
+            "imgsz_hw": ast.literal_eval(metadata["imgsz"]),
+            "person_class_id": _find_person_class(ast.literal_eval(metadata["names"])),
+            "iou": 0.7,
+            "name": metadata.get("description", ""),
+            "license": metadata.get("license", ""),
+            "homepage": metadata.get("docs", ""),
+        }
+        return dataclass_from_dict(OnnxModelConfig, values)
+    except (KeyError, ValueError, TypeError, SyntaxError, AttributeError, UsageError) as error:
+        raise DataError(
+            f"{model_path}: the metadata of Ultralytics does not describe a person detector ({error}). "
+            f"Write {model_path.with_suffix('.yaml').name} in the same directory. Examples are in recipes/onnx/."
+        ) from None
+
+
+def _find_person_class(names: Mapping[int, str]) -> int:
+    for index, name in names.items():
+        if len(names) == 1 or name.lower() in ("person", "pedestrian"):
+            return index
+    raise ValueError(f"expected a class person or pedestrian, got {', '.join(names.values())}")

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
-from hkd_bench.bench import BenchOptions, bench
+from hkd_bench.bench import BenchOptions, assign_model_configs, bench
 from hkd_bench.cli import main
 from hkd_bench.host import read_host_fields
 from hkd_bench.report import write_bench_report
@@ -20,7 +21,7 @@ from hkd_bench.table import format_markdown_table, format_text_table
 from hkd_bench.worker import read_peak_mib, read_resident_mib, reset_peak
 from hkd_deploy.export.openvino import export_openvino
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,44 @@ def test_images_are_timed_without_miss_rate(
     assert result.models[0].miss_rates["Reasonable"] is None and len(result.models[0].e2e_ms) == 3
     assert "Miss rate was not measured" in page.read_text()
     assert "50.00" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def external_model(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny model as a file of another tool: metadata of hkd-export removed, float scores, YAML elsewhere."""
+    folder = tmp_path_factory.mktemp("external")
+    path = write_tiny_onnx(folder / "other.onnx", changes={"hkd.format": None})
+    config = {"output_format": "boxes-scores", "layout": "NHWC", "name": "Other", "license": "BSD-3-Clause"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return path, folder / "config.yaml"
+
+
+def test_external_model_equals_the_exported_one(
+    model: Path, external_model: tuple[Path, Path], half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, config = external_model
+    out = tmp_path / "r.json"
+    flags = ["--data", str(half_right), "--runs", "3", "--json", str(out), "--html", str(tmp_path / "r.html")]
+    assert main([str(model), str(other), "--model-config", str(config), *flags]) == 0
+    exported, external = read_result(out).models
+    assert external.miss_rates == exported.miss_rates and external.curve == exported.curve
+    assert (external.model, external.license, external.flops) == ("Other", "BSD-3-Clause", None)
+    assert "License of the weights: Apache-2.0 (tiny); BSD-3-Clause (other)." in capsys.readouterr().out
+    assert "BSD-3-Clause (other)" in (tmp_path / "r.html").read_text()
+
+
+def test_model_configs_are_assigned_to_external_models(model: Path, external_model: tuple[Path, Path]) -> None:
+    other, config = external_model
+    second = config.with_name("second.yaml")
+    copy = other.with_name("copy.onnx")
+    copy.write_bytes(other.read_bytes())
+    assert assign_model_configs([other, model, copy, other], [config]) == {other: config, copy: config}
+    assert assign_model_configs([other, model, copy], [config, second]) == {other: config, copy: second}
+    assert assign_model_configs([other, model], []) == {}
+    with pytest.raises(UsageError, match=r"expected one file, or 1 \(one per model"):
+        assign_model_configs([other, model], [config, second])
+    with pytest.raises(UsageError, match="has no effect"):
+        assign_model_configs([model], [config])
 
 
 def test_memory_excludes_the_runtime(result: BenchResult) -> None:

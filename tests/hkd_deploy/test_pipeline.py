@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_deploy import Detector, open_detector
+from hkd_deploy import open_detector
 from hkd_deploy.backends import OpenedBackend
 from hkd_deploy.backends.base import Backend, RuntimeOutputs
 from hkd_deploy.backends.onnxruntime import open_onnx_runtime
+from hkd_deploy.pipeline import ExportedDetector
 from hkd_det.errors import DataError
 from hkd_det.letterbox import Letterbox
 
@@ -125,7 +126,7 @@ def test_call_list_is_split_into_batches(
     frames = [frame_with_box((96, 160), (x, y, x + 60, y + 40)) for x, y in corners]
     with open_onnx_runtime(tiny_onnx(), threads=1) as session:
         recording = RecordingBackend(session, batch)
-        results = Detector(OpenedBackend(recording, "onnxruntime", num_requests, max_batch))(frames)
+        results = ExportedDetector(OpenedBackend(recording, "onnxruntime", num_requests, max_batch))(frames)
     assert sorted(shape[0] for shape in recording.shapes) == batches
     assert [tuple(detections.boxes_xyxy[0][:2]) for detections in results] == corners
 
@@ -158,5 +159,8 @@ def test_open_metadata_unlike_graph_raises(tiny_onnx: Callable[..., Path]) -> No
 
 
 def test_open_graph_without_metadata_raises(tiny_onnx: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match="not an hkd-det model"), open_detector(tiny_onnx(changes={"hkd.format": None})):
+    with (
+        pytest.raises(DataError, match="not exported by hkd-export, and no model conf"),
+        open_detector(tiny_onnx(changes={"hkd.format": None})),
+    ):
         pass

@@ -128,6 +128,39 @@ def open_openvino(
         DataError: The file is not a model of `hkd-export`.
         UnavailableError: OpenVINO is missing, or the processor does not support bfloat16.
     """
+    metadata, compiled = compile_openvino_model(path, device, threads, precision, performance_hint)
+    backend = OpenVinoBackend(path, metadata, compiled)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def compile_openvino_model(
+    path: Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    precision: Precision | None = None,
+    performance_hint: PerformanceHint = "latency",
+) -> tuple[dict[str, str], Any]:
+    """Compile a model of any tool, without a check of its inputs and outputs.
+
+    Args:
+        path: See `open_openvino`.
+        device: See `open_openvino`.
+        threads: See `open_openvino`.
+        precision: See `open_openvino`.
+        performance_hint: See `open_openvino`.
+
+    Returns:
+        metadata: Metadata strings of the file.
+        compiled: The `CompiledModel`.
+
+    Raises:
+        UsageError: An argument is invalid.
+        DataError: The file is missing, damaged or for another runtime.
+        UnavailableError: OpenVINO is missing, or the processor does not support bfloat16.
+    """
     if device != "cpu":
         raise UsageError(
             f"--device {device}: the openvino backend supports cpu only. "
@@ -153,11 +186,7 @@ def open_openvino(
             "Set --backend openvino-bf16 with the FP32 file."
         )
     _check_inference_precision(compiled, precision)
-    backend = OpenVinoBackend(path, metadata, compiled)
-    try:
-        yield backend
-    finally:
-        backend.close()
+    return metadata, compiled
 
 
 def list_model_files(path: Path) -> list[Path]:

@@ -39,7 +39,9 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
     try:
         with ExitStack() as stack:
             window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.show else None
-            detector = stack.enter_context(open_detector(flags.model, flags.device, flags.threads, flags.backend))
+            detector = stack.enter_context(
+                open_detector(flags.model, flags.device, flags.threads, flags.backend, model_config=flags.model_config)
+            )
             source = stack.enter_context(open_source(flags.source))
             output = open_output(stack, flags.save, source) if flags.save else None
             stats = FrameStats()  # starts its clock after everything is open
@@ -59,11 +61,19 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
 def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-demo",
-        description="Run an exported model on a video, images, a webcam or a network camera; show or save the result.",
+        description="Run a detector on a video, images, a webcam or a network camera; show or save the result.",
         epilog="example: hkd-demo student.onnx --source street.mp4 --save out.mp4",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("model", type=Path, help="file or directory written by hkd-export")
+    parser.add_argument(
+        "model", type=Path, help="file or directory written by hkd-export, or an ONNX file of another tool"
+    )
+    parser.add_argument(
+        "--model-config",
+        type=Path,
+        metavar="YAML",
+        help="configuration of an ONNX file that hkd-export did not write (default: MODEL.yaml next to MODEL.onnx)",
+    )
     parser.add_argument(
         "--source", required=True, help="video, image, directory of images, webcam (0), rtsp:// or http:// URL"
     )

@@ -1,19 +1,28 @@
-"""Read opset and metadata of an ONNX file without the onnx package, which devices do not have."""
+"""Read opset, metadata and size of an ONNX file without the onnx package, which devices do not have."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hkd_det.errors import DataError
 from hkd_det.files import bytes_sha256
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
-# Field numbers of onnx.proto: ModelProto, OperatorSetIdProto, StringStringEntryProto.
+# Field numbers of onnx.proto: ModelProto, OperatorSetIdProto, StringStringEntryProto, GraphProto, NodeProto,
+# AttributeProto, TensorProto.
 IR_VERSION, GRAPH, OPSET_IMPORT, METADATA_PROPS = 1, 7, 8, 14
 DOMAIN, VERSION = 1, 2
 KEY, VALUE = 1, 2
+NODE, INITIALIZER = 1, 5
+OP_TYPE, ATTRIBUTE = 4, 5
+ATTRIBUTE_TENSOR = 5
+DIMS, DATA_TYPE = 1, 2
+WEIGHT_DATA_TYPES = {1, 2, 3, 10, 11, 16}  # float, uint8, int8, float16, double, bfloat16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,7 @@ def read_onnx_file(path: Path) -> OnnxFile:
     Raises:
         DataError: If the file is missing, not an ONNX file, truncated, or has an unknown precision.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such model file. Create it with hkd-export.")
-    content = path.read_bytes()
-    try:
-        opset, metadata = _parse_model(content)
-    except (ValueError, LookupError, TypeError):  # truncated, a missing field, or a field of another wire type
-        raise DataError(f"{path}: not an ONNX file, or truncated. Create it with hkd-export.") from None
+    content, (opset, metadata) = _parse_file(path, lambda content: (content, _parse_model(content)))
     precision = metadata.get("hkd.precision", "fp32")
     if precision not in PRECISIONS:
         raise DataError(
@@ -68,6 +71,93 @@ def read_onnx_file(path: Path) -> OnnxFile:
             "Export the model again."
         )
     return OnnxFile(path, content, opset, metadata, precision)
+
+
+def read_onnx_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of an ONNX file of any tool.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Entries of `metadata_props`.
+
+    Raises:
+        DataError: The file is missing, not an ONNX file or truncated.
+    """
+    return _parse_file(path, lambda content: _parse_model(content)[1])
+
+
+def is_external_model(path: Path) -> bool:
+    """Return whether a file is an ONNX model of another tool than `hkd-export`.
+
+    Args:
+        path: Model file or directory. A damaged file is not an external model: its runtime reports the error.
+    """
+    if path.suffix != ".onnx" or not path.is_file():
+        return False
+    try:
+        return "hkd.format" not in read_onnx_metadata(path)
+    except DataError:
+        return False
+
+
+def count_parameters(path: Path) -> int:
+    """Count the weights of an ONNX file: the elements of all constant tensors of float or 8-bit types.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Number of elements.
+
+    Raises:
+        DataError: The file is missing, not an ONNX file or truncated.
+    """
+    return _parse_file(path, lambda content: sum(map(_count_elements, _iterate_constants(memoryview(content)))))
+
+
+def _parse_file(path: Path, parse: Callable[[bytes], T]) -> T:
+    if not path.is_file():
+        raise DataError(f"{path}: no such model file. Create it with hkd-export.")
+    try:
+        return parse(path.read_bytes())
+    except (ValueError, LookupError, TypeError):  # truncated, a missing field, or a field of another wire type
+        raise DataError(f"{path}: not an ONNX file, or truncated. Create it with hkd-export.") from None
+
+
+def _iterate_constants(model: memoryview) -> Iterator[memoryview]:
+    """Yield each TensorProto of the initializers and of the nodes Constant."""
+    for field_number, graph in _iterate_fields(model):
+        if field_number != GRAPH:
+            continue
+        for graph_field, value in _iterate_fields(graph):
+            if graph_field == INITIALIZER:
+                yield value
+            elif graph_field == NODE:
+                node = list(_iterate_fields(value))
+                if any(number == OP_TYPE and text == b"Constant" for number, text in node):
+                    attributes = (_iterate_fields(text) for number, text in node if number == ATTRIBUTE)
+                    yield from (text for fields in attributes for number, text in fields if number == ATTRIBUTE_TENSOR)
+
+
+def _count_elements(tensor: memoryview) -> int:
+    dims: list[int] = []
+    data_type = 0
+    for field_number, value in _iterate_fields(tensor):
+        if field_number == DIMS:
+            dims += [value] if isinstance(value, int) else _read_packed_varints(value)
+        elif field_number == DATA_TYPE:
+            data_type = value
+    return prod(dims) if data_type in WEIGHT_DATA_TYPES else 0
+
+
+def _read_packed_varints(data: memoryview) -> list[int]:
+    values, offset = [], 0
+    while offset < len(data):
+        value, offset = _read_varint(data, offset)
+        values.append(value)
+    return values
 
 
 def _parse_model(content: bytes) -> tuple[int, dict[str, str]]:

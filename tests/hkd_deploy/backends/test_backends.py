@@ -146,7 +146,7 @@ def test_open_unsupported_graph_names_export_flag(
 
 
 def test_open_model_of_other_tool_raises(tiny_onnx: Callable[..., Path], open_with: Open) -> None:
-    with pytest.raises(DataError, match="not an hkd-det model"):
+    with pytest.raises(DataError, match=r"not an hkd-det model|not exported by hkd-export"):
         open_with(tiny_onnx(changes={"hkd.format": None})).__enter__()
 
 

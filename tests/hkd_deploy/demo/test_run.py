@@ -4,7 +4,7 @@ import pytest
 
 from hkd_deploy.demo import run as run_module
 from hkd_deploy.demo.run import FrameStats
-from hkd_deploy.pipeline import StageTimes
+from hkd_deploy.detector import StageTimes
 
 
 class Clock:

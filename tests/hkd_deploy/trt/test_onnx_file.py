@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from hkd_deploy.trt.onnx_file import read_onnx_file
+from hkd_deploy.trt.onnx_file import count_parameters, read_onnx_file, read_onnx_metadata
 from hkd_det.errors import DataError
 
 
@@ -16,6 +16,32 @@ def test_read_onnx_file_agrees_with_onnx(tiny_onnx: Callable[..., Path]) -> None
     assert onnx_file.metadata == {prop.key: prop.value for prop in model.metadata_props}
     assert onnx_file.opset == model.opset_import[0].version == 17
     assert onnx_file.precision == "fp32" and onnx_file.content == path.read_bytes()
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_parameters_are_elements_of_float_and_8_bit_tensors(tmp_path: Path, is_packed: bool) -> None:
+    """Dimensions are one field each, or all in one field: protocol buffers allow both."""
+    helper, proto = onnx.helper, onnx.TensorProto
+    weight = helper.make_tensor("weight", proto.FLOAT, [300, 2], [0.0] * 600)
+    constants = [
+        helper.make_node("Constant", [], ["half"], value=helper.make_tensor("half", proto.FLOAT16, [3, 5], [1.0] * 15)),
+        helper.make_node("Constant", [], ["text"], value_string="x"),
+    ]
+    others = [
+        helper.make_tensor("int8", proto.INT8, [7], [1] * 7),
+        helper.make_tensor("axes", proto.INT64, [9], [1] * 9),
+    ]
+    graph = helper.make_graph(constants, "graph", [], [], [weight, *others])
+    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+    fields, packed = b"\x08\xac\x02\x08\x02", b"\x0a\x03\xac\x02\x02"  # 300, 2
+    assert content.count(fields) == 1 and len(fields) == len(packed)
+    (tmp_path / "model.onnx").write_bytes(content.replace(fields, packed) if is_packed else content)
+    assert count_parameters(tmp_path / "model.onnx") == 600 + 15 + 7
+
+
+def test_metadata_of_another_tool_is_read(tiny_onnx: Callable[..., Path]) -> None:
+    path = tiny_onnx(changes={"hkd.format": None, "hkd.precision": "fp4"})
+    assert read_onnx_metadata(path)["hkd.precision"] == "fp4"
 
 
 def test_opset_of_another_domain_is_ignored(tiny_onnx: Callable[..., Path]) -> None:
