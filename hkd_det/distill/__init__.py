@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, str] = {
     "hkd": "hkd_det.distill.hkd:HKD",
+    "dense": "hkd_det.distill.dense:DenseDistillation",
     "soft_labels": "hkd_det.distill.soft_labels:SoftLabels",
     "noisy_teacher": "hkd_det.distill.noisy_teacher:NoisyTeacher",
     "mokd": "hkd_det.distill.mokd:MoKD",

@@ -82,20 +82,20 @@ class Distiller(nn.Module):
             distill_weight: Factor for the distillation losses, 0 to 1. At 0 the teacher does not run.
 
         Returns:
-            det_losses: Detection losses by name, scalars.
+            det_losses: Detection losses by name, scalars. Empty if a method sets their weight to 0.
             distill_losses: Weighted distillation losses by name, scalars. Empty without distillation.
         """
         is_distilled = len(self.methods) > 0 and distill_weight > 0
         # The teacher runs before the student, so that its activations are free when the student allocates its own.
         teacher = self._forward_teacher(images) if is_distilled else None
         outputs = self.student(images)
-        det_losses = self.student.loss(outputs, targets, self.reduce_mean)
         if teacher is None:
             self._clear()
-            return det_losses, {}
+            return self.student.loss(outputs, targets, self.reduce_mean), {}
         batch = self._make_batch(images, targets, outputs, *teacher)
         losses = {name: loss for method in self.methods for name, loss in method(batch).items()}
         det_weight = math.prod(method.det_loss_weight for method in self._iterate_methods())
+        det_losses = self.student.loss(outputs, targets, self.reduce_mean) if det_weight else {}
         return (
             {name: det_weight * loss for name, loss in det_losses.items()},
             {name: distill_weight * loss for name, loss in losses.items()},

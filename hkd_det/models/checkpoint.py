@@ -20,11 +20,13 @@ from hkd_det.models.detector import HKDDetector
 from hkd_det.models.faster_rcnn import FasterRCNN
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges
 from hkd_det.models.ultralytics import UltralyticsDetector
+from hkd_det.models.yolox import YOLOX
 
 FAMILIES: dict[str, type[BaseDetector]] = {
     "hkd": HKDDetector,
     "yolo": UltralyticsDetector,
     "faster-rcnn": FasterRCNN,
+    "yolox": YOLOX,
 }
 
 FORMAT_VERSION = 2

@@ -206,11 +206,3 @@ class HKDDetector(DenseDetector):
     def load_pretrained(self, source: str) -> None:
         """Load pretrained backbone weights. See `BaseDetector.load_pretrained`."""
         load_backbone_weights(self.backbone, self.spec.backbone, source)
-
-
-def freeze_batch_norm(model: nn.Module) -> None:
-    """Freeze all batch normalizations of a model: running statistics, weights and biases no longer change."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.requires_grad_(False)

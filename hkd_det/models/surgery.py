@@ -22,11 +22,15 @@ class PrunableLayer:
         conv: The convolution.
         norms: Its normalizations; several if levels share the convolution but not the normalization.
         consumers: The convolutions that read its output.
+        depthwise: Depthwise convolutions between it and its consumers. They have the same channels.
+        depthwise_norms: The normalizations of these.
     """
 
     conv: str
     norms: tuple[str, ...]
     consumers: tuple[str, ...]
+    depthwise: tuple[str, ...] = ()
+    depthwise_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,30 +106,30 @@ def find_residual_layers(network: nn.Module) -> list[PrunableLayer]:
     return filter_dense_convs(network, layers)
 
 
-def prune_channels(
-    network: nn.Module, conv: str, norms: Sequence[str], consumers: Sequence[str], num_channels: int
-) -> None:
-    """Replace a convolution, its normalizations and its consumers by fresh modules with fewer channels between them.
+def prune_channels(network: nn.Module, layer: PrunableLayer, num_channels: int) -> None:
+    """Replace a convolution and the modules that share its output channels by fresh modules with fewer channels.
 
     Args:
         network: Network to change.
-        conv: Name of the convolution.
-        norms: Names of its normalizations.
-        consumers: Names of the convolutions that read its output.
-        num_channels: New number of output channels of `conv`.
+        layer: The convolution, with its normalizations and consumers.
+        num_channels: New number of output channels.
 
     Raises:
         UsageError: If the layer cannot have this number of channels, or if a normalization is not a batch
             normalization.
     """
     modules = dict(network.named_modules())
-    out_channels = modules[conv].out_channels
+    out_channels = modules[layer.conv].out_channels
     if not (isinstance(out_channels, int) and 1 <= num_channels <= out_channels):
-        raise UsageError(f"{conv}: expected 1 to {out_channels} channels, got {num_channels}. Use another checkpoint.")
-    _replace_module(network, conv, _make_conv(modules[conv], out_channels=num_channels))
-    for name in norms:
+        raise UsageError(
+            f"{layer.conv}: expected 1 to {out_channels} channels, got {num_channels}. Use another checkpoint."
+        )
+    _replace_module(network, layer.conv, _make_conv(modules[layer.conv], out_channels=num_channels))
+    for name in (*layer.norms, *layer.depthwise_norms):
         _replace_module(network, name, _make_norm(modules[name], num_channels))
-    for name in consumers:
+    for name in layer.depthwise:
+        _replace_module(network, name, _make_conv(modules[name], num_channels, num_channels, groups=num_channels))
+    for name in layer.consumers:
         _replace_module(network, name, _make_conv(modules[name], in_channels=num_channels))
 
 
@@ -216,8 +220,7 @@ def _prune_layers(network: nn.Module, layers: list[PrunableLayer], widths: dict[
     for conv, num_channels in widths.items():
         if conv not in by_name:
             raise UsageError(f"{conv}: no prunable layer of this network. Use another checkpoint.")
-        layer = by_name[conv]
-        prune_channels(network, conv, layer.norms, layer.consumers, num_channels)
+        prune_channels(network, by_name[conv], num_channels)
 
 
 def _replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
@@ -225,7 +228,7 @@ def _replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), child, module)  # also registers members of a Sequential or ModuleList
 
 
-def _make_conv(template: nn.Module, in_channels: int = 0, out_channels: int = 0) -> nn.Conv2d:
+def _make_conv(template: nn.Module, in_channels: int = 0, out_channels: int = 0, groups: int = 1) -> nn.Conv2d:
     assert isinstance(template, nn.Conv2d) and not isinstance(template.padding, str)
     return nn.Conv2d(
         in_channels or template.in_channels,
@@ -234,6 +237,7 @@ def _make_conv(template: nn.Module, in_channels: int = 0, out_channels: int = 0)
         (template.stride[0], template.stride[1]),
         (template.padding[0], template.padding[1]),
         (template.dilation[0], template.dilation[1]),
+        groups,
         bias=template.bias is not None,
     )
 

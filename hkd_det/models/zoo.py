@@ -1,10 +1,11 @@
 """The named models, loading them as student or teacher, and counting their parameters and operations."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hkd_det.errors import UsageError
@@ -14,6 +15,8 @@ from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
 from hkd_det.models.onnx_teacher import OnnxTeacher, is_onnx_file, load_onnx_teacher
 from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, make_ultralytics_spec
+from hkd_det.models.yolox import YOLOXSpec
+from hkd_det.models.yolox_weights import fit_batch_norm, is_yolox_file, load_yolox
 from hkd_det.ops.hooks import observe_calls
 
 # A student has at most a sixth of the parameters of its teacher: tests/hkd_det/models/test_zoo.py.
@@ -27,6 +30,11 @@ MODELS: dict[str, ModelSpec] = {
         {"channels": (16, 32, 64, 128), "stem_width": 8, "stem_type": "deep", "layers": (1, 2, 2, 1)},
         channels=32,
     ),
+    "yolox-nano": YOLOXSpec(),
+    "yolox-nano-hswish": YOLOXSpec(act="hardswish"),
+    "yolox-nano-relu": YOLOXSpec(act="relu"),
+    "yolox-tiny": YOLOXSpec(width=0.375, depthwise=False),
+    "yolox-s": YOLOXSpec(width=0.5, depthwise=False),
     "fasterrcnn-r50": FasterRCNNSpec(),
     "fasterrcnn-r18": FasterRCNNSpec("resnet18", width_mult=0.5, channels=112, head_width=512),
 }
@@ -100,14 +108,22 @@ def build_model(name: str, backbone: str = "") -> BaseDetector:
     return build_from_spec(replace(spec, backbone=backbone, backbone_kwargs={}))
 
 
-def build_student(model: str, backbone: str, pretrained: str, weights: Path | None = None) -> BaseDetector:
+def build_student(
+    model: str,
+    backbone: str,
+    pretrained: str,
+    weights: Path | None,
+    iterate_images: Callable[[int], Iterator[Tensor]],
+) -> BaseDetector:
     """Build the detector that a run trains.
 
     Args:
         model: Name of the model, as for `get_spec`.
         backbone: Name of a timm model that replaces the backbone; "" keeps it.
         pretrained: Source of pretrained backbone weights, as for `BaseDetector.load_pretrained`; "" for none.
-        weights: Checkpoint to start from. It replaces all other arguments.
+        weights: Checkpoint to start from. It replaces all other arguments, except the activation of a YOLOX model.
+        iterate_images: Yields at least the given number of training images, [B, 3, H, W] RGB. The statistics of batch
+            normalization in a YOLOX file are estimated on them.
 
     Returns:
         The detector on the CPU.
@@ -117,6 +133,11 @@ def build_student(model: str, backbone: str, pretrained: str, weights: Path | No
         DataError: If a file is not readable or does not fit.
         UnavailableError: If the pretrained weights cannot be downloaded.
     """
+    if weights is not None and is_yolox_file(weights):
+        spec = MODELS.get(model)
+        student = load_yolox(weights, spec.act if isinstance(spec, YOLOXSpec) else "silu")
+        fit_batch_norm(student, iterate_images)
+        return student
     if weights is not None:
         return load_detector(weights)
     detector = build_model(model, backbone)
@@ -129,9 +150,10 @@ def load_teacher(path: Path, device: torch.device, config_path: Path | None = No
     """Load a teacher onto a device.
 
     Args:
-        path: best.pt of a run, a .pt file of Ultralytics, or an .onnx file.
+        path: best.pt of a run, a .pt file of Ultralytics, a YOLOX file of Megvii, or another .onnx file.
         device: Device of the teacher.
-        config_path: YAML file that describes inputs and outputs of an .onnx file that hkd-export did not write.
+        config_path: YAML file that describes inputs and outputs of an .onnx file that hkd-export did not write. With
+            it, a YOLOX file is run as an .onnx file.
 
     Returns:
         The teacher in evaluation mode.
@@ -139,13 +161,23 @@ def load_teacher(path: Path, device: torch.device, config_path: Path | None = No
     Raises:
         HkdError: If the file cannot be loaded.
     """
-    if is_onnx_file(path):
+    if is_onnx_teacher(path, config_path):
         return load_onnx_teacher(path, device, config_path)
     return load_detector(path).to(device).to(memory_format=torch.channels_last)
 
 
+def is_onnx_teacher(path: Path, config_path: Path | None = None) -> bool:
+    """Return whether `load_teacher` runs a file with ONNX Runtime, so that it provides detections only.
+
+    Args:
+        path: File of the teacher.
+        config_path: Description of an .onnx file, or None.
+    """
+    return is_onnx_file(path) and (config_path is not None or not is_yolox_file(path))
+
+
 def load_detector(path: Path) -> BaseDetector:
-    """Load a detector from best.pt of a run or from a .pt file of Ultralytics.
+    """Load a detector from best.pt of a run, from a .pt file of Ultralytics, or from a YOLOX file of Megvii.
 
     Args:
         path: The file.
@@ -157,14 +189,25 @@ def load_detector(path: Path) -> BaseDetector:
         DataError: If the file is missing, broken or of another kind.
         UsageError: If the file is an .onnx file.
     """
+    if is_yolox_file(path):
+        return load_yolox(path)
     _check_not_onnx(path)
     if is_ultralytics_file(path):
         return load_ultralytics(path)
     return load_detector_checkpoint(path).build()
 
 
-def read_model_name(path: Path) -> str:
-    """Return the name of the model in a checkpoint file. Arguments and errors are those of `load_detector`."""
+def read_model_name(path: Path, model: str = "") -> str:
+    """Return the name of the model in a checkpoint file. Errors are those of `load_detector`.
+
+    Args:
+        path: File as for `load_detector`.
+        model: Requested name. A YOLOX file can give a model with another activation.
+    """
+    if is_yolox_file(path):
+        spec = load_yolox(path).spec
+        fitting = [name for name, known in MODELS.items() if isinstance(known, YOLOXSpec) and known.has_weights_of(spec)]
+        return model if model in fitting else next(iter(fitting), "yolox")
     _check_not_onnx(path)
     if is_ultralytics_file(path):
         return str(load_ultralytics(path).spec.name)
@@ -197,5 +240,5 @@ def _check_not_onnx(path: Path) -> None:
     if is_onnx_file(path):
         raise UsageError(
             f"{path}: an ONNX file has no feature maps and no weights to start from. "
-            "Use it with --teacher and --distill soft_labels."
+            "Use it with --teacher and --distill soft_labels, or provide a YOLOX file of Megvii."
         )

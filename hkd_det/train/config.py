@@ -11,7 +11,8 @@ from hkd_det.distill import METHODS, check_methods, check_teacher, load_method, 
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
-from hkd_det.models.onnx_teacher import OnnxTeacher, is_onnx_file
+from hkd_det.models.onnx_teacher import OnnxTeacher
+from hkd_det.models.zoo import is_onnx_teacher
 
 
 def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_factor: float = 0.02) -> float:
@@ -33,31 +34,39 @@ def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_fact
     return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def compute_distill_weight(epoch: int, epochs: int, no_aug_ratio: float) -> float:
-    """Compute the factor of the distillation losses: half a cosine from 1, then 0 in the last epochs.
+DistillSchedule = Literal["cosine", "constant"]
+
+
+def compute_distill_weight(
+    epoch: int, epochs: int, no_distill_ratio: float, schedule: DistillSchedule = "cosine"
+) -> float:
+    """Compute the factor of the distillation losses: half a cosine from 1, or 1; then 0 in the last epochs.
 
     Args:
         epoch: Epoch, 0 to epochs - 1.
         epochs: Epochs of the run.
-        no_aug_ratio: Ratio of the epochs at the end without augmentation and distillation.
+        no_distill_ratio: Ratio of the epochs at the end without distillation.
+        schedule: Form of the factor before.
 
     Returns:
         Factor, 0 to 1.
     """
-    end = get_no_aug_start_epoch(epochs, no_aug_ratio)
+    end = get_last_phase_start(epochs, no_distill_ratio)
     if epoch >= end:
         return 0.0
+    if schedule == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * epoch / max(1, end)))
 
 
-def get_no_aug_start_epoch(epochs: int, no_aug_ratio: float) -> int:
-    """Return the first epoch without mosaic, multi-scale and distillation.
+def get_last_phase_start(epochs: int, ratio: float) -> int:
+    """Return the first of the last epochs of a run.
 
     Args:
         epochs: Epochs of the run.
-        no_aug_ratio: Ratio of these epochs, 0 to 1.
+        ratio: Ratio of the last epochs, 0 to 1.
     """
-    return epochs - round(epochs * no_aug_ratio)
+    return epochs - round(epochs * ratio)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,9 @@ class TrainConfig:
         ema_decay: Maximum decay of the moving average of the weights, 0 to 1.
         multi_scale: Random change of the input size, 0 to 0.5.
         mosaic: Probability of a mosaic of four images, 0 to 1.
-        no_aug_ratio: Ratio of the epochs at the end without mosaic, multi-scale and distillation, 0 to 1.
+        no_aug_ratio: Ratio of the epochs at the end without mosaic and multi-scale, 0 to 1.
+        distill_schedule: Factor of the distillation losses over the epochs: "cosine" falls from 1 to 0.
+        no_distill_ratio: Ratio of the epochs at the end without distillation and unlabeled images, 0 to 1.
         backbone: timm model that replaces the default backbone, or "".
         pretrained: Backbone weights: "imagenet", a file, or "" for none.
         weights: Checkpoint that gives the initial architecture and weights, or "".
@@ -110,6 +121,8 @@ class TrainConfig:
     multi_scale: float = 0.25
     mosaic: float = 0.5
     no_aug_ratio: float = 0.1
+    distill_schedule: DistillSchedule = "cosine"
+    no_distill_ratio: float = 0.1
     backbone: str = ""
     pretrained: str = ""
     weights: str = ""
@@ -140,9 +153,9 @@ class TrainConfig:
             check_range(name, getattr(self, name), 0)
         for name in ("unlabeled_ratio", "clip_grad_norm"):
             check_range(name, getattr(self, name), 0, is_open=True)
-        maximums = {"warmup_ratio": 1, "mosaic": 1, "no_aug_ratio": 1, "multi_scale": 0.5, "ema_decay": 1}
-        for name, maximum in maximums.items():
-            check_range(name, getattr(self, name), 0, maximum)
+        for name in ("warmup_ratio", "mosaic", "no_aug_ratio", "no_distill_ratio", "ema_decay"):
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("multi_scale", self.multi_scale, 0, 0.5)
         if self.setup not in SETUPS:
             raise UsageError(f"setup: expected one of {', '.join(SETUPS)}, got {self.setup}.")
         if len(self.imgsz_hw) != 2 or any(side < STRIDE or side % STRIDE for side in self.imgsz_hw):
@@ -157,17 +170,19 @@ class TrainConfig:
             )
         check_methods(self.distill)
         methods = [load_method(name) for name in self.distill]
-        if any(method.has_losses for method in methods) and not get_no_aug_start_epoch(self.epochs, self.no_aug_ratio):
+        has_losses = any(method.has_losses for method in methods)
+        if has_losses and not get_last_phase_start(self.epochs, self.no_distill_ratio):
             raise UsageError(
-                f"no_aug_ratio: {self.no_aug_ratio} of {self.epochs} epochs leaves no epoch with distillation. Reduce "
-                "it."
+                f"no_distill_ratio: {self.no_distill_ratio} of {self.epochs} epochs leaves no epoch with distillation. "
+                "Reduce it."
             )
         if self.unlabeled and not any(method.supports_unlabeled for method in methods):
             suitable = [name for name in METHODS if load_method(name).supports_unlabeled]
             raise UsageError(f"--unlabeled requires --teacher and one of --distill {', '.join(suitable)}.")
 
     def _check_onnx_teacher(self) -> None:
-        is_onnx = is_onnx_file(Path(self.teacher))
+        description = Path(self.teacher_config) if self.teacher_config else None
+        is_onnx = is_onnx_teacher(Path(self.teacher), description)
         if is_onnx:
             check_teacher(self.distill, OnnxTeacher.capabilities, self.teacher)
         if self.teacher_config and not is_onnx:

@@ -13,7 +13,7 @@ from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.errors import DataError
 from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
 from hkd_det.models.zoo import load_detector
-from hkd_det.train.config import TrainConfig, get_no_aug_start_epoch
+from hkd_det.train.config import TrainConfig, get_last_phase_start
 from hkd_det.train.dataset import EpochPlan, build_dataloader, iterate_batches
 from hkd_det.train.distributed import DistributedContext
 from hkd_det.train.engine import evaluate
@@ -101,7 +101,7 @@ def make_run_context(
         save_dir=config.save_path,
         imgsz_hw=config.imgsz_hw,
         total_steps=config.epochs * plan.steps_per_epoch,
-        distill_ratio=get_no_aug_start_epoch(config.epochs, config.no_aug_ratio) / config.epochs,
+        distill_ratio=get_last_phase_start(config.epochs, config.no_distill_ratio) / config.epochs,
         seed=config.seed,
         device=config.device,
         torch_device=dist_context.device,

@@ -79,13 +79,13 @@ class EpochPlan:
         """Batches per epoch. Every labeled image occurs once; the last batch is filled with the first images."""
         return -(-self.num_images // self.batch)
 
-    def sample_batches(self, epoch: int, no_aug: bool) -> Iterator[list[SampleSpec]]:
+    def sample_batches(self, epoch: int, no_aug: bool, no_unlabeled: bool = False) -> Iterator[list[SampleSpec]]:
         """Sample the global batches of one epoch.
 
         Args:
             epoch: Index of the epoch, from 0.
-            no_aug: Disable mosaic and multi-scale, as at the end of training. Unlabeled images are left out as well,
-                because the end of training has no distillation.
+            no_aug: Disable mosaic and multi-scale, as at the end of training.
+            no_unlabeled: Leave out the unlabeled images, as in epochs without distillation.
 
         Yields:
             The specs of one global batch: labeled images first, then unlabeled ones.
@@ -99,7 +99,7 @@ class EpochPlan:
                 SampleSpec(self._sample_indices(rng, int(index), no_aug), size_hw, int(rng.integers(2**62)))
                 for index in order[step * self.batch : (step + 1) * self.batch]
             ]
-            if no_aug:
+            if no_unlabeled:
                 yield labeled
             else:
                 yield labeled + [SampleSpec((index,), size_hw, seed) for index, seed in next(unlabeled_batches)]
@@ -133,17 +133,18 @@ class DistributedBatchSampler(Sampler[list[SampleSpec]]):
     Attributes:
         epoch: Epoch that the next iteration samples. Set it before each epoch.
         no_aug: Whether the next iteration disables mosaic and multi-scale.
+        no_unlabeled: Whether the next iteration leaves out the unlabeled images.
     """
 
     def __init__(self, plan: EpochPlan, rank: int, world_size: int) -> None:
         self.plan, self.rank, self.world_size = plan, rank, world_size
-        self.epoch, self.no_aug = 0, False
+        self.epoch, self.no_aug, self.no_unlabeled = 0, False, False
 
     def __len__(self) -> int:
         return self.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[SampleSpec]]:
-        for batch in self.plan.sample_batches(self.epoch, self.no_aug):
+        for batch in self.plan.sample_batches(self.epoch, self.no_aug, self.no_unlabeled):
             yield batch[self.rank :: self.world_size]
 
 

@@ -102,7 +102,7 @@ def train_one_epoch(
     losses_sum: dict[str, float] = {}
     metrics_sum: dict[str, float] = {}
     num_steps = len(loader)
-    distill_weight = compute_distill_weight(epoch, config.epochs, config.no_aug_ratio)
+    distill_weight = compute_distill_weight(epoch, config.epochs, config.no_distill_ratio, config.distill_schedule)
     for index, (images, targets) in enumerate(iterate_batches(loader)):
         step = epoch * num_steps + index
         lr = lr_schedule(step)
@@ -120,8 +120,9 @@ def train_one_epoch(
                 "Reduce it (--set lr=)."
             )
         optimizer.zero_grad(set_to_none=True)
+        det_loss = sum_losses(det_losses) if det_losses else torch.zeros_like(loss)
         distill_loss = sum_losses(distill_losses) if distill_losses else None
-        metrics = balancer.backward(sum_losses(det_losses), distill_loss, distill_weight)
+        metrics = balancer.backward(det_loss, distill_loss, distill_weight)
         metrics |= distiller.after_backward(step)
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         optimizer.step()

@@ -135,7 +135,7 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
     if "teacher" in sources and not settings.get("model"):
         settings.setdefault("weights", settings.get("teacher", ""))
     if checkpoint := _get_initial_checkpoint(settings):
-        model = read_model_name(Path(checkpoint))
+        model = read_model_name(Path(checkpoint), settings.get("model") or "")
         if settings.setdefault("model", model) != model:
             raise UsageError(f"--model {settings['model']}: {checkpoint} is a {model}. Leave --model out to use it.")
     # A student that starts from the teacher needs no --model.

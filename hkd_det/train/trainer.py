@@ -29,9 +29,9 @@ from hkd_det.models.checkpoint import (
     save_detector_checkpoint,
     save_training_state,
 )
-from hkd_det.models.detector import freeze_batch_norm
+from hkd_det.models.batch_norm import freeze_batch_norm
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
-from hkd_det.train.config import TrainConfig, compute_lr_factor, get_no_aug_start_epoch
+from hkd_det.train.config import TrainConfig, compute_lr_factor, get_last_phase_start
 from hkd_det.train.context import check_annotations, make_epoch_plan, make_run_context, resolve_initial_weights
 from hkd_det.train.dataset import EpochPlan, build_dataloader
 from hkd_det.train.distributed import DistributedContext, init_distributed
@@ -115,7 +115,9 @@ class Trainer:
             )
         self.config, self.plan, self.dist_context, self.val_samples = config, plan, dist_context, val_samples
         torch.manual_seed(config.seed)
-        student = build_student(config.model, config.backbone, config.pretrained, weights)
+        student = build_student(
+            config.model, config.backbone, config.pretrained, weights, context.iterate_images
+        )
         if config.freeze_bn:
             freeze_batch_norm(student)
         teacher, methods = None, []
@@ -196,7 +198,8 @@ class Trainer:
         config, is_main, start = self.config, self.dist_context.is_main_process, time.monotonic()
         self.sampler.epoch = epoch
         torch.manual_seed(_derive_seed(config.seed, epoch, self.dist_context.rank))
-        self.sampler.no_aug = epoch >= get_no_aug_start_epoch(config.epochs, config.no_aug_ratio)
+        self.sampler.no_aug = epoch >= get_last_phase_start(config.epochs, config.no_aug_ratio)
+        self.sampler.no_unlabeled = epoch >= get_last_phase_start(config.epochs, config.no_distill_ratio)
         progress.set_description(f"epoch {epoch + 1}/{config.epochs}")
         losses, metrics = self.run_epoch_steps(epoch, module, progress)
         images_per_s = self.plan.steps_per_epoch * config.batch / (time.monotonic() - start)

@@ -255,6 +255,9 @@ def fuse_compactors(detector: BaseDetector) -> BaseDetector:
             _fuse_into_norms(state_dict, site, keep)
         for name in site.layer.consumers:
             state_dict[f"{name}.weight"] = state_dict[f"{name}.weight"][:, keep]
+        for name in (*site.layer.depthwise, *site.layer.depthwise_norms):
+            for key, value in _select_own_tensors(state_dict, name):
+                state_dict[key] = value[keep] if value.ndim else value
         if len(keep) < len(site.compactor.masked) or site.layer.conv in detector.changes.widths:
             widths[site.layer.conv] = len(keep)
     changes = replace(detector.changes, widths={**detector.changes.widths, **widths})
@@ -273,6 +276,11 @@ def _insert_compactor(network: BaseDetector, layer: PrunableLayer) -> Compactor:
         # setattr also replaces the entries of nn.Sequential and nn.ModuleList.
         setattr(network.get_submodule(parent), attribute, wrapped)
     return compactor
+
+
+def _select_own_tensors(state_dict: _StateDict, name: str) -> list[tuple[str, Tensor]]:
+    """Return the entries of a module without children."""
+    return [(key, value) for key, value in state_dict.items() if key.rpartition(".")[0] == name]
 
 
 def _strip_compactors(detector: BaseDetector) -> _StateDict:

@@ -33,10 +33,13 @@ class ChannelCostModel:
         num_positions = _count_positions(detector, imgsz_hw)
         output_layers = {layer.conv: index for index, layer in enumerate(layers)}
         input_layers = {name: index for index, layer in enumerate(layers) for name in layer.consumers}
+        depthwise = {name: index for index, layer in enumerate(layers) for name in layer.depthwise}
         norms = {layer.conv: layer.norms for layer in layers}
+        for layer in layers:
+            norms |= {name: (norm,) for name, norm in zip(layer.depthwise, layer.depthwise_norms, strict=True)}
         self._convs = []
         # Convolutions that do not run in inference, such as a head that is used in training only, cost nothing.
-        for name in [name for name in output_layers | input_layers if num_positions[name]]:
+        for name in [name for name in output_layers | input_layers | depthwise if num_positions[name]]:
             module = modules[name]
             assert isinstance(module, nn.Conv2d)
             params_per_channel = (module.bias is not None) + sum(
@@ -45,8 +48,8 @@ class ChannelCostModel:
             self._convs.append(
                 _ConvCost(
                     input_layers.get(name),
-                    output_layers.get(name),
-                    module.in_channels,
+                    output_layers.get(name, depthwise.get(name)),
+                    1 if name in depthwise else module.in_channels,
                     module.out_channels,
                     module.kernel_size[0] * module.kernel_size[1],
                     num_positions[name],
@@ -101,7 +104,7 @@ class _ConvCost:
     Attributes:
         input_layer: Index of the layer whose width is the number of input channels; None if it is fixed.
         output_layer: Index of the layer whose width is the number of output channels; None if it is fixed.
-        in_channels: Input channels in the initial network.
+        in_channels: Input channels per output channel in the initial network; 1 for a depthwise convolution.
         out_channels: Output channels in the initial network.
         kernel_area: Weights per pair of an input and an output channel.
         num_positions: Output positions per image, summed over all calls.

@@ -26,6 +26,7 @@ from hkd_det.models.faster_rcnn import FasterRCNNSpec
 from hkd_det.models.feature_layers import list_feature_layers
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
+from hkd_det.models.yolox import YOLOXSpec
 from hkd_det.models.zoo import count_params_and_flops
 from hkd_det.ops.hooks import FeatureHooks
 from hkd_det.ops.losses import sum_losses
@@ -46,6 +47,7 @@ SPECS: dict[str, Callable[[], ModelSpec]] = {
     "faster-rcnn": lambda: FasterRCNNSpec(
         "resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256)
     ),
+    "yolox": lambda: YOLOXSpec(width=0.125),
 }
 HW = (64, 96)
 IMAGES = torch.randint(0, 256, (2, 3, *HW), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -205,6 +207,8 @@ def test_prunable_layers_are_closed(detector: BaseDetector) -> None:
         channels = modules[layer.conv].out_channels
         assert all(modules[name].num_features == channels for name in layer.norms)
         assert all(modules[name].in_channels == channels for name in layer.consumers)
+        assert all(modules[name].groups == channels for name in layer.depthwise)
+        assert all(modules[name].num_features == channels for name in layer.depthwise_norms)
 
 
 def test_pruned_model_keeps_output_shapes(family: str, detector: BaseDetector) -> None:

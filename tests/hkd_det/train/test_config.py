@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hkd_det.train.config import compute_distill_weight, compute_lr_factor, get_no_aug_start_epoch
+from hkd_det.train.config import compute_distill_weight, compute_lr_factor, get_last_phase_start
 
 
 def test_lr_factor_rises_to_one_and_falls() -> None:
@@ -20,7 +20,7 @@ def test_lr_factor_stays_in_range(steps: int, warmup: float) -> None:
 
 @given(st.integers(1, 300), st.floats(0, 1))
 def test_distill_weight_is_zero_in_last_epochs(epochs: int, finale: float) -> None:
-    first_plain = get_no_aug_start_epoch(epochs, finale)
+    first_plain = get_last_phase_start(epochs, finale)
     strengths = [compute_distill_weight(epoch, epochs, finale) for epoch in range(epochs)]
     assert all(strength == 0 for strength in strengths[first_plain:])
     assert strengths[:first_plain] == sorted(strengths[:first_plain], reverse=True)

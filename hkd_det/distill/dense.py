@@ -1,0 +1,244 @@
+"""Dense distillation: the student learns the scores and boxes of the teacher at every anchor point, without labels.
+
+The score loss is the binary cross-entropy of BCKD (Yang et al. 2023) with the weight of the teacher score, the box loss
+is GIoU, and neck outputs are compared as in FitNets (Romero et al. 2015), each channel divided by its variance. The
+student needs the anchor points of the teacher, and its channels unless `adapter` projects them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hkd_det.config import check_range
+from hkd_det.distill.adapters import Adapter, Projection
+from hkd_det.distill.base import DistillationBatch, DistillMethod, match_branches
+from hkd_det.errors import UsageError
+from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs
+from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
+from hkd_det.ops.boxes import giou_loss
+
+MIN_SCORE = 0.02  # boxes with a lower teacher score are not compared
+EPS = 1e-3  # added to the variance of a channel
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Settings of dense distillation.
+
+    Attributes:
+        cls: Weight of the score loss.
+        box: Weight of the box loss.
+        features: Weight of the feature loss.
+        det_loss_weight: Factor for the detection losses. 0 trains without labels.
+        flip_teacher: Whether scores and boxes of the teacher are averaged over the image and its mirror image.
+        double_resolution: Whether the teacher also sees the images at twice the size (`merge_double_resolution`).
+        adapter: Projection from student to teacher channels; "none" for equal channels.
+        feature_layers: Layers to compare. Empty: the outputs of both necks, paired by stride.
+    """
+
+    cls: float = 1.0
+    box: float = 2.5
+    features: float = 1.0
+    det_loss_weight: float = 0.0
+    flip_teacher: bool = False
+    double_resolution: bool = False
+    adapter: Projection | Literal["none"] = "none"
+    feature_layers: LayerPairs = field(default_factory=LayerPairs)
+
+    def __post_init__(self) -> None:
+        for name in ("cls", "box", "features", "det_loss_weight"):
+            check_range(f"distill.dense.{name}", getattr(self, name), 0)
+
+
+class DenseDistillation(DistillMethod):
+    """Distillation at all anchor points and from the neck outputs.
+
+    Args:
+        config: Settings.
+        student: Detector to train.
+        teacher: Teacher with features and logits.
+    """
+
+    Config = DenseConfig
+    requires = frozenset({"features", "logits"})
+    supports_unlabeled = True
+
+    def __init__(self, config: DenseConfig, student: BaseDetector, teacher: Any) -> None:
+        super().__init__(config, student, teacher)
+        self.det_loss_weight = config.det_loss_weight
+        layers = select_layers(student, teacher, config.feature_layers)
+        pairs = pair_layers(*layers, config.feature_layers) if config.features else []
+        self._layers = LayerPairs(tuple(s.name for s, _ in pairs), tuple(t.name for _, t in pairs))
+        if config.adapter == "none":
+            for s, t in pairs:
+                if (s.channels, s.stride) != (t.channels, t.stride):
+                    raise UsageError(
+                        f"distill.dense.adapter: none requires equal channels and strides, but {s.name} has "
+                        f"{s.channels} at stride {s.stride} and {t.name} has {t.channels} at stride {t.stride}. "
+                        "Set distill.dense.adapter=plain."
+                    )
+            self.adapters = nn.ModuleList(nn.Identity() for _ in pairs)
+        else:
+            self.adapters = nn.ModuleList(Adapter(s, t, config.adapter) for s, t in pairs)
+
+    def feature_layers(self) -> LayerPairs:
+        """Return the compared layers, pair by pair."""
+        return self._layers
+
+    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
+        """Compute the weighted losses `dense_cls`, `dense_box` and, unless its weight is 0, `dense_features`.
+
+        Args:
+            batch: Batch with the outputs of both networks.
+
+        Returns:
+            Weighted scalars.
+
+        Raises:
+            UsageError: If the anchor points of student and teacher differ.
+        """
+        branches = match_branches(batch)
+        if not branches:
+            raise UsageError(
+                "--distill dense: student and teacher have different anchor points. Use --distill hkd or soft_labels."
+            )
+        if self.config.flip_teacher:
+            mirrored = forward_mirrored(batch.teacher, batch.images)
+            branches = [(s, average_branches(t, m)) for (s, t), m in zip(branches, mirrored, strict=False)]
+        if self.config.double_resolution:
+            doubled = forward_doubled(batch.teacher, batch.images)
+            branches = [(s, merge_double_resolution(t, d)) for (s, t), d in zip(branches, doubled, strict=False)]
+        cls_losses, box_losses = zip(*(_compute_branch_losses(s, t, batch) for s, t in branches), strict=True)
+        losses = {
+            "dense_cls": self.config.cls * torch.stack(cls_losses).sum(),
+            "dense_box": self.config.box * torch.stack(box_losses).sum(),
+        }
+        if self.config.features:
+            losses["dense_features"] = self.config.features * self._compute_feature_loss(batch)
+        return losses
+
+    def _compute_feature_loss(self, batch: DistillationBatch) -> Tensor:
+        errors = []
+        for adapter, s_name, t_name in zip(self.adapters, self._layers.student, self._layers.teacher, strict=True):
+            student = adapter(batch.student_features[s_name]).float()
+            teacher = batch.teacher_features[t_name].float()
+            variance = teacher.var((0, 2, 3)) + EPS
+            errors.append(((student - teacher).square().mean((0, 2, 3)) / variance).mean())
+        return torch.stack(errors).sum()
+
+
+@torch.no_grad()
+def forward_mirrored(teacher: Any, images: Tensor) -> list[BranchOutputs]:
+    """Run a dense teacher on mirrored images and map its outputs back.
+
+    Args:
+        teacher: Dense detector.
+        images (Tensor[B, 3, H, W]): RGB, 0 to 255.
+
+    Returns:
+        Outputs at the anchor points of the original images: one-to-many, then one-to-one if the teacher has it.
+    """
+    outputs: DenseOutputs = teacher(images.flip(3))
+    width = images.shape[3]
+    order = _mirror_anchor_points(outputs)
+    branches = [outputs.one2many, *([outputs.one2one] if outputs.one2one else [])]
+    mapped = []
+    for branch in branches:
+        x1, y1, x2, y2 = branch.boxes_xyxy[:, order].unbind(-1)
+        boxes = torch.stack([width - x2, y1, width - x1, y2], -1)
+        mapped.append(BranchOutputs(branch.logits[:, order], boxes, has_box_loss=branch.has_box_loss))
+    return mapped
+
+
+@torch.no_grad()
+def forward_doubled(teacher: Any, images: Tensor) -> list[BranchOutputs]:
+    """Run a dense teacher on images of twice the size and map its outputs back.
+
+    Stride 2 s in the large image is stride s in the original one, so the levels above the finest one of the teacher have
+    the anchor points of all levels below the coarsest one of the student.
+
+    Args:
+        teacher: Dense detector.
+        images (Tensor[B, 3, H, W]): RGB, 0 to 255.
+
+    Returns:
+        Outputs at the first anchor points of the original images: one-to-many, then one-to-one if the teacher has it.
+    """
+    outputs: DenseOutputs = teacher(F.interpolate(images.float(), scale_factor=2.0, mode="bilinear"))
+    is_coarse = outputs.strides > outputs.strides.min()
+    branches = [outputs.one2many, *([outputs.one2one] if outputs.one2one else [])]
+    return [
+        BranchOutputs(
+            branch.logits[:, is_coarse], branch.boxes_xyxy[:, is_coarse] / 2, has_box_loss=branch.has_box_loss
+        )
+        for branch in branches
+    ]
+
+
+def merge_double_resolution(original: BranchOutputs, doubled: BranchOutputs) -> BranchOutputs:
+    """Take score and box of the more confident resolution at each anchor point.
+
+    Qi et al. (2021) align the levels of two resolutions in the same way. The coarsest level exists only in `original`.
+
+    Args:
+        original: Outputs at A anchor points.
+        doubled: Return value of `forward_doubled`: outputs at the first of these points.
+
+    Returns:
+        Merged outputs at all points, without distance distributions.
+    """
+    count = doubled.logits.shape[1]
+    is_better = doubled.logits > original.logits[:, :count]
+    boxes = torch.where(is_better[..., None], doubled.boxes_xyxy, original.boxes_xyxy[:, :count])
+    return BranchOutputs(
+        torch.cat([torch.maximum(original.logits[:, :count], doubled.logits), original.logits[:, count:]], 1),
+        torch.cat([boxes, original.boxes_xyxy[:, count:]], 1),
+        has_box_loss=original.has_box_loss,
+    )
+
+
+def _mirror_anchor_points(outputs: DenseOutputs) -> Tensor:
+    """Return [A]: for each anchor point, the index of its mirror image in the same row of the same level."""
+    indices: list[Tensor] = []
+    start = 0
+    for stride in outputs.strides.unique().int().tolist():  # ascending: fine level first, as in the outputs
+        rows, columns = outputs.input_hw[0] // stride, outputs.input_hw[1] // stride
+        grid = torch.arange(start, start + rows * columns, device=outputs.strides.device).view(rows, columns)
+        indices.append(grid.flip(1).flatten())
+        start += rows * columns
+    return torch.cat(indices)
+
+
+def average_branches(first: BranchOutputs, second: BranchOutputs) -> BranchOutputs:
+    """Average scores, and boxes weighted by the scores.
+
+    Args:
+        first: Outputs at A anchor points.
+        second: Outputs at the same points.
+
+    Returns:
+        Averaged outputs without distance distributions.
+    """
+    scores1, scores2 = first.logits.sigmoid(), second.logits.sigmoid()
+    weight = (scores1 / (scores1 + scores2).clamp(min=1e-12))[..., None]
+    boxes = weight * first.boxes_xyxy + (1 - weight) * second.boxes_xyxy
+    logits = ((scores1 + scores2) / 2).clamp(1e-9, 1 - 1e-6).logit()
+    return BranchOutputs(logits, boxes, has_box_loss=first.has_box_loss)
+
+
+def _compute_branch_losses(
+    student: BranchOutputs, teacher: BranchOutputs, batch: DistillationBatch
+) -> tuple[Tensor, Tensor]:
+    """Return score and box loss: sums over the anchor points, divided by the sum of the teacher scores."""
+    scores = teacher.logits.sigmoid()
+    avg_factor = batch.reduce_mean(scores.sum())
+    cross_entropy = F.binary_cross_entropy_with_logits(student.logits, scores, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(teacher.logits, scores, reduction="sum")  # 0 for equal scores
+    if not student.has_box_loss:
+        return (cross_entropy - entropy) / avg_factor, cross_entropy.new_zeros(())
+    point = scores > MIN_SCORE
+    giou = giou_loss(student.boxes_xyxy[point], teacher.boxes_xyxy[point])
+    return (cross_entropy - entropy) / avg_factor, (giou * scores[point]).sum() / avg_factor

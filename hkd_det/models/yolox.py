@@ -1,0 +1,379 @@
+"""YOLOX (Ge et al. 2021) with the single class person: CSPDarknet, PAFPN and a decoupled anchor-free head.
+
+Module names follow Megvii's implementation, so that `yolox_weights` can fill the network from its public files. Two
+parts differ without a change of the result: the Focus stem is one 6x6 convolution, and the logit of an anchor point
+combines class and objectness.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hkd_det.models.base import (
+    BranchOutputs,
+    DenseOutputs,
+    DetectionBatch,
+    DetectorPart,
+    FeatureInfo,
+    ModelSpec,
+)
+from hkd_det.models.detector import DenseDetector
+from hkd_det.models.head import make_anchors
+from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer, apply_changes
+from hkd_det.ops.nms import batched_nms, cluster_nms
+
+Activation = Literal["silu", "hardswish", "relu"]
+
+STRIDES = (8, 16, 32)
+IOU_THRESHOLD = 0.6
+PRIOR_PROB = 0.1  # initial class score and objectness: their product is the 0.01 of the other families
+MAX_BOX_LOGIT = 10.0  # exp of it times the largest stride is far above every image
+
+
+@dataclass(frozen=True)
+class YOLOXSpec(ModelSpec):
+    """Architecture of a `YOLOX`.
+
+    Attributes:
+        depth: Multiplier of the number of bottlenecks per stage; 3 and 9 at depth 1.
+        width: Multiplier of the channels; the stem has 64 channels at width 1.
+        depthwise: Whether 3x3 convolutions are depthwise-separable, as in YOLOX-nano.
+        act: Activation. The public weights use silu; hardswish and relu are faster on CPUs.
+    """
+
+    depth: float = 0.33
+    width: float = 0.25
+    depthwise: bool = True
+    act: Activation = "silu"
+
+    def has_weights_of(self, other: "YOLOXSpec") -> bool:
+        """Return whether both architectures differ at most in the activation."""
+        return replace(self, act=other.act) == other
+
+    def channels(self, factor: int) -> int:
+        """Return the channels of a layer that has `factor` * 64 channels at width 1."""
+        return int(self.width * 64) * factor
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, batch normalization and activation; `BaseConv` of Megvii."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, act: Activation, groups: int = 1
+    ) -> None:
+        super().__init__()
+        padding = (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.03)
+        self.act = _make_activation(act)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        outputs: Tensor = self.act(self.bn(self.conv(features)))
+        return outputs
+
+
+class DepthwiseSeparableConv(nn.Module):
+    """Depthwise and pointwise convolution, each with batch normalization and activation; `DWConv` of Megvii."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, act: Activation) -> None:
+        super().__init__()
+        self.dconv = ConvNormAct(in_channels, in_channels, kernel_size, stride, act, groups=in_channels)
+        self.pconv = ConvNormAct(in_channels, out_channels, 1, 1, act)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        outputs: Tensor = self.pconv(self.dconv(features))
+        return outputs
+
+
+class Bottleneck(nn.Module):
+    """1x1 and 3x3 convolution, with an identity shortcut if requested."""
+
+    def __init__(self, channels: int, shortcut: bool, spec: YOLOXSpec) -> None:
+        super().__init__()
+        self.conv1 = ConvNormAct(channels, channels, 1, 1, spec.act)
+        self.conv2 = _make_conv3x3(channels, channels, 1, spec)
+        self.shortcut = shortcut
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Process features [B, channels, H, W]; the shape stays the same."""
+        outputs: Tensor = self.conv2(self.conv1(features))
+        return outputs + features if self.shortcut else outputs
+
+
+class CSPLayer(nn.Module):
+    """Cross-stage partial layer: half of the channels pass the bottlenecks (Wang et al. 2020)."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, shortcut: bool, spec: YOLOXSpec) -> None:
+        super().__init__()
+        hidden = out_channels // 2
+        self.conv1 = ConvNormAct(in_channels, hidden, 1, 1, spec.act)
+        self.conv2 = ConvNormAct(in_channels, hidden, 1, 1, spec.act)
+        self.conv3 = ConvNormAct(2 * hidden, out_channels, 1, 1, spec.act)
+        self.m = nn.Sequential(*(Bottleneck(hidden, shortcut, spec) for _ in range(num_blocks)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [B, in_channels, H, W] to [B, out_channels, H, W]."""
+        processed, bypassed = self.conv1(features), self.conv2(features)
+        outputs: Tensor = self.conv3(torch.cat([self.m(processed), bypassed], 1))
+        return outputs
+
+
+class SPPBottleneck(nn.Module):
+    """Spatial pyramid pooling with windows of 5, 9 and 13 cells, computed as repeated pooling of 5 cells."""
+
+    def __init__(self, channels: int, spec: YOLOXSpec) -> None:
+        super().__init__()
+        self.conv1 = ConvNormAct(channels, channels // 2, 1, 1, spec.act)
+        self.conv2 = ConvNormAct(channels // 2 * 4, channels, 1, 1, spec.act)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Process features [B, channels, H, W]; the shape stays the same."""
+        levels = [self.conv1(features)]
+        for _ in range(3):
+            levels.append(F.max_pool2d(levels[-1], 5, stride=1, padding=2))
+        outputs: Tensor = self.conv2(torch.cat(levels, 1))
+        return outputs
+
+
+class CSPDarknet(nn.Module):
+    """Backbone: features at strides 8, 16 and 32."""
+
+    def __init__(self, spec: YOLOXSpec) -> None:
+        super().__init__()
+        num_blocks = max(round(spec.depth * 3), 1)
+        base = spec.channels(1)
+        self.stem = ConvNormAct(3, base, 6, 2, spec.act)  # Focus: 2x2 cells to channels, then a 3x3 convolution
+        self.dark2 = self._make_stage(base, num_blocks, spec)
+        self.dark3 = self._make_stage(2 * base, 3 * num_blocks, spec)
+        self.dark4 = self._make_stage(4 * base, 3 * num_blocks, spec)
+        self.dark5 = nn.Sequential(
+            _make_conv3x3(8 * base, 16 * base, 2, spec),
+            SPPBottleneck(16 * base, spec),
+            CSPLayer(16 * base, 16 * base, num_blocks, shortcut=False, spec=spec),
+        )
+
+    @staticmethod
+    def _make_stage(channels: int, num_blocks: int, spec: YOLOXSpec) -> nn.Sequential:
+        return nn.Sequential(
+            _make_conv3x3(channels, 2 * channels, 2, spec),
+            CSPLayer(2 * channels, 2 * channels, num_blocks, shortcut=True, spec=spec),
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the features [B, C_i, H / s_i, W / s_i] of images [B, 3, H, W], fine to coarse."""
+        level3 = self.dark3(self.dark2(self.stem(images)))
+        level4 = self.dark4(level3)
+        return [level3, level4, self.dark5(level4)]
+
+
+class CSPPAFPN(nn.Module):
+    """Neck: a top-down and a bottom-up path of `CSPLayer`."""
+
+    def __init__(self, spec: YOLOXSpec) -> None:
+        super().__init__()
+        c3, c4, c5 = (spec.channels(factor) for factor in (4, 8, 16))
+        num_blocks = round(3 * spec.depth)
+        self.lateral_conv0 = ConvNormAct(c5, c4, 1, 1, spec.act)
+        self.C3_p4 = CSPLayer(2 * c4, c4, num_blocks, shortcut=False, spec=spec)
+        self.reduce_conv1 = ConvNormAct(c4, c3, 1, 1, spec.act)
+        self.C3_p3 = CSPLayer(2 * c3, c3, num_blocks, shortcut=False, spec=spec)
+        self.bu_conv2 = _make_conv3x3(c3, c3, 2, spec)
+        self.C3_n3 = CSPLayer(2 * c3, c4, num_blocks, shortcut=False, spec=spec)
+        self.bu_conv1 = _make_conv3x3(c4, c4, 2, spec)
+        self.C3_n4 = CSPLayer(2 * c4, c5, num_blocks, shortcut=False, spec=spec)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the output levels [B, C_i, H_i, W_i] of backbone features of the same shapes, fine to coarse."""
+        level3, level4, level5 = features
+        lateral5 = self.lateral_conv0(level5)
+        lateral4 = self.reduce_conv1(self.C3_p4(torch.cat([_upsample(lateral5), level4], 1)))
+        output3 = self.C3_p3(torch.cat([_upsample(lateral4), level3], 1))
+        output4 = self.C3_n3(torch.cat([self.bu_conv2(output3), lateral4], 1))
+        output5 = self.C3_n4(torch.cat([self.bu_conv1(output4), lateral5], 1))
+        return [output3, output4, output5]
+
+
+class YOLOXHead(nn.Module):
+    """Decoupled head: class, box and objectness outputs with separate weights per level."""
+
+    def __init__(self, spec: YOLOXSpec) -> None:
+        super().__init__()
+        width = spec.channels(4)
+        self.stems = nn.ModuleList(ConvNormAct(spec.channels(f), width, 1, 1, spec.act) for f in (4, 8, 16))
+        self.cls_convs = nn.ModuleList(_make_tower(width, spec) for _ in STRIDES)
+        self.reg_convs = nn.ModuleList(_make_tower(width, spec) for _ in STRIDES)
+        self.cls_preds = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in STRIDES)
+        self.reg_preds = nn.ModuleList(nn.Conv2d(width, 4, 1) for _ in STRIDES)
+        self.obj_preds = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in STRIDES)
+        for conv in (*self.cls_preds, *self.obj_preds):
+            nn.init.constant_(conv.bias, -torch.tensor(1 / PRIOR_PROB - 1).log().item())  # type: ignore[arg-type]  # not None
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the outputs at all anchor points, fine level first, row by row.
+
+        Args:
+            features (sequence of Tensor[B, C_i, H_i, W_i]): Neck outputs.
+
+        Returns:
+            class_logits (Tensor[B, A]): float32.
+            box_outputs (Tensor[B, A, 4]): float32, center relative to the cell corner and log sides, in strides.
+            objectness (Tensor[B, A]): Logits, float32.
+        """
+        outputs = []
+        for level, maps in enumerate(features):
+            stem = self.stems[level](maps)
+            class_logits = self.cls_preds[level](self.cls_convs[level](stem))
+            tower = self.reg_convs[level](stem)
+            # float32 from here on. bfloat16 is too coarse for box coordinates.
+            maps_of_level = (class_logits, self.reg_preds[level](tower), self.obj_preds[level](tower))
+            outputs.append([maps.float().flatten(2) for maps in maps_of_level])
+        class_logits, box_outputs, objectness = (torch.cat(parts, 2) for parts in zip(*outputs, strict=True))
+        return class_logits[:, 0], box_outputs.transpose(1, 2), objectness[:, 0]
+
+
+class YOLOX(DenseDetector):
+    """YOLOX with one class. `predict` applies non-maximum suppression at an IoU of 0.6."""
+
+    spec_type = YOLOXSpec
+    part_prefixes: ClassVar[dict[str, DetectorPart]] = {"backbone.": "backbone", "neck.": "neck"}
+
+    spec: YOLOXSpec
+
+    def __init__(self, spec: YOLOXSpec, changes: ModelChanges = NO_CHANGES) -> None:
+        super().__init__()
+        self.spec, self.changes = spec, changes
+        self.backbone, self.neck, self.head = CSPDarknet(spec), CSPPAFPN(spec), YOLOXHead(spec)
+        apply_changes(self, changes)
+
+    def forward(self, images: Tensor) -> DenseOutputs:
+        """Run the network on images [B, 3, H, W], RGB, 0 to 255. See `BaseDetector.forward`."""
+        class_logits, box_outputs, objectness = self.head(self.forward_features(images))
+        points, strides = self.make_anchor_points(images)
+        # The score is the product of both sigmoids: 1 / p - 1 = exp(-c) + exp(-o) + exp(-c - o).
+        logits = -torch.stack([-class_logits, -objectness, -class_logits - objectness]).logsumexp(0)
+        boxes = decode_boxes(box_outputs, points, strides)
+        return DenseOutputs(
+            BranchOutputs(logits, boxes), None, points, strides, (images.shape[-2], images.shape[-1])
+        )
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """Return the neck outputs [B, C_i, H_i, W_i], fine to coarse, of images [B, 3, H, W], RGB, 0 to 255."""
+        features: list[Tensor] = self.neck(self.backbone(images.float()))
+        return features
+
+    def make_anchor_points(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the anchor points [A, 2] and strides [A] for images of this size, input pixels."""
+        return make_anchors((images.shape[-2], images.shape[-1]), STRIDES, images.device)
+
+    def predict(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
+        """Run the network and non-maximum suppression. See `BaseDetector.predict`."""
+        branch = self(images).one2many
+        return batched_nms(branch.boxes_xyxy, branch.logits.sigmoid(), max_det, IOU_THRESHOLD)
+
+    def postprocess(self, outputs: DenseOutputs, max_det: int = 100) -> DetectionBatch:
+        """Select as `predict` does. See `BaseDetector.postprocess`."""
+        branch = outputs.one2many
+        boxes, scores = batched_nms(branch.boxes_xyxy, branch.logits.sigmoid(), max_det, IOU_THRESHOLD)
+        return DetectionBatch(
+            tuple(image_boxes[image_scores > 0] for image_boxes, image_scores in zip(boxes, scores, strict=True)),
+            tuple(image_scores[image_scores > 0] for image_scores in scores),
+        )
+
+    def predict_traceable(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
+        """Run `predict` with `cluster_nms`. See `BaseDetector.predict_traceable`."""
+        class_logits, box_outputs, objectness = self.head(self.forward_features(images))
+        boxes = decode_boxes(box_outputs, *self.make_anchor_points(images))
+        return cluster_nms(boxes, class_logits.sigmoid() * objectness.sigmoid(), max_det, IOU_THRESHOLD)
+
+    def feature_info(self) -> list[FeatureInfo]:
+        """Return the output layers of the neck, fine to coarse."""
+        names = ("neck.C3_p3", "neck.C3_n3", "neck.C3_n4")
+        return [
+            FeatureInfo(name, stride, self.spec.channels(factor))
+            for name, stride, factor in zip(names, STRIDES, (4, 8, 16), strict=True)
+        ]
+
+    def prunable_layers(self) -> list[PrunableLayer]:
+        """Return the convolutions whose output is not added to or concatenated with another one."""
+        chains = [("backbone.stem", ["backbone.dark2.0"]), ("backbone.dark2.1.conv3", ["backbone.dark3.0"])]
+        chains += [(f"backbone.dark{n}.0", [f"backbone.dark{n}.1.conv1", f"backbone.dark{n}.1.conv2"]) for n in (2, 3, 4)]
+        chains += [("backbone.dark5.0", ["backbone.dark5.1.conv1"])]
+        chains += [("backbone.dark5.1.conv2", ["backbone.dark5.2.conv1", "backbone.dark5.2.conv2"])]
+        for name, module in self.named_modules():
+            if isinstance(module, Bottleneck):
+                chains.append((f"{name}.conv1", [f"{name}.conv2"]))
+            elif isinstance(module, CSPLayer) and not module.m[0].shortcut:
+                chains.append((f"{name}.conv1", [f"{name}.m.0.conv1"]))
+        for level in range(len(STRIDES)):
+            cls, reg = f"head.cls_convs.{level}", f"head.reg_convs.{level}"
+            chains += [(f"head.stems.{level}", [f"{cls}.0", f"{reg}.0"])]
+            chains += [(f"{cls}.0", [f"{cls}.1"]), (f"{reg}.0", [f"{reg}.1"])]
+            chains += [(f"{cls}.1", [f"head.cls_preds.{level}"])]
+            chains += [(f"{reg}.1", [f"head.reg_preds.{level}", f"head.obj_preds.{level}"])]
+        modules = dict(self.named_modules())
+        return [_make_prunable_layer(modules, producer, consumers) for producer, consumers in chains]
+
+
+def _make_prunable_layer(modules: dict[str, nn.Module], producer: str, consumers: Sequence[str]) -> PrunableLayer:
+    """Return the last convolution of a block as prunable layer, with the blocks that read its output."""
+    last = f"{producer}.pconv" if isinstance(modules[producer], DepthwiseSeparableConv) else producer
+    separable = [name for name in consumers if isinstance(modules[name], DepthwiseSeparableConv)]
+    return PrunableLayer(
+        f"{last}.conv",
+        (f"{last}.bn",),
+        tuple(_get_first_dense_conv(modules, name) for name in consumers),
+        tuple(f"{name}.dconv.conv" for name in separable),
+        tuple(f"{name}.dconv.bn" for name in separable),
+    )
+
+
+def _get_first_dense_conv(modules: dict[str, nn.Module], block: str) -> str:
+    if isinstance(modules[block], nn.Conv2d):
+        return block
+    return f"{block}.pconv.conv" if isinstance(modules[block], DepthwiseSeparableConv) else f"{block}.conv"
+
+
+def decode_boxes(box_outputs: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
+    """Convert box outputs to boxes.
+
+    Args:
+        box_outputs (Tensor[B, A, 4]): Center relative to the cell corner and logarithm of the sides, in strides.
+        anchor_points (Tensor[A, 2]): Cell centers, input pixels.
+        strides (Tensor[A]): Input pixels.
+
+    Returns:
+        boxes (Tensor[B, A, 4]): xyxy, input pixels.
+    """
+    centers = (box_outputs[..., :2] - 0.5) * strides[:, None] + anchor_points
+    half_sides = box_outputs[..., 2:].clamp(max=MAX_BOX_LOGIT).exp() * (strides[:, None] / 2)
+    return torch.cat([centers - half_sides, centers + half_sides], -1)
+
+
+def _make_conv3x3(in_channels: int, out_channels: int, stride: int, spec: YOLOXSpec) -> nn.Module:
+    if spec.depthwise:
+        return DepthwiseSeparableConv(in_channels, out_channels, 3, stride, spec.act)
+    return ConvNormAct(in_channels, out_channels, 3, stride, spec.act)
+
+
+def _make_tower(channels: int, spec: YOLOXSpec) -> nn.Sequential:
+    return nn.Sequential(*(_make_conv3x3(channels, channels, 1, spec) for _ in range(2)))
+
+
+def _make_activation(act: Activation) -> nn.Module:
+    match act:
+        case "silu":
+            return nn.SiLU(inplace=True)
+        case "hardswish":
+            return nn.Hardswish(inplace=True)
+        case "relu":
+            return nn.ReLU(inplace=True)
+
+
+def _upsample(features: Tensor) -> Tensor:
+    return F.interpolate(features, scale_factor=2.0, mode="nearest")
