@@ -29,7 +29,15 @@ class Budget:
 
 
 # With few epochs, weak augmentation and a high learning rate give better results.
-SHORT = {"batch": 16, "lr": 2e-3, "mosaic": 0.25, "multi_scale": 0.1, "no_aug_ratio": 0.25, "no_distill_ratio": 0.25, "ema_decay": 0.99}
+SHORT = {
+    "batch": 16,
+    "lr": 2e-3,
+    "mosaic": 0.25,
+    "multi_scale": 0.1,
+    "no_aug_ratio": 0.25,
+    "no_distill_ratio": 0.25,
+    "ema_decay": 0.99,
+}
 BUDGETS = {
     budget.name: budget
     for budget in (

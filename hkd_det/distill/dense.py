@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from hkd_det.config import check_range
 from hkd_det.distill.adapters import Adapter, Projection
-from hkd_det.distill.base import DistillationBatch, DistillMethod, match_branches
+from hkd_det.distill.base import DistillMethod
+from hkd_det.distill.batch import DistillationBatch, match_branches
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs
 from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
@@ -69,7 +70,7 @@ class DenseDistillation(DistillMethod):
     def __init__(self, config: DenseConfig, student: BaseDetector, teacher: Any) -> None:
         super().__init__(config, student, teacher)
         self.det_loss_weight = config.det_loss_weight
-        layers = select_layers(student, teacher, config.feature_layers)
+        layers = select_layers(student, teacher, config.feature_layers, "distill.dense.feature_layers")
         pairs = pair_layers(*layers, config.feature_layers) if config.features else []
         self._layers = LayerPairs(tuple(s.name for s, _ in pairs), tuple(t.name for _, t in pairs))
         if config.adapter == "none":
@@ -157,8 +158,8 @@ def forward_mirrored(teacher: Any, images: Tensor) -> list[BranchOutputs]:
 def forward_doubled(teacher: Any, images: Tensor) -> list[BranchOutputs]:
     """Run a dense teacher on images of twice the size and map its outputs back.
 
-    Stride 2 s in the large image is stride s in the original one, so the levels above the finest one of the teacher have
-    the anchor points of all levels below the coarsest one of the student.
+    Stride 2 s in the large image is stride s in the original one. The levels above the finest one of the teacher
+    therefore have the anchor points of all levels below the coarsest one of the student.
 
     Args:
         teacher: Dense detector.

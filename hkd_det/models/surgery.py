@@ -3,7 +3,6 @@
 `ModelChanges` describes the changes. `apply_changes` repeats them when the network of a checkpoint is built.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn

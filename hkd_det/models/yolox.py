@@ -258,9 +258,7 @@ class YOLOX(DenseDetector):
         # The score is the product of both sigmoids: 1 / p - 1 = exp(-c) + exp(-o) + exp(-c - o).
         logits = -torch.stack([-class_logits, -objectness, -class_logits - objectness]).logsumexp(0)
         boxes = decode_boxes(box_outputs, points, strides)
-        return DenseOutputs(
-            BranchOutputs(logits, boxes), None, points, strides, (images.shape[-2], images.shape[-1])
-        )
+        return DenseOutputs(BranchOutputs(logits, boxes), None, points, strides, (images.shape[-2], images.shape[-1]))
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Return the neck outputs [B, C_i, H_i, W_i], fine to coarse, of images [B, 3, H, W], RGB, 0 to 255."""
@@ -302,7 +300,9 @@ class YOLOX(DenseDetector):
     def prunable_layers(self) -> list[PrunableLayer]:
         """Return the convolutions whose output is not added to or concatenated with another one."""
         chains = [("backbone.stem", ["backbone.dark2.0"]), ("backbone.dark2.1.conv3", ["backbone.dark3.0"])]
-        chains += [(f"backbone.dark{n}.0", [f"backbone.dark{n}.1.conv1", f"backbone.dark{n}.1.conv2"]) for n in (2, 3, 4)]
+        chains += [
+            (f"backbone.dark{n}.0", [f"backbone.dark{n}.1.conv1", f"backbone.dark{n}.1.conv2"]) for n in (2, 3, 4)
+        ]
         chains += [("backbone.dark5.0", ["backbone.dark5.1.conv1"])]
         chains += [("backbone.dark5.1.conv2", ["backbone.dark5.2.conv1", "backbone.dark5.2.conv2"])]
         for name, module in self.named_modules():

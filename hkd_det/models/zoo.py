@@ -206,7 +206,9 @@ def read_model_name(path: Path, model: str = "") -> str:
     """
     if is_yolox_file(path):
         spec = load_yolox(path).spec
-        fitting = [name for name, known in MODELS.items() if isinstance(known, YOLOXSpec) and known.has_weights_of(spec)]
+        fitting = [
+            name for name, known in MODELS.items() if isinstance(known, YOLOXSpec) and known.has_weights_of(spec)
+        ]
         return model if model in fitting else next(iter(fitting), "yolox")
     _check_not_onnx(path)
     if is_ultralytics_file(path):

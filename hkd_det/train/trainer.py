@@ -23,13 +23,13 @@ from hkd_det.distill.gradients import SumBalancer
 from hkd_det.errors import DataError
 from hkd_det.files import file_sha256, write_text
 from hkd_det.models.base import BaseDetector
+from hkd_det.models.batch_norm import freeze_batch_norm
 from hkd_det.models.checkpoint import (
     DetectorCheckpoint,
     load_training_state,
     save_detector_checkpoint,
     save_training_state,
 )
-from hkd_det.models.batch_norm import freeze_batch_norm
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
 from hkd_det.train.config import TrainConfig, compute_lr_factor, get_last_phase_start
 from hkd_det.train.context import check_annotations, make_epoch_plan, make_run_context, resolve_initial_weights
@@ -115,9 +115,7 @@ class Trainer:
             )
         self.config, self.plan, self.dist_context, self.val_samples = config, plan, dist_context, val_samples
         torch.manual_seed(config.seed)
-        student = build_student(
-            config.model, config.backbone, config.pretrained, weights, context.iterate_images
-        )
+        student = build_student(config.model, config.backbone, config.pretrained, weights, context.iterate_images)
         if config.freeze_bn:
             freeze_batch_norm(student)
         teacher, methods = None, []

@@ -21,8 +21,8 @@ from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BranchOutputs, DenseOutputs, Targets
 from hkd_det.models.batch_norm import update_bn_stats
-from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.checkpoint import build_from_spec
+from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.head import make_anchors
 from hkd_det.models.yolox import YOLOX, YOLOXSpec
 
@@ -88,7 +88,9 @@ def test_mirrored_outputs_of_a_mirrored_image_are_the_original_ones() -> None:
     found = mirrored.logits.argmax(1)
     assert torch.equal(mirrored.logits.amax(1), direct.logits.amax(1))
     torch.testing.assert_close((x1 + x2).gather(1, found[:, None]) / 2, width - center)
-    torch.testing.assert_close(torch.sort(y2 - y1, 1).values, torch.sort((direct.boxes_xyxy[..., 3] - direct.boxes_xyxy[..., 1]), 1).values)
+    torch.testing.assert_close(
+        torch.sort(y2 - y1, 1).values, torch.sort((direct.boxes_xyxy[..., 3] - direct.boxes_xyxy[..., 1]), 1).values
+    )
 
 
 def test_average_of_mirrored_outputs_does_not_depend_on_the_side() -> None:
@@ -118,19 +120,27 @@ def test_other_channels_need_an_adapter() -> None:
 
 
 def test_different_anchor_points_are_reported() -> None:
-    student = build_from_spec(HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, (8, 16), 16, 1))
+    student = build_from_spec(
+        HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, (8, 16), 16, 1)
+    )
     teacher = make_yolox(1)
     method = DenseDistillation(DenseConfig(features=0.0), student, teacher)
     with torch.no_grad():
-        batch = DistillationBatch(IMAGES, NO_TARGETS, student, teacher, student(IMAGES), teacher(IMAGES), {}, {}, lambda x: x)
+        batch = DistillationBatch(
+            IMAGES, NO_TARGETS, student, teacher, student(IMAGES), teacher(IMAGES), {}, {}, lambda x: x
+        )
     with pytest.raises(UsageError, match="different anchor points"):
         method(batch)
 
 
 def test_labels_count_if_their_weight_is_above_0() -> None:
     student, teacher = make_yolox(0), make_yolox(1)
-    targets = Targets(torch.tensor([[[10.0, 5, 34, 60]]] * 2), torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.bool))
-    distiller = Distiller(student, teacher, build_methods({"dense": DenseConfig(det_loss_weight=0.5)}, student, teacher))
+    targets = Targets(
+        torch.tensor([[[10.0, 5, 34, 60]]] * 2), torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.bool)
+    )
+    distiller = Distiller(
+        student, teacher, build_methods({"dense": DenseConfig(det_loss_weight=0.5)}, student, teacher)
+    )
     det_losses, _ = distiller(IMAGES, targets, 1.0)
     full = student.loss(student(IMAGES), targets)
     distiller.close()

@@ -31,7 +31,11 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--set", "speed=1"], 2, "speed"),
         (["--data", "x.yaml", *FLAGS, "--set", "epochs=0"], 2, "epochs: expected at least 1, got 0."),
         (["--data", "x.yaml", *FLAGS, "--set", "mosaic=1.5"], 2, "mosaic: expected 0 to 1, got 1.5."),
-        (["--data", "x.yaml", *FLAGS, "--set", "clip_grad_norm=-1"], 2, "clip_grad_norm: expected a number above 0, got -1.0."),
+        (
+            ["--data", "x.yaml", *FLAGS, "--set", "clip_grad_norm=-1"],
+            2,
+            "clip_grad_norm: expected a number above 0, got -1.0.",
+        ),
         (
             ["--data", "x.yaml", *FLAGS, "--set", "weight_decay=-1"],
             2,
