@@ -205,7 +205,9 @@ def _mirror_anchor_points(outputs: DenseOutputs) -> Tensor:
     """Return [A]: for each anchor point, the index of its mirror image in the same row of the same level."""
     indices: list[Tensor] = []
     start = 0
-    for stride in outputs.strides.unique().int().tolist():  # ascending: fine level first, as in the outputs
+    for stride in sorted(
+        {int(stride) for stride in outputs.strides.tolist()}
+    ):  # ascending: fine level first, as in the outputs
         rows, columns = outputs.input_hw[0] // stride, outputs.input_hw[1] // stride
         grid = torch.arange(start, start + rows * columns, device=outputs.strides.device).view(rows, columns)
         indices.append(grid.flip(1).flatten())

@@ -30,12 +30,13 @@ def restore_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     moments = _measure_moments(model, batches)
     for norm, (mean, var) in moments.items():
-        gain = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]  # statistics exist
-        shift = norm.bias - norm.running_mean * gain  # type: ignore[operator]
+        assert norm.running_mean is not None and norm.running_var is not None
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - norm.running_mean * gain
         norm.weight.copy_(gain * (var + norm.eps).sqrt())
         norm.bias.copy_(shift + gain * mean)
-        norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-        norm.running_var.copy_(var)  # type: ignore[union-attr]
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
 
 
 @torch.no_grad()

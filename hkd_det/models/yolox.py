@@ -212,7 +212,7 @@ class YOLOXHead(nn.Module):
         self.reg_preds = nn.ModuleList(nn.Conv2d(width, 4, 1) for _ in STRIDES)
         self.obj_preds = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in STRIDES)
         for conv in (*self.cls_preds, *self.obj_preds):
-            nn.init.constant_(conv.bias, -torch.tensor(1 / PRIOR_PROB - 1).log().item())  # type: ignore[arg-type]  # not None
+            nn.init.constant_(conv.bias, -torch.tensor(1 / PRIOR_PROB - 1).log().item())
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the outputs at all anchor points, fine level first, row by row.

@@ -172,7 +172,7 @@ def _list_convs(detector: YOLOX) -> list[tuple[str, str | None]]:
 def _convert_focus(weight: Tensor) -> Tensor:
     """Convert the 3x3 convolution after Focus to a 6x6 convolution of stride 2, and BGR to RGB."""
     kernel = weight.new_zeros(weight.shape[0], 3, 6, 6)
-    parts = weight.unflatten(1, (4, 3))
+    parts = weight.view(len(weight), 4, 3, 3, 3)
     for part, (row, column) in enumerate(FOCUS_CELLS):
         kernel[:, :, row::2, column::2] = parts[:, part]
     return kernel.flip(1)

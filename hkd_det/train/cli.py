@@ -98,11 +98,15 @@ def _build_train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="", metavar="YAML", help="settings of a run; other flags override them")
     parser.add_argument(
         "--model",
-        help="model to train: teacher-r50, student-r18, mini-teacher, mini-student, slim-student, fasterrcnn-r50, "
-        "fasterrcnn-r18, or an Ultralytics model such as yolo11n",
+        help="model to train: teacher-r50, student-r18, mini-teacher, mini-student, slim-student, yolox-nano, "
+        "yolox-nano-hswish, yolox-nano-relu, yolox-tiny, yolox-s, fasterrcnn-r50, fasterrcnn-r18, or an Ultralytics "
+        "model such as yolo11n",
     )
     parser.add_argument(
-        "--weights", metavar="CHECKPOINT", help="initial architecture and weights; --model can be left out"
+        "--weights",
+        metavar="CHECKPOINT",
+        help="initial architecture and weights; --model can be left out. Also takes YOLOX files of Megvii "
+        "(.pth, .onnx)",
     )
     parser.add_argument("--teacher", help="teacher: best.pt of a run, an Ultralytics .pt file, or an ONNX file")
     parser.add_argument(

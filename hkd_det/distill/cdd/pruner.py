@@ -66,7 +66,7 @@ class PruningSchedule:
         if config.warmup_ratio >= end:
             raise UsageError(
                 f"distill.cdd: distillation covers {100 * distill_ratio:.0f} % of this run, too short to select "
-                f"channels after warmup_ratio={config.warmup_ratio:.2f}. Reduce no_aug_ratio or train more epochs."
+                f"channels after warmup_ratio={config.warmup_ratio:.2f}. Reduce no_distill_ratio or train more epochs."
             )
         max_interval = max(1, int((end - config.warmup_ratio) * total_steps) // MIN_COMPARISONS)
         compare_interval = min(config.compare_interval, max_interval)

@@ -43,7 +43,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         ),
         (["--data", "x.yaml", *FLAGS, "--seed", "-1"], 2, "seed: expected at least 0, got -1."),
         (
-            ["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--distill", "hkd", "--set", "no_aug_ratio=1"],
+            ["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--distill", "hkd", "--set", "no_distill_ratio=1"],
             2,
             "leaves no epoch",
         ),
