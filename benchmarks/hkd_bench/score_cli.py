@@ -4,16 +4,18 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from hkd_bench.plots import PLOT_SUFFIXES, write_miss_rate_plot
-from hkd_bench.scoring import PROTOCOLS, ScoreConfig, ScoreResult, score_files
+from hkd_bench.scoring import PROTOCOLS, ScoreConfig, ScoreTable, compare_scores, score_files
 from hkd_bench.table import format_score_table
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
+from hkd_det.metrics.bootstrap import NUM_RESAMPLES
 
 
 def run_score(argv: Sequence[str] | None) -> int:
@@ -26,14 +28,34 @@ def run_score(argv: Sequence[str] | None) -> int:
         HkdError: A flag or a file is invalid.
     """
     flags = _parse_score_args(argv or [])
+    names = _make_score_names(flags)
+    tables = [_score_ground_truth(flags, path, names) for path in flags.annotations]
+    if flags.plot:
+        write_miss_rate_plot(flags.plot, tables[0].scores)
+    text = json.dumps(_make_json_content(tables), indent=1, allow_nan=False) + "\n"
+    if str(flags.json) == "-":
+        print(text, end="")
+        return 0
+    for table in tables:
+        if len(tables) > 1:
+            print(f"Ground truth {table.config.annotations}:\n")
+        print(format_score_table(table), end="\n\n" if table is not tables[-1] else "\n")
+    if flags.json:
+        write_text(flags.json, text)
+    for path in (flags.json, flags.plot):
+        if path:
+            print(f"saved {path}")
+    return 0
+
+
+def _score_ground_truth(flags: argparse.Namespace, annotations: Path, names: Sequence[str]) -> ScoreTable:
     config = ScoreConfig(
-        annotations=flags.annotations,
+        annotations=annotations,
         protocol=flags.protocol,
         setups=tuple(name for names in flags.setup for name in names.split(",")),
         caltech_sets=flags.caltech_sets,
         zero_recall_before_curve=flags.zero_recall_before_curve,
     )
-    names = _make_score_names(flags)
     scores = {}
     results = tqdm(score_files(config, flags.detections), total=len(names), unit="file", leave=False, delay=1)
     for name, result in zip(names, results, strict=True):
@@ -44,36 +66,36 @@ def run_score(argv: Sequence[str] | None) -> int:
                 "are outside 0 to 1. Only their order matters.",
                 file=sys.stderr,
             )
-    if flags.plot:
-        write_miss_rate_plot(flags.plot, scores)
-    text = json.dumps(_make_json_content(config, scores), indent=1, allow_nan=False) + "\n"
-    if str(flags.json) == "-":
-        print(text, end="")
-        return 0
-    print(format_score_table(scores))
-    if flags.json:
-        write_text(flags.json, text)
-    for path in (flags.json, flags.plot):
-        if path:
-            print(f"saved {path}")
-    return 0
+    return compare_scores(config, scores, flags.bootstrap)
 
 
-def _make_json_content(config: ScoreConfig, scores: dict[str, ScoreResult]) -> dict[str, Any]:
-    """Build the JSON content: one object for one detection file, else a list `results`."""
-    header: dict[str, Any] = {"protocol": config.protocol, "annotations": str(config.annotations)}
-    if config.zero_recall_before_curve:
+def _make_json_content(tables: Sequence[ScoreTable]) -> dict[str, Any]:
+    """Build the JSON content: one object for one ground truth, else a list `ground_truths` of such objects."""
+    contents = [_make_ground_truth_content(table) for table in tables]
+    return contents[0] if len(contents) == 1 else {"ground_truths": contents}
+
+
+def _make_ground_truth_content(table: ScoreTable) -> dict[str, Any]:
+    """Build one object for one detection file, else an object with a list `results`."""
+    header: dict[str, Any] = {"protocol": table.config.protocol, "annotations": str(table.config.annotations)}
+    if table.config.zero_recall_before_curve:
         header["zero_recall_before_curve"] = True
-    results = [{"name": name, **_make_metrics(result)} for name, result in scores.items()]
+    results = [{"name": name, **_make_metrics(name, table)} for name in table.scores]
     return {**header, **results[0]} if len(results) == 1 else {**header, "results": results}
 
 
-def _make_metrics(result: ScoreResult) -> dict[str, Any]:
+def _make_metrics(name: str, table: ScoreTable) -> dict[str, Any]:
+    result = table.scores[name]
     content: dict[str, Any] = {"detections": str(result.detections), "num_detections": result.num_detections}
     if result.miss_rates:
         content["miss_rate"] = {name: rate.value for name, rate in result.miss_rates.items()}
         content["num_gt"] = {name: rate.num_gt for name, rate in result.miss_rates.items()}
         content["num_images"] = next(iter(result.miss_rates.values())).num_images
+        intervals, differences = table.intervals.get(name, {}), table.differences.get(name, {})
+        content["interval"] = {setup: [value.ci_low, value.ci_high] for setup, value in intervals.items()}
+        if name in table.differences:
+            content["difference_to"] = next(iter(table.scores))
+            content["difference"] = {setup: asdict(difference) for setup, difference in differences.items()}
     if result.metrics:
         content["metrics"] = result.metrics
     return content
@@ -102,9 +124,10 @@ def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
         "--annotations",
         type=Path,
         required=True,
+        nargs="+",
         metavar="GT",
-        help="ground truth; citypersons, coco: a COCO JSON; caltech: a directory with set06/V000.vbb; caltech-new: a "
-        "directory with text files; both: a gt-SETUP.mat",
+        help="one or more ground truths of the same images; citypersons, coco: a COCO JSON; caltech: a directory with "
+        "set06/V000.vbb; caltech-new: a directory with text files; both: a gt-SETUP.mat",
     )
     parser.add_argument(
         "--detections",
@@ -128,6 +151,14 @@ def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
         help="use recall 0 at FPPI points before the curve; citypersons only",
     )
     parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=NUM_RESAMPLES,
+        metavar="N",
+        help="resamples of the images for the 95 %% intervals and the differences to the first file; 0 turns them off; "
+        "not with coco (default: %(default)s)",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the metrics as unrounded fractions; - prints them"
     )
     parser.add_argument(
@@ -143,6 +174,10 @@ def _check_score_args(flags: argparse.Namespace) -> None:
         raise UsageError(f"--plot {flags.plot}: expected a file name that ends in {', '.join(PLOT_SUFFIXES)}")
     if flags.plot and flags.protocol == "coco":
         raise UsageError("--plot: the protocol coco has no miss-rate curve. Select another --protocol.")
+    if flags.plot and len(flags.annotations) > 1:
+        raise UsageError("--plot: requires one ground truth in --annotations.")
+    if flags.bootstrap < 0:
+        raise UsageError(f"--bootstrap: expected at least 0, got {flags.bootstrap}")
     if flags.zero_recall_before_curve and flags.protocol != "citypersons":
         raise UsageError("--zero-recall-before-curve: requires --protocol citypersons. Caltech always uses recall 0.")
     if flags.caltech_sets and not flags.protocol.startswith("caltech"):

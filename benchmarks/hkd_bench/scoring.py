@@ -1,4 +1,4 @@
-"""Scores of detection files: one ground truth, any number of detection files, one protocol.
+"""Scores of detection files: any number of detection files on one ground truth, one protocol.
 
 `PROTOCOLS` maps the values of `--protocol` to functions. A new protocol is one function and one entry.
 """
@@ -12,6 +12,12 @@ import numpy as np
 from hkd_det.datasets.caltech import parse_sets
 from hkd_det.errors import UsageError
 from hkd_det.metrics import caltech, citypersons, coco
+from hkd_det.metrics.bootstrap import (
+    MissRateDifference,
+    MissRateInterval,
+    compute_differences,
+    compute_intervals,
+)
 from hkd_det.metrics.caltech_files import read_caltech_detections, read_caltech_ground_truth
 from hkd_det.metrics.coco import read_coco_detections, read_coco_ground_truth
 from hkd_det.metrics.matching import MissRateResult
@@ -76,6 +82,45 @@ class ScoreResult:
         """
         num_out_of_range = int(np.count_nonzero((detections.scores < 0) | (detections.scores > 1)))
         return cls(path, len(detections), num_out_of_range, miss_rates or {}, metrics or {})
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """Scores of all detection files on one ground truth.
+
+    Attributes:
+        config: Ground truth and options.
+        scores: Result of each detection file, by its name.
+        intervals: 95 % intervals of the miss rates, by file and setup; empty without bootstrap.
+        differences: Differences to the first detection file on the same images, by file and setup.
+    """
+
+    config: ScoreConfig
+    scores: dict[str, ScoreResult]
+    intervals: dict[str, dict[str, MissRateInterval]]
+    differences: dict[str, dict[str, MissRateDifference]]
+
+
+def compare_scores(config: ScoreConfig, scores: dict[str, ScoreResult], num_resamples: int) -> ScoreTable:
+    """Compute intervals of the miss rates, and differences to the first detection file.
+
+    Args:
+        config: Ground truth and options.
+        scores: Result of each detection file, by its name; at least one.
+        num_resamples: Number of resamples of the images; 0 computes neither.
+
+    Returns:
+        The scores with intervals and differences.
+    """
+    if not num_resamples:
+        return ScoreTable(config, scores, {}, {})
+    (_, first), *others = scores.items()
+    return ScoreTable(
+        config,
+        scores,
+        {name: compute_intervals(score.miss_rates, num_resamples) for name, score in scores.items()},
+        {name: compute_differences(score.miss_rates, first.miss_rates, num_resamples) for name, score in others},
+    )
 
 
 def score_citypersons(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:

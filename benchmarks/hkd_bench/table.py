@@ -1,10 +1,11 @@
 """Tables of `hkd-bench` and `hkd-bench score`: text for the terminal, Markdown, and cells for the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
-from hkd_bench.scoring import ScoreResult
+from hkd_bench.scoring import ScoreTable
+from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
 from hkd_det.text_table import format_table
 
 MAX_CV = 0.1  # an idle machine with fixed clocks stays below 0.025, the warning limit of trtexec
@@ -102,22 +103,67 @@ def format_markdown_table(result: BenchResult) -> str:
     return "\n".join([format_table(rows, headers, style="github"), "", *make_notes(result)])
 
 
-def format_score_table(scores: Mapping[str, ScoreResult]) -> str:
+def format_score_table(table: ScoreTable) -> str:
     """Format scores in percent: one row per setup or metric, one column per detection file.
 
     Args:
-        scores: Result of each detection file, by its name. At least one.
+        table: Scores of at least one detection file.
 
     Returns:
-        The table.
+        The table, and below it the intervals of the miss rates and the differences to the first file.
     """
-    first = next(iter(scores.values()))
+    scores = table.scores
+    first_name, first = next(iter(scores.items()))
     rows = [
         [name, str(rate.num_gt), *(_format_score(score.miss_rates[name].value) for score in scores.values())]
         for name, rate in first.miss_rates.items()
     ]
     rows += [[name, "", *(_format_score(score.metrics[name]) for score in scores.values())] for name in first.metrics]
-    return format_table(rows, ["MR^-2, %" if first.miss_rates else "%", "boxes" if first.miss_rates else "", *scores])
+    headers = ["MR^-2, %" if first.miss_rates else "%", "boxes" if first.miss_rates else "", *scores]
+    parts = [format_table(rows, headers)]
+    setups = list(table.intervals.get(first_name, {}))
+    if setups:
+        rows = [[setup, *(format_interval(table.intervals[name][setup]) for name in scores)] for setup in setups]
+        parts.append(format_table(rows, ["95 % interval", *scores]))
+    if setups and table.differences:
+        rows = [
+            [
+                setup,
+                *(format_difference(table.differences[name][setup], name, first_name) for name in table.differences),
+            ]
+            for setup in setups
+        ]
+        parts.append(format_table(rows, [f"difference to {first_name}", *table.differences]))
+    return "\n\n".join(parts)
+
+
+def format_interval(interval: MissRateInterval) -> str:
+    """Format a 95 % interval of a miss rate in percent.
+
+    Args:
+        interval: The interval.
+
+    Returns:
+        For example "8.1 to 12.9".
+    """
+    return f"{100 * interval.ci_low:.1f} to {100 * interval.ci_high:.1f}"
+
+
+def format_difference(difference: MissRateDifference, name: str, reference_name: str) -> str:
+    """Format a difference in percentage points with its conclusion.
+
+    Args:
+        difference: Miss rate of a detector minus that of the reference.
+        name: Name of the detector.
+        reference_name: Name of the reference.
+
+    Returns:
+        For example "+1.20 (-0.3 to +2.7): no difference shown".
+    """
+    conclusions = {"better": f"{name} is better", "worse": f"{reference_name} is better"}
+    conclusion = conclusions.get(difference.conclusion, difference.conclusion)
+    interval = f"{100 * difference.ci_low:+.1f} to {100 * difference.ci_high:+.1f}"
+    return f"{100 * difference.value:+.2f} ({interval}): {conclusion}"
 
 
 def make_notes(result: BenchResult) -> list[str]:

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 
 from hkd_det.metrics.matching import (
     MissRateResult,
-    compute_curve,
+    compute_miss_rate,
     compute_overlaps,
-    log_average_miss_rate,
-    make_result,
     match_detections,
 )
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable
@@ -129,10 +127,9 @@ def evaluate(
             gt_ignore = gt_ignore | ~_is_in_caltech_setup(ground_truth, setup, annotation_version)
         eval_mask = _compute_caltech_eval_mask(detections, setup)
         match_status, _ = match_detections(pairs, eval_mask, gt_ignore, setup.iou_threshold)
-        num_gt = int((~gt_ignore).sum())
-        curve = compute_curve(detections.scores, match_status, order[eval_mask[order]], num_gt, ground_truth.num_images)
-        value = log_average_miss_rate(curve, FPPI_POINTS, recall_before_curve=0.0)
-        results[setup.name] = make_result(curve, value, num_gt, ground_truth.num_images)
+        results[setup.name] = compute_miss_rate(
+            ground_truth, gt_ignore, detections, match_status, order[eval_mask[order]], FPPI_POINTS, True
+        )
     return results
 
 

@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 from hkd_det.metrics.matching import (
     TRUE_POSITIVE,
     MissRateResult,
-    compute_curve,
+    compute_miss_rate,
     compute_overlaps,
-    log_average_miss_rate,
-    make_result,
     match_detections,
 )
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
@@ -83,13 +81,15 @@ def evaluate(
         gt_ignore = _compute_gt_ignore(ground_truth, setup)
         eval_mask = _compute_citypersons_eval_mask(top_detections, setup)
         match_status, _ = match_detections(pairs, eval_mask, gt_ignore, IOU_THRESHOLD)
-        num_gt = int((~gt_ignore).sum())
-        curve = compute_curve(
-            top_detections.scores, match_status, order[eval_mask[order]], num_gt, ground_truth.num_images
+        results[setup.name] = compute_miss_rate(
+            ground_truth,
+            gt_ignore,
+            top_detections,
+            match_status,
+            order[eval_mask[order]],
+            FPPI_POINTS,
+            zero_recall_before_curve,
         )
-        recall_before_curve = 0.0 if zero_recall_before_curve or not len(curve.recall) else float(curve.recall[-1])
-        value = log_average_miss_rate(curve, FPPI_POINTS, recall_before_curve)
-        results[setup.name] = make_result(curve, value, num_gt, ground_truth.num_images)
     return results
 
 

@@ -8,13 +8,13 @@ number of detections, and they count neither as true nor as false positives.
 MR^-2 (Dollár et al. 2012) is the geometric mean of the miss rate at nine points of false positives per image (FPPI).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.metrics.tables import DetectionTable, Floats
+from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable
 
 IGNORED, FALSE_POSITIVE, TRUE_POSITIVE = -1, 0, 1
 NO_GROUND_TRUTH = -1.0  # the mark of the official CityPersons program and of COCO
@@ -39,18 +39,22 @@ class OverlapPairs:
 
 
 @dataclass(frozen=True, eq=False)
-class RecallCurve:
-    """Recall against false positives per image; one entry per counted detection, by descending score.
+class CountedDetections:
+    """True and false positives of one setup by descending score, D in all, for resampling of images.
 
     Attributes:
-        recall (float64 array[D]): 0 to 1.
-        fppi (float64 array[D]): False positives per image.
-        scores (float64 array[D]): Score of the detection.
+        image_index (int array[D]): Image of each detection, 0 to `num_images` - 1.
+        is_true_positive (bool array[D]): False for a false positive.
+        gt_per_image (int array[num_images]): Number of ground-truth boxes of each image in the setup.
+        fppi_points: False positives per image of MR^-2.
+        zero_recall_before_curve: Recall below the first FPPI of the curve: 0 if true, otherwise the last recall.
     """
 
-    recall: Floats
-    fppi: Floats
-    scores: Floats
+    image_index: NDArray[np.int32]
+    is_true_positive: NDArray[np.bool_]
+    gt_per_image: NDArray[np.intp]
+    fppi_points: tuple[float, ...]
+    zero_recall_before_curve: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +68,7 @@ class MissRateResult:
         scores (float64 array[D]): Scores at the same places.
         num_gt: Number of ground-truth boxes in the setup.
         num_images: Number of evaluated images.
+        counted: The detections of the curve, for resampling of images.
     """
 
     value: float
@@ -72,6 +77,7 @@ class MissRateResult:
     scores: Floats
     num_gt: int
     num_images: int
+    counted: CountedDetections
 
 
 def compute_overlaps(
@@ -157,67 +163,67 @@ def match_detections(
     return match_status, matched_gt
 
 
-def compute_curve(
-    scores: Floats, match_status: NDArray[np.int8], order: NDArray[np.intp], num_gt: int, num_images: int
-) -> RecallCurve:
-    """Accumulate true and false positives over descending scores.
+def compute_miss_rate(
+    ground_truth: GroundTruthTable,
+    gt_ignore: NDArray[np.bool_],
+    detections: DetectionTable,
+    match_status: NDArray[np.int8],
+    order: NDArray[np.intp],
+    fppi_points: Sequence[float],
+    zero_recall_before_curve: bool,
+) -> MissRateResult:
+    """Accumulate true and false positives over descending scores and compute MR^-2.
 
     Args:
-        scores (float64 array[D]): Scores of all detections.
+        ground_truth: Ground truth of all images.
+        gt_ignore (bool array[N]): Ground-truth boxes that are ignore regions in this setup.
+        detections: Detections in the same images.
         match_status (int8 array[D]): Result of `match_detections`.
         order (int array[K]): Rows of the evaluated detections, by descending score.
-        num_gt: Number of ground-truth boxes that are not ignored.
-        num_images: Number of images.
+        fppi_points: False positives per image, usually nine values from 0.01 to 1.
+        zero_recall_before_curve: Use recall 0 at FPPI points below the first FPPI of the curve, otherwise the last
+            recall of the curve.
 
     Returns:
-        The curve, without the ignored detections.
+        The result with its curve, without the ignored detections.
     """
-    counted = order[match_status[order] != IGNORED]
-    recall = np.cumsum(match_status[counted] == TRUE_POSITIVE) / max(1, num_gt)
-    fppi = np.cumsum(match_status[counted] == FALSE_POSITIVE) / max(1, num_images)
-    return RecallCurve(recall, fppi, scores[counted])
+    rows = order[match_status[order] != IGNORED]
+    num_images = ground_truth.num_images
+    counted = CountedDetections(
+        detections.image_index[rows].astype(np.int32),
+        match_status[rows] == TRUE_POSITIVE,
+        np.bincount(ground_truth.image_index[~gt_ignore], minlength=num_images),
+        tuple(fppi_points),
+        zero_recall_before_curve,
+    )
+    num_gt = int(counted.gt_per_image.sum())
+    recall = np.cumsum(counted.is_true_positive) / max(1, num_gt)
+    fppi = np.cumsum(~counted.is_true_positive) / max(1, num_images)
+    value = log_average_miss_rate(recall, fppi, fppi_points, zero_recall_before_curve) if num_gt else NO_GROUND_TRUTH
+    return MissRateResult(value, fppi, 1 - recall, detections.scores[rows], num_gt, num_images, counted)
 
 
-def log_average_miss_rate(recall_curve: RecallCurve, fppi_points: Iterable[float], recall_before_curve: float) -> float:
+def log_average_miss_rate(
+    recall: Floats, fppi: Floats, fppi_points: Sequence[float], zero_recall_before_curve: bool
+) -> float:
     """Compute MR^-2, the geometric mean of the miss rate at the FPPI points.
 
     The recall at a point is that of the last detection with an FPPI of at most the point.
 
     Args:
-        recall_curve: Curve of one setup.
+        recall (float64 array[D]): Recall after each counted detection, by descending score.
+        fppi (float64 array[D]): False positives per image at the same places.
         fppi_points: False positives per image, usually nine values from 0.01 to 1.
-        recall_before_curve: Recall at points below the first FPPI of the curve.
+        zero_recall_before_curve: Use recall 0 at points below the first FPPI of the curve, otherwise the last recall.
 
     Returns:
         The miss rate as a fraction. 1 for an empty curve, 0 if the miss rate is 0 at any point.
     """
-    if not len(recall_curve.recall):
+    if not len(recall):
         return 1.0
-    last = np.searchsorted(recall_curve.fppi, np.asarray(tuple(fppi_points)), side="right") - 1
-    missed = 1 - np.where(last >= 0, recall_curve.recall[last], recall_before_curve)
+    last = np.searchsorted(fppi, np.asarray(fppi_points), side="right") - 1
+    missed = 1 - np.where(last >= 0, recall[last], 0.0 if zero_recall_before_curve else recall[-1])
     return 0.0 if (missed <= 0).any() else float(np.exp(np.log(missed).mean()))
-
-
-def make_result(recall_curve: RecallCurve, value: float, num_gt: int, num_images: int) -> MissRateResult:
-    """Combine a curve and its log-average; the value becomes `NO_GROUND_TRUTH` if `num_gt` is 0.
-
-    Args:
-        recall_curve: Recall and false positives by descending score.
-        value: Log-average miss rate.
-        num_gt: Number of evaluated ground-truth boxes.
-        num_images: Number of images.
-
-    Returns:
-        The result.
-    """
-    return MissRateResult(
-        value if num_gt else NO_GROUND_TRUTH,
-        recall_curve.fppi,
-        1 - recall_curve.recall,
-        recall_curve.scores,
-        num_gt,
-        num_images,
-    )
 
 
 def _compute_x_limits(boxes_xywh: Floats) -> tuple[Floats, Floats]:

@@ -7,13 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill import load_method
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
+from hkd_det.metrics.bootstrap import MissRateDifference, compare_miss_rates
 from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, evaluate_detections
 from hkd_det.metrics.coco import evaluate_average_precision
 from hkd_det.models.base import BaseDetector
@@ -26,7 +26,6 @@ from hkd_det.train.distributed import resolve_device
 from hkd_det.train.engine import predict_dataset
 
 HEIGHT_BINS_PX = (20.0, 50.0, 100.0, 200.0)
-NUM_BOOTSTRAP = 300
 
 
 def make_height_setups() -> list[CityPersonsSetup]:
@@ -106,21 +105,14 @@ class BaselineComparison:
         setup: Setup of the run.
         distilled: Student with the teacher.
         baseline: Student without the teacher.
-        ci_low: Lower end of the 95 % bootstrap interval of the difference in miss rate (distilled minus baseline).
-            Images are resampled; the variation between seeds is not included.
-        ci_high: Upper end of that interval.
+        difference: Difference in miss rate (distilled minus baseline) over resampled images; the variation between
+            seeds is not included. None without ground truth.
     """
 
     setup: str
     distilled: DetectorMetrics
     baseline: DetectorMetrics
-    ci_low: float
-    ci_high: float
-
-    @property
-    def mr_difference(self) -> float:
-        """Difference in miss rate, fraction; below 0 the teacher helped."""
-        return self.distilled.miss_rates[self.setup] - self.baseline.miss_rates[self.setup]
+    difference: MissRateDifference | None
 
 
 def make_baseline_config(config: TrainConfig) -> TrainConfig:
@@ -172,43 +164,14 @@ def compare_with_baseline(config: TrainConfig, split: str = "val") -> BaselineCo
         )
         for directory in (config.save_dir, make_baseline_config(config).save_dir)
     )
-    low, high = compute_bootstrap_interval(samples, detections, baseline_detections, config.setup)
-    comparison = BaselineComparison(config.setup, distilled, baseline, low, high)
+    setups = [SETUPS[config.setup]]
+    difference = compare_miss_rates(
+        evaluate_detections(samples, detections, setups)[config.setup],
+        evaluate_detections(samples, baseline_detections, setups)[config.setup],
+    )
+    comparison = BaselineComparison(config.setup, distilled, baseline, difference)
     write_text(config.save_path / "baseline.json", json.dumps(asdict(comparison), indent=1) + "\n")
     return comparison
-
-
-def compute_bootstrap_interval(
-    samples: Sequence[Sample],
-    first_detections: Sequence[Detections],
-    second_detections: Sequence[Detections],
-    setup: str,
-    num_resamples: int = NUM_BOOTSTRAP,
-) -> tuple[float, float]:
-    """Compute the 95 % bootstrap interval of a difference in miss rate, first minus second.
-
-    Args:
-        samples: Annotated images.
-        first_detections: Detections of the first detector for each image.
-        second_detections: Detections of the second detector for each image.
-        setup: Setup to evaluate.
-        num_resamples: Number of bootstrap samples of the images.
-
-    Returns:
-        Lower and upper end, fractions.
-    """
-    rng, differences = np.random.default_rng(0), []
-    for _ in tqdm(range(num_resamples), desc="bootstrap", leave=False, delay=2):
-        indices = rng.integers(len(samples), size=len(samples)).tolist()
-        resampled = [samples[index] for index in indices]
-        first, second = (
-            evaluate_detections(resampled, [detections[index] for index in indices], [SETUPS[setup]])[setup]
-            for detections in (first_detections, second_detections)
-        )
-        if first.num_gt:  # a resample may contain no ground truth
-            differences.append(first.value - second.value)
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def format_comparison(comparison: BaselineComparison) -> str:
@@ -229,9 +192,16 @@ def format_comparison(comparison: BaselineComparison) -> str:
     rows.append(_make_row("AP", distilled.ap, baseline.ap))
     return (
         f"{format_table(rows, ('', 'distilled', 'baseline', 'difference'))}\n"
-        f"Effect of the teacher, MR^-2 {comparison.setup}: {100 * comparison.mr_difference:+.2f} points "
-        f"(95 % interval over images: {100 * comparison.ci_low:+.2f} to {100 * comparison.ci_high:+.2f}; one seed)"
+        f"Effect of the teacher, MR^-2 {comparison.setup}: {_format_effect(comparison.difference)}"
     )
+
+
+def _format_effect(difference: MissRateDifference | None) -> str:
+    if difference is None:
+        return "not measured: no ground truth"
+    interval = f"{100 * difference.ci_low:+.2f} to {100 * difference.ci_high:+.2f}"
+    points = f"{100 * difference.value:+.2f} points (95 % interval over images: {interval}; one seed)"
+    return f"{points}: {difference.conclusion}"
 
 
 def _make_row(name: str, distilled: float, baseline: float) -> tuple[str, str, str, str]:

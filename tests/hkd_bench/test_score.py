@@ -106,6 +106,58 @@ def test_score_two_files_in_one_table_and_plot(files: Path, capsys: pytest.Captu
     assert (files / "p.svg").read_text().count("</svg>") == 1
 
 
+def write_dataset(folder: Path, num_images: int) -> None:
+    """Images with one person; `good.json` detects all but one, `bad.json` those of the last half."""
+    images = list(range(1, num_images + 1))
+    content = {
+        "images": [{"id": image} for image in images],
+        "categories": [{"id": 1, "name": "person"}],
+        "annotations": [person(image, image, [10, 10, 40, 100]) for image in images],
+    }
+    detections = [{"image_id": image, "category_id": 1, "bbox": [10, 10, 40, 100], "score": 0.9} for image in images]
+    (folder / "gt.json").write_text(json.dumps(content))
+    (folder / "good.json").write_text(json.dumps(detections[1:]))
+    (folder / "bad.json").write_text(json.dumps(detections[num_images // 2 :]))
+
+
+def test_score_reports_interval_and_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without false positives, the miss rate of a resample is the ratio of missed images in it: binomial."""
+    write_dataset(tmp_path, 100)
+    flags = ["--annotations", str(tmp_path / "gt.json"), "--protocol", "citypersons", "--setup", "All"]
+    paths = [str(tmp_path / "good.json"), str(tmp_path / "bad.json")]
+    assert main(["score", *flags, "--detections", *paths, "--json", str(tmp_path / "o.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].split() == ["difference", "to", "good", "bad"] and lines[-2].endswith(": good is better")
+    good, bad = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert bad["interval"]["All"] == pytest.approx([0.40, 0.60], abs=0.011)  # quantiles of Binomial(100, 0.5) / 100
+    assert good["interval"]["All"] == pytest.approx([0.0, 0.03], abs=0.011)
+    assert bad["difference_to"] == "good" and "difference" not in good
+    difference = bad["difference"]["All"]
+    assert difference["value"] == pytest.approx(0.49) and difference["conclusion"] == "worse"
+    assert [difference["ci_low"], difference["ci_high"]] == pytest.approx([0.39, 0.59], abs=0.011)
+    assert main(["score", *flags, "--detections", *paths, "--json", "-", "--bootstrap", "0"]) == 0
+    assert all(result["interval"] == {} for result in json.loads(capsys.readouterr().out)["results"])
+
+
+def test_score_on_two_ground_truths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the second ground truth, the persons that bad.json misses are ignore regions."""
+    write_dataset(tmp_path, 10)
+    content = json.loads((tmp_path / "gt.json").read_text())
+    for annotation in content["annotations"][:5]:
+        annotation["ignore"] = 1
+    (tmp_path / "audited.json").write_text(json.dumps(content))
+    flags = ["--annotations", str(tmp_path / "gt.json"), str(tmp_path / "audited.json"), "--setup", "All"]
+    flags += ["--detections", str(tmp_path / "bad.json"), "--protocol", "citypersons"]
+    assert main(["score", *flags, "--json", str(tmp_path / "o.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("gt.json:") < printed.index("50.00") < printed.index("audited.json:") < printed.index(" 0.00")
+    first, second = json.loads((tmp_path / "o.json").read_text())["ground_truths"]
+    assert (first["miss_rate"]["All"], second["miss_rate"]["All"]) == (0.5, 0)
+    assert first["annotations"].endswith("gt.json") and second["num_gt"]["All"] == 5
+    assert main(["score", *flags, "--plot", str(tmp_path / "p.svg")]) == 2
+    assert "--plot: requires one ground truth" in capsys.readouterr().err
+
+
 def test_score_coco_equals_pycocotools(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
