@@ -139,6 +139,7 @@ def test_command_writes_json_and_html(
     assert read_result(out).models[0].name == "tiny-a" and (tmp_path / "r.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_images_are_timed_without_miss_rate(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +240,7 @@ def test_host_fields_have_value_or_reason() -> None:
     assert all((field.value is None) == bool(field.reason) for field in fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "packages"), [("worker", {"torch", "matplotlib"}), ("report", {"torch"})])
 def test_module_does_not_import(module: str, packages: set[str]) -> None:
     code = f"import sys, hkd_bench.{module}; sys.exit(bool({packages} & set(sys.modules)))"

@@ -84,6 +84,8 @@ def _run_export(argv: Sequence[str] | None) -> int:
     _check_source(source, flags)
     _check_combinations(flags)
     _check_output(source, output, flags)
+    if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
+        ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
     if source.suffix == ".engine":
         serving.write_serving_folders(source, flags)
         return 0
@@ -113,7 +115,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
 
 
 def _check_source(source: Path, flags: argparse.Namespace) -> None:
-    """Check that the file type supports the conversions, and that OpenVINO gets a file of hkd-export."""
+    """Check that the file type supports the conversions."""
     is_reduced = flags.precision != "fp32"
     if source.suffix not in (".pt", ".onnx", ".engine"):
         raise UsageError(f"{source}: expected best.pt of a training run, or an .onnx or .engine file of hkd-export.")
@@ -123,8 +125,6 @@ def _check_source(source: Path, flags: argparse.Namespace) -> None:
         )
     if source.suffix == ".onnx" and not (is_reduced or flags.trt or flags.openvino or flags.serving):
         raise UsageError(f"{source}: no conversion selected. Set --precision, --trt, --openvino or --serving.")
-    if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
-        ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
 
 
 def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:

@@ -194,6 +194,7 @@ def test_truncated_video_raises_and_keeps_frames(
     assert 10 < len(read_frames(out)) < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_playable_video(
     tiny_onnx: Callable[..., Path], camera: object, tmp_path: Path, stop: signal.Signals

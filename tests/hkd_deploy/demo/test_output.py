@@ -163,6 +163,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", sorted(ENCODERS))
 def test_open_video_writer_full_disk_raises(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"video{suffix}"

@@ -14,7 +14,7 @@ import torch
 
 from hkd_deploy import open_detector
 from hkd_deploy.export.cli import main
-from hkd_deploy.export.exporter import export_detector, export_onnx
+from hkd_deploy.export.exporter import export_detector, export_onnx, make_metadata
 from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import ParityError, compute_box_difference
 from hkd_det.letterbox import Letterbox
@@ -52,6 +52,14 @@ def image_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
+@pytest.fixture(scope="module")
+def model_path(checkpoint: DetectorCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as an ONNX file."""
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    export_onnx(checkpoint, path, ExportOptions(IMGSZ_HW))
+    return path
+
+
 @pytest.mark.parametrize("batch", [1, None])
 def test_export_detector_agrees_with_torch(
     checkpoint: DetectorCheckpoint, image_paths: list[Path], tmp_path: Path, batch: int | None
@@ -61,12 +69,11 @@ def test_export_detector_agrees_with_torch(
 
 
 def test_open_detector_returns_torch_detections(
-    checkpoint: DetectorCheckpoint, image_paths: list[Path], tmp_path: Path
+    checkpoint: DetectorCheckpoint, image_paths: list[Path], model_path: Path
 ) -> None:
     """End to end, in pixels of the original image."""
-    export_onnx(checkpoint, tmp_path / "model.onnx", ExportOptions(IMGSZ_HW))
     image = cv2.imread(str(image_paths[0]))[:, :, ::-1].copy()
-    with open_detector(tmp_path / "model.onnx") as detector:
+    with open_detector(model_path) as detector:
         detections = detector(image)
     letterbox = Letterbox(image.shape[:2], IMGSZ_HW)
     with torch.no_grad():
@@ -80,21 +87,20 @@ def test_open_detector_returns_torch_detections(
     )
 
 
-def test_export_onnx_writes_metadata(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
-    export_onnx(checkpoint, tmp_path / "model.onnx", ExportOptions(IMGSZ_HW))
-    with open_detector(tmp_path / "model.onnx") as detector:
+def test_export_onnx_writes_metadata(checkpoint: DetectorCheckpoint, model_path: Path) -> None:
+    with open_detector(model_path) as detector:
         metadata = detector.metadata
     complexity = count_params_and_flops(checkpoint.build(), IMGSZ_HW)
     assert (metadata.model, metadata.imgsz_hw, metadata.batch) == ("mini-student", IMGSZ_HW, 1)
     assert (metadata.parameters, metadata.flops) == (complexity.num_params, complexity.flops)
     assert metadata.weights_sha256 == weights_sha256(checkpoint.weights) and metadata.data == "street.yaml"
-    model = onnx.load(tmp_path / "model.onnx")
+    model = onnx.load(model_path)
     assert model.opset_import[0].version == 17 and model.ir_version <= 8
     assert {prop.key for prop in model.metadata_props} >= {"names", "stride", "task", "imgsz", "author", "license"}
     assert "NonMaxSuppression" not in {node.op_type for node in model.graph.node}
 
 
-def test_export_onnx_license_states_data_terms(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
+def test_make_metadata_license_states_data_terms(checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
     """For a public dataset, a custom dataset, and a data YAML that is not available."""
     own = tmp_path / "own.yaml"
     own.write_text("train: images\nlicense: ours, for sale\n")
@@ -104,12 +110,11 @@ def test_export_onnx_license_states_data_terms(checkpoint: DetectorCheckpoint, t
         ("elsewhere.yaml", "as their training data allows"),
     ):
         source = replace(checkpoint, config={**checkpoint.config, "data": data})
-        export_onnx(source, tmp_path / "model.onnx", ExportOptions(IMGSZ_HW))
-        with open_detector(tmp_path / "model.onnx") as detector:
-            license_text = detector.metadata.license
+        license_text = make_metadata(source, ExportOptions(IMGSZ_HW))["license"]
         assert license_text.startswith("Apache-2.0 (code); weights: ") and license_text.endswith(ending), data
 
 
+@pytest.mark.slow
 def test_export_detector_of_different_outputs_writes_nothing(
     checkpoint: DetectorCheckpoint, image_paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,8 +103,8 @@ def pad_image(image_rgb: np.ndarray) -> np.ndarray:
     "spec",
     [
         pytest.param(HKD_SPEC, id="hkd"),
-        pytest.param(narrow_yolo("yolo11n"), id="yolo11n"),
-        pytest.param(narrow_yolo("yolo26n"), id="yolo26n"),
+        pytest.param(narrow_yolo("yolo11n"), id="yolo11n", marks=pytest.mark.slow),
+        pytest.param(narrow_yolo("yolo26n"), id="yolo26n", marks=pytest.mark.slow),
         pytest.param(RCNN, id="rcnn", marks=pytest.mark.slow),
     ],
 )
@@ -174,11 +174,11 @@ def test_raw_float_graph_agrees_after_postprocessing(hkd_checkpoint: DetectorChe
     ("options", "preprocess"),
     [
         (ExportOptions(HW), "uint8"),
-        (ExportOptions(HW, None), "uint8"),
+        pytest.param(ExportOptions(HW, None), "uint8", marks=pytest.mark.slow),
         (DYNAMIC, "uint8"),
-        (LETTERBOX, "uint8"),
+        pytest.param(LETTERBOX, "uint8", marks=pytest.mark.slow),
         (ExportOptions(HW, preprocess=False), "float01"),
-        (ExportOptions(HW, raw=True), "uint8"),
+        pytest.param(ExportOptions(HW, raw=True), "uint8", marks=pytest.mark.slow),
     ],
 )
 def test_export_metadata_describes_graph(

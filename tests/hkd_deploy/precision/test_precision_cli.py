@@ -54,6 +54,7 @@ def test_int8_excludes_sensitive_layer(
         assert len(detector(np.full((96, 96, 3), 230, np.uint8))) == 1
 
 
+@pytest.mark.slow
 def test_int8_onnx_runtime_matches_unoptimized_graph(box_net: Callable[..., Path], street: Path) -> None:
     """On x86 the backend disables the fusion of Q/DQ nodes, so that optimized outputs match up to rounding."""
     source = box_net()
@@ -72,6 +73,7 @@ def test_int8_onnx_runtime_matches_unoptimized_graph(box_net: Callable[..., Path
         np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_verification_reuses_miss_rates_of_the_report(
     box_net: Callable[..., Path], street: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +97,7 @@ def test_verification_reuses_miss_rates_of_the_report(
         assert all("0.00 %" in line and line.endswith("+0.00 points") for line in lines)
 
 
+@pytest.mark.slow
 def test_int8_above_miss_rate_limit_requires_force(
     box_net: Callable[..., Path], street: Path, two_outliers: BoxNetWeights, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +192,7 @@ def test_unsupported_opset_lists_supported_range(
     assert "--precision supports opsets 13 to 20, got 21" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quantize_is_alias_of_precision_and_needs_no_torch(box_net: Callable[..., Path], street: Path) -> None:
     command = "import sys; from hkd_deploy.export.cli import main; code = main(sys.argv[1:])"
     command += "; sys.exit(code or 'torch' in sys.modules)"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,27 @@ def convert(source: Fp32Model, precision: str) -> onnx.ModelProto:
             return convert_to_half(source.model, find_graph_regions(source.model), precision)
 
 
+@pytest.fixture(scope="module")
+def fp32_file(checkpoint: DetectorCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int | None], Path]:
+    """Function `fp32_file(batch)` that exports the checkpoint once per batch size."""
+    folder = tmp_path_factory.mktemp("fp32")
+
+    @cache
+    def export(batch: int | None) -> Path:
+        path = folder / f"{batch}.onnx"
+        export_onnx(checkpoint, path, ExportOptions(HW, batch))
+        return path
+
+    return export
+
+
 @pytest.fixture
-def exported(checkpoint: DetectorCheckpoint, tmp_path: Path) -> Callable[..., Path]:
+def exported(fp32_file: Callable[[int | None], Path], tmp_path: Path) -> Callable[..., Path]:
     """Function `exported(precision, batch)` that writes a file like hkd-export. Batch None is free."""
 
     def write(precision: str, batch: int | None) -> Path:
         path = tmp_path / "student.onnx"
-        export_onnx(checkpoint, path, ExportOptions(HW, batch))
-        source = read_fp32_model(path)
+        source = read_fp32_model(fp32_file(batch))
         save_model(source, convert(source, precision), path, precision, {}, {})
         return path
 
@@ -77,7 +91,7 @@ def make_images(count: int) -> np.ndarray:
     return np.stack([cv2.resize(image, (HW[1], HW[0])) for image in coarse])
 
 
-@pytest.mark.parametrize("batch", [2, None])
+@pytest.mark.parametrize("batch", [2, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_nvinfer_graph_equals_source(exported: Callable[..., Path], precision: str, batch: int | None) -> None:
     model = exported(precision, batch)

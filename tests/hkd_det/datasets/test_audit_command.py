@@ -315,6 +315,7 @@ def test_wrong_output_format_is_one_line(tmp_path: Path, model: Path, capsys: py
     assert "Change output_format in the model configuration" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_audit_runs_without_torch(tmp_path: Path, model: Path) -> None:
     data = write_coco_data(tmp_path / "data")
     command = [sys.executable, "-c", NO_TORCH, "--data", str(data), "--check", "--audit", str(model)]

@@ -283,6 +283,7 @@ def test_check_real_data_has_no_errors(
     assert all(words in printed for words in expected)
 
 
+@pytest.mark.slow
 def test_check_works_without_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", NO_TORCH, "--data", str(coco(tmp_path)), "--check"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -36,6 +36,7 @@ def make_perfect_detections(data_yaml: Path) -> list[Detections]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_baseline_differs_by_teacher_only(data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", str(data_yaml), "--model", "mini-student", *FLAGS, "--project", str(tmp_path)]

@@ -121,6 +121,7 @@ def test_command_replaces_reports_and_fine_tunes(data_yaml: Path, tmp_path: Path
     assert main(flags) == 2  # the directory contains a run
 
 
+@pytest.mark.slow
 def test_interrupted_block_training_continues(data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = write_checkpoint(tmp_path / "teacher.pt")
     cut = make_config(data_yaml, tmp_path / "cut", teacher, make_methods())
@@ -164,6 +165,7 @@ def test_other_batch_samples_other_images_and_starts_over(
     assert (tmp_path / "run/4").read_bytes() != (tmp_path / "run/6").read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted_fine_tuning_ends_with_same_weights(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +226,11 @@ def test_killed_workers_do_not_change_the_network(data_yaml: Path, tmp_path: Pat
     ("changes", "losses"),
     [
         ({"hkd": HKDConfig()}, {"hkd_pyramid", "hkd_region", "hkd_cls", "hkd_box"}),
-        ({"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": MoKDConfig()}, {"hkd_pyramid"}),
+        pytest.param(
+            {"hkd": HKDConfig(), "noisy_teacher": NoisyTeacherConfig(), "mokd": MoKDConfig()},
+            {"hkd_pyramid"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_fine_tuning_with_teacher_has_losses(
@@ -241,11 +247,13 @@ def make_thin_yolo_spec() -> UltralyticsSpec:
     return UltralyticsSpec("yolo11n", {**model_yaml, "nc": 1})
 
 
+@pytest.mark.slow
 def test_faster_rcnn_is_replaced_blockwise(data_yaml: Path, tmp_path: Path) -> None:
     spec = FasterRCNNSpec("resnet18", width_mult=0.125, channels=8, head_width=16, anchor_sizes=(16, 32, 64, 128, 256))
     _check_family(data_yaml, tmp_path, spec)
 
 
+@pytest.mark.slow
 def test_yolo_is_replaced_blockwise(data_yaml: Path, tmp_path: Path) -> None:
     _check_family(data_yaml, tmp_path, make_thin_yolo_spec())
 

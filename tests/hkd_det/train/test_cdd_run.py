@@ -95,6 +95,7 @@ def test_command_prunes_copy_of_teacher_to_plain_network(data_yaml: Path, tmp_pa
     assert not any(isinstance(module, Compactor) for module in detector.modules())
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
     """The run is interrupted while channels fade; queues and background samples are restored."""
     settings = {"distill": {"cdd": CDD, "hkd": HKDConfig()}, "epochs": 3}

@@ -134,7 +134,7 @@ def test_split_without_persons_is_reported_before_training(
     assert "setup=All" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_truncated_image_is_reported_by_name(
     data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
 ) -> None:

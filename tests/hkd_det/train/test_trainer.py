@@ -56,6 +56,7 @@ def test_run_writes_checkpoints_settings_and_history(data_yaml: Path, tmp_path: 
     assert result.history[-1].losses["cls"] < result.history[0].losses["cls"] * 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_training_learns_dark_boxes(data_yaml: Path, tmp_path: Path) -> None:
     result = train(make_config(data_yaml, tmp_path, epochs=30, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9))
@@ -64,7 +65,7 @@ def test_training_learns_dark_boxes(data_yaml: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_models")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_run_equals_uninterrupted_run(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

@@ -84,6 +84,7 @@ def test_teacher_alone_trains_until_last_epochs(data_yaml: Path, tmp_path: Path,
     assert last.keys() == DET_LOSSES and last["cls"] > 0
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_path: Path, teacher: str) -> None:
     """Random numbers of samples and noise depend on the epoch only."""
     distillation = {

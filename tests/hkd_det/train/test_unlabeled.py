@@ -173,6 +173,7 @@ def teacher(data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return str(train(config(data_yaml, tmp_path / "t", tmp_path, "", epochs=1, unlabeled=(), distill={})).best)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(
     data_yaml: Path, tmp_path: Path, folder: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

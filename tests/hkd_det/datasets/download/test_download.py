@@ -222,6 +222,7 @@ def test_catalog_of_the_project() -> None:
         assert len(Path(entry["path"]).parts) >= 1 and not Path(entry["path"]).is_absolute(), name
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(tmp_path: Path, serve: Serve, write_catalog: WriteCatalog) -> None:
     site = serve(content=make_zip())
     write_catalog([make_entry(site)])
