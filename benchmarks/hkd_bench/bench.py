@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hkd_bench.accuracy import measure_accuracy
 from hkd_bench.host import read_host_fields
-from hkd_bench.result import SCHEMA_VERSION, BenchResult, ModelResult, StageSamples, StoredCurve
+from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
 from hkd_deploy.trt.onnx_file import is_external_model
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
-from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
-from hkd_det.metrics.matching import MissRateResult
 from hkd_det.structures import Detections, Sample
 
 
@@ -88,7 +87,11 @@ class BenchEntry:
 
 
 def bench(
-    models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions, names: Sequence[str] | None = None
+    models: Sequence[Path],
+    samples: Sequence[Sample],
+    options: BenchOptions,
+    names: Sequence[str] | None = None,
+    other_ground_truths: Mapping[str, Sequence[Sample]] | None = None,
 ) -> BenchResult:
     """Measure the miss rate over all samples, and latency and memory on some of them.
 
@@ -97,6 +100,7 @@ def bench(
         samples: Images, with ground truth unless `options.has_ground_truth` is false.
         options: Options of the measurement.
         names: One name per model and backend. The default is the file name.
+        other_ground_truths: Further ground truths of the same images in the same order, by name of the dataset.
 
     Returns:
         The measurements of all models.
@@ -124,6 +128,7 @@ def bench(
                 if job.eval_images:
                     detections[index] = read_detections_npz(Path(job.detections_npz))
     eval_samples = samples if options.has_ground_truth else ()
+    accuracies = measure_accuracy({options.data: eval_samples, **(other_ground_truths or {})}, detections)
     return BenchResult(
         schema=SCHEMA_VERSION,
         command=options.command,
@@ -140,8 +145,8 @@ def bench(
         warmup=options.warmup,
         warmup_s=options.warmup_s,
         models=tuple(
-            _make_model_result(entry, rounds, evaluate_detections(eval_samples, model_detections))
-            for entry, rounds, model_detections in zip(entries, results, detections, strict=True)
+            _make_model_result(entry, rounds, accuracy)
+            for entry, rounds, accuracy in zip(entries, results, accuracies, strict=True)
         ),
     )
 
@@ -279,7 +284,7 @@ def _format_worker_error(returncode: int, log_path: Path) -> str:
 
 
 def _make_model_result(
-    entry: BenchEntry, rounds: Sequence[WorkerResult], miss_rates: dict[str, MissRateResult]
+    entry: BenchEntry, rounds: Sequence[WorkerResult], accuracy: tuple[AccuracyResult, ...]
 ) -> ModelResult:
     first, largest = rounds[0], max(rounds, key=lambda result: result.peak_memory_mib)
     stages = np.concatenate([result.stages_ms for result in rounds])
@@ -294,10 +299,7 @@ def _make_model_result(
         flops=first.flops,
         imgsz_hw=(first.imgsz_hw[0], first.imgsz_hw[1]),
         file_mib=sum(file.stat().st_size for file in list_model_files(entry.path)) / 2**20,
-        miss_rates={setup: result.value if result.num_gt else None for setup, result in miss_rates.items()},
-        num_gt={setup: result.num_gt for setup, result in miss_rates.items()},
-        curve=StoredCurve.from_miss_rate(miss_rates[REASONABLE.name]),
-        curve_all=StoredCurve.from_miss_rate(miss_rates["All"]),
+        accuracy=accuracy,
         e2e_ms=tuple(sample for result in rounds for sample in result.e2e_ms),
         stages=StageSamples(*(tuple(column.tolist()) for column in stages.T)),
         load_ms=tuple(result.load_ms for result in rounds),

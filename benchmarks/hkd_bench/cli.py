@@ -58,23 +58,28 @@ def run_bench(argv: Sequence[str] | None) -> int:
     Raises:
         HkdError: A flag, a model or the dataset is invalid.
     """
-    from hkd_bench import bench, report, result, table  # noqa: PLC0415  # import packages of the extra
+    from hkd_bench import accuracy, bench, report, result, table  # noqa: PLC0415  # import packages of the extra
 
     args = argv or []
     flags = parse_bench_args(args)
-    samples = _load_samples(flags)[: flags.max_images]
+    datasets = flags.data.split(",") if flags.data else []
+    samples = _load_samples(flags, datasets)[: flags.max_images]
+    other_ground_truths = {
+        name: accuracy.align_samples(samples, load_dataset(name, flags.split), name) for name in datasets[1:]
+    }
     options = bench.BenchOptions(
         device=flags.device,
         threads=flags.threads,
         backends=tuple(flags.backend.split(",")) if flags.backend else (None,),
         runs=flags.runs,
-        data=flags.data or str(flags.images),
+        data=datasets[0] if datasets else str(flags.images),
         split=flags.split if flags.data else "",
         model_configs=tuple(map(Path, flags.model_config.split(","))) if flags.model_config else (),
         command=shlex.join(["hkd-bench", *args]),
         has_ground_truth=bool(flags.data),
     )
-    measured = bench.bench(flags.models, samples, options, names=flags.names.split(",") if flags.names else None)
+    names = flags.names.split(",") if flags.names else None
+    measured = bench.bench(flags.models, samples, options, names, other_ground_truths)
     print(table.format_text_table(measured))
     if flags.json:
         result.write_result(flags.json, measured)
@@ -94,9 +99,9 @@ def run_bench(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _load_samples(flags: argparse.Namespace) -> list[Sample]:
-    if flags.data:
-        return load_dataset(flags.data, flags.split)
+def _load_samples(flags: argparse.Namespace, datasets: Sequence[str]) -> list[Sample]:
+    if datasets:
+        return load_dataset(datasets[0], flags.split)
     if not flags.images.is_dir():
         raise UsageError(f"--images {flags.images}: no such directory. Expected a directory of images.")
     return [Sample(path.name, path) for path in list_images(flags.images)]
@@ -136,7 +141,12 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         help="configuration of the ONNX files that hkd-export did not write: one file, or one per such model "
         "(default: MODEL.yaml next to MODEL.onnx); see recipes/onnx/",
     )
-    parser.add_argument("--data", help="dataset: a name in datasets.yaml or a .yaml file")
+    parser.add_argument(
+        "--data",
+        metavar="DATA[,DATA]",
+        help="dataset: a name in datasets.yaml or a .yaml file; further ones contain other ground truths of the same "
+        "images",
+    )
     parser.add_argument(
         "--images",
         type=Path,

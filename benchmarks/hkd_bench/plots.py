@@ -62,9 +62,10 @@ def plot_miss_rate(result: BenchResult, setup: str = REASONABLE.name) -> str:
     Returns:
         Inline SVG, or an empty string if no curve was measured.
     """
-    curves = [model.curve if setup == REASONABLE.name else model.curve_all for model in result.models]
-    if not any(model.num_gt[setup] for model in result.models) or None in curves:
+    if not any(model.num_gt[setup] for model in result.models):
         return ""
+    accuracies = [model.accuracy[0] for model in result.models]
+    curves = [accuracy.curve if setup == REASONABLE.name else accuracy.curve_all for accuracy in accuracies]
 
     def draw(axes: Axes) -> None:
         lines = [
@@ -74,7 +75,6 @@ def plot_miss_rate(result: BenchResult, setup: str = REASONABLE.name) -> str:
                 np.array(curve.miss_rate),
             )
             for model, curve in zip(result.models, curves, strict=True)
-            if curve is not None
         ]
         draw_miss_rates(axes, lines)
 

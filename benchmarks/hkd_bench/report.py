@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from hkd_bench import plots
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
-from hkd_bench.table import COLUMNS, make_cells, make_notes
+from hkd_bench.table import (
+    COLUMNS,
+    format_data_name,
+    format_difference,
+    format_interval,
+    make_cells,
+    make_notes,
+)
 from hkd_deploy import Detector
 from hkd_deploy.draw import MatchStatus, draw_box, draw_detections
 from hkd_det.files import write_text
@@ -173,7 +180,10 @@ def render_html(
         result=result,
         colors=[plots.COLORS[index % len(plots.COLORS)] for index in range(len(result.models))],
         metric_rows=_make_metric_rows(result),
-        setup_rows=_make_setup_rows(result),
+        setup_tables=[
+            (format_data_name(accuracy.data), _make_setup_rows(result, index))
+            for index, accuracy in enumerate(result.models[0].accuracy)
+        ],
         detail_rows=[
             (name, unit, row)
             for (name, unit), row in zip(DETAILS, zip(*map(_format_details, result.models), strict=True), strict=True)
@@ -205,17 +215,28 @@ def _make_metric_rows(result: BenchResult) -> list[tuple[str, str, list[tuple[st
     ]
 
 
-def _make_setup_rows(result: BenchResult) -> list[tuple[str, str, int, list[str]]]:
-    """Return name, limits, number of boxes and miss rates of each setup."""
+def _make_setup_rows(result: BenchResult, index: int) -> list[tuple[str, str, int, list[tuple[str, str, str]]]]:
+    """Return name, limits, number of boxes, and the cells of all models of each setup on one ground truth."""
     return [
         (
             name,
             f"{_format_limits(setup.height_px, ' px')} tall, {_format_limits(setup.visible_ratio, '')} visible",
-            result.models[0].num_gt[name],
-            [plots.format_percent(model.miss_rates[name]) for model in result.models],
+            result.models[0].accuracy[index].num_gt[name],
+            [_make_setup_cell(model, index, name, result.models[0].name) for model in result.models],
         )
         for name, setup in SETUPS.items()
     ]
+
+
+def _make_setup_cell(model: ModelResult, index: int, setup: str, reference_name: str) -> tuple[str, str, str]:
+    """Return miss rate, interval and difference to the first model."""
+    accuracy = model.accuracy[index]
+    interval, difference = accuracy.intervals.get(setup), accuracy.differences.get(setup)
+    return (
+        plots.format_percent(accuracy.miss_rates[setup]),
+        format_interval(interval) if interval else "",
+        format_difference(difference, model.name, reference_name) if difference else "",
+    )
 
 
 def _format_limits(limits: tuple[float, float], unit: str) -> str:

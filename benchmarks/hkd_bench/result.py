@@ -13,6 +13,7 @@ from hkd_bench.host import HostField
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import read_json, write_text
+from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
 from hkd_det.metrics.matching import MissRateResult
 
 SCHEMA_VERSION = 2
@@ -126,6 +127,30 @@ class StoredCurve:
 
 
 @dataclass(frozen=True)
+class AccuracyResult:
+    """Miss rates of one model on one ground truth, by the CityPersons protocol.
+
+    Attributes:
+        data: Name or path of the dataset.
+        miss_rates: MR^-2 of each setup as a fraction; None without ground truth.
+        intervals: 95 % interval over images of each setup with ground truth.
+        differences: Difference to the first model on the same images, of each setup with ground truth; empty for the
+            first model.
+        num_gt: Number of ground-truth boxes of each setup.
+        curve: Curve of the setup Reasonable.
+        curve_all: Curve of the setup All.
+    """
+
+    data: str
+    miss_rates: dict[str, float | None]
+    intervals: dict[str, MissRateInterval]
+    differences: dict[str, MissRateDifference]
+    num_gt: dict[str, int]
+    curve: StoredCurve
+    curve_all: StoredCurve
+
+
+@dataclass(frozen=True)
 class StageSamples:
     """Latency of each stage in milliseconds, one entry per run.
 
@@ -156,10 +181,7 @@ class ModelResult:
         flops: FLOPs per image; a multiply-add counts as two. None if unknown.
         imgsz_hw: Input size in pixels.
         file_mib: Size of the file or directory in MiB.
-        miss_rates: MR^-2 of each setup as a fraction; None without ground truth.
-        num_gt: Number of ground-truth boxes of each setup.
-        curve: Curve of the setup Reasonable.
-        curve_all: Curve of the setup All; None if it was not stored.
+        accuracy: Miss rates on each ground truth; the first is that of `BenchResult.data`.
         e2e_ms: Latency from frame to detections in milliseconds, one entry per run.
         stages: Latency of each stage.
         load_ms: Time to open the model in milliseconds, one entry per round.
@@ -178,15 +200,22 @@ class ModelResult:
     flops: int | None
     imgsz_hw: tuple[int, int]
     file_mib: float
-    miss_rates: dict[str, float | None]
-    num_gt: dict[str, int]
-    curve: StoredCurve
-    curve_all: StoredCurve | None
+    accuracy: tuple[AccuracyResult, ...]
     e2e_ms: tuple[float, ...]
     stages: StageSamples
     load_ms: tuple[float, ...]
     peak_memory_mib: float
     baseline_mib: float
+
+    @property
+    def miss_rates(self) -> dict[str, float | None]:
+        """MR^-2 of each setup on the first ground truth, as a fraction; None without ground truth."""
+        return self.accuracy[0].miss_rates
+
+    @property
+    def num_gt(self) -> dict[str, int]:
+        """Number of boxes of each setup in the first ground truth."""
+        return self.accuracy[0].num_gt
 
     @property
     def latency(self) -> LatencySummary:

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.scoring import ScoreTable
 from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
 from hkd_det.text_table import format_table
 
+SHOWN_SETUPS = ("Reasonable", "All")
 MAX_CV = 0.1  # an idle machine with fixed clocks stays below 0.025, the warning limit of trtexec
+
+# Interval of each detector and its difference to the first one, by ground truth or setup, and by name.
+AccuracyGroups = dict[str, dict[str, tuple[MissRateInterval, MissRateDifference | None]]]
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,18 @@ def format_text_table(result: BenchResult) -> str:
         result: Measurements of all models.
 
     Returns:
-        The table and the notes below it.
+        The table, the intervals of the miss rates, and notes.
     """
     rows = [["", *(column.unit for column in COLUMNS)]]
     for model, cells in zip(result.models, make_cells(result), strict=True):
         rows.append([model.name, *(cell.value for cell in cells)])
         if any(cell.ratio for cell in cells):
             rows.append(["", *(cell.ratio for cell in cells)])
-    return "\n".join([format_table(rows, ["", *(column.title for column in COLUMNS)]), "", *make_notes(result)])
+    parts = [format_table(rows, ["", *(column.title for column in COLUMNS)]), ""]
+    groups = group_accuracy(result)
+    if groups:
+        parts += [format_comparison_table(groups), ""]
+    return "\n".join([*parts, *make_notes(result)])
 
 
 def format_markdown_table(result: BenchResult) -> str:
@@ -95,12 +104,46 @@ def format_markdown_table(result: BenchResult) -> str:
     Returns:
         The table and the notes below it.
     """
-    headers = ["model", *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS)]
+    headers = [
+        "model",
+        *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS),
+    ]
     rows = [
         [model.name, *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in cells)]
         for model, cells in zip(result.models, make_cells(result), strict=True)
     ]
-    return "\n".join([format_table(rows, headers, style="github"), "", *make_notes(result)])
+    parts = [format_table(rows, headers, style="github"), ""]
+    groups = group_accuracy(result)
+    if groups:
+        parts += [format_comparison_table(groups, style="github"), ""]
+    return "\n".join([*parts, *make_notes(result)])
+
+
+def group_accuracy(result: BenchResult) -> AccuracyGroups:
+    """Return the intervals and differences of the setups Reasonable and All on each ground truth.
+
+    Args:
+        result: Measurements of all models.
+    """
+    groups: AccuracyGroups = {}
+    for index, first in enumerate(result.models[0].accuracy):
+        for setup in SHOWN_SETUPS:
+            label = f"{setup} ({format_data_name(first.data)})" if len(result.models[0].accuracy) > 1 else setup
+            if setup in first.intervals:
+                groups[label] = {
+                    model.name: (model.accuracy[index].intervals[setup], model.accuracy[index].differences.get(setup))
+                    for model in result.models
+                }
+    return groups
+
+
+def format_data_name(data: str) -> str:
+    """Return the name of a dataset for a table: the file name without suffix.
+
+    Args:
+        data: Name of a dataset, or path of its YAML file.
+    """
+    return Path(data).stem
 
 
 def format_score_table(table: ScoreTable) -> str:
@@ -110,7 +153,7 @@ def format_score_table(table: ScoreTable) -> str:
         table: Scores of at least one detection file.
 
     Returns:
-        The table, and below it the intervals of the miss rates and the differences to the first file.
+        The table and, below it, the intervals of the miss rates and the differences to the first file.
     """
     scores = table.scores
     first_name, first = next(iter(scores.items()))
@@ -120,21 +163,36 @@ def format_score_table(table: ScoreTable) -> str:
     ]
     rows += [[name, "", *(_format_score(score.metrics[name]) for score in scores.values())] for name in first.metrics]
     headers = ["MR^-2, %" if first.miss_rates else "%", "boxes" if first.miss_rates else "", *scores]
-    parts = [format_table(rows, headers)]
-    setups = list(table.intervals.get(first_name, {}))
-    if setups:
-        rows = [[setup, *(format_interval(table.intervals[name][setup]) for name in scores)] for setup in setups]
-        parts.append(format_table(rows, ["95 % interval", *scores]))
-    if setups and table.differences:
-        rows = [
-            [
-                setup,
-                *(format_difference(table.differences[name][setup], name, first_name) for name in table.differences),
-            ]
-            for setup in setups
-        ]
-        parts.append(format_table(rows, [f"difference to {first_name}", *table.differences]))
-    return "\n\n".join(parts)
+    groups = {
+        setup: {
+            name: (table.intervals[name][setup], table.differences.get(name, {}).get(setup)) for name in table.scores
+        }
+        for setup in table.intervals.get(first_name, {})
+    }
+    return "\n\n".join([format_table(rows, headers), *([format_comparison_table(groups)] if groups else [])])
+
+
+def format_comparison_table(groups: AccuracyGroups, style: str = "plain") -> str:
+    """Format miss rates with their intervals and the differences to the first detector, one row per detector.
+
+    Args:
+        groups: Interval and difference of each detector, by ground truth or setup, and by name; at least one.
+        style: `plain` for the terminal, `github` for Markdown.
+
+    Returns:
+        The table.
+    """
+    reference_name = next(iter(next(iter(groups.values()))))
+    has_differences = any(difference for group in groups.values() for _, difference in group.values())
+    rows = []
+    for label, group in groups.items():
+        for index, (name, (interval, difference)) in enumerate(group.items()):
+            row = ["" if index else label, name, f"{100 * interval.value:.2f}", format_interval(interval)]
+            if has_differences:
+                row.append(format_difference(difference, name, reference_name) if difference else "")
+            rows.append(row)
+    headers = ["MR^-2, %", "", "", "95 % interval"] + [f"difference to {reference_name}"] * has_differences
+    return format_table(rows, headers, style, align=["left", "left", "right", "right", "left"][: len(headers)])
 
 
 def format_interval(interval: MissRateInterval) -> str:
@@ -232,8 +290,7 @@ def _collect_metrics(model: ModelResult) -> Sequence[float | None]:
         model.parameters / 1e6,
         None if model.flops is None else model.flops / 1e9,
         model.file_mib,
-        _to_percent(model.miss_rates["Reasonable"]),
-        _to_percent(model.miss_rates["All"]),
+        *(_to_percent(model.miss_rates[setup]) for setup in SHOWN_SETUPS),
         latency.p50_ms,
         latency.p90_ms,
         latency.p99_ms,

@@ -140,6 +140,33 @@ def test_command_writes_json_and_html(
 
 
 @pytest.mark.slow
+def test_second_ground_truth_has_its_own_miss_rate(
+    model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second ground truth, the person that the model misses is an ignore region."""
+    content = json.loads((half_right.parent / "all.json").read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    content["images"].reverse()
+    (tmp_path / "audited.json").write_text(json.dumps(content))
+    annotations = {"images": str(half_right.parent), "annotations": str(tmp_path / "audited.json")}
+    audited, out = tmp_path / "audited.yaml", tmp_path / "r.json"
+    audited.write_text(yaml.safe_dump({"format": "coco", "val": annotations}))
+    flags = ["--runs", "3", "--json", str(out), "--html", str(tmp_path / "r.html")]
+    assert main([str(model), "--data", f"{half_right},{audited}", *flags]) == 0
+    first, second = read_result(out).models[0].accuracy
+    assert (first.miss_rates["All"], first.num_gt["All"]) == (pytest.approx(0.5), 2)
+    assert (second.miss_rates["All"], second.num_gt["All"]) == (0, 1)
+    printed = capsys.readouterr().out
+    assert "All (data) " in printed and "All (audited) " in printed
+    assert "Ground truth audited" in (tmp_path / "r.html").read_text()
+    content["images"].pop()
+    content["annotations"].pop(0)
+    (tmp_path / "audited.json").write_text(json.dumps(content))
+    assert main([str(model), "--data", f"{half_right},{audited}", *flags]) == 1
+    assert "audited.yaml: lacks 1 of 2 images of the first dataset" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_images_are_timed_without_miss_rate(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +190,7 @@ def external_model(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytes
     return path, folder / "config.yaml"
 
 
+@pytest.mark.slow
 def test_external_model_equals_the_exported_one(
     model: Path, external_model: tuple[Path, Path], half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +199,8 @@ def test_external_model_equals_the_exported_one(
     flags = ["--data", str(half_right), "--runs", "3", "--json", str(out), "--html", str(tmp_path / "r.html")]
     assert main([str(model), str(other), "--model-config", str(config), *flags]) == 0
     exported, external = read_result(out).models
-    assert external.miss_rates == exported.miss_rates and external.curve == exported.curve
+    assert replace(external.accuracy[0], differences={}) == exported.accuracy[0]
+    assert external.accuracy[0].differences["All"].conclusion == "no difference shown"
     assert (external.model, external.license, external.flops) == ("Other", "BSD-3-Clause", None)
     assert "License of the weights: Apache-2.0 (tiny); BSD-3-Clause (other)." in capsys.readouterr().out
     assert "BSD-3-Clause (other)" in (tmp_path / "r.html").read_text()

@@ -127,7 +127,9 @@ def test_score_reports_interval_and_difference(tmp_path: Path, capsys: pytest.Ca
     paths = [str(tmp_path / "good.json"), str(tmp_path / "bad.json")]
     assert main(["score", *flags, "--detections", *paths, "--json", str(tmp_path / "o.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3].split() == ["difference", "to", "good", "bad"] and lines[-2].endswith(": good is better")
+    assert lines[-4].endswith("difference to good")
+    assert lines[-3].split()[:3] == ["All", "good", "1.00"] and lines[-3].split()[-1] in ("3.0", "4.0")
+    assert lines[-2].split()[:2] == ["bad", "50.00"] and lines[-2].endswith(": good is better")
     good, bad = json.loads((tmp_path / "o.json").read_text())["results"]
     assert bad["interval"]["All"] == pytest.approx([0.40, 0.60], abs=0.011)  # quantiles of Binomial(100, 0.5) / 100
     assert good["interval"]["All"] == pytest.approx([0.0, 0.03], abs=0.011)
