@@ -19,7 +19,8 @@ from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.mokd import MoKD, MoKDConfig
 from hkd_det.models.base import Targets
 from hkd_det.ops.losses import sum_losses
-from hkd_det.models.detector import HKDDetector, HKDDetectorSpec, freeze_batch_norm
+from hkd_det.models.batch_norm import freeze_batch_norm
+from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.train.distributed import init_distributed
 
 spec = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
