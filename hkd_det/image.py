@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -18,7 +19,8 @@ REDUCED_FLAGS = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 
-JPEG_SOI, JPEG_EOI, JPEG_SOS = b"\xff\xd8", b"\xff\xd9", 0xDA
+JPEG_SOI, JPEG_EOI, JPEG_SOS, JPEG_APP1 = b"\xff\xd8", b"\xff\xd9", 0xDA, 0xE1
+EXIF_SIGNATURE, EXIF_ORIENTATION_TAG = b"Exif\0\0", 0x0112
 # Start-of-frame markers of all codings. C4, C8 and CC are other segments.
 JPEG_SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 MAX_PIXELS_PER_BYTE = 512  # a JPEG needs at least one bit per 8 x 8 block
@@ -117,6 +119,38 @@ def parse_jpeg_size_hw(raw: bytes) -> tuple[int, int] | None:
             height = int.from_bytes(raw[offset + 5 : offset + 7], "big")
             width = int.from_bytes(raw[offset + 7 : offset + 9], "big")
             return (height, width) if height and width else None
+    return None
+
+
+def parse_exif_orientation(raw: bytes) -> int | None:
+    """Read the EXIF orientation of a JPEG file.
+
+    Args:
+        raw: Content of the file, at least its header.
+
+    Returns:
+        1 (upright) to 8, or None if the file has no valid orientation or is not a JPEG.
+    """
+    if not is_jpeg(raw):
+        return None
+    for marker, offset in _iterate_jpeg_segments(raw):
+        if marker == JPEG_APP1 and raw[offset + 4 : offset + 10] == EXIF_SIGNATURE:
+            end = offset + 2 + int.from_bytes(raw[offset + 2 : offset + 4], "big")
+            return _parse_tiff_orientation(raw[offset + 10 : end])
+    return None
+
+
+def _parse_tiff_orientation(tiff: bytes) -> int | None:
+    """Read the orientation from the first directory of a TIFF structure."""
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    for number in range(int.from_bytes(tiff[start : start + 2], order)):
+        entry = tiff[start + 2 + 12 * number : start + 14 + 12 * number]
+        if len(entry) < 12:
+            return None
+        if int.from_bytes(entry[:2], order) == EXIF_ORIENTATION_TAG:
+            value = int.from_bytes(entry[8:10], order)
+            return value if 1 <= value <= 8 else None
     return None
 
 

@@ -1,7 +1,7 @@
 """Validation of a dataset (`hkd-train --check`): read every annotation, decode every image, count, plot, report."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,60 +11,58 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hkd_det.datasets.audit import PROPOSAL_SCORE, SplitAudit, audit_split
-from hkd_det.datasets.audit_coco import AuditedAs, plan_audited_files, write_audited_split, write_audited_yaml
-from hkd_det.datasets.audit_models import AuditModel, detect_with_cache, open_audit_models
-from hkd_det.datasets.audit_report import make_audit_rows, write_audit_json, write_audit_page
-from hkd_det.datasets.base import ErrorHandler
+from hkd_det.datasets.audit_coco import plan_audited_files
+from hkd_det.datasets.audit_models import open_audit_models
+from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, run_audit, write_audited
+from hkd_det.datasets.base import ErrorHandler, raise_error
 from hkd_det.datasets.catalog import SPLITS, list_splits, load_dataset
-from hkd_det.datasets.check_report import SplitReport, make_contact_sheet, plot_histograms, write_dataset_report
+from hkd_det.datasets.check_report import (
+    DuplicateReport,
+    SplitReport,
+    make_contact_sheet,
+    plot_histograms,
+    write_dataset_report,
+)
 from hkd_det.datasets.check_summary import SplitSummary, escape_nonprintable, format_summary, summarize
+from hkd_det.datasets.duplicates import THUMBNAIL_PX, Thumbnails, make_thumbnail
+from hkd_det.datasets.duplicates_report import (
+    DuplicateSearch,
+    ImageSet,
+    draw_duplicates,
+    search_duplicates,
+    write_duplicates_json,
+)
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, write_text
-from hkd_det.image import read_image
+from hkd_det.image import decode_image, parse_exif_orientation, read_image_bytes
 from hkd_det.structures import Sample
 from hkd_det.text_table import format_table
-
-ReadableSample = tuple[Sample, tuple[int, int]]  # with height and width of the image in pixels
 
 NUM_THREADS = 4  # OpenCV releases the GIL while it decodes
 MAX_PRINTED = 50  # errors on the terminal
 
 
-@dataclass(frozen=True)
-class AuditOptions:
-    """Options of the label audit.
-
-    Attributes:
-        models: ONNX detectors.
-        config_paths: Model configuration of each detector; None for its metadata or the YAML file next to it.
-        device: "cpu", "cuda" or "cuda:N".
-        min_score: Minimum score of a probable missing label, 0 to 1.
-        write_audited: Output file of --write-audited; empty to write none.
-        audited_as: How missing people are added to that file.
-    """
-
-    models: tuple[Path, ...]
-    config_paths: tuple[Path | None, ...] = ()
-    device: str = "cpu"
-    min_score: float = PROPOSAL_SCORE
-    write_audited: str = ""
-    audited_as: AuditedAs = "ignore"
+@dataclass(frozen=True, eq=False)
+class _CheckedSplit:
+    report: SplitReport
+    readable: list[ReadableSample]
+    image_set: ImageSet
 
 
-def check_dataset(data: str, output_dir: Path, audit: AuditOptions | None = None) -> int:
+def check_dataset(data: str, output_dir: Path, audit: AuditOptions | None = None, against: Sequence[str] = ()) -> int:
     """Check every split of a dataset, print a summary and write a report.
 
-    The report consists of `index.html`, `errors.txt`, and a contact sheet and histograms of each split as PNG. The
-    audit adds `audit.html`, `audit.json` and the detections of each model.
+    The report consists of `index.html`, `errors.txt`, `duplicates.json`, and a contact sheet and histograms of each
+    split as PNG. The audit adds `audit.html`, `audit.json` and the detections of each model.
 
     Args:
         data: Name in datasets.yaml or path of a .yaml file.
         output_dir: Directory of the report.
         audit: Options of the label audit (default: no audit).
+        against: Other datasets in which near-duplicates of the images are searched.
 
     Returns:
-        0, or 1 if there are errors. Findings of the audit are not errors.
+        0, or 1 if there are errors. Near-duplicates and findings of the audit are not errors.
 
     Raises:
         UsageError: The dataset is unknown, its entry has an invalid key, or an option of the audit is invalid.
@@ -76,22 +74,40 @@ def check_dataset(data: str, output_dir: Path, audit: AuditOptions | None = None
         raise UsageError(f"--data {data}: nothing to check. Expected at least one of {', '.join(SPLITS)}.")
     models = open_audit_models(audit.models, audit.config_paths, audit.device) if audit else []
     audited_paths = plan_audited_files(data, audit.write_audited, splits) if audit and audit.write_audited else {}
-    reports, readable = [], {}
-    for split in splits:
-        report, readable[split] = _check_split(data, split, output_dir, errors)
-        reports.append(report)
+    for other in against:
+        list_splits(other)  # an unknown dataset is an error before the check starts
+    checked = {split: _check_split(data, split, output_dir, errors) for split in splits}
+    searches = _check_duplicates([one.image_set for one in checked.values()], against, output_dir)
     lines = list(errors)
     write_text(output_dir / "errors.txt", "".join(f"{line}\n" for line in lines))
-    write_dataset_report(output_dir / "index.html", escape_nonprintable(data), reports, lines)
+    reports = [one.report for one in checked.values()]
+    duplicates = [DuplicateReport(escape_nonprintable(one.title), one.summary, _draw_jpg(one)) for one in searches]
+    write_dataset_report(output_dir / "index.html", escape_nonprintable(data), reports, duplicates, lines)
     _print_errors(lines, output_dir)
     if audit:
-        audits = _run_audit(data, readable, models, audit, output_dir)
+        readable = {split: one.readable for split, one in checked.items()}
+        audits = run_audit(data, readable, models, audit, output_dir)
         if audited_paths:
-            _write_audited(data, readable, audits, audited_paths, audit, output_dir)
+            write_audited(data, readable, audits, audited_paths, audit, output_dir)
     return 1 if lines else 0
 
 
-def validate_images(samples: Sequence[Sample], on_error: ErrorHandler) -> list[tuple[int, int] | None]:
+@dataclass(frozen=True, eq=False)
+class InspectedImage:
+    """Properties of a decoded image.
+
+    Attributes:
+        size_hw: Height and width in pixels.
+        thumbnail (array[32, 32], uint8): Gray thumbnail.
+        is_exif_rotated: True if the EXIF orientation rotates or flips the stored pixels.
+    """
+
+    size_hw: tuple[int, int]
+    thumbnail: Thumbnails
+    is_exif_rotated: bool
+
+
+def inspect_images(samples: Sequence[Sample], on_error: ErrorHandler) -> list[InspectedImage | None]:
     """Decode every image and compare its size with the annotation.
 
     Args:
@@ -99,42 +115,42 @@ def validate_images(samples: Sequence[Sample], on_error: ErrorHandler) -> list[t
         on_error: Function that receives each error.
 
     Returns:
-        Height and width of each image in pixels; None if it cannot be decoded.
+        Properties of each image; None if it cannot be decoded.
     """
-    sizes: list[tuple[int, int] | None] = []
+    images: list[InspectedImage | None] = []
     pool = ThreadPoolExecutor(NUM_THREADS)
     try:
-        results = pool.map(_read_size_or_error, samples)
+        results = pool.map(_inspect_or_error, samples)
         progress = tqdm(results, desc="decode", total=len(samples), unit="image", leave=False, delay=2)
-        for sample, size in zip(samples, progress, strict=True):
-            if isinstance(size, DataError):
-                on_error(size)
-                sizes.append(None)
+        for sample, result in zip(samples, progress, strict=True):
+            if isinstance(result, DataError):
+                on_error(result)
+                images.append(None)
                 continue
-            if sample.size_hw is not None and sample.size_hw != size:
-                annotated = f"{sample.size_hw[1]} x {sample.size_hw[0]}"
+            if sample.size_hw is not None and sample.size_hw != result.size_hw:
+                (height, width), annotated = result.size_hw, f"{sample.size_hw[1]} x {sample.size_hw[0]}"
                 on_error(
-                    DataError(f"{sample.path}: the image has {size[1]} x {size[0]} pixels, its annotation {annotated}")
+                    DataError(f"{sample.path}: the image has {width} x {height} pixels, its annotation {annotated}")
                 )
-            sizes.append(size)
+            images.append(result)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
-    return sizes
+    return images
 
 
-def _read_size_or_error(sample: Sample) -> tuple[int, int] | DataError:
+def _inspect_or_error(sample: Sample) -> InspectedImage | DataError:
     try:
-        height, width = read_image(sample.path).shape[:2]
+        encoded = read_image_bytes(sample.path)
+        image = decode_image(encoded, sample.path)
     except DataError as error:
         return error
     except OSError as error:
         return DataError(f"{sample.path}: {error.strerror or error}")
-    return height, width
+    is_rotated = parse_exif_orientation(encoded) not in (None, 1)
+    return InspectedImage((image.shape[0], image.shape[1]), make_thumbnail(image), is_rotated)
 
 
-def _check_split(
-    data: str, split: str, output_dir: Path, errors: dict[str, None]
-) -> tuple[SplitReport, list[ReadableSample]]:
+def _check_split(data: str, split: str, output_dir: Path, errors: dict[str, None]) -> _CheckedSplit:
     def add_error(error: DataError) -> None:
         errors[escape_nonprintable(f"{split}: {error}")] = None
 
@@ -145,11 +161,39 @@ def _check_split(
         add_error(error)
     except OSError as error:  # a directory without permission, or a name that is too long
         add_error(DataError(f"{error.filename}: {error.strerror}"))
-    sizes = validate_images(samples, add_error)
-    summary = summarize(split, samples, sizes)
+    images = inspect_images(samples, add_error)
+    sizes = [image.size_hw if image else None for image in images]
+    num_rotated = sum(image.is_exif_rotated for image in images if image)
+    summary = summarize(split, samples, sizes, num_rotated)
     print(format_summary(summary))
     readable = [(sample, size) for sample, size in zip(samples, sizes, strict=True) if size]
-    return SplitReport(summary, _save_images(summary, readable, output_dir)), readable
+    image_set = _make_image_set(split, samples, images)
+    return _CheckedSplit(SplitReport(summary, _save_images(summary, readable, output_dir)), readable, image_set)
+
+
+def _make_image_set(name: str, samples: Sequence[Sample], images: Sequence[InspectedImage | None]) -> ImageSet:
+    pairs = [(sample.path, image.thumbnail) for sample, image in zip(samples, images, strict=True) if image]
+    thumbnails = np.array([thumbnail for _, thumbnail in pairs], np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
+    return ImageSet(name, tuple(path for path, _ in pairs), thumbnails)
+
+
+def _load_references(datasets: Sequence[str]) -> list[ImageSet]:
+    """Read all images of the datasets of --against."""
+    references = []
+    for data in datasets:
+        for split in list_splits(data):
+            samples = load_dataset(data, split)
+            references.append(_make_image_set(f"{data} {split}", samples, inspect_images(samples, raise_error)))
+    return references
+
+
+def _check_duplicates(splits: Sequence[ImageSet], against: Sequence[str], output_dir: Path) -> list[DuplicateSearch]:
+    """Search near-duplicates, print the figures and write duplicates.json."""
+    searches = search_duplicates(splits, _load_references(against))
+    write_duplicates_json(output_dir / "duplicates.json", searches)
+    rows = [(escape_nonprintable(search.title), search.summary) for search in searches]
+    print(f"near-duplicates\n{textwrap.indent(format_table(rows, left_columns=2), '  ')}")
+    return searches
 
 
 def _save_images(summary: SplitSummary, readable_samples: Sequence[ReadableSample], output_dir: Path) -> bytes:
@@ -169,6 +213,10 @@ def _save_images(summary: SplitSummary, readable_samples: Sequence[ReadableSampl
     return _encode_sheet(sheet, ".jpg")
 
 
+def _draw_jpg(search: DuplicateSearch) -> bytes:
+    return _encode_sheet(draw_duplicates(search), ".jpg") if search.pairs else b""
+
+
 def _encode_sheet(image_rgb: NDArray[np.uint8], suffix: str) -> bytes:
     return cv2.imencode(suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
 
@@ -180,47 +228,3 @@ def _print_errors(errors: Sequence[str], output_dir: Path) -> None:
     if len(errors) > MAX_PRINTED:
         print(f"  ... and {len(errors) - MAX_PRINTED:,} more: {output_dir / 'errors.txt'}")
     print(f"saved {output_dir / 'index.html'}")
-
-
-def _run_audit(
-    data: str,
-    readable: Mapping[str, Sequence[ReadableSample]],
-    models: Sequence[AuditModel],
-    options: AuditOptions,
-    output_dir: Path,
-) -> list[SplitAudit]:
-    """Audit the labels of all splits with readable images, print the figures, and write page and JSON file."""
-    samples = {split: [sample for sample, _ in pairs] for split, pairs in readable.items() if pairs}
-    if not samples:
-        raise DataError(f"--data {data}: --audit: contains no readable images. Add images, or repair the errors above.")
-    audits = []
-    for split, split_samples in samples.items():
-        caches = [output_dir / f"detections_{split}_{number}.npz" for number in range(1, len(models) + 1)]
-        detections = detect_with_cache(models, split_samples, caches)
-        audits.append(audit_split(split, split_samples, detections, options.min_score))
-        rows = format_table(make_audit_rows(audits[-1], len(models)), left_columns=2)
-        print(f"\n{split}: label audit with {', '.join(model.name for model in models)}\n{textwrap.indent(rows, '  ')}")
-    write_audit_json(output_dir / "audit.json", data, models, audits, options.min_score)
-    page = output_dir / "audit.html"
-    write_audit_page(page, escape_nonprintable(data), models, audits, list(samples.values()))
-    print(f"\nsaved {page} and audit.json")
-    return audits
-
-
-def _write_audited(
-    data: str,
-    readable: Mapping[str, Sequence[ReadableSample]],
-    audits: Sequence[SplitAudit],
-    paths: Mapping[str, Path],
-    options: AuditOptions,
-    output_dir: Path,
-) -> None:
-    written = {}
-    for audit in audits:
-        path, pairs = paths[audit.split], readable[audit.split]
-        split = write_audited_split(path, data, audit.split, pairs, audit.select("missing"), options.audited_as)
-        print(f"saved {path}: {split.num_labels:,} labels and {split.num_ignore_regions:,} ignore regions added")
-        written[audit.split] = split
-    yaml_path = output_dir / "audited.yaml"
-    write_audited_yaml(yaml_path, data, written)
-    print(f"saved {yaml_path}. Use it as --data to train with these annotations.")

@@ -96,13 +96,40 @@ class SplitReport:
         return "data:image/jpeg;base64," + base64.b64encode(self.contact_sheet_jpg).decode("ascii")
 
 
-def write_dataset_report(path: Path, data: str, reports: Sequence[SplitReport], errors: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class DuplicateReport:
+    """Near-duplicates within a split or between two splits in the report.
+
+    Attributes:
+        title: Names of the splits.
+        summary: Number of images.
+        sheet_jpg: Pairs of images as the content of a JPEG file; empty without pairs.
+    """
+
+    title: str
+    summary: str
+    sheet_jpg: bytes
+
+    @property
+    def sheet_uri(self) -> str:
+        """Data URI of the sheet."""
+        return "data:image/jpeg;base64," + base64.b64encode(self.sheet_jpg).decode("ascii")
+
+
+def write_dataset_report(
+    path: Path,
+    data: str,
+    reports: Sequence[SplitReport],
+    duplicates: Sequence[DuplicateReport],
+    errors: Sequence[str],
+) -> None:
     """Write the HTML page; the file is replaced atomically.
 
     Args:
         path: Output file.
         data: Name of the dataset.
         reports: Content of each split.
+        duplicates: Near-duplicates within and between splits.
         errors: One line per error.
     """
     environment = jinja2.Environment(
@@ -114,7 +141,13 @@ def write_dataset_report(path: Path, data: str, reports: Sequence[SplitReport], 
     write_text(
         path,
         template.render(
-            data=data, reports=reports, num_errors=len(errors), shown=shown, more=more, num_omitted=num_omitted
+            data=data,
+            reports=reports,
+            duplicates=duplicates,
+            num_errors=len(errors),
+            shown=shown,
+            more=more,
+            num_omitted=num_omitted,
         ),
     )
 

@@ -63,6 +63,7 @@ class SplitSummary:
         height_range: Range of the image height; None without readable images.
         height_bins: Histogram of the box height.
         visible_ratio_bins: Histogram of the visible part of the boxes.
+        num_exif_rotated: Number of images whose EXIF orientation rotates or flips the stored pixels.
     """
 
     split: str
@@ -77,15 +78,19 @@ class SplitSummary:
     height_range: Range | None
     height_bins: tuple[HistogramBin, ...]
     visible_ratio_bins: tuple[HistogramBin, ...]
+    num_exif_rotated: int = 0
 
 
-def summarize(split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[int, int] | None]) -> SplitSummary:
+def summarize(
+    split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[int, int] | None], num_exif_rotated: int = 0
+) -> SplitSummary:
     """Compute the statistics of a split.
 
     Args:
         split: Name of the split.
         samples: Samples of the split.
         sizes_hw: Height and width of each image in pixels; None if it cannot be decoded.
+        num_exif_rotated: Number of images whose EXIF orientation rotates or flips the stored pixels.
 
     Returns:
         The statistics.
@@ -108,6 +113,7 @@ def summarize(split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[in
         height_range=_compute_range([size[0] for size in known_sizes]),
         height_bins=_make_histogram(heights, HEIGHT_EDGES_PX, " px", f"from {HEIGHT_EDGES_PX[-2]:g} px"),
         visible_ratio_bins=_make_histogram(visible_ratios, VISIBLE_RATIO_EDGES, "", "fully visible"),
+        num_exif_rotated=num_exif_rotated,
     )
 
 
@@ -136,6 +142,7 @@ def make_summary_rows(summary: SplitSummary) -> list[tuple[str, str]]:
     """
     unreadable = f"; {summary.num_unreadable:,} unreadable" if summary.num_unreadable else ""
     sides = [("width", summary.width_range), ("height", summary.height_range)] if len(summary.size_counts) > 1 else []
+    rotated = f"{summary.num_exif_rotated:,} images; boxes must refer to the stored pixels, without this rotation"
     return [
         ("images", f"{summary.num_images:,}; {summary.num_empty:,} without ground-truth boxes{unreadable}"),
         ("ground-truth boxes", f"{summary.num_gt:,}"),
@@ -143,6 +150,7 @@ def make_summary_rows(summary: SplitSummary) -> list[tuple[str, str]]:
         ("labels", _format_most_common(summary.label_counts)),
         ("image sizes", _format_most_common(summary.size_counts)),
         *((f"image {side}", _format_size_range(size_range)) for side, size_range in sides if size_range),
+        *([("rotated by EXIF", rotated)] if summary.num_exif_rotated else []),
     ]
 
 

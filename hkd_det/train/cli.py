@@ -37,7 +37,7 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
             return 0
     if arguments.check:
         return _run_check(arguments)
-    for flag in ("audit", "audit_config", "audit_score", "write_audited", "audited_as"):
+    for flag in ("audit", "audit_config", "audit_score", "write_audited", "audited_as", "against"):
         if getattr(arguments, flag) is not None:
             raise UsageError(f"--{flag.replace('_', '-')}: requires --check. Add --check.")
     with require_extra("train"):
@@ -48,7 +48,9 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
-    from hkd_det.datasets.check import AuditOptions, check_dataset  # noqa: PLC0415 - not in the processes that load images
+    # Not in the processes that load images.
+    from hkd_det.datasets.audit_run import AuditOptions  # noqa: PLC0415
+    from hkd_det.datasets.check import check_dataset  # noqa: PLC0415
 
     if not arguments.data:
         raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")
@@ -57,7 +59,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
         for flag in ("audit_config", "audit_score", "write_audited", "audited_as"):
             if getattr(arguments, flag) is not None:
                 raise UsageError(f"--{flag.replace('_', '-')}: requires --audit. Add --audit MODEL.")
-        return check_dataset(arguments.data, directory)
+        return check_dataset(arguments.data, directory, against=arguments.against or [])
     if arguments.audited_as and not arguments.write_audited:
         raise UsageError("--audited-as: requires --write-audited. Add --write-audited FILE.")
     score = {} if arguments.audit_score is None else {"min_score": arguments.audit_score}
@@ -72,7 +74,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
         audited_as=arguments.audited_as or "ignore",
         **score,
     )
-    return check_dataset(arguments.data, directory, options)
+    return check_dataset(arguments.data, directory, options, arguments.against or [])
 
 
 def _build_train_parser() -> argparse.ArgumentParser:
@@ -157,6 +159,13 @@ def _build_train_parser() -> argparse.ArgumentParser:
 
 
 def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against",
+        action="append",
+        metavar="DATA",
+        help="with --check: also report images of --data that are near-duplicates of images of this dataset, such as a "
+        "test set; repeatable",
+    )
     parser.add_argument(
         "--audit",
         metavar="MODEL[,MODEL...]",
