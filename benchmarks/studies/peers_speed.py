@@ -22,7 +22,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,9 @@ from tqdm import tqdm
 
 from hkd_bench.host import read_host_fields
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import create_core
 from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.external import OpenVinoSession
 from hkd_deploy.precision.graph_regions import find_graph_regions
 from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
 from hkd_deploy.precision.model import run_model
@@ -178,41 +177,6 @@ def write_int8(fp32: Path, int8: Path, inputs: Sequence[NDArray[Any]]) -> None:
     onnx.save(convert_to_int8(model, layers, max_values), int8)
 
 
-class OpenVinoSession:
-    """OpenVINO with the part of ONNX Runtime's session interface that `OnnxDetector` uses.
-
-    Args:
-        path: The .onnx file.
-        precision: "f32" or "bf16".
-        threads: Threads of the runtime.
-    """
-
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
-        settings = {
-            "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads
-        }  # fmt: skip
-        self._compiled = create_core().compile_model(str(path), "CPU", settings)
-        self._request = self._compiled.create_infer_request()
-
-    def get_inputs(self) -> list[SimpleNamespace]:
-        """Return the single input."""
-        return [SimpleNamespace(name="images", type="tensor(float)", shape=list(self._compiled.inputs[0].shape))]
-
-    def get_outputs(self) -> list[SimpleNamespace]:
-        """Return the single output."""
-        return [SimpleNamespace(name="output0")]
-
-    def run(self, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run one batch.
-
-        Args:
-            names: Names of the outputs.
-            feeds: Inputs by name.
-        """
-        self._request.infer(feeds, share_inputs=True)
-        return [self._request.get_tensor(name).data for name in names]
-
-
 def open_model(stack: ExitStack, name: str, path: Path, runtime: str, threads: int) -> Callable[[Image], Any]:
     """Return a function from an image to its detections.
 
@@ -229,7 +193,7 @@ def open_model(stack: ExitStack, name: str, path: Path, runtime: str, threads: i
         # The same option as for the student, because the same quantizer produced all INT8 models.
         session: Any = open_session(path, "cpu", threads, disable_quant_qdq=True)
     else:
-        session = OpenVinoSession(path, "bf16" if runtime == "openvino-bf16" else "f32", threads)
+        session = OpenVinoSession(path, "cpu", threads, "bf16" if runtime == "openvino-bf16" else None)
     model = OnnxDetector(path, session, PEERS[name])
     return lambda image: model([image])
 
