@@ -33,7 +33,11 @@ def record(number: float, pos: Any, posv: Any = (0, 0, 0, 0), occl: float = 0) -
 
 
 @pytest.mark.skipif(not VIDEOS, reason="HKD_TEST_DATA is not set")
-@pytest.mark.parametrize("path", VIDEOS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [*VIDEOS[:2], *(pytest.param(path, marks=pytest.mark.slow) for path in VIDEOS[2:])],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_official_files_equal_scipy(path: Path) -> None:
     frames = read_vbb(path)
     raw = scipy.io.loadmat(path)["A"][0, 0]

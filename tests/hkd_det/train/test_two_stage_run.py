@@ -113,6 +113,7 @@ def test_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_path: Path, t
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_dense_teacher_trains_two_stage_student(data_yaml: Path, tmp_path: Path) -> None:
     dense = run_training(data_yaml, tmp_path / "dense", "mini-teacher")
     result = run_training(data_yaml, tmp_path / "distilled", teacher=str(dense.best), distill={"hkd": HKDConfig()})
