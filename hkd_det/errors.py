@@ -7,7 +7,8 @@ The exception tree:
     - DataError         an image, annotation, model or checkpoint file is missing or invalid (exit code 1)
     - UnavailableError  a requested device, package or precision is not available on this machine (exit code 1)
 
-A message names the flag, file or key, the problem and the remedy. Commands print it as one line.
+A message has the form `<flag, file or key>: <problem>. <remedy>.` or `<flag, file or key>: expected X, got Y.` Commands
+print it as one line.
 """
 
 import importlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-BENCH_INSTALL_HINT = "pip install 'hkd-det[bench]'"
+BENCH_INSTALL_HINT = "Run pip install 'hkd-det[bench]'."
 
 
 class HkdError(Exception):
@@ -76,7 +77,7 @@ def import_package(module: str, title: str = "", hint: str = BENCH_INSTALL_HINT)
     Args:
         module: Dotted module name.
         title: Name of the package in the error message (default: `module`).
-        hint: How to install the package.
+        hint: How to install the package, as sentences; the end of the error message.
 
     Returns:
         The imported module.
@@ -89,7 +90,7 @@ def import_package(module: str, title: str = "", hint: str = BENCH_INSTALL_HINT)
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
-            raise UnavailableError(f"{title} is not installed; {hint}") from None
+            raise UnavailableError(f"{title}: not installed. {hint}") from None
         raise _make_import_error(title, error, hint) from None  # a dependency of the package is missing
     except (ImportError, OSError) as error:
         raise _make_import_error(title, error, hint) from None
@@ -108,7 +109,7 @@ def require_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{error.name} is not installed. Run pip install 'hkd-det[{extra}]'.") from None
+        raise UnavailableError(f"{error.name}: not installed. Run pip install 'hkd-det[{extra}]'.") from None
 
 
 def first_error_line(error: BaseException) -> str:
@@ -121,4 +122,4 @@ def first_error_line(error: BaseException) -> str:
 
 
 def _make_import_error(title: str, error: BaseException, hint: str) -> UnavailableError:
-    return UnavailableError(f"{title} is installed but does not load: {first_error_line(error)}; {hint}")
+    return UnavailableError(f"{title}: installed, but does not load: {first_error_line(error)}. {hint}")

@@ -122,13 +122,14 @@ def bytes_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_content(path: Path, expected: str, hint: str = "Check the path.") -> bytes:
-    """Read a file completely.
+def read_content(path: Path, expected: str, hint: str = "Check the path.", max_bytes: int = -1) -> bytes:
+    """Read a file.
 
     Args:
         path: File to read.
         expected: Description of the file for the error message, such as "a JSON file".
         hint: Last sentence of the message about a missing file.
+        max_bytes: Number of bytes to read at most; -1 reads the whole file.
 
     Returns:
         Content of the file.
@@ -137,7 +138,8 @@ def read_content(path: Path, expected: str, hint: str = "Check the path.") -> by
         DataError: The file is missing, or a directory.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(max_bytes)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: no such file. {hint}") from None
     except IsADirectoryError:

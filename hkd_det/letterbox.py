@@ -128,7 +128,7 @@ def parse_imgsz(text: str) -> tuple[int, int]:
     """
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"--imgsz {text}: expected pixels as 640 or 640x512 (width x height)")
+        raise UsageError(f"--imgsz {text}: expected pixels as 640 or 640x512 (width x height).")
     width, height = int(parts[0]), int(parts[-1])
     if width % STRIDE or height % STRIDE:
         nearest = "x".join(str(max(STRIDE, round(int(part) / STRIDE) * STRIDE)) for part in parts)

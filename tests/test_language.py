@@ -31,6 +31,17 @@ PLUGIN_INTERFACES = {"main", "evaluate", "add_arguments"}
 FAMILY_BASE = "BaseDetector"
 # Modules that may test for a model family or an output type.
 FAMILY_MODULES = ("hkd_det/models/", "hkd_det/distill/batch.py")
+ERROR_CLASSES = {
+    "BlockError",
+    "DataError",
+    "HkdError",
+    "ParityError",
+    "PrecisionError",
+    "UnavailableError",
+    "UsageError",
+}
+REMEDY_NAME = re.compile(r"hint|suggest_names?\b", re.IGNORECASE)
+MESSAGE_FORM = re.compile(r".*\S: (.*\b(expected|requires?)\b.*[.?]|.*\. \S.*[.?]|.*{hint})", re.DOTALL)
 OUTSIDE_REFERENCES = ("../" + "shared", "/work" + "/")
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -196,6 +207,41 @@ def find_duplicate_names(paths: Iterable[Path]) -> list[str]:
     ]
 
 
+def format_template(message: ast.expr) -> str:
+    """Return the text of a string or f-string with `{}` for each value, or `{hint}` for one that is a remedy.
+
+    Other expressions, and f-strings without text of their own, give an empty string: their form is unknown.
+    """
+    if isinstance(message, ast.Constant):
+        return str(message.value)
+    if not isinstance(message, ast.JoinedStr):
+        return ""
+    parts = [
+        str(part.value)
+        if isinstance(part, ast.Constant)
+        else "{hint}"
+        if REMEDY_NAME.search(ast.unparse(part))
+        else "{}"
+        for part in message.values
+    ]
+    return "".join(parts) if re.search(r"\w", re.sub(r"{\w*}", "", "".join(parts))) else ""
+
+
+def find_malformed_messages(path: Path) -> list[str]:
+    """List messages of `HkdError` that do not have the form `<what>: <problem>. <remedy>.`
+
+    `<what>: expected X, got Y.` has the form as well: what is expected is the remedy.
+    """
+    offenders = []
+    for node in ast.walk(parse(path)):
+        if not (isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in ERROR_CLASSES):
+            continue
+        template = format_template(node.args[0])
+        if template and not MESSAGE_FORM.fullmatch(template):
+            offenders.append(f"{format_place(path, node.lineno)}: {template}")
+    return offenders
+
+
 def list_repository_files() -> list[Path]:
     """List the files under version control, without `.ci`."""
     command = ["git", "ls-files", "-z", "--", ".", ":!.ci"]
@@ -268,6 +314,12 @@ def test_family_checks_are_in_models_only() -> None:
 
 def test_public_names_are_unique() -> None:
     fail_with(find_duplicate_names(MODULES), "rename all but one, or merge them")
+
+
+def test_error_messages_have_the_form() -> None:
+    fail_with(
+        [message for path in MODULES for message in find_malformed_messages(path)], "<what>: <problem>. <remedy>."
+    )
 
 
 def test_no_reference_leaves_the_repository() -> None:
@@ -411,6 +463,28 @@ def test_other_isinstance_is_allowed(write: Callable[..., Path]) -> None:
 def test_duplicate_name_is_found(write: Callable[..., Path]) -> None:
     paths = [write("class Layer: ...\ndef main(): ...\ndef _f(): ...\n", name) for name in ("a.py", "b.py")]
     assert find_duplicate_names(paths) == [f"Layer: {paths[0]}:1, {paths[1]}:1"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '"file is broken. Export it again."',
+        'f"{path}: broken."',
+        'f"{path}: broken. Export it again"',
+        'f"{path}: a, b"',
+    ],
+)
+def test_malformed_message_is_found(write: Callable[..., Path], message: str) -> None:
+    path = write(f"raise DataError({message})\n")
+    assert len(find_malformed_messages(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    ['"--x: broken. Omit it."', 'f"{path}: expected a, got {b}."', 'f"{path}: broken. {hint}"', 'f"{a}: {b}"', "text"],
+)
+def test_well_formed_message_is_accepted(write: Callable[..., Path], message: str) -> None:
+    assert find_malformed_messages(write(f"raise DataError({message})\n")) == []
 
 
 @pytest.mark.parametrize("reference", OUTSIDE_REFERENCES)

@@ -60,7 +60,7 @@ def test_device_modules_import_without_torch() -> None:
         ("hkd_det.train.cli", ["--data", "citypersons", "--model", "mini-student"], "pip install 'hkd-det[train]'."),
         ("hkd_deploy.export.cli", ["best.pt"], "pip install 'hkd-det[train]', or export the weights on"),
         pytest.param(
-            "hkd_bench.quickstart", [], " is not installed. Run pip install 'hkd-det[train]'.", marks=pytest.mark.slow
+            "hkd_bench.quickstart", [], ": not installed. Run pip install 'hkd-det[train]'.", marks=pytest.mark.slow
         ),
     ],
 )

@@ -24,6 +24,7 @@ from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detect
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
 from hkd_deploy.trt.onnx_file import is_external_model
+from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.structures import Detections, Sample
@@ -153,17 +154,16 @@ def bench(
 
 def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> None:
     if not models:
-        raise UsageError("MODEL: expected at least one model")
+        raise UsageError("MODEL: expected at least one model.")
     if not samples:
-        raise DataError(f"{options.data or 'samples'}: contains no images")
+        raise DataError(f"{options.data or 'samples'}: expected at least one image.")
     for backend in options.backends:
         if backend is not None and backend not in BACKENDS:
-            raise UsageError(f"--backend {backend}: expected {', '.join(BACKENDS)}")
+            raise UsageError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend}.")
     for name in ("runs", "rounds", "stage_runs", "max_timed_images"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+        check_range(f"--{name.replace('_', '-')}", getattr(options, name), 1)
     if options.runs < options.rounds:
-        raise UsageError(f"--runs: expected at least {options.rounds}, one per round, got {options.runs}")
+        raise UsageError(f"--runs: expected at least {options.rounds}, one per round, got {options.runs}.")
 
 
 def _make_entries(models: Sequence[Path], options: BenchOptions, names: Sequence[str] | None) -> list[BenchEntry]:
@@ -209,9 +209,9 @@ def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) 
         if len(set(names)) < len(names):
             names = [f"{name} {backend}" for name, (_, backend) in zip(names, pairs, strict=True)]
     if len(names) != len(pairs):
-        raise UsageError(f"--names: expected {len(pairs)} names (each model on each backend), got {len(names)}")
+        raise UsageError(f"--names: expected {len(pairs)} names (each model on each backend), got {len(names)}.")
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UsageError(f"--names {','.join(names)}: expected unique names that are not empty")
+        raise UsageError(f"--names: expected unique names that are not empty, got {','.join(names)}.")
     return list(names)
 
 
@@ -268,19 +268,20 @@ def _run_worker(job: WorkerJob, work_dir: Path, bar: "tqdm[Any]") -> WorkerResul
             worker.kill()
             raise
     if not out_path.exists():
-        raise UnavailableError(f"{job.model}: {_format_worker_error(worker.returncode, log_path)}")
+        raise UnavailableError(_format_worker_error(job.model, worker.returncode, log_path))
     content = json.loads(out_path.read_text(encoding="utf-8"))
     if "error" in content:
         raise ERROR_CLASSES[content["error"]](content["message"])
     return WorkerResult(**content["result"])
 
 
-def _format_worker_error(returncode: int, log_path: Path) -> str:
+def _format_worker_error(model: str, returncode: int, log_path: Path) -> str:
     """Describe why a worker process ended without a result."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if returncode == -9:
-        return "the worker process was killed (signal 9), probably for lack of memory. Close other programs."
-    return f"the worker process ended with exit code {returncode}: {lines[-1] if lines else 'no message'}"
+        return f"{model}: the worker process was killed (signal 9), probably for lack of memory. Close other programs."
+    reason = lines[-1].removesuffix(".") if lines else "no message"
+    return f"{model}: the worker process ended with exit code {returncode}: {reason}. Check the model with hkd-demo."
 
 
 def _make_model_result(

@@ -14,6 +14,7 @@ from hkd_deploy import open_detector
 from hkd_deploy.backends import BACKENDS
 from hkd_deploy.streams.sources import list_images
 from hkd_det import __version__
+from hkd_det.config import check_range
 from hkd_det.datasets.catalog import SPLITS, load_dataset
 from hkd_det.errors import BENCH_INSTALL_HINT, UnavailableError, UsageError, run_command
 from hkd_det.structures import Sample
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_packages(packages: Sequence[str], hint: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UnavailableError(f"{package} is not installed. Run {hint}.")
+            raise UnavailableError(f"{package}: not installed. {hint}")
 
 
 def _run_subcommand(argv: Sequence[str] | None) -> int:
@@ -176,10 +177,10 @@ def _check_bench_args(flags: argparse.Namespace) -> None:
     if bool(flags.data) == bool(flags.images):
         raise UsageError(
             "--data, --images: expected exactly one of them: a dataset (--data citypersons) or a directory of images "
-            "to time without miss rate (--images DIR)"
+            "to time without miss rate (--images DIR)."
         )
-    if flags.max_images is not None and flags.max_images < 1:
-        raise UsageError(f"--max-images: expected at least 1, got {flags.max_images}")
+    if flags.max_images is not None:
+        check_range("--max-images", flags.max_images, 1)
     for flag, path in (("--json", flags.json), ("--html", flags.html)):
         if path and path.is_dir():
-            raise UsageError(f"{flag} {path}: expected a file, got a directory")
+            raise UsageError(f"{flag} {path}: expected a file, got a directory.")

@@ -292,7 +292,7 @@ def read_result(path: Path) -> BenchResult:
     content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA_VERSION:
-        raise DataError(f"{path}: expected a result of hkd-bench with schema {SCHEMA_VERSION}, got {schema}")
+        raise DataError(f"{path}: expected a result of hkd-bench with schema {SCHEMA_VERSION}, got {schema}.")
     try:
         return dataclass_from_dict(BenchResult, content)
     except UsageError as error:

@@ -110,7 +110,7 @@ def _make_score_names(flags: argparse.Namespace) -> list[str]:
         num_parts = next((n for n in (1, 2, 3) if len({path.parts[-n:] for path in paths}) == len(paths)), 99)
         names = ["/".join(path.with_suffix("").parts[-num_parts:]) for path in paths]
     if len(names) != len(paths) or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UsageError(f"--names: expected {len(paths)} unique names, one per file, got {', '.join(names)}")
+        raise UsageError(f"--names: expected {len(paths)} unique names, one per file, got {', '.join(names)}.")
     return names
 
 
@@ -171,7 +171,7 @@ def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_score_args(flags: argparse.Namespace) -> None:
     if flags.plot and flags.plot.suffix not in PLOT_SUFFIXES:
-        raise UsageError(f"--plot {flags.plot}: expected a file name that ends in {', '.join(PLOT_SUFFIXES)}")
+        raise UsageError(f"--plot {flags.plot}: expected a file name that ends in {', '.join(PLOT_SUFFIXES)}.")
     if flags.plot and flags.protocol == "coco":
         raise UsageError("--plot: the protocol coco has no miss-rate curve. Select another --protocol.")
     if flags.plot and len(flags.annotations) > 1:
@@ -184,4 +184,4 @@ def _check_score_args(flags: argparse.Namespace) -> None:
         raise UsageError("--caltech-sets: requires --protocol caltech or caltech-new.")
     for flag, path in (("--json", flags.json), ("--plot", flags.plot)):
         if path and path.is_dir():
-            raise UsageError(f"{flag} {path}: expected a file, got a directory")
+            raise UsageError(f"{flag} {path}: expected a file, got a directory.")

@@ -204,7 +204,8 @@ def _infer_setup(config: ScoreConfig) -> str:
     names = [name for name in caltech.SETUPS if stem == name or stem.startswith(f"{name}-")]
     if config.setups or not names:
         raise UsageError(
-            f"--setup: {config.annotations} contains the boxes of one setup. Name it: {', '.join(caltech.SETUPS)}"
+            f"--setup: required, because {config.annotations} contains the boxes of one setup. Expected one of "
+            f"{', '.join(caltech.SETUPS)}."
         )
     return names[0]
 
@@ -214,5 +215,7 @@ def _select_setups(
 ) -> list[str]:
     for name in config.setups:
         if name not in setups:
-            raise UsageError(f"--setup {name}: expected one of {', '.join(setups)} for the protocol {config.protocol}")
+            raise UsageError(
+                f"--setup: expected one of {', '.join(setups)} for the protocol {config.protocol}, got {name}."
+            )
     return list(config.setups or setups)

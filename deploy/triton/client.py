@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError, run_command
 from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
@@ -47,7 +48,7 @@ def request_detections(url: str, model: str, image_rgb: NDArray[np.uint8]) -> De
     try:
         return _request_detections(address, image_rgb)
     except (KeyError, ValueError) as error:
-        raise DataError(f"{address}: the response is not that of a detector of hkd-export: {error!r}.") from None
+        raise DataError(f"{address}: expected the response of a detector of hkd-export, got {error!r}.") from None
 
 
 def _request_detections(address: str, image_rgb: NDArray[np.uint8]) -> Detections:
@@ -91,7 +92,9 @@ def _send_http_request(
             return response.headers, response.read()
     except HTTPError as error:
         text = error.read().decode(errors="replace").strip()[:300]
-        raise UnavailableError(f"{address}: HTTP status {error.code}: {text}") from None
+        raise UnavailableError(
+            f"{address}: HTTP status {error.code}: {text}. Check --url and the log of the server."
+        ) from None
     except (URLError, OSError) as error:
         raise UnavailableError(f"{address}: no response ({error}). Check that tritonserver is running.") from None
 
@@ -119,8 +122,7 @@ def _run_client_command(argv: Sequence[str] | None) -> int:
     flags = parser.parse_args(argv)
     if not flags.url.startswith(("http://", "https://")):
         raise UsageError(f"--url {flags.url}: expected an http:// or https:// address. Example: http://localhost:8000.")
-    if not 0 <= flags.conf <= 1:
-        raise UsageError(f"--conf {flags.conf:g}: expected a score from 0 to 1.")
+    check_range("--conf", flags.conf, 0, 1)
     detections = request_detections(flags.url, flags.model, read_image(flags.image))
     for (x1, y1, x2, y2), score in zip(detections.boxes_xyxy, detections.scores, strict=True):
         if score >= flags.conf:

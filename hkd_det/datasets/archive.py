@@ -87,14 +87,16 @@ def extract_archive(archive: Path, folder: Path, max_bytes: int = 0) -> None:
             "Remove it and download it again."
         ) from None
     except OSError as error:
-        raise DataError(f"{archive}: cannot be extracted: {error.strerror or error}") from None
+        raise DataError(
+            f"{archive}: cannot be extracted: {error.strerror or error}. Check the free disk space and the permissions."
+        ) from None
 
 
 def _resolve_target(folder: Path, member: ArchiveMember, archive: Path) -> Path:
     name, parts = member.name, PurePosixPath(member.name).parts
     is_outside = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
     if is_outside or not (parts or member.content is None):
-        raise DataError(f"{archive}: member {name!r} is outside {folder}. The archive is not used.")
+        raise DataError(f"{archive}: member {name!r} is outside {folder}. Use another archive.")
     return folder.joinpath(*parts)
 
 
@@ -127,7 +129,7 @@ def _iterate_zip_members(archive: Path, folder: Path, max_bytes: int) -> Iterato
         for info in infos:
             file_type = stat.S_IFMT(info.external_attr >> 16) if info.create_system == 3 else 0  # 3: Unix
             if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise DataError(f"{archive}: member {info.filename!r} is a link or device. The archive is not used.")
+                raise DataError(f"{archive}: member {info.filename!r} is a link or device. Use another archive.")
             if info.is_dir():
                 yield ArchiveMember(info.filename, None)
             else:
@@ -149,7 +151,7 @@ def _iterate_tar_members(archive: Path, max_bytes: int) -> Iterator[ArchiveMembe
                 assert content is not None  # never None for a regular file
                 yield ArchiveMember(info.name, content)
             else:
-                raise DataError(f"{archive}: member {info.name!r} is a link or device. The archive is not used.")
+                raise DataError(f"{archive}: member {info.name!r} is a link or device. Use another archive.")
             source.members = []  # type: ignore[attr-defined]  # tarfile keeps all members in memory otherwise
 
 

@@ -74,7 +74,7 @@ def filter_missing_images(
         )
         for sample in samples:
             if sample.path != first and not sample.path.is_file():
-                on_error(DataError(f"{sample.path}: the image is missing"))
+                on_error(DataError(f"{sample.path}: no such image. Add it."))
     return existing
 
 
@@ -133,11 +133,51 @@ def xyxy_from_inclusive(
     """
     left, top, right, bottom = box
     if right < left or bottom < top:
-        raise DataError(f"{where}: the box {list(box)} has a negative width or height")
+        raise make_size_error(where, list(box))
     x1, y1, x2, y2 = left - first_pixel, top - first_pixel, right - first_pixel + 1, bottom - first_pixel + 1
     if size_hw and (x1 >= size_hw[1] or y1 >= size_hw[0] or x2 <= 0 or y2 <= 0):
-        raise DataError(f"{where}: the box {list(box)} is outside its image of {size_hw[1]} x {size_hw[0]} pixels")
+        raise make_outside_error(where, list(box), size_hw)
     return [x1, y1, x2, y2]
+
+
+def make_size_error(where: str, box: object) -> DataError:
+    """Create the error about a box with a negative width or height.
+
+    Args:
+        where: Prefix of the error message.
+        box: Box as it is annotated.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    return DataError(f"{where}: expected a box with a width and height of at least 0, got {box}.")
+
+
+def make_outside_error(where: str, box: object, size_hw: tuple[int, int]) -> DataError:
+    """Create the error about a box that does not overlap its image.
+
+    Args:
+        where: Prefix of the error message.
+        box: Box as it is annotated.
+        size_hw: Image height and width in pixels.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    return DataError(f"{where}: expected a box inside its image of {size_hw[1]} x {size_hw[0]} pixels, got {box}.")
+
+
+def make_coordinate_error(where: str, box: object) -> DataError:
+    """Create the error about a box with NaN, infinite or huge coordinates, or with other values than numbers.
+
+    Args:
+        where: Prefix of the error message.
+        box: Box as it is annotated.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    return DataError(f"{where}: expected four pixel coordinates, got {str(box)[:80]}.")
 
 
 def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
@@ -155,10 +195,10 @@ def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
     samples = []
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"--unlabeled {folder}: no such directory")
+            raise DataError(f"--unlabeled {folder}: no such directory. Set a directory of images.")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not paths:
-            raise DataError(f"--unlabeled {folder}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DataError(f"--unlabeled {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none.")
         samples += [Sample(str(path), path, unlabeled_ground_truth()) for path in paths]
     return samples
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hkd_det.boxes import box_area, xyxy_from_xywh
+from hkd_det.config import check_range
 from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error, show_progress
 from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_bbgt, read_vbb
 from hkd_det.errors import DataError, UsageError
@@ -81,7 +82,7 @@ def read_caltech(
         DataError: Files are missing or invalid.
     """
     if annotations not in ANNOTATION_DIRS:
-        raise UsageError(f"annotations: expected {' or '.join(ANNOTATION_DIRS)}, got {annotations!r}")
+        raise UsageError(f"annotations: expected {' or '.join(ANNOTATION_DIRS)}, got {annotations!r}.")
     read = read_original_annotations if annotations == ORIGINAL else read_corrected_annotations
     names = parse_sets(sets)
     parts = (
@@ -113,7 +114,7 @@ def parse_sets(text: str) -> list[str]:
     """
     ends = text.split("-")
     if len(ends) > 2 or any(end not in SETS for end in ends) or ends[0] > ends[-1]:
-        raise UsageError(f"{text!r}: expected a set or a range of sets, {SETS[0]} to {SETS[-1]}, such as set00-set05")
+        raise UsageError(f"{text!r}: expected a set or a range of sets, {SETS[0]} to {SETS[-1]}, such as set00-set05.")
     return list(SETS[SETS.index(ends[0]) : SETS.index(ends[-1]) + 1])
 
 
@@ -173,26 +174,26 @@ def read_corrected_annotations(
     for name in sets:
         if not any(video.startswith(name) for video, _ in files):
             raise DataError(
-                f"{folder}: no text files of every {frame_step}th frame of {name}, such as {name}_V000_I00029.jpg.txt"
+                f"{folder}: expected a text file of every {frame_step}th frame of {name}, such as "
+                f"{name}_V000_I00029.jpg.txt, got none."
             )
     previous = ("", -1)
     for (video, index), path in show_progress(sorted(files.items()), "read boxes", "frame"):
         expected = frame_step - 1 if video != previous[0] else previous[1] + frame_step
         if index != expected:
-            on_error(DataError(f"{path}: the frame before it, {video}/I{expected:05}, has no file"))
+            on_error(DataError(f"{path}: the frame before it, {video}/I{expected:05}, has no file. Add it."))
         previous = (video, index)
         yield CaltechFrame(video, index, read_bbgt(path, on_error), path)
 
 
 def _check_frame_step(frame_step: int) -> None:
-    if frame_step < 1:
-        raise UsageError(f"frame_step: expected at least 1, got {frame_step}")
+    check_range("frame_step", frame_step, 1)
 
 
 def _list_videos(folder: Path, pattern: str) -> list[Path]:
     videos = sorted(folder.glob(pattern))
     if not videos:
-        raise DataError(f"{folder}: contains no {pattern}")
+        raise DataError(f"{folder}: expected files {pattern}, got none.")
     return videos
 
 
@@ -209,12 +210,8 @@ def _build_ground_truth(frame: CaltechFrame, annotations: str, on_error: ErrorHa
             location = (
                 f", line {objects.line_numbers[row]}" if objects.line_numbers else f": object {objects.object_ids[row]}"
             )
-            expected = ", ".join(LABELS)
-            on_error(
-                DataError(
-                    f"{frame.annotation_path}{location}: {frame.name}: label: expected one of {expected}, got {label!r}"
-                )
-            )
+            where = f"{frame.annotation_path}{location}: {frame.name}: label"
+            on_error(DataError(f"{where}: expected one of {', '.join(LABELS)}, got {label!r}."))
         elif label != FALSE_ALARM:
             rows.append(row)
     labels = tuple(objects.labels[row] for row in rows)

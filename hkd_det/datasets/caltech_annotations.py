@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.datasets.base import MAX_COORDINATE_PX, ErrorHandler, raise_error
+from hkd_det.datasets.base import MAX_COORDINATE_PX, ErrorHandler, make_coordinate_error, make_size_error, raise_error
 from hkd_det.datasets.mat_file import read_mat, to_float_array, to_text
 from hkd_det.errors import DataError
+from hkd_det.files import read_content
 
 BBGT_FIELDS = "label x y w h occluded vx vy vw vh ignore angle"
 NUM_FIELDS_BY_VERSION = {1: 10, 2: 11, 3: 12}
@@ -63,22 +64,22 @@ class FrameAnnotations:
         return len(self.labels)
 
 
-def check_box(box_xywh: Sequence[float], visible_xywh: Sequence[float]) -> str:
+def check_box(box_xywh: Sequence[float], visible_xywh: Sequence[float], where: str) -> None:
     """Check the full box and the visible box of an object.
 
     Args:
         box_xywh: Full box, 1-based pixels.
         visible_xywh: Visible box, 1-based pixels; zeros if not annotated.
+        where: Prefix of the error message.
 
-    Returns:
-        The problem, or "" if both boxes are valid.
+    Raises:
+        DataError: A box is not finite or has a negative size.
     """
     for box in (box_xywh, visible_xywh):
         if not all(abs(value) <= MAX_COORDINATE_PX for value in box):  # also True for NaN
-            return f"the box {list(box)} contains NaN, infinity or values that are not pixels"
+            raise make_coordinate_error(where, list(box))
         if box[2] < 0 or box[3] < 0:
-            return f"the box {list(box)} has a negative width or height"
-    return ""
+            raise make_size_error(where, list(box))
 
 
 def read_bbgt(path: Path, on_error: ErrorHandler = raise_error) -> FrameAnnotations:
@@ -95,13 +96,9 @@ def read_bbgt(path: Path, on_error: ErrorHandler = raise_error) -> FrameAnnotati
         DataError: The file is missing or invalid. The message names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: expected an annotation file, got a directory") from None
+        lines = read_content(path, "a text file").decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file") from None
+        raise DataError(f"{path}: expected a text file, got other bytes.") from None
     num_fields = _parse_bbgt_header(lines[0] if lines else "", path)
     labels, rows, line_numbers = [], [], []
     for number, line in enumerate(lines[1:], 2):
@@ -145,10 +142,10 @@ def read_vbb(path: Path, on_error: ErrorHandler = raise_error) -> tuple[FrameAnn
         labels = [to_text(label) if len(label) else "" for label in annotation["objLbl"].ravel().tolist()]
         num_frames = int(_to_scalar(annotation["nFrame"]))
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise DataError(f"{path}: not a .vbb annotation ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path}: expected a .vbb annotation ({type(error).__name__}: {error}).") from None
     cells = object_lists.ravel() if isinstance(object_lists, np.ndarray) else ()
     if len(cells) != num_frames:
-        raise DataError(f"{path}: has objects of {len(cells)} frames, but nFrame is {num_frames}")
+        raise DataError(f"{path}: expected objects of {num_frames} frames (nFrame), got {len(cells)}.")
     return tuple(_parse_vbb_frame(cell, labels, f"{path}: frame {index}", on_error) for index, cell in enumerate(cells))
 
 
@@ -156,7 +153,7 @@ def _parse_bbgt_header(header: str, path: Path) -> int:
     """Return the number of fields per line."""
     match = re.fullmatch(r"%\s*bbGt version=(\d{1,3})\s*", header)
     if not match:
-        raise DataError(f"{path}, line 1: expected `% bbGt version=3`, got {header[:60]!r}")
+        raise DataError(f"{path}, line 1: expected `% bbGt version=3`, got {header[:60]!r}.")
     version = int(match[1])
     if version not in NUM_FIELDS_BY_VERSION:
         raise DataError(f"{path}, line 1: bbGt version {version} is not supported. Expected 1, 2 or 3.")
@@ -172,12 +169,11 @@ def _parse_bbgt_line(line: str, num_fields: int, where: str) -> tuple[str, list[
         row = []
     if len(row) != num_fields - 1:
         expected = " ".join(BBGT_FIELDS.split()[:num_fields])
-        raise DataError(f"{where}: expected `{expected}`, got {line.strip()[:80]!r}")
+        raise DataError(f"{where}: expected `{expected}`, got {line.strip()[:80]!r}.")
     row += [0.0] * (11 - len(row))
     if not math.isfinite(row[4]) or not math.isfinite(row[9]):
-        raise DataError(f"{where}: occluded {row[4]:g} and ignore {row[9]:g} must be 0 or 1")
-    if problem := check_box(row[:4], row[5:9]):
-        raise DataError(f"{where}: {problem}")
+        raise DataError(f"{where}: expected 0 or 1 for occluded and ignore, got {row[4]:g} and {row[9]:g}.")
+    check_box(row[:4], row[5:9], where)
     return label, row
 
 
@@ -193,7 +189,7 @@ def _read_vbb_struct(path: Path) -> dict[str, Any]:
         if not isinstance(annotation, np.ndarray) or annotation.size != 1 or not isinstance(annotation.item(), dict):
             raise ValueError("A is not a struct")
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path}: not a .vbb annotation ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path}: expected a .vbb annotation ({type(error).__name__}: {error}).") from None
     return annotation.item()
 
 
@@ -220,13 +216,12 @@ def _parse_vbb_object(record: Any, labels: list[str], where: str) -> VbbRow:
         box, visible = (to_float_array(record[name]).ravel().tolist() for name in ("pos", "posv"))
         occluded = _to_scalar(record["occl"]) != 0
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise DataError(f"{where}: not an object of a .vbb ({type(error).__name__}: {error})") from None
+        raise DataError(f"{where}: expected an object of a .vbb ({type(error).__name__}: {error}).") from None
     if number not in range(1, len(labels) + 1) or not labels[int(number) - 1]:
-        raise DataError(f"{where}: object {number:g} has no label")
+        raise DataError(f"{where}: object {number:g} has no label. Add it to objLbl.")
     if len(box) != 4 or len(visible) != 4:
-        raise DataError(f"{where}: object {number:g}: boxes of {len(box)} and {len(visible)} numbers, expected 4")
-    if problem := check_box(box, visible):
-        raise DataError(f"{where}: object {number:g}: {problem}")
+        raise DataError(f"{where}: object {number:g}: expected boxes of 4 numbers, got {len(box)} and {len(visible)}.")
+    check_box(box, visible, f"{where}: object {number:g}")
     return labels[int(number) - 1], box, visible, occluded, int(number)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import cv2
 
+from hkd_det.config import check_range
 from hkd_det.datasets.caltech import SETS, parse_sets
 from hkd_det.datasets.seq import SeqVideo, open_seq
-from hkd_det.errors import DataError, UsageError, import_package, run_command
+from hkd_det.errors import DataError, import_package, run_command
 from hkd_det.files import atomic_write
 
 
@@ -31,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = _build_parser().parse_args(argv)
-    if arguments.frame_step < 1:
-        raise UsageError(f"--frame-step: expected at least 1, got {arguments.frame_step}")
+    check_range("--frame-step", arguments.frame_step, 1)
     sets, image_dir = parse_sets(arguments.sets), arguments.root / "images"
     videos = _list_videos(arguments.root, sets)
     counts = {name: [0, 0, 0] for name in sets}  # videos, written images, existing images

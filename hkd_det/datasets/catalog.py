@@ -90,13 +90,14 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
     entry = _load_entry(data)
     root = _get_root(entry, data)
     if not data.endswith(YAML_SUFFIXES) and not root.is_dir():
-        missing = f"--data {data}: {root.resolve()} does not exist"
         if "download" in entry:
-            raise DataError(f"{missing}. Download it with `hkd-train --data {data} --download`.")
-        raise DataError(
-            f"{missing}. Get it from {entry.get('homepage')}. License: {entry.get('license')}. Extract it as "
-            f"{entry.get('directory_layout')}."
-        )
+            hint = f"Download it with `hkd-train --data {data} --download`."
+        else:
+            hint = (
+                f"Get it from {entry.get('homepage')}. License: {entry.get('license')}. Extract it as "
+                f"{entry.get('directory_layout')}."
+            )
+        raise DataError(f"--data {data}: {root.resolve()} does not exist. {hint}")
     return _read_split(entry, root, split, data, on_error)
 
 
@@ -197,7 +198,7 @@ def _load_entry(data: str) -> dict[str, Any]:
 def _read_split(entry: dict[str, Any], root: Path, split: str, name: str, on_error: ErrorHandler) -> list[Sample]:
     if split not in SPLITS or entry.get(split) is None:
         known = [key for key in SPLITS if entry.get(key) is not None]
-        raise UsageError(f"{name}: has no split {split!r}, only {', '.join(known) or 'none'}")
+        raise UsageError(f"{name}: expected one of the splits {', '.join(known) or '(none)'}, got {split!r}.")
     source, where = entry[split], f"{name}: split {split}"
     match entry.get("format", "yolo"):
         case "yolo":
@@ -215,7 +216,7 @@ def _read_split(entry: dict[str, Any], root: Path, split: str, name: str, on_err
             options = {key: entry[key] for key in reader.options if key in entry}
             samples = reader.read(root, _check_str(source, where), on_error=on_error, **options)
     if not samples:
-        raise DataError(f"{where}: contains no images")
+        raise DataError(f"{where}: contains no images. Check the path and the directory layout.")
     return samples
 
 
@@ -240,13 +241,13 @@ def _read_coco_split(source: Any, root: Path, category: str, where: str, on_erro
 def _parse_coco_paths(source: Any, root: Path, where: str) -> tuple[Path, Path]:
     """Return the image directory and the annotation file of one part of a split."""
     if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
-        raise UsageError(f"{where}: expected {{images: DIR, annotations: FILE}}, or a list of those")
+        raise UsageError(f"{where}: expected {{images: DIR, annotations: FILE}}, or a list of those.")
     return root / _check_str(source["images"], where), root / _check_str(source["annotations"], where)
 
 
 def _check_str(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{where}: expected a string, got {value!r}")
+        raise UsageError(f"{where}: expected a string, got {value!r}.")
     return value
 
 
@@ -254,21 +255,21 @@ def _parse_class_names(entry: dict[str, Any], name: str) -> dict[int, str]:
     names = entry.get("names")
     numbered = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(numbered, dict) or not numbered or not all(type(number) is int for number in numbered):
-        raise UsageError(f"{name}: the format yolo requires `names`, a list or a mapping of class ids to names")
+        raise UsageError(f"{name}: the format yolo requires `names`, a list or a mapping of class ids to names.")
     return {number: str(value) for number, value in numbered.items()}
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected `key: value` lines such as path, train, val")
+        raise DataError(f"{path}: expected `key: value` lines such as path, train, val.")
     return content
 
 
 def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, Any]:
     """Check keys and value types of an entry, and return it."""
     if not isinstance(entry, dict):
-        raise DataError(f"{name}: expected `key: value` lines such as path, train, val")
+        raise DataError(f"{name}: expected `key: value` lines such as path, train, val.")
     formats: dict[str, Options] = {
         "yolo": CATEGORY,
         "coco": {**CATEGORY, **SKIP_MISSING},
@@ -276,7 +277,7 @@ def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, An
     }
     format_name = entry.get("format", "yolo")
     if not isinstance(format_name, str) or format_name not in formats:
-        raise UsageError(f"{name}: format: expected one of {', '.join(formats)}, got {format_name!r}")
+        raise UsageError(f"{name}: format: expected one of {', '.join(formats)}, got {format_name!r}.")
     options = formats[format_name]
     known: Iterable[str] = sorted(COMMON_KEYS | options.keys() | extra_keys)
     for key in entry:
@@ -284,5 +285,5 @@ def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, An
             raise UsageError(f"{name}: unknown key {key!r} for format {format_name}{suggest_name(str(key), known)}")
     for key, (cls, meaning) in {"path": (str, "a directory"), "license": (str, "a string"), **options}.items():
         if key in entry and not isinstance(entry[key], cls):
-            raise UsageError(f"{name}: {key}: expected {meaning}, got {entry[key]!r}")
+            raise UsageError(f"{name}: {key}: expected {meaning}, got {entry[key]!r}.")
     return entry

@@ -129,9 +129,7 @@ def inspect_images(samples: Sequence[Sample], on_error: ErrorHandler) -> list[In
                 continue
             if sample.size_hw is not None and sample.size_hw != result.size_hw:
                 (height, width), annotated = result.size_hw, f"{sample.size_hw[1]} x {sample.size_hw[0]}"
-                on_error(
-                    DataError(f"{sample.path}: the image has {width} x {height} pixels, its annotation {annotated}")
-                )
+                on_error(DataError(f"{sample.path}: expected {annotated} pixels as annotated, got {width} x {height}."))
             images.append(result)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
@@ -145,7 +143,7 @@ def _inspect_or_error(sample: Sample) -> InspectedImage | DataError:
     except DataError as error:
         return error
     except OSError as error:
-        return DataError(f"{sample.path}: {error.strerror or error}")
+        return DataError(f"{sample.path}: {error.strerror or error}. Check the permissions.")
     is_rotated = parse_exif_orientation(encoded) not in (None, 1)
     return InspectedImage((image.shape[0], image.shape[1]), make_thumbnail(image), is_rotated)
 
@@ -160,7 +158,7 @@ def _check_split(data: str, split: str, output_dir: Path, errors: dict[str, None
     except DataError as error:  # a whole file is invalid, or no sample is left
         add_error(error)
     except OSError as error:  # a directory without permission, or a name that is too long
-        add_error(DataError(f"{error.filename}: {error.strerror}"))
+        add_error(DataError(f"{error.filename}: {error.strerror}. Check the path and the permissions."))
     images = inspect_images(samples, add_error)
     sizes = [image.size_hw if image else None for image in images]
     num_rotated = sum(image.is_exif_rotated for image in images if image)

@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.boxes import xyxy_from_xywh
-from hkd_det.datasets.base import MAX_COORDINATE_PX, ErrorHandler, JsonLocations, filter_missing_images, raise_error
+from hkd_det.datasets.base import (
+    MAX_COORDINATE_PX,
+    ErrorHandler,
+    JsonLocations,
+    filter_missing_images,
+    make_coordinate_error,
+    make_size_error,
+    raise_error,
+)
 from hkd_det.datasets.mat_file import read_mat, to_float_array, to_text
 from hkd_det.errors import DataError
 from hkd_det.files import read_json
@@ -82,11 +90,11 @@ def _parse_mat_sample(
         city, name = to_text(record["cityname"]), to_text(record["im_name"])
         rows = to_float_array(record["bbs"])
     except (ValueError, KeyError) as error:
-        raise DataError(f"{where}: not a CityPersons record ({error})") from None
+        raise DataError(f"{where}: expected a CityPersons record ({error}).") from None
     if rows.size == 0:
         rows = rows.reshape(0, 10)
     if rows.ndim != 2 or rows.shape[1] != 10:
-        raise DataError(f"{path}: {name}: bbs has the shape {rows.shape}, expected (records, 10)")
+        raise DataError(f"{path}: {name}: bbs: expected the shape (records, 10), got {rows.shape}.")
     records = []
     for number, row in enumerate(rows[:, [0, 1, 2, 3, 4, 6, 7, 8, 9]], 1):
         try:
@@ -101,12 +109,13 @@ def _read_mat_records(path: Path) -> list[dict[str, Any]]:
     cells = next(iter(content.values())) if len(content) == 1 else None
     if not isinstance(cells, np.ndarray) or cells.dtype != object or cells.ndim != 2 or cells.shape[0] != 1:
         raise DataError(
-            f"{path}: expected one cell array anno_*_aligned of (1, images), got {', '.join(content) or 'no variables'}"
+            f"{path}: expected one cell array anno_*_aligned of (1, images), got "
+            f"{', '.join(content) or 'no variables'}."
         )
     records = []
     for number, cell in enumerate(cells[0], 1):
         if not isinstance(cell, np.ndarray) or cell.shape != (1, 1) or not isinstance(cell[0, 0], dict):
-            raise DataError(f"{path}: image {number}: not a struct of cityname, im_name and bbs")
+            raise DataError(f"{path}: image {number}: expected a struct of cityname, im_name and bbs.")
         records.append(cell[0, 0])
     return records
 
@@ -114,7 +123,7 @@ def _read_mat_records(path: Path) -> list[dict[str, Any]]:
 def _read_json_samples(annotation_dir: Path, image_dir: Path, on_error: ErrorHandler) -> list[Sample]:
     files = sorted(annotation_dir.glob("*/*_gtBboxCityPersons.json"))
     if not files:
-        raise DataError(f"{annotation_dir}: contains no CITY/*_gtBboxCityPersons.json")
+        raise DataError(f"{annotation_dir}: expected files CITY/*_gtBboxCityPersons.json, got none.")
     samples = []
     for path in files:
         try:
@@ -133,7 +142,7 @@ def _read_json_sample(path: Path, image_dir: Path, on_error: ErrorHandler) -> Sa
         if not isinstance(objects, list):
             raise ValueError("objects is not a list")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: not a gtBboxCityPersons file ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path}: expected a gtBboxCityPersons file ({type(error).__name__}: {error}).") from None
     locations, records = JsonLocations(path), []
     for index, entry in enumerate(objects):
         try:
@@ -150,7 +159,8 @@ def _parse_json_record(entry: Any, where: str) -> NDArray[np.float64]:
         if boxes.shape != (2, 4):
             raise ValueError("a box must have four numbers")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{where}: not a record of label, bbox and bboxVis ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{where}: expected a record of label, bbox and bboxVis ({reason}).") from None
     return _check_record(np.array([label, *boxes.ravel()]), where)
 
 
@@ -158,11 +168,11 @@ def _check_record(record: NDArray[np.float64], where: str) -> NDArray[np.float64
     """Check and return a record of label, full box and visible box (xywh), array[9]."""
     label, boxes = record[0], record[1:]
     if label not in range(len(LABELS)):
-        raise DataError(f"{where}: label must be 0 to {len(LABELS) - 1}, got {label:g}")
+        raise DataError(f"{where}: label: expected 0 to {len(LABELS) - 1}, got {label:g}.")
     if not (np.abs(boxes) <= MAX_COORDINATE_PX).all():
-        raise DataError(f"{where}: {boxes.tolist()} contains NaN, infinity or values that are not pixels")
+        raise make_coordinate_error(where, boxes.tolist())
     if (boxes[[2, 3, 6, 7]] < 0).any():
-        raise DataError(f"{where}: {boxes.tolist()} has a negative width or height")
+        raise make_size_error(where, boxes.tolist())
     return record
 
 

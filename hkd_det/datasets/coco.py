@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from hkd_det.boxes import Boxes, box_area, clip_boxes, xyxy_from_xywh
-from hkd_det.datasets.base import ErrorHandler, JsonLocations, is_pixel_value, raise_error, select_person_class
+from hkd_det.datasets.base import (
+    ErrorHandler,
+    JsonLocations,
+    is_pixel_value,
+    make_outside_error,
+    raise_error,
+    select_person_class,
+)
 from hkd_det.errors import DataError
 from hkd_det.files import read_json
 from hkd_det.structures import GroundTruth, Sample
@@ -40,7 +47,7 @@ def read_coco(
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
     ):
-        raise DataError(f"{annotations}: not a COCO file: expected the lists 'images', 'annotations' and 'categories'")
+        raise DataError(f"{annotations}: expected a COCO file with the lists 'images', 'annotations' and 'categories'.")
     categories = _parse_categories(content["categories"], annotations)
     person_id = select_person_class(categories, category, f"{annotations}: categories")
     locations = JsonLocations(annotations)
@@ -66,7 +73,7 @@ def read_coco(
 def _parse_categories(categories: list[Any], path: Path) -> dict[Any, str]:
     for entry in categories:
         if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("name"), str):
-            raise DataError(f"{path}: 'categories' must be a list of objects with id and name")
+            raise DataError(f"{path}: categories: expected a list of objects with id and name.")
     return {entry["id"]: entry["name"] for entry in categories}
 
 
@@ -74,7 +81,7 @@ def _parse_images(
     images: list[Any], path: Path, locations: JsonLocations, on_error: ErrorHandler
 ) -> dict[Any, dict[str, Any]]:
     if not images:
-        raise DataError(f"{path}: lists no images")
+        raise DataError(f"{path}: images: expected at least one image.")
     images_by_id: dict[Any, dict[str, Any]] = {}
     for index, image in enumerate(images):
         try:
@@ -87,24 +94,25 @@ def _parse_images(
 
 def _check_image(image: Any, images_by_id: dict[Any, Any], path: Path) -> None:
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
-        raise DataError(f"{path}: image {_format_record_id(image)} has no id or file_name")
+        raise DataError(f"{path}: image {_format_record_id(image)}: expected an id and a file_name.")
     if not _is_id(image["id"]):
-        raise DataError(f"{path}: image id {image['id']!r} must be a number or a string")
+        raise DataError(f"{path}: image id: expected a number or a string, got {image['id']!r}.")
     if image["id"] in images_by_id:
-        raise DataError(f"{path}: duplicate image id {image['id']}")
+        raise DataError(f"{path}: duplicate image id {image['id']}. Give each image its own id.")
     if any(key in image and not _is_valid_size(image[key]) for key in ("width", "height")):
         raise DataError(
-            f"{path}: image {_format_record_id(image)}: width {image.get('width')!r} and height "
-            f"{image.get('height')!r} must be integers above 0"
+            f"{path}: image {_format_record_id(image)}: expected a width and height of at least 1, got "
+            f"{image.get('width')!r} and {image.get('height')!r}."
         )
 
 
 def _check_record(record: Any, images_by_id: dict[Any, Any], categories: dict[Any, str], path: Path) -> None:
     if not isinstance(record, dict) or not {"image_id", "category_id", "bbox"} <= record.keys():
-        raise DataError(f"{path}: annotation {_format_record_id(record)} has no image_id, category_id or bbox")
+        raise DataError(f"{path}: annotation {_format_record_id(record)}: expected image_id, category_id and bbox.")
     for key, known in (("image_id", images_by_id), ("category_id", categories)):
         if not _is_id(record[key]) or record[key] not in known:
-            raise DataError(f"{path}: annotation {_format_record_id(record)}: {key} {record[key]!r} is not listed")
+            where = f"{path}: annotation {_format_record_id(record)}"
+            raise DataError(f"{where}: {key} {record[key]!r} is not in the file. Add it, or remove the annotation.")
 
 
 def _build_ground_truth(records: list[PersonRecord]) -> GroundTruth:
@@ -127,7 +135,7 @@ def _parse_boxes(record: dict[str, Any], image: dict[str, Any], path: Path) -> t
         return boxes[0], visible[0]
     clipped = clip_boxes(visible, size_hw)
     if box_area(visible) > 0 and box_area(clipped) <= 0:
-        raise DataError(f"{path}: annotation {_format_record_id(record)}: box {record['bbox']} is outside its image")
+        raise make_outside_error(f"{path}: annotation {_format_record_id(record)}", record["bbox"], size_hw)
     return (boxes[0], visible[0]) if "vis_bbox" in record else (clipped[0], clipped[0])
 
 
@@ -136,7 +144,8 @@ def _parse_box(record: dict[str, Any], key: str, path: Path) -> Boxes:
     box = record[key]
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_pixel_value, box)) or box[2] < 0 or box[3] < 0:
         raise DataError(
-            f"{path}: annotation {_format_record_id(record)}: {key} {box!r:.80} is not [x, y, width, height] in pixels"
+            f"{path}: annotation {_format_record_id(record)}: {key}: expected [x, y, width, height] in pixels, got "
+            f"{box!r:.80}."
         )
     return xyxy_from_xywh(np.array(box, np.float64))
 

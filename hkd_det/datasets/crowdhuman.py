@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 
 from hkd_det.boxes import xyxy_from_xywh
-from hkd_det.datasets.base import ErrorHandler, filter_missing_images, is_pixel_value, raise_error, show_progress
+from hkd_det.datasets.base import (
+    ErrorHandler,
+    filter_missing_images,
+    is_pixel_value,
+    make_size_error,
+    raise_error,
+    show_progress,
+)
 from hkd_det.errors import DataError
+from hkd_det.files import read_content
 from hkd_det.structures import GroundTruth, Sample
 
 ID_PATTERN = re.compile(r"[\w,.\-]{1,200}", re.ASCII)  # 273271,1a0d6000b9e1f5b7
@@ -38,10 +46,7 @@ def read_crowdhuman(
         DataError: Files are missing or invalid. The message names file and line.
     """
     path = root / f"annotation_{split}.odgt"
-    try:
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{path}: no such annotation file") from None
+    lines = read_content(path, "an annotation file").decode("utf-8-sig", errors="replace").split("\n")
     samples: dict[str, Sample] = {}
     for number, line in enumerate(show_progress(lines, "read .odgt", "image"), 1):
         if line.strip():
@@ -49,7 +54,7 @@ def read_crowdhuman(
             try:
                 image_id, ground_truth = _parse_line(line, where, on_error)
                 if image_id in samples:
-                    raise DataError(f"{where}: duplicate image {image_id}")
+                    raise DataError(f"{where}: duplicate image {image_id}. Remove one of the lines.")
                 samples[image_id] = Sample(image_id, root / "Images" / f"{image_id}.jpg", ground_truth)
             except DataError as error:
                 on_error(error)
@@ -61,12 +66,12 @@ def _parse_line(line: str, where: str, on_error: ErrorHandler) -> tuple[str, Gro
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object ({str(error)[:80]})") from None
+        raise DataError(f"{where}: expected a JSON object ({str(error)[:80]}).") from None
     if not isinstance(content, dict) or not isinstance(content.get("gtboxes"), list):
-        raise DataError(f"{where}: expected an object with an ID and a list of gtboxes")
+        raise DataError(f"{where}: expected an object with an ID and a list of gtboxes.")
     image_id = content.get("ID")
     if not isinstance(image_id, str) or not ID_PATTERN.fullmatch(image_id):
-        raise DataError(f"{where}: the ID {str(image_id)[:40]!r} is not a valid image name")
+        raise DataError(f"{where}: ID: expected the name of an image, got {str(image_id)[:40]!r}.")
     records: list[CrowdHumanRecord] = []
     for number, record in enumerate(content["gtboxes"], 1):
         try:
@@ -89,7 +94,7 @@ def _build_ground_truth(records: list[CrowdHumanRecord]) -> GroundTruth:
 
 def _parse_record(record: Any, where: str) -> CrowdHumanRecord:
     if not isinstance(record, dict) or record.get("tag") not in ("person", "mask"):
-        raise DataError(f"{where}: the tag must be person or mask")
+        raise DataError(f"{where}: tag: expected person or mask.")
     extra = record.get("extra")
     ignore = record["tag"] == "mask" or bool(isinstance(extra, dict) and extra.get("ignore"))
     box = _parse_box(record.get("fbox"), "fbox", where)
@@ -98,7 +103,7 @@ def _parse_record(record: Any, where: str) -> CrowdHumanRecord:
 
 def _parse_box(box: Any, key: str, where: str) -> list[float]:
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_pixel_value, box)):
-        raise DataError(f"{where}: {key} {str(box)[:60]} is not [x, y, width, height] in pixels")
+        raise DataError(f"{where}: {key}: expected [x, y, width, height] in pixels, got {str(box)[:60]}.")
     if box[2] < 0 or box[3] < 0:
-        raise DataError(f"{where}: {key} {box} has a negative width or height")
+        raise make_size_error(f"{where}: {key}", box)
     return [float(value) for value in box]

@@ -53,7 +53,7 @@ def download(data: str) -> Path:
         DataError: A file is not the expected one, or an archive is invalid.
     """
     if data.endswith((".yaml", ".yml")):
-        raise UsageError(f"--data {data}: --download requires a name in {find_catalog_file()}, got a file")
+        raise UsageError(f"--data {data}: --download requires a name in {find_catalog_file()}, got a file.")
     entry = load_catalog_entry(data)
     folder = DATASETS_DIR / PurePosixPath(entry.get("path", data)).parts[0]
     items = _parse_items(entry.get("download"), data)
@@ -138,24 +138,24 @@ def _parse_items(entries: Any, data: str) -> list[DownloadItem]:
     if entries is None:
         return []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DataError(f"{name}: expected a list of {{url, sha256, bytes, unpack_to}}")
+        raise DataError(f"{name}: expected a list of {{url, sha256, bytes, unpack_to}}.")
     return [_parse_item(entry, name) for entry in entries]
 
 
 def _parse_item(entry: dict[str, Any], name: str) -> DownloadItem:
     url, sha256, size, unpack_to = (entry.get(key) for key in ("url", "sha256", "bytes", "unpack_to"))
-    if not set(entry) <= FILE_KEYS:
-        raise DataError(f"{name}: unknown key {min(map(str, set(entry) - FILE_KEYS))!r}")
+    if unknown := set(map(str, entry)) - FILE_KEYS:
+        raise DataError(f"{name}: expected the keys {', '.join(sorted(FILE_KEYS))}, got {min(unknown)!r}.")
     if not isinstance(url, str) or not re.match(r"https?://[^/]+/", url):
-        raise DataError(f"{name}: url: expected https://... or http://..., got {url!r}")
+        raise DataError(f"{name}: url: expected https://... or http://..., got {url!r}.")
     if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise DataError(f"{name}: sha256: expected 64 lower-case hexadecimal digits in quotes, got {sha256!r}")
+        raise DataError(f"{name}: sha256: expected 64 lower-case hexadecimal digits in quotes, got {sha256!r}.")
     if type(size) is not int or size < 1:
-        raise DataError(f"{name}: bytes: expected the size of the file, got {size!r}")
+        raise DataError(f"{name}: bytes: expected the size of the file, got {size!r}.")
     target = PurePosixPath(str(unpack_to or "."))
     if target.is_absolute() or ".." in target.parts:
-        raise DataError(f"{name}: unpack_to: expected a path inside the dataset, got {unpack_to!r}")
+        raise DataError(f"{name}: unpack_to: expected a path inside the dataset, got {unpack_to!r}.")
     remote = RemoteFile(url, sha256, size)
     if not remote.name:
-        raise DataError(f"{name}: url: expected a file name at the end, got {url!r}")
+        raise DataError(f"{name}: url: expected a file name at the end, got {url!r}.")
     return DownloadItem(remote, str(target))

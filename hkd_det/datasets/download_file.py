@@ -115,7 +115,7 @@ def _download_with_retries(
             sleep(2.0**failures)
             failures += 1
         except (RequestException, ValueError) as error:  # ValueError: a redirect to an invalid address
-            raise UnavailableError(f"{remote.url}: {_format_root_cause(error)}") from None
+            raise UnavailableError(f"{remote.url}: {_format_root_cause(error)}. Check the URL.") from None
 
 
 def _download_once(session: requests.Session, remote: RemoteFile, partial_path: Path, bar: "tqdm[Any]") -> None:
@@ -148,7 +148,7 @@ def _stream_to_file(
     # The raw stream: requests would decompress a .gz file that the server declares as "Content-Encoding: gzip".
     for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
         if bar.n + len(chunk) > remote.size_bytes:
-            raise DataError(f"{remote.url}: expected {remote.size_bytes:,} bytes, got more")
+            raise DataError(f"{remote.url}: expected {remote.size_bytes:,} bytes, got more. The file was changed.")
         rest = memoryview(chunk)
         while rest:  # an unbuffered write may write only a part
             rest = rest[write(rest) :]
@@ -164,7 +164,7 @@ def _get_start_byte(response: requests.Response, remote: RemoteFile, partial_pat
         _remove_partial(partial_path)
         raise _RetryableError("the server cannot resume the download")
     if status not in (200, 206):
-        raise UnavailableError(f"{remote.url}: HTTP status {status} {response.reason}")
+        raise UnavailableError(f"{remote.url}: HTTP status {status} {response.reason}. Check the URL.")
     start, size = 0, response.headers.get("Content-Length", "")
     if status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""), re.ASCII)

@@ -27,6 +27,9 @@ from hkd_det.datasets.base import (
     JsonLocations,
     filter_missing_images,
     is_pixel_value,
+    make_coordinate_error,
+    make_outside_error,
+    make_size_error,
     raise_error,
     show_progress,
 )
@@ -67,11 +70,11 @@ def read_eurocity(
         DataError: Files are missing or invalid. The message names file and line.
     """
     if time not in TIMES_OF_DAY:
-        raise UsageError(f"{root}: time: {time!r} must be {' or '.join(TIMES_OF_DAY)}")
+        raise UsageError(f"{root}: time: expected {' or '.join(TIMES_OF_DAY)}, got {time!r}.")
     label_dir, image_dir = root / time / "labels" / split, root / time / "img" / split
     files = sorted(label_dir.glob("*/*.json"))
     if not files:
-        raise DataError(f"{label_dir}: no such directory, or no CITY/*.json in it")
+        raise DataError(f"{label_dir}: expected files CITY/*.json, got none.")
     samples = []
     for path in show_progress(files, "read .json", "file"):
         try:
@@ -84,14 +87,14 @@ def read_eurocity(
 def _read_sample(path: Path, image_path: Path, on_error: ErrorHandler) -> Sample:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("children"), list):
-        raise DataError(f"{path}: not an annotation of EuroCity Persons: it has no list 'children'")
+        raise DataError(f"{path}: expected an annotation of EuroCity Persons with a list 'children'.")
     height, width = (content.get(key) for key in ("imageheight", "imagewidth"))
     if (
         type(height) is not int
         or type(width) is not int
         or not (0 < height < MAX_COORDINATE_PX and 0 < width < MAX_COORDINATE_PX)
     ):
-        raise DataError(f"{path}: imagewidth {width!r} and imageheight {height!r} are not a size in pixels")
+        raise DataError(f"{path}: expected imagewidth and imageheight in pixels, got {width!r} and {height!r}.")
     records: list[EuroCityRecord] = []
     locations = JsonLocations(path)
     for index, child in enumerate(content["children"]):
@@ -116,12 +119,13 @@ def _build_ground_truth(records: list[EuroCityRecord]) -> GroundTruth:
 def _parse_record(child: Any, size_hw: tuple[int, int], where: str) -> EuroCityRecord | None:
     """Return a record, or None if it is neither a person nor an ignore region."""
     if not isinstance(child, dict) or "identity" not in child:
-        raise DataError(f"{where}: has no identity")
+        raise DataError(f"{where}: expected an object with an identity.")
     identity, tags = child["identity"], _parse_tags(child, where)
     if identity in SKIPPED_IDENTITIES or (identity == DISTANT_GROUP and "depiction" in tags):
         return None
     if identity != PEDESTRIAN and identity not in IGNORED_IDENTITIES:
-        raise DataError(f"{where}: unknown identity {str(identity)[:40]!r}")
+        known = ", ".join([PEDESTRIAN, *IGNORED_IDENTITIES, *VEHICLES])
+        raise DataError(f"{where}: identity: expected one of {known}, got {str(identity)[:40]!r}.")
     visible_ratio = min((VISIBLE_RATIO_BY_TAG[tag] for tag in tags if tag in VISIBLE_RATIO_BY_TAG), default=1.0)
     ignore = identity != PEDESTRIAN or not IGNORED_TAGS.isdisjoint(tags)
     return _parse_box(child, size_hw, where), visible_ratio, ignore, identity
@@ -130,10 +134,10 @@ def _parse_record(child: Any, size_hw: tuple[int, int], where: str) -> EuroCityR
 def _parse_tags(child: dict[str, Any], where: str) -> list[str]:
     tags = child.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise DataError(f"{where}: tags must be a list of strings")
+        raise DataError(f"{where}: tags: expected a list of strings.")
     for tag in tags:
         if tag.startswith(("occluded", "truncated")) and tag not in VISIBLE_RATIO_BY_TAG:
-            raise DataError(f"{where}: expected one of the tags {', '.join(VISIBLE_RATIO_BY_TAG)}, got {tag[:40]!r}")
+            raise DataError(f"{where}: expected one of the tags {', '.join(VISIBLE_RATIO_BY_TAG)}, got {tag[:40]!r}.")
     return tags
 
 
@@ -141,11 +145,11 @@ def _parse_box(child: dict[str, Any], size_hw: tuple[int, int], where: str) -> l
     """Return a box as xyxy, clipped to the image."""
     box: list[Any] = [child.get(key) for key in ("x0", "y0", "x1", "y1")]
     if not all(map(is_pixel_value, box)):
-        raise DataError(f"{where}: x0, y0, x1, y1 {str(box)[:80]} are not pixels")
+        raise make_coordinate_error(f"{where}: x0, y0, x1, y1", box)
     x0, y0, x1, y1 = box
     if x1 < x0 or y1 < y0:
-        raise DataError(f"{where}: the box {box} has a negative width or height")
+        raise make_size_error(where, box)
     if x0 >= size_hw[1] or y0 >= size_hw[0] or x1 <= 0 or y1 <= 0:
-        raise DataError(f"{where}: the box {box} is outside its image of {size_hw[1]} x {size_hw[0]} pixels")
+        raise make_outside_error(where, box, size_hw)
     clipped: list[float] = clip_boxes(np.array([box], np.float64), size_hw)[0].tolist()
     return clipped

@@ -82,7 +82,7 @@ def read_pennfudan(
         DataError: Files are missing or invalid. The message names file and line.
     """
     if split not in ("train", "val"):
-        raise UsageError(f"{root}: Penn-Fudan has the splits train and val, got {split!r}")
+        raise UsageError(f"{root}: split: expected train or val, got {split!r}.")
     samples = []
     for number, path in enumerate(_list_annotations(root / "Annotation"), 1):
         if (number % VAL_STEP == 0) == (split == "val"):
@@ -96,7 +96,7 @@ def read_pennfudan(
 def _list_annotations(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.glob("*.txt") if path.is_file())
     if not files:
-        raise DataError(f"{folder}: no such directory, or no .txt annotations in it")
+        raise DataError(f"{folder}: expected .txt annotations, got none.")
     return files
 
 
@@ -107,11 +107,11 @@ def _list_images(folder: Path) -> list[Path]:
 def _read_sample(path: Path, image_id: str, image_path: Path, on_error: ErrorHandler) -> Sample:
     text = path.read_text(encoding="latin-1")  # INRIA files contain "Rhône-Alpes" in this encoding
     if FORMAT_LINE not in text:
-        raise DataError(f"{path}: not a {FORMAT_LINE}")
+        raise DataError(f"{path}: expected the line {FORMAT_LINE!r}.")
     lines = text.split("\n")
     origin = _find_match(ORIGIN_PATTERN, lines)
     if origin is None:
-        raise DataError(f"{path}: has no line `# Top left pixel co-ordinates : (0, 0)`, or (1, 1)")
+        raise DataError(f"{path}: expected the line `# Top left pixel co-ordinates : (0, 0)`, or (1, 1).")
     size = _find_match(SIZE_PATTERN, lines)
     size_hw = (int(size[2]), int(size[1])) if size and int(size[1]) and int(size[2]) else None
     boxes = np.array(_parse_boxes(path, lines, int(origin[1]), size_hw, on_error), np.float32).reshape(-1, 4)
@@ -132,7 +132,7 @@ def _parse_boxes(
     # Count the names in braces: the number before them is wrong in some copies of Penn-Fudan.
     num_objects = objects[1].count('"') // 2 if objects else 0
     if len(box_lines) < num_objects:
-        on_error(DataError(f"{path}: lists {num_objects} objects but has {len(box_lines)} boxes. Is it truncated?"))
+        on_error(DataError(f"{path}: expected boxes of {num_objects} objects, got {len(box_lines)}. Is it truncated?"))
     boxes = []
     for number, line in box_lines:
         where = f"{path}, line {number}"
@@ -149,6 +149,6 @@ def _parse_box(line: str, where: str) -> tuple[str, tuple[float, float, float, f
     """Return the label and the indices of the left, top, right and bottom pixel."""
     match = BOX_PATTERN.match(line)
     if not match:
-        raise DataError(f"{where}: expected `: (Xmin, Ymin) - (Xmax, Ymax)` in pixels, got {line[:60]!r}")
+        raise DataError(f"{where}: expected `: (Xmin, Ymin) - (Xmax, Ymax)` in pixels, got {line[:60]!r}.")
     left, top, right, bottom = (float(value) for value in match.groups()[1:])
     return match[1], (left, top, right, bottom)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.errors import DataError
+from hkd_det.files import read_content
 
 HEADER_BYTES = 128
 MAX_BYTES = 2**26  # file size and decompressed size; the largest annotations have a few MiB
@@ -47,14 +48,10 @@ def read_mat(path: Path) -> dict[str, Any]:
     """
     try:
         return _parse_variables(_read_bytes(path))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: expected an annotation file, got a directory") from None
     except RecursionError:
-        raise DataError(f"{path}: not a readable MATLAB file (nested too deeply)") from None
+        raise DataError(f"{path}: expected a readable MATLAB file, got one that is nested too deeply.") from None
     except (ValueError, zlib.error) as error:
-        raise DataError(f"{path}: not a readable MATLAB file ({error})") from None
+        raise DataError(f"{path}: expected a readable MATLAB file ({error}).") from None
 
 
 def to_float_array(value: Any) -> NDArray[np.float64]:
@@ -89,8 +86,7 @@ def to_text(value: Any) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
+    raw = read_content(path, "a MATLAB file", max_bytes=MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
     return raw

@@ -101,7 +101,7 @@ class SeqVideo:
             raise IndexError(f"frame {index} of {len(self)}")
         raw = _read_at(self._file, self._offsets[index], self._sizes[index])
         if self.header.encoding == JPEG and not (raw.startswith(JPEG_SOI) and raw.endswith(JPEG_EOI)):
-            raise DataError(f"{self.path}: frame {index} is not a complete JPEG")
+            raise DataError(f"{self.path}: frame {index} is not a complete JPEG. Download the video again.")
         return raw
 
     def read_frame(self, index: int) -> NDArray[np.uint8]:
@@ -136,7 +136,7 @@ class SeqVideo:
                 image = cv2.imdecode(np.frombuffer(raw, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             height, width = self.size_hw
-            raise DataError(f"{self.path}: frame {index} is not an image of {width} x {height}")
+            raise DataError(f"{self.path}: frame {index} is not an image of {width} x {height}. Download it again.")
         return image
 
 
@@ -157,9 +157,9 @@ def open_seq(path: Path) -> Iterator[SeqVideo]:
     try:
         file = path.open("rb")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such video") from None
+        raise DataError(f"{path}: no such video. Check the path.") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: expected a .seq video, got a directory") from None
+        raise DataError(f"{path}: expected a .seq video, got a directory.") from None
     with file:
         yield SeqVideo(path, file, _parse_header(file.read(HEADER_BYTES), path))
 
@@ -179,7 +179,10 @@ def _parse_header(raw: bytes, path: Path) -> SeqHeader:
     if codec not in CODECS:
         raise DataError(f"{path}: .seq codec {codec} is not supported. Expected one of {', '.join(map(str, CODECS))}.")
     if not 0 < width * height <= MAX_PIXELS or used_depth != 8:
-        raise DataError(f"{path}: a video of {width} x {height} pixels, {used_depth} bits each, is not supported")
+        raise DataError(
+            f"{path}: expected 8 bits per pixel and at most {MAX_PIXELS:,} pixels, got {used_depth} bits and "
+            f"{width} x {height} pixels."
+        )
     header = SeqHeader((height, width), depth // 8, codec, num_frames, frame_bytes, stride)
     if header.encoding == RAW:
         _check_raw(header, path)
@@ -192,12 +195,12 @@ def _check_raw(header: SeqHeader, path: Path) -> None:
     if header.channels not in valid_channels or header.frame_bytes != height * width * header.channels:
         raise DataError(
             f"{path}: {width} x {height} pixels of {header.channels} bytes do not match frames of "
-            f"{header.frame_bytes} bytes"
+            f"{header.frame_bytes} bytes. Download the video again."
         )
     if header.frame_stride_bytes < header.frame_bytes + TIME_BYTES or header.num_frames == 0:
         raise DataError(
             f"{path}: invalid number or stride of frames: {header.num_frames} uncompressed frames of "
-            f"{header.frame_stride_bytes} bytes with their timestamps"
+            f"{header.frame_stride_bytes} bytes with their timestamps. Download the video again."
         )
 
 
@@ -239,5 +242,5 @@ def _read_at(file: BinaryIO, offset: int, count: int) -> bytes:
     file.seek(offset)
     raw = file.read(count)
     if len(raw) < count:
-        raise DataError(f"{file.name}: ends at byte {offset + len(raw)}, before {offset + count}")
+        raise DataError(f"{file.name}: ends at byte {offset + len(raw)}, before {offset + count}. Download it again.")
     return raw

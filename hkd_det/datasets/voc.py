@@ -20,6 +20,7 @@ from hkd_det.datasets.base import (
     xyxy_from_inclusive,
 )
 from hkd_det.errors import DataError
+from hkd_det.files import read_content
 from hkd_det.structures import GroundTruth, Sample
 
 IMAGE_DIR = "JPEGImages"
@@ -104,10 +105,7 @@ def _read_sample(
 
 def _read_text(path: Path) -> str:
     """Decode an XML file as UTF-8 or Latin-1. Other encodings could hide a document type declaration."""
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise DataError(f"{path}: no such annotation file") from None
+    raw = read_content(path, "an annotation file")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -121,7 +119,7 @@ def _parse_document(text: str, path: Path) -> ET.Element:
     try:
         return ET.fromstring(text)
     except (ET.ParseError, ValueError) as error:
-        raise DataError(f"{path}: not XML ({error})") from None
+        raise DataError(f"{path}: not XML: {error}. Correct the file.") from None
 
 
 def _find_line(text: str, index: int) -> int:
@@ -149,7 +147,7 @@ def _parse_box(element: ET.Element, size_hw: tuple[int, int] | None, where: str)
         _parse_float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")
     )
     if not all(abs(value) <= MAX_COORDINATE_PX for value in (left, top, right, bottom)):
-        raise DataError(f"{where}: bndbox must have xmin, ymin, xmax and ymax in pixels")
+        raise DataError(f"{where}: bndbox: expected xmin, ymin, xmax and ymax in pixels.")
     return xyxy_from_inclusive((left, top, right, bottom), 1, size_hw, where)
 
 

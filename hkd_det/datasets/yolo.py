@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.boxes import box_area
-from hkd_det.datasets.base import ErrorHandler, raise_error, select_person_class
+from hkd_det.datasets.base import ErrorHandler, make_size_error, raise_error, select_person_class
 from hkd_det.errors import DataError, import_package
 from hkd_det.image import IMAGE_SUFFIXES
 from hkd_det.structures import GroundTruth, Sample
@@ -41,11 +41,11 @@ def read_yolo(
     person_class_id = select_person_class(names, category, f"{source}: `names`")
     paths = _list_images(source)
     if not paths:
-        raise DataError(f"{source}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{source}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none.")
     missing = [path for path in paths.values() if not path.is_file()]
     for index, path in enumerate(missing):
         others = f", and {len(missing) - 1} others of the {len(paths)} that {source} lists" if index == 0 else ""
-        on_error(DataError(f"{path}: no such image{others}"))
+        on_error(DataError(f"{path}: no such image{others}. Add it, or remove it from the list."))
     samples = []
     for image_id, path in paths.items():
         if path.is_file():
@@ -74,7 +74,7 @@ def _list_images(source: Path) -> dict[str, Path]:
         paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         return {path.relative_to(source).as_posix(): path for path in paths}
     if not source.is_file():
-        raise DataError(f"{source}: no such image directory or image list")
+        raise DataError(f"{source}: no such image directory or image list. Check the path.")
     try:
         lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
@@ -102,9 +102,9 @@ def _read_size_hw(path: Path) -> tuple[int, int]:
     try:
         width, height = imagesize.get(str(path))
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not a readable image ({error})") from None
+        raise DataError(f"{path}: not a readable image ({error}). Replace or remove it.") from None
     if width <= 0 or height <= 0:
-        raise DataError(f"{path}: not a readable image (no size in its header)")
+        raise DataError(f"{path}: not a readable image (no size in its header). Replace or remove it.")
     return int(height), int(width)
 
 
@@ -131,14 +131,14 @@ def _parse_line(line: str, names: Mapping[int, str], where: str) -> tuple[int, l
     try:
         row = [float(word) for word in line.split()]
     except ValueError:
-        raise DataError(f"{where}: expected `class cx cy w h`, got {line.strip()[:60]!r}") from None
+        raise DataError(f"{where}: expected `class cx cy w h`, got {line.strip()[:60]!r}.") from None
     if len(row) != 5 or not all(math.isfinite(value) for value in row):
-        raise DataError(f"{where}: expected `class cx cy w h` of finite numbers, got {line.strip()[:60]!r}")
+        raise DataError(f"{where}: expected `class cx cy w h` of finite numbers, got {line.strip()[:60]!r}.")
     class_id, x, y, width, height = row
     if class_id not in names:
-        raise DataError(f"{where}: class {class_id:g} is not among the {len(names)} `names`")
+        raise DataError(f"{where}: class: expected one of the {len(names)} `names`, got {class_id:g}.")
     if width < 0 or height < 0:
-        raise DataError(f"{where}: the box has a negative size: width {width:g}, height {height:g}")
+        raise make_size_error(where, row[1:])
     if max(map(abs, row[1:])) > MAX_COORDINATE_RATIO:
         raise DataError(
             f"{where}: expected values relative to the image size (0 to 1), got {row[1:]}. "
@@ -146,5 +146,5 @@ def _parse_line(line: str, names: Mapping[int, str], where: str) -> tuple[int, l
         )
     box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
     if box[0] >= 1 or box[1] >= 1 or box[2] <= 0 or box[3] <= 0:
-        raise DataError(f"{where}: the box {row[1:]} is outside its image")
+        raise DataError(f"{where}: expected a box inside its image, got {row[1:]}.")
     return int(class_id), [min(max(value, 0.0), 1.0) for value in box]

@@ -111,7 +111,7 @@ def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
     for name in names:
         if getattr(config, name) != getattr(HKDConfig(), name):
             raise UsageError(
-                f"distill.hkd.{name} has no effect for these models. Two Faster R-CNN models use "
+                f"distill.hkd.{name}: no effect for these models. Two Faster R-CNN models use "
                 "distill.hkd.two_stage, all other pairs use the settings of distill.hkd itself."
             )
 

@@ -62,7 +62,7 @@ class NoisyTeacherConfig:
         if self.mode == "targets" and (self.weight, self.fg_ratio) != default:
             raise UsageError(
                 "distill.noisy_teacher: weight and fg_ratio have no effect with mode=targets, which has no loss. "
-                "Leave them out."
+                "Omit them."
             )
 
 

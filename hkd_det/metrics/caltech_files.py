@@ -162,15 +162,15 @@ def _read_gt_mat(path: Path) -> CaltechGroundTruth:
         try:
             rows = to_float_array(cell)
         except ValueError as error:
-            raise DataError(f"{path}: image {number}: {error}") from None
+            raise DataError(f"{path}: image {number}: {error}. Correct the file.") from None
         if rows.size and (rows.ndim != 2 or rows.shape[1] != 5):
-            raise DataError(f"{path}: image {number}: expected rows of x y w h ignore, got shape {rows.shape}")
+            raise DataError(f"{path}: image {number}: expected rows of x y w h ignore, got shape {rows.shape}.")
         rows = rows.reshape(-1, 5)
         is_invalid = ~(is_valid_box(rows[:, :4]) & np.isfinite(rows[:, 4]))
         if is_invalid.any():
             row = rows[is_invalid][0].tolist()
             raise DataError(
-                f"{path}: image {number}: expected x y w h ignore with finite sizes of at least 0, got {row}"
+                f"{path}: image {number}: expected x y w h ignore with finite sizes of at least 0, got {row}."
             )
         parts.append(rows)
     all_rows = np.concatenate([np.zeros((0, 5)), *parts])
@@ -242,5 +242,5 @@ def _format_first_error(path: Path, text: str) -> str:
         except ValueError:
             row = [np.nan]
         if row and not (len(row) == 6 and _is_valid_detection(np.array([row]))[0]):
-            return f"{path}, line {number}: {expected}, got {line.strip()[:60]!r}"
-    return f"{path}: {expected} in every line"
+            return f"{path}, line {number}: {expected}, got {line.strip()[:60]!r}."
+    return f"{path}: {expected} in every line."

@@ -23,7 +23,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from hkd_det.datasets.base import select_person_class
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, first_error_line
+from hkd_det.files import read_content
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
 from hkd_det.structures import Detections, Sample
 
@@ -109,7 +110,9 @@ def read_coco_ground_truth(path: Path) -> CocoGroundTruth:
     annotations = []
     for number, annotation in enumerate(content.annotations):
         if _normalize_id(annotation.image_id) not in image_index:
-            raise DataError(f"{path}: annotation {number}: image_id {annotation.image_id!r} is not among its images")
+            raise DataError(
+                f"{path}: annotation {number}: image_id {annotation.image_id!r} is not among its images. Correct it."
+            )
         if _normalize_id(annotation.category_id) == category_id:
             annotations.append(annotation)
     table = GroundTruthTable(
@@ -158,11 +161,12 @@ def read_coco_detections(path: Path, ground_truth: CocoGroundTruth) -> Detection
     if (image_index < 0).any():
         unknown = detections[int(np.argmax(image_index < 0))].image_id
         raise DataError(
-            f"{path}: image_id {unknown!r} is not among the {len(ground_truth.image_ids)} images of {ground_truth.path}"
+            f"{path}: image_id {unknown!r} is not among the {len(ground_truth.image_ids)} images of "
+            f"{ground_truth.path}. Use the ids of that file."
         )
     scores = _to_array([record.score for record in detections])
     if not np.isfinite(scores).all():
-        raise DataError(f"{path}: expected finite scores, got {scores[~np.isfinite(scores)][0]}")
+        raise DataError(f"{path}: expected finite scores, got {scores[~np.isfinite(scores)][0]}.")
     boxes = _parse_coco_boxes([record.bbox for record in detections], path, "detection")
     return DetectionTable.from_rows(image_index, boxes, scores)
 
@@ -238,28 +242,23 @@ def _build_coco_index(ground_truth: CocoGroundTruth) -> COCO:
 
 
 def _decode_json(path: Path, cls: Any) -> Any:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: expected a COCO JSON file, got a directory") from None
+    raw = read_content(path, "a COCO JSON file")
     try:
         return msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf"), type=cls)
     except RecursionError:
-        raise DataError(f"{path}: not a COCO JSON file (nested too deeply)") from None
+        raise DataError(f"{path}: expected a COCO JSON file, got one that is nested too deeply.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a valid COCO JSON file ({error})") from None
+        raise DataError(f"{path}: expected a COCO JSON file: {first_error_line(error)}.") from None
 
 
 def _sort_ids(image_ids: Sequence[CocoId], path: Path) -> tuple[CocoId, ...]:
     ids = [_normalize_id(image_id) for image_id in image_ids]
     if not ids:
-        raise DataError(f"{path}: its list of images is empty")
+        raise DataError(f"{path}: images: expected at least one image.")
     if len({isinstance(image_id, str) for image_id in ids}) > 1:
         raise DataError(f"{path}: its image ids are strings and numbers. Use one type for all.")
     if len(set(ids)) < len(ids):
-        raise DataError(f"{path}: duplicate image id {_find_duplicate(ids)!r}")
+        raise DataError(f"{path}: duplicate image id {_find_duplicate(ids)!r}. Give each image its own id.")
     return tuple(sorted(ids))
 
 
@@ -284,7 +283,7 @@ def _parse_coco_boxes(raw_boxes: Sequence[BoxXYWH], path: Path, record_name: str
     if is_invalid.any():
         box = boxes[int(np.argmax(is_invalid))].tolist()
         raise DataError(
-            f"{path}: {record_name} with bbox {box}: expected [x, y, width, height] with finite sizes of at least 0"
+            f"{path}: {record_name}: expected a bbox [x, y, width, height] with finite sizes of at least 0, got {box}."
         )
     return boxes
 

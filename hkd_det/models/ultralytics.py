@@ -202,7 +202,9 @@ def _build_network(spec: UltralyticsSpec) -> Any:
         with restrict_layer_types(tasks):
             return tasks.DetectionModel(deepcopy(spec.model_yaml), verbose=False)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--model {spec.name}: Ultralytics does not build this model ({error}).") from error
+        raise UsageError(
+            f"--model {spec.name}: Ultralytics does not build this model ({error}). Choose another model."
+        ) from error
 
 
 def _find_score_convs(head: Any) -> list[nn.Conv2d]:

@@ -44,7 +44,7 @@ def import_tasks() -> Any:
             _import_ultralytics()
     tasks: Any = sys.modules["ultralytics.nn.tasks"]
     if not hasattr(tasks, "SAFE_LOAD"):
-        raise UnavailableError("ultralytics: the version is too old. Run: pip install --upgrade 'hkd-det[yolo]'")
+        raise UnavailableError("ultralytics: the version is too old. Run pip install --upgrade 'hkd-det[yolo]'.")
     return tasks
 
 
@@ -110,7 +110,7 @@ def _import_ultralytics() -> None:
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise UnavailableError(
-            f"{package} is not installed; YOLO models need it (AGPL-3.0). Run: pip install 'hkd-det[yolo]'"
+            f"{package}: not installed. YOLO models require it (AGPL-3.0). Run pip install 'hkd-det[yolo]'."
         ) from None
 
 

@@ -189,11 +189,14 @@ def _read_input_info(
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in INPUT_DTYPES or len(inputs[0].shape) != 4:
         actual = [(value.name, value.type, value.shape) for value in inputs]
-        raise DataError(f"{path}: expected one input of 4 dimensions and type uint8 or float, got {actual}")
+        raise DataError(f"{path}: expected one input of 4 dimensions and type uint8 or float, got {actual}.")
     shape = list(inputs[0].shape)
     channels, sides = (shape[1], shape[2:]) if config.layout == "NCHW" else (shape[3], shape[1:3])
     if isinstance(channels, int) and channels != 3:
-        raise DataError(f"{path}: expected 3 channels in the layout {config.layout}, got the input shape {shape}")
+        raise DataError(
+            f"{path}: expected 3 channels in the layout {config.layout}, got the input shape {shape}. Check the key "
+            "layout of the model configuration."
+        )
     input_hw = _resolve_input_hw(path, sides, config)
     return inputs[0].name, INPUT_DTYPES[inputs[0].type], _get_static_dim(shape[0]), input_hw
 
@@ -203,7 +206,8 @@ def _resolve_input_hw(path: Path, input_dims: Sequence[int | str | None], config
     resolved = [_get_static_dim(dim) or side for dim, side in zip(input_dims, requested, strict=True)]
     if config.imgsz_hw and tuple(resolved) != tuple(requested):
         raise DataError(
-            f"{path}: imgsz_hw is {list(requested)} in the model configuration, but the input is {list(input_dims)}"
+            f"{path}: imgsz_hw is {list(requested)} in the model configuration, but the input is {list(input_dims)}. "
+            "Omit imgsz_hw, or set the size of the input."
         )
     height, width = resolved
     if height is None or width is None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hkd_det.config import dataclass_from_dict
-from hkd_det.errors import DataError, UsageError
+from hkd_det.config import check_range, dataclass_from_dict
+from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import read_yaml
 from hkd_det.letterbox import PAD_VALUE, Align, Interpolation
 
@@ -80,23 +80,18 @@ class OnnxModelConfig:
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UsageError("mean and std: expected three numbers each, those of std above 0")
-        if self.input_scale <= 0:
-            raise UsageError(f"input_scale: must be above 0, got {self.input_scale}")
-        if not 0 <= self.pad_value <= 255:
-            raise UsageError(f"pad_value: must be 0 to 255, got {self.pad_value}")
+            raise UsageError("mean and std: expected three numbers each, those of std above 0.")
+        check_range("input_scale", self.input_scale, 0, is_open=True)
+        check_range("pad_value", self.pad_value, 0, 255)
+        check_range("num_bins", self.num_bins, 2)
+        check_range("point_offset", self.point_offset, 0, 1)
+        check_range("person_class_id", self.person_class_id, 0)
+        check_range("conf", self.conf, 0, 1)
+        check_range("iou", self.iou, 0, 1, is_open=True)
         if self.imgsz_hw is not None and (len(self.imgsz_hw) != 2 or min(self.imgsz_hw) < 1):
-            raise UsageError(f"imgsz_hw: expected height and width in pixels, got {list(self.imgsz_hw)}")
+            raise UsageError(f"imgsz_hw: expected height and width in pixels, got {list(self.imgsz_hw)}.")
         if not self.strides or min(self.strides) < 1:
-            raise UsageError(f"strides: expected integers of at least 1, got {list(self.strides)}")
-        if self.num_bins < 2:
-            raise UsageError(f"num_bins: must be at least 2, got {self.num_bins}")
-        if not 0 <= self.point_offset <= 1:
-            raise UsageError(f"point_offset: must be 0 to 1, got {self.point_offset}")
-        if self.person_class_id < 0:
-            raise UsageError(f"person_class_id: must be at least 0, got {self.person_class_id}")
-        if not 0 <= self.conf <= 1 or not 0 < self.iou <= 1:
-            raise UsageError(f"conf and iou: must be 0 to 1, got {self.conf} and {self.iou}")
+            raise UsageError(f"strides: expected integers of at least 1, got {list(self.strides)}.")
 
     @property
     def needs_nms(self) -> bool:
@@ -161,7 +156,7 @@ def read_model_config(path: Path) -> OnnxModelConfig:
 def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxModelConfig:
     if metadata["hkd.format"] != NATIVE_FORMAT:
         raise DataError(
-            f"{model_path}: metadata hkd.format is {metadata['hkd.format']}, but this version reads {NATIVE_FORMAT}. "
+            f"{model_path}: metadata hkd.format: expected {NATIVE_FORMAT}, got {metadata['hkd.format']}. "
             "Export the model again."
         )
     if metadata.get("hkd.raw") == "true" or metadata.get("hkd.dynamic") == "true":
@@ -181,7 +176,7 @@ def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxMo
         return dataclass_from_dict(OnnxModelConfig, values)
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
         raise DataError(
-            f"{model_path}: metadata hkd.preprocess is damaged ({error}). Export the model again."
+            f"{model_path}: metadata hkd.preprocess is damaged ({first_error_line(error)}). Export the model again."
         ) from None
 
 

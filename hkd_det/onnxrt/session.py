@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line, import_package
 
 # Exceptions of ONNX Runtime for a file that it cannot load. Their only common base is Exception.
@@ -71,8 +72,8 @@ def open_session(
         UnavailableError: ONNX Runtime, the provider or the device is not available.
     """
     provider = provider or _select_provider(device)
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: must be at least 1")
+    if threads is not None:
+        check_range("--threads", threads, 1)
     _check_file(path)
     runtime = import_onnxruntime()
     if not provider.devices and provider.name not in runtime.get_available_providers():
@@ -99,7 +100,7 @@ def parse_gpu_index(device: str) -> str | None:
         return None
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if not match:
-        raise UsageError(f"--device {device}: expected cpu, cuda or cuda:0")
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {device}.")
     return match[1] or "0"
 
 
@@ -116,9 +117,9 @@ def _select_provider(device: str) -> Provider:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise DataError(f"{path}: expected an ONNX file, got a directory")
+        raise DataError(f"{path}: expected an ONNX file, got a directory.")
     if not path.is_file():
-        raise DataError(f"{path}: no such model file. Write one with hkd-export.")
+        raise DataError(f"{path}: no such model file. Create it with hkd-export.")
 
 
 def import_onnxruntime() -> Any:
@@ -130,7 +131,7 @@ def import_onnxruntime() -> Any:
     Raises:
         UnavailableError: It is not installed, or does not load.
     """
-    return import_package("onnxruntime", "ONNX Runtime", "pip install 'hkd-det[cpu]' (or 'hkd-det[gpu]')")
+    return import_package("onnxruntime", "ONNX Runtime", "Run pip install 'hkd-det[cpu]' (or 'hkd-det[gpu]').")
 
 
 def _create_session(runtime: Any, path: Path, provider: Provider, threads: int | None, disable_quant_qdq: bool) -> Any:
@@ -154,7 +155,7 @@ def _create_session(runtime: Any, path: Path, provider: Provider, threads: int |
     except load_errors as error:
         raise DataError(
             f"{path}: ONNX Runtime {runtime.__version__} cannot load it (truncated, not an ONNX file, or too new): "
-            f"{_format_load_error(error)}"
+            f"{_format_load_error(error)}. Export the model again, or update ONNX Runtime."
         ) from None
     except (RuntimeError, ValueError, getattr(state, "EPFail", RuntimeError)) as error:
         raise UnavailableError(
@@ -174,7 +175,9 @@ def _check_device(session: Any, device: str, provider: Provider) -> None:
         return
     index = session.get_provider_options()[provider.name].get("device_id", "0")
     if index != provider.options["device_id"]:
-        raise UnavailableError(f"--device {device}: ONNX Runtime opened the model on GPU {index} instead")
+        raise UnavailableError(
+            f"--device {device}: ONNX Runtime opened the model on GPU {index} instead. {provider.failure_hint}"
+        )
 
 
 def _check_utf8(session: Any, path: Path) -> None:
@@ -195,9 +198,9 @@ def _format_load_error(error: Exception) -> str:
     text = first_error_line(error)
     opset = re.search(r"Opset (\d+) .* till opset (\d+)", text)
     if opset:
-        return f"its opset is {opset[1]}, this version supports up to {opset[2]}. Update ONNX Runtime."
+        return f"its opset is {opset[1]}, this version supports up to {opset[2]}"
     missing = re.search(r"Could not find an implementation for (\w+)", text)
     if missing:
-        return f"it has no {missing[1]} for the number type of this file. A bf16 file requires TensorRT."
+        return f"it has no {missing[1]} for the number type of this file; a bf16 file requires TensorRT"
     text = re.sub(r" ?/\S+\.(?:h|cc):\d+ .*?\) (?=[A-Z])", " ", text)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : (Load model from .*? failed: ?)?", "", text)

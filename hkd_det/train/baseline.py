@@ -133,7 +133,7 @@ def make_baseline_config(config: TrainConfig) -> TrainConfig:
         if load_method(name).student_source != "config":
             raise UsageError(
                 f"--baseline: {name} derives the student from the teacher, so there is no student without it. "
-                "Leave --baseline out."
+                "Omit --baseline."
             )
     baseline = replace(
         config, teacher="", teacher_config="", unlabeled=(), distill={}, save_dir=f"{config.save_dir}-baseline"

@@ -166,7 +166,7 @@ class TrainConfig:
     def _check_distillation(self) -> None:
         if bool(self.teacher) != bool(self.distill):
             raise UsageError(
-                "--teacher requires --distill and vice versa. In a recipe, set `teacher:` and `distill: {METHOD: {}}`."
+                "--teacher, --distill: one requires the other. In a recipe, set `teacher:` and `distill: {METHOD: {}}`."
             )
         check_methods(self.distill)
         methods = [load_method(name) for name in self.distill]
@@ -178,7 +178,7 @@ class TrainConfig:
             )
         if self.unlabeled and not any(method.supports_unlabeled for method in methods):
             suitable = [name for name in METHODS if load_method(name).supports_unlabeled]
-            raise UsageError(f"--unlabeled requires --teacher and one of --distill {', '.join(suitable)}.")
+            raise UsageError(f"--unlabeled: requires --teacher and one of --distill {', '.join(suitable)}.")
 
     def _check_onnx_teacher(self) -> None:
         description = Path(self.teacher_config) if self.teacher_config else None
@@ -186,7 +186,7 @@ class TrainConfig:
         if is_onnx:
             check_teacher(self.distill, OnnxTeacher.capabilities, self.teacher)
         if self.teacher_config and not is_onnx:
-            raise UsageError("--teacher-config describes an ONNX teacher. Give an .onnx file with --teacher.")
+            raise UsageError("--teacher-config: requires an ONNX teacher. Set --teacher to an .onnx file.")
 
     def _check_weights(self) -> None:
         for flag, file in {"teacher": self.teacher, "weights": self.weights}.items():
@@ -194,11 +194,10 @@ class TrainConfig:
                 raise UsageError(f"--{flag} {file}: this run would overwrite it. Choose another --name.")
         prepared = [name for name in self.distill if load_method(name).student_source == "prepared"]
         if self.weights and prepared:
-            raise UsageError(f"--distill {prepared[0]} starts from the teacher, not from --weights. Leave one out.")
+            raise UsageError(f"--distill {prepared[0]}: starts from the teacher, not from --weights. Omit one.")
         if (self.weights or prepared) and (self.backbone or self.pretrained):
             raise UsageError(
-                "--backbone and --pretrained apply to a new student, and this one starts from a checkpoint. Leave them "
-                "out."
+                "--backbone, --pretrained: apply to a new student, and this one starts from a checkpoint. Omit them."
             )
 
     @property

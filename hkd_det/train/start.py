@@ -125,7 +125,7 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.distill is not None:
         settings["distill"] = {name.strip(): {} for name in arguments.distill.split(",") if name.strip()}
     if not isinstance(settings.setdefault("distill", {}), dict):
-        raise UsageError(f"distill: expected a mapping of {', '.join(METHODS)}")
+        raise UsageError(f"distill: expected a mapping of {', '.join(METHODS)}.")
     for assignment in arguments.set:
         if assignment.startswith("distill."):
             settings["distill"] = override_method(settings["distill"], assignment)
@@ -137,11 +137,11 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
     if checkpoint := _get_initial_checkpoint(settings):
         model = read_model_name(Path(checkpoint), settings.get("model") or "")
         if settings.setdefault("model", model) != model:
-            raise UsageError(f"--model {settings['model']}: {checkpoint} is a {model}. Leave --model out to use it.")
+            raise UsageError(f"--model {settings['model']}: {checkpoint} is a {model}. Omit --model to use it.")
     # A student that starts from the teacher needs no --model.
     for flag in ("data", "teacher" if sources - {"config"} else "model", "model"):
         if not settings.get(flag):
-            raise UsageError(f"--{flag} is required, or --recipe YAML, or --resume RUN.")
+            raise UsageError(f"--{flag}: required. Set it, or --recipe YAML, or --resume RUN.")
     if arguments.name or arguments.project or "save_dir" not in settings:
         name = arguments.name or "-".join([str(settings["model"]), *map(str, settings["distill"])])
         settings["save_dir"] = str(Path(arguments.project or "runs/train") / name)
@@ -163,9 +163,10 @@ def _load_recipe(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except DataError as error:
-        raise DataError(f"--recipe {error} See the recipes directory for examples.") from None
+        hint = "See the recipes directory for examples."
+        raise DataError(f"--recipe: {error} {hint}") from None
     if not isinstance(content, dict):
-        raise DataError(f"--recipe {path}: expected a mapping `key: value`, got {type(content).__name__}.")
+        raise DataError(f"--recipe: {path}: expected a mapping `key: value`, got {type(content).__name__}.")
     return content
 
 
@@ -175,7 +176,7 @@ def _check_resume_flags(arguments: argparse.Namespace) -> None:
     ignored = [name for name in given if not (name == "data" and arguments.download)]
     if ignored:
         flags = " ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise UsageError(f"--resume: the run keeps its settings, {flags} would have no effect. Leave them out.")
+        raise UsageError(f"--resume: the run keeps its settings, {flags} would have no effect. Omit them.")
 
 
 def _load_resumed_config(save_path: Path) -> TrainConfig:

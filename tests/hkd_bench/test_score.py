@@ -282,8 +282,8 @@ def test_score_corrected_annotations(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("change", "message"),
     [
         ({"image_id": 3}, "image_id 3 is not among the 2 images"),
-        ({"bbox": [1, 2, -3, 4]}, "bbox [1.0, 2.0, -3.0, 4.0]"),
-        ({"bbox": [1, 2, 1e200, 1e200]}, "bbox [1.0, 2.0, 1e+200, 1e+200]"),
+        ({"bbox": [1, 2, -3, 4]}, "got [1.0, 2.0, -3.0, 4.0]."),
+        ({"bbox": [1, 2, 1e200, 1e200]}, "got [1.0, 2.0, 1e+200, 1e+200]."),
         ({"bbox": [1, 2, 3]}, "$[0].bbox"),
         ({"score": "high"}, "$[0].score"),
         ({"score": float("nan")}, "dt.json"),
@@ -317,7 +317,7 @@ def test_score_outside_0_to_1_is_a_warning(files: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("flags", "protocol", "code", "message"),
     [
-        (["--setup", "Small"], "citypersons", 2, "--setup Small"),
+        (["--setup", "Small"], "citypersons", 2, "got Small."),
         (["--setup", "Reasonable"], "coco", 2, "--setup"),
         (["--plot", "p.txt"], "citypersons", 2, "--plot"),
         (["--plot", "p.svg"], "coco", 2, "--plot"),

@@ -43,10 +43,10 @@ def test_programming_errors_are_not_hidden() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "Runtime is not installed; get it"),
-        ("import packages_test_dependency", "does not load: No module named 'packages_test_dependency'; get it"),
-        ("raise ImportError('lib.so: not there\\nin any of\\nthese')", "does not load: lib.so: not there; get it"),
-        ("raise OSError('lib.so: wrong ELF class')", "does not load: lib.so: wrong ELF class; get it"),
+        (None, "Runtime: not installed. Get it."),
+        ("import packages_test_dependency", "does not load: No module named 'packages_test_dependency'. Get it."),
+        ("raise ImportError('lib.so: not there\\nin any of\\nthese')", "does not load: lib.so: not there. Get it."),
+        ("raise OSError('lib.so: wrong ELF class')", "does not load: lib.so: wrong ELF class. Get it."),
     ],
 )
 def test_package_that_does_not_load_is_one_line(
@@ -56,15 +56,15 @@ def test_package_that_does_not_load_is_one_line(
         (tmp_path / "packages_test_runtime.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UnavailableError) as caught:
-        import_package("packages_test_runtime", "Runtime", "get it")
+        import_package("packages_test_runtime", "Runtime", "Get it.")
     assert str(caught.value).endswith(message) and "\n" not in str(caught.value)
 
 
 def test_missing_parent_package_counts_as_not_installed() -> None:
-    with pytest.raises(UnavailableError, match=r"^cuda is not installed; get it$"):
-        import_package("packages_test_cuda.bindings.runtime", "cuda", "get it")
+    with pytest.raises(UnavailableError, match=r"^cuda: not installed\. Get it\.$"):
+        import_package("packages_test_cuda.bindings.runtime", "cuda", "Get it.")
 
 
 def test_default_hint_names_the_bench_extra() -> None:
-    with pytest.raises(UnavailableError, match=r"^packages_test_plots is not installed; .*'hkd-det\[bench\]'$"):
+    with pytest.raises(UnavailableError, match=r"^packages_test_plots: not installed\. .*'hkd-det\[bench\]'\.$"):
         import_package("packages_test_plots")

@@ -20,6 +20,7 @@ from hkd_deploy.backends.base import (
     validate_io,
 )
 from hkd_deploy.model_metadata import make_tensor_info
+from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError, import_package
 
 Precision = Literal["bf16"]
@@ -166,8 +167,8 @@ def compile_openvino_model(
             f"--device {device}: the openvino backend supports cpu only. "
             "For an NVIDIA GPU, set --backend onnxruntime or tensorrt."
         )
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: expected at least 1.")
+    if threads is not None:
+        check_range("--threads", threads, 1)
     if performance_hint not in PERFORMANCE_HINTS:
         raise UsageError(f"performance_hint {performance_hint}: expected {' or '.join(PERFORMANCE_HINTS)}.")
     model_path = list_model_files(path)[0]
@@ -247,7 +248,7 @@ def create_core() -> Any:
     Raises:
         UnavailableError: OpenVINO is missing.
     """
-    core = import_package("openvino", "OpenVINO", "pip install 'hkd-det[openvino]'").Core()
+    core = import_package("openvino", "OpenVINO", "Run pip install 'hkd-det[openvino]'.").Core()
     # Workaround (OpenVINO 2026.4.1): the CPU plugin gives the thread that loads it another stack for signal handlers.
     # The destructor of the Core unmaps this stack and restores the previous one. If two Cores are destroyed in the
     # order of their creation, or a Core is destroyed in another thread, the restored stack no longer exists. The next
@@ -292,7 +293,7 @@ def _convert_load_errors(path: Path) -> Iterator[None]:
         version = importlib.import_module("openvino").__version__.partition("-")[0]
         raise DataError(
             f"{path}: OpenVINO {version} cannot load the file (truncated, not a model, or too new): "
-            f"{_extract_error_reason(error)}"
+            f"{_extract_error_reason(error)}. Export the model again."
         ) from None
 
 

@@ -132,7 +132,9 @@ def open_tensorrt(path: Path, device: str = "cuda", use_cuda_graph: bool = True)
     runtime.engine_host_code_allowed = engine_info.version_compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise DataError(f"{path}: TensorRT {trt.__version__} cannot open the engine: {log.first_error}")
+        raise DataError(
+            f"{path}: TensorRT {trt.__version__} cannot open the engine: {log.first_error}. Build it again."
+        )
     loaded_engine = _validate_engine_io(trt, engine, path, log)
     can_use_graph = use_cuda_graph and engine_info.dla is None
     backend = TensorRTBackend(

@@ -187,20 +187,20 @@ class InferRequest:
         self._shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in OUTPUT_DTYPES}
 
     def _check_input(self, images: NDArray[np.uint8]) -> None:
-        low, high = self._loaded_engine.min_shape, self._loaded_engine.max_shape
-        message = (
-            f"{self._loaded_engine.path}: expected uint8 {low if low == high else f'{low} to {high}'}, "
-            f"got {images.dtype} {images.shape}."
-        )
+        path, low, high = self._loaded_engine.path, self._loaded_engine.min_shape, self._loaded_engine.max_shape
+        expected = f"expected uint8 {low if low == high else f'{low} to {high}'}, got {images.dtype} {images.shape}"
         if images.dtype != np.uint8 or images.ndim != len(low) or images.shape[3] != low[3]:
-            raise ValueError(message)
+            raise ValueError(f"{path}: {expected}.")
         if not all(a <= n <= b for a, n, b in zip(low, images.shape, high, strict=True)):
-            raise DataError(f"{message} Build a larger engine: hkd-export MODEL.onnx --trt --trt-profile MIN,OPT,MAX.")
+            hint = "Build a larger engine: hkd-export MODEL.onnx --trt --trt-profile MIN,OPT,MAX."
+            raise DataError(f"{path}: {expected}. {hint}")
 
     def _check_call(self, succeeded: bool, call: str) -> None:
         if not succeeded:
+            engine = self._loaded_engine
             raise UnavailableError(
-                f"{self._loaded_engine.path}: TensorRT {call} failed: {self._loaded_engine.log.first_error}"
+                f"{engine.path}: TensorRT {call} failed: {engine.log.first_error}. "
+                "Close other programs that use the GPU, or build the engine again."
             )
 
 

@@ -15,7 +15,8 @@ from hkd_deploy.demo.run import FrameStats, open_output, run_demo
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
 from hkd_det import __version__
-from hkd_det.errors import UsageError, run_command
+from hkd_det.config import check_range
+from hkd_det.errors import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,10 +93,9 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--headless", dest="show", action="store_false", help="alias of --no-show")
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames (default: no limit)")
     flags = parser.parse_args(argv)
-    if not 0 <= flags.conf <= 1:
-        raise UsageError(f"--conf {flags.conf:g}: expected a score from 0 to 1.")
-    if flags.max_frames is not None and flags.max_frames < 1:
-        raise UsageError(f"--max-frames {flags.max_frames}: expected at least 1.")
+    check_range("--conf", flags.conf, 0, 1)
+    if flags.max_frames is not None:
+        check_range("--max-frames", flags.max_frames, 1)
     if flags.show is None:
         flags.show = flags.save is None
     return flags

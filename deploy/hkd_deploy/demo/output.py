@@ -126,7 +126,7 @@ def open_video_writer(path: Path, fps: float) -> Iterator[VideoWriter]:
 def _check_video_file(temp_path: Path, path: Path, num_frames: int) -> None:
     """Read back the frame count: OpenCV reports no error if the disk is full."""
     if num_frames == 0:
-        raise DataError(f"{path}: not written: the source returned no frame.")
+        raise DataError(f"{path}: not written: the source returned no frame. Check --source.")
     reader = cv2.VideoCapture(str(temp_path), cv2.CAP_FFMPEG)
     count = reader.get(cv2.CAP_PROP_FRAME_COUNT) if reader.isOpened() else 0
     is_readable = reader.isOpened() and reader.read()[0]

@@ -16,6 +16,7 @@ from hkd_deploy.serving import cli as serving
 from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det import __version__
+from hkd_det.config import check_range
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import HkdError, UnavailableError, UsageError, first_error_line, run_command
 from hkd_det.letterbox import format_imgsz
@@ -89,6 +90,8 @@ def _run_export(argv: Sequence[str] | None) -> int:
     if source.suffix == ".engine":
         serving.write_serving_folders(source, flags)
         return 0
+    if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
+        ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
     is_reduced = flags.precision != "fp32"
     onnx_output, engine_output, folder_output = _split_output_by_suffix(output)
     verification = None
@@ -141,8 +144,8 @@ def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: ar
 
 
 def _check_combinations(flags: argparse.Namespace) -> None:
-    if flags.verify_images is not None and flags.verify_images < 1:
-        raise UsageError(f"--verify-images {flags.verify_images}: expected at least 1.")
+    if flags.verify_images is not None:
+        check_range("--verify-images", flags.verify_images, 1)
     for name in ("raw", "no_preprocess"):
         conversion = "--precision" if flags.precision != "fp32" else "--openvino" if flags.openvino else ""
         if getattr(flags, name) and conversion:
@@ -199,7 +202,7 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
         from hkd_det.models.checkpoint import load_detector_checkpoint  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            f"{weights}: the package {error.name} is not installed. Run pip install 'hkd-det[train]', or export the "
+            f"{weights}: the export requires {error.name}. Run pip install 'hkd-det[train]', or export the "
             "weights on the training machine and pass the .onnx file."
         ) from None
     checkpoint = load_detector_checkpoint(weights)

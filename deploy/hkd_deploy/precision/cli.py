@@ -1,7 +1,6 @@
 """`hkd-export --precision`: flags, and conversion of an FP32 file to reduced precision."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hkd_deploy.precision.report import (
     get_eval_backend,
     load_eval_samples,
 )
+from hkd_det.config import check_range
 from hkd_det.errors import HkdError, UsageError
 from hkd_det.files import atomic_write
 from hkd_det.structures import Sample
@@ -110,8 +110,7 @@ def convert_precision(fp32: Path, output: Path | None, flags: argparse.Namespace
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    if not (math.isfinite(flags.max_mr_increase) and flags.max_mr_increase >= 0):
-        raise UsageError(f"--max-mr-increase {flags.max_mr_increase:g}: expected percentage points of at least 0.")
+    check_range("--max-mr-increase", flags.max_mr_increase, 0)
     if not 0 < flags.conf < 1:
         raise UsageError(f"--conf {flags.conf:g}: expected a score between 0 and 1.")
     if flags.calib_data and flags.precision != "int8":

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision.graph_regions import LAYER_OPS
 from hkd_deploy.precision.model import Fp32Model, import_onnx, make_progress_bar, run_model
+from hkd_det.config import check_range
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.errors import HkdError, UsageError, first_error_line
+from hkd_det.errors import HkdError, first_error_line
 from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
 from hkd_det.structures import Sample
@@ -55,8 +56,7 @@ def load_calibration_samples(data: str, count: int) -> list[Sample]:
         UsageError: If `count` is below 1.
         HkdError: If the dataset cannot be read.
     """
-    if count < 1:
-        raise UsageError(f"--calib-images {count}: expected at least 1.")
+    check_range("--calib-images", count, 1)
     try:
         samples = load_dataset(data, "train")
     except HkdError as error:

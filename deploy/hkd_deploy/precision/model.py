@@ -53,7 +53,7 @@ def import_onnx() -> Any:
     Raises:
         UnavailableError: If the package is not installed.
     """
-    return import_package("onnx", "onnx", "--precision needs it: pip install 'hkd-det[quant]'")
+    return import_package("onnx", "onnx", "--precision requires it. Run pip install 'hkd-det[quant]'.")
 
 
 def make_progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | None = None) -> Iterable[T]:
@@ -68,7 +68,7 @@ def make_progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | 
     Raises:
         UnavailableError: If tqdm is not installed.
     """
-    tqdm = import_package("tqdm", "tqdm", "pip install 'hkd-det[bench]'").tqdm
+    tqdm = import_package("tqdm").tqdm
     bar: Iterable[T] = tqdm(iterable, desc, total=total, unit=unit, leave=False)
     return bar
 

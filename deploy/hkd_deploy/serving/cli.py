@@ -6,6 +6,7 @@ from pathlib import Path
 from hkd_deploy.serving.deepstream import write_deepstream
 from hkd_deploy.serving.model_file import ModelFile, read_model_file
 from hkd_deploy.serving.triton import write_triton_repository
+from hkd_det.config import check_range
 from hkd_det.errors import UsageError
 
 SERVING_FORMATS = ("triton", "deepstream")
@@ -75,8 +76,8 @@ def write_serving_folders(path: Path, flags: argparse.Namespace) -> None:
 
 
 def _resolve_max_batch(model: ModelFile, requested: int | None) -> int:
-    if requested is not None and requested < 1:
-        raise UsageError(f"--max-batch {requested}: expected at least 1.")
+    if requested is not None:
+        check_range("--max-batch", requested, 1)
     if requested is not None and model.max_batch is not None and requested > model.max_batch:
         raise UsageError(
             f"--max-batch {requested}: {model.path} supports at most {model.max_batch}. "

@@ -122,9 +122,8 @@ def write_nvinfer_graph(source_path: Path, metadata: ModelMetadata, target_path:
         DataError: The first operators of the graph are not those of `hkd-export`.
         UnavailableError: The onnx package is missing.
     """
-    onnx = import_package(
-        "onnx", "onnx", "write the DeepStream files on the machine that exports the model: pip install onnx"
-    )
+    hint = "Run pip install onnx, or write the DeepStream files on the machine that exports the model."
+    onnx = import_package("onnx", "onnx", hint)
     model = parse_onnx_model(onnx, source_path.read_bytes(), source_path)
     if metadata.preprocess == "uint8":
         _convert_input_to_nchw(onnx, model, source_path)

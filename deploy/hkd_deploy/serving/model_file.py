@@ -67,7 +67,7 @@ def read_model_file(path: Path) -> ModelFile:
         case ".engine":
             model_file = _read_from_engine_info(path)
         case _:
-            raise UsageError(f"{path}: --serving expects an .onnx or .engine file of hkd-export.")
+            raise UsageError(f"{path}: --serving: expected an .onnx or .engine file of hkd-export.")
     for tensor in (*model_file.inputs, *model_file.outputs):
         if tensor.dtype not in NUMPY_DTYPES.values():
             supported = ", ".join(dict.fromkeys(NUMPY_DTYPES.values()))
@@ -89,7 +89,7 @@ def _read_with_onnxruntime(path: Path) -> ModelFile:
 
 
 def _read_with_onnx(path: Path) -> ModelFile:
-    onnx = import_package("onnx", "onnx", f"it is required to read the bfloat16 file {path}: pip install onnx")
+    onnx = import_package("onnx", "onnx", f"It is required to read the bfloat16 file {path}. Run pip install onnx.")
     model = parse_onnx_model(onnx, path.read_bytes(), path)
 
     def parse_tensors(values: Iterable[Any]) -> tuple[TensorInfo, ...]:

@@ -27,8 +27,8 @@ def import_tensorrt() -> Any:
     trt = import_package("tensorrt", "TensorRT", get_install_hint())
     if parse_trt_version(trt) < MIN_VERSION:
         raise UnavailableError(
-            f"TensorRT {trt.__version__} is too old: version {MIN_VERSION[0]}.{MIN_VERSION[1]} or later is required "
-            "(JetPack 6). Run the .onnx file with --backend onnxruntime instead."
+            f"TensorRT: expected version {MIN_VERSION[0]}.{MIN_VERSION[1]} or later, got {trt.__version__}. "
+            "Run the .onnx file with --backend onnxruntime instead."
         )
     return trt
 
@@ -60,14 +60,14 @@ def _format_install_hint(system: str, machine: str, jetson: bool) -> str:
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if jetson:
         return (
-            "on a Jetson it is part of JetPack: sudo apt install python3-libnvinfer. Use the Python of the system, in "
+            "On a Jetson it is part of JetPack: sudo apt install python3-libnvinfer. Use the Python of the system, in "
             "a virtual environment made with --system-site-packages "
-            f"(this is {python}; JetPack 7 has 3.12, JetPack 6 has 3.10)"
+            f"(this is {python}; JetPack 7 has 3.12, JetPack 6 has 3.10)."
         )
     if system == "Linux" and machine in ("x86_64", "aarch64"):
-        return "pip install tensorrt (requires the NVIDIA driver). For --dry-run without a GPU: make tensorrt-cpu"
+        return "Run pip install tensorrt (requires the NVIDIA driver). For --dry-run without a GPU: make tensorrt-cpu."
     return (
-        f"engines are built and run on Linux with an NVIDIA GPU, not on {system} {machine}. Use the .onnx file instead"
+        f"Engines are built and run on Linux with an NVIDIA GPU, not on {system} {machine}. Use the .onnx file instead."
     )
 
 
@@ -123,7 +123,7 @@ class BuildProgress:
     """
 
     def __init__(self, label: str) -> None:
-        tqdm = import_package("tqdm", "tqdm", "pip install 'hkd-det[tensorrt]'").tqdm
+        tqdm = import_package("tqdm", "tqdm", "Run pip install 'hkd-det[tensorrt]'.").tqdm
         bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
         self._bar = tqdm(total=100, desc=label, bar_format=bar_format, delay=1, leave=False)
         self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, finished steps, all steps)

@@ -34,6 +34,7 @@ MEMINFO = Path("/proc/meminfo")
 # the TensorRT libraries; the copies of the weights in the parser, the builder, the engine and the engine under test.
 BASE_MIB = 800
 NUM_WEIGHT_COPIES = 4
+FALLBACK_HINT = "Use the .onnx file with --backend onnxruntime instead, or another TensorRT version."
 SMALL_MEMORY_MIB = 17 * 1024  # includes 16 GB boards, on which CPU and GPU use the same memory
 
 
@@ -103,7 +104,8 @@ def build_plan(
     network = builder.create_network(_get_strongly_typed_flag(trt))
     parser = trt.OnnxParser(network, logger)  # must outlive the build: it owns the weights
     if not parser.parse(onnx_file.content):
-        raise DataError(f"{onnx_file.path}: TensorRT {trt.__version__} cannot parse it: {_format_parser_error(parser)}")
+        reason = _format_parser_error(parser)
+        raise DataError(f"{onnx_file.path}: TensorRT {trt.__version__} cannot parse it: {reason}. {FALLBACK_HINT}")
     config = builder.create_builder_config()
     profile = _add_profile(builder, network, config, onnx_file, options)
     _configure(trt, builder, config, onnx_file, options)
@@ -114,7 +116,9 @@ def build_plan(
         config.progress_monitor = make_progress_monitor(trt, progress)
         plan = _run_interruptible(lambda: builder.build_serialized_network(network, config), progress, on_thread_start)
     if plan is None:
-        raise DataError(f"{onnx_file.path}: TensorRT {trt.__version__} cannot build it: {log.first_error}")
+        raise DataError(
+            f"{onnx_file.path}: TensorRT {trt.__version__} cannot build it: {log.first_error}. {FALLBACK_HINT}"
+        )
     timing_cache = bytes(config.get_timing_cache().serialize()) if options.timing_cache else None
     return BuildResult(bytes(plan), profile, dict(layer_counts.most_common()), perf_counter() - start, timing_cache)
 
@@ -133,8 +137,8 @@ def _create_builder(trt: Any, logger: Any, log: TrtLog) -> Any:
         return trt.Builder(logger)
     except TypeError:  # raised by pybind11 if the native constructor returns a null pointer
         raise UnavailableError(
-            f"TensorRT {trt.__version__} does not start: {log.first_error}. It needs an NVIDIA GPU and driver. "
-            "Without a GPU, use --dry-run after make tensorrt-cpu."
+            f"TensorRT: version {trt.__version__} does not start: {log.first_error}. It requires an NVIDIA GPU and its "
+            "driver. Without a GPU, use --dry-run after make tensorrt-cpu."
         ) from None
 
 

@@ -28,7 +28,7 @@ from hkd_deploy.trt.engine_layers import (
 )
 from hkd_deploy.trt.onnx_file import OnnxFile, read_onnx_file
 from hkd_deploy.trt.profile import parse_profile
-from hkd_det.config import dataclass_from_dict
+from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text
 
@@ -134,8 +134,7 @@ def make_build_options(flags: argparse.Namespace) -> BuildOptions:
     Raises:
         UsageError: If a value is invalid.
     """
-    if flags.workspace < 1:
-        raise UsageError(f"--workspace {flags.workspace}: expected at least 1 MiB.")
+    check_range("--workspace", flags.workspace, 1)
     if flags.dla is not None and flags.dla < 0:
         raise UsageError(f"--dla {flags.dla}: expected the number of a core, 0 or 1.")
     return BuildOptions(
@@ -230,7 +229,10 @@ def check_build(onnx_path: Path, options: BuildOptions) -> DryRunResult:
         # A new session: Ctrl-C reaches this process only, and subprocess.run then ends the child.
         process = subprocess.run(command, check=False, start_new_session=True)
         if not reply_path.exists():
-            raise DataError(f"{onnx_path}: the TensorRT process ended with code {process.returncode} without a result.")
+            raise DataError(
+                f"{onnx_path}: the TensorRT process ended with code {process.returncode} without a result. "
+                "Close other programs if the memory was full."
+            )
         reply = json.loads(reply_path.read_text(encoding="utf-8"))
     if "error" in reply:
         error_classes = {cls.__name__: cls for cls in (DataError, UnavailableError, UsageError)}
@@ -246,7 +248,7 @@ def _find_interpreter() -> list[str]:
     if importlib.util.find_spec("tensorrt"):
         return [sys.executable]
     raise UnavailableError(
-        f"--dry-run: TensorRT is not installed. Run make tensorrt-cpu in the repository, or: {get_install_hint()}."
+        f"--dry-run: TensorRT is not installed. Run make tensorrt-cpu in the repository. {get_install_hint()}"
     )
 
 
@@ -257,7 +259,9 @@ def _run_dry_run(onnx_path: Path, options: BuildOptions) -> DryRunResult:
     build_result = build_plan(trt, onnx_file, options, log)
     layers = tuple(parse_build_log(log.layers))
     if not layers:
-        raise DataError(f"{onnx_path}: the log of TensorRT {trt.__version__} does not contain the layers.")
+        raise DataError(
+            f"{onnx_path}: the log of TensorRT {trt.__version__} does not contain the layers. Install another version."
+        )
     check_precision(onnx_file, layers)
     plan_bytes = len(build_result.plan)
     return DryRunResult(trt.__version__, build_result.layer_counts, layers, plan_bytes, build_result.build_s)

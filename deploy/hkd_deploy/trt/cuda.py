@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hkd_det.errors import UnavailableError, UsageError, import_package
 
-CUDA_INSTALL_HINT = "pip install 'hkd-det[tensorrt]' (with CUDA 12, as on JetPack 6: pip install 'cuda-python<13')"
+CUDA_INSTALL_HINT = "Run pip install 'hkd-det[tensorrt]' (with CUDA 12, as on JetPack 6: pip install 'cuda-python<13')."
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class CudaDevice:
         self._index = index
         count = self._call("cudaGetDeviceCount")
         if index >= count:
-            raise UnavailableError(f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0.")
+            raise UnavailableError(
+                f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0. Set --device cuda:0."
+            )
         self.set_current()
 
     def set_current(self) -> None:
@@ -189,17 +191,18 @@ class CudaDevice:
     def _call(self, name: str, *arguments: Any) -> Any:
         error, *values = getattr(self._runtime, name)(*arguments)
         if error != self._runtime.cudaError_t.cudaSuccess:
-            raise UnavailableError(f"--device cuda:{self._index}: {name}: {self._format_error(error)}.")
+            raise UnavailableError(f"--device cuda:{self._index}: {name}: {self._format_error_and_hint(error)}")
         return values[0] if values else None
 
-    def _format_error(self, error: Any) -> str:
+    def _format_error_and_hint(self, error: Any) -> str:
+        """Return the error text of CUDA and a remedy, as sentences."""
         message = self._runtime.cudaGetErrorString(error)[1].decode()
         if error == self._runtime.cudaError_t.cudaErrorInsufficientDriver:
             return (
                 f"{message}: the NVIDIA driver is missing or older than this cuda-python requires. "
-                f"Install a driver, or a matching package: {CUDA_INSTALL_HINT}"
+                f"Install a driver, or a matching package. {CUDA_INSTALL_HINT}"
             )
-        return message
+        return f"{message}. Check the GPU with nvidia-smi, and close other programs that use it."
 
 
 def open_cuda(device: str) -> CudaDevice:

@@ -136,14 +136,16 @@ def inspect_engine(trt: Any, build_result: BuildResult, log: TrtLog, path: Path)
     runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(build_result.plan)
     if engine is None:
-        raise DataError(f"{path}: the engine was built but cannot be opened: {log.first_error}")
+        raise DataError(f"{path}: the engine was built but cannot be opened: {log.first_error}. Close other programs.")
     inspector = engine.create_engine_inspector()
     if build_result.profile:  # without shapes, the inspector reports "N/A due to dynamic shapes" as data types
         inspector.execution_context = _create_shaped_context(engine, build_result.profile)
     try:
         layers = parse_inspector_json(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     except (ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot read the precision of the engine: {error}.") from None
+        raise DataError(
+            f"{path}: cannot read the precision of the engine: {error}. Install another TensorRT version."
+        ) from None
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     tensors = {
         name: make_tensor_info(name, engine.get_tensor_dtype(name).name, engine.get_tensor_shape(name))

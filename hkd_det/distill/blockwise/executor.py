@@ -143,7 +143,7 @@ def get_worker_index() -> int:
 
 def _import_dask() -> tuple[Any, Any]:
     """Return the modules `dask` and `distributed` of the extra `cluster`."""
-    hint = "several workers need it: pip install 'hkd-det[cluster]'"
+    hint = "Several workers require it. Run pip install 'hkd-det[cluster]'."
     return import_package("dask", "dask", hint), import_package("distributed", "distributed", hint)
 
 
@@ -207,7 +207,8 @@ def _to_hkd_error(name: str, error: BaseException | None) -> HkdError:
 
 
 def _make_block_error(name: str, error: BaseException) -> BlockError:
-    return BlockError(f"block {name}: {type(error).__name__}: {' '.join(str(error).split())}")
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return BlockError(f"block {name}: {reason}. Run the same command to train the rest.")
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def _check_same_layers(sites: Sequence[CompactorSite], teacher: BaseDetector) ->
         if (site.layer.conv, site.layer.norms) not in teacher_layers:
             raise UsageError(
                 f"--distill cdd: the teacher has no layer {site.layer.conv}. "
-                "Leave --model out to start from a copy of the teacher."
+                "Omit --model to start from a copy of the teacher."
             )
 
 

@@ -645,7 +645,7 @@ def test_open_cuda_without_a_driver_raises() -> None:
 
 def test_open_cuda_without_cuda_python_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(UnavailableError, match=r"cuda-python is not installed.*pip install 'hkd-det\[tensorrt\]'"):
+    with pytest.raises(UnavailableError, match=r"cuda-python: not installed.*pip install 'hkd-det\[tensorrt\]'"):
         cuda_module.open_cuda("cuda:0")
 
 

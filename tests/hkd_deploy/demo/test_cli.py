@@ -130,11 +130,11 @@ def test_run_demo_closed_window_stops(tiny_onnx: Callable[..., Path], video: Pat
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--source", "VIDEO", "--conf", "1.5", "--no-show"], 2, "--conf 1.5: expected a score from 0 to 1"),
-        (["--source", "VIDEO", "--conf", "nan", "--no-show"], 2, "--conf nan"),
-        (["--source", "VIDEO", "--max-frames", "0", "--no-show"], 2, "--max-frames 0: expected at least 1"),
-        (["--source", "VIDEO", "--threads", "0", "--no-show"], 2, "--threads 0: must be at least 1"),
-        (["--source", "VIDEO", "--device", "tpu", "--no-show"], 2, "--device tpu: expected cpu, cuda or cuda:0"),
+        (["--source", "VIDEO", "--conf", "1.5", "--no-show"], 2, "--conf: expected 0 to 1, got 1.5."),
+        (["--source", "VIDEO", "--conf", "nan", "--no-show"], 2, "--conf: expected a finite number, got nan."),
+        (["--source", "VIDEO", "--max-frames", "0", "--no-show"], 2, "--max-frames: expected at least 1, got 0."),
+        (["--source", "VIDEO", "--threads", "0", "--no-show"], 2, "--threads: expected at least 1, got 0."),
+        (["--source", "VIDEO", "--device", "tpu", "--no-show"], 2, "--device: expected cpu, cuda or cuda:N, got tpu."),
         (["--source", "VIDEO", "--save", "out.mkv"], 2, "--save out.mkv: expected a file ending in .mp4, .avi, .webm"),
         (["--source", "VIDEO", "--save", "out.png"], 2, "--save out.png: expected a file ending in"),
         (["--source", "VIDEO", "--save", "VIDEO"], 2, "this file is the source"),

@@ -55,7 +55,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--dynamic size --letterbox", "--dynamic size: not available with --letterbox"),
         ("--no-preprocess --precision fp16", "--no-preprocess: not available with --precision"),
         ("--raw --openvino", "--raw: not available with --openvino"),
-        ("--trt --trt-profile rubbish", "--trt-profile rubbish: expected "),
+        ("--trt --trt-profile abc", "--trt-profile abc: expected "),
         ("--imgsz 640x500", "multiples of 32"),
         ("--batch 0", "--batch 0: expected at least 1"),
         ("--batch -2", "--batch -2: expected at least 1"),

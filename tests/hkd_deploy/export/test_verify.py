@@ -155,7 +155,7 @@ def test_verify_without_data_is_skipped_or_fails(
         (["--openvino"], 0, "not verified: verification images: "),
         (["--openvino", "--verify"], 2, "verification images: "),
         (["--openvino", "--data", str(tmp_path / "none.yaml")], 1, "none.yaml"),
-        (["--openvino", "--verify-images", "0"], 2, "--verify-images 0: expected at least 1"),
+        (["--openvino", "--verify-images", "0"], 2, "--verify-images: expected at least 1, got 0."),
     ):
         assert main([str(path), *flags]) == code
         errors = capsys.readouterr().err.splitlines()

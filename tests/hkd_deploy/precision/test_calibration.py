@@ -32,5 +32,5 @@ def test_load_calibration_samples_is_seeded_and_warns_if_few(street: Path, capsy
 def test_load_calibration_samples_without_images_raises(tmp_path: Path, street: Path) -> None:
     with pytest.raises(DataError, match=r"calibration images: .*none\.yaml.*--calib-data"):
         load_calibration_samples(str(tmp_path / "none.yaml"), 4)
-    with pytest.raises(UsageError, match="--calib-images 0: expected at least 1"):
+    with pytest.raises(UsageError, match="--calib-images: expected at least 1, got 0"):
         load_calibration_samples(str(street), 0)

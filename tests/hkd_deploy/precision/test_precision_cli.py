@@ -154,7 +154,7 @@ def test_invalid_input_ends_in_one_line(
         ("net.onnx", ["--data", "none.yaml"], 1, "evaluation images: none.yaml: "),
         ("net.onnx", ["--output", "net.trt"], 2, "expected a name ending in .onnx"),
         ("net.onnx", ["--output", str(source)], 2, "this file is the FP32 input"),
-        ("net.onnx", ["--max-mr-increase", "-1"], 2, "--max-mr-increase -1"),
+        ("net.onnx", ["--max-mr-increase", "-1"], 2, "--max-mr-increase: expected at least 0, got -1"),
         ("net.onnx", ["--conf", "30"], 2, "--conf 30"),
         ("net.onnx", ["--precision", "fp16", "--calib-data", "x.yaml"], 2, "requires --precision int8"),
         ("net.onnx", ["--eval-device", "gpu"], 2, "expected cpu, cuda or cuda:0"),

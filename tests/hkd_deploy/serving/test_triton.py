@@ -136,7 +136,7 @@ def test_compute_preferred_batch_sizes() -> None:
     [
         (["--serving", "tritton"], 2, "--serving tritton: expected triton or deepstream"),
         (["--serving", "triton,"], 2, "expected triton or deepstream"),
-        (["--serving", "triton", "--max-batch", "0"], 2, "--max-batch 0: expected at least 1"),
+        (["--serving", "triton", "--max-batch", "0"], 2, "--max-batch: expected at least 1, got 0."),
     ],
 )
 def test_serving_invalid_flag_prints_one_line(

@@ -144,7 +144,7 @@ def test_client_command(
     assert capsys.readouterr().out == ""
     for flags, message in (
         ([str(image_path), "--url", server.url, "--model", "teacher"], "404"),
-        ([str(image_path), "--url", server.url, "--model", "odd"], "the response is not that of a detector"),
+        ([str(image_path), "--url", server.url, "--model", "odd"], "expected the response of a detector"),
         ([str(image_path), "--url", "http://127.0.0.1:1"], "Check that tritonserver is running"),
         ([str(tmp_path / "none.png"), "--url", server.url], "none.png"),
     ):

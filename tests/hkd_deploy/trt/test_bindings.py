@@ -14,14 +14,14 @@ from hkd_det.errors import UnavailableError
 
 def test_missing_tensorrt_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(UnavailableError, match="TensorRT is not installed"):
+    with pytest.raises(UnavailableError, match="TensorRT: not installed"):
         bindings.import_tensorrt()
 
 
 def test_old_tensorrt_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     old: Any = SimpleNamespace(__version__="8.6.2.3")
     monkeypatch.setitem(sys.modules, "tensorrt", old)
-    with pytest.raises(UnavailableError, match=r"TensorRT 8\.6\.2\.3 is too old: version 10\.0 or later"):
+    with pytest.raises(UnavailableError, match=r"TensorRT: expected version 10\.0 or later, got 8\.6\.2\.3"):
         bindings.import_tensorrt()
 
 

@@ -193,7 +193,7 @@ def test_dry_run_that_crashes_raises(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--trt", "--workspace", "0"], "--workspace 0: expected at least 1 MiB"),
+        (["--trt", "--workspace", "0"], "--workspace: expected at least 1, got 0."),
         (["--trt", "--dla", "-1"], "--dla -1: expected the number of a core"),
         (["--trt", "--trt-profile", "8"], "--trt-profile 8: expected MIN,OPT,MAX"),
         (["--dry-run"], "--dry-run: "),

@@ -360,7 +360,7 @@ def test_timing_cache_of_another_machine_raises(graph: Callable[..., Path], tmp_
 def test_failed_build_reports_the_reason(graph: Callable[..., Path]) -> None:
     trt = FakeTensorRT()
     trt.plan = None
-    with pytest.raises(DataError, match=r"cannot build it: Error Code 1: Myelin \(no tactics\)$"):
+    with pytest.raises(DataError, match=r"cannot build it: Error Code 1: Myelin \(no tactics\)\. Use the \.onnx file"):
         build(graph(), trt)
 
 
@@ -387,7 +387,9 @@ def test_builder_without_a_driver_raises(graph: Callable[..., Path], monkeypatch
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(FakeTensorRT, "Builder", fail)
-    with pytest.raises(UnavailableError, match=r"does not start: CUDA initialization failure .* needs an NVIDIA GPU"):
+    with pytest.raises(
+        UnavailableError, match=r"does not start: CUDA initialization failure .* requires an NVIDIA GPU"
+    ):
         build(graph(), FakeTensorRT())
 
 

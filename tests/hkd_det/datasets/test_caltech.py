@@ -159,9 +159,9 @@ def test_corrected_flags_set_visibility_and_ignore(tmp_path: Path) -> None:
 
 
 def test_missing_or_duplicate_files_are_rejected(tmp_path: Path, write_vbb: Write) -> None:
-    with pytest.raises(DataError, match=r"set06: contains no V\*\.vbb"):
+    with pytest.raises(DataError, match=r"set06: expected files V\*\.vbb, got none"):
         read_caltech(tmp_path, "set06")
-    with pytest.raises(DataError, match=r"annotations_new: no text files of every 30th frame of set06"):
+    with pytest.raises(DataError, match=r"annotations_new: expected a text file of every 30th frame of set06"):
         read_caltech(tmp_path, "set06", CORRECTED)
     write_original(tmp_path, write_vbb)
     with pytest.raises(DataError, match=r"4 of 4 images are missing, the first is .*set00/V000/I00001\.jpg"):

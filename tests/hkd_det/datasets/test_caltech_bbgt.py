@@ -49,11 +49,11 @@ def test_header_alone_is_a_frame_without_objects(tmp_path: Path) -> None:
         ("% bbGt version=4\n", "line 1: bbGt version 4 is not supported"),
         (HEADER + "person 1 2 3 4\n", "line 2: expected `label x y w h occluded vx vy vw vh ignore angle`"),
         (HEADER + "\n\nperson 1 2 three 4 0 0 0 0 0 0 0\n", "line 4"),
-        (HEADER + "person 1 2 nan 4 0 0 0 0 0 0 0\n", "line 2: .*NaN"),
-        (HEADER + "person 1 2 3 -4 0 0 0 0 0 0 0\n", "line 2: .*negative"),
-        (HEADER + "person 1 2 3 4 1 0 0 -1 0 0 0\n", "line 2: .*negative"),
-        (HEADER + "person 1 2 3 4 nan 0 0 0 0 0 0\n", "line 2: occluded nan"),
-        (HEADER + "person 1 2 3 4 0 0 0 0 0 inf 0\n", "line 2: .*ignore inf"),
+        (HEADER + "person 1 2 nan 4 0 0 0 0 0 0 0\n", "line 2: expected four pixel coordinates"),
+        (HEADER + "person 1 2 3 -4 0 0 0 0 0 0 0\n", "line 2: expected a box with a width and height of at least 0"),
+        (HEADER + "person 1 2 3 4 1 0 0 -1 0 0 0\n", "line 2: expected a box with a width and height of at least 0"),
+        (HEADER + "person 1 2 3 4 nan 0 0 0 0 0 0\n", "line 2: expected 0 or 1 for occluded and ignore, got nan and 0"),
+        (HEADER + "person 1 2 3 4 0 0 0 0 0 inf 0\n", "line 2: expected 0 or 1 .* got 0 and inf"),
     ],
 )
 def test_invalid_text_names_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -70,7 +70,7 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="got a directory"):
         read_bbgt(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(DataError, match="not a text file"):
+    with pytest.raises(DataError, match="expected a text file"):
         read_bbgt(tmp_path / "a.txt")
 
 

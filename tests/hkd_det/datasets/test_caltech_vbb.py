@@ -83,25 +83,25 @@ NAN = float("nan")
     [
         ([[GOOD]], {"vers": 1.3}, r"\.vbb version 1\.3 is not supported, only 1\.4"),
         ([[GOOD]], {"vers": NAN}, r"version nan"),
-        ([[GOOD]], {"vers": "new"}, r"not a \.vbb annotation"),
-        ([[GOOD]], {"nFrame": 2}, "objects of 1 frames, but nFrame is 2"),
-        ([[GOOD]], {"nFrame": NAN}, r"not a \.vbb annotation"),
-        ([[GOOD]], {"nFrame": np.inf}, r"not a \.vbb annotation"),
-        ([[GOOD]], {"objLists": "none"}, "objects of 0 frames"),
-        ([[GOOD]], {"objLists": np.ones((1, 1))}, "frame 0: not an object"),
-        ([[GOOD]], {"objLists": cell(["a"])}, "frame 0: not an object"),
-        ([[GOOD]], {"objLists": cell([cell([cell([])])])}, "frame 0: not an object"),
-        ([[GOOD]], {"objLbl": np.ones((1, 1))}, r"not a \.vbb annotation"),
-        ([[GOOD]], {"objLbl": "person"}, r"not a \.vbb annotation"),
+        ([[GOOD]], {"vers": "new"}, r"expected a \.vbb annotation"),
+        ([[GOOD]], {"nFrame": 2}, "expected objects of 2 frames .*, got 1"),
+        ([[GOOD]], {"nFrame": NAN}, r"expected a \.vbb annotation"),
+        ([[GOOD]], {"nFrame": np.inf}, r"expected a \.vbb annotation"),
+        ([[GOOD]], {"objLists": "none"}, "expected objects of 1 frames .*, got 0"),
+        ([[GOOD]], {"objLists": np.ones((1, 1))}, "frame 0: expected an object"),
+        ([[GOOD]], {"objLists": cell(["a"])}, "frame 0: expected an object"),
+        ([[GOOD]], {"objLists": cell([cell([cell([])])])}, "frame 0: expected an object"),
+        ([[GOOD]], {"objLbl": np.ones((1, 1))}, r"expected a \.vbb annotation"),
+        ([[GOOD]], {"objLbl": "person"}, r"expected a \.vbb annotation"),
         ([[], [record(2, (1, 2, 3, 4))]], {}, "frame 1: object 2 has no label"),
         ([[record(0, (1, 2, 3, 4))]], {}, "object 0 has no label"),
         ([[record(1.5, (1, 2, 3, 4))]], {}, "object 1.5 has no label"),
-        ([[record(1, (1, 2, 3))]], {}, "boxes of 3 and 4 numbers"),
-        ([[record(1, (1, 2, -3, 4))]], {}, "frame 0: object 1: .*negative"),
-        ([[record(1, (1, 2, 3, 4), (1, 2, 3, -4))]], {}, "object 1: .*negative"),
-        ([[record(1, (1, NAN, 3, 4))]], {}, "object 1: .*NaN"),
-        ([[record(1, (1, 2, 3, 1e30))]], {}, "not pixels"),
-        ([[GOOD | {OCCL: "x"}]], {}, "not an object"),
+        ([[record(1, (1, 2, 3))]], {}, "expected boxes of 4 numbers, got 3 and 4"),
+        ([[record(1, (1, 2, -3, 4))]], {}, "frame 0: object 1: expected a box with a width"),
+        ([[record(1, (1, 2, 3, 4), (1, 2, 3, -4))]], {}, "object 1: expected a box with a width"),
+        ([[record(1, (1, NAN, 3, 4))]], {}, "object 1: expected four pixel coordinates"),
+        ([[record(1, (1, 2, 3, 1e30))]], {}, "expected four pixel coordinates"),
+        ([[GOOD | {OCCL: "x"}]], {}, "expected an object"),
         ([[GOOD | {ID: np.ones((1, 2))}]], {}, "expected one number, got 2"),
     ],
 )
@@ -119,7 +119,7 @@ def test_other_matlab_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "V000.vbb"
     for content in ({"x": 1.0}, {"vers": 1.4}, {"vers": 1.4, "A": 3.0}, {"vers": 1.4, "A": {"nFrame": 1}}):
         scipy.io.savemat(path, content, appendmat=False)
-        with pytest.raises(DataError, match=r"V000\.vbb: not a \.vbb annotation"):
+        with pytest.raises(DataError, match=r"V000\.vbb: expected a \.vbb annotation"):
             read_vbb(path)
 
 

@@ -152,7 +152,7 @@ def test_check_reports_every_error_with_location(
     match = re.search(r"all\.json, line (\d+)", record)
     assert match is not None and 0 < line - int(match[1]) < 10  # the first line of the annotation
     assert sum("1.png" in error for error in errors) == 1 and sum("2.png" in error for error in errors) == 1
-    assert any("3.png: the image has 8 x 8 pixels, its annotation 100 x 80" in error for error in errors)
+    assert any("3.png: expected 100 x 80 pixels as annotated, got 8 x 8" in error for error in errors)
 
 
 def test_check_reports_column_of_one_line_file(
@@ -187,7 +187,7 @@ def test_check_reports_wrong_image_entry_once(
     (tmp_path / "all.json").write_text(json.dumps(content))
     assert run(data, monkeypatch) == 1
     printed = capsys.readouterr().out
-    assert "2 errors" in printed and "all.json, line 1, column 13: image 0: width -1" in printed
+    assert "2 errors" in printed and "all.json, line 1, column 13: image 0: expected a width" in printed
     assert r"the first is half a pair\ud800\n.png. Add" in printed.replace(f"{tmp_path}/", "")
 
 

@@ -110,11 +110,11 @@ def test_invalid_mat_is_rejected(tmp_path: Path) -> None:
     struct[0, 0] = ("ulm", "ulm_000000_000019_leftImg8bit.png", np.zeros((3, 5)))
     cell[0, 0] = struct
     cases: list[tuple[Any, str]] = [
-        (lambda: path.write_bytes(complete[: len(complete) // 2]), "not a readable MATLAB file"),
-        (lambda: path.write_text("not a mat file"), "not a readable MATLAB file"),
+        (lambda: path.write_bytes(complete[: len(complete) // 2]), "expected a readable MATLAB file"),
+        (lambda: path.write_text("not a mat file"), "expected a readable MATLAB file"),
         (lambda: save_mat(path, {"x": np.zeros((2, 2))}), "expected one cell array"),
         (lambda: save_mat(path, {"a": cell, "b": cell}), "expected one cell array"),
-        (lambda: save_mat(path, {"anno_train_aligned": cell}), r"shape \(3, 5\)"),
+        (lambda: save_mat(path, {"anno_train_aligned": cell}), r"got \(3, 5\)"),
     ]
     for damage, message in cases:
         damage()
@@ -127,12 +127,12 @@ def test_invalid_mat_is_rejected(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"label": "dog"}, "dog"),
-        ({"bbox": [0, 0, float("nan"), 5]}, "NaN"),
-        ({"bbox": [0, 0, -3, 5]}, "negative"),
+        ({"bbox": [0, 0, float("nan"), 5]}, "expected four pixel coordinates"),
+        ({"bbox": [0, 0, -3, 5]}, "expected a box with a width"),
         ({"bbox": [0, 0, 1e39, 5]}, "record 1"),
-        ({"bbox": [0, 0, 10**400, 5]}, "record 1: not a record"),
-        ({"bbox": [0, 0, 3]}, "record 1: not a record"),
-        ({"bboxVis": None}, "record 1: not a record"),
+        ({"bbox": [0, 0, 10**400, 5]}, "record 1: expected a record"),
+        ({"bbox": [0, 0, 3]}, "record 1: expected a record"),
+        ({"bboxVis": None}, "record 1: expected a record"),
     ],
 )
 def test_invalid_json_record_names_its_location(tmp_path: Path, change: dict[str, Any], message: str) -> None:

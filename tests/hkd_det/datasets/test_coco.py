@@ -79,12 +79,12 @@ def test_person_category_is_selected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "not a COCO file"),
-        ({"images": []}, "not a COCO file"),
-        (make_content(images=[]), "no images"),
+        ([], "expected a COCO file"),
+        ({"images": []}, "expected a COCO file"),
+        (make_content(images=[]), "images: expected at least one image"),
         (make_content(images=[{"id": 1}]), "file_name"),
         (make_content(images=[{"id": 7, "file_name": "a"}, {"id": 7, "file_name": "b"}]), "duplicate image id 7"),
-        (make_content(images=[{"id": [7], "file_name": "a"}]), "must be a number or a string"),
+        (make_content(images=[{"id": [7], "file_name": "a"}]), "image id: expected a number or a string"),
         (make_content(categories={}), "categories"),
         (make_content(annotations=make_annotations(image_id=99)), "99"),
         (make_content(annotations=[{"id": 5, "image_id": 7}]), "annotation 5"),
@@ -95,12 +95,21 @@ def test_person_category_is_selected(tmp_path: Path) -> None:
         (make_content(annotations=make_annotations(bbox=[1, 2, True, 4])), "annotation 5"),
         (make_content(annotations=make_annotations(bbox=[1, 2, 10**400, 4])), "annotation 5"),
         (make_content(annotations=make_annotations(bbox=[1e39, 2, 3, 4])), "annotation 5"),
-        (make_content(annotations=make_annotations(category_id=77)), "category_id 77 is not listed"),
-        (make_content(annotations=make_annotations(category_id=[1])), "is not listed"),
-        (make_content(annotations=make_annotations(bbox=[200, 2, 3, 4])), "outside its image"),
-        (make_content(annotations=make_annotations(bbox=[200, 2, 3, 4], vis_bbox=[200, 2, 3, 4])), "outside its image"),
-        (make_content(images=[{"id": 7, "file_name": "a", "width": 0, "height": 5}]), "must be integers above 0"),
-        (make_content(images=[{"id": 7, "file_name": "a", "width": 9, "height": None}]), "must be integers above 0"),
+        (make_content(annotations=make_annotations(category_id=77)), "category_id 77 is not in the file"),
+        (make_content(annotations=make_annotations(category_id=[1])), "is not in the file"),
+        (make_content(annotations=make_annotations(bbox=[200, 2, 3, 4])), "expected a box inside its image"),
+        (
+            make_content(annotations=make_annotations(bbox=[200, 2, 3, 4], vis_bbox=[200, 2, 3, 4])),
+            "expected a box inside its image",
+        ),
+        (
+            make_content(images=[{"id": 7, "file_name": "a", "width": 0, "height": 5}]),
+            "expected a width and height of at least 1",
+        ),
+        (
+            make_content(images=[{"id": 7, "file_name": "a", "width": 9, "height": None}]),
+            "expected a width and height of at least 1",
+        ),
     ],
 )
 def test_invalid_content_names_file_and_record(tmp_path: Path, value: Any, message: str) -> None:

@@ -135,7 +135,7 @@ FIELDS = struct.pack("<HHi", 5, 4, 8) + struct.pack("<II", 1, 0)  # names of 8 c
         (HEADER + make_matrix(6, (1, 1)), "truncated"),
         (HEADER + make_matrix(6, (1, 2), ONE), r"8 bytes of numbers do not match the shape \(1, 2\)"),
         (HEADER + make_matrix(6, (2**31 - 1,) * 20, ONE), "8 bytes of numbers do not match the shape"),
-        (HEADER + make_matrix(6, (0, *(2**31 - 1,) * 20), struct.pack("<II", 9, 0)), "not a readable MATLAB file"),
+        (HEADER + make_matrix(6, (0, *(2**31 - 1,) * 20), struct.pack("<II", 9, 0)), "expected a readable MATLAB file"),
         (HEADER + make_matrix(6, (1,) * 33, ONE), "invalid shape"),
         (HEADER + make_matrix(6, (-1, -1), ONE), "invalid shape"),
         (HEADER + make_matrix(6, (1,), ONE), "invalid shape"),
@@ -197,7 +197,7 @@ def test_number_of_values_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.mat: no such annotation file"):
+    with pytest.raises(DataError, match=r"gone\.mat: no such file"):
         read_mat(tmp_path / "gone.mat")
     with pytest.raises(DataError, match="got a directory"):
         read_mat(tmp_path)

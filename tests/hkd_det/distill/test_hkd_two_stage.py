@@ -295,9 +295,9 @@ def test_teacher_score_of_one_gives_finite_loss(pair: tuple[FasterRCNN, FasterRC
 
 
 def test_setting_without_effect_raises_usage_error(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
-    with pytest.raises(UsageError, match=r"hkd\.pyramid has no effect"):
+    with pytest.raises(UsageError, match=r"hkd\.pyramid: no effect"):
         make_distiller(*pair, {"hkd": HKDConfig(pyramid=5.0)})
-    with pytest.raises(UsageError, match=r"hkd\.two_stage has no effect"):
+    with pytest.raises(UsageError, match=r"hkd\.two_stage: no effect"):
         make_distiller(pair[0], HKDDetector(DENSE), {"hkd": HKDConfig(two_stage=TwoStageConfig(logit=5.0))})
     make_distiller(*pair, {"hkd": HKDConfig(two_stage=TwoStageConfig(logit=5.0), det_loss_weight=0.5, adapter="norm")})
 

@@ -341,7 +341,7 @@ def test_missing_ultralytics_raises_with_install_command(monkeypatch: pytest.Mon
     for name in [name for name in sys.modules if name.split(".")[0] == "ultralytics"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ultralytics", None)
-    with pytest.raises(UnavailableError, match=r"ultralytics is not installed; .* pip install 'hkd-det\[yolo\]'"):
+    with pytest.raises(UnavailableError, match=r"ultralytics: not installed\. .* pip install 'hkd-det\[yolo\]'"):
         get_spec("yolo11n")
 
 

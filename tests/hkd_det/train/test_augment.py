@@ -92,18 +92,18 @@ def find_color_extent(augmented: AugmentedImage, color: int) -> NDArray[np.float
 
 def find_box_color(augmented: AugmentedImage, box: NDArray[np.float32]) -> int | None:
     """Return the color whose pixels surround the center of a box."""
-    middle = (box[:2] + box[2:]) / 2
+    center = (box[:2] + box[2:]) / 2
     for color in range(len(COLORS)):
-        rectangle = find_color_extent(augmented, color)
-        if rectangle is not None and (rectangle[:2] <= middle).all() and (middle <= rectangle[2:]).all():
+        extent = find_color_extent(augmented, color)
+        if extent is not None and (extent[:2] <= center).all() and (center <= extent[2:]).all():
             return color
     return None
 
 
 seeds = st.integers(0, 2**62)
 sizes = st.tuples(st.integers(2, 6), st.integers(2, 6)).map(lambda hw: (hw[0] * 32, hw[1] * 32))
-single_images = draw_persons(range(6)).map(lambda all_six: [all_six])
-mosaics = draw_persons(range(4)).map(lambda four: [[person] for person in four])
+single_images = draw_persons(range(6)).map(lambda persons: [persons])
+mosaics = draw_persons(range(4)).map(lambda persons: [[person] for person in persons])
 SCENE_HW = (CELL * 2, CELL * 3)
 
 
@@ -134,19 +134,19 @@ def test_boxes_and_visible_boxes_match_their_pixels(
         color = find_box_color(full_image, box)
         assert color is not None and color in persons
         matched_colors.append(color)
-        rectangle = find_color_extent(full_image, color)
-        assert rectangle is not None
-        np.testing.assert_allclose(box, rectangle, atol=BLUR_PX)
-        rectangle = find_color_extent(visible_image, color)
-        if rectangle is not None:
-            np.testing.assert_allclose(visible, rectangle, atol=BLUR_PX)
+        extent = find_color_extent(full_image, color)
+        assert extent is not None
+        np.testing.assert_allclose(box, extent, atol=BLUR_PX)
+        extent = find_color_extent(visible_image, color)
+        if extent is not None:
+            np.testing.assert_allclose(visible, extent, atol=BLUR_PX)
         elif not ignored:
             assert min(visible[2:] - visible[:2]) < 6
         assert ignored or not persons[color].ignore
     assert len(matched_colors) == len(set(matched_colors))
     for color in persons.keys() - set(matched_colors):  # only small or hidden persons have no box
-        rectangle = find_color_extent(full_image, color)
-        assert rectangle is None or min(rectangle[2:] - rectangle[:2]) < 6 + 2 * BLUR_PX
+        extent = find_color_extent(full_image, color)
+        assert extent is None or min(extent[2:] - extent[:2]) < 6 + 2 * BLUR_PX
 
 
 @settings(deadline=None, max_examples=60)
@@ -169,7 +169,7 @@ def test_boxes_are_inside_the_image(seed: int, size_hw: tuple[int, int], groups:
 def test_filter_boxes_agrees_with_counted_pixels(
     corner: tuple[int, int], sides: tuple[int, int], data: st.DataObject, ignore: bool
 ) -> None:
-    """Compare with masks on a canvas that is large enough for boxes outside the image."""
+    """Count pixels in masks that are larger than the image, because boxes extend beyond it."""
     x1, y1, x2, y2 = *corner, corner[0] + sides[0], corner[1] + sides[1]
     u1, v1 = data.draw(st.integers(x1, x2)), data.draw(st.integers(y1, y2))
     u2, v2 = data.draw(st.integers(u1, x2)), data.draw(st.integers(v1, y2))
@@ -191,7 +191,7 @@ def test_filter_boxes_agrees_with_counted_pixels(
 
 
 def test_person_with_cropped_visible_part_is_ignored() -> None:
-    """Half of the person is inside the image, but only the head outside it was visible."""
+    """Half of the full box is inside the image, but the visible box is completely outside."""
     box = np.array([[10, -40, 50, 40]], np.float32)
     head, legs = np.array([[10, -40, 50, -10]], np.float32), np.array([[10, 10, 50, 40]], np.float32)
     image, ignore = np.zeros((64, 64, 3), np.uint8), np.array([False])
@@ -199,8 +199,8 @@ def test_person_with_cropped_visible_part_is_ignored() -> None:
     assert filter_boxes(AugmentedImage(image, box, legs, ignore)).ignore.tolist() == [False]
 
 
-def test_person_cropped_to_a_sliver_is_ignored() -> None:
-    outcomes = set()
+def test_person_cropped_to_a_narrow_strip_is_ignored() -> None:
+    combinations = set()
     image = np.zeros((128, 128, 3), np.uint8)
     person = np.array([[0, 30, 20, 110]], np.float32)
     for seed in range(60):
@@ -208,9 +208,9 @@ def test_person_cropped_to_a_sliver_is_ignored() -> None:
         augmented = augment([make_loader(source)], (128, 128), np.random.default_rng(seed))
         for (x1, y1, x2, y2), ignored in zip(augmented.boxes_xyxy.tolist(), augmented.ignore.tolist(), strict=True):
             narrow = (x2 - x1) / (y2 - y1) < 0.08  # full box: 0.25
-            outcomes.add((narrow, ignored))
+            combinations.add((narrow, ignored))
             assert not narrow or ignored
-    assert (True, True) in outcomes and (False, False) in outcomes
+    assert (True, True) in combinations and (False, False) in combinations
 
 
 @settings(deadline=None, max_examples=30)
@@ -224,7 +224,7 @@ def test_two_flips_are_the_identity(persons: list[Person]) -> None:
     np.testing.assert_array_equal(twice.visible_xyxy, original.visible_xyxy)
     for person, box, visible in zip(persons, once.boxes_xyxy, once.visible_xyxy, strict=True):
         np.testing.assert_array_equal(box, find_color_extent(once, person.color))
-        assert (visible[2] == box[2]) and (visible[1] == box[1])  # the visible part moved from left to right
+        assert (visible[2] == box[2]) and (visible[1] == box[1])  # flipped from the left to the right
     np.testing.assert_array_equal(once.ignore, original.ignore)
 
 
@@ -277,7 +277,7 @@ def test_augmentation_depends_on_the_seed_only() -> None:
 
 
 def test_augment_does_not_modify_its_source() -> None:
-    """Sources can be entries of the image cache."""
+    """The source can be an entry of the image cache."""
     source = render_scene([Person(0, (5, 5), (20, 40), (0.5, 0.5), False)], SCENE_HW)
     before = replace(source, image=source.image.copy(), boxes_xyxy=source.boxes_xyxy.copy())
     for seed in range(20):

@@ -185,7 +185,7 @@ def test_interrupted_fine_tuning_ends_with_same_weights(
 
 @contextmanager
 def kill_one_worker(blocks: Path) -> Iterator[None]:
-    """Kill one Dask worker with SIGKILL after the first block is write_checkpoint."""
+    """Kill one Dask worker with SIGKILL after the first block is written."""
     finished, killed = threading.Event(), threading.Event()
 
     def kill() -> None:
@@ -196,14 +196,14 @@ def kill_one_worker(blocks: Path) -> Iterator[None]:
                 os.kill(worker.pid, signal.SIGKILL)
                 killed.set()
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    thread = threading.Thread(target=kill)
+    thread.start()
     try:
         yield
         assert killed.is_set()
     finally:
         finished.set()
-        killer.join()
+        thread.join()
 
 
 @pytest.mark.slow
@@ -301,7 +301,7 @@ def test_invalid_blockwise_run_is_reported_at_once(
     for extra_flags, message in {
         ("--baseline",): "no student without it",
         ("--weights", str(teacher)): "starts from the teacher, not from --weights",
-        ("--model", "mini-student"): "is a tiny. Leave --model out",
+        ("--model", "mini-student"): "is a tiny. Omit --model",
         ("--pretrained", "imagenet"): "starts from a checkpoint",
         ("--set", "distill.blockwise.parts=tail"): "expected one of backbone, neck, head",
     }.items():

@@ -30,7 +30,7 @@ SIZE_HW = (64, 96)
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    """Twelve PNG and JPEG images, small and far too large, each with one white person with a hidden lower half."""
+    """Write 12 PNG and JPEG images, small and large, with one white box each, whose upper half is visible."""
     folder = tmp_path_factory.mktemp("images")
     samples = []
     for number in range(12):
@@ -89,7 +89,7 @@ def test_batch_has_the_detector_input_format(samples: list[Sample]) -> None:
 
 
 def test_boxes_match_white_pixels_after_the_loader(samples: list[Sample]) -> None:
-    """Re-encoding, reduced decoding, scale, crop and flip keep the box on the white pixels."""
+    """Re-encoding, reduced decoding, scale, crop and flip move box and pixels equally."""
     loader, sampler = build_dataloader(samples, make_plan(samples, mosaic=0, multi_scale=0), 0, 1, 0, 64)
     num_checked = 0
     for sampler.epoch in range(4):
@@ -107,7 +107,7 @@ def test_boxes_match_white_pixels_after_the_loader(samples: list[Sample]) -> Non
 
 
 def test_box_with_small_visible_part_is_ignored(samples: list[Sample]) -> None:
-    """A box with a tenth visible is never valid. With half visible it often is."""
+    """A box with a visible ratio of 0.1 is never valid; one with 0.5 is valid in some augmented images."""
     ground_truth = samples[1].ground_truth
     small = (ground_truth.boxes_xyxy * [1, 1, 1, 0.2]).astype(np.float32)
     occluded = GroundTruth(ground_truth.boxes_xyxy, ground_truth.ignore, small, ground_truth.labels)
@@ -189,7 +189,7 @@ def test_epoch_contains_every_image_with_its_own_seed() -> None:
 
 
 def test_worker_prints_errors_except_broken_pipes(capsys: pytest.CaptureFixture[str]) -> None:
-    _ignore_broken_pipe(BrokenPipeError, BrokenPipeError("gone"), None)
+    _ignore_broken_pipe(BrokenPipeError, BrokenPipeError("closed"), None)
     assert not capsys.readouterr().err
     _ignore_broken_pipe(ValueError, ValueError("wrong"), None)
     assert "wrong" in capsys.readouterr().err

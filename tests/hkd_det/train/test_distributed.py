@@ -74,7 +74,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.mark.slow
 def test_processes_can_join_several_groups_in_sequence(tmp_path: Path) -> None:
-    """A baseline run follows the distilled run. It must not use the addresses of the first group."""
+    """A baseline run after a distilled run must not connect to the addresses of the first group."""
     script = tmp_path / "three_groups.py"
     script.write_text(THREE_GROUPS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -85,7 +85,7 @@ def test_processes_can_join_several_groups_in_sequence(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
-    """Checks the sum of the losses and every solver of MoKD."""
+    """Check the sum of the losses and every solver of MoKD."""
     script = tmp_path / "step.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -95,11 +95,11 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
         assert process.returncode == 0, process.stderr
     for balancer in ("sum", "parameters", "feature", "amortized"):
         one, two = (torch.load(tmp_path / f"{name}-{balancer}", weights_only=True) for name in ("one", "two"))
-        gradients, gradients_of_two = one["gradients"], two["gradients"]
-        assert gradients.keys() == gradients_of_two.keys() and len(gradients) > 30
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradients_of_two[name], gradient, atol=1e-5, rtol=1e-3, msg=f"{balancer} {name}")
-        assert any("adapters" in name for name in gradients)
+        single, distributed = one["gradients"], two["gradients"]
+        assert single.keys() == distributed.keys() and len(single) > 30
+        for name, gradient in single.items():
+            torch.testing.assert_close(distributed[name], gradient, atol=1e-5, rtol=1e-3, msg=f"{balancer} {name}")
+        assert any("adapters" in name for name in single)
         assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-3, abs=1e-4)
 
 

@@ -61,7 +61,7 @@ def test_unlabeled_images_are_listed_in_order(folder: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"--unlabeled .*nowhere: no such directory"):
         read_unlabeled([folder, tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"--unlabeled .*empty: contains no images"):
+    with pytest.raises(DataError, match=r"--unlabeled .*empty: expected images"):
         read_unlabeled([tmp_path / "empty"])
 
 

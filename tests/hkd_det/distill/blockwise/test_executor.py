@@ -50,7 +50,7 @@ def test_error_names_the_block(tmp_path: Path) -> None:
             raise DataError("unchanged")
         raise ValueError("two\nlines")
 
-    with pytest.raises(BlockError, match=r"^block a: ValueError: two lines$"):
+    with pytest.raises(BlockError, match=r"^block a: ValueError: two lines\. Run the same command"):
         run_five_tasks(raise_error, tmp_path, ExecutorConfig(1, "round-robin"))
     with pytest.raises(DataError, match=r"^unchanged$"):
         run_tasks(raise_error, {"b": "b"}, [1], ExecutorConfig(1, "round-robin"), tmp_path, lambda *_: None)
@@ -61,7 +61,7 @@ def test_workers_without_dask_raise_unavailable_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UnavailableError, match=rf"^{missing} is not installed; .*pip install 'hkd-det\[cluster\]'$"):
+    with pytest.raises(UnavailableError, match=rf"^{missing}: not installed\. .*pip install 'hkd-det\[cluster\]'\.$"):
         run_five_tasks(str.upper, tmp_path, ExecutorConfig(2, "bin-packing"))
     assert run_five_tasks(str.upper, tmp_path, ExecutorConfig(1, "bin-packing"))[0]["a"] == "A"
 
@@ -72,14 +72,14 @@ def test_killed_worker_repeats_only_its_task(tmp_path: Path, scheduler: str) -> 
     log = tmp_path / "log"
     log.mkdir()
 
-    def die_once(name: str) -> str:
+    def kill_worker_once(name: str) -> str:
         with (log / name).open("a") as file:
             file.write(f"{os.getpid()}\n")
         if name == "b" and len((log / name).read_text().splitlines()) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return name.upper()
 
-    results, stats = run_five_tasks(die_once, tmp_path / "scratch", ExecutorConfig(2, scheduler, retries=1))  # type: ignore[arg-type]  # parametrized as str
+    results, stats = run_five_tasks(kill_worker_once, tmp_path / "scratch", ExecutorConfig(2, scheduler, retries=1))  # type: ignore[arg-type]  # parametrized as str
     assert results == {name: name.upper() for name in NAMES} and stats.num_workers == 2
     starts = {name: len((log / name).read_text().splitlines()) for name in NAMES}
     assert starts == {"a": 1, "b": 2, "c": 1, "d": 1, "e": 1}
@@ -92,7 +92,7 @@ def test_killed_worker_repeats_only_its_task(tmp_path: Path, scheduler: str) -> 
 def test_task_that_kills_every_worker_raises_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     starts = tmp_path / "starts"
 
-    def die_always(name: str) -> str:
+    def kill_worker(name: str) -> str:
         if name == "c":
             with starts.open("a") as file:
                 file.write("x")
@@ -103,7 +103,7 @@ def test_task_that_kills_every_worker_raises_one_error(tmp_path: Path, capfd: py
     tasks = {name: name for name in ("a", "c")}
     with pytest.raises(BlockError, match=r"^block c: its worker died 2 times\. .*distill\.blockwise\.workers"):
         run_tasks(
-            die_always,
+            kill_worker,
             tasks,
             [1, 9],
             ExecutorConfig(2, "bin-packing", retries=1),

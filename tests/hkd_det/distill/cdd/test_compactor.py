@@ -106,7 +106,7 @@ def test_fused_network_can_be_pruned_again(native_detector: BaseDetector) -> Non
 
 
 def test_levels_share_a_compactor_within_each_copy(native_detector: BaseDetector) -> None:
-    """The moving average is a copy. It must not share weights with the student, or average them once per level."""
+    """The EMA model is a copy: it has its own compactor weights, one per shared convolution."""
     layers = find_prunable_layers(native_detector)
     insert_compactors(native_detector, layers)
     copy = deepcopy(native_detector)

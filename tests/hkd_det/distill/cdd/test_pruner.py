@@ -117,8 +117,8 @@ def make_batch(method: CDDLoss, student: BaseDetector, teacher: BaseDetector) ->
         teacher_outputs = teacher(IMAGES)
     names = (method.layers.student, method.layers.teacher)
     student_features, teacher_features = (dict(zip(n, h.pop(), strict=True)) for n, h in zip(names, hooks, strict=True))
-    for one in hooks:
-        one.close()
+    for hook in hooks:
+        hook.close()
     return DistillationBatch(
         IMAGES, TARGETS, student, teacher, student_outputs, teacher_outputs, student_features, teacher_features,
         clamp_min_one,
@@ -208,7 +208,7 @@ def test_vectors_of_all_processes_enter_the_queue(native_detector: BaseDetector)
     for trainer in (single, distributed):
         torch.manual_seed(0)
         trainer.train_step(0)
-        sizes.append([len(evidence.queue.vectors) for evidence in trainer.method.importance])  # type: ignore[union-attr,arg-type]
+        sizes.append([len(layer.queue.vectors) for layer in trainer.method.importance])  # type: ignore[union-attr,arg-type]
     assert sizes[1] == [2 * size for size in sizes[0]] and min(sizes[0]) >= 2
 
 
@@ -222,7 +222,7 @@ def test_wider_student_uses_linear_adapters(native_detector: BaseDetector) -> No
 
 
 def test_losses_match_their_formulas(native_detector: BaseDetector) -> None:
-    """Compares with torch's Bernoulli divergence at a temperature, and with distances of hooked features."""
+    """Compare with torch's Bernoulli KL divergence at a temperature, and with distances of recorded features."""
     torch.manual_seed(0)
     teacher = build_from_spec(native_detector.spec).eval()
     config = CDDConfig(keep_flops=0.9, cls=3.0, temperature=4.0, feature=0.2)
