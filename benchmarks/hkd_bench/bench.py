@@ -193,7 +193,7 @@ def assign_model_configs(models: Sequence[Path], model_configs: Sequence[Path]) 
     if model_configs and len(model_configs) not in (1, len(external)):
         raise UsageError(
             f"--model-config: expected one file, or {len(external)} (one per model that hkd-export did not write), "
-            f"got {len(model_configs)}"
+            f"got {len(model_configs)}."
         )
     if model_configs and not external:
         raise UsageError("--model-config: has no effect, because hkd-export wrote all models. Omit the flag.")

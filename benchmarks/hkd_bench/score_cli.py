@@ -13,6 +13,7 @@ from tqdm import tqdm
 from hkd_bench.plots import PLOT_SUFFIXES, write_miss_rate_plot
 from hkd_bench.scoring import PROTOCOLS, ScoreConfig, ScoreTable, compare_scores, score_files
 from hkd_bench.table import format_score_table
+from hkd_det.config import check_range
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
 from hkd_det.metrics.bootstrap import NUM_RESAMPLES
@@ -176,8 +177,7 @@ def _check_score_args(flags: argparse.Namespace) -> None:
         raise UsageError("--plot: the protocol coco has no miss-rate curve. Select another --protocol.")
     if flags.plot and len(flags.annotations) > 1:
         raise UsageError("--plot: requires one ground truth in --annotations.")
-    if flags.bootstrap < 0:
-        raise UsageError(f"--bootstrap: expected at least 0, got {flags.bootstrap}")
+    check_range("--bootstrap", flags.bootstrap, 0)
     if flags.zero_recall_before_curve and flags.protocol != "citypersons":
         raise UsageError("--zero-recall-before-curve: requires --protocol citypersons. Caltech always uses recall 0.")
     if flags.caltech_sets and not flags.protocol.startswith("caltech"):

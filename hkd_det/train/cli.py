@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hkd_det import __version__
+from hkd_det.config import check_range
 from hkd_det.datasets.download import download
 from hkd_det.distill import METHODS
 from hkd_det.errors import UsageError, require_extra, run_command
@@ -63,8 +64,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     if arguments.audited_as and not arguments.write_audited:
         raise UsageError("--audited-as: requires --write-audited. Add --write-audited FILE.")
     score = {} if arguments.audit_score is None else {"min_score": arguments.audit_score}
-    if not 0 < score.get("min_score", 1) <= 1:
-        raise UsageError(f"--audit-score {arguments.audit_score:g}: must be above 0 and at most 1")
+    check_range("--audit-score", score.get("min_score", 1), 0, 1, is_open=True)
     configs = arguments.audit_config.split(",") if arguments.audit_config else []
     options = AuditOptions(
         models=tuple(Path(name.strip()) for name in arguments.audit.split(",")),

@@ -85,8 +85,6 @@ def _run_export(argv: Sequence[str] | None) -> int:
     _check_source(source, flags)
     _check_combinations(flags)
     _check_output(source, output, flags)
-    if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
-        ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
     if source.suffix == ".engine":
         serving.write_serving_folders(source, flags)
         return 0
