@@ -130,7 +130,7 @@ def test_build_methods_rejects_hkd_with_onnx_teacher(tmp_path: Path) -> None:
 
 
 def test_teacher_config_requires_onnx_teacher(data_yaml: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--teacher-config .* \.onnx"):
+    with pytest.raises(UsageError, match=r"--teacher-config: .* \.onnx"):
         make_config(data_yaml, tmp_path, teacher="best.pt", teacher_config="a.yaml", distill={"hkd": {}})
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     config = make_config(data_yaml, tmp_path / "run", teacher=str(tmp_path / "model.onnx"), distill={"soft_labels": {}})
