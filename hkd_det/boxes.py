@@ -96,6 +96,25 @@ def clip_boxes(boxes_xyxy: Boxes, size_hw: tuple[int, int]) -> Boxes:
     return np.clip(boxes_xyxy, 0, [width, height, width, height])
 
 
+def rotate_boxes(boxes_xyxy: Boxes, num_turns: int, size_hw: tuple[int, int]) -> Boxes:
+    """Rotate boxes with their image by multiples of 90 degrees, counterclockwise, as `np.rot90`.
+
+    Args:
+        boxes_xyxy (array[N, 4]): xyxy, pixels.
+        num_turns: Number of turns by 90 degrees, at least 0.
+        size_hw: Height and width of the image before the rotation, in pixels.
+
+    Returns:
+        array[N, 4]: xyxy, pixels of the rotated image.
+    """
+    height, width = size_hw
+    for _ in range(num_turns % 4):
+        x1, y1, x2, y2 = boxes_xyxy.T
+        boxes_xyxy = np.stack([y1, width - x2, y2, width - x1], axis=1)
+        height, width = width, height
+    return boxes_xyxy
+
+
 def nms(boxes_xyxy: Boxes, iou_threshold: float) -> NDArray[np.intp]:
     """Perform greedy non-maximum suppression.
 

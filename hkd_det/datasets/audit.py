@@ -5,7 +5,7 @@ ObjectLab (Tkachenko et al., 2023) for one class: overlooked, badly located and 
 benchmarks/results/label_audit.md contains the precision and recall at these thresholds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from hkd_det.boxes import Boxes, box_area, box_intersection, box_iou
 from hkd_det.structures import Detections, GroundTruth, Sample
 
-FindingKind = Literal["missing", "location", "improbable"]
-FINDING_KINDS: tuple[FindingKind, ...] = ("missing", "location", "improbable")
+FindingKind = Literal["missing", "location", "improbable", "rotated"]
+FINDING_KINDS: tuple[FindingKind, ...] = ("missing", "location", "improbable", "rotated")
 
 FUSION_IOU = 0.55  # default of weighted boxes fusion
 FUSION_MIN_SCORE = 0.05  # weaker boxes change no cluster that can become a finding
@@ -31,6 +31,8 @@ MAX_INSIDE_RATIO = 0.6
 MIN_LOCATION_IOU, MAX_LOCATION_IOU = 0.3, 0.6
 FOUND_IOU = 0.5  # as in the miss rate
 MAX_IMPROBABLE_SCORE = 0.05  # mean over the models of the best score at the label
+# Rotated: mean over labels and models of the best score at the label, in the stored image and in the rotated image.
+MAX_STORED_SCORE, MIN_ROTATED_SCORE = 0.1, 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +55,18 @@ class Finding:
     """A label that is probably missing or wrong.
 
     Attributes:
-        kind: `missing` (a person without label), `location` (a label that does not fit the person) or `improbable`
-            (a label where no model detects a person).
+        kind: `missing` (a person without label), `location` (a label that does not fit the person), `improbable`
+            (a label where no model detects a person) or `rotated` (an image whose labels the models find only after a
+            rotation).
         image_id: Identifier of the image in its split.
         path: Image file.
-        score: Score of the proposal. For `improbable`: mean over the models of the best score at the label.
-        num_models: Number of models that detect the proposal; 0 for `improbable`.
-        label_xyxy: Box of the label, xyxy, pixels; None for `missing`.
-        proposal_xyxy: Box of the proposal, xyxy, pixels; None for `improbable`.
+        score: Score of the proposal. For `improbable`: mean over the models of the best score at the label. For
+            `rotated`: mean over labels and models of that score in the rotated image.
+        num_models: Number of models that detect the proposal; 0 without proposal.
+        label_xyxy: Box of the label, xyxy, pixels; None for `missing` and `rotated`.
+        proposal_xyxy: Box of the proposal, xyxy, pixels; None for `improbable` and `rotated`.
         iou: IoU of label and proposal; 0 if one of them does not exist.
+        rotation: For `rotated`: degrees, counterclockwise, after which the people stand upright.
     """
 
     kind: FindingKind
@@ -72,11 +77,12 @@ class Finding:
     label_xyxy: tuple[float, ...] | None
     proposal_xyxy: tuple[float, ...] | None
     iou: float = 0.0
+    rotation: int = 0
 
     @property
     def sort_key(self) -> tuple[float, float]:
         """Key that sorts findings of one kind, the most certain first."""
-        if self.kind == "missing":
+        if self.kind in ("missing", "rotated"):
             return -self.score, 0.0
         if self.kind == "location":
             return -self.score * (1 - self.iou), 0.0
@@ -147,6 +153,51 @@ def audit_split(
     findings.sort(key=lambda finding: (FINDING_KINDS.index(finding.kind), *finding.sort_key))
     num_labels = sum(int((~sample.ground_truth.ignore).sum()) for sample in samples)
     return SplitAudit(split, len(samples), num_labels, tuple(matched_ious), tuple(findings))
+
+
+def select_rotation_candidates(samples: Sequence[Sample], detections: Sequence[Sequence[Detections]]) -> list[int]:
+    """Return the indices of the samples whose labels the models do not find.
+
+    Args:
+        samples: Samples of the split.
+        detections: For each model, the detections of each sample.
+    """
+    scores = [
+        _score_labels(sample.ground_truth, [model_detections[index] for model_detections in detections])
+        for index, sample in enumerate(samples)
+    ]
+    return [
+        index
+        for index, (sample, score) in enumerate(zip(samples, scores, strict=True))
+        if score < MAX_STORED_SCORE and not sample.ground_truth.ignore.all()
+    ]
+
+
+def find_rotated(
+    samples: Sequence[Sample], rotated_detections: Mapping[int, Sequence[Sequence[Detections]]]
+) -> list[Finding]:
+    """Find images whose labels the models find after a rotation.
+
+    Args:
+        samples: Samples whose labels the models do not find in the stored image.
+        rotated_detections: For each rotation in degrees, counterclockwise: for each model, the detections of each
+            sample in its rotated image, in pixels of the stored image.
+
+    Returns:
+        The findings, the most certain first.
+    """
+    findings = []
+    for index, sample in enumerate(samples):
+        scores = {
+            rotation: _score_labels(sample.ground_truth, [model_detections[index] for model_detections in detections])
+            for rotation, detections in rotated_detections.items()
+        }
+        best = max(scores, key=lambda rotation: scores[rotation])
+        if scores[best] >= MIN_ROTATED_SCORE:
+            findings.append(
+                Finding("rotated", sample.image_id, sample.path, scores[best], 0, None, None, rotation=best)
+            )
+    return sorted(findings, key=lambda finding: finding.sort_key)
 
 
 def fuse_detections(detections: Sequence[Detections], min_score: float = 0.0) -> Proposals:
@@ -253,6 +304,16 @@ def _find_improbable(sample: Sample, detections: Sequence[Detections]) -> list[F
             label = tuple(ground_truth.boxes_xyxy[row].tolist())
             findings.append(Finding("improbable", sample.image_id, sample.path, score, 0, label, None))
     return findings
+
+
+def _score_labels(ground_truth: GroundTruth, detections: Sequence[Detections]) -> float:
+    """Return the mean over labels and models of the best score at the label; 0 without labels."""
+    labels = ground_truth.boxes_xyxy[~ground_truth.ignore]
+    best_scores = [
+        np.where(box_iou(labels, one.boxes_xyxy) >= FOUND_IOU, one.scores, 0).max(axis=1, initial=0)
+        for one in detections
+    ]  # per model [labels]
+    return float(np.mean(best_scores)) if len(labels) else 0.0
 
 
 def _max_iou(box: NDArray[np.float64], others: Sequence[Boxes]) -> float:

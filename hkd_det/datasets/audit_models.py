@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from hkd_det.boxes import rotate_boxes
 from hkd_det.errors import UsageError
 from hkd_det.files import atomic_write, bytes_sha256, file_sha256
 from hkd_det.image import read_image
@@ -69,7 +70,7 @@ def open_audit_models(paths: Sequence[Path], config_paths: Sequence[Path | None]
 
 
 def detect_with_cache(
-    models: Sequence[AuditModel], samples: Sequence[Sample], cache_paths: Sequence[Path]
+    models: Sequence[AuditModel], samples: Sequence[Sample], cache_paths: Sequence[Path], num_turns: int = 0
 ) -> list[list[Detections]]:
     """Run the models on all images. A model whose cache file fits is not run.
 
@@ -77,21 +78,22 @@ def detect_with_cache(
         models: The detectors.
         samples: Samples whose images can be decoded.
         cache_paths: Cache file (.npz) of each model. It is valid for the same model, configuration and image files.
+        num_turns: Rotate the images by this number of turns by 90 degrees, counterclockwise.
 
     Returns:
-        For each model, the detections of each sample.
+        For each model, the detections of each sample, in pixels of the stored image.
     """
-    keys = [_compute_cache_key(model, samples) for model in models]
+    keys = [_compute_cache_key(model, samples, num_turns) for model in models]
     results = [_read_cache(path, key, len(samples)) for path, key in zip(cache_paths, keys, strict=True)]
     missing = [index for index, result in enumerate(results) if result is None]
-    computed = _detect([models[index] for index in missing], samples)
+    computed = _detect([models[index] for index in missing], samples, num_turns)
     for index, detections in zip(missing, computed, strict=True):
         _write_cache(cache_paths[index], keys[index], detections)
         results[index] = detections
     return [result for result in results if result is not None]
 
 
-def _detect(models: Sequence[AuditModel], samples: Sequence[Sample]) -> list[list[Detections]]:
+def _detect(models: Sequence[AuditModel], samples: Sequence[Sample], num_turns: int) -> list[list[Detections]]:
     """Decode each image once and run all models on it."""
     results: list[list[Detections]] = [[] for _ in models]
     if not models:
@@ -101,18 +103,23 @@ def _detect(models: Sequence[AuditModel], samples: Sequence[Sample]) -> list[lis
     with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
         for start in range(0, len(samples), IMAGES_PER_CHUNK):
             paths = [sample.path for sample in samples[start : start + IMAGES_PER_CHUNK]]
-            images = list(pool.map(read_image, paths))
+            images = [np.ascontiguousarray(np.rot90(image, num_turns)) for image in pool.map(read_image, paths)]
+            sizes = [(image.shape[0], image.shape[1]) for image in images]
             for result, model in zip(results, models, strict=True):
-                result.extend(model.detector(images))
+                for detections, size_hw in zip(model.detector(images), sizes, strict=True):
+                    boxes = rotate_boxes(detections.boxes_xyxy, 4 - num_turns, size_hw)
+                    result.append(Detections(boxes, detections.scores))
             progress.update(len(images))
     return results
 
 
-def _compute_cache_key(model: AuditModel, samples: Sequence[Sample]) -> str:
-    """Return a digest of model, configuration, and path, size and modification time of each image."""
+def _compute_cache_key(model: AuditModel, samples: Sequence[Sample], num_turns: int) -> str:
+    """Return a digest of model, configuration, rotation, and path, size and modification time of each image."""
     stats = [(str(sample.path), sample.path.stat()) for sample in samples]
     images = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return bytes_sha256(repr((model.sha256, model.detector.config, images)).encode("utf-8", "surrogateescape"))
+    return bytes_sha256(
+        repr((model.sha256, model.detector.config, num_turns, images)).encode("utf-8", "surrogateescape")
+    )
 
 
 def _read_cache(path: Path, key: str, num_images: int) -> list[Detections] | None:

