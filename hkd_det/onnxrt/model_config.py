@@ -128,8 +128,8 @@ def load_model_config(
     if not default_path.is_file():
         raise DataError(
             f"{model_path}: not exported by hkd-export, and no model configuration found. Write {default_path.name} "
-            "in the same directory, or pass --model-config FILE (hkd-train: --teacher-config FILE). Examples are in "
-            "recipes/onnx/."
+            "in the same directory, or pass --model-config FILE (hkd-train: --teacher-config, --audit-config). "
+            "Examples are in recipes/onnx/."
         )
     return read_model_config(default_path)
 
