@@ -7,7 +7,7 @@ cache the engine for later runs.
 import importlib
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.base import OUTPUT_DTYPES, RuntimeOutputs, make_closed_error, validate_io
+from hkd_deploy.backends.base import OUTPUT_DTYPES, Backend, RuntimeOutputs, make_closed_error, validate_io
 from hkd_deploy.model_metadata import make_tensor_info
 from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line
 from hkd_det.files import file_sha256
@@ -40,7 +40,7 @@ _RTX_FAILURE_HINT = (
 )
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """An ONNX Runtime session. Several threads may call `run` at the same time.
 
     Args:
@@ -67,16 +67,7 @@ class OnnxRuntimeBackend:
         self._session: Any | None = session
 
     def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
-        """Run inference on a batch. See `Backend.run`.
-
-        Args:
-            images (uint8[B, H, W, 3]): RGB, letterboxed.
-
-        Returns:
-            boxes (float32[B, K, 4]): xyxy, input pixels.
-            scores (float32[B, K]): 0 to 1, descending.
-            count (int64[B]): Number of valid rows per image.
-        """
+        """Run inference on a batch. See `Backend.run`."""
         session = self._session
         if session is None:
             raise make_closed_error(self.path)
@@ -111,11 +102,10 @@ def open_onnx_runtime(
     # The fast INT8 kernels on x86 expect unsigned zero points. Files of hkd-export have signed zero points, as TensorRT
     # requires. The resulting integer operators are slower than float operators with folded weights.
     disable_quant_qdq = device == "cpu" and platform.machine() in X86_MACHINES
-    backend = OnnxRuntimeBackend(path, device, open_session(path, device, threads, provider, disable_quant_qdq))
-    try:
+    with closing(
+        OnnxRuntimeBackend(path, device, open_session(path, device, threads, provider, disable_quant_qdq))
+    ) as backend:
         yield backend
-    finally:
-        backend.close()
 
 
 def make_tensorrt_provider(path: Path, device: str) -> Provider:

@@ -4,7 +4,7 @@ import importlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hkd_deploy.backends.base import (
     OUTPUT_DTYPES,
+    Backend,
     PerformanceHint,
     RuntimeOutputs,
     make_closed_error,
@@ -36,7 +37,7 @@ IGNORED_MESSAGE_PREFIXES = (
 )  # fmt: skip
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Backend):
     """A compiled OpenVINO model. Several threads may call `run`; each uses its own inference request.
 
     Args:
@@ -72,16 +73,7 @@ class OpenVinoBackend:
         self._idle_requests: deque[Any] = deque()  # a request serves one thread at a time
 
     def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
-        """Run inference on a batch. See `Backend.run`.
-
-        Args:
-            images (uint8[B, H, W, 3]): RGB, letterboxed.
-
-        Returns:
-            boxes (float32[B, K, 4]): xyxy, input pixels.
-            scores (float32[B, K]): 0 to 1, descending.
-            count (int64[B]): Number of valid rows per image.
-        """
+        """Run inference on a batch. See `Backend.run`."""
         compiled = self._compiled
         if compiled is None:
             raise make_closed_error(self.path)
@@ -130,11 +122,8 @@ def open_openvino(
         UnavailableError: OpenVINO is missing, or the processor does not support bfloat16.
     """
     metadata, compiled = compile_openvino_model(path, device, threads, precision, performance_hint)
-    backend = OpenVinoBackend(path, metadata, compiled)
-    try:
+    with closing(OpenVinoBackend(path, metadata, compiled)) as backend:
         yield backend
-    finally:
-        backend.close()
 
 
 def compile_openvino_model(

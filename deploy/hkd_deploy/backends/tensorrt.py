@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends.base import INPUT_DTYPE, INPUT_NAME, OUTPUT_DTYPES, RuntimeOutputs, make_closed_error
+from hkd_deploy.backends.base import INPUT_DTYPE, INPUT_NAME, OUTPUT_DTYPES, Backend, RuntimeOutputs, make_closed_error
 from hkd_deploy.backends.tensorrt_request import AsyncQueue, InferRequest, LoadedEngine
 from hkd_deploy.trt.bindings import TrtLog, import_tensorrt, make_trt_logger
 from hkd_deploy.trt.cuda import open_cuda
@@ -17,7 +17,7 @@ from hkd_deploy.trt.engine_info import EngineInfo, check_compatibility, read_eng
 from hkd_det.errors import DataError
 
 
-class TensorRTBackend:
+class TensorRTBackend(Backend):
     """An opened engine. Several threads may call `run`; a lock serializes the calls.
 
     Args:
@@ -53,16 +53,7 @@ class TensorRTBackend:
         self._request = make_request()
 
     def run(self, images: NDArray[np.uint8]) -> RuntimeOutputs:
-        """Run inference on a batch. See `Backend.run`.
-
-        Args:
-            images (uint8[B, H, W, 3]): RGB, letterboxed.
-
-        Returns:
-            boxes (float32[B, K, 4]): xyxy, input pixels.
-            scores (float32[B, K]): 0 to 1, descending.
-            count (int64[B]): Number of valid rows per image.
-        """
+        """Run inference on a batch. See `Backend.run`."""
         with self._lock:
             self._check_open()
             self._request.start_async(images)
@@ -137,13 +128,10 @@ def open_tensorrt(path: Path, device: str = "cuda", use_cuda_graph: bool = True)
         )
     loaded_engine = _validate_engine_io(trt, engine, path, log)
     can_use_graph = use_cuda_graph and engine_info.dla is None
-    backend = TensorRTBackend(
-        loaded_engine, device, engine_info, lambda: InferRequest(cuda, loaded_engine, can_use_graph)
-    )
-    try:
+    with closing(
+        TensorRTBackend(loaded_engine, device, engine_info, lambda: InferRequest(cuda, loaded_engine, can_use_graph))
+    ) as backend:
         yield backend
-    finally:
-        backend.close()
 
 
 def _validate_engine_io(trt: Any, engine: Any, path: Path, log: TrtLog) -> LoadedEngine:
