@@ -30,6 +30,7 @@ Activation = Literal["silu", "hardswish", "relu"]
 
 STRIDES = (8, 16, 32)
 IOU_THRESHOLD = 0.6
+PRE_NMS_TOPK = 300  # same miss rates as 1000 on INRIA test and on a validation set of 566 crowded scenes
 PRIOR_PROB = 0.1  # initial class score and objectness: their product is the 0.01 of the other families
 MAX_BOX_LOGIT = 10.0  # exp of it times the largest stride is far above every image
 
@@ -272,12 +273,12 @@ class YOLOX(DenseDetector):
     def predict(self, images: Tensor, max_det: int = 300) -> tuple[Tensor, Tensor]:
         """Run the network and non-maximum suppression. See `BaseDetector.predict`."""
         branch = self(images).one2many
-        return batched_nms(branch.boxes_xyxy, branch.logits.sigmoid(), max_det, IOU_THRESHOLD)
+        return batched_nms(branch.boxes_xyxy, branch.logits.sigmoid(), max_det, IOU_THRESHOLD, PRE_NMS_TOPK)
 
     def postprocess(self, outputs: DenseOutputs, max_det: int = 100) -> DetectionBatch:
         """Select as `predict` does. See `BaseDetector.postprocess`."""
         branch = outputs.one2many
-        boxes, scores = batched_nms(branch.boxes_xyxy, branch.logits.sigmoid(), max_det, IOU_THRESHOLD)
+        boxes, scores = batched_nms(branch.boxes_xyxy, branch.logits.sigmoid(), max_det, IOU_THRESHOLD, PRE_NMS_TOPK)
         return DetectionBatch(
             tuple(image_boxes[image_scores > 0] for image_boxes, image_scores in zip(boxes, scores, strict=True)),
             tuple(image_scores[image_scores > 0] for image_scores in scores),
@@ -287,7 +288,7 @@ class YOLOX(DenseDetector):
         """Run `predict` with `cluster_nms`. See `BaseDetector.predict_traceable`."""
         class_logits, box_outputs, objectness = self.head(self.forward_features(images))
         boxes = decode_boxes(box_outputs, *self.make_anchor_points(images))
-        return cluster_nms(boxes, class_logits.sigmoid() * objectness.sigmoid(), max_det, IOU_THRESHOLD)
+        return cluster_nms(boxes, class_logits.sigmoid() * objectness.sigmoid(), max_det, IOU_THRESHOLD, PRE_NMS_TOPK)
 
     def feature_info(self) -> list[FeatureInfo]:
         """Return the output layers of the neck, fine to coarse."""

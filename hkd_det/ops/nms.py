@@ -105,7 +105,11 @@ def suppress_duplicates(boxes_xyxy: Tensor, logits: Tensor) -> tuple[Tensor, Ten
 
 
 def batched_nms(
-    boxes_xyxy: Tensor, scores: Tensor, max_det: int, iou_threshold: float = IOU_THRESHOLD
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    max_det: int,
+    iou_threshold: float = IOU_THRESHOLD,
+    pre_nms_topk: int = PRE_NMS_TOPK,
 ) -> tuple[Tensor, Tensor]:
     """Run torchvision's non-maximum suppression on all images at once.
 
@@ -114,12 +118,13 @@ def batched_nms(
         scores (Tensor[B, A]): Scores, 0 to 1.
         max_det: Maximum number of detections per image.
         iou_threshold: A box is removed if its IoU with a better box that remains is higher.
+        pre_nms_topk: Number of boxes per image that are compared, at least `max_det`.
 
     Returns:
         boxes (Tensor[B, K, 4]): Remaining boxes, K = min(max_det, A).
         scores (Tensor[B, K]): Descending. Unused rows have score 0.
     """
-    count = min(max(PRE_NMS_TOPK, max_det), scores.shape[1])
+    count = min(max(pre_nms_topk, max_det), scores.shape[1])
     scores, index = scores.topk(count)  # [B, C]
     boxes_xyxy = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
     # An offset per image separates the images. index.shape[0] stays symbolic in an export, len(index) does not.
@@ -132,7 +137,11 @@ def batched_nms(
 
 
 def cluster_nms(
-    boxes_xyxy: Tensor, scores: Tensor, max_det: int, iou_threshold: float = IOU_THRESHOLD
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    max_det: int,
+    iou_threshold: float = IOU_THRESHOLD,
+    pre_nms_topk: int = PRE_NMS_TOPK,
 ) -> tuple[Tensor, Tensor]:
     """Compute the result of `batched_nms` by matrix products of fixed shape (Cluster-NMS, Zheng et al. 2021).
 
@@ -144,12 +153,13 @@ def cluster_nms(
         scores (Tensor[B, A]): Scores, 0 to 1.
         max_det: Maximum number of detections per image.
         iou_threshold: A box is removed if its IoU with a better box that remains is higher.
+        pre_nms_topk: Number of boxes per image that are compared, at least `max_det`.
 
     Returns:
         boxes (Tensor[B, K, 4]): Remaining boxes, K = min(max_det, A).
         scores (Tensor[B, K]): Descending. Unused rows have score 0.
     """
-    count = min(max(PRE_NMS_TOPK, max_det), int(scores.shape[1]))
+    count = min(max(pre_nms_topk, max_det), int(scores.shape[1]))
     scores, index = scores.topk(count)  # [B, C]
     boxes_xyxy = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
     kept_chunks, candidates = [], torch.ones_like(scores)
