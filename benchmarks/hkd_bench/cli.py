@@ -13,6 +13,7 @@ from pathlib import Path
 from hkd_deploy import open_detector
 from hkd_deploy.backends import BACKENDS
 from hkd_deploy.streams.sources import list_images
+from hkd_deploy.zoo import format_model_list, resolve_model
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.datasets.catalog import SPLITS, load_dataset
@@ -63,6 +64,9 @@ def run_bench(argv: Sequence[str] | None) -> int:
 
     args = argv or []
     flags = parse_bench_args(args)
+    if flags.list_models:
+        print(format_model_list())
+        return 0
     datasets = flags.data.split(",") if flags.data else []
     samples = _load_samples(flags, datasets)[: flags.max_images]
     other_ground_truths = {
@@ -131,11 +135,13 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "models",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="MODEL",
-        help="files or directories written by hkd-export, or ONNX files of other tools with a model configuration",
+        help="files or directories written by hkd-export, ONNX files of other tools with a model configuration, or "
+        "names of shipped models",
     )
+    parser.add_argument("--list-models", action="store_true", help="list the shipped models and exit")
     parser.add_argument(
         "--model-config",
         metavar="YAML[,YAML]",
@@ -168,12 +174,16 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics and latency samples")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one self-contained HTML file")
     flags = parser.parse_args(argv)
-    _check_bench_args(flags)
+    if not flags.list_models:
+        _check_bench_args(flags)
+    flags.models = [resolve_model(model) for model in flags.models]
     return flags
 
 
 def _check_bench_args(flags: argparse.Namespace) -> None:
     """Check flags that would otherwise fail only after the measurement."""
+    if not flags.models:
+        raise UsageError("MODEL: expected at least one model. Give a file, or a name of `hkd-bench --list-models`.")
     if bool(flags.data) == bool(flags.images):
         raise UsageError(
             "--data, --images: expected exactly one of them: a dataset (--data citypersons) or a directory of images "

@@ -12,6 +12,7 @@ from hkd_deploy.backends import OpenedBackend, open_backend
 from hkd_deploy.backends.base import Backend, PerformanceHint, RuntimeOutputs
 from hkd_deploy.detector import Detector, StageTimes, check_image
 from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.zoo import resolve_model
 from hkd_det.errors import DataError
 from hkd_det.letterbox import PAD_VALUE, STRIDE, Letterbox, format_imgsz
 from hkd_det.structures import Detections
@@ -125,7 +126,7 @@ class ExportedDetector(Detector):
 
 @contextmanager
 def open_detector(
-    path: Path | str,
+    model: Path | str | None = None,
     device: str = "cpu",
     threads: int | None = None,
     backend: str | None = None,
@@ -137,7 +138,8 @@ def open_detector(
     An ONNX file that `hkd-export` did not write needs a model configuration.
 
     Args:
-        path: An .onnx file, an .engine file or an OpenVINO directory.
+        model: An .onnx file, an .engine file, an OpenVINO directory, or the name of a shipped model
+            (`hkd_deploy.zoo.SHIPPED_MODELS`). None opens the shipped model for CPUs.
         device: cpu, cuda or cuda:N.
         threads: Number of CPU threads per operator. None for the default of the runtime.
         backend: One of `hkd_deploy.backends.BACKENDS`. None selects the backend by the file type.
@@ -153,14 +155,14 @@ def open_detector(
         UnavailableError: The runtime or the device is missing.
 
     Examples:
-        >>> with open_detector("student.onnx") as detector:
+        >>> with open_detector() as detector:
         ...     detections = detector(image_rgb)
     """
     # These modules import YAML, which an import of hkd_deploy does not need.
     from hkd_deploy.external import open_external_detector  # noqa: PLC0415 - see above
     from hkd_deploy.trt.onnx_file import is_external_model  # noqa: PLC0415 - see above
 
-    path = Path(path)
+    path = resolve_model(model)
     if model_config or is_external_model(path):
         yield open_external_detector(path, device, threads, backend or "onnxruntime", performance_hint, model_config)
         return

@@ -106,12 +106,11 @@ class DenseDistillation(DistillMethod):
             raise UsageError(
                 "--distill dense: student and teacher have different anchor points. Use --distill hkd or soft_labels."
             )
-        if self.config.flip_teacher:
-            mirrored = forward_mirrored(batch.teacher, batch.images)
-            branches = [(s, average_branches(t, m)) for (s, t), m in zip(branches, mirrored, strict=False)]
-        if self.config.double_resolution:
-            doubled = forward_doubled(batch.teacher, batch.images)
-            branches = [(s, merge_double_resolution(t, d)) for (s, t), d in zip(branches, doubled, strict=False)]
+        if self.config.flip_teacher or self.config.double_resolution:
+            flip, double = self.config.flip_teacher, self.config.double_resolution
+            outputs: Any = batch.teacher_outputs
+            views = forward_views(batch.teacher, batch.images, outputs, flip, double)
+            branches = [(student, view) for (student, _), view in zip(branches, views, strict=False)]
         cls_losses, box_losses = zip(*(_compute_branch_losses(s, t, batch) for s, t in branches), strict=True)
         losses = {
             "dense_cls": self.config.cls * torch.stack(cls_losses).sum(),
@@ -132,70 +131,87 @@ class DenseDistillation(DistillMethod):
 
 
 @torch.no_grad()
-def forward_mirrored(teacher: Any, images: Tensor) -> list[BranchOutputs]:
-    """Run a dense teacher on mirrored images and map its outputs back.
+def forward_views(
+    teacher: Any, images: Tensor, outputs: DenseOutputs, flip: bool, double_resolution: bool
+) -> list[BranchOutputs]:
+    """Run a dense teacher on further views of the images and combine the results at the anchor points.
+
+    Stride 2 s in an image of twice the size is stride s in the original one. The levels above the finest one of the
+    large image therefore have the anchor points of all levels below the coarsest one of the original image.
 
     Args:
-        teacher: Dense detector.
+        teacher: Dense detector whose strides double from level to level.
         images (Tensor[B, 3, H, W]): RGB, 0 to 255.
+        outputs: Outputs of the teacher for `images`.
+        flip: Average over each image and its mirror image.
+        double_resolution: Also run the images at twice the size, and combine with `merge_double_resolution`.
 
     Returns:
-        Outputs at the anchor points of the original images: one-to-many, then one-to-one if the teacher has it.
+        Combined outputs: one-to-many, then one-to-one if the teacher has it.
     """
-    outputs: DenseOutputs = teacher(images.flip(3))
-    width = images.shape[3]
-    order = _mirror_anchor_points(outputs)
-    branches = [outputs.one2many, *([outputs.one2one] if outputs.one2one else [])]
-    mapped = []
-    for branch in branches:
-        x1, y1, x2, y2 = branch.boxes_xyxy[:, order].unbind(-1)
-        boxes = torch.stack([width - x2, y1, width - x1, y2], -1)
-        mapped.append(BranchOutputs(branch.logits[:, order], boxes, has_box_loss=branch.has_box_loss))
-    return mapped
-
-
-@torch.no_grad()
-def forward_doubled(teacher: Any, images: Tensor) -> list[BranchOutputs]:
-    """Run a dense teacher on images of twice the size and map its outputs back.
-
-    Stride 2 s in the large image is stride s in the original one. The levels above the finest one of the teacher
-    therefore have the anchor points of all levels below the coarsest one of the student.
-
-    Args:
-        teacher: Dense detector.
-        images (Tensor[B, 3, H, W]): RGB, 0 to 255.
-
-    Returns:
-        Outputs at the first anchor points of the original images: one-to-many, then one-to-one if the teacher has it.
-    """
-    outputs: DenseOutputs = teacher(F.interpolate(images.float(), scale_factor=2.0, mode="bilinear"))
-    is_coarse = outputs.strides > outputs.strides.min()
-    branches = [outputs.one2many, *([outputs.one2one] if outputs.one2one else [])]
+    branches = average_with_mirror_image(teacher, images, outputs) if flip else _list_branches(outputs)
+    if not double_resolution:
+        return branches
+    large_images = F.interpolate(images.float(), scale_factor=2.0, mode="bilinear")
+    large: DenseOutputs = teacher(large_images)
+    large_branches = average_with_mirror_image(teacher, large_images, large) if flip else _list_branches(large)
+    is_coarse = large.strides > large.strides.min()
     return [
-        BranchOutputs(
-            branch.logits[:, is_coarse], branch.boxes_xyxy[:, is_coarse] / 2, has_box_loss=branch.has_box_loss
-        )
-        for branch in branches
+        merge_double_resolution(branch, double.logits[:, is_coarse], double.boxes_xyxy[:, is_coarse] / 2)
+        for branch, double in zip(branches, large_branches, strict=True)
     ]
 
 
-def merge_double_resolution(original: BranchOutputs, doubled: BranchOutputs) -> BranchOutputs:
+def average_with_mirror_image(teacher: Any, images: Tensor, outputs: DenseOutputs) -> list[BranchOutputs]:
+    """Average scores over images and their mirror images, and boxes weighted by the scores.
+
+    Args:
+        teacher: Dense detector.
+        images (Tensor[B, 3, H, W]): RGB, 0 to 255.
+        outputs: Outputs of the teacher for `images`.
+
+    Returns:
+        Averaged branches at the anchor points of `images`, without distance distributions.
+    """
+    width, order = images.shape[3], _mirror_anchor_points(outputs)
+    averaged = []
+    for branch, mirrored in zip(_list_branches(outputs), _list_branches(teacher(images.flip(3))), strict=True):
+        x1, y1, x2, y2 = mirrored.boxes_xyxy[:, order].unbind(-1)
+        boxes = torch.stack([width - x2, y1, width - x1, y2], -1)
+        scores, mirrored_scores = branch.logits.sigmoid(), mirrored.logits[:, order].sigmoid()
+        weight = (scores / (scores + mirrored_scores).clamp(min=1e-12))[..., None]
+        averaged.append(
+            BranchOutputs(
+                ((scores + mirrored_scores) / 2).clamp(1e-9, 1 - 1e-6).logit(),
+                weight * branch.boxes_xyxy + (1 - weight) * boxes,
+                has_box_loss=branch.has_box_loss,
+            )
+        )
+    return averaged
+
+
+def _list_branches(outputs: DenseOutputs) -> list[BranchOutputs]:
+    return [outputs.one2many, *([outputs.one2one] if outputs.one2one else [])]
+
+
+def merge_double_resolution(original: BranchOutputs, logits: Tensor, boxes_xyxy: Tensor) -> BranchOutputs:
     """Take score and box of the more confident resolution at each anchor point.
 
     Qi et al. (2021) align the levels of two resolutions in the same way. The coarsest level exists only in `original`.
 
     Args:
         original: Outputs at A anchor points.
-        doubled: Return value of `forward_doubled`: outputs at the first of these points.
+        logits (Tensor[B, D]): Logits of the large image at the first D of these points.
+        boxes_xyxy (Tensor[B, D, 4]): Boxes of the large image, pixels of the original one.
 
     Returns:
         Merged outputs at all points, without distance distributions.
     """
-    count = doubled.logits.shape[1]
-    is_better = doubled.logits > original.logits[:, :count]
-    boxes = torch.where(is_better[..., None], doubled.boxes_xyxy, original.boxes_xyxy[:, :count])
+    count = logits.shape[1]
+    is_better = (logits > original.logits[:, :count])[..., None]
+    boxes = torch.where(is_better, boxes_xyxy, original.boxes_xyxy[:, :count])
     return BranchOutputs(
-        torch.cat([torch.maximum(original.logits[:, :count], doubled.logits), original.logits[:, count:]], 1),
+        torch.cat([torch.maximum(original.logits[:, :count], logits), original.logits[:, count:]], 1),
         torch.cat([boxes, original.boxes_xyxy[:, count:]], 1),
         has_box_loss=original.has_box_loss,
     )
@@ -213,23 +229,6 @@ def _mirror_anchor_points(outputs: DenseOutputs) -> Tensor:
         indices.append(grid.flip(1).flatten())
         start += rows * columns
     return torch.cat(indices)
-
-
-def average_branches(first: BranchOutputs, second: BranchOutputs) -> BranchOutputs:
-    """Average scores, and boxes weighted by the scores.
-
-    Args:
-        first: Outputs at A anchor points.
-        second: Outputs at the same points.
-
-    Returns:
-        Averaged outputs without distance distributions.
-    """
-    scores1, scores2 = first.logits.sigmoid(), second.logits.sigmoid()
-    weight = (scores1 / (scores1 + scores2).clamp(min=1e-12))[..., None]
-    boxes = weight * first.boxes_xyxy + (1 - weight) * second.boxes_xyxy
-    logits = ((scores1 + scores2) / 2).clamp(1e-9, 1 - 1e-6).logit()
-    return BranchOutputs(logits, boxes, has_box_loss=first.has_box_loss)
 
 
 def _compute_branch_losses(

@@ -14,6 +14,7 @@ from hkd_deploy.demo.output import open_window
 from hkd_deploy.demo.run import FrameStats, open_output, run_demo
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
+from hkd_deploy.zoo import DEFAULT_MODEL
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.errors import run_command
@@ -63,11 +64,15 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-demo",
         description="Run a detector on a video, images, a webcam or a network camera; show or save the result.",
-        epilog="example: hkd-demo student.onnx --source street.mp4 --save out.mp4",
+        epilog="example: hkd-demo --source street.mp4 --save out.mp4",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
-        "model", type=Path, help="file or directory written by hkd-export, or an ONNX file of another tool"
+        "model",
+        type=Path,
+        nargs="?",
+        help="file or directory written by hkd-export, an ONNX file of another tool, or the name of a shipped model "
+        f"(default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--model-config",

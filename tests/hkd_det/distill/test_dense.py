@@ -9,14 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 from hkd_det.distill.base import DistillationBatch
-from hkd_det.distill.dense import (
-    DenseConfig,
-    DenseDistillation,
-    average_branches,
-    forward_doubled,
-    forward_mirrored,
-    merge_double_resolution,
-)
+from hkd_det.distill.dense import DenseConfig, DenseDistillation, forward_views, merge_double_resolution
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BranchOutputs, DenseOutputs, Targets
@@ -75,34 +68,42 @@ def test_losses_equal_their_definitions() -> None:
     assert float(losses["dense_features"]) == pytest.approx(0.5 * float(features), rel=1e-3)
 
 
-def test_mirrored_outputs_of_a_mirrored_image_are_the_original_ones() -> None:
-    teacher = make_yolox(1)
-    with torch.no_grad():
-        direct = teacher(IMAGES).one2many
-        (mirrored,) = forward_mirrored(teacher, IMAGES.flip(3))
-    # The network sees IMAGES in both cases; only the mapping of points and boxes is applied to the second result.
-    width = IMAGES.shape[3]
-    x1, y1, x2, y2 = mirrored.boxes_xyxy.unbind(-1)
-    best = direct.logits.argmax(1)
-    center = (direct.boxes_xyxy[:, :, 0] + direct.boxes_xyxy[:, :, 2]).gather(1, best[:, None]) / 2
-    found = mirrored.logits.argmax(1)
-    assert torch.equal(mirrored.logits.amax(1), direct.logits.amax(1))
-    torch.testing.assert_close((x1 + x2).gather(1, found[:, None]) / 2, width - center)
-    torch.testing.assert_close(
-        torch.sort(y2 - y1, 1).values, torch.sort((direct.boxes_xyxy[..., 3] - direct.boxes_xyxy[..., 1]), 1).values
-    )
+class PositionTeacher(nn.Module):
+    """A teacher whose scores depend on the relative position and on the left half of the image."""
+
+    def forward(self, images: Tensor) -> DenseOutputs:
+        height, width = images.shape[-2:]
+        points, strides = make_anchors((height, width), (8, 16, 32))
+        x, y = points[:, 0] / width, points[:, 1] / height
+        left = images[..., : width // 2].mean() / 255
+        boxes = torch.cat([points - strides[:, None], points + 2 * strides[:, None]], 1)
+        return DenseOutputs(
+            BranchOutputs((x + 2 * y + left)[None], boxes[None]), None, points, strides, (height, width)
+        )
 
 
-def test_average_of_mirrored_outputs_does_not_depend_on_the_side() -> None:
+def test_mirror_image_is_averaged_at_the_mirrored_anchor_points() -> None:
+    teacher, images = PositionTeacher(), torch.zeros(1, 3, 64, 96)
+    outputs = teacher(images)
+    (average,) = forward_views(teacher, images, outputs, flip=True, double_resolution=False)
+    x, y = outputs.anchor_points[:, 0] / 96, outputs.anchor_points[:, 1] / 64
+    first, second = (x + 2 * y).sigmoid(), (1 - x + 2 * y).sigmoid()
+    torch.testing.assert_close(average.logits[0].sigmoid(), (first + second) / 2)
+    # A box reaches 1 stride to the left and 2 to the right; the one of the mirror image, the other way round.
+    weight = first / (first + second)
+    left = weight * 1 + (1 - weight) * 2
+    expected_x1 = outputs.anchor_points[:, 0] - left * outputs.strides
+    torch.testing.assert_close(average.boxes_xyxy[0, :, 0], expected_x1)
+
+
+def test_average_does_not_depend_on_the_side() -> None:
     teacher = make_yolox(1)
     with torch.no_grad():
-        (back,) = forward_mirrored(teacher, IMAGES)
-        average = average_branches(teacher(IMAGES).one2many, back)
-        (back_flipped,) = forward_mirrored(teacher, IMAGES.flip(3))
-        average_flipped = average_branches(teacher(IMAGES.flip(3)).one2many, back_flipped)
-    torch.testing.assert_close(
-        average.logits.sort(1).values, average_flipped.logits.sort(1).values, atol=1e-4, rtol=1e-4
-    )
+        first, second = (
+            forward_views(teacher, images, teacher(images), flip=True, double_resolution=False)[0].logits
+            for images in (IMAGES, IMAGES.flip(3))
+        )
+    torch.testing.assert_close(first.sort(1).values, second.sort(1).values, atol=1e-4, rtol=1e-4)
 
 
 def test_flip_teacher_changes_the_targets() -> None:
@@ -149,26 +150,20 @@ def test_labels_count_if_their_weight_is_above_0() -> None:
 
 
 def test_double_resolution_has_the_anchor_points_of_the_student() -> None:
-    """A teacher whose score is a function of the position gives the same scores at both resolutions."""
-
-    class PositionTeacher(nn.Module):
-        def forward(self, images: Tensor) -> DenseOutputs:
-            points, strides = make_anchors((images.shape[-2], images.shape[-1]), (8, 16, 32))
-            relative = points / torch.tensor([images.shape[-1], images.shape[-2]])
-            boxes = torch.cat([points - strides[:, None], points + strides[:, None]], 1)
-            branch = BranchOutputs(relative.sum(1)[None], boxes[None])
-            return DenseOutputs(branch, None, points, strides, (images.shape[-2], images.shape[-1]))
-
     teacher = PositionTeacher()
-    original = teacher(IMAGES).one2many
-    (doubled,) = forward_doubled(teacher, IMAGES)
-    count = doubled.logits.shape[1]
-    assert count == 8 * 12 + 4 * 6  # levels 8 and 16 of a 64x96 image
-    torch.testing.assert_close(doubled.logits, original.logits[:, :count])
-    torch.testing.assert_close(doubled.boxes_xyxy, original.boxes_xyxy[:, :count])
-    better = replace(doubled, logits=doubled.logits + torch.tensor([1.0, -1.0]).repeat(count // 2))
-    merged = merge_double_resolution(original, replace(better, boxes_xyxy=better.boxes_xyxy + 1))
+    outputs = teacher(IMAGES)
+    (merged,) = forward_views(teacher, IMAGES, outputs, flip=False, double_resolution=True)
+    torch.testing.assert_close(merged.logits, outputs.one2many.logits, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(merged.boxes_xyxy, outputs.one2many.boxes_xyxy)
+
+
+def test_more_confident_resolution_counts() -> None:
+    original = PositionTeacher()(IMAGES).one2many
+    count = 8 * 12 + 4 * 6  # levels 8 and 16 of a 64x96 image
+    logits = original.logits[:, :count] + torch.tensor([1.0, -1.0]).repeat(count // 2)
+    merged = merge_double_resolution(original, logits, original.boxes_xyxy[:, :count] + 1)
     torch.testing.assert_close(merged.logits[:, :count:2], original.logits[:, :count:2] + 1)
     torch.testing.assert_close(merged.logits[:, 1:count:2], original.logits[:, 1:count:2])
     torch.testing.assert_close(merged.boxes_xyxy[:, :count:2], original.boxes_xyxy[:, :count:2] + 1)
+    torch.testing.assert_close(merged.boxes_xyxy[:, 1:count:2], original.boxes_xyxy[:, 1:count:2])
     assert torch.equal(merged.logits[:, count:], original.logits[:, count:])
