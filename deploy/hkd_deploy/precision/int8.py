@@ -136,6 +136,9 @@ def fold_norms(model: Any) -> Any:
         runtime.InferenceSession(str(source_path), options, providers=["CPUExecutionProvider"])
         folded = onnx.load(folded_path)
     folded.ir_version = min(folded.ir_version, model.ir_version)
+    # The nodes that replace an operator without a kernel, such as HardSwish, have no names.
+    for index, node in enumerate(folded.graph.node):
+        node.name = node.name or f"{node.op_type}_folded_{index}"
     # ONNX Runtime lists every operator domain that it supports; keep those that the model contains.
     domains = [entry for entry in folded.opset_import if entry.domain in {node.domain for node in folded.graph.node}]
     del folded.opset_import[:]

@@ -140,6 +140,25 @@ def test_convert_to_int8_matches_integer_arithmetic(box_net: Callable[..., Path]
     assert scores[0, 0] == pytest.approx(expected, rel=2e-2)
 
 
+def test_fold_norms_keeps_all_layers_of_a_model_with_hard_swish() -> None:
+    """ONNX Runtime replaces HardSwish, which has no kernel, by nodes without names."""
+    weights = [np.full((2, 2, 1, 1), index, np.float32) for index in range(3)]
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["a"], "conv0"),
+        helper.make_node("HardSwish", ["a"], ["b"], "act0"),
+        helper.make_node("Conv", ["b", "w1"], ["c"], "conv1"),
+        helper.make_node("HardSwish", ["c"], ["d"], "act1"),
+        helper.make_node("Conv", ["d", "w2"], ["y"], "conv2"),
+    ]
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 2, 4, 4]) for name in "xy"]
+    initializers = [numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(weights)]
+    graph = helper.make_graph(nodes, "net", values[:1], values[1:], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    folded = fold_norms(model)
+    assert find_graph_regions(folded).layers == ("conv0", "conv1")
+    assert len({node.name for node in folded.graph.node}) == len(folded.graph.node)
+
+
 def test_fold_norms_removes_batch_normalization(box_net: Callable[..., Path]) -> None:
     source = read_fp32_model(box_net())
     graph = source.model.graph
