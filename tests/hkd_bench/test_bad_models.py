@@ -54,7 +54,7 @@ def bad_dir(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempP
         (["good.onnx", "--device", "cuda", "--backend", "ort-tensorrt-rtx"], 1, "TensorRT for RTX is not installed"),
         (["good.onnx", "--backend", "tensorrt"], 2, "--backend tensorrt: expected an .engine file"),
         (["good.onnx", "--device", "cuda", "--backend", "openvino"], 2, "the openvino backend supports cpu only"),
-        (["good.onnx", "--backend", "tflite"], 2, "--backend tflite: expected onnxruntime, openvino"),
+        (["good.onnx", "--backend", "tflite"], 2, "--backend: expected one of onnxruntime, openvino"),
     ],
 )
 @pytest.mark.parametrize("command", ["hkd-bench", "hkd-demo"])

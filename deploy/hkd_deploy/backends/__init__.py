@@ -146,7 +146,7 @@ def open_backend(
     """
     name = backend or get_default_backend(path)
     if name not in BACKENDS:
-        raise UsageError(f"--backend {name}: expected {', '.join(BACKENDS)}.")
+        raise UsageError(f"--backend: expected one of {', '.join(BACKENDS)}, got {name}.")
     if performance_hint != "latency" and not name.startswith("openvino"):
         raise UsageError(f"performance_hint {performance_hint}: backend {name} supports latency only. Use openvino.")
     with BACKENDS[name](OpenRequest(path, device, threads, performance_hint)) as opened:

@@ -157,7 +157,7 @@ def test_invalid_input_ends_in_one_line(
         ("net.onnx", ["--max-mr-increase", "-1"], 2, "--max-mr-increase: expected at least 0, got -1"),
         ("net.onnx", ["--conf", "30"], 2, "--conf 30"),
         ("net.onnx", ["--precision", "fp16", "--calib-data", "x.yaml"], 2, "requires --precision int8"),
-        ("net.onnx", ["--eval-device", "gpu"], 2, "expected cpu, cuda or cuda:0"),
+        ("net.onnx", ["--eval-device", "gpu"], 2, "expected cpu, cuda or cuda:N"),
     ):
         command = [str(tmp_path / name), "--precision", "int8", "--data", str(street), *flags]
         assert main(command) == code, (name, flags)

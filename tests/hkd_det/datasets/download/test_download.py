@@ -244,7 +244,7 @@ def test_command_downloads_and_continues(
     write_catalog([make_entry(serve(content=make_zip()), unpack_to="inner")])
     assert main(["--data", "walkers", "--download"]) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("Next: hkd-train --data walkers")
-    monkeypatch.setattr("hkd_det.datasets.check.check_dataset", lambda data, _: len(data))
+    monkeypatch.setattr("hkd_det.datasets.check.check_dataset", lambda data, _, **_options: len(data))
     assert main(["--data", "walkers", "--download", "--check"]) == len("walkers")  # continues with the check
 
 
