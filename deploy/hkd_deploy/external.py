@@ -170,7 +170,7 @@ def open_external_detector(
         UnavailableError: The runtime or the device is missing.
     """
     if backend not in BACKENDS:
-        raise UsageError(f"--backend {backend}: expected {', '.join(BACKENDS)}.")
+        raise UsageError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend}.")
     if backend not in SESSION_OPENERS or performance_hint != "latency":
         raise UsageError(
             f"--backend {backend}: {path} is not a model of hkd-export. "

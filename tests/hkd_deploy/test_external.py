@@ -143,7 +143,7 @@ def test_model_without_config_raises(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"backend": "tensorrt"}, "not a model of hkd-export. Set --backend to one of onnxruntime, openvino"),
-        ({"backend": "tflite"}, "--backend tflite: expected onnxruntime"),
+        ({"backend": "tflite"}, "--backend: expected one of onnxruntime"),
         ({"backend": "openvino", "device": "cuda"}, "the openvino backend supports cpu only"),
         ({"performance_hint": "throughput"}, "performance hint latency"),
     ],

@@ -190,7 +190,7 @@ def test_call_closed_detector_raises(tiny_onnx: Callable[..., Path], open_with: 
 @pytest.mark.parametrize(
     ("name", "backend", "message"),
     [
-        ("tiny.onnx", "onnx", "--backend onnx: expected onnxruntime, openvino"),
+        ("tiny.onnx", "onnx", "--backend: expected one of onnxruntime, openvino"),
         ("tiny.onnx", "tensorrt", r"hkd-export .*tiny\.onnx --trt"),
         ("tiny.onnx", "ort-tensorrt", "--device cpu: expected an NVIDIA GPU"),
         ("none.onnx", None, r"none\.onnx: no such model file"),
