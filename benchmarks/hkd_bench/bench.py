@@ -221,7 +221,7 @@ def _hash_model_files(path: Path) -> str:
 
 
 def _select_timed_samples(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:
-    """Select samples at equal distances."""
+    """Select evenly spaced samples."""
     indices = np.linspace(0, len(samples) - 1, min(options.max_timed_images, len(samples)))
     return [samples[index] for index in indices.round().astype(int)]
 

@@ -77,7 +77,7 @@ class ExampleImages:
 def render_examples(
     detector: Detector, samples: Sequence[Sample], conf: float, num_images: int, setup: CityPersonsSetup = REASONABLE
 ) -> ExampleImages:
-    """Run a detector on images at equal distances and draw true positives, false positives and missed boxes.
+    """Run a detector on evenly spaced images and draw true positives, false positives and missed boxes.
 
     Args:
         detector: Detector to run.

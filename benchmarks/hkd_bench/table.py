@@ -75,7 +75,7 @@ def make_cells(result: BenchResult) -> list[list[Cell]]:
 
 
 def format_text_table(result: BenchResult) -> str:
-    """Format a result for the terminal: one row per model, its ratios to the first model below, and notes.
+    """Format a result for the terminal: per model a row of values and a row of ratios to the first model, and notes.
 
     Args:
         result: Measurements of all models.

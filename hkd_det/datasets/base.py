@@ -98,10 +98,8 @@ def select_person_class(names: Mapping[Key, str], category: str, where: str) -> 
             return ids[name.lower()]
     if len(names) == 1 and not category:
         return next(iter(names))
-    expected = category or " or ".join(PERSON_NAMES)
-    raise DataError(
-        f"{where}: expected the class {expected}, got {', '.join(names.values()) or 'none'}. Set `category: NAME`."
-    )
+    expected = f"the class {category}" if category else f"one of the classes {', '.join(PERSON_NAMES)}"
+    raise DataError(f"{where}: expected {expected}, got {', '.join(names.values()) or 'none'}. Set `category: NAME`.")
 
 
 def is_pixel_value(value: Any) -> bool:

@@ -198,7 +198,7 @@ def _load_entry(data: str) -> dict[str, Any]:
 def _read_split(entry: dict[str, Any], root: Path, split: str, name: str, on_error: ErrorHandler) -> list[Sample]:
     if split not in SPLITS or entry.get(split) is None:
         known = [key for key in SPLITS if entry.get(key) is not None]
-        raise UsageError(f"{name}: expected one of the splits {', '.join(known) or '(none)'}, got {split!r}.")
+        raise UsageError(f"{name}: no split {split!r}. Expected one of {', '.join(known) or 'train, val, test'}.")
     source, where = entry[split], f"{name}: split {split}"
     match entry.get("format", "yolo"):
         case "yolo":

@@ -29,7 +29,7 @@ BACKGROUND_COLOR, TEXT_COLOR = (24, 26, 30), (235, 235, 235)
 
 
 def make_contact_sheet(readable_samples: Sequence[tuple[Sample, tuple[int, int]]], num_images: int = 12) -> ImageRGB:
-    """Draw images at equal distances with their annotations, file names and a legend.
+    """Draw images, evenly spaced in the split, with their annotations, file names and a legend.
 
     Args:
         readable_samples: Samples with height and width of their images in pixels; at least one. Samples with boxes are

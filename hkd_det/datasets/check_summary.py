@@ -62,7 +62,7 @@ class SplitSummary:
         width_range: Range of the image width; None without readable images.
         height_range: Range of the image height; None without readable images.
         height_bins: Histogram of the box height.
-        visible_ratio_bins: Histogram of the visible part of the boxes.
+        visible_ratio_bins: Histogram of the visible ratio of the boxes.
         num_exif_rotated: Number of images whose EXIF orientation rotates or flips the stored pixels.
     """
 

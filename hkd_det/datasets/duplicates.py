@@ -41,7 +41,7 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two images that show nearly the same.
+    """Two near-duplicate images.
 
     Attributes:
         first: Index of the first image in its set.

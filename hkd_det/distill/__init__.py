@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hkd_det.config import apply_override, dataclass_from_dict
+from hkd_det.config import apply_override, dataclass_from_dict, suggest_name
 from hkd_det.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def parse_methods(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: For an unknown method or key, or an invalid value.
     """
+    if unknown := [name for name in values if name not in METHODS]:
+        raise UsageError(f"distill.{unknown[0]}: no such method{suggest_name(str(unknown[0]), METHODS)}")
     finished = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
-    if unknown := finished.keys() - METHODS.keys():
-        raise UsageError(f"distill.{min(unknown)}: no such method. Choose from {', '.join(METHODS)}.")
     parsed: Any = dataclass_from_dict(
         _make_section(), {k: v for k, v in values.items() if k not in finished}, "distill"
     )

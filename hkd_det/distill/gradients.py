@@ -201,15 +201,15 @@ class LossWeights:
     distill_loss_scale: float
 
     def blend(self, distill_weight: float) -> "LossWeights":
-        """Blend with the detection gradient alone, for a distillation loss that is scaled by `distill_weight`, 0 to 1.
+        """Interpolate between the plain detection loss (`distill_weight` 0) and these weights (1).
 
-        The gradient of a log loss does not contain the scale, so the schedule must act here.
+        A factor of a loss does not change the gradient of its logarithm, so the schedule is applied here.
 
         Args:
             distill_weight: Factor of the schedule, 0 to 1.
 
         Returns:
-            The blended weights.
+            The interpolated weights.
         """
         return replace(self, det_loss_scale=1 - distill_weight + distill_weight * self.det_loss_scale)
 

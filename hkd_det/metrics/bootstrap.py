@@ -63,11 +63,11 @@ def compute_intervals(
     """Compute the interval of each setup with ground truth.
 
     Args:
-        results: Miss rate of each setup, by its name.
+        results: Setup name -> miss rate.
         num_resamples: Number of resamples of the images.
 
     Returns:
-        The interval of each setup, by its name.
+        Setup name -> interval.
     """
     intervals = {name: compute_interval(result, num_resamples) for name, result in results.items()}
     return {name: interval for name, interval in intervals.items() if interval is not None}
@@ -81,12 +81,12 @@ def compute_differences(
     """Compare two detectors in each setup with ground truth.
 
     Args:
-        results: Miss rate of the detector in each setup, by its name.
-        reference_results: Miss rate of the reference in the same setups.
+        results: Setup name -> miss rate of the detector.
+        reference_results: Setup name -> miss rate of the reference, in the same setups.
         num_resamples: Number of resamples of the images.
 
     Returns:
-        The difference in each setup, by its name.
+        Setup name -> difference, for the setups with ground truth.
     """
     differences = {
         name: compare_miss_rates(result, reference_results[name], num_resamples) for name, result in results.items()

@@ -111,7 +111,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many types
         raise DataError(
-            f"--pretrained {path}: not a weights file ({type(error).__name__}). "
-            "Provide a .safetensors or .pth state dictionary."
+            f"--pretrained {path}: not a weights file, or damaged. Provide a .safetensors or .pth state dictionary."
         ) from error
     return weights

@@ -325,7 +325,7 @@ class BaseDetector(nn.Module, ABC):
             boxes (sequence of Tensor[R_b, 4]): xyxy boxes per image, input pixels.
 
         Returns:
-            Outputs of the R = sum of R_b boxes.
+            Outputs of all R boxes, in the order of the images. R is the sum of R_b.
 
         Raises:
             NotImplementedError: If the detector has no second stage.

@@ -171,7 +171,7 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
         The checkpoint, with weights on the CPU.
 
     Raises:
-        DataError: If the file is missing, broken or no detector checkpoint of this version.
+        DataError: If the file is missing, damaged, or not a detector checkpoint of this version.
     """
     content = _read_checkpoint(path, "detector", "Provide the best.pt of a finished run.")
     try:
@@ -212,7 +212,7 @@ def load_training_state(path: Path) -> dict[str, Any]:
         The dictionary given to `save_training_state`, with tensors on the CPU.
 
     Raises:
-        DataError: If the file is missing, broken or no training state of this version.
+        DataError: If the file is missing, damaged, or not a training state of this version.
     """
     return _read_checkpoint(path, "state", "Provide the directory of an interrupted run.")
 
@@ -247,7 +247,7 @@ def _read_checkpoint(path: Path, checkpoint_type: str, hint: str) -> dict[str, A
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for broken files
-        raise DataError(f"{path}: not a readable checkpoint ({type(error).__name__}). {hint}") from error
+        raise DataError(f"{path}: not a checkpoint, or damaged. {hint}") from error
     if (
         not isinstance(content, dict)
         or content.get("type") != checkpoint_type

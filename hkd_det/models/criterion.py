@@ -154,7 +154,7 @@ MIN_TEACHER_SCORE = 0.05  # A box with a lower teacher score has nearly the same
 
 @dataclass(frozen=True)
 class DetectionCriterion:
-    """Varifocal, GIoU and distribution focal loss with task-aligned assignment; weights of PP-YOLOE.
+    """Varifocal, GIoU and distribution focal loss with task-aligned assignment, weighted as in PP-YOLOE.
 
     Attributes:
         cls_weight: Weight of the score loss.

@@ -37,7 +37,7 @@ class ModelChanges:
     """Changes made to a network after it was built from its spec.
 
     Attributes:
-        widths: Output channels of pruned convolutions, by name (channel distillation and pruning, CDD).
+        widths: Output channels of pruned convolutions, by name (capacity-dynamic distillation).
         separable: Convolutions that `SeparableConvBlock` replaces (blockwise distillation).
     """
 

@@ -38,7 +38,7 @@ class FeatureHooks:
         ]
 
     def pop(self) -> list[Tensor]:
-        """Return the recorded outputs in the order of the names and drop them, so that they do not outlive the step."""
+        """Return the recorded outputs in the order of the names, and remove them to free their memory."""
         outputs = [self._outputs[name] for name in self._layer_names]
         self._outputs.clear()
         return outputs

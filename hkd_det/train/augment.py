@@ -43,10 +43,10 @@ class AugmentedImage:
     """One training image with its N boxes.
 
     Attributes:
-        image: uint8 [H, W, 3], RGB.
-        boxes_xyxy: float32 [N, 4], pixels of `image`: the full persons.
-        visible_xyxy: float32 [N, 4], pixels of `image`: the visible parts of the persons.
-        ignore: bool [N], ignore regions.
+        image (uint8 array[H, W, 3]): RGB.
+        boxes_xyxy (array[N, 4]): Full-body boxes, xyxy, pixels of `image`.
+        visible_xyxy (array[N, 4]): Boxes of the visible parts, xyxy, pixels of `image`.
+        ignore (bool array[N]): True for an ignore region.
     """
 
     image: NDArray[np.uint8]
@@ -153,10 +153,10 @@ def color_jitter(
     """Scale brightness, contrast and saturation as `torchvision.transforms.ColorJitter` does, in this order.
 
     Args:
-        image_rgb: uint8 [H, W, 3].
-        brightness: Factor, at least 0; 1 changes nothing. This holds for the other two as well.
-        contrast: Factor.
-        saturation: Factor; 0 gives a grayscale image.
+        image_rgb (uint8 array[H, W, 3]): RGB.
+        brightness: Factor, at least 0; 1 keeps the image.
+        contrast: Factor, at least 0; 1 keeps the image.
+        saturation: Factor, at least 0; 1 keeps the image, 0 gives a grayscale image.
 
     Returns:
         uint8 [H, W, 3].

@@ -190,7 +190,7 @@ def collate(items: list[AugmentedImage | HkdError]) -> Batch | HkdError:
     """Stack augmented images of one size and pad their boxes.
 
     Args:
-        items: Augmented images, or errors in their places.
+        items: Augmented images; an error in place of an image that cannot be loaded.
 
     Returns:
         images (uint8 Tensor[B, 3, H, W], channels last) and their targets; or the first error.

@@ -180,6 +180,8 @@ def _check_resume_flags(arguments: argparse.Namespace) -> None:
 
 
 def _load_resumed_config(save_path: Path) -> TrainConfig:
+    if not save_path.exists():
+        raise DataError(f"--resume {save_path}: no such run. Check the path.")
     path = save_path if save_path.suffix == ".pt" else save_path / "last.pt"
     if not path.exists():
         raise DataError(

@@ -169,7 +169,7 @@ def _write_quickstart_report(
 
 
 def _read_video_frames(video_path: Path, num_frames: int) -> list[NDArray[np.uint8]]:
-    """Read frames at equal distances, uint8 RGB."""
+    """Read evenly spaced frames, uint8 RGB."""
     capture = cv2.VideoCapture(str(video_path))
     try:
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))

@@ -242,8 +242,8 @@ def compute_box_difference(
 ) -> float:
     """Return the largest distance from an expected box to the nearest actual box of the same score, in pixels.
 
-    Scores within `SCORE_TOLERANCE` are the same. Boxes are not paired by rank, because scores closer than rounding may
-    be in any order.
+    Scores within `SCORE_TOLERANCE` are the same. Boxes are not paired by rank, because rounding can change the order
+    of nearly equal scores.
 
     Args:
         expected_boxes (array[N, 4]): xyxy.
@@ -252,7 +252,7 @@ def compute_box_difference(
         actual_scores (array[M]): 0 to 1.
 
     Returns:
-        The largest difference of a box side; infinite if an expected box has no counterpart.
+        The largest difference of a box side; infinite if no actual box has the score of an expected one.
     """
     if not len(expected_boxes):
         return 0.0

@@ -41,10 +41,10 @@ class AnnotationRecord:
     """One annotation in the form of CityPersons.
 
     Attributes:
-        label: Label, 0 to 5.
-        instance_id: Number of the instance.
-        box_xywh: Whole box, xywh, integer pixels.
-        visible_xywh: Visible box, xywh, integer pixels.
+        label: Class id of CityPersons: 0 ignore region, 1 pedestrian, 2 rider, 3 sitting, 4 other, 5 people group.
+        instance_id: Id of the instance, unique in the image.
+        box_xywh: Full-body box including hidden parts, xywh, integer pixels.
+        visible_xywh: Box of the visible part, xywh, integer pixels.
     """
 
     label: int

@@ -134,9 +134,7 @@ def read_block(path: Path) -> tuple[dict[str, Tensor], BlockResult]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return content["state_dict"], BlockResult(**content["result"])
     except Exception as error:  # torch.load raises many types
-        raise DataError(
-            f"{path}: not a readable block ({type(error).__name__}). Delete the file and start again."
-        ) from error
+        raise DataError(f"{path}: not a readable block. Delete the file and start again.") from error
 
 
 class _BlockTrainer:

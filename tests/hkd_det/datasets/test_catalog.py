@@ -41,7 +41,7 @@ def test_data_yaml_of_the_user(root: Path) -> None:
     (sample,) = load_dataset(data, "train")
     assert sample.path.is_file() and len(sample.ground_truth) == 1
     for other in ("val", "path", "trian"):
-        with pytest.raises(UsageError, match=f"expected one of the splits train, got '{other}'"):
+        with pytest.raises(UsageError, match=f"no split '{other}'. Expected one of train"):
             load_dataset(data, other)
     data = write_data_yaml(root, path=str(root / "images"), train="train", names={0: "person"})
     assert len(load_dataset(data, "train")) == 1

@@ -22,7 +22,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--model", "mini-student"], 2, "--data"),
         (["--data", "nowhere.yaml", "--model", "huge"], 2, "mini-student"),
         (["--data", "x.yaml", *FLAGS, "--teacher", "t.pt"], 2, "--distill"),
-        (["--data", "x.yaml", *FLAGS, "--distill", "magic", "--teacher", "t.pt"], 2, "magic"),
+        (["--data", "x.yaml", *FLAGS, "--distill", "hdk", "--teacher", "t.pt"], 2, "no such method. Did you mean hkd?"),
         (["--data", "x.yaml", "--distill", "cdd"], 2, "--teacher: required. Set it"),
         (["--data", "x.yaml", "--distill", "blockwise"], 2, "--teacher: required. Set it"),
         (["--data", "x.yaml", "--model", "mini-student", "--imgsz", "100"], 2, "multiples of 32"),
@@ -52,7 +52,8 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
         (["--data", "x.yaml", *FLAGS, "--device", "mps"], 2, "--device mps: expected auto, cpu, cuda or cuda:N"),
         (["--data", "x.yaml", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
-        (["--resume", "nothing-here"], 1, "last.pt"),
+        (["--resume", "nothing-here"], 1, "--resume nothing-here: no such run. Check the path."),
+        (["--resume", "."], 1, "--resume .: contains no last.pt"),
         (["--resume", "nothing-here", "--epochs", "9", "--workers", "0", "--set", "lr=1"], 2, "--epochs --workers"),
     ],
 )

@@ -176,5 +176,5 @@ def test_checkpoint_of_other_model_is_rejected(data_yaml: Path, tmp_path: Path) 
         load_detector_checkpoint(tmp_path / "last.pt")
     broken = tmp_path / "broken.pt"
     broken.write_bytes((tmp_path / "best.pt").read_bytes()[:1000])
-    with pytest.raises(DataError, match="not a readable checkpoint"):
+    with pytest.raises(DataError, match="not a checkpoint"):
         load_detector_checkpoint(broken)

@@ -137,5 +137,5 @@ def test_teacher_type_follows_file_content(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.pt: no such checkpoint"):
         load_detector(tmp_path / "nothing.pt")
     (tmp_path / "text.pt").write_text("no pickle")
-    with pytest.raises(DataError, match=r"text\.pt: not a readable checkpoint"):
+    with pytest.raises(DataError, match=r"text\.pt: not a checkpoint"):
         load_detector(tmp_path / "text.pt")
