@@ -131,7 +131,7 @@ def test_tasks_run_on_a_running_cluster(tmp_path: Path, monkeypatch: pytest.Monk
         def raise_error(_name: str) -> str:
             raise ZeroDivisionError("on the worker")
 
-        with pytest.raises(BlockError, match=r"^block [a-z]: ZeroDivisionError: on the worker$"):
+        with pytest.raises(BlockError, match=r"^block [a-z]: ZeroDivisionError: on the worker\. "):
             run_five_tasks(raise_error, tmp_path, ExecutorConfig(1, "bin-packing", cluster.scheduler_address))
     monkeypatch.setattr(executor, "CONNECT_TIMEOUT_S", 0.3)
     with pytest.raises(UnavailableError, match="no Dask scheduler with workers responds"):
