@@ -27,7 +27,7 @@ from hkd_det.ops.hooks import observe_calls
 CONV_OPS = ("Conv", "ConvTranspose")
 # Of the norm of the values. Rounding causes about 1e-6 after a deep network; a visible difference is larger.
 MAX_RELATIVE_ERROR = 1e-4
-TRAINING_HINT = "which happens for a detector with little training. Train it longer or set --no-verify"
+TRAINING_HINT = "which happens for a detector with little training: train it longer"
 
 
 @dataclass(eq=False)
