@@ -169,7 +169,8 @@ class Verification:
         boxes = f"up to {parity.box_error_px:.3g} px" if math.isfinite(parity.box_error_px) else "unmatched boxes"
         return ParityError(
             f"{model.path}: not written: differs from {self._reference.name} on {self._reference.backend} "
-            f"(boxes: {boxes}, scores: {parity.score_error:.3g}); {location}. Export with --no-verify to write it nevertheless."
+            f"(boxes: {boxes}, scores: {parity.score_error:.3g}); {location}. "
+            "Export with --no-verify to write it nevertheless."
         )
 
     def _get_miss_rate_skip_reason(self) -> str:
