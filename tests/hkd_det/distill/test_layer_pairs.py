@@ -133,15 +133,21 @@ def test_invalid_layer_pairs_raise_at_the_start() -> None:
 @pytest.mark.parametrize(
     ("layer_pairs", "message"),
     [
-        (LayerPairs(("neck",)), r"^distill\.mine\.layers: expected as many layers"),
-        (LayerPairs(("nowhere",), ("neck.outputs.0",)), r"^distill\.mine\.layers\.student: nowhere: no such layer"),
-        (LayerPairs(("neck.outputs.0",), ("nowhere",)), r"^distill\.mine\.layers\.teacher: nowhere: no such layer"),
+        (LayerPairs(("neck",)), r"^distill\.method\.feature_layers: expected as many layers"),
+        (
+            LayerPairs(("missing",), ("neck.outputs.0",)),
+            r"^distill\.method\.feature_layers\.student: missing: no such layer",
+        ),
+        (
+            LayerPairs(("neck.outputs.0",), ("missing",)),
+            r"^distill\.method\.feature_layers\.teacher: missing: no such layer",
+        ),
     ],
 )
 def test_invalid_layer_pairs_name_the_setting(layer_pairs: LayerPairs, message: str) -> None:
     student, teacher = HKDDetector(OURS), HKDDetector(OURS)
     with pytest.raises(UsageError, match=message):
-        select_layers(student, teacher, layer_pairs, "distill.mine.layers")
+        select_layers(student, teacher, layer_pairs, "distill.method.feature_layers")
 
 
 def test_layer_pairs_are_read_from_recipe_and_override() -> None:
