@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -14,22 +15,58 @@ PRUNABLE_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)  # normalizations that trea
 
 
 @dataclass(frozen=True)
+class DepthwiseLayer:
+    """A depthwise convolution between a prunable layer and one of its consumers. Names are those of `named_modules`.
+
+    Attributes:
+        conv: The depthwise convolution.
+        norm: Its normalization.
+        act: Its activation.
+        consumer: The convolution that reads its output.
+        consumer_norm: The normalization of the consumer.
+    """
+
+    conv: str
+    norm: str
+    act: str
+    consumer: str
+    consumer_norm: str
+
+
+@dataclass(frozen=True)
 class PrunableLayer:
-    """A convolution whose output channels only its own block reads. Names are those of `named_modules`.
+    """A convolution whose output channels known convolutions read. Names are those of `named_modules`.
 
     Attributes:
         conv: The convolution.
         norms: Its normalizations; several if levels share the convolution but not the normalization.
         consumers: The convolutions that read its output.
         depthwise: Depthwise convolutions between it and its consumers. They have the same channels.
-        depthwise_norms: The normalizations of these.
+        last_inputs: Consumers that read it behind other channels of a concatenation. All others read it first.
+        num_copies: How often the input of each consumer contains it, as in spatial pyramid pooling.
     """
 
     conv: str
     norms: tuple[str, ...]
     consumers: tuple[str, ...]
-    depthwise: tuple[str, ...] = ()
-    depthwise_norms: tuple[str, ...] = ()
+    depthwise: tuple[DepthwiseLayer, ...] = ()
+    last_inputs: frozenset[str] = frozenset()
+    num_copies: int = 1
+
+    def select_inputs(self, consumer: str, in_channels: int, keep: Tensor) -> Tensor:
+        """Return which input channels of a consumer remain if channels of this layer are removed.
+
+        Args:
+            consumer: Name of the consumer.
+            in_channels: Its input channels before.
+            keep (bool Tensor[C]): Channels of this layer that remain.
+
+        Returns:
+            bool Tensor[in_channels].
+        """
+        own = keep.repeat(self.num_copies)
+        others = keep.new_ones(in_channels - len(own))
+        return torch.cat([others, own] if consumer in self.last_inputs else [own, others])
 
 
 @dataclass(frozen=True)
@@ -124,12 +161,13 @@ def prune_channels(network: nn.Module, layer: PrunableLayer, num_channels: int) 
             f"{layer.conv}: expected 1 to {out_channels} channels, got {num_channels}. Use another checkpoint."
         )
     _replace_module(network, layer.conv, _make_conv(modules[layer.conv], out_channels=num_channels))
-    for name in (*layer.norms, *layer.depthwise_norms):
+    for name in (*layer.norms, *(depthwise.norm for depthwise in layer.depthwise)):
         _replace_module(network, name, _make_norm(modules[name], num_channels))
-    for name in layer.depthwise:
+    for name in (depthwise.conv for depthwise in layer.depthwise):
         _replace_module(network, name, _make_conv(modules[name], num_channels, num_channels, groups=num_channels))
     for name in layer.consumers:
-        _replace_module(network, name, _make_conv(modules[name], in_channels=num_channels))
+        removed = layer.num_copies * (out_channels - num_channels)
+        _replace_module(network, name, _make_conv(modules[name], in_channels=modules[name].in_channels - removed))
 
 
 class SeparableConvBlock(nn.Module):

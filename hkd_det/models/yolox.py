@@ -23,7 +23,7 @@ from hkd_det.models.base import (
 )
 from hkd_det.models.detector import DenseDetector
 from hkd_det.models.head import make_anchors
-from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer, apply_changes
+from hkd_det.models.surgery import NO_CHANGES, DepthwiseLayer, ModelChanges, PrunableLayer, apply_changes
 from hkd_det.ops.nms import batched_nms, cluster_nms
 
 Activation = Literal["silu", "hardswish", "relu"]
@@ -299,38 +299,77 @@ class YOLOX(DenseDetector):
         ]
 
     def prunable_layers(self) -> list[PrunableLayer]:
-        """Return the convolutions whose output is not added to or concatenated with another one."""
-        chains = [("backbone.stem", ["backbone.dark2.0"]), ("backbone.dark2.1.conv3", ["backbone.dark3.0"])]
-        chains += [
-            (f"backbone.dark{n}.0", [f"backbone.dark{n}.1.conv1", f"backbone.dark{n}.1.conv2"]) for n in (2, 3, 4)
-        ]
+        """Return the convolutions whose output is not added to another one, without the outputs of the neck."""
+        modules = dict(self.named_modules())
+        return [_make_prunable_layer(modules, *chain) for chain in (*self._backbone_chains(), *self._head_chains())]
+
+    def _backbone_chains(self) -> list["_Chain"]:
+        """Return producers and consumers in backbone and neck."""
+        chains: list[_Chain] = [("backbone.stem", ["backbone.dark2.0"])]
+        chains += [(f"backbone.dark{n}.0", _list_csp_inputs(f"backbone.dark{n}.1")) for n in (2, 3, 4)]
+        chains += [("backbone.dark2.1.conv3", ["backbone.dark3.0"])]
+        # The channels of a lateral connection follow those of the path that they are concatenated to.
+        chains += [("backbone.dark3.1.conv3", ["backbone.dark4.0"], _list_csp_inputs("neck.C3_p3"))]
+        chains += [("backbone.dark4.1.conv3", ["backbone.dark5.0"], _list_csp_inputs("neck.C3_p4"))]
         chains += [("backbone.dark5.0", ["backbone.dark5.1.conv1"])]
-        chains += [("backbone.dark5.1.conv2", ["backbone.dark5.2.conv1", "backbone.dark5.2.conv2"])]
+        chains += [("backbone.dark5.1.conv1", ["backbone.dark5.1.conv2"], [], 4)]
+        chains += [("backbone.dark5.1.conv2", _list_csp_inputs("backbone.dark5.2"))]
+        chains += [("backbone.dark5.2.conv3", ["neck.lateral_conv0"]), ("neck.C3_p4.conv3", ["neck.reduce_conv1"])]
+        chains += [("neck.lateral_conv0", _list_csp_inputs("neck.C3_p4"), _list_csp_inputs("neck.C3_n4"))]
+        chains += [("neck.reduce_conv1", _list_csp_inputs("neck.C3_p3"), _list_csp_inputs("neck.C3_n3"))]
+        chains += [("neck.bu_conv2", _list_csp_inputs("neck.C3_n3")), ("neck.bu_conv1", _list_csp_inputs("neck.C3_n4"))]
         for name, module in self.named_modules():
             if isinstance(module, Bottleneck):
                 chains.append((f"{name}.conv1", [f"{name}.conv2"]))
-            elif isinstance(module, CSPLayer) and not module.m[0].shortcut:
-                chains.append((f"{name}.conv1", [f"{name}.m.0.conv1"]))
+            elif isinstance(module, CSPLayer):
+                chains.append((f"{name}.conv2", [], [f"{name}.conv3"]))
+                if not module.m[0].shortcut:
+                    blocks = [f"{name}.m.{index}" for index in range(len(module.m))]
+                    chains.append((f"{name}.conv1", [f"{blocks[0]}.conv1"]))
+                    next_convs = [*(f"{block}.conv1" for block in blocks[1:]), f"{name}.conv3"]
+                    chains += [(f"{block}.conv2", [conv]) for block, conv in zip(blocks, next_convs, strict=True)]
+        return chains
+
+    def _head_chains(self) -> list["_Chain"]:
+        """Return producers and consumers in the head."""
+        chains: list[_Chain] = []
         for level in range(len(STRIDES)):
             cls, reg = f"head.cls_convs.{level}", f"head.reg_convs.{level}"
             chains += [(f"head.stems.{level}", [f"{cls}.0", f"{reg}.0"])]
             chains += [(f"{cls}.0", [f"{cls}.1"]), (f"{reg}.0", [f"{reg}.1"])]
             chains += [(f"{cls}.1", [f"head.cls_preds.{level}"])]
             chains += [(f"{reg}.1", [f"head.reg_preds.{level}", f"head.obj_preds.{level}"])]
-        modules = dict(self.named_modules())
-        return [_make_prunable_layer(modules, producer, consumers) for producer, consumers in chains]
+        return chains
 
 
-def _make_prunable_layer(modules: dict[str, nn.Module], producer: str, consumers: Sequence[str]) -> PrunableLayer:
+# Producer, consumers that read its channels first, consumers that read them last, copies of the channels.
+_Chain = tuple[str, list[str]] | tuple[str, list[str], list[str]] | tuple[str, list[str], list[str], int]
+
+
+def _list_csp_inputs(csp_layer: str) -> list[str]:
+    return [f"{csp_layer}.conv1", f"{csp_layer}.conv2"]
+
+
+def _make_prunable_layer(
+    modules: dict[str, nn.Module], producer: str, first: Sequence[str], last: Sequence[str] = (), num_copies: int = 1
+) -> PrunableLayer:
     """Return the last convolution of a block as prunable layer, with the blocks that read its output."""
-    last = f"{producer}.pconv" if isinstance(modules[producer], DepthwiseSeparableConv) else producer
-    separable = [name for name in consumers if isinstance(modules[name], DepthwiseSeparableConv)]
+    conv = f"{producer}.pconv" if isinstance(modules[producer], DepthwiseSeparableConv) else producer
+    depthwise = [
+        DepthwiseLayer(
+            f"{name}.dconv.conv", f"{name}.dconv.bn", f"{name}.dconv.act", f"{name}.pconv.conv", f"{name}.pconv.bn"
+        )
+        for name in first
+        if isinstance(modules[name], DepthwiseSeparableConv)
+    ]
+    last_inputs = [_get_first_dense_conv(modules, name) for name in last]
     return PrunableLayer(
-        f"{last}.conv",
-        (f"{last}.bn",),
-        tuple(_get_first_dense_conv(modules, name) for name in consumers),
-        tuple(f"{name}.dconv.conv" for name in separable),
-        tuple(f"{name}.dconv.bn" for name in separable),
+        f"{conv}.conv",
+        (f"{conv}.bn",),
+        (*(_get_first_dense_conv(modules, name) for name in first), *last_inputs),
+        tuple(depthwise),
+        frozenset(last_inputs),
+        num_copies,
     )
 
 

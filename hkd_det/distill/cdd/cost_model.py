@@ -32,11 +32,14 @@ class ChannelCostModel:
         modules = dict(detector.named_modules())
         num_positions = _count_positions(detector, imgsz_hw)
         output_layers = {layer.conv: index for index, layer in enumerate(layers)}
-        input_layers = {name: index for index, layer in enumerate(layers) for name in layer.consumers}
-        depthwise = {name: index for index, layer in enumerate(layers) for name in layer.depthwise}
+        input_layers: dict[str, dict[int, int]] = {}
+        for index, layer in enumerate(layers):
+            for name in layer.consumers:
+                input_layers.setdefault(name, {})[index] = layer.num_copies
+        depthwise = {between.conv: index for index, layer in enumerate(layers) for between in layer.depthwise}
         norms = {layer.conv: layer.norms for layer in layers}
         for layer in layers:
-            norms |= {name: (norm,) for name, norm in zip(layer.depthwise, layer.depthwise_norms, strict=True)}
+            norms |= {between.conv: (between.norm,) for between in layer.depthwise}
         self._convs = []
         # Convolutions that do not run in inference, such as a head that is used in training only, cost nothing.
         for name in [name for name in output_layers | input_layers | depthwise if num_positions[name]]:
@@ -45,11 +48,13 @@ class ChannelCostModel:
             params_per_channel = (module.bias is not None) + sum(
                 len(list(modules[norm].parameters(recurse=False))) for norm in norms.get(name, ())
             )
+            copies = input_layers.get(name, {})
+            variable_inputs = sum(count * modules[layers[index].conv].out_channels for index, count in copies.items())
             self._convs.append(
                 _ConvCost(
-                    input_layers.get(name),
+                    copies,
                     output_layers.get(name, depthwise.get(name)),
-                    1 if name in depthwise else module.in_channels,
+                    1 if name in depthwise else module.in_channels - variable_inputs,
                     module.out_channels,
                     module.kernel_size[0] * module.kernel_size[1],
                     num_positions[name],
@@ -102,18 +107,18 @@ class _ConvCost:
     """A convolution with a variable number of channels.
 
     Attributes:
-        input_layer: Index of the layer whose width is the number of input channels; None if it is fixed.
+        input_layers: Layers whose channels are inputs, by index, with the number of copies of them.
         output_layer: Index of the layer whose width is the number of output channels; None if it is fixed.
-        in_channels: Input channels per output channel in the initial network; 1 for a depthwise convolution.
+        fixed_inputs: Input channels per output channel that do not vary; 1 for a depthwise convolution.
         out_channels: Output channels in the initial network.
         kernel_area: Weights per pair of an input and an output channel.
         num_positions: Output positions per image, summed over all calls.
         params_per_channel: Parameters of bias and normalizations per output channel.
     """
 
-    input_layer: int | None
+    input_layers: dict[int, int]
     output_layer: int | None
-    in_channels: int
+    fixed_inputs: int
     out_channels: int
     kernel_area: int
     num_positions: int
@@ -121,7 +126,7 @@ class _ConvCost:
 
     def compute(self, widths: Sequence[int]) -> tuple[int, int]:
         """Return the number of parameters and FLOPs at these widths."""
-        in_channels = self.in_channels if self.input_layer is None else widths[self.input_layer]
+        in_channels = self.fixed_inputs + sum(count * widths[index] for index, count in self.input_layers.items())
         out_channels = self.out_channels if self.output_layer is None else widths[self.output_layer]
         num_weights = in_channels * out_channels * self.kernel_area
         return num_weights + out_channels * self.params_per_channel, 2 * num_weights * self.num_positions

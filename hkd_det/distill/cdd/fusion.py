@@ -8,6 +8,7 @@ from torch import Tensor
 from hkd_det.distill.cdd.compactor import CompactorSite, NormWithCompactor, find_compactors
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import build_from_spec
+from hkd_det.models.surgery import DepthwiseLayer
 
 _StateDict = dict[str, Tensor]
 
@@ -29,16 +30,17 @@ def fuse_compactors(detector: BaseDetector) -> BaseDetector:
     state_dict = _strip_compactors(detector)
     widths: dict[str, int] = {}
     for site in find_compactors(detector):
-        keep = (~site.compactor.masked).nonzero()[:, 0]
+        remains = ~site.compactor.masked
+        keep = remains.nonzero()[:, 0]
         if site.compactor.is_dense:
             _fuse_into_conv(detector, state_dict, site, keep)
         else:
             _fuse_into_norms(state_dict, site, keep)
+        for between in site.layer.depthwise:
+            _fuse_constants(detector, state_dict, between, remains)
         for name in site.layer.consumers:
-            state_dict[f"{name}.weight"] = state_dict[f"{name}.weight"][:, keep]
-        for name in (*site.layer.depthwise, *site.layer.depthwise_norms):
-            for key, value in _select_own_tensors(state_dict, name):
-                state_dict[key] = value[keep] if value.ndim else value
+            weight = state_dict[f"{name}.weight"]
+            state_dict[f"{name}.weight"] = weight[:, site.layer.select_inputs(name, weight.shape[1], remains)]
         if len(keep) < len(site.compactor.masked) or site.layer.conv in detector.changes.widths:
             widths[site.layer.conv] = len(keep)
     changes = replace(detector.changes, widths={**detector.changes.widths, **widths})
@@ -88,6 +90,23 @@ def _fuse_into_norms(state_dict: _StateDict, site: CompactorSite, keep: Tensor) 
             state_dict[f"{norm}.{name}"] = state_dict[f"{norm}.{name}"][keep] * scale
         for name in ("running_mean", "running_var"):
             state_dict[f"{norm}.{name}"] = state_dict[f"{norm}.{name}"][keep]
+
+
+def _fuse_constants(detector: BaseDetector, state_dict: _StateDict, layer: DepthwiseLayer, remains: Tensor) -> None:
+    """Remove channels that are 0 from a depthwise convolution, and move their effect to the next normalization.
+
+    Normalization and activation turn a channel of zeros into a constant, which the consumer reads.
+    """
+    norm, eps = layer.norm, float(detector.get_submodule(layer.norm).eps)  # type: ignore[arg-type]  # untyped attribute
+    scale = state_dict[f"{norm}.weight"] / (state_dict[f"{norm}.running_var"] + eps).sqrt()
+    constants = state_dict[f"{norm}.bias"] - scale * state_dict[f"{norm}.running_mean"]
+    removed = ~remains
+    activated: Tensor = detector.get_submodule(layer.act)(constants[removed].clone())
+    mean = f"{layer.consumer_norm}.running_mean"
+    state_dict[mean] = state_dict[mean] - state_dict[f"{layer.consumer}.weight"][:, removed, 0, 0] @ activated
+    for name in (layer.conv, norm):
+        for key, value in _select_own_tensors(state_dict, name):
+            state_dict[key] = value[remains] if value.ndim else value
 
 
 def _select_own_tensors(state_dict: _StateDict, name: str) -> list[tuple[str, Tensor]]:

@@ -206,9 +206,9 @@ def test_prunable_layers_are_closed(detector: BaseDetector) -> None:
     for layer in layers:
         channels = modules[layer.conv].out_channels
         assert all(modules[name].num_features == channels for name in layer.norms)
-        assert all(modules[name].in_channels == channels for name in layer.consumers)
-        assert all(modules[name].groups == channels for name in layer.depthwise)
-        assert all(modules[name].num_features == channels for name in layer.depthwise_norms)
+        assert all(modules[name].in_channels >= channels * layer.num_copies for name in layer.consumers)
+        assert all(modules[between.conv].groups == channels for between in layer.depthwise)
+        assert all(modules[between.norm].num_features == channels for between in layer.depthwise)
 
 
 def test_pruned_model_keeps_output_shapes(family: str, detector: BaseDetector) -> None:

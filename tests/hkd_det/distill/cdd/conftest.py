@@ -12,6 +12,7 @@ from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
 from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
+from hkd_det.models.yolox import YOLOXSpec
 
 NATIVE = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
 BOTTLENECK = HKDDetectorSpec("resnet14t", {"channels": (6, 6, 8, 8), "stem_width": 8}, channels=12, head_depth=1)
@@ -30,6 +31,8 @@ SPECS: dict[str, Callable[[], ModelSpec]] = {
     "two-stage": lambda: TWO_STAGE,
     "yolo11n": lambda: _make_tiny_yolo("yolo11n"),
     "yolo26n": lambda: _make_tiny_yolo("yolo26n"),
+    "yolox": lambda: YOLOXSpec(width=0.125, act="hardswish"),
+    "yolox, dense": lambda: YOLOXSpec(width=0.125, depthwise=False),
 }
 
 
