@@ -22,11 +22,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from hkd_bench.accuracy import align_samples
 from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.host import read_host_fields
 from hkd_bench.plots import COLORS
 from hkd_bench.result import BenchResult, ModelResult, read_result, write_result
+from hkd_bench.scoring import align_samples
 from hkd_bench.table import format_data_name, format_difference, format_interval
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import UsageError, run_command
