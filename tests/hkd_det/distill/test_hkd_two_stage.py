@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from hkd_det.distill import check_methods, parse_methods
 from hkd_det.distill.batch import DistillationBatch, sample_rois
 from hkd_det.distill.distiller import Distiller, build_methods
-from hkd_det.distill.hkd import DenseHKD, HKDConfig
-from hkd_det.distill.hkd_two_stage import TwoStageConfig, TwoStageHKD, mse_per_item
+from hkd_det.distill.hkd import DenseHKD, HKDConfig, TwoStageConfig, TwoStageHKD, mse_per_item
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, DetectionBatch, ProposalOutputs, Targets
