@@ -11,8 +11,7 @@ from hkd_det.distill import METHODS, check_methods, check_teacher, load_method, 
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
-from hkd_det.models.onnx_teacher import OnnxTeacher
-from hkd_det.models.zoo import is_onnx_teacher
+from hkd_det.models.zoo import OnnxTeacher, is_onnx_teacher
 
 
 def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_factor: float = 0.02) -> float:

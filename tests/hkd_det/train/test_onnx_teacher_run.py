@@ -16,7 +16,7 @@ from hkd_det.image import read_image
 from hkd_det.models import zoo as sizes
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.onnx_teacher import OnnxTeacher, load_onnx_teacher
+from hkd_det.models.zoo import OnnxTeacher, load_onnx_teacher
 from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import train
