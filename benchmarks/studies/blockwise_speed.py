@@ -22,8 +22,7 @@ from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.zoo import read_model_name
 from hkd_det.text_table import format_table
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.context import make_epoch_plan, make_run_context, resolve_initial_weights
-from hkd_det.train.distributed import init_distributed
+from hkd_det.train.context import init_distributed, make_epoch_plan, make_run_context, resolve_initial_weights
 
 RESULT = Path(__file__).parent / "../results/blockwise.md"
 WORKERS = (1, 2, 3, 4, 8)

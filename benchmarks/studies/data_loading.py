@@ -35,9 +35,8 @@ from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.distill.base import RunContext
 from hkd_det.errors import HkdError
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.context import make_epoch_plan
+from hkd_det.train.context import DistributedContext, make_epoch_plan
 from hkd_det.train.dataset import Batch, DistributedBatchSampler, TrainDataset, build_dataloader, iterate_batches
-from hkd_det.train.distributed import DistributedContext
 from hkd_det.train.trainer import Trainer
 
 WORKERS = (0, 1, 2)

@@ -22,7 +22,7 @@ from hkd_det.models.zoo import count_params_and_flops
 from hkd_det.structures import Detections
 from hkd_det.text_table import format_table
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.distributed import resolve_device
+from hkd_det.train.context import resolve_device
 from hkd_det.train.engine import predict_dataset
 
 HEIGHT_BINS_PX = (20.0, 50.0, 100.0, 200.0)

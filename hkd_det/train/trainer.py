@@ -32,9 +32,15 @@ from hkd_det.models.checkpoint import (
 )
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
 from hkd_det.train.config import TrainConfig, compute_lr_factor, get_last_phase_start
-from hkd_det.train.context import check_annotations, make_epoch_plan, make_run_context, resolve_initial_weights
+from hkd_det.train.context import (
+    DistributedContext,
+    check_annotations,
+    init_distributed,
+    make_epoch_plan,
+    make_run_context,
+    resolve_initial_weights,
+)
 from hkd_det.train.dataset import EpochPlan, build_dataloader
-from hkd_det.train.distributed import DistributedContext, init_distributed
 from hkd_det.train.engine import EpochRecord, ModelEma, evaluate, train_one_epoch, write_history
 
 

@@ -21,7 +21,7 @@ from hkd_det.models.base import Targets
 from hkd_det.ops.losses import sum_losses
 from hkd_det.models.batch_norm import freeze_batch_norm
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.train.distributed import init_distributed
+from hkd_det.train.context import init_distributed
 
 spec = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 with init_distributed("cpu") as context:
@@ -61,7 +61,7 @@ with init_distributed("cpu") as context:
 
 THREE_GROUPS = """
 import torch
-from hkd_det.train.distributed import init_distributed
+from hkd_det.train.context import init_distributed
 
 for _ in range(3):
     with init_distributed("cpu") as context:
