@@ -34,7 +34,7 @@ from hkd_deploy import open_detector
 from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.external import OpenVinoSession
-from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.graph import find_graph_regions
 from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
 from hkd_deploy.precision.model import run_model
 from hkd_det.datasets import read_image

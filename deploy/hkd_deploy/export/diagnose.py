@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hkd_deploy.export.graph import ExportModule
 from hkd_deploy.export.parity import BOX_TOLERANCE_PX, SCORE_TOLERANCE, compute_max_difference
-from hkd_deploy.precision.graph_regions import find_constants, find_graph_regions
+from hkd_deploy.precision.graph import find_constants, find_graph_regions
 from hkd_deploy.precision.model import run_model
 from hkd_det.ops.hooks import observe_calls
 

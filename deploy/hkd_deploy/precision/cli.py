@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hkd_deploy.precision.float16 import convert_to_half
-from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.graph import convert_to_half, find_graph_regions
 from hkd_deploy.precision.int8 import load_calibration_samples
 from hkd_deploy.precision.model import Fp32Model, read_fp32_model, save_model
 from hkd_deploy.precision.quantize import quantize

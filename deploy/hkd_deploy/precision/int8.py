@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.model_metadata import ModelMetadata
-from hkd_deploy.precision.graph_regions import LAYER_OPS
+from hkd_deploy.precision.graph import LAYER_OPS
 from hkd_deploy.precision.model import Fp32Model, import_onnx, make_progress_bar, run_model
 from hkd_det.config import check_range
 from hkd_det.datasets.catalog import load_dataset

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.precision.graph_regions import GraphRegions, find_graph_regions
+from hkd_deploy.precision.graph import GraphRegions, find_graph_regions
 from hkd_deploy.precision.int8 import (
     CALIBRATION_METHODS,
     SEED,

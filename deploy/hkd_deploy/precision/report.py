@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.detector import Detector
+from hkd_deploy.backends.base import Detector
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.precision.model import make_progress_bar
 from hkd_det.datasets.catalog import load_dataset

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hkd_deploy.model_metadata import PREPROCESS_FLOAT01, ModelMetadata
-from hkd_deploy.precision.graph_regions import list_node_inputs
+from hkd_deploy.precision.graph import list_node_inputs
 from hkd_deploy.precision.model import parse_onnx_model
 from hkd_deploy.serving.model_file import ModelFile
 from hkd_det.errors import DataError, UsageError, import_package

@@ -11,8 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from hkd_deploy.precision.float16 import HalfPrecision, convert_to_half
-from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.graph import HalfPrecision, convert_to_half, find_graph_regions
 from hkd_deploy.precision.model import Fp32Model, read_fp32_model
 from hkd_det.errors import DataError
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.graph import find_graph_regions
 from hkd_deploy.precision.model import read_fp32_model
 
 

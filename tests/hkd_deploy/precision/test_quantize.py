@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hkd_deploy.precision.graph_regions import find_graph_regions
+from hkd_deploy.precision.graph import find_graph_regions
 from hkd_deploy.precision.model import read_fp32_model
 from hkd_deploy.precision.quantize import QuantizationTrial, rank_layer_sensitivity, select_excluded_nodes
 

@@ -20,8 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hkd_deploy.model_metadata import PREPROCESS, PREPROCESS_FLOAT01, TensorInfo
-from hkd_deploy.trt.engine_info import EngineInfo, write_engine
-from hkd_deploy.trt.profile import Profile
+from hkd_deploy.trt.engine_info import EngineInfo, Profile, write_engine
 from hkd_det.files import bytes_sha256
 
 TRITON_CLIENT = "tritonclient==2.73.0"
