@@ -20,8 +20,8 @@ from hkd_deploy.trt.bindings import (
     make_trt_logger,
     parse_trt_version,
 )
+from hkd_deploy.trt.engine_info import Profile, ProfileShape, resolve_profile
 from hkd_deploy.trt.onnx_file import OnnxFile
-from hkd_deploy.trt.profile import Profile, ProfileShape, resolve_profile
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 MIB = 2**20

@@ -17,17 +17,17 @@ from pathlib import Path
 
 from hkd_deploy.trt.bindings import TrtLog, get_install_hint, import_tensorrt
 from hkd_deploy.trt.builder import DEFAULT_WORKSPACE_MIB, BuildOptions, build_plan, format_memory_note
-from hkd_deploy.trt.engine import build_engine, check_precision
-from hkd_deploy.trt.engine_info import get_engine_info_path
-from hkd_deploy.trt.engine_layers import (
+from hkd_deploy.trt.engine import (
     EngineLayer,
+    build_engine,
+    check_precision,
     count_precisions,
     format_layer_table,
     format_precision_counts,
     parse_build_log,
 )
+from hkd_deploy.trt.engine_info import get_engine_info_path, parse_profile
 from hkd_deploy.trt.onnx_file import OnnxFile, read_onnx_file
-from hkd_deploy.trt.profile import parse_profile
 from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text

@@ -12,8 +12,8 @@ from hkd_deploy.export.cli import main
 from hkd_deploy.trt import cli
 from hkd_deploy.trt.builder import BuildOptions
 from hkd_deploy.trt.cli import check_build
-from hkd_deploy.trt.engine_layers import count_precisions
-from hkd_deploy.trt.profile import parse_profile
+from hkd_deploy.trt.engine import count_precisions
+from hkd_deploy.trt.engine_info import parse_profile
 from hkd_det.errors import DataError, UnavailableError
 
 

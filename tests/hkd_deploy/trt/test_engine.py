@@ -20,11 +20,9 @@ from hkd_deploy.model_metadata import TensorInfo
 from hkd_deploy.trt import bindings
 from hkd_deploy.trt.bindings import TrtLog
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan
-from hkd_deploy.trt.engine import build_engine, check_precision
-from hkd_deploy.trt.engine_info import read_engine_info, read_plan
-from hkd_deploy.trt.engine_layers import EngineLayer
+from hkd_deploy.trt.engine import EngineLayer, build_engine, check_precision
+from hkd_deploy.trt.engine_info import Profile, parse_profile, read_engine_info, read_plan
 from hkd_deploy.trt.onnx_file import read_onnx_file
-from hkd_deploy.trt.profile import Profile, parse_profile
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 
 

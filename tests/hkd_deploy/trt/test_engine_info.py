@@ -11,6 +11,7 @@ from hkd_deploy.trt import engine_info as engine_info_module
 from hkd_deploy.trt.cuda import GpuInfo
 from hkd_deploy.trt.engine_info import (
     EngineInfo,
+    Profile,
     check_compatibility,
     get_current_platform,
     get_engine_info_path,
@@ -18,7 +19,6 @@ from hkd_deploy.trt.engine_info import (
     read_plan,
     write_engine,
 )
-from hkd_deploy.trt.profile import Profile
 from hkd_det.errors import DataError, UnavailableError
 from hkd_det.files import bytes_sha256
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hkd_deploy.trt.engine_layers import (
+from hkd_deploy.trt.engine import (
     EngineLayer,
     count_precisions,
     format_layer_table,

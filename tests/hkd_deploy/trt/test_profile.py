@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hkd_deploy.trt.profile import Profile, parse_profile, resolve_profile
+from hkd_deploy.trt.engine_info import Profile, parse_profile, resolve_profile
 from hkd_det.errors import DataError, UsageError
 
 PATH = Path("student.onnx")
