@@ -5,7 +5,7 @@ Examples:
     ...     detections = detector(image_rgb)
 """
 
-from hkd_deploy.detector import Detector, StageTimes
+from hkd_deploy.backends.base import Detector, StageTimes
 from hkd_deploy.pipeline import open_detector
 
 __all__ = ["Detector", "StageTimes", "open_detector"]

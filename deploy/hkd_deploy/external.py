@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import BACKENDS
-from hkd_deploy.backends.base import PerformanceHint
+from hkd_deploy.backends.base import Detector, PerformanceHint, StageTimes, check_image
 from hkd_deploy.backends.onnxruntime import make_tensorrt_provider, make_tensorrt_rtx_provider
 from hkd_deploy.backends.openvino import Precision, compile_openvino_model
-from hkd_deploy.detector import Detector, StageTimes, check_image
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.trt.onnx_file import count_parameters, read_onnx_metadata
 from hkd_det.errors import UsageError

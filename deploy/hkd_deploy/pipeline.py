@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import OpenedBackend, open_backend
-from hkd_deploy.backends.base import Backend, PerformanceHint, RuntimeOutputs
-from hkd_deploy.detector import Detector, StageTimes, check_image
+from hkd_deploy.backends.base import Backend, Detector, PerformanceHint, RuntimeOutputs, StageTimes, check_image
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.zoo import resolve_model
 from hkd_det.errors import DataError

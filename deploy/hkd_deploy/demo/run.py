@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_deploy.backends.base import Detector, StageTimes
 from hkd_deploy.demo.output import IMAGE_OUTPUT_SUFFIXES, Window, open_image_writer, open_video_writer
-from hkd_deploy.detector import Detector, StageTimes
 from hkd_deploy.draw import draw_detections, draw_overlay
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import Frame, FrameSource, open_source

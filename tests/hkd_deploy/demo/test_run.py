@@ -2,9 +2,9 @@
 
 import pytest
 
+from hkd_deploy.backends.base import StageTimes
 from hkd_deploy.demo import run as run_module
 from hkd_deploy.demo.run import FrameStats
-from hkd_deploy.detector import StageTimes
 
 
 class Clock:
