@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from hkd_deploy.backends import OpenedBackend, open_backend
 from hkd_deploy.backends.base import Backend, Detector, PerformanceHint, RuntimeOutputs, StageTimes, check_image
 from hkd_deploy.model_metadata import ModelMetadata
-from hkd_deploy.zoo import resolve_model
 from hkd_det.errors import DataError
 from hkd_det.letterbox import PAD_VALUE, STRIDE, Letterbox, format_imgsz
+from hkd_det.shipped import resolve_model
 from hkd_det.structures import Detections
 
 
@@ -138,7 +138,7 @@ def open_detector(
 
     Args:
         model: An .onnx file, an .engine file, an OpenVINO directory, or the name of a shipped model
-            (`hkd_deploy.zoo.SHIPPED_MODELS`). None opens the shipped model for CPUs.
+            (`hkd_det.shipped.SHIPPED_MODELS`). None opens the shipped model for CPUs.
         device: cpu, cuda or cuda:N.
         threads: Number of CPU threads per operator. None for the default of the runtime.
         backend: One of `hkd_deploy.backends.BACKENDS`. None selects the backend by the file type.

@@ -1,9 +1,10 @@
-"""Weights of YOLOX from Megvii's public files: .pth checkpoints, and .onnx files of its export script.
+"""Weights of YOLOX from files: .pth checkpoints of Megvii, .onnx files of Megvii's export script and of hkd-export.
 
-Both contain 80 classes, of which the first is person, expect BGR images and begin with a Focus layer. `load_yolox`
-converts them: the detector has one class, expects RGB images and gives the same scores and boxes.
+Megvii's files contain 80 classes, of which the first is person, expect BGR images and begin with a Focus layer.
+`load_yolox` converts them: the detector has one class, expects RGB images and gives the same scores and boxes.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError
 from hkd_det.models.batch_norm import restore_batch_norm, update_bn_stats
+from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.yolox import YOLOX, Activation, YOLOXSpec
 from hkd_det.ops.hooks import observe_calls
 
@@ -23,10 +26,11 @@ FOCUS_CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))  # (row, column) of the four grou
 PERSON_CLASS_ID = 0
 NUM_STATISTICS_IMAGES = 192
 DEPTHS = (0.33, 0.67, 1.0, 1.33)
+ARCHITECTURE_KEY = "hkd.architecture"  # metadata of hkd-export
 
 
 def is_yolox_file(path: Path) -> bool:
-    """Return whether a file has weights of YOLOX: a .pth checkpoint, or an .onnx file with its first layers."""
+    """Return whether a file has weights of YOLOX: a .pth checkpoint, or an .onnx file that `load_yolox` reads."""
     if not path.is_file():
         return False
     if path.suffix == ".pth":
@@ -34,55 +38,61 @@ def is_yolox_file(path: Path) -> bool:
     if path.suffix != ".onnx":
         return False
     try:
-        convs = _read_onnx_convs(path)
+        model = onnx.load(str(path))
+        convs = _read_convs(model.graph)
     except Exception:  # noqa: BLE001 - onnx raises many types for broken files; its reader reports them later
         return False
-    return len(convs) > 60 and convs[0][0].shape[1:] == (12, 3, 3)
+    is_megvii = len(convs) > 60 and convs[0][0].shape[1:] == (12, 3, 3)
+    return is_megvii or _read_architecture(model).get("spec", {}).get("family") == "yolox"
 
 
-def load_yolox(path: Path, act: Activation = "silu") -> YOLOX:
-    """Load YOLOX from a .pth or .onnx file of Megvii.
+def load_yolox(path: Path) -> YOLOX:
+    """Load YOLOX from a .pth or .onnx file of Megvii, or from an .onnx file of hkd-export.
 
     Args:
         path: The file.
-        act: Activation of the detector. With another one than silu, call `fit_batch_norm` before use.
 
     Returns:
-        The detector in evaluation mode on the CPU. Normalizations that an .onnx file has fused are identities.
+        The detector in evaluation mode on the CPU, with the activation of the file. Normalizations that an .onnx file
+        has fused are identities; call `prepare_yolox` before training.
 
     Raises:
         DataError: If the file is not readable or does not fit YOLOX.
     """
     read = _read_onnx if path.suffix == ".onnx" else _read_checkpoint
     try:
-        spec, weights = read(path)
-        detector = YOLOX(replace(spec, act=act))
+        detector, weights = read(path)
         detector.load_state_dict(weights)
     except Exception as error:  # both libraries and missing layers raise many types
         raise DataError(
-            f"{path}: not a YOLOX file ({type(error).__name__}: {str(error)[:100]}). "
-            "Provide a .pth checkpoint of Megvii's YOLOX or an .onnx file of its export script."
+            f"{path}: not a YOLOX file ({type(error).__name__}: {str(error)[:100]}). Provide a .pth checkpoint of "
+            "Megvii's YOLOX, an .onnx file of its export script, or an .onnx file of hkd-export with FP32 weights."
         ) from error
     return detector.eval()
 
 
-def fit_batch_norm(detector: YOLOX, iterate_images: Callable[[int], Iterator[Tensor]]) -> None:
+def prepare_yolox(source: YOLOX, act: Activation, iterate_images: Callable[[int], Iterator[Tensor]]) -> YOLOX:
     """Prepare a detector of `load_yolox` for training: estimate the statistics of its normalizations.
 
-    The statistics of the network with SiLU do not change its outputs. With another activation, the weights stay those
-    of the SiLU network, and the statistics are estimated again.
+    With the activation of the file, the outputs do not change. With another one, the weights stay the same, and the
+    statistics are estimated again.
 
     Args:
-        detector: Detector of `load_yolox`, on the CPU.
+        source: Detector of `load_yolox`, on the CPU. It is modified.
+        act: Activation of the result.
         iterate_images: Yields at least the given number of images, [B, 3, H, W] RGB.
+
+    Returns:
+        The detector.
     """
     batches = list(_take_images(iterate_images(NUM_STATISTICS_IMAGES)))
-    original = YOLOX(replace(detector.spec, act="silu"))
-    original.load_state_dict(detector.state_dict())
-    restore_batch_norm(original, batches)
-    detector.load_state_dict(original.state_dict())
-    if detector.spec.act != "silu":
-        update_bn_stats(detector, batches)
+    restore_batch_norm(source, batches)
+    if act == source.spec.act:
+        return source
+    detector = YOLOX(replace(source.spec, act=act), source.changes)
+    detector.load_state_dict(source.state_dict())
+    update_bn_stats(detector, batches)
+    return detector.eval()
 
 
 def _take_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -94,7 +104,7 @@ def _take_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
             return
 
 
-def _read_checkpoint(path: Path) -> tuple[YOLOXSpec, dict[str, Tensor]]:
+def _read_checkpoint(path: Path) -> tuple[YOLOX, dict[str, Tensor]]:
     content = torch.load(path, map_location="cpu", weights_only=True)
     source: dict[str, Tensor] = content.get("model", content)
     weights = {_convert_name(name): value for name, value in source.items()}
@@ -105,7 +115,7 @@ def _read_checkpoint(path: Path) -> tuple[YOLOXSpec, dict[str, Tensor]]:
     for name, value in weights.items():
         if name.startswith("head.cls_preds."):
             weights[name] = value[PERSON_CLASS_ID, None]
-    return spec, weights
+    return YOLOX(spec), weights
 
 
 def _convert_name(name: str) -> str:
@@ -115,23 +125,17 @@ def _convert_name(name: str) -> str:
     return name.replace("backbone.", "neck.", 1)
 
 
-def _read_onnx(path: Path) -> tuple[YOLOXSpec, dict[str, Tensor]]:
+def _read_onnx(path: Path) -> tuple[YOLOX, dict[str, Tensor]]:
     """Assign the convolutions of the graph to those of the network, which run in the same order."""
-    convs = _read_onnx_convs(path)
-    width, depthwise = convs[0][0].shape[0] / 64, convs[1][0].shape[1] == 1
-    for depth in DEPTHS:
-        spec = YOLOXSpec(depth, width, depthwise)
-        detector = YOLOX(spec).eval()
-        names = _list_convs(detector)
-        if len(names) == len(convs):
-            break
-    else:
-        raise ValueError(f"{len(convs)} convolutions")
+    model = onnx.load(str(path))
+    convs = _read_convs(model.graph)
+    is_megvii = convs[0][0].shape[1:] == (12, 3, 3)
+    detector = _build_megvii(convs) if is_megvii else _build_exported(_read_architecture(model))
     weights = detector.state_dict()
-    for (name, norm), (weight, bias) in zip(names, convs, strict=True):
-        if name == "backbone.stem.conv":
+    for (name, norm), (weight, bias) in zip(_list_convs(detector), convs, strict=True):
+        if is_megvii and name == "backbone.stem.conv":
             weight = _convert_focus(weight)  # noqa: PLW2901 - same weight
-        if name.startswith("head.cls_preds."):
+        if is_megvii and name.startswith("head.cls_preds."):
             weight, bias = weight[PERSON_CLASS_ID, None], bias[PERSON_CLASS_ID, None]  # noqa: PLW2901
         weights[f"{name}.weight"] = weight
         if norm is None:
@@ -140,12 +144,33 @@ def _read_onnx(path: Path) -> tuple[YOLOXSpec, dict[str, Tensor]]:
         weights[f"{norm}.weight"], weights[f"{norm}.bias"] = torch.ones_like(bias), bias
         weights[f"{norm}.running_mean"] = torch.zeros_like(bias)
         weights[f"{norm}.running_var"] = torch.full_like(bias, 1 - detector.backbone.stem.bn.eps)
-    return spec, weights
+    return detector, weights
 
 
-def _read_onnx_convs(path: Path) -> list[tuple[Tensor, Tensor]]:
+def _build_megvii(convs: list[tuple[Tensor, Tensor]]) -> YOLOX:
+    """Build the network with as many convolutions as the file has; Megvii's file does not state its depth."""
+    width, depthwise = convs[0][0].shape[0] / 64, convs[1][0].shape[1] == 1
+    for depth in DEPTHS:
+        detector = YOLOX(YOLOXSpec(depth, width, depthwise)).eval()
+        if len(_list_convs(detector)) == len(convs):
+            return detector
+    raise ValueError(f"{len(convs)} convolutions")
+
+
+def _read_architecture(model: onnx.ModelProto) -> dict[str, Any]:
+    """Return the architecture that hkd-export stored in a file, or an empty mapping."""
+    values = [entry.value for entry in model.metadata_props if entry.key == ARCHITECTURE_KEY]
+    return dict(json.loads(values[0])) if values else {}
+
+
+def _build_exported(architecture: dict[str, Any]) -> YOLOX:
+    spec = {key: value for key, value in architecture["spec"].items() if key != "family"}
+    changes = ModelChanges(architecture["changes"]["widths"], tuple(architecture["changes"]["separable"]))
+    return YOLOX(dataclass_from_dict(YOLOXSpec, spec), changes).eval()
+
+
+def _read_convs(graph: onnx.GraphProto) -> list[tuple[Tensor, Tensor]]:
     """Return weight and bias of each convolution of a graph, in execution order."""
-    graph = onnx.load(str(path)).graph
     values = {value.name: value for value in graph.initializer}
 
     def to_tensor(name: str) -> Tensor:

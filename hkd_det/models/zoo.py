@@ -16,7 +16,7 @@ from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
 from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, make_ultralytics_spec
 from hkd_det.models.yolox import YOLOXSpec
-from hkd_det.models.yolox_weights import fit_batch_norm, is_yolox_file, load_yolox
+from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
 from hkd_det.ops.hooks import observe_calls
 
@@ -206,9 +206,8 @@ def build_student(
     """
     if weights is not None and is_yolox_file(weights):
         spec = MODELS.get(model)
-        student = load_yolox(weights, spec.act if isinstance(spec, YOLOXSpec) else "silu")
-        fit_batch_norm(student, iterate_images)
-        return student
+        source = load_yolox(weights)
+        return prepare_yolox(source, spec.act if isinstance(spec, YOLOXSpec) else source.spec.act, iterate_images)
     if weights is not None:
         return load_detector(weights)
     detector = build_model(model, backbone)
@@ -221,7 +220,7 @@ def load_teacher(path: Path, device: torch.device, config_path: Path | None = No
     """Load a teacher onto a device.
 
     Args:
-        path: best.pt of a run, a .pt file of Ultralytics, a YOLOX file of Megvii, or another .onnx file.
+        path: best.pt of a run, a .pt file of Ultralytics, a YOLOX file, or another .onnx file.
         device: Device of the teacher.
         config_path: YAML file that describes inputs and outputs of an .onnx file that hkd-export did not write. With
             it, a YOLOX file is run as an .onnx file.
@@ -248,7 +247,7 @@ def is_onnx_teacher(path: Path, config_path: Path | None = None) -> bool:
 
 
 def load_detector(path: Path) -> BaseDetector:
-    """Load a detector from best.pt of a run, from a .pt file of Ultralytics, or from a YOLOX file of Megvii.
+    """Load a detector from best.pt of a run, from a .pt file of Ultralytics, or from a YOLOX file (`load_yolox`).
 
     Args:
         path: The file.
@@ -280,7 +279,8 @@ def read_model_name(path: Path, model: str = "") -> str:
         fitting = [
             name for name, known in MODELS.items() if isinstance(known, YOLOXSpec) and known.has_weights_of(spec)
         ]
-        return model if model in fitting else next(iter(fitting), "yolox")
+        own = [name for name in fitting if MODELS[name] == spec]
+        return model if model in fitting else next(iter(own), "yolox")
     _check_not_onnx(path)
     if is_ultralytics_file(path):
         return str(load_ultralytics(path).spec.name)
@@ -312,6 +312,6 @@ def count_params_and_flops(detector: BaseDetector, imgsz_hw: tuple[int, int]) ->
 def _check_not_onnx(path: Path) -> None:
     if is_onnx_file(path):
         raise UsageError(
-            f"{path}: an ONNX file has no feature maps and no weights to start from. "
-            "Use it with --teacher and --distill soft_labels, or provide a YOLOX file of Megvii."
+            f"{path}: this ONNX file has no feature maps and no weights to start from. "
+            "Use it with --teacher and --distill soft_labels, or provide a YOLOX file in FP32."
         )

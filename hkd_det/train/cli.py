@@ -107,10 +107,14 @@ def _build_train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         metavar="CHECKPOINT",
-        help="initial architecture and weights; --model can be left out. Also takes YOLOX files of Megvii "
-        "(.pth, .onnx)",
+        help="initial architecture and weights: best.pt of a run, a shipped detector such as hkd-cpu, an .onnx file of "
+        "hkd-export with YOLOX in FP32, or a YOLOX file of Megvii (.pth, .onnx); --model can be left out. Without "
+        "--model, --weights and --recipe, hkd-cpu is fine-tuned",
     )
-    parser.add_argument("--teacher", help="teacher: best.pt of a run, an Ultralytics .pt file, or an ONNX file")
+    parser.add_argument("--from-scratch", action="store_true", help="start from random weights also without --model")
+    parser.add_argument(
+        "--teacher", help="teacher: best.pt of a run, a shipped detector, an Ultralytics .pt file, or an ONNX file"
+    )
     parser.add_argument(
         "--teacher-config",
         metavar="YAML",

@@ -15,6 +15,7 @@ from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_training_state
 from hkd_det.models.feature_layers import format_feature_layers, list_feature_layers
 from hkd_det.models.zoo import build_model, get_spec, load_detector, read_model_name
+from hkd_det.shipped import DEFAULT_MODEL, FINETUNE_RECIPE, resolve_model
 from hkd_det.train.baseline import compare_with_baseline, format_comparison, make_baseline_config
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import train
@@ -118,7 +119,7 @@ def _build_new_config(arguments: argparse.Namespace) -> TrainConfig:
 
 def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
     """Combine the recipe with the flags, which take precedence."""
-    settings = _load_recipe(Path(arguments.recipe)) if arguments.recipe else {}
+    settings = _load_recipe(Path(arguments.recipe)) if arguments.recipe else _load_default_recipe(arguments)
     settings |= {name: value for name in SETTING_FLAGS if (value := getattr(arguments, name)) is not None}
     if arguments.imgsz:
         settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
@@ -131,6 +132,7 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
             settings["distill"] = override_method(settings["distill"], assignment)
         else:
             settings = apply_override(TrainConfig, settings, assignment)
+    _resolve_shipped_models(settings, arguments.from_scratch)
     sources = _get_student_sources(settings)
     if "teacher" in sources and not settings.get("model"):
         settings.setdefault("weights", settings.get("teacher", ""))
@@ -142,9 +144,7 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
     for flag in ("data", "teacher" if sources - {"config"} else "model", "model"):
         if not settings.get(flag):
             raise UsageError(f"--{flag}: required. Set it, or --recipe YAML, or --resume RUN.")
-    if arguments.name or arguments.project or "save_dir" not in settings:
-        name = arguments.name or "-".join([str(settings["model"]), *map(str, settings["distill"])])
-        settings["save_dir"] = str(Path(arguments.project or "runs/train") / name)
+    settings["save_dir"] = _choose_save_dir(arguments, settings)
     return TrainConfig.from_dict(settings, arguments.recipe)
 
 
@@ -168,6 +168,36 @@ def _load_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"--recipe: {path}: expected a mapping `key: value`, got {type(content).__name__}.")
     return content
+
+
+def _choose_save_dir(arguments: argparse.Namespace, settings: dict[str, Any]) -> str:
+    if not (arguments.name or arguments.project) and "save_dir" in settings:
+        return str(settings["save_dir"])
+    name = arguments.name or "-".join([str(settings["model"]), *map(str, settings["distill"])])
+    return str(Path(arguments.project or "runs/train") / name)
+
+
+def _resolve_shipped_models(settings: dict[str, Any], from_scratch: bool) -> None:
+    """Replace names of shipped detectors by their files."""
+    if from_scratch and settings.get("weights"):
+        raise UsageError(f"--from-scratch: excludes the initial weights {settings['weights']}. Omit one of them.")
+    for name in ("weights", "teacher"):
+        if settings.get(name):
+            settings[name] = str(resolve_model(settings[name]))
+
+
+def _load_default_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a run without recipe: fine-tuning of the shipped detector if no flag names a model."""
+    if arguments.model or arguments.weights or arguments.teacher or arguments.distill is not None:
+        return {}
+    if arguments.from_scratch:
+        return {"model": read_model_name(resolve_model(None))}
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"Fine-tuning the shipped detector {DEFAULT_MODEL} with the settings of {FINETUNE_RECIPE}. "
+            "Use --from-scratch for random weights, or --model and --weights for another detector."
+        )
+    return _load_recipe(FINETUNE_RECIPE)
 
 
 def _check_resume_flags(arguments: argparse.Namespace) -> None:

@@ -14,10 +14,10 @@ from hkd_deploy.demo.output import open_window
 from hkd_deploy.demo.run import FrameStats, open_output, run_demo
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
-from hkd_deploy.zoo import DEFAULT_MODEL
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.errors import run_command
+from hkd_det.shipped import DEFAULT_MODEL
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,8 @@ from hkd_det.datasets.catalog import dataset_license
 from hkd_det.errors import HkdError
 from hkd_det.files import atomic_write
 from hkd_det.letterbox import STRIDE
-from hkd_det.models.checkpoint import DetectorCheckpoint, get_family, weights_sha256
+from hkd_det.models.checkpoint import DetectorCheckpoint, get_family, spec_to_dict, weights_sha256
+from hkd_det.models.yolox_weights import ARCHITECTURE_KEY
 from hkd_det.models.zoo import count_params_and_flops
 from hkd_det.structures import Detections, Sample
 from hkd_det.train.engine import predict_dataset
@@ -167,6 +169,7 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
         "hkd.max_imgsz": str(list(options.max_hw)),
         "hkd.dynamic": _format_bool(options.dynamic_size),
         "hkd.raw": _format_bool(options.raw),
+        ARCHITECTURE_KEY: json.dumps({"spec": spec_to_dict(checkpoint.spec), "changes": asdict(checkpoint.changes)}),
         "hkd.weights_sha256": weights_sha256(checkpoint.weights),
         "hkd.data": _get_training_data(checkpoint),
         **_make_eval_metadata(checkpoint),

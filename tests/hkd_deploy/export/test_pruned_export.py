@@ -14,8 +14,12 @@ from hkd_det.distill.cdd.fusion import fuse_compactors
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
+from hkd_det.models.surgery import ModelChanges
+from hkd_det.models.yolox import YOLOXSpec
+from hkd_det.models.yolox_weights import is_yolox_file, load_yolox
 from hkd_det.models.zoo import count_params_and_flops
 
+YOLOX_SPEC = YOLOXSpec(width=0.125, act="hardswish")
 SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=2)
 HW = (64, 96)
 
@@ -23,7 +27,9 @@ HW = (64, 96)
 def export(detector: BaseDetector, path: Path) -> onnx.ModelProto:
     config = {"data": "none"}
     export_onnx(
-        DetectorCheckpoint("x", SPEC, detector.state_dict(), config, 1, 1.0, detector.changes), path, ExportOptions(HW)
+        DetectorCheckpoint("x", detector.spec, detector.state_dict(), config, 1, 1.0, detector.changes),
+        path,
+        ExportOptions(HW),
     )
     return onnx.load(path)
 
@@ -60,3 +66,23 @@ def test_pruned_student_exports_as_plain_network(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores, expected_scores.numpy(), atol=1e-5)
     valid = scores[0] > 0
     np.testing.assert_allclose(boxes[0][valid][:5], expected_boxes.numpy()[0][valid][:5], atol=1e-2)
+
+
+def test_training_can_start_from_an_exported_and_pruned_yolox(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = build_from_spec(YOLOX_SPEC).prunable_layers()
+    widths = {layer.conv: 2 + index % 3 for index, layer in enumerate(layers)}
+    detector = build_from_spec(YOLOX_SPEC, ModelChanges(widths=widths)).eval()
+    for name, buffer in detector.named_buffers():
+        if "running" in name:
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+    path = tmp_path / "pruned.onnx"
+    export(detector, path)
+    assert is_yolox_file(path)
+    loaded = load_yolox(path)
+    assert (loaded.spec, loaded.changes.widths) == (YOLOX_SPEC, widths)
+    image = torch.randint(0, 255, (1, 3, *HW))
+    with torch.no_grad():
+        expected, actual = detector(image).one2many, loaded(image).one2many
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual.boxes_xyxy, expected.boxes_xyxy, atol=1e-3, rtol=1e-4)

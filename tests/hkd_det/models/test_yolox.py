@@ -14,7 +14,7 @@ from hkd_det.errors import DataError
 from hkd_det.models.batch_norm import update_bn_stats
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.yolox import YOLOX, YOLOXSpec, decode_boxes
-from hkd_det.models.yolox_weights import fit_batch_norm, is_yolox_file, load_yolox
+from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox
 from hkd_det.models.zoo import MODELS, build_student, read_model_name
 
 NANO = Path(os.environ.get("HKD_TEST_DATA", ""), "models/yolox_nano.onnx")
@@ -122,14 +122,14 @@ def test_stem_equals_focus_and_convolution() -> None:
     torch.testing.assert_close(detector.backbone.stem.conv(IMAGES), expected, atol=1e-3, rtol=1e-4)
 
 
-def test_fit_batch_norm_keeps_the_outputs_and_sets_true_statistics() -> None:
+def test_prepare_yolox_keeps_the_outputs_and_sets_true_statistics() -> None:
     detector = make_tiny()
     for module in detector.modules():  # as in a file whose normalizations were fused into the convolutions
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean, module.running_var = torch.zeros_like(module.bias), torch.full_like(module.bias, 0.9)
     with torch.no_grad():
         before = detector(IMAGES).one2many.logits
-        fit_batch_norm(detector, iterate_images)
+        prepare_yolox(detector, "silu", iterate_images)
         after = detector.eval()(IMAGES).one2many.logits
         trained = detector.train()(IMAGES).one2many.logits  # statistics of the batch, the same images
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
@@ -138,8 +138,8 @@ def test_fit_batch_norm_keeps_the_outputs_and_sets_true_statistics() -> None:
 
 def test_other_activation_gets_statistics_of_its_own() -> None:
     torch.manual_seed(0)
-    hardswish = YOLOX(YOLOXSpec(width=0.125, act="hardswish"))
-    fit_batch_norm(hardswish, iterate_images)
+    hardswish = prepare_yolox(YOLOX(YOLOXSpec(width=0.125)).eval(), "hardswish", iterate_images)
+    assert hardswish.spec.act == "hardswish"
     with torch.no_grad():
         evaluated, trained = (hardswish.train(mode)(IMAGES).one2many.logits for mode in (False, True))
     torch.testing.assert_close(evaluated, trained, atol=2e-2, rtol=2e-2)

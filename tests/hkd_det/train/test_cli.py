@@ -11,7 +11,9 @@ import pytest
 
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import MODELS
-from hkd_det.train.cli import main
+from hkd_det.shipped import SHIPPED_MODELS
+from hkd_det.train.cli import _build_train_parser, main
+from hkd_det.train.start import _merge_settings
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
 
@@ -52,6 +54,11 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
         (["--data", "x.yaml", *FLAGS, "--device", "mps"], 2, "--device mps: expected auto, cpu, cuda or cuda:N"),
         (["--data", "x.yaml", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
+        (
+            ["--data", "x.yaml", "--weights", "hkd-cpu", "--from-scratch"],
+            2,
+            "--from-scratch: excludes the initial weights",
+        ),
         (["--resume", "nothing-here"], 1, "--resume nothing-here: no such run. Check the path."),
         (["--resume", "."], 1, "--resume .: contains no last.pt"),
         (["--resume", "nothing-here", "--epochs", "9", "--workers", "0", "--set", "lr=1"], 2, "--epochs --workers"),
@@ -186,3 +193,28 @@ def test_interrupt_prints_resume_command_without_traceback(data_yaml: Path, tmp_
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "--resume" in error and "Traceback" not in error
+
+
+def read_settings(*flags: str) -> dict[str, object]:
+    """Return the settings of the run that flags of hkd-train start."""
+    return _merge_settings(_build_train_parser().parse_args(["--data", "x.yaml", *flags])).as_dict()
+
+
+def test_the_shipped_detector_is_fine_tuned_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    settings, path = read_settings("--epochs", "3"), str(SHIPPED_MODELS["hkd-cpu"].path)
+    assert (settings["weights"], settings["teacher"], settings["model"]) == (path, path, "yolox-nano-hswish")
+    assert (settings["imgsz_hw"], settings["epochs"], list(settings["distill"])) == ([320, 320], 3, ["dense"])  # type: ignore[call-overload]
+    assert "Fine-tuning the shipped detector hkd-cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"), [(["--from-scratch"], "yolox-nano-hswish"), (["--model", "slim-student"], "slim-student")]
+)
+def test_random_weights_on_request(flags: list[str], model: str) -> None:
+    settings = read_settings(*flags)
+    assert (settings["weights"], settings["teacher"], settings["model"]) == ("", "", model)
+
+
+def test_shipped_detector_can_be_teacher() -> None:
+    settings = read_settings("--model", "slim-student", "--teacher", "hkd-cpu", "--distill", "soft_labels")
+    assert (settings["weights"], settings["teacher"]) == ("", str(SHIPPED_MODELS["hkd-cpu"].path))

@@ -43,6 +43,7 @@ SHIPPED_MODELS: dict[str, ShippedModel] = {
     "hkd-cpu": ShippedModel("hkd-cpu", "CPU", (320, 320), 896_754, (9.2, 6.4), "Apache-2.0"),
 }
 DEFAULT_MODEL = "hkd-cpu"
+FINETUNE_RECIPE = DIRECTORY / "finetune.yaml"  # hkd-train without --model, --weights and --recipe
 
 
 def resolve_model(model: Path | str | None) -> Path:

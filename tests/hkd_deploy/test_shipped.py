@@ -9,10 +9,10 @@ import pytest
 from hkd_bench.cli import main as bench_main
 from hkd_deploy import open_detector
 from hkd_deploy.pipeline import ExportedDetector
-from hkd_deploy.zoo import DEFAULT_MODEL, SHIPPED_MODELS, ShippedModel, resolve_model
 from hkd_det.datasets import read_image
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
+from hkd_det.shipped import DEFAULT_MODEL, SHIPPED_MODELS, ShippedModel, resolve_model
 
 DATA = Path(os.environ.get("HKD_TEST_DATA", ""), "inria")
 needs_inria = pytest.mark.skipif(not DATA.is_dir(), reason="HKD_TEST_DATA has no inria")
