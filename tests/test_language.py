@@ -34,6 +34,7 @@ FAMILY_MODULES = ("hkd_det/models/", "hkd_det/distill/batch.py")
 ERROR_CLASSES = {
     "BlockError",
     "DataError",
+    "DatasetError",
     "HkdError",
     "ParityError",
     "PrecisionError",

@@ -1,9 +1,9 @@
-"""Helpers that all dataset readers share: error handling, coordinate checks, class selection, JSON line numbers."""
+"""Helpers that all dataset readers share: error handling, coordinate checks, class selection."""
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,36 @@ Item = TypeVar("Item")
 Key = TypeVar("Key")
 ErrorHandler = Callable[[DataError], None]
 
+LOGGER = logging.getLogger("hkd_det.datasets")  # without a configuration, warnings go to stderr
+
 MAX_COORDINATE_PX = 2.0**24  # float32 cannot represent all larger integers
 PERSON_NAMES = ("person", "pedestrian", "people", "human")
-SEPARATOR_PATTERN = re.compile(r"[\s,:]*")
+
+
+class DatasetError(DataError):
+    """A problem of a dataset, with the fields that `hkd-train --check --json` writes.
+
+    Args:
+        message: Text with file, problem and remedy.
+        kind: Identifier of the kind of problem, such as `repeated_box`.
+        file: File that contains the problem.
+        count: Number of records, images or classes that the problem concerns.
+        is_error: True if the problem changes what a model learns. Reading continues after other problems.
+        class_name: Name of the class of a problem of the kind `unused_class`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        kind: str = "annotation",
+        file: Path | str = "",
+        count: int = 1,
+        is_error: bool = True,
+        class_name: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.kind, self.file, self.count = kind, str(file), count
+        self.is_error, self.class_name = is_error, class_name
 
 
 def raise_error(error: DataError) -> None:
@@ -26,9 +53,61 @@ def raise_error(error: DataError) -> None:
     Another handler, such as `errors.append`, lets a reader skip the record and continue.
 
     Args:
-        error: Error of one record. The message names file and record.
+        error: Error of one record. The message names file and record. A problem that is not an error has no effect.
     """
-    raise error
+    if not is_notice(error):
+        raise error
+
+
+def is_notice(error: DataError) -> bool:
+    """Return whether a problem does not change what a model learns.
+
+    Args:
+        error: Error that a reader reports.
+    """
+    return isinstance(error, DatasetError) and not error.is_error
+
+
+def replace_message(error: DataError, message: str) -> DataError:
+    """Return a copy of an error with another message.
+
+    Args:
+        error: Error of a record.
+        message: Text of the copy.
+
+    Returns:
+        The copy. It has the kind and the file of the error.
+    """
+    changed = copy.copy(error)
+    changed.args = (message,)
+    return changed
+
+
+def log_notices(notices: Sequence[DatasetError]) -> None:
+    """Log one line for each kind of notice, in the main process only.
+
+    Args:
+        notices: Problems that are not errors.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    unused: dict[str, int] = {}
+    first: dict[str, DatasetError] = {}
+    num_others: dict[str, int] = {}
+    for notice in notices:
+        if notice.class_name:
+            unused[notice.class_name] = unused.get(notice.class_name, 0) + notice.count
+        elif notice.kind in first:
+            num_others[notice.kind] = num_others.get(notice.kind, 0) + 1
+        else:
+            first[notice.kind] = notice
+    for kind, notice in first.items():
+        others = f" Number of similar messages: {num_others[kind]:,}." if kind in num_others else ""
+        LOGGER.warning("%s%s", notice, others)
+    if unused:
+        LOGGER.warning(
+            "unused classes: %s. Set `category` to train on them.", ", ".join(f"{k} {v:,}" for k, v in unused.items())
+        )
 
 
 def show_progress(items: Sequence[Item], description: str, unit: str) -> Iterable[Item]:
@@ -199,70 +278,3 @@ def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
             raise DataError(f"--unlabeled {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none.")
         samples += [Sample(str(path), path, unlabeled_ground_truth()) for path in paths]
     return samples
-
-
-class JsonLocations:
-    """Line numbers of list elements in a JSON file, computed only when an error needs them.
-
-    Args:
-        path: File with a JSON object at the top level.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def annotate(self, error: DataError, key: str, index: int) -> DataError:
-        """Insert the location of a list element into an error message.
-
-        Args:
-            error: Error whose message begins with the path.
-            key: Key of the list in the top-level object.
-            index: Index of the element.
-
-        Returns:
-            The error with the line of the element, and its column if the file has a single line.
-        """
-        return DataError(str(error).replace(str(self.path), f"{self.path}, {self._locations[key][index]}", 1))
-
-    @cached_property
-    def _locations(self) -> dict[str, list[str]]:
-        text = self.path.read_text(encoding="utf-8-sig")
-        offsets = _find_element_offsets(text)
-        if "\n" not in text.rstrip():
-            return {key: [f"line 1, column {offset + 1}" for offset in starts] for key, starts in offsets.items()}
-        return {key: [f"line {line}" for line in _iterate_lines(text, starts)] for key, starts in offsets.items()}
-
-
-def _find_element_offsets(text: str) -> dict[str, list[int]]:
-    """Return the offsets of the elements of each top-level list."""
-    decode = json.JSONDecoder().raw_decode
-    offsets: dict[str, list[int]] = {}
-    position = _skip_separators(text, text.index("{") + 1)
-    while text[position] != "}":
-        key, position = decode(text, position)
-        position = _skip_separators(text, position)
-        if text[position] == "[":
-            offsets[key] = []
-            position = _skip_separators(text, position + 1)
-            while text[position] != "]":
-                offsets[key].append(position)
-                position = _skip_separators(text, decode(text, position)[1])
-            position = _skip_separators(text, position + 1)
-        else:
-            position = _skip_separators(text, decode(text, position)[1])
-    return offsets
-
-
-def _iterate_lines(text: str, offsets: list[int]) -> Iterator[int]:
-    """Yield the line numbers of ascending offsets in one pass."""
-    line, previous = 1, 0
-    for offset in offsets:
-        line += text.count("\n", previous, offset)
-        previous = offset
-        yield line
-
-
-def _skip_separators(text: str, position: int) -> int:
-    """Return the position after whitespace, commas and colons."""
-    match = SEPARATOR_PATTERN.match(text, position)
-    return match.end() if match else position

@@ -1,10 +1,15 @@
 """Validation of a dataset (`hkd-train --check`): read every annotation, decode every image, count, plot, report."""
 
+import json
+import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +19,7 @@ from tqdm import tqdm
 from hkd_det.datasets.audit_coco import plan_audited_files
 from hkd_det.datasets.audit_models import open_audit_models
 from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, run_audit, write_audited
-from hkd_det.datasets.base import ErrorHandler, raise_error
+from hkd_det.datasets.base import DatasetError, ErrorHandler, raise_error
 from hkd_det.datasets.catalog import SPLITS, list_splits, load_dataset
 from hkd_det.datasets.check_report import (
     DuplicateReport,
@@ -49,26 +54,82 @@ class _CheckedSplit:
     image_set: ImageSet
 
 
-def check_dataset(data: str, output_dir: Path, audit: AuditOptions | None = None, against: Sequence[str] = ()) -> int:
+@dataclass
+class _ProblemLog:
+    """Problems of one split without repetitions, and the boxes of its unused classes."""
+
+    split: str
+    problems: dict[str, DatasetError] = field(default_factory=dict)  # by message
+    unused_classes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, error: DataError, kind: str = "annotation") -> None:
+        if not isinstance(error, DatasetError):
+            file = str(error).partition(": ")[0].partition(", line ")[0]
+            error = DatasetError(str(error), kind, file)
+        if error.class_name:
+            self.unused_classes[error.class_name] += error.count
+        else:
+            self.problems.setdefault(str(error), error)
+
+    def list_lines(self, is_error: bool) -> list[str]:
+        return [
+            escape_nonprintable(f"{self.split}: {message}")
+            for message, problem in self.problems.items()
+            if problem.is_error == is_error
+        ]
+
+    def list_records(self) -> list[dict[str, Any]]:
+        """Return one record for each kind and file."""
+        records: dict[tuple[str, str, bool], dict[str, Any]] = {}
+        for message, problem in self.problems.items():
+            severity = "error" if problem.is_error else "warning"
+            new = {"kind": problem.kind, "file": problem.file, "count": 0, "severity": severity, "message": message}
+            record = records.setdefault((problem.kind, problem.file, problem.is_error), new)
+            record["count"] += problem.count
+        return list(records.values())
+
+
+def check_dataset(
+    data: str,
+    output_dir: Path,
+    audit: AuditOptions | None = None,
+    against: Sequence[str] = (),
+    json_output: str = "",
+) -> int:
     """Check every split of a dataset, print a summary and write a report.
 
     The report consists of `index.html`, `errors.txt`, `duplicates.json`, and a contact sheet and histograms of each
     split as PNG. The audit adds `audit.html`, `audit.json` and the detections of each model.
 
     Args:
-        data: Name in datasets.yaml or path of a .yaml file.
+        data: Name in datasets.yaml, path of a .yaml file, or another source that `load_dataset` reads.
         output_dir: Directory of the report.
         audit: Options of the label audit (default: no audit).
         against: Other datasets in which near-duplicates of the images are searched.
+        json_output: File for the counts and problems of each split as JSON, or "-" for stdout. The summary then goes
+            to stderr.
 
     Returns:
-        0, or 1 if there are errors. Near-duplicates and findings of the audit are not errors.
+        0, or 1 if there are errors. Warnings, near-duplicates and findings of the audit are not errors.
 
     Raises:
         UsageError: The dataset is unknown, its entry has an invalid key, or an option of the audit is invalid.
         DataError: A model of the audit is missing or invalid, or there is no image to audit.
     """
-    errors: dict[str, None] = {}  # an ordered set
+    with redirect_stdout(sys.stderr if json_output == "-" else sys.stdout):
+        num_errors, result = _check_all_splits(data, output_dir, audit, against)
+    text = json.dumps(result, indent=1) + "\n"
+    if json_output == "-":
+        sys.stdout.write(text)
+    elif json_output:
+        write_text(Path(json_output), text)
+    return 1 if num_errors else 0
+
+
+def _check_all_splits(
+    data: str, output_dir: Path, audit: AuditOptions | None, against: Sequence[str]
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of errors and the content of --json."""
     splits = list_splits(data)
     if not splits:
         raise UsageError(f"--data {data}: nothing to check. Expected at least one of {', '.join(SPLITS)}.")
@@ -76,20 +137,33 @@ def check_dataset(data: str, output_dir: Path, audit: AuditOptions | None = None
     audited_paths = plan_audited_files(data, audit.write_audited, splits) if audit and audit.write_audited else {}
     for other in against:
         list_splits(other)  # an unknown dataset is an error before the check starts
-    checked = {split: _check_split(data, split, output_dir, errors) for split in splits}
+    logs = {split: _ProblemLog(split) for split in splits}
+    checked = {split: _check_split(data, logs[split], output_dir) for split in splits}
     searches = _check_duplicates([one.image_set for one in checked.values()], against, output_dir)
-    lines = list(errors)
+    lines = [line for log in logs.values() for line in log.list_lines(is_error=True)]
+    warnings = [line for log in logs.values() for line in log.list_lines(is_error=False)]
     write_text(output_dir / "errors.txt", "".join(f"{line}\n" for line in lines))
     reports = [one.report for one in checked.values()]
     duplicates = [DuplicateReport(escape_nonprintable(one.title), one.summary, _draw_jpg(one)) for one in searches]
-    write_dataset_report(output_dir / "index.html", escape_nonprintable(data), reports, duplicates, lines)
-    _print_errors(lines, output_dir)
+    write_dataset_report(output_dir / "index.html", escape_nonprintable(data), reports, duplicates, lines, warnings)
+    _print_problems(lines, warnings, output_dir)
     if audit:
         readable = {split: one.readable for split, one in checked.items()}
         audits = run_audit(data, readable, models, audit, output_dir)
         if audited_paths:
             write_audited(data, readable, audits, audited_paths, audit, output_dir)
-    return 1 if lines else 0
+    return len(lines), {"splits": {split: _make_record(one, logs[split]) for split, one in checked.items()}}
+
+
+def _make_record(checked: _CheckedSplit, log: _ProblemLog) -> dict[str, Any]:
+    summary = checked.report.summary
+    return {
+        "images": summary.num_images,
+        "persons": summary.num_gt,
+        "ignored": summary.num_ignore_regions,
+        "unused_classes": dict(summary.unused_classes),
+        "problems": log.list_records(),
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,24 +222,21 @@ def _inspect_or_error(sample: Sample) -> InspectedImage | DataError:
     return InspectedImage((image.shape[0], image.shape[1]), make_thumbnail(image), is_rotated)
 
 
-def _check_split(data: str, split: str, output_dir: Path, errors: dict[str, None]) -> _CheckedSplit:
-    def add_error(error: DataError) -> None:
-        errors[escape_nonprintable(f"{split}: {error}")] = None
-
+def _check_split(data: str, log: _ProblemLog, output_dir: Path) -> _CheckedSplit:
     samples: list[Sample] = []
     try:
-        samples = load_dataset(data, split, add_error)
+        samples = load_dataset(data, log.split, log.add)
     except DataError as error:  # a whole file is invalid, or no sample is left
-        add_error(error)
+        log.add(error)
     except OSError as error:  # a directory without permission, or a name that is too long
-        add_error(DataError(f"{error.filename}: {error.strerror}. Check the path and the permissions."))
-    images = inspect_images(samples, add_error)
+        log.add(DataError(f"{error.filename}: {error.strerror}. Check the path and the permissions."))
+    images = inspect_images(samples, lambda error: log.add(error, "image"))
     sizes = [image.size_hw if image else None for image in images]
     num_rotated = sum(image.is_exif_rotated for image in images if image)
-    summary = summarize(split, samples, sizes, num_rotated)
+    summary = summarize(log.split, samples, sizes, num_rotated, log.unused_classes)
     print(format_summary(summary))
     readable = [(sample, size) for sample, size in zip(samples, sizes, strict=True) if size]
-    image_set = _make_image_set(split, samples, images)
+    image_set = _make_image_set(log.split, samples, images)
     return _CheckedSplit(SplitReport(summary, _save_images(summary, readable, output_dir)), readable, image_set)
 
 
@@ -219,10 +290,16 @@ def _encode_sheet(image_rgb: NDArray[np.uint8], suffix: str) -> bytes:
     return cv2.imencode(suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
-def _print_errors(errors: Sequence[str], output_dir: Path) -> None:
-    print(f"\n{len(errors):,} error{'' if len(errors) == 1 else 's'}" if errors else "\nno errors")
-    for error in errors[:MAX_PRINTED]:
-        print(f"  {error}")
-    if len(errors) > MAX_PRINTED:
-        print(f"  ... and {len(errors) - MAX_PRINTED:,} more: {output_dir / 'errors.txt'}")
+def _print_problems(errors: Sequence[str], warnings: Sequence[str], output_dir: Path) -> None:
+    for noun, lines in (("warning", warnings), ("error", errors)):
+        if not lines:
+            continue
+        print(f"\n{len(lines):,} {noun}{'' if len(lines) == 1 else 's'}")
+        for line in lines[:MAX_PRINTED]:
+            print(f"  {line}")
+        if len(lines) > MAX_PRINTED:
+            where = output_dir / ("errors.txt" if noun == "error" else "index.html")
+            print(f"  ... and {len(lines) - MAX_PRINTED:,} more: {where}")
+    if not errors:
+        print("\nno errors")
     print(f"saved {output_dir / 'index.html'}")

@@ -122,6 +122,7 @@ def write_dataset_report(
     reports: Sequence[SplitReport],
     duplicates: Sequence[DuplicateReport],
     errors: Sequence[str],
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write the HTML page; the file is replaced atomically.
 
@@ -131,6 +132,7 @@ def write_dataset_report(
         reports: Content of each split.
         duplicates: Near-duplicates within and between splits.
         errors: One line per error.
+        warnings: One line per problem that is not an error.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -148,6 +150,8 @@ def write_dataset_report(
             shown=shown,
             more=more,
             num_omitted=num_omitted,
+            warnings=warnings[:MAX_LISTED],
+            num_warnings=len(warnings),
         ),
     )
 

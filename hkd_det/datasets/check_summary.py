@@ -2,9 +2,10 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,7 @@ class SplitSummary:
         height_bins: Histogram of the box height.
         visible_ratio_bins: Histogram of the visible ratio of the boxes.
         num_exif_rotated: Number of images whose EXIF orientation rotates or flips the stored pixels.
+        unused_classes: Name and number of boxes of the other classes of the dataset, most frequent first.
     """
 
     split: str
@@ -79,10 +81,15 @@ class SplitSummary:
     height_bins: tuple[HistogramBin, ...]
     visible_ratio_bins: tuple[HistogramBin, ...]
     num_exif_rotated: int = 0
+    unused_classes: tuple[tuple[str, int], ...] = ()
 
 
 def summarize(
-    split: str, samples: Sequence[Sample], sizes_hw: Sequence[tuple[int, int] | None], num_exif_rotated: int = 0
+    split: str,
+    samples: Sequence[Sample],
+    sizes_hw: Sequence[tuple[int, int] | None],
+    num_exif_rotated: int = 0,
+    unused_classes: Mapping[str, int] = MappingProxyType({}),
 ) -> SplitSummary:
     """Compute the statistics of a split.
 
@@ -91,6 +98,7 @@ def summarize(
         samples: Samples of the split.
         sizes_hw: Height and width of each image in pixels; None if it cannot be decoded.
         num_exif_rotated: Number of images whose EXIF orientation rotates or flips the stored pixels.
+        unused_classes: Name and number of boxes of the classes that are neither persons nor ignored.
 
     Returns:
         The statistics.
@@ -114,6 +122,7 @@ def summarize(
         height_bins=_make_histogram(heights, HEIGHT_EDGES_PX, " px", f"from {HEIGHT_EDGES_PX[-2]:g} px"),
         visible_ratio_bins=_make_histogram(visible_ratios, VISIBLE_RATIO_EDGES, "", "fully visible"),
         num_exif_rotated=num_exif_rotated,
+        unused_classes=tuple(Counter(unused_classes).most_common()),
     )
 
 
@@ -148,6 +157,7 @@ def make_summary_rows(summary: SplitSummary) -> list[tuple[str, str]]:
         ("ground-truth boxes", f"{summary.num_gt:,}"),
         ("ignore regions", f"{summary.num_ignore_regions:,}"),
         ("labels", _format_most_common(summary.label_counts)),
+        *([("unused classes", _format_most_common(summary.unused_classes))] if summary.unused_classes else []),
         ("image sizes", _format_most_common(summary.size_counts)),
         *((f"image {side}", _format_size_range(size_range)) for side, size_range in sides if size_range),
         *([("rotated by EXIF", rotated)] if summary.num_exif_rotated else []),

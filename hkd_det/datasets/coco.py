@@ -13,12 +13,12 @@ import numpy as np
 from hkd_det.boxes import Boxes, box_area, clip_boxes, xyxy_from_xywh
 from hkd_det.datasets.base import (
     ErrorHandler,
-    JsonLocations,
     is_pixel_value,
     make_outside_error,
     raise_error,
     select_person_class,
 )
+from hkd_det.datasets.json_locations import JsonLocations
 from hkd_det.errors import DataError
 from hkd_det.files import read_json
 from hkd_det.structures import GroundTruth, Sample

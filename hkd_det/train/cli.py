@@ -38,7 +38,7 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
             return 0
     if arguments.check:
         return _run_check(arguments)
-    for flag in ("audit", "audit_config", "audit_score", "write_audited", "audited_as", "against"):
+    for flag in ("json", "audit", "audit_config", "audit_score", "write_audited", "audited_as", "against"):
         if getattr(arguments, flag) is not None:
             raise UsageError(f"--{flag.replace('_', '-')}: requires --check. Add --check.")
     with require_extra("train"):
@@ -60,7 +60,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
         for flag in ("audit_config", "audit_score", "write_audited", "audited_as"):
             if getattr(arguments, flag) is not None:
                 raise UsageError(f"--{flag.replace('_', '-')}: requires --audit. Add --audit MODEL.")
-        return check_dataset(arguments.data, directory, against=arguments.against or [])
+        return check_dataset(arguments.data, directory, None, arguments.against or [], arguments.json or "")
     if arguments.audited_as and not arguments.write_audited:
         raise UsageError("--audited-as: requires --write-audited. Add --write-audited FILE.")
     score = {} if arguments.audit_score is None else {"min_score": arguments.audit_score}
@@ -74,7 +74,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
         audited_as=arguments.audited_as or "ignore",
         **score,
     )
-    return check_dataset(arguments.data, directory, options, arguments.against or [])
+    return check_dataset(arguments.data, directory, options, arguments.against or [], arguments.json or "")
 
 
 def _build_train_parser() -> argparse.ArgumentParser:
@@ -163,6 +163,11 @@ def _build_train_parser() -> argparse.ArgumentParser:
 
 
 def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="with --check: write counts, unused classes and problems of each split as JSON; - writes to stdout",
+    )
     parser.add_argument(
         "--against",
         action="append",

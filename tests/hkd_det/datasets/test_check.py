@@ -155,6 +155,23 @@ def test_check_reports_every_error_with_location(
     assert any("3.png: expected 100 x 80 pixels as annotated, got 8 x 8" in error for error in errors)
 
 
+def test_check_writes_json_with_one_record_per_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = coco(tmp_path, bbox=[1, 2, -3, 4])
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
+    assert run(data, monkeypatch, "--json", "-") == 1
+    output = capsys.readouterr()
+    content = json.loads(output.out)
+    assert "2 errors" in output.err
+    split = content["splits"]["val"]
+    assert (split["images"], split["persons"], split["ignored"], split["unused_classes"]) == (4, 1, 0, {})
+    problems = {(one["kind"], Path(one["file"]).name, one["count"], one["severity"]) for one in split["problems"]}
+    assert {("annotation", "all.json", 1, "error"), ("image", "2.png", 1, "error")} <= problems
+    assert run(data, monkeypatch, "--json", "out/check.json") == 1
+    assert json.loads((tmp_path / "out" / "check.json").read_text()) == content
+
+
 def test_check_reports_column_of_one_line_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
