@@ -1,4 +1,4 @@
-"""Running tasks: in this process, or by Dask in local worker processes or on a running cluster.
+"""Scheduling and running of tasks: in this process, or by Dask in local worker processes or on a running cluster.
 
 The tasks of a queue run one after the other, and as many queues run at a time as there are workers. Dask assigns each
 submitted task to a free worker. With work stealing each task is a queue of its own.
@@ -8,6 +8,7 @@ per worker is submitted to Dask at a time, because Dask counts the death of a wo
 those that have not started.
 """
 
+import heapq
 import logging
 import sys
 import tempfile
@@ -17,9 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from hkd_det.distill.blockwise.config import Scheduler, make_schedule
 from hkd_det.errors import HkdError, UnavailableError, import_package
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# round-robin: block i goes to worker i mod N. bin-packing: the longest block first, each to the worker with the least
+# work (Graham 1969: at most 4/3 - 1/(3 N) times the optimum). work-stealing: a free worker takes the longest
+# remaining block.
+Scheduler = Literal["round-robin", "bin-packing", "work-stealing"]
 
 OnDone = Callable[[str, R], None]
 
@@ -75,6 +80,65 @@ class RunStats:
     num_workers: int
     startup_s: float
     makespan_s: float
+
+
+def make_schedule(expected_times: Sequence[float], num_workers: int, scheduler: Scheduler) -> list[list[int]]:
+    """Assign tasks to queues.
+
+    Args:
+        expected_times: Expected time of each task, any unit.
+        num_workers: Number of workers.
+        scheduler: Rule of assignment.
+
+    Returns:
+        Non-empty queues of task indices, in the order of execution. With "work-stealing" each task is its own queue.
+    """
+    longest_first = sorted(range(len(expected_times)), key=lambda task: (-expected_times[task], task))
+    match scheduler:
+        case "round-robin":
+            num_queues = min(num_workers, len(expected_times))
+            return [list(range(first, len(expected_times), num_workers)) for first in range(num_queues)]
+        case "work-stealing":
+            return [[task] for task in longest_first]
+        case "bin-packing":
+            loads = [(0.0, worker) for worker in range(num_workers)]
+            queues: list[list[int]] = [[] for _ in range(num_workers)]
+            for task in longest_first:
+                load, worker = heapq.heappop(loads)
+                queues[worker].append(task)
+                heapq.heappush(loads, (load + expected_times[task], worker))
+            return [queue for queue in queues if queue]
+
+
+def simulate(
+    times: Sequence[float], num_workers: int, scheduler: Scheduler, expected_times: Sequence[float] | None = None
+) -> float:
+    """Compute the makespan of tasks on equal workers without other work.
+
+    Args:
+        times: Actual time of each task.
+        num_workers: Number of workers.
+        scheduler: Rule of assignment.
+        expected_times: Times that plan the schedule; `times` by default.
+
+    Returns:
+        Makespan in the unit of `times`.
+    """
+    queues = make_schedule(times if expected_times is None else expected_times, num_workers, scheduler)
+    finish_times = [0.0] * num_workers
+    for queue in queues:
+        heapq.heapreplace(finish_times, finish_times[0] + sum(times[task] for task in queue))
+    return max(finish_times)
+
+
+def compute_lower_bound(times: Sequence[float], num_workers: int) -> float:
+    """Return the lower bound of every makespan: the longest task, or all work divided by the number of workers.
+
+    Args:
+        times: Time of each task.
+        num_workers: Number of workers.
+    """
+    return max(max(times, default=0.0), sum(times) / num_workers)
 
 
 def run_tasks(

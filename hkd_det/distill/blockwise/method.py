@@ -17,7 +17,6 @@ from hkd_det.distill.base import DistillMethod, RunContext
 from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.blockwise.activations import create_npy
 from hkd_det.distill.blockwise.blocks import StateDict, assemble, find_replaceable_convs
-from hkd_det.distill.blockwise.config import BlockwiseConfig
 from hkd_det.distill.blockwise.stage import (
     AssemblyResult,
     BlockwiseStage,
@@ -25,6 +24,7 @@ from hkd_det.distill.blockwise.stage import (
     train_blocks,
     write_blockwise_report,
 )
+from hkd_det.distill.blockwise.worker import BlockwiseConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256

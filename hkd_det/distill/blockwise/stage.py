@@ -12,9 +12,16 @@ from tqdm import tqdm
 
 from hkd_det.distill.blockwise.activations import get_input_cache_path, select_cached_layers, write_inputs
 from hkd_det.distill.blockwise.blocks import ReplaceableConv, StateDict
-from hkd_det.distill.blockwise.config import BlockwiseConfig, Scheduler, compute_lower_bound, simulate
-from hkd_det.distill.blockwise.executor import ExecutorConfig, RunStats, check_dask_installed, run_tasks
-from hkd_det.distill.blockwise.worker import BlockResult, BlockTask, read_block, train_block
+from hkd_det.distill.blockwise.executor import (
+    ExecutorConfig,
+    RunStats,
+    Scheduler,
+    check_dask_installed,
+    compute_lower_bound,
+    run_tasks,
+    simulate,
+)
+from hkd_det.distill.blockwise.worker import BlockResult, BlockTask, BlockwiseConfig, read_block, train_block
 from hkd_det.errors import DataError
 from hkd_det.files import write_text
 from hkd_det.models.base import BaseDetector

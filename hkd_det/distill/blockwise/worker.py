@@ -1,4 +1,6 @@
-"""One task: train the block that replaces one convolution, from the teacher's activations before and after it.
+"""Settings of blockwise distillation, and the training of one block.
+
+The block replaces one convolution. It is trained from the teacher's activations before and after the convolution.
 
 The target is the output of the normalization that follows the convolution, before the activation. Before the
 normalization, channels of large variance would dominate the loss although the network scales them down. After the
@@ -16,23 +18,88 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hkd_det.config import check_range
 from hkd_det.distill.blockwise.activations import LayerInputs, force_deterministic
 from hkd_det.distill.blockwise.blocks import assemble
-from hkd_det.distill.blockwise.config import BlockwiseConfig
-from hkd_det.distill.blockwise.executor import get_worker_index
-from hkd_det.errors import DataError
+from hkd_det.distill.blockwise.executor import Scheduler, get_worker_index
+from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write
-from hkd_det.models.base import BaseDetector
+from hkd_det.models.base import BaseDetector, DetectorPart
 from hkd_det.models.surgery import SeparableConvBlock, make_block
 
+InputSource = Literal["teacher", "student"]
+
 HOLDOUT_STEP = 8  # every eighth image is used for measurement, not for training
+
+
+@dataclass(frozen=True)
+class BlockwiseConfig:
+    """Settings of blockwise distillation.
+
+    Attributes:
+        parts: Parts of the detector whose 3x3 convolutions are replaced.
+        min_channels: Minimum number of input and output channels of a replaced convolution.
+        num_images: Number of augmented training images for all blocks. An eighth of them is held out to measure errors.
+        epochs: Epochs of each block.
+        batch: Batch size of each block.
+        lr: Learning rate of each block.
+        input_source: "teacher": a block is trained on the teacher's activations, so that all blocks are independent.
+            "student": on those of a network with all earlier blocks replaced, one after the other (control experiment).
+        cache_mib: Disk space in the run directory for activations, MiB. The others are computed again in each step.
+        workers: Number of parallel tasks. 1 runs in this process; more use Dask.
+        scheduler: Assignment of blocks to workers.
+        cluster: Address of a running Dask scheduler, "tcp://host:port", instead of local workers. Its workers must see
+            the run directory under the same path.
+        timing_report: `report.json` of an earlier run whose times plan the schedule; "" estimates them from FLOPs.
+        retries: Number of worker crashes that a task survives.
+        evaluate_blocks: Whether to measure the miss rate with each block alone.
+        max_mr_increase: Maximum increase of the miss rate by a block, fraction. Blocks above it are left out.
+    """
+
+    parts: tuple[DetectorPart, ...] = ("backbone",)
+    min_channels: int = 16
+    num_images: int = 512
+    epochs: int = 8
+    batch: int = 16
+    lr: float = 2e-3
+    input_source: InputSource = "teacher"
+    cache_mib: int = 8192
+    workers: int = 1
+    scheduler: Scheduler = "bin-packing"
+    cluster: str = ""
+    timing_report: str = ""
+    retries: int = 3
+    evaluate_blocks: bool = False
+    max_mr_increase: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("min_channels", "epochs", "batch", "workers"):
+            check_range(f"distill.blockwise.{name}", getattr(self, name), 1)
+        for name in ("cache_mib", "retries"):
+            check_range(f"distill.blockwise.{name}", getattr(self, name), 0)
+        check_range("distill.blockwise.num_images", self.num_images, 2)
+        check_range("distill.blockwise.lr", self.lr, 0, is_open=True)
+        if self.cluster and self.workers > 1:
+            raise UsageError(
+                "distill.blockwise.workers: has no effect with cluster, which has workers of its own. Omit one."
+            )
+        if self.input_source == "student" and (self.workers > 1 or self.cluster):
+            raise UsageError(
+                "distill.blockwise.input_source=student: each block depends on the blocks before it. "
+                "Omit distill.blockwise.workers and cluster."
+            )
+        if self.max_mr_increase < 1 and not self.evaluate_blocks:
+            raise UsageError(
+                "distill.blockwise.max_mr_increase: the blocks are not measured. "
+                "Set distill.blockwise.evaluate_blocks=true."
+            )
 
 
 @dataclass(frozen=True)

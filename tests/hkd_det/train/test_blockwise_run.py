@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hkd_det.distill.base import RunContext
 from hkd_det.distill.blockwise import stage
-from hkd_det.distill.blockwise.config import BlockwiseConfig
 from hkd_det.distill.blockwise.method import Blockwise
+from hkd_det.distill.blockwise.worker import BlockwiseConfig
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hkd_det.distill import check_methods, parse_methods
-from hkd_det.distill.blockwise.config import BlockwiseConfig
+from hkd_det.distill.blockwise.worker import BlockwiseConfig
 from hkd_det.distill.cdd.compactor import Compactor
 from hkd_det.distill.cdd.losses import CDDConfig
 from hkd_det.distill.hkd import HKDConfig

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.distill.blockwise.config import Scheduler, compute_lower_bound, make_schedule, simulate
+from hkd_det.distill.blockwise.executor import Scheduler, compute_lower_bound, make_schedule, simulate
 
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 TIMES = st.lists(st.integers(1, 50), min_size=1, max_size=6)

@@ -18,8 +18,7 @@ from hkd_det.distill.blockwise.activations import (
     write_inputs,
 )
 from hkd_det.distill.blockwise.blocks import ReplaceableConv, assemble, find_replaceable_convs
-from hkd_det.distill.blockwise.config import BlockwiseConfig
-from hkd_det.distill.blockwise.worker import HOLDOUT_STEP, BlockTask, read_block, train_block
+from hkd_det.distill.blockwise.worker import HOLDOUT_STEP, BlockTask, BlockwiseConfig, read_block, train_block
 from hkd_det.errors import DataError
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
