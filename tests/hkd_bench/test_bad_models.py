@@ -9,7 +9,7 @@ import pytest
 
 from hkd_bench.cli import main as bench
 from hkd_deploy.demo.cli import main as demo
-from hkd_deploy.export.openvino import export_openvino
+from hkd_deploy.export.directories import export_openvino
 
 BAR = re.compile(r"\s*$|.*run/s")  # empty lines and lines of the progress bar
 

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_deploy.export import openvino, options
+from hkd_deploy.export import directories, options
 from hkd_deploy.export.parity import Reference, make_onnx_reference
 from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision import cli as precision
 from hkd_deploy.precision.report import list_onnx_backends, select_evenly
-from hkd_deploy.serving import cli as serving
 from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det import __version__
@@ -59,8 +58,7 @@ def _build_parser() -> argparse.ArgumentParser:
     options.add_arguments(parser)
     precision.add_arguments(parser)
     tensorrt.add_arguments(parser)
-    openvino.add_arguments(parser)
-    serving.add_arguments(parser)
+    directories.add_arguments(parser)
     _add_verify_arguments(parser)
     return parser
 
@@ -86,7 +84,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
     _check_combinations(flags)
     _check_output(source, output, flags)
     if source.suffix == ".engine":
-        serving.write_serving_folders(source, flags)
+        directories.write_serving_folders(source, flags)
         return 0
     if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
         ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
@@ -111,7 +109,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
         _write_openvino(onnx_path, folder_output, verification)
     if verification:
         print(verification.format_table({} if flags.verify_images else miss_rates))
-    serving.write_serving_folders(onnx_path, flags)
+    directories.write_serving_folders(onnx_path, flags)
     return 0
 
 
@@ -134,7 +132,7 @@ def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: ar
         (source.suffix == ".pt", options.FLAGS, f"requires weights (.pt), got {source}"),
         (flags.precision != "fp32", precision.FLAGS, "requires --precision"),
         (flags.trt, tensorrt.FLAGS, "requires --trt"),
-        (bool(flags.serving), serving.SERVING_FLAGS, "requires --serving"),
+        (bool(flags.serving), directories.SERVING_FLAGS, "requires --serving"),
     ):
         for name in () if has_effect else names:
             if getattr(flags, name) != parser.get_default(name):
@@ -284,4 +282,4 @@ def _write_openvino(onnx_path: Path, output: Path | None, verification: Verifica
         if verification:
             verification.add(ExportedModel(folder, "openvino", is_exact), temp_dir)
 
-    openvino.export_openvino(onnx_path, output, check)
+    directories.export_openvino(onnx_path, output, check)

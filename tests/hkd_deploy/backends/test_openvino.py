@@ -15,7 +15,7 @@ import yaml
 from hkd_deploy import open_detector
 from hkd_deploy.backends.openvino import DIRECTORY_FILES, create_core, list_model_files, open_openvino
 from hkd_deploy.export.cli import main as export
-from hkd_deploy.export.openvino import export_openvino, write_openvino_directory
+from hkd_deploy.export.directories import export_openvino, write_openvino_directory
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 ov = importlib.import_module("openvino")

@@ -1,4 +1,7 @@
-"""Export of an ONNX file to an OpenVINO directory: model.xml, model.bin and metadata.yaml as Ultralytics writes it."""
+"""Directories that `hkd-export` writes from a finished model: for OpenVINO, and for the inference servers.
+
+An OpenVINO directory contains model.xml, model.bin and metadata.yaml as Ultralytics writes it.
+"""
 
 import argparse
 import ast
@@ -17,17 +20,23 @@ from hkd_deploy.backends.openvino import (
     open_openvino,
     read_model,
 )
-from hkd_det.errors import DataError, first_error_line
+from hkd_deploy.serving.deepstream import write_deepstream
+from hkd_deploy.serving.model_file import ModelFile, read_model_file
+from hkd_deploy.serving.triton import write_triton_repository
+from hkd_det.config import check_range
+from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import atomic_write_dir
 
 LITERAL_KEYS = ("stride", "batch", "imgsz", "names")  # metadata written as numbers, lists or mappings, not as text
-
+SERVING_FORMATS = ("triton", "deepstream")
+SERVING_FLAGS = ("serving_dir", "serving_device", "max_batch")  # argparse names; each requires --serving
+DEFAULT_MAX_BATCH = 8
 # Called with the final and the temporary path of the directory. An exception prevents the final rename.
 FolderCheck = Callable[[Path, Path], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the OpenVINO flag to `parser`.
+    """Add the flags of OpenVINO and of inference servers to `parser`.
 
     Args:
         parser: Parser of hkd-export.
@@ -35,6 +44,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("OpenVINO")
     group.add_argument(
         "--openvino", action="store_true", help="write an OpenVINO directory (default name: NAME_openvino)"
+    )
+    group = parser.add_argument_group("inference servers")
+    group.add_argument(
+        "--serving",
+        action="extend",
+        type=_parse_serving_formats,
+        default=[],
+        metavar="triton,deepstream",
+        help="also write the files that Triton or DeepStream loads",
+    )
+    group.add_argument(
+        "--serving-dir",
+        type=Path,
+        metavar="DIR",
+        help="output directory; requires --serving (default: triton/ and deepstream/ next to the model)",
+    )
+    group.add_argument(
+        "--serving-device",
+        choices=("cpu", "gpu"),
+        help="device of the Triton model instance; requires --serving (default: gpu for an engine, else cpu)",
+    )
+    group.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help=f"largest batch if the batch of the model is free; requires --serving (default: {DEFAULT_MAX_BATCH}, "
+        "or the limit of an engine)",
     )
 
 
@@ -106,3 +142,50 @@ def _parse_literal(key: str, value: str) -> Any:
         return ast.literal_eval(value) if key in LITERAL_KEYS else value
     except (ValueError, SyntaxError):
         return value  # "dynamic" of the key batch
+
+
+def write_serving_folders(path: Path, flags: argparse.Namespace) -> None:
+    """Write the files that `--serving` requests and print their location.
+
+    Args:
+        path: The .onnx or .engine file.
+        flags: Parsed flags of `add_arguments`.
+
+    Raises:
+        UsageError: A flag is invalid, or the server cannot run the model.
+        DataError: The model file is damaged.
+    """
+    if not flags.serving:
+        return
+    model = read_model_file(path)
+    max_batch = _resolve_max_batch(model, flags.max_batch)
+    for server in dict.fromkeys(flags.serving):
+        folder = (flags.serving_dir or path.parent) / server
+        match server:
+            case "triton":
+                written = write_triton_repository(model, folder, flags.serving_device, max_batch)
+                print(f"{written}: run tritonserver --model-repository {folder}")
+            case "deepstream":
+                written = write_deepstream(model, folder, max_batch)
+                print(f"{written}: run make there on the device, then pass config_infer_primary.txt to nvinfer")
+
+
+def _resolve_max_batch(model: ModelFile, requested: int | None) -> int:
+    if requested is not None:
+        check_range("--max-batch", requested, 1)
+    if requested is not None and model.max_batch is not None and requested > model.max_batch:
+        raise UsageError(
+            f"--max-batch {requested}: {model.path} supports at most {model.max_batch}. "
+            "Build an engine with a larger --trt-profile."
+        )
+    return requested or model.max_batch or DEFAULT_MAX_BATCH
+
+
+def _parse_serving_formats(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in SERVING_FORMATS:
+            raise UsageError(
+                f"--serving {text}: expected {' or '.join(SERVING_FORMATS)}, or both separated by a comma."
+            )
+    return names
