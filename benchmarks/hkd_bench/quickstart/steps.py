@@ -14,7 +14,7 @@ from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.report import render_examples, write_bench_report
 from hkd_bench.result import BenchResult, write_result
 from hkd_deploy import open_detector
-from hkd_deploy.demo.run import save_video
+from hkd_deploy.demo.cli import save_video
 from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.export.options import ExportOptions
 from hkd_det.datasets.catalog import load_dataset

@@ -1,16 +1,19 @@
-"""Outputs of the demo: a video file, an image file or a window."""
+"""Outputs of the demo: a video file, an image file, a window, and the frame statistics."""
 
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_deploy.backends.base import StageTimes
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import atomic_write
 from hkd_det.letterbox import Letterbox
@@ -20,6 +23,9 @@ ENCODERS = {".mp4": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 IMAGE_OUTPUT_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 MAX_GAP_S = 2.0  # a longer gap between two frames of a live source is shortened to this
 CLOSE_KEYS = (ord("q"), ord("Q"), 27)  # 27: Esc
+FPS_WINDOW = 30  # number of frames of the displayed rate
+MAX_SAMPLES = 100_000  # number of frames of the summary; bounds the memory for an unlimited source
+PERCENTILES = (50, 90, 99)
 
 
 class VideoWriter:
@@ -255,3 +261,71 @@ def explain_missing_display(build_information: str, platform: str, environment: 
     if platform.startswith("linux") and not (environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY")):
         return "--show: no display (DISPLAY is not set). Save a video instead: --save out.mp4 --no-show."
     return ""
+
+
+class FrameStats:
+    """Number of frames and time of each stage.
+
+    Attributes:
+        num_frames: Number of frames so far.
+    """
+
+    def __init__(self) -> None:
+        self._times: deque[StageTimes] = deque(maxlen=MAX_SAMPLES)
+        self._ages_ms: deque[float] = deque(maxlen=MAX_SAMPLES)
+        self._ticks_s = deque([perf_counter()], maxlen=FPS_WINDOW + 1)
+        self._start_s = self._ticks_s[0]
+        self.num_frames = 0
+
+    def add(self, times: StageTimes, age_ms: float | None) -> None:
+        """Record one frame.
+
+        Args:
+            times: Time of each stage.
+            age_ms: Time from capture to detections, ms. None for a recorded source.
+        """
+        self.num_frames += 1
+        self._times.append(times)
+        if age_ms is not None:
+            self._ages_ms.append(age_ms)
+        self._ticks_s.append(perf_counter())
+
+    @property
+    def recent_fps(self) -> float:
+        """Frames per second over the last 30 frames, including reading, drawing and saving."""
+        span_s = self._ticks_s[-1] - self._ticks_s[0]
+        return (len(self._ticks_s) - 1) / span_s if span_s > 0 else 0.0
+
+    @property
+    def mean_fps(self) -> float:
+        """Frames per second over all frames, including reading, drawing and saving."""
+        span_s = self._ticks_s[-1] - self._start_s
+        return self.num_frames / span_s if span_s > 0 else 0.0
+
+    def format_summary(self, num_dropped: int) -> str:
+        """Format frame count, rate and a table of stage percentiles.
+
+        Args:
+            num_dropped: Number of dropped frames of a live source.
+
+        Returns:
+            The text, times in milliseconds.
+        """
+        if not self._times:
+            return "no frames"
+        rows = {
+            "preprocess": [times.preprocess_ms for times in self._times],
+            "inference": [times.inference_ms for times in self._times],
+            "postprocess": [times.postprocess_ms for times in self._times],
+            "total": [times.total_ms for times in self._times],
+        }
+        if self._ages_ms:
+            rows["since capture"] = list(self._ages_ms)
+        dropped = f", {num_dropped} dropped" if num_dropped else ""
+        lines = [
+            f"{self.num_frames} frames{dropped}, {self.mean_fps:.1f} fps including reading and drawing",
+            f"{'milliseconds':<16}" + "".join(f"{f'p{percent}':>9}" for percent in PERCENTILES),
+        ]
+        for name, values in rows.items():
+            lines.append(f"{name:<16}" + "".join(f"{value:9.2f}" for value in np.percentile(values, PERCENTILES)))
+        return "\n".join(lines)

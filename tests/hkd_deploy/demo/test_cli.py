@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.demo.cli import main
-from hkd_deploy.demo.run import FrameStats, run_demo, save_video
+from hkd_deploy.demo.cli import main, run_demo, save_video
+from hkd_deploy.demo.output import FrameStats
 from hkd_deploy.draw import MatchStatus
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source

@@ -3,8 +3,8 @@
 import pytest
 
 from hkd_deploy.backends.base import StageTimes
-from hkd_deploy.demo import run as run_module
-from hkd_deploy.demo.run import FrameStats
+from hkd_deploy.demo import output
+from hkd_deploy.demo.output import FrameStats
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
-    monkeypatch.setattr(run_module, "perf_counter", fake)
+    monkeypatch.setattr(output, "perf_counter", fake)
     return fake
 
 
@@ -62,7 +62,7 @@ def test_format_summary_recorded_source_has_no_age(clock: Clock) -> None:
 
 
 def test_stats_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "MAX_SAMPLES", 10)
+    monkeypatch.setattr(output, "MAX_SAMPLES", 10)
     stats = FrameStats()
     for index in range(25):
         stats.add(StageTimes(index, 0, 0), None)
