@@ -1,49 +1,61 @@
-"""Image reading, and integrity checks of JPEG and PNG files before decoding."""
+"""Image reading: every image is decoded upright, as 8-bit RGB, after its size is read from the header.
 
-from collections.abc import Iterator
+Annotated boxes refer to the upright image, as in labeling tools, Ultralytics and Detectron2.
+"""
+
+import mmap
+import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from hkd_det.errors import DataError
+from hkd_det.image_header import (
+    PNG_END_CHUNK,
+    PNG_SIGNATURE,
+    ImageHeader,
+    iterate_png_chunks,
+    parse_image_header,
+)
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+# Images that OpenCV cannot decode (.heic, .heif, .jxl) belong to the list, so that they are reported and not omitted.
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".mpo", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+# Formats that some builds of OpenCV cannot decode, by name or, without a known header, by suffix.
+OPTIONAL_FORMATS = {"AVIF", "HEIC", "JPEG 2000", "GIF", "WebP", ".heic", ".heif", ".jxl"}
+MAX_PIXELS = 178_956_970  # the limit of Pillow: decoding takes at most 1.6 GB
 REDUCED_FLAGS = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-
-JPEG_SOI, JPEG_EOI, JPEG_SOS, JPEG_APP1 = b"\xff\xd8", b"\xff\xd9", 0xDA, 0xE1
-EXIF_SIGNATURE, EXIF_ORIENTATION_TAG = b"Exif\0\0", 0x0112
-# Start-of-frame markers of all codings. C4, C8 and CC are other segments.
-JPEG_SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-MAX_PIXELS_PER_BYTE = 512  # a JPEG needs at least one bit per 8 x 8 block
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_END_CHUNK = b"IEND"
+# Cameras append a few bytes to the pixel data. A damaged JPEG has more, or ends before its last pixel.
+MAX_EXTRANEOUS_BYTES = 16
+EXTRANEOUS_BYTES = re.compile(r"(\d+) extraneous bytes")
+CLIPPED_RATIO = 0.001  # brightest (and, for gray images, darkest) pixels that do not determine the range of values
+BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 
-def read_image(path: Path, apply_exif: bool = False) -> NDArray[np.uint8]:
+def read_image(path: Path) -> NDArray[np.uint8]:
     """Read an image file.
 
     Args:
         path: Image file.
-        apply_exif: Rotate the image by its EXIF orientation. Annotated boxes refer to the stored pixels,
-            so use this only for images without annotations.
 
     Returns:
-        array[H, W, 3]: RGB, uint8.
+        array[H, W, 3]: RGB, uint8, upright.
 
     Raises:
-        DataError: The file is missing, truncated or not an image.
+        DataError: The file is missing, damaged, too large or not an image.
     """
-    return decode_image(read_image_bytes(path), path, apply_exif=apply_exif)
+    return decode_image(read_image_bytes(path), path)
 
 
 def read_image_bytes(path: Path) -> bytes:
@@ -56,121 +68,105 @@ def read_image_bytes(path: Path) -> bytes:
         The complete content of the file.
 
     Raises:
-        DataError: The file is missing, or is a truncated JPEG or PNG.
+        DataError: The file is missing.
     """
     try:
-        encoded = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image. Check the directory of the dataset.") from None
-    if is_truncated_jpeg(encoded) or is_truncated_png(encoded):
-        raise DataError(_format_unreadable(path))
-    return encoded
+        raise _make_missing_error(path) from None
 
 
-def decode_image(encoded: bytes, path: Path, apply_exif: bool = False, reduction: int = 1) -> NDArray[np.uint8]:
+def read_image_header(path: Path) -> ImageHeader:
+    """Read the header of an image file without decoding the image.
+
+    Args:
+        path: Image file.
+
+    Returns:
+        Format, size and orientation.
+
+    Raises:
+        DataError: The file is missing, too large or not an image.
+    """
+    header = None
+    try:
+        with (
+            path.open("rb") as file,
+            suppress(ValueError),  # an empty file cannot be mapped
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw,
+        ):
+            header = parse_image_header(raw)
+    except FileNotFoundError:
+        raise _make_missing_error(path) from None
+    return _check_header(header, path)
+
+
+def decode_image(encoded: bytes, path: Path, reduction: int = 1) -> NDArray[np.uint8]:
     """Decode the bytes of an image file.
 
     Args:
         encoded: Content of the file.
         path: File name for error messages.
-        apply_exif: Rotate the image by its EXIF orientation.
         reduction: 1, 2, 4 or 8. Divides both sides and rounds up, so pixel i covers the source pixels
             i * reduction to (i + 1) * reduction. Use it only for JPEG, where it saves most of the decoding
             time; for other formats OpenCV rounds down.
 
     Returns:
-        array[H, W, 3]: RGB, uint8.
+        array[H, W, 3]: RGB, uint8, upright.
 
     Raises:
-        DataError: The bytes are not a readable image.
+        DataError: The bytes are not a readable image, or the image is too large.
     """
-    flags = REDUCED_FLAGS[reduction] | (0 if apply_exif else cv2.IMREAD_IGNORE_ORIENTATION)
-    image = None
-    # OpenCV returns None for a damaged file. It raises for an empty file or an invalid size in the header.
-    with suppress(cv2.error):
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    if image is None:
-        raise DataError(_format_unreadable(path))
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV 4.10 does not have IMREAD_COLOR_RGB
+    header = _check_header(parse_image_header(encoded), path)
+    if header.format == "JPEG":
+        image = _decode_jpeg(encoded, path, header, reduction)
+    else:
+        if header.format == "PNG" and is_truncated_png(encoded):
+            raise _make_unreadable_error(path)
+        image = _decode_with_opencv(encoded, path, header, reduction)
+    # OpenCV applies the orientation of a TIFF to every image that it decodes.
+    return image if header.format == "TIFF" else apply_orientation(image, header.orientation)
 
 
-def is_jpeg(raw: bytes) -> bool:
-    """Return whether the bytes begin like a JPEG file.
+def apply_orientation(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Turn an image upright.
 
     Args:
-        raw: Content of a file.
-    """
-    return raw[:2] == JPEG_SOI
-
-
-def parse_jpeg_size_hw(raw: bytes) -> tuple[int, int] | None:
-    """Read the image size from the header of a JPEG file.
-
-    Args:
-        raw: Content of the file, at least its header.
+        image (array[H, W, 3], uint8): Stored pixels.
+        orientation: EXIF orientation, 1 (upright) to 8.
 
     Returns:
-        Height and width in pixels, or None if the header has no valid size or the file is not a JPEG.
+        The upright image.
     """
-    if not is_jpeg(raw):
-        return None
-    for marker, offset in _iterate_jpeg_segments(raw):
-        if marker in JPEG_SOF_MARKERS:
-            height = int.from_bytes(raw[offset + 5 : offset + 7], "big")
-            width = int.from_bytes(raw[offset + 7 : offset + 9], "big")
-            return (height, width) if height and width else None
-    return None
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
-def parse_exif_orientation(raw: bytes) -> int | None:
-    """Read the EXIF orientation of a JPEG file.
+def scale_to_uint8(image: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Scale 16-bit values to 8 bits by the range that the image uses.
+
+    Industrial and thermal cameras store 10 to 14 bits in 16-bit files, so dividing by 256 gives a black image. The
+    range of a color image is its bit depth: 8, 10, 12, 14 or 16. A gray image, which can be thermal, is stretched from
+    its darkest to its brightest value.
 
     Args:
-        raw: Content of the file, at least its header.
+        image (array[H, W, 3], uint16): Image with three channels.
 
     Returns:
-        1 (upright) to 8, or None if the file has no valid orientation or is not a JPEG.
+        The image as uint8.
     """
-    if not is_jpeg(raw):
-        return None
-    for marker, offset in _iterate_jpeg_segments(raw):
-        if marker == JPEG_APP1 and raw[offset + 4 : offset + 10] == EXIF_SIGNATURE:
-            end = offset + 2 + int.from_bytes(raw[offset + 2 : offset + 4], "big")
-            return _parse_tiff_orientation(raw[offset + 10 : end])
-    return None
-
-
-def _parse_tiff_orientation(tiff: bytes) -> int | None:
-    """Read the orientation from the first directory of a TIFF structure."""
-    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
-    start = int.from_bytes(tiff[4:8], order)
-    for number in range(int.from_bytes(tiff[start : start + 2], order)):
-        entry = tiff[start + 2 + 12 * number : start + 14 + 12 * number]
-        if len(entry) < 12:
-            return None
-        if int.from_bytes(entry[:2], order) == EXIF_ORIENTATION_TAG:
-            value = int.from_bytes(entry[8:10], order)
-            return value if 1 <= value <= 8 else None
-    return None
-
-
-def is_truncated_jpeg(raw: bytes) -> bool:
-    """Return whether a JPEG file is incomplete; False for other files.
-
-    OpenCV fills the missing part of a truncated JPEG with gray and reports no error. This function searches the
-    end marker after the header, because thumbnails in the header contain an end marker too. A size that the
-    bytes cannot contain also counts as truncated: decoding it could allocate gigabytes.
-
-    Args:
-        raw: Content of a file.
-    """
-    if not is_jpeg(raw):
-        return False
-    height, width = parse_jpeg_size_hw(raw) or (0, 0)
-    if height * width > MAX_PIXELS_PER_BYTE * len(raw):
-        return True
-    *_, (_, header_end) = _iterate_jpeg_segments(raw)
-    return raw.find(JPEG_EOI, header_end) < 0
+    counts = cv2.calcHist([image.reshape(-1, 1)], [0], None, [2**16], [0, 2**16]).cumsum()
+    low, high = (int(np.searchsorted(counts, ratio * counts[-1])) for ratio in (CLIPPED_RATIO, 1 - CLIPPED_RATIO))
+    first, second, third = cv2.split(image)
+    if not (np.array_equal(first, second) and np.array_equal(second, third)):
+        low, high = 0, 2 ** next(bits for bits in BIT_DEPTHS if high < 2**bits) - 1
+    scale = 255 / max(1, high - low)
+    return cv2.convertScaleAbs(np.maximum(image, low), alpha=scale, beta=-low * scale)
 
 
 def is_truncated_png(raw: bytes) -> bool:
@@ -184,26 +180,59 @@ def is_truncated_png(raw: bytes) -> bool:
     """
     if not raw.startswith(PNG_SIGNATURE):
         return False
-    offset = len(PNG_SIGNATURE)
-    while offset + 12 <= len(raw):  # length, name, content, checksum
-        if raw[offset + 4 : offset + 8] == PNG_END_CHUNK:
-            return False
-        offset += 12 + int.from_bytes(raw[offset : offset + 4], "big")
-    return True
+    return all(name != PNG_END_CHUNK for name, _, _ in iterate_png_chunks(raw))
 
 
-def _iterate_jpeg_segments(raw: bytes) -> Iterator[tuple[int, int]]:
-    """Yield marker and offset of each header segment up to the first scan, or (0, end of the header)."""
-    offset = 2
-    while raw[offset : offset + 1] == b"\xff" and len(raw) > offset + 1:
-        marker = raw[offset + 1]
-        yield marker, offset
-        if marker == JPEG_SOS:
-            return
-        # Markers can be padded with 0xFF bytes.
-        offset += 1 if marker == 0xFF else 2 + int.from_bytes(raw[offset + 2 : offset + 4], "big")
-    yield 0, offset
+def _decode_jpeg(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> NDArray[np.uint8]:
+    """Decode a JPEG; a warning of the decoder is an error. OpenCV fills damaged parts and reports none."""
+    height, width = (-(-side // reduction) if reduction > 1 else 0 for side in header.stored_hw)
+    try:
+        return simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width)
+    except ValueError as error:
+        extraneous = EXTRANEOUS_BYTES.search(str(error))
+        if extraneous and int(extraneous[1]) <= MAX_EXTRANEOUS_BYTES:
+            return simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width, strict=False)
+        if "subsampling" not in str(error):  # of the chroma: simplejpeg knows the common ones only
+            raise _make_unreadable_error(path) from None
+    return _decode_with_opencv(encoded, path, header, reduction)
 
 
-def _format_unreadable(path: Path) -> str:
-    return f"{path}: not a readable image (truncated, or not an image file). Replace or remove it."
+def _decode_with_opencv(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> NDArray[np.uint8]:
+    image = None
+    # OpenCV returns None for a damaged file. It raises for an empty file or an invalid size in the header.
+    with suppress(cv2.error):
+        flags = REDUCED_FLAGS[reduction] | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    if image is None:
+        raise _make_unreadable_error(path, header.format)
+    if image.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"{path}: expected 8 or 16 bits per value, got {image.dtype}. Convert the image.")
+    if image.ndim == 2:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV 4.10 does not have IMREAD_COLOR_RGB
+    return scale_to_uint8(image) if image.dtype == np.uint16 else image
+
+
+def _check_header(header: ImageHeader | None, path: Path) -> ImageHeader:
+    """Return the header, or raise the error of an unknown or a too large image before it is decoded."""
+    if header is None:
+        raise _make_unreadable_error(path, path.suffix.lower())
+    height, width = header.stored_hw
+    if height * width > MAX_PIXELS:
+        raise DataError(
+            f"{path}: too large: {width} x {height} pixels, expected at most {MAX_PIXELS // 10**6} million pixels. "
+            "Reduce or remove it."
+        )
+    return header
+
+
+def _make_missing_error(path: Path) -> DataError:
+    return DataError(f"{path}: no such image. Check the directory of the dataset.")
+
+
+def _make_unreadable_error(path: Path, image_format: str = "") -> DataError:
+    problem, hint = "damaged, truncated, or not an image file", "Replace or remove it"
+    if image_format in OPTIONAL_FORMATS:
+        problem = f"damaged, or OpenCV {cv2.__version__} cannot decode {image_format}"
+        hint = "Convert it to JPEG or PNG"
+    return DataError(f"{path}: not a readable image ({problem}). {hint}.")

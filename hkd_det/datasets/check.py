@@ -39,7 +39,8 @@ from hkd_det.datasets.duplicates_report import (
 )
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, write_text
-from hkd_det.image import decode_image, parse_exif_orientation, read_image_bytes
+from hkd_det.image import decode_image, read_image_bytes
+from hkd_det.image_header import UPRIGHT, parse_image_header
 from hkd_det.structures import Sample
 from hkd_det.text_table import format_table
 
@@ -218,7 +219,8 @@ def _inspect_or_error(sample: Sample) -> InspectedImage | DataError:
         return error
     except OSError as error:
         return DataError(f"{sample.path}: {error.strerror or error}. Check the permissions.")
-    is_rotated = parse_exif_orientation(encoded) not in (None, 1)
+    header = parse_image_header(encoded)
+    is_rotated = header is not None and header.orientation != UPRIGHT
     return InspectedImage((image.shape[0], image.shape[1]), make_thumbnail(image), is_rotated)
 
 

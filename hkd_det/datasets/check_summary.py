@@ -151,7 +151,7 @@ def make_summary_rows(summary: SplitSummary) -> list[tuple[str, str]]:
     """
     unreadable = f"; {summary.num_unreadable:,} unreadable" if summary.num_unreadable else ""
     sides = [("width", summary.width_range), ("height", summary.height_range)] if len(summary.size_counts) > 1 else []
-    rotated = f"{summary.num_exif_rotated:,} images; boxes must refer to the stored pixels, without this rotation"
+    rotated = f"{summary.num_exif_rotated:,} images; boxes must refer to the upright image"
     return [
         ("images", f"{summary.num_images:,}; {summary.num_empty:,} without ground-truth boxes{unreadable}"),
         ("ground-truth boxes", f"{summary.num_gt:,}"),

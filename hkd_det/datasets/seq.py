@@ -8,7 +8,6 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,8 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.errors import DataError, import_package
-from hkd_det.image import JPEG_EOI, JPEG_SOI, is_truncated_png
+from hkd_det.errors import DataError
+from hkd_det.image import is_truncated_png
+from hkd_det.image_header import JPEG_EOI, JPEG_SOI, parse_image_header
 
 HEADER_BYTES, TIME_BYTES = 1024, 6
 MAX_VERSION = 4  # later versions have another layout, which the toolbox does not support
@@ -129,10 +129,9 @@ class SeqVideo:
 
     def _decode(self, raw: bytes, index: int, flag: int) -> NDArray[np.uint8]:
         """Decode to [H, W] or [H, W, 3] BGR. Check the size first: decoding a wrong one could allocate gigabytes."""
-        imagesize = import_package("imagesize")
-        image = None
-        with suppress(cv2.error, ValueError, struct.error):
-            if imagesize.get(BytesIO(raw)) == self.size_hw[::-1] and not is_truncated_png(raw):
+        header, image = parse_image_header(raw), None
+        with suppress(cv2.error):
+            if header and header.stored_hw == self.size_hw and not is_truncated_png(raw):
                 image = cv2.imdecode(np.frombuffer(raw, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             height, width = self.size_hw

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from hkd_det.boxes import box_area
 from hkd_det.datasets.base import ErrorHandler, make_size_error, raise_error, select_person_class
-from hkd_det.errors import DataError, import_package
-from hkd_det.image import IMAGE_SUFFIXES
+from hkd_det.errors import DataError
+from hkd_det.image import IMAGE_SUFFIXES, read_image_header
 from hkd_det.structures import GroundTruth, Sample
 
 MAX_COORDINATE_RATIO = 2.0  # a person can be partly outside the image; larger values are probably pixels
@@ -36,7 +36,6 @@ def read_yolo(
 
     Raises:
         DataError: Files are missing or invalid. The message names file and line.
-        UnavailableError: The package imagesize is not installed.
     """
     person_class_id = select_person_class(names, category, f"{source}: `names`")
     paths = _list_images(source)
@@ -87,25 +86,13 @@ def _list_images(source: Path) -> dict[str, Path]:
 def _read_sample(
     image_id: str, path: Path, person_class_id: int, names: Mapping[int, str], on_error: ErrorHandler
 ) -> Sample:
-    size_hw = _read_size_hw(path)
+    size_hw = read_image_header(path).size_hw
     label_path = get_label_path(path)
     ratios = _read_boxes(label_path, person_class_id, names, on_error) if label_path.exists() else np.zeros((0, 4))
     height, width = size_hw
     boxes = (ratios * [width, height, width, height]).astype(np.float32)
     ground_truth = GroundTruth(boxes, box_area(boxes) <= 0, boxes, ("person",) * len(boxes))
     return Sample(image_id, path, ground_truth, size_hw)
-
-
-def _read_size_hw(path: Path) -> tuple[int, int]:
-    """Read height and width from the header of an image file."""
-    imagesize = import_package("imagesize")
-    try:
-        width, height = imagesize.get(str(path))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not a readable image ({error}). Replace or remove it.") from None
-    if width <= 0 or height <= 0:
-        raise DataError(f"{path}: not a readable image (no size in its header). Replace or remove it.")
-    return int(height), int(width)
 
 
 def _read_boxes(

@@ -237,8 +237,7 @@ def build_dataloader(
     cache_dir = Path(tempfile.mkdtemp(prefix="hkd-images-")) if workers else None
     cache: ByteCache = DirectoryCache(cache_dir) if cache_dir else {}
     capacity_bytes = int(cache_mib * 2**20 / max(1, workers))
-    unlabeled = range(plan.num_images, plan.num_images + plan.num_unlabeled)
-    images = CachedImages([sample.path for sample in samples], max_hw, cache, capacity_bytes, unlabeled)
+    images = CachedImages([sample.path for sample in samples], max_hw, cache, capacity_bytes)
     dataset = TrainDataset(samples, images)
     loader: DataLoader[Batch | HkdError] = DataLoader(
         dataset,  # type: ignore[arg-type]  # the stubs do not allow a collate_fn that changes the type

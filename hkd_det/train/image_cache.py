@@ -9,7 +9,7 @@ and never on the state of the cache.
 
 import os
 import struct
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.image import decode_image, parse_jpeg_size_hw, read_image_bytes
+from hkd_det.image import decode_image, read_image_bytes
+from hkd_det.image_header import parse_image_header
 from hkd_det.train.augment import resize
 
 JPEG_QUALITY = 95  # 42 dB PSNR on a reduced street scene: far less than the color jitter changes
@@ -48,8 +49,8 @@ class EncodedImage:
 
     Attributes:
         jpeg: The JPEG file's bytes.
-        size_hw: Height and width of the JPEG, pixels.
-        source_hw: Height and width of the image file that it was made from, pixels.
+        size_hw: Height and width of the upright JPEG, pixels.
+        source_hw: Height and width of the upright image that it was made from, pixels.
     """
 
     jpeg: bytes
@@ -119,19 +120,10 @@ class CachedImages:
         max_hw: Largest useful height and width, pixels: images are never requested larger.
         cache: Where re-encoded images are stored.
         capacity_bytes: Bytes that this process may add to the cache.
-        exif_indices: Indices of the images to rotate by their EXIF orientation. The boxes of all others refer to the
-            stored pixels.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        max_hw: SizeHW,
-        cache: ByteCache,
-        capacity_bytes: int,
-        exif_indices: Container[int] = (),
-    ) -> None:
-        self.paths, self.max_hw, self.exif_indices = paths, max_hw, exif_indices
+    def __init__(self, paths: Sequence[Path], max_hw: SizeHW, cache: ByteCache, capacity_bytes: int) -> None:
+        self.paths, self.max_hw = paths, max_hw
         self.cache, self.capacity_bytes = cache, capacity_bytes
 
     def read(self, index: int, frame_hw: SizeHW) -> DecodedImage:
@@ -151,7 +143,7 @@ class CachedImages:
         """
         encoded = self._load_encoded(index)
         reduction = _select_reduction(encoded.size_hw, frame_hw)
-        image = decode_image(encoded.jpeg, self.paths[index], index in self.exif_indices, reduction)
+        image = decode_image(encoded.jpeg, self.paths[index], reduction)
         scale_y, scale_x = (
             jpeg_side / source_side / reduction
             for jpeg_side, source_side in zip(encoded.size_hw, encoded.source_hw, strict=True)
@@ -164,10 +156,11 @@ class CachedImages:
             return _parse_cache_entry(entry)
         path = self.paths[index]
         raw = read_image_bytes(path)
-        size_hw = parse_jpeg_size_hw(raw)
-        if size_hw is not None and _compute_fit_scale(size_hw, self.max_hw) * RECOMPRESS_RATIO >= 1:
-            return EncodedImage(raw, size_hw, size_hw)
-        encoded = _encode_jpeg(decode_image(raw, path, index in self.exif_indices), self.max_hw)
+        header = parse_image_header(raw)
+        jpeg_hw = header.size_hw if header and header.format == "JPEG" else None
+        if jpeg_hw and _compute_fit_scale(jpeg_hw, self.max_hw) * RECOMPRESS_RATIO >= 1:
+            return EncodedImage(raw, jpeg_hw, jpeg_hw)
+        encoded = _encode_jpeg(decode_image(raw, path), self.max_hw)
         entry = CACHE_HEADER.pack(*encoded.size_hw, *encoded.source_hw) + encoded.jpeg
         if len(entry) <= self.capacity_bytes:
             self.cache[index] = entry

@@ -11,7 +11,7 @@ import pytest
 
 # Packages of the extras, and torch.
 ABSENT = (
-    "imagesize", "jinja2", "matplotlib", "msgspec", "onnx", "psutil", "pycocotools", "requests", "scipy", "tabulate",
+    "PIL", "jinja2", "matplotlib", "msgspec", "onnx", "psutil", "pycocotools", "requests", "scipy", "tabulate",
     "timm", "torch", "torchvision", "tqdm", "ultralytics", "urllib3",
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ MODULES = [
     "hkd_det.datasets.caltech_extract",
 ]
 OPTIONAL_PACKAGES = {
-    *("imagesize", "jinja2", "matplotlib", "msgspec", "onnx", "onnxruntime", "openvino", "psutil", "pycocotools"),
+    *("PIL", "jinja2", "matplotlib", "msgspec", "onnx", "onnxruntime", "openvino", "psutil", "pycocotools"),
     *("requests", "scipy", "tabulate", "timm", "torch", "torchvision", "tqdm", "ultralytics", "urllib3"),
 }
 CODE = """

@@ -1,5 +1,8 @@
-"""Image reading, and integrity checks of JPEG and PNG files."""
+"""Image reading: damaged, oversized and 16-bit files."""
 
+import io
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -7,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hkd_det.errors import DataError
-from hkd_det.image import is_truncated_jpeg, is_truncated_png, parse_jpeg_size_hw, read_image
+from hkd_det.image import MAX_PIXELS, decode_image, is_truncated_png, read_image, read_image_header
+from hkd_det.image_header import parse_image_header
 
 PNG = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (9, 12, 3)).astype(np.uint8))[1].tobytes()
 
@@ -67,14 +72,6 @@ def test_mutated_image_is_read_or_rejected(tmp_path: Path, suffix: str, data: st
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
 
 
-def test_image_too_large_for_opencv_is_an_error(tmp_path: Path) -> None:
-    raw = bytearray(cv2.imencode(".bmp", np.zeros((4, 6, 3), np.uint8))[1].tobytes())
-    raw[18:26] = (100_000).to_bytes(4, "little") * 2  # width and height in the header of a BMP
-    (tmp_path / "a.bmp").write_bytes(bytes(raw))
-    with pytest.raises(DataError, match=r"a\.bmp: not a readable image"):
-        read_image(tmp_path / "a.bmp")
-
-
 def test_file_that_is_not_an_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
@@ -83,33 +80,126 @@ def test_file_that_is_not_an_image_is_named(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.tuples(*[st.integers(1, 300)] * 2), st.booleans(), st.integers(0, 20))
-def test_jpeg_size_equals_decoded_size(size_hw: tuple[int, int], progressive: bool, restart: int) -> None:
-    raw = encode_jpeg(size_hw, cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive), cv2.IMWRITE_JPEG_RST_INTERVAL, restart)
-    assert parse_jpeg_size_hw(raw) == size_hw
-    assert parse_jpeg_size_hw(raw[:2] + make_thumbnail_segment(encode_jpeg((8, 9))) + raw[2:]) == size_hw
-
-
-@pytest.mark.parametrize("raw", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"\x89PNG" + encode_jpeg((4, 4)), b"text"])
-def test_bytes_without_jpeg_header_have_no_size(raw: bytes) -> None:
-    assert parse_jpeg_size_hw(raw) is None
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.binary(max_size=200) | st.integers(0, 700).map(lambda length: encode_jpeg((9, 12))[:length]))
-def test_any_bytes_have_a_jpeg_size_or_none(raw: bytes) -> None:
-    size_hw = parse_jpeg_size_hw(raw if raw.startswith(b"\xff\xd8") else b"\xff\xd8" + raw)
-    assert size_hw is None or min(size_hw) > 0
-
-
 @pytest.mark.parametrize("options", [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_OPTIMIZE, 1)])
-def test_jpeg_size_beyond_its_bytes_is_truncated(options: tuple[int, ...]) -> None:
-    """OpenCV would fill 3 GB with gray. A uniform image, which compresses best, must pass."""
-    raw = cv2.imencode(".jpg", np.zeros((2048, 2048), np.uint8), options)[1].tobytes()
-    assert not is_truncated_jpeg(raw)
+@pytest.mark.parametrize("fill", ["zeros", "ones", "random", "removed"])
+def test_jpeg_with_damaged_middle_is_an_error(options: tuple[int, ...], fill: str) -> None:
+    raw = cv2.imencode(".jpg", make_scene(), options)[1].tobytes()
+    assert decode_image(raw, Path("a.jpg")).shape == (240, 320, 3)
+    middle, length = len(raw) // 2, 1024
+    replacement = {
+        "zeros": bytes(length),
+        "ones": b"\xff" * length,
+        "random": np.random.default_rng(1).bytes(length),
+        "removed": b"",
+    }[fill]
+    for reduction in (1, 4):
+        with pytest.raises(DataError, match=r"a\.jpg: not a readable image \(damaged"):
+            decode_image(raw[:middle] + replacement + raw[middle + length :], Path("a.jpg"), reduction)
+
+
+def test_jpeg_with_a_few_extraneous_bytes_is_read() -> None:
+    """Some cameras append bytes to the pixel data."""
+    raw = cv2.imencode(".jpg", make_scene())[1].tobytes()
+    padded = raw[:-2] + bytes(4) + raw[-2:]
+    np.testing.assert_array_equal(decode_image(padded, Path("a.jpg")), decode_image(raw, Path("a.jpg")))
+    with pytest.raises(DataError, match="not a readable image"):
+        decode_image(raw[:-2] + bytes(100) + raw[-2:], Path("a.jpg"))
+
+
+def test_jpeg_of_any_color_space_equals_opencv() -> None:
+    for mode in ("RGB", "L", "CMYK"):
+        buffer = io.BytesIO()
+        Image.fromarray(make_scene()).convert(mode).save(buffer, "JPEG")
+        expected = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        np.testing.assert_array_equal(decode_image(buffer.getvalue(), Path("a.jpg")), expected)
+
+
+def make_scene() -> np.ndarray:
+    return cv2.resize(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8), (320, 240))
+
+
+def make_oversized_files() -> dict[str, bytes]:
+    """Return small files whose headers state more than `MAX_PIXELS` pixels."""
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+    tags = [(0x0100, 30_000), (0x0101, 30_000)]
+    tiff = (
+        b"II" + struct.pack("<HIH", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in tags)
+    )
+    frame = struct.pack("<I", 10) + bytes(4) + (16_382).to_bytes(3, "little") * 2
+    webp = b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + frame
+    gif = b"GIF89a" + struct.pack("<HH", 60_000, 60_000) + bytes(20)
+    raw = bytearray(cv2.imencode(".bmp", np.zeros((4, 6, 3), np.uint8))[1].tobytes())
+    raw[18:26] = (100_000).to_bytes(4, "little") * 2
+    jpeg = cv2.imencode(".jpg", np.zeros((2048, 2048), np.uint8))[1].tobytes()
     size = (2048).to_bytes(2, "big") * 2
-    assert raw.count(size) == 1 and is_truncated_jpeg(raw.replace(size, (32000).to_bytes(2, "big") * 2))
+    return {
+        "a.png": png,
+        "a.tif": tiff + bytes(4),
+        "a.webp": webp,
+        "a.gif": gif,
+        "a.bmp": bytes(raw),
+        "a.jpg": jpeg.replace(size, (32_000).to_bytes(2, "big") * 2),
+    }
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.gif", "a.bmp", "a.jpg"])
+def test_image_with_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(make_oversized_files()[name])
+    header = parse_image_header(path.read_bytes())
+    assert header and header.stored_hw[0] * header.stored_hw[1] > MAX_PIXELS
+    monkeypatch.setattr(cv2, "imdecode", pytest.fail)
+    for read in (read_image, read_image_header):
+        with pytest.raises(
+            DataError, match=rf"{name}: too large: \d+ x \d+ pixels, expected at most 178 million pixels"
+        ):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_image_is_scaled_by_its_used_bits(tmp_path: Path, bits: int, suffix: str) -> None:
+    image = make_scene()
+    path = tmp_path / f"a{suffix}"
+    cv2.imwrite(str(path), np.round(image[..., ::-1] / 255 * (2**bits - 1)).astype(np.uint16))
+    assert np.abs(read_image(path).astype(int) - image).max() <= 1
+
+
+def test_hot_pixel_of_12_bit_image_is_ignored(tmp_path: Path) -> None:
+    image = make_scene().astype(np.uint16) * 16
+    image[3, 5] = 65_535
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    assert np.percentile(read_image(tmp_path / "a.png"), 99) > 200
+
+
+def test_16_bit_gray_image_is_stretched(tmp_path: Path) -> None:
+    """A thermal image uses a narrow range of values far from 0."""
+    gray = 7000 + cv2.cvtColor(make_scene(), cv2.COLOR_RGB2GRAY).astype(np.uint16) * 3
+    gray[0, 0] = 0  # a dead pixel
+    cv2.imwrite(str(tmp_path / "a.png"), gray)
+    image = read_image(tmp_path / "a.png")
+    assert image.min() == 0 and image.max() == 255 and image.std() > 30
+    cv2.imwrite(str(tmp_path / "b.png"), np.full((9, 9), 500, np.uint16))
+    assert np.unique(read_image(tmp_path / "b.png")).size == 1
+
+
+def test_floating_point_image_is_an_error(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.tif"), np.zeros((9, 9, 3), np.float32))
+    with pytest.raises(DataError, match=r"a\.tif: expected 8 or 16 bits per value, got float32"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.jxl"])
+def test_format_that_opencv_lacks_is_named(tmp_path: Path, name: str) -> None:
+    heic = b"\0\0\0\x18ftypheic" + bytes(12)
+    (tmp_path / name).write_bytes(heic if name == "a.heic" else b"\xff\x0a" + bytes(20))
+    with pytest.raises(DataError, match=r"OpenCV .* cannot decode (HEIC|\.heic|\.jxl)\)\. Convert it to JPEG or PNG"):
+        read_image(tmp_path / name)
 
 
 def test_only_a_complete_png_is_complete() -> None:

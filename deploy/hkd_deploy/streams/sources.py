@@ -28,7 +28,7 @@ IDLE_INTERVAL_S = 0.1  # interval of on_idle calls, which process the key events
 
 
 class ImageSource(FrameSource):
-    """Image files, in order. The EXIF orientation is applied.
+    """Image files, in order.
 
     Args:
         name: Display name.
@@ -52,7 +52,7 @@ class ImageSource(FrameSource):
             DataError: A file is damaged.
         """
         for index, path in enumerate(self._paths):
-            yield Frame(read_image(path, apply_exif=True), index / SLIDESHOW_FPS)
+            yield Frame(read_image(path), index / SLIDESHOW_FPS)
 
     def close(self) -> None:
         """Do nothing: no file stays open between frames."""

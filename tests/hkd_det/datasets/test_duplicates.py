@@ -21,7 +21,7 @@ from hkd_det.datasets.duplicates import (
     make_thumbnail,
     turn,
 )
-from hkd_det.image import parse_exif_orientation, read_image
+from hkd_det.image import read_image
 from hkd_det.train.cli import main
 
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
@@ -224,28 +224,6 @@ def insert_exif(jpeg: bytes, orientation: int, order: Literal["little", "big"]) 
         tiff += value.to_bytes(width, order) + bytes(4 - width)
     segment = b"Exif\0\0" + tiff + bytes(4)
     return jpeg[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg[2:]
-
-
-@pytest.mark.parametrize("order", ["little", "big"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_exif_orientation_equals_that_of_opencv(orientation: int, order: Literal["little", "big"]) -> None:
-    image = np.zeros((20, 40, 3), np.uint8)
-    image[:10, :20] = 255  # the bright quarter is at the top left
-    raw = insert_exif(cv2.imencode(".jpg", image)[1].tobytes(), orientation, order)
-    assert parse_exif_orientation(raw) == orientation
-    turned = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
-    expected = {1: image, 3: np.rot90(image, 2), 6: np.rot90(image, 3), 8: np.rot90(image)}[orientation]
-    assert turned.shape == expected.shape and np.abs(turned.astype(int) - expected).mean() < 20
-
-
-def test_exif_orientation_of_other_files_is_none() -> None:
-    jpeg = cv2.imencode(".jpg", SCENES[0])[1].tobytes()
-    assert parse_exif_orientation(jpeg) is None and parse_exif_orientation(b"") is None
-    assert parse_exif_orientation(cv2.imencode(".png", SCENES[0])[1].tobytes()) is None
-    assert parse_exif_orientation(insert_exif(jpeg, 9, "little")) is None
-    complete = insert_exif(jpeg, 6, "little")
-    for length in range(60):
-        assert parse_exif_orientation(complete[:length]) in (None, 6)
 
 
 def test_check_reports_exif_rotation(
