@@ -25,6 +25,7 @@ from hkd_det.ops.hooks import observe_calls
 FOCUS_CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))  # (row, column) of the four groups of three channels
 PERSON_CLASS_ID = 0
 NUM_STATISTICS_IMAGES = 192
+STEM_SCALE = 256.0
 DEPTHS = (0.33, 0.67, 1.0, 1.33)
 ARCHITECTURE_KEY = "hkd.architecture"  # metadata of hkd-export
 
@@ -85,6 +86,7 @@ def prepare_yolox(source: YOLOX, act: Activation, iterate_images: Callable[[int]
     Returns:
         The detector.
     """
+    _scale_stem(source)
     batches = list(_take_images(iterate_images(NUM_STATISTICS_IMAGES)))
     restore_batch_norm(source, batches)
     if act == source.spec.act:
@@ -93,6 +95,20 @@ def prepare_yolox(source: YOLOX, act: Activation, iterate_images: Callable[[int]
     detector.load_state_dict(source.state_dict())
     update_bn_stats(detector, batches)
     return detector.eval()
+
+
+@torch.no_grad()
+def _scale_stem(detector: YOLOX) -> None:
+    """Multiply the weights of the first convolution by 256, and divide the weights of its normalization.
+
+    The outputs stay equal. Adam moves every weight by about the learning rate. Images have values up to 255, so the
+    weights of the first convolution are small, and such a step would change the features more than all other layers.
+    """
+    stem = detector.backbone.stem
+    assert stem.bn.running_mean is not None
+    stem.conv.weight.mul_(STEM_SCALE)
+    stem.bn.running_mean.mul_(STEM_SCALE)
+    stem.bn.weight.div_(STEM_SCALE)
 
 
 def _take_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -136,6 +136,20 @@ def test_prepare_yolox_keeps_the_outputs_and_sets_true_statistics() -> None:
     torch.testing.assert_close(trained, before, atol=2e-2, rtol=2e-2)
 
 
+def test_a_step_of_adam_on_the_stem_of_a_file_changes_features_little() -> None:
+    torch.manual_seed(0)
+    detector = YOLOX(YOLOXSpec(width=0.125)).eval()
+    with torch.no_grad():
+        detector.backbone.stem.conv.weight.mul_(0.05)  # small weights for images of 0 to 255, as in public files
+    prepared = prepare_yolox(detector, "silu", iterate_images)
+    weight = prepared.backbone.stem.conv.weight
+    with torch.no_grad():
+        before = prepared.forward_features(IMAGES)[0]
+        weight.sub_(1e-3 * weight.sign())
+        after = prepared.forward_features(IMAGES)[0]
+    assert float((after - before).square().mean()) < 1e-3 * float(before.var())
+
+
 def test_other_activation_gets_statistics_of_its_own() -> None:
     torch.manual_seed(0)
     hardswish = prepare_yolox(YOLOX(YOLOXSpec(width=0.125)).eval(), "hardswish", iterate_images)
