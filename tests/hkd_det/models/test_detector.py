@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from hkd_det.errors import DataError, UsageError
-from hkd_det.models.backbone import Backbone, load_backbone_weights
 from hkd_det.models.batch_norm import freeze_batch_norm
-from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.models.detector import Backbone, HKDDetector, HKDDetectorSpec, load_backbone_weights
 from hkd_det.models.zoo import MODELS, build_model
 from hkd_det.ops.nms import peak_nms, suppress_duplicates
 

@@ -11,9 +11,9 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import box_iou
 
-from hkd_det.models.backbone import Backbone
 from hkd_det.models.base import Targets
 from hkd_det.models.checkpoint import build_from_spec, spec_from_dict, spec_to_dict
+from hkd_det.models.detector import Backbone
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.faster_rcnn_ops import IGNORE_LABEL, mark_ignored_anchors
 from hkd_det.ops.boxes import pairwise_intersection
