@@ -3,7 +3,9 @@
 import ctypes
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -203,6 +205,51 @@ class CudaDevice:
                 f"Install a driver, or a matching package. {CUDA_INSTALL_HINT}"
             )
         return f"{message}. Check the GPU with nvidia-smi, and close other programs that use it."
+
+
+class HostDeviceBuffer:
+    """Pinned host memory and device memory of one tensor.
+
+    Args:
+        cuda: The GPU.
+        shape: Largest shape of the tensor.
+        dtype: NumPy name of the data type.
+        stack: Exit stack that frees the memory.
+
+    Attributes:
+        host: Address of the host memory.
+        device: Address of the device memory.
+    """
+
+    def __init__(self, cuda: CudaDevice, shape: tuple[int, ...], dtype: str, stack: ExitStack) -> None:
+        self._dtype = np.dtype(dtype)
+        size = prod(shape) * self._dtype.itemsize
+        self.host, self._bytes = cuda.allocate_pinned(size)
+        stack.callback(cuda.free_pinned, self.host)
+        self.device = cuda.allocate(size)
+        stack.callback(cuda.free, self.device)
+
+    def compute_num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Compute the size of a tensor.
+
+        Args:
+            shape: Shape of the tensor.
+
+        Returns:
+            Number of bytes.
+        """
+        return prod(shape) * self._dtype.itemsize
+
+    def get_host_array(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return a view of the host memory. It is valid until the request is closed.
+
+        Args:
+            shape: Shape of the array.
+
+        Returns:
+            The array.
+        """
+        return self._bytes[: self.compute_num_bytes(shape)].view(self._dtype).reshape(shape)
 
 
 def open_cuda(device: str) -> CudaDevice:
