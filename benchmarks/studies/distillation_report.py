@@ -17,7 +17,7 @@ from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import BenchResult
 from hkd_deploy.export.exporter import export_detector
-from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import atomic_write, write_text
 from hkd_det.models.checkpoint import load_detector_checkpoint

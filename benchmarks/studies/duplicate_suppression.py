@@ -25,7 +25,7 @@ from torchvision.ops import nms
 
 from hkd_bench.bench import BenchOptions, bench
 from hkd_deploy.export.exporter import export_detector
-from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.boxes import box_iou, xyxy_from_xywh
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from hkd_bench.host import read_host_fields
 from hkd_deploy import open_detector
 from hkd_deploy.export.exporter import export_onnx
-from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.external import OpenVinoSession
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_deploy.precision.graph import find_graph_regions
 from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
 from hkd_deploy.precision.model import run_model

@@ -1,4 +1,4 @@
-"""Description of a model file: the metadata that `hkd-export` writes, and its input and output tensors."""
+"""Description of a model file: the metadata that `hkd-export` writes, its options, inputs and outputs."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
 from hkd_det.letterbox import PAD_VALUE
 
 METADATA_FORMAT = 1  # version of the metadata keys and of the graph interface
@@ -228,3 +228,61 @@ def _parse_preprocess(value: str) -> dict[str, object]:
     if preprocess not in SUPPORTED_PREPROCESS:
         raise ValueError(f"expected {' or '.join(json.dumps(accepted) for accepted in SUPPORTED_PREPROCESS)}")
     return dict(preprocess)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Inputs and outputs of the exported graph.
+
+    Attributes:
+        imgsz_hw: (height, width) of the network input in pixels; the upper limit if `dynamic_size`.
+        batch: Images per batch, or None for a dynamic batch size.
+        dynamic_size: Accept any size up to `imgsz_hw` and pad to multiples of 32 in the graph.
+        letterbox_hw: (height, width) of the largest image in pixels if the graph letterboxes images of any size.
+            None if the caller letterboxes.
+        preprocess: Take uint8 RGB (B, H, W, 3). If False, take float32 RGB (B, 3, H, W), 0 to 1.
+        raw: Return the boxes and logits of all candidates instead of the final detections.
+
+    Raises:
+        UsageError: If two options exclude each other or `batch` is below 1.
+    """
+
+    imgsz_hw: tuple[int, int]
+    batch: int | None = 1
+    dynamic_size: bool = False
+    letterbox_hw: tuple[int, int] | None = None
+    preprocess: bool = True
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and self.batch < 1:
+            raise UsageError(f"--batch {self.batch}: expected at least 1. For any batch size, set --dynamic batch.")
+        if self.letterbox_hw is None:
+            return
+        if self.raw:
+            raise UsageError("--raw: not available with --letterbox; raw boxes are in network input pixels. Omit one.")
+        if not self.preprocess:
+            raise UsageError("--no-preprocess: not available with --letterbox, which is preprocessing. Omit one.")
+        if self.dynamic_size:
+            raise UsageError("--dynamic size: not available with --letterbox, which accepts any size. Omit one.")
+
+    @property
+    def max_hw(self) -> tuple[int, int]:
+        """(height, width) of the largest image that the graph accepts, in pixels."""
+        return self.letterbox_hw or self.imgsz_hw
+
+
+def read_export_options(metadata: ModelMetadata) -> ExportOptions:
+    """Return the options that a model file was exported with.
+
+    Args:
+        metadata: Metadata of the file.
+    """
+    return ExportOptions(
+        metadata.imgsz_hw,
+        metadata.batch,
+        metadata.dynamic,
+        metadata.max_imgsz_hw if metadata.letterbox else None,
+        metadata.preprocess == "uint8",
+        metadata.raw,
+    )

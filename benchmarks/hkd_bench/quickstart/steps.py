@@ -16,7 +16,7 @@ from hkd_bench.result import BenchResult, write_result
 from hkd_deploy import open_detector
 from hkd_deploy.demo.cli import save_video
 from hkd_deploy.export.exporter import export_detector
-from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.synthetic import write_synthetic_dataset, write_video
 from hkd_det.files import write_text

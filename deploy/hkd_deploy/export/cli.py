@@ -2,25 +2,30 @@
 
 import argparse
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_deploy.export import directories, options
-from hkd_deploy.export.parity import Reference, make_onnx_reference
-from hkd_deploy.export.verify import ExportedModel, Verification
-from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.export import directories
+from hkd_deploy.export.verify import (
+    ExportedModel,
+    Verification,
+    add_verify_arguments,
+    build_onnx_verification,
+    build_verification,
+)
+from hkd_deploy.model_metadata import ExportOptions, ModelMetadata
 from hkd_deploy.precision import cli as precision
-from hkd_deploy.precision.report import list_onnx_backends, select_evenly
+from hkd_deploy.precision.report import list_onnx_backends
 from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det import __version__
 from hkd_det.config import check_range
-from hkd_det.datasets.catalog import load_dataset
-from hkd_det.errors import HkdError, UnavailableError, UsageError, first_error_line, run_command
-from hkd_det.letterbox import format_imgsz
+from hkd_det.errors import UnavailableError, UsageError, run_command
+from hkd_det.letterbox import format_imgsz, parse_imgsz
 
-NUM_PARITY_IMAGES = 16
+DEFAULT_MAX_IMGSZ = "1920x1080"  # Full HD, the largest image of most cameras
+DYNAMIC_CHOICES = ("batch", "size")
+GRAPH_FLAGS = ("imgsz", "batch", "dynamic", "letterbox", "max_imgsz", "no_preprocess", "raw")  # require weights
 DESCRIPTION = (
     "Convert a trained detector to a file for a runtime. Weights (.pt) are exported to an ONNX file; this requires "
     "torch. All other conversions read an ONNX file and need no torch, so they also run on the target device: reduced "
@@ -55,23 +60,44 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", help="dataset whose val split is used for verification and evaluation (default: training dataset)"
     )
-    options.add_arguments(parser)
+    _add_graph_arguments(parser)
     precision.add_arguments(parser)
     tensorrt.add_arguments(parser)
     directories.add_arguments(parser)
-    _add_verify_arguments(parser)
+    add_verify_arguments(parser)
     return parser
 
 
-def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("verification", "on the val split of --data")
+def _add_graph_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("graph", "require weights (.pt) as input")
     group.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        help="compare each written file with its source and measure its miss rate (default: yes)",
+        "--imgsz", metavar="WxH", help="input size, width x height, multiples of 32 (default: training size)"
+    )
+    group.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 1)")
+    group.add_argument(
+        "--dynamic",
+        nargs="?",
+        const="batch",
+        metavar="batch,size",
+        type=_parse_dynamic,
+        default=(),
+        help="dynamic axes: batch (also without a value), size (any size up to --imgsz), or both",
     )
     group.add_argument(
-        "--verify-images", type=int, metavar="N", help="number of images for the miss rate (default: all)"
+        "--letterbox",
+        action="store_true",
+        help="resize images of any size in the graph and return boxes in image pixels",
+    )
+    group.add_argument(
+        "--max-imgsz",
+        metavar="WxH",
+        help=f"largest image, width x height (default: {DEFAULT_MAX_IMGSZ}); requires --letterbox",
+    )
+    group.add_argument(
+        "--no-preprocess", action="store_true", help="float32 RGB input (B, 3, H, W), 0 to 1, instead of uint8"
+    )
+    group.add_argument(
+        "--raw", action="store_true", help="output boxes and logits of all candidates, for a custom decoder"
     )
 
 
@@ -100,7 +126,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
         onnx_path, miss_rates = precision.convert_precision(onnx_path, onnx_output, flags)
     engine_path = tensorrt.run_trt(onnx_path, flags, engine_output) if flags.trt else None
     if source.suffix == ".onnx" and (is_reduced or engine_path or flags.openvino):
-        verification = _build_onnx_verification(source, flags)
+        verification = build_onnx_verification(source, flags)
     if verification and is_reduced:
         _verify_reduced_model(onnx_path, flags.precision, verification)
     if verification and flags.trt:
@@ -129,7 +155,7 @@ def _check_source(source: Path, flags: argparse.Namespace) -> None:
 def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Raise UsageError for a flag that has no effect."""
     for has_effect, names, requirement in (
-        (source.suffix == ".pt", options.FLAGS, f"requires weights (.pt), got {source}"),
+        (source.suffix == ".pt", GRAPH_FLAGS, f"requires weights (.pt), got {source}"),
         (flags.precision != "fp32", precision.FLAGS, "requires --precision"),
         (flags.trt, tensorrt.FLAGS, "requires --trt"),
         (bool(flags.serving), directories.SERVING_FLAGS, "requires --serving"),
@@ -203,7 +229,7 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
         ) from None
     checkpoint = load_detector_checkpoint(weights)
     trained_hw = checkpoint.config.get("imgsz_hw")
-    export_options = options.make_export_options(flags, (trained_hw[0], trained_hw[1]) if trained_hw else None)
+    export_options = make_export_options(flags, (trained_hw[0], trained_hw[1]) if trained_hw else None)
     path = output or weights.with_suffix(".onnx")
     verification = None
     if flags.verify is False:
@@ -214,7 +240,7 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
         if not data:
             raise UsageError(f"{weights}: the checkpoint does not name its dataset. Set --data, or --no-verify.")
         reference = make_torch_reference(checkpoint, str(weights), export_options)
-        verification = _build_verification(reference, data, flags)
+        verification = build_verification(reference, data, flags)
         export_and_verify(checkpoint, path, export_options, verification)
         note = ""
     size_mib = path.stat().st_size / 2**20
@@ -222,36 +248,46 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
     return path, verification
 
 
-def _build_verification(reference: Reference, data: str, flags: argparse.Namespace) -> Verification:
-    """Select the images for parity and miss rates from the val split of a dataset.
+def make_export_options(flags: argparse.Namespace, trained_hw: tuple[int, int] | None) -> ExportOptions:
+    """Return the options that the flags of `add_arguments` set.
+
+    Args:
+        flags: Parsed command line.
+        trained_hw: (height, width) of the training input in pixels, the default of `--imgsz`. None if the checkpoint
+            does not contain it.
 
     Raises:
-        HkdError: If the dataset cannot be read.
+        UsageError: If flags exclude each other, have an invalid value, or --imgsz is required.
     """
-    try:
-        samples = load_dataset(data, "val")
-    except HkdError as error:
-        raise type(error)(f"verification images: {first_error_line(error)}. Set --data or --no-verify.") from error
-    image_paths = [sample.path for sample in select_evenly(samples, NUM_PARITY_IMAGES)]
-    return Verification(reference, image_paths, select_evenly(samples, flags.verify_images or len(samples)), data)
+    imgsz_hw = parse_imgsz(flags.imgsz) if flags.imgsz else trained_hw
+    if imgsz_hw is None:
+        raise UsageError("--imgsz: required, because the checkpoint does not contain an input size. Set WIDTHxHEIGHT.")
+    if "batch" in flags.dynamic and flags.batch is not None:
+        raise UsageError(f"--batch {flags.batch}: not available with --dynamic batch. Omit one.")
+    if flags.max_imgsz and not flags.letterbox:
+        raise UsageError(f"--max-imgsz {flags.max_imgsz}: requires --letterbox. Set --imgsz for the network input.")
+    return ExportOptions(
+        imgsz_hw,
+        None if "batch" in flags.dynamic else 1 if flags.batch is None else flags.batch,
+        "size" in flags.dynamic,
+        _parse_max_imgsz(flags.max_imgsz or DEFAULT_MAX_IMGSZ) if flags.letterbox else None,
+        not flags.no_preprocess,
+        flags.raw,
+    )
 
 
-def _build_onnx_verification(onnx_path: Path, flags: argparse.Namespace) -> Verification | None:
-    """Verify against an ONNX file; None with --no-verify.
+def _parse_dynamic(text: str) -> tuple[str, ...]:
+    axes = tuple(text.split(","))
+    if not set(axes) <= set(DYNAMIC_CHOICES):
+        raise UsageError(f"--dynamic {text}: expected batch, size or batch,size. Place the model before this flag.")
+    return axes
 
-    A device rarely has the training dataset. If neither --verify nor --data is set, a missing dataset is not an error.
-    """
-    if flags.verify is False:
-        return None
-    onnx_file = read_onnx_file(onnx_path)
-    try:
-        data = flags.data or ModelMetadata.from_metadata(onnx_file.metadata, onnx_path).data
-        return _build_verification(make_onnx_reference(onnx_path), data, flags)
-    except HkdError as error:
-        if flags.verify or flags.data:
-            raise
-        print(f"hkd-export: not verified: {error}", file=sys.stderr)
-        return None
+
+def _parse_max_imgsz(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not all(side.isascii() and side.isdigit() and int(side) > 0 for side in (width, height)):
+        raise UsageError(f"--max-imgsz {text}: expected WIDTHxHEIGHT in pixels. Example: {DEFAULT_MAX_IMGSZ}.")
+    return int(height), int(width)
 
 
 def _verify_reduced_model(onnx_path: Path, precision_name: str, verification: Verification) -> None:

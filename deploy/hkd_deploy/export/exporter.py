@@ -16,10 +16,15 @@ from torch import Tensor
 
 from hkd_deploy.export.diagnose import locate_difference
 from hkd_deploy.export.graph import ExportModule, get_min_input_hw
-from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import Parity, Reference
 from hkd_deploy.export.verify import ExportedModel, Verification
-from hkd_deploy.model_metadata import METADATA_FORMAT, PREPROCESS, PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
+from hkd_deploy.model_metadata import (
+    METADATA_FORMAT,
+    PREPROCESS,
+    PREPROCESS_FLOAT01,
+    PREPROCESS_IN_GRAPH,
+    ExportOptions,
+)
 from hkd_det.datasets.catalog import dataset_license
 from hkd_det.errors import HkdError
 from hkd_det.files import atomic_write

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 
-from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.letterbox import PAD_VALUE, STRIDE
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.boxes import clip_boxes_traceable

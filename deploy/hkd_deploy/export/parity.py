@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.export.options import ExportOptions, read_export_options
-from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.model_metadata import ExportOptions, ModelMetadata, read_export_options
 from hkd_deploy.precision.model import make_progress_bar
 from hkd_deploy.precision.report import predict_samples
 from hkd_det.errors import DataError, HkdError

@@ -1,6 +1,8 @@
 """Verification of exported models: parity with their reference, miss rates, and the summary table. No torch."""
 
+import argparse
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,14 @@ from hkd_deploy.export.parity import (
     ReferenceOutputs,
     RunFunction,
     compare_outputs,
+    make_onnx_reference,
     run_reference,
 )
-from hkd_deploy.precision.report import predict_samples
-from hkd_det.errors import DataError, HkdError
+from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.precision.report import predict_samples, select_evenly
+from hkd_deploy.trt.onnx_file import read_onnx_file
+from hkd_det.datasets.catalog import load_dataset
+from hkd_det.errors import DataError, HkdError, first_error_line
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import NO_GROUND_TRUTH
 from hkd_det.onnxrt.session import open_session
@@ -27,6 +33,7 @@ from hkd_det.text_table import format_table
 
 TABLE_HEADER = ("model", "backend", "boxes", "scores", "miss rate", "increase")
 NOT_MEASURED = "not measured"
+NUM_PARITY_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,70 @@ class Verification:
             f"{'' if all(row.model.is_exact for row in self._rows) else reduced}; "
             f"miss rate: MR^-2 Reasonable on {len(self._samples)} images of {self._data}"
         )
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verification flags to `parser`.
+
+    Args:
+        parser: Parser of hkd-export.
+    """
+    group = parser.add_argument_group("verification", "on the val split of --data")
+    group.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="compare each written file with its source and measure its miss rate (default: yes)",
+    )
+    group.add_argument(
+        "--verify-images", type=int, metavar="N", help="number of images for the miss rate (default: all)"
+    )
+
+
+def build_verification(reference: Reference, data: str, flags: argparse.Namespace) -> Verification:
+    """Select the images for parity and miss rates from the val split of a dataset.
+
+    Args:
+        reference: The model to compare with.
+        data: The dataset.
+        flags: Parsed flags of `add_verify_arguments`.
+
+    Returns:
+        The verification.
+
+    Raises:
+        HkdError: If the dataset cannot be read.
+    """
+    try:
+        samples = load_dataset(data, "val")
+    except HkdError as error:
+        raise type(error)(f"verification images: {first_error_line(error)}. Set --data or --no-verify.") from error
+    image_paths = [sample.path for sample in select_evenly(samples, NUM_PARITY_IMAGES)]
+    return Verification(reference, image_paths, select_evenly(samples, flags.verify_images or len(samples)), data)
+
+
+def build_onnx_verification(onnx_path: Path, flags: argparse.Namespace) -> Verification | None:
+    """Verify against an ONNX file; None with --no-verify.
+
+    A device rarely has the training dataset. If neither --verify nor --data is set, a missing dataset is not an error.
+
+    Args:
+        onnx_path: ONNX file of hkd-export.
+        flags: Parsed command line.
+
+    Returns:
+        The verification, or None.
+    """
+    if flags.verify is False:
+        return None
+    onnx_file = read_onnx_file(onnx_path)
+    try:
+        data = flags.data or ModelMetadata.from_metadata(onnx_file.metadata, onnx_path).data
+        return build_verification(make_onnx_reference(onnx_path), data, flags)
+    except HkdError as error:
+        if flags.verify or flags.data:
+            raise
+        print(f"hkd-export: not verified: {error}", file=sys.stderr)
+        return None
 
 
 @contextmanager

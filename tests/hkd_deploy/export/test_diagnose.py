@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from hkd_deploy.export.diagnose import compare_layers, locate_difference
 from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.export.graph import ExportModule
-from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec

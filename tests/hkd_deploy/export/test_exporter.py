@@ -15,8 +15,8 @@ import torch
 from hkd_deploy import open_detector
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.exporter import export_detector, export_onnx, make_metadata
-from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import ParityError, compute_box_difference
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.letterbox import Letterbox
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
 from hkd_det.models.zoo import build_model, count_params_and_flops

@@ -16,9 +16,8 @@ import torch
 from hkd_deploy.backends.openvino import create_core
 from hkd_deploy.export.exporter import export_detector, export_onnx, get_output_names
 from hkd_deploy.export.graph import MIN_SCORE
-from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import compute_box_difference
-from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.model_metadata import ExportOptions, ModelMetadata
 from hkd_det.letterbox import Letterbox
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec

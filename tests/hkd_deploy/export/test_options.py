@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hkd_deploy.export.cli import main
-from hkd_deploy.export.options import ExportOptions, add_arguments, make_export_options
+from hkd_deploy.export.cli import _add_graph_arguments, main, make_export_options
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 from hkd_det.models.zoo import build_model
 
@@ -29,7 +29,7 @@ TRAINED_HW = (512, 640)
 )
 def test_make_export_options_parses_flags(flags: str, expected: ExportOptions) -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    _add_graph_arguments(parser)
     assert make_export_options(parser.parse_args(flags.split()), TRAINED_HW) == expected
 
 

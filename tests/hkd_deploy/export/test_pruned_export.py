@@ -8,7 +8,7 @@ import onnxruntime
 import torch
 
 from hkd_deploy.export.exporter import export_onnx
-from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.distill.cdd.compactor import find_prunable_layers, insert_compactors
 from hkd_det.distill.cdd.fusion import fuse_compactors
 from hkd_det.models.base import BaseDetector

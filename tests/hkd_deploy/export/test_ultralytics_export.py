@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hkd_deploy.export.exporter import export_onnx
-from hkd_deploy.export.options import ExportOptions
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.models.checkpoint import DetectorCheckpoint
 from hkd_det.models.ultralytics import UltralyticsDetector, UltralyticsSpec, make_ultralytics_spec
 

@@ -12,9 +12,9 @@ import torch
 from hkd_deploy.export import exporter
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.directories import export_openvino
-from hkd_deploy.export.options import ExportOptions
 from hkd_deploy.export.parity import ParityError, make_onnx_reference
 from hkd_deploy.export.verify import ExportedModel, Verification
+from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 

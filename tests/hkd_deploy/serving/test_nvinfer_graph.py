@@ -15,8 +15,7 @@ import torch
 
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.exporter import export_onnx
-from hkd_deploy.export.options import ExportOptions
-from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.model_metadata import ExportOptions, ModelMetadata
 from hkd_deploy.precision.graph import convert_to_half, find_graph_regions
 from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
 from hkd_deploy.precision.model import Fp32Model, read_fp32_model, save_model

@@ -60,7 +60,7 @@ def test_dry_run_builds_every_form_of_export(
     tmp_path: Path, export_options: dict[str, Any], first_shape: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from hkd_deploy.export.exporter import export_onnx
-    from hkd_deploy.export.options import ExportOptions
+    from hkd_deploy.model_metadata import ExportOptions
     from hkd_det.models.checkpoint import DetectorCheckpoint
     from hkd_det.models.zoo import build_model
 
