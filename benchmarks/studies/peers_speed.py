@@ -42,8 +42,8 @@ from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import write_text
 from hkd_det.letterbox import Letterbox
 from hkd_det.models.checkpoint import load_detector_checkpoint
-from hkd_det.onnxrt.detector import OnnxDetector, normalize_input
-from hkd_det.onnxrt.model_config import OnnxModelConfig
+from hkd_det.onnxrt.detector import OnnxDetector
+from hkd_det.onnxrt.model_config import OnnxModelConfig, normalize_input
 from hkd_det.onnxrt.session import open_session
 
 SIZE_HW = (512, 640)

@@ -1,24 +1,32 @@
-"""ONNX detectors: images to `Detections`, for the output formats of common detectors."""
+"""ONNX detectors: images to `Detections`, and decoding of the output formats of common detectors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.boxes import nms
 from hkd_det.errors import DataError
 from hkd_det.letterbox import Letterbox
-from hkd_det.onnxrt.decode import decode_outputs
-from hkd_det.onnxrt.model_config import OnnxModelConfig, load_model_config
+from hkd_det.onnxrt.model_config import (
+    OnnxModelConfig,
+    OutputFormat,
+    load_model_config,
+    normalize_input,
+    read_input_info,
+)
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections
 
-INPUT_DTYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(uint8)": np.uint8,
-}
+FloatArray = NDArray[np.floating]
+# Scores [B, A] of all rows, and a function from an image index and rows (int array[N]) to boxes [N, 4].
+RawRows = tuple[FloatArray, Callable[[int, NDArray[np.intp]], FloatArray]]
+Reader = Callable[[Mapping[str, FloatArray], OnnxModelConfig, tuple[int, int]], RawRows]
+
+PRE_NMS_TOPK = 1000  # boxes per image that enter NMS
 
 
 class OnnxDetector:
@@ -42,7 +50,7 @@ class OnnxDetector:
     def __init__(self, path: Path, session: Any, config: OnnxModelConfig) -> None:
         self.path, self.config = path, config
         self._session = session
-        self._input_name, self._input_dtype, self.batch, self.input_hw = _read_input_info(path, session, config)
+        self._input_name, self._input_dtype, self.batch, self.input_hw = read_input_info(path, session, config)
         self._output_names = [value.name for value in session.get_outputs()]
 
     def __call__(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
@@ -151,70 +159,172 @@ def open_onnx_detector(
     return OnnxDetector(path, session, config)
 
 
-def normalize_input(
-    images_rgb: NDArray[np.uint8], config: OnnxModelConfig, dtype: type[np.generic]
-) -> NDArray[np.generic]:
-    """Convert a batch of images to the value range, channel order, layout and number type of the model.
+def decode_outputs(
+    outputs: Mapping[str, FloatArray], config: OnnxModelConfig, input_hw: tuple[int, int]
+) -> Iterator[tuple[FloatArray, FloatArray]]:
+    """Decode the outputs of a model to person boxes and scores.
+
+    Only the rows with a score of at least `config.conf` are decoded.
 
     Args:
-        images_rgb (array[B, H, W, 3]): RGB, uint8.
-        config: Input conventions.
-        dtype: Number type of the model input.
+        outputs: Output arrays by name, in the order of the graph.
+        config: Output conventions.
+        input_hw: Height and width of the model input in pixels.
 
-    Returns:
-        array[B, 3, H, W] or array[B, H, W, 3]: Contiguous, of type `dtype`.
+    Yields:
+        Per image, boxes (array[N, 4], xyxy, input pixels) and scores (array[N], descending, at least `config.conf`).
+
+    Raises:
+        ValueError: The shapes do not match `config.output_format`.
     """
-    images: NDArray[Any] = images_rgb if config.color_order == "rgb" else images_rgb[..., ::-1]
-    is_identity = config.input_scale == 255 and set(config.mean) == {0.0} and set(config.std) == {1.0}
-    if not is_identity:
-        images = _scale_channels(images, config)
-    if config.layout == "NCHW":
-        images = images.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(images, dtype=dtype)
+    scores, decode_rows = READERS[config.output_format](outputs, config, input_hw)
+    min_score = max(config.conf, np.finfo(np.float32).tiny)
+    for index, image_scores in enumerate(scores):
+        rows = np.flatnonzero(image_scores >= min_score)
+        rows = rows[np.argsort(-image_scores[rows], kind="stable")]
+        if config.needs_nms:
+            rows = rows[:PRE_NMS_TOPK]
+        boxes = decode_rows(index, rows)
+        kept = nms(boxes, config.iou) if config.needs_nms else slice(None)
+        yield boxes[kept], image_scores[rows[kept]]
 
 
-def _scale_channels(images: NDArray[np.uint8], config: OnnxModelConfig) -> NDArray[np.float32]:
-    """Subtract mean and divide by std, one channel at a time: broadcasting over the last axis is ten times slower."""
-    planes = np.empty((3, *images.shape[:3]), np.float32)
-    for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
-        np.multiply(images[..., channel], np.float32(config.input_scale / 255 / std), out=planes[channel])
-        planes[channel] -= np.float32(mean / std)
-    return planes.transpose(1, 2, 3, 0)  # [B, H, W, 3]
+def _read_yolox(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, input_hw: tuple[int, int]) -> RawRows:
+    """YOLOX without `decode_in_inference`, decoded as `demo_postprocess` of Megvii's repository does."""
+    raw = _get_first_output(outputs, 3)
+    corners, strides = _make_grid(input_hw, config.strides)
+    _check_num_points(raw.shape[1], input_hw, config.strides)
+    scores = raw[..., 4] * _select_class_scores(raw[..., 5:], config.person_class_id)
+
+    def decode_rows(index: int, rows: NDArray[np.intp]) -> FloatArray:
+        values = raw[index, rows, :4]
+        centers, sides = (values[:, :2] + corners[rows]) * strides[rows], np.exp(values[:, 2:]) * strides[rows]
+        return _xyxy_from_cxcywh(np.concatenate([centers, sides], 1))
+
+    return scores, decode_rows
 
 
-def _read_input_info(
-    path: Path, session: Any, config: OnnxModelConfig
-) -> tuple[str, type[np.generic], int | None, tuple[int, int]]:
-    """Return name, number type, batch size, and height and width of the only input."""
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or inputs[0].type not in INPUT_DTYPES or len(inputs[0].shape) != 4:
-        actual = [(value.name, value.type, value.shape) for value in inputs]
-        raise DataError(f"{path}: expected one input of 4 dimensions and type uint8 or float, got {actual}.")
-    shape = list(inputs[0].shape)
-    channels, sides = (shape[1], shape[2:]) if config.layout == "NCHW" else (shape[3], shape[1:3])
-    if isinstance(channels, int) and channels != 3:
-        raise DataError(
-            f"{path}: expected 3 channels in the layout {config.layout}, got the input shape {shape}. Check the key "
-            "layout of the model configuration."
+def _read_yolo(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, _: tuple[int, int]) -> RawRows:
+    raw = _get_first_output(outputs, 3)  # [B, 4 + classes, A]
+    scores = _select_class_scores(raw[:, 4:].swapaxes(1, 2), config.person_class_id)
+    return scores, lambda index, rows: _xyxy_from_cxcywh(raw[index, :4, rows])
+
+
+def _read_yolo_e2e(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, _: tuple[int, int]) -> RawRows:
+    raw = _get_first_output(outputs, 3)
+    if raw.shape[2] != 6:
+        raise ValueError(f"expected [B, N, 6], got {list(raw.shape)}")
+    scores = np.where(raw[..., 5] == config.person_class_id, raw[..., 4], 0)
+    return scores, lambda index, rows: raw[index, rows, :4]
+
+
+def _read_gfl(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, input_hw: tuple[int, int]) -> RawRows:
+    """Generalized Focal Loss head (Li et al. 2020): each side is the expected value over distance bins."""
+    class_scores, bins = _split_gfl_outputs(list(outputs.values()), config)
+    corners, strides = _make_grid(input_hw, config.strides)
+    _check_num_points(class_scores.shape[1], input_hw, config.strides)
+    scores = 1 / (1 + np.exp(-class_scores)) if config.score_activation == "sigmoid" else class_scores
+    distances = np.arange(config.num_bins, dtype=np.float32)
+
+    def decode_rows(index: int, rows: NDArray[np.intp]) -> FloatArray:
+        logits = bins[index, rows].reshape(-1, 4, config.num_bins)
+        weights = np.exp(logits - logits.max(2, keepdims=True))
+        sides = (weights @ distances) / weights.sum(2) * strides[rows]  # [N, 4]: left, top, right, bottom
+        points = (corners[rows] + config.point_offset) * strides[rows]
+        return np.concatenate([points - sides[:, :2], points + sides[:, 2:]], 1)
+
+    return scores, decode_rows
+
+
+def _split_gfl_outputs(arrays: Sequence[FloatArray], config: OnnxModelConfig) -> tuple[FloatArray, FloatArray]:
+    """Return the class scores of persons [B, A] and the distance bins [B, A, 4 * num_bins] of all levels."""
+    num_columns, num_levels = 4 * config.num_bins, len(config.strides)
+    if len(arrays) not in (1, 2 * num_levels) or any(array.ndim != 3 for array in arrays):
+        raise ValueError(
+            f"expected one output [B, A, classes + {num_columns}], or {num_levels} outputs [B, A, classes] and then "
+            f"{num_levels} outputs [B, A, {num_columns}], got {[list(array.shape) for array in arrays]}"
         )
-    input_hw = _resolve_input_hw(path, sides, config)
-    return inputs[0].name, INPUT_DTYPES[inputs[0].type], _get_static_dim(shape[0]), input_hw
+    if len(arrays) == 1:
+        classes, bins = [arrays[0][..., :-num_columns]], arrays[0][..., -num_columns:]
+    else:
+        classes, bins = list(arrays[:num_levels]), np.concatenate(arrays[num_levels:], 1)
+    if bins.shape[2] != num_columns:
+        raise ValueError(f"expected distances of 4 * num_bins = {num_columns} values, got {bins.shape[2]}")
+    return np.concatenate([_select_class_scores(level, config.person_class_id) for level in classes], 1), bins
 
 
-def _resolve_input_hw(path: Path, input_dims: Sequence[int | str | None], config: OnnxModelConfig) -> tuple[int, int]:
-    requested = config.imgsz_hw or (None, None)
-    resolved = [_get_static_dim(dim) or side for dim, side in zip(input_dims, requested, strict=True)]
-    if config.imgsz_hw and tuple(resolved) != tuple(requested):
-        raise DataError(
-            f"{path}: imgsz_hw is {list(requested)} in the model configuration, but the input is {list(input_dims)}. "
-            "Omit imgsz_hw, or set the size of the input."
+def _read_fastestdet(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, input_hw: tuple[int, int]) -> RawRows:
+    """FastestDet, decoded as its `utils.tool.handle_preds` does."""
+    maps = _get_first_output(outputs, 4)
+    batch, num_channels, height, width = maps.shape
+    raw = maps.reshape(batch, num_channels, height * width).swapaxes(1, 2)  # [B, A, 5 + classes]
+    person_scores = _select_class_scores(raw[..., 5:], config.person_class_id)
+    scores = np.clip(raw[..., 0], 0, 1) ** 0.6 * np.clip(person_scores, 0, 1) ** 0.4
+    input_wh, map_wh = np.array(input_hw[::-1], np.float32), np.array([width, height], np.float32)
+
+    def decode_rows(index: int, rows: NDArray[np.intp]) -> FloatArray:
+        values, corners = raw[index, rows], np.stack([rows % width, rows // width], 1)
+        centers = (corners + np.tanh(values[:, 1:3])) / map_wh * input_wh
+        sides = input_wh / (1 + np.exp(-values[:, 3:5]))
+        return _xyxy_from_cxcywh(np.concatenate([centers, sides], 1))
+
+    return scores, decode_rows
+
+
+def _read_named_outputs(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, _: tuple[int, int]) -> RawRows:
+    if not {"boxes", "scores"} <= outputs.keys():
+        raise ValueError(f"expected outputs boxes and scores, got {', '.join(outputs)}")
+    boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs.get("labels")
+    if boxes.ndim != 3 or boxes.shape[2] != 4 or scores.shape != boxes.shape[:2]:
+        raise ValueError(f"expected boxes [B, N, 4] and scores [B, N], got {list(boxes.shape)}, {list(scores.shape)}")
+    if labels is not None:
+        scores = np.where(labels == config.person_class_id, scores, 0)
+    return scores, lambda index, rows: boxes[index, rows]
+
+
+READERS: dict[OutputFormat, Reader] = {
+    "yolox-raw": _read_yolox,
+    "yolo-raw": _read_yolo,
+    "yolo-e2e": _read_yolo_e2e,
+    "gfl-raw": _read_gfl,
+    "fastestdet-raw": _read_fastestdet,
+    "boxes-scores": _read_named_outputs,
+}
+
+
+@cache
+def _make_grid(input_hw: tuple[int, int], strides: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+    """Return the cells [A, 2] (x, y, in strides) and the strides [A, 1] of all levels, in the order of rows."""
+    corners, level_strides = [], []
+    for stride in strides:
+        y, x = np.mgrid[: -(-input_hw[0] // stride), : -(-input_hw[1] // stride)]
+        corners.append(np.stack([x, y], -1).reshape(-1, 2).astype(np.float32))
+        level_strides.append(np.full((len(corners[-1]), 1), stride, np.float32))
+    return np.concatenate(corners), np.concatenate(level_strides)
+
+
+def _check_num_points(num_points: int, input_hw: tuple[int, int], strides: tuple[int, ...]) -> None:
+    expected = len(_make_grid(input_hw, strides)[0])
+    if num_points != expected:
+        raise ValueError(
+            f"expected {expected} anchor points for the input {input_hw[1]}x{input_hw[0]} and the strides "
+            f"{list(strides)}, got {num_points}"
         )
-    height, width = resolved
-    if height is None or width is None:
-        raise DataError(f"{path}: the input size is dynamic. Set imgsz_hw: [H, W] in the model configuration.")
-    return height, width
 
 
-def _get_static_dim(dimension: int | str | None) -> int | None:
-    """Return a dimension of the graph, or None if it is dynamic."""
-    return dimension if isinstance(dimension, int) and dimension > 0 else None
+def _get_first_output(outputs: Mapping[str, FloatArray], ndim: int) -> FloatArray:
+    first = next(iter(outputs.values()))
+    if first.ndim != ndim:
+        raise ValueError(f"expected an output of {ndim} dimensions, got {list(first.shape)}")
+    return first
+
+
+def _select_class_scores(scores: FloatArray, person_class_id: int) -> FloatArray:
+    if person_class_id >= scores.shape[-1]:
+        raise ValueError(f"person_class_id is {person_class_id}, but the output has {scores.shape[-1]} classes")
+    return scores[..., person_class_id]
+
+
+def _xyxy_from_cxcywh(boxes_cxcywh: FloatArray) -> FloatArray:
+    centers, half_sides = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return np.concatenate([centers - half_sides, centers + half_sides], -1)

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from hkd_det.onnxrt.decode import decode_outputs
-from hkd_det.onnxrt.detector import normalize_input
-from hkd_det.onnxrt.model_config import OnnxModelConfig, OutputFormat
+from hkd_det.onnxrt.detector import decode_outputs
+from hkd_det.onnxrt.model_config import OnnxModelConfig, OutputFormat, normalize_input
 
 INPUT_HW = (64, 96)
 PERSON = 2
