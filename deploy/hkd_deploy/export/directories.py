@@ -20,9 +20,8 @@ from hkd_deploy.backends.openvino import (
     open_openvino,
     read_model,
 )
-from hkd_deploy.serving.deepstream import write_deepstream
 from hkd_deploy.serving.model_file import ModelFile, read_model_file
-from hkd_deploy.serving.triton import write_triton_repository
+from hkd_deploy.serving.writers import write_deepstream, write_triton_repository
 from hkd_det.config import check_range
 from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import atomic_write_dir

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 
 from hkd_deploy.export.cli import main
-from hkd_deploy.serving.triton import compute_preferred_batch_sizes
+from hkd_deploy.serving.writers import compute_preferred_batch_sizes
 
 
 def read_config(triton_proto: ModuleType, path: Path) -> Any:
