@@ -14,10 +14,11 @@ from hkd_det.boxes import clip_boxes
 from hkd_det.errors import UsageError
 
 PAD_VALUE = 114
+MAX_LINEAR_REDUCTION = 2
 STRIDE = 32  # all models of this project downsample their input by 32
 
 Align = Literal["top-left", "center", "stretch"]
-Interpolation = Literal["area", "linear"]
+Interpolation = Literal["auto", "area", "linear"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,15 @@ class Letterbox:
         align: Position of the resized image: "top-left" (default), or "center" with half of the padding on each
             side. Both keep the aspect ratio. "stretch" fills the input and changes the aspect ratio.
         pad_value: Gray value of the padding, 0 to 255.
-        interpolation: "area" downscales by pixel area and upscales bilinearly. "linear" is always bilinear, as
-            in YOLOX, Ultralytics and MMDetection.
+        interpolation: "auto" averages pixel areas below half size, as in training, and is bilinear otherwise. "area"
+            averages at every reduction. "linear" is always bilinear, as in YOLOX, Ultralytics and MMDetection.
     """
 
     source_hw: tuple[int, int]
     input_hw: tuple[int, int]
     align: Align = "top-left"
     pad_value: int = PAD_VALUE
-    interpolation: Interpolation = "area"
+    interpolation: Interpolation = "auto"
 
     @property
     def scale(self) -> float:
@@ -85,9 +86,9 @@ class Letterbox:
         if (height, width) == self.source_hw:
             content[:] = image_rgb
         else:
-            # Bilinear downscaling below half size skips pixels, and small persons flicker.
-            use_area = self.interpolation == "area" and height < self.source_hw[0]
-            flag = cv2.INTER_AREA if use_area else cv2.INTER_LINEAR
+            is_reduced = height < self.source_hw[0]
+            by_area = {"auto": is_below_half(self.source_hw, self.content_hw), "area": is_reduced, "linear": False}
+            flag = cv2.INTER_AREA if by_area[self.interpolation] else cv2.INTER_LINEAR
             cv2.resize(image_rgb, (width, height), content, interpolation=flag)
         return canvas
 
@@ -112,6 +113,19 @@ class Letterbox:
         # Use the rounded size, not `scale`: for an image 3 pixels wide the two differ by up to a sixth.
         scale_y, scale_x = (content / source for content, source in zip(self.content_hw, self.source_hw, strict=True))
         return np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
+
+
+def is_below_half(source_hw: tuple[int, int], content_hw: tuple[int, int]) -> bool:
+    """Return whether a resize reduces a side to less than half.
+
+    Bilinear interpolation skips pixels only then. Otherwise it is as good as the average of pixel areas
+    (cv2.INTER_AREA) and takes a tenth of its time.
+
+    Args:
+        source_hw: Height and width before, pixels.
+        content_hw: Height and width after, pixels.
+    """
+    return any(source > MAX_LINEAR_REDUCTION * content for source, content in zip(source_hw, content_hw, strict=True))
 
 
 def parse_imgsz(text: str) -> tuple[int, int]:

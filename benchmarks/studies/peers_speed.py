@@ -1,12 +1,12 @@
-"""CPU latency of the student compared with small YOLO models, from image to detections.
+"""CPU latency of students compared with small YOLO models at one input size, from image to detections.
 
-    python benchmarks/studies/peers_speed.py --data DATA.yaml --student runs/x/best.pt [--rounds 10] [--threads 2]
+    python benchmarks/studies/peers_speed.py --data DATA.yaml [--students hkd-cpu] [--imgsz 320x320] [--rounds 10]
 
-All models run at 640x512 on the same images, with ONNX Runtime and OpenVINO, in FP32, bfloat16 (OpenVINO) and INT8. The
-YOLO models are built from Ultralytics' definitions with random weights. The speed does not depend on the weights, but
-few boxes exceed `conf`, so NMS takes almost no time. This favors the YOLO models. Letterbox, normalization and
-postprocessing are included for all models. All INT8 models come from the quantizer of hkd-export with the maximum
-values of the calibration images; their accuracy is not measured here.
+All models run on the same images, with ONNX Runtime and OpenVINO, in FP32, bfloat16 (OpenVINO) and INT8. The YOLO
+models are built from Ultralytics' definitions with random weights at --imgsz and at --larger-imgsz. The speed does not
+depend on the weights, but few boxes exceed `conf`, so NMS takes almost no time. This favors the YOLO models. Letterbox,
+normalization and postprocessing are included for all models. All INT8 models come from the quantizer of hkd-export with
+the maximum values of the calibration images; their accuracy is not measured here.
 
 A round runs every model `BURST` times in sequence, as with a camera, after a pause and warmup calls. The pause is
 needed because the threads of ONNX Runtime spin for a while and would slow down the next model. The table gives medians
@@ -31,22 +31,20 @@ from tqdm import tqdm
 
 from hkd_bench.host import read_host_fields
 from hkd_deploy import open_detector
-from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.external import OpenVinoSession
-from hkd_deploy.model_metadata import ExportOptions
+from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision.graph import find_graph_regions
 from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
 from hkd_deploy.precision.model import run_model
 from hkd_det.datasets import read_image
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import write_text
-from hkd_det.letterbox import Letterbox
-from hkd_det.models.checkpoint import load_detector_checkpoint
+from hkd_det.letterbox import Letterbox, parse_imgsz
 from hkd_det.onnxrt.detector import OnnxDetector
 from hkd_det.onnxrt.model_config import OnnxModelConfig, normalize_input
 from hkd_det.onnxrt.session import open_session
+from hkd_det.shipped import resolve_model
 
-SIZE_HW = (512, 640)
 NUM_CALIBRATION_IMAGES, NUM_IMAGES = 48, 16
 BURST, NUM_WARMUP, PAUSE_S = 8, 3, 0.1
 PEERS = {
@@ -68,7 +66,8 @@ net = net.fuse()
 for module in net.modules():
     if hasattr(module, "export"):
         module.export, module.format = True, "onnx"
-torch.onnx.export(net, (torch.zeros(1, 3, 512, 640),), sys.argv[2], opset_version=17, dynamo=False,
+size = [int(side) for side in sys.argv[3:]]
+torch.onnx.export(net, (torch.zeros(1, 3, *size),), sys.argv[2], opset_version=17, dynamo=False,
                   input_names=["images"], output_names=["output0"])
 """
 
@@ -97,75 +96,104 @@ class LatencySeries:
         return float(np.median(self.ms))
 
 
+@dataclass(frozen=True)
+class TimedModel:
+    """A model to time.
+
+    Attributes:
+        label: Name in the table.
+        path: FP32 ONNX file.
+        imgsz_hw: Input height and width, pixels.
+        config: Input and output format of a YOLO model; None for a student.
+    """
+
+    label: str
+    path: Path
+    imgsz_hw: tuple[int, int]
+    config: OnnxModelConfig | None = None
+
+    def prepare_input(self, image: Image) -> NDArray[Any]:
+        """Return a batch of one in the input format of the model.
+
+        Args:
+            image: uint8 [H, W, 3], RGB.
+        """
+        size_hw = (image.shape[0], image.shape[1])
+        if self.config is None:
+            return Letterbox(size_hw, self.imgsz_hw).apply(image)[None]
+        letterbox = Letterbox(
+            size_hw, self.imgsz_hw, self.config.resize_mode, self.config.pad_value, interpolation="linear"
+        )
+        return normalize_input(letterbox.apply(image)[None], self.config, np.float32)
+
+
 def main() -> None:
     """Build, quantize and time all models, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="data YAML with the splits train and test")
-    parser.add_argument("--student", type=Path, required=True, help="best.pt of the student")
+    parser.add_argument(
+        "--students", default="hkd-cpu", help="shipped models or FP32 files of hkd-export (default: %(default)s)"
+    )
+    parser.add_argument("--imgsz", default="320x320", help="input of the YOLO models (default: %(default)s)")
+    parser.add_argument("--larger-imgsz", default="416x416", help="second input of theirs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the runtime (default: all)")
     parser.add_argument("--work", type=Path, default=Path("runs/peers_speed"), help="directory of the model files")
     parser.add_argument("--results", type=Path, help="file to which the table is written as well")
     arguments = parser.parse_args()
     images = [read_image(sample.path) for sample in load_dataset(str(arguments.data), "test")[:NUM_IMAGES]]
-    files = build_models(arguments.student, arguments.data, arguments.work)
-    entries = time_models(files, images, arguments.rounds, arguments.threads)
-    table = format_page(entries, arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    models = list_students(arguments.students.split(","))
+    for imgsz in (arguments.imgsz, arguments.larger_imgsz):
+        models += [build_peer(name, parse_imgsz(imgsz), arguments.work) for name in PEERS]
+    calibration = [
+        read_image(sample.path) for sample in load_dataset(str(arguments.data), "train")[:NUM_CALIBRATION_IMAGES]
+    ]
+    for model in models:
+        write_int8(model, get_int8_path(model, arguments.work), calibration)
+    entries = time_models(models, arguments.work, images, arguments.rounds, arguments.threads)
+    table = format_page(models, entries, arguments.threads)
     print(table)
     if arguments.results:
         write_text(arguments.results, table)
 
 
-def build_models(student: Path, data: Path, folder: Path) -> dict[tuple[str, str], Path]:
-    """Build the model files; existing files are kept.
-
-    Args:
-        student: Checkpoint of the student.
-        data: Data YAML; the split train is used for calibration.
-        folder: Directory of the model files.
-
-    Returns:
-        The files by (model, precision).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    calibration = [read_image(sample.path) for sample in load_dataset(str(data), "train")[:NUM_CALIBRATION_IMAGES]]
-    for name in ("student", *PEERS):
-        fp32, int8 = folder / f"{name}.onnx", folder / f"{name}.int8.onnx"
-        if not fp32.exists() and name == "student":
-            export_onnx(load_detector_checkpoint(student), fp32, ExportOptions(SIZE_HW))
-        elif not fp32.exists():
-            subprocess.run([sys.executable, "-W", "ignore", "-c", BUILD_PEER, name, str(fp32)], check=True)
-        if not int8.exists():
-            write_int8(fp32, int8, [prepare_input(name, image) for image in calibration])
-        files |= {(name, "fp32"): fp32, (name, "bf16"): fp32, (name, "int8"): int8}
-    return files
+def list_students(names: Sequence[str]) -> list[TimedModel]:
+    """Return students given as names of shipped models or as files."""
+    students = []
+    for path in (resolve_model(name.strip()) for name in names):
+        properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        students.append(TimedModel(path.stem, path, ModelMetadata.from_metadata(properties, path).imgsz_hw))
+    return students
 
 
-def prepare_input(name: str, image: Image) -> NDArray[Any]:
-    """Return a batch of one in the input format of a model.
-
-    Args:
-        name: Name of the model.
-        image: uint8 [H, W, 3], RGB.
-    """
-    size_hw = (image.shape[0], image.shape[1])
-    if name == "student":
-        return Letterbox(size_hw, SIZE_HW).apply(image)[None]
-    config = PEERS[name]
-    letterbox = Letterbox(size_hw, SIZE_HW, config.resize_mode, config.pad_value, interpolation="linear")
-    return normalize_input(letterbox.apply(image)[None], config, np.float32)
+def build_peer(name: str, imgsz_hw: tuple[int, int], folder: Path) -> TimedModel:
+    """Build a YOLO model with random weights; an existing file is kept."""
+    height, width = imgsz_hw
+    path = folder / f"{name}-{width}x{height}.onnx"
+    if not path.exists():
+        command = [sys.executable, "-W", "ignore", "-c", BUILD_PEER, name, str(path), str(height), str(width)]
+        subprocess.run(command, check=True)
+    return TimedModel(f"{name} {width}x{height}", path, imgsz_hw, PEERS[name])
 
 
-def write_int8(fp32: Path, int8: Path, inputs: Sequence[NDArray[Any]]) -> None:
+def get_int8_path(model: TimedModel, folder: Path) -> Path:
+    """Return the file of the INT8 form of a model."""
+    return folder / f"{model.path.stem}.int8.onnx"
+
+
+def write_int8(timed: TimedModel, path: Path, images: Sequence[Image]) -> None:
     """Quantize all layers except the last, with the maximum input value of each layer.
 
     Args:
-        fp32: The FP32 model file.
-        int8: File to write.
-        inputs: Calibration inputs.
+        timed: The FP32 model.
+        path: File to write; an existing file is kept if it is newer than the model.
+        images: Calibration images.
     """
-    model = fold_norms(onnx.load(fp32))
+    if path.exists() and path.stat().st_mtime > timed.path.stat().st_mtime:
+        return
+    inputs = [timed.prepare_input(image) for image in images]
+    model = fold_norms(onnx.load(timed.path))
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{index}"
     layers = find_graph_regions(model).layers
@@ -174,47 +202,49 @@ def write_int8(fp32: Path, int8: Path, inputs: Sequence[NDArray[Any]]) -> None:
     for outputs in run_model(model, names, inputs):
         for name, values in outputs.items():
             max_values[name] = max(max_values[name], float(np.abs(values).max()))
-    onnx.save(convert_to_int8(model, layers, max_values), int8)
+    onnx.save(convert_to_int8(model, layers, max_values), path)
 
 
-def open_model(stack: ExitStack, name: str, path: Path, runtime: str, threads: int) -> Callable[[Image], Any]:
+def open_model(stack: ExitStack, model: TimedModel, path: Path, runtime: str, threads: int) -> Callable[[Image], Any]:
     """Return a function from an image to its detections.
 
     Args:
         stack: Closes the model.
-        name: Name of the model.
-        path: The model file.
+        model: The model.
+        path: Its file in the precision to time.
         runtime: Name of the runtime.
         threads: Threads of the runtime.
     """
-    if name == "student":
+    if model.config is None:
         return stack.enter_context(open_detector(path, "cpu", threads, runtime))
     if runtime == "onnxruntime":
         # The same option as for the student, because the same quantizer produced all INT8 models.
         session: Any = open_session(path, "cpu", threads, disable_quant_qdq=True)
     else:
         session = OpenVinoSession(path, "cpu", threads, "bf16" if runtime == "openvino-bf16" else None)
-    model = OnnxDetector(path, session, PEERS[name])
-    return lambda image: model([image])
+    detector = OnnxDetector(path, session, model.config)
+    return lambda image: detector([image])
 
 
 def time_models(
-    files: dict[tuple[str, str], Path], images: Sequence[Image], rounds: int, threads: int
+    models: Sequence[TimedModel], folder: Path, images: Sequence[Image], rounds: int, threads: int
 ) -> list[LatencySeries]:
     """Time every model in every precision on every runtime that supports it, alternately.
 
     Args:
-        files: Model files by (model, precision).
+        models: The models.
+        folder: Directory of their INT8 forms.
         images: Images to run.
         rounds: Number of rounds.
         threads: Threads of the runtimes.
     """
     with ExitStack() as stack:
-        entries = [
-            (LatencySeries(model, precision, runtime, []), open_model(stack, model, path, runtime, threads))
-            for (model, precision), path in files.items()
-            for runtime in RUNTIMES[precision]
-        ]
+        entries = []
+        for precision, runtime in list_cells():
+            for model in models:
+                path = get_int8_path(model, folder) if precision == "int8" else model.path
+                detect = open_model(stack, model, path, runtime, threads)
+                entries.append((LatencySeries(model.label, precision, runtime, []), detect))
         for _ in tqdm(range(rounds), "timing", unit="round"):
             for entry, detect in entries:
                 sleep(PAUSE_S)
@@ -227,49 +257,44 @@ def time_models(
     return [entry for entry, _ in entries]
 
 
-def format_page(entries: Sequence[LatencySeries], threads: int) -> str:
-    """Return the Markdown page with one row per runtime and precision.
+def format_page(models: Sequence[TimedModel], entries: Sequence[LatencySeries], threads: int) -> str:
+    """Return the Markdown page with one row per model, runtime and precision.
 
     Args:
+        models: Students, then YOLO models at the first and at the second input size.
         entries: The latencies.
         threads: Threads of the runtimes.
     """
     processor = next(field.value for field in read_host_fields() if field.name == "CPU")
-    runs = len(entries[0].ms)
+    labels = [model.label for model in models if model.config]
+    same, larger = labels[: len(PEERS)], labels[len(PEERS) :]
     lines = [
         "# CPU latency compared with small YOLO models",
         "",
-        "Latency of the student and of three YOLO models from image to detections.",
+        "Latency from image to detections. The ratios are those to the fastest YOLO model of the same row at "
+        f"{same[0].split()[1]} and at {larger[0].split()[1]}.",
         "",
         f"```bash\n{' '.join(['python', *sys.argv])}\n```",
         "",
-        f"{processor}, {threads} threads, images at {SIZE_HW[1]}x{SIZE_HW[0]}. "
-        f"Milliseconds, median of {runs} runs (p10-p90).",
+        f"{processor}, {threads} threads. Milliseconds, median of {len(entries[0].ms)} runs (p10-p90).",
         "",
-        f"| runtime | precision | student | {' | '.join(PEERS)} | student / fastest YOLO | student / its FP32 |",
-        f"|{' --- |' * (len(PEERS) + 5)}",
+        f"| model | runtime | precision | latency, ms | / YOLO {same[0].split()[1]} | / YOLO {larger[0].split()[1]} |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for runtime, precision in list_cells():
+    for precision, runtime in list_cells():
         row = {e.model: e for e in entries if (e.runtime, e.precision) == (runtime, precision)}
-        of_fp32 = next(
-            e.p50_ms
-            for e in entries
-            if (e.model, e.precision, e.runtime) == ("student", "fp32", runtime.removesuffix("-bf16"))
-        )
-        student = row["student"].p50_ms
-        fastest = min(row[peer].p50_ms for peer in PEERS)
-        times = [_format_time(row[name]) for name in ("student", *PEERS)]
-        lines.append(
-            f"| {runtime} | {precision} | {' | '.join(times)} | {student / fastest:.2f} | {student / of_fp32:.2f} |"
-        )
+        fastest = [min(row[label].p50_ms for label in peers) for peers in (same, larger)]
+        for model in models:
+            ratios = " | ".join(f"{row[model.label].p50_ms / ms:.2f}" for ms in fastest)
+            lines.append(f"| {model.label} | {runtime} | {precision} | {_format_time(row[model.label])} | {ratios} |")
     return "\n".join(lines) + "\n"
 
 
 def list_cells() -> Iterator[tuple[str, str]]:
-    """Yield the runtime and precision of each row."""
+    """Yield precision and runtime of each row."""
     for precision, runtimes in RUNTIMES.items():
         for runtime in runtimes:
-            yield runtime, precision
+            yield precision, runtime
 
 
 def _format_time(entry: LatencySeries) -> str:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 
 from hkd_deploy.model_metadata import ExportOptions
-from hkd_det.letterbox import PAD_VALUE, STRIDE
+from hkd_det.letterbox import MAX_LINEAR_REDUCTION, PAD_VALUE, STRIDE
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.boxes import clip_boxes_traceable
 
@@ -43,10 +43,10 @@ class LetterboxModule(nn.Module):
         """
         source_hw = shape_as_tensor(images)[1:3].float()
         content_hw = compute_content_hw(source_hw, self.input_hw)
-        is_downscale = content_hw[0] < source_hw[0]
+        by_area = (source_hw > MAX_LINEAR_REDUCTION * content_hw).any()
         row_weights, column_weights = (
             _compute_resize_weights(
-                torch.arange(images.shape[axis + 1]).float(), source_hw[axis], content_hw[axis], size, is_downscale
+                torch.arange(images.shape[axis + 1]).float(), source_hw[axis], content_hw[axis], size, by_area
             )
             for axis, size in enumerate(self.input_hw)
         )
@@ -156,18 +156,18 @@ def compute_content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:
 
 
 def _compute_resize_weights(
-    pixels: Tensor, source_size: Tensor, content_size: Tensor, input_size: int, is_downscale: Tensor
+    pixels: Tensor, source_size: Tensor, content_size: Tensor, input_size: int, by_area: Tensor
 ) -> Tensor:
     """Return the weight of each source pixel in each input pixel along one axis.
 
-    Downscaling weights by area (cv2.INTER_AREA), upscaling interpolates linearly (cv2.INTER_LINEAR).
+    The weights are those of cv2.INTER_AREA or cv2.INTER_LINEAR.
 
     Args:
         pixels (Tensor[N]): Indices of the source pixels.
         source_size (Tensor[]): N.
         content_size (Tensor[]): Number of input pixels that the image covers.
         input_size: Number of input pixels.
-        is_downscale (bool Tensor[]): Whether the image is downscaled.
+        by_area (bool Tensor[]): Whether areas are averaged, as below half size. Otherwise linear.
 
     Returns:
         weights (Tensor[input_size, N]): Rows sum to 1 within the content and to 0 in the padding.
@@ -177,4 +177,4 @@ def _compute_resize_weights(
     area = (torch.minimum(end, pixels + 1) - torch.maximum(start, pixels)).clamp(min=0) * content_size / source_size
     center = torch.minimum(((targets + 0.5) * source_size / content_size - 0.5).clamp(min=0), source_size - 1)
     linear = (1 - (center - pixels).abs()).clamp(min=0)
-    return torch.where(targets < content_size, torch.where(is_downscale, area, linear), 0.0)
+    return torch.where(targets < content_size, torch.where(by_area, area, linear), 0.0)
