@@ -33,8 +33,8 @@ from hkd_bench.host import read_host_fields
 from hkd_deploy import open_detector
 from hkd_deploy.external import OpenVinoSession
 from hkd_deploy.model_metadata import ModelMetadata
-from hkd_deploy.precision.graph import find_graph_regions
-from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
+from hkd_deploy.precision.graph import find_graph_regions, fold_norms
+from hkd_deploy.precision.int8 import convert_to_int8
 from hkd_deploy.precision.model import run_model
 from hkd_det.datasets import read_image
 from hkd_det.datasets.catalog import load_dataset

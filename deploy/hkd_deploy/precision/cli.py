@@ -1,14 +1,15 @@
 """`hkd-export --precision`: flags, and conversion of an FP32 file to reduced precision."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from hkd_deploy.precision.graph import convert_to_half, find_graph_regions
-from hkd_deploy.precision.int8 import load_calibration_samples
+from hkd_deploy.precision.int8 import SEED, quantize
 from hkd_deploy.precision.model import Fp32Model, read_fp32_model, save_model
-from hkd_deploy.precision.quantize import quantize
 from hkd_deploy.precision.report import (
     Accuracy,
     PrecisionReport,
@@ -19,12 +20,14 @@ from hkd_deploy.precision.report import (
     load_eval_samples,
 )
 from hkd_det.config import check_range
-from hkd_det.errors import HkdError, UsageError
+from hkd_det.datasets.catalog import load_dataset
+from hkd_det.errors import HkdError, UsageError, first_error_line
 from hkd_det.files import atomic_write
 from hkd_det.structures import Sample
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FLAGS = ("calib_data", "calib_images", "max_mr_increase", "conf", "eval_device", "force")
+MIN_RECOMMENDED_IMAGES = 300  # with fewer images the ranges depend on the selection
 BF16_SKIP_REASON = "ONNX Runtime has no bfloat16 convolution; build a TensorRT engine and measure it with hkd-bench"
 
 # Miss rate, 0 to 1, of the whole val split on the CPU, by file and runtime.
@@ -106,6 +109,34 @@ def convert_precision(fp32: Path, output: Path | None, flags: argparse.Namespace
         line, miss_rates = report.format_log_line(), _collect_miss_rates(source.path, path, report, flags.eval_device)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; {line}")
     return path, miss_rates
+
+
+def load_calibration_samples(data: str, count: int) -> list[Sample]:
+    """Select images of a train split with a fixed seed; print a warning if they are few.
+
+    Args:
+        data: Dataset name or data YAML.
+        count: Number of images. All images are returned if the split has fewer.
+
+    Returns:
+        The samples in dataset order.
+
+    Raises:
+        UsageError: If `count` is below 1.
+        HkdError: If the dataset cannot be read.
+    """
+    check_range("--calib-images", count, 1)
+    try:
+        samples = load_dataset(data, "train")
+    except HkdError as error:
+        raise type(error)(
+            f"calibration images: {first_error_line(error)}. Set --calib-data to another dataset."
+        ) from error
+    indices = sorted(Random(SEED).sample(range(len(samples)), min(count, len(samples))))
+    if len(indices) < MIN_RECOMMENDED_IMAGES:
+        warning = f"{len(indices)} calibration images; at least {MIN_RECOMMENDED_IMAGES} are recommended"
+        print(f"hkd-export: warning: {warning}", file=sys.stderr)
+    return [samples[index] for index in indices]
 
 
 def _check_flags(flags: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Regions of a graph that may run in reduced precision, and conversion to float16 and bfloat16.
+"""Regions of a graph that may run in reduced precision, folding of norms, and conversion to float16 and bfloat16.
 
     preprocessing | body: first convolution .. input of the output layers | output layers | decoding
 
@@ -16,8 +16,11 @@ all equal scores (`hkd_det/ops/nms.py`). Inputs and outputs keep their types. Th
 onnxruntime.transformers.float16 does not support bfloat16 and modelopt.onnx.autocast of NVIDIA requires torch.
 """
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -119,6 +122,39 @@ def find_float_tensors(model: Any) -> frozenset[str]:
     dtypes = {info.name: info.type.tensor_type.elem_type for info in infos}
     dtypes.update({name: tensor.data_type for name, tensor in find_constants(model).items()})
     return frozenset(name for name, dtype in dtypes.items() if dtype == onnx.TensorProto.FLOAT)
+
+
+def fold_norms(model: Any) -> Any:
+    """Return a copy of a model with linear operators after a convolution folded into its weights.
+
+    The torch exporter folds BatchNorm2d, but not the multiplication and addition of a frozen normalization.
+
+    Args:
+        model: onnx.ModelProto. It is not modified.
+
+    Returns:
+        The onnx.ModelProto after the basic graph optimizations of ONNX Runtime.
+    """
+    onnx = import_onnx()
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    with TemporaryDirectory(prefix="hkd-precision-") as temp_dir:
+        source_path, folded_path = Path(temp_dir) / "source.onnx", Path(temp_dir) / "folded.onnx"
+        onnx.save(model, source_path)
+        options.optimized_model_filepath = str(folded_path)
+        runtime.InferenceSession(str(source_path), options, providers=["CPUExecutionProvider"])
+        folded = onnx.load(folded_path)
+    folded.ir_version = min(folded.ir_version, model.ir_version)
+    # The nodes that replace an operator without a kernel, such as HardSwish, have no names.
+    for index, node in enumerate(folded.graph.node):
+        node.name = node.name or f"{node.op_type}_folded_{index}"
+    # ONNX Runtime lists every operator domain that it supports; keep those that the model contains.
+    domains = [entry for entry in folded.opset_import if entry.domain in {node.domain for node in folded.graph.node}]
+    del folded.opset_import[:]
+    folded.opset_import.extend(domains)
+    return folded
 
 
 def _find_feature_inputs(model: Any) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.files import bytes_sha256
+from hkd_det.letterbox import Letterbox
 from hkd_det.onnxrt.session import open_session
 
 # Opset 13 introduced scales per channel. The quantizer of ONNX Runtime supports opsets below 21.
@@ -153,6 +154,19 @@ def run_model(
         (model_input,) = session.get_inputs()
         for batch in inputs:
             yield dict(zip(names, session.run(list(names), {model_input.name: batch}), strict=True))
+
+
+def make_network_input(metadata: ModelMetadata, image_rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Letterbox an image to the input size of a model. Graphs with a dynamic size accept this size as well.
+
+    Args:
+        metadata: Metadata of the model.
+        image_rgb (uint8 array[H, W, 3]): RGB.
+
+    Returns:
+        batch (uint8 array[1, h, w, 3]): RGB.
+    """
+    return Letterbox((image_rgb.shape[0], image_rgb.shape[1]), metadata.imgsz_hw).apply(image_rgb)[None]
 
 
 def save_model(

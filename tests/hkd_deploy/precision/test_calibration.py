@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hkd_deploy.precision.int8 import CALIBRATION_METHODS, calibrate, load_calibration_samples
+from hkd_deploy.precision.cli import load_calibration_samples
+from hkd_deploy.precision.int8 import CALIBRATION_METHODS, calibrate
 from hkd_deploy.precision.model import read_fp32_model
 from hkd_det.errors import DataError, UsageError
 from hkd_det.image import read_image

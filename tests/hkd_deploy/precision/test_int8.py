@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hkd_deploy.backends.openvino import open_openvino
-from hkd_deploy.precision.graph import LAYER_OPS, find_graph_regions
-from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
+from hkd_deploy.precision.graph import LAYER_OPS, find_graph_regions, fold_norms
+from hkd_deploy.precision.int8 import convert_to_int8
 from hkd_deploy.precision.model import read_fp32_model
 
 RANGES = {"normal": 1.0, "first_relu": 1.0}

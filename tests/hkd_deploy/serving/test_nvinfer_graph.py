@@ -16,8 +16,8 @@ import torch
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.model_metadata import ExportOptions, ModelMetadata
-from hkd_deploy.precision.graph import convert_to_half, find_graph_regions
-from hkd_deploy.precision.int8 import convert_to_int8, fold_norms
+from hkd_deploy.precision.graph import convert_to_half, find_graph_regions, fold_norms
+from hkd_deploy.precision.int8 import convert_to_int8
 from hkd_deploy.precision.model import Fp32Model, read_fp32_model, save_model
 from hkd_deploy.serving import model_file
 from hkd_deploy.serving.model_file import read_model_file

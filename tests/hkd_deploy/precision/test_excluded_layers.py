@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from hkd_deploy.precision.graph import find_graph_regions
+from hkd_deploy.precision.int8 import QuantizationTrial, rank_layer_sensitivity, select_excluded_nodes
 from hkd_deploy.precision.model import read_fp32_model
-from hkd_deploy.precision.quantize import QuantizationTrial, rank_layer_sensitivity, select_excluded_nodes
 
 RANKED = tuple(f"layer {number}" for number in range(40))
 
