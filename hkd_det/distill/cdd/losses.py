@@ -1,5 +1,6 @@
 """Settings and losses of capacity-dynamic distillation: scores of all boxes, pooled person features of all blocks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class CDDConfig:
         keep_flops: Maximum ratio of the FLOPs to keep, above 0 to 1; 1 sets no limit.
         keep_parameters: Maximum ratio of the parameters to keep, above 0 to 1; 1 sets no limit.
         min_channels: Minimum number of channels of each layer; a narrower layer is not pruned.
+        min_width_ratio: Minimum ratio of the channels of each layer to keep, 0 to 1.
         cls: Weight of the score loss.
         temperature: Temperature T of the score loss.
         feature: Weight of the distance of pooled person features, summed over layers.
@@ -42,6 +44,7 @@ class CDDConfig:
     keep_flops: float = 0.35
     keep_parameters: float = 1.0
     min_channels: int = 4
+    min_width_ratio: float = 0.0
     cls: float = 1.0
     temperature: float = 2.0
     feature: float = 0.05
@@ -59,6 +62,7 @@ class CDDConfig:
             check_range(f"distill.cdd.{name}", getattr(self, name), 0, 1, is_open=True)
         for name in ("min_channels", "queue_size", "num_neighbors", "compare_interval"):
             check_range(f"distill.cdd.{name}", getattr(self, name), 1)
+        check_range("distill.cdd.min_width_ratio", self.min_width_ratio, 0, 1)
         for name in ("cls", "feature", "lasso", "warmup_ratio"):
             check_range(f"distill.cdd.{name}", getattr(self, name), 0)
         check_range("distill.cdd.temperature", self.temperature, 0, is_open=True)
@@ -68,6 +72,14 @@ class CDDConfig:
             raise UsageError(
                 f"distill.cdd.warmup_ratio: expected less than mask_end ({self.mask_end:g}), got {self.warmup_ratio:g}."
             )
+
+    def get_min_width(self, width: int) -> int:
+        """Return the smallest width that pruning may give a layer.
+
+        Args:
+            width: Channels of the layer before pruning.
+        """
+        return min(width, max(self.min_channels, math.ceil(self.min_width_ratio * width)))
 
 
 class CDDLoss(nn.Module):

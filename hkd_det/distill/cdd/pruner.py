@@ -114,7 +114,7 @@ def prepare_pruning(
         raise UsageError(f"--distill cdd: {model_name} has no prunable layer. Choose another model.")
     cost_model = ChannelCostModel(detector, layers, imgsz_hw)
     initial = cost_model.initial_complexity
-    smallest = cost_model.compute_complexity([min(width, config.min_channels) for width in cost_model.widths])
+    smallest = cost_model.compute_complexity([config.get_min_width(width) for width in cost_model.widths])
     for key, keep, unit, min_keep in (
         ("keep_flops", config.keep_flops, "FLOPs", smallest.flops / initial.flops),
         ("keep_parameters", config.keep_parameters, "parameters", smallest.num_params / initial.num_params),
@@ -249,11 +249,12 @@ class ChannelPruner:
     def _mask_channels(self, unimportant: list[Tensor], remaining_excess: float) -> None:
         """Mask channels in order of importance until the schedule's budget is met."""
         masks = [compactor.masked.cpu() for compactor in self.compactors]
+        min_widths = [self.config.get_min_width(width) for width in self.cost_model.widths]
         widths = [int((~mask).sum()) for mask in masks]
         for layer, channel in self._rank_channels(unimportant):
             if self._meets_budget(self.cost_model.compute_complexity(widths), remaining_excess):
                 break
-            if widths[layer] > self.config.min_channels:
+            if widths[layer] > min_widths[layer]:
                 masks[layer][channel] = True
                 widths[layer] -= 1
         for compactor, mask in zip(self.compactors, masks, strict=True):
