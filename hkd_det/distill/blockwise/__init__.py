@@ -5,6 +5,7 @@ trained separately. It minimizes the mean of (b(x) - y)^2, where x is the input 
 and y the teacher's output behind the following normalization. The blocks are independent, so several workers train them
 in parallel. Afterwards all blocks are assembled and fine-tuned as one network.
 
-Modules: `blocks` finds the convolutions and assembles the network, `activations` records the inputs, `worker` holds
-the settings and trains one block, `executor` schedules and runs the tasks, `method` runs the whole stage.
+Modules: `blocks` finds the convolutions, records their inputs and assembles the network, `worker` holds the settings
+and trains one block, `executor` schedules and runs the tasks, `stage` trains all blocks, `method` runs the whole method and
+writes the report.
 """

@@ -1,13 +1,22 @@
-"""Replaceable convolutions of a detector, their training cost, and the network that contains the trained blocks."""
+"""Replaceable convolutions of a detector, their inputs, and the network that contains the trained blocks.
+
+The images pass the network one at a time in one thread, and the inputs of a convolution are rounded to float16. A block
+therefore trains on the same values with and without the cache in files. In a batch the last bits of an image's
+activations depend on the other images.
+"""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hkd_det.errors import UsageError
+from hkd_det.errors import DataError, UsageError
 from hkd_det.models.base import BaseDetector, DetectorPart
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.surgery import is_dense_conv3x3, make_block
@@ -182,3 +191,95 @@ def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw
     finally:
         detector.train(was_training)
     return trace
+
+
+class LayerInputs:
+    """The inputs of one layer of a frozen network for a set of images, loaded per batch.
+
+    Args:
+        network: The network, in evaluation mode.
+        layer: Name of the layer.
+        images: uint8 [N, 3, H, W], usually memory-mapped.
+        cache_path: File of `write_inputs` with the inputs, or None to compute them.
+    """
+
+    def __init__(
+        self, network: nn.Module, layer: str, images: NDArray[np.uint8], cache_path: Path | None = None
+    ) -> None:
+        self._network, self._layer, self._images = network, layer, images
+        self._cache = None if cache_path is None else np.load(cache_path, mmap_mode="r")
+        self.device = next(network.parameters()).device
+
+    def get_batch(self, indices: NDArray[np.intp]) -> Tensor:
+        """Return the inputs for some images.
+
+        Args:
+            indices: int [B], indices of the images.
+
+        Returns:
+            Tensor[B, C, H, W] on the network's device, rounded to float16 precision.
+        """
+        if self._cache is not None:
+            return torch.from_numpy(self._cache[indices]).to(self.device).float()
+        images = torch.from_numpy(self._images[indices]).to(self.device)
+        return record_inputs(self._network, [self._layer], images)[self._layer].float()
+
+
+@contextmanager
+def force_deterministic() -> Iterator[None]:
+    """Use one CPU thread and deterministic cuDNN algorithms inside the context, and restore the settings after it.
+
+    Yields:
+        Nothing.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def record_inputs(network: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """Run images through a network, one at a time, and record the inputs of some layers.
+
+    Args:
+        network: The network, in evaluation mode.
+        layers: Names of the layers.
+        images (uint8 Tensor[B, 3, H, W]): Images on the network's device.
+
+    Returns:
+        By layer name, half Tensor[B, C, H, W].
+
+    Raises:
+        DataError: An activation is outside the range of float16 or not finite.
+    """
+    with force_deterministic():
+        inputs_per_image = [_record_image_inputs(network, layers, image[None]) for image in images]
+    return {name: torch.cat([inputs[name] for inputs in inputs_per_image]) for name in layers}
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass after the last recorded layer."""
+
+
+@torch.no_grad()
+def _record_image_inputs(network: nn.Module, layers: Sequence[str], image: Tensor) -> dict[str, Tensor]:
+    """Record the inputs of layers for one image [1, 3, H, W]; stop the forward pass at the last layer."""
+    inputs: dict[str, Tensor] = {}
+
+    def record(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[name] = arguments[0].half()
+        if len(inputs) == len(layers):
+            raise _StopForwardError
+
+    with suppress(_StopForwardError), observe_calls(network, layers, on_input=record):
+        network(image)
+    for name, values in inputs.items():
+        if not torch.isfinite(values).all():
+            raise DataError(
+                f"{name}: input activations are not finite or outside the range of float16. "
+                "Use a teacher with smaller activations."
+            )
+    return inputs

@@ -5,9 +5,12 @@ Each block b is trained separately to minimize the mean of (b(x) - y)^2, with th
 convolution. Then the blocks are assembled and fine-tuned.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -15,20 +18,38 @@ from tqdm import tqdm
 
 from hkd_det.distill.base import DistillMethod, RunContext
 from hkd_det.distill.batch import DistillationBatch
-from hkd_det.distill.blockwise.activations import create_npy
 from hkd_det.distill.blockwise.blocks import StateDict, assemble, find_replaceable_convs
-from hkd_det.distill.blockwise.stage import (
-    AssemblyResult,
-    BlockwiseStage,
-    read_blocks,
-    train_blocks,
-    write_blockwise_report,
-)
+from hkd_det.distill.blockwise.executor import Scheduler, compute_lower_bound, simulate
+from hkd_det.distill.blockwise.stage import BlockwiseStage, StageResult, create_npy, read_blocks, train_blocks
 from hkd_det.distill.blockwise.worker import BlockwiseConfig
 from hkd_det.errors import DataError, UsageError
+from hkd_det.files import write_text
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
 from hkd_det.models.zoo import count_params_and_flops, load_detector
+
+SIMULATED_WORKERS = (1, 2, 3, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class AssemblyResult:
+    """Assembled network, evaluated on the validation split before fine-tuning.
+
+    Attributes:
+        teacher_miss_rate: MR^-2 of the teacher in the run's setup, 0 to 1.
+        miss_rate: MR^-2 of the assembled network, 0 to 1.
+        block_miss_rates: MR^-2 of the teacher with one block, by layer; empty if blocks were not evaluated.
+        excluded_layers: Layers that keep their convolution.
+        parameters: Parameters of teacher and assembled network.
+        flops: FLOPs per image of teacher and assembled network.
+    """
+
+    teacher_miss_rate: float
+    miss_rate: float
+    block_miss_rates: dict[str, float]
+    excluded_layers: list[str]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
 
 
 class Blockwise(DistillMethod):
@@ -91,6 +112,47 @@ class Blockwise(DistillMethod):
         write_blockwise_report(path.with_name("report.json"), stage_result, config.scheduler, result)
         tqdm.write(_format_assembly(context.setup, result, len(layers)))
         return path
+
+
+def write_blockwise_report(
+    path: Path, stage_result: StageResult, scheduler: Scheduler, assembly_result: AssemblyResult
+) -> None:
+    """Write `report.json`: results of the blocks, timing, and simulated makespans (`simulated_s`).
+
+    Times are in seconds. `run_stats` is null if the stage was interrupted and resumed.
+
+    Args:
+        path: File to write.
+        stage_result: Results of the block stage.
+        scheduler: Schedule of the run.
+        assembly_result: The assembled network.
+    """
+    times = [block.seconds for block in stage_result.block_results]
+    stats = stage_result.run_stats
+    content: dict[str, Any] = {
+        "scheduler": scheduler,
+        "run_stats": {**asdict(stats), "lower_bound_s": compute_lower_bound(times, stats.num_workers)}
+        if stats
+        else None,
+        "sum_s": sum(times),
+        "simulated_s": simulate_makespans(times),
+        **asdict(assembly_result),
+        "blocks": [{**asdict(block), "residual_ratio": block.residual_ratio} for block in stage_result.block_results],
+    }
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def simulate_makespans(times: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Simulate every schedule on `SIMULATED_WORKERS`.
+
+    Args:
+        times: Measured time of each block, seconds.
+
+    Returns:
+        Makespans in seconds by schedule and number of workers, and their lower bound.
+    """
+    makespans = {name: {str(n): simulate(times, n, name) for n in SIMULATED_WORKERS} for name in get_args(Scheduler)}
+    return {**makespans, "lower bound": {str(n): compute_lower_bound(times, n) for n in SIMULATED_WORKERS}}
 
 
 def _write_images(context: RunContext, num_images: int, path: Path) -> None:

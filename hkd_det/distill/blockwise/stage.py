@@ -1,34 +1,31 @@
-"""The block stage of a run: training of all blocks in a directory, with resume, and the report about them."""
+"""The block stage of a run: training of all blocks in a directory, with resume.
+
+The inputs of the convolutions are cached in files as far as they fit. Otherwise they are computed on each use.
+"""
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
 from tqdm import tqdm
 
-from hkd_det.distill.blockwise.activations import get_input_cache_path, select_cached_layers, write_inputs
-from hkd_det.distill.blockwise.blocks import ReplaceableConv, StateDict
-from hkd_det.distill.blockwise.executor import (
-    ExecutorConfig,
-    RunStats,
-    Scheduler,
-    check_dask_installed,
-    compute_lower_bound,
-    run_tasks,
-    simulate,
-)
+from hkd_det.distill.blockwise.blocks import ReplaceableConv, StateDict, record_inputs
+from hkd_det.distill.blockwise.executor import ExecutorConfig, RunStats, check_dask_installed, run_tasks
 from hkd_det.distill.blockwise.worker import BlockResult, BlockTask, BlockwiseConfig, read_block, train_block
 from hkd_det.errors import DataError
-from hkd_det.files import write_text
+from hkd_det.files import atomic_write, write_text
 from hkd_det.models.base import BaseDetector
 
 WriteImages = Callable[[Path], None]
 
-SIMULATED_WORKERS = (1, 2, 3, 4, 8, 16)
 # Settings that change the blocks. With other values the stage starts again.
 BLOCK_SETTINGS = ("num_images", "epochs", "batch", "lr", "input_source")
 
@@ -67,27 +64,6 @@ class StageResult:
 
     block_results: list[BlockResult]
     run_stats: RunStats | None
-
-
-@dataclass(frozen=True)
-class AssemblyResult:
-    """Assembled network, evaluated on the validation split before fine-tuning.
-
-    Attributes:
-        teacher_miss_rate: MR^-2 of the teacher in the run's setup, 0 to 1.
-        miss_rate: MR^-2 of the assembled network, 0 to 1.
-        block_miss_rates: MR^-2 of the teacher with one block, by layer; empty if blocks were not evaluated.
-        excluded_layers: Layers that keep their convolution.
-        parameters: Parameters of teacher and assembled network.
-        flops: FLOPs per image of teacher and assembled network.
-    """
-
-    teacher_miss_rate: float
-    miss_rate: float
-    block_miss_rates: dict[str, float]
-    excluded_layers: list[str]
-    parameters: tuple[int, int]
-    flops: tuple[int, int]
 
 
 def train_blocks(stage: BlockwiseStage, teacher: BaseDetector, layers: Sequence[ReplaceableConv]) -> StageResult:
@@ -136,45 +112,93 @@ def read_blocks(folder: Path, layers: Sequence[ReplaceableConv]) -> dict[str, St
     return {layer.name: read_block(folder / "blocks" / f"{layer.name}.pt")[0] for layer in layers}
 
 
-def write_blockwise_report(
-    path: Path, stage_result: StageResult, scheduler: Scheduler, assembly_result: AssemblyResult
-) -> None:
-    """Write `report.json`: results of the blocks, timing, and simulated makespans (`simulated_s`).
-
-    Times are in seconds. `run_stats` is null if the stage was interrupted and resumed.
+def select_cached_layers(
+    layers: Sequence[ReplaceableConv], num_images: int, capacity_bytes: int
+) -> list[ReplaceableConv]:
+    """Select the layers whose inputs are cached: the smallest first. Those are mostly the deepest layers.
 
     Args:
-        path: File to write.
-        stage_result: Results of the block stage.
-        scheduler: Schedule of the run.
-        assembly_result: The assembled network.
-    """
-    times = [block.seconds for block in stage_result.block_results]
-    stats = stage_result.run_stats
-    content: dict[str, Any] = {
-        "scheduler": scheduler,
-        "run_stats": {**asdict(stats), "lower_bound_s": compute_lower_bound(times, stats.num_workers)}
-        if stats
-        else None,
-        "sum_s": sum(times),
-        "simulated_s": simulate_makespans(times),
-        **asdict(assembly_result),
-        "blocks": [{**asdict(block), "residual_ratio": block.residual_ratio} for block in stage_result.block_results],
-    }
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def simulate_makespans(times: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Simulate every schedule on `SIMULATED_WORKERS`.
-
-    Args:
-        times: Measured time of each block, seconds.
+        layers: Candidates.
+        num_images: Number of images.
+        capacity_bytes: Size limit of the cache.
 
     Returns:
-        Makespans in seconds by schedule and number of workers, and their lower bound.
+        The selected layers, smallest inputs first.
     """
-    makespans = {name: {str(n): simulate(times, n, name) for n in SIMULATED_WORKERS} for name in get_args(Scheduler)}
-    return {**makespans, "lower bound": {str(n): compute_lower_bound(times, n) for n in SIMULATED_WORKERS}}
+    selected, free_bytes = [], capacity_bytes
+    for layer in sorted(layers, key=lambda layer: (count_input_bytes(layer, num_images), layer.name)):
+        free_bytes -= count_input_bytes(layer, num_images)
+        if free_bytes < 0:
+            break
+        selected.append(layer)
+    return selected
+
+
+def count_input_bytes(layer: ReplaceableConv, num_images: int) -> int:
+    """Return the size of a layer's inputs in float16, bytes.
+
+    Args:
+        layer: The layer.
+        num_images: Number of images.
+    """
+    channels, height, width = layer.input_chw
+    return 2 * num_images * channels * height * width
+
+
+def write_inputs(
+    teacher: nn.Module, layers: Sequence[ReplaceableConv], images: NDArray[np.uint8], folder: Path, batch: int
+) -> None:
+    """Run the teacher once over all images and write the inputs of layers to files. Existing files are kept.
+
+    Args:
+        teacher: The teacher, in evaluation mode.
+        layers: Layers to record.
+        images: uint8 [N, 3, H, W].
+        folder: Directory of the files, see `get_input_cache_path`; each contains float16 [N, C, H, W].
+        batch: Images that are loaded at once.
+    """
+    missing = [layer for layer in layers if not get_input_cache_path(folder, layer.name).exists()]
+    if not missing:
+        return
+    device = next(teacher.parameters()).device
+    with ExitStack() as stack:
+        shapes = {layer.name: (len(images), *layer.input_chw) for layer in missing}
+        arrays = {
+            name: stack.enter_context(create_npy(get_input_cache_path(folder, name), shape, np.float16))
+            for name, shape in shapes.items()
+        }
+        for start in range(0, len(images), batch):
+            image_batch = torch.from_numpy(np.array(images[start : start + batch])).to(device)
+            for name, values in record_inputs(teacher, list(arrays), image_batch).items():
+                arrays[name][start : start + len(values)] = values.cpu().numpy()
+
+
+def get_input_cache_path(folder: Path, name: str) -> Path:
+    """Return the cache file of a layer's inputs.
+
+    Args:
+        folder: Directory of the cache.
+        name: Name of the layer.
+    """
+    return folder / f"{name}.npy"
+
+
+@contextmanager
+def create_npy(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Iterator[NDArray[Any]]:
+    """Create a .npy file through memory mapping. The file appears at `path` when the context ends without an error.
+
+    Args:
+        path: The file.
+        shape: Shape of the array.
+        dtype: Data type of the array.
+
+    Yields:
+        The writable array.
+    """
+    with atomic_write(path) as temp_path:
+        array = np.lib.format.open_memmap(temp_path, mode="w+", dtype=dtype, shape=shape)
+        yield array
+        array.flush()
 
 
 def _resume_or_clear(stage: BlockwiseStage, layers: Sequence[ReplaceableConv]) -> None:

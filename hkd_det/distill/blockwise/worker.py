@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hkd_det.config import check_range
-from hkd_det.distill.blockwise.activations import LayerInputs, force_deterministic
-from hkd_det.distill.blockwise.blocks import assemble
+from hkd_det.distill.blockwise.blocks import LayerInputs, assemble, force_deterministic
 from hkd_det.distill.blockwise.executor import Scheduler, get_worker_index
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write

@@ -10,14 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hkd_det.distill.blockwise.activations import (
-    count_input_bytes,
-    get_input_cache_path,
-    record_inputs,
-    select_cached_layers,
-    write_inputs,
-)
-from hkd_det.distill.blockwise.blocks import ReplaceableConv, assemble, find_replaceable_convs
+from hkd_det.distill.blockwise.blocks import ReplaceableConv, assemble, find_replaceable_convs, record_inputs
+from hkd_det.distill.blockwise.stage import count_input_bytes, get_input_cache_path, select_cached_layers, write_inputs
 from hkd_det.distill.blockwise.worker import HOLDOUT_STEP, BlockTask, BlockwiseConfig, read_block, train_block
 from hkd_det.errors import DataError
 from hkd_det.models.base import BaseDetector
