@@ -6,6 +6,6 @@ and y the teacher's output behind the following normalization. The blocks are in
 in parallel. Afterwards all blocks are assembled and fine-tuned as one network.
 
 Modules: `blocks` finds the convolutions, records their inputs and assembles the network, `worker` holds the settings
-and trains one block, `executor` schedules and runs the tasks, `stage` trains all blocks, `method` runs the whole method and
-writes the report.
+and trains one block, `executor` schedules and runs the tasks, `stage` trains all blocks, `method` runs the whole method
+and writes the report.
 """
