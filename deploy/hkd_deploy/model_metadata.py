@@ -12,6 +12,9 @@ from hkd_det.letterbox import PAD_VALUE
 
 METADATA_FORMAT = 1  # version of the metadata keys and of the graph interface
 
+# Keys of files that versions before the renaming wrote in the same metadata format.
+FORMER_KEYS = {"hkd.max_imgsz": "hkd.max_hw", "hkd.dynamic": "hkd.dynamic_size"}
+
 # Preprocessing that the graph expects. These are the accepted values of the key hkd.preprocess.
 PREPROCESS: dict[str, object] = {
     "layout": "NHWC",
@@ -104,13 +107,14 @@ class ModelMetadata:
         _check_format_version(metadata, path)
 
         def read(key: str, parse: Callable[[str], T]) -> T:
-            if key not in metadata:
+            stored_key = key if key in metadata else FORMER_KEYS.get(key, key)
+            if stored_key not in metadata:
                 raise DataError(f"{path}: metadata key {key} is missing. Export the model again.")
             try:
-                return parse(metadata[key])
+                return parse(metadata[stored_key])
             except ValueError as error:
                 raise DataError(
-                    f"{path}: metadata {key}: invalid value {metadata[key]!r}: {error}. Export the model again."
+                    f"{path}: metadata {stored_key}: invalid value {metadata[stored_key]!r}: {error}. Export the model again."
                 ) from None
 
         read("task", _check_task)

@@ -50,6 +50,12 @@ def test_from_metadata_reads_all_keys() -> None:
     )
 
 
+def test_from_metadata_reads_former_keys() -> None:
+    renamed = {"hkd.max_imgsz": "hkd.max_hw", "hkd.dynamic": "hkd.dynamic_size"}
+    former = {renamed.get(key, key): value for key, value in GOOD.items()}
+    assert ModelMetadata.from_metadata(former, PATH) == ModelMetadata.from_metadata(GOOD, PATH)
+
+
 def test_from_metadata_dynamic_batch_is_none() -> None:
     assert ModelMetadata.from_metadata({**GOOD, "batch": "dynamic"}, PATH).batch is None
 
