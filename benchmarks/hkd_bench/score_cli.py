@@ -56,6 +56,7 @@ def _score_ground_truth(flags: argparse.Namespace, annotations: Path, names: Seq
         setups=tuple(name for names in flags.setup for name in names.split(",")),
         caltech_sets=flags.caltech_sets,
         zero_recall_before_curve=flags.zero_recall_before_curve,
+        category=tuple(flags.category),
     )
     scores = {}
     results = tqdm(score_files(config, flags.detections), total=len(names), unit="file", leave=False, delay=1)
@@ -67,6 +68,8 @@ def _score_ground_truth(flags: argparse.Namespace, annotations: Path, names: Seq
                 "are outside 0 to 1. Only their order matters.",
                 file=sys.stderr,
             )
+        if result.hint:
+            print(f"hkd-bench: warning: {result.detections}: {result.hint}", file=sys.stderr)
     return compare_scores(config, scores, flags.bootstrap)
 
 
@@ -79,6 +82,8 @@ def _make_json_content(tables: Sequence[ScoreTable]) -> dict[str, Any]:
 def _make_ground_truth_content(table: ScoreTable) -> dict[str, Any]:
     """Build one object for one detection file, else an object with a list `results`."""
     header: dict[str, Any] = {"protocol": table.config.protocol, "annotations": str(table.config.annotations)}
+    if table.config.category:
+        header["category"] = list(table.config.category)
     if table.config.zero_recall_before_curve:
         header["zero_recall_before_curve"] = True
     results = [{"name": name, **_make_metrics(name, table)} for name in table.scores]
@@ -99,6 +104,8 @@ def _make_metrics(name: str, table: ScoreTable) -> dict[str, Any]:
             content["difference"] = {setup: asdict(difference) for setup, difference in differences.items()}
     if result.metrics:
         content["metrics"] = result.metrics
+    if result.hint:
+        content["hint"] = result.hint
     return content
 
 
@@ -143,6 +150,13 @@ def _parse_score_args(argv: Sequence[str]) -> argparse.Namespace:
         "--setup", action="append", default=[], metavar="NAME", help="setup to evaluate; may be repeated (default: all)"
     )
     parser.add_argument(
+        "--category",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="category to evaluate; may be repeated (default: the person class); citypersons and coco only",
+    )
+    parser.add_argument(
         "--caltech-sets", default="", metavar="SETS", help="set06 or set06-set10 (default: the test sets); caltech only"
     )
     parser.add_argument("--names", metavar="A,B", help="names of the detection files (default: the file names)")
@@ -180,6 +194,8 @@ def _check_score_args(flags: argparse.Namespace) -> None:
     check_range("--bootstrap", flags.bootstrap, 0)
     if flags.zero_recall_before_curve and flags.protocol != "citypersons":
         raise UsageError("--zero-recall-before-curve: requires --protocol citypersons. Caltech always uses recall 0.")
+    if flags.category and flags.protocol.startswith("caltech"):
+        raise UsageError("--category: requires --protocol citypersons or coco.")
     if flags.caltech_sets and not flags.protocol.startswith("caltech"):
         raise UsageError("--caltech-sets: requires --protocol caltech or caltech-new.")
     for flag, path in (("--json", flags.json), ("--plot", flags.plot)):

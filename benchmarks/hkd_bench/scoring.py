@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hkd_bench.result import AccuracyResult, StoredCurve
+from hkd_bench.score_hints import find_hint
 from hkd_det.datasets.caltech import parse_sets
 from hkd_det.errors import DataError, UsageError
 from hkd_det.metrics import caltech, citypersons, coco
@@ -22,7 +23,7 @@ from hkd_det.metrics.bootstrap import (
 )
 from hkd_det.metrics.caltech_files import read_caltech_detections, read_caltech_ground_truth
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
-from hkd_det.metrics.coco import read_coco_detections, read_coco_ground_truth
+from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
 from hkd_det.metrics.matching import MissRateResult
 from hkd_det.metrics.tables import DetectionTable
 from hkd_det.structures import Detections, Sample
@@ -38,6 +39,7 @@ class ScoreConfig:
         setups: Names of the setups; empty for all.
         caltech_sets: Sets of Caltech, for example "set06-set10"; empty for the test sets.
         zero_recall_before_curve: CityPersons only: use recall 0 at FPPI points before the curve.
+        category: Names of the categories to evaluate, for COCO JSON; empty for the person class.
     """
 
     annotations: Path
@@ -45,6 +47,7 @@ class ScoreConfig:
     setups: tuple[str, ...] = ()
     caltech_sets: str = ""
     zero_recall_before_curve: bool = False
+    category: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,7 @@ class ScoreResult:
         num_out_of_range: Number of scores outside 0 to 1.
         miss_rates: Miss rate of each setup; empty for protocols without a miss rate.
         metrics: Other metrics as fractions, by name; -1 without ground truth.
+        hint: Probable reason why the detections miss most persons; empty if there is none.
     """
 
     detections: Path
@@ -64,6 +68,7 @@ class ScoreResult:
     num_out_of_range: int
     miss_rates: dict[str, MissRateResult] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    hint: str = ""
 
     @classmethod
     def from_table(
@@ -72,6 +77,7 @@ class ScoreResult:
         detections: DetectionTable,
         miss_rates: dict[str, MissRateResult] | None = None,
         metrics: dict[str, float] | None = None,
+        hint: str = "",
     ) -> "ScoreResult":
         """Build a result and count the detections.
 
@@ -80,12 +86,13 @@ class ScoreResult:
             detections: Its detections.
             miss_rates: Miss rate of each setup.
             metrics: Other metrics as fractions.
+            hint: Probable reason why the detections miss most persons.
 
         Returns:
             The result.
         """
         num_out_of_range = int(np.count_nonzero((detections.scores < 0) | (detections.scores > 1)))
-        return cls(path, len(detections), num_out_of_range, miss_rates or {}, metrics or {})
+        return cls(path, len(detections), num_out_of_range, miss_rates or {}, metrics or {}, hint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +142,11 @@ def score_citypersons(config: ScoreConfig, detections: Sequence[Path]) -> Iterat
         detections: Detection files (COCO JSON).
     """
     setups = [citypersons.SETUPS[name] for name in _select_setups(config, citypersons.SETUPS)]
-    ground_truth = read_coco_ground_truth(config.annotations)
+    ground_truth = read_coco_ground_truth(config.annotations, config.category)
     for path in detections:
         table = read_coco_detections(path, ground_truth)
-        yield ScoreResult.from_table(
-            path, table, citypersons.evaluate(ground_truth.table, table, setups, config.zero_recall_before_curve)
-        )
+        miss_rates = citypersons.evaluate(ground_truth.table, table, setups, config.zero_recall_before_curve)
+        yield ScoreResult.from_table(path, table, miss_rates, hint=find_hint(path, ground_truth, table))
 
 
 def score_caltech(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[ScoreResult]:
@@ -172,10 +178,11 @@ def score_coco(config: ScoreConfig, detections: Sequence[Path]) -> Iterator[Scor
     """
     if config.setups:
         raise UsageError("--setup: the protocol coco has no setups. Omit the flag.")
-    ground_truth = read_coco_ground_truth(config.annotations)
+    ground_truth = read_coco_ground_truth(config.annotations, config.category)
     for path in detections:
         table = read_coco_detections(path, ground_truth)
-        yield ScoreResult.from_table(path, table, metrics=coco.evaluate(ground_truth, table))
+        metrics = coco.evaluate(ground_truth, table)
+        yield ScoreResult.from_table(path, table, metrics=metrics, hint=find_hint(path, ground_truth, table))
 
 
 PROTOCOLS: dict[str, Callable[[ScoreConfig, Sequence[Path]], Iterator[ScoreResult]]] = {

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hkd_det.metrics import citypersons
-from hkd_det.metrics.coco import CocoGroundTruth, read_coco_detections, read_coco_ground_truth
+from hkd_det.metrics.coco_files import CocoGroundTruth, read_coco_detections, read_coco_ground_truth
 from hkd_det.metrics.tables import DetectionTable
 
 REFERENCE = Path(__file__).parents[2] / "tests" / "hkd_det" / "metrics" / "official_citypersons.py"

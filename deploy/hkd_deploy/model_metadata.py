@@ -114,7 +114,8 @@ class ModelMetadata:
                 return parse(metadata[stored_key])
             except ValueError as error:
                 raise DataError(
-                    f"{path}: metadata {stored_key}: invalid value {metadata[stored_key]!r}: {error}. Export the model again."
+                    f"{path}: metadata {stored_key}: invalid value {metadata[stored_key]!r}: {error}. "
+                    "Export the model again."
                 ) from None
 
         read("task", _check_task)

@@ -17,7 +17,7 @@ from hkd_bench.cli import main
 from hkd_det.datasets.caltech_annotations import read_vbb
 from hkd_det.errors import HkdError
 from hkd_det.metrics import caltech, citypersons
-from hkd_det.metrics.coco import read_coco_detections, read_coco_ground_truth
+from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
 
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
