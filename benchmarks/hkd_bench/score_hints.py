@@ -5,7 +5,6 @@ than in the form that COCO defines. It never changes a metric.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +109,9 @@ def _iterate_explanations(
             f"with the detections of category_id {category_id!r}. Use the category ids of the ground truth.",
         )
     for text, image_index in _iterate_image_indices(ground_truth, detections):
-        moved = replace(detections, image_index=image_index).select(image_index >= 0)
-        order = np.argsort(moved.image_index, kind="stable")
-        other = _Pairs(ground_truth, moved.select(order))
+        known = image_index >= 0
+        moved = DetectionTable.from_rows(image_index[known], detections.boxes_xywh[known], detections.scores[known])
+        other = _Pairs(ground_truth, moved)
         yield other.count_matched(other.boxes), text
 
 

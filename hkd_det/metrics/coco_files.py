@@ -230,7 +230,7 @@ def _find_images(image_ids: Sequence[CocoId], ground_truth: CocoGroundTruth, pat
     indices = [index_by_id.get(image_id, -1) for image_id in image_ids]
     if -1 in indices:
         unknown = image_ids[indices.index(-1)]
-        index_by_name: dict[CocoId, int] = {**find_images_by_name(ground_truth)}
+        index_by_name: dict[CocoId, int] = dict(find_images_by_name(ground_truth).items())
         # Ultralytics writes the name without suffix, as a number if it is one.
         index_by_name |= {int(name): index for name, index in index_by_name.items() if str(name).isdecimal()}
         indices = [_find_name(image_id, index_by_name) for image_id in image_ids]
