@@ -276,7 +276,7 @@ def _select_categories(categories: Mapping[CocoId, str], names: Sequence[str], p
             person_id = select_person_class(categories, "", str(path))
         except DataError:
             listed = ", ".join(categories.values())
-            raise UsageError(f"--category: required, because {path} has the categories {listed[:500]}.") from None
+            raise UsageError(f"--category: expected one of {listed[:500]}: {path} has no person class.") from None
         return {person_id: categories[person_id]}
     selected = {key: name for key, name in categories.items() if name.casefold() in map(str.casefold, names)}
     missing = [name for name in names if name.casefold() not in map(str.casefold, selected.values())]

@@ -197,7 +197,7 @@ def test_category_is_required_without_a_person_class(tmp_path: Path, capsys: pyt
     ground_truth = make_ground_truth()
     ground_truth["categories"][0]["name"] = "visitor"
     assert main([*write(tmp_path, ground_truth, make_detections(ground_truth)), "--protocol", "coco"]) == 2
-    assert "--category: required" in capsys.readouterr().err
+    assert "--category: expected one of visitor, bicycle, worker" in capsys.readouterr().err
 
 
 def test_category_id_can_be_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
