@@ -51,9 +51,10 @@ class YOLOXSpec(ModelSpec):
     depthwise: bool = True
     act: Activation = "silu"
 
-    def has_weights_of(self, other: "YOLOXSpec") -> bool:
-        """Return whether both architectures differ at most in the activation."""
-        return replace(self, act=other.act) == other
+    def can_start_from(self, other: "YOLOXSpec") -> bool:
+        """Return whether the other architecture differs at most in the activation, or is narrower by an integer."""
+        factor = max(1, round(self.width / other.width))
+        return replace(self, act=other.act) == replace(other, width=factor * other.width)
 
     def channels(self, factor: int) -> int:
         """Return the channels of a layer that has `factor` * 64 channels at width 1."""

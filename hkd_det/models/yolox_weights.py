@@ -19,7 +19,7 @@ from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError
 from hkd_det.models.batch_norm import restore_batch_norm, update_bn_stats
 from hkd_det.models.surgery import ModelChanges
-from hkd_det.models.yolox import YOLOX, Activation, YOLOXSpec
+from hkd_det.models.yolox import YOLOX, YOLOXSpec
 from hkd_det.ops.hooks import observe_calls
 
 FOCUS_CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))  # (row, column) of the four groups of three channels
@@ -72,15 +72,15 @@ def load_yolox(path: Path) -> YOLOX:
     return detector.eval()
 
 
-def prepare_yolox(source: YOLOX, act: Activation, iterate_images: Callable[[int], Iterator[Tensor]]) -> YOLOX:
+def prepare_yolox(source: YOLOX, spec: YOLOXSpec, iterate_images: Callable[[int], Iterator[Tensor]]) -> YOLOX:
     """Prepare a detector of `load_yolox` for training: estimate the statistics of its normalizations.
 
-    With the activation of the file, the outputs do not change. With another one, the weights stay the same, and the
-    statistics are estimated again.
+    With the architecture of the file, the outputs do not change. With another activation, the weights stay the same,
+    and the statistics are estimated again. With a multiple of the width, channels are copied (`widen_yolox`).
 
     Args:
         source: Detector of `load_yolox`, on the CPU. It is modified.
-        act: Activation of the result.
+        spec: Architecture of the result, `can_start_from` the one of the file.
         iterate_images: Yields at least the given number of images, [B, 3, H, W] RGB.
 
     Returns:
@@ -89,12 +89,44 @@ def prepare_yolox(source: YOLOX, act: Activation, iterate_images: Callable[[int]
     _scale_stem(source)
     batches = list(_take_images(iterate_images(NUM_STATISTICS_IMAGES)))
     restore_batch_norm(source, batches)
-    if act == source.spec.act:
+    if (factor := round(spec.width / source.spec.width)) > 1:
+        source = widen_yolox(source, factor)
+    if spec.act == source.spec.act:
         return source
-    detector = YOLOX(replace(source.spec, act=act), source.changes)
+    detector = YOLOX(replace(source.spec, act=spec.act), source.changes)
     detector.load_state_dict(source.state_dict())
     update_bn_stats(detector, batches)
     return detector.eval()
+
+
+@torch.no_grad()
+def widen_yolox(source: YOLOX, factor: int, noise: float = 0.02) -> YOLOX:
+    """Build a network with `factor` times the channels that computes the same function (Net2Net, Chen et al. 2016).
+
+    Every channel is copied, and the weights that read it are divided by the number of copies. Noise on the weights of
+    the copies lets training separate them.
+
+    Args:
+        source: Detector without changes.
+        factor: Copies of each channel, at least 1.
+        noise: Standard deviation of the relative noise. 0 keeps the outputs up to rounding.
+
+    Returns:
+        The wide detector in evaluation mode.
+    """
+    wide = YOLOX(replace(source.spec, width=source.spec.width * factor)).eval()
+    weights = wide.state_dict()
+    for name, value in source.state_dict().items():
+        widened = value
+        if value.ndim and weights[name].shape[0] != value.shape[0]:
+            widened = widened.repeat_interleave(factor, 0)
+        if value.ndim == 4 and weights[name].shape[1] != value.shape[1]:
+            widened = widened.repeat_interleave(factor, 1) / factor
+        if value.ndim == 4:
+            widened = widened * (1 + noise * torch.randn_like(widened))
+        weights[name] = widened
+    wide.load_state_dict(weights)
+    return wide
 
 
 @torch.no_grad()

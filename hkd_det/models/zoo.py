@@ -34,6 +34,8 @@ MODELS: dict[str, ModelSpec] = {
     "yolox-nano": YOLOXSpec(),
     "yolox-nano-hswish": YOLOXSpec(act="hardswish"),
     "yolox-nano-relu": YOLOXSpec(act="relu"),
+    "yolox-nano-x2": YOLOXSpec(width=0.5, act="hardswish"),
+    "yolox-nano-x3": YOLOXSpec(width=0.75),
     "yolox-tiny": YOLOXSpec(width=0.375, depthwise=False),
     "yolox-s": YOLOXSpec(width=0.5, depthwise=False),
     "fasterrcnn-r50": FasterRCNNSpec(),
@@ -207,7 +209,7 @@ def build_student(
     if weights is not None and is_yolox_file(weights):
         spec = MODELS.get(model)
         source = load_yolox(weights)
-        return prepare_yolox(source, spec.act if isinstance(spec, YOLOXSpec) else source.spec.act, iterate_images)
+        return prepare_yolox(source, spec if isinstance(spec, YOLOXSpec) else source.spec, iterate_images)
     if weights is not None:
         return load_detector(weights)
     detector = build_model(model, backbone)
@@ -277,7 +279,7 @@ def read_model_name(path: Path, model: str = "") -> str:
     if is_yolox_file(path):
         spec = load_yolox(path).spec
         fitting = [
-            name for name, known in MODELS.items() if isinstance(known, YOLOXSpec) and known.has_weights_of(spec)
+            name for name, known in MODELS.items() if isinstance(known, YOLOXSpec) and known.can_start_from(spec)
         ]
         own = [name for name in fitting if MODELS[name] == spec]
         return model if model in fitting else next(iter(own), "yolox")

@@ -101,8 +101,8 @@ def _build_train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         help="model to train: teacher-r50, student-r18, mini-teacher, mini-student, slim-student, yolox-nano, "
-        "yolox-nano-hswish, yolox-nano-relu, yolox-tiny, yolox-s, fasterrcnn-r50, fasterrcnn-r18, or an Ultralytics "
-        "model such as yolo11n",
+        "yolox-nano-hswish, yolox-nano-relu, yolox-nano-x2, yolox-nano-x3, yolox-tiny, yolox-s, fasterrcnn-r50, "
+        "fasterrcnn-r18, or an Ultralytics model such as yolo11n",
     )
     parser.add_argument(
         "--weights",

@@ -14,7 +14,7 @@ from hkd_det.errors import DataError
 from hkd_det.models.batch_norm import update_bn_stats
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.yolox import YOLOX, YOLOXSpec, decode_boxes
-from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox
+from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox, widen_yolox
 from hkd_det.models.zoo import MODELS, build_student, read_model_name
 
 NANO = Path(os.environ.get("HKD_TEST_DATA", ""), "models/yolox_nano.onnx")
@@ -129,7 +129,7 @@ def test_prepare_yolox_keeps_the_outputs_and_sets_true_statistics() -> None:
             module.running_mean, module.running_var = torch.zeros_like(module.bias), torch.full_like(module.bias, 0.9)
     with torch.no_grad():
         before = detector(IMAGES).one2many.logits
-        prepare_yolox(detector, "silu", iterate_images)
+        prepare_yolox(detector, detector.spec, iterate_images)
         after = detector.eval()(IMAGES).one2many.logits
         trained = detector.train()(IMAGES).one2many.logits  # statistics of the batch, the same images
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
@@ -141,7 +141,7 @@ def test_a_step_of_adam_on_the_stem_of_a_file_changes_features_little() -> None:
     detector = YOLOX(YOLOXSpec(width=0.125)).eval()
     with torch.no_grad():
         detector.backbone.stem.conv.weight.mul_(0.05)  # small weights for images of 0 to 255, as in public files
-    prepared = prepare_yolox(detector, "silu", iterate_images)
+    prepared = prepare_yolox(detector, detector.spec, iterate_images)
     weight = prepared.backbone.stem.conv.weight
     with torch.no_grad():
         before = prepared.forward_features(IMAGES)[0]
@@ -152,11 +152,47 @@ def test_a_step_of_adam_on_the_stem_of_a_file_changes_features_little() -> None:
 
 def test_other_activation_gets_statistics_of_its_own() -> None:
     torch.manual_seed(0)
-    hardswish = prepare_yolox(YOLOX(YOLOXSpec(width=0.125)).eval(), "hardswish", iterate_images)
+    spec = YOLOXSpec(width=0.125, act="hardswish")
+    hardswish = prepare_yolox(YOLOX(YOLOXSpec(width=0.125)).eval(), spec, iterate_images)
     assert hardswish.spec.act == "hardswish"
     with torch.no_grad():
         evaluated, trained = (hardswish.train(mode)(IMAGES).one2many.logits for mode in (False, True))
     torch.testing.assert_close(evaluated, trained, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_wide_network_computes_the_same_function(depthwise: bool) -> None:
+    torch.manual_seed(0)
+    source = YOLOX(YOLOXSpec(width=0.125, depthwise=depthwise))
+    update_bn_stats(source, [IMAGES])
+    wide = widen_yolox(source.eval(), 3, noise=0.0)
+    with torch.no_grad():
+        expected, actual = source(IMAGES).one2many, wide(IMAGES).one2many
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(actual.boxes_xyxy, expected.boxes_xyxy, atol=0.1, rtol=1e-4)
+    counts = [sum(parameter.numel() for parameter in detector.parameters()) for detector in (source, wide)]
+    assert counts[1] > 6 * counts[0]
+
+
+def test_copies_of_a_channel_differ_after_training_noise() -> None:
+    torch.manual_seed(0)
+    wide = widen_yolox(make_tiny(), 2)
+    weight = wide.neck.lateral_conv0.conv.weight
+    assert not torch.allclose(weight[0], weight[1])
+
+
+def test_specs_that_can_start_from_each_other() -> None:
+    nano = MODELS["yolox-nano"]
+    assert isinstance(nano, YOLOXSpec)
+    for name, expected in (
+        ("yolox-nano-relu", True),
+        ("yolox-nano-x3", True),
+        ("yolox-s", False),
+        ("yolox-tiny", False),
+    ):
+        spec = MODELS[name]
+        assert isinstance(spec, YOLOXSpec) and spec.can_start_from(nano) == expected
+    assert not nano.can_start_from(YOLOXSpec(width=0.5))
 
 
 def test_decode_boxes_of_known_values() -> None:
