@@ -18,7 +18,10 @@ from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, ma
 from hkd_det.models.yolox import YOLOXSpec
 from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
+from hkd_det.onnxrt.ensemble import OnnxEnsemble, open_onnx_ensemble
 from hkd_det.ops.hooks import observe_calls
+
+ENSEMBLE_SUFFIXES = (".yaml", ".yml")
 
 # A student has at most a sixth of the parameters of its teacher: tests/hkd_det/models/test_zoo.py.
 MODELS: dict[str, ModelSpec] = {
@@ -66,15 +69,15 @@ class ModelComplexity:
 
 
 class OnnxTeacher(nn.Module):
-    """The teacher part of the `BaseDetector` interface for an ONNX file. It has no gradients and no parameters.
+    """The teacher part of the `BaseDetector` interface for ONNX files. It has no gradients and no parameters.
 
     Args:
-        model: The opened ONNX file.
+        model: The opened ONNX file, or several files as an ensemble.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"detections"})
 
-    def __init__(self, model: OnnxDetector) -> None:
+    def __init__(self, model: OnnxDetector | OnnxEnsemble) -> None:
         super().__init__()
         self.model = model
 
@@ -122,7 +125,7 @@ def load_onnx_teacher(path: Path, device: torch.device, config_path: Path | None
     """Open an ONNX detector on a torch device, with the thread count of torch.
 
     Args:
-        path: The .onnx file.
+        path: The .onnx file, or the .yaml file of an ensemble.
         device: Device to run on.
         config_path: YAML file that describes inputs and outputs, for files that hkd-export did not write.
 
@@ -132,6 +135,8 @@ def load_onnx_teacher(path: Path, device: torch.device, config_path: Path | None
     Raises:
         HkdError: As `open_onnx_detector`.
     """
+    if path.suffix in ENSEMBLE_SUFFIXES:
+        return OnnxTeacher(open_onnx_ensemble(path, str(device), torch.get_num_threads()))
     return OnnxTeacher(open_onnx_detector(path, str(device), config_path, torch.get_num_threads()))
 
 
@@ -222,7 +227,8 @@ def load_teacher(path: Path, device: torch.device, config_path: Path | None = No
     """Load a teacher onto a device.
 
     Args:
-        path: best.pt of a run, a .pt file of Ultralytics, a YOLOX file, or another .onnx file.
+        path: best.pt of a run, a .pt file of Ultralytics, a YOLOX file, another .onnx file, or the .yaml file of an
+            ensemble.
         device: Device of the teacher.
         config_path: YAML file that describes inputs and outputs of an .onnx file that hkd-export did not write. With
             it, a YOLOX file is run as an .onnx file.
@@ -245,6 +251,8 @@ def is_onnx_teacher(path: Path, config_path: Path | None = None) -> bool:
         path: File of the teacher.
         config_path: Description of an .onnx file, or None.
     """
+    if path.suffix in ENSEMBLE_SUFFIXES:
+        return True
     return is_onnx_file(path) and (config_path is not None or not is_yolox_file(path))
 
 

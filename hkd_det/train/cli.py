@@ -113,7 +113,9 @@ def _build_train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights also without --model")
     parser.add_argument(
-        "--teacher", help="teacher: best.pt of a run, a shipped detector, an Ultralytics .pt file, or an ONNX file"
+        "--teacher",
+        help="teacher: best.pt of a run, a shipped detector, an Ultralytics .pt file, an ONNX file, or a YAML file "
+        "that lists several ONNX files",
     )
     parser.add_argument(
         "--teacher-config",
