@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from hkd_det.boxes import Boxes, box_area, box_intersection, box_iou
+from hkd_det.onnxrt.ensemble import fuse_detections
 from hkd_det.structures import Detections, GroundTruth, Sample
 
 FindingKind = Literal["missing", "location", "improbable", "rotated"]
 FINDING_KINDS: tuple[FindingKind, ...] = ("missing", "location", "improbable", "rotated")
 
-FUSION_IOU = 0.55  # default of weighted boxes fusion
 FUSION_MIN_SCORE = 0.05  # weaker boxes change no cluster that can become a finding
 PROPOSAL_SCORE = 0.3  # default of --audit-score; about two of three missing labels of INRIA test are people
 CERTAIN_SCORE = 0.5  # about five of six
@@ -143,7 +143,7 @@ def audit_split(
     matched_ious: list[float] = []
     for index, sample in enumerate(samples):
         image_detections = [model_detections[index] for model_detections in detections]
-        proposals = fuse_detections(image_detections, min_score)
+        proposals = _make_proposals(image_detections, min_score)
         pairs = _match_labels(sample.ground_truth, proposals)
         matched_ious += [iou for _, _, iou in pairs]
         bad_pairs = [pair for pair in pairs if _is_bad_location(pair, proposals, len(detections))]
@@ -200,43 +200,15 @@ def find_rotated(
     return sorted(findings, key=lambda finding: finding.sort_key)
 
 
-def fuse_detections(detections: Sequence[Detections], min_score: float = 0.0) -> Proposals:
-    """Fuse the detections of several models in one image by weighted boxes fusion.
-
-    In descending order of score, a box joins the cluster with the highest IoU above `FUSION_IOU`, or starts a new one.
-    A cluster contains one box per model, so its size is the number of models that agree. Its box is the mean of its
-    boxes, weighted by their scores.
-
-    Args:
-        detections: Detections of each model.
-        min_score: Minimum score of a proposal, 0 to 1.
-
-    Returns:
-        The proposals.
-    """
-    rows = [
-        (float(score), model, box.astype(np.float64))
-        for model, image_detections in enumerate(detections)
-        for box, score in zip(image_detections.boxes_xyxy, image_detections.scores, strict=True)
-        if score >= FUSION_MIN_SCORE
-    ]
-    clusters: list[dict[int, tuple[float, NDArray[np.float64]]]] = []  # per model: score and box
-    fused = np.zeros((len(rows), 4))
-    for score, model, box in sorted(rows, key=lambda row: -row[0]):
-        overlaps = box_iou(box[None], fused[: len(clusters)])[0]  # [number of clusters]
-        best = int(overlaps.argmax()) if clusters else -1
-        if best < 0 or overlaps[best] <= FUSION_IOU:
-            fused[len(clusters)] = box
-            clusters.append({model: (score, box)})
-        elif model not in clusters[best]:
-            clusters[best][model] = (score, box)
-            box_scores, boxes = zip(*clusters[best].values(), strict=True)
-            fused[best] = np.average(boxes, axis=0, weights=box_scores)
-    scores = np.array([sum(score for score, _ in cluster.values()) for cluster in clusters]) / max(1, len(detections))
-    order = np.argsort(-scores, kind="stable")
-    order = order[scores[order] >= min_score]
-    num_models = np.array([len(cluster) for cluster in clusters], np.int64)
-    return Proposals(fused[order], scores[order], num_models[order])
+def _make_proposals(detections: Sequence[Detections], min_score: float) -> Proposals:
+    """Fuse the detections of several models in one image."""
+    candidates = []
+    for item in detections:
+        is_candidate = item.scores >= FUSION_MIN_SCORE
+        candidates.append(Detections(item.boxes_xyxy[is_candidate], item.scores[is_candidate]))
+    fused, num_models = fuse_detections(candidates)
+    kept = fused.scores >= min_score
+    return Proposals(fused.boxes_xyxy[kept].astype(float), fused.scores[kept].astype(float), num_models[kept])
 
 
 def _find_missing(sample: Sample, proposals: Proposals, located: Sequence[int]) -> list[Finding]:

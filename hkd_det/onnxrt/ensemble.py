@@ -22,6 +22,7 @@ from hkd_det.files import read_yaml
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
 from hkd_det.structures import Detections
 
+DEFAULT_IOU = 0.55
 MAX_DETECTIONS = 300  # boxes per model and image that are fused
 
 
@@ -48,7 +49,7 @@ class EnsembleConfig:
     """
 
     models: tuple[EnsembleMember, ...]
-    iou: float = 0.55
+    iou: float = DEFAULT_IOU
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -77,7 +78,7 @@ class OnnxEnsemble:
             Fused detections per image, in pixels of that image.
         """
         per_model = [detector(images_rgb) for detector in self.detectors]
-        return [fuse_detections(detections, self.iou) for detections in zip(*per_model, strict=True)]
+        return [fuse_detections(detections, self.iou)[0] for detections in zip(*per_model, strict=True)]
 
 
 def open_onnx_ensemble(path: Path, device: str = "cpu", threads: int | None = None) -> OnnxEnsemble:
@@ -104,7 +105,7 @@ def open_onnx_ensemble(path: Path, device: str = "cpu", threads: int | None = No
     return OnnxEnsemble(detectors, config.iou)
 
 
-def fuse_detections(detections: Sequence[Detections], iou: float) -> Detections:
+def fuse_detections(detections: Sequence[Detections], iou: float = DEFAULT_IOU) -> tuple[Detections, NDArray[np.int64]]:
     """Fuse the detections of several models in one image.
 
     A box joins the cluster whose fused box it overlaps most, if the IoU is larger than `iou`. Only the best box of each
@@ -116,12 +117,13 @@ def fuse_detections(detections: Sequence[Detections], iou: float) -> Detections:
         iou: IoU above which a box joins a cluster.
 
     Returns:
-        Fused detections in descending order of score.
+        detections: Fused detections in descending order of score.
+        num_models: For each of them, the number of models that found it.
     """
     boxes = np.concatenate([item.boxes_xyxy[:MAX_DETECTIONS] for item in detections])
-    scores = np.concatenate([item.scores[:MAX_DETECTIONS] for item in detections])
+    scores = np.concatenate([item.scores[:MAX_DETECTIONS] for item in detections]).astype(np.float64)
     models = np.repeat(np.arange(len(detections)), [len(item.scores[:MAX_DETECTIONS]) for item in detections])
-    fused, sums = np.zeros((len(boxes), 4), np.float32), np.zeros(len(boxes))  # sums of the scores
+    fused, sums = np.zeros((len(boxes), 4)), np.zeros(len(boxes))  # sums of the scores
     found_by = np.zeros((len(boxes), len(detections)), bool)
     num_clusters = 0
     for row in np.argsort(-scores, kind="stable"):
@@ -134,4 +136,5 @@ def fuse_detections(detections: Sequence[Detections], iou: float) -> Detections:
         sums[cluster] += scores[row]
         fused[cluster] += (boxes[row] - fused[cluster]) * (scores[row] / sums[cluster])
     order = np.argsort(-sums[:num_clusters], kind="stable")
-    return Detections(fused[order], (sums[order] / len(detections)).astype(np.float32))
+    mean_scores = (sums[order] / max(1, len(detections))).astype(np.float32)
+    return Detections(fused[order].astype(np.float32), mean_scores), found_by.sum(1)[order]

@@ -7,8 +7,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hkd_det.boxes import box_iou, rotate_boxes
@@ -16,7 +14,6 @@ from hkd_det.datasets.audit import (
     SplitAudit,
     audit_split,
     find_rotated,
-    fuse_detections,
     select_rotation_candidates,
 )
 from hkd_det.datasets.audit_models import detect_with_cache, open_audit_models
@@ -50,38 +47,6 @@ def audit(sample: Sample, *models: Rows, min_score: float = 0.3) -> SplitAudit:
 
 def kinds(result: SplitAudit) -> list[str]:
     return [finding.kind for finding in result.findings]
-
-
-def test_fusion_averages_boxes_by_score_and_scores_over_models() -> None:
-    first, second, third = [(0.0, 0.0, 10.0, 20.0, 0.9)], [(2.0, 0.0, 12.0, 20.0, 0.3)], [(50.0, 0.0, 60.0, 20.0, 0.6)]
-    fused = fuse_detections([detect(first), detect(second), detect(third)])
-    np.testing.assert_allclose(fused.boxes_xyxy, [[0.5, 0, 10.5, 20], [50, 0, 60, 20]], atol=1e-6)
-    np.testing.assert_allclose(fused.scores, [1.2 / 3, 0.6 / 3], atol=1e-6)
-    assert fused.num_models.tolist() == [2, 1]
-    assert len(fuse_detections([detect(first), detect(second), detect(third)], min_score=0.3).scores) == 1
-
-
-def test_fusion_counts_each_model_once() -> None:
-    twice = [(0.0, 0.0, 10.0, 20.0, 0.8), (1.0, 0.0, 11.0, 20.0, 0.7)]  # IoU 9 / 11
-    fused = fuse_detections([detect(twice), detect([])])
-    assert fused.boxes_xyxy.tolist() == [[0, 0, 10, 20]] and fused.num_models.tolist() == [1]
-    assert fused.scores == pytest.approx([0.4])
-
-
-def test_fusion_of_nothing_is_empty() -> None:
-    for models in ([], [detect([])], [detect([]), detect([])]):
-        fused = fuse_detections(models)
-        assert fused.boxes_xyxy.shape == (0, 4) and len(fused.scores) == len(fused.num_models) == 0
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(0.0625, 1, width=32), max_size=8), st.integers(1, 3))
-def test_fusion_of_equal_models_returns_their_boxes(scores: list[float], num_models: int) -> None:
-    rows = [(20.0 * index, 0.0, 20.0 * index + 10, 30.0, score) for index, score in enumerate(scores)]
-    fused = fuse_detections([detect(rows)] * num_models)
-    assert fused.boxes_xyxy.tolist() == detect(rows).boxes_xyxy.tolist()
-    np.testing.assert_allclose(fused.scores, detect(rows).scores, rtol=1e-6)
-    assert set(fused.num_models) <= {num_models}
 
 
 PERSON = (100.0, 100.0, 140.0, 200.0, 0.8)  # 40 x 100 pixels

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hkd_det.datasets import read_image
 from hkd_det.datasets.catalog import load_dataset
@@ -23,38 +25,49 @@ MODELS = ("yolox_nano", "picodet_s_416", "nanodet_plus_m_416")
 needs_models = pytest.mark.skipif(not (TEST_DATA / "models").is_dir(), reason="HKD_TEST_DATA has no models")
 
 
-def make_detections(boxes: Sequence[Sequence[float]], scores: Sequence[float]) -> Detections:
-    return Detections(np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32))
+def detect(*rows: Sequence[float]) -> Detections:
+    """Return detections of rows x1, y1, x2, y2, score."""
+    array = np.array(rows, np.float32).reshape(-1, 5)
+    return Detections(array[:, :4], array[:, 4])
 
 
-def test_boxes_of_one_person_are_averaged_by_score() -> None:
-    first = make_detections([[0, 0, 10, 20]], [0.9])
-    second = make_detections([[1, 0, 11, 20]], [0.3])
-    fused = fuse_detections([first, second], 0.55)
-    np.testing.assert_allclose(fused.boxes_xyxy, [[0.25, 0, 10.25, 20]], rtol=1e-6)
-    np.testing.assert_allclose(fused.scores, [0.6], rtol=1e-6)
+def test_fusion_averages_boxes_by_score_and_scores_over_models() -> None:
+    models = [detect([0, 0, 10, 20, 0.9]), detect([2, 0, 12, 20, 0.3]), detect([50, 0, 60, 20, 0.6])]
+    fused, num_models = fuse_detections(models)
+    np.testing.assert_allclose(fused.boxes_xyxy, [[0.5, 0.0, 10.5, 20.0], [50.0, 0.0, 60.0, 20.0]], atol=1e-6)
+    np.testing.assert_allclose(fused.scores, [1.2 / 3, 0.6 / 3], atol=1e-6)
+    assert num_models.tolist() == [2, 1]
 
 
-def test_a_box_that_one_of_three_models_finds_keeps_a_third_of_its_score() -> None:
-    empty = make_detections([], [])
-    fused = fuse_detections([empty, make_detections([[0, 0, 10, 20], [50, 0, 60, 20]], [0.9, 0.6]), empty], 0.55)
-    np.testing.assert_allclose(fused.scores, [0.3, 0.2], rtol=1e-6)
-    assert len(fuse_detections([empty, empty], 0.55).scores) == 0
+def test_fusion_counts_each_model_once() -> None:
+    fused, num_models = fuse_detections([detect([0, 0, 10, 20, 0.8], [1, 0, 11, 20, 0.7]), detect()])  # IoU 9 / 11
+    assert fused.boxes_xyxy.tolist() == [[0, 0, 10, 20]] and num_models.tolist() == [1]
+    assert fused.scores == pytest.approx([0.4])
 
 
 def test_a_box_joins_the_cluster_that_it_overlaps_most() -> None:
-    first = make_detections([[0, 0, 10, 20], [4, 0, 14, 20]], [0.9, 0.8])
-    second = make_detections([[3, 0, 13, 20]], [0.5])
-    fused = fuse_detections([first, second], 0.5)
-    assert len(fused.scores) == 2
+    models = [detect([0, 0, 10, 20, 0.9], [4, 0, 14, 20, 0.8]), detect([3, 0, 13, 20, 0.5])]
+    fused, num_models = fuse_detections(models, 0.5)
+    assert num_models.tolist() == [2, 1]
     np.testing.assert_allclose(fused.boxes_xyxy[0], [4 - 0.5 / 1.3, 0, 14 - 0.5 / 1.3, 20], rtol=1e-5)
 
 
-def test_a_duplicate_of_one_model_does_not_count() -> None:
-    first = make_detections([[0, 0, 10, 20], [0, 0, 10, 21]], [0.8, 0.1])
-    fused = fuse_detections([first, make_detections([[0, 0, 10, 20]], [0.6])], 0.55)
-    np.testing.assert_allclose(fused.boxes_xyxy, [[0, 0, 10, 20]])
-    np.testing.assert_allclose(fused.scores, [0.7], rtol=1e-6)
+def test_fusion_of_nothing_is_empty() -> None:
+    for models in ([detect()], [detect(), detect()]):
+        fused, num_models = fuse_detections(models)
+        assert fused.boxes_xyxy.shape == (0, 4) and len(fused.scores) == len(num_models) == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(0.0625, 1, width=32), max_size=8), st.integers(1, 3))
+def test_fusion_of_equal_models_returns_their_boxes(scores: list[float], num_models: int) -> None:
+    rows = sorted(
+        ([20.0 * index, 0, 20.0 * index + 10, 30, score] for index, score in enumerate(scores)), key=lambda row: -row[4]
+    )
+    fused, found_by = fuse_detections([detect(*rows)] * num_models)
+    np.testing.assert_allclose(fused.boxes_xyxy, detect(*rows).boxes_xyxy, rtol=1e-6)
+    np.testing.assert_allclose(fused.scores, detect(*rows).scores, rtol=1e-6)
+    assert set(found_by.tolist()) <= {num_models}
 
 
 @pytest.mark.parametrize(
