@@ -192,20 +192,20 @@ def _parse_jpeg2000(raw: Buffer) -> ImageHeader | None:
 def _parse_heif(raw: Buffer) -> ImageHeader | None:
     """Read the properties of the primary image of an AVIF or HEIC file (ISO 23008-12)."""
     name = HEIF_BRANDS.get(raw[8:12])
-    boxes = _find_boxes(raw, 0, len(raw))
+    boxes = find_boxes(raw, 0, len(raw))
     if name is None or raw[4:8] != b"ftyp" or b"meta" not in boxes:
         return None
     if b"avif" in raw[16 : boxes[b"ftyp"][1]]:  # the main brand can be mif1
         name = "AVIF"
     start, end = boxes[b"meta"]
-    meta = _find_boxes(raw, start + 4, end)
-    properties = _find_boxes(raw, *meta.get(b"iprp", (0, 0)))
+    meta = find_boxes(raw, start + 4, end)
+    properties = find_boxes(raw, *meta.get(b"iprp", (0, 0)))
     if not {b"ipco", b"ipma"} <= properties.keys() or b"pitm" not in meta:
         return None
     pitm = meta[b"pitm"][0]
     primary = _read_int(raw, pitm + 4, 4 if _read_int(raw, pitm, 1) else 2)
     size_hw, turns, axis = None, 0, None
-    all_properties = list(_iterate_boxes(raw, *properties[b"ipco"]))
+    all_properties = list(iterate_boxes(raw, *properties[b"ipco"]))
     for index in _list_heif_properties(raw, *properties[b"ipma"], primary):
         kind, content = all_properties[index - 1][:2] if 0 < index <= len(all_properties) else (b"", 0)
         if kind == b"ispe":
@@ -231,13 +231,25 @@ def _list_heif_properties(raw: Buffer, start: int, end: int, item: int) -> list[
     return []
 
 
-def _find_boxes(raw: Buffer, start: int, end: int) -> dict[bytes, tuple[int, int]]:
-    """Return start and end of the content of each box, by type."""
-    return {kind: (content, box_end) for kind, content, box_end in _iterate_boxes(raw, start, end)}
+def find_boxes(raw: Buffer, start: int, end: int) -> dict[bytes, tuple[int, int]]:
+    """Return start and end of the content of each box, by type.
+
+    Args:
+        raw: File in the ISO base media file format.
+        start: Start of the boxes.
+        end: End of the boxes.
+    """
+    return {kind: (content, box_end) for kind, content, box_end in iterate_boxes(raw, start, end)}
 
 
-def _iterate_boxes(raw: Buffer, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, start and end of the content of each box of the ISO base media file format."""
+def iterate_boxes(raw: Buffer, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield type, start and end of the content of each complete box of the ISO base media file format.
+
+    Args:
+        raw: File.
+        start: Start of the boxes.
+        end: End of the boxes.
+    """
     while start + 8 <= min(end, len(raw)):
         length, header = _read_int(raw, start, 4), 8
         if length == 1:

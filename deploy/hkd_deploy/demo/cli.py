@@ -187,7 +187,7 @@ class FrameWriter(Protocol):
 
         Args:
             image_rgb (uint8[H, W, 3]): RGB.
-            captured_s: Capture time of a live source, seconds. None for a recorded source.
+            captured_s: Capture time of a live source or position in a recorded one, seconds.
         """
 
 
@@ -276,7 +276,7 @@ def run_demo(
                 canvas = draw_detections(frame.image_rgb, drawn)
                 draw_overlay(canvas, _format_overlay(detector, stats, times, len(drawn), age_ms, source.num_dropped))
                 if output:
-                    output.write(canvas, frame.timestamp_s if source.is_live else None)
+                    output.write(canvas, frame.timestamp_s)
                 if window:
                     window.show(canvas)
             progress.update(stats, source.num_dropped)

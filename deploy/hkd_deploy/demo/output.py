@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends.base import StageTimes
+from hkd_deploy.streams.base import limit_gap
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import atomic_write
 from hkd_det.letterbox import Letterbox
@@ -21,7 +22,7 @@ from hkd_det.letterbox import Letterbox
 # Encoders in the pip wheels of OpenCV, which have no H.264. Browsers play only .webm.
 ENCODERS = {".mp4": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 IMAGE_OUTPUT_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-MAX_GAP_S = 2.0  # a longer gap between two frames of a live source is shortened to this
+MAX_FRAMES_AHEAD = 1  # frames that the video may be ahead of the source; a frame that is earlier is omitted
 CLOSE_KEYS = (ord("q"), ord("Q"), 27)  # 27: Esc
 FPS_WINDOW = 30  # number of frames of the displayed rate
 MAX_SAMPLES = 100_000  # number of frames of the summary; bounds the memory for an unlimited source
@@ -43,7 +44,9 @@ class VideoWriter:
         self._path = path
         self._fps = fps
         self._size_hw = (0, 0)
-        self._first_s = 0.0
+        self._time_s = 0.0
+        self._last_captured_s: float | None = None
+        self._last_bgr = np.zeros((0, 0, 3), np.uint8)
         self._writer: cv2.VideoWriter | None = None
         self.num_frames = 0
 
@@ -52,8 +55,9 @@ class VideoWriter:
 
         Args:
             image_rgb (uint8[H, W, 3]): RGB.
-            captured_s: Capture time of a live source, seconds. The frame is repeated until the video reaches this
-                time, so that the video plays in real time. None writes the frame once.
+            captured_s: Capture time of a live source or position in a video, seconds. The previous frame is repeated
+                until the video reaches this time, so that the video has the times of the source. None writes the frame
+                once.
 
         Raises:
             DataError: OpenCV cannot write a video of this size.
@@ -61,13 +65,19 @@ class VideoWriter:
         size_hw = (image_rgb.shape[0], image_rgb.shape[1])
         if self._writer is None:
             self._writer = self._open(size_hw)
-            self._size_hw, self._first_s = size_hw, captured_s or 0.0
+            self._size_hw = size_hw
         if size_hw != self._size_hw:
             image_rgb = Letterbox(size_hw, self._size_hw).apply(image_rgb)
         image_bgr = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
-        for _ in range(1 if captured_s is None else self._count_due_frames(captured_s)):
-            self._writer.write(image_bgr)
-            self.num_frames += 1
+        num_ahead = 0
+        if captured_s is not None:
+            position = self._compute_position(captured_s)
+            for _ in range(position - self.num_frames):
+                self._append(self._last_bgr)
+            num_ahead = self.num_frames - position
+        if num_ahead <= MAX_FRAMES_AHEAD:
+            self._append(image_bgr)
+        self._last_bgr = image_bgr
 
     def close(self) -> None:
         """Complete the file."""
@@ -85,13 +95,17 @@ class VideoWriter:
             )
         return writer
 
-    def _count_due_frames(self, captured_s: float) -> int:
-        """Return the number of frames until `captured_s`. At least one: no captured frame is omitted."""
-        max_frames = round(MAX_GAP_S * self._fps) + 1
-        due = round((captured_s - self._first_s) * self._fps) + 1 - self.num_frames
-        if due > max_frames:
-            self._first_s += (due - max_frames) / self._fps
-        return min(max(1, due), max_frames)
+    def _append(self, image_bgr: NDArray[np.uint8]) -> None:
+        if self._writer is not None:
+            self._writer.write(image_bgr)
+            self.num_frames += 1
+
+    def _compute_position(self, captured_s: float) -> int:
+        """Return the index of the frame at `captured_s`."""
+        if self._last_captured_s is not None:
+            self._time_s += limit_gap(captured_s - self._last_captured_s, 1 / self._fps)
+        self._last_captured_s = captured_s
+        return round(self._time_s * self._fps)
 
 
 @contextmanager

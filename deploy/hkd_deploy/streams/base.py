@@ -7,6 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_GAP_S = 10.0  # longer gaps are pauses, or changes of a clock
+SHORTENED_GAP_S = 2.0
+
 
 class Frame(NamedTuple):
     """One image with its time.
@@ -81,3 +84,18 @@ def sanitize_fps(fps: float) -> float | None:
         The frame rate. None for 0, NaN, and clock rates above 1000.
     """
     return fps if 0 < fps <= 1000 else None
+
+
+def limit_gap(gap_s: float, step_s: float) -> float:
+    """Limit the time between two frames, so that a clock that jumps does not stop or stretch a video.
+
+    Args:
+        gap_s: Difference of two times of frames, seconds.
+        step_s: Time between two frames at the frame rate, seconds.
+
+    Returns:
+        The difference. `step_s` if it is not positive. 2 s, or `step_s` if that is longer, if it is more than 10 s.
+    """
+    if not gap_s > 0:
+        return step_s
+    return gap_s if gap_s <= max(MAX_GAP_S, 2 * step_s) else max(SHORTENED_GAP_S, step_s)

@@ -1,6 +1,6 @@
-"""Image sources: image files, video files and live cameras.
+"""Image sources: image files and live cameras.
 
-Recorded sources return all frames in order, and damage raises an error. A live source returns the newest frame: a
+Image files are returned in order, and damage raises an error. A live source returns the newest frame: a
 thread writes to a buffer of one frame, and a new frame replaces an old one, so a slow detector processes current
 images. The thread reopens a failed camera after 1, 2, 4 ... 30 s. Meanwhile the source returns no frames.
 """
@@ -21,9 +21,6 @@ from hkd_det.errors import DataError, UnavailableError
 from hkd_det.image import IMAGE_SUFFIXES, read_image
 
 SLIDESHOW_FPS = 2.0  # display rate of image files
-DEFAULT_FPS = 25.0  # for timestamps of a video without a frame rate
-# Containers without an index estimate the frame count from the duration, which can differ by some percent.
-MAX_MISSING_RATIO = 0.05
 IDLE_INTERVAL_S = 0.1  # interval of on_idle calls, which process the key events of a window
 
 
@@ -56,56 +53,6 @@ class ImageSource(FrameSource):
 
     def close(self) -> None:
         """Do nothing: no file stays open between frames."""
-
-
-class VideoSource(FrameSource):
-    """A video file.
-
-    Args:
-        path: The video.
-
-    Raises:
-        DataError: OpenCV cannot read the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-        if not self._capture.isOpened():
-            raise DataError(f"{path}: not a readable video (wrong format or truncated). Try to play it with ffplay.")
-        num_frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        fps = sanitize_fps(self._capture.get(cv2.CAP_PROP_FPS))
-        super().__init__(str(path), is_live=False, fps=fps, num_frames=num_frames if num_frames > 0 else None)
-
-    def iterate_frames(self, on_idle: Callable[[], bool] = wait_forever) -> Iterator[Frame]:  # noqa: ARG002 - not live
-        """Iterate over the frames.
-
-        Args:
-            on_idle: No effect.
-
-        Yields:
-            The frames, with their position in the video as timestamp.
-
-        Raises:
-            DataError: More than 5 % of the frames are missing at the end, or there is no frame.
-        """
-        # The timestamp counts frames: CAP_PROP_POS_MSEC is -18 s or 0 for an AVI with B-frames.
-        step_s = 1 / (self.fps or DEFAULT_FPS)
-        index = 0
-        while True:
-            has_frame, image_bgr = self._capture.read()
-            if not has_frame:
-                break
-            yield Frame(cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False), index * step_s)
-            index += 1
-        expected = self.num_frames or 1
-        if index < expected * (1 - MAX_MISSING_RATIO):
-            raise DataError(
-                f"{self.name}: expected {expected} frames, got {index} (truncated or damaged). Copy the video again."
-            )
-
-    def close(self) -> None:
-        """Close the file."""
-        self._capture.release()
 
 
 def list_images(folder: Path) -> list[Path]:
