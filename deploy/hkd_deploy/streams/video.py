@@ -85,7 +85,7 @@ class VideoSource(FrameSource):
             codec = _format_codec(self._capture)
             raise DataError(
                 f"{self.name}: no frame can be decoded. The codec is {codec}, which OpenCV {cv2.__version__} may not "
-                f"support. Convert the video: ffmpeg -i {self._path.name} -c:v libx264 out.mp4"
+                f"support. Convert the video: ffmpeg -i {self._path.name} -c:v libx264 out.mp4."
             )
         if self._stated_count and num_decoded >= self._stated_count * (1 - MAX_MISSING_RATIO):
             return
