@@ -82,47 +82,64 @@ class TaskAlignedAssigner:
         Returns:
             Training targets of all points.
         """
-        inside = (
-            points_in_boxes(anchor_points, _expand_small_boxes(targets.boxes_xyxy, strides.min()))
-            & targets.valid[..., None]
-        )  # [B, M, A]
-        iou = batched_box_iou(targets.boxes_xyxy, boxes_xyxy).clamp(min=0) * inside  # [B, M, A]
-        metric = scores[:, None].pow(self.alpha) * iou.pow(self.beta) * inside
+        shape = scores.shape
+        # Pairs of a box and a point inside it: few of all pairs, so that only they are computed.
+        box_image, box_gt = targets.valid.nonzero(as_tuple=True)
+        gt_boxes = targets.boxes_xyxy[box_image, box_gt]  # [N, 4]
+        inside = points_in_boxes(anchor_points, _expand_small_boxes(gt_boxes, strides.min()))  # [N, A]
+        box, point = inside.nonzero(as_tuple=True)  # [P]
+        iou = batched_box_iou(gt_boxes[box, None], boxes_xyxy[box_image[box], point, None])[:, 0, 0]
+        metric = scores[box_image[box], point].pow(self.alpha) * iou.pow(self.beta)
         if self.center_weight:
-            distance = _compute_center_distance(targets.boxes_xyxy, anchor_points, strides)
+            distance = _compute_center_distance(gt_boxes[box], anchor_points[point], strides[point])
             metric = metric * (-self.center_weight * distance).exp()
-        assigned = self._select_topk_points(metric, iou, inside)
-        fg_mask = assigned.any(1)
-        gt_idx = assigned.float().argmax(1) if assigned.shape[1] else torch.zeros_like(fg_mask, dtype=torch.long)
-        ignored = (points_in_boxes(anchor_points, targets.boxes_xyxy) & targets.ignore[..., None]).any(1)
+        kept = self._select_topk_points(metric, inside, box, point)
+        box, point, iou, metric = box[kept], point[kept], iou[kept], metric[kept]
+        kept = _select_highest_iou(box_image[box] * shape[1] + point, box, iou, shape.numel())
+        box, point, iou, metric = box[kept], point[kept], iou[kept], metric[kept]
+        image = box_image[box]
+        fg_mask, gt_idx = inside.new_zeros(shape), box.new_zeros(shape)
+        target_scores = metric.new_zeros(shape)
+        fg_mask[image, point], gt_idx[image, point] = True, box_gt[box]
+        target_scores[image, point] = _normalize_align_metric(metric, iou, box, len(gt_boxes))
         return AssignResult(
             fg_mask=fg_mask,
             target_gt_idx=gt_idx,
             boxes_xyxy=_gather_gt_boxes(targets.boxes_xyxy, gt_idx),
-            target_scores=_normalize_align_metric(metric * assigned, iou * assigned),
-            loss_mask=fg_mask | ~ignored,
+            target_scores=target_scores,
+            loss_mask=fg_mask | ~_find_ignored_points(anchor_points, targets),
         )
 
-    def _select_topk_points(self, align_metric: Tensor, iou: Tensor, inside_mask: Tensor) -> Tensor:
-        """Return [B, M, A] bool: the best points of each box, each point for at most one box."""
-        num_gt, num_points = align_metric.shape[1:]
-        if num_gt == 0:
-            return inside_mask
+    def _select_topk_points(self, metric: Tensor, inside: Tensor, box: Tensor, point: Tensor) -> Tensor:
+        """Return [P] bool: whether the pair of a box and a point has one of the `topk` best metrics of the box."""
         # At the start of training all IoUs may be 0. Rank points inside the box above all points outside it.
-        rank = torch.where(inside_mask, align_metric, -1.0)
-        best = rank.topk(min(self.topk, num_points), dim=2).indices
-        selected = torch.zeros_like(inside_mask).scatter_(2, best, value=True) & inside_mask
-        is_contested = selected.sum(1, keepdim=True) > 1
-        highest_iou = torch.where(selected, iou, -1.0).argmax(1, keepdim=True)  # [B, 1, A]
-        winner = torch.zeros_like(selected).scatter(1, highest_iou, value=True)
-        return torch.where(is_contested, selected & winner, selected)
+        rank = torch.full_like(inside, -1.0, dtype=metric.dtype).index_put_((box, point), metric)
+        best = rank.topk(min(self.topk, inside.shape[1]), dim=1).indices
+        return torch.zeros_like(inside).scatter_(1, best, value=True)[box, point]
+
+
+def _select_highest_iou(point: Tensor, box: Tensor, iou: Tensor, num_points: int) -> Tensor:
+    """Return [P] bool: whether the pair has the highest IoU of its point, the first of equal ones."""
+    highest = iou.new_full((num_points,), -1.0).scatter_reduce_(0, point, iou, "amax")
+    is_highest = iou == highest[point]
+    first = box.new_full((num_points,), torch.iinfo(box.dtype).max)
+    first.scatter_reduce_(0, point[is_highest], box[is_highest], "amin")
+    return is_highest & (box == first[point])
+
+
+def _find_ignored_points(anchor_points: Tensor, targets: Targets) -> Tensor:
+    """Return [B, A] bool: points inside an ignore region."""
+    image, region = targets.ignore.nonzero(as_tuple=True)
+    inside = points_in_boxes(anchor_points, targets.boxes_xyxy[image, region])
+    count = image.new_zeros(len(targets.ignore), len(anchor_points)).index_add_(0, image, inside.long())
+    return count > 0
 
 
 def _compute_center_distance(boxes_xyxy: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
-    """Return [B, M, A]: squared distance from the box center in strides plus squared octaves from the box's level."""
-    x1, y1, x2, y2 = boxes_xyxy[..., None, :].unbind(-1)  # [B, M, 1]
-    x, y = anchor_points.unbind(-1)  # [A]
-    dx, dy = (x - (x1 + x2) / 2) / strides, (y - (y1 + y2) / 2) / strides  # [B, M, A]
+    """Return [P]: squared distance from the box center in strides plus squared octaves from the box's level."""
+    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+    x, y = anchor_points.unbind(-1)
+    dx, dy = (x - (x1 + x2) / 2) / strides, (y - (y1 + y2) / 2) / strides
     octaves = torch.log2((y2 - y1).clamp(min=1.0)) - torch.log2(CELLS_PER_GT_HEIGHT * strides)
     return dx.square() + dy.square() + octaves.square()
 
@@ -140,13 +157,12 @@ def _gather_gt_boxes(boxes_xyxy: Tensor, target_gt_idx: Tensor) -> Tensor:
     return boxes_xyxy.gather(1, target_gt_idx[..., None].expand(-1, -1, 4))
 
 
-def _normalize_align_metric(align_metric: Tensor, iou: Tensor) -> Tensor:
-    """Return [B, A]: metrics scaled so that the best point of each box has its best IoU."""
-    if align_metric.shape[1] == 0:
-        return align_metric.new_zeros((align_metric.shape[0], align_metric.shape[2]))
-    best_metric = align_metric.amax(2, keepdim=True)
-    best_iou = iou.amax(2, keepdim=True)
-    return (align_metric * best_iou / (best_metric + 1e-9)).amax(1)
+def _normalize_align_metric(metric: Tensor, iou: Tensor, box: Tensor, num_boxes: int) -> Tensor:
+    """Return [P]: metrics scaled so that the best point of each box has its best IoU."""
+    best_metric, best_iou = (
+        values.new_zeros(num_boxes).scatter_reduce_(0, box, values, "amax") for values in (metric, iou)
+    )
+    return metric * best_iou[box] / (best_metric[box] + 1e-9)
 
 
 MIN_TEACHER_SCORE = 0.05  # A box with a lower teacher score has nearly the same targets as the background.
