@@ -1,7 +1,7 @@
 """Inference with models of `hkd-export`, and the function that opens any model."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -123,7 +123,6 @@ class ExportedDetector(Detector):
         return [indices[start : start + step] for indices in by_size.values() for start in range(0, len(indices), step)]
 
 
-@contextmanager
 def open_detector(
     model: Path | str | None = None,
     device: str = "cpu",
@@ -131,8 +130,8 @@ def open_detector(
     backend: str | None = None,
     performance_hint: PerformanceHint = "latency",
     model_config: Path | None = None,
-) -> Iterator[Detector]:
-    """Open a model on exactly the requested device.
+) -> AbstractContextManager[Detector]:
+    """Open a model on exactly the requested device. A missing file is an error of this call.
 
     An ONNX file that `hkd-export` did not write needs a model configuration.
 
@@ -145,8 +144,8 @@ def open_detector(
         performance_hint: For OpenVINO: `latency` for single images, `throughput` for lists.
         model_config: YAML file of the model configuration (default: MODEL.yaml next to MODEL.onnx).
 
-    Yields:
-        The detector, valid inside the `with` block.
+    Returns:
+        A context manager that opens the detector. The detector is valid inside the `with` block.
 
     Raises:
         UsageError: An argument is invalid, or the backend does not support it.
@@ -157,11 +156,25 @@ def open_detector(
         >>> with open_detector() as detector:
         ...     detections = detector(image_rgb)
     """
+    path = resolve_model(model)
+    if not path.exists():
+        raise DataError(f"{path}: no such model file. Create it with hkd-export.")
+    return _open_file(path, device, threads, backend, performance_hint, model_config)
+
+
+@contextmanager
+def _open_file(
+    path: Path,
+    device: str,
+    threads: int | None,
+    backend: str | None,
+    performance_hint: PerformanceHint,
+    model_config: Path | None,
+) -> Iterator[Detector]:
     # These modules import YAML, which an import of hkd_deploy does not need.
     from hkd_deploy.external import open_external_detector  # noqa: PLC0415 - see above
     from hkd_deploy.trt.onnx_file import is_external_model  # noqa: PLC0415 - see above
 
-    path = resolve_model(model)
     if model_config or is_external_model(path):
         yield open_external_detector(path, device, threads, backend or "onnxruntime", performance_hint, model_config)
         return

@@ -25,6 +25,11 @@ def frame_with_box(size_hw: tuple[int, int], box_xyxy: tuple[int, int, int, int]
     return frame
 
 
+def test_missing_model_is_an_error_of_the_call(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.onnx: no such model file"):
+        open_detector(tmp_path / "none.onnx")
+
+
 def test_call_image_of_input_size_returns_exact_box(tiny_onnx: Callable[..., Path]) -> None:
     with open_detector(tiny_onnx(), threads=1) as detector:
         detections = detector(frame_with_box((96, 160), (30, 10, 50, 90)))

@@ -45,12 +45,14 @@ class Parity:
         box_error_px: Largest difference of a box side, in pixels of the graph output.
         score_error: Largest difference of a score, 0 to 1.
         worst_index: Index of the image with the largest difference relative to the tolerances.
+        num_compared: Number of compared detections of both models. 0 if the differences mean nothing.
     """
 
     num_images: int
     box_error_px: float
     score_error: float
     worst_index: int = 0
+    num_compared: int = 1
 
     @property
     def within_tolerance(self) -> bool:
@@ -157,14 +159,25 @@ def compare_outputs(
     """
     difference = compute_max_difference if is_exact else compute_matched_difference
     pairs = list(zip(reference_outputs.batches, reference_outputs.outputs, strict=True))
-    rows = []
+    rows, num_compared = [], 0
     for batch, outputs in make_progress_bar(pairs, desc, "image"):
         expected = [np.repeat(value, batch_size, axis=0) for value in outputs]
-        rows.append(difference(expected, run(np.repeat(batch, batch_size, axis=0))))
+        actual = run(np.repeat(batch, batch_size, axis=0))
+        rows.append(difference(expected, actual))
+        num_compared += _count_compared(expected, is_exact) + _count_compared(actual, is_exact)
     differences = np.array(rows)  # [N, 2]: pixels, score
     worst_index = (differences / (BOX_TOLERANCE_PX, SCORE_TOLERANCE)).max(1).argmax()
     box_error_px, score_error = differences.max(0)
-    return Parity(len(rows), float(box_error_px), float(score_error), int(worst_index))
+    return Parity(len(rows), float(box_error_px), float(score_error), int(worst_index), num_compared)
+
+
+def _count_compared(outputs: Sequence[NDArray[Any]], is_exact: bool) -> int:
+    """Return the number of detections that `compare_outputs` compares. The candidates of a raw graph always count."""
+    if len(outputs) == 2:
+        return outputs[0].shape[1]
+    min_score = 0.0 if is_exact else MIN_COMPARED_SCORE
+    rows = zip(outputs[1], outputs[2], strict=True)
+    return sum(int((scores[: int(count)] >= min_score).sum()) for scores, count in rows)
 
 
 def prepare_input(image_rgb: NDArray[np.uint8], options: ExportOptions) -> NDArray[Any]:

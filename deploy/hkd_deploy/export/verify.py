@@ -32,7 +32,7 @@ from hkd_det.structures import Detections, Sample
 from hkd_det.text_table import format_table
 
 TABLE_HEADER = ("model", "backend", "boxes", "scores", "miss rate", "increase")
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NO_DETECTION = "not measured", "no detection"
 NUM_PARITY_IMAGES = 16
 
 
@@ -155,9 +155,13 @@ class Verification:
                 except DataError as error:
                     rate_cells = (NOT_MEASURED, "-")
                     notes.append(str(error))
-            rows.append(
-                (*name_cells, f"{row.parity.box_error_px:.2g} px", f"{row.parity.score_error:.2g}", *rate_cells)
-            )
+            parity_cells = f"{row.parity.box_error_px:.2g} px", f"{row.parity.score_error:.2g}"
+            if not row.parity.num_compared:
+                parity_cells = NO_DETECTION, "-"
+                notes.append(_format_nothing_compared(row.model, reference.name))
+            rows.append((*name_cells, *parity_cells, *rate_cells))
+        if reference_rate == 1:
+            notes.append(f"{reference.name} detects no person of the setup Reasonable: an increase means nothing")
         return "\n".join([format_table(rows, TABLE_HEADER, left_columns=2), *notes])
 
     def _get_reference_outputs(self) -> ReferenceOutputs:
@@ -282,6 +286,14 @@ def _open_runner(path: Path, model: ExportedModel) -> Iterator[tuple[RunFunction
 def _compute_miss_rate(detections: Sequence[Detections], samples: Sequence[Sample]) -> float:
     """Return MR^-2 of the setup Reasonable, 0 to 1, or `NO_GROUND_TRUTH` without a person."""
     return evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name].value
+
+
+def _format_nothing_compared(model: ExportedModel, reference_name: str) -> str:
+    scores = "" if model.is_exact else f" with a score of at least {MIN_COMPARED_SCORE:g}"
+    return (
+        f"{model.path} on {model.backend}: neither it nor {reference_name} has a detection{scores} on the images: "
+        "nothing is compared. Set --data to images with persons that the model detects"
+    )
 
 
 def _format_percent(rate: float) -> str:

@@ -102,8 +102,15 @@ class PrecisionReport:
         return 100 * (self.after.recall - self.before.recall)
 
     @property
+    def has_detections(self) -> bool:
+        """Whether the FP32 file detects at least one person. Otherwise a comparison has no meaning."""
+        return self.before.recall > 0
+
+    @property
     def reasons(self) -> list[str]:
         """Reasons against the converted file; empty if it is recommended."""
+        if not self.has_detections:
+            return [f"the fp32 file detects no person at a score of {self.conf:g}, so nothing is compared"]
         reasons = []
         if self.mr_increase > self.max_mr_increase:
             reasons.append(f"the miss rate increases by more than {self.max_mr_increase:g} points")

@@ -67,6 +67,20 @@ def test_compare_outputs_returns_worst_image() -> None:
     assert parity.box_error_px == pytest.approx(0.3, abs=1e-6)
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_compare_outputs_counts_compared_detections(is_exact: bool) -> None:
+    weak, none, strong = make_outputs((5, 0.1)), make_outputs(), make_outputs((5, 0.9))
+    for expected, actual, num_compared in (
+        (none, none, 0),
+        (weak, weak, 2 if is_exact else 0),
+        (strong, none, 1),
+        (strong, strong, 2),
+    ):
+        reference_outputs = ReferenceOutputs([np.zeros((1, 2, 2, 3))], [expected])
+        parity = compare_outputs(reference_outputs, lambda _, outputs=actual: outputs, 1, is_exact, "")
+        assert parity.num_compared == num_compared
+
+
 def test_compare_outputs_with_nan_is_not_within_tolerance() -> None:
     reference_outputs = ReferenceOutputs([np.zeros((1, 2, 2, 3))], [make_outputs((5, 0.9))])
     boxes, scores, count = make_outputs((5, 0.9))

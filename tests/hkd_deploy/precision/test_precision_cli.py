@@ -2,12 +2,14 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -52,6 +54,22 @@ def test_int8_excludes_sensitive_layer(
     assert [node.input[0] for node in quantize_nodes] == ["normal"]
     with open_detector(path) as detector:
         assert len(detector(np.full((96, 96, 3), 230, np.uint8))) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_model_that_detects_no_person_is_not_recommended(
+    box_net: Callable[..., Path], street: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (street.parent / "street" / "images" / "val").iterdir():
+        cv2.imwrite(str(path), np.full((96, 96, 3), 40, np.uint8))
+    source = box_net("student.onnx")
+    assert main([str(source), "--precision", precision, "--data", str(street)]) == 0
+    output = capsys.readouterr().out
+    assert "not recommended: the fp32 file detects no person at a score of 0.3, so nothing is compared" in output
+    assert f"neither it nor {source} has a detection with a score of at least 0.3" in output
+    assert re.search("no detection +-", output) and f"{source} detects no person of the setup Reasonable" in output
+    report = json.loads(read_metadata(source.with_name(f"student.{precision}.onnx"))["hkd.precision_report"])
+    assert report["recommended"] is False
 
 
 @pytest.mark.slow

@@ -27,6 +27,13 @@ def test_precision_report_compares_fastest_runtimes() -> None:
     )
 
 
+def test_precision_report_without_detections_recommends_nothing() -> None:
+    blind = PrecisionReport("int8", Accuracy(1.0, 0.0), Accuracy(1.0, 0.0), "openvino", LATENCIES, 0.3, 0.5)
+    assert blind.to_metadata()["recommended"] is False
+    expected = "; not recommended: the fp32 file detects no person at a score of 0.3, so nothing is compared"
+    assert blind.format_log_line().endswith(expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "reasons"),
     [
