@@ -20,7 +20,7 @@ NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 MAX_WEIGHTS_PER_CHUNK = 1 << 22  # limits memory to about 100 MiB
 
-Conclusion = Literal["better", "worse", "no difference shown"]
+Conclusion = Literal["better", "worse", "no difference shown", "neither detects a person"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class MissRateDifference:
         ci_low: Lower end of the 95 % interval.
         ci_high: Upper end.
         p_value: Two-sided bootstrap p-value of no difference.
-        conclusion: "better" or "worse" if the interval excludes 0, otherwise "no difference shown".
+        conclusion: "better" or "worse" if the interval excludes 0, otherwise "no difference shown". "neither detects a
+            person" if there is nothing to compare.
     """
 
     value: float
@@ -144,6 +145,8 @@ def compare_miss_rates(
     num_extreme = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     p_value = min(1.0, 2 * (num_extreme + 1) / (len(differences) + 1))
     conclusion: Conclusion = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+    if not (result.counted.is_true_positive.any() or reference.counted.is_true_positive.any()):
+        conclusion = "neither detects a person"
     return MissRateDifference(result.value - reference.value, low, high, p_value, conclusion)
 
 

@@ -185,6 +185,18 @@ def test_no_detections_have_miss_rate_one() -> None:
     assert interval is not None and (interval.value, interval.ci_low, interval.ci_high) == (1, 1, 1)
 
 
+def test_detectors_that_detect_no_person_are_not_compared() -> None:
+    samples, detections = make_random_dataset(np.random.default_rng(3), 20)
+    none = evaluate_detections(samples, [Detections(np.zeros((0, 4)), np.zeros(0))] * 20, [SETUPS["All"]])["All"]
+    some = evaluate_detections(samples, detections, [SETUPS["All"]])["All"]
+    conclusions = []
+    for pair in ((none, none), (none, some)):
+        difference = compare_miss_rates(*pair)
+        assert difference is not None
+        conclusions.append(difference.conclusion)
+    assert conclusions == ["neither detects a person", "worse"]
+
+
 def test_other_ground_truth_is_rejected() -> None:
     samples, detections = make_random_dataset(np.random.default_rng(0), 20)
     first = evaluate_detections(samples, detections, [SETUPS["All"]])["All"]
