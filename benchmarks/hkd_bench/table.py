@@ -238,6 +238,7 @@ def make_notes(result: BenchResult) -> list[str]:
         f"Miss rate over {result.num_images} images ({data}; {first.num_gt['Reasonable']} boxes in Reasonable)."
         if result.num_images
         else f"Miss rate not measured: {result.data or 'the images'}: no annotations.",
+        *_format_blind_models(result),
         f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_bounds(result),
@@ -247,6 +248,17 @@ def make_notes(result: BenchResult) -> list[str]:
     if too_few:
         names = " and ".join(f"p{percentile}" for percentile in too_few)
         notes.append(f"{names}: too few runs for a 99 % confidence bound (p90 needs 64 runs, p99 needs 662).")
+    return notes
+
+
+def _format_blind_models(result: BenchResult) -> list[str]:
+    """Name the models whose every miss rate is 100 %."""
+    notes = []
+    for model in result.models:
+        for accuracy in model.accuracy:
+            rates = [rate for rate in accuracy.miss_rates.values() if rate is not None]
+            if rates and min(rates) == 1:
+                notes.append(f"{model.name} detects no person of {accuracy.data}: check its input and the annotations.")
     return notes
 
 

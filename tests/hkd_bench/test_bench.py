@@ -52,6 +52,14 @@ def test_bench_miss_rate_is_half(result: BenchResult) -> None:
         assert model_result.miss_rates["heavy"] is None and model_result.num_gt["heavy"] == 0
 
 
+def test_bench_names_model_that_detects_no_person(result: BenchResult) -> None:
+    assert "detects no person" not in format_text_table(result)
+    one, two = result.models
+    accuracy = replace(two.accuracy[0], miss_rates={"Reasonable": 1.0, "heavy": None, "All": 1.0})
+    blind = replace(result, models=(one, replace(two, accuracy=(accuracy,))))
+    assert f"two detects no person of {result.data}: check its input" in format_text_table(blind)
+
+
 def test_bench_counts_runs_and_reads_metadata(result: BenchResult, model: Path) -> None:
     for model_result in result.models:
         assert len(model_result.e2e_ms) == 8 and min(model_result.e2e_ms) > 0

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError
 from hkd_det.image import decode_image, read_image, read_image_header
 from hkd_det.image_header import JPEG2000_SIZE, ImageHeader, parse_image_header
@@ -96,6 +97,20 @@ def test_any_bytes_have_a_header_or_none(name: str, data: st.DataObject) -> None
         raw[data.draw(st.integers(0, min(500, len(raw)) - 1))] = data.draw(st.integers(0, 255))
     header = parse_image_header(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
     assert header is None or (min(header.stored_hw) > 0 and 1 <= header.orientation <= 8)
+
+
+def test_labels_of_turned_images_refer_to_the_upright_image(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for name, suffix in EXIF_FORMATS.items():
+        (tmp_path / "images" / f"{name}{suffix}").write_bytes(encode(name, 6))
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.25 0.5 0.5 0.25")
+    (tmp_path / "data.yaml").write_text("train: images\nnames: {0: person}\n")
+    samples = load_dataset(str(tmp_path / "data.yaml"), "train")
+    assert len(samples) == len(EXIF_FORMATS)
+    for sample in samples:
+        assert sample.size_hw == read_image(sample.path).shape[:2] == (48, 32)
+        assert sample.ground_truth.boxes_xyxy.tolist() == [[0, 18, 16, 30]]
 
 
 def test_file_without_header_is_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hkd_det.datasets import read_image
 from hkd_det.errors import DataError
@@ -64,6 +65,25 @@ def test_jpeg_is_decoded_at_the_smallest_sufficient_size(tmp_path: Path) -> None
     assert shapes == {(400, 600): (401, 603), (200, 300): (201, 302), (100, 150): (101, 151)}
     assert images.read(0, (10, 10)).image.shape[:2] == (51, 76)
     assert not list((tmp_path / "cache").iterdir())  # the file itself is used
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("frame_hw", [(400, 300), (100, 75), (40, 30)])
+def test_image_turned_by_exif_has_upright_scale(tmp_path: Path, suffix: str, frame_hw: tuple[int, int]) -> None:
+    """The stored pixels lie on their side; the white rectangle is at the upper left of the upright image."""
+    upright = np.zeros((400, 300, 3), np.uint8)
+    upright[40:200, 30:90] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(np.rot90(upright)).save(path, exif=exif)
+    decoded = open_images(path, (400, 300)).read(0, frame_hw)
+    scale_x, scale_y = decoded.scale_xy
+    assert decoded.image.shape[0] > decoded.image.shape[1] and scale_x == pytest.approx(scale_y, rel=0.02)
+    white = decoded.image.mean(2) > 127
+    rows, columns = np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))
+    extent = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    np.testing.assert_allclose(np.array([30, 40, 90, 200]) * ([scale_x, scale_y] * 2), extent, atol=1)
 
 
 def test_far_too_large_jpeg_is_encoded_once(tmp_path: Path) -> None:
