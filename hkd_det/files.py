@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import yaml
 from hkd_det.errors import DataError
 
 CHUNK_BYTES = 2**20
+MAX_YAML_BYTES, MAX_YAML_NODES = 2**24, 2**20
 
 
 @contextmanager
@@ -177,11 +179,20 @@ def read_yaml(path: Path) -> Any:
         The decoded value. The caller validates its structure.
 
     Raises:
-        DataError: The file is missing or is not YAML. The message names the file and, if known, the line.
+        DataError: The file is missing, is not YAML, or expands to a huge value. The message names the file and, if
+            known, the line.
     """
-    content = read_content(path, "a YAML file")
+    content = read_content(path, "a YAML file", max_bytes=MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise DataError(f"{path}: expected a YAML file of at most {MAX_YAML_BYTES >> 20} MiB. Check the path.")
     try:
-        return yaml.safe_load(content.decode("utf-8-sig"))
+        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_yaml_nodes(node, {}) > MAX_YAML_NODES:
+            raise DataError(f"{path}: its aliases expand to more than {MAX_YAML_NODES:,} values. Remove the aliases.")
+        return loader.construct_document(node)
     except RecursionError:
         raise DataError(f"{path}: not YAML: nested too deeply. Correct the file.") from None
     except yaml.MarkedYAMLError as error:
@@ -189,3 +200,14 @@ def read_yaml(path: Path) -> Any:
         raise DataError(f"{path}{line}: not YAML: {error.problem}. Correct the file.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date or number
         raise DataError(f"{path}: not YAML: {' '.join(str(error).split())}. Correct the file.") from None
+
+
+def _count_yaml_nodes(node: yaml.Node, counts: dict[int, float]) -> float:
+    """Return the number of values that a node expands to; aliases share nodes. A cycle counts as infinite."""
+    key = id(node)
+    if key not in counts:
+        counts[key] = math.inf  # while the children are counted: they contain the node itself only in a cycle
+        children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else []
+        children = node.value if isinstance(node, yaml.SequenceNode) else children
+        counts[key] = 1 + sum(_count_yaml_nodes(child, counts) for child in children)
+    return counts[key]

@@ -15,7 +15,8 @@ from hkd_deploy.backends import BACKENDS
 from hkd_deploy.streams.sources import list_images
 from hkd_det import __version__
 from hkd_det.config import check_range
-from hkd_det.datasets.catalog import SPLITS, load_dataset
+from hkd_det.datasets.catalog import load_dataset
+from hkd_det.datasets.data_yaml import SPLITS
 from hkd_det.errors import BENCH_INSTALL_HINT, UnavailableError, UsageError, run_command
 from hkd_det.shipped import format_model_list, resolve_model
 from hkd_det.structures import Sample

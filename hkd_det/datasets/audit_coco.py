@@ -12,10 +12,11 @@ import yaml
 
 from hkd_det.boxes import Boxes, box_area, clip_boxes, xywh_from_xyxy
 from hkd_det.datasets.audit import CERTAIN_SCORE, Finding
-from hkd_det.datasets.base import select_person_class
 from hkd_det.datasets.catalog import dataset_license, find_coco_source
+from hkd_det.datasets.coco import list_annotated_categories, read_coco_content
+from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import read_json, write_text
+from hkd_det.files import write_text
 from hkd_det.structures import Sample
 
 AuditedAs = Literal["ignore", "label"]
@@ -29,14 +30,16 @@ class AuditedSplit:
     Attributes:
         annotations: The COCO file.
         images: Directory that the file names are relative to.
-        category: Name of the person category.
+        categories: Names of the person categories.
+        ignored_categories: Names of the categories whose boxes are ignore regions.
         num_labels: Number of added labels.
         num_ignore_regions: Number of added ignore regions.
     """
 
     annotations: Path
     images: Path
-    category: str
+    categories: tuple[str, ...]
+    ignored_categories: tuple[str, ...]
     num_labels: int
     num_ignore_regions: int
 
@@ -95,13 +98,15 @@ def write_audited_split(
     """
     source = find_coco_source(data, split)
     if source:
-        content, images = read_json(source.annotations), source.images
-        categories = {entry["id"]: entry["name"] for entry in content["categories"]}
-        person_id = select_person_class(categories, source.category, str(source.annotations))
-        category = categories[person_id]
+        content, images = read_coco_content(source.annotations), source.images
+        categories = list_annotated_categories(content)
+        roles = assign_class_roles(categories, source.category, source.ignore_category, str(source.annotations))
+        person_id = next(key for key in categories if key in roles.persons)
+        persons = tuple(name for key, name in categories.items() if key in roles.persons)
+        ignored = tuple(name for key, name in categories.items() if key in roles.ignored)
     else:
         images = Path(os.path.commonpath([str(sample.path.parent.resolve()) for sample, _ in readable]))
-        content, person_id, category = _convert_to_coco(readable, images), 1, "person"
+        content, person_id, persons, ignored = _convert_to_coco(readable, images), 1, ("person",), ()
     sizes = {sample.image_id: size_hw for sample, size_hw in readable}
     ids = [
         record["id"] for record in content["annotations"] if isinstance(record, dict) and type(record.get("id")) is int
@@ -117,7 +122,7 @@ def write_audited_split(
         record |= {"source": "audit", "score": round(finding.score, 4), "num_models": finding.num_models}
         content["annotations"].append(record)
     write_text(path, json.dumps(content) + "\n")
-    return AuditedSplit(path, images, category, num_labels, len(missing) - num_labels)
+    return AuditedSplit(path, images, persons, ignored, num_labels, len(missing) - num_labels)
 
 
 def write_audited_yaml(path: Path, data: str, splits: dict[str, AuditedSplit]) -> None:
@@ -128,12 +133,19 @@ def write_audited_yaml(path: Path, data: str, splits: dict[str, AuditedSplit]) -
         data: Name in datasets.yaml, or path of a data YAML: the original dataset.
         splits: The file of each split.
     """
-    content: dict[str, Any] = {"format": "coco", "category": next(iter(splits.values())).category}
+    first = next(iter(splits.values()))
+    content: dict[str, Any] = {"format": "coco", "category": _unwrap(first.categories)}
+    if first.ignored_categories:
+        content["ignore_category"] = _unwrap(first.ignored_categories)
     if dataset_license(data):
         content["license"] = dataset_license(data)
     for name, split in splits.items():
         content[name] = {"images": str(split.images.resolve()), "annotations": str(split.annotations.resolve())}
     write_text(path, yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True))
+
+
+def _unwrap(names: tuple[str, ...]) -> str | list[str]:
+    return names[0] if len(names) == 1 else list(names)
 
 
 def _convert_to_coco(readable: Sequence[tuple[Sample, tuple[int, int]]], images: Path) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from hkd_det.errors import DataError, import_package
-from hkd_det.image import IMAGE_SUFFIXES
-from hkd_det.structures import Sample, unlabeled_ground_truth
+from hkd_det.structures import GroundTruth, Sample
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -29,7 +30,8 @@ class DatasetError(DataError):
         kind: Identifier of the kind of problem, such as `repeated_box`.
         file: File that contains the problem.
         count: Number of records, images or classes that the problem concerns.
-        is_error: True if the problem changes what a model learns. Reading continues after other problems.
+        is_error: True if the problem changes what a model learns: `--check` returns exit code 1.
+        is_fatal: True if training and evaluation stop (default: as `is_error`).
         class_name: Name of the class of a problem of the kind `unused_class`.
     """
 
@@ -40,11 +42,12 @@ class DatasetError(DataError):
         file: Path | str = "",
         count: int = 1,
         is_error: bool = True,
+        is_fatal: bool | None = None,
         class_name: str = "",
     ) -> None:
         super().__init__(message)
-        self.kind, self.file, self.count = kind, str(file), count
-        self.is_error, self.class_name = is_error, class_name
+        self.kind, self.file, self.count, self.class_name = kind, str(file), count, class_name
+        self.is_error, self.is_fatal = is_error, is_error if is_fatal is None else is_fatal
 
 
 def raise_error(error: DataError) -> None:
@@ -53,19 +56,10 @@ def raise_error(error: DataError) -> None:
     Another handler, such as `errors.append`, lets a reader skip the record and continue.
 
     Args:
-        error: Error of one record. The message names file and record. A problem that is not an error has no effect.
+        error: Error of one record. The message names file and record. A problem that is not fatal has no effect.
     """
-    if not is_notice(error):
+    if not isinstance(error, DatasetError) or error.is_fatal:
         raise error
-
-
-def is_notice(error: DataError) -> bool:
-    """Return whether a problem does not change what a model learns.
-
-    Args:
-        error: Error that a reader reports.
-    """
-    return isinstance(error, DatasetError) and not error.is_error
 
 
 def replace_message(error: DataError, message: str) -> DataError:
@@ -87,7 +81,7 @@ def log_notices(notices: Sequence[DatasetError]) -> None:
     """Log one line for each kind of notice, in the main process only.
 
     Args:
-        notices: Problems that are not errors.
+        notices: Problems that are not fatal.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -181,6 +175,53 @@ def select_person_class(names: Mapping[Key, str], category: str, where: str) -> 
     raise DataError(f"{where}: expected {expected}, got {', '.join(names.values()) or 'none'}. Set `category: NAME`.")
 
 
+def parse_flag(value: Any, where: str) -> bool:
+    """Convert a flag of an annotation, which some tools write as text.
+
+    Args:
+        value: Decoded value: a boolean, 0 or 1, the text of one of these, yes or no, or None for false.
+        where: Prefix of the error message: file, record and key.
+
+    Returns:
+        The flag.
+
+    Raises:
+        DataError: The value is not a flag.
+    """
+    text = str(value).strip().casefold() if isinstance(value, (str, bool, int, float)) else None
+    if value is None or text in ("", "0", "0.0", "false", "no", "none"):
+        return False
+    if text in ("1", "1.0", "true", "yes"):
+        return True
+    raise DataError(f"{where}: expected 0 or 1, got {value!r:.40}.")
+
+
+def drop_repeated_boxes(ground_truth: GroundTruth) -> tuple[GroundTruth, int]:
+    """Remove boxes that are exact repetitions of an earlier box of the image.
+
+    Args:
+        ground_truth: Annotations of one image.
+
+    Returns:
+        ground_truth: The annotations without repetitions.
+        num_repeated: Number of removed boxes.
+    """
+    columns = (ground_truth.boxes_xyxy, ground_truth.visible_xyxy, ground_truth.ignore[:, None])
+    rows = np.concatenate(columns, axis=1, dtype=np.float32)
+    if len(rows) < 2:
+        return ground_truth, 0
+    keep = np.sort(np.unique(rows, axis=0, return_index=True)[1])
+    if len(keep) == len(rows):
+        return ground_truth, 0
+    kept = GroundTruth(
+        ground_truth.boxes_xyxy[keep],
+        ground_truth.ignore[keep],
+        ground_truth.visible_xyxy[keep],
+        tuple(ground_truth.labels[index] for index in keep),
+    )
+    return kept, len(rows) - len(keep)
+
+
 def is_pixel_value(value: Any) -> bool:
     """Return whether a JSON value is a finite number in the range of pixel coordinates.
 
@@ -255,26 +296,3 @@ def make_coordinate_error(where: str, box: object) -> DataError:
         The error, for the caller to raise.
     """
     return DataError(f"{where}: expected four pixel coordinates, got {str(box)[:80]}.")
-
-
-def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:
-    """Read directories of unlabeled images, recursively and sorted by path.
-
-    Args:
-        folders: Image directories of `--unlabeled`.
-
-    Returns:
-        Samples whose ground truth is one ignore region over the complete image.
-
-    Raises:
-        DataError: A directory does not exist or contains no images.
-    """
-    samples = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise DataError(f"--unlabeled {folder}: no such directory. Set a directory of images.")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-        if not paths:
-            raise DataError(f"--unlabeled {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none.")
-        samples += [Sample(str(path), path, unlabeled_ground_truth()) for path in paths]
-    return samples

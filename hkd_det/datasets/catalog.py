@@ -1,47 +1,51 @@
-"""`load_dataset`: read a dataset by its name in datasets.yaml, or from a data yaml of the user.
+"""`load_dataset`: read a dataset by its name in datasets.yaml, from a data yaml, or as a labeling tool exports it.
 
 A data yaml has the keys of Ultralytics (`path`, `train`, `val`, `test`, `names`) and these:
 
 * `format`: yolo (default), coco, or a key of `READERS`.
 * `license`: Terms of the data owner. Exported models contain it.
-* `skip_missing`, `category`, `annotations`, `frame_step`, `time`: Options of some formats, see `READERS`.
+* `category`, `ignore_category`, `skip_missing`, `annotations`, `frame_step`, `time`: Options of some formats, see
+  `READERS`.
+* `val_ratio`: Ratio of the training images that become the split val.
 
 A yolo split is an image directory or a text file that lists images. A coco split is
 `{images: DIR, annotations: FILE}`. Both accept a list. A split of another format is a string: the name of the split
 in the dataset, or `set00-set05` for Caltech. docs/reference/dataset-yaml.md describes all keys.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hkd_det.config import suggest_name
-from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error
+from hkd_det.datasets.base import (
+    DatasetError,
+    ErrorHandler,
+    filter_missing_images,
+    log_notices,
+    raise_error,
+)
 from hkd_det.datasets.caltech import read_caltech
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
 from hkd_det.datasets.crowdhuman import read_crowdhuman
+from hkd_det.datasets.data_yaml import Options, count_keypoint_values, parse_class_names
+from hkd_det.datasets.dataset_entry import DatasetEntry, format_missing_split, open_entry, read_catalog_entry
 from hkd_det.datasets.eurocity import read_eurocity
+from hkd_det.datasets.image_files import check_stated_sizes, find_repeated_files, locate_path
 from hkd_det.datasets.inria import read_inria, read_pennfudan
+from hkd_det.datasets.layouts import find_name_conflict
 from hkd_det.datasets.voc import read_voc
 from hkd_det.datasets.yolo import read_yolo
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import read_yaml
 from hkd_det.structures import Sample
 
-SPLITS = ("train", "val", "test")
-YAML_SUFFIXES = (".yaml", ".yml")
-DATASETS_DIR = Path("datasets")  # root of the named datasets, relative to the working directory
-
-# Ultralytics files contain `nc`, `download` and, for other formats than yolo, `names`. They have no effect.
-COMMON_KEYS = {"format", "path", *SPLITS, "names", "nc", "download", "license"}
-CATALOG_KEYS = {"homepage", "directory_layout"}  # only in datasets.yaml: how to get the dataset
-
-Options = Mapping[str, tuple[type, str]]  # key of the yaml -> type, description of the value
-
 SKIP_MISSING: Options = {"skip_missing": (bool, "true or false")}
-CATEGORY: Options = {"category": (str, "a name")}
+CATEGORY: Options = {
+    "category": ((str, list), "a name or a list of names"),
+    "ignore_category": ((str, list), "a name or a list of names"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,11 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
     """Load one split of a dataset.
 
     Args:
-        data: Name in datasets.yaml, or path of a data yaml.
+        data: Name in datasets.yaml, path of a data yaml, or an export of a labeling tool: a directory, an archive, or a
+            COCO file.
         split: "train", "val" or "test".
-        on_error: Receives the errors of invalid records (default: raise the first one).
+        on_error: Receives the errors of invalid records and warnings (default: raise the first error, log one line for
+            each kind of warning).
 
     Returns:
         At least one sample.
@@ -87,31 +93,51 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
         UsageError: The name, the split, or a key of the data yaml is unknown, or a value has the wrong type.
         DataError: Files are missing or invalid.
     """
-    entry = _load_entry(data)
-    root = _get_root(entry, data)
-    if not data.endswith(YAML_SUFFIXES) and not root.is_dir():
-        if "download" in entry:
-            hint = f"Download it with `hkd-train --data {data} --download`."
-        else:
-            hint = (
-                f"Get it from {entry.get('homepage')}. License: {entry.get('license')}. Extract it as "
-                f"{entry.get('directory_layout')}."
-            )
-        raise DataError(f"--data {data}: {root.resolve()} does not exist. {hint}")
-    return _read_split(entry, root, split, data, on_error)
+    notices: list[DatasetError] = []
+
+    def collect(error: DataError) -> None:
+        raise_error(error)
+        if isinstance(error, DatasetError):
+            notices.append(error)
+
+    handler = collect if on_error is raise_error else on_error
+    entry = open_entry(data, _list_formats())
+    if split not in entry.splits:
+        raise UsageError(format_missing_split(entry, split))
+    for notice in entry.notices:
+        handler(notice)
+    if entry.has_val_ratio and split != "test":
+        samples = _split_off_val(entry, split, handler)
+    else:
+        samples = _read_split(entry, split, handler)
+    log_notices(notices)
+    return samples
 
 
 def list_splits(data: str) -> list[str]:
     """Return the splits that a dataset has. Raises like `load_dataset`.
 
     Args:
-        data: Name in datasets.yaml, or path of a data yaml.
+        data: Dataset, as for `load_dataset`.
 
     Returns:
         A part of train, val, test, in this order.
     """
-    entry = _load_entry(data)
-    return [split for split in SPLITS if entry.get(split) is not None]
+    return open_entry(data, _list_formats()).splits
+
+
+def find_common_images(samples: list[Sample], others: list[Sample]) -> list[Sample]:
+    """Return the samples whose image files also belong to another split.
+
+    Args:
+        samples: Samples of a split.
+        others: Samples of another split.
+
+    Returns:
+        A part of `samples`.
+    """
+    indices = find_repeated_files([sample.path for sample in (*others, *samples)])[len(others) :]
+    return [sample for sample, index in zip(samples, indices, strict=True) if index < len(others)]
 
 
 @dataclass(frozen=True)
@@ -121,103 +147,129 @@ class CocoSource:
     Attributes:
         annotations: COCO file.
         images: Directory that each `file_name` is relative to.
-        category: Name of the person category; empty for the default.
+        category: Names of the person categories; empty for the default.
+        ignore_category: Names of the ignored categories.
     """
 
     annotations: Path
     images: Path
-    category: str
+    category: str | list[str]
+    ignore_category: str | list[str]
 
 
 def find_coco_source(data: str, split: str) -> CocoSource | None:
     """Return the annotation file of a split, or None if the split is not exactly one COCO file.
 
     Args:
-        data: Name in datasets.yaml, or path of a data yaml.
+        data: Dataset, as for `load_dataset`.
         split: Name of a split that `load_dataset` reads.
     """
-    entry = _load_entry(data)
-    parts = _ensure_list(entry[split])
-    if entry.get("format", "yolo") != "coco" or len(parts) != 1:
+    entry = open_entry(data, _list_formats())
+    parts = _ensure_list(entry.content.get(split, []))
+    if entry.content.get("format", "yolo") != "coco" or len(parts) != 1 or entry.has_val_ratio:
         return None
-    images, annotations = _parse_coco_paths(parts[0], _get_root(entry, data), f"{data}: split {split}")
-    return CocoSource(annotations, images, entry.get("category", ""))
+    images, annotations = _parse_coco_paths(parts[0], entry.roots, f"{data}: split {split}")
+    return CocoSource(annotations, images, entry.content.get("category", ""), entry.content.get("ignore_category", ""))
 
 
 def dataset_license(data: str) -> str:
-    """Return the `license` text of a dataset, or "" if it has none.
+    """Return the `license` text of a dataset, or that of its Roboflow project, or "" if it has none.
 
     The data itself need not exist. Raises like `load_dataset` for an unknown name or a missing data yaml.
 
     Args:
-        data: Name in datasets.yaml, or path of a data yaml.
+        data: Dataset, as for `load_dataset`.
     """
-    text: str = _load_entry(data).get("license", "")
-    return text
+    content = open_entry(data, _list_formats(), must_exist=False).content
+    roboflow = content.get("roboflow")
+    text = content.get("license") or (roboflow.get("license") if isinstance(roboflow, dict) else "")
+    return text if isinstance(text, str) else ""
 
 
 def load_catalog_entry(data: str) -> dict[str, Any]:
-    """Return the entry of a dataset in datasets.yaml.
+    """Return the entry of a dataset in datasets.yaml. Raises UsageError for an unknown name.
 
     Args:
         data: Name of the dataset.
 
     Returns:
         Keys and values, validated.
-
-    Raises:
-        UsageError: The name is unknown.
     """
-    catalog = _load_yaml(find_catalog_file())
-    if data not in catalog:
-        raise UsageError(
-            f"--data {data}: neither a .yaml file nor a name in datasets.yaml{suggest_name(data, catalog)}"
+    return read_catalog_entry(data, _list_formats())
+
+
+def _list_formats() -> dict[str, Options]:
+    """Return the options of each format."""
+    readers = {name: reader.options for name, reader in READERS.items()}
+    return {"yolo": CATEGORY, "coco": {**CATEGORY, **SKIP_MISSING}, **readers}
+
+
+def _split_off_val(entry: DatasetEntry, split: str, on_error: ErrorHandler) -> list[Sample]:
+    """Return the part of the training images that is `split`. The part of an image depends on its id only."""
+    samples = _read_split(entry, "train", on_error)
+    if len(samples) < 2:
+        raise DataError(f"{entry.name}: val_ratio: expected at least 2 training images, got {len(samples)}.")
+    order = sorted(samples, key=lambda sample: hashlib.sha256(str(sample.image_id).encode("utf-8", "replace")).digest())
+    num_val = min(max(1, round(entry.content["val_ratio"] * len(samples))), len(samples) - 1)
+    val = {id(sample) for sample in order[:num_val]}
+    if split == "val":
+        on_error(
+            DatasetError(
+                f"{entry.name}: {num_val} of {len(samples)} training images are the split val (val_ratio). Add `val` "
+                "for images of other places or days.",
+                "val_split_off",
+                entry.name,
+                num_val,
+                is_error=False,
+            )
         )
-    return _validate_entry(catalog[data], f"{find_catalog_file()}: {data}", CATALOG_KEYS)
+    return [sample for sample in samples if (id(sample) in val) == (split == "val")]
 
 
-def find_catalog_file() -> Path:
-    """Return the path of datasets.yaml: in the installed package, or at the root of a checkout."""
-    package = Path(__file__).parent
-    installed = package / "datasets.yaml"
-    return installed if installed.exists() else package.parents[1] / "datasets.yaml"
-
-
-def _get_root(entry: dict[str, Any], data: str) -> Path:
-    if data.endswith(YAML_SUFFIXES):
-        return Path(data).parent / entry.get("path", ".")
-    return DATASETS_DIR / entry.get("path", data)
-
-
-def _load_entry(data: str) -> dict[str, Any]:
-    if data.endswith(YAML_SUFFIXES):
-        return _validate_entry(_load_yaml(Path(data)), data, set())
-    return load_catalog_entry(data)
-
-
-def _read_split(entry: dict[str, Any], root: Path, split: str, name: str, on_error: ErrorHandler) -> list[Sample]:
-    if split not in SPLITS or entry.get(split) is None:
-        known = [key for key in SPLITS if entry.get(key) is not None]
-        raise UsageError(f"{name}: no split {split!r}. Expected one of {', '.join(known) or 'train, val, test'}.")
-    source, where = entry[split], f"{name}: split {split}"
-    match entry.get("format", "yolo"):
+def _read_split(entry: DatasetEntry, split: str, on_error: ErrorHandler) -> list[Sample]:
+    content, where = entry.content, f"{entry.name}: split {split}"
+    source = content[split]
+    match content.get("format", "yolo"):
         case "yolo":
-            names, category = _parse_class_names(entry, name), entry.get("category", "")
-            parts = [
-                read_yolo(root / _check_str(part, where), names, category, on_error) for part in _ensure_list(source)
-            ]
-            samples = _merge_samples(parts)
+            samples = _read_yolo_split(entry, source, where, on_error)
         case "coco":
-            category = entry.get("category", "")
-            parts = [_read_coco_split(part, root, category, where, on_error) for part in _ensure_list(source)]
-            samples = filter_missing_images(_merge_samples(parts), entry.get("skip_missing", False), name, on_error)
+            options = (content.get("category", ""), on_error, content.get("ignore_category", ""), split == "train")
+            parts = []
+            for part in _ensure_list(source):
+                images, annotations = _parse_coco_paths(part, entry.roots, where)
+                parts.append(read_coco(annotations, images, *options))
+            skip_missing = content.get("skip_missing", False)
+            samples = filter_missing_images(_merge_samples(parts), skip_missing, entry.name, on_error)
+            check_stated_sizes(samples, on_error)
         case format_name:
             reader = READERS[format_name]
-            options = {key: entry[key] for key in reader.options if key in entry}
-            samples = reader.read(root, _check_str(source, where), on_error=on_error, **options)
+            reader_options = {key: content[key] for key in reader.options if key in content}
+            samples = reader.read(entry.roots[0], _check_str(source, where), on_error=on_error, **reader_options)
+            if format_name == "voc":
+                check_stated_sizes(samples, on_error)
     if not samples:
         raise DataError(f"{where}: contains no images. Check the path and the directory layout.")
     return samples
+
+
+def _read_yolo_split(entry: DatasetEntry, source: Any, where: str, on_error: ErrorHandler) -> list[Sample]:
+    content = entry.content
+    names = parse_class_names(content, entry.name)
+    sources = [locate_path(_check_str(part, where), entry.roots) for part in _ensure_list(source)]
+    if not sources:
+        return []
+    directories = [*entry.roots, *(root / "labels" for root in entry.roots), *sources]
+    if conflict := find_name_conflict(names, [*directories, *(one.parent / "labels" for one in sources)]):
+        on_error(conflict)
+    return read_yolo(
+        sources,
+        names,
+        content.get("category", ""),
+        on_error,
+        content.get("ignore_category", ""),
+        count_keypoint_values(content),
+        entry.roots[0],
+    )
 
 
 def _ensure_list(source: Any) -> list[Any]:
@@ -233,57 +285,16 @@ def _merge_samples(parts: list[list[Sample]]) -> list[Sample]:
     ]
 
 
-def _read_coco_split(source: Any, root: Path, category: str, where: str, on_error: ErrorHandler) -> list[Sample]:
-    images, annotations = _parse_coco_paths(source, root, where)
-    return read_coco(annotations, images, category, on_error)
-
-
-def _parse_coco_paths(source: Any, root: Path, where: str) -> tuple[Path, Path]:
+def _parse_coco_paths(source: Any, roots: tuple[Path, ...], where: str) -> tuple[Path, Path]:
     """Return the image directory and the annotation file of one part of a split."""
     if not isinstance(source, dict) or set(source) != {"images", "annotations"}:
         raise UsageError(f"{where}: expected {{images: DIR, annotations: FILE}}, or a list of those.")
-    return root / _check_str(source["images"], where), root / _check_str(source["annotations"], where)
+    return locate_path(_check_str(source["images"], where), roots), locate_path(
+        _check_str(source["annotations"], where), roots
+    )
 
 
 def _check_str(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{where}: expected a string, got {value!r}.")
+        raise UsageError(f"{where}: expected a string, got {value!r:.80}.")
     return value
-
-
-def _parse_class_names(entry: dict[str, Any], name: str) -> dict[int, str]:
-    names = entry.get("names")
-    numbered = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(numbered, dict) or not numbered or not all(type(number) is int for number in numbered):
-        raise UsageError(f"{name}: the format yolo requires `names`, a list or a mapping of class ids to names.")
-    return {number: str(value) for number, value in numbered.items()}
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected `key: value` lines such as path, train, val.")
-    return content
-
-
-def _validate_entry(entry: Any, name: str, extra_keys: set[str]) -> dict[str, Any]:
-    """Check keys and value types of an entry, and return it."""
-    if not isinstance(entry, dict):
-        raise DataError(f"{name}: expected `key: value` lines such as path, train, val.")
-    formats: dict[str, Options] = {
-        "yolo": CATEGORY,
-        "coco": {**CATEGORY, **SKIP_MISSING},
-        **{format_name: reader.options for format_name, reader in READERS.items()},
-    }
-    format_name = entry.get("format", "yolo")
-    if not isinstance(format_name, str) or format_name not in formats:
-        raise UsageError(f"{name}: format: expected one of {', '.join(formats)}, got {format_name!r}.")
-    options = formats[format_name]
-    known: Iterable[str] = sorted(COMMON_KEYS | options.keys() | extra_keys)
-    for key in entry:
-        if key not in known:
-            raise UsageError(f"{name}: unknown key {key!r} for format {format_name}{suggest_name(str(key), known)}")
-    for key, (cls, meaning) in {"path": (str, "a directory"), "license": (str, "a string"), **options}.items():
-        if key in entry and not isinstance(entry[key], cls):
-            raise UsageError(f"{name}: {key}: expected {meaning}, got {entry[key]!r}.")
-    return entry

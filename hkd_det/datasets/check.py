@@ -4,10 +4,11 @@ import json
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hkd_det.datasets.audit_coco import plan_audited_files
 from hkd_det.datasets.audit_models import open_audit_models
 from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, run_audit, write_audited
 from hkd_det.datasets.base import DatasetError, ErrorHandler, raise_error
-from hkd_det.datasets.catalog import SPLITS, list_splits, load_dataset
+from hkd_det.datasets.catalog import find_common_images, list_splits, load_dataset
 from hkd_det.datasets.check_report import (
     DuplicateReport,
     SplitReport,
@@ -29,6 +30,7 @@ from hkd_det.datasets.check_report import (
     write_dataset_report,
 )
 from hkd_det.datasets.check_summary import SplitSummary, escape_nonprintable, format_summary, summarize
+from hkd_det.datasets.data_yaml import SPLITS
 from hkd_det.datasets.duplicates import THUMBNAIL_PX, Thumbnails, make_thumbnail
 from hkd_det.datasets.duplicates_report import (
     DuplicateSearch,
@@ -37,6 +39,7 @@ from hkd_det.datasets.duplicates_report import (
     search_duplicates,
     write_duplicates_json,
 )
+from hkd_det.datasets.image_files import make_stated_size_error
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, write_text
 from hkd_det.image import decode_image, read_image_bytes
@@ -50,6 +53,7 @@ MAX_PRINTED = 50  # errors on the terminal
 
 @dataclass(frozen=True, eq=False)
 class _CheckedSplit:
+    samples: list[Sample]
     report: SplitReport
     readable: list[ReadableSample]
     image_set: ImageSet
@@ -65,8 +69,8 @@ class _ProblemLog:
 
     def add(self, error: DataError, kind: str = "annotation") -> None:
         if not isinstance(error, DatasetError):
-            file = str(error).partition(": ")[0].partition(", line ")[0]
-            error = DatasetError(str(error), kind, file)
+            error = DatasetError(str(error), kind)
+        error.file = error.file or str(error).partition(": ")[0].partition(", line ")[0]
         if error.class_name:
             self.unused_classes[error.class_name] += error.count
         else:
@@ -141,6 +145,7 @@ def _check_all_splits(
     logs = {split: _ProblemLog(split) for split in splits}
     checked = {split: _check_split(data, logs[split], output_dir) for split in splits}
     searches = _check_duplicates([one.image_set for one in checked.values()], against, output_dir)
+    _check_splits(data, checked, logs, searches)
     lines = [line for log in logs.values() for line in log.list_lines(is_error=True)]
     warnings = [line for log in logs.values() for line in log.list_lines(is_error=False)]
     write_text(output_dir / "errors.txt", "".join(f"{line}\n" for line in lines))
@@ -203,8 +208,7 @@ def inspect_images(samples: Sequence[Sample], on_error: ErrorHandler) -> list[In
                 images.append(None)
                 continue
             if sample.size_hw is not None and sample.size_hw != result.size_hw:
-                (height, width), annotated = result.size_hw, f"{sample.size_hw[1]} x {sample.size_hw[0]}"
-                on_error(DataError(f"{sample.path}: expected {annotated} pixels as annotated, got {width} x {height}."))
+                on_error(make_stated_size_error(sample.path, sample.size_hw, result.size_hw))
             images.append(result)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
@@ -239,7 +243,9 @@ def _check_split(data: str, log: _ProblemLog, output_dir: Path) -> _CheckedSplit
     print(format_summary(summary))
     readable = [(sample, size) for sample, size in zip(samples, sizes, strict=True) if size]
     image_set = _make_image_set(log.split, samples, images)
-    return _CheckedSplit(SplitReport(summary, _save_images(summary, readable, output_dir)), readable, image_set)
+    return _CheckedSplit(
+        samples, SplitReport(summary, _save_images(summary, readable, output_dir)), readable, image_set
+    )
 
 
 def _make_image_set(name: str, samples: Sequence[Sample], images: Sequence[InspectedImage | None]) -> ImageSet:
@@ -248,14 +254,47 @@ def _make_image_set(name: str, samples: Sequence[Sample], images: Sequence[Inspe
     return ImageSet(name, tuple(path for path, _ in pairs), thumbnails)
 
 
+def _raise_unless_labels(error: DataError) -> None:
+    """Raise errors about images, not those about labels: only the images are compared."""
+    if not isinstance(error, DatasetError):
+        raise error
+
+
 def _load_references(datasets: Sequence[str]) -> list[ImageSet]:
     """Read all images of the datasets of --against."""
     references = []
     for data in datasets:
         for split in list_splits(data):
-            samples = load_dataset(data, split)
+            samples = load_dataset(data, split, _raise_unless_labels)
             references.append(_make_image_set(f"{data} {split}", samples, inspect_images(samples, raise_error)))
     return references
+
+
+def _check_splits(
+    data: str,
+    checked: Mapping[str, _CheckedSplit],
+    logs: Mapping[str, _ProblemLog],
+    searches: Sequence[DuplicateSearch],
+) -> None:
+    """Report a missing split val, and images that belong to two splits."""
+    if "val" not in checked:
+        message = f"{data}: no split val, so nothing is measured during training. Add `val: DIR` or `val_ratio: 0.2`."
+        logs[next(iter(logs))].add(DatasetError(message, "no_val_split", data, is_error=False))
+    for first, second in combinations(checked, 2):
+        common = find_common_images(checked[second].samples, checked[first].samples)
+        counts = f"{len(common)} of {len(checked[second].samples)} images of {second}"
+        if common:
+            message = f"{data}: {counts} are also in {first}. Measure on images that are not trained on."
+            logs[second].add(DatasetError(message, f"same_images_in_{first}", data, len(common), is_error=False))
+    for search in searches:
+        if search.pairs and search.first is not search.second and search.second.name in logs:
+            num_similar = len({pair.first for pair in search.pairs})
+            message = (
+                f"{data}: {num_similar} of {len(search.first.paths)} images of {search.first.name} are near-duplicates "
+                f"of images of {search.second.name}. See duplicates.json, and measure on other images."
+            )
+            kind = f"near_duplicates_in_{search.second.name}"
+            logs[search.first.name].add(DatasetError(message, kind, data, num_similar, is_error=False))
 
 
 def _check_duplicates(splits: Sequence[ImageSet], against: Sequence[str], output_dir: Path) -> list[DuplicateSearch]:

@@ -4,77 +4,142 @@ Crowds, boxes marked `ignore`, and boxes without area are ignore regions. A box 
 record has a `vis_bbox` (visible box), its `bbox` is a full-body box and is not clipped.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hkd_det.boxes import Boxes, box_area, clip_boxes, xyxy_from_xywh
+from hkd_det.boxes import box_area
 from hkd_det.datasets.base import (
+    DatasetError,
     ErrorHandler,
+    drop_repeated_boxes,
     is_pixel_value,
-    make_outside_error,
+    parse_flag,
     raise_error,
-    select_person_class,
 )
+from hkd_det.datasets.coco_boxes import CocoBox, SizeHW, find_form_error, parse_coco_box
+from hkd_det.datasets.image_files import locate_path, merge_repeated_images
 from hkd_det.datasets.json_locations import JsonLocations
+from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_roles, report_unused_classes
 from hkd_det.errors import DataError
 from hkd_det.files import read_json
+from hkd_det.image import read_image_header
 from hkd_det.structures import GroundTruth, Sample
 
-PersonRecord = tuple[Boxes, Boxes, bool]  # full box xyxy [4], visible box xyxy [4], ignore
+PersonRecord = tuple[CocoBox, bool]  # boxes, ignore
 
 
 def read_coco(
-    annotations: Path, images: Path, category: str = "", on_error: ErrorHandler = raise_error
+    annotations: Path,
+    images: Path,
+    category: Names = "",
+    on_error: ErrorHandler = raise_error,
+    ignore_category: Names = (),
+    drop_repeated: bool = False,
 ) -> list[Sample]:
     """Read a COCO annotation file.
 
     Args:
         annotations: JSON file with the lists `images`, `annotations` and `categories`.
         images: Directory that each `file_name` is relative to.
-        category: Name of the person category (default: "person" or "pedestrian", or the only category).
+        category: Names of the person categories (default: all standard names of persons, or the only category).
         on_error: Receives the errors of invalid records.
+        ignore_category: Names of the categories whose boxes are ignore regions.
+        drop_repeated: Remove exact repetitions of a box, as for training. The evaluation programs of COCO keep them.
 
     Returns:
-        One sample per image, including images without persons.
+        One sample per image file, including images without persons.
 
     Raises:
         DataError: The file is missing or invalid. The message names file, line and record.
     """
-    content = read_json(annotations)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise DataError(f"{annotations}: expected a COCO file with the lists 'images', 'annotations' and 'categories'.")
-    categories = _parse_categories(content["categories"], annotations)
-    person_id = select_person_class(categories, category, f"{annotations}: categories")
+    content = read_coco_content(annotations)
+    categories = {entry["id"]: entry["name"] for entry in content["categories"]}
+    roles = assign_class_roles(
+        list_annotated_categories(content), category, ignore_category, f"{annotations}: categories"
+    )
     locations = JsonLocations(annotations)
     images_by_id = _parse_images(content["images"], annotations, locations, on_error)
     invalid_ids = {image["id"] for image in content["images"] if _has_id(image, "id")} - images_by_id.keys()
+    paths = {image_id: locate_path(image["file_name"], [images]) for image_id, image in images_by_id.items()}
+    sizes = {
+        image_id: _get_size_hw(image) or _read_size_hw(paths[image_id]) for image_id, image in images_by_id.items()
+    }
+    known = [record for record in content["annotations"] if _has_id(record, "image_id")]
+    known = [record for record in known if record["image_id"] in images_by_id]
+    if form_error := find_form_error(known, [sizes[record["image_id"]] for record in known], str(annotations)):
+        on_error(form_error)
     persons: dict[Any, list[PersonRecord]] = defaultdict(list)
+    unused: Counter[str] = Counter()
     for index, record in enumerate(content["annotations"]):
         if _has_id(record, "image_id") and record["image_id"] in invalid_ids:
             continue  # reported with its image
         try:
             _check_record(record, images_by_id, categories, annotations)
-            if record["category_id"] == person_id:
+            if roles.is_used(record["category_id"]):
                 image_id = record["image_id"]
-                persons[image_id].append(_parse_person(record, images_by_id[image_id], annotations))
+                persons[image_id].append(_parse_person(record, sizes[image_id], roles, annotations))
+            else:
+                unused[categories[record["category_id"]]] += 1
         except DataError as error:
             on_error(locations.annotate(error, "annotations", index))
-    return [
-        Sample(image_id, images / image["file_name"], _build_ground_truth(persons[image_id]), _get_size_hw(image))
+    report_unused_classes(unused, annotations, on_error)
+    _report_crowds(content["annotations"], roles, annotations, on_error)
+    samples = [
+        Sample(image_id, paths[image_id], _build_ground_truth(persons[image_id]), _get_size_hw(image))
         for image_id, image in images_by_id.items()
     ]
+    samples = merge_repeated_images(samples, str(annotations), on_error)
+    return _check_boxes(samples, annotations, drop_repeated, on_error)
 
 
-def _parse_categories(categories: list[Any], path: Path) -> dict[Any, str]:
-    for entry in categories:
+def read_coco_content(path: Path) -> dict[str, Any]:
+    """Read a COCO file and check its structure, not its records.
+
+    Args:
+        path: JSON file.
+
+    Returns:
+        Content with the lists `images`, `annotations` and `categories`; each category has an id and a name.
+
+    Raises:
+        DataError: The file is missing or is not a COCO file.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
+    ):
+        raise DataError(f"{path}: expected a COCO file with the lists 'images', 'annotations' and 'categories'.")
+    for entry in content["categories"]:
         if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("name"), str):
             raise DataError(f"{path}: categories: expected a list of objects with id and name.")
-    return {entry["id"]: entry["name"] for entry in categories}
+    return content
+
+
+def list_annotated_categories(content: Mapping[str, Any]) -> dict[Any, str]:
+    """Return category names by id without the root category of Roboflow.
+
+    The root category has the name of the project. It has no annotations and is the supercategory of the others.
+
+    Args:
+        content: Content of `read_coco_content`.
+    """
+    used = {record["category_id"] for record in content["annotations"] if _has_id(record, "category_id")}
+    parents = {
+        entry["supercategory"]: entry["id"]
+        for entry in content["categories"]
+        if isinstance(entry.get("supercategory"), str) and entry["supercategory"] != entry["name"]
+    }
+    return {
+        entry["id"]: entry["name"]
+        for entry in content["categories"]
+        if entry["id"] in used or parents.get(entry["name"], entry["id"]) == entry["id"]
+    }
 
 
 def _parse_images(
@@ -107,7 +172,8 @@ def _check_image(image: Any, images_by_id: dict[Any, Any], path: Path) -> None:
 
 
 def _check_record(record: Any, images_by_id: dict[Any, Any], categories: dict[Any, str], path: Path) -> None:
-    if not isinstance(record, dict) or not {"image_id", "category_id", "bbox"} <= record.keys():
+    has_box = isinstance(record, dict) and ("bbox" in record or "segmentation" in record)
+    if not has_box or not {"image_id", "category_id"} <= record.keys():
         raise DataError(f"{path}: annotation {_format_record_id(record)}: expected image_id, category_id and bbox.")
     for key, known in (("image_id", images_by_id), ("category_id", categories)):
         if not _is_id(record[key]) or record[key] not in known:
@@ -116,42 +182,70 @@ def _check_record(record: Any, images_by_id: dict[Any, Any], categories: dict[An
 
 
 def _build_ground_truth(records: list[PersonRecord]) -> GroundTruth:
-    boxes = np.array([record[0] for record in records], np.float32).reshape(-1, 4)
-    visible = np.array([record[1] for record in records], np.float32).reshape(-1, 4)
-    ignore = np.array([record[2] for record in records], bool)
+    boxes = np.array([box.full for box, _ in records], np.float32).reshape(-1, 4)
+    visible = np.array([box.visible for box, _ in records], np.float32).reshape(-1, 4)
+    ignore = np.array([flag for _, flag in records], bool)
     return GroundTruth(boxes, ignore | (box_area(boxes) <= 0), visible, ("person",) * len(records))
 
 
-def _parse_person(record: dict[str, Any], image: dict[str, Any], path: Path) -> PersonRecord:
-    return *_parse_boxes(record, image, path), bool(record.get("iscrowd")) or bool(record.get("ignore"))
+def _parse_person(record: dict[str, Any], size_hw: SizeHW | None, roles: ClassRoles[Any], path: Path) -> PersonRecord:
+    where = f"{path}: annotation {_format_record_id(record)}"
+    is_ignored = record["category_id"] in roles.ignored or _is_crowd(record, where)
+    return parse_coco_box(record, size_hw, where), is_ignored
 
 
-def _parse_boxes(record: dict[str, Any], image: dict[str, Any], path: Path) -> tuple[Boxes, Boxes]:
-    """Return the full box and the visible box, xyxy [4] each."""
-    boxes = _parse_box(record, "bbox", path)
-    visible = _parse_box(record, "vis_bbox", path) if "vis_bbox" in record else boxes
-    size_hw = _get_size_hw(image)
-    if size_hw is None:
-        return boxes[0], visible[0]
-    clipped = clip_boxes(visible, size_hw)
-    if box_area(visible) > 0 and box_area(clipped) <= 0:
-        raise make_outside_error(f"{path}: annotation {_format_record_id(record)}", record["bbox"], size_hw)
-    return (boxes[0], visible[0]) if "vis_bbox" in record else (clipped[0], clipped[0])
+def _is_crowd(record: dict[str, Any], where: str) -> bool:
+    flags = [parse_flag(record.get(key), f"{where}: {key}") for key in ("iscrowd", "ignore")]
+    return any(flags)
 
 
-def _parse_box(record: dict[str, Any], key: str, path: Path) -> Boxes:
-    """Return a box as xyxy [1, 4]."""
-    box = record[key]
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_pixel_value, box)) or box[2] < 0 or box[3] < 0:
-        raise DataError(
-            f"{path}: annotation {_format_record_id(record)}: {key}: expected [x, y, width, height] in pixels, got "
-            f"{box!r:.80}."
+def _report_crowds(records: list[Any], roles: ClassRoles[Any], path: Path, on_error: ErrorHandler) -> None:
+    """Report that all persons are crowds: some tools set iscrowd for every mask."""
+    persons = [one for one in records if _has_id(one, "category_id") and one["category_id"] in roles.persons]
+    flags = []
+    for record in persons:
+        with suppress(DataError):  # reported with the record
+            flags.append(_is_crowd(record, ""))
+    if flags and all(flags):
+        on_error(
+            DatasetError(
+                f"{path}: all {len(flags)} records of persons have iscrowd or ignore 1, so there is no person to "
+                "detect. Set iscrowd to 0 for single persons.",
+                "all_iscrowd",
+                path,
+                len(flags),
+            )
         )
-    return xyxy_from_xywh(np.array(box, np.float64))
+
+
+def _check_boxes(samples: list[Sample], path: Path, drop_repeated: bool, on_error: ErrorHandler) -> list[Sample]:
+    """Report repeated boxes and boxes without area, and remove repeated ones."""
+    checked, num_repeated, num_empty = [], 0, 0
+    for sample in samples:
+        ground_truth, num = drop_repeated_boxes(sample.ground_truth)
+        checked.append(replace(sample, ground_truth=ground_truth) if num and drop_repeated else sample)
+        num_repeated += num
+        num_empty += int((box_area(ground_truth.boxes_xyxy) <= 0).sum())
+    use = "Training uses each box once" if drop_repeated else "All are kept, as in the evaluation of COCO"
+    for count, kind, text in (
+        (num_repeated, "repeated_box", f"repeated boxes. {use}. Remove the repetitions."),
+        (num_empty, "box_without_area", "boxes without area count as ignore regions. Correct or remove them."),
+    ):
+        if count:
+            on_error(DatasetError(f"{path}: {count} {text}", kind, path, count, is_error=False))
+    return checked
 
 
 def _get_size_hw(image: dict[str, Any]) -> tuple[int, int] | None:
     return (int(image["height"]), int(image["width"])) if {"height", "width"} <= image.keys() else None
+
+
+def _read_size_hw(path: Path) -> SizeHW | None:
+    """Return height and width of an image file; None if it is missing or unreadable, which is reported later."""
+    try:
+        return read_image_header(path).size_hw
+    except (DataError, OSError, ValueError):
+        return None
 
 
 def _has_id(record: Any, key: str) -> bool:

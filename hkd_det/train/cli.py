@@ -55,7 +55,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
     if not arguments.data:
         raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")
-    directory = Path(arguments.project or "runs/check") / (arguments.name or Path(arguments.data).stem)
+    directory = Path(arguments.project or "runs/check") / (arguments.name or _name_dataset(Path(arguments.data)))
     if arguments.audit is None:
         for flag in ("audit_config", "audit_score", "write_audited", "audited_as"):
             if getattr(arguments, flag) is not None:
@@ -77,13 +77,22 @@ def _run_check(arguments: argparse.Namespace) -> int:
     return check_dataset(arguments.data, directory, options, arguments.against or [], arguments.json or "")
 
 
+def _name_dataset(path: Path) -> str:
+    """Return a name for the report: that of the directory for files that have the same name in each dataset."""
+    is_generic = path.is_dir() or path.name in ("data.yaml", "dataset.yaml", "_annotations.coco.json")
+    return (path.resolve() if path.is_dir() else path.resolve().parent).name if is_generic else path.stem
+
+
 def _build_train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hkd-train",
         description="Train a pedestrian detector, alone or with distillation from a teacher.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--data", help="dataset: a name in datasets.yaml, or a data YAML file")
+    parser.add_argument(
+        "--data",
+        help="dataset: a name in datasets.yaml, a data YAML, a COCO file, or a directory or archive of a labeling tool",
+    )
     parser.add_argument("--download", action="store_true", help="download --data, a name in datasets.yaml, first")
     parser.add_argument(
         "--check",

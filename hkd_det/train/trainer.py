@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from hkd_det.datasets import Sample
-from hkd_det.datasets.base import read_unlabeled
 from hkd_det.datasets.catalog import load_dataset
+from hkd_det.datasets.image_files import read_unlabeled
 from hkd_det.distill.base import RunContext
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.gradients import SumBalancer

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from hkd_det.datasets import catalog
 from hkd_det.datasets.catalog import load_dataset
+from hkd_det.datasets.data_yaml import CATALOG_KEYS
+from hkd_det.datasets.dataset_entry import find_catalog_file
 from hkd_det.errors import DataError, HkdError, UsageError
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
@@ -56,10 +58,13 @@ COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
         ({"train": "images/train", "nams": ["person"]}, "Did you mean names"),
         ({"train": "images/train"}, "names"),
         ({"train": "images/train", "names": "person"}, "names"),
-        ({"train": "images/train", "names": {"0": "person"}}, "names"),
+        ({"train": "images/train", "names": {"a": "person"}}, "names"),
         ({"train": 5, "names": ["person"]}, "expected a string, got 5"),
-        ({"train": "images/train", "names": ["person"], "category": 3}, "category: expected a name, got 3"),
-        ({"train": "images/train", "names": ["person"], "path": None}, "path: expected a directory, got None"),
+        (
+            {"train": "images/train", "names": ["person"], "category": 3},
+            "category: expected a name or a list of names, got 3",
+        ),
+        ({"train": "images/train", "names": ["person"], "path": 3}, "path: expected a directory, got 3"),
         ({"train": "images/train", "names": ["person"], "skip_missing": True}, "skip_missing' for format yolo"),
         ({"train": "images/train", "format": "tfrecord"}, "voc"),
         ({"train": "images/train", "format": ["coco"]}, "expected one of yolo, coco, citypersons"),
@@ -117,9 +122,9 @@ def test_names_of_datasets_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_dataset("cityperson", "train")
     with pytest.raises(DataError, match=r"datasets/citypersons does not exist.*cityscapes-dataset\.com.*leftImg8bit"):
         load_dataset("citypersons", "train")
-    content = yaml.safe_load(catalog.find_catalog_file().read_text())
+    content = yaml.safe_load(find_catalog_file().read_text())
     for name in content:
-        assert catalog.CATALOG_KEYS | {"license"} <= set(catalog.load_catalog_entry(name)), name
+        assert CATALOG_KEYS | {"license"} <= set(catalog.load_catalog_entry(name)), name
 
 
 def test_named_dataset_is_read_from_datasets_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

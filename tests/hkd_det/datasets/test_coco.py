@@ -47,9 +47,10 @@ def test_crowds_are_ignored_and_boxes_clipped(tmp_path: Path) -> None:
 
 
 def test_visible_boxes_and_ignore_flags_are_kept(tmp_path: Path) -> None:
-    value = make_content(annotations=make_annotations(bbox=[10, 20, 30, 40], vis_bbox=[10, 20, 30, 20], ignore=1))
+    ignored = make_annotations(bbox=[10, 20, 30, 40], vis_bbox=[10, 20, 30, 20], ignore=1)
+    value = make_content(annotations=ignored + make_annotations())
     gt = read_coco(write_json(tmp_path, value), tmp_path)[0].ground_truth
-    assert gt.visible_ratio.tolist() == [0.5] and gt.ignore.tolist() == [True]
+    assert gt.visible_ratio.tolist() == [0.5, 1] and gt.ignore.tolist() == [True, False]
 
 
 def test_full_box_with_visible_box_is_not_clipped(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from hkd_det.datasets import catalog
 from hkd_det.datasets.catalog import list_splits, load_dataset
+from hkd_det.datasets.data_yaml import CATALOG_KEYS, COMMON_KEYS
 from hkd_det.errors import DataError
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -32,7 +33,7 @@ def test_every_format_and_option_is_documented() -> None:
     formats = {yaml.safe_load(text).get("format", "yolo") for text in find_blocks(REFERENCE, "yaml")}
     assert formats == {"yolo", "coco", *catalog.READERS}
     options = {key for reader in catalog.READERS.values() for key in reader.options}
-    for key in catalog.COMMON_KEYS | catalog.CATALOG_KEYS | options:
+    for key in COMMON_KEYS | CATALOG_KEYS | options:
         assert f"`{key}`" in REFERENCE, key
 
 

@@ -168,6 +168,10 @@ def write_data(root: Path) -> None:
     write_image(root / "images" / "train" / "copy.png", halve(SCENES[2]))
     write_image(root / "images" / "val" / "turned.jpg", np.ascontiguousarray(np.rot90(SCENES[4], 3)))
     write_image(root / "other" / "street.jpg", np.ascontiguousarray(np.fliplr(SCENES[12])))
+    for split in ("train", "val"):
+        (root / "labels" / split).mkdir(parents=True)
+        for path in (root / "images" / split).iterdir():
+            (root / "labels" / split / f"{path.stem}.txt").touch()
     (root / "my.yaml").write_text("train: images/train\nval: images/val\nnames: [person]\n")
     (root / "other.yaml").write_text("test: other\nnames: [person]\n")
 

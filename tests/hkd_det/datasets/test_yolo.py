@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.yolo import get_label_path, read_yolo
+from hkd_det.datasets.yolo import read_yolo
+from hkd_det.datasets.yolo_labels import get_label_path
 from hkd_det.errors import DataError, HkdError
 
 
@@ -70,7 +71,8 @@ def test_invalid_image_list_is_rejected(tmp_path: Path) -> None:
 
 
 def test_image_without_labels_has_no_persons(tmp_path: Path) -> None:
-    assert len(read_yolo(write_dataset(tmp_path, labels=None), {0: "person"})[0].ground_truth) == 0
+    with pytest.raises(DataError, match=r"no label file for 1 of 1 images.*labels/train/a\.txt"):
+        read_yolo(write_dataset(tmp_path, labels=None), {0: "person"})
     assert len(read_yolo(write_dataset(tmp_path, labels="\n"), {0: "person"})[0].ground_truth) == 0
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hkd_det.datasets import GroundTruth, Sample
-from hkd_det.datasets.base import read_unlabeled
 from hkd_det.datasets.catalog import load_dataset
+from hkd_det.datasets.image_files import read_unlabeled
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UsageError
