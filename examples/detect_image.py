@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 
 from hkd_deploy import open_detector
-from hkd_deploy.draw import draw_detections
+from hkd_det.draw import draw_detections
 from hkd_det.image import read_image
 
 

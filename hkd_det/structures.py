@@ -1,29 +1,58 @@
 """Data structures that the packages exchange: detections, ground truth and samples."""
 
+import json
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.boxes import box_area
+from hkd_det.draw import draw_detections
+from hkd_det.errors import UsageError, import_package
+from hkd_det.image_input import ImageInput, ImageReference, load_image
 
+PERSON_CLASS_ID, PERSON_CLASS_NAME = 0, "person"
 IGNORE_EXTENT_PX = 1e6  # larger than any image, at any scale
+
+
+class Detection(NamedTuple):
+    """One detected person.
+
+    Attributes:
+        box_xyxy (array[4]): xyxy, pixels of the source image.
+        score: 0 to 1.
+    """
+
+    box_xyxy: NDArray[np.float32]
+    score: float
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
     """Detected persons of one image, sorted by descending score.
 
-    The constructor converts both arrays to float32 and sorts them.
+    The constructor converts both arrays to float32 and sorts them. Iteration and an integer index give `Detection`;
+    a slice or a mask gives `Detections`.
 
     Attributes:
         boxes_xyxy (array[N, 4]): xyxy, pixels of the source image.
         scores (array[N]): 0 to 1.
+        source: Reference to the image, for `plot`. Set by a detector; None otherwise, and after pickling.
+
+    Examples:
+        >>> detections = detector("street.jpg").filter(0.3)
+        >>> for box_xyxy, score in detections:
+        ...     print(box_xyxy, score)
+        >>> tall = detections[detections.boxes_xyxy[:, 3] - detections.boxes_xyxy[:, 1] > 100]
     """
 
     boxes_xyxy: NDArray[np.float32]
     scores: NDArray[np.float32]
+    source: ImageReference | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         boxes = np.asarray(self.boxes_xyxy, dtype=np.float32).reshape(-1, 4)
@@ -37,6 +66,25 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __iter__(self) -> Iterator[Detection]:
+        return (Detection(box, float(score)) for box, score in zip(self.boxes_xyxy, self.scores, strict=True))
+
+    @overload
+    def __getitem__(self, index: slice | list[Any] | NDArray[Any]) -> "Detections": ...
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> Detection: ...
+
+    def __getitem__(self, index: slice | list[Any] | NDArray[Any] | int | np.integer[Any]) -> "Detections | Detection":
+        if isinstance(index, (slice, list, np.ndarray)):
+            rows = _to_index_array(index) if isinstance(index, list) else index
+            return Detections(self.boxes_xyxy[rows], self.scores[rows], self.source)
+        row = operator.index(index)
+        return Detection(self.boxes_xyxy[row], float(self.scores[row]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "source": None}  # another process does not have the image
+
     @classmethod
     def empty(cls) -> "Detections":
         """Return an empty set of detections."""
@@ -48,8 +96,66 @@ class Detections:
         Args:
             min_score: Minimum score, 0 to 1, inclusive.
         """
-        keep = self.scores >= min_score
-        return Detections(self.boxes_xyxy[keep], self.scores[keep])
+        return self[self.scores >= min_score]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return lists of Python numbers.
+
+        Returns:
+            `boxes_xyxy` and `scores`. `Detections(**values)` restores the detections.
+        """
+        return {"boxes_xyxy": self.boxes_xyxy.tolist(), "scores": self.scores.tolist()}
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
+
+    def to_supervision(self) -> Any:
+        """Convert to `supervision.Detections`, for its annotators, trackers and metrics.
+
+        Returns:
+            The detections, with class id 0 and class name person.
+
+        Raises:
+            UnavailableError: supervision is not installed.
+        """
+        supervision = import_package("supervision", hint="Run pip install supervision.")
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy.copy(),
+            confidence=self.scores.copy(),
+            class_id=np.full(len(self), PERSON_CLASS_ID),
+            data={"class_name": np.full(len(self), PERSON_CLASS_NAME)},
+        )
+
+    def plot(self, image: ImageInput | None = None, bgr: bool = False, show_scores: bool = True) -> NDArray[np.uint8]:
+        """Draw the boxes on a copy of an image.
+
+        Args:
+            image: The image: array, file or PIL image. By default the image that the detector received, if it was
+                a file, or an array or PIL image that the program still holds.
+            bgr: True if `image` is a BGR array. By default as passed to the detector.
+            show_scores: True to label each box with its score.
+
+        Returns:
+            array[H, W, 3]: uint8, RGB. BGR if the image is a BGR array.
+
+        Raises:
+            UsageError: No image is given, and the image of the detector is not available.
+            ValueError: The argument is not an image.
+            DataError: The file is missing or is not a readable image.
+        """
+        if image is None and self.source is not None:
+            image, bgr = self.source.resolve(), self.source.bgr
+        if image is None:
+            raise UsageError("plot: the image of the detections is not in memory. Pass it: detections.plot(image).")
+        canvas = draw_detections(load_image(image, bgr), self, show_scores=show_scores)
+        is_bgr_array = bgr and isinstance(image, np.ndarray)
+        return np.ascontiguousarray(canvas[..., ::-1]) if is_bgr_array else canvas
+
+
+def _to_index_array(index: list[Any]) -> NDArray[Any]:
+    """Convert a list of booleans or integers; an empty list selects nothing."""
+    return np.array(index) if index else np.zeros(0, np.intp)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from hkd_bench.table import (
     make_notes,
 )
 from hkd_deploy import Detector
-from hkd_deploy.draw import MatchStatus, draw_box, draw_detections
+from hkd_det.draw import MatchStatus, draw_box, draw_detections
 from hkd_det.files import write_text
 from hkd_det.image import read_image
 from hkd_det.letterbox import format_imgsz

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import BACKENDS
-from hkd_deploy.backends.base import Detector, PerformanceHint, StageTimes, check_image
+from hkd_deploy.backends.base import Detector, PerformanceHint, StageTimes, make_closed_error
 from hkd_deploy.backends.onnxruntime import make_tensorrt_provider, make_tensorrt_rtx_provider
 from hkd_deploy.backends.openvino import Precision, compile_openvino_model
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.trt.onnx_file import count_parameters, read_onnx_metadata
 from hkd_det.errors import UsageError
 from hkd_det.files import file_sha256
+from hkd_det.image_input import check_image
 from hkd_det.onnxrt.detector import OnnxDetector
 from hkd_det.onnxrt.model_config import load_model_config
 from hkd_det.onnxrt.session import open_session
@@ -41,7 +42,9 @@ class ExternalDetector(Detector):
     """
 
     def __init__(self, model: OnnxDetector, backend: str, device: str) -> None:
-        self.backend, self.device, self._model = backend, device, model
+        self.backend, self.device = backend, device
+        self._path = model.path
+        self._model: OnnxDetector | None = model
         self.metadata = ModelMetadata(
             model=model.config.name or model.path.stem,
             imgsz_hw=model.input_hw,
@@ -60,11 +63,12 @@ class ExternalDetector(Detector):
         """Run inference on one image and measure the stages. See `Detector.predict_timed`."""
         start = perf_counter()
         check_image(image_rgb)
-        letterboxes, batch = self._model.preprocess([image_rgb])
+        model = self._get_model()
+        letterboxes, batch = model.preprocess([image_rgb])
         preprocessed = perf_counter()
-        outputs = self._model.run(batch)
+        outputs = model.run(batch)
         inferred = perf_counter()
-        (detections,) = self._model.postprocess(outputs, letterboxes)
+        (detections,) = model.postprocess(outputs, letterboxes)
         end = perf_counter()
         return detections, StageTimes(
             preprocess_ms=1e3 * (preprocessed - start),
@@ -76,7 +80,16 @@ class ExternalDetector(Detector):
         """Run inference on a list of images. See `Detector.predict_batches`."""
         for image in images_rgb:
             check_image(image)
-        return self._model(images_rgb)
+        return self._get_model()(images_rgb)
+
+    def close(self) -> None:
+        """Release the model. See `Detector.close`."""
+        self._model = None
+
+    def _get_model(self) -> OnnxDetector:
+        if self._model is None:
+            raise make_closed_error(self._path)
+        return self._model
 
 
 class OpenVinoSession:

@@ -72,6 +72,7 @@ class ModelMetadata:
         letterbox: True if the graph accepts images of any size, letterboxes them and returns boxes in image pixels.
         preprocess: `uint8` for input [B, H, W, 3] uint8 RGB, `float01` for input [B, 3, H, W] RGB, 0 to 1.
         raw: True if the graph returns all candidate boxes with their logits, without duplicate suppression.
+        conf: Suggested minimum score of shown detections, 0 to 1. None if the file does not suggest one.
     """
 
     model: str
@@ -89,6 +90,7 @@ class ModelMetadata:
     letterbox: bool = False
     preprocess: Literal["uint8", "float01"] = "uint8"
     raw: bool = False
+    conf: float | None = None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> "ModelMetadata":
@@ -136,6 +138,7 @@ class ModelMetadata:
             letterbox=preprocess == PREPROCESS_IN_GRAPH,
             preprocess="float01" if preprocess == PREPROCESS_FLOAT01 else "uint8",
             raw=read("hkd.raw", _parse_bool),
+            conf=read("hkd.conf", _parse_score) if "hkd.conf" in metadata else None,
         )
 
 
@@ -198,6 +201,13 @@ def _parse_positive_int(value: str) -> int:
     if not re.fullmatch(r"[0-9]+", value) or int(value) == 0:
         raise ValueError("expected a positive integer")
     return int(value)
+
+
+def _parse_score(value: str) -> float:
+    score = float(value)
+    if not 0 <= score <= 1:
+        raise ValueError("expected a number from 0 to 1")
+    return score
 
 
 def _parse_batch_size(value: str) -> int | None:

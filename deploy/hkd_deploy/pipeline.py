@@ -1,7 +1,7 @@
 """Inference with models of `hkd-export`, and the function that opens any model."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 
@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import OpenedBackend, open_backend
-from hkd_deploy.backends.base import Backend, Detector, PerformanceHint, RuntimeOutputs, StageTimes, check_image
+from hkd_deploy.backends.base import Backend, Detector, PerformanceHint, RuntimeOutputs, StageTimes
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError
+from hkd_det.image_input import check_image
 from hkd_det.letterbox import PAD_VALUE, STRIDE, Letterbox, format_imgsz
-from hkd_det.shipped import resolve_model
+from hkd_det.shipped import SHIPPED_MODELS, resolve_model
 from hkd_det.structures import Detections
 
 
@@ -129,9 +130,9 @@ def open_detector(
     threads: int | None = None,
     backend: str | None = None,
     performance_hint: PerformanceHint = "latency",
-    model_config: Path | None = None,
-) -> AbstractContextManager[Detector]:
-    """Open a model on exactly the requested device. A missing file is an error of this call.
+    model_config: Path | str | None = None,
+) -> Detector:
+    """Open a model on exactly the requested device.
 
     An ONNX file that `hkd-export` did not write needs a model configuration.
 
@@ -145,7 +146,7 @@ def open_detector(
         model_config: YAML file of the model configuration (default: MODEL.yaml next to MODEL.onnx).
 
     Returns:
-        A context manager that opens the detector. The detector is valid inside the `with` block.
+        The detector. Use it at once, or in a `with` block that releases it.
 
     Raises:
         UsageError: An argument is invalid, or the backend does not support it.
@@ -153,33 +154,26 @@ def open_detector(
         UnavailableError: The runtime or the device is missing.
 
     Examples:
-        >>> with open_detector() as detector:
+        >>> detector = open_detector()
+        >>> detections = detector("street.jpg", conf=0.3)
+        >>> with open_detector("student.onnx", device="cuda") as detector:
         ...     detections = detector(image_rgb)
     """
-    path = resolve_model(model)
-    if not path.exists():
-        raise DataError(f"{path}: no such model file. Create it with hkd-export.")
-    return _open_file(path, device, threads, backend, performance_hint, model_config)
-
-
-@contextmanager
-def _open_file(
-    path: Path,
-    device: str,
-    threads: int | None,
-    backend: str | None,
-    performance_hint: PerformanceHint,
-    model_config: Path | None,
-) -> Iterator[Detector]:
     # These modules import YAML, which an import of hkd_deploy does not need.
     from hkd_deploy.external import open_external_detector  # noqa: PLC0415 - see above
     from hkd_deploy.trt.onnx_file import is_external_model  # noqa: PLC0415 - see above
 
+    path = resolve_model(model)
+    if not path.exists():
+        names = ", ".join(SHIPPED_MODELS)
+        raise DataError(f"{path}: no such model file. Create it with hkd-export, or use a shipped model: {names}.")
     if model_config or is_external_model(path):
-        yield open_external_detector(path, device, threads, backend or "onnxruntime", performance_hint, model_config)
-        return
-    with open_backend(path, device, threads, backend, performance_hint) as opened:
-        yield ExportedDetector(opened)
+        config_path = Path(model_config) if model_config else None
+        return open_external_detector(path, device, threads, backend or "onnxruntime", performance_hint, config_path)
+    with ExitStack() as stack:
+        detector = ExportedDetector(stack.enter_context(open_backend(path, device, threads, backend, performance_hint)))
+        detector.attach_resources(stack.pop_all())
+    return detector
 
 
 def _to_source_detections(letterbox: Letterbox, outputs: RuntimeOutputs, index: int) -> Detections:

@@ -1,19 +1,24 @@
-"""Interfaces of a runtime backend and of a detector, and the checks of models and images.
+"""Interfaces of a runtime backend and of a detector, and the check of models.
 
 A backend runs a graph. A detector converts images to detections in image pixels, with the time of each stage.
 """
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.model_metadata import ModelMetadata, TensorInfo
+from hkd_det.config import check_range
 from hkd_det.errors import DataError
+from hkd_det.image_input import ImageInput, ImageReference, is_path, load_image
 from hkd_det.structures import Detections
 
 # boxes [B, K, 4] float32 xyxy, scores [B, K] float32, count [B] int64
@@ -22,6 +27,9 @@ PerformanceHint = Literal["latency", "throughput"]
 
 INPUT_NAME, INPUT_DTYPE = "images", "uint8"
 OUTPUT_DTYPES = {"boxes": "float32", "scores": "float32", "count": "int64"}
+
+DEFAULT_CONF = 0.3  # minimum score if the model file does not suggest one
+MAX_LOADED_FILES = 64  # images of a list of files that are in memory at the same time
 
 
 class Backend(Protocol):
@@ -103,7 +111,7 @@ def make_closed_error(path: Path) -> ValueError:
     Returns:
         The error, for the caller to raise.
     """
-    return ValueError(f"{path}: the model is closed. Call it inside its `with` block.")
+    return ValueError(f"{path}: the model is closed. Call it before `close`, inside its `with` block.")
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,9 @@ class StageTimes:
 
 
 class Detector(ABC):
-    """An opened detector. It keeps no state between calls.
+    """An opened detector, ready to use. It keeps no state between calls.
+
+    A detector is released by `close`, at the end of its `with` block, or when the program releases it.
 
     Attributes:
         metadata: Metadata of the model.
@@ -138,31 +148,80 @@ class Detector(ABC):
     metadata: ModelMetadata
     backend: str
     device: str
+    _release: Callable[[], object] | None = None
 
     @overload
-    def __call__(self, images_rgb: NDArray[np.uint8]) -> Detections: ...
+    def __call__(  # type: ignore[overload-overlap] # a str is a sequence of str
+        self, images: ImageInput, *, bgr: bool = False, conf: float | None = None
+    ) -> Detections: ...
 
     @overload
-    def __call__(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
+    def __call__(
+        self, images: Sequence[ImageInput], *, bgr: bool = False, conf: float | None = None
+    ) -> list[Detections]: ...
 
-    def __call__(self, images_rgb: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Detections | list[Detections]:
+    def __call__(
+        self, images: ImageInput | Sequence[ImageInput], *, bgr: bool = False, conf: float | None = None
+    ) -> Detections | list[Detections]:
         """Run inference on one image or on a list of images.
 
-        A list is processed in the largest batches that the graph accepts.
+        A list is processed in the largest batches that the graph accepts. Files of a list are read in parts of
+        `MAX_LOADED_FILES`, so that a list can be longer than the memory.
 
         Args:
-            images_rgb (uint8[H, W, 3] or a list of such arrays): RGB images of any size.
+            images: uint8 array (H, W, 3), path of an image file, PIL image, or a list of them, of any size. Files and
+                PIL images are turned upright by their EXIF orientation.
+            bgr: True if arrays are BGR, as from OpenCV. No effect on files and PIL images.
+            conf: Minimum score, 0 to 1. None for all detections, as a miss rate needs them. `default_conf` is a
+                value to show or count persons.
 
         Returns:
             Detections in image pixels, for a list one entry per image.
 
         Raises:
-            ValueError: An array is not an image.
-            DataError: An image exceeds the limit of a graph that letterboxes.
+            ValueError: An argument is not an image, or the detector is closed.
+            UsageError: `conf` is outside 0 to 1.
+            DataError: A file is missing or is not a readable image, or an image exceeds the limit of a graph that
+                letterboxes.
         """
-        if isinstance(images_rgb, (list, tuple)):
-            return self.predict_batches(images_rgb)
-        return self.predict_timed(images_rgb)[0]  # type: ignore[arg-type] # other sequences raise ValueError there
+        if conf is not None:
+            check_range("conf", conf, 0, 1)
+        if isinstance(images, (list, tuple)):
+            step = MAX_LOADED_FILES if any(map(is_path, images)) else max(1, len(images))
+            parts = [images[start : start + step] for start in range(0, len(images), step)]
+            results = [detections for part in parts for detections in self._predict_images(part, bgr)]
+            return [_finish(*pair, bgr, conf) for pair in zip(results, images, strict=True)]
+        image: ImageInput = images  # type: ignore[assignment] # load_image raises for other sequences
+        return _finish(self.predict_timed(load_image(image, bgr))[0], image, bgr, conf)
+
+    def __enter__(self) -> "Detector":
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def default_conf(self) -> float:
+        """Suggested minimum score: `hkd.conf` of the metadata, or 0.3 if the file does not contain it."""
+        return DEFAULT_CONF if self.metadata.conf is None else self.metadata.conf
+
+    def attach_resources(self, resources: ExitStack) -> None:
+        """Take over resources, to release them once: in `close`, with the detector, or at the end of the program.
+
+        Args:
+            resources: Opened resources. They must not refer to the detector.
+        """
+        self._release = weakref.finalize(self, resources.close)
+
+    def close(self) -> None:
+        """Release the model. Later calls raise ValueError; a second `close` has no effect."""
+        if self._release:
+            self._release()
+
+    def _predict_images(self, images: Sequence[ImageInput], bgr: bool) -> list[Detections]:
+        return self.predict_batches([load_image(image, bgr) for image in images])
 
     @abstractmethod
     def predict_timed(self, image_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
@@ -196,18 +255,7 @@ class Detector(ABC):
         """
 
 
-def check_image(image_rgb: object) -> None:
-    """Check the type and shape of an image.
-
-    Args:
-        image_rgb: Expected to be uint8[H, W, 3].
-
-    Raises:
-        ValueError: It is not.
-    """
-    if not isinstance(image_rgb, np.ndarray):
-        raise ValueError(f"image: expected a uint8 array (H, W, 3), got {type(image_rgb).__name__}.")
-    if image_rgb.dtype != np.uint8 or image_rgb.ndim != 3 or image_rgb.shape[2] != 3:
-        raise ValueError(f"image: expected uint8 (H, W, 3), got {image_rgb.dtype} {image_rgb.shape}.")
-    if image_rgb.size == 0:
-        raise ValueError(f"image: expected at least one pixel, got shape {image_rgb.shape}.")
+def _finish(detections: Detections, image: ImageInput, bgr: bool, conf: float | None) -> Detections:
+    """Apply the minimum score and add the reference to the image."""
+    kept = detections if conf is None else detections.filter(conf)
+    return replace(kept, source=ImageReference(image, bgr))

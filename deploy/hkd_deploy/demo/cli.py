@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends import BACKENDS
-from hkd_deploy.backends.base import Detector, StageTimes
+from hkd_deploy.backends.base import DEFAULT_CONF, Detector, StageTimes
 from hkd_deploy.demo.output import (
     IMAGE_OUTPUT_SUFFIXES,
     FrameStats,
@@ -26,11 +26,11 @@ from hkd_deploy.demo.output import (
     open_video_writer,
     open_window,
 )
-from hkd_deploy.draw import draw_detections, draw_overlay
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import Frame, FrameSource, open_source
 from hkd_det import __version__
 from hkd_det.config import check_range
+from hkd_det.draw import draw_detections, draw_overlay
 from hkd_det.errors import UsageError, run_command
 from hkd_det.letterbox import format_imgsz
 from hkd_det.shipped import DEFAULT_MODEL
@@ -64,9 +64,10 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
             )
             source = stack.enter_context(open_source(flags.source))
             output = open_output(stack, flags.save, source) if flags.save else None
+            conf = detector.default_conf if flags.conf is None else flags.conf
             stats = FrameStats()  # starts its clock after everything is open
             try:
-                run_demo(detector, source, flags.conf, stats, output, window, flags.max_frames)
+                run_demo(detector, source, conf, stats, output, window, flags.max_frames)
             finally:
                 num_dropped = source.num_dropped
     finally:
@@ -102,7 +103,10 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--source", required=True, help="video, image, directory of images, webcam (0), rtsp:// or http:// URL"
     )
     parser.add_argument(
-        "--conf", type=float, default=0.3, help="minimum score of drawn boxes, 0 to 1 (default: %(default)s)"
+        "--conf",
+        type=float,
+        help="minimum score of drawn boxes, 0 to 1 (default: the value that the model file suggests, "
+        f"otherwise {DEFAULT_CONF})",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: %(default)s)")
     parser.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default: by file type)")
@@ -116,7 +120,8 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--headless", dest="show", action="store_false", help="alias of --no-show")
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames (default: no limit)")
     flags = parser.parse_args(argv)
-    check_range("--conf", flags.conf, 0, 1)
+    if flags.conf is not None:
+        check_range("--conf", flags.conf, 0, 1)
     if flags.max_frames is not None:
         check_range("--max-frames", flags.max_frames, 1)
     if flags.show is None:

@@ -13,9 +13,9 @@ import pytest
 
 from hkd_deploy.demo.cli import main, run_demo, save_video
 from hkd_deploy.demo.output import FrameStats
-from hkd_deploy.draw import MatchStatus
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
+from hkd_det.draw import MatchStatus
 
 COMMAND = [sys.executable, "-c", "import sys; from hkd_deploy.demo.cli import main; sys.exit(main())"]
 

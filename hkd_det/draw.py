@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.structures import Detections
+if TYPE_CHECKING:
+    from hkd_det.structures import Detections  # which imports this module
 
 RGBColor = tuple[int, int, int]
 LineSegment = tuple[tuple[int, int], tuple[int, int]]
@@ -32,7 +34,7 @@ class MatchStatus(Enum):
 
 def draw_detections(
     image_rgb: NDArray[np.uint8],
-    detections: Detections,
+    detections: "Detections",
     match_statuses: Sequence[MatchStatus] | None = None,
     show_scores: bool = True,
 ) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_deploy.draw import MatchStatus, draw_box, draw_detections, draw_overlay
+from hkd_det.draw import MatchStatus, draw_box, draw_detections, draw_overlay
 from hkd_det.structures import Detections
 
 GRAY = 90
