@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -91,6 +92,17 @@ def test_external_list_equals_single_images(detector: Detector) -> None:
         np.testing.assert_array_equal(detector(image).scores, expected.scores)
     with pytest.raises(ValueError, match="float32"):
         detector(make_gray(1, HW).astype(np.float32))  # type: ignore[call-overload]
+
+
+def test_external_detector_takes_files_and_closes(detector: Detector, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "gray.png"), make_gray(102, HW))
+    assert detector(tmp_path / "gray.png").scores.tolist() == pytest.approx([0.4, 0.2], rel=1e-4)
+    assert detector([tmp_path / "gray.png"], conf=0.3)[0].scores.tolist() == pytest.approx([0.4], rel=1e-4)
+    assert detector.default_conf == 0.3
+    detector.close()
+    for images in (make_gray(1, HW), [make_gray(1, HW)]):
+        with pytest.raises(ValueError, match=r"mean\.onnx: the model is closed"):
+            detector(images)
 
 
 def test_external_metadata_comes_from_config_and_file(detector: Detector) -> None:

@@ -73,6 +73,29 @@ def test_conf_hides_lower_scores(tiny_onnx: Callable[..., Path], video: Path, tm
     assert green[1] == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "flags", "is_drawn"),
+    [
+        ({"hkd.conf": "0.99"}, [], False),  # the score of the box is below 0.99 and above 0.3
+        ({"hkd.conf": "0.99"}, ["--conf", "0.2"], True),
+        ({"hkd.conf": "0.2"}, [], True),
+        ({}, [], True),
+        ({}, ["--conf", "0"], True),
+        ({}, ["--conf", "0.99"], False),
+    ],
+)
+def test_default_conf_is_that_of_the_model(
+    tiny_onnx: Callable[..., Path], tmp_path: Path, changes: dict[str, str], flags: list[str], is_drawn: bool
+) -> None:
+    source, out = tmp_path / "one.png", tmp_path / "out.png"
+    image = np.zeros((192, 320, 3), np.uint8)
+    image[:, 160:] = 240  # half of the image: the score is 0.47
+    cv2.imwrite(str(source), image)
+    assert main([str(tiny_onnx(changes=changes)), "--source", str(source), "--save", str(out), *flags]) == 0
+    left_edge = cv2.imread(str(out))[120:180, 160, ::-1]
+    assert (left_edge == MatchStatus.TRUE_POSITIVE.value).all() == is_drawn
+
+
 def test_save_single_image_writes_image(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
     source, out = tmp_path / "one.png", tmp_path / "out.png"
     cv2.imwrite(str(source), np.full((200, 300, 3), 240, np.uint8))
