@@ -1,8 +1,8 @@
 """Deployment of trained detectors: export, runtime without torch, video streams and demo.
 
 Examples:
-    >>> with open_detector("student.onnx", device="cpu") as detector:
-    ...     detections = detector(image_rgb)
+    >>> detector = open_detector("student.onnx", device="cpu")
+    >>> detections = detector("street.jpg", conf=0.3)
 """
 
 from hkd_deploy.backends.base import Detector, StageTimes

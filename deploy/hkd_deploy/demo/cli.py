@@ -197,7 +197,12 @@ class FrameWriter(Protocol):
 
 
 def save_video(
-    model: Path | str, source: str, path: Path | str, conf: float, device: str = "cpu", max_frames: int | None = None
+    model: Path | str,
+    source: str,
+    path: Path | str,
+    conf: float | None = None,
+    device: str = "cpu",
+    max_frames: int | None = None,
 ) -> FrameStats:
     """Run a model on a source and save the result, as `hkd-demo MODEL --source SOURCE --save PATH` does.
 
@@ -205,7 +210,7 @@ def save_video(
         model: File or directory written by `hkd-export`.
         source: Image source, as for `open_source`.
         path: Video to write, or image if the source is one image.
-        conf: Minimum score of drawn boxes, 0 to 1.
+        conf: Minimum score of drawn boxes, 0 to 1. None for `Detector.default_conf`.
         device: cpu, cuda or cuda:N.
         max_frames: Maximum number of frames. None for no limit.
 
@@ -217,7 +222,8 @@ def save_video(
         detector = stack.enter_context(open_detector(model, device))
         frame_source = stack.enter_context(open_source(source))
         output = open_output(stack, Path(path), frame_source)
-        run_demo(detector, frame_source, conf, stats, output=output, max_frames=max_frames)
+        min_score = detector.default_conf if conf is None else conf
+        run_demo(detector, frame_source, min_score, stats, output=output, max_frames=max_frames)
     return stats
 
 
