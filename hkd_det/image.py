@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 # Formats that some builds of OpenCV cannot decode, by name or, without a known header, by suffix.
 OPTIONAL_FORMATS = {"AVIF", "HEIC", "JPEG 2000", "GIF", "WebP", ".heic", ".heif", ".jxl"}
-MAX_PIXELS = 178_956_970  # the limit of Pillow: decoding takes at most 1.6 GB
+MAX_PIXELS = 2**27  # 134 million, above the 108 million of phones; decoding takes at most 2 GB
 REDUCED_FLAGS = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -118,12 +118,13 @@ def decode_image(encoded: bytes, path: Path, reduction: int = 1) -> NDArray[np.u
         DataError: The bytes are not a readable image, or the image is too large.
     """
     header = _check_header(parse_image_header(encoded), path)
-    if header.format == "JPEG":
-        image = _decode_jpeg(encoded, path, header, reduction)
-    else:
-        if header.format == "PNG" and is_truncated_png(encoded):
-            raise _make_unreadable_error(path)
-        image = _decode_with_opencv(encoded, path, header, reduction)
+    try:
+        image = _decode(encoded, path, header, reduction)
+    # OpenCV returns None for a damaged file. It raises for an invalid size in the header, and without memory.
+    except (MemoryError, cv2.error):
+        image = None
+    if image is None:
+        raise _make_unreadable_error(path, header.format)
     # OpenCV applies the orientation of a TIFF to every image that it decodes.
     return image if header.format == "TIFF" else apply_orientation(image, header.orientation)
 
@@ -155,18 +156,18 @@ def scale_to_uint8(image: NDArray[np.uint16]) -> NDArray[np.uint8]:
     its darkest to its brightest value.
 
     Args:
-        image (array[H, W, 3], uint16): Image with three channels.
+        image (array[H, W, 3], uint16): Image with three channels. It is overwritten.
 
     Returns:
         The image as uint8.
     """
     counts = cv2.calcHist([image.reshape(-1, 1)], [0], None, [2**16], [0, 2**16]).cumsum()
     low, high = (int(np.searchsorted(counts, ratio * counts[-1])) for ratio in (CLIPPED_RATIO, 1 - CLIPPED_RATIO))
-    first, second, third = cv2.split(image)
-    if not (np.array_equal(first, second) and np.array_equal(second, third)):
+    is_gray = all(np.array_equal(image[..., 0], image[..., channel]) for channel in (1, 2))
+    if not is_gray:
         low, high = 0, 2 ** next(bits for bits in BIT_DEPTHS if high < 2**bits) - 1
     scale = 255 / max(1, high - low)
-    return cv2.convertScaleAbs(np.maximum(image, low), alpha=scale, beta=-low * scale)
+    return cv2.convertScaleAbs(np.maximum(image, low, out=image), alpha=scale, beta=-low * scale)
 
 
 def is_truncated_png(raw: bytes) -> bool:
@@ -183,34 +184,39 @@ def is_truncated_png(raw: bytes) -> bool:
     return all(name != PNG_END_CHUNK for name, _, _ in iterate_png_chunks(raw))
 
 
-def _decode_jpeg(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> NDArray[np.uint8]:
-    """Decode a JPEG; a warning of the decoder is an error. OpenCV fills damaged parts and reports none."""
+def _decode(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> NDArray[np.uint8] | None:
+    """Return the stored pixels as RGB, or None if the file is damaged."""
+    if header.format == "JPEG":
+        try:
+            return _decode_jpeg(encoded, header, reduction)
+        except ValueError as error:
+            if "subsampling" not in str(error):  # of the chroma: simplejpeg knows the common ones only
+                return None
+    if is_truncated_png(encoded):
+        return None
+    flags = REDUCED_FLAGS[reduction] | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    if image is None:
+        return None
+    if image.ndim == 2:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    if image.dtype == np.uint16:
+        image = scale_to_uint8(image)
+    if image.dtype != np.uint8:
+        raise DataError(f"{path}: expected 8 or 16 bits per value, got {image.dtype}. Convert the image.")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV 4.10 does not have IMREAD_COLOR_RGB
+
+
+def _decode_jpeg(encoded: bytes, header: ImageHeader, reduction: int) -> NDArray[np.uint8]:
+    """Decode a JPEG. A warning of the decoder is an error: OpenCV fills damaged parts and reports none."""
     height, width = (-(-side // reduction) if reduction > 1 else 0 for side in header.stored_hw)
     try:
         return simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width)
     except ValueError as error:
         extraneous = EXTRANEOUS_BYTES.search(str(error))
-        if extraneous and int(extraneous[1]) <= MAX_EXTRANEOUS_BYTES:
-            return simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width, strict=False)
-        if "subsampling" not in str(error):  # of the chroma: simplejpeg knows the common ones only
-            raise _make_unreadable_error(path) from None
-    return _decode_with_opencv(encoded, path, header, reduction)
-
-
-def _decode_with_opencv(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> NDArray[np.uint8]:
-    image = None
-    # OpenCV returns None for a damaged file. It raises for an empty file or an invalid size in the header.
-    with suppress(cv2.error):
-        flags = REDUCED_FLAGS[reduction] | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    if image is None:
-        raise _make_unreadable_error(path, header.format)
-    if image.dtype not in (np.uint8, np.uint16):
-        raise DataError(f"{path}: expected 8 or 16 bits per value, got {image.dtype}. Convert the image.")
-    if image.ndim == 2:
-        image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV 4.10 does not have IMREAD_COLOR_RGB
-    return scale_to_uint8(image) if image.dtype == np.uint16 else image
+        if not extraneous or int(extraneous[1]) > MAX_EXTRANEOUS_BYTES:
+            raise
+        return simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width, strict=False)
 
 
 def _check_header(header: ImageHeader | None, path: Path) -> ImageHeader:

@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from hkd_det.models.backbone import Backbone, get_normalization, load_backbone_weights
 from hkd_det.models.base import (
     BaseDetector,
     DetectionBatch,
@@ -29,7 +30,6 @@ from hkd_det.models.base import (
     RoIOutputs,
     Targets,
 )
-from hkd_det.models.detector import MEAN_RGB, STD_RGB, Backbone, load_backbone_weights
 from hkd_det.models.faster_rcnn_ops import (
     NUM_CLASSES,
     PERSON_LABEL,
@@ -90,8 +90,8 @@ class FasterRCNN(BaseDetector):
         self.backbone = BackboneWithFPN(spec)
         self.rpn = _build_rpn(spec)
         self.roi_heads = _build_roi_heads(spec)
-        self.register_buffer("mean", torch.tensor(MEAN_RGB).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD_RGB).view(1, 3, 1, 1), persistent=False)
+        for name, values in get_normalization(spec.backbone).items():
+            self.register_buffer(name, values, persistent=False)
         apply_changes(self, changes)
 
     def forward(self, images: Tensor) -> ProposalOutputs:
