@@ -262,7 +262,8 @@ def _map_category_ids(
     for key in {record.category_id for record in records}:
         category_id = None if key is None else _normalize_id(key)
         if isinstance(category_id, str) and category_id not in ground_truth.categories:
-            category_id = key_by_name.get(category_id.casefold(), category_id)
+            number = int(category_id) if category_id.isdecimal() else category_id
+            category_id = key_by_name.get(category_id.casefold(), number)
         category_ids[key] = category_id
     return category_ids
 

@@ -200,9 +200,10 @@ def test_category_is_required_without_a_person_class(tmp_path: Path, capsys: pyt
     assert "--category: expected one of visitor, bicycle, worker" in capsys.readouterr().err
 
 
-def test_category_id_can_be_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("category_id", ["Person", "1"])
+def test_category_id_can_be_text(tmp_path: Path, category_id: str, capsys: pytest.CaptureFixture[str]) -> None:
     ground_truth = make_ground_truth()
-    detections = [{**one, "category_id": "Person"} for one in make_detections(ground_truth)]
+    detections = [{**one, "category_id": category_id} for one in make_detections(ground_truth)]
     assert main([*write(tmp_path, ground_truth, detections), "--protocol", "coco", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["AP"] == pytest.approx(1)
 

@@ -47,7 +47,7 @@ def measure_intact_ratio(path: Path) -> float:
     container, size = identify_container(path), path.stat().st_size
     with path.open("rb") as file:
         if container == AVI:
-            intact, stated = size, int.from_bytes(file.read(8)[4:], "little") + 8
+            intact, stated = _walk_riff(file, size)
         elif container == MP4:
             intact, stated = size, _find_boxes_end(file, size)
         elif container == MATROSKA:
@@ -108,6 +108,22 @@ def _find_boxes_end(file: BinaryIO, size: int) -> int:
             return size
         offset += length
     return offset
+
+
+def _walk_riff(file: BinaryIO, size: int) -> tuple[int, int]:
+    """Return the end of the last valid chunk of an AVI file, and the end of the file as it states."""
+    offset = stated = 0
+    while offset + 8 <= size:
+        file.seek(offset)
+        header = file.read(8)
+        kind, length = header[:4], int.from_bytes(header[4:], "little")
+        end = offset + 8 + length + length % 2
+        if kind == b"RIFF":  # a large AVI consists of several
+            stated = max(stated, end)
+        elif not all(32 <= byte < 127 for byte in kind) or (kind != b"LIST" and end > size):
+            break
+        offset = offset + 12 if kind in (b"RIFF", b"LIST") else end
+    return min(offset, size), max(size, stated)
 
 
 def _walk_ebml(file: BinaryIO, size: int) -> tuple[int, int]:

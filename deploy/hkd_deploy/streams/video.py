@@ -90,18 +90,16 @@ class VideoSource(FrameSource):
         if self._stated_count and num_decoded >= self._stated_count * (1 - MAX_MISSING_RATIO):
             return
         num_expected = self._stated_count
-        if self._container not in (AVI, MP4) or has_hidden_frames(self._path):  # the stated count is an estimate
+        if self._container != MP4 or has_hidden_frames(self._path):  # the stated count is an estimate
             num_expected = sum(1 for _ in _iterate_stored_times(self._path))
         max_missing = num_expected * MAX_MISSING_RATIO
         if self._container == MP4 and num_expected != self._stated_count:
             max_missing = max(max_missing, MAX_HIDDEN_S * (self.fps or DEFAULT_FPS))
-        if num_expected - num_decoded > max_missing:
-            raise DataError(
-                f"{self.name}: expected {num_expected} frames, got {num_decoded} (truncated or damaged). "
-                "Copy the video again."
-            )
-        if measure_intact_ratio(self._path) < 1 - MAX_MISSING_RATIO:
-            raise DataError(f"{self.name}: truncated or damaged after {num_decoded} frames. Copy the video again.")
+        is_undecodable = num_expected - num_decoded > max_missing
+        if is_undecodable or measure_intact_ratio(self._path) < 1 - MAX_MISSING_RATIO:
+            expected = max(self._stated_count, num_expected)
+            frames = f"{num_decoded} of {expected}" if expected > num_decoded else f"{num_decoded}"
+            raise DataError(f"{self.name}: truncated or damaged after {frames} frames. Copy the video again.")
 
 
 def estimate_fps(times_s: Sequence[float], stated_fps: float) -> float | None:

@@ -107,14 +107,14 @@ def test_zeros_in_matroska_are_damage(write_matroska: Writer, is_live: bool) -> 
     path = write_matroska([index / 25 for index in range(100)], duration_s=4.0, is_live=is_live, fps=25)
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2] + bytes(len(raw) // 2))
-    with pytest.raises(DataError, match=r"video\.mkv: truncated or damaged after \d+ frames"):
+    with pytest.raises(DataError, match=r"video\.mkv: truncated or damaged after \d+( of \d+)? frames"):
         read_times(path)
 
 
 def test_truncated_matroska_is_an_error(write_matroska: Writer) -> None:
     path = write_matroska([index / 25 for index in range(100)], duration_s=4.0, fps=25)
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.raises(DataError, match=r"video\.mkv: truncated or damaged after \d+ frames"):
+    with pytest.raises(DataError, match=r"video\.mkv: truncated or damaged after \d+( of \d+)? frames"):
         read_times(path)
 
 
@@ -141,3 +141,30 @@ def test_container_functions_accept_any_content(tmp_path: Path, content: bytes) 
     path.write_bytes(content)
     assert not has_hidden_frames(path)
     assert 0 <= measure_intact_ratio(path) <= 1
+
+
+def write_avi(path: Path) -> bytes:
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 25, (64, 48))
+    for number in range(50):
+        writer.write(np.full((48, 64, 3), 2 * number, np.uint8))
+    writer.release()
+    return path.read_bytes()
+
+
+def test_wrong_frame_count_of_avi_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "video.avi"
+    raw = write_avi(path)
+    count = (50).to_bytes(4, "little")
+    header = raw.index(b"strh") + 8 + 32  # the length of the stream
+    assert raw[header : header + 4] == count
+    path.write_bytes(raw[:header] + (90).to_bytes(4, "little") + raw[header + 4 :])
+    assert len(read_times(path)[1]) == 50
+
+
+@pytest.mark.parametrize("fill", [b"\0", b""])
+def test_damaged_avi_is_an_error(tmp_path: Path, fill: bytes) -> None:
+    path = tmp_path / "video.avi"
+    raw = write_avi(path)
+    path.write_bytes(raw[: len(raw) // 2] + fill * (len(raw) // 2))
+    with pytest.raises(DataError, match=r"video\.avi: truncated or damaged after \d+ of 50 frames"):
+        read_times(path)
