@@ -3,6 +3,7 @@
 Annotated boxes refer to the upright image, as in labeling tools, Ultralytics and Detectron2.
 """
 
+import io
 import mmap
 import re
 from contextlib import suppress
@@ -22,13 +23,14 @@ from hkd_det.image_header import (
     parse_image_header,
 )
 
-# Images that OpenCV cannot decode (.heic, .heif, .jxl) belong to the list, so that they are reported and not omitted.
+# Images that cannot be decoded (.jxl, or .heic without its extra) belong to the list: they are reported, not omitted.
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".mpo", ".pbm",
     ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 # Formats that some builds of OpenCV cannot decode, by name or, without a known header, by suffix.
 OPTIONAL_FORMATS = {"AVIF", "HEIC", "JPEG 2000", "GIF", "WebP", ".heic", ".heif", ".jxl"}
+UPRIGHT_FORMATS = {"TIFF", "HEIC"}  # their decoders apply the orientation
 MAX_PIXELS = 2**27  # 134 million, above the 108 million of phones; decoding takes at most 2 GB
 REDUCED_FLAGS = {
     1: cv2.IMREAD_COLOR,
@@ -125,8 +127,7 @@ def decode_image(encoded: bytes, path: Path, reduction: int = 1) -> NDArray[np.u
         image = None
     if image is None:
         raise _make_unreadable_error(path, header.format)
-    # OpenCV applies the orientation of a TIFF to every image that it decodes.
-    return image if header.format == "TIFF" else apply_orientation(image, header.orientation)
+    return image if header.format in UPRIGHT_FORMATS else apply_orientation(image, header.orientation)
 
 
 def apply_orientation(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
@@ -192,6 +193,8 @@ def _decode(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> 
         except ValueError as error:
             if "subsampling" not in str(error):  # of the chroma: simplejpeg knows the common ones only
                 return None
+    if header.format == "HEIC":
+        return _decode_heic(encoded)
     if is_truncated_png(encoded):
         return None
     flags = REDUCED_FLAGS[reduction] | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
@@ -219,6 +222,20 @@ def _decode_jpeg(encoded: bytes, header: ImageHeader, reduction: int) -> NDArray
         return simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width, strict=False)
 
 
+def _decode_heic(encoded: bytes) -> NDArray[np.uint8] | None:
+    """Decode a HEIC image of a phone, or return None without the extra `heic`."""
+    try:
+        import pi_heif  # noqa: PLC0415 - optional
+    except ModuleNotFoundError:
+        return None
+    try:
+        image = np.asarray(pi_heif.open_heif(io.BytesIO(encoded)))
+    except (ValueError, OSError, RuntimeError, EOFError, SyntaxError):
+        return None
+    gray_or_rgb = image[..., :3] if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+    return np.ascontiguousarray(gray_or_rgb)
+
+
 def _check_header(header: ImageHeader | None, path: Path) -> ImageHeader:
     """Return the header, or raise the error of an unknown or a too large image before it is decoded."""
     if header is None:
@@ -241,4 +258,6 @@ def _make_unreadable_error(path: Path, image_format: str = "") -> DataError:
     if image_format in OPTIONAL_FORMATS:
         problem = f"damaged, or OpenCV {cv2.__version__} cannot decode {image_format}"
         hint = "Convert it to JPEG or PNG"
+    if image_format in ("HEIC", ".heic", ".heif"):
+        hint = "Install pip install 'hkd-det[heic]', or convert it to JPEG or PNG"
     return DataError(f"{path}: not a readable image ({problem}). {hint}.")

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from tqdm import tqdm
-
-from hkd_det.errors import DataError, HkdError, UnavailableError
+from hkd_det.errors import DataError, HkdError, UnavailableError, import_package
 
 CHUNK_BYTES = 1 << 20
 MAX_EXPANSION = 50  # extracted size / archive size: about 1 for images, 3 to 20 for annotations as text
@@ -71,6 +69,7 @@ def extract_archive(archive: Path, folder: Path, max_bytes: int = 0) -> None:
             if archive.suffix == ".zip"
             else _iterate_tar_members(archive, limit_bytes)
         )
+        tqdm = import_package("tqdm").tqdm
         for count, member in enumerate(tqdm(members, desc=f"extract {archive.name}", unit=" files"), 1):
             if count > MAX_MEMBERS:
                 raise DataError(f"{archive}: more than {MAX_MEMBERS:,} files. Extract it manually.")

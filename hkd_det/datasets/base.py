@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ ErrorHandler = Callable[[DataError], None]
 LOGGER = logging.getLogger("hkd_det.datasets")  # without a configuration, warnings go to stderr
 
 MAX_COORDINATE_PX = 2.0**24  # float32 cannot represent all larger integers
-PERSON_NAMES = ("person", "pedestrian", "people", "human")
 
 
 class DatasetError(DataError):
@@ -149,30 +148,6 @@ def filter_missing_images(
             if sample.path != first and not sample.path.is_file():
                 on_error(DataError(f"{sample.path}: no such image. Add it."))
     return existing
-
-
-def select_person_class(names: Mapping[Key, str], category: str, where: str) -> Key:
-    """Select the person class of a dataset. Names are compared case-insensitively.
-
-    Args:
-        names: Class names by class id.
-        category: Name of the class. If empty, the first of `PERSON_NAMES` that exists, or the only class.
-        where: Prefix of the error message.
-
-    Returns:
-        The class id.
-
-    Raises:
-        DataError: There is no such class.
-    """
-    ids = {name.lower(): key for key, name in names.items()}
-    for name in (category,) if category else PERSON_NAMES:
-        if name.lower() in ids:
-            return ids[name.lower()]
-    if len(names) == 1 and not category:
-        return next(iter(names))
-    expected = f"the class {category}" if category else f"one of the classes {', '.join(PERSON_NAMES)}"
-    raise DataError(f"{where}: expected {expected}, got {', '.join(names.values()) or 'none'}. Set `category: NAME`.")
 
 
 def parse_flag(value: Any, where: str) -> bool:

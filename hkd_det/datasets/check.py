@@ -162,11 +162,12 @@ def _check_all_splits(
 
 
 def _make_record(checked: _CheckedSplit, log: _ProblemLog) -> dict[str, Any]:
-    summary = checked.report.summary
+    """Return the record of a split in the JSON. Images that cannot be read are problems and are not counted."""
+    summary, ignore = checked.report.summary, [sample.ground_truth.ignore for sample, _ in checked.readable]
     return {
-        "images": summary.num_images,
-        "persons": summary.num_gt,
-        "ignored": summary.num_ignore_regions,
+        "images": len(ignore),
+        "persons": sum(int((~flags).sum()) for flags in ignore),
+        "ignored": sum(int(flags.sum()) for flags in ignore),
         "unused_classes": dict(summary.unused_classes),
         "problems": log.list_records(),
     }

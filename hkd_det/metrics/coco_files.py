@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.datasets.base import is_pixel_value, select_person_class
+from hkd_det.datasets.base import is_pixel_value
+from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import read_content
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
@@ -97,7 +98,7 @@ def read_coco_ground_truth(path: Path, category: Sequence[str] = ()) -> CocoGrou
 
     Args:
         path: JSON file of annotations.
-        category: Names of the categories to read (default: the person class).
+        category: Names of the categories to read (default: all person classes, as the dataset readers select them).
 
     Returns:
         Ground-truth table, images and categories.
@@ -274,11 +275,11 @@ def _select_categories(categories: Mapping[CocoId, str], names: Sequence[str], p
         return {PEDESTRIAN_CATEGORY_ID: "pedestrian"}
     if not names:
         try:
-            person_id = select_person_class(categories, "", str(path))
+            roles = assign_class_roles(categories, "", "", str(path))
         except DataError:
             listed = ", ".join(categories.values())
             raise UsageError(f"--category: expected one of {listed[:500]}: {path} has no person class.") from None
-        return {person_id: categories[person_id]}
+        return {key: categories[key] for key in sorted(roles.persons, key=list(categories).index)}
     selected = {key: name for key, name in categories.items() if name.casefold() in map(str.casefold, names)}
     missing = [name for name in names if name.casefold() not in map(str.casefold, selected.values())]
     if missing:

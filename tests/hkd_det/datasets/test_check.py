@@ -165,7 +165,7 @@ def test_check_writes_json_with_one_record_per_file(
     content = json.loads(output.out)
     assert "2 errors" in output.err
     split = content["splits"]["val"]
-    assert (split["images"], split["persons"], split["ignored"], split["unused_classes"]) == (4, 1, 0, {})
+    assert (split["images"], split["persons"], split["ignored"], split["unused_classes"]) == (3, 1, 0, {})
     problems = {(one["kind"], Path(one["file"]).name, one["count"], one["severity"]) for one in split["problems"]}
     assert {("annotation", "all.json", 1, "error"), ("image", "2.png", 1, "error")} <= problems
     assert run(data, monkeypatch, "--json", "out/check.json") == 1
