@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from hkd_det.distill.base import DistillMethod, RunContext
 from hkd_det.distill.batch import DistillationBatch
@@ -27,6 +26,7 @@ from hkd_det.files import write_text
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
 from hkd_det.models.zoo import count_params_and_flops, load_detector
+from hkd_det.progress import Progress, log_line
 
 SIMULATED_WORKERS = (1, 2, 3, 4, 8, 16)
 
@@ -93,7 +93,7 @@ class Blockwise(DistillMethod):
             )
         teacher = load_detector(context.teacher).to(context.torch_device).requires_grad_(False)
         layers = find_replaceable_convs(teacher, context.imgsz_hw, config.parts, config.min_channels)
-        tqdm.write(f"blockwise: {len(layers)} blocks, from {layers[0].name} to {layers[-1].name}")
+        log_line(f"blockwise: {len(layers)} blocks, from {layers[0].name} to {layers[-1].name}")
         stage = BlockwiseStage(
             path.parent,
             partial(load_detector, context.teacher.resolve()),
@@ -110,7 +110,7 @@ class Blockwise(DistillMethod):
         )
         save_detector_checkpoint(path, checkpoint)
         write_blockwise_report(path.with_name("report.json"), stage_result, config.scheduler, result)
-        tqdm.write(_format_assembly(context.setup, result, len(layers)))
+        log_line(_format_assembly(context.setup, result, len(layers)))
         return path
 
 
@@ -159,14 +159,14 @@ def _write_images(context: RunContext, num_images: int, path: Path) -> None:
     """Write augmented training images of the run's size to a .npy file, [num_images, 3, H, W] uint8 RGB."""
     with (
         create_npy(path, (num_images, 3, *context.imgsz_hw), np.uint8) as array,
-        tqdm(total=num_images, desc="images") as bar,
+        Progress(num_images, "write images", "image") as progress,
     ):
         written = 0
         for images in context.iterate_images(num_images):
             batch = images[: num_images - written].numpy()
             array[written : written + len(batch)] = batch
             written += len(batch)
-            bar.update(len(batch))
+            progress.update(len(batch))
             if written == num_images:
                 break
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from hkd_det.distill.blockwise.blocks import ReplaceableConv, StateDict, record_inputs
 from hkd_det.distill.blockwise.executor import ExecutorConfig, RunStats, check_dask_installed, run_tasks
@@ -23,6 +22,7 @@ from hkd_det.distill.blockwise.worker import BlockResult, BlockTask, BlockwiseCo
 from hkd_det.errors import DataError
 from hkd_det.files import atomic_write, write_text
 from hkd_det.models.base import BaseDetector
+from hkd_det.progress import Progress, log_line
 
 WriteImages = Callable[[Path], None]
 
@@ -244,12 +244,12 @@ def _prepare_tasks(
 
 
 def _run_block_tasks(stage: BlockwiseStage, tasks: dict[str, BlockTask], expected_times: Sequence[float]) -> RunStats:
-    with tqdm(total=len(tasks), desc="blocks", unit="block") as bar:
+    with Progress(len(tasks), "train blocks", "block") as progress:
 
         def on_done(name: str, result: BlockResult) -> None:
             residual = 100 * (result.residual_ratio or 0)
-            bar.write(f"{name}: residual {residual:.1f} % of the variance, {result.seconds:.1f} s")
-            bar.update()
+            log_line(f"{name}: residual {residual:.1f} % of the variance, {result.seconds:.1f} s")
+            progress.update()
 
         return run_tasks(train_block, tasks, expected_times, _make_executor_config(stage.config), stage.folder, on_done)
 

@@ -1,0 +1,145 @@
+"""Progress of long operations: bars on a terminal, time-stamped lines elsewhere (log files, services, notebooks)."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+from hkd_det.errors import import_package
+
+Item = TypeVar("Item")
+
+LINE_INTERVAL_S = 60.0
+
+
+def is_terminal() -> bool:
+    """Return whether progress bars can be drawn: stderr is a terminal."""
+    return sys.stderr.isatty()
+
+
+def log_line(text: str) -> None:
+    """Print one line to stdout: above the bars of a terminal, otherwise with the time of day in front.
+
+    Args:
+        text: The line.
+    """
+    if is_terminal():
+        import_package("tqdm").tqdm.write(text)
+    else:
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def log_stage(text: str) -> None:
+    """Print the start of a stage of a command, if there is no terminal whose bars show it.
+
+    Args:
+        text: The line.
+    """
+    if not is_terminal():
+        log_line(text)
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration as "2:05" (minutes and seconds) or "1:02:05".
+
+    Args:
+        seconds: Duration in seconds.
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Progress of one operation, as a context manager.
+
+    Args:
+        total: Number of units.
+        label: Name of the operation.
+        unit: Name of one unit, singular.
+        initial: Units that an earlier session has finished.
+        is_enabled: False shows nothing, as in all processes but the first.
+        delay_s: Time until the bar appears, seconds.
+        keep: Whether the bar stays on the terminal at the end.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        label: str,
+        unit: str,
+        initial: int = 0,
+        is_enabled: bool = True,
+        delay_s: float = 0.0,
+        keep: bool = False,
+    ) -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self.initial, self.done = initial, initial
+        self._has_lines = is_enabled and not is_terminal()
+        self._start_s = self._line_s = time.monotonic()
+        self._bar: Any = None
+        if is_enabled and is_terminal():
+            tqdm = import_package("tqdm").tqdm
+            # smoothing=0: the time left follows from the mean speed, which includes pauses for validation.
+            self._bar = tqdm(
+                total=total, initial=initial, desc=label, unit=unit, leave=keep, delay=delay_s, smoothing=0
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, cls: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def set_label(self, label: str) -> None:
+        """Change the name of the operation.
+
+        Args:
+            label: New name.
+        """
+        self.label = label
+        if self._bar is not None:
+            self._bar.set_description(label)
+
+    def update(self, count: int = 1, values: Mapping[str, float] | None = None) -> None:
+        """Count finished units.
+
+        Args:
+            count: Number of units since the last call.
+            values: Values to show next to the bar or in the line.
+        """
+        self.done += count
+        texts = {name: f"{value:.2f}" for name, value in (values or {}).items()}
+        if self._bar is not None:
+            self._bar.set_postfix(texts, refresh=False)
+            self._bar.update(count)
+        elif self._has_lines and (now_s := time.monotonic()) - self._line_s >= LINE_INTERVAL_S:
+            self._line_s = now_s
+            left = format_duration((now_s - self._start_s) / (self.done - self.initial) * (self.total - self.done))
+            suffix = "".join(f"  {name} {text}" for name, text in texts.items())
+            log_line(f"{self.label}: {self.done}/{self.total} {self.unit}s, {left} left{suffix}")
+
+
+def iterate_with_progress(
+    items: Iterable[Item], total: int, label: str, unit: str, delay_s: float = 0.0
+) -> Iterator[Item]:
+    """Iterate over items and show the progress.
+
+    Args:
+        items: Items to iterate over.
+        total: Number of items.
+        label: Name of the operation.
+        unit: Name of one item, singular.
+        delay_s: Time until the bar appears, seconds.
+
+    Yields:
+        The items.
+    """
+    with Progress(total, label, unit, delay_s=delay_s) as progress:
+        for item in items:
+            yield item
+            progress.update()
