@@ -57,6 +57,8 @@ def parse_methods(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     if unknown := [name for name in values if name not in METHODS]:
         raise UsageError(f"distill.{unknown[0]}: no such method{suggest_name(str(unknown[0]), METHODS)}")
+    if not values:
+        return {}  # without an import of torch
     finished = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
     parsed: Any = dataclass_from_dict(
         _make_section(), {k: v for k, v in values.items() if k not in finished}, "distill"

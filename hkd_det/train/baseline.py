@@ -66,7 +66,7 @@ class DetectorMetrics:
 
 
 def measure_detector(
-    detector: BaseDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool, setup: str = "Reasonable"
+    detector: BaseDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], setup: str = "Reasonable"
 ) -> tuple[DetectorMetrics, list[Detections]]:
     """Measure accuracy and size of a detector.
 
@@ -74,14 +74,13 @@ def measure_detector(
         detector: Detector in evaluation mode.
         samples: Annotated images.
         imgsz_hw: Input height and width, pixels.
-        bf16: Whether to use mixed precision.
         setup: Setup to evaluate in addition to `EVAL_SETUPS`.
 
     Returns:
         metrics: Accuracy and size.
         detections: Detections of each image, source pixels.
     """
-    detections = predict_dataset(detector, samples, imgsz_hw, bf16)
+    detections = predict_dataset(detector, samples, imgsz_hw)
     results = evaluate_detections(samples, detections, dict.fromkeys((SETUPS[setup], *EVAL_SETUPS)))
     precision = evaluate_average_precision(samples, detections)
     complexity = count_params_and_flops(detector, imgsz_hw)
@@ -153,13 +152,12 @@ def compare_with_baseline(config: TrainConfig, split: str = "val") -> BaselineCo
     Returns:
         The comparison.
     """
-    samples, device, bf16 = load_dataset(config.data, split), resolve_device(config.device), config.precision == "bf16"
+    samples, device = load_dataset(config.data, split), resolve_device(config.device)
     (distilled, detections), (baseline, baseline_detections) = (
         measure_detector(
             load_detector_checkpoint(Path(directory) / "best.pt").build().to(device),
             samples,
             config.imgsz_hw,
-            bf16,
             config.setup,
         )
         for directory in (config.save_dir, make_baseline_config(config).save_dir)

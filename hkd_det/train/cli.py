@@ -6,12 +6,15 @@ Torch is imported only to train or to list layers.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.datasets.download import download
 from hkd_det.distill import METHODS
 from hkd_det.errors import UsageError, require_extra, run_command
+from hkd_det.train.peer_flags import parse_with_peer_flags
+from hkd_det.train.settings import AUTO_BATCH, MODEL_NAMES, check_resume_flags, merge_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_train_cli(argv: Sequence[str] | None) -> int:
-    arguments = _build_train_parser().parse_args(argv)
+    arguments = parse_with_peer_flags(_build_train_parser(), argv)
     if arguments.download:
         if not arguments.data:
             raise UsageError("--download: requires --data NAME. Choose a dataset of datasets.yaml.")
@@ -41,11 +44,16 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
     for flag in ("json", "audit", "audit_config", "audit_score", "write_audited", "audited_as", "against"):
         if getattr(arguments, flag) is not None:
             raise UsageError(f"--{flag.replace('_', '-')}: requires --check. Add --check.")
+    settings: dict[str, Any] = {}
+    if arguments.resume:
+        check_resume_flags(arguments)
+    elif not arguments.list_layers:
+        settings = merge_settings(arguments)
     with require_extra("train"):
         from hkd_det.train import start  # noqa: PLC0415 - imports torch
     if arguments.list_layers:
         return start.print_feature_layers(arguments)
-    return start.start_training(arguments)
+    return start.start_training(arguments, settings)
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
@@ -109,9 +117,7 @@ def _build_train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="", metavar="YAML", help="settings of a run; other flags override them")
     parser.add_argument(
         "--model",
-        help="model to train: teacher-r50, student-r18, mini-teacher, mini-student, slim-student, yolox-nano, "
-        "yolox-nano-hswish, yolox-nano-relu, yolox-nano-x2, yolox-nano-x3, yolox-tiny, yolox-s, fasterrcnn-r50, "
-        "fasterrcnn-r18, or an Ultralytics model such as yolo11n",
+        help=f"model to train: {', '.join(MODEL_NAMES)}, or an Ultralytics model such as yolo11n",
     )
     parser.add_argument(
         "--weights",
@@ -149,10 +155,20 @@ def _build_train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--imgsz", help="input size in pixels, WIDTHxHEIGHT, multiples of 32 (default: 640x512)")
     parser.add_argument("--epochs", type=int, help="number of epochs (default: 100)")
-    parser.add_argument("--batch", type=int, help="images per step, over all processes (default: 16)")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="end the run after N epochs without a lower miss rate (default: 0, never)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_parse_batch,
+        help="images per step, over all processes; auto fills 70 %% of the free GPU memory (default: 16)",
+    )
     parser.add_argument("--backbone", help="timm model that replaces the backbone of --model")
     parser.add_argument("--pretrained", help="backbone weights: imagenet, or a file")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or N (default: auto)")
     parser.add_argument("--workers", type=int, help="processes that load images (default: 2)")
     parser.add_argument("--seed", type=int, help="random seed (default: 0)")
     parser.add_argument(
@@ -160,6 +176,12 @@ def _build_train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--name", default="", help="directory of the run in --project (default: model and methods, or the dataset)"
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        default=None,
+        help="also write the values of results.csv for TensorBoard; requires the extra tensorboard",
     )
     parser.add_argument("--exist-ok", action="store_true", help="replace an earlier run in the same directory")
     parser.add_argument("--resume", default="", metavar="RUN", help="directory of an interrupted run to continue")
@@ -171,6 +193,10 @@ def _build_train_parser() -> argparse.ArgumentParser:
         help="override any other setting of config.yaml, such as lr=1e-3 or distill.METHOD.KEY=1; repeatable",
     )
     return parser
+
+
+def _parse_batch(text: str) -> int | str:
+    return text if text == AUTO_BATCH else int(text)
 
 
 def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:

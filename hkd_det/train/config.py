@@ -1,4 +1,4 @@
-"""Configuration of a training run, and its schedules."""
+"""Configuration of a training run, and its schedules. Torch is imported only to check a teacher and methods."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from hkd_det.distill import METHODS, check_methods, check_teacher, load_method, 
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
-from hkd_det.models.zoo import OnnxTeacher, is_onnx_teacher
 
 
 def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_factor: float = 0.02) -> float:
@@ -78,6 +77,7 @@ class TrainConfig:
         save_dir: Directory of the run.
         imgsz_hw: Input height and width, pixels, multiples of 32.
         epochs: Number of epochs.
+        patience: Epochs without a lower miss rate after which the run ends; 0 for never.
         batch: Images per step, over all processes.
         lr: Peak learning rate.
         weight_decay: Weight decay of AdamW, not applied to biases and normalization.
@@ -104,6 +104,7 @@ class TrainConfig:
         cache_mib: Space for recompressed images in the temporary directory (TMPDIR), MiB, over all workers.
         seed: Random seed.
         setup: Evaluation setup whose miss rate selects the best epoch.
+        tensorboard: Whether to write the values of `results.csv` for TensorBoard.
     """
 
     data: str
@@ -111,6 +112,7 @@ class TrainConfig:
     save_dir: str
     imgsz_hw: tuple[int, int] = (512, 640)
     epochs: int = 100
+    patience: int = 0
     batch: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -137,10 +139,11 @@ class TrainConfig:
     cache_mib: int = 1024
     seed: int = 0
     setup: str = "Reasonable"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "distill", parse_methods(self.distill))  # the class is frozen
         self._check_ranges()
+        object.__setattr__(self, "distill", parse_methods(self.distill))  # the class is frozen
         self._check_distillation()
         self._check_onnx_teacher()
         self._check_weights()
@@ -148,7 +151,7 @@ class TrainConfig:
     def _check_ranges(self) -> None:
         for name in ("epochs", "batch"):
             check_range(name, getattr(self, name), 1)
-        for name in ("workers", "cache_mib", "lr", "weight_decay", "seed"):
+        for name in ("patience", "workers", "cache_mib", "lr", "weight_decay", "seed"):
             check_range(name, getattr(self, name), 0)
         for name in ("unlabeled_ratio", "clip_grad_norm"):
             check_range(name, getattr(self, name), 0, is_open=True)
@@ -180,6 +183,10 @@ class TrainConfig:
             raise UsageError(f"--unlabeled: requires --teacher and one of --distill {', '.join(suitable)}.")
 
     def _check_onnx_teacher(self) -> None:
+        if not (self.teacher or self.teacher_config):
+            return
+        from hkd_det.models.zoo import OnnxTeacher, is_onnx_teacher  # noqa: PLC0415 - imports torch
+
         description = Path(self.teacher_config) if self.teacher_config else None
         is_onnx = is_onnx_teacher(Path(self.teacher), description)
         if is_onnx:

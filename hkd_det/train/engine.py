@@ -1,31 +1,29 @@
-"""One training epoch, evaluation, the moving average of the weights, and the record of an epoch."""
+"""One training epoch, evaluation, and the moving average of the weights."""
 
 import copy
-import csv
-import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from hkd_det.datasets import Sample, read_image
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.gradients import GradientBalancer
 from hkd_det.errors import DataError, HkdError
-from hkd_det.files import write_text
 from hkd_det.letterbox import Letterbox
 from hkd_det.metrics.citypersons import SETUPS, CityPersonsSetup, evaluate_detections
+from hkd_det.metrics.operating_point import OperatingPoint, suggest_operating_point
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.losses import sum_losses
+from hkd_det.progress import Progress, iterate_with_progress
 from hkd_det.structures import Detections
 from hkd_det.train.config import TrainConfig, compute_distill_weight
 from hkd_det.train.dataset import Batch, iterate_batches
+
+MIN_SCORE = 0.001  # lowest score of an evaluated detection; exported models have the same limit
 
 
 class ModelEma:
@@ -75,7 +73,7 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
     config: TrainConfig,
-    progress: "tqdm[None] | None" = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train for one epoch.
 
@@ -90,7 +88,7 @@ def train_one_epoch(
         device: Device of the model.
         epoch: Index of the epoch, from 0.
         config: Configuration of the run.
-        progress: Progress bar, one unit per step.
+        progress: Progress of the run, one unit per step.
 
     Returns:
         losses: Mean of each loss over the steps.
@@ -131,8 +129,7 @@ def train_one_epoch(
         _accumulate(losses_sum, {name: float(value.detach()) for name, value in losses.items()})
         _accumulate(metrics_sum, metrics)
         if progress is not None:
-            progress.update()
-            progress.set_postfix({k: f"{v / (index + 1):.2f}" for k, v in losses_sum.items()}, refresh=False)
+            progress.update(values=_divide(losses_sum, index + 1))
     return _divide(losses_sum, num_steps), _divide(metrics_sum, num_steps)
 
 
@@ -154,41 +151,44 @@ class EvalResult:
         miss_rates: MR^-2 by setup, fraction; -1 for a setup without ground truth.
         num_gt: Ground-truth boxes by setup.
         detections: Detections of each image, source pixels.
+        operating_point: Suggested score threshold, with recall and precision in the setup of the run.
     """
 
     miss_rate: float
     miss_rates: dict[str, float]
     num_gt: dict[str, int]
     detections: list[Detections]
+    operating_point: OperatingPoint
 
 
 def evaluate(
     model: BaseDetector, samples: Sequence[Sample], config: TrainConfig, setups: Iterable[CityPersonsSetup] = ()
 ) -> EvalResult:
-    """Run a detector as it is deployed, and compute its miss rate.
+    """Run a detector as it is deployed, in FP32, and compute its miss rate.
 
     Args:
         model: Detector in evaluation mode.
         samples: Annotated images.
-        config: Configuration with input size, precision and setup.
+        config: Configuration with input size and setup.
         setups: Further setups to evaluate.
 
     Returns:
         Miss rates and detections.
     """
-    detections = predict_dataset(model, samples, config.imgsz_hw, bf16=config.precision == "bf16")
+    detections = predict_dataset(model, samples, config.imgsz_hw)
     results = evaluate_detections(samples, detections, list(dict.fromkeys((SETUPS[config.setup], *setups))))
     return EvalResult(
         results[config.setup].value,
         {name: result.value for name, result in results.items()},
         {name: result.num_gt for name, result in results.items()},
         detections,
+        suggest_operating_point(results[config.setup]),
     )
 
 
 @torch.no_grad()
 def predict_dataset(
-    detector: BaseDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool, batch: int = 8
+    detector: BaseDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool = False, batch: int = 8
 ) -> list[Detections]:
     """Run a detector on all samples.
 
@@ -196,15 +196,16 @@ def predict_dataset(
         detector: Detector in evaluation mode.
         samples: Images.
         imgsz_hw: Input height and width, pixels.
-        bf16: Whether to use mixed precision.
+        bf16: Whether to use mixed precision. Exported models are FP32: their scores differ from those of bf16.
         batch: Batch size.
 
     Returns:
-        Detections of each image without a score threshold, source pixels.
+        Detections of each image with scores from `MIN_SCORE`, source pixels.
     """
     device = next(detector.parameters()).device
     detections: list[Detections] = []
-    for start in tqdm(range(0, len(samples), batch), desc="evaluate", unit="batch", leave=False):
+    starts = range(0, len(samples), batch)
+    for start in iterate_with_progress(starts, len(starts), "evaluate", "batch"):
         images = [read_image(sample.path) for sample in samples[start : start + batch]]
         letterboxes = [Letterbox((image.shape[0], image.shape[1]), imgsz_hw) for image in images]
         inputs = np.stack([letterbox.apply(image) for letterbox, image in zip(letterboxes, images, strict=True)])
@@ -212,62 +213,5 @@ def predict_dataset(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             boxes, scores = detector.predict(tensor)
         arrays = zip(letterboxes, boxes.float().cpu().numpy(), scores.cpu().numpy(), strict=True)
-        detections += [Detections(letterbox.boxes_to_source(b), s) for letterbox, b, s in arrays]
+        detections += [Detections(letterbox.boxes_to_source(b), s).filter(MIN_SCORE) for letterbox, b, s in arrays]
     return detections
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """Results of one epoch.
-
-    Attributes:
-        epoch: Number of the epoch, from 1.
-        losses: Mean of each loss.
-        miss_rate: Validation MR^-2 of the setup of the run, fraction.
-        images_per_s: Training speed, images per second.
-        metrics: Means of other logged values, such as the weights of a gradient balancer.
-        meets_target: Whether the epoch may become `best.pt`. A student that is pruned must have its final size.
-    """
-
-    epoch: int
-    losses: dict[str, float]
-    miss_rate: float
-    images_per_s: float
-    metrics: dict[str, float] = field(default_factory=dict)
-    meets_target: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for checkpoints."""
-        return asdict(self)
-
-    def log_line(self, epochs: int, setup: str) -> str:
-        """Format the record for the terminal.
-
-        Args:
-            epochs: Number of epochs of the run.
-            setup: Name of the setup of `miss_rate`.
-
-        Returns:
-            One line.
-        """
-        return (
-            f"epoch {self.epoch}/{epochs}  loss {sum(self.losses.values()):.3f}  "
-            f"MR^-2 {setup} {100 * self.miss_rate:.2f} %  {self.images_per_s:.1f} images/s"
-        )
-
-
-def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
-    """Write one row per epoch to a CSV file. A value that an epoch does not have stays empty.
-
-    Args:
-        path: File to write.
-        history: Records in the order of epochs.
-    """
-    names = list(dict.fromkeys(name for record in history for name in record.losses | record.metrics))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["epoch", *names, "miss_rate", "images_per_s"], lineterminator="\n")
-    writer.writeheader()
-    for record in history:
-        fixed = {"epoch": record.epoch, "miss_rate": record.miss_rate, "images_per_s": record.images_per_s}
-        writer.writerow({**fixed, **record.losses, **record.metrics})
-    write_text(path, text.getvalue())

@@ -6,55 +6,52 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hkd_det.config import apply_override
 from hkd_det.distill import METHODS, load_method, override_method
-from hkd_det.errors import DataError, UsageError
-from hkd_det.files import read_yaml
+from hkd_det.errors import HkdError, UsageError
 from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_training_state
 from hkd_det.models.feature_layers import format_feature_layers, list_feature_layers
 from hkd_det.models.zoo import build_model, get_spec, load_detector, read_model_name
-from hkd_det.shipped import DEFAULT_MODEL, FINETUNE_RECIPE, resolve_model
+from hkd_det.train.auto_batch import find_batch
 from hkd_det.train.baseline import compare_with_baseline, format_comparison, make_baseline_config
 from hkd_det.train.config import TrainConfig
+from hkd_det.train.run_guard import handle_interrupts
+from hkd_det.train.settings import AUTO_BATCH, find_resumed_state, make_required_error
 from hkd_det.train.trainer import train
 
-SETTING_FLAGS = (
-    "data", "model", "weights", "teacher", "teacher_config", "unlabeled", "epochs", "batch", "backbone", "pretrained",
-    "device", "workers", "seed",
-)  # fmt: skip
-DERIVED_FLAGS = ("recipe", "imgsz", "distill", "set")  # flags that determine settings in another way
 
-
-def start_training(arguments: argparse.Namespace) -> int:
+def start_training(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Train as the flags of `hkd-train` request.
 
     Args:
         arguments: Parsed flags.
+        settings: Result of `merge_settings`; empty for a resumed run.
 
     Returns:
         Exit code.
     """
     if arguments.resume:
-        _check_resume_flags(arguments)
         config = _load_resumed_config(Path(arguments.resume))
     else:
-        config = _build_new_config(arguments)
+        config = _build_new_config(arguments, settings)
     baseline = make_baseline_config(config) if arguments.baseline else None
     before = _read_mtime_ns(config.save_path / "last.pt")
     try:
-        train(config, resume=bool(arguments.resume))
-        if baseline:
-            train(baseline, resume=bool(arguments.resume) and _is_started(baseline))
-            if os.environ.get("RANK", "0") == "0":
-                print(format_comparison(compare_with_baseline(config)))
-    except KeyboardInterrupt:
+        with handle_interrupts():
+            train(config, resume=bool(arguments.resume))
+            if baseline:
+                train(baseline, resume=bool(arguments.resume) and _is_started(baseline))
+                if os.environ.get("RANK", "0") == "0":
+                    print(format_comparison(compare_with_baseline(config)))
+    except (KeyboardInterrupt, HkdError, OSError) as error:
         # With --exist-ok, last.pt belongs to the earlier run until this one has finished an epoch.
-        if arguments.resume or _read_mtime_ns(config.save_path / "last.pt") != before:
+        is_interrupted = isinstance(error, KeyboardInterrupt)
+        is_changed = _read_mtime_ns(config.save_path / "last.pt") != before
+        if is_changed or (arguments.resume and is_interrupted):
             command = f"hkd-train --resume {config.save_dir}{' --baseline' if baseline else ''}"
             print(f"hkd-train: the finished epochs are saved. Continue with: {command}", file=sys.stderr)
-        elif any((config.save_path / name).is_dir() for name in config.distill):
+        elif is_interrupted and any((config.save_path / name).is_dir() for name in config.distill):
             print("hkd-train: the prepared student is saved so far. Continue with the same command.", file=sys.stderr)
         raise
     return 0
@@ -101,8 +98,8 @@ def _is_started(baseline: TrainConfig) -> bool:
     return TrainConfig.from_dict({**saved, "save_dir": baseline.save_dir}) == baseline
 
 
-def _build_new_config(arguments: argparse.Namespace) -> TrainConfig:
-    config = _merge_settings(arguments)
+def _build_new_config(arguments: argparse.Namespace, settings: dict[str, Any]) -> TrainConfig:
+    config = resolve_settings(arguments, settings)
     if not _get_initial_checkpoint(config.as_dict()):
         get_spec(config.model)
     directories = [config.save_path]
@@ -117,22 +114,22 @@ def _build_new_config(arguments: argparse.Namespace) -> TrainConfig:
     return config
 
 
-def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
-    """Combine the recipe with the flags, which take precedence."""
-    settings = _load_recipe(Path(arguments.recipe)) if arguments.recipe else _load_default_recipe(arguments)
-    settings |= {name: value for name in SETTING_FLAGS if (value := getattr(arguments, name)) is not None}
-    if arguments.imgsz:
-        settings["imgsz_hw"] = parse_imgsz(arguments.imgsz)
-    if arguments.distill is not None:
-        settings["distill"] = {name.strip(): {} for name in arguments.distill.split(",") if name.strip()}
-    if not isinstance(settings.setdefault("distill", {}), dict):
-        raise UsageError(f"distill: expected a mapping of {', '.join(METHODS)}.")
+def resolve_settings(arguments: argparse.Namespace, settings: dict[str, Any]) -> TrainConfig:
+    """Complete settings with what checkpoints and methods determine.
+
+    Args:
+        arguments: Parsed flags.
+        settings: Result of `merge_settings`.
+
+    Returns:
+        The configuration of the run.
+
+    Raises:
+        HkdError: A file or a combination of settings is invalid.
+    """
     for assignment in arguments.set:
         if assignment.startswith("distill."):
             settings["distill"] = override_method(settings["distill"], assignment)
-        else:
-            settings = apply_override(TrainConfig, settings, assignment)
-    _resolve_shipped_models(settings, arguments.from_scratch)
     sources = _get_student_sources(settings)
     if "teacher" in sources and not settings.get("model"):
         settings.setdefault("weights", settings.get("teacher", ""))
@@ -141,10 +138,12 @@ def _merge_settings(arguments: argparse.Namespace) -> TrainConfig:
         if settings.setdefault("model", model) != model:
             raise UsageError(f"--model {settings['model']}: {checkpoint} is a {model}. Omit --model to use it.")
     # A student that starts from the teacher needs no --model.
-    for flag in ("data", "teacher" if sources - {"config"} else "model", "model"):
+    for flag in ("teacher" if sources - {"config"} else "model", "model"):
         if not settings.get(flag):
-            raise UsageError(f"--{flag}: required. Set it, or --recipe YAML, or --resume RUN.")
+            raise make_required_error(flag)
     settings["save_dir"] = _choose_save_dir(arguments, settings)
+    if settings.get("batch") == AUTO_BATCH:
+        settings["batch"] = find_batch(TrainConfig.from_dict({**settings, "batch": 1}, arguments.recipe))
     return TrainConfig.from_dict(settings, arguments.recipe)
 
 
@@ -159,17 +158,6 @@ def _get_initial_checkpoint(settings: dict[str, Any]) -> str:
     return str(settings.get("teacher" if "prepared" in _get_student_sources(settings) else "weights") or "")
 
 
-def _load_recipe(path: Path) -> dict[str, Any]:
-    try:
-        content = read_yaml(path)
-    except DataError as error:
-        hint = "See the recipes directory for examples."
-        raise DataError(f"--recipe: {error} {hint}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"--recipe: {path}: expected a mapping `key: value`, got {type(content).__name__}.")
-    return content
-
-
 def _choose_save_dir(arguments: argparse.Namespace, settings: dict[str, Any]) -> str:
     if not (arguments.name or arguments.project) and "save_dir" in settings:
         return str(settings["save_dir"])
@@ -177,44 +165,6 @@ def _choose_save_dir(arguments: argparse.Namespace, settings: dict[str, Any]) ->
     return str(Path(arguments.project or "runs/train") / name)
 
 
-def _resolve_shipped_models(settings: dict[str, Any], from_scratch: bool) -> None:
-    """Replace names of shipped detectors by their files."""
-    if from_scratch and settings.get("weights"):
-        raise UsageError(f"--from-scratch: excludes the initial weights {settings['weights']}. Omit one of them.")
-    for name in ("weights", "teacher"):
-        if settings.get(name):
-            settings[name] = str(resolve_model(settings[name]))
-
-
-def _load_default_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of a run without recipe: fine-tuning of the shipped detector if no flag names a model."""
-    if arguments.model or arguments.weights or arguments.teacher or arguments.distill is not None:
-        return {}
-    if arguments.from_scratch:
-        return {"model": read_model_name(resolve_model(None))}
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"Fine-tuning the shipped detector {DEFAULT_MODEL} with the settings of {FINETUNE_RECIPE}. "
-            "Use --from-scratch for random weights, or --model and --weights for another detector."
-        )
-    return _load_recipe(FINETUNE_RECIPE)
-
-
-def _check_resume_flags(arguments: argparse.Namespace) -> None:
-    """Raise UsageError for flags without effect: a resumed run keeps its settings."""
-    given = [name for name in (*SETTING_FLAGS, *DERIVED_FLAGS) if getattr(arguments, name) not in (None, "", [])]
-    ignored = [name for name in given if not (name == "data" and arguments.download)]
-    if ignored:
-        flags = " ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise UsageError(f"--resume: the run keeps its settings, {flags} would have no effect. Omit them.")
-
-
 def _load_resumed_config(save_path: Path) -> TrainConfig:
-    if not save_path.exists():
-        raise DataError(f"--resume {save_path}: no such run. Check the path.")
-    path = save_path if save_path.suffix == ".pt" else save_path / "last.pt"
-    if not path.exists():
-        raise DataError(
-            f"--resume {save_path}: contains no last.pt, because no epoch was finished. Start the run again."
-        )
+    path = find_resumed_state(save_path)
     return TrainConfig.from_dict({**load_training_state(path)["config"], "save_dir": str(path.parent)})

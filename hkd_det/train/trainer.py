@@ -1,8 +1,9 @@
 """A training run: builds its objects, loops over the epochs, saves and resumes."""
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,21 @@ import yaml
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.image_files import read_unlabeled
+from hkd_det.distill import load_method
 from hkd_det.distill.base import RunContext
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.gradients import SumBalancer
 from hkd_det.errors import DataError
 from hkd_det.files import file_sha256, write_text
-from hkd_det.models.base import BaseDetector
+from hkd_det.metrics.citypersons import SETUPS
+from hkd_det.metrics.coco import evaluate_average_precision
 from hkd_det.models.batch_norm import freeze_batch_norm
-from hkd_det.models.checkpoint import (
-    DetectorCheckpoint,
-    load_training_state,
-    save_detector_checkpoint,
-    save_training_state,
-)
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
+from hkd_det.progress import Progress, log_line, log_stage
 from hkd_det.train.config import TrainConfig, compute_lr_factor, get_last_phase_start
 from hkd_det.train.context import (
     DistributedContext,
@@ -41,7 +38,13 @@ from hkd_det.train.context import (
     resolve_initial_weights,
 )
 from hkd_det.train.dataset import EpochPlan, build_dataloader
-from hkd_det.train.engine import EpochRecord, ModelEma, evaluate, train_one_epoch, write_history
+from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch
+from hkd_det.train.history import EpochRecord, find_best_record, find_warning, is_patience_exhausted
+from hkd_det.train.resume import load_epoch, save_epoch
+from hkd_det.train.run_guard import explain_memory_errors, lock_run
+from hkd_det.train.run_report import EpochHook, draw_val_errors, open_tensorboard, plot_history
+
+PLOT_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class TrainResult:
     history: list[EpochRecord]
 
 
-def train(config: TrainConfig, resume: bool = False) -> TrainResult:
+def train(config: TrainConfig, resume: bool = False, on_epoch: EpochHook | None = None) -> TrainResult:
     """Train a detector. An interruption loses the unfinished epoch only.
 
     Args:
         config: Configuration of the run. All files go to `config.save_dir`.
         resume: Whether to continue after the last finished epoch in that directory.
+        on_epoch: Called with the record of each epoch, in the main process. Experiment trackers log
+            `record.as_scalars()`.
 
     Returns:
         The result of the run.
@@ -72,19 +77,25 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     Raises:
         HkdError: For errors that the user can correct.
     """
-    with init_distributed(config.device) as dist_context:
+    with init_distributed(config.device) as dist_context, explain_memory_errors(config.batch):
+        is_main = dist_context.is_main_process
+        log_stage(f"read the dataset {config.data}")
         train_samples, val_samples = load_dataset(config.data, "train"), load_dataset(config.data, "val")
         check_annotations(config, train_samples, val_samples)
         unlabeled_samples = read_unlabeled([Path(directory) for directory in config.unlabeled])
         plan = make_epoch_plan(config, len(train_samples), len(unlabeled_samples))
         context = make_run_context(config, plan, dist_context, train_samples, val_samples, resume)
-        weights = resolve_initial_weights(config, context)
-        trainer = Trainer(
-            config, plan, context, dist_context, [*train_samples, *unlabeled_samples], val_samples, weights
-        )
-        if resume:
-            trainer.load_checkpoint()
-        return trainer.fit()
+        with lock_run(config.save_path, is_main):
+            weights = resolve_initial_weights(config, context)
+            trainer = Trainer(
+                config, plan, context, dist_context, [*train_samples, *unlabeled_samples], val_samples, weights
+            )
+            if resume:
+                load_epoch(trainer, config.save_path / "last.pt")
+            hooks = [on_epoch] if on_epoch else []
+            if config.tensorboard and is_main:
+                hooks.append(open_tensorboard(config.save_path / "tensorboard", len(trainer.history)))
+            return trainer.fit(hooks)
 
 
 class Trainer:
@@ -124,9 +135,11 @@ class Trainer:
         student = build_student(config.model, config.backbone, config.pretrained, weights, context.iterate_images)
         if config.freeze_bn:
             freeze_batch_norm(student)
-        teacher, methods = None, []
+        teacher: Any = None
+        methods = []
         if config.online_methods:
-            teacher = _load_teacher(config, dist_context.device)
+            teacher_config = Path(config.teacher_config) if config.teacher_config else None
+            teacher = load_teacher(Path(config.teacher), dist_context.device, teacher_config)
             methods = build_methods(config.online_methods, student, teacher, Path(config.teacher))
             for method in methods:
                 method.setup(context)
@@ -141,89 +154,111 @@ class Trainer:
         )
         self.teacher_sha256 = file_sha256(Path(config.teacher)) if config.teacher else ""
         self.history: list[EpochRecord] = []
+        self.initial_miss_rate: float | None = None
+        self._plot_s = -math.inf  # monotonic clock
 
-    def fit(self) -> TrainResult:
-        """Train the remaining epochs and return the result of the run."""
+    def fit(self, hooks: Sequence[EpochHook] = ()) -> TrainResult:
+        """Train the remaining epochs.
+
+        Args:
+            hooks: Called with the record of each epoch in the main process.
+
+        Returns:
+            The result of the run.
+        """
         config, is_main = self.config, self.dist_context.is_main_process
         if is_main:
             self._log_model_summary()
+            self._measure_initial_weights()
         module: nn.Module = self.distiller
         # Other balancers average gradients over processes themselves.
         if self.dist_context.world_size > 1 and isinstance(self.balancer, SumBalancer):
             module = DistributedDataParallel(module, find_unused_parameters=len(self.distiller.methods) > 0)
         steps, done = config.epochs * self.plan.steps_per_epoch, len(self.history) * self.plan.steps_per_epoch
-        progress: tqdm[Any]
-        with tqdm(total=steps, initial=done, unit="step", disable=not is_main) as progress:
-            for epoch in range(len(self.history), config.epochs):
+        start_s, first = time.monotonic(), len(self.history)
+        with Progress(steps, "train", "step", done, is_main, keep=True) as progress:
+            for epoch in range(first, config.epochs):
+                # Only the main process knows the miss rates, so it decides.
+                if self.dist_context.all_gather(is_patience_exhausted(self.history, config.patience))[0]:
+                    break
                 record = self._run_epoch(module, epoch, progress)
                 if is_main:
-                    progress.write(record.log_line(config.epochs, config.setup))
-        best = min((record for record in self.history if record.meets_target), key=lambda record: record.miss_rate)
-        result = TrainResult(config.save_path / "best.pt", best.miss_rate, self.history)
+                    mean_s = (time.monotonic() - start_s) / (epoch + 1 - first)
+                    log_line(record.log_line(config.epochs, config.setup, mean_s * (config.epochs - epoch - 1)))
+                    for hook in hooks:
+                        hook(record)
         if is_main:
-            rate = f"MR^-2 {config.setup} {100 * result.miss_rate:.2f} %"
-            tqdm.write(f"best: {result.best}  {rate}{self.distiller.summary()}")
-        return result
+            self._log_result()
+        return TrainResult(config.save_path / "best.pt", find_best_record(self.history).miss_rate, self.history)
 
-    def load_checkpoint(self) -> None:
-        """Restore the state after the last finished epoch from `last.pt`.
+    def _measure_initial_weights(self) -> None:
+        """Measure the miss rate before training, if the weights come from a checkpoint of a finished detector."""
+        sources = {load_method(name).student_source for name in self.config.distill}
+        if self.config.weights and sources <= {"config"} and not self.history:
+            log_stage("evaluate the initial weights")
+            self.initial_miss_rate = evaluate(self.ema.module, self.val_samples, self.config).miss_rate
+            log_line(f"initial weights: MR^-2 {self.config.setup} {100 * self.initial_miss_rate:.2f} %")
 
-        Raises:
-            DataError: If the file belongs to another run.
-        """
-        path = self.config.save_path / "last.pt"
-        state = load_training_state(path)
-        saved = TrainConfig.from_dict(state["config"])
-        if saved.model != self.config.model:
-            raise DataError(f"{path}: expected a run of {self.config.model}, got {saved.model}. Start a new run.")
-        if saved.distill != self.config.distill:
-            raise DataError(
-                f"{path}: the run has other settings under distill. Use those in its config.yaml, or start a new run."
-            )
-        if state.get("teacher_sha256", self.teacher_sha256) != self.teacher_sha256:
-            raise DataError(
-                f"{path}: the teacher {self.config.teacher} has changed since. Restore that file, or start a new run."
-            )
-        try:
-            self.distiller.load_state_dict(state["distiller"])
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.num_updates = state["ema_updates"]
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.balancer.load_state_dict(state["balancer"])
-            self.history = [EpochRecord(**record) for record in state["history"]]
-        except (KeyError, TypeError, RuntimeError) as error:  # missing keys, unknown keys, other shapes
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise DataError(
-                f"{path}: does not fit this run ({reason}). Another version of hkd-det wrote it, or --weights or "
-                "--teacher has changed. Start a new run."
-            ) from error
+    def _log_result(self) -> None:
+        config, best, num_epochs = self.config, find_best_record(self.history), len(self.history)
+        plot_history(config.save_path / "results.png", self.history, config.setup)
+        if num_epochs < config.epochs:
+            log_line(f"stopped after {num_epochs} epochs: {config.patience} epochs without a lower miss rate")
+        rate = f"MR^-2 {config.setup} {100 * best.miss_rate:.2f} %  AP50 {100 * best.ap50:.1f} %"
+        log_line(f"best: {config.save_path / 'best.pt'}  epoch {best.epoch}  {rate}{self.distiller.summary()}")
+        if warning := find_warning(self.history, self.initial_miss_rate):
+            log_line(f"warning: {config.save_dir}: {warning}")
 
-    def _run_epoch(self, module: nn.Module, epoch: int, progress: "tqdm[Any]") -> EpochRecord:
-        config, is_main, start = self.config, self.dist_context.is_main_process, time.monotonic()
+    def _run_epoch(self, module: nn.Module, epoch: int, progress: Progress) -> EpochRecord:
+        config, is_main, start_s = self.config, self.dist_context.is_main_process, time.monotonic()
         self.sampler.epoch = epoch
         torch.manual_seed(_derive_seed(config.seed, epoch, self.dist_context.rank))
         self.sampler.no_aug = epoch >= get_last_phase_start(config.epochs, config.no_aug_ratio)
         self.sampler.no_unlabeled = epoch >= get_last_phase_start(config.epochs, config.no_distill_ratio)
-        progress.set_description(f"epoch {epoch + 1}/{config.epochs}")
+        progress.set_label(f"epoch {epoch + 1}/{config.epochs}")
         losses, metrics = self.run_epoch_steps(epoch, module, progress)
-        images_per_s = self.plan.steps_per_epoch * config.batch / (time.monotonic() - start)
-        deployable = self.distiller.deployable_model(self.ema.module)
-        miss_rate = evaluate(deployable, self.val_samples, config).miss_rate if is_main else float("nan")
-        record = EpochRecord(epoch + 1, losses, miss_rate, images_per_s, metrics, self.distiller.target_reached)
-        self.history.append(record)
+        images_per_s = self.plan.steps_per_epoch * config.batch / (time.monotonic() - start_s)
+        record = EpochRecord(epoch + 1, losses, math.nan, images_per_s, metrics, self.distiller.target_reached)
         if is_main:
-            self._save_checkpoint(record, deployable)
-        return record
+            self._finish_epoch(record, start_s)
+        else:
+            self.history.append(record)
+        return self.history[-1]
+
+    def _finish_epoch(self, record: EpochRecord, start_s: float) -> None:
+        """Evaluate an epoch and save its files."""
+        config, directory = self.config, self.config.save_path
+        deployable = self.distiller.deployable_model(self.ema.module)
+        result = evaluate(deployable, self.val_samples, config)
+        precision = evaluate_average_precision(self.val_samples, result.detections)
+        past_s = self.history[-1].time_s if self.history else 0.0
+        record = replace(
+            record,
+            miss_rate=result.miss_rate,
+            ap=precision["AP"],
+            ap50=precision["AP50"],
+            recall=result.operating_point.recall,
+            threshold=result.operating_point.threshold,
+            lr=self.optimizer.param_groups[0]["lr"],
+            time_s=past_s + time.monotonic() - start_s,
+        )
+        self.history.append(record)
+        if save_epoch(self, record, deployable):
+            setup = SETUPS[config.setup]
+            draw_val_errors(directory / "val_errors.jpg", self.val_samples, result.detections, record.threshold, setup)
+        if time.monotonic() - self._plot_s >= PLOT_INTERVAL_S:
+            self._plot_s = time.monotonic()
+            plot_history(directory / "results.png", self.history, config.setup)
 
     def run_epoch_steps(
-        self, epoch: int, module: nn.Module | None = None, progress: "tqdm[Any] | None" = None
+        self, epoch: int, module: nn.Module | None = None, progress: Progress | None = None
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Run the training steps of an epoch; see `train_one_epoch`.
 
         Args:
             epoch: Index of the epoch, from 0.
             module: DDP wrapper of the distiller, or None to use the distiller itself.
-            progress: Progress bar, one unit per step.
+            progress: Progress of the run, one unit per step.
 
         Returns:
             Mean losses and mean metrics.
@@ -249,43 +284,16 @@ class Trainer:
         total_steps = self.config.epochs * self.plan.steps_per_epoch
         return self.config.lr * compute_lr_factor(step, total_steps, self.config.warmup_ratio)
 
-    def _save_checkpoint(self, record: EpochRecord, detector: BaseDetector) -> None:
-        """Save the best checkpoint first, then the last: a kill between them repeats the epoch with the same best."""
-        config = self.config
-        eligible = [past.miss_rate for past in self.history if past.meets_target]
-        if record.meets_target and record.miss_rate <= min(eligible):
-            best = DetectorCheckpoint.from_detector(
-                detector, config.model, config.as_dict(), record.epoch, record.miss_rate
-            )
-            save_detector_checkpoint(config.save_path / "best.pt", best)
-        state = {
-            "config": config.as_dict(),
-            "distiller": self.distiller.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "ema_updates": self.ema.num_updates,
-            "optimizer": self.optimizer.state_dict(),
-            "balancer": self.balancer.state_dict(),
-            "history": [past.as_dict() for past in self.history],
-            "teacher_sha256": self.teacher_sha256,
-        }
-        save_training_state(config.save_path / "last.pt", state)
-        write_history(config.save_path / "results.csv", self.history)
-
     def _log_model_summary(self) -> None:
         config = self.config
         write_text(config.save_path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         complexity = count_params_and_flops(self.distiller.deployable_model(self.distiller.student), config.imgsz_hw)
         unlabeled = f" and {self.plan.num_unlabeled} unlabeled" if self.plan.num_unlabeled else ""
-        tqdm.write(
+        log_line(
             f"{config.model}: {complexity.num_params / 1e6:.2f} M parameters, {complexity.flops / 1e9:.2f} GFLOPs at "
             f"{config.imgsz_hw[1]}x{config.imgsz_hw[0]}; {self.plan.num_images} training images{unlabeled}, "
             f"{len(self.val_samples)} validation images; {self.dist_context.world_size} x {self.dist_context.device}"
         )
-
-
-def _load_teacher(config: TrainConfig, device: torch.device) -> Any:
-    teacher_config = Path(config.teacher_config) if config.teacher_config else None
-    return load_teacher(Path(config.teacher), device, teacher_config)
 
 
 def _derive_seed(seed: int, epoch: int, rank: int) -> int:

@@ -23,7 +23,7 @@ from hkd_det.files import write_text
 from hkd_det.letterbox import format_imgsz
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.engine import EpochRecord
+from hkd_det.train.history import EpochRecord
 from hkd_det.train.trainer import train
 
 TEACHER, STUDENT_BASELINE, STUDENT_DISTILLED = "teacher", "student baseline", "student distilled"

@@ -89,7 +89,9 @@ def test_interrupt_prints_resume_command_with_baseline(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(start, "train", cut)
-    distill_flags = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--baseline"]
+    (tmp_path / "best.pt").touch()
+    teacher = str(tmp_path / "best.pt")
+    distill_flags = ["--model", "mini-student", "--teacher", teacher, "--distill", "hkd", "--baseline"]
     assert main(["--data", str(data_yaml), *distill_flags, "--project", str(tmp_path), "--name", "run"]) == 130
     assert f"hkd-train --resume {tmp_path / 'run'} --baseline" in capsys.readouterr().err
 
@@ -133,7 +135,7 @@ def test_existing_baseline_is_not_overwritten(
 ) -> None:
     (tmp_path / "run-baseline").mkdir()
     (tmp_path / "run-baseline/last.pt").touch()
-    distill_flags = ["--model", "mini-student", "--teacher", "best.pt", "--distill", "hkd", "--baseline"]
+    distill_flags = ["--model", "mini-student", "--teacher", "hkd-cpu", "--distill", "dense", "--baseline"]
     assert main(["--data", str(data_yaml), *distill_flags, "--project", str(tmp_path), "--name", "run"]) == 2
     assert "run-baseline: already contains a run" in capsys.readouterr().err
 
@@ -166,7 +168,7 @@ def test_perfect_detections_have_zero_miss_rate(data_yaml: Path, monkeypatch: py
     detections = make_perfect_detections(data_yaml)
     monkeypatch.setattr(baseline, "predict_dataset", lambda *_: detections)
     metrics, _ = baseline.measure_detector(
-        sizes.build_model("mini-student"), load_dataset(str(data_yaml), "val"), (64, 96), bf16=False
+        sizes.build_model("mini-student"), load_dataset(str(data_yaml), "val"), (64, 96)
     )
     assert metrics.ap == pytest.approx(1) and metrics.miss_rates["Reasonable"] == metrics.miss_rates["All"] == 0
     assert metrics.parameters == sum(p.numel() for p in sizes.build_model("mini-student").parameters())

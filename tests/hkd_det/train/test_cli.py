@@ -13,7 +13,9 @@ from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import MODELS
 from hkd_det.shipped import SHIPPED_MODELS
 from hkd_det.train.cli import _build_train_parser, main
-from hkd_det.train.start import _merge_settings
+from hkd_det.train.peer_flags import parse_with_peer_flags
+from hkd_det.train.settings import DEFAULT_ARCHITECTURE, MODEL_NAMES, merge_settings
+from hkd_det.train.start import resolve_settings
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
 
@@ -45,7 +47,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         ),
         (["--data", "x.yaml", *FLAGS, "--seed", "-1"], 2, "seed: expected at least 0, got -1."),
         (
-            ["--data", "x.yaml", *FLAGS, "--teacher", "t.pt", "--distill", "hkd", "--set", "no_distill_ratio=1"],
+            ["--data", "DATA", *FLAGS, "--teacher", "hkd-cpu", "--distill", "dense", "--set", "no_distill_ratio=1"],
             2,
             "leaves no epoch",
         ),
@@ -53,7 +55,7 @@ FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
         (["--data", "DATA", *FLAGS, "--backbone", "vit_tiny_patch16_224"], 2, "vit_tiny"),
         (["--data", "x.yaml", *FLAGS, "--device", "tpu9"], 2, "--device"),
         (["--data", "x.yaml", *FLAGS, "--device", "mps"], 2, "--device mps: expected auto, cpu, cuda or cuda:N"),
-        (["--data", "x.yaml", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
+        (["--data", "DATA", *FLAGS, "--device", "cuda:77"], 1, "CUDA"),
         (
             ["--data", "x.yaml", "--weights", "hkd-cpu", "--from-scratch"],
             2,
@@ -91,7 +93,7 @@ def test_help_names_every_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["--help"])
     output = " ".join(capsys.readouterr().out.split())
-    assert all(name in output for name in MODELS)
+    assert all(name in output for name in MODELS) and tuple(MODELS) == MODEL_NAMES
 
 
 def test_list_layers_needs_no_data(
@@ -195,14 +197,15 @@ def test_interrupt_prints_resume_command_without_traceback(data_yaml: Path, tmp_
     assert "--resume" in error and "Traceback" not in error
 
 
-def read_settings(*flags: str) -> dict[str, object]:
+def read_settings(data: Path, *flags: str) -> dict[str, object]:
     """Return the settings of the run that flags of hkd-train start."""
-    return _merge_settings(_build_train_parser().parse_args(["--data", "x.yaml", *flags])).as_dict()
+    arguments = parse_with_peer_flags(_build_train_parser(), ["--data", str(data), *flags])
+    return resolve_settings(arguments, merge_settings(arguments)).as_dict()
 
 
-def test_the_shipped_detector_is_fine_tuned_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    settings, path = read_settings("--epochs", "3"), str(SHIPPED_MODELS["hkd-cpu"].path)
-    assert (settings["weights"], settings["teacher"], settings["model"]) == (path, path, "yolox-nano-hswish")
+def test_the_shipped_detector_is_fine_tuned_by_default(data_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, path = read_settings(data_yaml, "--epochs", "3"), str(SHIPPED_MODELS["hkd-cpu"].path)
+    assert (settings["weights"], settings["teacher"], settings["model"]) == (path, path, DEFAULT_ARCHITECTURE)
     assert (settings["imgsz_hw"], settings["epochs"], list(settings["distill"])) == ([320, 320], 3, ["dense"])  # type: ignore[call-overload]
     assert "Fine-tuning the shipped detector hkd-cpu" in capsys.readouterr().out
 
@@ -210,11 +213,11 @@ def test_the_shipped_detector_is_fine_tuned_by_default(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("flags", "model"), [(["--from-scratch"], "yolox-nano-hswish"), (["--model", "slim-student"], "slim-student")]
 )
-def test_random_weights_on_request(flags: list[str], model: str) -> None:
-    settings = read_settings(*flags)
+def test_random_weights_on_request(flags: list[str], model: str, data_yaml: Path) -> None:
+    settings = read_settings(data_yaml, *flags)
     assert (settings["weights"], settings["teacher"], settings["model"]) == ("", "", model)
 
 
-def test_shipped_detector_can_be_teacher() -> None:
-    settings = read_settings("--model", "slim-student", "--teacher", "hkd-cpu", "--distill", "soft_labels")
+def test_shipped_detector_can_be_teacher(data_yaml: Path) -> None:
+    settings = read_settings(data_yaml, "--model", "slim-student", "--teacher", "hkd-cpu", "--distill", "soft_labels")
     assert (settings["weights"], settings["teacher"]) == ("", str(SHIPPED_MODELS["hkd-cpu"].path))

@@ -27,6 +27,7 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+RUN_FILES = {"best.pt", "last.pt", "config.yaml", "results.csv", "results.png", "val_errors.jpg", ".lock"}
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
 @pytest.mark.usefixtures("tiny_models")
 def test_run_writes_checkpoints_settings_and_history(data_yaml: Path, tmp_path: Path) -> None:
     result = train(make_config(data_yaml, tmp_path))
-    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt", "config.yaml", "results.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == RUN_FILES
     best = load_detector_checkpoint(result.best)
     assert best.model == "mini-student" and best.spec == TINY and best.miss_rate == result.miss_rate
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
@@ -138,7 +139,7 @@ def test_full_disk_keeps_earlier_files(
     code = main([*flags, "--workers", "0", "--project", str(tmp_path), "--name", "run", "--exist-ok"])
     assert code == 1 and "No space left on device" in capsys.readouterr().err
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
-    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 
 def test_run_does_not_overwrite_its_input(data_yaml: Path, tmp_path: Path) -> None:
