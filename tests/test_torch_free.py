@@ -57,7 +57,7 @@ def test_device_modules_import_without_torch() -> None:
     ("module", "flags", "message"),
     [
         ("hkd_det.train.cli", ["--data", "citypersons", "--download"], "cityscapes-dataset.com"),
-        ("hkd_det.train.cli", ["--data", "citypersons", "--model", "mini-student"], "pip install 'hkd-det[train]'."),
+        ("hkd_det.train.cli", ["--list-layers", "--model", "mini-student"], "pip install 'hkd-det[train]'."),
         ("hkd_deploy.export.cli", ["best.pt"], "pip install 'hkd-det[train]', or export the weights on"),
         pytest.param(
             "hkd_bench.quickstart", [], ": not installed. Run pip install 'hkd-det[train]'.", marks=pytest.mark.slow
