@@ -5,6 +5,7 @@ then slows down all models alike.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from hkd_deploy.trt.onnx_file import is_external_model
 from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
+from hkd_det.metrics.coco_files import PERSON_CATEGORY_ID, CocoId, write_coco_detections
 from hkd_det.structures import Detections, Sample
 
 
@@ -50,6 +52,9 @@ class BenchOptions:
         model_configs: YAML files of the models that hkd-export did not write: one for all of them, or one per such
             model, in order. Empty selects the file next to the model.
         has_ground_truth: False for images without annotations: no miss rate is measured.
+        save_detections: File for the detections of all images in COCO's result format, see `list_detection_files`. None
+            writes no file.
+        category_id: Category id in this file.
     """
 
     device: str = "cpu"
@@ -66,6 +71,13 @@ class BenchOptions:
     command: str = ""
     model_configs: tuple[Path, ...] = ()
     has_ground_truth: bool = True
+    save_detections: Path | None = None
+    category_id: CocoId = PERSON_CATEGORY_ID
+
+    @property
+    def evaluates_images(self) -> bool:
+        """Whether each model runs on all images once."""
+        return self.has_ground_truth or self.save_detections is not None
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,14 @@ def bench(
                 results[index].append(_run_worker(job, Path(work_dir), bar))
                 if job.eval_images:
                     detections[index] = read_detections_npz(Path(job.detections_npz))
+    if options.save_detections:
+        image_ids = [sample.image_id for sample in samples]
+        files = list_detection_files(options.save_detections, [entry.name for entry in entries])
+        for file, model_detections in zip(files, detections, strict=True):
+            write_coco_detections(file, image_ids, model_detections, options.category_id)
     eval_samples = samples if options.has_ground_truth else ()
+    if not options.has_ground_truth:
+        detections = [[] for _ in entries]
     accuracies = measure_accuracy({options.data: eval_samples, **(other_ground_truths or {})}, detections)
     return BenchResult(
         schema=SCHEMA_VERSION,
@@ -201,6 +220,24 @@ def assign_model_configs(models: Sequence[Path], model_configs: Sequence[Path]) 
     return dict(zip(external, per_model, strict=False))
 
 
+def list_detection_files(path: Path, names: Sequence[str]) -> list[Path]:
+    """Return the file for the detections of each model.
+
+    Args:
+        path: Path of `--save-detections`.
+        names: Names of the models.
+
+    Returns:
+        `path` for one model; for several, the name of each is added: detections-NAME.json.
+    """
+    if len(names) == 1:
+        return [path]
+    stems = [re.sub(r"[^\w.-]+", "_", name) for name in names]
+    if len(set(stems)) < len(stems):
+        stems = [f"{index}-{stem}" for index, stem in enumerate(stems, 1)]
+    return [path.with_name(f"{path.stem}-{stem}{path.suffix}") for stem in stems]
+
+
 def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:
     if names is None:
         paths = {path for path, _ in pairs}
@@ -230,7 +267,7 @@ def _make_job(
     entry: BenchEntry, samples: Sequence[Sample], options: BenchOptions, round_index: int, work_dir: Path
 ) -> WorkerJob:
     """Build the job of one round; the first round also evaluates, so that errors in the data appear early."""
-    eval_samples = samples if options.has_ground_truth and round_index == 0 else ()
+    eval_samples = samples if options.evaluates_images and round_index == 0 else ()
     return WorkerJob(
         model=str(entry.path),
         device=options.device,
@@ -248,7 +285,7 @@ def _make_job(
 
 
 def _make_progress_bar(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
-    num_eval_images = len(samples) if options.has_ground_truth else 0
+    num_eval_images = len(samples) if options.evaluates_images else 0
     runs_per_entry = options.runs + options.rounds * (options.warmup + options.stage_runs) + num_eval_images
     return tqdm(total=len(entries) * runs_per_entry, unit="run", leave=False)
 

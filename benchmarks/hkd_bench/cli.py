@@ -15,8 +15,10 @@ from hkd_deploy.backends import BACKENDS
 from hkd_deploy.streams.sources import list_images
 from hkd_det import __version__
 from hkd_det.config import check_range
-from hkd_det.datasets.catalog import load_dataset
+from hkd_det.datasets.catalog import find_coco_source, load_dataset
+from hkd_det.datasets.coco import list_annotated_categories, read_coco_content
 from hkd_det.datasets.data_yaml import SPLITS
+from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import BENCH_INSTALL_HINT, UnavailableError, UsageError, run_command
 from hkd_det.shipped import format_model_list, resolve_model
 from hkd_det.structures import Sample
@@ -83,6 +85,8 @@ def run_bench(argv: Sequence[str] | None) -> int:
         model_configs=tuple(map(Path, flags.model_config.split(","))) if flags.model_config else (),
         command=shlex.join(["hkd-bench", *args]),
         has_ground_truth=bool(flags.data),
+        save_detections=flags.save_detections,
+        category_id=_find_category_id(datasets, flags.split),
     )
     names = flags.names.split(",") if flags.names else None
     measured = bench.bench(flags.models, samples, options, names, other_ground_truths)
@@ -90,6 +94,9 @@ def run_bench(argv: Sequence[str] | None) -> int:
     if flags.json:
         result.write_result(flags.json, measured)
         print(f"saved {flags.json}")
+    if flags.save_detections:
+        for path in bench.list_detection_files(flags.save_detections, [model.name for model in measured.models]):
+            print(f"saved {path}")
     if flags.html:
         title = _make_title([model.name for model in measured.models], measured.data, measured.split)
         examples = None
@@ -103,6 +110,17 @@ def run_bench(argv: Sequence[str] | None) -> int:
         report.write_bench_report(flags.html, measured, title=title, examples=examples)
         print(f"saved {flags.html}")
     return 0
+
+
+def _find_category_id(datasets: Sequence[str], split: str) -> int | str:
+    """Return the id of the first person class in the COCO file of a split, or 1 for other formats."""
+    source = find_coco_source(datasets[0], split) if datasets else None
+    if source is None:
+        return 1
+    categories = list_annotated_categories(read_coco_content(source.annotations))
+    roles = assign_class_roles(categories, source.category, source.ignore_category, str(source.annotations))
+    category_id: int | str = next(key for key in categories if key in roles.persons)
+    return category_id
 
 
 def _load_samples(flags: argparse.Namespace, datasets: Sequence[str]) -> list[Sample]:
@@ -173,6 +191,13 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, metavar="N", help="use only the first N images")
     parser.add_argument("--names", metavar="A,B", help="names of the models (default: the file names)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics and latency samples")
+    parser.add_argument(
+        "--save-detections",
+        type=Path,
+        metavar="FILE",
+        help="write the detections in all images as COCO JSON, for `hkd-bench score`; with several models one file "
+        "each, FILE-NAME",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one self-contained HTML file")
     flags = parser.parse_args(argv)
     if not flags.list_models:
@@ -192,6 +217,10 @@ def _check_bench_args(flags: argparse.Namespace) -> None:
         )
     if flags.max_images is not None:
         check_range("--max-images", flags.max_images, 1)
-    for flag, path in (("--json", flags.json), ("--html", flags.html)):
+    for flag, path in (
+        ("--json", flags.json),
+        ("--html", flags.html),
+        ("--save-detections", flags.save_detections),
+    ):
         if path and path.is_dir():
             raise UsageError(f"{flag} {path}: expected a file, got a directory.")

@@ -16,13 +16,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.boxes import xywh_from_xyxy
 from hkd_det.datasets.base import is_pixel_value
 from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import DataError, UsageError, first_error_line
-from hkd_det.files import read_content
+from hkd_det.files import read_content, write_text
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
+from hkd_det.structures import Detections
 
 PEDESTRIAN_CATEGORY_ID = 1  # the category that the official CityPersons program evaluates
+PERSON_CATEGORY_ID = 1  # of COCO
 
 CocoId = int | float | str
 BoxXYWH = tuple[float, float, float, float]
@@ -170,6 +173,27 @@ def read_coco_detections(path: Path, ground_truth: CocoGroundTruth) -> Detection
             f"{ground_truth.path}. The first has category_id {records[0].category_id!r}. Use the ids of that file."
         )
     return _build_table(persons, ground_truth, path)
+
+
+def write_coco_detections(
+    path: Path, image_ids: Sequence[CocoId], detections: Sequence[Detections], category_id: CocoId = PERSON_CATEGORY_ID
+) -> None:
+    """Write detections in the result format of COCO, which `read_coco_detections` and pycocotools read.
+
+    Args:
+        path: JSON file: a list of `image_id`, `category_id`, `bbox` (xywh, pixels) and `score`.
+        image_ids: Id of each image.
+        detections: Detections of each image.
+        category_id: Category of all detections.
+    """
+    records = []
+    for image_id, found in zip(image_ids, detections, strict=True):
+        boxes = xywh_from_xyxy(found.boxes_xyxy.astype(np.float64))  # so that x + width is exactly the right edge
+        records += [
+            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+            for box, score in zip(boxes.tolist(), found.scores.tolist(), strict=True)
+        ]
+    write_text(path, msgspec.json.encode(records).decode() + "\n")
 
 
 def read_other_categories(path: Path, ground_truth: CocoGroundTruth) -> dict[CocoId, DetectionTable]:

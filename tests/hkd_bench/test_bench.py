@@ -1,5 +1,7 @@
 """Tests of `hkd-bench` on a model whose detections are known: metrics, files, report, invalid input."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -9,10 +11,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pycocotools.coco
+import pycocotools.cocoeval
 import pytest
 import yaml
 
-from hkd_bench.bench import BenchOptions, assign_model_configs, bench
+from hkd_bench.bench import BenchOptions, assign_model_configs, bench, list_detection_files
 from hkd_bench.cli import main
 from hkd_bench.host import read_host_fields
 from hkd_bench.report import write_bench_report
@@ -246,6 +250,7 @@ def test_memory_excludes_the_runtime(result: BenchResult) -> None:
         (["MODEL", "--data", "DATA", "--backend", "openvino,"], 2, "--backend: expected one of"),
         (["MODEL", "--data", "DATA", "--device", "cuda"], 1, "cuda"),
         (["MODEL", "--data", "DATA", "--max-images", "0"], 2, "--max-images"),
+        (["MODEL", "--data", "DATA", "--save-detections", "."], 2, "--save-detections .: expected a file"),
         (["MODEL", "--data", "DATA", "--names", "a,b"], 2, "--names"),
         (["MODEL", "--data", "DATA", "--names", " "], 2, "--names"),
         (["MODEL", "--data", "DATA", "--images", "."], 2, "exactly one of them"),
@@ -288,3 +293,68 @@ def test_missing_package_gives_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tabulate" else object())
     assert main(["x.onnx"]) == 1
     assert capsys.readouterr().err == "hkd-bench: tabulate: not installed. Run pip install 'hkd-det[bench]'.\n"
+
+
+def write_coco_data(directory: Path, half_right: Path, person_id: int) -> Path:
+    """Write the annotations of `half_right` with other ids: of the images, and of the category after a car."""
+    content = json.loads((half_right.parent / "all.json").read_text())
+    for image in content["images"]:
+        image["id"] += 70
+    for annotation in content["annotations"]:
+        annotation |= {"image_id": annotation["image_id"] + 70, "category_id": person_id}
+    content["categories"] = [{"id": 1, "name": "car"}, {"id": person_id, "name": "Pedestrian"}]
+    (directory / "val.json").write_text(json.dumps(content))
+    source = {"images": str(half_right.parent), "annotations": "val.json"}
+    (directory / "data.yaml").write_text(yaml.safe_dump({"format": "coco", "val": source}))
+    return directory / "data.yaml"
+
+
+def test_saved_detections_have_the_miss_rate_of_bench(
+    model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`hkd-bench score` and pycocotools read the file."""
+    data = write_coco_data(tmp_path, half_right, person_id=5)
+    saved, out = tmp_path / "new" / "detections.json", tmp_path / "bench.json"
+    flags = [str(model), "--data", str(data), "--runs", "3", "--json", str(out), "--save-detections", str(saved)]
+    assert main(flags) == 0
+    assert f"saved {saved}" in capsys.readouterr().out
+    records = json.loads(saved.read_text())
+    assert [{**record, "score": round(record["score"], 4)} for record in records] == [
+        {"image_id": image_id, "category_id": 5, "bbox": [40, 10, 32, 70], "score": round(32 * 70 / (96 * 160), 4)}
+        for image_id in (71, 72)
+    ]
+    scores = tmp_path / "scores.json"
+    files = ["--annotations", str(tmp_path / "val.json"), "--detections", str(saved), "--json", str(scores)]
+    assert main(["score", *files, "--protocol", "citypersons"]) == 0
+    assert json.loads(scores.read_text())["miss_rate"]["Reasonable"] == pytest.approx(0.5)
+    assert read_result(out).models[0].miss_rates["Reasonable"] == pytest.approx(0.5)
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth = pycocotools.coco.COCO(str(tmp_path / "val.json"))
+        for annotation in ground_truth.anns.values():
+            annotation |= {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0}
+        evaluation = pycocotools.cocoeval.COCOeval(ground_truth, ground_truth.loadRes(str(saved)), "bbox")
+        evaluation.params.catIds = [5]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert evaluation.stats[8] == pytest.approx(0.5)  # one of two people is found: recall 0.5
+
+
+def test_saved_detections_of_several_models_and_of_images(
+    model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "detections.json"
+    flags = [str(model), str(model), "--names", "one,two/b", "--images", str(half_right.parent), "--runs", "3"]
+    assert main([*flags, "--save-detections", str(saved)]) == 0
+    files = [tmp_path / "detections-one.json", tmp_path / "detections-two_b.json"]
+    printed = capsys.readouterr().out
+    assert not saved.exists() and all(f"saved {file}" in printed for file in files)
+    contents = [json.loads(file.read_text()) for file in files]
+    assert [[record["image_id"] for record in content] for content in contents] == [["1.png", "2.png"]] * 2
+    assert contents[0][0]["category_id"] == 1
+
+
+def test_detection_files_have_unique_names(tmp_path: Path) -> None:
+    names = [file.name for file in list_detection_files(tmp_path / "d.json", ["a/b", "a_b", "c"])]
+    assert names == ["d-1-a_b.json", "d-2-a_b.json", "d-3-c.json"]
+    assert list_detection_files(tmp_path / "d.json", ["a/b"]) == [tmp_path / "d.json"]
