@@ -222,9 +222,13 @@ def make_stated_size_error(path: Path, stated_hw: tuple[int, int], size_hw: tupl
     Returns:
         The error, for the caller to raise.
     """
+    cause, hint = "", "Use the images that were annotated, or scale the boxes and the stated size"
+    if read_image_header(path).stored_hw == stated_hw:
+        cause = ": its EXIF orientation turns it"
+        hint = "Annotate the upright image, or remove the orientation from the file"
+    stated, actual = f"{stated_hw[1]} x {stated_hw[0]}", f"{size_hw[1]} x {size_hw[0]}"
     return DatasetError(
-        f"{path}: expected {stated_hw[1]} x {stated_hw[0]} pixels as annotated, got {size_hw[1]} x {size_hw[0]}. Use "
-        "the images that were annotated, or scale the boxes and the stated size.",
+        f"{path}: expected {stated} pixels as annotated, got {actual}{cause}. {hint}.",
         "image_size",
         path,
     )

@@ -1,6 +1,7 @@
 """Size and orientation of image files of all formats, compared with Pillow."""
 
 import io
+import json
 import struct
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def test_labels_of_turned_images_refer_to_the_upright_image(tmp_path: Path) -> N
     for sample in samples:
         assert sample.size_hw == read_image(sample.path).shape[:2] == (48, 32)
         assert sample.ground_truth.boxes_xyxy.tolist() == [[0, 18, 16, 30]]
+
+
+def test_annotated_size_of_stored_pixels_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "turned.jpg").write_bytes(encode("JPEG", 6))
+    path = tmp_path / "data.yaml"
+    path.write_text("format: coco\ntrain: {images: ., annotations: all.json}\n")
+    image = {"id": 1, "file_name": "turned.jpg", "width": 48, "height": 32}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"turned\.jpg: .*got 32 x 48: its EXIF orientation turns it\. Annotate"):
+        load_dataset(str(path), "train")
+    content["images"] = [{**image, "width": 32, "height": 48}]
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    assert load_dataset(str(path), "train")[0].size_hw == (48, 32)
 
 
 def test_file_without_header_is_an_error(tmp_path: Path) -> None:
