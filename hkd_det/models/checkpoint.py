@@ -99,6 +99,7 @@ class DetectorCheckpoint:
         epoch: Number of finished epochs.
         miss_rate: Log-average miss rate on the validation split, 0 to 1.
         changes: Changes made to the architecture.
+        path: File that contains the checkpoint, for error messages.
     """
 
     model: str
@@ -108,6 +109,7 @@ class DetectorCheckpoint:
     epoch: int
     miss_rate: float
     changes: ModelChanges = NO_CHANGES
+    path: Path = Path("best.pt")
 
     @classmethod
     def from_detector(
@@ -133,9 +135,19 @@ class DetectorCheckpoint:
 
         Returns:
             The detector.
+
+        Raises:
+            DataError: The weights do not fit the architecture of the file.
         """
-        detector = build_from_spec(self.spec, self.changes)
-        detector.load_state_dict(self.weights)
+        try:
+            detector = build_from_spec(self.spec, self.changes)
+            detector.load_state_dict(self.weights)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, MemoryError, UsageError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise DataError(
+                f"{self.path}: its weights do not fit its architecture ({reason}). Another version of hkd-det wrote "
+                "it, or it is damaged. Export it with that version, or train again."
+            ) from error
         return detector.eval()
 
 
@@ -175,6 +187,9 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
     """
     content = _read_checkpoint(path, "detector", "Provide the best.pt of a finished run.")
     try:
+        for key, cls in {"model": str, "config": dict, "epoch": int, "miss_rate": float, "weights": dict}.items():
+            if not isinstance(content[key], cls):
+                raise TypeError(f"{key}: expected {cls.__name__}, got {type(content[key]).__name__}")
         changes = dict(content["changes"])
         return DetectorCheckpoint(
             content["model"],
@@ -184,8 +199,9 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
             content["epoch"],
             content["miss_rate"],
             ModelChanges(changes["widths"], tuple(changes["separable"])),
+            path,
         )
-    except (KeyError, TypeError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise DataError(
             f"{path}: written by another version of hkd-det ({first_error_line(error)}). "
             "Train or export it with that version."

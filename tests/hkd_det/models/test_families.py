@@ -231,3 +231,25 @@ def test_batch_order_does_not_change_predictions(detector: BaseDetector) -> None
         flipped: tuple[Tensor, Tensor] = detector.predict(IMAGES.flip(0), max_det=5)
     torch.testing.assert_close(flipped[1].flip(0), scores)
     torch.testing.assert_close(flipped[0].flip(0)[:, 0], boxes[:, 0], atol=1e-3, rtol=1e-4)
+
+
+def test_checkpoint_with_other_weights_is_an_error(tmp_path: Path) -> None:
+    spec = SPECS["hkd"]()
+    detector = build_from_spec(spec)
+    weights, path = detector.state_dict(), tmp_path / "best.pt"
+    name = next(iter(weights))
+    for other in (
+        {f"body.{key}": value for key, value in weights.items()},
+        {**weights, name: torch.zeros(3, 3)},
+        {**weights, name: "text"},
+        {},
+    ):
+        save_detector_checkpoint(path, DetectorCheckpoint("tiny", spec, other, {}, 1, 0.5))
+        with pytest.raises(DataError, match=r"best\.pt: its weights do not fit its architecture") as caught:
+            load_detector_checkpoint(path).build()
+        assert "\n" not in str(caught.value)
+    for changes in ({"weights": [1]}, {"config": "x"}, {"model": 5}):
+        content = torch.load(path, weights_only=True)
+        torch.save({**content, **changes}, path)
+        with pytest.raises(DataError, match=r"best\.pt: written by another version"):
+            load_detector_checkpoint(path)
