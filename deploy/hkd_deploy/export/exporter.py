@@ -66,6 +66,8 @@ def export_and_verify(
 ) -> Parity:
     """Export a detector to ONNX and add the file to a verification.
 
+    The metadata contain the suggested score threshold of the verification, if it has one.
+
     Args:
         checkpoint: The trained detector.
         path: ONNX file to write.
@@ -83,6 +85,7 @@ def export_and_verify(
         export_onnx(checkpoint, temp_path, options)
         parity = verification.add(ExportedModel(path, "onnxruntime", is_exact=True), temp_path)
         assert parity is not None  # only models of reduced precision are skipped
+        _write_suggested_conf(temp_path, verification.suggest_conf())
     return parity
 
 
@@ -210,6 +213,15 @@ def _get_dynamic_axes(options: ExportOptions, names: list[str]) -> dict[str, dic
         for name in names:
             axes[name][1] = "anchor_points"
     return axes
+
+
+def _write_suggested_conf(path: Path, conf: float | None) -> None:
+    if conf is None:
+        return
+    model = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**metadata, "hkd.conf": f"{conf:.3f}"})
+    onnx.save(model, path)
 
 
 def _describe_preprocess(options: ExportOptions) -> dict[str, object]:

@@ -27,6 +27,7 @@ from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, first_error_line
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import NO_GROUND_TRUTH
+from hkd_det.metrics.operating_point import suggest_operating_point
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
 from hkd_det.text_table import format_table
@@ -34,6 +35,7 @@ from hkd_det.text_table import format_table
 TABLE_HEADER = ("model", "backend", "boxes", "scores", "miss rate", "increase")
 NOT_MEASURED, NO_DETECTION = "not measured", "no detection"
 NUM_PARITY_IMAGES = 16
+MIN_PERSONS_FOR_CONF = 50  # the threshold of fewer persons is that of single images
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Verification:
         self._reference, self._data = reference, data
         self._image_paths, self._samples = image_paths, samples
         self._reference_outputs: ReferenceOutputs | None = None
+        self._reference_detections: list[Detections] | None = None
         self._rows: list[VerificationRow] = []
 
     def add(self, model: ExportedModel, temp_path: Path | None = None) -> Parity | None:
@@ -125,6 +128,25 @@ class Verification:
         """
         self._rows.append(VerificationRow(model, None, reason))
 
+    def suggest_conf(self) -> float | None:
+        """Return the score threshold with the highest F1 score of the reference in the setup Reasonable.
+
+        Returns:
+            The threshold, rounded down to three decimals. None if it cannot be measured, if the samples have fewer than
+            `MIN_PERSONS_FOR_CONF` persons, or if the reference detects none of them.
+        """
+        if self._get_miss_rate_skip_reason():
+            return None
+        try:
+            results = evaluate_detections(self._samples, self._predict_reference(), [REASONABLE])
+        except DataError:  # `format_table` reports it
+            return None
+        result = results[REASONABLE.name]
+        point = suggest_operating_point(result)
+        if result.num_gt < MIN_PERSONS_FOR_CONF or not point.recall:
+            return None
+        return math.floor(1000 * point.threshold) / 1000
+
     def format_table(self, known_miss_rates: Mapping[tuple[Path, str], float]) -> str:
         """Measure the miss rates and return the table, one line per model.
 
@@ -135,7 +157,7 @@ class Verification:
         reference_rate = None
         try:
             if not no_rate:
-                reference_rate = _compute_miss_rate(reference.predict(self._samples), self._samples)
+                reference_rate = _compute_miss_rate(self._predict_reference(), self._samples)
         except DataError as error:  # an image is larger than a graph with an in-graph letterbox accepts
             no_rate = NOT_MEASURED
             notes.append(str(error))
@@ -171,6 +193,11 @@ class Verification:
                 reference.run, reference.options, self._image_paths, reference.backend
             )
         return self._reference_outputs
+
+    def _predict_reference(self) -> list[Detections]:
+        if self._reference_detections is None:
+            self._reference_detections = self._reference.predict(self._samples)
+        return self._reference_detections
 
     def _make_parity_error(self, model: ExportedModel, parity: Parity, path: Path) -> ParityError:
         location = f"the layer that differs cannot be located on {model.backend}"

@@ -1,6 +1,7 @@
 """`hkd-export --verify`: table, miss rates, and refusal of models that differ."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from hkd_deploy import open_detector
 from hkd_deploy.export import exporter
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.directories import export_openvino
@@ -17,6 +19,7 @@ from hkd_deploy.export.verify import ExportedModel, Verification
 from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
+from hkd_det.structures import Detections, GroundTruth, Sample
 
 HW = (96, 160)  # input size of `tiny_onnx`, which returns the bounding box of all bright pixels
 SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12)
@@ -227,3 +230,60 @@ def test_export_that_differs_names_worst_layer(
     assert f"best.onnx: not written: differs from {weights} on torch (boxes: " in error
     assert "the first stage that differs is head" in error and "the worst layer is head.one2many (" in error
     assert sorted(weights.parent.iterdir()) == files
+
+
+def make_scored_samples(path: Path, num_images: int) -> tuple[list[Sample], list[Detections]]:
+    """Return images with one person each, and detections: 80 % of the persons and twice as many false positives."""
+    rng = np.random.default_rng(0)
+    person, elsewhere = np.array([[10, 10, 40, 90]], np.float32), np.array([[200, 10, 230, 90]], np.float32)
+    samples, detections = [], []
+    for number in range(num_images):
+        gt = GroundTruth(person, np.array([False]), person, ("person",))
+        samples.append(Sample(number, path, gt, (100, 300)))
+        boxes = np.concatenate([person] * (number % 5 > 0) + [elsewhere] * 2)
+        scores = np.concatenate([rng.uniform(0.3, 1, len(boxes) - 2), rng.uniform(0, 0.6, 2)])
+        detections.append(Detections(boxes, scores))
+    return samples, detections
+
+
+def compute_best_threshold(detections: list[Detections]) -> float:
+    """Compute F1 = 2 TP / (detections + persons) at every score, by counting."""
+    rows = [(float(score), box[0] < 100) for one in detections for box, score in one]
+
+    def compute_f1(limit: float) -> float:
+        num_hits = sum(hit for score, hit in rows if score >= limit)
+        return 2 * num_hits / (sum(score >= limit for score, _ in rows) + len(detections))
+
+    return max((score for score, _ in rows), key=lambda score: (compute_f1(score), score))
+
+
+@pytest.mark.parametrize(("num_images", "is_suggested"), [(49, False), (50, True), (200, True)])
+def test_suggest_conf_has_highest_f1(
+    tiny_onnx: Callable[..., Path], tmp_path: Path, num_images: int, is_suggested: bool
+) -> None:
+    samples, detections = make_scored_samples(tmp_path / "image.png", num_images)
+    reference = replace(make_onnx_reference(tiny_onnx()), predict=lambda _samples: detections)
+    conf = Verification(reference, [], samples, "street").suggest_conf()
+    if not is_suggested:
+        assert conf is None
+        return
+    threshold = compute_best_threshold(detections)
+    assert conf is not None and threshold - 0.001 < conf <= threshold
+    nothing = replace(reference, predict=lambda _samples: [Detections.empty()] * num_images)
+    assert Verification(nothing, [], samples, "street").suggest_conf() is None
+    assert Verification(reference, [], [], "street").suggest_conf() is None
+
+
+def test_exported_weights_contain_suggested_conf(weights: Path, street: Callable[..., Path], tmp_path: Path) -> None:
+    """The verification of six images suggests none; one that suggests a value writes it, and predicts once."""
+    data, out = street(), tmp_path / "out.onnx"
+    flags = [str(weights), "--output", str(out), "--data", str(data)]
+    assert main(flags) == 0
+    before = open_detector(out)
+    assert before.metadata.conf is None and before.default_conf == 0.3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Verification, "suggest_conf", lambda _self: 0.1234)
+        assert main(flags) == 0
+    after = open_detector(out)
+    assert after.default_conf == 0.123
+    assert replace(after.metadata, conf=None, date="") == replace(before.metadata, date="")
