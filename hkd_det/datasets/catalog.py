@@ -14,7 +14,7 @@ in the dataset, or `set00-set05` for Caltech. docs/reference/dataset-yaml.md des
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def list_splits(data: str) -> list[str]:
     return open_entry(data, _list_formats()).splits
 
 
-def find_common_images(samples: list[Sample], others: list[Sample]) -> list[Sample]:
+def find_common_images(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
     """Return the samples whose image files also belong to another split.
 
     Args:

@@ -277,10 +277,16 @@ def _check_splits(
     logs: Mapping[str, _ProblemLog],
     searches: Sequence[DuplicateSearch],
 ) -> None:
-    """Report a missing split val, and images that belong to two splits."""
+    """Report a missing split val, splits without persons, and images that belong to two splits."""
     if "val" not in checked:
         message = f"{data}: no split val, so nothing is measured during training. Add `val: DIR` or `val_ratio: 0.2`."
         logs[next(iter(logs))].add(DatasetError(message, "no_val_split", data, is_error=False))
+    for split, one in checked.items():
+        summary = one.report.summary
+        if summary.num_images and not summary.num_gt and split != "test":
+            message = f"{data}: the split {split} has no person to detect. Set `category`, or correct the labels."
+            has_other_boxes = bool(summary.num_ignore_regions or summary.unused_classes)
+            logs[split].add(DatasetError(message, "no_persons", data, summary.num_images, has_other_boxes))
     for first, second in combinations(checked, 2):
         common = find_common_images(checked[second].samples, checked[first].samples)
         counts = f"{len(common)} of {len(checked[second].samples)} images of {second}"

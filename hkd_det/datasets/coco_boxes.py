@@ -48,7 +48,7 @@ def parse_coco_box(record: dict[str, Any], size_hw: SizeHW | None, where: str) -
     Raises:
         DataError: A value is invalid, or the box is outside the image.
     """
-    full = _parse_bbox(record, "bbox", where) if record.get("bbox") is not None else None
+    full = _parse_bbox(record, "bbox", where) if record.get("bbox") not in (None, []) else None
     if full is None or box_area(full)[0] <= 0:
         outline = _bound_segmentation(record.get("segmentation"), where)
         full = outline if outline is not None else full

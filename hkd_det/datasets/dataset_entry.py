@@ -1,6 +1,6 @@
 """The dataset that `--data` names: an entry of datasets.yaml, a data yaml, or an export of a labeling tool."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,19 @@ def _open_yaml(data: str, path: Path, formats: Mapping[str, Options]) -> Dataset
         exported, export_root = describe_export(root)  # a data YAML that adds settings to an export
         return DatasetEntry(name, {**exported, **content}, (export_root,), tuple(notices))
     roots = (root, path.parent) if root.is_dir() else (path.parent, root)  # `path` can be that of another machine
+    is_yolo = content.get("format", "yolo") == "yolo"
+    if (
+        is_yolo and "test" in content and not _has_source(content["test"], roots)
+    ):  # Roboflow names a split test in any case
+        message = f"{name}: test: {content['test']!r:.80} does not exist. Correct or remove the line."
+        notices.append(DatasetError(message, "no_test_split", name, is_error=False))
+        content = {key: value for key, value in content.items() if key != "test"}
     return DatasetEntry(name, content, tuple(dict.fromkeys(roots)), tuple(notices))
+
+
+def _has_source(source: Any, roots: Sequence[Path]) -> bool:
+    """Return whether a split that is a path exists; a split of another form counts as existing."""
+    return not isinstance(source, str) or locate_path(source, roots).exists()
 
 
 def read_catalog_entry(data: str, formats: Mapping[str, Options]) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def locate_path(name: str, roots: Sequence[Path]) -> Path:
             parts = parts[parts.index("..") + 1 :]
         starts = range(len(parts))
     else:  # a copy of the dataset in another directory
-        starts = range(1, 2 if parts[:1] == ["data"] or len(parts) > 2 else 1)
+        is_repeated = parts[:1] in (["data"], *([root.name] for root in roots))
+        starts = range(1, 2 if is_repeated or len(parts) > 2 else 1)
     for start in starts:
         for root in roots:
             candidate = root.joinpath(*parts[start:])

@@ -25,6 +25,7 @@ from hkd_det.datasets.base import (
     show_progress,
     xyxy_from_inclusive,
 )
+from hkd_det.datasets.coco_boxes import find_form_error
 from hkd_det.datasets.image_files import is_hidden, list_image_files, merge_repeated_images
 from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_roles, report_unused_classes
 from hkd_det.errors import DataError
@@ -111,6 +112,7 @@ def read_voc(
         roles = assign_class_roles(
             {name: name for name in class_names}, category, ignore_category, str(layout.annotations)
         )
+    _report_form(documents, layout.annotations, on_error)
     samples = []
     for name, document in documents.items():
         try:
@@ -231,6 +233,19 @@ def _select_image(name: str, document: VocDocument, layout: VocLayout, path: Pat
             )
         return stated[0]
     return images[0] if images else layout.image_dir / f"{name}.jpg"
+
+
+def _report_form(documents: dict[str, VocDocument], where: Path, on_error: ErrorHandler) -> None:
+    """Report boxes that are relative, or of images of another size."""
+    boxes = [(corners, document.size_hw) for document in documents.values() for _, corners, _ in document.objects]
+    records = [{"bbox": [x1, y1, x2 - x1, y2 - y1]} for (x1, y1, x2, y2), _ in boxes]
+    if error := find_form_error(records, [size_hw for _, size_hw in boxes], str(where)):
+        message = (
+            f"{where}: {error.count} of {len(boxes)} boxes are relative or reach beyond their image. Expected xmin, "
+            "ymin, xmax and ymax in pixels of the image files. Convert or scale the boxes."
+        )
+        kind = "boxes_normalized" if error.kind == "boxes_normalized" else "boxes_beyond_image"
+        on_error(DatasetError(message, kind, where, error.count))
 
 
 def _report_difficult(samples: list[Sample], where: Path, on_error: ErrorHandler) -> None:

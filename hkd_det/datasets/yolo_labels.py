@@ -12,6 +12,7 @@ from hkd_det.image import IMAGE_SUFFIXES
 LABEL_DIRECTORIES = ("labels", "label")
 IMAGE_DIRECTORIES = ("images", "image", "imgs", "img", "jpegimages")
 LABEL_SUFFIX = ".txt"
+MAX_SEARCHED_FILES = 100_000
 SPLIT_DIRECTORIES = ("train", "training", "val", "valid", "validation", "test")
 
 
@@ -66,7 +67,8 @@ class LabelSearch:
         num_images, num_unlabeled = len(self.image_paths), len(self.unlabeled)
         if num_unlabeled == num_images:
             expected = get_label_path(self.image_paths[0])
-            unread = "".join(f" {len(orphans)} label files belong to no image, such as {one}." for one in orphans[:1])
+            files = orphans or self._search_label_files()
+            unread = "".join(f" {len(files)} label files are not read, such as {one}." for one in files[:1])
             on_error(
                 DatasetError(
                     f"{where}: no label file for {num_images} of {num_images} images, expected for example {expected}."
@@ -133,6 +135,20 @@ class LabelSearch:
                         len(paths),
                     )
                 )
+
+    def _search_label_files(self) -> list[Path]:
+        """Return label files anywhere near the images, to name them in the message that no label file was found."""
+        directory = self.image_paths[0].parent.absolute()
+        names = [part.casefold() for part in directory.parts]
+        levels = [len(names) - index for index, name in enumerate(names) if name in IMAGE_DIRECTORIES]
+        root = directory.parents[min([*levels, 2]) - 1] if len(directory.parents) > 1 else directory
+        found = []
+        for number, path in enumerate(list_files(root, lambda _: None)):
+            if number >= MAX_SEARCHED_FILES:
+                break
+            if path.suffix.lower() == LABEL_SUFFIX and is_label_file(path):
+                found.append(path)
+        return found
 
     def _find(self, image_path: Path) -> Path | None:
         names = (f"{image_path.stem}{LABEL_SUFFIX}", f"{image_path.name}{LABEL_SUFFIX}")

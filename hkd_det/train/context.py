@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from hkd_det.datasets import Sample
+from hkd_det.datasets.base import DatasetError, log_notices
+from hkd_det.datasets.catalog import find_common_images
 from hkd_det.distill import load_method
 from hkd_det.distill.base import RunContext
 from hkd_det.distill.distiller import Distiller, build_methods
@@ -165,7 +167,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_annotations(config: TrainConfig, train_samples: Sequence[Sample], val_samples: Sequence[Sample]) -> None:
-    """Check before training that both splits contain persons.
+    """Check before training that both splits contain persons, and log images that belong to both.
 
     Args:
         config: Configuration with the evaluation setup.
@@ -177,6 +179,12 @@ def check_annotations(config: TrainConfig, train_samples: Sequence[Sample], val_
     """
     if all(sample.ground_truth.ignore.all() for sample in train_samples):
         raise DataError(f"--data {config.data}: the train split contains no person. Check it with hkd-train --check.")
+    if common := find_common_images(val_samples, train_samples):
+        message = (
+            f"--data {config.data}: {len(common)} of {len(val_samples)} validation images are also training images, so "
+            "the miss rate is too good. Use other images as val."
+        )
+        log_notices([DatasetError(message, "same_images", is_error=False)])
     setup = SETUPS[config.setup]
     if evaluate_detections(val_samples, [], [setup])[setup.name].num_gt == 0:
         raise DataError(

@@ -68,11 +68,14 @@ def test_no_label_file_is_an_error_with_counts(tmp_path: Path) -> None:
     (tmp_path / "labels/train/classes.txt").write_text("person\ncar\n")
     counts, problems = read(tmp_path / "images/train")
     assert counts == [0, 0] and set(problems) == {"no_labels", "label_without_image"}
-    assert "2 of 2 images" in str(problems["no_labels"]) and "2 label files belong to no image" in str(
-        problems["no_labels"]
-    )
+    assert "2 of 2 images" in str(problems["no_labels"]) and "2 label files are not read" in str(problems["no_labels"])
     with pytest.raises(DataError, match="no label file for 2 of 2"):
         read_yolo(tmp_path / "images/train", NAMES)
+
+
+def test_label_files_in_another_directory_are_counted(tmp_path: Path) -> None:
+    write_files(tmp_path, "images/train/a.jpg", "texts/a.txt", "texts/b.txt")
+    assert "2 label files are not read" in str(read(tmp_path / "images/train")[1]["no_labels"])
 
 
 def test_label_file_without_image_is_an_error(tmp_path: Path) -> None:

@@ -248,6 +248,40 @@ def test_unknown_key_is_a_warning_and_a_misspelled_one_an_error(tmp_path: Path) 
         load_dataset(write_data(tmp_path, train="images", names=["person"], catagory="x"), "train")
 
 
+def test_missing_test_split_is_a_warning(tmp_path: Path) -> None:
+    write_roboflow_yolo(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    assert list_splits(str(tmp_path)) == ["train", "val"]
+    problems: list[DataError] = []
+    load_dataset(str(tmp_path), "train", problems.append)
+    assert [error.kind for error in problems if isinstance(error, DatasetError)] == ["no_test_split"]
+
+
+def test_pascal_voc_list_has_names_with_blanks(tmp_path: Path) -> None:
+    write_cvat_voc(tmp_path)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("IMG 001  1\nIMG 001.jpg\ncam\\IMG 002 -1\n")
+    problems: list[DataError] = []
+    (tmp_path / "data.yaml").write_text("format: voc\ntrain: train\n")
+    samples = load_dataset(str(tmp_path / "data.yaml"), "train", problems.append)
+    assert [sample.image_id for sample in samples] == ["IMG 001", "cam/IMG 002"]
+    assert [error.kind for error in problems if isinstance(error, DatasetError)] == ["repeated_image"]
+
+
+def test_pascal_voc_problems_are_reported(tmp_path: Path) -> None:
+    text = VOC.format(name="a").replace("</name>", "</name><difficult>true</difficult>")
+    write_labeled(tmp_path / "train" / "a.jpg", tmp_path / "train" / "a.xml", text)
+    with pytest.raises(DataError, match="all 1 persons are difficult"):
+        load_dataset(str(tmp_path), "train")
+    (tmp_path / "train" / "a.xml").write_text(VOC.format(name="b"))
+    write_image(tmp_path / "train" / "a.jpeg")
+    with pytest.raises(DataError, match=r"a\.xml: annotation file of 2 images"):
+        load_dataset(str(tmp_path), "train")
+    (tmp_path / "train" / "a.jpeg").unlink()
+    (tmp_path / "train" / "a.xml").write_text(VOC.format(name="a").replace("<width>100", "<width>200"))
+    with pytest.raises(DataError, match=r"a\.jpg: expected 200 x 60 pixels as annotated, got 100 x 60"):
+        load_dataset(str(tmp_path), "train")
+
+
 def test_missing_val_names_the_remedy(tmp_path: Path) -> None:
     for index in range(10):
         write_labeled(tmp_path / "images" / f"{index}.jpg", tmp_path / "labels" / f"{index}.txt")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models import zoo as sizes
@@ -24,6 +25,7 @@ from hkd_det.models.checkpoint import (
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
+from hkd_det.train.context import check_annotations
 from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
@@ -179,3 +181,11 @@ def test_checkpoint_of_other_model_is_rejected(data_yaml: Path, tmp_path: Path) 
     broken.write_bytes((tmp_path / "best.pt").read_bytes()[:1000])
     with pytest.raises(DataError, match="not a checkpoint"):
         load_detector_checkpoint(broken)
+
+
+def test_validation_images_of_the_training_are_logged(
+    data_yaml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = load_dataset(str(data_yaml), "train")
+    check_annotations(make_config(data_yaml, tmp_path), samples, samples)
+    assert "validation images are also training images" in caplog.text
