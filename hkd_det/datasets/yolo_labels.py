@@ -1,5 +1,6 @@
 """Search of YOLO label files, and problems between images and label files."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -41,6 +42,7 @@ class LabelSearch:
         self.image_paths, self.sources = image_paths, sources
         self._indices: dict[Path, dict[str, Path]] = {}
         self._candidates: dict[Path, list[Path]] = {}
+        self._resolved: dict[Path, str] = {}
 
     @cached_property
     def labels(self) -> dict[Path, Path]:
@@ -184,14 +186,21 @@ class LabelSearch:
                     for path in list_files(root, lambda _: None):
                         if path.suffix.lower() == LABEL_SUFFIX:
                             directories.setdefault(path.parent, set())
-        used = {label.resolve() for label in self.labels.values()}
-        seen: set[Path] = set()
+        seen = {self._make_key(label) for label in self.labels.values()}
         for directory, stems in directories.items():
+            known = stems | _list_image_stems(directory)
             for path in dict.fromkeys(self._index(directory).values()):
+                key = self._make_key(path)
                 names = {path.stem.casefold(), Path(path.stem).stem.casefold()}
-                if path.resolve() not in used | seen and not names & (stems | _list_image_stems(directory)):
-                    seen.add(path.resolve())
+                if key not in seen and not names & known:
                     yield path
+                seen.add(key)
+
+    def _make_key(self, path: Path) -> str:
+        """Return the path of a file whose directory is resolved once."""
+        if path.parent not in self._resolved:
+            self._resolved[path.parent] = str(path.parent.resolve())
+        return f"{self._resolved[path.parent]}/{path.name}"
 
 
 def is_label_file(path: Path) -> bool:
@@ -254,7 +263,7 @@ def _list_named_directories(directory: Path, names: Sequence[str]) -> list[Path]
 
 def _list_directory(directory: Path) -> list[Path]:
     try:
-        return sorted(path for path in directory.iterdir() if not is_hidden(path.name))
+        return [directory / name for name in sorted(os.listdir(directory)) if not is_hidden(name)]  # noqa: PTH208 - fast
     except OSError:
         return []
 
