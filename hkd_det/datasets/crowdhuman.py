@@ -17,6 +17,7 @@ from hkd_det.datasets.base import (
     filter_missing_images,
     is_pixel_value,
     make_size_error,
+    parse_flag,
     raise_error,
     show_progress,
 )
@@ -96,7 +97,9 @@ def _parse_record(record: Any, where: str) -> CrowdHumanRecord:
     if not isinstance(record, dict) or record.get("tag") not in ("person", "mask"):
         raise DataError(f"{where}: tag: expected person or mask.")
     extra = record.get("extra")
-    ignore = record["tag"] == "mask" or bool(isinstance(extra, dict) and extra.get("ignore"))
+    ignore = record["tag"] == "mask" or (
+        isinstance(extra, dict) and parse_flag(extra.get("ignore"), f"{where}: extra.ignore")
+    )
     box = _parse_box(record.get("fbox"), "fbox", where)
     return box, _parse_box(record["vbox"], "vbox", where) if "vbox" in record else box, ignore, record["tag"]
 
