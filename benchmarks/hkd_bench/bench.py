@@ -54,7 +54,8 @@ class BenchOptions:
         has_ground_truth: False for images without annotations: no miss rate is measured.
         save_detections: File for the detections of all images in COCO's result format, see `list_detection_files`. None
             writes no file.
-        category_id: Category id in this file.
+        category_id: Category id in this file if the images have the ids of a COCO file. None for other data: the image
+            id is then the file name, and the category id is 1.
     """
 
     device: str = "cpu"
@@ -72,7 +73,7 @@ class BenchOptions:
     model_configs: tuple[Path, ...] = ()
     has_ground_truth: bool = True
     save_detections: Path | None = None
-    category_id: CocoId = PERSON_CATEGORY_ID
+    category_id: CocoId | None = None
 
     @property
     def evaluates_images(self) -> bool:
@@ -141,10 +142,9 @@ def bench(
                 if job.eval_images:
                     detections[index] = read_detections_npz(Path(job.detections_npz))
     if options.save_detections:
-        image_ids = [sample.image_id for sample in samples]
         files = list_detection_files(options.save_detections, [entry.name for entry in entries])
         for file, model_detections in zip(files, detections, strict=True):
-            write_coco_detections(file, image_ids, model_detections, options.category_id)
+            _write_detections(file, samples, model_detections, options.category_id)
     eval_samples = samples if options.has_ground_truth else ()
     if not options.has_ground_truth:
         detections = [[] for _ in entries]
@@ -236,6 +236,16 @@ def list_detection_files(path: Path, names: Sequence[str]) -> list[Path]:
     if len(set(stems)) < len(stems):
         stems = [f"{index}-{stem}" for index, stem in enumerate(stems, 1)]
     return [path.with_name(f"{path.stem}-{stem}{path.suffix}") for stem in stems]
+
+
+def _write_detections(
+    path: Path, samples: Sequence[Sample], detections: Sequence[Detections], category_id: CocoId | None
+) -> None:
+    image_ids: list[CocoId] = [sample.image_id for sample in samples]
+    names = [sample.path.name for sample in samples]
+    if category_id is None and len(set(names)) == len(names):
+        image_ids = [*names]
+    write_coco_detections(path, image_ids, detections, PERSON_CATEGORY_ID if category_id is None else category_id)
 
 
 def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:

@@ -112,11 +112,11 @@ def run_bench(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _find_category_id(datasets: Sequence[str], split: str) -> int | str:
-    """Return the id of the first person class in the COCO file of a split, or 1 for other formats."""
+def _find_category_id(datasets: Sequence[str], split: str) -> int | str | None:
+    """Return the id of the first person class in the COCO file of a split, or None for other formats."""
     source = find_coco_source(datasets[0], split) if datasets else None
     if source is None:
-        return 1
+        return None
     categories = list_annotated_categories(read_coco_content(source.annotations))
     roles = assign_class_roles(categories, source.category, source.ignore_category, str(source.annotations))
     category_id: int | str = next(key for key in categories if key in roles.persons)

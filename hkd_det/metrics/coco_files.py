@@ -34,6 +34,7 @@ BoxXYWH = tuple[float, float, float, float]
 class _Image(msgspec.Struct, gc=False):
     id: CocoId
     file_name: Any = None
+    im_name: Any = None  # in the official file of CityPersons
     width: Any = None
     height: Any = None
 
@@ -136,7 +137,8 @@ def read_coco_ground_truth(path: Path, category: Sequence[str] = ()) -> CocoGrou
         [record.bbox[2] * record.bbox[3] if record.area is None else record.area for record in annotations]
     )
     iscrowd = np.array([bool(record.iscrowd) for record in annotations], bool)
-    file_names = tuple(image.file_name if isinstance(image.file_name, str) else "" for image in images)
+    names = [image.im_name if image.file_name is None else image.file_name for image in images]
+    file_names = tuple(name if isinstance(name, str) else "" for name in names)
     sides = [[side if is_pixel_value(side) else np.nan for side in (image.height, image.width)] for image in images]
     return CocoGroundTruth(
         path, image_ids, persons, table, area, iscrowd, categories, file_names, _to_array(sides).reshape(-1, 2)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,6 +174,7 @@ def test_second_ground_truth_has_its_own_miss_rate(
     assert "Ground truth audited" in (tmp_path / "r.html").read_text()
     content["images"].pop()
     content["annotations"].pop(0)
+    content["annotations"][0]["iscrowd"] = 0
     (tmp_path / "audited.json").write_text(json.dumps(content))
     assert main([str(model), "--data", f"{half_right},{audited}", *flags]) == 1
     assert "audited.yaml: lacks 1 of 2 images of the first dataset" in capsys.readouterr().err
@@ -352,6 +354,29 @@ def test_saved_detections_of_several_models_and_of_images(
     contents = [json.loads(file.read_text()) for file in files]
     assert [[record["image_id"] for record in content] for content in contents] == [["1.png", "2.png"]] * 2
     assert contents[0][0]["category_id"] == 1
+
+
+def test_saved_detections_of_other_formats_have_file_names(model: Path, half_right: Path, tmp_path: Path) -> None:
+    """The official file of CityPersons names an image `im_name`; its ids are not in the .mat file of the split."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder / "val").mkdir(parents=True)
+    for number in (1, 2):
+        shutil.copy(half_right.parent / f"{number}.png", tmp_path / "images" / "val" / f"{number}_leftImg8bit.png")
+        (tmp_path / "labels" / "val" / f"{number}_leftImg8bit.txt").write_text("0 0.35 0.46875 0.2 0.729166667\n")
+    (tmp_path / "data.yaml").write_text("path: .\ntrain: images/val\nval: images/val\nnames: {0: person}\n")
+    saved, scores = tmp_path / "detections.json", tmp_path / "scores.json"
+    assert (
+        main([str(model), "--data", str(tmp_path / "data.yaml"), "--runs", "3", "--save-detections", str(saved)]) == 0
+    )
+    records = json.loads(saved.read_text())
+    assert [record["image_id"] for record in records] == ["1_leftImg8bit.png", "2_leftImg8bit.png"]
+    content = json.loads((half_right.parent / "all.json").read_text())
+    for image in content["images"]:
+        image["im_name"] = f"{Path(image.pop('file_name')).stem}_leftImg8bit.png"
+    (tmp_path / "val_gt.json").write_text(json.dumps(content))
+    files = ["--annotations", str(tmp_path / "val_gt.json"), "--detections", str(saved), "--json", str(scores)]
+    assert main(["score", *files, "--protocol", "citypersons"]) == 0
+    assert json.loads(scores.read_text())["miss_rate"]["Reasonable"] == pytest.approx(0.5)
 
 
 def test_detection_files_have_unique_names(tmp_path: Path) -> None:
