@@ -19,7 +19,7 @@ from hkd_det.errors import DataError, UsageError
 from hkd_det.files import write_text
 from hkd_det.structures import Sample
 
-AuditedAs = Literal["ignore", "label"]
+AuditedAs = Literal["ignore", "label", "detections"]
 SPLIT_PLACEHOLDER = "{split}"
 
 
@@ -91,7 +91,7 @@ def write_audited_split(
         readable: Samples of the split with height and width of their images in pixels.
         missing: Findings of the kind `missing`.
         audited_as: "ignore" adds ignore regions. "label" adds labels for scores from `CERTAIN_SCORE`, and ignore
-            regions for lower scores.
+            regions for lower scores. "detections" does the same without the annotations of the split.
 
     Returns:
         The file as a split.
@@ -107,13 +107,15 @@ def write_audited_split(
     else:
         images = Path(os.path.commonpath([str(sample.path.parent.resolve()) for sample, _ in readable]))
         content, person_id, persons, ignored = _convert_to_coco(readable, images), 1, ("person",), ()
+    if audited_as == "detections":
+        content["annotations"] = []
     sizes = {sample.image_id: size_hw for sample, size_hw in readable}
     ids = [
         record["id"] for record in content["annotations"] if isinstance(record, dict) and type(record.get("id")) is int
     ]
     first_id, num_labels = max(ids, default=0) + 1, 0
     for number, finding in enumerate(missing):
-        is_label = audited_as == "label" and finding.score >= CERTAIN_SCORE
+        is_label = audited_as != "ignore" and finding.score >= CERTAIN_SCORE
         num_labels += is_label
         assert finding.proposal_xyxy is not None
         box = clip_boxes(np.array([finding.proposal_xyxy]), sizes[finding.image_id])

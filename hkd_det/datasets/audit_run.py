@@ -11,7 +11,7 @@ from hkd_det.datasets.audit_models import AuditModel, detect_with_cache
 from hkd_det.datasets.audit_report import make_audit_rows, write_audit_json, write_audit_page
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.errors import DataError
-from hkd_det.structures import Sample
+from hkd_det.structures import GroundTruth, Sample
 from hkd_det.text_table import format_table
 
 ReadableSample = tuple[Sample, tuple[int, int]]  # with height and width of the image in pixels
@@ -27,7 +27,7 @@ class AuditOptions:
         device: "cpu", "cuda" or "cuda:N".
         min_score: Minimum score of a probable missing label, 0 to 1.
         write_audited: Output file of --write-audited; empty to write none.
-        audited_as: How missing people are added to that file.
+        audited_as: How missing people are added to that file; "detections" ignores the labels of the dataset.
     """
 
     models: tuple[Path, ...]
@@ -61,6 +61,11 @@ def run_audit(
         DataError: No split has readable images.
     """
     samples = {split: [sample for sample, _ in pairs] for split, pairs in readable.items() if pairs}
+    if options.audited_as == "detections":  # every detection is a person without label
+        samples = {
+            split: [replace(sample, ground_truth=GroundTruth.empty()) for sample in split_samples]
+            for split, split_samples in samples.items()
+        }
     if not samples:
         raise DataError(f"--data {data}: --audit: contains no readable images. Add images, or repair the errors above.")
     audits = []

@@ -216,6 +216,18 @@ def test_audited_coco_file_keeps_every_record(tmp_path: Path, model: Path, audit
     assert yaml.safe_load(Path("runs/check/my/audited.yaml").read_text())["license"] == "CC BY 4.0"
 
 
+def test_detections_replace_all_annotations(tmp_path: Path, model: Path) -> None:
+    data = write_coco_data(tmp_path / "data")
+    flags = ["--write-audited", "detections.json", "--audited-as", "detections", "--audit-score", "0.3"]
+    assert run(data, model, *flags) == 0
+    before, after = (json.loads(path.read_text()) for path in (tmp_path / "data" / "val.json", Path("detections.json")))
+    assert after["images"] == before["images"]
+    assert all(record["source"] == "audit" for record in after["annotations"])
+    samples = load_dataset("runs/check/my/audited.yaml", "val")
+    found = {sample.path.stem: sample.ground_truth.ignore.tolist() for sample in samples if len(sample.ground_truth)}
+    assert found == {"missing": [False], "fits": [False], "shifted": [False], "weak": [True]}
+
+
 def test_audited_file_of_another_format(tmp_path: Path, model: Path) -> None:
     data = write_yolo_data(tmp_path / "data")
     assert run(data, model, "--write-audited", "audited.json") == 0
