@@ -236,8 +236,8 @@ def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--audited-as",
         choices=("ignore", "label", "detections"),
-        help="add missing people as ignore regions, or as labels (score from 0.5) and ignore regions; detections: replace "
-        "all annotations by the detections, as label does (default: ignore)",
+        help="add missing people as ignore regions, or as labels (score from 0.5) and ignore regions; detections: as "
+        "label, without the annotations of the dataset (default: ignore)",
     )
 
 
