@@ -28,7 +28,6 @@ from hkd_det.letterbox import STRIDE
 from hkd_det.models.base import Targets
 from hkd_det.train.augment import MAX_FRAME_SCALE, AugmentedImage, augment
 from hkd_det.train.image_cache import ByteCache, CachedImages, DirectoryCache
-from hkd_det.train.run_guard import make_loader_error
 
 Batch = tuple[Tensor, Targets]
 
@@ -265,15 +264,12 @@ def iterate_batches(loader: DataLoader[Batch | HkdError]) -> Iterator[Batch]:
         images (uint8 Tensor[B, 3, H, W]) and their targets.
 
     Raises:
-        HkdError: A worker could not read an image, or was killed.
+        HkdError: A worker could not read an image.
     """
-    try:
-        for batch in loader:
-            if isinstance(batch, HkdError):
-                raise batch
-            yield batch
-    except RuntimeError as error:  # those of the loader: errors of the caller are not raised here
-        raise make_loader_error(error, loader.num_workers) or error from None
+    for batch in loader:
+        if isinstance(batch, HkdError):
+            raise batch
+        yield batch
 
 
 def _init_worker(cache_dir: Path, _worker_id: int) -> None:

@@ -83,14 +83,17 @@ def _handle_third_interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def explain_memory_errors(batch: int) -> Iterator[None]:
-    """Report exhausted memory as one line.
+def explain_run_errors(batch: int, workers: int) -> Iterator[None]:
+    """Report exhausted memory and killed loader processes as one line.
+
+    torch reports a killed process from a signal handler, at any place of the main process.
 
     Args:
         batch: Images per step, for the message.
+        workers: Number of loader processes, for the message.
 
     Raises:
-        HkdError: The memory of the GPU or of the machine does not suffice.
+        HkdError: The memory of the GPU or of the machine does not suffice, or a loader process was killed.
     """
     try:
         yield
@@ -98,6 +101,11 @@ def explain_memory_errors(batch: int) -> Iterator[None]:
         raise HkdError(
             f"--batch {batch}: the GPU memory does not suffice. Use a smaller --batch or --imgsz, or --batch auto."
         ) from None
+    except RuntimeError as error:
+        explained = make_loader_error(error, workers)
+        if explained is None:
+            raise
+        raise explained from None
     except MemoryError:
         raise HkdError(f"--batch {batch}: the memory does not suffice. Use a smaller --batch or --imgsz.") from None
 

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hkd_det.draw import MatchStatus
 from hkd_det.errors import import_package
 from hkd_det.files import atomic_write
 from hkd_det.image import read_image
@@ -20,8 +21,8 @@ from hkd_det.train.history import EpochRecord
 EpochHook = Callable[[EpochRecord], object]
 
 MAX_ERROR_IMAGES, TILE_WIDTH_PX, CAPTION_HEIGHT_PX, SHEET_COLUMNS = 12, 480, 24, 3
-# RGB; they differ in lightness, and missed persons are drawn with thick lines.
-DETECTED_COLOR, MISSED_COLOR, FALSE_POSITIVE_COLOR = (38, 208, 148), (255, 72, 72), (255, 214, 10)
+DETECTED_COLOR, MISSED_COLOR = MatchStatus.TRUE_POSITIVE.value, MatchStatus.FALSE_NEGATIVE.value
+FALSE_POSITIVE_COLOR = MatchStatus.FALSE_POSITIVE.value
 TENSORBOARD_HINT = "Run pip install 'hkd-det[tensorboard]'."
 
 

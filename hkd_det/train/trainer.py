@@ -41,7 +41,7 @@ from hkd_det.train.dataset import EpochPlan, build_dataloader
 from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch
 from hkd_det.train.history import EpochRecord, find_best_record, find_warning, is_patience_exhausted
 from hkd_det.train.resume import load_epoch, save_epoch
-from hkd_det.train.run_guard import explain_memory_errors, lock_run
+from hkd_det.train.run_guard import explain_run_errors, lock_run
 from hkd_det.train.run_report import EpochHook, draw_val_errors, open_tensorboard, plot_history
 
 PLOT_INTERVAL_S = 60.0
@@ -77,7 +77,7 @@ def train(config: TrainConfig, resume: bool = False, on_epoch: EpochHook | None 
     Raises:
         HkdError: For errors that the user can correct.
     """
-    with init_distributed(config.device) as dist_context, explain_memory_errors(config.batch):
+    with init_distributed(config.device) as dist_context, explain_run_errors(config.batch, config.workers):
         is_main = dist_context.is_main_process
         log_stage(f"read the dataset {config.data}")
         train_samples, val_samples = load_dataset(config.data, "train"), load_dataset(config.data, "val")

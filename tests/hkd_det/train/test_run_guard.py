@@ -12,7 +12,7 @@ import torch
 
 from hkd_det.errors import HkdError, UsageError
 from hkd_det.train.cli import main
-from hkd_det.train.run_guard import LOCK_NAME, explain_memory_errors, handle_interrupts, lock_run, make_loader_error
+from hkd_det.train.run_guard import LOCK_NAME, explain_run_errors, handle_interrupts, lock_run, make_loader_error
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--batch", "4", "--device", "cpu"]
 HOLD_LOCK = """
@@ -67,7 +67,7 @@ def test_other_runtime_error_is_not_explained() -> None:
 
 
 def test_exhausted_gpu_memory_names_the_batch() -> None:
-    with pytest.raises(HkdError, match="--batch 64: the GPU memory does not suffice"), explain_memory_errors(64):
+    with pytest.raises(HkdError, match="--batch 64: the GPU memory does not suffice"), explain_run_errors(64, 2):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
 
@@ -130,12 +130,13 @@ def test_killed_loader_process_ends_in_one_line(data_yaml: Path, tmp_path: Path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     loaders = [pid for pid in children if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(int(loaders[0]), signal.SIGKILL)
-    lines = process.communicate(timeout=120)[1].splitlines()
-    assert process.returncode == 1
+    error = process.communicate(timeout=120)[1]
+    lines = error.splitlines()
+    assert process.returncode == 1, error
     assert [line.partition(".")[0] for line in lines] == [
         "hkd-train: the finished epochs are saved",
         "hkd-train: --workers 2: a process that loads images was killed, usually because memory ran out",
-    ]
+    ], error
 
 
 @pytest.mark.slow

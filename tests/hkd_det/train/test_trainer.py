@@ -189,3 +189,47 @@ def test_validation_images_of_the_training_are_logged(
     samples = load_dataset(str(data_yaml), "train")
     check_annotations(make_config(data_yaml, tmp_path), samples, samples)
     assert "validation images are also training images" in caplog.text
+
+
+@pytest.mark.usefixtures("tiny_models")
+def test_patience_ends_the_run_and_its_continuation(
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The miss rate is 30 % in all epochs, so that two epochs follow the first one."""
+    from hkd_det.train import trainer
+
+    original = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: replace(original(*args), miss_rate=0.3))
+    config = make_config(data_yaml, tmp_path, epochs=9, patience=2)
+    epochs: list[int] = []
+    assert len(train(config, on_epoch=lambda record: epochs.append(record.epoch)).history) == 3
+    assert epochs == [1, 2, 3]
+    assert "stopped after 3 epochs: 2 epochs without a lower miss rate" in capsys.readouterr().out
+    assert len(train(config, resume=True).history) == 3
+
+
+@pytest.mark.usefixtures("tiny_models")
+def test_last_line_warns_about_a_run_that_is_worse_than_before(
+    data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hkd_det.train import trainer
+
+    weights = str(train(make_config(data_yaml, tmp_path / "first", epochs=1)).best)
+    original, miss_rates = trainer.evaluate, iter([0.2, 0.4])
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: replace(original(*args), miss_rate=next(miss_rates)))
+    config = make_config(data_yaml, tmp_path / "second", epochs=1, weights=weights)
+    capsys.readouterr()
+    record = train(config).history[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert any("initial weights: MR^-2 Reasonable 20.00 %" in line for line in lines)
+    warned = record.recall > 0  # a detector without detections has another warning
+    assert "warning: " in lines[-1] and ("worse than before training" in lines[-1]) == warned
+    assert load_training_state(tmp_path / "second" / "last.pt")["initial_miss_rate"] == 0.2
+    assert record.time_s > 0 and record.lr > 0 and 0 <= record.ap <= record.ap50 <= 1
+
+
+def test_validation_ignores_the_scores_that_exported_models_ignore() -> None:
+    from hkd_deploy.export.graph import MIN_SCORE as EXPORTED_MIN_SCORE
+    from hkd_det.train.engine import MIN_SCORE
+
+    assert MIN_SCORE == EXPORTED_MIN_SCORE
