@@ -55,7 +55,7 @@ class Progress:
     """Progress of one operation, as a context manager.
 
     Args:
-        total: Number of units.
+        total: Number of units; 0 if it is unknown.
         label: Name of the operation.
         unit: Name of one unit, singular.
         initial: Units that an earlier session has finished.
@@ -83,7 +83,7 @@ class Progress:
             tqdm = import_package("tqdm").tqdm
             # smoothing=0: the time left follows from the mean speed, which includes pauses for validation.
             self._bar = tqdm(
-                total=total, initial=initial, desc=label, unit=unit, leave=keep, delay=delay_s, smoothing=0
+                total=total or None, initial=initial, desc=label, unit=unit, leave=keep, delay=delay_s, smoothing=0
             )
 
     def __enter__(self) -> "Progress":
@@ -119,9 +119,11 @@ class Progress:
             self._bar.update(count)
         elif self._has_lines and (now_s := time.monotonic()) - self._line_s >= LINE_INTERVAL_S:
             self._line_s = now_s
-            left = format_duration((now_s - self._start_s) / (self.done - self.initial) * (self.total - self.done))
+            seconds_per_unit = (now_s - self._start_s) / max(1, self.done - self.initial)
+            left = f", {format_duration(seconds_per_unit * (self.total - self.done))} left" if self.total else ""
+            count = f"{self.done}/{self.total}" if self.total else str(self.done)
             suffix = "".join(f"  {name} {text}" for name, text in texts.items())
-            log_line(f"{self.label}: {self.done}/{self.total} {self.unit}s, {left} left{suffix}")
+            log_line(f"{self.label}: {count} {self.unit}s{left}{suffix}")
 
 
 def iterate_with_progress(
@@ -131,7 +133,7 @@ def iterate_with_progress(
 
     Args:
         items: Items to iterate over.
-        total: Number of items.
+        total: Number of items; 0 if it is unknown.
         label: Name of the operation.
         unit: Name of one item, singular.
         delay_s: Time until the bar appears, seconds.

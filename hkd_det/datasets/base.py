@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hkd_det.errors import DataError, import_package
+from hkd_det.errors import DataError
+from hkd_det.progress import iterate_with_progress
 from hkd_det.structures import GroundTruth, Sample
 
 Item = TypeVar("Item")
@@ -104,22 +105,17 @@ def log_notices(notices: Sequence[DatasetError]) -> None:
 
 
 def show_progress(items: Sequence[Item], description: str, unit: str) -> Iterable[Item]:
-    """Iterate over items with a progress bar that appears after two seconds.
+    """Iterate over items with a progress bar that appears after two seconds, or with a line per minute.
 
     Args:
         items: Items to iterate over.
-        description: Label of the progress bar.
+        description: Name of the operation.
         unit: Unit of the items, singular.
 
     Returns:
         The items.
-
-    Raises:
-        UnavailableError: tqdm is not installed.
     """
-    tqdm = import_package("tqdm").tqdm
-    bar: Iterable[Item] = tqdm(items, desc=description, unit=unit, leave=False, delay=2)
-    return bar
+    return iterate_with_progress(items, len(items), description, unit, delay_s=2)
 
 
 def filter_missing_images(

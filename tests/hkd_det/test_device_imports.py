@@ -4,7 +4,10 @@ import subprocess
 import sys
 
 MODULES = [
-    *(f"hkd_det.{name}" for name in ("errors", "structures", "boxes", "image", "letterbox", "config", "files")),
+    *(
+        f"hkd_det.{name}"
+        for name in ("errors", "structures", "boxes", "image", "letterbox", "config", "files", "progress")
+    ),
     *(f"hkd_det.onnxrt.{name}" for name in ("session", "model_config", "detector")),
     "hkd_det.datasets.catalog",
     "hkd_det.datasets.caltech_extract",

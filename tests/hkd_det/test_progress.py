@@ -45,6 +45,13 @@ def test_without_terminal_a_line_per_minute(clock: Clock, capsys: pytest.Capture
     assert captured.out == "TIME train: 25/100 steps, 6:15 left  loss 1.50\n" and captured.err == ""
 
 
+def test_unknown_total_has_no_time_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(0, "compare", "image") as bar:
+        clock.now_s += 61
+        bar.update(4)
+    assert capsys.readouterr().out == "TIME compare: 4 images\n"
+
+
 def test_disabled_progress_prints_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(2, "train", "step", is_enabled=False) as bar:
         clock.now_s += 100

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.files import bytes_sha256
 from hkd_det.letterbox import Letterbox
 from hkd_det.onnxrt.session import open_session
+from hkd_det.progress import iterate_with_progress
 
 # Opset 13 introduced scales per channel. The quantizer of ONNX Runtime supports opsets below 21.
 SUPPORTED_OPSETS = range(13, 21)
@@ -58,20 +59,16 @@ def import_onnx() -> Any:
 
 
 def make_progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | None = None) -> Iterable[T]:
-    """Return the iterable with a tqdm progress bar that disappears at the end.
+    """Return the iterable with a progress bar that disappears at the end, or with a line per minute.
 
     Args:
         iterable: Items to iterate over.
-        desc: Label of the bar.
+        desc: Name of the operation.
         unit: Name of one item.
         total: Number of items, required for an iterable without a length.
-
-    Raises:
-        UnavailableError: If tqdm is not installed.
     """
-    tqdm = import_package("tqdm").tqdm
-    bar: Iterable[T] = tqdm(iterable, desc, total=total, unit=unit, leave=False)
-    return bar
+    count = len(iterable) if total is None and isinstance(iterable, Sized) else total or 0
+    return iterate_with_progress(iterable, count, desc, unit)
 
 
 def read_fp32_model(path: Path) -> Fp32Model:
