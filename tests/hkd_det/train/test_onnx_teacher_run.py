@@ -116,7 +116,7 @@ def test_onnx_file_is_no_student_and_has_no_layers(
     data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
     assert main(["--data", str(data_yaml), "--teacher", str(tmp_path / "model.onnx"), *flags]) == 2
-    assert "an ONNX file has no feature maps" in (error := capsys.readouterr().err) and "--distill soft_labels" in error
+    assert "this ONNX file has no feature maps" in (error := capsys.readouterr().err) and "--distill soft_labels" in error
 
 
 def test_build_methods_rejects_hkd_with_onnx_teacher(tmp_path: Path) -> None:
