@@ -115,6 +115,7 @@ def test_method_beyond_detections_raises_usage_error(data_yaml: Path, tmp_path: 
 def test_onnx_file_is_no_student_and_has_no_layers(
     data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
+    (tmp_path / "model.onnx").touch()
     assert main(["--data", str(data_yaml), "--teacher", str(tmp_path / "model.onnx"), *flags]) == 2
     assert "this ONNX file has no feature maps" in (error := capsys.readouterr().err) and "--distill soft_labels" in error
 
