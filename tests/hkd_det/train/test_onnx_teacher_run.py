@@ -117,7 +117,8 @@ def test_onnx_file_is_no_student_and_has_no_layers(
 ) -> None:
     (tmp_path / "model.onnx").touch()
     assert main(["--data", str(data_yaml), "--teacher", str(tmp_path / "model.onnx"), *flags]) == 2
-    assert "this ONNX file has no feature maps" in (error := capsys.readouterr().err) and "--distill soft_labels" in error
+    error = capsys.readouterr().err
+    assert "this ONNX file has no feature maps" in error and "--distill soft_labels" in error
 
 
 def test_build_methods_rejects_hkd_with_onnx_teacher(tmp_path: Path) -> None:
