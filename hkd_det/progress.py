@@ -121,9 +121,9 @@ class Progress:
             self._line_s = now_s
             seconds_per_unit = (now_s - self._start_s) / max(1, self.done - self.initial)
             left = f", {format_duration(seconds_per_unit * (self.total - self.done))} left" if self.total else ""
-            count = f"{self.done}/{self.total}" if self.total else str(self.done)
+            done = f"{self.done}/{self.total}" if self.total else str(self.done)
             suffix = "".join(f"  {name} {text}" for name, text in texts.items())
-            log_line(f"{self.label}: {count} {self.unit}s{left}{suffix}")
+            log_line(f"{self.label}: {done} {self.unit}s{left}{suffix}")
 
 
 def iterate_with_progress(
