@@ -23,7 +23,7 @@ def lock_run(directory: Path, is_main_process: bool) -> Iterator[None]:
     """Hold the lock of a run directory. The operating system releases it when the process ends, also by a kill.
 
     Args:
-        directory: Directory of the run; created if missing.
+        directory: Directory of the run; created if missing, and removed if the run writes nothing.
         is_main_process: False for processes that write no files: they take no lock.
 
     Raises:
@@ -45,7 +45,12 @@ def lock_run(directory: Path, is_main_process: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in directory.iterdir()] == [LOCK_NAME]:  # a run that failed before it wrote a file
+                (directory / LOCK_NAME).unlink()
+                directory.rmdir()
 
 
 @contextmanager
