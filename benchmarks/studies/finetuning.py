@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", required=True, help="data YAML files whose val split is measured, comma-separated")
     parser.add_argument("--counts", default="100,300,500", help="training images (default: %(default)s)")
     parser.add_argument("--starts", default=f"{DEFAULT_MODEL},{SCRATCH},yolo11n", help="(default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of the shipped start")
     parser.add_argument("--work", type=Path, default=Path("runs/finetuning"), help="directory of the runs")
     parser.add_argument("--results", type=Path, help="Markdown file to write; a plot is written next to it")
@@ -195,7 +195,8 @@ def plot(measured: Sequence[FinetuningResult], tests: Sequence[str], path: Path)
             rows = [result for result in measured[1:] if result.start == start]
             values = [100 * row.results[index].value for row in rows]
             axis.plot([row.num_images for row in rows], values, marker="o", label=start)
-        axis.set(title=test, xlabel="training images", ylabel="MR$^{-2}$, %", yscale="log")
+        axis.set(title=test, xlabel="training images", ylabel="MR$^{-2}$, %")
+        axis.set_ylim(bottom=0)
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
