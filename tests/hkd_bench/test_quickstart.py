@@ -27,10 +27,13 @@ def test_quickstart_writes_report_video_and_result(tmp_path: Path) -> None:
     assert page.count("<img") + page.count("<svg") >= 6
     assert (tmp_path / "video.mp4").stat().st_size > 0
     assert {p.name for p in (tmp_path / "student-hkd").iterdir()} == {
+        ".lock",
         "best.pt",
         "last.pt",
         "config.yaml",
         "results.csv",
+        "results.png",
+        "val_errors.jpg",
     }
 
 
