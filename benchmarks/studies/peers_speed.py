@@ -135,7 +135,9 @@ def main() -> None:
         "--students", default="hkd-cpu", help="shipped models or FP32 files of hkd-export (default: %(default)s)"
     )
     parser.add_argument("--imgsz", default="320x320", help="input of the YOLO models (default: %(default)s)")
-    parser.add_argument("--larger-imgsz", default="416x416", help="second input of theirs (default: %(default)s)")
+    parser.add_argument(
+        "--larger-imgsz", default="416x416", help="second input of the YOLO models (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the runtime (default: all)")
     parser.add_argument("--work", type=Path, default=Path("runs/peers_speed"), help="directory of the model files")
