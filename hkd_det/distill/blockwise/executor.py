@@ -245,6 +245,9 @@ def _submit_tasks(
 
     completed = distributed.as_completed([submit(waiting.popleft()) for _ in range(min(num_workers, len(waiting)))])
     for future in completed:
+        if future.status in ("pending", "lost"):  # the worker that held the result died; Dask runs the task again
+            completed.add(future)
+            continue
         name, queue = running.pop(future)
         if future.status != "finished":
             client.cancel(list(running))

@@ -6,6 +6,7 @@ Functions for workers are defined inside the tests, so that they are pickled wit
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def run_five_tasks(
     results: dict[str, str] = {}
     stats = run_tasks(function, {name: name for name in NAMES}, [5, 4, 3, 2, 1], config, folder, results.__setitem__)
     return results, stats
+
+
+def wait_for_file(path: Path) -> None:
+    """Wait until the first result is reported. A worker that dies earlier can take that result with it."""
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def is_cleaned_up(folder: Path) -> bool:
@@ -69,17 +77,27 @@ def test_workers_without_dask_raise_unavailable_error(
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["round-robin", "work-stealing"])
 def test_killed_worker_repeats_only_its_task(tmp_path: Path, scheduler: str) -> None:
-    log = tmp_path / "log"
+    log, reported = tmp_path / "log", tmp_path / "reported"
     log.mkdir()
 
     def kill_worker_once(name: str) -> str:
         with (log / name).open("a") as file:
             file.write(f"{os.getpid()}\n")
         if name == "b" and len((log / name).read_text().splitlines()) == 1:
+            wait_for_file(reported)
             os.kill(os.getpid(), signal.SIGKILL)
         return name.upper()
 
-    results, stats = run_five_tasks(kill_worker_once, tmp_path / "scratch", ExecutorConfig(2, scheduler, retries=1))  # type: ignore[arg-type]  # parametrized as str
+    results: dict[str, str] = {}
+
+    def on_done(name: str, result: str) -> None:
+        results[name] = result
+        reported.touch()
+
+    config = ExecutorConfig(2, scheduler, retries=1)  # type: ignore[arg-type]  # parametrized as str
+    stats = run_tasks(
+        kill_worker_once, {name: name for name in NAMES}, [5, 4, 3, 2, 1], config, tmp_path / "scratch", on_done
+    )
     assert results == {name: name.upper() for name in NAMES} and stats.num_workers == 2
     starts = {name: len((log / name).read_text().splitlines()) for name in NAMES}
     assert starts == {"a": 1, "b": 2, "c": 1, "d": 1, "e": 1}
@@ -90,16 +108,22 @@ def test_killed_worker_repeats_only_its_task(tmp_path: Path, scheduler: str) -> 
 
 @pytest.mark.slow
 def test_task_that_kills_every_worker_raises_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    starts = tmp_path / "starts"
+    starts, reported = tmp_path / "starts", tmp_path / "reported"
 
     def kill_worker(name: str) -> str:
         if name == "c":
+            wait_for_file(reported)
             with starts.open("a") as file:
                 file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
         return name
 
     finished: list[str] = []
+
+    def on_done(name: str, _result: str) -> None:
+        finished.append(name)
+        reported.touch()
+
     tasks = {name: name for name in ("a", "c")}
     with pytest.raises(BlockError, match=r"^block c: its worker died 2 times\. .*distill\.blockwise\.workers"):
         run_tasks(
@@ -108,7 +132,7 @@ def test_task_that_kills_every_worker_raises_one_error(tmp_path: Path, capfd: py
             [1, 9],
             ExecutorConfig(2, "bin-packing", retries=1),
             tmp_path,
-            lambda name, _: finished.append(name),
+            on_done,
         )
     assert starts.read_text() == "xx" and finished == ["a"]
     assert is_cleaned_up(tmp_path)
