@@ -51,13 +51,22 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Format a number of bytes in MiB.
+
+    Args:
+        num_bytes: Number of bytes.
+    """
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
 class Progress:
     """Progress of one operation, as a context manager.
 
     Args:
         total: Number of units; 0 if it is unknown.
         label: Name of the operation.
-        unit: Name of one unit, singular.
+        unit: Name of one unit, singular; "B" for bytes, "%" for percent, which have no time left.
         initial: Units that an earlier session has finished.
         is_enabled: False shows nothing, as in all processes but the first.
         delay_s: Time until the bar appears, seconds.
@@ -75,15 +84,21 @@ class Progress:
         keep: bool = False,
     ) -> None:
         self.total, self.label, self.unit = total, label, unit
-        self.initial, self.done = initial, initial
+        self.initial, self.done = float(initial), float(initial)
+        self.status = ""
         self._has_lines = is_enabled and not is_terminal()
         self._start_s = self._line_s = time.monotonic()
         self._bar: Any = None
         if is_enabled and is_terminal():
             tqdm = import_package("tqdm").tqdm
+            options: dict[str, Any] = {"unit": unit}
+            if unit == "B":
+                options.update(unit_scale=True, unit_divisor=1024)
+            elif unit == "%":
+                options["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
             # smoothing=0: the time left follows from the mean speed, which includes pauses for validation.
             self._bar = tqdm(
-                total=total or None, initial=initial, desc=label, unit=unit, leave=keep, delay=delay_s, smoothing=0
+                total=total or None, initial=initial, desc=label, leave=keep, delay=delay_s, smoothing=0, **options
             )
 
     def __enter__(self) -> "Progress":
@@ -105,7 +120,29 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description(label)
 
-    def update(self, count: int = 1, values: Mapping[str, float] | None = None) -> None:
+    def set_status(self, text: str, refresh: bool = True) -> None:
+        """Show a text next to the bar or at the end of the lines.
+
+        Args:
+            text: The text; empty removes it.
+            refresh: False draws it with the next update only.
+        """
+        self.status = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=refresh)
+
+    def restart(self, done: float) -> None:
+        """Set the number of finished units, which can decrease, as for a download that starts again.
+
+        Args:
+            done: New number. The time left is computed from here.
+        """
+        self.initial = self.done = done
+        self._start_s = time.monotonic()
+        if self._bar is not None:
+            self._bar.n = self._bar.last_print_n = done
+
+    def update(self, count: float = 1, values: Mapping[str, float] | None = None) -> None:
         """Count finished units.
 
         Args:
@@ -115,15 +152,27 @@ class Progress:
         self.done += count
         texts = {name: f"{value:.2f}" for name, value in (values or {}).items()}
         if self._bar is not None:
-            self._bar.set_postfix(texts, refresh=False)
+            if texts:
+                self._bar.set_postfix(texts, refresh=False)
             self._bar.update(count)
         elif self._has_lines and (now_s := time.monotonic()) - self._line_s >= LINE_INTERVAL_S:
             self._line_s = now_s
-            seconds_per_unit = (now_s - self._start_s) / max(1, self.done - self.initial)
-            left = f", {format_duration(seconds_per_unit * (self.total - self.done))} left" if self.total else ""
-            done = f"{self.done}/{self.total}" if self.total else str(self.done)
             suffix = "".join(f"  {name} {text}" for name, text in texts.items())
-            log_line(f"{self.label}: {done} {self.unit}s{left}{suffix}")
+            suffix += f"  {self.status}" if self.status else ""
+            log_line(f"{self.label}: {self._format_done()}{self._format_time_left(now_s)}{suffix}")
+
+    def _format_done(self) -> str:
+        if self.unit == "%":
+            return f"{self.done:.0f} %"
+        format_count = format_bytes if self.unit == "B" else "{:.0f}".format
+        counts = [self.done, self.total] if self.total else [self.done]
+        return "/".join(map(format_count, counts)) + ("" if self.unit == "B" else f" {self.unit}s")
+
+    def _format_time_left(self, now_s: float) -> str:
+        if not self.total or self.unit == "%":
+            return ""
+        seconds_per_unit = (now_s - self._start_s) / max(1, self.done - self.initial)
+        return f", {format_duration(seconds_per_unit * (self.total - self.done))} left"
 
 
 def iterate_with_progress(

@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples
@@ -29,6 +27,7 @@ from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.metrics.coco_files import PERSON_CATEGORY_ID, CocoId, write_coco_detections
+from hkd_det.progress import Progress, log_stage
 from hkd_det.structures import Detections, Sample
 
 
@@ -131,14 +130,16 @@ def bench(
     detections: list[list[Detections]] = [[] for _ in entries]
     with (
         tempfile.TemporaryDirectory(prefix="hkd-bench-") as work_dir,
-        _make_progress_bar(entries, samples, options) as bar,
+        _make_progress(entries, samples, options) as progress,
     ):
         for round_index in range(options.rounds):
             for turn in range(len(entries)):
                 index = (turn + round_index) % len(entries)
-                bar.set_description(f"round {round_index + 1}/{options.rounds} {entries[index].name}")
+                progress.set_label(f"round {round_index + 1}/{options.rounds} {entries[index].name}")
                 job = _make_job(entries[index], samples, options, round_index, Path(work_dir))
-                results[index].append(_run_worker(job, Path(work_dir), bar))
+                images = f", detect on {len(job.eval_images)} images" if job.eval_images else ""
+                log_stage(f"{progress.label}: measure latency{images}")
+                results[index].append(_run_worker(job, Path(work_dir), progress))
                 if job.eval_images:
                     detections[index] = read_detections_npz(Path(job.detections_npz))
     if options.save_detections:
@@ -294,13 +295,13 @@ def _make_job(
     )
 
 
-def _make_progress_bar(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> "tqdm[Any]":
+def _make_progress(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> Progress:
     num_eval_images = len(samples) if options.evaluates_images else 0
     runs_per_entry = options.runs + options.rounds * (options.warmup + options.stage_runs) + num_eval_images
-    return tqdm(total=len(entries) * runs_per_entry, unit="run", leave=False)
+    return Progress(len(entries) * runs_per_entry, "measure", "run")
 
 
-def _run_worker(job: WorkerJob, work_dir: Path, bar: "tqdm[Any]") -> WorkerResult:
+def _run_worker(job: WorkerJob, work_dir: Path, progress: Progress) -> WorkerResult:
     """Run one worker process and raise its `HkdError`, if any."""
     job_path, out_path, log_path = work_dir / "job.json", work_dir / "out.json", work_dir / "worker.log"
     job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
@@ -310,7 +311,7 @@ def _run_worker(job: WorkerJob, work_dir: Path, bar: "tqdm[Any]") -> WorkerResul
         try:
             assert worker.stdout is not None
             for line in worker.stdout:
-                bar.update(int(line) if line.strip().isdigit() else 0)  # libraries may print other lines
+                progress.update(int(line) if line.strip().isdigit() else 0)  # libraries may print other lines
         except BaseException:
             worker.kill()
             raise

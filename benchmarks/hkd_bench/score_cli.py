@@ -4,11 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from hkd_bench.plots import PLOT_SUFFIXES, write_miss_rate_plot
 from hkd_bench.scoring import PROTOCOLS, ScoreConfig, ScoreTable, compare_scores, score_files
@@ -17,6 +16,7 @@ from hkd_det.config import check_range
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
 from hkd_det.metrics.bootstrap import NUM_RESAMPLES
+from hkd_det.progress import iterate_with_progress, log_stage
 
 
 def run_score(argv: Sequence[str] | None) -> int:
@@ -30,7 +30,8 @@ def run_score(argv: Sequence[str] | None) -> int:
     """
     flags = _parse_score_args(argv or [])
     names = _make_score_names(flags)
-    tables = [_score_ground_truth(flags, path, names) for path in flags.annotations]
+    with redirect_stdout(sys.stderr if str(flags.json) == "-" else sys.stdout):  # progress
+        tables = [_score_ground_truth(flags, path, names) for path in flags.annotations]
     if flags.plot:
         write_miss_rate_plot(flags.plot, tables[0].scores)
     text = json.dumps(_make_json_content(tables), indent=1, allow_nan=False) + "\n"
@@ -59,7 +60,8 @@ def _score_ground_truth(flags: argparse.Namespace, annotations: Path, names: Seq
         category=tuple(flags.category),
     )
     scores = {}
-    results = tqdm(score_files(config, flags.detections), total=len(names), unit="file", leave=False, delay=1)
+    log_stage(f"score {len(names)} detection file{'s'[: len(names) > 1]} with {annotations}")
+    results = iterate_with_progress(score_files(config, flags.detections), len(names), "score", "file", delay_s=1)
     for name, result in zip(names, results, strict=True):
         scores[name] = result
         if result.num_out_of_range:

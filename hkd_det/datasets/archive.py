@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from hkd_det.errors import DataError, HkdError, UnavailableError, import_package
+from hkd_det.errors import DataError, HkdError, UnavailableError
+from hkd_det.progress import iterate_with_progress, log_stage
 
 CHUNK_BYTES = 1 << 20
 MAX_EXPANSION = 50  # extracted size / archive size: about 1 for images, 3 to 20 for annotations as text
@@ -69,8 +70,8 @@ def extract_archive(archive: Path, folder: Path, max_bytes: int = 0) -> None:
             if archive.suffix == ".zip"
             else _iterate_tar_members(archive, limit_bytes)
         )
-        tqdm = import_package("tqdm").tqdm
-        for count, member in enumerate(tqdm(members, desc=f"extract {archive.name}", unit=" files"), 1):
+        log_stage(f"extract {archive.name}")
+        for count, member in enumerate(iterate_with_progress(members, 0, f"extract {archive.name}", "file"), 1):
             if count > MAX_MEMBERS:
                 raise DataError(f"{archive}: more than {MAX_MEMBERS:,} files. Extract it manually.")
             target = _resolve_target(folder, member, archive)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from hkd_det.boxes import rotate_boxes
 from hkd_det.errors import UsageError
 from hkd_det.files import atomic_write, bytes_sha256, file_sha256
 from hkd_det.image import read_image
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
+from hkd_det.progress import Progress, log_stage
 from hkd_det.structures import Detections, Sample
 
 MIN_DETECTION_SCORE = 0.01  # a label is improbable only if the models detect nothing even at such scores
@@ -99,8 +99,11 @@ def _detect(models: Sequence[AuditModel], samples: Sequence[Sample], num_turns: 
     if not models:
         return results
     names = ", ".join(model.name for model in models)
-    progress = tqdm(desc=f"audit with {names}", total=len(samples), unit="image", leave=False, delay=2)
-    with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
+    log_stage(f"audit {len(samples)} images with {names}")
+    with (
+        Progress(len(samples), f"audit with {names}", "image", delay_s=2) as progress,
+        ThreadPoolExecutor(NUM_THREADS) as pool,
+    ):
         for start in range(0, len(samples), IMAGES_PER_CHUNK):
             paths = [sample.path for sample in samples[start : start + IMAGES_PER_CHUNK]]
             images = [np.ascontiguousarray(np.rot90(image, num_turns)) for image in pool.map(read_image, paths)]

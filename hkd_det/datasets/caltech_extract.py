@@ -14,8 +14,9 @@ import cv2
 from hkd_det.config import check_range
 from hkd_det.datasets.caltech import SETS, parse_sets
 from hkd_det.datasets.seq import SeqVideo, open_seq
-from hkd_det.errors import DataError, import_package, run_command
+from hkd_det.errors import DataError, run_command
 from hkd_det.files import atomic_write
+from hkd_det.progress import iterate_with_progress, log_stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +37,8 @@ def _run(argv: Sequence[str] | None) -> int:
     sets, image_dir = parse_sets(arguments.sets), arguments.root / "images"
     videos = _list_videos(arguments.root, sets)
     counts = {name: [0, 0, 0] for name in sets}  # videos, written images, existing images
-    for path in import_package("tqdm").tqdm(videos, desc="extract images", unit="video"):
+    log_stage(f"extract images of {len(videos)} videos")
+    for path in iterate_with_progress(videos, len(videos), "extract images", "video"):
         extracted = extract_frames(path, image_dir / path.parent.name / path.stem, arguments.frame_step)
         counts[path.parent.name] = [a + b for a, b in zip(counts[path.parent.name], (1, *extracted), strict=True)]
     for name, (num_videos, num_written, num_existing) in counts.items():

@@ -15,7 +15,6 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from hkd_det.datasets.audit_coco import plan_audited_files
 from hkd_det.datasets.audit_models import open_audit_models
@@ -44,6 +43,7 @@ from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, write_text
 from hkd_det.image import decode_image, read_image_bytes
 from hkd_det.image_header import UPRIGHT, parse_image_header
+from hkd_det.progress import iterate_with_progress, log_stage
 from hkd_det.structures import Sample
 from hkd_det.text_table import format_table
 
@@ -202,7 +202,7 @@ def inspect_images(samples: Sequence[Sample], on_error: ErrorHandler) -> list[In
     pool = ThreadPoolExecutor(NUM_THREADS)
     try:
         results = pool.map(_inspect_or_error, samples)
-        progress = tqdm(results, desc="decode", total=len(samples), unit="image", leave=False, delay=2)
+        progress = iterate_with_progress(results, len(samples), "decode", "image", delay_s=2)
         for sample, result in zip(samples, progress, strict=True):
             if isinstance(result, DataError):
                 on_error(result)
@@ -231,12 +231,14 @@ def _inspect_or_error(sample: Sample) -> InspectedImage | DataError:
 
 def _check_split(data: str, log: _ProblemLog, output_dir: Path) -> _CheckedSplit:
     samples: list[Sample] = []
+    log_stage(f"{log.split}: read the annotations")
     try:
         samples = load_dataset(data, log.split, log.add)
     except DataError as error:  # a whole file is invalid, or no sample is left
         log.add(error)
     except OSError as error:  # a directory without permission, or a name that is too long
         log.add(DataError(f"{error.filename}: {error.strerror}. Check the path and the permissions."))
+    log_stage(f"{log.split}: decode {len(samples):,} images")
     images = inspect_images(samples, lambda error: log.add(error, "image"))
     sizes = [image.size_hw if image else None for image in images]
     num_rotated = sum(image.is_exif_rotated for image in images if image)
@@ -267,6 +269,7 @@ def _load_references(datasets: Sequence[str]) -> list[ImageSet]:
     for data in datasets:
         for split in list_splits(data):
             samples = load_dataset(data, split, _raise_unless_labels)
+            log_stage(f"{data} {split}: decode {len(samples):,} images")
             references.append(_make_image_set(f"{data} {split}", samples, inspect_images(samples, raise_error)))
     return references
 
@@ -306,7 +309,9 @@ def _check_splits(
 
 def _check_duplicates(splits: Sequence[ImageSet], against: Sequence[str], output_dir: Path) -> list[DuplicateSearch]:
     """Search near-duplicates, print the figures and write duplicates.json."""
-    searches = search_duplicates(splits, _load_references(against))
+    references = _load_references(against)
+    log_stage("search near-duplicates")
+    searches = search_duplicates(splits, references)
     write_duplicates_json(output_dir / "duplicates.json", searches)
     rows = [(escape_nonprintable(search.title), search.summary) for search in searches]
     print(f"near-duplicates\n{textwrap.indent(format_table(rows, left_columns=2), '  ')}")

@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
 from requests.exceptions import RequestException, SSLError
-from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from hkd_det.errors import DataError, UnavailableError
 from hkd_det.files import file_sha256
+from hkd_det.progress import Progress, format_bytes, log_stage
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = (30.0, 60.0)  # to connect, and between two chunks
@@ -75,9 +74,10 @@ def download_file(remote: RemoteFile, path: Path, sleep: Sleep = time.sleep) -> 
         _remove_partial(partial_path)
     with (
         requests.Session() as session,
-        tqdm(desc=remote.name, total=remote.size_bytes, unit="B", unit_scale=True, unit_divisor=1024) as bar,
+        Progress(remote.size_bytes, f"download {remote.name}", "B", keep=True) as progress,
     ):
-        _download_with_retries(session, remote, partial_path, bar, sleep)
+        log_stage(f"download {remote.name}, {format_bytes(remote.size_bytes)}")
+        _download_with_retries(session, remote, partial_path, progress, sleep)
     sha256 = _hash_file(partial_path)
     if sha256 != remote.sha256:
         _remove_partial(partial_path)
@@ -90,13 +90,13 @@ def download_file(remote: RemoteFile, path: Path, sleep: Sleep = time.sleep) -> 
 
 
 def _download_with_retries(
-    session: requests.Session, remote: RemoteFile, partial_path: Path, bar: "tqdm[Any]", sleep: Sleep
+    session: requests.Session, remote: RemoteFile, partial_path: Path, progress: Progress, sleep: Sleep
 ) -> None:
     """Repeat requests until the partial file has the expected size."""
     max_bytes, failures = _get_size_bytes(partial_path), 0
     while _get_size_bytes(partial_path) < remote.size_bytes:
         try:
-            _download_once(session, remote, partial_path, bar)
+            _download_once(session, remote, partial_path, progress)
         except SSLError as error:
             raise UnavailableError(
                 f"{remote.url}: invalid server certificate ({_format_root_cause(error)}). Behind a proxy, "
@@ -111,14 +111,15 @@ def _download_with_retries(
                     f"{_get_size_bytes(partial_path):,} of {remote.size_bytes:,} bytes are kept. "
                     "Repeat the command to resume."
                 ) from None
-            bar.set_postfix_str(f"interrupted, retry in {2**failures} s")
+            progress.set_status(f"interrupted, retry in {2**failures} s")
+            log_stage(f"download {remote.name}: interrupted ({_format_root_cause(error)}), retry in {2**failures} s")
             sleep(2.0**failures)
             failures += 1
         except (RequestException, ValueError) as error:  # ValueError: a redirect to an invalid address
             raise UnavailableError(f"{remote.url}: {_format_root_cause(error)}. Check the URL.") from None
 
 
-def _download_once(session: requests.Session, remote: RemoteFile, partial_path: Path, bar: "tqdm[Any]") -> None:
+def _download_once(session: requests.Session, remote: RemoteFile, partial_path: Path, progress: Progress) -> None:
     """Send one request and append to the partial file; start again if the server does not resume."""
     # identity: size and digest are those of the file on the server
     headers = {"Accept-Encoding": "identity", "User-Agent": "hkd-det", **_make_range_headers(partial_path)}
@@ -128,9 +129,9 @@ def _download_once(session: requests.Session, remote: RemoteFile, partial_path: 
             with partial_path.open("r+b" if start else "wb", buffering=0) as out:
                 _get_version_path(partial_path).write_text(_get_version(response), encoding="utf-8")
                 out.seek(start)
-                bar.n = start
-                bar.set_postfix_str("")
-                _stream_to_file(response, out.write, remote, bar)
+                progress.restart(start)
+                progress.set_status("")
+                _stream_to_file(response, out.write, remote, progress)
         except DataError:
             _remove_partial(partial_path)
             raise
@@ -143,16 +144,16 @@ def _download_once(session: requests.Session, remote: RemoteFile, partial_path: 
 
 
 def _stream_to_file(
-    response: requests.Response, write: Callable[[memoryview], int | None], remote: RemoteFile, bar: "tqdm[Any]"
+    response: requests.Response, write: Callable[[memoryview], int | None], remote: RemoteFile, progress: Progress
 ) -> None:
     # The raw stream: requests would decompress a .gz file that the server declares as "Content-Encoding: gzip".
     for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
-        if bar.n + len(chunk) > remote.size_bytes:
+        if progress.done + len(chunk) > remote.size_bytes:
             raise DataError(f"{remote.url}: expected {remote.size_bytes:,} bytes, got more. The file was changed.")
         rest = memoryview(chunk)
         while rest:  # an unbuffered write may write only a part
             rest = rest[write(rest) :]
-        bar.update(len(chunk))
+        progress.update(len(chunk))
 
 
 def _get_start_byte(response: requests.Response, remote: RemoteFile, partial_path: Path) -> int:
@@ -222,8 +223,9 @@ def _get_size_bytes(path: Path) -> int:
 
 def _hash_file(path: Path) -> str:
     size = _get_size_bytes(path)
-    with tqdm(desc=f"verify {path.name}", total=size, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-        return file_sha256(path, bar.update)
+    log_stage(f"verify {path.name}")
+    with Progress(size, f"verify {path.name}", "B") as progress:
+        return file_sha256(path, progress.update)
 
 
 def _format_root_cause(error: BaseException) -> str:

@@ -28,6 +28,15 @@ from hkd_deploy.export.directories import export_openvino
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
 
+WITHOUT_TERMINAL = """
+import sys
+from hkd_det import progress
+from hkd_bench.cli import main
+progress.LINE_INTERVAL_S = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+TIME_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)")
+
 
 @pytest.fixture(scope="module")
 def model(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -383,3 +392,13 @@ def test_detection_files_have_unique_names(tmp_path: Path) -> None:
     names = [file.name for file in list_detection_files(tmp_path / "d.json", ["a/b", "a_b", "c"])]
     assert names == ["d-1-a_b.json", "d-2-a_b.json", "d-3-c.json"]
     assert list_detection_files(tmp_path / "d.json", ["a/b"]) == [tmp_path / "d.json"]
+
+
+def test_bench_without_terminal_prints_stages(model: Path, half_right: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TERMINAL, str(model), "--data", str(half_right), "--runs", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = [match[1] for match in map(TIME_STAMPED.fullmatch, done.stdout.splitlines()) if match]
+    assert lines[0] == "round 1/3 tiny: measure latency, detect on 2 images"
+    assert re.match(r"round 1/3 tiny: \d+/\d+ runs, \d+:\d\d left", lines[1])
+    assert "round 3/3 tiny: measure latency" in lines

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,15 @@ from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_tr
 
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
+
+WITHOUT_TERMINAL = """
+import sys
+from hkd_det import progress
+from hkd_bench.cli import main
+progress.LINE_INTERVAL_S = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+TIME_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)")
 
 
 def load_reference(name: str) -> ModuleType:
@@ -376,3 +387,14 @@ def test_read_mutated_files_raises_only_hkd_errors(files: Path, data: st.DataObj
         citypersons.evaluate(ground_truth.table, detections)
     except HkdError as error:
         assert "mutated_" in str(error)
+
+
+def test_score_without_terminal_prints_stages(files: Path) -> None:
+    flags = ["--annotations", "gt.json", "--detections", "dt.json", "--protocol", "citypersons"]
+    command = [sys.executable, "-c", WITHOUT_TERMINAL, "score", *flags]
+    done = subprocess.run(command, cwd=files, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = [match[1] for match in map(TIME_STAMPED.fullmatch, done.stdout.splitlines()) if match]
+    assert lines == ["score 1 detection file with gt.json", "score: 1/1 files, 0:00 left"]
+    done = subprocess.run([*command, "--json", "-"], cwd=files, capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["num_detections"] == 1 and "score: 1/1 files" in done.stderr

@@ -88,3 +88,18 @@ def test_terminal_shows_a_bar_and_no_stages(
         log_line("epoch 1")
     captured = capsys.readouterr()
     assert captured.out == "epoch 1\n" and "train" in captured.err
+
+
+def test_bytes_and_percent_have_their_own_form(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2**21, "download a.zip", "B") as bar:
+        bar.restart(2**20)
+        clock.now_s += 61
+        bar.set_status("interrupted")
+        bar.update(2**19)
+    with Progress(100, "build", "%") as bar:
+        clock.now_s += 61
+        bar.update(12.6)
+    assert capsys.readouterr().out.splitlines() == [
+        "TIME download a.zip: 1.5 MiB/2.0 MiB, 1:01 left  interrupted",
+        "TIME build: 13 %",
+    ]

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from hkd_det.errors import UnavailableError, import_package
+from hkd_det.progress import Progress, log_stage
 
 MIN_VERSION = (10, 0)  # the first with strongly typed networks and a progress monitor; JetPack 6 has 10.3
 JETSON_RELEASE_FILE = Path("/etc/nv_tegra_release")
@@ -114,7 +115,7 @@ def make_trt_logger(trt: Any, log: TrtLog) -> Any:
 
 
 class BuildProgress:
-    """Progress bar in percent. It starts again at 0 for every outermost phase.
+    """Progress of a build in percent, without a terminal one line per minute. Each outermost phase starts at 0.
 
     TensorRT reports phases, which consist of steps and can contain other phases.
 
@@ -123,9 +124,8 @@ class BuildProgress:
     """
 
     def __init__(self, label: str) -> None:
-        tqdm = import_package("tqdm", "tqdm", "Run pip install 'hkd-det[tensorrt]'.").tqdm
-        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
-        self._bar = tqdm(total=100, desc=label, bar_format=bar_format, delay=1, leave=False)
+        log_stage(label)
+        self._progress = Progress(100, label, "%", delay_s=1)
         self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, finished steps, all steps)
         self.cancelled = Event()
 
@@ -142,9 +142,9 @@ class BuildProgress:
             num_steps: Number of steps of the phase.
         """
         if parent not in self._phases:
-            self._bar.n = 0
+            self._progress.restart(0)
         self._phases[phase] = (parent, 0, max(1, num_steps))
-        self._bar.set_postfix_str(phase, refresh=False)
+        self._progress.set_status(phase, refresh=False)
         self._refresh_bar()
 
     def step(self, phase: str) -> bool:
@@ -176,13 +176,13 @@ class BuildProgress:
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self._progress.__exit__(exc_type, error, trace)
 
     def _refresh_bar(self) -> None:
         roots = [phase for phase, (parent, _, _) in self._phases.items() if parent not in self._phases]
         percent = 100 * max((self._compute_fraction(phase) for phase in roots), default=0.0)
-        if percent > self._bar.n:  # unannounced phases can start late; the bar never moves back
-            self._bar.update(percent - self._bar.n)
+        # Unannounced phases can start late; the bar never moves back. An update of 0 still shows the passing of time.
+        self._progress.update(max(0.0, percent - self._progress.done))
 
     def _compute_fraction(self, phase: str) -> float:
         """Return the finished part of a phase, 0 to 1. Child phases count as parts of the current step."""

@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import scipy.io
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from hkd_det.datasets.synthetic.objects import SceneObject, make_pedestrian, sample_height_m, sample_position
 from hkd_det.datasets.synthetic.person import Person, sample_person
@@ -19,6 +18,7 @@ from hkd_det.datasets.synthetic.renderer import LIGHTINGS, Camera, Lighting
 from hkd_det.datasets.synthetic.scene import AnnotationRecord, generate_scene, render_scene, sample_objects
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import atomic_write, write_text
+from hkd_det.progress import iterate_with_progress, log_stage
 
 DATASET_VERSION = 1  # increases when equal arguments give other images
 SPLITS = ("train", "val")
@@ -142,7 +142,8 @@ def write_synthetic_dataset(
         return
     for split, count in zip(SPLITS, (num_train, num_val), strict=True):
         tasks = [_RenderTask(root, split, index, config) for index in range(count)]
-        images = tqdm(_render_images(tasks, num_workers), total=count, desc=f"render {split}", unit="image")
+        log_stage(f"render {count} images of {split}")
+        images = iterate_with_progress(_render_images(tasks, num_workers), count, f"render {split}", "image")
         write_citypersons_mat(root / "annotations" / f"anno_{split}.mat", split, list(images))
     write_text(config_path, json.dumps(asdict(config)))
 
@@ -260,7 +261,8 @@ def write_video(
             raise UnavailableError(f"{path}: OpenCV cannot encode mp4v. Install opencv-python-headless from PyPI.")
         try:
             frames = iterate_frames(seed, num_frames, fps, size_hw)
-            for frame in tqdm(frames, total=num_frames, desc="render video", unit="frame"):
+            log_stage(f"render {path.name}, {num_frames} frames")
+            for frame in iterate_with_progress(frames, num_frames, "render video", "frame"):
                 writer.write(frame[:, :, ::-1])
         finally:
             writer.release()

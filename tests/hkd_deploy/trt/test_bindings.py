@@ -55,7 +55,7 @@ def progress() -> BuildProgress:
 
 
 def percent(progress: BuildProgress) -> float:
-    return float(progress._bar.n)
+    return float(progress._progress.done)
 
 
 def test_nested_phases_are_parts_of_a_step(progress: BuildProgress) -> None:

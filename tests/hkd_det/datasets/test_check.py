@@ -42,6 +42,15 @@ from hkd_det.train.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
+WITHOUT_TERMINAL = """
+import sys
+from hkd_det import progress
+from hkd_det.train.cli import main
+progress.LINE_INTERVAL_S = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+TIME_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)")
+
 
 def make_sample(number: int, boxes: list[list[float]], ignore: list[bool], visible_ratio: float = 1) -> Sample:
     boxes_xyxy = xyxy_from_xywh(np.array(boxes, np.float32)).astype(np.float32)
@@ -305,3 +314,12 @@ def test_check_works_without_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", NO_TORCH, "--data", str(coco(tmp_path)), "--check"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "no errors" in done.stdout, done.stderr
+
+
+def test_check_without_terminal_prints_stages(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TERMINAL, "--data", str(coco(tmp_path)), "--check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = [match[1] for match in map(TIME_STAMPED.fullmatch, done.stdout.splitlines()) if match]
+    assert lines[:2] == ["val: read the annotations", "val: decode 4 images"]
+    assert lines[2].startswith("decode: 1/4 images, 0:00 left") and "search near-duplicates" in lines
