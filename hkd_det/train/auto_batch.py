@@ -17,6 +17,7 @@ from hkd_det.ops.losses import sum_losses
 from hkd_det.progress import log_line, log_stage
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import init_distributed, make_epoch_plan, make_run_context
+from hkd_det.train.engine import uses_bf16
 from hkd_det.train.trainer import Trainer
 
 MEMORY_RATIO = 0.7  # of the free memory: fragmentation, validation and images with many persons need the rest
@@ -120,7 +121,7 @@ def _measure_step(trainer: Trainer, batch: int) -> int:
         torch.zeros(shape, dtype=torch.bool, device=device),
     )
     trainer.distiller.train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.precision, device)):
         det_losses, distill_losses = trainer.distiller(
             images.contiguous(memory_format=torch.channels_last), targets, 1.0
         )

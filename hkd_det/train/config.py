@@ -98,7 +98,7 @@ class TrainConfig:
         unlabeled: Directories of images without annotations, for distillation.
         unlabeled_ratio: Unlabeled images per step as a ratio of `batch`; they are added to it.
         freeze_bn: Whether the statistics of batch normalization stay fixed.
-        precision: "bf16" (mixed precision) or "fp32".
+        precision: "bf16" (mixed precision), "fp32", or "auto": bf16 where the device has fast instructions for it.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: Processes that load images.
         cache_mib: Space for recompressed images in the temporary directory (TMPDIR), MiB, over all workers.
@@ -133,7 +133,7 @@ class TrainConfig:
     unlabeled: tuple[str, ...] = ()
     unlabeled_ratio: float = 0.5
     freeze_bn: bool = False
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
     workers: int = 2
     cache_mib: int = 1024

@@ -62,6 +62,22 @@ class ModelEma:
                 mean.copy_(current[name])
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Return whether training uses mixed precision with bfloat16.
+
+    Without hardware support torch emulates bfloat16, which is much slower than float32.
+
+    Args:
+        precision: "auto", "bf16" or "fp32".
+        device: Device that trains.
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"  # what oneDNN requires for bfloat16
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: DataLoader[Batch | HkdError],
@@ -99,7 +115,7 @@ def train_one_epoch(
     """
     losses_sum: dict[str, float] = {}
     metrics_sum: dict[str, float] = {}
-    num_steps = len(loader)
+    num_steps, bf16 = len(loader), uses_bf16(config.precision, device)
     distill_weight = compute_distill_weight(epoch, config.epochs, config.no_distill_ratio, config.distill_schedule)
     for index, (images, targets) in enumerate(iterate_batches(loader)):
         step = epoch * num_steps + index
@@ -108,7 +124,7 @@ def train_one_epoch(
             group["lr"] = lr
         distiller.before_step(step)
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)  # noqa: PLW2901 - same batch
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             det_losses, distill_losses = model(images, targets.to(device), distill_weight)
         losses = det_losses | distill_losses
         loss = sum_losses(losses)

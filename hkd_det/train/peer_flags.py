@@ -25,7 +25,7 @@ ALIASES = {
 }
 # Names without an equal setting, and what to use instead.
 REMEDIES = {
-    "amp": "Use --set precision=bf16 (default) or --set precision=fp32.",
+    "amp": "Use --set precision=bf16 or --set precision=fp32 (default: auto).",
     "cache": "Images are always cached. Use --set cache_mib=N for the size of the cache.",
     "cfg": "Use --recipe YAML.",
     "classes": "Person is the only class. Use `category` in the data YAML to choose it.",

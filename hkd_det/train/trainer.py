@@ -38,7 +38,7 @@ from hkd_det.train.context import (
     resolve_initial_weights,
 )
 from hkd_det.train.dataset import EpochPlan, build_dataloader
-from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch
+from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch, uses_bf16
 from hkd_det.train.history import EpochRecord, find_best_record, find_warning, is_patience_exhausted
 from hkd_det.train.resume import load_epoch, save_epoch
 from hkd_det.train.run_guard import explain_run_errors, lock_run
@@ -289,10 +289,12 @@ class Trainer:
         write_text(config.save_path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         complexity = count_params_and_flops(self.distiller.deployable_model(self.distiller.student), config.imgsz_hw)
         unlabeled = f" and {self.plan.num_unlabeled} unlabeled" if self.plan.num_unlabeled else ""
+        device = self.dist_context.device
+        precision = "bf16" if uses_bf16(config.precision, device) else "fp32"
         log_line(
             f"{config.model}: {complexity.num_params / 1e6:.2f} M parameters, {complexity.flops / 1e9:.2f} GFLOPs at "
             f"{config.imgsz_hw[1]}x{config.imgsz_hw[0]}; {self.plan.num_images} training images{unlabeled}, "
-            f"{len(self.val_samples)} validation images; {self.dist_context.world_size} x {self.dist_context.device}"
+            f"{len(self.val_samples)} validation images; {self.dist_context.world_size} x {device}, {precision}"
         )
 
 

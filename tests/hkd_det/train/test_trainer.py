@@ -233,3 +233,18 @@ def test_validation_ignores_the_scores_that_exported_models_ignore() -> None:
     from hkd_det.train.engine import MIN_SCORE
 
     assert MIN_SCORE == EXPORTED_MIN_SCORE
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "expected"),
+    [("auto", "AVX512", True), ("auto", "AVX2", False), ("bf16", "AVX2", True), ("fp32", "AVX512", False)],
+)
+def test_auto_precision_avoids_emulated_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: str, expected: bool
+) -> None:
+    from hkd_det.train.engine import uses_bf16
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert uses_bf16(precision, torch.device("cpu")) == expected
+    assert uses_bf16(precision, torch.device("cuda", 0)) == (precision == "bf16")
