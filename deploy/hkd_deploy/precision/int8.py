@@ -4,7 +4,8 @@ Calibration measures the value range of each layer input. Each INT8 layer has a 
 on its feature input and a DequantizeLinear on its weights. There are no other Q/DQ nodes; the runtimes fuse the
 operators between them. All zero points are 0, weights have one scale per channel, and biases stay FP32, because
 TensorRT rejects any other form. Weights have values of -64 to 64: processors without VNNI (AVX2) add two products of
-features and weights in 16 bits, and with values up to 127 the sum saturates in OpenVINO. The nodes are inserted by the quantizer of ONNX Runtime.
+features and weights in 16 bits, and with values up to 127 the sum saturates in OpenVINO. The nodes are inserted by the
+quantizer of ONNX Runtime.
 
 If the miss rate exceeds the limit, each layer is quantized alone, and the noise in the output layers ranks the layers.
 Bisection then finds the smallest number of most sensitive layers that must stay FP32. Each bisection step measures the
