@@ -24,10 +24,10 @@ from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
 from hkd_deploy.trt.onnx_file import is_external_model
 from hkd_det.config import check_range
+from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.metrics.coco_files import PERSON_CATEGORY_ID, CocoId, write_coco_detections
-from hkd_det.progress import Progress, log_stage
 from hkd_det.structures import Detections, Sample
 
 

@@ -13,10 +13,10 @@ from hkd_bench.plots import PLOT_SUFFIXES, write_miss_rate_plot
 from hkd_bench.scoring import PROTOCOLS, ScoreConfig, ScoreTable, compare_scores, score_files
 from hkd_bench.table import format_score_table
 from hkd_det.config import check_range
+from hkd_det.console import iterate_with_progress, log_stage
 from hkd_det.errors import UsageError
 from hkd_det.files import write_text
 from hkd_det.metrics.bootstrap import NUM_RESAMPLES
-from hkd_det.progress import iterate_with_progress, log_stage
 
 
 def run_score(argv: Sequence[str] | None) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.scoring import ScoreTable
+from hkd_det.console import format_table
 from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
-from hkd_det.text_table import format_table
 
 SHOWN_SETUPS = ("Reasonable", "All")
 MAX_CV = 0.1  # an idle machine with fixed clocks stays below 0.025, the warning limit of trtexec

@@ -28,12 +28,12 @@ from hkd_bench.plots import COLORS
 from hkd_bench.result import BenchResult, ModelResult, read_result, write_result
 from hkd_bench.scoring import align_samples
 from hkd_bench.table import format_data_name, format_difference, format_interval
+from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import UsageError, run_command
 from hkd_det.files import atomic_write, write_text
 from hkd_det.letterbox import format_imgsz
 from hkd_det.metrics.citypersons import SETUPS
-from hkd_det.text_table import format_table
 
 SEPARATOR = " | "  # between series, file and backend in the names of hkd-bench
 TIME_TICKS_MS = (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000)

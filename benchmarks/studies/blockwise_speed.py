@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hkd_bench.host import RaplMeter, read_host_fields
+from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.blockwise.executor import Scheduler, compute_lower_bound, simulate
 from hkd_det.distill.blockwise.worker import BlockwiseConfig
 from hkd_det.files import write_text
 from hkd_det.letterbox import parse_imgsz
 from hkd_det.models.zoo import read_model_name
-from hkd_det.text_table import format_table
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import init_distributed, make_epoch_plan, make_run_context, resolve_initial_weights
 

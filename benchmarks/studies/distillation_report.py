@@ -18,10 +18,10 @@ from hkd_bench.host import read_host_fields
 from hkd_bench.result import BenchResult
 from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.model_metadata import ExportOptions
+from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import atomic_write, write_text
 from hkd_det.models.checkpoint import load_detector_checkpoint
-from hkd_det.text_table import format_table
 
 SETUP = "Reasonable"
 STEP = 1.06  # distance in the plot between rows with the same FLOPs, as a factor

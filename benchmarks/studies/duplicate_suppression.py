@@ -33,7 +33,7 @@ from hkd_det.letterbox import parse_imgsz
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.coco_files import read_coco_ground_truth
 from hkd_det.models.checkpoint import DetectorCheckpoint, load_detector_checkpoint
-from hkd_det.ops.nms import IOU_LIMITS
+from hkd_det.ops.boxes import IOU_LIMITS
 from hkd_det.structures import Detections
 from hkd_det.train.engine import predict_dataset
 

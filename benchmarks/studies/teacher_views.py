@@ -17,7 +17,7 @@ from hkd_det.letterbox import parse_imgsz
 from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.zoo import load_detector
-from hkd_det.ops.nms import batched_nms
+from hkd_det.ops.boxes import batched_nms
 from hkd_det.train.engine import predict_dataset
 
 IOU_THRESHOLD = 0.6

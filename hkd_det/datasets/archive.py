@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
+from hkd_det.console import iterate_with_progress, log_stage
 from hkd_det.errors import DataError, HkdError, UnavailableError
-from hkd_det.progress import iterate_with_progress, log_stage
 
 CHUNK_BYTES = 1 << 20
 MAX_EXPANSION = 50  # extracted size / archive size: about 1 for images, 3 to 20 for annotations as text

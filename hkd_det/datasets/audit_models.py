@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from hkd_det.boxes import rotate_boxes
+from hkd_det.console import Progress, log_stage
 from hkd_det.errors import UsageError
 from hkd_det.files import atomic_write, bytes_sha256, file_sha256
 from hkd_det.image import read_image
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
-from hkd_det.progress import Progress, log_stage
 from hkd_det.structures import Detections, Sample
 
 MIN_DETECTION_SCORE = 0.01  # a label is improbable only if the models detect nothing even at such scores

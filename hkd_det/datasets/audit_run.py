@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hkd_det.console import format_table
 from hkd_det.datasets.audit import PROPOSAL_SCORE, SplitAudit, audit_split, find_rotated, select_rotation_candidates
 from hkd_det.datasets.audit_coco import AuditedAs, write_audited_split, write_audited_yaml
 from hkd_det.datasets.audit_models import AuditModel, detect_with_cache
@@ -12,7 +13,6 @@ from hkd_det.datasets.audit_report import make_audit_rows, write_audit_json, wri
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.errors import DataError
 from hkd_det.structures import GroundTruth, Sample
-from hkd_det.text_table import format_table
 
 ReadableSample = tuple[Sample, tuple[int, int]]  # with height and width of the image in pixels
 

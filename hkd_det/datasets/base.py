@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hkd_det.console import iterate_with_progress
 from hkd_det.errors import DataError
-from hkd_det.progress import iterate_with_progress
 from hkd_det.structures import GroundTruth, Sample
 
 Item = TypeVar("Item")

@@ -12,11 +12,11 @@ from pathlib import Path
 import cv2
 
 from hkd_det.config import check_range
+from hkd_det.console import iterate_with_progress, log_stage
 from hkd_det.datasets.caltech import SETS, parse_sets
 from hkd_det.datasets.seq import SeqVideo, open_seq
 from hkd_det.errors import DataError, run_command
 from hkd_det.files import atomic_write
-from hkd_det.progress import iterate_with_progress, log_stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.console import format_table, iterate_with_progress, log_stage
 from hkd_det.datasets.audit_coco import plan_audited_files
 from hkd_det.datasets.audit_models import open_audit_models
 from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, run_audit, write_audited
@@ -43,9 +44,7 @@ from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, write_text
 from hkd_det.image import decode_image, read_image_bytes
 from hkd_det.image_header import UPRIGHT, parse_image_header
-from hkd_det.progress import iterate_with_progress, log_stage
 from hkd_det.structures import Sample
-from hkd_det.text_table import format_table
 
 NUM_THREADS = 4  # OpenCV releases the GIL while it decodes
 MAX_PRINTED = 50  # errors on the terminal

@@ -10,8 +10,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.console import format_table
 from hkd_det.structures import Sample
-from hkd_det.text_table import format_table
 
 # Limits of the setups of the protocols: far, medium, Reasonable, Reasonable_small, near, large.
 HEIGHT_EDGES_PX = (0, 20, 30, 50, 75, 100, 150, 250, 500, np.inf)

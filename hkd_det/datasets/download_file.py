@@ -15,9 +15,9 @@ import requests
 from requests.exceptions import RequestException, SSLError
 from urllib3.exceptions import HTTPError
 
+from hkd_det.console import Progress, format_bytes, log_stage
 from hkd_det.errors import DataError, UnavailableError
 from hkd_det.files import file_sha256
-from hkd_det.progress import Progress, format_bytes, log_stage
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = (30.0, 60.0)  # to connect, and between two chunks

@@ -13,7 +13,7 @@ from hkd_det.distill.base import DistillMethod, TeacherModel
 from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.gradients import AllReduceMean, GradientBalancer, SumBalancer
 from hkd_det.models.base import BaseDetector, ModelOutputs, Targets
-from hkd_det.ops.hooks import FeatureHooks
+from hkd_det.models.feature_layers import FeatureHooks
 from hkd_det.ops.losses import ReduceMean, clamp_min_one
 
 LossDict = dict[str, Tensor]

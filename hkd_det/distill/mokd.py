@@ -34,7 +34,7 @@ from hkd_det.distill.gradients import (
 )
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
-from hkd_det.ops.hooks import FeatureHooks
+from hkd_det.models.feature_layers import FeatureHooks
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,14 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
     backbone.body.load_state_dict(fitting)
 
 
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Freeze all batch normalizations of a model: running statistics, weights and biases no longer change."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.requires_grad_(False)
+
+
 def _download_weights(name: str) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hkd_det.errors import UsageError
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer
+from hkd_det.ops.boxes import nms_detections
 from hkd_det.ops.losses import SCORE_EPS, ReduceMean, clamp_min_one
-from hkd_det.ops.nms import nms_detections
 
 TensorFunction = Callable[[Tensor], Tensor]
 DetectorPart = Literal["backbone", "neck", "head"]

@@ -31,8 +31,8 @@ from hkd_det.models.surgery import (
     filter_dense_convs,
     find_residual_layers,
 )
+from hkd_det.ops.boxes import peak_nms, suppress_duplicates
 from hkd_det.ops.losses import ReduceMean, clamp_min_one
-from hkd_det.ops.nms import peak_nms, suppress_duplicates
 
 
 class DenseDetector(BaseDetector):

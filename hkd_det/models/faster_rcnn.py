@@ -41,8 +41,8 @@ from hkd_det.models.faster_rcnn_ops import (
     smooth_l1_sum,
 )
 from hkd_det.models.surgery import NO_CHANGES, ModelChanges, PrunableLayer, apply_changes, find_residual_layers
+from hkd_det.ops.boxes import cluster_nms
 from hkd_det.ops.losses import ReduceMean, clamp_min_one
-from hkd_det.ops.nms import cluster_nms
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of a ResNet of full width
 

@@ -15,13 +15,12 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import box_area, box_iou
 
 from hkd_det.models.base import BaseDetector, DetectionBatch, ProposalOutputs
-from hkd_det.ops.boxes import clip_boxes_traceable, giou_loss, pairwise_intersection
+from hkd_det.ops.boxes import SUPPRESSED_LOGIT, clip_boxes_traceable, cluster_nms, giou_loss, pairwise_intersection
 from hkd_det.ops.losses import (
     SCORE_EPS,
     ReduceMean,
     quality_focal_kd_loss,
 )
-from hkd_det.ops.nms import SUPPRESSED_LOGIT, cluster_nms
 
 PERSON_LABEL, NUM_CLASSES = 1, 2  # Label 0 is the background.
 

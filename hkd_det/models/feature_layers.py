@@ -1,26 +1,31 @@
-"""Feature layers: which layers of a detector have a feature map, and which layers distillation compares.
+"""Feature layers: which layers of a detector have a feature map, which layers distillation compares, and forward hooks.
 
 A layer has a feature map if it runs once per image and returns one tensor [B, C, H, W] at a stride of the input.
+Hooks record feature maps or observe the calls of modules. They do not change the model.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from hkd_det.console import format_table
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import format_imgsz
 from hkd_det.models.base import BaseDetector, DetectorPart, FeatureInfo
-from hkd_det.ops.hooks import observe_calls
-from hkd_det.text_table import format_table
 
 PROBE_HW = (128, 192)  # not square, so that a globally pooled map is not mistaken for one of stride 128
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+OnInput = Callable[[str, nn.Module, tuple[Any, ...]], None]
+OnOutput = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
 
 
 @dataclass(frozen=True)
@@ -251,3 +256,79 @@ def _select_representative(name: str, features: dict[str, Tensor], default_names
     address, shape = features[name].data_ptr(), features[name].shape
     same = [other for other, output in features.items() if output.data_ptr() == address and output.shape == shape]
     return min(reversed(same), key=lambda other: (other not in default_names, other.count(".")))
+
+
+class FeatureHooks:
+    """Keeps the last output of each given layer until `pop` (as timm's `FeatureHooks`).
+
+    Args:
+        model: Model whose layers are recorded.
+        names: Layers as in `named_modules`.
+        clone: Keep copies of the outputs. Required for layers whose output a later layer changes in place.
+
+    Raises:
+        UsageError: If the model has no layer of one of the names.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], clone: bool = False) -> None:
+        modules = dict(model.named_modules())
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            raise UsageError(f"{unknown[0]}: no such layer. hkd-train --list-layers prints all layers.")
+        self._outputs: dict[str, Tensor] = {}
+        self._clone = clone
+        self._layer_names = list(names)
+        self._handles: list[RemovableHandle] = [
+            modules[name].register_forward_hook(self._make_hook(name)) for name in self._layer_names
+        ]
+
+    def pop(self) -> list[Tensor]:
+        """Return the recorded outputs in the order of the names, and remove them to free their memory."""
+        outputs = [self._outputs[name] for name in self._layer_names]
+        self._outputs.clear()
+        return outputs
+
+    def close(self) -> None:
+        """Remove the hooks and drop all outputs."""
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+
+    def _make_hook(self, name: str) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._outputs[name] = output.clone() if self._clone else output
+
+        return record
+
+
+@contextmanager
+def observe_calls(
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    on_input: OnInput | None = None,
+    on_output: OnOutput | None = None,
+) -> Iterator[None]:
+    """Call functions before and after every forward pass of given layers, inside a `with` block.
+
+    Args:
+        model: Model whose layers are observed.
+        names: Layers as in `named_modules`. None: all layers except the model itself.
+        on_input: Called with name, module and inputs before the layer runs.
+        on_output: Called with name, module, inputs and output after the layer has run.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    with ExitStack() as stack:
+        for name in modules if names is None else names:
+            if on_input:
+                stack.callback(modules[name].register_forward_pre_hook(_bind_input(on_input, name)).remove)
+            if on_output:
+                stack.callback(modules[name].register_forward_hook(_bind_output(on_output, name)).remove)
+        yield
+
+
+def _bind_input(on_input: OnInput, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda module, inputs: on_input(name, module, inputs)
+
+
+def _bind_output(on_output: OnOutput, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    return lambda module, inputs, output: on_output(name, module, inputs, output)

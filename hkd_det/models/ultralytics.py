@@ -33,7 +33,7 @@ from hkd_det.models.ultralytics_io import (
     load_model_yaml,
     restrict_layer_types,
 )
-from hkd_det.ops.nms import IOU_THRESHOLD, batched_nms, cluster_nms
+from hkd_det.ops.boxes import IOU_THRESHOLD, batched_nms, cluster_nms
 
 MAX_STRIDE = 32  # Input sides are multiples of it.
 PERSON_CLASS_NAMES = ("person", "pedestrian")

@@ -24,7 +24,7 @@ from hkd_det.models.base import (
 from hkd_det.models.detector import DenseDetector
 from hkd_det.models.head import make_anchors
 from hkd_det.models.surgery import NO_CHANGES, DepthwiseLayer, ModelChanges, PrunableLayer, apply_changes
-from hkd_det.ops.nms import batched_nms, cluster_nms
+from hkd_det.ops.boxes import batched_nms, cluster_nms
 
 Activation = Literal["silu", "hardswish", "relu"]
 

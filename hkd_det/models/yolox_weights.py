@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError
-from hkd_det.models.batch_norm import restore_batch_norm, update_bn_stats
+from hkd_det.models.feature_layers import observe_calls
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.yolox import YOLOX, YOLOXSpec
-from hkd_det.ops.hooks import observe_calls
 
 FOCUS_CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))  # (row, column) of the four groups of three channels
 PERSON_CLASS_ID = 0
@@ -130,6 +129,51 @@ def widen_yolox(source: YOLOX, factor: int, noise: float = 0.02) -> YOLOX:
 
 
 @torch.no_grad()
+def restore_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give batch normalizations the statistics of their inputs without changing what the network computes.
+
+    A network whose normalizations were fused into the convolutions has identities in their place. In training mode, an
+    identity would normalize its input and change the output. With true statistics, training starts from the same
+    function.
+
+    Args:
+        model: Network to change. Its mode is restored.
+        batches (iterable of Tensor[B, 3, H, W]): Images, as for `model`.
+    """
+    moments = _measure_moments(model, batches)
+    for norm, (mean, var) in moments.items():
+        assert norm.running_mean is not None and norm.running_var is not None
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - norm.running_mean * gain
+        norm.weight.copy_(gain * (var + norm.eps).sqrt())
+        norm.bias.copy_(shift + gain * mean)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+
+
+@torch.no_grad()
+def update_bn_stats(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Estimate the running statistics again as plain means over batches (Precise-BN, Wu and Johnson 2021).
+
+    Args:
+        model: Network to change. Its mode is restored.
+        batches (iterable of Tensor[B, 3, H, W]): Images, as for `model`.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momentums = [norm.momentum for norm in norms]
+    was_training = model.training
+    model.train()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momentums, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)
+
+
+@torch.no_grad()
 def _scale_stem(detector: YOLOX) -> None:
     """Multiply the weights of the first convolution by 256, and divide the weights of its normalization.
 
@@ -150,6 +194,32 @@ def _take_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
         count += len(images)
         if count >= NUM_STATISTICS_IMAGES:
             return
+
+
+def _measure_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.BatchNorm2d, tuple[Tensor, Tensor]]:
+    """Return mean and variance per channel of the inputs of all batch normalizations, in evaluation mode."""
+    sums: dict[nn.BatchNorm2d, tuple[Tensor, Tensor, int]] = {}
+
+    def add_input(_name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, nn.BatchNorm2d):
+            values = inputs[0].double()
+            total, squares, count = sums.get(module, (0.0, 0.0, 0))
+            sums[module] = (
+                total + values.sum((0, 2, 3)),
+                squares + values.square().sum((0, 2, 3)),
+                count + values[:, 0].numel(),
+            )
+
+    was_training = model.training
+    model.eval()
+    with observe_calls(model, on_input=add_input):
+        for images in batches:
+            model(images)
+    model.train(was_training)
+    means = {norm: (total / count, squares / count) for norm, (total, squares, count) in sums.items()}
+    return {
+        norm: (mean.float(), (square - mean.square()).clamp(min=0).float()) for norm, (mean, square) in means.items()
+    }
 
 
 def _read_checkpoint(path: Path) -> tuple[YOLOX, dict[str, Tensor]]:

@@ -14,12 +14,12 @@ from hkd_det.models.base import BaseDetector, DetectionBatch, FeatureInfo, Model
 from hkd_det.models.checkpoint import build_from_spec, load_detector_checkpoint
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
+from hkd_det.models.feature_layers import observe_calls
 from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, make_ultralytics_spec
 from hkd_det.models.yolox import YOLOXSpec
 from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
 from hkd_det.onnxrt.ensemble import OnnxEnsemble, open_onnx_ensemble
-from hkd_det.ops.hooks import observe_calls
 
 ENSEMBLE_SUFFIXES = (".yaml", ".yml")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hkd_det.text_table import format_table
+from hkd_det.console import format_table
 
 DIRECTORY = Path(__file__).parent
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from hkd_det.console import log_line, log_stage
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill import load_method
 from hkd_det.errors import UsageError
 from hkd_det.letterbox import STRIDE
 from hkd_det.models.base import Targets
 from hkd_det.ops.losses import sum_losses
-from hkd_det.progress import log_line, log_stage
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import init_distributed, make_epoch_plan, make_run_context
 from hkd_det.train.engine import uses_bf16

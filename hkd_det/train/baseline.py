@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hkd_det.console import format_table
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill import load_method
@@ -20,7 +21,6 @@ from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import count_params_and_flops
 from hkd_det.structures import Detections
-from hkd_det.text_table import format_table
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import resolve_device
 from hkd_det.train.engine import predict_dataset

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hkd_det.console import Progress, iterate_with_progress
 from hkd_det.datasets import Sample, read_image
 from hkd_det.distill.distiller import Distiller
 from hkd_det.distill.gradients import GradientBalancer
@@ -18,7 +19,6 @@ from hkd_det.metrics.citypersons import SETUPS, CityPersonsSetup, evaluate_detec
 from hkd_det.metrics.operating_point import OperatingPoint, suggest_operating_point
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.losses import sum_losses
-from hkd_det.progress import Progress, iterate_with_progress
 from hkd_det.structures import Detections
 from hkd_det.train.config import TrainConfig, compute_distill_weight
 from hkd_det.train.dataset import Batch, iterate_batches

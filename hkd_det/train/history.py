@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hkd_det.console import format_duration
 from hkd_det.files import write_text
-from hkd_det.progress import format_duration
 
 VALUE_COLUMNS = ("miss_rate", "ap", "ap50", "recall", "threshold", "lr", "images_per_s", "time_s")
 

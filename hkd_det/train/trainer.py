@@ -14,6 +14,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hkd_det.console import Progress, log_line, log_stage
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.image_files import read_unlabeled
@@ -25,9 +26,8 @@ from hkd_det.errors import DataError
 from hkd_det.files import file_sha256, write_text
 from hkd_det.metrics.citypersons import SETUPS
 from hkd_det.metrics.coco import evaluate_average_precision
-from hkd_det.models.batch_norm import freeze_batch_norm
+from hkd_det.models.backbone import freeze_batch_norm
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
-from hkd_det.progress import Progress, log_line, log_stage
 from hkd_det.train.config import TrainConfig, compute_lr_factor, get_last_phase_start
 from hkd_det.train.context import (
     DistributedContext,

@@ -6,7 +6,7 @@ import sys
 MODULES = [
     *(
         f"hkd_det.{name}"
-        for name in ("errors", "structures", "boxes", "image", "letterbox", "config", "files", "progress")
+        for name in ("errors", "structures", "boxes", "image", "letterbox", "config", "files", "console")
     ),
     *(f"hkd_det.onnxrt.{name}" for name in ("session", "model_config", "detector")),
     "hkd_det.datasets.catalog",

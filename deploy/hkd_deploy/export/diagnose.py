@@ -22,7 +22,7 @@ from hkd_deploy.export.graph import ExportModule
 from hkd_deploy.export.parity import BOX_TOLERANCE_PX, SCORE_TOLERANCE, compute_max_difference
 from hkd_deploy.precision.graph import find_constants, find_graph_regions
 from hkd_deploy.precision.model import run_model
-from hkd_det.ops.hooks import observe_calls
+from hkd_det.models.feature_layers import observe_calls
 
 CONV_OPS = ("Conv", "ConvTranspose")
 # Of the norm of the values. Rounding causes about 1e-6 after a deep network; a visible difference is larger.

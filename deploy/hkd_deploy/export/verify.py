@@ -23,6 +23,7 @@ from hkd_deploy.export.parity import (
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision.report import predict_samples, select_evenly
 from hkd_deploy.trt.onnx_file import read_onnx_file
+from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, first_error_line
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
@@ -30,7 +31,6 @@ from hkd_det.metrics.matching import NO_GROUND_TRUTH
 from hkd_det.metrics.operating_point import suggest_operating_point
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
-from hkd_det.text_table import format_table
 
 TABLE_HEADER = ("model", "backend", "boxes", "scores", "miss rate", "increase")
 NOT_MEASURED, NO_DETECTION = "not measured", "no detection"

@@ -12,7 +12,7 @@ stage, but no features. The layers that predict them are therefore output layers
 
 The conversion sets explicit types, so that no runtime chooses a precision. The body runs in half precision; Cast nodes
 connect it to the rest. The output layers stay FP32: rounding would make neighboring scores equal, and peak NMS keeps
-all equal scores (`hkd_det/ops/nms.py`). Inputs and outputs keep their types. The conversion is implemented here because
+all equal scores (`ops/boxes.py`). Inputs and outputs keep their types. The conversion is implemented here because
 onnxruntime.transformers.float16 does not support bfloat16 and modelopt.onnx.autocast of NVIDIA requires torch.
 """
 

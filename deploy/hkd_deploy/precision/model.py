@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.model_metadata import ModelMetadata
+from hkd_det.console import iterate_with_progress
 from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.files import bytes_sha256
 from hkd_det.letterbox import Letterbox
 from hkd_det.onnxrt.session import open_session
-from hkd_det.progress import iterate_with_progress
 
 # Opset 13 introduced scales per channel. The quantizer of ONNX Runtime supports opsets below 21.
 SUPPORTED_OPSETS = range(13, 21)

@@ -8,8 +8,8 @@ from threading import Event
 from types import TracebackType
 from typing import Any
 
+from hkd_det.console import Progress, log_stage
 from hkd_det.errors import UnavailableError, import_package
-from hkd_det.progress import Progress, log_stage
 
 MIN_VERSION = (10, 0)  # the first with strongly typed networks and a progress monitor; JetPack 6 has 10.3
 JETSON_RELEASE_FILE = Path("/etc/nv_tegra_release")

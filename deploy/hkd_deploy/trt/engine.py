@@ -20,9 +20,9 @@ from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan
 from hkd_deploy.trt.cuda import CudaDevice, open_cuda
 from hkd_deploy.trt.engine_info import FORMAT, EngineInfo, Profile, get_current_platform, write_engine
 from hkd_deploy.trt.onnx_file import OnnxFile
+from hkd_det.console import format_table
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, bytes_sha256
-from hkd_det.text_table import format_table
 
 MIB = 2**20
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models.base import BaseDetector, DetectorPart
 from hkd_det.models.checkpoint import build_from_spec
+from hkd_det.models.feature_layers import observe_calls
 from hkd_det.models.surgery import is_dense_conv3x3, make_block
-from hkd_det.ops.hooks import observe_calls
 
 StateDict = Mapping[str, Tensor]
 

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 from torch import Tensor
 
+from hkd_det.console import Progress, log_line
 from hkd_det.distill.base import DistillMethod, RunContext
 from hkd_det.distill.batch import DistillationBatch
 from hkd_det.distill.blockwise.blocks import StateDict, assemble, find_replaceable_convs
@@ -26,7 +27,6 @@ from hkd_det.files import write_text
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint, weights_sha256
 from hkd_det.models.zoo import count_params_and_flops, load_detector
-from hkd_det.progress import Progress, log_line
 
 SIMULATED_WORKERS = (1, 2, 3, 4, 8, 16)
 

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hkd_det.console import Progress, log_line
 from hkd_det.distill.blockwise.blocks import ReplaceableConv, StateDict, record_inputs
 from hkd_det.distill.blockwise.executor import ExecutorConfig, RunStats, check_dask_installed, run_tasks
 from hkd_det.distill.blockwise.worker import BlockResult, BlockTask, BlockwiseConfig, read_block, train_block
 from hkd_det.errors import DataError
 from hkd_det.files import atomic_write, write_text
 from hkd_det.models.base import BaseDetector
-from hkd_det.progress import Progress, log_line
 
 WriteImages = Callable[[Path], None]
 

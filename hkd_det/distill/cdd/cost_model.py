@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.models.base import BaseDetector
+from hkd_det.models.feature_layers import observe_calls
 from hkd_det.models.surgery import PrunableLayer
 from hkd_det.models.zoo import ModelComplexity, count_params_and_flops
-from hkd_det.ops.hooks import observe_calls
 
 
 class ChannelCostModel:

@@ -24,7 +24,7 @@ from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
-from hkd_det.ops.nms import peak_nms, suppress_duplicates
+from hkd_det.ops.boxes import peak_nms, suppress_duplicates
 
 HW = (256, 320)
 HKD_SPEC = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=12, head_depth=1)

@@ -13,11 +13,11 @@ from hkd_det.distill.dense import DenseConfig, DenseDistillation, forward_views,
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BranchOutputs, DenseOutputs, Targets
-from hkd_det.models.batch_norm import update_bn_stats
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.head import make_anchors
 from hkd_det.models.yolox import YOLOX, YOLOXSpec
+from hkd_det.models.yolox_weights import update_bn_stats
 
 SPEC = YOLOXSpec(depth=0.33, width=0.125)
 IMAGES = torch.randint(0, 256, (2, 3, 64, 96), generator=torch.Generator().manual_seed(0)).float()

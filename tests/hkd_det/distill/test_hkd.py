@@ -15,10 +15,9 @@ from hkd_det.distill.hkd import DenseHKD, HKDConfig
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, FeatureInfo, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
-from hkd_det.models.feature_layers import pair_by_stride
+from hkd_det.models.feature_layers import FeatureHooks, pair_by_stride
 from hkd_det.models.head import make_anchors
 from hkd_det.ops.boxes import points_in_boxes
-from hkd_det.ops.hooks import FeatureHooks
 from hkd_det.ops.losses import clamp_min_one, fg_balanced_mean, pkd_loss
 from hkd_det.ops.roi_pool import roi_feature_loss
 

@@ -15,7 +15,7 @@ from hkd_det.distill.gradients import (
 )
 from hkd_det.distill.mokd import AmortizedBalancer, GradientSpaceBalancer, MoKDConfig
 from hkd_det.models.base import FeatureInfo
-from hkd_det.ops.hooks import FeatureHooks
+from hkd_det.models.feature_layers import FeatureHooks
 
 EPS = MoKDConfig().eps
 INPUTS = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))

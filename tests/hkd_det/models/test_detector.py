@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from hkd_det.errors import DataError, UsageError
-from hkd_det.models.batch_norm import freeze_batch_norm
+from hkd_det.models.backbone import freeze_batch_norm
 from hkd_det.models.detector import Backbone, HKDDetector, HKDDetectorSpec, load_backbone_weights
 from hkd_det.models.zoo import MODELS, build_model
-from hkd_det.ops.nms import peak_nms, suppress_duplicates
+from hkd_det.ops.boxes import peak_nms, suppress_duplicates
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 

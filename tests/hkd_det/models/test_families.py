@@ -23,12 +23,11 @@ from hkd_det.models.checkpoint import (
 )
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
-from hkd_det.models.feature_layers import list_feature_layers
+from hkd_det.models.feature_layers import FeatureHooks, list_feature_layers
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
 from hkd_det.models.yolox import YOLOXSpec
 from hkd_det.models.zoo import count_params_and_flops
-from hkd_det.ops.hooks import FeatureHooks
 from hkd_det.ops.losses import sum_losses
 
 

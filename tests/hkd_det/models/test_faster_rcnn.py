@@ -180,7 +180,7 @@ def test_forward_rois_does_not_depend_on_other_rois(tiny: FasterRCNN) -> None:
 
 
 def test_feature_info_names_the_pooled_features(tiny: FasterRCNN) -> None:
-    from hkd_det.ops.hooks import FeatureHooks
+    from hkd_det.models.feature_layers import FeatureHooks
 
     recorder = FeatureHooks(tiny, [layer.name for layer in tiny.feature_info()])
     output = tiny(IMAGES)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hkd_det.errors import DataError
-from hkd_det.models.batch_norm import update_bn_stats
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.yolox import YOLOX, YOLOXSpec, decode_boxes
-from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox, widen_yolox
+from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox, update_bn_stats, widen_yolox
 from hkd_det.models.zoo import MODELS, build_student, read_model_name
 
 NANO = Path(os.environ.get("HKD_TEST_DATA", ""), "models/yolox_nano.onnx")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hkd_det.ops.nms import MAX_ITERATIONS, batched_nms, cluster_nms
+from hkd_det.ops.boxes import MAX_ITERATIONS, batched_nms, cluster_nms
 
 
 def make_clusters(spread_px: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from hkd_det.ops.nms import (
+from hkd_det.ops.boxes import (
     IOU_LIMITS,
     LOGIT_MARGIN,
     NMS_TOPK,

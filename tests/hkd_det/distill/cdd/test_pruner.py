@@ -21,7 +21,7 @@ from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.criterion import DetectionCriterion
-from hkd_det.ops.hooks import FeatureHooks
+from hkd_det.models.feature_layers import FeatureHooks
 from hkd_det.ops.losses import clamp_min_one
 from hkd_det.ops.roi_pool import BoxAveragePool
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from hkd_det import progress
-from hkd_det.progress import Progress, format_duration, iterate_with_progress, log_line, log_stage
+from hkd_det import console
+from hkd_det.console import Progress, format_duration, iterate_with_progress, log_line, log_stage
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(console, "time", clock)
     return clock
 
 
@@ -81,7 +81,7 @@ def test_lines_have_a_time_stamp(capsys: pytest.CaptureFixture[str]) -> None:
 def test_terminal_shows_a_bar_and_no_stages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "is_terminal", lambda: True)
+    monkeypatch.setattr(console, "is_terminal", lambda: True)
     log_stage("read the dataset")
     with Progress(2, "train", "step") as bar:
         bar.update(2, {"loss": 0.5})
