@@ -19,8 +19,12 @@ from hkd_det.metrics.tables import Floats
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 MAX_WEIGHTS_PER_CHUNK = 1 << 22  # limits memory to about 100 MiB
+# In simulated datasets (tests/hkd_det/metrics/test_bootstrap.py) the 95 % interval contains the true miss rate in 92 %
+# of the cases with 50 images, in 87 % with 20, and in 64 % with 5: few images do not contain the difficult cases.
+MIN_IMAGES = MIN_PERSONS = 50
+TOO_FEW = f"no conclusion: fewer than {MIN_IMAGES} images or {MIN_PERSONS} persons"
 
-Conclusion = Literal["better", "worse", "no difference shown", "neither detects a person"]
+Conclusion = Literal["better", "worse", "no difference shown", "neither detects a person", "too few images or persons"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class MissRateDifference:
         ci_high: Upper end.
         p_value: Two-sided bootstrap p-value of no difference.
         conclusion: "better" or "worse" if the interval excludes 0, otherwise "no difference shown". "neither detects a
-            person" if there is nothing to compare.
+            person" if there is nothing to compare, "too few images or persons" if the interval is not reliable.
     """
 
     value: float
@@ -56,6 +60,12 @@ class MissRateDifference:
     ci_high: float
     p_value: float
     conclusion: Conclusion
+
+    def summary(self) -> str:
+        """Return the difference in percentage points, its interval and the conclusion, as one clause."""
+        interval = f"{100 * self.ci_low:+.2f} to {100 * self.ci_high:+.2f}"
+        conclusion = TOO_FEW if self.conclusion == "too few images or persons" else self.conclusion
+        return f"{100 * self.value:+.2f} points (95 % interval over images: {interval}): {conclusion}"
 
 
 def compute_intervals(
@@ -147,7 +157,18 @@ def compare_miss_rates(
     conclusion: Conclusion = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
     if not (result.counted.is_true_positive.any() or reference.counted.is_true_positive.any()):
         conclusion = "neither detects a person"
+    elif not has_reliable_interval(result):
+        conclusion = "too few images or persons"
     return MissRateDifference(result.value - reference.value, low, high, p_value, conclusion)
+
+
+def has_reliable_interval(result: MissRateResult) -> bool:
+    """Return whether the data suffice for a 95 % interval: at least `MIN_IMAGES` images and `MIN_PERSONS` persons.
+
+    Args:
+        result: Miss rate of one setup.
+    """
+    return result.num_images >= MIN_IMAGES and result.num_gt >= MIN_PERSONS
 
 
 def resample_miss_rates(results: Sequence[MissRateResult], num_resamples: int, seed: int) -> Floats:

@@ -8,11 +8,14 @@ import pytest
 
 from hkd_det.metrics import caltech, citypersons
 from hkd_det.metrics.bootstrap import (
+    MIN_IMAGES,
+    MIN_PERSONS,
     compare_miss_rates,
     compute_differences,
     compute_interval,
     compute_intervals,
     compute_weighted_miss_rates,
+    has_reliable_interval,
     resample_miss_rates,
 )
 from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
@@ -142,6 +145,40 @@ def test_interval_of_the_difference_covers_zero_as_often_as_stated() -> None:
     assert 0.5 < np.mean(ratios) < 1.2
 
 
+def compute_coverage(num_images: int, true_value: float, num_datasets: int = 100) -> float:
+    """Return how often the 95 % interval of a random dataset contains the miss rate of unlimited images."""
+    rng = np.random.default_rng(num_images)
+    num_covered = 0
+    for seed in range(num_datasets):
+        interval = compute_interval(make_exchangeable_results(rng, num_images)[0], num_resamples=200, seed=seed)
+        num_covered += interval is not None and interval.ci_low <= true_value <= interval.ci_high
+    return num_covered / num_datasets
+
+
+@pytest.mark.slow
+def test_interval_needs_the_minimum_of_images() -> None:
+    """The stated reason of `MIN_IMAGES`: the interval of few images does not contain the true miss rate often enough."""
+    large = [result.value for result in make_exchangeable_results(np.random.default_rng(5), 5000)]
+    true_value = float(np.mean(large))
+    assert compute_coverage(5, true_value) < 0.75 and compute_coverage(20, true_value) < 0.92
+    assert compute_coverage(MIN_IMAGES, true_value) > 0.85
+
+
+@pytest.mark.parametrize(("num_images", "is_concluded"), [(MIN_IMAGES - 1, False), (MIN_IMAGES, True)])
+def test_few_images_give_no_conclusion(num_images: int, is_concluded: bool) -> None:
+    """A detector that detects no person is worse than another; fewer images do not suffice to conclude it."""
+    first, _ = make_exchangeable_results(np.random.default_rng(2), num_images)
+    no_image = first.counted.image_index[:0]
+    nothing = replace(first.counted, image_index=no_image, is_true_positive=first.counted.is_true_positive[:0])
+    difference = compare_miss_rates(replace(first, counted=nothing, value=1.0), first)
+    assert difference is not None and difference.value > 0 and first.num_gt > MIN_PERSONS
+    assert difference.conclusion == ("worse" if is_concluded else "too few images or persons")
+    expected = "worse" if is_concluded else "no conclusion: fewer than 50 images or 50 persons"
+    assert difference.summary().endswith(f"): {expected}")
+    few_persons = replace(first, num_gt=MIN_PERSONS - 1)
+    assert not has_reliable_interval(few_persons)
+
+
 def test_clear_difference_is_shown_with_its_sign() -> None:
     """The second detector misses the persons of every third image."""
     first, _ = make_exchangeable_results(np.random.default_rng(0), 100)
@@ -161,7 +198,7 @@ def test_clear_difference_is_shown_with_its_sign() -> None:
 
 
 def test_equal_detections_have_no_difference() -> None:
-    samples, detections = make_random_dataset(np.random.default_rng(0), 20)
+    samples, detections = make_random_dataset(np.random.default_rng(0), 60)
     result = evaluate_detections(samples, detections, [SETUPS["All"]])["All"]
     difference = compare_miss_rates(result, result)
     assert difference is not None
@@ -186,8 +223,8 @@ def test_no_detections_have_miss_rate_one() -> None:
 
 
 def test_detectors_that_detect_no_person_are_not_compared() -> None:
-    samples, detections = make_random_dataset(np.random.default_rng(3), 20)
-    none = evaluate_detections(samples, [Detections(np.zeros((0, 4)), np.zeros(0))] * 20, [SETUPS["All"]])["All"]
+    samples, detections = make_random_dataset(np.random.default_rng(3), 60)
+    none = evaluate_detections(samples, [Detections(np.zeros((0, 4)), np.zeros(0))] * 60, [SETUPS["All"]])["All"]
     some = evaluate_detections(samples, detections, [SETUPS["All"]])["All"]
     conclusions = []
     for pair in ((none, none), (none, some)):
