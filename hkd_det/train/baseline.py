@@ -17,6 +17,7 @@ from hkd_det.files import write_text
 from hkd_det.metrics.bootstrap import MissRateDifference, compare_miss_rates
 from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, evaluate_detections
 from hkd_det.metrics.coco import evaluate_average_precision
+from hkd_det.metrics.operating_point import suggest_operating_point
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import count_params_and_flops
@@ -51,6 +52,8 @@ class DetectorMetrics:
         num_gt: Ground-truth boxes by setup.
         ap: COCO average precision, fraction.
         ap50: COCO average precision at IoU 0.5, fraction.
+        recall: Recall at `threshold` in the setup of the run, fraction.
+        threshold: Score threshold with the highest F1 score in the setup of the run.
         parameters: Number of parameters.
         flops: FLOPs per image.
         imgsz_hw: Input height and width, pixels.
@@ -60,6 +63,8 @@ class DetectorMetrics:
     num_gt: dict[str, int]
     ap: float
     ap50: float
+    recall: float
+    threshold: float
     parameters: int
     flops: int
     imgsz_hw: tuple[int, int]
@@ -83,12 +88,15 @@ def measure_detector(
     detections = predict_dataset(detector, samples, imgsz_hw)
     results = evaluate_detections(samples, detections, dict.fromkeys((SETUPS[setup], *EVAL_SETUPS)))
     precision = evaluate_average_precision(samples, detections)
+    point = suggest_operating_point(results[setup])
     complexity = count_params_and_flops(detector, imgsz_hw)
     metrics = DetectorMetrics(
         {name: result.value for name, result in results.items()},
         {name: result.num_gt for name, result in results.items()},
         precision["AP"],
         precision["AP50"],
+        point.recall,
+        point.threshold,
         complexity.num_params,
         complexity.flops,
         imgsz_hw,
@@ -187,7 +195,9 @@ def format_comparison(comparison: BaselineComparison) -> str:
         for name, num_gt in distilled.num_gt.items()
         if num_gt
     ]
-    rows.append(_make_row("AP", distilled.ap, baseline.ap))
+    rows += [_make_row("AP50", distilled.ap50, baseline.ap50), _make_row("AP", distilled.ap, baseline.ap)]
+    thresholds = f"{distilled.threshold:.2f} and {baseline.threshold:.2f}"
+    rows.append(_make_row(f"recall at {thresholds}", distilled.recall, baseline.recall))
     return (
         f"{format_table(rows, ('', 'distilled', 'baseline', 'difference'))}\n"
         f"Effect of the teacher, MR^-2 {comparison.setup}: {_format_effect(comparison.difference)}"
@@ -195,11 +205,7 @@ def format_comparison(comparison: BaselineComparison) -> str:
 
 
 def _format_effect(difference: MissRateDifference | None) -> str:
-    if difference is None:
-        return "not measured: no ground truth"
-    interval = f"{100 * difference.ci_low:+.2f} to {100 * difference.ci_high:+.2f}"
-    points = f"{100 * difference.value:+.2f} points (95 % interval over images: {interval}; one seed)"
-    return f"{points}: {difference.conclusion}"
+    return "not measured: no ground truth" if difference is None else f"{difference.summary()}; one seed"
 
 
 def _make_row(name: str, distilled: float, baseline: float) -> tuple[str, str, str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from hkd_det.distill.gradients import GradientBalancer
 from hkd_det.errors import DataError, HkdError
 from hkd_det.letterbox import Letterbox
 from hkd_det.metrics.citypersons import SETUPS, CityPersonsSetup, evaluate_detections
+from hkd_det.metrics.matching import MissRateResult
 from hkd_det.metrics.operating_point import OperatingPoint, suggest_operating_point
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.losses import sum_losses
@@ -168,6 +170,7 @@ class EvalResult:
         num_gt: Ground-truth boxes by setup.
         detections: Detections of each image, source pixels.
         operating_point: Suggested score threshold, with recall and precision in the setup of the run.
+        result: Curve of the setup of the run.
     """
 
     miss_rate: float
@@ -175,6 +178,7 @@ class EvalResult:
     num_gt: dict[str, int]
     detections: list[Detections]
     operating_point: OperatingPoint
+    result: MissRateResult
 
 
 def evaluate(
@@ -199,6 +203,7 @@ def evaluate(
         {name: result.num_gt for name, result in results.items()},
         detections,
         suggest_operating_point(results[config.setup]),
+        results[config.setup],
     )
 
 
@@ -206,7 +211,7 @@ def evaluate(
 def predict_dataset(
     detector: BaseDetector, samples: Sequence[Sample], imgsz_hw: tuple[int, int], bf16: bool = False, batch: int = 8
 ) -> list[Detections]:
-    """Run a detector on all samples.
+    """Run a detector on all samples. Convolutions do not use TF32, which rounds FP32 values to 10 mantissa bits.
 
     Args:
         detector: Detector in evaluation mode.
@@ -226,8 +231,16 @@ def predict_dataset(
         letterboxes = [Letterbox((image.shape[0], image.shape[1]), imgsz_hw) for image in images]
         inputs = np.stack([letterbox.apply(image) for letterbox, image in zip(letterboxes, images, strict=True)])
         tensor = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), _disable_tf32():
             boxes, scores = detector.predict(tensor)
         arrays = zip(letterboxes, boxes.float().cpu().numpy(), scores.cpu().numpy(), strict=True)
         detections += [Detections(letterbox.boxes_to_source(b), s).filter(MIN_SCORE) for letterbox, b, s in arrays]
     return detections
+
+
+def _disable_tf32() -> AbstractContextManager[None]:
+    cudnn = torch.backends.cudnn
+    context: AbstractContextManager[None] = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
+    return context

@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hkd_det.console import format_duration
 from hkd_det.files import write_text
+from hkd_det.metrics.bootstrap import compare_miss_rates, compute_interval
+from hkd_det.metrics.matching import CountedDetections, MissRateResult
 
 VALUE_COLUMNS = ("miss_rate", "ap", "ap50", "recall", "threshold", "lr", "images_per_s", "time_s")
 
@@ -67,11 +71,80 @@ class EpochRecord:
             One line.
         """
         return (
-            f"epoch {self.epoch}/{epochs}  loss {sum(self.losses.values()):.3f}  "
-            f"MR^-2 {setup} {100 * self.miss_rate:.2f} %  AP50 {100 * self.ap50:.1f} %  AP {100 * self.ap:.1f} %  "
-            f"recall {100 * self.recall:.1f} % at {self.threshold:.2f}  {self.images_per_s:.1f} images/s  "
-            f"{format_duration(seconds_left)} left"
+            f"epoch {self.epoch}/{epochs}  loss {sum(self.losses.values()):.3f}  {self.format_accuracy(setup)}  "
+            f"{self.images_per_s:.1f} images/s  {format_duration(seconds_left)} left"
         )
+
+    def format_accuracy(self, setup: str) -> str:
+        """Return miss rate, AP50, AP, and recall at the suggested threshold.
+
+        Args:
+            setup: Name of the setup of `miss_rate`.
+        """
+        return (
+            f"MR^-2 {setup} {100 * self.miss_rate:.2f} %  AP50 {100 * self.ap50:.1f} %  AP {100 * self.ap:.1f} %  "
+            f"recall {100 * self.recall:.1f} % at {self.threshold:.2f}"
+        )
+
+
+@dataclass
+class RunResults:
+    """Miss rates of one run on the same validation images, for intervals and paired differences.
+
+    Attributes:
+        initial: Of the initial weights, if they are those of a finished detector.
+        first: Of the first epoch.
+        best: Of the epoch of `best.pt`.
+        last: Of the last epoch.
+    """
+
+    initial: MissRateResult | None = None
+    first: MissRateResult | None = None
+    best: MissRateResult | None = None
+    last: MissRateResult | None = None
+
+    def add(self, result: MissRateResult, is_best: bool) -> None:
+        """Add the result of an epoch.
+
+        Args:
+            result: Miss rate in the setup of the run.
+            is_best: Whether the epoch is the best so far.
+        """
+        self.first, self.last = self.first or result, result
+        self.best = result if is_best else self.best
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for checkpoints."""
+        return {name: _pack(value) for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunResults":
+        """Restore the results from the values of `as_dict`.
+
+        Args:
+            values: Values of a checkpoint.
+        """
+        return cls(**{name: _unpack(value) for name, value in values.items()})
+
+
+def _pack(result: MissRateResult) -> dict[str, Any]:
+    """Return what a comparison needs, as plain values. The curve is left out."""
+    counted = asdict(result.counted)
+    arrays = {name: value.tolist() for name, value in counted.items() if isinstance(value, np.ndarray)}
+    return {"value": result.value, "num_gt": result.num_gt, "counted": {**counted, **arrays}}
+
+
+def _unpack(values: dict[str, Any]) -> MissRateResult:
+    counted = values["counted"]
+    restored = CountedDetections(
+        np.array(counted["image_index"], np.int32),
+        np.array(counted["is_true_positive"], bool),
+        np.array(counted["gt_per_image"], np.intp),
+        tuple(counted["fppi_points"]),
+        counted["zero_recall_before_curve"],
+    )
+    no_curve, num_images = np.zeros(0), len(restored.gt_per_image)
+    return MissRateResult(values["value"], no_curve, no_curve, no_curve, values["num_gt"], num_images, restored)
 
 
 def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
@@ -116,12 +189,12 @@ def is_patience_exhausted(history: Sequence[EpochRecord], patience: int) -> bool
     return 0 < patience <= len(history) - best_epoch
 
 
-def find_warning(history: Sequence[EpochRecord], initial_miss_rate: float | None) -> str:
+def find_warning(history: Sequence[EpochRecord], results: RunResults) -> str:
     """Return why the result of a run is probably not useful, as two sentences; empty if it is not worse.
 
     Args:
         history: Records of all epochs.
-        initial_miss_rate: Miss rate before the first epoch, fraction, or None if it was not measured.
+        results: Miss rates of the initial weights and of some epochs.
     """
     best, first, last = find_best_record(history), history[0], history[-1]
     if best.miss_rate >= 1 or best.recall == 0:
@@ -129,15 +202,34 @@ def find_warning(history: Sequence[EpochRecord], initial_miss_rate: float | None
             "the detector finds no person in the validation images. "
             "Check the labels with --check, train longer, or start from --weights."
         )
-    if initial_miss_rate is not None and best.miss_rate > initial_miss_rate:
+    if results.initial and best.miss_rate > results.initial.value:
         return (
-            f"worse than before training (MR^-2 {100 * initial_miss_rate:.2f} % before, {100 * best.miss_rate:.2f} % "
-            "after). Keep the initial weights, or reduce the learning rate (--set lr=)."
+            f"worse than before training (MR^-2 {100 * results.initial.value:.2f} % before, "
+            f"{100 * best.miss_rate:.2f} % after; {_compare(results.best, results.initial)}). "
+            "Keep the initial weights, or reduce the learning rate (--set lr=)."
         )
     if last.miss_rate > first.miss_rate and last.meets_target and first.meets_target:
         return (
             f"the last epoch is worse than the first (MR^-2 {100 * first.miss_rate:.2f} % first, "
-            f"{100 * last.miss_rate:.2f} % last; best.pt is epoch {best.epoch}). "
-            "Reduce the learning rate (--set lr=), or add training images."
+            f"{100 * last.miss_rate:.2f} % last; {_compare(results.last, results.first)}; best.pt is epoch "
+            f"{best.epoch}). Reduce the learning rate (--set lr=), or add training images."
         )
     return ""
+
+
+def format_interval_and_gain(results: RunResults) -> str:
+    """Return the interval of the best miss rate and its difference to the initial weights, for the last lines of a run.
+
+    Args:
+        results: Miss rates of the initial weights and of some epochs.
+    """
+    interval = compute_interval(results.best) if results.best else None
+    if interval is None:
+        return ""
+    gain = f"; compared with the initial weights: {_compare(results.best, results.initial)}" if results.initial else ""
+    return f"95 % interval {100 * interval.ci_low:.2f} to {100 * interval.ci_high:.2f} %{gain}"
+
+
+def _compare(result: MissRateResult | None, reference: MissRateResult | None) -> str:
+    difference = compare_miss_rates(result, reference) if result and reference else None
+    return difference.summary() if difference else "no interval: a session of an older version did not save its results"

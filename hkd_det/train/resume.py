@@ -12,7 +12,7 @@ from hkd_det.models.checkpoint import (
     save_training_state,
 )
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.history import EpochRecord, find_best_record, write_history
+from hkd_det.train.history import EpochRecord, RunResults, find_best_record, write_history
 
 if TYPE_CHECKING:
     from hkd_det.train.trainer import Trainer
@@ -45,7 +45,7 @@ def save_epoch(trainer: "Trainer", record: EpochRecord, detector: BaseDetector) 
         "balancer": trainer.balancer.state_dict(),
         "history": [past.as_dict() for past in trainer.history],
         "teacher_sha256": trainer.teacher_sha256,
-        "initial_miss_rate": trainer.initial_miss_rate,
+        "results": trainer.results.as_dict(),
     }
     save_training_state(config.save_path / "last.pt", state)
     write_history(config.save_path / "results.csv", trainer.history)
@@ -82,7 +82,7 @@ def load_epoch(trainer: "Trainer", path: Path) -> None:
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.balancer.load_state_dict(state["balancer"])
         trainer.history = [EpochRecord(**record) for record in state["history"]]
-        trainer.initial_miss_rate = state.get("initial_miss_rate")
+        trainer.results = RunResults.from_dict(state.get("results", {}))
     except (KeyError, TypeError, RuntimeError) as error:  # missing keys, unknown keys, other shapes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise DataError(

@@ -39,7 +39,14 @@ from hkd_det.train.context import (
 )
 from hkd_det.train.dataset import EpochPlan, build_dataloader
 from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch, uses_bf16
-from hkd_det.train.history import EpochRecord, find_best_record, find_warning, is_patience_exhausted
+from hkd_det.train.history import (
+    EpochRecord,
+    RunResults,
+    find_best_record,
+    find_warning,
+    format_interval_and_gain,
+    is_patience_exhausted,
+)
 from hkd_det.train.resume import load_epoch, save_epoch
 from hkd_det.train.run_guard import explain_run_errors, lock_run
 from hkd_det.train.run_report import EpochHook, draw_val_errors, open_tensorboard, plot_history
@@ -154,7 +161,7 @@ class Trainer:
         )
         self.teacher_sha256 = file_sha256(Path(config.teacher)) if config.teacher else ""
         self.history: list[EpochRecord] = []
-        self.initial_miss_rate: float | None = None
+        self.results = RunResults()
         self._plot_s = -math.inf  # monotonic clock
 
     def fit(self, hooks: Sequence[EpochHook] = ()) -> TrainResult:
@@ -196,17 +203,21 @@ class Trainer:
         sources = {load_method(name).student_source for name in self.config.distill}
         if self.config.weights and sources <= {"config"} and not self.history:
             log_stage("evaluate the initial weights")
-            self.initial_miss_rate = evaluate(self.ema.module, self.val_samples, self.config).miss_rate
-            log_line(f"initial weights: MR^-2 {self.config.setup} {100 * self.initial_miss_rate:.2f} %")
+            self.results.initial = evaluate(self.ema.module, self.val_samples, self.config).result
+            log_line(f"initial weights: MR^-2 {self.config.setup} {100 * self.results.initial.value:.2f} %")
 
     def _log_result(self) -> None:
         config, best, num_epochs = self.config, find_best_record(self.history), len(self.history)
         plot_history(config.save_path / "results.png", self.history, config.setup)
         if num_epochs < config.epochs:
             log_line(f"stopped after {num_epochs} epochs: {config.patience} epochs without a lower miss rate")
-        rate = f"MR^-2 {config.setup} {100 * best.miss_rate:.2f} %  AP50 {100 * best.ap50:.1f} %"
-        log_line(f"best: {config.save_path / 'best.pt'}  epoch {best.epoch}  {rate}{self.distiller.summary()}")
-        if warning := find_warning(self.history, self.initial_miss_rate):
+        log_line(
+            f"best: {config.save_path / 'best.pt'}  epoch {best.epoch}  {best.format_accuracy(config.setup)}"
+            f"{self.distiller.summary()}"
+        )
+        if interval := format_interval_and_gain(self.results):
+            log_line(f"MR^-2 {config.setup} of best.pt: {interval}")
+        if warning := find_warning(self.history, self.results):
             log_line(f"warning: {config.save_dir}: {warning}")
 
     def _run_epoch(self, module: nn.Module, epoch: int, progress: Progress) -> EpochRecord:
@@ -243,6 +254,7 @@ class Trainer:
             time_s=past_s + time.monotonic() - start_s,
         )
         self.history.append(record)
+        self.results.add(result.result, record.meets_target and find_best_record(self.history) is record)
         if save_epoch(self, record, deployable):
             setup = SETUPS[config.setup]
             draw_val_errors(directory / "val_errors.jpg", self.val_samples, result.detections, record.threshold, setup)

@@ -157,7 +157,7 @@ def compute_coverage(num_images: int, true_value: float, num_datasets: int = 100
 
 @pytest.mark.slow
 def test_interval_needs_the_minimum_of_images() -> None:
-    """The stated reason of `MIN_IMAGES`: the interval of few images does not contain the true miss rate often enough."""
+    """The reason of `MIN_IMAGES`: the interval of few images too seldom contains the true miss rate."""
     large = [result.value for result in make_exchangeable_results(np.random.default_rng(5), 5000)]
     true_value = float(np.mean(large))
     assert compute_coverage(5, true_value) < 0.75 and compute_coverage(20, true_value) < 0.92

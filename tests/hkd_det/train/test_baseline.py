@@ -72,7 +72,10 @@ def test_comparison_uses_setup_of_the_run(data_yaml: Path, tmp_path: Path, capsy
         "setup=bare",
     ]
     assert main([*common, *distill_flags, "--name", "distilled"]) == 0
-    assert "Effect of the teacher, MR^-2 bare" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Effect of the teacher, MR^-2 bare" in printed and "recall at " in printed and "AP50" in printed
+    assert "points (95 % interval over images: " in printed  # four images: no conclusion
+    assert "): no conclusion: fewer than 50 images" in printed or "): neither detects a person; one seed" in printed
     report = json.loads((tmp_path / "distilled/baseline.json").read_text())
     assert (
         report["distilled"]["miss_rates"]["bare"] == load_detector_checkpoint(tmp_path / "distilled/best.pt").miss_rate
@@ -171,4 +174,5 @@ def test_perfect_detections_have_zero_miss_rate(data_yaml: Path, monkeypatch: py
         sizes.build_model("mini-student"), load_dataset(str(data_yaml), "val"), (64, 96)
     )
     assert metrics.ap == pytest.approx(1) and metrics.miss_rates["Reasonable"] == metrics.miss_rates["All"] == 0
+    assert (metrics.ap50, metrics.recall, metrics.threshold) == (pytest.approx(1), 1, 1)
     assert metrics.parameters == sum(p.numel() for p in sizes.build_model("mini-student").parameters())

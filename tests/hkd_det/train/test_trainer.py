@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.train.cli import main
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import check_annotations
+from hkd_det.train.engine import EvalResult
 from hkd_det.train.trainer import train
 
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
@@ -216,7 +218,12 @@ def test_last_line_warns_about_a_run_that_is_worse_than_before(
 
     weights = str(train(make_config(data_yaml, tmp_path / "first", epochs=1)).best)
     original, miss_rates = trainer.evaluate, iter([0.2, 0.4])
-    monkeypatch.setattr(trainer, "evaluate", lambda *args: replace(original(*args), miss_rate=next(miss_rates)))
+
+    def evaluate_with_known_rate(*args: Any) -> EvalResult:
+        result, miss_rate = original(*args), next(miss_rates)
+        return replace(result, miss_rate=miss_rate, result=replace(result.result, value=miss_rate))
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate_with_known_rate)
     config = make_config(data_yaml, tmp_path / "second", epochs=1, weights=weights)
     capsys.readouterr()
     record = train(config).history[0]
@@ -224,7 +231,14 @@ def test_last_line_warns_about_a_run_that_is_worse_than_before(
     assert any("initial weights: MR^-2 Reasonable 20.00 %" in line for line in lines)
     warned = record.recall > 0  # a detector without detections has another warning
     assert "warning: " in lines[-1] and ("worse than before training" in lines[-1]) == warned
-    assert load_training_state(tmp_path / "second" / "last.pt")["initial_miss_rate"] == 0.2
+    if warned:  # four validation images
+        assert "+20.00 points (95 % interval over images: " in lines[-1]
+        assert "): no conclusion: fewer than 50 images or 50 persons). Keep the initial weights" in lines[-1]
+    assert "recall" in lines[-3] and "AP " in lines[-3] and "best.pt" in lines[-3]
+    assert "MR^-2 Reasonable of best.pt: 95 % interval" in lines[-2]
+    assert load_training_state(tmp_path / "second" / "last.pt")["results"]["initial"]["value"] == 0.2
+    assert train(config, resume=True).history == [record]
+    assert capsys.readouterr().out.splitlines()[-1].partition("warning: ")[2] == lines[-1].partition("warning: ")[2]
     assert record.time_s > 0 and record.lr > 0 and 0 <= record.ap <= record.ap50 <= 1
 
 
