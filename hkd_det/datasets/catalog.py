@@ -30,8 +30,15 @@ from hkd_det.datasets.caltech import read_caltech
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
 from hkd_det.datasets.crowdhuman import read_crowdhuman
-from hkd_det.datasets.data_yaml import Options, count_keypoint_values, parse_class_names
-from hkd_det.datasets.dataset_entry import DatasetEntry, format_missing_split, open_entry, read_catalog_entry
+from hkd_det.datasets.data_yaml import (
+    DatasetEntry,
+    Options,
+    count_keypoint_values,
+    format_missing_split,
+    open_entry,
+    parse_class_names,
+    read_catalog_entry,
+)
 from hkd_det.datasets.eurocity import read_eurocity
 from hkd_det.datasets.image_files import check_stated_sizes, find_repeated_files, locate_path
 from hkd_det.datasets.inria import read_inria, read_pennfudan

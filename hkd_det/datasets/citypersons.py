@@ -15,12 +15,12 @@ from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets.base import (
     MAX_COORDINATE_PX,
     ErrorHandler,
+    JsonLocations,
     filter_missing_images,
     make_coordinate_error,
     make_size_error,
     raise_error,
 )
-from hkd_det.datasets.json_locations import JsonLocations
 from hkd_det.datasets.mat_file import read_mat, to_float_array, to_text
 from hkd_det.errors import DataError
 from hkd_det.files import read_json

@@ -17,6 +17,7 @@ from hkd_det.boxes import box_area
 from hkd_det.datasets.base import (
     DatasetError,
     ErrorHandler,
+    JsonLocations,
     drop_repeated_boxes,
     is_pixel_value,
     parse_flag,
@@ -24,7 +25,6 @@ from hkd_det.datasets.base import (
 )
 from hkd_det.datasets.coco_boxes import CocoBox, SizeHW, find_form_error, parse_coco_box
 from hkd_det.datasets.image_files import locate_path, merge_repeated_images
-from hkd_det.datasets.json_locations import JsonLocations
 from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_roles, report_unused_classes
 from hkd_det.errors import DataError
 from hkd_det.files import read_json

@@ -17,7 +17,7 @@ from typing import Any
 
 from hkd_det.datasets.archive import ARCHIVE_SUFFIXES, check_disk_space, extract_archive
 from hkd_det.datasets.catalog import load_catalog_entry
-from hkd_det.datasets.dataset_entry import DATASETS_DIR, find_catalog_file
+from hkd_det.datasets.data_yaml import DATASETS_DIR, find_catalog_file
 from hkd_det.datasets.download_file import RemoteFile, download_file
 from hkd_det.errors import DataError, UnavailableError, UsageError
 

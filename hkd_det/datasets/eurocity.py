@@ -24,6 +24,7 @@ from hkd_det.boxes import box_area, clip_boxes
 from hkd_det.datasets.base import (
     MAX_COORDINATE_PX,
     ErrorHandler,
+    JsonLocations,
     filter_missing_images,
     is_pixel_value,
     make_coordinate_error,
@@ -32,7 +33,6 @@ from hkd_det.datasets.base import (
     raise_error,
     show_progress,
 )
-from hkd_det.datasets.json_locations import JsonLocations
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import read_json
 from hkd_det.structures import GroundTruth, Sample

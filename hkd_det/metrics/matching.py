@@ -6,6 +6,7 @@ fall into an ignore region: intersection over the detection's area reaches the t
 number of detections, and they count neither as true nor as false positives.
 
 MR^-2 (Dollár et al. 2012) is the geometric mean of the miss rate at nine points of false positives per image (FPPI).
+The operating point is the score threshold with the highest F1 score on that curve.
 """
 
 from collections.abc import Iterator, Sequence
@@ -278,4 +279,44 @@ def _concatenate_pairs(chunks: list[OverlapPairs]) -> OverlapPairs:
         np.concatenate([chunk.gt_index for chunk in chunks] or [no_index]),
         np.concatenate([chunk.iou for chunk in chunks] or [no_value]),
         np.concatenate([chunk.ioa for chunk in chunks] or [no_value]),
+    )
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A score threshold and the accuracy of the detections that reach it, in one setup.
+
+    Attributes:
+        threshold: Lowest score of a detection, 0 to 1.
+        recall: Ratio of persons that are detected, 0 to 1.
+        precision: Ratio of detections that are persons, 0 to 1.
+    """
+
+    threshold: float
+    recall: float
+    precision: float
+
+
+NO_DETECTIONS = OperatingPoint(threshold=0.5, recall=0.0, precision=0.0)
+
+
+def suggest_operating_point(result: MissRateResult) -> OperatingPoint:
+    """Return the operating point with the highest F1 score, 2 TP / (detections + persons).
+
+    Args:
+        result: Curve of a setup.
+
+    Returns:
+        The operating point; `NO_DETECTIONS` if no detection is a person.
+    """
+    num_tp = (1 - result.miss_rate) * result.num_gt
+    num_detections = np.arange(1, len(num_tp) + 1)
+    # Detections of the same score cannot be separated: only the last of them is a threshold.
+    is_last = np.append(result.scores[1:] < result.scores[:-1], True)[: len(num_tp)]
+    f1 = np.where(is_last, 2 * num_tp / (num_detections + max(1, result.num_gt)), 0.0)
+    if not f1.any():
+        return NO_DETECTIONS
+    best = int(f1.argmax())
+    return OperatingPoint(
+        float(result.scores[best]), float(1 - result.miss_rate[best]), float(num_tp[best] / num_detections[best])
     )

@@ -17,7 +17,7 @@ from hkd_det.files import write_text
 from hkd_det.metrics.bootstrap import MissRateDifference, compare_miss_rates
 from hkd_det.metrics.citypersons import REASONABLE, SETUPS, CityPersonsSetup, evaluate_detections
 from hkd_det.metrics.coco import evaluate_average_precision
-from hkd_det.metrics.operating_point import suggest_operating_point
+from hkd_det.metrics.matching import suggest_operating_point
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import count_params_and_flops

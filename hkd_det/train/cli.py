@@ -13,8 +13,7 @@ from hkd_det.config import check_range
 from hkd_det.datasets.download import download
 from hkd_det.distill import METHODS
 from hkd_det.errors import UsageError, require_extra, run_command
-from hkd_det.train.peer_flags import parse_with_peer_flags
-from hkd_det.train.settings import AUTO_BATCH, MODEL_NAMES, check_resume_flags, merge_settings
+from hkd_det.train.settings import AUTO_BATCH, MODEL_NAMES, check_resume_flags, merge_settings, parse_with_peer_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,8 +17,7 @@ from hkd_det.distill.gradients import GradientBalancer
 from hkd_det.errors import DataError, HkdError
 from hkd_det.letterbox import Letterbox
 from hkd_det.metrics.citypersons import SETUPS, CityPersonsSetup, evaluate_detections
-from hkd_det.metrics.matching import MissRateResult
-from hkd_det.metrics.operating_point import OperatingPoint, suggest_operating_point
+from hkd_det.metrics.matching import MissRateResult, OperatingPoint, suggest_operating_point
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.losses import sum_losses
 from hkd_det.structures import Detections

@@ -47,8 +47,7 @@ from hkd_det.train.history import (
     format_interval_and_gain,
     is_patience_exhausted,
 )
-from hkd_det.train.resume import load_epoch, save_epoch
-from hkd_det.train.run_guard import explain_run_errors, lock_run
+from hkd_det.train.run import explain_run_errors, load_epoch, lock_run, save_epoch
 from hkd_det.train.run_report import EpochHook, draw_val_errors, open_tensorboard, plot_history
 
 PLOT_INTERVAL_S = 60.0

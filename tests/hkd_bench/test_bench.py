@@ -30,9 +30,9 @@ from hkd_det.errors import DataError, UsageError
 
 WITHOUT_TERMINAL = """
 import sys
-from hkd_det import progress
+from hkd_det import console
 from hkd_bench.cli import main
-progress.LINE_INTERVAL_S = 0.0
+console.LINE_INTERVAL_S = 0.0
 sys.exit(main(sys.argv[1:]))
 """
 TIME_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)")

@@ -26,9 +26,9 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is no
 
 WITHOUT_TERMINAL = """
 import sys
-from hkd_det import progress
+from hkd_det import console
 from hkd_bench.cli import main
-progress.LINE_INTERVAL_S = 0.0
+console.LINE_INTERVAL_S = 0.0
 sys.exit(main(sys.argv[1:]))
 """
 TIME_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)")

@@ -27,8 +27,7 @@ from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, first_error_line
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
-from hkd_det.metrics.matching import NO_GROUND_TRUTH
-from hkd_det.metrics.operating_point import suggest_operating_point
+from hkd_det.metrics.matching import NO_GROUND_TRUTH, suggest_operating_point
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.json_locations import JsonLocations
+from hkd_det.datasets.base import JsonLocations
 from hkd_det.errors import DataError
 
 VALUES = st.recursive(

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from hkd_det.datasets import catalog
 from hkd_det.datasets.catalog import load_dataset
-from hkd_det.datasets.data_yaml import CATALOG_KEYS
-from hkd_det.datasets.dataset_entry import find_catalog_file
+from hkd_det.datasets.data_yaml import CATALOG_KEYS, find_catalog_file
 from hkd_det.errors import DataError, HkdError, UsageError
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}

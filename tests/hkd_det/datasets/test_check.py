@@ -44,9 +44,9 @@ sys.exit(main(sys.argv[1:]))
 
 WITHOUT_TERMINAL = """
 import sys
-from hkd_det import progress
+from hkd_det import console
 from hkd_det.train.cli import main
-progress.LINE_INTERVAL_S = 0.0
+console.LINE_INTERVAL_S = 0.0
 sys.exit(main(sys.argv[1:]))
 """
 TIME_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)")

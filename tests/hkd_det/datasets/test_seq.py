@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hkd_det.datasets.seq import open_seq
+from hkd_det.datasets.caltech_extract import open_seq
 from hkd_det.errors import DataError
 
 PEDS30 = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "caltech" / "peds30.seq"

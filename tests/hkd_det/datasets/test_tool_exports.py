@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from hkd_det.datasets import dataset_entry
+from hkd_det.datasets import data_yaml
 from hkd_det.datasets.base import DatasetError
 from hkd_det.datasets.catalog import dataset_license, list_splits, load_dataset
 from hkd_det.errors import DataError, HkdError, UsageError
@@ -170,7 +170,7 @@ WRITERS: list[Callable[[Path], dict[str, tuple[int, int]]]] = [
 def test_export_is_read_as_directory_and_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], dict[str, tuple[int, int]]]
 ) -> None:
-    monkeypatch.setattr(dataset_entry, "DATASETS_DIR", tmp_path / "datasets")
+    monkeypatch.setattr(data_yaml, "DATASETS_DIR", tmp_path / "datasets")
     root = tmp_path / "top" / "export"
     root.mkdir(parents=True)
     expected = write(root)

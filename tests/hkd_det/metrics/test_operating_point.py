@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
-from hkd_det.metrics.operating_point import NO_DETECTIONS, OperatingPoint, suggest_operating_point
+from hkd_det.metrics.matching import NO_DETECTIONS, OperatingPoint, suggest_operating_point
 from hkd_det.structures import Detections, GroundTruth, Sample
 
 BOXES = np.array([[0, 0, 40, 100], [100, 0, 140, 100], [200, 0, 240, 100], [400, 0, 440, 100]], np.float32)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hkd_det.errors import UsageError
-from hkd_det.train import auto_batch
-from hkd_det.train.auto_batch import choose_batch, find_batch
+from hkd_det.train import start
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import DistributedContext, make_epoch_plan, make_run_context
+from hkd_det.train.start import choose_batch, find_batch
 from hkd_det.train.trainer import Trainer
 
 MIB = 2**20
@@ -72,6 +72,6 @@ def test_measured_step_trains_on_the_largest_size(
     for name, value in {"empty_cache": None, "reset_peak_memory_stats": None, "max_memory_reserved": 7}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     before = next(trainer.distiller.student.parameters()).detach().clone()
-    assert auto_batch._measure_step(trainer, 3) == 7
+    assert start._measure_step(trainer, 3) == 7
     assert shapes == [(3, 3, 96, 128)]  # 1.25 times the size, rounded up to multiples of 32
     assert not torch.equal(before, next(trainer.distiller.student.parameters()))

@@ -13,8 +13,7 @@ from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import MODELS
 from hkd_det.shipped import SHIPPED_MODELS
 from hkd_det.train.cli import _build_train_parser, main
-from hkd_det.train.peer_flags import parse_with_peer_flags
-from hkd_det.train.settings import DEFAULT_ARCHITECTURE, MODEL_NAMES, merge_settings
+from hkd_det.train.settings import DEFAULT_ARCHITECTURE, MODEL_NAMES, merge_settings, parse_with_peer_flags
 from hkd_det.train.start import resolve_settings
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from hkd_det.train.cli import _build_train_parser, main
-from hkd_det.train.peer_flags import parse_with_peer_flags
-from hkd_det.train.settings import merge_settings
+from hkd_det.train.settings import merge_settings, parse_with_peer_flags
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import yaml
 
-from hkd_det.datasets import catalog, dataset_entry, download
+from hkd_det.datasets import catalog, data_yaml, download
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.train.cli import main
 
 CONTENT = random.Random(3).randbytes(300_000)  # default content of the server
-SHIPPED = dataset_entry.find_catalog_file()
+SHIPPED = data_yaml.find_catalog_file()
 ANNOTATION = """# Compatible with PASCAL Annotation Version 1.00
 Image filename : "PennFudanPed/PNGImages/FudanPed00001.png"
 Image size (X x Y x C) : 80 x 60 x 3
@@ -56,7 +56,7 @@ def write_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteCatal
         entry |= {} if files is None else {"download": files}
         (tmp_path / "datasets.yaml").write_text(yaml.safe_dump({"walkers": entry}))
 
-    monkeypatch.setattr(dataset_entry, "find_catalog_file", lambda: tmp_path / "datasets.yaml")
+    monkeypatch.setattr(data_yaml, "find_catalog_file", lambda: tmp_path / "datasets.yaml")
     monkeypatch.setattr(download, "find_catalog_file", lambda: tmp_path / "datasets.yaml")
     return write
 
@@ -215,7 +215,7 @@ def test_downloaded_data_can_be_loaded(serve: Serve, write_catalog: WriteCatalog
 
 
 def test_catalog_of_the_project() -> None:
-    shipped = yaml.safe_load(dataset_entry.find_catalog_file().read_text(encoding="utf-8"))
+    shipped = yaml.safe_load(data_yaml.find_catalog_file().read_text(encoding="utf-8"))
     downloads = {name: download._parse_items(entry.get("download"), name) for name, entry in shipped.items()}
     assert {name: len(items) for name, items in downloads.items() if items} == {"coco-person": 3, "pennfudan": 1}
     for name, entry in shipped.items():
@@ -227,8 +227,8 @@ def test_two_processes_download_once(tmp_path: Path, serve: Serve, write_catalog
     site = serve(content=make_zip())
     write_catalog([make_entry(site)])
     code = (
-        "import sys; from pathlib import Path; from hkd_det.datasets import dataset_entry, download\n"
-        "dataset_entry.find_catalog_file = download.find_catalog_file = lambda: Path('datasets.yaml')\n"
+        "import sys; from pathlib import Path; from hkd_det.datasets import data_yaml, download\n"
+        "data_yaml.find_catalog_file = download.find_catalog_file = lambda: Path('datasets.yaml')\n"
         "download.download('walkers')"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]

@@ -12,13 +12,13 @@ import torch
 
 from hkd_det.errors import HkdError, UsageError
 from hkd_det.train.cli import main
-from hkd_det.train.run_guard import LOCK_NAME, explain_run_errors, handle_interrupts, lock_run, make_loader_error
+from hkd_det.train.run import LOCK_NAME, explain_run_errors, handle_interrupts, lock_run, make_loader_error
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--batch", "4", "--device", "cpu"]
 HOLD_LOCK = """
 import sys, time
 from pathlib import Path
-from hkd_det.train.run_guard import lock_run
+from hkd_det.train.run import lock_run
 with lock_run(Path(sys.argv[1]), True):
     print("locked", flush=True)
     time.sleep(60)
@@ -81,7 +81,7 @@ def test_handlers_are_restored_without_interrupt() -> None:
 INTERRUPTED = """
 import os, signal, sys
 from hkd_det.errors import run_command
-from hkd_det.train.run_guard import handle_interrupts
+from hkd_det.train.run import handle_interrupts
 
 def run(argv):
     try:
