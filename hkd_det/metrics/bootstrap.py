@@ -162,6 +162,39 @@ def compare_miss_rates(
     return MissRateDifference(result.value - reference.value, low, high, p_value, conclusion)
 
 
+def compute_recall_difference_interval(
+    result: MissRateResult,
+    reference: MissRateResult,
+    min_score: float,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Compute the 95 % interval of the difference in recall at a score threshold, on the same images.
+
+    Args:
+        result: Miss rate of the detector, with scores.
+        reference: Miss rate of the reference, with scores.
+        min_score: Lowest score of a detection.
+        num_resamples: Number of resamples of the images.
+        seed: Seed of the resamples.
+
+    Returns:
+        Ends of the interval, as fractions; NaN without ground truth.
+    """
+    rng, num_images = np.random.default_rng(seed), result.num_images
+    weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), num_resamples)
+    num_gt = weights @ result.counted.gt_per_image
+    gained = _count_true_positives(result, min_score) - _count_true_positives(reference, min_score)
+    differences = (weights @ gained)[num_gt > 0] / num_gt[num_gt > 0]
+    return _compute_ends(differences) if len(differences) else (np.nan, np.nan)
+
+
+def _count_true_positives(result: MissRateResult, min_score: float) -> NDArray[np.intp]:
+    """Return the number of true positives with a minimum score in each image."""
+    is_counted = result.counted.is_true_positive & (result.scores >= min_score)
+    return np.bincount(result.counted.image_index[is_counted], minlength=result.num_images)
+
+
 def has_reliable_interval(result: MissRateResult) -> bool:
     """Return whether the data suffice for a 95 % interval: at least `MIN_IMAGES` images and `MIN_PERSONS` persons.
 

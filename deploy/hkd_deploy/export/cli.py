@@ -15,7 +15,7 @@ from hkd_deploy.export.verify import (
 )
 from hkd_deploy.model_metadata import ExportOptions, ModelMetadata
 from hkd_deploy.precision import cli as precision
-from hkd_deploy.precision.report import list_onnx_backends
+from hkd_deploy.precision.model import list_onnx_backends
 from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det import __version__

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.model_metadata import ExportOptions, ModelMetadata, read_export_options
-from hkd_deploy.precision.model import make_progress_bar
-from hkd_deploy.precision.report import predict_samples
+from hkd_deploy.precision.model import make_progress_bar, predict_samples
 from hkd_det.errors import DataError, HkdError
 from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox

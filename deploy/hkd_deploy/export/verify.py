@@ -21,20 +21,20 @@ from hkd_deploy.export.parity import (
     run_reference,
 )
 from hkd_deploy.model_metadata import ModelMetadata
-from hkd_deploy.precision.report import predict_samples, select_evenly
+from hkd_deploy.precision.model import predict_samples, select_evenly
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, first_error_line
+from hkd_det.metrics.bootstrap import MIN_IMAGES, MIN_PERSONS, compare_miss_rates, has_reliable_interval
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
-from hkd_det.metrics.matching import NO_GROUND_TRUTH, suggest_operating_point
+from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
 
 TABLE_HEADER = ("model", "backend", "boxes", "scores", "miss rate", "increase")
 NOT_MEASURED, NO_DETECTION = "not measured", "no detection"
 NUM_PARITY_IMAGES = 16
-MIN_PERSONS_FOR_CONF = 50  # the threshold of fewer persons is that of single images
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Verification:
 
         Returns:
             The threshold, rounded down to three decimals. None if it cannot be measured, if the samples have fewer than
-            `MIN_PERSONS_FOR_CONF` persons, or if the reference detects none of them.
+            `MIN_PERSONS` persons, or if the reference detects none of them.
         """
         if self._get_miss_rate_skip_reason():
             return None
@@ -142,15 +142,15 @@ class Verification:
             return None
         result = results[REASONABLE.name]
         point = suggest_operating_point(result)
-        if result.num_gt < MIN_PERSONS_FOR_CONF or not point.recall:
+        if result.num_gt < MIN_PERSONS or not point.recall:
             return None
         return math.floor(1000 * point.threshold) / 1000
 
-    def format_table(self, known_miss_rates: Mapping[tuple[Path, str], float]) -> str:
+    def format_table(self, known_miss_rates: Mapping[tuple[Path, str], MissRateResult]) -> str:
         """Measure the miss rates and return the table, one line per model.
 
         Args:
-            known_miss_rates: Miss rates on all samples, 0 to 1, that are already measured, by path and backend.
+            known_miss_rates: Miss rates on all samples that are already measured, by path and backend.
         """
         reference, no_rate, notes = self._reference, self._get_miss_rate_skip_reason(), [self._format_note()]
         reference_rate = None
@@ -160,7 +160,7 @@ class Verification:
         except DataError as error:  # an image is larger than a graph with an in-graph letterbox accepts
             no_rate = NOT_MEASURED
             notes.append(str(error))
-        rate_cell = no_rate if reference_rate is None else _format_percent(reference_rate)
+        rate_cell = no_rate if reference_rate is None else _format_percent(reference_rate.value)
         rows = [(reference.name, reference.backend, "-", "-", rate_cell, "-")]
         for row in self._rows:
             name_cells = (str(row.model.path), row.model.backend)
@@ -172,7 +172,9 @@ class Verification:
             if reference_rate is not None:
                 try:
                     rate = self._measure_miss_rate(row.model, known_miss_rates)
-                    rate_cells = _format_percent(rate), f"{100 * (rate - reference_rate):+.2f} points"
+                    rate_cells = _format_percent(rate.value), _format_increase(rate, reference_rate)
+                    if rate.value == 1 > reference_rate.value:
+                        notes.append(f"{row.model.path} on {row.model.backend} detects no person")
                 except DataError as error:
                     rate_cells = (NOT_MEASURED, "-")
                     notes.append(str(error))
@@ -181,8 +183,13 @@ class Verification:
                 parity_cells = NO_DETECTION, "-"
                 notes.append(_format_nothing_compared(row.model, reference.name))
             rows.append((*name_cells, *parity_cells, *rate_cells))
-        if reference_rate == 1:
-            notes.append(f"{reference.name} detects no person of the setup Reasonable: an increase means nothing")
+        if reference_rate is not None and reference_rate.value == 1:
+            notes.append(f"{reference.name} detects no person of the setup Reasonable: increases are not stated")
+        elif reference_rate is not None and not has_reliable_interval(reference_rate):
+            notes.append(
+                f"increase: no interval from {reference_rate.num_images} images with {reference_rate.num_gt} persons, "
+                f"at least {MIN_IMAGES} and {MIN_PERSONS} are needed"
+            )
         return "\n".join([format_table(rows, TABLE_HEADER, left_columns=2), *notes])
 
     def _get_reference_outputs(self) -> ReferenceOutputs:
@@ -214,9 +221,11 @@ class Verification:
         """Return why no miss rate can be measured, or an empty string."""
         if self._reference.options.raw or not self._reference.options.preprocess:
             return NOT_MEASURED  # a custom program prepares the images or decodes the outputs
-        return "no persons" if _compute_miss_rate([], self._samples) == NO_GROUND_TRUTH else ""
+        return "no persons" if not _compute_miss_rate([], self._samples).num_gt else ""
 
-    def _measure_miss_rate(self, model: ExportedModel, known_miss_rates: Mapping[tuple[Path, str], float]) -> float:
+    def _measure_miss_rate(
+        self, model: ExportedModel, known_miss_rates: Mapping[tuple[Path, str], MissRateResult]
+    ) -> MissRateResult:
         if (model.path, model.backend) in known_miss_rates:
             return known_miss_rates[model.path, model.backend]
         detections = predict_samples(model.path, model.device, model.backend, self._samples, model.path.name)
@@ -227,7 +236,7 @@ class Verification:
         return (
             f"boxes, scores: largest difference on {len(self._image_paths)} images"
             f"{'' if all(row.model.is_exact for row in self._rows) else reduced}; "
-            f"miss rate: MR^-2 Reasonable on {len(self._samples)} images of {self._data}"
+            f"miss rate: MR^-2 Reasonable on {len(self._samples)} images of {self._data}; increase: 95 % interval"
         )
 
 
@@ -309,9 +318,20 @@ def _open_runner(path: Path, model: ExportedModel) -> Iterator[tuple[RunFunction
             yield opened.runtime.run, opened.runtime.batch or 1
 
 
-def _compute_miss_rate(detections: Sequence[Detections], samples: Sequence[Sample]) -> float:
-    """Return MR^-2 of the setup Reasonable, 0 to 1, or `NO_GROUND_TRUTH` without a person."""
-    return evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name].value
+def _compute_miss_rate(detections: Sequence[Detections], samples: Sequence[Sample]) -> MissRateResult:
+    """Return MR^-2 of the setup Reasonable."""
+    return evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name]
+
+
+def _format_increase(rate: MissRateResult, reference: MissRateResult) -> str:
+    """Return the increase in points, with its 95 % interval if the images suffice for one."""
+    if reference.value == 1:
+        return "-"
+    increase = f"{100 * (rate.value - reference.value):+.2f} points"
+    difference = compare_miss_rates(rate, reference) if has_reliable_interval(reference) else None
+    if difference is None:
+        return increase
+    return f"{increase} ({100 * difference.ci_low:+.2f} to {100 * difference.ci_high:+.2f})"
 
 
 def _format_nothing_compared(model: ExportedModel, reference_name: str) -> str:

@@ -9,20 +9,20 @@ from typing import Any
 
 from hkd_deploy.precision.graph import convert_to_half, find_graph_regions
 from hkd_deploy.precision.int8 import SEED, quantize
-from hkd_deploy.precision.model import Fp32Model, read_fp32_model, save_model
+from hkd_deploy.precision.model import Fp32Model, get_eval_backend, load_eval_samples, read_fp32_model, save_model
 from hkd_deploy.precision.report import (
+    DEFAULT_CONF,
     Accuracy,
     PrecisionReport,
     compare_latency,
     evaluate_accuracy,
     format_not_measured,
-    get_eval_backend,
-    load_eval_samples,
 )
 from hkd_det.config import check_range
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import HkdError, UsageError, first_error_line
 from hkd_det.files import atomic_write
+from hkd_det.metrics.matching import MissRateResult
 from hkd_det.structures import Sample
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -30,8 +30,8 @@ FLAGS = ("calib_data", "calib_images", "max_mr_increase", "conf", "eval_device",
 MIN_RECOMMENDED_IMAGES = 300  # with fewer images the ranges depend on the selection
 BF16_SKIP_REASON = "ONNX Runtime has no bfloat16 convolution; build a TensorRT engine and measure it with hkd-bench"
 
-# Miss rate, 0 to 1, of the whole val split on the CPU, by file and runtime.
-MissRates = dict[tuple[Path, str], float]
+# Miss rate of the whole val split on the CPU, by file and runtime.
+MissRates = dict[tuple[Path, str], MissRateResult]
 
 
 class PrecisionError(HkdError):
@@ -69,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         help="limit of the miss rate increase in percentage points (default: %(default)s)",
     )
-    group.add_argument("--conf", type=float, default=0.3, help="score threshold of the recall (default: %(default)s)")
+    group.add_argument(
+        "--conf",
+        type=float,
+        help=f"score threshold of the recall (default: the suggested one of the file, or {DEFAULT_CONF:g})",
+    )
     group.add_argument(
         "--eval-device",
         default="cpu",
@@ -102,6 +106,8 @@ def convert_precision(fp32: Path, output: Path | None, flags: argparse.Namespace
         raise UsageError(f"--output {path}: this file is the FP32 input. Choose another name.")
     _check_flags(flags)
     source = read_fp32_model(fp32)
+    conf = flags.conf or source.model_metadata.conf or DEFAULT_CONF
+    flags = argparse.Namespace(**{**vars(flags), "conf": conf})
     if flags.precision == "bf16":
         line, miss_rates = _write_bf16(source, path), MissRates()
     else:
@@ -141,7 +147,7 @@ def load_calibration_samples(data: str, count: int) -> list[Sample]:
 
 def _check_flags(flags: argparse.Namespace) -> None:
     check_range("--max-mr-increase", flags.max_mr_increase, 0)
-    if not 0 < flags.conf < 1:
+    if flags.conf is not None and not 0 < flags.conf < 1:
         raise UsageError(f"--conf {flags.conf:g}: expected a score between 0 and 1.")
     if flags.calib_data and flags.precision != "int8":
         raise UsageError(f"--calib-data {flags.calib_data}: requires --precision int8. Omit it.")
@@ -162,12 +168,15 @@ def _write_evaluated(source: Fp32Model, path: Path, flags: argparse.Namespace) -
     before, model, quantization = _convert_model(source, samples, data, flags)
     with atomic_write(path) as temp_path:
         save_model(source, model, temp_path, flags.precision, quantization, {})
+        after = evaluate_accuracy(temp_path, flags.eval_device, samples, flags.conf, flags.precision)
+        latencies, speedup_interval = compare_latency(source.path, temp_path, flags.eval_device, samples)
         report = PrecisionReport(
             precision=flags.precision,
             before=before,
-            after=evaluate_accuracy(temp_path, flags.eval_device, samples, flags.conf, flags.precision),
+            after=after,
             eval_backend=get_eval_backend(flags.eval_device),
-            latencies=tuple(compare_latency(source.path, temp_path, flags.eval_device, samples)),
+            latencies=latencies,
+            speedup_interval=speedup_interval,
             conf=flags.conf,
             max_mr_increase=flags.max_mr_increase,
         )
@@ -203,16 +212,17 @@ def _collect_miss_rates(fp32: Path, path: Path, report: PrecisionReport, device:
     if device != "cpu":
         return {}
     backend = report.eval_backend
-    return {(fp32, backend): report.before.miss_rate, (path, backend): report.after.miss_rate}
+    return {(fp32, backend): report.before.result, (path, backend): report.after.result}
 
 
 def _format_refusal(path: Path, report: PrecisionReport, quantization: dict[str, Any]) -> str:
-    excluded, hint = "", "Use the fp32 file"
+    excluded, hint, (low, high) = "", "Use the fp32 file", report.mr_interval
     if quantization:
         num_excluded, num_layers = len(quantization["excluded_nodes"]), quantization["num_layers"]
         excluded = f" with {num_excluded} of {num_layers} layers excluded"
         hint = "Set more --calib-images or other --calib-data"
     return (
-        f"{path}: not written: the miss rate increases by {report.mr_increase:.2f} points{excluded}, more than "
+        f"{path}: not written: the miss rate increases by {report.mr_increase:.2f} points (95 % interval on "
+        f"{report.before.result.num_images} images: {low:+.2f} to {high:+.2f}){excluded}, more than "
         f"--max-mr-increase {report.max_mr_increase:g}. {hint}, or set --force to write it anyway."
     )

@@ -1,6 +1,7 @@
-"""FP32 model files: reading, checks, running them for inner values, and writing of the converted file."""
+"""FP32 model files: reading, checks, running on samples, inner values, and writing of the converted file."""
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -12,11 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.model_metadata import ModelMetadata
+from hkd_deploy.pipeline import open_detector
 from hkd_det.console import iterate_with_progress
-from hkd_det.errors import DataError, UsageError, import_package
+from hkd_det.datasets.catalog import load_dataset
+from hkd_det.errors import DataError, HkdError, UsageError, first_error_line, import_package
 from hkd_det.files import bytes_sha256
+from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
+from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.onnxrt.session import open_session
+from hkd_det.structures import Detections, Sample
 
 # Opset 13 introduced scales per channel. The quantizer of ONNX Runtime supports opsets below 21.
 SUPPORTED_OPSETS = range(13, 21)
@@ -232,3 +238,72 @@ def _name_nodes(model: Any) -> None:
         if not node.name or node.name in names:
             node.name = f"{node.op_type}_{index}"
         names.add(node.name)
+
+
+def load_eval_samples(data: str) -> list[Sample]:
+    """Load the val split of a dataset.
+
+    Args:
+        data: Dataset name or data YAML.
+
+    Returns:
+        All samples of the split.
+
+    Raises:
+        DataError: If the split has no person of the setup Reasonable.
+        HkdError: If the dataset cannot be read.
+    """
+    try:
+        samples = load_dataset(data, "val")
+    except HkdError as error:
+        raise type(error)(f"evaluation images: {first_error_line(error)}. Set --data to another dataset.") from error
+    if not evaluate_detections(samples, [], [REASONABLE])[REASONABLE.name].num_gt:
+        raise DataError(f"{data}: the val split has no person of at least 50 px. Set --data to another dataset.")
+    return samples
+
+
+def select_evenly(items: Sequence[T], count: int) -> list[T]:
+    """Return items at even distances, including the first and the last.
+
+    Args:
+        items: Items to select from.
+        count: Number of items. All items are returned if there are fewer.
+    """
+    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[index] for index in indices]
+
+
+def predict_samples(path: Path, device: str, backend: str, samples: Sequence[Sample], desc: str) -> list[Detections]:
+    """Run a model file on samples.
+
+    Args:
+        path: Model file or OpenVINO directory.
+        device: cpu, cuda or cuda:N.
+        backend: Runtime name.
+        samples: Images to read.
+        desc: Label of the progress bar.
+
+    Returns:
+        Detections of each sample, in image pixels.
+    """
+    with open_detector(path, device, backend=backend) as detector:
+        return [detector(read_image(sample.path)) for sample in make_progress_bar(samples, desc, "image")]
+
+
+def get_eval_backend(device: str) -> str:
+    """Return the runtime for accuracy measurements: OpenVINO if installed, because it executes INT8, or ONNX Runtime.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+    """
+    return list_onnx_backends(device)[-1]
+
+
+def list_onnx_backends(device: str) -> list[str]:
+    """Return the installed runtimes that run an ONNX file on a device without building an engine.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+    """
+    has_openvino = device == "cpu" and importlib.util.find_spec("openvino") is not None
+    return ["onnxruntime", *(["openvino"] if has_openvino else [])]

@@ -1,5 +1,6 @@
 """`hkd-export --verify`: table, miss rates, and refusal of models that differ."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from hkd_deploy import open_detector
-from hkd_deploy.export import exporter
+from hkd_deploy.export import exporter, verify
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.directories import export_openvino
-from hkd_deploy.export.parity import ParityError, make_onnx_reference
-from hkd_deploy.export.verify import ExportedModel, Verification
+from hkd_deploy.export.parity import Parity, ParityError, make_onnx_reference
+from hkd_deploy.export.verify import ExportedModel, Verification, VerificationRow
 from hkd_deploy.model_metadata import ExportOptions
 from hkd_det.models.checkpoint import DetectorCheckpoint, save_detector_checkpoint
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
@@ -93,7 +94,10 @@ def test_verify_onnx_and_openvino_folder(
     reference, folder = parse_rows(output)
     assert [cell.strip() for cell in reference] == [str(path), "onnxruntime", "-", "-", rate, "-"]
     assert folder[0].endswith("tiny_openvino") and folder[1].strip() == "openvino"
-    assert folder[-2].strip() == rate and folder[-1].strip() == "+0.00 points"
+    is_blind = num_distractors == 6
+    assert folder[-2].strip() == rate and folder[-1].strip() == ("-" if is_blind else "+0.00 points")
+    assert ("detects no person of the setup Reasonable: increases are not stated" in output) == is_blind
+    assert ("increase: no interval from 4 images with 4 persons, at least 50 and 50 are needed" in output) != is_blind
     assert "on 6 images" in output and "Reasonable on 4 images of " in output
 
 
@@ -187,7 +191,7 @@ def test_verify_weights_and_exported_files(
     output = capsys.readouterr().out
     torch_row, exact, half = parse_rows(output)
     assert torch_row[0].strip() == str(weights) and torch_row[1].strip() == "torch"
-    assert exact[0].strip() == str(weights.with_suffix(".onnx")) and exact[-1].strip() == "+0.00 points"
+    assert exact[0].strip() == str(weights.with_suffix(".onnx")) and exact[-1].strip() in ("+0.00 points", "-")
     assert exact[-2] == torch_row[-2] and 0 <= float(exact[2].removesuffix("px")) < 0.5
     assert half[2].strip() == "not run" and "not run: ONNX Runtime has no bfloat16" in output
 
@@ -287,3 +291,25 @@ def test_exported_weights_contain_suggested_conf(weights: Path, street: Callable
     after = open_detector(out)
     assert after.default_conf == 0.123
     assert replace(after.metadata, conf=None, date="") == replace(before.metadata, date="")
+
+
+def test_increase_has_an_interval_from_enough_images(
+    tiny_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model loses 10 of 80 persons: 12.5 points, with a standard deviation of sqrt(0.125 * 0.875 / 100), 3.3."""
+    path = tiny_onnx()
+    samples, detections = make_scored_samples(tmp_path / "image.png", 100)
+    has_person = [number for number in range(100) if number % 5]
+    lost = set(has_person[:10])
+    kept = [Detections.empty() if number in lost else one for number, one in enumerate(detections)]
+    reference = replace(make_onnx_reference(path), predict=lambda _samples: detections)
+    for predicted, has_gap in ((kept, True), ([Detections.empty()] * 100, False)):
+        verification = Verification(reference, [], samples, "street")
+        verification._rows.append(VerificationRow(ExportedModel(path, "onnxruntime", is_exact=False), Parity(1, 0, 0)))
+        monkeypatch.setattr(verify, "predict_samples", lambda *_args, predicted=predicted: predicted)
+        table = verification.format_table({})
+        (value, low, high) = (
+            float(text) for text in re.findall(r"([+-][\d.]+) points \(([+-][\d.]+) to ([+-][\d.]+)\)", table)[0]
+        )
+        assert low < value < high and low > 0
+        assert (f"{path} on onnxruntime detects no person" in table) != has_gap

@@ -21,7 +21,7 @@ from hkd_deploy.backends.base import OUTPUT_DTYPES
 from hkd_deploy.backends.onnxruntime import open_onnx_runtime
 from hkd_deploy.export import verify
 from hkd_deploy.export.cli import main
-from hkd_deploy.precision.report import get_eval_backend, list_onnx_backends, predict_samples
+from hkd_deploy.precision.model import get_eval_backend, list_onnx_backends, predict_samples
 from hkd_det.errors import DataError
 from hkd_det.structures import Detections, Sample
 
@@ -39,8 +39,9 @@ def test_int8_excludes_sensitive_layer(
     assert main([str(source), "--precision", "int8", "--data", str(street)]) == 0
     path = source.with_name("student.int8.onnx")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{path}: "))
-    assert line.startswith(f"{path}: 0.0 MiB; int8 compared with fp32 on this device: ")
-    assert "miss rate +0.00 points (0.00 %), recall at 0.3 +0.00 points (100.00 %); " in line
+    assert line.startswith(f"{path}: 0.0 MiB; int8 compared with fp32 on this device, with 95 % intervals: ")
+    assert "6 images, 6 persons: miss rate +0.00 points (+0.00 to +0.00), now 0.00 %; recall at 0.3 +0.00 " in line
+    assert line.endswith("now 100.00 %; no recommendation: fewer than 50 images or 50 persons")
     written, before = read_metadata(path), read_metadata(source)
     assert written.items() > before.items()
     assert written["hkd.source_sha256"] == sha256(source.read_bytes()).hexdigest()
@@ -49,6 +50,7 @@ def test_int8_excludes_sensitive_layer(
     assert len(quantization["excluded_nodes"]) == 1
     assert quantization["num_layers"] == 2 and quantization["num_images"] == 6
     assert report["after"] == {"miss_rate": 0.0, "recall": 1.0}
+    assert (report["num_images"], report["num_gt"], report["conclusion"]) == (6, 6, "no recommendation")
     assert {latency["backend"] for latency in report["latencies"]} >= {"onnxruntime"}
     quantize_nodes = [node for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
     assert [node.input[0] for node in quantize_nodes] == ["normal"]
@@ -65,9 +67,12 @@ def test_model_that_detects_no_person_is_not_recommended(
     source = box_net("student.onnx")
     assert main([str(source), "--precision", precision, "--data", str(street)]) == 0
     output = capsys.readouterr().out
-    assert "not recommended: the fp32 file detects no person at a score of 0.3, so nothing is compared" in output
+    assert "no recommendation: the fp32 file detects no person at a score of 0.3, so nothing is compared" in output
     assert f"neither it nor {source} has a detection with a score of at least 0.3" in output
-    assert re.search("no detection +-", output) and f"{source} detects no person of the setup Reasonable" in output
+    assert (
+        re.search("no detection +-", output)
+        and f"{source} detects no person of the setup Reasonable: increases are not" in output
+    )
     report = json.loads(read_metadata(source.with_name(f"student.{precision}.onnx"))["hkd.precision_report"])
     assert report["recommended"] is False
 
@@ -124,11 +129,11 @@ def test_int8_above_miss_rate_limit_requires_force(
     files = set(source.parent.iterdir())
     assert main(command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "net.int8.onnx: not written: the miss rate increases by 100.00 points" in error
+    assert "net.int8.onnx: not written: the miss rate increases by 100.00 points (95 % interval on 6 images: " in error
     assert "of 2 layers excluded, more than --max-mr-increase 0.5" in error and "--force" in error
     assert set(source.parent.iterdir()) == files
     assert main([*command, "--force"]) == 0
-    assert "not recommended: the miss rate increases by more than 0.5 points" in capsys.readouterr().out
+    assert "no recommendation: fewer than 50 images or 50 persons" in capsys.readouterr().out
     assert source.with_name("net.int8.onnx").exists()
 
 
@@ -138,7 +143,7 @@ def test_fp16_is_evaluated_and_bf16_is_not(
     source = box_net()
     fp16, bf16 = source.with_name("half.onnx"), source.with_name("net.bf16.onnx")
     assert main([str(source), "--precision", "fp16", "--data", str(street), "--output", str(fp16)]) == 0
-    assert "fp16 compared with fp32 on this device: " in capsys.readouterr().out
+    assert "fp16 compared with fp32 on this device, with 95 % intervals: " in capsys.readouterr().out
     assert read_metadata(fp16)["hkd.precision"] == "fp16"
     assert json.loads(read_metadata(fp16)["hkd.precision_report"])["mr_increase"] == 0
     assert main([str(source), "--precision", "bf16"]) == 0
