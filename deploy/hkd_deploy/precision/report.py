@@ -257,7 +257,7 @@ def compute_mr_interval(result: MissRateResult, reference: MissRateResult) -> tu
     """
     difference = compare_miss_rates(result, reference)
     if difference is None:
-        raise DataError("the images contain no person of at least 50 px. Set --data to another dataset.")
+        raise DataError("--data: the images contain no person of at least 50 px. Set another dataset.")
     return 100 * difference.ci_low, 100 * difference.ci_high
 
 
