@@ -15,6 +15,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 BENCH_INSTALL_HINT = "Run pip install 'hkd-det[bench]'."
@@ -37,7 +38,13 @@ class UsageError(HkdError):
 
 
 class DataError(HkdError):
-    """An image, annotation, model or checkpoint file is missing or invalid. The message names the file."""
+    """An image, annotation, model or checkpoint file is missing or invalid. The message names the file.
+
+    Attributes:
+        images: Images of a dataset that the error is about; empty if it is about other files, or not known.
+    """
+
+    images: Sequence[Path] = ()
 
 
 class UnavailableError(HkdError):

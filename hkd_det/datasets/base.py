@@ -19,6 +19,7 @@ from hkd_det.structures import GroundTruth, Sample
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 ErrorHandler = Callable[[DataError], None]
+ImageBox = tuple[Path, tuple[float, ...]]  # image; xyxy in pixels, or empty
 
 LOGGER = logging.getLogger("hkd_det.datasets")  # without a configuration, warnings go to stderr
 
@@ -37,6 +38,8 @@ class DatasetError(DataError):
         is_error: True if the problem changes what a model learns: `--check` returns exit code 1.
         is_fatal: True if training and evaluation stop (default: as `is_error`).
         class_name: Name of the class of a problem of the kind `unused_class`.
+        images: Images that the problem is about, if the reader knows them.
+        boxes: For the kind `unused_class`: image and box (xyxy, pixels) of each record; no box if it is invalid.
     """
 
     def __init__(
@@ -48,9 +51,12 @@ class DatasetError(DataError):
         is_error: bool = True,
         is_fatal: bool | None = None,
         class_name: str = "",
+        images: Sequence[Path] = (),
+        boxes: Sequence[ImageBox] = (),
     ) -> None:
         super().__init__(message)
         self.kind, self.file, self.count, self.class_name = kind, str(file), count, class_name
+        self.images, self.boxes = images, boxes
         self.is_error, self.is_fatal = is_error, is_error if is_fatal is None else is_fatal
 
 
@@ -79,6 +85,20 @@ def replace_message(error: DataError, message: str) -> DataError:
     changed = copy.copy(error)
     changed.args = (message,)
     return changed
+
+
+def set_image(error: DataError, image: Path) -> DataError:
+    """Attach the image that an error is about, for the page of `hkd-train --check`.
+
+    Args:
+        error: Error of a record.
+        image: Image file.
+
+    Returns:
+        The error.
+    """
+    error.images = (image,)
+    return error
 
 
 def log_notices(notices: Sequence[DatasetError]) -> None:

@@ -3,35 +3,50 @@
 import json
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from hkd_det.console import format_table, iterate_with_progress, log_stage
+from hkd_det.console import format_table, log_stage
+from hkd_det.datasets.audit import SplitAudit
 from hkd_det.datasets.audit_coco import plan_audited_files
 from hkd_det.datasets.audit_models import open_audit_models
 from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, run_audit, write_audited
-from hkd_det.datasets.base import DatasetError, ErrorHandler, raise_error
+from hkd_det.datasets.base import DatasetError, raise_error
 from hkd_det.datasets.catalog import find_common_images, list_splits, load_dataset
+from hkd_det.datasets.check_browser import (
+    DEFAULT_MAX_IMAGES,
+    BrowsedImage,
+    add_duplicates,
+    add_findings,
+    list_browsed_images,
+    select_images,
+    write_image_page,
+)
+from hkd_det.datasets.check_images import (
+    PAGE_NAME,
+    PREVIEW_DIR,
+    InspectedImage,
+    inspect_images,
+    make_preview_paths,
+    open_preview_dir,
+    write_previews,
+)
 from hkd_det.datasets.check_report import (
     DuplicateReport,
     SplitReport,
-    make_contact_sheet,
-    plot_histograms,
+    encode_sheet,
+    save_split_images,
     write_dataset_report,
 )
-from hkd_det.datasets.check_summary import SplitSummary, escape_nonprintable, format_summary, summarize
+from hkd_det.datasets.check_summary import ProblemLog, escape_nonprintable, format_summary, summarize
 from hkd_det.datasets.data_yaml import SPLITS
-from hkd_det.datasets.duplicates import THUMBNAIL_PX, Thumbnails, make_thumbnail
+from hkd_det.datasets.duplicates import THUMBNAIL_PX
 from hkd_det.datasets.duplicates_report import (
     DuplicateSearch,
     ImageSet,
@@ -39,58 +54,23 @@ from hkd_det.datasets.duplicates_report import (
     search_duplicates,
     write_duplicates_json,
 )
-from hkd_det.datasets.image_files import make_stated_size_error
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import atomic_write, write_text
-from hkd_det.image import decode_image, read_image_bytes
-from hkd_det.image_header import UPRIGHT, parse_image_header
+from hkd_det.files import write_text
 from hkd_det.structures import Sample
 
-NUM_THREADS = 4  # OpenCV releases the GIL while it decodes
 MAX_PRINTED = 50  # errors on the terminal
 
 
 @dataclass(frozen=True, eq=False)
 class _CheckedSplit:
     samples: list[Sample]
+    sizes_hw: list[tuple[int, int] | None]
     report: SplitReport
-    readable: list[ReadableSample]
     image_set: ImageSet
 
-
-@dataclass
-class _ProblemLog:
-    """Problems of one split without repetitions, and the boxes of its unused classes."""
-
-    split: str
-    problems: dict[str, DatasetError] = field(default_factory=dict)  # by message
-    unused_classes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, error: DataError, kind: str = "annotation") -> None:
-        if not isinstance(error, DatasetError):
-            error = DatasetError(str(error), kind)
-        error.file = error.file or str(error).partition(": ")[0].partition(", line ")[0]
-        if error.class_name:
-            self.unused_classes[error.class_name] += error.count
-        else:
-            self.problems.setdefault(str(error), error)
-
-    def list_lines(self, is_error: bool) -> list[str]:
-        return [
-            escape_nonprintable(f"{self.split}: {message}")
-            for message, problem in self.problems.items()
-            if problem.is_error == is_error
-        ]
-
-    def list_records(self) -> list[dict[str, Any]]:
-        """Return one record for each kind and file."""
-        records: dict[tuple[str, str, bool], dict[str, Any]] = {}
-        for message, problem in self.problems.items():
-            severity = "error" if problem.is_error else "warning"
-            new = {"kind": problem.kind, "file": problem.file, "count": 0, "severity": severity, "message": message}
-            record = records.setdefault((problem.kind, problem.file, problem.is_error), new)
-            record["count"] += problem.count
-        return list(records.values())
+    @property
+    def readable(self) -> list[ReadableSample]:
+        return [(sample, size) for sample, size in zip(self.samples, self.sizes_hw, strict=True) if size]
 
 
 def check_dataset(
@@ -99,11 +79,13 @@ def check_dataset(
     audit: AuditOptions | None = None,
     against: Sequence[str] = (),
     json_output: str = "",
+    max_images: int = DEFAULT_MAX_IMAGES,
 ) -> int:
     """Check every split of a dataset, print a summary and write a report.
 
     The report consists of `index.html`, `errors.txt`, `duplicates.json`, and a contact sheet and histograms of each
-    split as PNG. The audit adds `audit.html`, `audit.json` and the detections of each model.
+    split as PNG. `images.html` shows all images, and `thumbnails/` contains their thumbnails. The audit adds
+    `audit.html`, `audit.json` and the detections of each model. A check that fails leaves no empty directory.
 
     Args:
         data: Name in datasets.yaml, path of a .yaml file, or another source that `load_dataset` reads.
@@ -112,6 +94,7 @@ def check_dataset(
         against: Other datasets in which near-duplicates of the images are searched.
         json_output: File for the counts and problems of each split as JSON, or "-" for stdout. The summary then goes
             to stderr.
+        max_images: Maximum number of images in `images.html`; 0 writes no such page.
 
     Returns:
         0, or 1 if there are errors. Warnings, near-duplicates and findings of the audit are not errors.
@@ -121,7 +104,7 @@ def check_dataset(
         DataError: A model of the audit is missing or invalid, or there is no image to audit.
     """
     with redirect_stdout(sys.stderr if json_output == "-" else sys.stdout):
-        num_errors, result = _check_all_splits(data, output_dir, audit, against)
+        num_errors, result = _check_all_splits(data, output_dir, audit, against, max_images)
     text = json.dumps(result, indent=1) + "\n"
     if json_output == "-":
         sys.stdout.write(text)
@@ -131,7 +114,7 @@ def check_dataset(
 
 
 def _check_all_splits(
-    data: str, output_dir: Path, audit: AuditOptions | None, against: Sequence[str]
+    data: str, output_dir: Path, audit: AuditOptions | None, against: Sequence[str], max_images: int
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of errors and the content of --json."""
     splits = list_splits(data)
@@ -141,26 +124,44 @@ def _check_all_splits(
     audited_paths = plan_audited_files(data, audit.write_audited, splits) if audit and audit.write_audited else {}
     for other in against:
         list_splits(other)  # an unknown dataset is an error before the check starts
-    logs = {split: _ProblemLog(split) for split in splits}
-    checked = {split: _check_split(data, logs[split], output_dir) for split in splits}
-    searches = _check_duplicates([one.image_set for one in checked.values()], against, output_dir)
-    _check_splits(data, checked, logs, searches)
-    lines = [line for log in logs.values() for line in log.list_lines(is_error=True)]
-    warnings = [line for log in logs.values() for line in log.list_lines(is_error=False)]
-    write_text(output_dir / "errors.txt", "".join(f"{line}\n" for line in lines))
-    reports = [one.report for one in checked.values()]
-    duplicates = [DuplicateReport(escape_nonprintable(one.title), one.summary, _draw_jpg(one)) for one in searches]
-    write_dataset_report(output_dir / "index.html", escape_nonprintable(data), reports, duplicates, lines, warnings)
-    _print_problems(lines, warnings, output_dir)
-    if audit:
-        readable = {split: one.readable for split, one in checked.items()}
-        audits = run_audit(data, readable, models, audit, output_dir)
-        if audited_paths:
-            write_audited(data, readable, audits, audited_paths, audit, output_dir)
+    logs = {split: ProblemLog(split) for split in splits}
+    samples = {split: _load_samples(data, logs[split]) for split in splits}
+    num_images = sum(map(len, samples.values()))
+    with open_preview_dir(output_dir, max_images) as preview_dir:
+        has_all = preview_dir is not None and num_images <= max_images
+        checked = {
+            split: _check_split(logs[split], samples[split], output_dir, preview_dir if has_all else None)
+            for split in splits
+        }
+        searches = _check_duplicates([one.image_set for one in checked.values()], against, output_dir)
+        _check_splits(data, checked, logs, searches)
+        lines = [line for log in logs.values() for line in log.list_lines(is_error=True)]
+        warnings = [line for log in logs.values() for line in log.list_lines(is_error=False)]
+        write_text(output_dir / "errors.txt", "".join(f"{line}\n" for line in lines))
+        reports = [one.report for one in checked.values()]
+        duplicates = [_make_duplicate_report(search) for search in searches]
+        name, link = escape_nonprintable(data), PAGE_NAME if max_images else ""
+        write_dataset_report(output_dir / "index.html", name, reports, duplicates, lines, warnings, link)
+        _print_problems(lines, warnings, output_dir)
+        audits: list[SplitAudit] = []
+        if audit:
+            readable = {split: one.readable for split, one in checked.items()}
+            audits = run_audit(data, readable, models, audit, output_dir)
+            if audited_paths:
+                write_audited(data, readable, audits, audited_paths, audit, output_dir)
+        images = _list_browsed_images(checked, logs, searches, audits)
+        shown = select_images(images, max_images)
+        if preview_dir:
+            files = [(one.path, preview_dir / one.preview) for one in shown if one.size_hw]
+            write_previews([pair for pair in files if not pair[1].exists()])
+    if max_images:
+        page = output_dir / PAGE_NAME
+        write_image_page(page, name, shown, len(images), output_dir / PREVIEW_DIR)
+        print(f"saved {page} with {len(shown):,} images")
     return len(lines), {"splits": {split: _make_record(one, logs[split]) for split, one in checked.items()}}
 
 
-def _make_record(checked: _CheckedSplit, log: _ProblemLog) -> dict[str, Any]:
+def _make_record(checked: _CheckedSplit, log: ProblemLog) -> dict[str, Any]:
     """Return the record of a split in the JSON. Images that cannot be read are problems and are not counted."""
     summary, ignore = checked.report.summary, [sample.ground_truth.ignore for sample, _ in checked.readable]
     return {
@@ -172,82 +173,48 @@ def _make_record(checked: _CheckedSplit, log: _ProblemLog) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class InspectedImage:
-    """Properties of a decoded image.
-
-    Attributes:
-        size_hw: Height and width in pixels.
-        thumbnail (array[32, 32], uint8): Gray thumbnail.
-        is_exif_rotated: True if the EXIF orientation rotates or flips the stored pixels.
-    """
-
-    size_hw: tuple[int, int]
-    thumbnail: Thumbnails
-    is_exif_rotated: bool
-
-
-def inspect_images(samples: Sequence[Sample], on_error: ErrorHandler) -> list[InspectedImage | None]:
-    """Decode every image and compare its size with the annotation.
-
-    Args:
-        samples: Samples to check.
-        on_error: Function that receives each error.
-
-    Returns:
-        Properties of each image; None if it cannot be decoded.
-    """
-    images: list[InspectedImage | None] = []
-    pool = ThreadPoolExecutor(NUM_THREADS)
-    try:
-        results = pool.map(_inspect_or_error, samples)
-        progress = iterate_with_progress(results, len(samples), "decode", "image", delay_s=2)
-        for sample, result in zip(samples, progress, strict=True):
-            if isinstance(result, DataError):
-                on_error(result)
-                images.append(None)
-                continue
-            if sample.size_hw is not None and sample.size_hw != result.size_hw:
-                on_error(make_stated_size_error(sample.path, sample.size_hw, result.size_hw))
-            images.append(result)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
-    return images
-
-
-def _inspect_or_error(sample: Sample) -> InspectedImage | DataError:
-    try:
-        encoded = read_image_bytes(sample.path)
-        image = decode_image(encoded, sample.path)
-    except DataError as error:
-        return error
-    except OSError as error:
-        return DataError(f"{sample.path}: {error.strerror or error}. Check the permissions.")
-    header = parse_image_header(encoded)
-    is_rotated = header is not None and header.orientation != UPRIGHT
-    return InspectedImage((image.shape[0], image.shape[1]), make_thumbnail(image), is_rotated)
-
-
-def _check_split(data: str, log: _ProblemLog, output_dir: Path) -> _CheckedSplit:
-    samples: list[Sample] = []
+def _load_samples(data: str, log: ProblemLog) -> list[Sample]:
     log_stage(f"{log.split}: read the annotations")
     try:
-        samples = load_dataset(data, log.split, log.add)
+        return load_dataset(data, log.split, log.add)
     except DataError as error:  # a whole file is invalid, or no sample is left
         log.add(error)
     except OSError as error:  # a directory without permission, or a name that is too long
         log.add(DataError(f"{error.filename}: {error.strerror}. Check the path and the permissions."))
+    return []
+
+
+def _check_split(log: ProblemLog, samples: list[Sample], output_dir: Path, preview_dir: Path | None) -> _CheckedSplit:
+    previews = make_preview_paths(log.split, len(samples))
     log_stage(f"{log.split}: decode {len(samples):,} images")
-    images = inspect_images(samples, lambda error: log.add(error, "image"))
+    images = inspect_images(
+        samples,
+        lambda error: log.add(error, "image"),
+        [preview_dir / path for path in previews] if preview_dir else None,
+    )
     sizes = [image.size_hw if image else None for image in images]
     num_rotated = sum(image.is_exif_rotated for image in images if image)
     summary = summarize(log.split, samples, sizes, num_rotated, log.unused_classes)
     print(format_summary(summary))
     readable = [(sample, size) for sample, size in zip(samples, sizes, strict=True) if size]
-    image_set = _make_image_set(log.split, samples, images)
-    return _CheckedSplit(
-        samples, SplitReport(summary, _save_images(summary, readable, output_dir)), readable, image_set
-    )
+    report = SplitReport(summary, save_split_images(summary, readable, output_dir))
+    return _CheckedSplit(samples, sizes, report, _make_image_set(log.split, samples, images))
+
+
+def _list_browsed_images(
+    checked: Mapping[str, _CheckedSplit],
+    logs: Mapping[str, ProblemLog],
+    searches: Sequence[DuplicateSearch],
+    audits: Sequence[SplitAudit],
+) -> list[BrowsedImage]:
+    """Return all images with their problems."""
+    images: list[BrowsedImage] = []
+    for split, one in checked.items():
+        log = logs[split]
+        images += list_browsed_images(split, one.samples, one.sizes_hw, log.problems.values(), log.unused)
+    add_duplicates(images, searches)
+    add_findings(images, audits)
+    return images
 
 
 def _make_image_set(name: str, samples: Sequence[Sample], images: Sequence[InspectedImage | None]) -> ImageSet:
@@ -276,7 +243,7 @@ def _load_references(datasets: Sequence[str]) -> list[ImageSet]:
 def _check_splits(
     data: str,
     checked: Mapping[str, _CheckedSplit],
-    logs: Mapping[str, _ProblemLog],
+    logs: Mapping[str, ProblemLog],
     searches: Sequence[DuplicateSearch],
 ) -> None:
     """Report a missing split val, splits without persons, and images that belong to two splits."""
@@ -294,7 +261,9 @@ def _check_splits(
         counts = f"{len(common)} of {len(checked[second].samples)} images of {second}"
         if common:
             message = f"{data}: {counts} are also in {first}. Measure on images that are not trained on."
-            logs[second].add(DatasetError(message, f"same_images_in_{first}", data, len(common), is_error=False))
+            paths = [sample.path for sample in common]
+            kind = f"same_images_in_{first}"
+            logs[second].add(DatasetError(message, kind, data, len(common), is_error=False, images=paths))
     for search in searches:
         if search.pairs and search.first is not search.second and search.second.name in logs:
             num_similar = len({pair.first for pair in search.pairs})
@@ -317,29 +286,9 @@ def _check_duplicates(splits: Sequence[ImageSet], against: Sequence[str], output
     return searches
 
 
-def _save_images(summary: SplitSummary, readable_samples: Sequence[ReadableSample], output_dir: Path) -> bytes:
-    """Write histograms and contact sheet as PNG; return the contact sheet as JPEG, empty without readable images."""
-    histograms_path = output_dir / f"{summary.split}_histograms.png"
-    sheet_path = output_dir / f"{summary.split}_images.png"
-    for path in (histograms_path, sheet_path):
-        path.unlink(missing_ok=True)
-    if summary.num_gt:
-        with atomic_write(histograms_path) as temp_path:
-            plot_histograms(summary).savefig(temp_path, dpi=110)
-    if not readable_samples:
-        return b""
-    sheet = make_contact_sheet(readable_samples)
-    with atomic_write(sheet_path) as temp_path:
-        temp_path.write_bytes(_encode_sheet(sheet, ".png"))
-    return _encode_sheet(sheet, ".jpg")
-
-
-def _draw_jpg(search: DuplicateSearch) -> bytes:
-    return _encode_sheet(draw_duplicates(search), ".jpg") if search.pairs else b""
-
-
-def _encode_sheet(image_rgb: NDArray[np.uint8], suffix: str) -> bytes:
-    return cv2.imencode(suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
+def _make_duplicate_report(search: DuplicateSearch) -> DuplicateReport:
+    sheet = encode_sheet(draw_duplicates(search), ".jpg") if search.pairs else b""
+    return DuplicateReport(escape_nonprintable(search.title), search.summary, sheet)
 
 
 def _print_problems(errors: Sequence[str], warnings: Sequence[str], output_dir: Path) -> None:

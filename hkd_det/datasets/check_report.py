@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hkd_det.datasets.check_summary import HistogramBin, SplitSummary, list_histograms, make_summary_rows
-from hkd_det.files import write_text
+from hkd_det.files import atomic_write, write_text
 from hkd_det.image import read_image
 from hkd_det.structures import GroundTruth, Sample
 
@@ -63,6 +63,47 @@ def plot_histograms(summary: SplitSummary) -> Figure:
         axes.xaxis.set_visible(False)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
+
+
+def save_split_images(
+    summary: SplitSummary, readable_samples: Sequence[tuple[Sample, tuple[int, int]]], output_dir: Path
+) -> bytes:
+    """Write histograms and contact sheet as PNG.
+
+    Args:
+        summary: Statistics of the split.
+        readable_samples: Samples with height and width of their images in pixels.
+        output_dir: Directory of the report.
+
+    Returns:
+        The contact sheet as JPEG; empty without readable images.
+    """
+    histograms_path = output_dir / f"{summary.split}_histograms.png"
+    sheet_path = output_dir / f"{summary.split}_images.png"
+    for path in (histograms_path, sheet_path):
+        path.unlink(missing_ok=True)
+    if summary.num_gt:
+        with atomic_write(histograms_path) as temp_path:
+            plot_histograms(summary).savefig(temp_path, dpi=110)
+    if not readable_samples:
+        return b""
+    sheet = make_contact_sheet(readable_samples)
+    with atomic_write(sheet_path) as temp_path:
+        temp_path.write_bytes(encode_sheet(sheet, ".png"))
+    return encode_sheet(sheet, ".jpg")
+
+
+def encode_sheet(image_rgb: ImageRGB, suffix: str) -> bytes:
+    """Encode an image.
+
+    Args:
+        image_rgb (array[H, W, 3], uint8): RGB.
+        suffix: Suffix of the format, such as ".jpg".
+
+    Returns:
+        Content of the file.
+    """
+    return cv2.imencode(suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 @dataclass(frozen=True)
@@ -123,6 +164,7 @@ def write_dataset_report(
     duplicates: Sequence[DuplicateReport],
     errors: Sequence[str],
     warnings: Sequence[str] = (),
+    image_page: str = "",
 ) -> None:
     """Write the HTML page; the file is replaced atomically.
 
@@ -133,6 +175,7 @@ def write_dataset_report(
         duplicates: Near-duplicates within and between splits.
         errors: One line per error.
         warnings: One line per problem that is not an error.
+        image_page: File name of the page with all images; empty without such a page.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -152,6 +195,7 @@ def write_dataset_report(
             num_omitted=num_omitted,
             warnings=warnings[:MAX_LISTED],
             num_warnings=len(warnings),
+            image_page=image_page,
         ),
     )
 

@@ -3,14 +3,17 @@
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.console import format_table
+from hkd_det.datasets.base import DatasetError
+from hkd_det.errors import DataError
 from hkd_det.structures import Sample
 
 # Limits of the setups of the protocols: far, medium, Reasonable, Reasonable_small, near, large.
@@ -82,6 +85,66 @@ class SplitSummary:
     visible_ratio_bins: tuple[HistogramBin, ...]
     num_exif_rotated: int = 0
     unused_classes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass
+class ProblemLog:
+    """Problems of one split without repetitions, and the boxes of its unused classes.
+
+    Attributes:
+        split: Name of the split.
+        problems: Problems by message.
+        unused: Warnings of the kind `unused_class`.
+    """
+
+    split: str
+    problems: dict[str, DatasetError] = field(default_factory=dict)
+    unused: list[DatasetError] = field(default_factory=list)
+
+    @property
+    def unused_classes(self) -> Counter[str]:
+        """Number of boxes by class."""
+        counts: Counter[str] = Counter()
+        for error in self.unused:
+            counts[error.class_name] += error.count
+        return counts
+
+    def add(self, error: DataError, kind: str = "annotation") -> None:
+        """Add a problem.
+
+        Args:
+            error: The problem.
+            kind: Kind of a problem that does not state its own.
+        """
+        if not isinstance(error, DatasetError):
+            error = DatasetError(str(error), kind, images=error.images)
+        error.file = error.file or str(error).partition(": ")[0].partition(", line ")[0]
+        if error.class_name:
+            self.unused.append(error)
+        else:
+            self.problems.setdefault(str(error), error)
+
+    def list_lines(self, is_error: bool) -> list[str]:
+        """Return one line per problem.
+
+        Args:
+            is_error: True for errors, False for warnings.
+        """
+        return [
+            escape_nonprintable(f"{self.split}: {message}")
+            for message, problem in self.problems.items()
+            if problem.is_error == is_error
+        ]
+
+    def list_records(self) -> list[dict[str, Any]]:
+        """Return one record of --json for each kind and file."""
+        records: dict[tuple[str, str, bool], dict[str, Any]] = {}
+        for message, problem in self.problems.items():
+            severity = "error" if problem.is_error else "warning"
+            new = {"kind": problem.kind, "file": problem.file, "count": 0, "severity": severity, "message": message}
+            record = records.setdefault((problem.kind, problem.file, problem.is_error), new)
+            record["count"] += problem.count
+        return list(records.values())
 
 
 def summarize(

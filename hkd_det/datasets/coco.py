@@ -4,7 +4,7 @@ Crowds, boxes marked `ignore`, and boxes without area are ignore regions. A box 
 record has a `vis_bbox` (visible box), its `bbox` is a full-body box and is not clipped.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -17,11 +17,13 @@ from hkd_det.boxes import box_area
 from hkd_det.datasets.base import (
     DatasetError,
     ErrorHandler,
+    ImageBox,
     JsonLocations,
     drop_repeated_boxes,
     is_pixel_value,
     parse_flag,
     raise_error,
+    set_image,
 )
 from hkd_det.datasets.coco_boxes import CocoBox, SizeHW, find_form_error, parse_coco_box
 from hkd_det.datasets.image_files import locate_path, merge_repeated_images
@@ -75,7 +77,7 @@ def read_coco(
     if form_error := find_form_error(known, [sizes[record["image_id"]] for record in known], str(annotations)):
         on_error(form_error)
     persons: dict[Any, list[PersonRecord]] = defaultdict(list)
-    unused: Counter[str] = Counter()
+    unused: dict[str, list[ImageBox]] = defaultdict(list)
     for index, record in enumerate(content["annotations"]):
         if _has_id(record, "image_id") and record["image_id"] in invalid_ids:
             continue  # reported with its image
@@ -85,9 +87,12 @@ def read_coco(
                 image_id = record["image_id"]
                 persons[image_id].append(_parse_person(record, sizes[image_id], roles, annotations))
             else:
-                unused[categories[record["category_id"]]] += 1
+                box = (paths[record["image_id"]], _read_unused_box(record))
+                unused[categories[record["category_id"]]].append(box)
         except DataError as error:
-            on_error(locations.annotate(error, "annotations", index))
+            located = locations.annotate(error, "annotations", index)
+            has_image = _has_id(record, "image_id") and record["image_id"] in paths
+            on_error(set_image(located, paths[record["image_id"]]) if has_image else located)
     report_unused_classes(unused, annotations, on_error)
     _report_crowds(content["annotations"], roles, annotations, on_error)
     samples = [
@@ -194,6 +199,15 @@ def _parse_person(record: dict[str, Any], size_hw: SizeHW | None, roles: ClassRo
     return parse_coco_box(record, size_hw, where), is_ignored
 
 
+def _read_unused_box(record: dict[str, Any]) -> tuple[float, ...]:
+    """Return the box of a record of another class, xyxy; empty if it is invalid, which is no error."""
+    box = record.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_pixel_value, box)):
+        return ()
+    x, y, width, height = box
+    return x, y, x + width, y + height
+
+
 def _is_crowd(record: dict[str, Any], where: str) -> bool:
     flags = [parse_flag(record.get(key), f"{where}: {key}") for key in ("iscrowd", "ignore")]
     return any(flags)
@@ -221,18 +235,23 @@ def _report_crowds(records: list[Any], roles: ClassRoles[Any], path: Path, on_er
 def _check_boxes(samples: list[Sample], path: Path, drop_repeated: bool, on_error: ErrorHandler) -> list[Sample]:
     """Report repeated boxes and boxes without area, and remove repeated ones."""
     checked, num_repeated, num_empty = [], 0, 0
+    repeated_images, empty_images = [], []
     for sample in samples:
         ground_truth, num = drop_repeated_boxes(sample.ground_truth)
         checked.append(replace(sample, ground_truth=ground_truth) if num and drop_repeated else sample)
         num_repeated += num
-        num_empty += int((box_area(ground_truth.boxes_xyxy) <= 0).sum())
+        num_without_area = int((box_area(ground_truth.boxes_xyxy) <= 0).sum())
+        num_empty += num_without_area
+        repeated_images += [sample.path] if num else []
+        empty_images += [sample.path] if num_without_area else []
     use = "Training uses each box once" if drop_repeated else "All are kept, as in the evaluation of COCO"
-    for count, kind, text in (
-        (num_repeated, "repeated_box", f"repeated boxes. {use}. Remove the repetitions."),
-        (num_empty, "box_without_area", "boxes without area count as ignore regions. Correct or remove them."),
+    without_area = "boxes without area count as ignore regions. Correct or remove them."
+    for count, kind, images, text in (
+        (num_repeated, "repeated_box", repeated_images, f"repeated boxes. {use}. Remove the repetitions."),
+        (num_empty, "box_without_area", empty_images, without_area),
     ):
         if count:
-            on_error(DatasetError(f"{path}: {count} {text}", kind, path, count, is_error=False))
+            on_error(DatasetError(f"{path}: {count} {text}", kind, path, count, is_error=False, images=images))
     return checked
 
 

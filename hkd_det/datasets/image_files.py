@@ -171,6 +171,7 @@ def merge_repeated_images(
             where,
             len(repeated),
             is_error=False,
+            images=[samples[index].path for index in repeated],
         )
     )
     merged = {index: samples[index] for index, first in enumerate(indices) if index == first}

@@ -1,13 +1,12 @@
 """Which classes of a dataset are persons, which are ignore regions, and which are not used."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from hkd_det.datasets.base import DatasetError, ErrorHandler
+from hkd_det.datasets.base import DatasetError, ErrorHandler, ImageBox
 from hkd_det.errors import DataError
 
 Key = TypeVar("Key")
@@ -89,23 +88,26 @@ def is_person_name(name: str) -> bool:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold() in STANDARD_NAMES
 
 
-def report_unused_classes(counts: Counter[str], where: Path | str, on_error: ErrorHandler) -> None:
+def report_unused_classes(
+    boxes_by_class: Mapping[str, Sequence[ImageBox]], where: Path | str, on_error: ErrorHandler
+) -> None:
     """Report the number of boxes of each class that is not used.
 
     Args:
-        counts: Number of boxes by class name.
+        boxes_by_class: Boxes by class name.
         where: Annotation file or directory.
-        on_error: Receives one warning per class.
+        on_error: Receives one warning per class, the most frequent class first.
     """
-    for name, count in counts.most_common():
+    for name, boxes in sorted(boxes_by_class.items(), key=lambda item: -len(item[1])):
         on_error(
             DatasetError(
-                f"{where}: {count} boxes of the class {name!r:.80} are not used. Set `category` to train on them.",
+                f"{where}: {len(boxes)} boxes of the class {name!r:.80} are not used. Set `category` to train on them.",
                 "unused_class",
                 where,
-                count,
+                len(boxes),
                 is_error=False,
                 class_name=name,
+                boxes=boxes,
             )
         )
 

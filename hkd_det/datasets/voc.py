@@ -7,6 +7,7 @@ part, so the visible box equals the full box.
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.parsers import expat
@@ -17,6 +18,7 @@ from hkd_det.datasets.base import (
     MAX_COORDINATE_PX,
     DatasetError,
     ErrorHandler,
+    ImageBox,
     drop_repeated_boxes,
     filter_missing_images,
     parse_flag,
@@ -119,11 +121,24 @@ def read_voc(
             samples.append(_build_sample(name, document, layout, roles, on_error))
         except DataError as error:
             on_error(error)
-    unused = Counter({name: count for name, count in counts.items() if not roles.is_used(name)})
-    report_unused_classes(unused, layout.annotations, on_error)
+    report_unused_classes(_list_unused_boxes(documents, samples, roles), layout.annotations, on_error)
     _report_difficult(samples, layout.annotations, on_error)
     samples = merge_repeated_images(samples, str(layout.annotations), on_error, "annotation files")
     return filter_missing_images(samples, skip_missing, str(layout.image_dir), on_error)
+
+
+def _list_unused_boxes(
+    documents: Mapping[str, VocDocument], samples: Sequence[Sample], roles: ClassRoles[str]
+) -> dict[str, list[ImageBox]]:
+    """Return image and box of the objects of each class that is not used. The values are not checked."""
+    paths = {sample.image_id: sample.path for sample in samples}
+    unused: dict[str, list[ImageBox]] = defaultdict(list)
+    for name, document in documents.items():
+        for label, (left, top, right, bottom), _ in document.objects:
+            if not roles.is_used(label):
+                box = (left - 1, top - 1, right, bottom)
+                unused[label].append((paths.get(name, Path(name)), box))
+    return unused
 
 
 def _find_layout(root: Path, split: str, on_error: ErrorHandler) -> VocLayout:

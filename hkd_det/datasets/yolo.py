@@ -5,7 +5,7 @@ ignore region.
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from hkd_det.boxes import box_area
-from hkd_det.datasets.base import DatasetError, ErrorHandler, drop_repeated_boxes, make_size_error, raise_error
+from hkd_det.datasets.base import (
+    DatasetError,
+    ErrorHandler,
+    ImageBox,
+    drop_repeated_boxes,
+    make_size_error,
+    raise_error,
+    set_image,
+)
 from hkd_det.datasets.image_files import find_repeated_files, list_files, locate_path
 from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_roles, report_unused_classes
 from hkd_det.datasets.yolo_labels import LabelSearch
@@ -84,7 +92,7 @@ def read_yolo(
             try:
                 samples.append(reader.read_sample(image_id, path, search.labels.get(path)))
             except DataError as error:
-                on_error(error)
+                on_error(set_image(error, path))
     reader.report_form(where)
     report_unused_classes(reader.unused, where, on_error)
     return samples
@@ -133,14 +141,14 @@ class _LabelReader:
     roles: ClassRoles[int]
     num_keypoint_values: int
     on_error: ErrorHandler
-    unused: Counter[str] = field(default_factory=Counter)
+    unused: dict[str, list[ImageBox]] = field(default_factory=lambda: defaultdict(list))
     num_rows: int = 0
     num_corner_rows: int = 0
     num_beyond: int = 0
 
     def read_sample(self, image_id: str, path: Path, label_path: Path | None) -> Sample:
         height, width = size_hw = read_image_header(path).size_hw
-        boxes, ignore = self._read_boxes(label_path) if label_path else ([], [])
+        boxes, ignore = self._read_boxes(label_path, path, size_hw) if label_path else ([], [])
         scaled = np.array(boxes, np.float64).reshape(-1, 4) * [width, height, width, height]
         xyxy = scaled.astype(np.float32)
         flags = np.array(ignore, bool) | (box_area(xyxy) <= 0)
@@ -153,6 +161,7 @@ class _LabelReader:
                     label_path or "",
                     num_repeated,
                     is_error=False,
+                    images=[path],
                 )
             )
         return Sample(image_id, path, ground_truth, size_hw)
@@ -174,7 +183,7 @@ class _LabelReader:
             )
         )
 
-    def _read_boxes(self, path: Path) -> tuple[list[list[float]], list[bool]]:
+    def _read_boxes(self, path: Path, image: Path, size_hw: tuple[int, int]) -> tuple[list[list[float]], list[bool]]:
         """Return the boxes of persons and ignore regions, xyxy, 0 to 1, and the ignore flags."""
         boxes, ignore = [], []
         for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
@@ -183,13 +192,14 @@ class _LabelReader:
             try:
                 class_id, box = self._parse_line(line, f"{path}, line {number}")
             except DataError as error:
-                self.on_error(error)
+                self.on_error(set_image(error, image))
                 continue
             if self.roles.is_used(class_id):
                 boxes.append(box)
                 ignore.append(class_id in self.roles.ignored)
             else:
-                self.unused[self.names[class_id]] += 1
+                box_px = tuple(value * size_hw[1 - index % 2] for index, value in enumerate(box))
+                self.unused[self.names[class_id]].append((image, box_px))
         return boxes, ignore
 
     def _parse_line(self, line: str, where: str) -> tuple[int, list[float]]:

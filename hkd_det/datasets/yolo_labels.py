@@ -89,6 +89,7 @@ class LabelSearch:
                     self.unlabeled[0],
                     num_unlabeled,
                     is_error=False,
+                    images=self.unlabeled,
                 )
             )
         for index, path in enumerate(orphans):
@@ -135,6 +136,7 @@ class LabelSearch:
                         "shared_label_file",
                         label_path,
                         len(paths),
+                        images=paths,
                     )
                 )
 

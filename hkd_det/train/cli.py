@@ -4,6 +4,7 @@ Torch is imported only to train or to list layers.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,16 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
             return 0
     if arguments.check:
         return _run_check(arguments)
-    for flag in ("json", "audit", "audit_config", "audit_score", "write_audited", "audited_as", "against"):
+    for flag in (
+        "check_images",
+        "json",
+        "audit",
+        "audit_config",
+        "audit_score",
+        "write_audited",
+        "audited_as",
+        "against",
+    ):
         if getattr(arguments, flag) is not None:
             raise UsageError(f"--{flag.replace('_', '-')}: requires --check. Add --check.")
     settings: dict[str, Any] = {}
@@ -59,21 +69,24 @@ def _run_check(arguments: argparse.Namespace) -> int:
     # Not in the processes that load images.
     from hkd_det.datasets.audit_run import AuditOptions  # noqa: PLC0415
     from hkd_det.datasets.check import check_dataset  # noqa: PLC0415
+    from hkd_det.datasets.check_browser import DEFAULT_MAX_IMAGES  # noqa: PLC0415
 
     if not arguments.data:
         raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")
     directory = Path(arguments.project or "runs/check") / (arguments.name or _name_dataset(Path(arguments.data)))
+    max_images = DEFAULT_MAX_IMAGES if arguments.check_images is None else arguments.check_images
+    options = (arguments.against or [], arguments.json or "", max_images)
     if arguments.audit is None:
         for flag in ("audit_config", "audit_score", "write_audited", "audited_as"):
             if getattr(arguments, flag) is not None:
                 raise UsageError(f"--{flag.replace('_', '-')}: requires --audit. Add --audit MODEL.")
-        return check_dataset(arguments.data, directory, None, arguments.against or [], arguments.json or "")
+        return check_dataset(arguments.data, directory, None, *options)
     if arguments.audited_as and not arguments.write_audited:
         raise UsageError("--audited-as: requires --write-audited. Add --write-audited FILE.")
     score = {} if arguments.audit_score is None else {"min_score": arguments.audit_score}
     check_range("--audit-score", score.get("min_score", 1), 0, 1, is_open=True)
     configs = arguments.audit_config.split(",") if arguments.audit_config else []
-    options = AuditOptions(
+    audit = AuditOptions(
         models=tuple(Path(name.strip()) for name in arguments.audit.split(",")),
         config_paths=tuple(Path(name.strip()) if name.strip() else None for name in configs),
         device="cpu" if arguments.device in (None, "auto") else arguments.device,
@@ -81,7 +94,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
         audited_as=arguments.audited_as or "ignore",
         **score,
     )
-    return check_dataset(arguments.data, directory, options, arguments.against or [], arguments.json or "")
+    return check_dataset(arguments.data, directory, audit, *options)
 
 
 def _name_dataset(path: Path) -> str:
@@ -198,7 +211,22 @@ def _parse_batch(text: str) -> int | str:
     return text if text == AUTO_BATCH else int(text)
 
 
+def _parse_image_limit(text: str) -> int:
+    if text == "all":
+        return sys.maxsize
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of images or all, got {text}")
+    return int(text)
+
+
 def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check-images",
+        type=_parse_image_limit,
+        metavar="N",
+        help="with --check: maximum number of images in images.html, those with problems first; all for all images, 0 "
+        "for no such page (default: 10000)",
+    )
     parser.add_argument(
         "--json",
         metavar="FILE",
