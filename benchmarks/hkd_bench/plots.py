@@ -79,7 +79,7 @@ def plot_miss_rate(result: BenchResult, setup: str = REASONABLE.name) -> str:
         draw_miss_rates(axes, lines)
 
     descriptions = [f"{model.name} {format_percent(model.miss_rates[setup])}" for model in result.models]
-    return _render_svg(draw, f"Miss rate against false positives per image, {setup}", descriptions)
+    return render_svg(draw, f"Miss rate against false positives per image, {setup}", descriptions)
 
 
 def draw_miss_rates(
@@ -142,7 +142,7 @@ def plot_latency(result: BenchResult) -> str:
         axes.set(xlabel="latency from frame to boxes, ms", ylabel="fraction of runs", ylim=(0, 1.02))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))  # inside the axes it would cover a curve
 
-    return _render_svg(
+    return render_svg(
         draw, "Latency distribution", [f"{model.name} p50 {model.latency.p50_ms:.1f} ms" for model in result.models]
     )
 
@@ -175,7 +175,7 @@ def plot_stages(result: BenchResult) -> str:
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
 
     descriptions = [f"{model.name} {text}" for model, text in zip(result.models, texts, strict=True)]
-    return _render_svg(draw, "Latency of each stage", descriptions, height_inch=1.5 + 0.6 * len(result.models))
+    return render_svg(draw, "Latency of each stage", descriptions, height_inch=1.5 + 0.6 * len(result.models))
 
 
 def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -203,7 +203,7 @@ def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     descriptions = [
         f"{name} best {100 * np.nanmin([value for _, value in history]):.2f} %" for name, history in training.items()
     ]
-    return _render_svg(draw, "Miss rate during training", descriptions)
+    return render_svg(draw, "Miss rate during training", descriptions)
 
 
 def _get_line_style(index: int) -> dict[str, Any]:
@@ -235,10 +235,20 @@ def _compute_stage_means(model: ModelResult) -> tuple[float, float, float]:
     )
 
 
-def _render_svg(
+def render_svg(
     draw: Callable[[Axes], None], title: str, descriptions: Sequence[str], height_inch: float = FIGURE_SIZE_INCH[1]
 ) -> str:
-    """Render a plot as inline SVG; `descriptions` become its text alternative."""
+    """Render a plot as inline SVG.
+
+    Args:
+        draw: Function that draws on the axes.
+        title: Title of the text alternative; unique on the page.
+        descriptions: Contents of the text alternative.
+        height_inch: Height of the figure.
+
+    Returns:
+        Inline SVG.
+    """
     with mpl.rc_context({**mpl.rcParamsDefault, **RC_PARAMS, "backend": "agg"}):
         figure = Figure(figsize=(FIGURE_SIZE_INCH[0], height_inch), layout="constrained")
         draw(figure.subplots())

@@ -133,6 +133,7 @@ def write_bench_report(
     examples: ExampleImages | None = None,
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     video_frames: Sequence[NDArray[np.uint8]] = (),
+    sections: str = "",
 ) -> None:
     """Write the report; the file is replaced atomically.
 
@@ -144,8 +145,9 @@ def write_bench_report(
         examples: Example images of the last model.
         training: Name of each training run, with the epoch and the miss rate (fraction) of each evaluation.
         video_frames (uint8 array[H, W, 3]): Frames of a processed video, RGB.
+        sections: HTML of further sections below the intro.
     """
-    write_text(path, render_html(result, title, intro, examples, training or {}, video_frames))
+    write_text(path, render_html(result, title, intro, examples, training or {}, video_frames, sections))
 
 
 def render_html(
@@ -155,6 +157,7 @@ def render_html(
     examples: ExampleImages | None,
     training: Mapping[str, Sequence[tuple[int, float]]],
     video_frames: Sequence[NDArray[np.uint8]],
+    sections: str = "",
 ) -> str:
     """Render the HTML of the report; see `write_bench_report` for the arguments.
 
@@ -165,6 +168,7 @@ def render_html(
         examples: Example images of the last model.
         training: Name of each training run, with the epoch and the miss rate (fraction) of each evaluation.
         video_frames (uint8 array[H, W, 3]): Frames of a processed video, RGB.
+        sections: HTML of further sections below the intro.
 
     Returns:
         The page.
@@ -177,6 +181,7 @@ def render_html(
     return template.render(
         title=title,
         intro=intro,
+        sections=Markup(sections),
         result=result,
         colors=[plots.COLORS[index % len(plots.COLORS)] for index in range(len(result.models))],
         metric_rows=_make_metric_rows(result),

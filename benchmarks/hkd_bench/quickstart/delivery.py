@@ -1,0 +1,480 @@
+"""Report page and deployment folder of `hkd-quickstart --data`: model card, commands, systemd unit, container file."""
+
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from hkd_bench.plots import COLORS, format_percent, render_svg
+from hkd_bench.quickstart.plan import NARROW, DataCounts, OwnDataOptions, TrainingPlan
+from hkd_bench.report import render_examples, write_bench_report
+from hkd_bench.result import AccuracyResult, BenchResult, ModelResult
+from hkd_bench.table import format_difference, format_interval
+from hkd_deploy import open_detector
+from hkd_det import __version__
+from hkd_det.datasets.catalog import dataset_license
+from hkd_det.files import write_text
+from hkd_det.shipped import DEFAULT_MODEL
+from hkd_det.structures import Sample
+
+TEMPLATE = Path(__file__).with_name("sections.html.j2")
+SETUP = "Reasonable"
+NUM_EXAMPLES = 6
+UNIT, ENVIRONMENT = "hkd-demo.service", "hkd-demo.env"
+STATE_DIRECTORY = "/var/lib/hkd-demo"  # of the systemd unit
+FILES = {
+    "model.onnx": "the detector, FP32",
+    "MODEL_CARD.md": "data, license, accuracy, latency, score threshold, training and limits",
+    "README.md": "commands to install and run",
+    UNIT: "systemd unit",
+    ENVIRONMENT: "its settings",
+    "Containerfile": "container with the detector",
+}
+LICENSE_PLACEHOLDER = "TODO: no license is given in the data YAML. Add `license: ...` there, or write the terms here."
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Everything that the report and the deployment folder state.
+
+    Attributes:
+        options: Flags of the command.
+        plan: Decisions before training.
+        counts: Numbers of images.
+        eval_split: Split of the final measurement.
+        results: Result of each stage.
+        bench: Measurements: the other student, the student before training, the delivered student.
+    """
+
+    options: OwnDataOptions
+    plan: TrainingPlan
+    counts: DataCounts
+    eval_split: str
+    results: Mapping[str, Any]
+    bench: BenchResult
+
+    @property
+    def delivered(self) -> ModelResult:
+        """Measurements of the delivered student."""
+        return self.bench.models[-1]
+
+    @property
+    def directory(self) -> Path:
+        """Deployment folder."""
+        return self.options.save_dir / "deploy"
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether INT8 is recommended."""
+        return bool(self.results["export"]["int8"]["recommended"])
+
+
+def format_command(options: OwnDataOptions) -> str:
+    """Return the command line of a run.
+
+    Args:
+        options: Flags of the command.
+    """
+    flags = {
+        "--data": options.data,
+        "--save-dir": options.save_dir,
+        "--max-ms": options.max_ms,
+        "--device-bench": options.device_bench,
+        "--hours": options.hours,
+        "--epochs": options.epochs,
+        "--threads": options.threads,
+        "--seed": options.seed,
+    }
+    given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
+    return shlex.join(["hkd-quickstart", *(word for pair in given for word in pair)])
+
+
+def write_delivery(delivery: Delivery, page: Path, samples: Sequence[Sample]) -> None:
+    """Write the report page, and the deployment folder next to the exported model.
+
+    Args:
+        delivery: What the files state.
+        page: HTML file to write.
+        samples: Images of the final measurement.
+    """
+    directory, conf = delivery.directory, float(delivery.results["export"]["conf"])
+    source = find_systemd_directory()
+    shutil.copyfile(source / UNIT, directory / UNIT)
+    write_text(directory / ENVIRONMENT, format_environment(conf))
+    write_text(directory / "Containerfile", format_containerfile(conf))
+    write_text(directory / "README.md", format_readme(delivery))
+    write_text(directory / "MODEL_CARD.md", format_model_card(delivery))
+    with open_detector(directory / "model.onnx", threads=delivery.options.threads) as detector:
+        examples = render_examples(detector, samples, conf, NUM_EXAMPLES)
+    results = delivery.results
+    titles = {"teacher": "teacher", "control": "student alone", "distilled": "student distilled"}
+    training = {
+        title: [(int(epoch), float(rate)) for epoch, rate in results[name]["history"]]
+        for name, title in titles.items()
+        if results[name]
+    }
+    write_bench_report(
+        page,
+        delivery.bench,
+        title=f"Pedestrian detector for {Path(delivery.options.data).stem}",
+        intro=format_intro(delivery),
+        examples=examples,
+        training=training,
+        sections=render_sections(delivery),
+    )
+
+
+def find_systemd_directory() -> Path:
+    """Return the directory of the systemd unit: in the installed package, or in a checkout."""
+    installed = Path(__file__).with_name("systemd")
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "deploy" / "systemd"
+
+
+def format_intro(delivery: Delivery) -> str:
+    """Return the paragraph below the title of the report.
+
+    Args:
+        delivery: What the report states.
+    """
+    plan, counts = delivery.plan, delivery.counts
+    teacher = f"a {plan.teacher} that was fine-tuned on the same images" if plan.teacher else f"{DEFAULT_MODEL} itself"
+    chosen_on = (
+        "Epochs and input size were chosen on the validation images, which are also measured here, so the miss rates are "
+        "too low."
+        if delivery.eval_split == "val"
+        else "Epochs and input size were chosen on the validation images; the test images were not used for a choice."
+    )
+    return (
+        f"A {plan.model} that starts from the shipped detector {DEFAULT_MODEL} was trained on {counts.train} images at "
+        f"{plan.size}x{plan.size} for {plan.epochs} epochs, without a teacher and with one: {teacher}. Measured on "
+        f"{counts.evaluated} images of the split {delivery.eval_split}. {chosen_on} One seed."
+    )
+
+
+def format_conclusions(delivery: Delivery) -> list[str]:
+    """Return the conclusions of the run, one sentence or two each.
+
+    Args:
+        delivery: What the report states.
+    """
+    model, results = delivery.delivered, delivery.results
+    accuracy = model.accuracy[0]
+    interval = accuracy.intervals.get(SETUP)
+    sizes = results["sizes"]
+    rate = format_percent(accuracy.miss_rates[SETUP])
+    lines = [
+        f"Delivered: {model.name}, {model.model} at {sizes['size']}x{sizes['size']}, MR^-2 {rate}"
+        f"{f' (95 % interval {format_interval(interval)})' if interval else ''} on the split {delivery.eval_split}."
+    ]
+    if difference := accuracy.differences.get(SETUP):
+        other = delivery.bench.models[0].name
+        lines.append(
+            f"Effect of the teacher: {model.name} minus {other}: {format_difference(difference, model.name, other)}."
+        )
+    lines.append(f"Effect of the training: {_compare_with_start(delivery)}.")
+    lines.append(_format_budget(delivery))
+    lines.append(f"INT8: {'recommended' if delivery.has_int8 else 'not recommended'}. {format_int8(delivery)}")
+    return lines
+
+
+def _compare_with_start(delivery: Delivery) -> str:
+    start, model = delivery.bench.models[1], delivery.delivered
+    before, after = (accuracy.miss_rates[SETUP] for accuracy in (start.accuracy[0], model.accuracy[0]))
+    if before is None or after is None:
+        return f"not measured: no person of the setup {SETUP}"
+    return f"MR^-2 {100 * before:.2f} % before, {100 * after:.2f} % after ({100 * (after - before):+.2f} points)"
+
+
+def _format_budget(delivery: Delivery) -> str:
+    max_ms, p50_ms = delivery.options.max_ms, delivery.delivered.latency.p50_ms
+    if max_ms is None:
+        return f"Latency from image to boxes on this device: {p50_ms:.1f} ms (p50). No budget was given (--max-ms)."
+    row = next(row for row in delivery.results["sizes"]["rows"] if row["size"] == delivery.results["sizes"]["size"])
+    if delivery.options.device_bench is not None:
+        return (
+            f"Latency: {row['p50_ms']:.1f} ms (p50) in {delivery.options.device_bench}, budget {max_ms:g} ms; "
+            f"{p50_ms:.1f} ms on this device."
+        )
+    conclusion = "within the budget" if p50_ms <= max_ms else "above the budget"
+    return (
+        f"Latency from image to boxes on this device: {p50_ms:.1f} ms (p50), {conclusion} of {max_ms:g} ms. "
+        f"It was {row['p50_ms']:.1f} ms when the input size was chosen."
+    )
+
+
+def format_int8(delivery: Delivery) -> str:
+    """Return the comparison of INT8 with FP32 on this device.
+
+    Args:
+        delivery: What the report states.
+    """
+    report = delivery.results["export"]["int8"]
+    speedups = ", ".join(f"{one['backend']} {one['fp32_ms'] / one['ms']:.2f}x" for one in report["latencies"])
+    reasons = f" Reason: {' and '.join(report['reasons'])}." if report["reasons"] else ""
+    return (
+        f"INT8 compared with FP32 on this device: speedup {report['speedup']:.2f}x ({speedups}), miss rate "
+        f"{report['mr_increase']:+.2f} points, recall at {report['conf']:g} {report['recall_increase']:+.2f} points on the "
+        f"validation images.{reasons}"
+    )
+
+
+def plot_sizes(rows: Sequence[Mapping[str, Any]], chosen: int, max_ms: float | None) -> str:
+    """Plot the miss rate of the trained student against its latency, one point per input size, as inline SVG.
+
+    Args:
+        rows: Size, p50_ms and miss_rate of each input size.
+        chosen: Chosen size.
+        max_ms: Latency budget, milliseconds, or None.
+
+    Returns:
+        Inline SVG.
+    """
+    timed = [row for row in rows if row["p50_ms"] is not None]
+
+    def draw(axes: Axes) -> None:
+        times, rates = [row["p50_ms"] for row in timed], [100 * row["miss_rate"] for row in timed]
+        axes.plot(times, rates, "-o", color=COLORS[0], markersize=5)
+        for row, time_ms, rate in zip(timed, times, rates, strict=True):
+            axes.annotate(str(row["size"]), (time_ms, rate), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
+            if row["size"] == chosen:
+                axes.plot(time_ms, rate, "o", color=COLORS[1], markersize=10, label=f"exported: {chosen}x{chosen}")
+        if max_ms is not None:
+            axes.axvline(max_ms, color=COLORS[2], linestyle="--", label=f"budget {max_ms:g} ms")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0, top=1.15 * max(rates, default=1.0) + 1)
+        axes.set(xlabel="p50 latency from image to boxes, ms", ylabel="MR^-2 Reasonable on val, %")
+        axes.legend(loc="upper right")
+
+    descriptions = [f"{row['size']}: {row['p50_ms']:.1f} ms, {100 * row['miss_rate']:.2f} %" for row in timed]
+    return render_svg(draw, "Miss rate against latency over input sizes", descriptions)
+
+
+def render_sections(delivery: Delivery) -> str:
+    """Render the sections of the report above those of hkd-bench as HTML.
+
+    Args:
+        delivery: What the report states.
+    """
+    results, sizes = delivery.results, delivery.results["sizes"]
+    before = {one["size"]: one["ap50"] for one in results["measure"]["candidates"] if one["model"] == NARROW}
+    rows = [
+        {
+            "input": f"{row['size']}x{row['size']}",
+            "p50": "-" if row["p50_ms"] is None else f"{row['p50_ms']:.1f}",
+            "miss_rate": format_percent(row["miss_rate"]),
+            "before": format_percent(before.get(row["size"])),
+            "is_chosen": row["size"] == sizes["size"],
+        }
+        for row in sizes["rows"]
+    ]
+    device = f"times of {delivery.options.device_bench}" if delivery.options.device_bench else "times on this device"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        conclusions=[line.replace("^-2", "\u207b\u00b2") for line in format_conclusions(delivery)],
+        curve_plot=Markup(plot_sizes(sizes["rows"], sizes["size"], delivery.options.max_ms)),
+        curve_caption=f"The trained student at other input sizes; it was trained at {delivery.plan.size}; {device}.",
+        sizes=rows,
+        data_columns=("images", "persons", "problems", *_AUDIT_COLUMNS.values()),
+        data_rows=[(name, _make_data_cells(results["check"], name)) for name in results["check"]["splits"]],
+        directory=delivery.options.save_dir.as_posix(),
+        int8=format_int8(delivery),
+        demo_command=f"cd {delivery.directory.as_posix()} && {format_demo_command(delivery)}",
+        files=_list_files(delivery),
+    )
+
+
+_AUDIT_COLUMNS = {
+    "num_missing": "probably missing labels",
+    "num_location": "badly placed",
+    "num_improbable": "improbable",
+    "num_rotated": "rotated images",
+}
+
+
+def _make_data_cells(check: Mapping[str, Any], split: str) -> list[int]:
+    counted, audit = check["splits"][split], check["audit"].get(split, {})
+    problems = sum(problem["count"] for problem in counted["problems"])
+    return [counted["images"], counted["persons"], problems, *(audit.get(key, 0) for key in _AUDIT_COLUMNS)]
+
+
+def _list_files(delivery: Delivery) -> list[tuple[str, str]]:
+    files = dict(FILES)
+    if delivery.has_int8:
+        files["model.int8.onnx"] = "the detector in INT8, for the runtime that the model card names"
+    return list(files.items())
+
+
+def format_demo_command(delivery: Delivery) -> str:
+    """Return the command that runs the model on the first camera.
+
+    Args:
+        delivery: What the files state.
+    """
+    return f"hkd-demo model.onnx --source 0 --conf {delivery.results['export']['conf']:.2f}"
+
+
+def format_environment(conf: float) -> str:
+    """Return the settings file of the systemd unit.
+
+    Args:
+        conf: Suggested score threshold.
+    """
+    return (
+        f"# Settings of {UNIT}. Contains the password of the camera: owner root, mode 0600.\n"
+        f"HKD_MODEL={STATE_DIRECTORY}/model.onnx\n"
+        "# rtsp://user:password@host/path, http://..., or 0 for the first USB camera\n"
+        "HKD_SOURCE=0\n"
+        "HKD_DEVICE=cpu\n"
+        f"HKD_CONF={conf:.2f}\n"
+        "# Other flags of hkd-demo, separated by spaces\n"
+        "HKD_FLAGS=\n"
+    )
+
+
+def format_containerfile(conf: float) -> str:
+    """Return the container file. Its base is the image of `deploy/desktop/cpu.Dockerfile`.
+
+    Args:
+        conf: Suggested score threshold.
+    """
+    return (
+        "# The base image, built once in a checkout of hkd-det:\n"
+        "#   docker build -f deploy/desktop/cpu.Dockerfile -t hkd-det:cpu .\n"
+        "ARG BASE=hkd-det:cpu\n"
+        "FROM ${BASE}\n"
+        "COPY model.onnx /opt/hkd/model.onnx\n"
+        f'ENTRYPOINT ["hkd-demo", "/opt/hkd/model.onnx", "--conf", "{conf:.2f}", "--no-show"]\n'
+        'CMD ["--source", "0"]\n'
+    )
+
+
+def format_readme(delivery: Delivery) -> str:
+    """Return the README of the deployment folder.
+
+    Args:
+        delivery: What the files state.
+    """
+    rows = "\n".join(f"| `{name}` | {text} |" for name, text in _list_files(delivery))
+    return f"""# Pedestrian detector for {Path(delivery.options.data).stem}
+
+Written by hkd-quickstart {__version__}. [MODEL_CARD.md](MODEL_CARD.md) states accuracy, latency and limits.
+
+| file | content |
+| --- | --- |
+{rows}
+
+## Run
+On the device, in this directory, with hkd-det and one runtime (`pip install '.[cpu]'` in a checkout):
+
+```
+{format_demo_command(delivery)}
+hkd-demo model.onnx --source street.mp4 --save detections.mp4
+```
+
+## As a service
+```
+sudo useradd --system --groups video --home-dir {STATE_DIRECTORY} hkd
+sudo python3 -m venv /opt/hkd
+sudo /opt/hkd/bin/pip install 'PATH-OF-THE-CHECKOUT[cpu]'
+sudo install -d -o hkd -g hkd {STATE_DIRECTORY}
+sudo install -o hkd -g hkd -m 0644 model.onnx {STATE_DIRECTORY}
+sudo install -D -m 0600 {ENVIRONMENT} /etc/hkd/{ENVIRONMENT}
+sudo install -m 0644 {UNIT} /etc/systemd/system
+sudoedit /etc/hkd/{ENVIRONMENT}
+sudo systemctl daemon-reload
+sudo systemctl enable --now hkd-demo
+```
+
+## In a container
+`Containerfile` names the base image and how to build it. Replace `docker` by `podman` as needed.
+
+```
+docker build -f Containerfile -t pedestrians .
+docker run --rm -v "$PWD":/data pedestrians --source street.mp4 --save detections.mp4
+docker run --rm --device /dev/video0 --group-add video pedestrians
+```
+"""
+
+
+def format_model_card(delivery: Delivery) -> str:
+    """Return the model card.
+
+    Args:
+        delivery: What the files state.
+    """
+    model, plan, counts, results = delivery.delivered, delivery.plan, delivery.counts, delivery.results
+    export, latency = results["export"], delivery.delivered.latency
+    conf_source = (
+        "the highest F1 score on the validation images"
+        if export["is_conf_measured"]
+        else "the default, because the validation images have too few persons to measure one"
+    )
+    license_text = dataset_license(delivery.options.data) or LICENSE_PLACEHOLDER
+    rows = "\n".join(_make_card_row(one) for one in delivery.bench.models)
+    teacher = (
+        f"{plan.teacher}, fine-tuned on the same images" if plan.teacher else f"the shipped detector {DEFAULT_MODEL}"
+    )
+    is_distilled = results["sizes"]["winner"] == "distilled"
+    method = (
+        f"dense distillation and half of the detection losses; teacher: {teacher}" if is_distilled else "labels only"
+    )
+    conclusions = "\n".join(f"- {line}" for line in format_conclusions(delivery))
+    return f"""# Model card: pedestrian detector for {Path(delivery.options.data).stem}
+
+{model.model}, input {model.imgsz_hw[1]}x{model.imgsz_hw[0]}, {model.parameters / 1e6:.2f} M parameters. \
+Suggested score threshold: {export["conf"]:.2f} ({conf_source}).
+
+## Data
+- {delivery.options.data}: {counts.train} training and {counts.val} validation images, {counts.total} images in all.
+- License of the data: {license_text}
+- License of the initial weights ({DEFAULT_MODEL}): Apache-2.0.
+
+## Training
+Start: {DEFAULT_MODEL}. {plan.epochs} epochs at {plan.size}x{plan.size}, seed {delivery.options.seed}; {method}. Delivered: \
+epoch {results[results["sizes"]["winner"]]["epoch"]}.
+
+```
+{format_command(delivery.options)}
+```
+
+## Accuracy
+CityPersons protocol, {counts.evaluated} images of the split {delivery.eval_split}; persons of at least 50 px in Reasonable.
+
+| model | MR^-2 Reasonable (95 % interval) | MR^-2 All | p50 on this device |
+| --- | --- | --- | --- |
+{rows}
+
+{conclusions}
+
+## Latency
+p50 {latency.p50_ms:.1f} ms, p90 {latency.p90_ms:.1f} ms from image to boxes, {model.backend}, \
+{"default threads" if delivery.bench.threads is None else f"{delivery.bench.threads} threads"}, \
+{_get_processor(delivery.bench)}, {delivery.bench.date[:10]}.
+
+## Limits
+- {"Epochs and input size were chosen on the measured images, so the miss rate is too low." if delivery.eval_split == "val" else "Epochs and input size were chosen on the split val."}
+- One seed. The intervals contain the variation between images, not that between training runs.
+- Measured on images like those of {Path(delivery.options.data).name} only. Other places, seasons, cameras and night need a measurement.
+- Not intended for identification, for decisions about individuals, or as the only safeguard of a safety function.
+"""
+
+
+def _get_processor(bench: BenchResult) -> str:
+    return next((str(field.value) for field in bench.host if field.name == "CPU" and field.value), "unknown processor")
+
+
+def _make_card_row(model: ModelResult) -> str:
+    accuracy: AccuracyResult = model.accuracy[0]
+    interval = accuracy.intervals.get(SETUP)
+    rates = [format_percent(accuracy.miss_rates[name]) for name in (SETUP, "All")]
+    with_interval = f"{rates[0]} ({format_interval(interval)})" if interval else rates[0]
+    return f"| {model.name} | {with_interval} | {rates[1]} | {model.latency.p50_ms:.1f} ms |"
