@@ -68,8 +68,8 @@ def _build_quickstart_parser() -> argparse.ArgumentParser:
         prog="hkd-quickstart",
         description="Run the complete workflow: check the data, train, distill, export, measure, write a report. With "
         "--data on your images, also a folder for deployment; without, on synthetic images of a street.",
-        epilog="example: hkd-quickstart --data mine.yaml --max-ms 15 --hours 2. After an interruption, the same command "
-        "continues.",
+        epilog="example: hkd-quickstart --data mine.yaml --max-ms 15 --hours 2. After an interruption, the same "
+        "command continues.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(

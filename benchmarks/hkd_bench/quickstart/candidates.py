@@ -18,7 +18,6 @@ from hkd_bench.quickstart.plan import (
     STUDENT_SIZES,
     WIDE,
     OwnDataOptions,
-    Precision,
     Speeds,
     StudentCandidate,
 )
@@ -26,6 +25,7 @@ from hkd_bench.result import read_result
 from hkd_deploy import Detector, open_detector
 from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.model_metadata import ExportOptions
+from hkd_det.console import Progress, log_line
 from hkd_det.errors import DataError
 from hkd_det.image import read_image
 from hkd_det.metrics.coco import evaluate_average_precision
@@ -33,10 +33,11 @@ from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.checkpoint import DetectorCheckpoint
 from hkd_det.models.yolox_weights import load_yolox, widen_yolox
 from hkd_det.ops.losses import sum_losses
-from hkd_det.progress import Progress, log_line
 from hkd_det.shipped import DEFAULT_MODEL, resolve_model
 from hkd_det.structures import Detections, Sample
+from hkd_det.train.config import TrainConfig
 from hkd_det.train.context import resolve_device
+from hkd_det.train.engine import uses_bf16
 
 NUM_WARMUP, NUM_RUNS, NUM_ROUNDS = 3, 10, 2  # runs that measure the latency of a candidate
 NUM_TIMED_IMAGES = 8
@@ -184,48 +185,37 @@ def measure_speeds(options: OwnDataOptions, samples: Sequence[Sample], narrow_on
         predict_exported(detector, samples)
         detect_s = (time.monotonic() - start_s) / len(samples)
     device = resolve_device(options.device)
-    precision: Precision = "bf16"
-    if device.type == "cpu":  # bfloat16 is emulated by processors without AVX-512, and then slower
-        steps_s: dict[Precision, float] = {
-            one: _measure_steps(NARROW, device, one, 2, 1)[0] for one in ("bf16", "fp32")
-        }
-        precision = min(steps_s, key=lambda one: steps_s[one])
     train_s, forward_s = {}, {}
     for model in (NARROW, WIDE):
-        train_s[model], forward_s[model] = _measure_steps(model, device, precision, PROBE_BATCH, NUM_PROBE_STEPS)
+        train_s[model], forward_s[model] = _measure_steps(model, device)
     log_line(
         f"training step: {1e3 * train_s[NARROW]:.0f} ms per image ({NARROW}), {1e3 * train_s[WIDE]:.0f} ms ({WIDE}) at "
-        f"{DEFAULT_SIZE}x{DEFAULT_SIZE} on {device} in {precision}"
+        f"{DEFAULT_SIZE}x{DEFAULT_SIZE} on {device}"
     )
-    return Speeds(train_s, forward_s, detect_s, export_s, precision)
+    return Speeds(train_s, forward_s, detect_s, export_s)
 
 
-def _measure_steps(
-    model: str, device: torch.device, precision: Precision, batch: int, num_steps: int
-) -> tuple[float, float]:
+def _measure_steps(model: str, device: torch.device) -> tuple[float, float]:
     """Return the seconds per image of a training step and of a forward pass."""
     detector = make_initial_checkpoint(model, "").build().to(device).to(memory_format=torch.channels_last)
-    shape = (batch, 3, DEFAULT_SIZE, DEFAULT_SIZE)
+    shape = (PROBE_BATCH, 3, DEFAULT_SIZE, DEFAULT_SIZE)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    boxes = torch.tensor([80.0, 80.0, 160.0, 240.0], device=device).expand(batch, 4, 4).contiguous()
-    valid = torch.ones((batch, 4), dtype=torch.bool, device=device)
+    boxes = torch.tensor([80.0, 80.0, 160.0, 240.0], device=device).expand(PROBE_BATCH, 4, 4).contiguous()
+    valid = torch.ones((PROBE_BATCH, 4), dtype=torch.bool, device=device)
     targets = Targets(boxes, valid, ~valid)
-    train_s, forward_s = (
-        _time_steps(detector, images, targets, precision, num_steps, is_training) for is_training in (True, False)
-    )
-    return train_s / batch, forward_s / batch
+    train_s, forward_s = (_time_steps(detector, images, targets, is_training) for is_training in (True, False))
+    return train_s / PROBE_BATCH, forward_s / PROBE_BATCH
 
 
-def _time_steps(
-    detector: BaseDetector, images: Tensor, targets: Targets, precision: Precision, num_steps: int, is_training: bool
-) -> float:
-    """Return the median seconds of a step; the first one is not counted."""
+def _time_steps(detector: BaseDetector, images: Tensor, targets: Targets, is_training: bool) -> float:
+    """Return the median seconds of a step in the precision of the training; the first one is not counted."""
     device, times_s = images.device, []
+    bf16 = uses_bf16(TrainConfig.precision, device)
     detector.train(is_training)
-    for _ in range(1 + num_steps):
+    for _ in range(1 + NUM_PROBE_STEPS):
         start_s = time.monotonic()
-        with torch.set_grad_enabled(is_training), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        with torch.set_grad_enabled(is_training), torch.autocast(device.type, torch.bfloat16, bf16):
             outputs = detector(images)
             losses = detector.loss(outputs, targets) if is_training else {}
         if is_training:

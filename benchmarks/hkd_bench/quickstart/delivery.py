@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from hkd_bench.plots import COLORS, format_percent, render_svg
 from hkd_bench.quickstart.plan import NARROW, DataCounts, OwnDataOptions, TrainingPlan
 from hkd_bench.report import render_examples, write_bench_report
-from hkd_bench.result import AccuracyResult, BenchResult, ModelResult
+from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.table import format_difference, format_interval
 from hkd_deploy import open_detector
 from hkd_det import __version__
@@ -23,7 +23,7 @@ from hkd_det.files import write_text
 from hkd_det.shipped import DEFAULT_MODEL
 from hkd_det.structures import Sample
 
-TEMPLATE = Path(__file__).with_name("sections.html.j2")
+TEMPLATES = Path(__file__).with_name("templates")
 SETUP = "Reasonable"
 NUM_EXAMPLES = 6
 UNIT, ENVIRONMENT = "hkd-demo.service", "hkd-demo.env"
@@ -145,8 +145,8 @@ def format_intro(delivery: Delivery) -> str:
     plan, counts = delivery.plan, delivery.counts
     teacher = f"a {plan.teacher} that was fine-tuned on the same images" if plan.teacher else f"{DEFAULT_MODEL} itself"
     chosen_on = (
-        "Epochs and input size were chosen on the validation images, which are also measured here, so the miss rates are "
-        "too low."
+        "Epochs and input size were chosen on the validation images, which are also measured here, so the miss rates "
+        "are too low."
         if delivery.eval_split == "val"
         else "Epochs and input size were chosen on the validation images; the test images were not used for a choice."
     )
@@ -219,8 +219,8 @@ def format_int8(delivery: Delivery) -> str:
     reasons = f" Reason: {' and '.join(report['reasons'])}." if report["reasons"] else ""
     return (
         f"INT8 compared with FP32 on this device: speedup {report['speedup']:.2f}x ({speedups}), miss rate "
-        f"{report['mr_increase']:+.2f} points, recall at {report['conf']:g} {report['recall_increase']:+.2f} points on the "
-        f"validation images.{reasons}"
+        f"{report['mr_increase']:+.2f} points, recall at {report['conf']:g} {report['recall_increase']:+.2f} points on "
+        f"the validation images.{reasons}"
     )
 
 
@@ -274,11 +274,8 @@ def render_sections(delivery: Delivery) -> str:
         for row in sizes["rows"]
     ]
     device = f"times of {delivery.options.device_bench}" if delivery.options.device_bench else "times on this device"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return render_template(
+        "sections.html.j2",
         conclusions=[line.replace("^-2", "\u207b\u00b2") for line in format_conclusions(delivery)],
         curve_plot=Markup(plot_sizes(sizes["rows"], sizes["size"], delivery.options.max_ms)),
         curve_caption=f"The trained student at other input sizes; it was trained at {delivery.plan.size}; {device}.",
@@ -363,46 +360,14 @@ def format_readme(delivery: Delivery) -> str:
     Args:
         delivery: What the files state.
     """
-    rows = "\n".join(f"| `{name}` | {text} |" for name, text in _list_files(delivery))
-    return f"""# Pedestrian detector for {Path(delivery.options.data).stem}
-
-Written by hkd-quickstart {__version__}. [MODEL_CARD.md](MODEL_CARD.md) states accuracy, latency and limits.
-
-| file | content |
-| --- | --- |
-{rows}
-
-## Run
-On the device, in this directory, with hkd-det and one runtime (`pip install '.[cpu]'` in a checkout):
-
-```
-{format_demo_command(delivery)}
-hkd-demo model.onnx --source street.mp4 --save detections.mp4
-```
-
-## As a service
-```
-sudo useradd --system --groups video --home-dir {STATE_DIRECTORY} hkd
-sudo python3 -m venv /opt/hkd
-sudo /opt/hkd/bin/pip install 'PATH-OF-THE-CHECKOUT[cpu]'
-sudo install -d -o hkd -g hkd {STATE_DIRECTORY}
-sudo install -o hkd -g hkd -m 0644 model.onnx {STATE_DIRECTORY}
-sudo install -D -m 0600 {ENVIRONMENT} /etc/hkd/{ENVIRONMENT}
-sudo install -m 0644 {UNIT} /etc/systemd/system
-sudoedit /etc/hkd/{ENVIRONMENT}
-sudo systemctl daemon-reload
-sudo systemctl enable --now hkd-demo
-```
-
-## In a container
-`Containerfile` names the base image and how to build it. Replace `docker` by `podman` as needed.
-
-```
-docker build -f Containerfile -t pedestrians .
-docker run --rm -v "$PWD":/data pedestrians --source street.mp4 --save detections.mp4
-docker run --rm --device /dev/video0 --group-add video pedestrians
-```
-"""
+    return render_template(
+        "README.md.j2",
+        name=Path(delivery.options.data).stem,
+        version=__version__,
+        files=_list_files(delivery),
+        demo_command=format_demo_command(delivery),
+        state_directory=STATE_DIRECTORY,
+    )
 
 
 def format_model_card(delivery: Delivery) -> str:
@@ -411,70 +376,62 @@ def format_model_card(delivery: Delivery) -> str:
     Args:
         delivery: What the files state.
     """
-    model, plan, counts, results = delivery.delivered, delivery.plan, delivery.counts, delivery.results
-    export, latency = results["export"], delivery.delivered.latency
-    conf_source = (
-        "the highest F1 score on the validation images"
+    options, plan, results, bench = delivery.options, delivery.plan, delivery.results, delivery.bench
+    export, winner = results["export"], results["sizes"]["winner"]
+    teacher = f"{plan.teacher}, fine-tuned on the same images" if plan.teacher else f"the shipped {DEFAULT_MODEL}"
+    distilled = f"dense distillation and half of the detection losses; teacher: {teacher}"
+    return render_template(
+        "MODEL_CARD.md.j2",
+        name=Path(options.data).stem,
+        model=delivery.delivered,
+        conf=export["conf"],
+        conf_source="the highest F1 score on the validation images"
         if export["is_conf_measured"]
-        else "the default, because the validation images have too few persons to measure one"
+        else "the default: the validation images have too few persons to measure one",
+        data=options.data,
+        counts=delivery.counts,
+        license=dataset_license(options.data) or LICENSE_PLACEHOLDER,
+        plan=plan,
+        seed=options.seed,
+        method=distilled if winner == "distilled" else "labels only",
+        epoch=results[winner]["epoch"],
+        command=format_command(options),
+        eval_split=delivery.eval_split,
+        rows=[_make_card_row(model) for model in bench.models],
+        conclusions=format_conclusions(delivery),
+        threads="default threads" if bench.threads is None else f"{bench.threads} threads",
+        processor=_get_processor(bench),
+        date=bench.date[:10],
     )
-    license_text = dataset_license(delivery.options.data) or LICENSE_PLACEHOLDER
-    rows = "\n".join(_make_card_row(one) for one in delivery.bench.models)
-    teacher = (
-        f"{plan.teacher}, fine-tuned on the same images" if plan.teacher else f"the shipped detector {DEFAULT_MODEL}"
+
+
+def render_template(file_name: str, **values: Any) -> str:
+    """Render a template of the directory `templates`; values are escaped for HTML in .html files.
+
+    Args:
+        file_name: Name of the template.
+        values: Variables of the template.
+
+    Returns:
+        The text.
+    """
+    environment = jinja2.Environment(
+        autoescape=".html" in file_name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    is_distilled = results["sizes"]["winner"] == "distilled"
-    method = (
-        f"dense distillation and half of the detection losses; teacher: {teacher}" if is_distilled else "labels only"
-    )
-    conclusions = "\n".join(f"- {line}" for line in format_conclusions(delivery))
-    return f"""# Model card: pedestrian detector for {Path(delivery.options.data).stem}
-
-{model.model}, input {model.imgsz_hw[1]}x{model.imgsz_hw[0]}, {model.parameters / 1e6:.2f} M parameters. \
-Suggested score threshold: {export["conf"]:.2f} ({conf_source}).
-
-## Data
-- {delivery.options.data}: {counts.train} training and {counts.val} validation images, {counts.total} images in all.
-- License of the data: {license_text}
-- License of the initial weights ({DEFAULT_MODEL}): Apache-2.0.
-
-## Training
-Start: {DEFAULT_MODEL}. {plan.epochs} epochs at {plan.size}x{plan.size}, seed {delivery.options.seed}; {method}. Delivered: \
-epoch {results[results["sizes"]["winner"]]["epoch"]}.
-
-```
-{format_command(delivery.options)}
-```
-
-## Accuracy
-CityPersons protocol, {counts.evaluated} images of the split {delivery.eval_split}; persons of at least 50 px in Reasonable.
-
-| model | MR^-2 Reasonable (95 % interval) | MR^-2 All | p50 on this device |
-| --- | --- | --- | --- |
-{rows}
-
-{conclusions}
-
-## Latency
-p50 {latency.p50_ms:.1f} ms, p90 {latency.p90_ms:.1f} ms from image to boxes, {model.backend}, \
-{"default threads" if delivery.bench.threads is None else f"{delivery.bench.threads} threads"}, \
-{_get_processor(delivery.bench)}, {delivery.bench.date[:10]}.
-
-## Limits
-- {"Epochs and input size were chosen on the measured images, so the miss rate is too low." if delivery.eval_split == "val" else "Epochs and input size were chosen on the split val."}
-- One seed. The intervals contain the variation between images, not that between training runs.
-- Measured on images like those of {Path(delivery.options.data).name} only. Other places, seasons, cameras and night need a measurement.
-- Not intended for identification, for decisions about individuals, or as the only safeguard of a safety function.
-"""
+    return environment.from_string((TEMPLATES / file_name).read_text(encoding="utf-8")).render(**values)
 
 
 def _get_processor(bench: BenchResult) -> str:
     return next((str(field.value) for field in bench.host if field.name == "CPU" and field.value), "unknown processor")
 
 
-def _make_card_row(model: ModelResult) -> str:
-    accuracy: AccuracyResult = model.accuracy[0]
+def _make_card_row(model: ModelResult) -> tuple[str, ...]:
+    accuracy = model.accuracy[0]
     interval = accuracy.intervals.get(SETUP)
-    rates = [format_percent(accuracy.miss_rates[name]) for name in (SETUP, "All")]
-    with_interval = f"{rates[0]} ({format_interval(interval)})" if interval else rates[0]
-    return f"| {model.name} | {with_interval} | {rates[1]} | {model.latency.p50_ms:.1f} ms |"
+    rate, rate_all = (format_percent(accuracy.miss_rates[name]) for name in (SETUP, "All"))
+    with_interval = f"{rate} ({format_interval(interval)})" if interval else rate
+    return model.name, with_interval, rate_all, f"{model.latency.p50_ms:.1f} ms"

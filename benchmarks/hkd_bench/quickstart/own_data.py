@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,6 @@ from hkd_bench.quickstart.plan import (
     DataCounts,
     OwnDataOptions,
     PlanFile,
-    Precision,
     Results,
     Speeds,
     Stage,
@@ -54,6 +53,7 @@ from hkd_deploy.precision.cli import convert_precision
 from hkd_deploy.precision.report import select_evenly
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.config import dataclass_from_dict
+from hkd_det.console import Progress, log_line
 from hkd_det.datasets.audit_run import AuditOptions
 from hkd_det.datasets.catalog import list_splits, load_dataset
 from hkd_det.datasets.check import check_dataset
@@ -67,7 +67,6 @@ from hkd_det.metrics.bootstrap import compare_miss_rates
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult
 from hkd_det.models.checkpoint import load_detector_checkpoint, load_training_state
-from hkd_det.progress import Progress, log_line
 from hkd_det.shipped import DEFAULT_MODEL, FINETUNE_RECIPE, resolve_model
 from hkd_det.structures import Sample
 from hkd_det.train.config import TrainConfig
@@ -223,7 +222,7 @@ def _make_later_stages(options: OwnDataOptions, dataset: OwnDataset, plan: Train
     directory, data = options.save_dir, options.data
     base = {"fingerprint": dataset.fingerprint}
     estimates = estimate_stages(plan, speeds, dataset.counts)
-    configs = _make_train_configs(options, plan, speeds.precision)
+    configs = _make_train_configs(options, plan)
     budget = {"max_ms": options.max_ms, "threads": options.threads, "device_bench": str(options.device_bench)}
 
     def train_stage(name: str, title: str, after: tuple[str, ...]) -> Stage:
@@ -281,7 +280,7 @@ def _make_later_stages(options: OwnDataOptions, dataset: OwnDataset, plan: Train
     ]
 
 
-def _make_train_configs(options: OwnDataOptions, plan: TrainingPlan, precision: Precision) -> dict[str, TrainConfig]:
+def _make_train_configs(options: OwnDataOptions, plan: TrainingPlan) -> dict[str, TrainConfig]:
     """Return the configurations of the runs, made from the recipe that fine-tunes the shipped detector."""
     recipe = read_yaml(FINETUNE_RECIPE)
     shipped, directory = str(resolve_model(DEFAULT_MODEL)), options.save_dir
@@ -293,7 +292,6 @@ def _make_train_configs(options: OwnDataOptions, plan: TrainingPlan, precision: 
         "epochs": plan.epochs,
         "seed": options.seed,
         "device": options.device,
-        "precision": precision,
         "workers": min(TrainConfig.workers, len(os.sched_getaffinity(0))),
     }
 

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hkd_det.config import check_range
+from hkd_det.console import format_duration, format_table, log_line
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import bytes_sha256, read_json, write_text
-from hkd_det.progress import format_duration, log_line
-from hkd_det.text_table import format_table
 
 PLAN_SCHEMA = 1
 NARROW, WIDE = "yolox-nano-hswish", "yolox-nano-x2"  # both start from the weights of hkd-cpu
@@ -24,7 +23,6 @@ NUM_INT8_TRIALS = 10  # evaluations of the search for layers that stay FP32
 OVERHEAD_S = 20.0  # start of a training run: statistics of batch normalization, first evaluation
 
 Results = Mapping[str, Any]
-Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,12 @@ class Speeds:
         forward_s: Forward pass of each architecture, as of a teacher.
         detect_s: Reading an image and running the exported narrow student.
         export_s: Export of one file, seconds per file.
-        precision: Precision of the training, the faster one on this device.
     """
 
     train_s: dict[str, float]
     forward_s: dict[str, float]
     detect_s: float
     export_s: float
-    precision: Precision = "bf16"
 
 
 @dataclass(frozen=True)
