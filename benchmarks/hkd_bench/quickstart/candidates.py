@@ -79,24 +79,25 @@ def measure_candidates(
     rated = select_evenly_spaced(samples, NUM_RATED_IMAGES)
     images = [read_image(sample.path) for sample in select_evenly_spaced(samples, NUM_TIMED_IMAGES)]
     export_times_s = []
-    latencies: dict[tuple[str, int], float | None] = {}
+    samples_ms: dict[tuple[str, int], list[float]] = {pair: [] for pair in pairs}
     ap50s: dict[int, float] = {}
     checkpoints = {model: make_initial_checkpoint(model, options.data) for model in STUDENT_SIZES}
-    with Progress(len(pairs), "measure the students", "student") as progress:
-        for model, size in pairs:
-            path = directory / f"{model}-{size}.onnx"
-            if not path.exists():
-                start_s = time.monotonic()
-                export_onnx(checkpoints[model], path, ExportOptions((size, size)))
-                export_times_s.append(time.monotonic() - start_s)
-            with open_detector(path, threads=options.threads) as detector:
-                if device_ms is None:
-                    latencies[model, size] = measure_latency_ms(detector, images)
-                else:
-                    latencies[model, size] = device_ms.get((model, size))
-                if model == NARROW:
-                    ap50s[size] = evaluate_average_precision(rated, predict_exported(detector, rated))["AP50"]
-            progress.update()
+    with Progress(NUM_ROUNDS * len(pairs), "measure the students", "measurement") as progress:
+        for index in range(NUM_ROUNDS):  # a machine that becomes busy slows down all students alike
+            for model, size in pairs:
+                path = directory / f"{model}-{size}.onnx"
+                if not path.exists():
+                    start_s = time.monotonic()
+                    export_onnx(checkpoints[model], path, ExportOptions((size, size)))
+                    export_times_s.append(time.monotonic() - start_s)
+                with open_detector(path, threads=options.threads) as detector:
+                    samples_ms[model, size] += measure_latencies_ms(detector, images) if device_ms is None else []
+                    if model == NARROW and index == 0:
+                        ap50s[size] = evaluate_average_precision(rated, predict_exported(detector, rated))["AP50"]
+                progress.update()
+    latencies = {
+        pair: float(np.median(samples_ms[pair])) if device_ms is None else device_ms.get(pair) for pair in pairs
+    }
     export_s = float(np.mean(export_times_s)) if export_times_s else DEFAULT_EXPORT_S
     if device_ms is not None and not any(latencies.values()):
         raise DataError(
@@ -135,24 +136,22 @@ def select_evenly_spaced(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [with_persons[index] for index in np.unique(indices)]
 
 
-def measure_latency_ms(detector: Detector, images: Sequence[NDArray[np.uint8]]) -> float:
-    """Measure the median latency from image to boxes.
+def measure_latencies_ms(detector: Detector, images: Sequence[NDArray[np.uint8]]) -> list[float]:
+    """Measure the latency from image to boxes.
 
     Args:
         detector: Opened model.
         images (uint8 array[H, W, 3]): RGB images.
 
     Returns:
-        Milliseconds.
+        Milliseconds of each run after the warm-up.
     """
     times_ms = []
-    for _ in range(NUM_ROUNDS):
-        for run in range(NUM_WARMUP + NUM_RUNS):
-            start_s = time.perf_counter()
-            detector(images[run % len(images)])
-            if run >= NUM_WARMUP:
-                times_ms.append(1e3 * (time.perf_counter() - start_s))
-    return float(np.median(times_ms))
+    for run in range(NUM_WARMUP + NUM_RUNS):
+        start_s = time.perf_counter()
+        detector(images[run % len(images)])
+        times_ms.append(1e3 * (time.perf_counter() - start_s))
+    return times_ms[NUM_WARMUP:]
 
 
 def predict_exported(detector: Detector, samples: Sequence[Sample]) -> list[Detections]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from hkd_bench.bench import BenchOptions, bench
@@ -17,7 +18,7 @@ from hkd_bench.quickstart.candidates import (
     NUM_TIMED_IMAGES,
     make_initial_checkpoint,
     measure_candidates,
-    measure_latency_ms,
+    measure_latencies_ms,
     predict_exported,
     read_device_latencies,
     select_evenly_spaced,
@@ -362,8 +363,8 @@ def _measure_curve(
             export_onnx(checkpoint, path, ExportOptions((size, size)))
             with open_detector(path, threads=options.threads) as detector:
                 rate = evaluate_detections(samples, predict_exported(detector, samples), [REASONABLE])[REASONABLE.name]
-                local_ms = measure_latency_ms(detector, images) if device_ms is None else None
-            p50_ms = local_ms if device_ms is None else device_ms.get((plan.model, size))
+                times_ms = measure_latencies_ms(detector, images) if device_ms is None else []
+            p50_ms = float(np.median(times_ms)) if device_ms is None else device_ms.get((plan.model, size))
             difference = compare_miss_rates(rate, trained)
             conclusion = difference.conclusion if difference else ""
             rows.append({"size": size, "p50_ms": p50_ms, "miss_rate": rate.value, "conclusion": conclusion})

@@ -20,7 +20,7 @@ DEFAULT_SIZE = 320  # of hkd-cpu, for a run without latency budget
 DEFAULT_EPOCHS, MIN_EPOCHS, MAX_EPOCHS = 10, 3, 30
 MIN_IMAGES_FOR_WIDE = 100  # with fewer training images, no wide network is trained
 NUM_INT8_TRIALS = 10  # evaluations of the search for layers that stay FP32
-OVERHEAD_S = 20.0  # start of a training run: statistics of batch normalization, first evaluation
+START_S, NUM_STATISTICS_IMAGES = 25.0, 192  # start of a training run: processes, statistics of batch normalization
 
 Results = Mapping[str, Any]
 
@@ -231,10 +231,13 @@ def estimate_stages(plan: TrainingPlan, speeds: Speeds, counts: DataCounts) -> d
         Name of the stage -> seconds.
     """
 
-    def training_s(model: str, teacher: str) -> float:
-        return OVERHEAD_S + plan.epochs * estimate_epoch_s(model, plan.size, teacher, speeds, counts)
-
     pixels = (plan.size / DEFAULT_SIZE) ** 2
+
+    def training_s(model: str, teacher: str) -> float:
+        statistics_s = NUM_STATISTICS_IMAGES * (speeds.forward_s[model] * pixels + speeds.detect_s / 2)
+        epochs_s = plan.epochs * estimate_epoch_s(model, plan.size, teacher, speeds, counts)
+        return START_S + statistics_s + counts.val * speeds.forward_s[model] * pixels + epochs_s
+
     factor = speeds.forward_s[plan.model] / speeds.forward_s[NARROW]
     detect_s = speeds.detect_s * max(1.0, pixels * factor)
     sizes = STUDENT_SIZES[plan.model]
