@@ -179,7 +179,7 @@ def format_conclusions(delivery: Delivery) -> list[str]:
         )
     lines.append(f"Effect of the training: {_compare_with_start(delivery)}.")
     lines.append(_format_budget(delivery))
-    lines.append(f"INT8: {'recommended' if delivery.has_int8 else 'not recommended'}. {format_int8(delivery)}")
+    lines.append(f"INT8: {delivery.results['export']['int8']['conclusion']}. {format_int8(delivery)}")
     return lines
 
 
@@ -217,10 +217,14 @@ def format_int8(delivery: Delivery) -> str:
     report = delivery.results["export"]["int8"]
     speedups = ", ".join(f"{one['backend']} {one['fp32_ms'] / one['ms']:.2f}x" for one in report["latencies"])
     reasons = f" Reason: {' and '.join(report['reasons'])}." if report["reasons"] else ""
+    increases = [
+        f"{name} {report[f'{key}_increase']:+.2f} points ({report[f'{key}_interval'][0]:+.2f} to "
+        f"{report[f'{key}_interval'][1]:+.2f})"
+        for name, key in (("miss rate", "mr"), (f"recall at {report['conf']:g}", "recall"))
+    ]
     return (
-        f"INT8 compared with FP32 on this device: speedup {report['speedup']:.2f}x ({speedups}), miss rate "
-        f"{report['mr_increase']:+.2f} points, recall at {report['conf']:g} {report['recall_increase']:+.2f} points on "
-        f"the validation images.{reasons}"
+        f"INT8 compared with FP32 on this device: speedup {report['speedup']:.2f}x ({speedups}), "
+        f"{', '.join(increases)} on the validation images.{reasons}"
     )
 
 

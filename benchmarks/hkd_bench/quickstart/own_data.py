@@ -51,7 +51,7 @@ from hkd_deploy.export.exporter import export_and_verify, export_onnx, make_torc
 from hkd_deploy.export.verify import NUM_PARITY_IMAGES, Verification
 from hkd_deploy.model_metadata import ExportOptions
 from hkd_deploy.precision.cli import convert_precision
-from hkd_deploy.precision.report import select_evenly
+from hkd_deploy.precision.model import select_evenly
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.config import dataclass_from_dict
 from hkd_det.console import Progress, log_line
@@ -71,7 +71,7 @@ from hkd_det.models.checkpoint import load_detector_checkpoint, load_training_st
 from hkd_det.shipped import DEFAULT_MODEL, FINETUNE_RECIPE, resolve_model
 from hkd_det.structures import Sample
 from hkd_det.train.config import TrainConfig
-from hkd_det.train.run_guard import handle_interrupts, lock_run
+from hkd_det.train.run import handle_interrupts, lock_run
 from hkd_det.train.trainer import train
 
 VAL_RATIO = 0.2  # of the training images, if the dataset has no split val
