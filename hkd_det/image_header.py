@@ -116,6 +116,20 @@ def iterate_png_chunks(raw: Buffer) -> Iterator[tuple[bytes, int, int]]:
         offset = end + 4
 
 
+def is_truncated_png(raw: bytes) -> bool:
+    """Return whether a PNG file is incomplete; False for other files.
+
+    A PNG is incomplete if a chunk is longer than the file or the end chunk is missing. OpenCV allocates the
+    stated length of a chunk, up to 2 GiB, before it checks the length.
+
+    Args:
+        raw: Content of a file.
+    """
+    if not raw.startswith(PNG_SIGNATURE):
+        return False
+    return all(name != PNG_END_CHUNK for name, _, _ in iterate_png_chunks(raw))
+
+
 def _parse_webp(raw: Buffer) -> ImageHeader | None:
     size_hw, orientation, offset = None, UPRIGHT, 12
     while offset + 8 <= len(raw):

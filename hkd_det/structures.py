@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hkd_det.boxes import box_area
 from hkd_det.draw import draw_detections
 from hkd_det.errors import UsageError, import_package
-from hkd_det.image_input import ImageInput, ImageReference, load_image
+from hkd_det.image import ImageInput, ImageReference, load_image
 
 PERSON_CLASS_ID, PERSON_CLASS_NAME = 0, "person"
 IGNORE_EXTENT_PX = 1e6  # larger than any image, at any scale

@@ -21,7 +21,7 @@ from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.trt.onnx_file import count_parameters, read_onnx_metadata
 from hkd_det.errors import UsageError
 from hkd_det.files import file_sha256
-from hkd_det.image_input import check_image
+from hkd_det.image import check_image
 from hkd_det.onnxrt.detector import OnnxDetector
 from hkd_det.onnxrt.model_config import load_model_config
 from hkd_det.onnxrt.session import open_session

@@ -12,7 +12,7 @@ from hkd_deploy.backends import OpenedBackend, open_backend
 from hkd_deploy.backends.base import Backend, Detector, PerformanceHint, RuntimeOutputs, StageTimes
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import DataError
-from hkd_det.image_input import check_image
+from hkd_det.image import check_image
 from hkd_det.letterbox import PAD_VALUE, STRIDE, Letterbox, format_imgsz
 from hkd_det.shipped import SHIPPED_MODELS, resolve_model
 from hkd_det.structures import Detections

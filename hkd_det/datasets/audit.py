@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from hkd_det.boxes import Boxes, box_area, box_intersection, box_iou
+from hkd_det.onnxrt.detector import OnnxDetector
 from hkd_det.onnxrt.ensemble import fuse_detections
 from hkd_det.structures import Detections, GroundTruth, Sample
 
@@ -33,6 +34,21 @@ FOUND_IOU = 0.5  # as in the miss rate
 MAX_IMPROBABLE_SCORE = 0.05  # mean over the models of the best score at the label
 # Rotated: mean over labels and models of the best score at the label, in the stored image and in the rotated image.
 MAX_STORED_SCORE, MIN_ROTATED_SCORE = 0.1, 0.6
+
+
+@dataclass(frozen=True, eq=False)
+class AuditModel:
+    """One detector of the audit.
+
+    Attributes:
+        name: File name without suffix.
+        detector: The opened model.
+        sha256: SHA-256 digest of the ONNX file.
+    """
+
+    name: str
+    detector: OnnxDetector
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)

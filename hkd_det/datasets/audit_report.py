@@ -23,11 +23,11 @@ from hkd_det.datasets.audit import (
     MAX_STORED_SCORE,
     MIN_LOCATION_IOU,
     MIN_ROTATED_SCORE,
+    AuditModel,
     Finding,
     FindingKind,
     SplitAudit,
 )
-from hkd_det.datasets.audit_models import AuditModel
 from hkd_det.datasets.check_report import IGNORED_COLOR, PERSON_COLOR, ImageRGB
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.files import write_text

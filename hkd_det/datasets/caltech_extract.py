@@ -22,8 +22,7 @@ from hkd_det.console import iterate_with_progress, log_stage
 from hkd_det.datasets.caltech import SETS, parse_sets
 from hkd_det.errors import DataError, run_command
 from hkd_det.files import atomic_write
-from hkd_det.image import is_truncated_png
-from hkd_det.image_header import JPEG_EOI, JPEG_SOI, parse_image_header
+from hkd_det.image_header import JPEG_EOI, JPEG_SOI, is_truncated_png, parse_image_header
 
 HEADER_BYTES, TIME_BYTES = 1024, 6
 MAX_VERSION = 4  # later versions have another layout, which the toolbox does not support

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 METHODS: dict[str, str] = {
     "hkd": "hkd_det.distill.hkd:HKD",
     "dense": "hkd_det.distill.dense:DenseDistillation",
-    "soft_labels": "hkd_det.distill.soft_labels:SoftLabels",
+    "soft_labels": "hkd_det.distill.dense:SoftLabels",
     "noisy_teacher": "hkd_det.distill.noisy_teacher:NoisyTeacher",
     "mokd": "hkd_det.distill.mokd:MoKD",
     "blockwise": "hkd_det.distill.blockwise.method:Blockwise",
-    "cdd": "hkd_det.distill.cdd.method:CDD",
+    "cdd": "hkd_det.distill.cdd:CDD",
 }
 """Name in recipes and `--distill` -> `module:Class`. Methods run in this order."""
 

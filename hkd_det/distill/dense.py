@@ -1,8 +1,9 @@
-"""Dense distillation: the student learns the scores and boxes of the teacher at every anchor point, without labels.
+"""Distillation of scores and boxes without labels: at every anchor point of the teacher, or from its detections.
 
-The score loss is the binary cross-entropy of BCKD (Yang et al. 2023) with the weight of the teacher score, the box loss
-is GIoU, and neck outputs are compared as in FitNets (Romero et al. 2015), each channel divided by its variance. The
-student needs the anchor points of the teacher, and its channels unless `adapter` projects them.
+The score loss of dense distillation is the binary cross-entropy of BCKD (Yang et al. 2023) with the weight of the
+teacher score, the box loss is GIoU, and neck outputs are compared as in FitNets (Romero et al. 2015), each channel
+divided by its variance. The student needs the anchor points of the teacher, and its channels unless `adapter` projects
+them. Soft labels are the detections of any teacher.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hkd_det.config import check_range
-from hkd_det.distill.adapters import Adapter, Projection
 from hkd_det.distill.base import DistillMethod
-from hkd_det.distill.batch import DistillationBatch, match_branches
+from hkd_det.distill.batch import Adapter, DistillationBatch, Projection, match_branches
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs
 from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
@@ -244,3 +244,41 @@ def _compute_branch_losses(
     point = scores > MIN_SCORE
     giou = giou_loss(student.boxes_xyxy[point], teacher.boxes_xyxy[point])
     return (cross_entropy - entropy) / avg_factor, (giou * scores[point]).sum() / avg_factor
+
+
+@dataclass(frozen=True)
+class SoftLabelConfig:
+    """Settings of soft-label distillation.
+
+    Attributes:
+        cls: Weight of the score loss.
+        box: Weight of the box loss.
+        background_weight: Factor for the anchor points of a dense student at which the teacher detects nothing.
+    """
+
+    cls: float = 1.0
+    box: float = 2.5
+    background_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("cls", "box", "background_weight"):
+            check_range(f"distill.soft_labels.{name}", getattr(self, name), 0)
+
+
+class SoftLabels(DistillMethod):
+    """Trains on the detections of any teacher as soft labels, also on unlabeled images."""
+
+    Config = SoftLabelConfig
+    requires = frozenset({"detections"})
+    supports_unlabeled = True
+
+    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
+        """Compute the weighted losses `soft_cls` and `soft_box`, scalars."""
+        cls_loss, box_loss = batch.student.soft_label_loss(
+            batch.student_outputs,
+            batch.teacher_detections,
+            batch.targets,
+            batch.reduce_mean,
+            self.config.background_weight,
+        )
+        return {"soft_cls": self.config.cls * cls_loss, "soft_box": self.config.box * box_loss}

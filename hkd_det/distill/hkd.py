@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hkd_det.config import check_range
-from hkd_det.distill.adapters import Adapter, Projection
 from hkd_det.distill.base import DistillMethod
-from hkd_det.distill.batch import DistillationBatch, match_branches, sample_rois
+from hkd_det.distill.batch import Adapter, DistillationBatch, Projection, match_branches, sample_rois
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, BranchOutputs, FeatureInfo, Targets
 from hkd_det.models.criterion import dense_soft_label_losses

@@ -19,7 +19,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from hkd_det.models.backbone import Backbone, get_normalization, load_backbone_weights
 from hkd_det.models.base import (
     BaseDetector,
     DetectionBatch,
@@ -30,6 +29,7 @@ from hkd_det.models.base import (
     RoIOutputs,
     Targets,
 )
+from hkd_det.models.detector import Backbone, get_normalization, load_backbone_weights
 from hkd_det.models.faster_rcnn_ops import (
     NUM_CLASSES,
     PERSON_LABEL,

@@ -26,7 +26,7 @@ from hkd_det.errors import DataError
 from hkd_det.files import file_sha256, write_text
 from hkd_det.metrics.citypersons import SETUPS
 from hkd_det.metrics.coco import evaluate_average_precision
-from hkd_det.models.backbone import freeze_batch_norm
+from hkd_det.models.detector import freeze_batch_norm
 from hkd_det.models.zoo import build_student, count_params_and_flops, load_teacher
 from hkd_det.train.config import TrainConfig, compute_lr_factor, get_last_phase_start
 from hkd_det.train.context import (
@@ -40,15 +40,18 @@ from hkd_det.train.context import (
 from hkd_det.train.dataset import EpochPlan, build_dataloader
 from hkd_det.train.engine import ModelEma, evaluate, train_one_epoch, uses_bf16
 from hkd_det.train.history import (
+    EpochHook,
     EpochRecord,
     RunResults,
+    draw_val_errors,
     find_best_record,
     find_warning,
     format_interval_and_gain,
     is_patience_exhausted,
+    open_tensorboard,
+    plot_history,
 )
 from hkd_det.train.run import explain_run_errors, load_epoch, lock_run, save_epoch
-from hkd_det.train.run_report import EpochHook, draw_val_errors, open_tensorboard, plot_history
 
 PLOT_INTERVAL_S = 60.0
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hkd_det.errors import DataError
-from hkd_det.image import MAX_PIXELS, decode_image, is_truncated_png, read_image, read_image_header
-from hkd_det.image_header import parse_image_header
+from hkd_det.image import MAX_PIXELS, decode_image, read_image, read_image_header
+from hkd_det.image_header import is_truncated_png, parse_image_header
 
 PNG = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (9, 12, 3)).astype(np.uint8))[1].tobytes()
 

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from hkd_det.errors import DataError
-from hkd_det.image import read_image
-from hkd_det.image_input import ImageReference, load_image
+from hkd_det.image import ImageReference, load_image, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 ORIENTATION = 0x0112

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hkd_det.draw import draw_detections
 from hkd_det.errors import UnavailableError, UsageError
-from hkd_det.image_input import ImageReference
+from hkd_det.image import ImageReference
 from hkd_det.structures import Detection, Detections
 
 BOXES = np.array([[0, 1, 20, 31], [2, 3, 12, 43], [5, 5, 30, 55]], np.float32)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hkd_deploy.model_metadata import ModelMetadata, TensorInfo
 from hkd_det.config import check_range
 from hkd_det.errors import DataError
-from hkd_det.image_input import ImageInput, ImageReference, is_path, load_image
+from hkd_det.image import ImageInput, ImageReference, is_path, load_image
 from hkd_det.structures import Detections
 
 # boxes [B, K, 4] float32 xyxy, scores [B, K] float32, count [B] int64

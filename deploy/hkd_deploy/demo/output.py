@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends.base import StageTimes
-from hkd_deploy.streams.base import limit_gap
+from hkd_deploy.streams.sources import limit_gap
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import atomic_write
 from hkd_det.letterbox import Letterbox

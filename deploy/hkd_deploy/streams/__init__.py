@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hkd_deploy.streams.base import Frame, FrameSource
-from hkd_deploy.streams.sources import CameraSource, ImageSource, ReconnectPolicy, list_images
+from hkd_deploy.streams.sources import CameraSource, Frame, FrameSource, ImageSource, ReconnectPolicy, list_images
 from hkd_deploy.streams.video import VideoSource
 from hkd_det.errors import DataError, UsageError
 from hkd_det.image import IMAGE_SUFFIXES

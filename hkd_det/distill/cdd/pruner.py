@@ -10,11 +10,11 @@ from hkd_det.distill.cdd.compactor import (
     apply_proximal_step,
     compute_group_lasso,
     find_prunable_layers,
+    fuse_compactors,
     insert_compactors,
     reset_gradient,
 )
 from hkd_det.distill.cdd.cost_model import ChannelCostModel, filter_deployed_layers
-from hkd_det.distill.cdd.fusion import fuse_compactors
 from hkd_det.distill.cdd.importance import PooledFeatures
 from hkd_det.distill.cdd.losses import CDDConfig, CDDLoss
 from hkd_det.errors import UsageError

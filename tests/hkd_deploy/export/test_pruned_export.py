@@ -9,8 +9,7 @@ import torch
 
 from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.model_metadata import ExportOptions
-from hkd_det.distill.cdd.compactor import find_prunable_layers, insert_compactors
-from hkd_det.distill.cdd.fusion import fuse_compactors
+from hkd_det.distill.cdd.compactor import find_prunable_layers, fuse_compactors, insert_compactors
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_deploy.streams import Frame, FrameSource, open_source
-from hkd_deploy.streams.base import sanitize_fps
-from hkd_deploy.streams.sources import ReconnectPolicy
+from hkd_deploy.streams.sources import ReconnectPolicy, sanitize_fps
 from hkd_det.errors import UnavailableError
 
 FAST_POLICY = ReconnectPolicy(open_timeout_s=2, read_timeout_s=0.5, initial_backoff_s=0.05, max_backoff_s=0.1)

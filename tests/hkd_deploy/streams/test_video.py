@@ -9,9 +9,8 @@ import pytest
 
 from hkd_deploy.demo.output import open_video_writer
 from hkd_deploy.streams import open_source
-from hkd_deploy.streams.base import limit_gap
-from hkd_deploy.streams.containers import has_hidden_frames, identify_container, measure_intact_ratio
-from hkd_deploy.streams.video import estimate_fps
+from hkd_deploy.streams.sources import limit_gap
+from hkd_deploy.streams.video import estimate_fps, has_hidden_frames, identify_container, measure_intact_ratio
 from hkd_det.errors import DataError
 
 NIGHT_MODE = [*(index / 20 for index in range(40)), *(2 + index / 2 for index in range(12))]

@@ -16,7 +16,7 @@ from hkd_det.datasets.audit import (
     find_rotated,
     select_rotation_candidates,
 )
-from hkd_det.datasets.audit_models import detect_with_cache, open_audit_models
+from hkd_det.datasets.audit_run import detect_with_cache, open_audit_models
 from hkd_det.datasets.coco import read_coco
 from hkd_det.image import read_image
 from hkd_det.structures import Detections, GroundTruth, Sample

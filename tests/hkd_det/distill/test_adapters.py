@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hkd_det.distill import parse_methods
-from hkd_det.distill.adapters import DILATIONS, Adapter, MultiScaleProjection, OrthogonalProjection, Projection
+from hkd_det.distill.batch import DILATIONS, Adapter, MultiScaleProjection, OrthogonalProjection, Projection
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.models.base import BaseDetector, FeatureInfo

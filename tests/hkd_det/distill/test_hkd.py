@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from hkd_det.distill import parse_methods
-from hkd_det.distill.adapters import Adapter
-from hkd_det.distill.batch import DistillationBatch
+from hkd_det.distill.batch import Adapter, DistillationBatch
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import DenseHKD, HKDConfig
 from hkd_det.errors import UsageError

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hkd_det.distill import check_methods, parse_methods
 from hkd_det.distill.batch import DistillationBatch
+from hkd_det.distill.dense import SoftLabelConfig
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig, fg_balanced_l2
-from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, DetectionBatch, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec

@@ -12,10 +12,10 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from hkd_det.distill import parse_methods
 from hkd_det.distill.batch import DistillationBatch
+from hkd_det.distill.dense import SoftLabelConfig
 from hkd_det.distill.distiller import Distiller, build_methods
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacher, NoisyTeacherConfig
-from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.models import criterion
 from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, Targets
 from hkd_det.models.criterion import MIN_TEACHER_SCORE, AssignResult

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor
 
 from hkd_det.errors import DataError
-from hkd_det.models.backbone import Backbone, get_normalization, load_backbone_weights
+from hkd_det.models.detector import Backbone, get_normalization, load_backbone_weights
 
 LITE0 = "tf_efficientnet_lite0"
 # (number in EfficientNet-PyTorch, stage and number in timm) of some blocks of EfficientNet-Lite0.

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from hkd_det.errors import DataError, UsageError
-from hkd_det.models.backbone import freeze_batch_norm
-from hkd_det.models.detector import Backbone, HKDDetector, HKDDetectorSpec, load_backbone_weights
+from hkd_det.models.detector import Backbone, HKDDetector, HKDDetectorSpec, freeze_batch_norm, load_backbone_weights
 from hkd_det.models.zoo import MODELS, build_model
 from hkd_det.ops.boxes import peak_nms, suppress_duplicates
 

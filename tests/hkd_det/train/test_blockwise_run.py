@@ -21,10 +21,10 @@ from hkd_det.distill.base import RunContext
 from hkd_det.distill.blockwise import stage
 from hkd_det.distill.blockwise.method import Blockwise
 from hkd_det.distill.blockwise.worker import BlockwiseConfig
+from hkd_det.distill.dense import SoftLabelConfig
 from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.mokd import MoKDConfig
 from hkd_det.distill.noisy_teacher import NoisyTeacherConfig
-from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.models.base import ModelSpec
 from hkd_det.models.checkpoint import (

@@ -19,7 +19,7 @@ from hkd_det.distill.hkd import HKDConfig
 from hkd_det.distill.mokd import MoKD, MoKDConfig
 from hkd_det.models.base import Targets
 from hkd_det.ops.losses import sum_losses
-from hkd_det.models.backbone import freeze_batch_norm
+from hkd_det.models.detector import freeze_batch_norm
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.train.context import init_distributed
 

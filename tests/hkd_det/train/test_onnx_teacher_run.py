@@ -9,8 +9,8 @@ import torch
 from hkd_deploy.export.cli import main as export
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill import parse_methods
+from hkd_det.distill.dense import SoftLabelConfig
 from hkd_det.distill.distiller import build_methods
-from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.image import read_image
 from hkd_det.models import zoo as sizes

@@ -13,11 +13,11 @@ from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import UnavailableError
 from hkd_det.metrics.citypersons import REASONABLE
 from hkd_det.structures import Detections, Sample
-from hkd_det.train.history import EpochRecord
-from hkd_det.train.run_report import (
+from hkd_det.train.history import (
     DETECTED_COLOR,
     FALSE_POSITIVE_COLOR,
     MISSED_COLOR,
+    EpochRecord,
     draw_val_errors,
     open_tensorboard,
     plot_history,

@@ -10,8 +10,8 @@ import torch
 from hkd_det.datasets import GroundTruth, Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.image_files import read_unlabeled
+from hkd_det.distill.dense import SoftLabelConfig
 from hkd_det.distill.distiller import Distiller
-from hkd_det.distill.soft_labels import SoftLabelConfig
 from hkd_det.errors import DataError, UsageError
 from hkd_det.models import zoo as sizes
 from hkd_det.models.base import DenseOutputs, ProposalOutputs, Targets

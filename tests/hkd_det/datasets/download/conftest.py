@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from hkd_det.datasets import download_file as module
-from hkd_det.datasets.download_file import RemoteFile
+from hkd_det.datasets import download as module
+from hkd_det.datasets.download import RemoteFile
 
 CONTENT = random.Random(3).randbytes(300_000)
 

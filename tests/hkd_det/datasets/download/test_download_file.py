@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hkd_det.datasets import download_file as module
-from hkd_det.datasets.download_file import RemoteFile, download_file
+from hkd_det.datasets import download as module
+from hkd_det.datasets.download import RemoteFile, download_file
 from hkd_det.errors import DataError, HkdError, UnavailableError
 
 CONTENT = random.Random(3).randbytes(300_000)  # default content of the server

@@ -15,10 +15,10 @@ from hkd_det.distill.cdd.compactor import (
     NormWithCompactor,
     find_compactors,
     find_prunable_layers,
+    fuse_compactors,
     insert_compactors,
 )
 from hkd_det.distill.cdd.cost_model import ChannelCostModel, filter_deployed_layers
-from hkd_det.distill.cdd.fusion import fuse_compactors
 from hkd_det.models.base import BaseDetector, ProposalOutputs
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.faster_rcnn import FasterRCNN
