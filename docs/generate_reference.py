@@ -1,4 +1,4 @@
-"""Write docs/reference/cli.md and docs/reference/methods.md: `python docs/generate_reference.py`.
+"""Write cli.md, methods.md and bench-result.schema.json of docs/reference: `python docs/generate_reference.py`.
 
 The command reference is the `--help` output of all commands. The method reference reads `METHODS`: the docstring, the
 requirements and the settings of each distillation method.
@@ -9,13 +9,19 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from hkd_bench.host import HostField
+from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, StoredCurve
 from hkd_det.distill import METHODS, load_method
+from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
 
 DOCS = Path(__file__).parent
 COMMANDS = {
@@ -23,6 +29,7 @@ COMMANDS = {
     "hkd-export": ("hkd_deploy.export.cli", []),
     "hkd-bench": ("hkd_bench.cli", []),
     "hkd-bench score": ("hkd_bench.cli", ["score"]),
+    "hkd-bench compare": ("hkd_bench.cli", ["compare"]),
     "hkd-demo": ("hkd_deploy.demo.cli", []),
     "hkd-quickstart": ("hkd_bench.quickstart", []),
 }
@@ -83,9 +90,7 @@ def _get_summary(cls: type) -> str:
 
 def _iterate_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield key, default and meaning of each setting; nested dataclasses have dotted keys."""
-    attributes = (inspect.getdoc(config) or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
-    meanings = {name: " ".join(text.split()) for name, text in entries}
+    meanings = _read_meanings(config)
     for field in dataclasses.fields(config):
         has_factory = field.default_factory is not dataclasses.MISSING
         default = field.default_factory() if has_factory else field.default  # type: ignore[misc]
@@ -93,6 +98,39 @@ def _iterate_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, str,
             yield from _iterate_settings(type(default), f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", _format_default(default), meanings[field.name]
+
+
+def _read_meanings(config: Any) -> dict[str, str]:
+    attributes = (inspect.getdoc(config) or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def format_bench_schema() -> str:
+    """Return the JSON schema of `hkd-bench --json`, from the dataclasses of the result."""
+    schema = msgspec.json.schema(BenchResult)
+    classes = (
+        BenchResult,
+        HostField,
+        ModelResult,
+        AccuracyResult,
+        StageSamples,
+        StoredCurve,
+        MissRateInterval,
+        MissRateDifference,
+    )
+    for cls in classes:
+        definition, meanings = schema["$defs"][cls.__name__], _read_meanings(cls)
+        definition |= {"description": _get_summary(cls), "additionalProperties": False}
+        for name, field in definition["properties"].items():
+            if name in meanings and "$ref" not in field:
+                field["description"] = meanings[name]
+    schema["$defs"]["BenchResult"]["properties"]["schema"] = {"const": SCHEMA_VERSION}
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"Result of hkd-bench --json, schema {SCHEMA_VERSION}",
+    }
+    return json.dumps({**head, **schema}, indent=1) + "\n"
 
 
 def _format_default(value: Any) -> str:
@@ -104,6 +142,7 @@ def _format_default(value: Any) -> str:
 PAGES = {
     DOCS / "reference" / "cli.md": format_cli_page,
     DOCS / "reference" / "methods.md": format_methods_page,
+    DOCS / "reference" / "bench-result.schema.json": format_bench_schema,
 }
 
 if __name__ == "__main__":

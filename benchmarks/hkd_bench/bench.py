@@ -149,7 +149,9 @@ def bench(
     eval_samples = samples if options.has_ground_truth else ()
     if not options.has_ground_truth:
         detections = [[] for _ in entries]
-    accuracies = measure_accuracy({options.data: eval_samples, **(other_ground_truths or {})}, detections)
+    accuracies = measure_accuracy(
+        {options.data: eval_samples, **(other_ground_truths or {})}, detections, [rounds[0].conf for rounds in results]
+    )
     return BenchResult(
         schema=SCHEMA_VERSION,
         command=options.command,

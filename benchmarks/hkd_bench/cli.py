@@ -1,4 +1,5 @@
-"""`hkd-bench`: miss rate, latency and memory of exported models in one table. `hkd-bench score` is in `score_cli`.
+"""`hkd-bench`: miss rate, latency and memory of exported models in one table. `hkd-bench score` is in `score_cli`, and
+`hkd-bench compare` in `compare_cli`.
 
 The optional packages are checked before any module that imports them, so that a missing one gives one line of error.
 """
@@ -30,7 +31,7 @@ NUM_EXAMPLES = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hkd-bench` or `hkd-bench score` and return the exit code.
+    """Run `hkd-bench`, `hkd-bench score` or `hkd-bench compare` and return the exit code.
 
     Args:
         argv: Arguments after the command name; the default is `sys.argv`.
@@ -51,6 +52,10 @@ def _run_subcommand(argv: Sequence[str] | None) -> int:
         from hkd_bench import score_cli  # noqa: PLC0415  # imports packages of the extra
 
         return score_cli.run_score(args[1:])
+    if args[:1] == ["compare"]:
+        from hkd_bench import compare_cli  # noqa: PLC0415  # imports packages of the extra
+
+        return compare_cli.run_compare(args[1:])
     return run_bench(args)
 
 
@@ -148,7 +153,8 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-bench",
         description="Measure detectors: miss rate on a dataset, latency, memory. "
-        "See `hkd-bench score --help` for the metrics of detection files.",
+        "See `hkd-bench score --help` for the metrics of detection files, and `hkd-bench compare --help` for a table "
+        "of several JSON results, with conditions for CI.",
         epilog="example: hkd-bench teacher.onnx student.onnx --data citypersons --split val --html report.html",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

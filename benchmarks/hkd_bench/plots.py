@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.scoring import ScoreResult
+from hkd_det.errors import DataError
 from hkd_det.files import atomic_write
 from hkd_det.metrics.citypersons import FPPI_POINTS, REASONABLE
 
@@ -49,6 +50,8 @@ RC_PARAMS = {
     "lines.linewidth": 1.8,
 }
 FIGURE_SIZE_INCH = (5.4, 3.7)  # 389 points wide: readable on a phone of that width
+PARETO_SIZE_INCH = (9.6, 4.2)
+MARKERS = ("o", "s", "^", "D", "v", "P")
 MISS_RATE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.64, 0.8, 1.0)
 
 
@@ -206,6 +209,100 @@ def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return render_svg(draw, "Miss rate during training", descriptions)
 
 
+PARETO_AXES: tuple[tuple[str, Callable[[ModelResult], float]], ...] = (
+    ("p50 latency from frame to boxes, ms", lambda model: model.latency.p50_ms),
+    ("peak memory, MiB", lambda model: model.peak_memory_mib),
+)
+
+
+def find_pareto_front(
+    models: Sequence[ModelResult], read_cost: Callable[[ModelResult], float] = PARETO_AXES[0][1]
+) -> list[ModelResult]:
+    """Return the models that no other one beats in miss rate and cost, by ascending cost.
+
+    Args:
+        models: Measured models; those without a miss rate of Reasonable are left out.
+        read_cost: Function that returns the cost, by default p50.
+    """
+    front: list[ModelResult] = []
+    for model in sorted(models, key=lambda model: (read_cost(model), model.miss_rates[REASONABLE.name] or 0)):
+        rate = model.miss_rates[REASONABLE.name]
+        if rate is not None and all(rate < (other.miss_rates[REASONABLE.name] or 0) for other in front):
+            front.append(model)
+    return front
+
+
+def plot_pareto(series: Mapping[str, Sequence[ModelResult]]) -> str:
+    """Plot miss rate against latency and memory as inline SVG.
+
+    Args:
+        series: Models of each result, by its name.
+
+    Returns:
+        Inline SVG, or an empty string if no miss rate was measured.
+    """
+    measured = [
+        model for models in series.values() for model in models if model.miss_rates[REASONABLE.name] is not None
+    ]
+    if not measured:
+        return ""
+    descriptions = [f"{model.name} {format_percent(model.miss_rates[REASONABLE.name])}" for model in measured]
+    title = "Miss rate against latency and memory"
+    return _render_figure(lambda figure: _draw_pareto(figure, series), title, descriptions, PARETO_SIZE_INCH)
+
+
+def write_pareto_plot(path: Path, series: Mapping[str, Sequence[ModelResult]]) -> None:
+    """Plot miss rate against latency and memory; the file is replaced atomically.
+
+    Args:
+        path: Output file; its suffix is one of `PLOT_SUFFIXES`.
+        series: Models of each result, by its name.
+
+    Raises:
+        DataError: No miss rate was measured.
+    """
+    if not plot_pareto(series):
+        raise DataError(f"--plot {path}: the results contain no miss rate. Measure with --data.")
+    with mpl.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
+        figure = Figure(figsize=PARETO_SIZE_INCH, layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw_pareto(figure, series)
+        with atomic_write(path) as temp_path:
+            figure.savefig(temp_path, dpi=150, format=path.suffix[1:])
+
+
+def _draw_pareto(figure: Figure, series: Mapping[str, Sequence[ModelResult]]) -> None:
+    """Draw one panel per cost: one color per result, intervals as vertical lines, and a line along the Pareto front."""
+    panels = figure.subplots(1, len(PARETO_AXES), sharey=True)
+    for axes, (label, read_cost) in zip(panels, PARETO_AXES, strict=True):
+        for index, (name, models) in enumerate(series.items()):
+            style = _get_line_style(index)
+            front = find_pareto_front(models, read_cost)
+            rates = [100 * (model.miss_rates[REASONABLE.name] or 0) for model in front]
+            axes.plot([read_cost(model) for model in front], rates, alpha=0.6, **style)
+            for model in models:
+                rate, interval = model.miss_rates[REASONABLE.name], model.accuracy[0].intervals.get(REASONABLE.name)
+                if rate is None:
+                    continue
+                x, y = read_cost(model), 100 * rate
+                if interval:
+                    ends = 100 * interval.ci_low, 100 * interval.ci_high
+                    axes.plot((x, x), ends, color=style["color"], alpha=0.35, linewidth=3, solid_capstyle="butt")
+                axes.plot(x, y, MARKERS[index % len(MARKERS)], color=style["color"], markersize=7)
+                axes.annotate(model.name, (x, y), (6, 4), textcoords="offset points", fontsize=8)
+            axes.plot([], [], marker=MARKERS[index % len(MARKERS)], label=name, **style)
+        costs = [read_cost(model) for models in series.values() for model in models]
+        if max(costs) > 4 * min(costs):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(FuncFormatter(_format_2_or_5))
+        axes.margins(x=0.15)
+        axes.set(xlabel=label)
+        axes.set_ylim(bottom=0)
+    panels[0].set(ylabel="MR^-2 Reasonable, %")
+    panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
+
+
 def _get_line_style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
 
@@ -249,9 +346,16 @@ def render_svg(
     Returns:
         Inline SVG.
     """
+    size_inch = FIGURE_SIZE_INCH[0], height_inch
+    return _render_figure(lambda figure: draw(figure.subplots()), title, descriptions, size_inch)
+
+
+def _render_figure(
+    draw: Callable[[Figure], None], title: str, descriptions: Sequence[str], size_inch: tuple[float, float]
+) -> str:
     with mpl.rc_context({**mpl.rcParamsDefault, **RC_PARAMS, "backend": "agg"}):
-        figure = Figure(figsize=(FIGURE_SIZE_INCH[0], height_inch), layout="constrained")
-        draw(figure.subplots())
+        figure = Figure(figsize=size_inch, layout="constrained")
+        draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     return _embed_svg(buffer.getvalue(), title, f"{title}: {'; '.join(descriptions)}")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from scipy.stats import binom
@@ -16,7 +17,7 @@ from hkd_det.files import read_json, write_text
 from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
 from hkd_det.metrics.matching import MissRateResult
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_CURVE_POINTS = 2000
 
 
@@ -128,7 +129,7 @@ class StoredCurve:
 
 @dataclass(frozen=True)
 class AccuracyResult:
-    """Miss rates of one model on one ground truth, by the CityPersons protocol.
+    """Accuracy of one model on one ground truth: miss rates by the CityPersons protocol, AP by that of COCO.
 
     Attributes:
         data: Name or path of the dataset.
@@ -137,6 +138,12 @@ class AccuracyResult:
         differences: Difference to the first model on the same images, of each setup with ground truth; empty for the
             first model.
         num_gt: Number of ground-truth boxes of each setup.
+        ap: AP of COCO over all boxes, 0 to 1; None without ground truth.
+        ap50: AP at IoU 0.5, 0 to 1; None without ground truth.
+        recall: Recall of the setup Reasonable at `threshold`, 0 to 1; None without ground truth in this setup.
+        threshold: Score threshold of `recall`, 0 to 1.
+        threshold_source: "model" if the model file contains the threshold. Otherwise "images": it has the highest F1
+            score on these images, in the setup Reasonable.
         curve: Curve of the setup Reasonable.
         curve_all: Curve of the setup All.
     """
@@ -146,6 +153,11 @@ class AccuracyResult:
     intervals: dict[str, MissRateInterval]
     differences: dict[str, MissRateDifference]
     num_gt: dict[str, int]
+    ap: float | None
+    ap50: float | None
+    recall: float | None
+    threshold: float | None
+    threshold_source: Literal["model", "images"]
     curve: StoredCurve
     curve_all: StoredCurve
 
@@ -292,7 +304,9 @@ def read_result(path: Path) -> BenchResult:
     content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA_VERSION:
-        raise DataError(f"{path}: expected a result of hkd-bench with schema {SCHEMA_VERSION}, got {schema}.")
+        is_newer = isinstance(schema, int) and schema > SCHEMA_VERSION
+        hint = "Update hkd-det." if is_newer else "Measure again with hkd-bench --json."
+        raise DataError(f"{path}: expected a result of hkd-bench with schema {SCHEMA_VERSION}, got {schema}. {hint}")
     try:
         return dataclass_from_dict(BenchResult, content)
     except UsageError as error:

@@ -11,6 +11,7 @@ import numpy as np
 
 from hkd_bench.result import AccuracyResult, StoredCurve
 from hkd_bench.score_hints import find_hint
+from hkd_deploy.precision.report import compute_recall
 from hkd_det.datasets.caltech import parse_sets
 from hkd_det.errors import DataError, UsageError
 from hkd_det.metrics import caltech, citypersons, coco
@@ -24,7 +25,7 @@ from hkd_det.metrics.bootstrap import (
 from hkd_det.metrics.caltech_files import read_caltech_detections, read_caltech_ground_truth
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
-from hkd_det.metrics.matching import MissRateResult
+from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
 from hkd_det.metrics.tables import DetectionTable
 from hkd_det.structures import Detections, Sample
 
@@ -259,14 +260,16 @@ def align_samples(samples: Sequence[Sample], other_samples: Sequence[Sample], ot
 def measure_accuracy(
     ground_truths: Mapping[str, Sequence[Sample]],
     detections: Sequence[Sequence[Detections]],
+    confs: Sequence[float | None],
     num_resamples: int = NUM_RESAMPLES,
 ) -> list[tuple[AccuracyResult, ...]]:
-    """Compute the miss rates of all models on each ground truth.
+    """Compute miss rates, AP and recall of all models on each ground truth.
 
     Args:
         ground_truths: Annotated images by name of the dataset, at least one. All contain the same images in the same
             order.
         detections: Detections of each model in each image.
+        confs: Score threshold of each model; None selects the one with the highest F1 score on the images.
         num_resamples: Number of resamples of the images for intervals and differences.
 
     Returns:
@@ -275,27 +278,45 @@ def measure_accuracy(
     by_ground_truth = []
     for name, samples in ground_truths.items():
         miss_rates = [evaluate_detections(samples, model_detections) for model_detections in detections]
+        precisions = [_compute_average_precision(samples, model_detections) for model_detections in detections]
+        rows = enumerate(zip(miss_rates, precisions, confs, strict=True))
         by_ground_truth.append(
             [
-                _make_accuracy_result(name, model_rates, miss_rates[0] if index else None, num_resamples)
-                for index, model_rates in enumerate(miss_rates)
+                _make_accuracy_result(name, rates, precision, conf, miss_rates[0] if index else None, num_resamples)
+                for index, (rates, precision, conf) in rows
             ]
         )
     return list(zip(*by_ground_truth, strict=True))
 
 
+def _compute_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float | None]:
+    """Return COCO's AP and AP50 as fractions, or None without ground truth."""
+    if not any((~sample.ground_truth.ignore).any() for sample in samples):
+        return {"AP": None, "AP50": None}
+    return {**coco.evaluate_average_precision(samples, detections)}
+
+
 def _make_accuracy_result(
     name: str,
     miss_rates: dict[str, MissRateResult],
+    precision: dict[str, float | None],
+    conf: float | None,
     reference: dict[str, MissRateResult] | None,
     num_resamples: int,
 ) -> AccuracyResult:
+    reasonable = miss_rates[REASONABLE.name]
+    threshold = suggest_operating_point(reasonable).threshold if conf is None else conf
     return AccuracyResult(
         data=name,
         miss_rates={setup: result.value if result.num_gt else None for setup, result in miss_rates.items()},
         intervals=compute_intervals(miss_rates, num_resamples),
         differences=compute_differences(miss_rates, reference, num_resamples) if reference else {},
         num_gt={setup: result.num_gt for setup, result in miss_rates.items()},
-        curve=StoredCurve.from_miss_rate(miss_rates[REASONABLE.name]),
+        ap=precision["AP"],
+        ap50=precision["AP50"],
+        recall=compute_recall(reasonable, threshold) if reasonable.num_gt else None,
+        threshold=threshold if reasonable.num_gt else None,
+        threshold_source="images" if conf is None else "model",
+        curve=StoredCurve.from_miss_rate(reasonable),
         curve_all=StoredCurve.from_miss_rate(miss_rates["All"]),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.scoring import ScoreTable
 from hkd_det.console import format_table
-from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
+from hkd_det.metrics.bootstrap import MIN_IMAGES, MIN_PERSONS, TOO_FEW, MissRateDifference, MissRateInterval
 
 SHOWN_SETUPS = ("Reasonable", "All")
 MAX_CV = 0.1  # an idle machine with fixed clocks stays below 0.025, the warning limit of trtexec
@@ -52,6 +52,9 @@ COLUMNS = (
     Column("file", "MiB", 1, ratio=True),
     Column("MR^-2 Reasonable", "%", 2),
     Column("MR^-2 All", "%", 2),
+    Column("AP50", "%", 1),
+    Column("AP", "%", 1),
+    Column("recall", "%", 1),
     Column("p50", "ms", 1, ratio=True),
     Column("p90", "ms", 1, ratio=True),
     Column("p99", "ms", 1, ratio=True),
@@ -218,7 +221,11 @@ def format_difference(difference: MissRateDifference, name: str, reference_name:
     Returns:
         For example "+1.20 (-0.3 to +2.7): no difference shown".
     """
-    conclusions = {"better": f"{name} is better", "worse": f"{reference_name} is better"}
+    conclusions = {
+        "better": f"{name} is better",
+        "worse": f"{reference_name} is better",
+        "too few images or persons": TOO_FEW,
+    }
     conclusion = conclusions.get(difference.conclusion, difference.conclusion)
     interval = f"{100 * difference.ci_low:+.1f} to {100 * difference.ci_high:+.1f}"
     return f"{100 * difference.value:+.2f} ({interval}): {conclusion}"
@@ -239,6 +246,8 @@ def make_notes(result: BenchResult) -> list[str]:
         if result.num_images
         else f"Miss rate not measured: {result.data or 'the images'}: no annotations.",
         *_format_blind_models(result),
+        *_format_few_images(result),
+        *_format_thresholds(result),
         f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_bounds(result),
@@ -260,6 +269,29 @@ def _format_blind_models(result: BenchResult) -> list[str]:
             if rates and min(rates) == 1:
                 notes.append(f"{model.name} detects no person of {accuracy.data}: check its input and the annotations.")
     return notes
+
+
+def _format_few_images(result: BenchResult) -> list[str]:
+    num_gt = result.models[0].num_gt["Reasonable"]
+    if not result.num_images or (result.num_images >= MIN_IMAGES and num_gt >= MIN_PERSONS):
+        return []
+    return [
+        f"Fewer than {MIN_IMAGES} images or {MIN_PERSONS} persons of Reasonable: the intervals are too narrow. "
+        "Models are not compared."
+    ]
+
+
+def _format_thresholds(result: BenchResult) -> list[str]:
+    sources = {"model": "stored in the model", "images": "with the highest F1 score on these images"}
+    texts = []
+    for source, description in sources.items():
+        names = [
+            f"{model.accuracy[0].threshold:.3f} ({model.name})"
+            for model in result.models
+            if model.accuracy[0].threshold is not None and model.accuracy[0].threshold_source == source
+        ]
+        texts += [f"{', '.join(names)}, {description}"] if names else []
+    return [f"Recall of Reasonable at a score of {'; '.join(texts)}."] if texts else []
 
 
 def _format_licenses(result: BenchResult) -> str:
@@ -297,12 +329,13 @@ def _format_bounds(result: BenchResult) -> list[str]:
 
 def _collect_metrics(model: ModelResult) -> Sequence[float | None]:
     """Return the values of `COLUMNS`."""
-    latency = model.latency
+    latency, accuracy = model.latency, model.accuracy[0]
     return (
         model.parameters / 1e6,
         None if model.flops is None else model.flops / 1e9,
         model.file_mib,
         *(_to_percent(model.miss_rates[setup]) for setup in SHOWN_SETUPS),
+        *(_to_percent(value) for value in (accuracy.ap50, accuracy.ap, accuracy.recall)),
         latency.p50_ms,
         latency.p90_ms,
         latency.p99_ms,

@@ -77,6 +77,7 @@ class WorkerResult:
         parameters: Number of parameters.
         flops: FLOPs per image; None if unknown.
         imgsz_hw: Input size in pixels.
+        conf: Score threshold that the model suggests, 0 to 1; None if it suggests none.
         load_ms: Time to open the model in milliseconds.
         e2e_ms: Latency of each timed run in milliseconds.
         stages_ms: Latency of preprocess, inference and postprocess of each stage run.
@@ -89,6 +90,7 @@ class WorkerResult:
     parameters: int
     flops: int | None
     imgsz_hw: tuple[int, int]
+    conf: float | None
     load_ms: float
     e2e_ms: tuple[float, ...]
     stages_ms: tuple[tuple[float, float, float], ...]
@@ -170,6 +172,7 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         parameters=metadata.parameters,
         flops=metadata.flops,
         imgsz_hw=metadata.imgsz_hw,
+        conf=metadata.conf,
         load_ms=load_ms,
         e2e_ms=tuple(e2e_ms),
         stages_ms=tuple(stages_ms),

@@ -12,6 +12,8 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
+import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
 import pytest
@@ -22,11 +24,13 @@ from hkd_bench.cli import main
 from hkd_bench.host import read_host_fields
 from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, read_result, write_result
+from hkd_bench.scoring import measure_accuracy
 from hkd_bench.table import format_markdown_table, format_text_table
 from hkd_bench.worker import read_peak_mib, read_resident_mib, reset_peak
 from hkd_deploy.export.directories import export_openvino
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
+from hkd_det.structures import Detections
 
 WITHOUT_TERMINAL = """
 import sys
@@ -36,6 +40,8 @@ console.LINE_INTERVAL_S = 0.0
 sys.exit(main(sys.argv[1:]))
 """
 TIME_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)")
+
+SCHEMA = Path(__file__).parents[2] / "docs/reference/bench-result.schema.json"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,24 @@ def test_bench_miss_rate_is_half(result: BenchResult) -> None:
         assert model_result.miss_rates["Reasonable"] == pytest.approx(0.5, abs=1e-12)
         assert model_result.num_gt["Reasonable"] == 2 and result.num_images == 2
         assert model_result.miss_rates["heavy"] is None and model_result.num_gt["heavy"] == 0
+
+
+def test_bench_has_ap_and_recall_next_to_the_miss_rate(result: BenchResult, half_right: Path) -> None:
+    """One exact box in two images: precision 1 up to recall 0.5, which are 51 of COCO's 101 recall points."""
+    (accuracy,) = result.models[0].accuracy
+    assert (accuracy.ap, accuracy.ap50) == (pytest.approx(51 / 101), pytest.approx(51 / 101))
+    score = 32 * 70 / (96 * 160)
+    assert (accuracy.recall, accuracy.threshold_source) == (0.5, "images")
+    assert accuracy.threshold == pytest.approx(score, abs=1e-4)
+    text = format_text_table(result)
+    assert "AP50" in text.splitlines()[0] and "recall" in text.splitlines()[0] and " 50.5 " in text
+    assert "Recall of Reasonable at a score of 0.146 (one), 0.146 (two), with the highest F1 score on these" in text
+    assert "Fewer than 50 images or 50 persons of Reasonable" in text
+    assert "(+0.0 to +0.0): no conclusion: fewer than 50 images or 50 persons" in text
+    samples = load_dataset(str(half_right), "val")
+    detections = [Detections(sample.ground_truth.boxes_xyxy, np.array([0.6])) for sample in samples]
+    ((low,), (high,)) = measure_accuracy({"data": samples}, [detections] * 2, [0.5, 0.7])
+    assert (low.recall, low.threshold, low.threshold_source, high.recall) == (1, 0.5, "model", 0)
 
 
 def test_bench_names_model_that_detects_no_person(result: BenchResult) -> None:
@@ -108,9 +132,14 @@ def test_result_round_trip_and_wrong_json(result: BenchResult, tmp_path: Path) -
     write_result(tmp_path / "r.json", result)
     assert read_result(tmp_path / "r.json") == result
     content = json.loads((tmp_path / "r.json").read_text())
+    jsonschema.validate(content, json.loads(SCHEMA.read_text()))
     for key, value in (("schema", 99), ("models", "none"), ("runs", "many")):
         (tmp_path / "r.json").write_text(json.dumps({**content, key: value}))
         with pytest.raises(DataError, match=r"r\.json"):
+            read_result(tmp_path / "r.json")
+    for schema, hint in ((2, "Measure again with hkd-bench --json"), (99, "Update hkd-det"), (None, "Measure again")):
+        (tmp_path / "r.json").write_text(json.dumps({**content, "schema": schema}))
+        with pytest.raises(DataError, match=f"schema 3, got {schema}. {hint}"):
             read_result(tmp_path / "r.json")
     (tmp_path / "r.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
@@ -223,7 +252,7 @@ def test_external_model_equals_the_exported_one(
     assert main([str(model), str(other), "--model-config", str(config), *flags]) == 0
     exported, external = read_result(out).models
     assert replace(external.accuracy[0], differences={}) == exported.accuracy[0]
-    assert external.accuracy[0].differences["All"].conclusion == "no difference shown"
+    assert external.accuracy[0].differences["All"].conclusion == "too few images or persons"
     assert (external.model, external.license, external.flops) == ("Other", "BSD-3-Clause", None)
     assert "License of the weights: Apache-2.0 (tiny); BSD-3-Clause (other)." in capsys.readouterr().out
     assert "BSD-3-Clause (other)" in (tmp_path / "r.html").read_text()

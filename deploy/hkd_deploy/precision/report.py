@@ -176,7 +176,7 @@ class PrecisionReport:
     def checks(self) -> tuple[LimitCheck, ...]:
         """The conditions of a recommendation."""
         limit, drop = self.max_mr_increase, -MAX_RECALL_DROP
-        slow = "it is slower than fp32" if self.speedup < 1 else f"the speedup is below {MIN_SPEEDUP:g}"
+        slow = "it is slower than fp32" if self.speedup_interval[1] < 1 else f"the speedup is below {MIN_SPEEDUP:g}"
         mr_failure = f"the miss rate increases by more than {limit:g} points"
         recall_failure = f"the recall drops by more than {MAX_RECALL_DROP:g} points"
         return (
