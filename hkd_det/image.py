@@ -18,15 +18,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
 from hkd_det.errors import DataError
 from hkd_det.image_header import (
     ImageHeader,
+    is_truncated_jpeg,
     is_truncated_png,
     parse_image_header,
 )
+
+try:
+    import simplejpeg
+except ImportError:  # a device that only runs a model: OpenCV decodes JPEG
+    simplejpeg = None
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -182,7 +187,7 @@ def scale_to_uint8(image: NDArray[np.uint16]) -> NDArray[np.uint8]:
 
 def _decode(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> NDArray[np.uint8] | None:
     """Return the stored pixels as RGB, or None if the file is damaged."""
-    if header.format == "JPEG":
+    if header.format == "JPEG" and simplejpeg:
         try:
             return _decode_jpeg(encoded, header, reduction)
         except ValueError as error:
@@ -190,7 +195,7 @@ def _decode(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> 
                 return None
     if header.format == "HEIC":
         return _decode_heic(encoded)
-    if is_truncated_png(encoded):
+    if is_truncated_png(encoded) or is_truncated_jpeg(encoded):
         return None
     flags = REDUCED_FLAGS[reduction] | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
@@ -206,7 +211,7 @@ def _decode(encoded: bytes, path: Path, header: ImageHeader, reduction: int) -> 
 
 
 def _decode_jpeg(encoded: bytes, header: ImageHeader, reduction: int) -> NDArray[np.uint8]:
-    """Decode a JPEG. A warning of the decoder is an error: OpenCV fills damaged parts and reports none."""
+    """Decode a JPEG with simplejpeg. Its warnings are errors: OpenCV fills damaged parts and reports none."""
     height, width = (-(-side // reduction) if reduction > 1 else 0 for side in header.stored_hw)
     try:
         return simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width)

@@ -91,6 +91,21 @@ def _iterate_jpeg_segments(raw: Buffer) -> Iterator[tuple[int, int]]:
         offset += 1 if marker == 0xFF else 2 + _read_int(raw, offset + 2, 2)
 
 
+def is_truncated_jpeg(raw: bytes) -> bool:
+    """Return whether a JPEG file has no end marker after its first scan; False for other files.
+
+    Header segments can contain a thumbnail with an end marker. In the data of a scan, 0xFF is followed by 0 or by a
+    restart marker, and bytes after the end marker are allowed.
+
+    Args:
+        raw: Content of a file.
+    """
+    if not raw.startswith(JPEG_SOI):
+        return False
+    scans = [offset for marker, offset in _iterate_jpeg_segments(raw) if marker == JPEG_SOS]
+    return not scans or raw.find(JPEG_EOI, scans[0]) < 0
+
+
 def _parse_png(raw: Buffer) -> ImageHeader:
     orientation = UPRIGHT
     for name, start, end in iterate_png_chunks(raw):

@@ -25,7 +25,7 @@ from hkd_det.shipped import format_model_list, resolve_model
 from hkd_det.structures import Sample
 
 # Packages of the extra `bench` that the commands import.
-BENCH_PACKAGES = ("jinja2", "matplotlib", "msgspec", "psutil", "pycocotools", "scipy", "tabulate", "tqdm")
+BENCH_PACKAGES = ("jinja2", "matplotlib", "msgspec", "psutil", "pycocotools", "scipy", "simplejpeg", "tabulate", "tqdm")
 EXAMPLE_CONF = 0.3  # minimum score of a box in the report; the miss rate itself has no threshold
 NUM_EXAMPLES = 6
 

@@ -45,7 +45,7 @@ from hkd_det.datasets.inria import read_inria, read_pennfudan
 from hkd_det.datasets.layouts import find_name_conflict
 from hkd_det.datasets.voc import read_voc
 from hkd_det.datasets.yolo import read_yolo
-from hkd_det.errors import DataError, UsageError
+from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.structures import Sample
 
 SKIP_MISSING: Options = {"skip_missing": (bool, "true or false")}
@@ -99,7 +99,9 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
     Raises:
         UsageError: The name, the split, or a key of the data yaml is unknown, or a value has the wrong type.
         DataError: Files are missing or invalid.
+        UnavailableError: The package simplejpeg is not installed. Without it, damaged JPEG data would be no error.
     """
+    import_package("simplejpeg")
     notices: list[DatasetError] = []
 
     def collect(error: DataError) -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hkd_det import image as image_module
 from hkd_det.errors import DataError
 from hkd_det.image import MAX_PIXELS, decode_image, read_image, read_image_header
 from hkd_det.image_header import is_truncated_png, parse_image_header
@@ -125,6 +126,32 @@ def test_jpeg_of_any_color_space_equals_opencv() -> None:
         Image.fromarray(make_scene()).convert(mode).save(buffer, "JPEG")
         expected = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
         np.testing.assert_array_equal(decode_image(buffer.getvalue(), Path("a.jpg")), expected)
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_jpeg_without_simplejpeg_has_the_same_pixels(progressive: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reductions = (1, 2, 4, 8)
+    image = make_scene()[:233, :315]
+    color = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_PROGRESSIVE, progressive))[1].tobytes()
+    gray = cv2.imencode(".jpg", image[..., 0])[1].tobytes()
+    files = [color, gray, color[:2] + make_thumbnail_segment(gray) + color[2:] + b"appended"]
+    expected = [decode_image(raw, Path("a.jpg"), reduction) for raw in files for reduction in reductions]
+    monkeypatch.setattr(image_module, "simplejpeg", None)
+    decoded = [decode_image(raw, Path("a.jpg"), reduction) for raw in files for reduction in reductions]
+    for one, other in zip(decoded, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_jpeg_without_simplejpeg_only_truncation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module, "simplejpeg", None)
+    raw = cv2.imencode(".jpg", make_scene())[1].tobytes()
+    segment, middle = make_thumbnail_segment(encode_jpeg((16, 16))), len(raw) // 2
+    for complete in (raw, raw[:2] + segment + raw[2:]):
+        for ratio in (0.02, 0.3, 0.6, 0.9, 0.99):
+            with pytest.raises(DataError, match=r"a\.jpg: not a readable image \(damaged"):
+                decode_image(complete[: int(len(complete) * ratio)], Path("a.jpg"))
+    damaged = raw[:middle] + bytes(1024) + raw[middle + 1024 :]
+    assert decode_image(damaged, Path("a.jpg")).shape == (240, 320, 3)
 
 
 def make_scene() -> np.ndarray:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from hkd_det.datasets import catalog
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.data_yaml import CATALOG_KEYS, find_catalog_file
-from hkd_det.errors import DataError, HkdError, UsageError
+from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
 
@@ -49,6 +50,12 @@ def test_data_yaml_of_the_user(root: Path) -> None:
 
 
 COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
+
+
+def test_dataset_without_simplejpeg_is_an_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(UnavailableError, match=r"^simplejpeg: not installed\. Run pip install 'hkd-det\[bench\]'\.$"):
+        load_dataset(write_data_yaml(root), "train")
 
 
 @pytest.mark.parametrize(
