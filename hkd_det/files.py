@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ MAX_YAML_BYTES, MAX_YAML_NODES = 2**24, 2**20
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file atomically: write to a temporary file, then rename it.
 
-    On any exception, Ctrl-C included, the temporary file is removed and `path` is unchanged.
+    On any exception, Ctrl-C included, the temporary file and empty new parent directories are removed, and `path` is
+    unchanged.
 
     Args:
         path: File to create or replace. Missing parent directories are created.
@@ -43,7 +44,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_write_dir(path: Path) -> Iterator[Path]:
     """Write a directory atomically: fill a temporary directory, then rename it.
 
-    On any exception, Ctrl-C included, the temporary directory is removed and `path` is unchanged.
+    On any exception, Ctrl-C included, the temporary directory and empty new parent directories are removed, and `path`
+    is unchanged.
 
     Args:
         path: Directory to create or replace. Missing parent directories are created.
@@ -63,6 +65,7 @@ def atomic_write_dir(path: Path) -> Iterator[Path]:
 def _write_next_to(path: Path) -> Iterator[Path]:
     """Yield a path in a temporary directory next to `path`, and rename it to `path` at the end."""
     prefix = f".{path.name}-"
+    created = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as name:
@@ -79,7 +82,17 @@ def _write_next_to(path: Path) -> Iterator[Path]:
     except OSError as error:
         if f"{os.sep}{prefix}" in str(error.filename):  # users know the final name only
             error.filename, error.filename2 = str(path), None
+        _remove_empty_dirs(created)
         raise
+    except BaseException:
+        _remove_empty_dirs(created)
+        raise
+
+
+def _remove_empty_dirs(paths: list[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):  # not empty, or not created
+            path.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

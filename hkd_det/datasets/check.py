@@ -10,8 +10,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hkd_det.console import format_table, log_stage
 from hkd_det.datasets.audit import SplitAudit
 from hkd_det.datasets.audit_coco import plan_audited_files
@@ -30,8 +28,10 @@ from hkd_det.datasets.check_browser import (
 from hkd_det.datasets.check_images import (
     PAGE_NAME,
     PREVIEW_DIR,
-    InspectedImage,
+    SOURCE_NAME,
+    describe_source,
     inspect_images,
+    make_image_set,
     make_preview_paths,
     open_preview_dir,
     write_previews,
@@ -45,7 +45,6 @@ from hkd_det.datasets.check_report import (
 )
 from hkd_det.datasets.check_summary import ProblemLog, escape_nonprintable, format_summary, summarize
 from hkd_det.datasets.data_yaml import SPLITS
-from hkd_det.datasets.duplicates import THUMBNAIL_PX
 from hkd_det.datasets.duplicates_report import (
     DuplicateSearch,
     ImageSet,
@@ -126,7 +125,7 @@ def _check_all_splits(
     logs = {split: ProblemLog(split) for split in splits}
     samples = {split: _load_samples(data, logs[split]) for split in splits}
     num_images = sum(map(len, samples.values()))
-    with open_preview_dir(output_dir, max_images) as preview_dir:
+    with open_preview_dir(output_dir, splits, max_images) as preview_dir:
         has_all = preview_dir is not None and num_images <= max_images
         checked = {
             split: _check_split(logs[split], samples[split], output_dir, preview_dir if has_all else None)
@@ -136,6 +135,7 @@ def _check_all_splits(
         _check_splits(data, checked, logs, searches)
         lines = [line for log in logs.values() for line in log.list_lines(is_error=True)]
         warnings = [line for log in logs.values() for line in log.list_lines(is_error=False)]
+        write_text(output_dir / SOURCE_NAME, f"{describe_source(data)}\n")
         write_text(output_dir / "errors.txt", "".join(f"{line}\n" for line in lines))
         reports = [one.report for one in checked.values()]
         duplicates = [_make_duplicate_report(search) for search in searches]
@@ -197,7 +197,7 @@ def _check_split(log: ProblemLog, samples: list[Sample], output_dir: Path, previ
     print(format_summary(summary))
     readable = [(sample, size) for sample, size in zip(samples, sizes, strict=True) if size]
     report = SplitReport(summary, save_split_images(summary, readable, output_dir))
-    return _CheckedSplit(samples, sizes, report, _make_image_set(log.split, samples, images))
+    return _CheckedSplit(samples, sizes, report, make_image_set(log.split, samples, images))
 
 
 def _list_browsed_images(
@@ -216,12 +216,6 @@ def _list_browsed_images(
     return images
 
 
-def _make_image_set(name: str, samples: Sequence[Sample], images: Sequence[InspectedImage | None]) -> ImageSet:
-    pairs = [(sample.path, image.thumbnail) for sample, image in zip(samples, images, strict=True) if image]
-    thumbnails = np.array([thumbnail for _, thumbnail in pairs], np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
-    return ImageSet(name, tuple(path for path, _ in pairs), thumbnails)
-
-
 def _raise_unless_labels(error: DataError) -> None:
     """Raise errors about images, not those about labels: only the images are compared."""
     if not isinstance(error, DatasetError):
@@ -235,7 +229,7 @@ def _load_references(datasets: Sequence[str]) -> list[ImageSet]:
         for split in list_splits(data):
             samples = load_dataset(data, split, _raise_unless_labels)
             log_stage(f"{data} {split}: decode {len(samples):,} images")
-            references.append(_make_image_set(f"{data} {split}", samples, inspect_images(samples, raise_error)))
+            references.append(make_image_set(f"{data} {split}", samples, inspect_images(samples, raise_error)))
     return references
 
 

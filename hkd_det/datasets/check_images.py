@@ -1,10 +1,11 @@
-"""Inspection of all images of a dataset for `hkd-train --check`, and their thumbnails."""
+"""Files of `hkd-train --check`: the directory of the report, the inspection of all images, and their thumbnails."""
 
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import cv2
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from hkd_det.console import Progress, log_stage
 from hkd_det.datasets.base import ErrorHandler, set_image
-from hkd_det.datasets.data_yaml import SPLITS
-from hkd_det.datasets.duplicates import Thumbnails, make_thumbnail
+from hkd_det.datasets.check_summary import escape_nonprintable
+from hkd_det.datasets.duplicates import THUMBNAIL_PX, Thumbnails, make_thumbnail
+from hkd_det.datasets.duplicates_report import ImageSet
 from hkd_det.datasets.image_files import make_stated_size_error
 from hkd_det.errors import DataError
 from hkd_det.files import atomic_write_dir
@@ -23,6 +25,9 @@ from hkd_det.image_header import UPRIGHT, parse_image_header
 from hkd_det.structures import Sample
 
 NUM_THREADS = 4  # OpenCV releases the GIL while it decodes
+SOURCE_NAME = "source.txt"  # in the directory of the report: path or name of the dataset
+GENERIC_NAMES = ("data.yaml", "dataset.yaml", "_annotations.coco.json", "result.json")
+SPLIT_DIRECTORIES = ("train", "valid", "val", "test")
 PAGE_NAME, PREVIEW_DIR = "images.html", "thumbnails"
 PREVIEW_WH, PREVIEW_QUALITY = (320, 240), 75  # approximate size; about 10 kB per image
 
@@ -40,6 +45,46 @@ class InspectedImage:
     size_hw: tuple[int, int]
     thumbnail: Thumbnails
     is_exif_rotated: bool
+
+
+def choose_report_dir(parent: Path, data: str) -> Path:
+    """Return the directory of the report of a dataset, which no other dataset has.
+
+    The name is that of the file or directory. Files with the same name in each dataset have that of their directory.
+
+    Args:
+        parent: Directory of all reports.
+        data: Dataset, as for `check_dataset`.
+
+    Returns:
+        `parent`/NAME. If another dataset has this directory, `parent`/NAME-2 and so on.
+    """
+    path, source = _find_named_path(data), describe_source(data)
+    name = path.name if path.is_dir() else path.stem
+    if name in SPLIT_DIRECTORIES and path.parent.name:
+        name = f"{path.parent.name}-{name}"
+    for number in count(1):
+        candidate = parent / (name if number == 1 else f"{name}-{number}")
+        marker = candidate / SOURCE_NAME
+        if not marker.exists() or marker.read_text(encoding="utf-8", errors="replace").rstrip("\n") == source:
+            return candidate
+    raise AssertionError  # the loop is endless
+
+
+def describe_source(data: str) -> str:
+    """Return the absolute path of a dataset, or its name in datasets.yaml.
+
+    Args:
+        data: Dataset, as for `check_dataset`.
+    """
+    return escape_nonprintable(str(_find_named_path(data)))
+
+
+def _find_named_path(data: str) -> Path:
+    path = Path(data)
+    if not path.exists():
+        return path
+    return path.resolve().parent if path.name in GENERIC_NAMES else path.resolve()
 
 
 def inspect_images(
@@ -114,32 +159,40 @@ def write_previews(files: Sequence[tuple[Path, Path]]) -> None:
 
 
 @contextmanager
-def open_preview_dir(output_dir: Path, max_images: int) -> Iterator[Path | None]:
+def open_preview_dir(output_dir: Path, splits: Sequence[str], max_images: int) -> Iterator[Path | None]:
     """Replace the directory of thumbnails; without images, remove it and the page.
 
     Args:
-        output_dir: Directory of the report. After a failure it does not exist, unless it contains files.
+        output_dir: Directory of the report. It does not exist after a failure, unless it contains files.
+        splits: Names of the splits.
         max_images: Maximum number of images of the page.
 
     Yields:
         The new directory, with one directory for each split; None without images.
     """
-    created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    try:
-        if max_images:
-            with atomic_write_dir(output_dir / PREVIEW_DIR) as preview_dir:
-                for split in SPLITS:
-                    (preview_dir / split).mkdir()
-                yield preview_dir
-        else:
-            (output_dir / PAGE_NAME).unlink(missing_ok=True)
-            shutil.rmtree(output_dir / PREVIEW_DIR, ignore_errors=True)
-            yield None
-    except BaseException:
-        for path in created:
-            with suppress(OSError):  # not empty
-                path.rmdir()
-        raise
+    if max_images:
+        with atomic_write_dir(output_dir / PREVIEW_DIR) as preview_dir:
+            for split in splits:
+                (preview_dir / split).mkdir()
+            yield preview_dir
+    else:
+        (output_dir / PAGE_NAME).unlink(missing_ok=True)
+        if (output_dir / PREVIEW_DIR).exists():
+            shutil.rmtree(output_dir / PREVIEW_DIR)
+        yield None
+
+
+def make_image_set(name: str, samples: Sequence[Sample], images: Sequence[InspectedImage | None]) -> ImageSet:
+    """Return the readable images for the search of near-duplicates.
+
+    Args:
+        name: Name of the split.
+        samples: Samples of the split.
+        images: Properties of each image; None if it cannot be decoded.
+    """
+    pairs = [(sample.path, image.thumbnail) for sample, image in zip(samples, images, strict=True) if image]
+    thumbnails = np.array([thumbnail for _, thumbnail in pairs], np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
+    return ImageSet(name, tuple(path for path, _ in pairs), thumbnails)
 
 
 def make_preview_paths(split: str, num_images: int) -> list[Path]:

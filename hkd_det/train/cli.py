@@ -70,10 +70,12 @@ def _run_check(arguments: argparse.Namespace) -> int:
     from hkd_det.datasets.audit_run import AuditOptions  # noqa: PLC0415
     from hkd_det.datasets.check import check_dataset  # noqa: PLC0415
     from hkd_det.datasets.check_browser import DEFAULT_MAX_IMAGES  # noqa: PLC0415
+    from hkd_det.datasets.check_images import choose_report_dir  # noqa: PLC0415
 
     if not arguments.data:
         raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")
-    directory = Path(arguments.project or "runs/check") / (arguments.name or _name_dataset(Path(arguments.data)))
+    project = Path(arguments.project or "runs/check")
+    directory = project / arguments.name if arguments.name else choose_report_dir(project, arguments.data)
     max_images = DEFAULT_MAX_IMAGES if arguments.check_images is None else arguments.check_images
     options = (arguments.against or [], arguments.json or "", max_images)
     if arguments.audit is None:
@@ -95,12 +97,6 @@ def _run_check(arguments: argparse.Namespace) -> int:
         **score,
     )
     return check_dataset(arguments.data, directory, audit, *options)
-
-
-def _name_dataset(path: Path) -> str:
-    """Return a name for the report: that of the directory for files that have the same name in each dataset."""
-    is_generic = path.is_dir() or path.name in ("data.yaml", "dataset.yaml", "_annotations.coco.json")
-    return (path.resolve() if path.is_dir() else path.resolve().parent).name if is_generic else path.stem
 
 
 def _build_train_parser() -> argparse.ArgumentParser:

@@ -246,7 +246,9 @@ def tensorrt_python() -> Path:
     assert spec is not None and spec.loader is not None
     tensorrt_cpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tensorrt_cpu)
-    launcher: Path = tensorrt_cpu.install_tensorrt(TENSORRT.parents[1] / ".tensorrt")
+    launcher: Path = tensorrt_cpu.install_tensorrt(
+        Path(os.environ.get("HKD_TENSORRT") or TENSORRT.parents[1] / ".tensorrt")
+    )
     return launcher
 
 

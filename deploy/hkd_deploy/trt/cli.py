@@ -8,6 +8,7 @@ process runs `python -m hkd_deploy.trt.cli MODEL.onnx REPLY.json OPTIONS` and wr
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,8 @@ from hkd_det.files import write_text
 
 MIB = 2**20
 MAX_LISTED_TYPES = 4  # layer types in the summary line of a dry run
-LAUNCHER_PATH = Path(".tensorrt") / "python"  # written by deploy/tensorrt_cpu.py
+TENSORRT_DIR = ".tensorrt"  # deploy/tensorrt_cpu.py writes it, with `python`
+TENSORRT_VARIABLE = "HKD_TENSORRT"  # environment variable: another path of this directory
 REPO_DIR = Path(__file__).parents[3]
 FLAGS = (  # argparse names of all flags that require --trt
     "dry_run",
@@ -242,13 +244,20 @@ def check_build(onnx_path: Path, options: BuildOptions) -> DryRunResult:
 
 def _find_interpreter() -> list[str]:
     """Return the start of a command line for a Python that has the tensorrt package."""
-    for directory in (Path.cwd(), REPO_DIR):
-        if (directory / LAUNCHER_PATH).exists():
-            return [str(directory / LAUNCHER_PATH)]
+    if selected := os.environ.get(TENSORRT_VARIABLE):
+        launcher = Path(selected) / "python"
+        if not launcher.exists():
+            raise UnavailableError(f"{TENSORRT_VARIABLE} {selected}: expected the .tensorrt of make tensorrt-cpu.")
+        return [str(launcher)]
+    cache_dir = Path.home() / ".cache" / "hkd-det" / "tensorrt"
+    for directory in (Path.cwd() / TENSORRT_DIR, REPO_DIR / TENSORRT_DIR, cache_dir):
+        if (directory / "python").exists():
+            return [str(directory / "python")]
     if importlib.util.find_spec("tensorrt"):
         return [sys.executable]
     raise UnavailableError(
-        f"--dry-run: TensorRT is not installed. Run make tensorrt-cpu in the repository. {get_install_hint()}"
+        f"--dry-run: TensorRT is not installed. Run make tensorrt-cpu in the repository, or set {TENSORRT_VARIABLE} to "
+        f"its .tensorrt. {get_install_hint()}"
     )
 
 

@@ -161,6 +161,8 @@ def test_dry_run_without_tensorrt_raises(
     graph: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "REPO_DIR", tmp_path)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("HKD_TENSORRT", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UnavailableError, match=r"--dry-run: TensorRT is not installed\. Run make tensorrt-cpu"):
@@ -172,6 +174,7 @@ def write_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """Return a function that puts a shell script in the place of the Python with TensorRT."""
 
     def write(script: str) -> None:
+        monkeypatch.delenv("HKD_TENSORRT", raising=False)
         path = tmp_path / "cwd" / ".tensorrt" / "python"
         path.parent.mkdir(parents=True)
         path.write_text(f"#!/bin/sh\n{script}\n")
@@ -179,6 +182,27 @@ def write_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
         monkeypatch.chdir(tmp_path / "cwd")
 
     return write
+
+
+def test_tensorrt_is_found_by_variable_then_directories(
+    write_launcher: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "REPO_DIR", tmp_path / "repository")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    cache = tmp_path / "home" / ".cache" / "hkd-det" / "tensorrt" / "python"
+    selected = tmp_path / "selected" / "python"
+    for path in (cache, selected):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    assert cli._find_interpreter() == [str(cache)]
+    write_launcher("exit 3")
+    assert cli._find_interpreter() == [str(tmp_path / "cwd" / ".tensorrt" / "python")]
+    monkeypatch.setenv("HKD_TENSORRT", str(selected.parent))
+    assert cli._find_interpreter() == [str(selected)]
+    monkeypatch.setenv("HKD_TENSORRT", str(tmp_path))
+    with pytest.raises(UnavailableError, match=r"HKD_TENSORRT .*: expected the \.tensorrt of make tensorrt-cpu"):
+        cli._find_interpreter()
 
 
 @pytest.mark.parametrize(("script", "code"), [("kill -9 $$", -9), ("exit 3", 3)])

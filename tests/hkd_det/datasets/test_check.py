@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_det.boxes import xyxy_from_xywh
-from hkd_det.datasets import GroundTruth, Sample
+from hkd_det.datasets import GroundTruth, Sample, check
+from hkd_det.datasets.check_images import SOURCE_NAME, choose_report_dir, describe_source
 from hkd_det.datasets.check_report import (
     CAPTION_HEIGHT_PX,
     GAP_PX,
@@ -323,3 +324,48 @@ def test_check_without_terminal_prints_stages(tmp_path: Path) -> None:
     lines = [match[1] for match in map(TIME_STAMPED.fullmatch, done.stdout.splitlines()) if match]
     assert lines[:2] == ["val: read the annotations", "val: decode 4 images"]
     assert lines[2].startswith("decode: 1/4 images, 0:00 left") and "search near-duplicates" in lines
+
+
+def test_datasets_with_equal_names_have_their_own_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "a/export/data.yaml",
+        "b/export/data.yaml",
+        "a/my.yaml",
+        "b/my.yaml",
+        "a/train/_annotations.coco.json",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    names = {}
+    for data in (
+        "a/export/data.yaml",
+        "b/export/data.yaml",
+        "b/export",
+        "a/my.yaml",
+        "b/my.yaml",
+        str(tmp_path / "a" / "my.yaml"),
+        "a/train/_annotations.coco.json",
+        "coco-person",
+    ):
+        directory = choose_report_dir(Path("reports"), data)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / SOURCE_NAME).write_text(f"{describe_source(data)}\n")
+        names[data] = directory.name
+    assert list(names.values()) == ["export", "export-2", "export-2", "my", "my-2", "my", "a-train", "coco-person"]
+
+
+def test_failed_check_leaves_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.zip").write_bytes(b"no archive")
+    assert run(tmp_path / "bad.zip", monkeypatch) == 1 and "damaged archive" in capsys.readouterr().err
+    data = coco(tmp_path)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "inspect_images", interrupt)
+    assert run(data, monkeypatch) == 130
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
