@@ -21,7 +21,7 @@ METHODS: dict[str, str] = {
     "soft_labels": "hkd_det.distill.dense:SoftLabels",
     "noisy_teacher": "hkd_det.distill.noisy_teacher:NoisyTeacher",
     "mokd": "hkd_det.distill.mokd:MoKD",
-    "blockwise": "hkd_det.distill.blockwise.method:Blockwise",
+    "blockwise": "hkd_det.distill.blockwise:Blockwise",
     "cdd": "hkd_det.distill.cdd:CDD",
 }
 """Name in recipes and `--distill` -> `module:Class`. Methods run in this order."""

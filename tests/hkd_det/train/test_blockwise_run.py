@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from hkd_det.distill.base import RunContext
-from hkd_det.distill.blockwise import stage
-from hkd_det.distill.blockwise.method import Blockwise
+from hkd_det.distill.blockwise import Blockwise, stage
 from hkd_det.distill.blockwise.worker import BlockwiseConfig
 from hkd_det.distill.dense import SoftLabelConfig
 from hkd_det.distill.hkd import HKDConfig
