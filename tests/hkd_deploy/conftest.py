@@ -7,6 +7,7 @@
 `tensorrt_builds`: parses and builds a file with it. Running the engine needs a GPU.
 """
 
+import base64
 import importlib.util
 import json
 import os
@@ -172,11 +173,19 @@ def encode_frame(number: int) -> bytes:
 
 
 class Camera:
-    """A network camera at `address`. `off()` and `on()` switch it; `hang()` keeps connections open without data."""
+    """A network camera at `address`. `off()` and `on()` switch it; `hang()` keeps connections open without data.
+
+    `bytes_per_s` is the speed of the line: a slow one delivers every image late. `made_s` has the time of each image.
+    With a `page`, it sends this text instead of images.
+    """
 
     def __init__(self, fps: float) -> None:
         self.fps = fps
-        self.hangs = False
+        self.hangs = self.is_frozen = False
+        self.bytes_per_s: float | None = None
+        self.login: tuple[str, str] | None = None
+        self.path, self.page = "/video.mjpg", b""
+        self.made_s: dict[int, float] = {}
         self.connections = 0
         self.sent = 0
         self._port = 0
@@ -191,7 +200,19 @@ class Camera:
             def do_GET(self) -> None:
                 camera.connections += 1
                 with suppress(OSError):
-                    camera.stream(self)
+                    if camera.login and self.headers.get("Authorization") != camera.expected_authorization:
+                        self.send_response(401)
+                        self.send_header("WWW-Authenticate", 'Basic realm="camera"')
+                        self.end_headers()
+                    elif camera.page:
+                        self.send_response(200)
+                        self.send_header("Content-Type", "text/html")
+                        self.end_headers()
+                        self.wfile.write(camera.page)
+                    elif self.path != camera.path:
+                        self.send_error(404)
+                    else:
+                        camera.stream(self)
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Discard the log."""
@@ -202,19 +223,33 @@ class Camera:
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
+    @property
+    def expected_authorization(self) -> str:
+        return "Basic " + base64.b64encode(":".join(self.login or ()).encode()).decode()
+
     def stream(self, handler: BaseHTTPRequestHandler) -> None:
         server = self._server
         handler.send_response(200)
         handler.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
         handler.end_headers()
+        made_s = time.monotonic()
         while self._server is server:
             if not self.hangs:
-                image = encode_frame(self.sent)
+                number = self.sent - self.is_frozen
+                self.made_s[number % 200] = made_s
+                image = encode_frame(number)
                 head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
-                handler.wfile.write(head.encode() + image + b"\r\n")
-                self.sent += 1
-            time.sleep(1 / self.fps)
+                self.send_slowly(handler, head.encode() + image + b"\r\n")
+                self.sent += not self.is_frozen
+            made_s = max(made_s + 1 / self.fps, time.monotonic() if self.bytes_per_s is None else 0)
+            time.sleep(max(0.0, made_s - time.monotonic()))
         handler.connection.shutdown(2)
+
+    def send_slowly(self, handler: BaseHTTPRequestHandler, data: bytes) -> None:
+        for start in range(0, len(data), step := -(-len(data) // 10)):
+            handler.wfile.write(data[start : start + step])
+            if self.bytes_per_s is not None:
+                time.sleep(step / self.bytes_per_s)
 
     def resume(self) -> None:
         self.hangs = False

@@ -27,7 +27,7 @@ from hkd_deploy.demo.output import (
     open_window,
 )
 from hkd_deploy.pipeline import open_detector
-from hkd_deploy.streams import Frame, FrameSource, open_source
+from hkd_deploy.streams import Frame, FrameSource, is_live_address, open_source
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.draw import draw_detections, draw_overlay
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_demo_command(argv: Sequence[str] | None) -> int:
     flags = _parse_demo_arguments(argv)
     _silence_opencv()
-    # SIGTERM, which stops a service, completes the saved video like Ctrl-C.
-    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM and SIGHUP, which stop a service, complete the saved video like Ctrl-C.
+    stop_signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not on Windows
+    previous_handlers = [signal.signal(number, signal.default_int_handler) for number in stop_signals]
     stats, num_dropped, mtime_ns = FrameStats(), 0, _get_mtime_ns(flags.save)
     try:
         with ExitStack() as stack:
@@ -70,8 +71,12 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
                 run_demo(detector, source, conf, stats, output, window, flags.max_frames)
             finally:
                 num_dropped = source.num_dropped
+    except KeyboardInterrupt:
+        if not is_live_address(flags.source):
+            raise  # a camera has no other end
     finally:
-        signal.signal(signal.SIGTERM, previous_handler)
+        for number, handler in zip(stop_signals, previous_handlers, strict=True):
+            signal.signal(number, handler)
         if stats.num_frames:
             print(stats.format_summary(num_dropped))
             if _get_mtime_ns(flags.save) != mtime_ns:
@@ -290,7 +295,7 @@ def run_demo(
                     output.write(canvas, frame.timestamp_s)
                 if window:
                     window.show(canvas)
-            progress.update(stats, source.num_dropped)
+            progress.update(stats, source.num_dropped, source.status)
             if window and not window.is_open(_compute_wait_ms(source, frame, start_s)):
                 return
     if window and source.num_frames == 1:

@@ -9,15 +9,20 @@ Examples:
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from hkd_deploy.streams.sources import CameraSource, Frame, FrameSource, ImageSource, ReconnectPolicy, list_images
+from hkd_deploy.streams.live import CameraReader, LiveSource, ReconnectPolicy, WebcamReader
+from hkd_deploy.streams.mjpeg import MjpegReader, open_http, sends_images
+from hkd_deploy.streams.network import StreamReader
+from hkd_deploy.streams.sources import Frame, FrameSource, ImageSource, list_images
 from hkd_deploy.streams.video import VideoSource
-from hkd_det.errors import DataError, UsageError
+from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.image import IMAGE_SUFFIXES
 
-__all__ = ["Frame", "FrameSource", "open_source", "redact_url"]
+__all__ = ["Frame", "FrameSource", "is_live_address", "open_source", "redact_url"]
 
+SECRET_PART = re.compile(r"=|pass|pwd|token|secret|key|auth", re.IGNORECASE)
 URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
 
 
@@ -46,24 +51,50 @@ def open_source(text: str, reconnect_policy: ReconnectPolicy | None = None) -> I
         source.close()
 
 
+def is_webcam(text: str) -> bool:
+    """Return whether a source is the index of a webcam.
+
+    Args:
+        text: Source, as for `open_source`.
+    """
+    return text.isascii() and text.isdigit()
+
+
+def is_live_address(text: str) -> bool:
+    """Return whether a source is a camera, which has no end.
+
+    Args:
+        text: Source, as for `open_source`.
+    """
+    return is_webcam(text) or "://" in text
+
+
 def redact_url(address: str) -> str:
     """Remove credentials from a URL: `rtsp://user:pass@host/x?key=1` becomes `rtsp://***@host/x?***`.
 
+    Control characters are escaped, so that a name cannot change the terminal or forge a line of a log.
+
     Args:
-        address: A URL. Other text is returned unchanged.
+        address: A URL. Other text is only escaped.
 
     Returns:
-        The URL without the text before the last @ (passwords can contain slashes and question marks) and without the
-        query (it can contain keys and tokens).
+        The URL without the text before the last @ (passwords can contain slashes and question marks), the query, the
+        fragment, and parts of the path that set a value or name a secret (`/user=admin_password=...`).
     """
-    address = re.sub(r"^([A-Za-z][A-Za-z0-9+]+:/*).*@", r"\1***@", address)
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+]+://[^?]*)\?.*", r"\1?***", address)
+    address = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in address)
+    scheme, separator, rest = address.partition("://")
+    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
+        return re.sub(r"^([A-Za-z][A-Za-z0-9+]+:/*).*@", r"\1***@", address)
+    _, at_sign, rest = rest.rpartition("@")
+    rest, tail = re.match(r"([^?#]*)([?#]?)", rest).groups()  # type: ignore[union-attr]  # always matches
+    host, *path = rest.split("/")
+    path = ["***" if SECRET_PART.search(part) else part for part in path]
+    return f"{scheme}://{'***@' if at_sign else ''}{'/'.join([host, *path])}{f'{tail}***' if tail else ''}"
 
 
 def _create_source(text: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
-    if text.isascii() and text.isdigit():
-        hint = "Check that it is connected (ls /dev/video*) and not in use by another program."
-        return CameraSource(int(text), f"camera {text}", hint, reconnect_policy)
+    if is_webcam(text):
+        return LiveSource(f"camera {text}", partial(WebcamReader, int(text)), reconnect_policy)
     if "://" in text:
         return _open_network_camera(text, reconnect_policy)
     path = Path(text)
@@ -80,12 +111,20 @@ def _create_source(text: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
     return VideoSource(path)
 
 
-def _open_network_camera(address: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
-    name = redact_url(address)
-    if address.split("://", 1)[0].lower() not in URL_SCHEMES:
+def _open_network_camera(address: str, policy: ReconnectPolicy) -> FrameSource:
+    name, scheme = redact_url(address), address.split("://", 1)[0].lower()
+    if scheme not in URL_SCHEMES:
         raise UsageError(f"--source {name}: unknown URL scheme. Supported schemes: {', '.join(URL_SCHEMES)}.")
-    hint = (
-        "Check that the camera is on and reachable (ping), and check the path, user and password "
-        "(rtsp://user:pass@host/...)."
-    )
-    return CameraSource(address, name, hint, reconnect_policy)
+
+    def open_reader() -> CameraReader:
+        if scheme in ("http", "https"):
+            response = open_http(address, name, policy.open_timeout_s)
+            if sends_images(response):
+                return MjpegReader(response, address, name, policy)
+            kind = response.headers.get_content_type()
+            response.close()
+            if kind == "text/html":
+                raise UnavailableError(f"{name}: not a video, but a web page. Check the path of the URL.")
+        return StreamReader(address, name, policy)
+
+    return LiveSource(name, open_reader, policy)

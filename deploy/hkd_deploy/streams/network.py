@@ -1,0 +1,230 @@
+"""Network cameras through PyAV (FFmpeg): RTSP over TCP or UDP, RTMP, HLS, MPEG-TS.
+
+Live decoding adds no delay: one thread, because each further thread holds one frame back, and no reordering buffer
+where the stream has no B-frames. Each failure has its own message, and no message contains a password.
+"""
+
+import re
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_deploy.streams.clock import StreamClock
+from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
+from hkd_deploy.streams.sources import sanitize_fps
+from hkd_det.errors import UnavailableError, import_package
+
+DEFAULT_PORTS = {"rtsp": 554, "rtsps": 322, "rtmp": 1935, "http": 80, "https": 443}
+INSTALL_HINT = "Network cameras require it. Run pip install 'hkd-det[live]'."
+MAX_PENDING_TIMES = 256  # capture times of packets whose frame is still in the decoder
+OPTIONS = {
+    "rtsp_flags": "prefer_tcp",  # UDP loses packets; it is used if the camera offers nothing else
+    "fflags": "nobuffer",
+    "flags": "low_delay",
+    "analyzeduration": "1000000",  # microseconds; the default of 5 s delays the first image
+}
+
+
+class StreamReader:
+    """One connection to a network camera.
+
+    Args:
+        address: URL.
+        name: The URL without credentials.
+        policy: Timeouts.
+
+    Raises:
+        UnavailableError: PyAV is not installed, or the camera cannot be opened. The message names the reason.
+    """
+
+    def __init__(self, address: str, name: str, policy: ReconnectPolicy) -> None:
+        self._av = import_av()
+        self._name, self._policy = name, policy
+        check_reachable(address, name, policy.open_timeout_s)
+        timeouts = (policy.open_timeout_s, policy.read_timeout_s)
+        try:
+            self._container = self._av.open(address, options=OPTIONS, timeout=timeouts)
+        except (self._av.FFmpegError, OSError) as error:
+            raise UnavailableError(f"{name}: {describe_failure(self._av, error, address)}") from None
+        if not self._container.streams.video:
+            self._container.close()
+            raise UnavailableError(f"{name}: not a video: the stream has no images. Check the path of the URL.")
+        self._stream: Any = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise UnavailableError(f"{name}: FFmpeg cannot decode the codec. Set the camera to H.264 or H.265.")
+        self._stream.codec_context.thread_count = 1
+        self.fps = sanitize_fps(float(self._stream.average_rate or 0))
+        self._clock = StreamClock()
+        self._capture_times: dict[int, float] = {}  # by timestamp of the packet
+        self._frames = self._iterate_frames()
+
+    def read(self) -> CameraFrame:
+        """Wait for the next frame; see `CameraReader.read`."""
+        try:
+            return next(self._frames)
+        except StopIteration:
+            raise UnavailableError(f"{self._name}: the camera ended the stream.") from None
+        except (self._av.FFmpegError, OSError) as error:
+            raise UnavailableError(f"{self._name}: {describe_failure(self._av, error, self._name)}") from None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._container.close()
+
+    def _iterate_frames(self) -> Iterator[CameraFrame]:
+        opened_s, has_image = time.monotonic(), False
+        for packet in self._container.demux(self._stream):
+            self._note_capture_time(packet)
+            try:
+                frames = packet.decode()
+            except self._av.InvalidDataError:  # before the first key frame, or damaged
+                frames = []
+            for frame in frames:
+                has_image = True
+                captured_s = self._capture_times.pop(frame.pts, time.monotonic())
+                ratio = float(self._stream.codec_context.sample_aspect_ratio or 1)
+                yield CameraFrame(partial(convert_to_rgb, frame, ratio), captured_s)
+            if not has_image and time.monotonic() - opened_s > self._policy.key_frame_timeout_s:
+                raise UnavailableError(
+                    f"{self._name}: no key frame within {self._policy.key_frame_timeout_s:.0f} s. Reduce the key frame "
+                    "interval (GOP) of the camera."
+                )
+
+    def _note_capture_time(self, packet: Any) -> None:
+        """Remember when the image of a packet was captured; B-frames leave the decoder in another order."""
+        if packet.pts is None:
+            return
+        arrival_s, wall_s = time.monotonic(), time.time()
+        sender_age_s = None
+        if packet.has_sidedata("prft"):  # producer reference time, from RTCP sender reports
+            (captured_us,) = struct.unpack_from("<q", bytes(packet.get_sidedata("prft")))
+            sender_age_s = wall_s - captured_us / 1e6
+        age_s = self._clock.estimate_age_s(float(packet.pts * packet.time_base), arrival_s, sender_age_s)
+        if len(self._capture_times) >= MAX_PENDING_TIMES:
+            self._capture_times.clear()
+        self._capture_times[packet.pts] = arrival_s - age_s
+
+
+def import_av() -> ModuleType:
+    """Return the module `av` with its log turned off, which would contain URLs.
+
+    Raises:
+        UnavailableError: PyAV is not installed.
+    """
+    av = import_package("av", "PyAV (av)", INSTALL_HINT)
+    av.logging.set_level(None)
+    return av
+
+
+def check_reachable(address: str, name: str, timeout_s: float) -> None:
+    """Connect to the host and port of a URL, because FFmpeg reports most failures of a connection alike.
+
+    Args:
+        address: URL. Schemes without a TCP connection are not checked.
+        name: The URL without credentials.
+        timeout_s: Limit.
+
+    Raises:
+        UnavailableError: The host is unknown or unreachable, or nothing listens at the port.
+    """
+    try:
+        url = urlsplit(address)
+        host, port = url.hostname, url.port or DEFAULT_PORTS.get(url.scheme.lower())
+    except ValueError:
+        raise UnavailableError(f"{name}: not a valid URL.{explain_password(address)}") from None
+    if not host or port is None:
+        return
+    try:
+        socket.create_connection((host, port), timeout_s).close()
+    except socket.gaierror:
+        raise UnavailableError(f"{name}: unknown host {host}.{explain_password(address)}") from None
+    except ConnectionRefusedError:
+        raise UnavailableError(
+            f"{name}: nothing listens at port {port}. Check the port, and that the camera is on."
+        ) from None
+    except TimeoutError:
+        raise UnavailableError(
+            f"{name}: no answer from {host} within {timeout_s:g} s. Check that the camera is on and reachable (ping)."
+        ) from None
+    except OSError as error:
+        raise UnavailableError(
+            f"{name}: host {host} is unreachable ({error.strerror}). Check the network and the address."
+        ) from None
+
+
+def describe_failure(av: ModuleType, error: Exception, address: str) -> str:
+    """Describe an error of FFmpeg without the URL, which it contains.
+
+    Args:
+        av: The module `av`.
+        error: The error.
+        address: URL; decides whether a password with special characters is explained.
+
+    Returns:
+        One line: the problem and the remedy.
+    """
+    for classes, description in _list_failures(av):
+        if isinstance(error, classes):
+            return description + (explain_password(address) if classes[0] is av.HTTPUnauthorizedError else "")
+    return f"the stream cannot be read ({type(error).__name__}). Check the camera and the URL."
+
+
+def _list_failures(av: ModuleType) -> list[tuple[tuple[type[Exception], ...], str]]:
+    """Return classes of errors, the special ones first, with the problem and the remedy."""
+    codec = "FFmpeg cannot decode the codec. Set the camera to H.264 or H.265."
+    return [
+        (
+            (av.HTTPUnauthorizedError, av.HTTPForbiddenError),
+            "the camera refuses user and password. Check them (rtsp://user:password@host/...).",
+        ),
+        (
+            (av.HTTPNotFoundError, av.HTTPBadRequestError),
+            "the camera has no stream at this path. Check the path of the URL in the manual of the camera.",
+        ),
+        ((av.HTTPError,), "the server reports an error. Check the path of the URL, and restart the camera."),
+        (
+            (av.ExitError, TimeoutError),
+            "no data within the time limit. Check that the camera is on and the network is fast enough.",
+        ),
+        ((ConnectionRefusedError,), "nothing listens at this port. Check the port, and that the camera is on."),
+        ((av.DecoderNotFoundError,), codec),
+        ((av.InvalidDataError, av.DemuxerNotFoundError), "not a video, or a damaged one. Check the path of the URL."),
+        ((ConnectionError, EOFError), "the connection was closed. Check the camera and the network."),
+    ]
+
+
+def explain_password(address: str) -> str:
+    """Return a hint if the password of a URL seems to contain / ? # or @ that are not percent-encoded.
+
+    Args:
+        address: URL.
+    """
+    before, separator, _ = address.partition("://")[2].rpartition("@")
+    if separator and re.search(r"[/?#@]", before):
+        return " In a password, write / as %2F, @ as %40, ? as %3F and # as %23."
+    return ""
+
+
+def convert_to_rgb(frame: Any, pixel_ratio: float) -> NDArray[np.uint8]:
+    """Convert a decoded frame to RGB with square pixels.
+
+    Args:
+        frame: av.VideoFrame.
+        pixel_ratio: Width of a stored pixel divided by its height.
+
+    Returns:
+        uint8[H, W, 3].
+    """
+    if pixel_ratio != 1:
+        frame = frame.reformat(width=max(1, round(frame.width * pixel_ratio)), height=frame.height)
+    image: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    return image

@@ -1,0 +1,52 @@
+"""Age of frames from the timestamps of a stream, compared with closed forms."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from hkd_deploy.streams.clock import StreamClock
+
+
+def estimate(frames: Iterable[tuple[float, float]]) -> list[float]:
+    """Return the ages of frames with (timestamp, arrival)."""
+    clock = StreamClock()
+    return [clock.estimate_age_s(timestamp_s, arrival_s) for timestamp_s, arrival_s in frames]
+
+
+def test_constant_delay_is_no_lag() -> None:
+    assert estimate((n / 15, 100 + n / 15) for n in range(100)) == pytest.approx([0] * 100, abs=1e-9)
+
+
+def test_slow_line_adds_up() -> None:
+    """15 frames per second arrive at 10 per second: each second adds a third."""
+    ages = estimate((n / 15, n / 10) for n in range(150))
+    assert ages == pytest.approx([n / 10 - n / 15 for n in range(150)], abs=0.01)
+
+
+def test_lag_falls_while_frames_catch_up() -> None:
+    """The line hangs for 4 s, then delivers at once what was sent."""
+    frames = [(n / 10, max(n / 10, 6.0 if n >= 20 else 0)) for n in range(100)]
+    ages = estimate(frames)
+    assert ages[20] == pytest.approx(4, abs=0.01) and ages[40] == pytest.approx(2, abs=0.01)
+    assert ages[60:] == pytest.approx([0] * 40, abs=0.01)
+
+
+@pytest.mark.parametrize("jump_s", [-3600, -30, 30, 3600])
+def test_timestamps_that_jump_keep_the_lag(jump_s: float) -> None:
+    frames = [(n / 10 + (jump_s if n >= 50 else 0), n / 10 + (0.5 if n >= 20 else 0)) for n in range(100)]
+    ages = estimate(frames)
+    assert ages[:20] == pytest.approx([0] * 20, abs=1e-9)
+    assert ages[20:] == pytest.approx([0.5] * 80, abs=0.11)
+
+
+def test_quartz_of_the_camera_may_drift() -> None:
+    """A camera clock that is slow by 100 ppm looks like a lag that grows by 0.36 s per hour."""
+    assert max(estimate((n * (1 - 1e-4), float(n)) for n in range(3600))) < 0.01
+
+
+def test_clock_of_the_sender_wins_where_it_is_plausible() -> None:
+    clock = StreamClock()
+    assert clock.estimate_age_s(0.0, 0.0, sender_age_s=0.12) == 0.12
+    assert clock.estimate_age_s(0.1, 0.1, sender_age_s=-0.01) == 0  # the clocks differ by 10 ms
+    assert clock.estimate_age_s(0.2, 0.5, sender_age_s=7200) == pytest.approx(0.3, abs=1e-3)  # not synchronized
+    assert clock.estimate_age_s(None, 0.6) == 0
