@@ -11,8 +11,8 @@ import pytest
 
 # Packages of the extras, and torch.
 ABSENT = (
-    "PIL", "jinja2", "matplotlib", "msgspec", "onnx", "psutil", "pycocotools", "requests", "scipy", "simplejpeg",
-    "tabulate", "timm", "torch", "torchvision", "tqdm", "ultralytics", "urllib3",
+    "PIL", "av", "jinja2", "matplotlib", "msgspec", "onnx", "psutil", "pycocotools", "requests", "scipy",
+    "simplejpeg", "tabulate", "timm", "torch", "torchvision", "tqdm", "ultralytics", "urllib3",
 )  # fmt: skip
 
 BASE_INSTALL = f"""

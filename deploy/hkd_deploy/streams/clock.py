@@ -8,7 +8,7 @@ growing backlog is visible; the constant part of the delay is unknown and counts
 MAX_SENDER_AGE_S = 60.0  # a larger age, or a frame from the future, means that the clocks are not synchronized
 CLOCK_TOLERANCE_S = 0.05
 MAX_DRIFT = 2e-4  # relative error of the quartz of a camera, seconds per second
-MAX_JUMP_S = 1.0  # timestamps that move by more than the time that passed were set anew
+MAX_JUMP_S = 1.0  # timestamps that move by more than the time that passed were reset
 
 
 class StreamClock:
@@ -40,7 +40,7 @@ class StreamClock:
         if self._last is not None:
             passed_s, step_s = arrival_s - self._last[1], timestamp_s - self._last[0]
             lag_s = self._lag_s + passed_s - step_s - MAX_DRIFT * passed_s
-            # A timestamp that steps back, or ahead of what the lag explains, was set anew: the lag stays as it was.
+            # A timestamp that steps back, or ahead of what the lag explains, was reset: the lag stays as it was.
             # A pause of the network is a long time with a small step.
             if step_s > -MAX_JUMP_S and lag_s > -MAX_JUMP_S:
                 self._lag_s = max(0.0, lag_s)

@@ -215,7 +215,7 @@ class LiveSource(FrameSource):
             frame = reader.read()
             # FFmpeg returns the last image of its buffers when a read ends without data.
             if time.monotonic() - self._received_s > self._reconnect_policy.read_timeout_s:
-                raise UnavailableError("no data, or images from before a silence")
+                raise UnavailableError(f"{self.name}: no data. Check that the camera is on and reachable.")
             self._put(frame)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
-from hkd_deploy.streams.network import check_reachable, explain_password
+from hkd_deploy.streams.network import add_password_hint, check_reachable
 from hkd_det.errors import UnavailableError
 from hkd_det.image import decode_image
 
@@ -159,7 +159,8 @@ def open_http(address: str, name: str, timeout_s: float) -> http.client.HTTPResp
     except urllib.error.HTTPError as error:
         error.close()
         default = f"the server reports error {error.code}. Check the path of the URL, and restart the camera."
-        raise UnavailableError(f"{name}: {FAILURES.get(error.code, default)}{explain_password(address)}") from None
+        message = f"{name}: {FAILURES.get(error.code, default)}"
+        raise UnavailableError(add_password_hint(message, address)) from None
     except TimeoutError:
         raise UnavailableError(
             f"{name}: no answer within {timeout_s:g} s. Check that the camera is on and reachable."

@@ -72,7 +72,7 @@ class StreamReader:
         try:
             return next(self._frames)
         except StopIteration:
-            raise UnavailableError(f"{self._name}: the camera ended the stream.") from None
+            raise UnavailableError(f"{self._name}: the camera ended the stream. Check that it is on.") from None
         except (self._av.FFmpegError, OSError) as error:
             raise UnavailableError(f"{self._name}: {describe_failure(self._av, error, self._name)}") from None
 
@@ -140,13 +140,13 @@ def check_reachable(address: str, name: str, timeout_s: float) -> None:
         url = urlsplit(address)
         host, port = url.hostname, url.port or DEFAULT_PORTS.get(url.scheme.lower())
     except ValueError:
-        raise UnavailableError(f"{name}: not a valid URL.{explain_password(address)}") from None
+        raise UnavailableError(add_password_hint(f"{name}: not a valid URL. Check host and port.", address)) from None
     if not host or port is None:
         return
     try:
         socket.create_connection((host, port), timeout_s).close()
     except socket.gaierror:
-        raise UnavailableError(f"{name}: unknown host {host}.{explain_password(address)}") from None
+        raise UnavailableError(add_password_hint(f"{name}: unknown host {host}. Check the name.", address)) from None
     except ConnectionRefusedError:
         raise UnavailableError(
             f"{name}: nothing listens at port {port}. Check the port, and that the camera is on."
@@ -174,7 +174,7 @@ def describe_failure(av: ModuleType, error: Exception, address: str) -> str:
     """
     for classes, description in _list_failures(av):
         if isinstance(error, classes):
-            return description + (explain_password(address) if classes[0] is av.HTTPUnauthorizedError else "")
+            return add_password_hint(description, address) if classes[0] is av.HTTPUnauthorizedError else description
     return f"the stream cannot be read ({type(error).__name__}). Check the camera and the URL."
 
 
@@ -202,16 +202,20 @@ def _list_failures(av: ModuleType) -> list[tuple[tuple[type[Exception], ...], st
     ]
 
 
-def explain_password(address: str) -> str:
-    """Return a hint if the password of a URL seems to contain / ? # or @ that are not percent-encoded.
+def add_password_hint(message: str, address: str) -> str:
+    """Add a hint to a message if the password of a URL seems to contain / ? # or @ that are not percent-encoded.
 
     Args:
+        message: Sentences.
         address: URL.
+
+    Returns:
+        The message with or without the hint.
     """
     before, separator, _ = address.partition("://")[2].rpartition("@")
-    if separator and re.search(r"[/?#@]", before):
-        return " In a password, write / as %2F, @ as %40, ? as %3F and # as %23."
-    return ""
+    if not (separator and re.search(r"[/?#@]", before)):
+        return message
+    return f"{message} In a password, write / as %2F, @ as %40, ? as %3F and # as %23."
 
 
 def convert_to_rgb(frame: Any, pixel_ratio: float) -> NDArray[np.uint8]:

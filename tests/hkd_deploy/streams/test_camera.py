@@ -121,7 +121,8 @@ def test_open_unreachable_camera_hides_password(camera: Camera, capfd: pytest.Ca
     with pytest.raises(UnavailableError) as caught, open_source(address, FAST_POLICY):
         pass
     message = str(caught.value)
-    assert message.startswith(camera.address.replace("http://", "http://***@") + ": not a valid URL. In a password, ")
+    name = camera.address.replace("http://", "http://***@")
+    assert message.startswith(f"{name}: not a valid URL. Check host and port. In a password, ")
     output = message + "".join(capfd.readouterr())
     assert "se/cr" not in output
     assert "et@" not in output
