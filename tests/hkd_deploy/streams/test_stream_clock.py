@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from hkd_deploy.streams.clock import StreamClock
+from hkd_deploy.streams.network import StreamClock
 
 
 def estimate(frames: Iterable[tuple[float, float]]) -> list[float]:
