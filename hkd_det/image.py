@@ -259,7 +259,7 @@ def _make_unreadable_error(path: Path, image_format: str = "") -> DataError:
         problem = f"damaged, or OpenCV {cv2.__version__} cannot decode {image_format}"
         hint = "Convert it to JPEG or PNG"
     if image_format in ("HEIC", ".heic", ".heif"):
-        hint = "Install pip install 'hkd-det[heic]', or convert it to JPEG or PNG"
+        hint = "Run pip install 'hkd-det[heic]', or convert it to JPEG or PNG"
     return DataError(f"{path}: not a readable image ({problem}). {hint}.")
 
 

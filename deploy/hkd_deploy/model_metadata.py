@@ -187,7 +187,7 @@ def _check_format_version(metadata: Mapping[str, str], path: Path) -> None:
     if int(version) > METADATA_FORMAT:
         raise DataError(
             f"{path}: metadata hkd.format: expected {METADATA_FORMAT}, got {version} from a newer hkd-det. "
-            "Update with pip install -U hkd-det."
+            "Update hkd-det on this machine."
         )
 
 

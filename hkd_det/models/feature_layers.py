@@ -103,7 +103,7 @@ def find_feature_layers(detector: BaseDetector, names: Sequence[str], setting: s
             problem = "the layer has no single feature map" if name in modules else "no such layer"
             similar = difflib.get_close_matches(name, features, 1, cutoff=0.0)[0]
             raise UsageError(
-                f"{setting}: {name}: {problem}. Did you mean {similar}? hkd-train --list-layers prints all layers."
+                f"{setting}: {name}: {problem}. Did you mean {similar}? hkd-train --model NAME --list-layers lists all."
             )
     return [_make_feature_info(name, features[name]) for name in names]
 
@@ -274,7 +274,7 @@ class FeatureHooks:
         modules = dict(model.named_modules())
         unknown = [name for name in names if name not in modules]
         if unknown:
-            raise UsageError(f"{unknown[0]}: no such layer. hkd-train --list-layers prints all layers.")
+            raise UsageError(f"{unknown[0]}: no such layer. hkd-train --model NAME --list-layers lists all.")
         self._outputs: dict[str, Tensor] = {}
         self._clone = clone
         self._layer_names = list(names)

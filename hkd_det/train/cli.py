@@ -4,6 +4,7 @@ Torch is imported only to train or to list layers.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
             raise UsageError("--download: requires --data NAME. Choose a dataset of datasets.yaml.")
         download(arguments.data)
         if not (arguments.model or arguments.resume or arguments.check):
-            data = arguments.data
+            data = shlex.quote(arguments.data)
             print(f"Next: hkd-train --data {data} --check (validate it) or --model mini-student (train)")
             return 0
     if arguments.check:

@@ -4,6 +4,7 @@ Training runs in one process or, under torchrun, in several.
 """
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -178,7 +179,8 @@ def check_annotations(config: TrainConfig, train_samples: Sequence[Sample], val_
         DataError: If the training split has only ignore regions, or no validation box belongs to the setup.
     """
     if all(sample.ground_truth.ignore.all() for sample in train_samples):
-        raise DataError(f"--data {config.data}: the train split contains no person. Check it with hkd-train --check.")
+        command = f"hkd-train --data {shlex.quote(config.data)} --check"
+        raise DataError(f"--data {config.data}: the train split contains no person. Run {command}.")
     if common := find_common_images(val_samples, train_samples):
         message = (
             f"--data {config.data}: {len(common)} of {len(val_samples)} validation images are also training images, so "

@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,7 +66,7 @@ def start_training(arguments: argparse.Namespace, settings: dict[str, Any]) -> i
         is_interrupted = isinstance(error, KeyboardInterrupt)
         is_changed = _read_mtime_ns(config.save_path / "last.pt") != before
         if is_changed or (arguments.resume and is_interrupted):
-            command = f"hkd-train --resume {config.save_dir}{' --baseline' if baseline else ''}"
+            command = f"hkd-train --resume {shlex.quote(str(config.save_dir))}{' --baseline' if baseline else ''}"
             print(f"hkd-train: the finished epochs are saved. Continue with: {command}", file=sys.stderr)
         elif is_interrupted and any((config.save_path / name).is_dir() for name in config.distill):
             print("hkd-train: the prepared student is saved so far. Continue with the same command.", file=sys.stderr)

@@ -123,7 +123,7 @@ def test_from_metadata_invalid_value_raises(key: str, value: str) -> None:
 
 @pytest.mark.parametrize("version", ["2", "10"])
 def test_from_metadata_newer_format_raises(version: str) -> None:
-    with pytest.raises(DataError, match=rf"got {version} from a newer hkd-det.*pip install -U hkd-det"):
+    with pytest.raises(DataError, match=rf"got {version} from a newer hkd-det.*Update hkd-det on this"):
         ModelMetadata.from_metadata({**GOOD, "hkd.format": version}, PATH)
 
 

@@ -252,7 +252,7 @@ def test_heic_of_a_phone_is_read() -> None:
 
 def test_heic_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pi_heif", None)
-    with pytest.raises(DataError, match=r"cannot decode HEIC\)\. Install pip install 'hkd-det\[heic\]'"):
+    with pytest.raises(DataError, match=r"cannot decode HEIC\)\. Run pip install 'hkd-det\[heic\]'"):
         decode_image(HEIC, Path("a.heic"))
 
 

@@ -277,7 +277,7 @@ def read_engine_info(engine_path: Path) -> EngineInfo:
         reason = first_error_line(error)
         raise DataError(f"{path}: damaged ({reason}). Build the engine again: hkd-export MODEL.onnx --trt.") from None
     if engine_info.format > FORMAT:
-        raise DataError(f"{path}: written by a newer version of hkd-det. Run pip install -U hkd-det.")
+        raise DataError(f"{path}: written by a newer version of hkd-det. Update hkd-det on this machine.")
     return engine_info
 
 
