@@ -202,7 +202,8 @@ def _detect(models: Sequence[AuditModel], samples: Sequence[Sample], num_turns: 
     if not models:
         return results
     names = ", ".join(model.name for model in models)
-    log_stage(f"audit {len(samples)} images with {names}")
+    rotated = f", rotated by {90 * num_turns} degrees" if num_turns else ""
+    log_stage(f"audit {len(samples):,} images with {names}{rotated}")
     with (
         Progress(len(samples), f"audit with {names}", "image", delay_s=2) as progress,
         ThreadPoolExecutor(NUM_THREADS) as pool,

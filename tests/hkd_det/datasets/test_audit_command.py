@@ -128,6 +128,8 @@ def read_findings(split: str = "val") -> dict[str, dict[str, Any]]:
     findings = content["splits"][split]["findings"]
     by_name = {Path(finding["file"]).stem: finding for finding in findings}
     assert len(by_name) == len(findings)
+    browser = Path("runs/check/my/images.html").read_text()
+    assert all(f'"audit_{finding["kind"]}","audit"' in browser for finding in findings)
     return by_name
 
 

@@ -97,6 +97,48 @@ def test_problems_belong_to_their_images(dataset: Path, monkeypatch: pytest.Monk
     assert sizes["damaged.jpg"] == sizes["text.jpg"] == 0  # not readable
 
 
+def test_coco_records_belong_to_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    for name in names:
+        write_image(tmp_path / name)
+    boxes = [(0, 1, [10, 20, 30, 50]), (1, 1, [1, 2, -3, 4]), (1, 2, [5, 6, 7, 8]), (1, 2, None), (2, 1, [4, 5, 6, 0])]
+    annotations = [
+        {"id": number, "image_id": image, "category_id": category, "bbox": box}
+        for number, (image, category, box) in enumerate(boxes)
+    ]
+    images = [{"id": number, "file_name": name, "width": 100, "height": 80} for number, name in enumerate(names)]
+    categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "car"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    (tmp_path / "my.yaml").write_text("format: coco\nval: {images: ., annotations: all.json}\n")
+    _, content = check(tmp_path, monkeypatch)
+    kinds = {one[2]: [content["kinds"][kind][0] for kind, _ in one[-1]] for one in content["images"]}
+    assert kinds == {"a.jpg": [], "b.jpg": ["annotation"], "c.jpg": ["box_without_area"]}
+    unused = {one[2]: one[10] for one in content["images"]}
+    assert unused == {"a.jpg": [], "b.jpg": [[5, 6, 7, 8, content["labels"].index("car")]], "c.jpg": []}
+
+
+def test_voc_records_belong_to_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_object(name: str, corners: tuple[int, ...]) -> str:
+        sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+        box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
+        return f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+
+    (tmp_path / "Annotations").mkdir()
+    for name, objects in (
+        ("a", make_object("person", (11, 21, 30, 70)) + make_object("car", (1, 2, 30, 40))),
+        ("b", make_object("person", (30, 70, 11, 21))),
+    ):
+        write_image(tmp_path / "JPEGImages" / f"{name}.jpg")
+        xml = f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>"
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(xml)
+    (tmp_path / "my.yaml").write_text("format: voc\npath: .\ntrain: train\n")
+    _, content = check(tmp_path, monkeypatch)
+    first, second = content["images"]
+    assert first[7][0][:4] == [10, 20, 20, 50] and first[10][0][:4] == [0, 1, 30, 39]
+    assert [content["kinds"][kind][0] for kind, _ in second[-1]] == ["annotation"] and not first[-1]
+
+
 def test_near_duplicates_are_problems_of_images(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (dataset / "images" / "val" / "large.jpg").write_bytes((dataset / "images" / "train" / "a.jpg").read_bytes())
     _, content = check(dataset, monkeypatch)
