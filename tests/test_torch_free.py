@@ -19,6 +19,8 @@ TORCH_MODULES = (
     "hkd_deploy.export.diagnose",
     "hkd_deploy.export.exporter",
     "hkd_deploy.export.graph",
+    "hkd_bench.quickstart.candidates",
+    "hkd_bench.quickstart.own_data",
     "hkd_bench.quickstart.steps",
 )
 NO_TORCH = """
