@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import cv2
 import numpy as np
@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from hkd_det.structures import Detections  # which imports this module
 
 RGBColor = tuple[int, int, int]
+Redaction = Literal["blur", "pixelate", "fill"]
 LineSegment = tuple[tuple[int, int], tuple[int, int]]
 
+REDACTIONS: tuple[Redaction, ...] = get_args(Redaction)
+REDACTION_MARGIN = 0.1  # of the sides of a box, added on each side
+REDACTION_CELLS = 8  # across the longer side of a box; a face is less than one cell
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 TEXT_DARK: RGBColor = (16, 16, 16)
 TEXT_LIGHT: RGBColor = (245, 245, 245)
@@ -30,6 +34,39 @@ class MatchStatus(Enum):
     FALSE_NEGATIVE = (255, 72, 72)
     FALSE_POSITIVE = (255, 214, 10)
     IGNORED = (176, 176, 176)
+
+
+def redact_boxes(
+    image_rgb: NDArray[np.uint8], boxes_xyxy: NDArray[np.float32], redaction: Redaction
+) -> NDArray[np.uint8]:
+    """Make the content of boxes unrecognizable on a copy of an image.
+
+    Args:
+        image_rgb (uint8[H, W, 3]): RGB.
+        boxes_xyxy (float32[N, 4]): Boxes in pixels. They are enlarged by a tenth on each side.
+        redaction: "blur", "pixelate", or "fill" with gray. Only "fill" removes all information.
+
+    Returns:
+        The image, uint8[H, W, 3].
+    """
+    canvas = image_rgb.copy()
+    height, width = image_rgb.shape[:2]
+    for x1, y1, x2, y2 in boxes_xyxy.tolist():
+        margin_x, margin_y = REDACTION_MARGIN * (x2 - x1), REDACTION_MARGIN * (y2 - y1)
+        left, right = (round(min(max(x, 0), width)) for x in (x1 - margin_x, x2 + margin_x))
+        top, bottom = (round(min(max(y, 0), height)) for y in (y1 - margin_y, y2 + margin_y))
+        if left >= right or top >= bottom:
+            continue
+        region = canvas[top:bottom, left:right]
+        if redaction == "fill":
+            region[:] = 128
+            continue
+        cell = max(1, round(max(region.shape[:2]) / REDACTION_CELLS))
+        size_wh = (-(-region.shape[1] // cell), -(-region.shape[0] // cell))
+        small = cv2.resize(image_rgb[top:bottom, left:right], size_wh, interpolation=cv2.INTER_AREA)
+        enlarge = cv2.INTER_NEAREST if redaction == "pixelate" else cv2.INTER_CUBIC
+        region[:] = cv2.resize(small, region.shape[1::-1], interpolation=enlarge)
+    return canvas
 
 
 def draw_detections(

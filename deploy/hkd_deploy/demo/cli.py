@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hkd_deploy.backends import BACKENDS
 from hkd_deploy.backends.base import DEFAULT_CONF, Detector, StageTimes
+from hkd_deploy.demo.events import STDOUT, EventWriter, open_events
 from hkd_deploy.demo.output import (
     IMAGE_OUTPUT_SUFFIXES,
     FrameStats,
@@ -30,11 +31,12 @@ from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import Frame, FrameSource, is_live_address, open_source
 from hkd_det import __version__
 from hkd_det.config import check_range
-from hkd_det.draw import draw_detections, draw_overlay
+from hkd_det.draw import REDACTIONS, Redaction, draw_detections, draw_overlay, redact_boxes
 from hkd_det.errors import UsageError, run_command
 from hkd_det.letterbox import format_imgsz
 from hkd_det.shipped import DEFAULT_MODEL
 
+MAX_REDACTION_CONF = 0.1  # boxes with this score are redacted even if they are not drawn: a missed person is worse
 DEFAULT_OUTPUT_FPS = 25.0  # frame rate of a saved video if the source has none
 
 
@@ -65,10 +67,11 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
             )
             source = stack.enter_context(open_source(flags.source))
             output = open_output(stack, flags.save, source) if flags.save else None
+            events = stack.enter_context(open_events(flags.events, source.name)) if flags.events else None
             conf = detector.default_conf if flags.conf is None else flags.conf
             stats = FrameStats()  # starts its clock after everything is open
             try:
-                run_demo(detector, source, conf, stats, output, window, flags.max_frames)
+                run_demo(detector, source, conf, stats, output, window, flags.max_frames, events, flags.privacy)
             finally:
                 num_dropped = source.num_dropped
     except KeyboardInterrupt:
@@ -78,9 +81,10 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
         for number, handler in zip(stop_signals, previous_handlers, strict=True):
             signal.signal(number, handler)
         if stats.num_frames:
-            print(stats.format_summary(num_dropped))
+            text_output = sys.stderr if flags.events == STDOUT else sys.stdout
+            print(stats.format_summary(num_dropped), file=text_output)
             if _get_mtime_ns(flags.save) != mtime_ns:
-                print(f"saved {flags.save}")
+                print(f"saved {flags.save}", file=text_output)
     return 0
 
 
@@ -120,9 +124,21 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--save", type=Path, metavar="FILE", help="output video .mp4, .avi or .webm; .png or .jpg for one image"
     )
     parser.add_argument(
-        "--show", action=argparse.BooleanOptionalAction, help="show a window (default: unless --save is set)"
+        "--show",
+        action=argparse.BooleanOptionalAction,
+        help="show a window (default: unless --save or --events is set)",
     )
     parser.add_argument("--headless", dest="show", action="store_false", help="alias of --no-show")
+    parser.add_argument(
+        "--events",
+        metavar="FILE",
+        help="write the detections of each frame as a line of JSON to FILE, or to stdout with -",
+    )
+    parser.add_argument(
+        "--privacy",
+        choices=REDACTIONS,
+        help="blur, pixelate or fill people in everything that is shown or saved",
+    )
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames (default: no limit)")
     flags = parser.parse_args(argv)
     if flags.conf is not None:
@@ -130,7 +146,7 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if flags.max_frames is not None:
         check_range("--max-frames", flags.max_frames, 1)
     if flags.show is None:
-        flags.show = flags.save is None
+        flags.show = flags.save is None and flags.events is None
     return flags
 
 
@@ -261,6 +277,8 @@ def run_demo(
     output: FrameWriter | None = None,
     window: Window | None = None,
     max_frames: int | None = None,
+    events: EventWriter | None = None,
+    privacy: Redaction | None = None,
 ) -> None:
     """Process frames until the source ends, `max_frames` is reached or the user closes the window.
 
@@ -272,6 +290,8 @@ def run_demo(
         output: File for the drawn frames.
         window: Window for the drawn frames.
         max_frames: Maximum number of frames. None for no limit.
+        events: Writer of the detections.
+        privacy: How people are made unrecognizable in `output` and `window`. None shows them.
     """
     total = min(filter(None, (source.num_frames, max_frames)), default=None)
     canvas: NDArray[np.uint8] | None = None
@@ -280,6 +300,8 @@ def run_demo(
         def handle_idle() -> bool:
             """Show the status of a live source without a frame. Return False after the window is closed."""
             progress.update(stats, source.num_dropped, source.status)
+            if events:
+                events.write_status(source.status)
             return window is None or _update_idle_window(window, canvas, source.status)
 
         start_s = monotonic()
@@ -287,9 +309,17 @@ def run_demo(
             detections, times = detector.predict_timed(frame.image_rgb)
             age_ms = 1e3 * (monotonic() - frame.timestamp_s) if source.is_live else None
             stats.add(times, age_ms)
+            drawn = detections.filter(conf)
+            if events:
+                events.write_status(source.status)
+                position_s = None if source.is_live else frame.timestamp_s
+                events.write_frame(stats.num_frames - 1, frame.image_rgb.shape[:2], drawn, position_s, age_ms)
             if output or window:
-                drawn = detections.filter(conf)
-                canvas = draw_detections(frame.image_rgb, drawn)
+                image_rgb = frame.image_rgb
+                if privacy:
+                    redacted = detections.filter(min(conf, MAX_REDACTION_CONF))
+                    image_rgb = redact_boxes(image_rgb, redacted.boxes_xyxy, privacy)
+                canvas = draw_detections(image_rgb, drawn)
                 draw_overlay(canvas, _format_overlay(detector, stats, times, len(drawn), age_ms, source.num_dropped))
                 if output:
                     output.write(canvas, frame.timestamp_s)

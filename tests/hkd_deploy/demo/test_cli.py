@@ -1,11 +1,14 @@
 """Tests of the command `hkd-demo`: videos, images, cameras, Ctrl-C and error messages."""
 
+import io
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import cv2
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from hkd_deploy.demo.cli import main, run_demo, save_video
+from hkd_deploy.demo.events import EventWriter
 from hkd_deploy.demo.output import FrameStats
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
@@ -256,3 +260,61 @@ def test_signal_ends_a_camera_that_hangs(tiny_onnx: Callable[..., Path], camera:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (0, "")
+
+
+def test_events_are_one_line_of_json_per_frame(
+    tiny_onnx: Callable[..., Path], video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "events.jsonl"
+    flags = [str(tiny_onnx()), "--source", str(video), "--conf", "0", "--threads", "1", "--max-frames", "5"]
+    assert main([*flags, "--events", str(out)]) == 0
+    events = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [event["frame"] for event in events] == list(range(5))
+    assert {(event["version"], event["event"], event["camera"]) for event in events} == {(1, "frame", str(video))}
+    assert [event["position_s"] for event in events] == pytest.approx([n / 20 for n in range(5)], abs=1e-3)
+    for event in events:
+        assert event["image_wh"] == [320, 240] and event["num_persons"] == len(event["persons"]) == 1
+        assert "age_ms" not in event and datetime.fromisoformat(event["time"]).tzinfo is not None
+    with open_detector(flags[0]) as detector, open_source(str(video)) as source:
+        expected = detector(next(iter(source)).image_rgb)
+    person = events[0]["persons"][0]
+    assert person["box_xyxy"] == pytest.approx(expected.boxes_xyxy[0].tolist(), abs=0.1)
+    assert person["score"] == pytest.approx(float(expected.scores[0]), abs=1e-3)
+    capsys.readouterr()
+    assert main([*flags, "--events", "-"]) == 0
+    printed = capsys.readouterr()
+    assert len([json.loads(line) for line in printed.out.splitlines()]) == 5
+    assert "5 frames, " in printed.err
+
+
+def test_events_of_a_camera_have_ages_and_its_status(tiny_onnx: Callable[..., Path], camera: object) -> None:
+    stream = io.StringIO()
+    with open_detector(tiny_onnx()) as detector, open_source(camera.address) as source:  # type: ignore[attr-defined]
+        events = EventWriter(stream, source.name)
+        run_demo(detector, source, 0.3, FrameStats(), max_frames=3, events=events)
+        events.write_status("camera lost: no data")
+        events.write_status("camera lost: no data")
+        events.write_status("")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["frame"] * 3 + ["status"] * 2
+    assert all(0 <= line["age_ms"] < 5000 and "position_s" not in line for line in lines[:3])
+    assert [line["status"] for line in lines[3:]] == ["camera lost: no data", "ok"]
+
+
+@pytest.mark.parametrize("redaction", ["blur", "pixelate", "fill"])
+def test_privacy_hides_people_and_nothing_else(tiny_onnx: Callable[..., Path], tmp_path: Path, redaction: str) -> None:
+    paths = [tmp_path / "plain.png", tmp_path / "hidden.png"]
+    image = tmp_path / "image.png"
+    stripes = np.full((240, 320, 3), 20, np.uint8)
+    stripes[60:180, 100:160] = 255
+    stripes[60:180:4, 100:160] = 210  # detail inside the person
+    cv2.imwrite(str(image), stripes)
+    for path, flags in zip(paths, ([], ["--privacy", redaction]), strict=True):
+        assert main([str(tiny_onnx()), "--source", str(image), "--conf", "0", "--save", str(path), *flags]) == 0
+    plain, hidden = (cv2.imread(str(path)).astype(int) for path in paths)
+    inside = np.s_[80:160, 110:150]
+    row_contrast = [np.abs(np.diff(picture[inside], axis=0)).mean() for picture in (plain, hidden)]
+    assert row_contrast[0] > 10 and row_contrast[1] < 3
+    assert np.array_equal(plain[200:], hidden[200:]) and np.array_equal(
+        plain[120:, 200:], hidden[120:, 200:]
+    )  # the times stand at the top
