@@ -32,7 +32,7 @@ def test_unit_command_is_valid() -> None:
             words.append(word)
     flags = _parse_demo_arguments(words)
     assert (flags.source, flags.device, flags.conf) == ("rtsp://user:password@camera.local:554/stream", "cuda", 0.3)
-    assert flags.show is False and flags.save == Path("/var/lib/hkd-demo/out.mp4")
+    assert flags.show is False and flags.events == "/var/lib/hkd-demo/events.jsonl"
     assert not values  # all settings are used
 
 
