@@ -1,6 +1,6 @@
 """`hkd-train`: train a detector, alone or with distillation; download, validate or describe its inputs.
 
-Torch is imported only to train or to list layers.
+Torch is imported only to train or to list layers, and packages of extras only where they are used.
 """
 
 import argparse
@@ -12,7 +12,6 @@ from typing import Any
 
 from hkd_det import __version__
 from hkd_det.config import check_range
-from hkd_det.datasets.download import download
 from hkd_det.distill import METHODS
 from hkd_det.errors import UsageError, require_extra, run_command
 from hkd_det.train.settings import AUTO_BATCH, MODEL_NAMES, check_resume_flags, merge_settings, parse_with_peer_flags
@@ -35,6 +34,8 @@ def _run_train_cli(argv: Sequence[str] | None) -> int:
     if arguments.download:
         if not arguments.data:
             raise UsageError("--download: requires --data NAME. Choose a dataset of datasets.yaml.")
+        with require_extra("bench"):
+            from hkd_det.datasets.download import download  # noqa: PLC0415 - imports packages of the extra
         download(arguments.data)
         if not (arguments.model or arguments.resume or arguments.check):
             data = shlex.quote(arguments.data)

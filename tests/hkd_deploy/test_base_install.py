@@ -52,6 +52,13 @@ for module in sys.argv[1:]:
 """
 
 
+RUN_COMMAND = f"""{BASE_INSTALL}
+import importlib
+
+sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
+"""
+
+
 def test_base_install_runs_model_and_demo(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
     video, output = tmp_path / "street.avi", tmp_path / "out.mp4"
     writer = cv2.VideoWriter(str(video), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
@@ -70,6 +77,21 @@ def test_base_install_runs_model_and_demo(tiny_onnx: Callable[..., Path], tmp_pa
 def test_base_install_imports_device_modules(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT_MODULES, module], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "code", "message"),
+    [
+        ("hkd_det.train.cli", ["--help"], 0, "usage: hkd-train"),
+        ("hkd_det.train.cli", ["--data", "coco-person", "--download"], 1, "not installed. Run pip install 'hkd-det["),
+        ("hkd_bench.quickstart", ["--help"], 0, "usage: hkd-quickstart"),
+        ("hkd_deploy.demo.cli", ["--source", "rtsp://127.0.0.1:1/x", "--events", "-"], 1, "'hkd-det[live]'."),
+    ],
+)
+def test_base_install_names_the_extra_of_a_command(module: str, flags: list[str], code: int, message: str) -> None:
+    command = [sys.executable, "-c", RUN_COMMAND, module, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code and message in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 def test_import_loads_no_runtime() -> None:

@@ -269,8 +269,8 @@ def explain_missing_display(build_information: str, platform: str, environment: 
     """
     if re.search(r"^\s*GUI:\s*NONE\s*$", build_information, re.MULTILINE):
         return (
-            "--show: this OpenCV build does not support windows. Save a video instead (--save out.mp4), or run "
-            "pip uninstall -y opencv-python-headless && pip install opencv-python."
+            "--show: this OpenCV build does not support windows. Save a video (--save out.mp4), write events (--events "
+            "-), or run pip uninstall -y opencv-python-headless && pip install opencv-python."
         )
     if platform.startswith("linux") and not (environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY")):
         return "--show: no display (DISPLAY is not set). Save a video instead: --save out.mp4 --no-show."
