@@ -7,6 +7,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
+COPY deploy/systemd/ deploy/systemd/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 RUN python -m venv /opt/hkd && /opt/hkd/bin/pip install --no-cache-dir '.[cpu]'
 

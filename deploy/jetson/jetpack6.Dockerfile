@@ -16,6 +16,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
+COPY deploy/systemd/ deploy/systemd/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # --system-site-packages: no package index has the tensorrt package of JetPack.
 RUN python3 -m venv --system-site-packages /opt/hkd \

@@ -12,6 +12,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
+COPY deploy/systemd/ deploy/systemd/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # --system-site-packages: use the tensorrt package of the image, which fits its libraries.
 RUN python3 -m venv --system-site-packages /opt/hkd \
