@@ -184,11 +184,11 @@ def format_conclusions(delivery: Delivery) -> list[str]:
 
 
 def _compare_with_start(delivery: Delivery) -> str:
-    start, model = delivery.bench.models[1], delivery.delivered
-    before, after = (accuracy.miss_rates[SETUP] for accuracy in (start.accuracy[0], model.accuracy[0]))
-    if before is None or after is None:
-        return f"not measured: no person of the setup {SETUP}"
-    return f"MR^-2 {100 * before:.2f} % before, {100 * after:.2f} % after ({100 * (after - before):+.2f} points)"
+    rates = [model.accuracy[0].miss_rates[SETUP] for model in delivery.bench.models[1:]]
+    effect = delivery.results["bench"]["training_effect"]
+    if not effect:
+        return f"not measured, no person of the setup {SETUP}"
+    return f"MR^-2 {format_percent(rates[0])} before, {format_percent(rates[1])} after; {effect}"
 
 
 def _format_budget(delivery: Delivery) -> str:

@@ -337,9 +337,7 @@ def _measure_sizes(options: OwnDataOptions, plan: TrainingPlan, results: Results
     for name in ("distilled", "control"):
         path = directory / f"{name}-{plan.size}.onnx"
         export_onnx(load_detector_checkpoint(Path(results[name]["best"])), path, ExportOptions((plan.size,) * 2))
-        with open_detector(path, threads=options.threads) as detector:
-            detections = predict_exported(detector, samples)
-        rates[name] = evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name]
+        rates[name] = _evaluate_exported(path, samples, options.threads)
     difference = compare_miss_rates(rates["distilled"], rates["control"])
     winner = "control" if difference and difference.conclusion == "worse" else "distilled"
     rows = _measure_curve(options, plan, Path(results[winner]["best"]), samples, rates[winner])
@@ -348,6 +346,12 @@ def _measure_sizes(options: OwnDataOptions, plan: TrainingPlan, results: Results
         log_line(f"warning: no input size is within --max-ms {options.max_ms:g}: {size}x{size} is the fastest")
     effect = asdict(difference) if difference else None
     return {"winner": winner, "difference": effect, "rows": rows, "size": size, "is_within": is_within}
+
+
+def _evaluate_exported(path: Path, samples: Sequence[Sample], threads: int | None) -> MissRateResult:
+    """Return the miss rate of an ONNX file in the setup Reasonable."""
+    with open_detector(path, threads=threads) as detector:
+        return evaluate_detections(samples, predict_exported(detector, samples), [REASONABLE])[REASONABLE.name]
 
 
 def _measure_curve(
@@ -362,8 +366,8 @@ def _measure_curve(
             path = options.save_dir / "sizes" / f"student-{size}.onnx"
             export_onnx(checkpoint, path, ExportOptions((size, size)))
             with open_detector(path, threads=options.threads) as detector:
-                rate = evaluate_detections(samples, predict_exported(detector, samples), [REASONABLE])[REASONABLE.name]
                 times_ms = measure_latencies_ms(detector, images) if device_ms is None else []
+            rate = _evaluate_exported(path, samples, options.threads)
             p50_ms = float(np.median(times_ms)) if device_ms is None else device_ms.get((plan.model, size))
             difference = compare_miss_rates(rate, trained)
             conclusion = difference.conclusion if difference else ""
@@ -420,7 +424,9 @@ def _run_bench(
     names = [titles[other], "before training", titles[winner]]
     measured = bench([other_path, start_path, model], samples, bench_options, names)
     write_result(json_path, measured)
-    return {"p50_ms": [one.latency.p50_ms for one in measured.models], "names": names, "date": measured.date}
+    after, before = (_evaluate_exported(path, samples, options.threads) for path in (model, start_path))
+    difference = compare_miss_rates(after, before)
+    return {"names": names, "date": measured.date, "training_effect": difference.summary() if difference else ""}
 
 
 def _write_report(

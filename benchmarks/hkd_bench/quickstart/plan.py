@@ -19,7 +19,7 @@ STUDENT_SIZES = {NARROW: tuple(range(192, 641, 64)), WIDE: tuple(range(192, 449,
 DEFAULT_SIZE = 320  # of hkd-cpu, for a run without latency budget
 DEFAULT_EPOCHS, MIN_EPOCHS, MAX_EPOCHS = 10, 3, 30
 MIN_IMAGES_FOR_WIDE = 100  # with fewer training images, no wide network is trained
-NUM_INT8_TRIALS = 10  # evaluations of the search for layers that stay FP32
+NUM_INT8_TRIALS, NUM_LAYERS = 10, 104  # evaluations of the search for layers that stay FP32, and layers to rank
 START_S, NUM_STATISTICS_IMAGES = 25.0, 192  # start of a training run: processes, statistics of batch normalization
 
 Results = Mapping[str, Any]
@@ -248,7 +248,9 @@ def estimate_stages(plan: TrainingPlan, speeds: Speeds, counts: DataCounts) -> d
         "control": training_s(plan.model, ""),
         "distilled": training_s(plan.model, plan.teacher or NARROW),
         "sizes": len(sizes) * speeds.export_s + counts.val * speeds.detect_s * curve_pixels * factor,
-        "export": 4 * speeds.export_s + (NUM_INT8_TRIALS * counts.val + 5 * min(512, counts.train)) * detect_s,
+        "export": 4 * speeds.export_s
+        + (NUM_INT8_TRIALS * counts.val + 5 * min(512, counts.train)) * detect_s
+        + NUM_LAYERS * (0.2 * speeds.export_s + 8 * detect_s),
         "bench": 30 + 3 * (counts.evaluated + 400) * detect_s,
         "report": 10.0,
     }
