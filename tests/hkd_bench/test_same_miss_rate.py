@@ -15,7 +15,6 @@ from hkd_deploy import open_detector
 from hkd_deploy.export.cli import main as export_main
 from hkd_det.models import zoo
 from hkd_det.models.detector import HKDDetectorSpec
-from hkd_det.models.yolox import YOLOXSpec
 from hkd_det.train.config import TrainConfig
 from hkd_det.train.history import find_best_record
 from hkd_det.train.trainer import train
@@ -56,16 +55,17 @@ def data_yaml(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("spec", [TINY, pytest.param(YOLOXSpec(width=0.125), marks=pytest.mark.slow)])
 def test_training_verification_and_bench_have_one_miss_rate(
-    spec: HKDDetectorSpec | YOLOXSpec,
     data_yaml: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Training evaluates batches in torch, the others single images in ONNX Runtime, where YOLOX has another NMS."""
-    monkeypatch.setitem(zoo.MODELS, "mini-student", spec)
+    """Training evaluates batches in torch, the others single images in ONNX Runtime.
+
+    A YOLOX of this size has equal scores, among which torch and ONNX Runtime can select differently.
+    """
+    monkeypatch.setitem(zoo.MODELS, "mini-student", TINY)
     config = TrainConfig(
         str(data_yaml), "mini-student", str(tmp_path / "run"), (96, 160), epochs=12, batch=4, lr=4e-3, workers=0,
         device="cpu",
