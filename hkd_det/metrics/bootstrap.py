@@ -19,8 +19,8 @@ from hkd_det.metrics.tables import Floats
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 MAX_WEIGHTS_PER_CHUNK = 1 << 22  # limits memory to about 100 MiB
-# In simulated datasets (tests/hkd_det/metrics/test_bootstrap.py) the 95 % interval contains the true miss rate in 92 %
-# of the cases with 50 images, in 87 % with 20, and in 64 % with 5: few images do not contain the difficult cases.
+# With few images the interval of a miss rate is too narrow, because they do not contain the difficult cases
+# (tests/hkd_det/metrics/test_bootstrap.py). For differences between detectors the limit is a convention.
 MIN_IMAGES = MIN_PERSONS = 50
 TOO_FEW = f"no conclusion: fewer than {MIN_IMAGES} images or {MIN_PERSONS} persons"
 
