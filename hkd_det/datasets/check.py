@@ -45,7 +45,7 @@ from hkd_det.datasets.check_report import (
 )
 from hkd_det.datasets.check_summary import ProblemLog, escape_nonprintable, format_summary, summarize
 from hkd_det.datasets.data_yaml import SPLITS
-from hkd_det.datasets.duplicates_report import (
+from hkd_det.datasets.duplicates import (
     DuplicateSearch,
     ImageSet,
     draw_duplicates,

@@ -18,7 +18,7 @@ from hkd_det.datasets.base import DatasetError
 from hkd_det.datasets.check_images import make_preview_paths
 from hkd_det.datasets.check_report import IGNORED_COLOR, PERSON_COLOR, VISIBLE_COLOR
 from hkd_det.datasets.check_summary import escape_nonprintable
-from hkd_det.datasets.duplicates_report import DuplicateSearch
+from hkd_det.datasets.duplicates import DuplicateSearch
 from hkd_det.files import write_text
 from hkd_det.structures import GroundTruth, Sample
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from hkd_det.console import Progress, log_stage
 from hkd_det.datasets.base import ErrorHandler, set_image
 from hkd_det.datasets.check_summary import escape_nonprintable
-from hkd_det.datasets.duplicates import THUMBNAIL_PX, Thumbnails, make_thumbnail
-from hkd_det.datasets.duplicates_report import ImageSet
+from hkd_det.datasets.duplicates import THUMBNAIL_PX, ImageSet, Thumbnails, make_thumbnail
 from hkd_det.datasets.image_files import make_stated_size_error
 from hkd_det.errors import DataError
 from hkd_det.files import atomic_write_dir
