@@ -13,10 +13,18 @@ import scipy.io
 from numpy.typing import NDArray
 
 from hkd_det.console import iterate_with_progress, log_stage
-from hkd_det.datasets.synthetic.objects import SceneObject, make_pedestrian, sample_height_m, sample_position
 from hkd_det.datasets.synthetic.person import Person, sample_person
 from hkd_det.datasets.synthetic.renderer import LIGHTINGS, Camera, Lighting
-from hkd_det.datasets.synthetic.scene import AnnotationRecord, generate_scene, render_scene, sample_objects
+from hkd_det.datasets.synthetic.scene import (
+    AnnotationRecord,
+    SceneObject,
+    generate_scene,
+    make_pedestrian,
+    render_scene,
+    sample_height_m,
+    sample_objects,
+    sample_position,
+)
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import atomic_write, write_text
 

@@ -14,9 +14,9 @@ import scipy.io
 from hkd_det.datasets import read_image
 from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.synthetic import RenderedScene, generate_scene, write_synthetic_dataset, write_video, writer
-from hkd_det.datasets.synthetic.objects import PEDESTRIAN
 from hkd_det.datasets.synthetic.person import HEAD_TOP_OFFSET, paint_person, sample_person, walking_pose
 from hkd_det.datasets.synthetic.renderer import Canvas
+from hkd_det.datasets.synthetic.scene import PEDESTRIAN
 from hkd_det.errors import DataError, UsageError
 
 OFFICIAL = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "citypersons" / "anno_val.mat"
