@@ -14,8 +14,7 @@ from hkd_det.distill.cdd.compactor import (
     insert_compactors,
     reset_gradient,
 )
-from hkd_det.distill.cdd.cost_model import ChannelCostModel, filter_deployed_layers
-from hkd_det.distill.cdd.importance import PooledFeatures
+from hkd_det.distill.cdd.importance import ChannelCostModel, PooledFeatures, filter_deployed_layers
 from hkd_det.distill.cdd.losses import CDDConfig, CDDLoss
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector

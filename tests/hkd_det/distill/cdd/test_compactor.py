@@ -18,7 +18,7 @@ from hkd_det.distill.cdd.compactor import (
     fuse_compactors,
     insert_compactors,
 )
-from hkd_det.distill.cdd.cost_model import ChannelCostModel, filter_deployed_layers
+from hkd_det.distill.cdd.importance import ChannelCostModel, filter_deployed_layers
 from hkd_det.models.base import BaseDetector, ProposalOutputs
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.faster_rcnn import FasterRCNN

@@ -14,7 +14,7 @@ from hkd_det.distill.cdd.compactor import (
     compute_group_lasso_gradient,
     reset_gradient,
 )
-from hkd_det.distill.cdd.cost_model import ChannelCostModel
+from hkd_det.distill.cdd.importance import ChannelCostModel
 from hkd_det.distill.cdd.losses import CDDConfig, CDDLoss
 from hkd_det.distill.cdd.pruner import ChannelPruner, PruningSchedule, prepare_pruning
 from hkd_det.errors import UsageError
