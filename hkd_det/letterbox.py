@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import clip_boxes
 from hkd_det.errors import UsageError
+from hkd_det.structures import clip_boxes
 
 PAD_VALUE = 114
 MAX_LINEAR_REDUCTION = 2

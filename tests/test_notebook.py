@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hkd_det.boxes import box_iou, xyxy_from_xywh
 from hkd_det.datasets.synthetic import generate_scene
-from hkd_det.structures import Detections
+from hkd_det.structures import Detections, box_iou, xyxy_from_xywh
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))

@@ -26,7 +26,6 @@ from torchvision.ops import nms
 from hkd_bench.bench import BenchOptions, bench
 from hkd_deploy.export.exporter import export_detector
 from hkd_deploy.model_metadata import ExportOptions
-from hkd_det.boxes import box_iou, xyxy_from_xywh
 from hkd_det.datasets import Sample
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.letterbox import parse_imgsz
@@ -34,7 +33,7 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.coco_files import read_coco_ground_truth
 from hkd_det.models.checkpoint import DetectorCheckpoint, load_detector_checkpoint
 from hkd_det.ops.boxes import IOU_LIMITS
-from hkd_det.structures import Detections
+from hkd_det.structures import Detections, box_iou, xyxy_from_xywh
 from hkd_det.train.engine import predict_dataset
 
 NUM_PARITY_IMAGES = 8  # images on which an exported file is compared with torch

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import box_area, box_intersection, box_iou, xyxy_from_xywh
 from hkd_det.datasets.audit import SplitAudit, audit_split
 from hkd_det.datasets.audit_run import detect_with_cache, open_audit_models
 from hkd_det.datasets.coco import read_coco
 from hkd_det.files import read_json
-from hkd_det.structures import Detections, GroundTruth, Sample
+from hkd_det.structures import Detections, GroundTruth, Sample, box_area, box_intersection, box_iou, xyxy_from_xywh
 
 SCORES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 NUM_SEEDS = 10

@@ -10,14 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from hkd_det.boxes import Boxes, box_area, clip_boxes, xywh_from_xyxy
 from hkd_det.datasets.audit import CERTAIN_SCORE, Finding
 from hkd_det.datasets.catalog import dataset_license, find_coco_source
 from hkd_det.datasets.coco import list_annotated_categories, read_coco_content
 from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import write_text
-from hkd_det.structures import Sample
+from hkd_det.structures import Boxes, Sample, box_area, clip_boxes, xywh_from_xyxy
 
 AuditedAs = Literal["ignore", "label", "detections"]
 SPLIT_PLACEHOLDER = "{split}"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hkd_det.boxes import rotate_boxes
 from hkd_det.console import Progress, format_table, log_stage
 from hkd_det.datasets.audit import (
     PROPOSAL_SCORE,
@@ -29,7 +28,7 @@ from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, bytes_sha256, file_sha256
 from hkd_det.image import read_image
 from hkd_det.onnxrt.detector import open_onnx_detector
-from hkd_det.structures import Detections, GroundTruth, Sample
+from hkd_det.structures import Detections, GroundTruth, Sample, rotate_boxes
 
 ReadableSample = tuple[Sample, tuple[int, int]]  # with height and width of the image in pixels
 MIN_DETECTION_SCORE = 0.01  # a label is improbable only if the models detect nothing even at such scores

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hkd_det.boxes import box_area, xyxy_from_xywh
 from hkd_det.config import check_range
 from hkd_det.datasets.base import ErrorHandler, filter_missing_images, raise_error, show_progress
 from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_bbgt, read_vbb
 from hkd_det.errors import DataError, UsageError
-from hkd_det.structures import GroundTruth, Sample
+from hkd_det.structures import GroundTruth, Sample, box_area, xyxy_from_xywh
 
 SETS = tuple(f"set{number:02}" for number in range(11))
 TEST_SETS = SETS[6:]

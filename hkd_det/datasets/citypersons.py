@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets.base import (
     MAX_COORDINATE_PX,
     ErrorHandler,
@@ -24,7 +23,7 @@ from hkd_det.datasets.base import (
 from hkd_det.datasets.mat_file import read_mat, to_float_array, to_text
 from hkd_det.errors import DataError
 from hkd_det.files import read_json
-from hkd_det.structures import GroundTruth, Sample
+from hkd_det.structures import GroundTruth, Sample, xyxy_from_xywh
 
 LABELS = ("ignore", "pedestrian", "rider", "sitting person", "other person", "people group")
 PEDESTRIAN = LABELS.index("pedestrian")

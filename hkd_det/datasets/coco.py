@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from hkd_det.boxes import box_area
 from hkd_det.datasets.base import (
     DatasetError,
     ErrorHandler,
@@ -31,7 +30,7 @@ from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_role
 from hkd_det.errors import DataError
 from hkd_det.files import read_json
 from hkd_det.image import read_image_header
-from hkd_det.structures import GroundTruth, Sample
+from hkd_det.structures import GroundTruth, Sample, box_area
 
 PersonRecord = tuple[CocoBox, bool]  # boxes, ignore
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import Boxes, box_area, clip_boxes, xyxy_from_xywh
 from hkd_det.datasets.base import DatasetError, is_pixel_value, make_outside_error
 from hkd_det.errors import DataError, import_package
+from hkd_det.structures import Boxes, box_area, clip_boxes, xyxy_from_xywh
 
 MAX_MASK_PIXELS = 2**28
 AREA_TOLERANCE = 0.02  # relative

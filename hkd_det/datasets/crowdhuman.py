@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets.base import (
     ErrorHandler,
     filter_missing_images,
@@ -23,7 +22,7 @@ from hkd_det.datasets.base import (
 )
 from hkd_det.errors import DataError
 from hkd_det.files import read_content
-from hkd_det.structures import GroundTruth, Sample
+from hkd_det.structures import GroundTruth, Sample, xyxy_from_xywh
 
 ID_PATTERN = re.compile(r"[\w,.\-]{1,200}", re.ASCII)  # 273271,1a0d6000b9e1f5b7
 CrowdHumanRecord = tuple[list[float], list[float], bool, str]  # full box xywh, visible box xywh, ignore, tag

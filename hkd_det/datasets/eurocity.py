@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from hkd_det.boxes import box_area, clip_boxes
 from hkd_det.datasets.base import (
     MAX_COORDINATE_PX,
     ErrorHandler,
@@ -35,7 +34,7 @@ from hkd_det.datasets.base import (
 )
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import read_json
-from hkd_det.structures import GroundTruth, Sample
+from hkd_det.structures import GroundTruth, Sample, box_area, clip_boxes
 
 PEDESTRIAN, DISTANT_GROUP = "pedestrian", "person-group-far-away"
 IGNORED_IDENTITIES = ("rider", "co-rider", DISTANT_GROUP, "rider+vehicle-group-far-away")

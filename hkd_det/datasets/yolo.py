@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hkd_det.boxes import box_area
 from hkd_det.datasets.base import (
     DatasetError,
     ErrorHandler,
@@ -27,7 +26,7 @@ from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_role
 from hkd_det.datasets.yolo_labels import LabelSearch
 from hkd_det.errors import DataError
 from hkd_det.image import IMAGE_SUFFIXES, read_image_header
-from hkd_det.structures import GroundTruth, Sample
+from hkd_det.structures import GroundTruth, Sample, box_area
 
 MAX_COORDINATE_RATIO = 2.0  # a person can be partly outside the image; larger values are probably pixels
 MIN_FORM_ROWS, MAX_BEYOND = 3, 0.02  # rows that decide on the form of the boxes; tolerance outside the image

@@ -16,13 +16,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import xywh_from_xyxy
 from hkd_det.datasets.base import is_pixel_value
 from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import read_content, write_text
 from hkd_det.metrics.tables import DetectionTable, Floats, GroundTruthTable, is_valid_box
-from hkd_det.structures import Detections
+from hkd_det.structures import Detections, xywh_from_xyxy
 
 PEDESTRIAN_CATEGORY_ID = 1  # the category that the official CityPersons program evaluates
 PERSON_CATEGORY_ID = 1  # of COCO

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import xywh_from_xyxy
-from hkd_det.structures import Detections, GroundTruth
+from hkd_det.structures import Detections, GroundTruth, xywh_from_xyxy
 
 Floats = NDArray[np.float64]
 MAX_BOX_VALUE = 1e100  # the area of a larger box overflows

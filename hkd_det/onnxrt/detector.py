@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import nms
 from hkd_det.errors import DataError
 from hkd_det.letterbox import Letterbox
 from hkd_det.onnxrt.model_config import (
@@ -19,7 +18,7 @@ from hkd_det.onnxrt.model_config import (
     read_input_info,
 )
 from hkd_det.onnxrt.session import open_session
-from hkd_det.structures import Detections
+from hkd_det.structures import Detections, nms
 
 FloatArray = NDArray[np.floating]
 # Scores [B, A] of all rows, and a function from an image index and rows (int array[N]) to boxes [N, 4].

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import box_iou
 from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.errors import UsageError
 from hkd_det.files import read_yaml
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
-from hkd_det.structures import Detections
+from hkd_det.structures import Detections, box_iou
 
 DEFAULT_IOU = 0.55
 MAX_DETECTIONS = 300  # boxes per model and image that are fused

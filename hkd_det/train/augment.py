@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.boxes import box_area, clip_boxes
 from hkd_det.letterbox import PAD_VALUE, is_below_half
+from hkd_det.structures import box_area, clip_boxes
 
 MIN_AREA_RATIO = 0.35  # area inside the image / area of the full box
 MIN_VISIBLE_RATIO = (

@@ -4,10 +4,7 @@ import subprocess
 import sys
 
 MODULES = [
-    *(
-        f"hkd_det.{name}"
-        for name in ("errors", "structures", "boxes", "image", "letterbox", "config", "files", "console")
-    ),
+    *(f"hkd_det.{name}" for name in ("errors", "structures", "image", "letterbox", "config", "files", "console")),
     *(f"hkd_det.onnxrt.{name}" for name in ("session", "model_config", "detector")),
     "hkd_det.datasets.catalog",
     "hkd_det.datasets.caltech_extract",

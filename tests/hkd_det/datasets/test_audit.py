@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hkd_det.boxes import box_iou, rotate_boxes
 from hkd_det.datasets.audit import (
     SplitAudit,
     audit_split,
@@ -19,7 +18,7 @@ from hkd_det.datasets.audit import (
 from hkd_det.datasets.audit_run import detect_with_cache, open_audit_models
 from hkd_det.datasets.coco import read_coco
 from hkd_det.image import read_image
-from hkd_det.structures import Detections, GroundTruth, Sample
+from hkd_det.structures import Detections, GroundTruth, Sample, box_iou, rotate_boxes
 
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 RECIPE = Path(__file__).parents[3] / "recipes" / "onnx" / "yolox.yaml"

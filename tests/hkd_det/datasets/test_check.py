@@ -15,7 +15,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets import GroundTruth, Sample, check
 from hkd_det.datasets.check_images import SOURCE_NAME, choose_report_dir, describe_source
 from hkd_det.datasets.check_report import (
@@ -27,6 +26,7 @@ from hkd_det.datasets.check_report import (
     make_contact_sheet,
 )
 from hkd_det.datasets.check_summary import HEIGHT_EDGES_PX, VISIBLE_RATIO_EDGES, Range, escape_nonprintable, summarize
+from hkd_det.structures import xyxy_from_xywh
 from hkd_det.train.cli import main
 
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.boxes import xyxy_from_xywh
 from hkd_det.datasets.citypersons import _read_mat_samples
 from hkd_det.metrics.citypersons import REASONABLE, SETUPS, evaluate, evaluate_detections, match_image
 from hkd_det.metrics.matching import MissRateResult
 from hkd_det.metrics.tables import DetectionTable, GroundTruthTable
-from hkd_det.structures import Detections, GroundTruth, Sample
+from hkd_det.structures import Detections, GroundTruth, Sample, xyxy_from_xywh
 
 spec = importlib.util.spec_from_file_location("official", Path(__file__).with_name("official_citypersons.py"))
 assert spec is not None and spec.loader is not None

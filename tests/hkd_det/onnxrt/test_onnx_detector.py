@@ -11,11 +11,11 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
-from hkd_det.boxes import box_iou
 from hkd_det.datasets.coco import read_coco
 from hkd_det.errors import DataError
 from hkd_det.image import read_image
 from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
+from hkd_det.structures import box_iou
 
 TEST_DATA = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 RECIPES = Path(__file__).parents[3] / "recipes" / "onnx"
