@@ -124,10 +124,17 @@ def _apply_override_at(
 
 
 def _unwrap_optional(cls: Any) -> tuple[Any, bool]:
-    """Return `X` and True for the type `X | None`, else the type itself and False."""
-    if typing.get_origin(cls) in (types.UnionType, typing.Union):
-        return next(arg for arg in typing.get_args(cls) if arg is not type(None)), True
-    return cls, False
+    """Return `X` and True for the type `X | None`, else the type itself and False.
+
+    A union of literals is one literal.
+    """
+    if typing.get_origin(cls) not in (types.UnionType, typing.Union):
+        return cls, False
+    args = [arg for arg in typing.get_args(cls) if arg is not type(None)]
+    if all(typing.get_origin(arg) is typing.Literal for arg in args):
+        values = tuple(value for arg in args for value in typing.get_args(arg))
+        return typing.Literal[values], type(None) in typing.get_args(cls)
+    return args[0], type(None) in typing.get_args(cls)
 
 
 def _list_required_fields(cls: Any) -> list[str]:

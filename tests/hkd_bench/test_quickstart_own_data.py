@@ -1,4 +1,4 @@
-"""Test of `hkd-quickstart --data` at a small size: killed between stages, resumed, and finished."""
+"""Test of `hkd-quickstart --data` at a small size: killed after a stage and in a training, resumed, and finished."""
 
 import json
 import re
@@ -13,7 +13,8 @@ from hkd_bench.result import read_result
 from hkd_deploy import open_detector
 from hkd_det.datasets.synthetic import write_synthetic_dataset
 
-# Few sizes, images and layers. SIGKILL after a stage ends the process like a power failure.
+# Few sizes, images and layers. SIGKILL after a stage or after the first epoch of a training ends the process like a
+# power failure.
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
@@ -25,16 +26,22 @@ plan.STUDENT_SIZES.update({plan.NARROW: (64, 320), plan.WIDE: ()})
 candidates.NUM_RUNS = candidates.NUM_PROBE_STEPS = 2
 own_data.CALIB_IMAGES, own_data.MAX_MR_INCREASE = 4, 100.0
 os.sched_getaffinity = lambda _: ()  # no loader processes
-run = plan.PlanFile.run
+run, train = plan.PlanFile.run, own_data.train
+
+def kill_after(name):
+    if name == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 def run_and_kill(self, stage, results):
     result = run(self, stage, results)
-    if stage.name == sys.argv[3]:
-        os.kill(os.getpid(), signal.SIGKILL)
+    kill_after(stage.name)
     return result
 
-plan.PlanFile.run = run_and_kill
-options = plan.OwnDataOptions(sys.argv[1], Path(sys.argv[2]), epochs=1, max_ms=1e6, threads=1, runs=3)
+def train_and_kill(config, resume):
+    return train(config, resume, on_epoch=lambda record: kill_after(f"{config.save_path.name}, epoch {record.epoch}"))
+
+plan.PlanFile.run, own_data.train = run_and_kill, train_and_kill
+options = plan.OwnDataOptions(sys.argv[1], Path(sys.argv[2]), epochs=2, max_ms=1e6, threads=1, runs=3)
 own_data.run_own_data(options, is_plan_only=False)
 """
 STAGES = ["check", "measure", "teacher", "control", "distilled", "sizes", "export", "bench", "report"]
@@ -56,10 +63,13 @@ def test_killed_quickstart_resumes_and_writes_the_folder(tmp_path: Path) -> None
     assert killed.returncode == -9, killed.stderr[-2000:]
     assert list(json.loads((save_dir / "plan.json").read_text())["stages"]) == STAGES[:4]
     trained_ns = (save_dir / "control" / "best.pt").stat().st_mtime_ns
+    killed = run_program(data, save_dir, "distilled, epoch 1")
+    assert killed.returncode == -9, killed.stderr[-2000:]
 
     resumed = run_program(data, save_dir, "never")
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-2000:]
     assert resumed.stdout.count(": done") == 4
+    assert "epoch 2/2" in resumed.stdout and "epoch 1/2" not in resumed.stdout
     assert (save_dir / "control" / "best.pt").stat().st_mtime_ns == trained_ns
     assert list(json.loads((save_dir / "plan.json").read_text())["stages"]) == STAGES
 

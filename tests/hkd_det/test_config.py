@@ -16,6 +16,7 @@ class Inner:
     weight: float = 1.0
     names: tuple[str, ...] = ()
     mode: Literal["one", "two"] = "one"
+    adapter: Literal["one", "two"] | Literal["none"] = "none"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ INNER_VALUES = st.builds(
     weight=st.floats(allow_nan=False),
     names=st.lists(st.text()).map(tuple),
     mode=st.sampled_from(["one", "two"]),
+    adapter=st.sampled_from(["one", "two", "none"]),
 )
 
 

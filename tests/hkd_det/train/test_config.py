@@ -1,9 +1,19 @@
-"""Rates and strengths over a run."""
+"""Rates and strengths over a run, and the round trip of a configuration."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hkd_det.train.config import compute_distill_weight, compute_lr_factor, get_last_phase_start
+from hkd_det.distill import METHODS, load_method
+from hkd_det.train.config import TrainConfig, compute_distill_weight, compute_lr_factor, get_last_phase_start
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_settings_of_a_method_are_read_back(name: str) -> None:
+    methods = dict.fromkeys(["hkd", name] if name == "mokd" else [name])  # mokd balances the losses of another method
+    distill = {method: load_method(method).Config() for method in methods}
+    config = TrainConfig(data="d.yaml", model="m", save_dir="r", distill=distill, teacher="t")
+    assert TrainConfig.from_dict(config.as_dict()) == config
 
 
 def test_lr_factor_rises_to_one_and_falls() -> None:
