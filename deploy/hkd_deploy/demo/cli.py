@@ -1,43 +1,33 @@
-"""Command `hkd-demo`: run an exported model on a video, images, a webcam or a network camera."""
+"""Command `hkd-demo`: run an exported model on videos, images, webcams or network cameras."""
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from time import monotonic, perf_counter
-from types import TracebackType
-from typing import Protocol
+from threading import Event
+from types import FrameType, TracebackType
 
 import cv2
-import numpy as np
-from numpy.typing import NDArray
 
 from hkd_deploy.backends import BACKENDS
-from hkd_deploy.backends.base import DEFAULT_CONF, Detector, StageTimes
-from hkd_deploy.demo.events import STDOUT, EventWriter, open_events
-from hkd_deploy.demo.output import (
-    IMAGE_OUTPUT_SUFFIXES,
-    FrameStats,
-    Window,
-    open_image_writer,
-    open_video_writer,
-    open_window,
-)
+from hkd_deploy.backends.base import DEFAULT_CONF
+from hkd_deploy.demo.base import FrameSink
+from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
+from hkd_deploy.demo.events import STDOUT, open_events
+from hkd_deploy.demo.output import FrameStats, open_window
+from hkd_deploy.demo.progress import ProgressReport, print_summary
+from hkd_deploy.demo.run import CameraPipeline, run_cameras
+from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
 from hkd_deploy.pipeline import open_detector
-from hkd_deploy.streams import Frame, FrameSource, is_live_address, open_source
+from hkd_deploy.streams import FrameSource, LiveSource, is_live_address, open_source
 from hkd_det import __version__
 from hkd_det.config import check_range
-from hkd_det.draw import REDACTIONS, Redaction, draw_detections, draw_overlay, redact_boxes
-from hkd_det.errors import UsageError, run_command
-from hkd_det.letterbox import format_imgsz
+from hkd_det.draw import REDACTIONS
+from hkd_det.errors import run_command
 from hkd_det.shipped import DEFAULT_MODEL
-
-MAX_REDACTION_CONF = 0.1  # boxes with this score are redacted even if they are not drawn: a missed person is worse
-DEFAULT_OUTPUT_FPS = 25.0  # frame rate of a saved video if the source has none
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,43 +45,131 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_demo_command(argv: Sequence[str] | None) -> int:
     flags = _parse_demo_arguments(argv)
     _silence_opencv()
-    # SIGTERM and SIGHUP, which stop a service, complete the saved video like Ctrl-C.
-    stop_signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not on Windows
-    previous_handlers = [signal.signal(number, signal.default_int_handler) for number in stop_signals]
-    stats, num_dropped, mtime_ns = FrameStats(), 0, _get_mtime_ns(flags.save)
+    cameras = read_cameras(flags.cameras) if flags.cameras else name_sources(flags.source)
+    is_live = any(is_live_address(camera.source) for camera in cameras)
+    pipelines: list[CameraPipeline] = []
+    files: list[FileSink] = []
     try:
-        with ExitStack() as stack:
-            window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.show else None
-            detector = stack.enter_context(
-                open_detector(flags.model, flags.device, flags.threads, flags.backend, model_config=flags.model_config)
-            )
-            source = stack.enter_context(open_source(flags.source))
-            output = open_output(stack, flags.save, source) if flags.save else None
-            events = stack.enter_context(open_events(flags.events, source.name)) if flags.events else None
-            conf = detector.default_conf if flags.conf is None else flags.conf
-            stats = FrameStats()  # starts its clock after everything is open
-            try:
-                run_demo(detector, source, conf, stats, output, window, flags.max_frames, events, flags.privacy)
-            finally:
-                num_dropped = source.num_dropped
+        with StopSignals() as stop_signals, ExitStack() as stack:
+            _run_cameras(stack, flags, cameras, pipelines, files, stop_signals)
     except KeyboardInterrupt:
-        if not is_live_address(flags.source):
+        if not is_live:
             raise  # a camera has no other end
     finally:
-        for number, handler in zip(stop_signals, previous_handlers, strict=True):
-            signal.signal(number, handler)
-        if stats.num_frames:
-            text_output = sys.stderr if flags.events == STDOUT else sys.stdout
-            print(stats.format_summary(num_dropped), file=text_output)
-            if _get_mtime_ns(flags.save) != mtime_ns:
-                print(f"saved {flags.save}", file=text_output)
+        text_output = sys.stderr if flags.events == STDOUT else sys.stdout
+        print_summary(pipelines, text_output)
+        for file in files:
+            if file.is_saved:
+                print(f"saved {file.path}", file=text_output)
     return 0
+
+
+def _run_cameras(
+    stack: ExitStack,
+    flags: argparse.Namespace,
+    cameras: Sequence[CameraConfig],
+    pipelines: list[CameraPipeline],
+    files: list[FileSink],
+    stop_signals: "StopSignals",
+) -> None:
+    """Open everything, run, and close. `pipelines` and `files` are filled, so that they are valid after an error."""
+    names = [camera.name for camera in cameras]
+    window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.show else None
+    window_sink = WindowSink(window, names) if window else None
+    detector = stack.enter_context(
+        open_detector(flags.model, flags.device, flags.threads, flags.backend, model_config=flags.model_config)
+    )
+    new_frame = Event()
+    sources = open_sources(stack, cameras, new_frame)
+    shared: list[FrameSink] = [stack.enter_context(open_events(flags.events))] if flags.events else []
+    default_conf = detector.default_conf if flags.conf is None else flags.conf
+    paths = [flags.save] if len(cameras) == 1 else make_file_paths(flags.save, names) if flags.save else []
+    for index, (camera, source) in enumerate(zip(cameras, sources, strict=True)):
+        sinks = list(shared)
+        if flags.save:
+            files.append(FileSink(paths[index], source))
+            stack.callback(files[-1].close)
+            sinks.append(files[-1])
+        if window_sink:
+            sinks.append(window_sink)
+        conf = default_conf if camera.conf is None else camera.conf
+        pipelines.append(CameraPipeline(camera.name, source, conf, sinks, camera.privacy or flags.privacy))
+    progress = stack.enter_context(ProgressReport(pipelines, flags.max_frames))
+    with stop_signals.defer():
+        run_cameras(
+            pipelines, detector, window_sink, flags.max_frames, new_frame, progress.update, stop_signals.is_requested
+        )
+
+
+def open_sources(stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: Event) -> list[FrameSource]:
+    """Open the sources of cameras. Live sources open at the same time, in the background.
+
+    Args:
+        stack: Exit stack that closes the sources, all within about a second.
+        cameras: The cameras.
+        new_frame: Set with each new frame of a live source.
+
+    Returns:
+        One source per camera.
+    """
+    sources = [stack.enter_context(open_source(camera.source, on_frame=new_frame.set)) for camera in cameras]
+
+    def stop_all() -> None:
+        for source in sources:
+            if isinstance(source, LiveSource):
+                source.stop()
+
+    stack.callback(stop_all)
+    return sources
+
+
+class StopSignals:
+    """Handler of SIGINT, SIGTERM and SIGHUP, which end a run.
+
+    A signal raises KeyboardInterrupt, except in a block of `defer`, which ends between two frames: a file is not
+    interrupted in the middle of a frame. A second signal always raises.
+    """
+
+    def __init__(self) -> None:
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
+        self._numbers = [getattr(signal, name) for name in names]
+        self._is_deferred = self._is_requested = False
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = [signal.signal(number, self._handle) for number in self._numbers]
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in zip(self._numbers, self._previous, strict=True):
+            signal.signal(number, handler)
+
+    def is_requested(self) -> bool:
+        """Return whether a signal arrived."""
+        return self._is_requested
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        """Defer the KeyboardInterrupt of a signal to the end of the block, which checks `is_requested`."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+        if self._is_requested:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of signal.signal
+        if self._is_requested or not self._is_deferred:
+            raise KeyboardInterrupt
+        self._is_requested = True
 
 
 def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hkd-demo",
-        description="Run a detector on a video, images, a webcam or a network camera; show or save the result.",
+        description="Run a detector on videos, images, webcams or network cameras; show or save the result.",
         epilog="example: hkd-demo --source street.mp4 --save out.mp4",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -108,9 +186,13 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="YAML",
         help="configuration of an ONNX file that hkd-export did not write (default: MODEL.yaml next to MODEL.onnx)",
     )
-    parser.add_argument(
-        "--source", required=True, help="video, image, directory of images, webcam (0), rtsp:// or http:// URL"
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument(
+        "--source",
+        action="append",
+        help="video, image, directory of images, webcam (0), rtsp:// or http:// URL; repeat it for several",
     )
+    sources.add_argument("--cameras", type=Path, metavar="FILE", help="YAML file with several cameras")
     parser.add_argument(
         "--conf",
         type=float,
@@ -121,7 +203,10 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default: by file type)")
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: one per physical core)")
     parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="output video .mp4, .avi or .webm; .png or .jpg for one image"
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="output video .mp4, .avi or .webm; .png or .jpg for one image; a directory for several cameras",
     )
     parser.add_argument(
         "--show",
@@ -139,7 +224,9 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=REDACTIONS,
         help="blur, pixelate or fill people in everything that is shown or saved",
     )
-    parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames (default: no limit)")
+    parser.add_argument(
+        "--max-frames", type=int, metavar="N", help="stop after N frames of all cameras together (default: no limit)"
+    )
     flags = parser.parse_args(argv)
     if flags.conf is not None:
         check_range("--conf", flags.conf, 0, 1)
@@ -150,71 +237,10 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def _get_mtime_ns(path: Path | None) -> int | None:
-    """Return the modification time of a file, or None. It changes if this run writes the file."""
-    return path.stat().st_mtime_ns if path and path.exists() else None
-
-
 def _silence_opencv() -> None:
     """Turn off the logs of OpenCV and its FFmpeg. Errors are raised as exceptions."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the only setting that FFmpeg inside OpenCV reads
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
-
-class ProgressLine:
-    """Progress on one line of stderr. (tqdm is not installed on a device that only runs a model.)
-
-    Args:
-        name: Name of the source.
-        num_frames: Total number of frames. None if unknown.
-    """
-
-    def __init__(self, name: str, num_frames: int | None) -> None:
-        self._name = name
-        self._total = "" if num_frames is None else f"/{num_frames}"
-        self._interval_s = 0.1 if sys.stderr.isatty() else 10.0
-        self._text = self._status = ""
-        self._printed_s = -self._interval_s
-
-    def __enter__(self) -> "ProgressLine":
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._text:
-            self._print(end="\n")
-
-    def update(self, stats: FrameStats, num_dropped: int = 0, status: str = "") -> None:
-        """Set the state and print it, at most ten times per second in a terminal.
-
-        Args:
-            stats: Statistics of the run.
-            num_dropped: Number of dropped frames of a live source.
-            status: Text at the end of the line. A change is printed immediately.
-        """
-        width = len(self._text)
-        parts = [f"{stats.num_frames}{self._total} frames", f"{stats.recent_fps:.1f} fps"]
-        parts += [f"{num_dropped} dropped"] * (num_dropped > 0) + [status] * bool(status)
-        self._text = f"{self._name}: {', '.join(parts)}".ljust(width)  # overwrite the previous text
-        if status != self._status or perf_counter() - self._printed_s >= self._interval_s:
-            self._status, self._printed_s = status, perf_counter()
-            self._print(end="")
-
-    def _print(self, end: str) -> None:
-        print(f"\r{self._text}", end=end, file=sys.stderr, flush=True)
-
-
-class FrameWriter(Protocol):
-    """A video or an image that is written."""
-
-    def write(self, image_rgb: NDArray[np.uint8], captured_s: float | None = None) -> None:
-        """Append a frame.
-
-        Args:
-            image_rgb (uint8[H, W, 3]): RGB.
-            captured_s: Capture time of a live source or position in a recorded one, seconds.
-        """
 
 
 def save_video(
@@ -238,132 +264,14 @@ def save_video(
     Returns:
         Statistics of the run.
     """
-    stats = FrameStats()
     with ExitStack() as stack:
         detector = stack.enter_context(open_detector(model, device))
-        frame_source = stack.enter_context(open_source(source))
-        output = open_output(stack, Path(path), frame_source)
+        new_frame = Event()
+        (frame_source,) = open_sources(stack, name_sources([source]), new_frame)
+        file = FileSink(Path(path), frame_source)
+        stack.callback(file.close)
         min_score = detector.default_conf if conf is None else conf
-        run_demo(detector, frame_source, min_score, stats, output=output, max_frames=max_frames)
-    return stats
-
-
-def open_output(stack: ExitStack, path: Path, source: FrameSource) -> FrameWriter:
-    """Open the file of `--save`: an image if the source is one image, otherwise a video.
-
-    Args:
-        stack: Exit stack that closes the file.
-        path: The file.
-        source: The opened source.
-
-    Returns:
-        The writer.
-
-    Raises:
-        UsageError: The suffix is not supported, or the file is the source itself.
-    """
-    if path.exists() and Path(source.name).exists() and path.samefile(source.name):
-        raise UsageError(f"--save {path}: this file is the source. Choose another name.")
-    if path.suffix.lower() in IMAGE_OUTPUT_SUFFIXES and source.num_frames == 1:
-        return stack.enter_context(open_image_writer(path))
-    return stack.enter_context(open_video_writer(path, source.fps or DEFAULT_OUTPUT_FPS))
-
-
-def run_demo(
-    detector: Detector,
-    source: FrameSource,
-    conf: float,
-    stats: FrameStats,
-    output: FrameWriter | None = None,
-    window: Window | None = None,
-    max_frames: int | None = None,
-    events: EventWriter | None = None,
-    privacy: Redaction | None = None,
-) -> None:
-    """Process frames until the source ends, `max_frames` is reached or the user closes the window.
-
-    Args:
-        detector: The detector.
-        source: The image source.
-        conf: Minimum score of drawn boxes, 0 to 1.
-        stats: Filled during the run, so it is valid after Ctrl-C too.
-        output: File for the drawn frames.
-        window: Window for the drawn frames.
-        max_frames: Maximum number of frames. None for no limit.
-        events: Writer of the detections.
-        privacy: How people are made unrecognizable in `output` and `window`. None shows them.
-    """
-    total = min(filter(None, (source.num_frames, max_frames)), default=None)
-    canvas: NDArray[np.uint8] | None = None
-    with ProgressLine(source.name, total) as progress:
-
-        def handle_idle() -> bool:
-            """Show the status of a live source without a frame. Return False after the window is closed."""
-            progress.update(stats, source.num_dropped, source.status)
-            if events:
-                events.write_status(source.status)
-            return window is None or _update_idle_window(window, canvas, source.status)
-
-        start_s = monotonic()
-        for frame in islice(source.iterate_frames(handle_idle), max_frames):
-            detections, times = detector.predict_timed(frame.image_rgb)
-            age_ms = 1e3 * (monotonic() - frame.timestamp_s) if source.is_live else None
-            stats.add(times, age_ms)
-            drawn = detections.filter(conf)
-            if events:
-                events.write_status(source.status)
-                position_s = None if source.is_live else frame.timestamp_s
-                events.write_frame(stats.num_frames - 1, frame.image_rgb.shape[:2], drawn, position_s, age_ms)
-            if output or window:
-                image_rgb = frame.image_rgb
-                if privacy:
-                    redacted = detections.filter(min(conf, MAX_REDACTION_CONF))
-                    image_rgb = redact_boxes(image_rgb, redacted.boxes_xyxy, privacy)
-                canvas = draw_detections(image_rgb, drawn)
-                draw_overlay(canvas, _format_overlay(detector, stats, times, len(drawn), age_ms, source.num_dropped))
-                if output:
-                    output.write(canvas, frame.timestamp_s)
-                if window:
-                    window.show(canvas)
-            progress.update(stats, source.num_dropped, source.status)
-            if window and not window.is_open(_compute_wait_ms(source, frame, start_s)):
-                return
-    if window and source.num_frames == 1:
-        while window.is_open(wait_ms=50):  # keep a single image visible
-            pass
-
-
-def _format_overlay(
-    detector: Detector,
-    stats: FrameStats,
-    times: StageTimes,
-    num_detections: int,
-    age_ms: float | None,
-    num_dropped: int,
-) -> list[str]:
-    metadata = detector.metadata
-    lines = [
-        f"{metadata.model}  {format_imgsz(metadata.imgsz_hw)}  {detector.backend} {detector.device}",
-        f"{stats.recent_fps:.1f} fps   persons {num_detections}",
-        f"{times.total_ms:.1f} ms = {times.preprocess_ms:.1f} pre + {times.inference_ms:.1f} inference"
-        f" + {times.postprocess_ms:.1f} post",
-    ]
-    if age_ms is not None:
-        lines.append(f"frame age {age_ms:.0f} ms   {num_dropped} dropped")
-    return lines
-
-
-def _compute_wait_ms(source: FrameSource, frame: Frame, start_s: float) -> int:
-    """Return the time until a recorded frame is due, so that a fast machine shows a video in real time."""
-    if source.is_live:
-        return 1
-    return max(1, round(1e3 * (start_s + frame.timestamp_s - monotonic())))
-
-
-def _update_idle_window(window: Window, last_canvas: NDArray[np.uint8] | None, status: str) -> bool:
-    """Process window events. If the camera is lost, darken the last image and show the status."""
-    if status and last_canvas is not None:
-        dark_canvas = last_canvas // 3
-        draw_overlay(dark_canvas, [], warning=status)
-        window.show(dark_canvas)
-    return window.is_open()
+        pipeline = CameraPipeline(frame_source.name, frame_source, min_score, [file])
+        progress = stack.enter_context(ProgressReport([pipeline], max_frames))
+        run_cameras([pipeline], detector, None, max_frames, new_frame, progress.update)
+    return pipeline.stats

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, TextIO
 
-from hkd_det.structures import Detections
+from hkd_deploy.demo.base import FrameResult
 
 SCHEMA_VERSION = 1
 STDOUT = "-"
@@ -19,76 +19,55 @@ OK_STATUS = "ok"
 
 
 class EventWriter:
-    """Writes one JSON object per line and flushes it.
+    """Writes one JSON object per line and flushes it. It is a `FrameSink` for any number of cameras.
 
     Args:
         stream: Text stream.
-        camera: Name of the source, without credentials.
     """
 
-    def __init__(self, stream: TextIO, camera: str) -> None:
-        self._stream, self._camera = stream, camera
-        self._status = OK_STATUS
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
-    def write_frame(
-        self,
-        index: int,
-        image_hw: tuple[int, int],
-        detections: Detections,
-        position_s: float | None = None,
-        age_ms: float | None = None,
-    ) -> None:
-        """Write the detections of a frame.
-
-        Args:
-            index: Number of processed frames before this one.
-            image_hw: Height and width of the frame, pixels.
-            detections: Detections in pixels of the frame.
-            position_s: Position in a recorded source, seconds. None for a live source.
-            age_ms: Time since the capture in a live source, ms. None for a recorded one.
-        """
+    def write(self, result: FrameResult) -> None:
+        """Write the detections of a frame; see `FrameSink.write`."""
         persons = [
             {"box_xyxy": [round(side, 1) for side in box], "score": round(score, 4)}
-            for box, score in zip(detections.boxes_xyxy.tolist(), detections.scores.tolist(), strict=True)
+            for box, score in zip(result.detections.boxes_xyxy.tolist(), result.detections.scores.tolist(), strict=True)
         ]
-        values: dict[str, Any] = {"frame": index, "image_wh": [image_hw[1], image_hw[0]]}
-        if age_ms is not None:
-            values["age_ms"] = round(age_ms, 1)
-        if position_s is not None:
-            values["position_s"] = round(position_s, 4)
-        self._write("frame", values | {"num_persons": len(persons), "persons": persons})
+        height, width = result.original_rgb.shape[:2]
+        values: dict[str, Any] = {"frame": result.index, "image_wh": [width, height]}
+        if result.age_ms is not None:
+            values["age_ms"] = round(result.age_ms, 1)
+        else:
+            values["position_s"] = round(result.timestamp_s, 4)
+        self._write("frame", result.camera, values | {"num_persons": len(persons), "persons": persons})
 
-    def write_status(self, status: str) -> None:
-        """Write the status of a camera if it changed.
+    def write_status(self, camera: str, status: str) -> None:
+        """Write the status of a camera; see `FrameSink.write_status`."""
+        self._write("status", camera, {"status": status or OK_STATUS})
 
-        Args:
-            status: Description of a problem. Empty if there is none.
-        """
-        status = status or OK_STATUS
-        if status != self._status:
-            self._status = status
-            self._write("status", {"status": status})
+    def close(self) -> None:
+        """Do nothing: each line is flushed, and `open_events` closes the file."""
 
-    def _write(self, event: str, values: dict[str, Any]) -> None:
+    def _write(self, event: str, camera: str, values: dict[str, Any]) -> None:
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = {"version": SCHEMA_VERSION, "event": event, "camera": self._camera, "time": time, **values}
+        line = {"version": SCHEMA_VERSION, "event": event, "camera": camera, "time": time, **values}
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
 
 
 @contextmanager
-def open_events(target: str, camera: str) -> Iterator[EventWriter]:
+def open_events(target: str) -> Iterator[EventWriter]:
     """Open a file for events. Events are appended to an existing file.
 
     Args:
         target: File, or "-" for stdout.
-        camera: Name of the source, without credentials.
 
     Yields:
         The writer.
     """
     if target == STDOUT:
-        yield EventWriter(sys.stdout, camera)
+        yield EventWriter(sys.stdout)
         return
     with open(target, "a", encoding="utf-8") as stream:  # noqa: PTH123 - a name, as the flag states it
-        yield EventWriter(stream, camera)
+        yield EventWriter(stream)

@@ -125,8 +125,7 @@ def open_video_writer(path: Path, fps: float) -> Iterator[VideoWriter]:
         UsageError: The suffix is not supported.
         DataError: There was no frame, or the disk is full.
     """
-    if path.suffix.lower() not in ENCODERS:
-        raise UsageError(f"--save {path}: expected a file ending in {', '.join(ENCODERS)}.")
+    check_video_suffix(path)
     interruption: BaseException | None = None
     with atomic_write(path) as temp_path:
         writer = VideoWriter(temp_path, fps)
@@ -141,6 +140,19 @@ def open_video_writer(path: Path, fps: float) -> Iterator[VideoWriter]:
         _check_video_file(temp_path, path, writer.num_frames)
     if interruption is not None:
         raise interruption
+
+
+def check_video_suffix(path: Path) -> None:
+    """Check the suffix of a video.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UsageError: There is no encoder for the suffix.
+    """
+    if path.suffix.lower() not in ENCODERS:
+        raise UsageError(f"--save {path}: expected a file ending in {', '.join(ENCODERS)}.")
 
 
 def _check_video_file(temp_path: Path, path: Path, num_frames: int) -> None:

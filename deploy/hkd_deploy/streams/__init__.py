@@ -7,7 +7,7 @@ Examples:
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,16 @@ from hkd_deploy.streams.video import VideoSource
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.image import IMAGE_SUFFIXES
 
-__all__ = ["Frame", "FrameSource", "is_live_address", "open_source", "redact_url"]
+__all__ = ["Frame", "FrameSource", "LiveSource", "is_live_address", "open_source", "redact_url"]
 
 SECRET_PART = re.compile(r"=|pass|pwd|token|secret|key|auth", re.IGNORECASE)
 URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
 
 
 @contextmanager
-def open_source(text: str, reconnect_policy: ReconnectPolicy | None = None) -> Iterator[FrameSource]:
+def open_source(
+    text: str, reconnect_policy: ReconnectPolicy | None = None, on_frame: Callable[[], object] | None = None
+) -> Iterator[FrameSource]:
     """Open an image source.
 
     A URL is treated as a live camera and reopened if the connection fails. Download a video from a web server first.
@@ -35,6 +37,8 @@ def open_source(text: str, reconnect_policy: ReconnectPolicy | None = None) -> I
     Args:
         text: Path of an image, a directory of images or a video, index of a webcam (`0`), or URL of a network camera.
         reconnect_policy: Timeouts of a camera. None for the defaults.
+        on_frame: Opens a camera in the background and is called after each frame; see `LiveSource`. None waits until
+            the camera is open.
 
     Yields:
         The opened source.
@@ -44,7 +48,7 @@ def open_source(text: str, reconnect_policy: ReconnectPolicy | None = None) -> I
         DataError: The file is missing or damaged.
         UnavailableError: The camera returns no image.
     """
-    source = _create_source(text, reconnect_policy or ReconnectPolicy())
+    source = _create_source(text, reconnect_policy or ReconnectPolicy(), on_frame)
     try:
         yield source
     finally:
@@ -92,11 +96,11 @@ def redact_url(address: str) -> str:
     return f"{scheme}://{'***@' if at_sign else ''}{'/'.join([host, *path])}{f'{tail}***' if tail else ''}"
 
 
-def _create_source(text: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
+def _create_source(text: str, reconnect_policy: ReconnectPolicy, on_frame: Callable[[], object] | None) -> FrameSource:
     if is_webcam(text):
-        return LiveSource(f"camera {text}", partial(WebcamReader, int(text)), reconnect_policy)
+        return LiveSource(f"camera {text}", partial(WebcamReader, int(text)), reconnect_policy, on_frame)
     if "://" in text:
-        return _open_network_camera(text, reconnect_policy)
+        return _open_network_camera(text, reconnect_policy, on_frame)
     path = Path(text)
     if path.is_dir():
         return ImageSource(text, list_images(path))
@@ -111,7 +115,7 @@ def _create_source(text: str, reconnect_policy: ReconnectPolicy) -> FrameSource:
     return VideoSource(path)
 
 
-def _open_network_camera(address: str, policy: ReconnectPolicy) -> FrameSource:
+def _open_network_camera(address: str, policy: ReconnectPolicy, on_frame: Callable[[], object] | None) -> FrameSource:
     name, scheme = redact_url(address), address.split("://", 1)[0].lower()
     if scheme not in URL_SCHEMES:
         raise UsageError(f"--source {name}: unknown URL scheme. Supported schemes: {', '.join(URL_SCHEMES)}.")
@@ -127,4 +131,4 @@ def _open_network_camera(address: str, policy: ReconnectPolicy) -> FrameSource:
                 raise UnavailableError(f"{name}: not a video, but a web page. Check the path of the URL.")
         return StreamReader(address, name, policy)
 
-    return LiveSource(name, open_reader, policy)
+    return LiveSource(name, open_reader, policy, on_frame)

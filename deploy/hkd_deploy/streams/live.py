@@ -83,33 +83,50 @@ class LiveSource(FrameSource):
         name: Display name, without credentials.
         open_reader: Opens a connection.
         reconnect_policy: Timeouts.
+        on_frame: Called by the thread of the camera after each frame that it receives. None waits until the camera is
+            open. With a function, the camera opens in the background: while it fails, `open_error` is set, and it is
+            opened again.
+
+    Attributes:
+        open_error: Error of the last attempt to open the camera. None after the first image.
 
     Raises:
-        UnavailableError: The camera returns no image.
+        UnavailableError: The camera returns no image, and `on_frame` is None.
     """
 
-    def __init__(self, name: str, open_reader: Callable[[], CameraReader], reconnect_policy: ReconnectPolicy) -> None:
+    def __init__(
+        self,
+        name: str,
+        open_reader: Callable[[], CameraReader],
+        reconnect_policy: ReconnectPolicy,
+        on_frame: Callable[[], object] | None = None,
+    ) -> None:
         super().__init__(name, is_live=True, fps=None, num_frames=None)
         self._open_reader = open_reader
         self._reconnect_policy = reconnect_policy
         self._stop, self._is_opened = Event(), Event()
-        self._open_error: UnavailableError | None = None
+        self._on_frame = on_frame
+        self.open_error: UnavailableError | None = None
         self._condition = Condition()
         self._latest: CameraFrame | None = None
         self._num_dropped = 0
         self._status = ""
         self._thumbnail: NDArray[np.uint8] | None = None
-        self._changed_s = self._received_s = time.monotonic()
+        self._changed_s = self._received_s = self._stopped_s = time.monotonic()
         # A daemon, and opened by the thread: a signal ends the program also while a camera hangs.
         self._thread = Thread(target=self._run, name=f"camera {name}", daemon=True)
         self._thread.start()
+        if on_frame is None:
+            self._wait_until_open()
+
+    def _wait_until_open(self) -> None:
         try:
             self._is_opened.wait()
         except BaseException:
             self._stop.set()
             raise
-        if self._open_error:
-            raise self._open_error
+        if self.open_error:
+            raise self.open_error
 
     @property
     def num_dropped(self) -> int:
@@ -131,22 +148,41 @@ class LiveSource(FrameSource):
             The newest frame.
         """
         while not self._stop.is_set():
-            with self._condition:
-                self._condition.wait_for(lambda: self._latest is not None, timeout=IDLE_INTERVAL_S)
-                latest, self._latest = self._latest, None
-            image_rgb = self._convert(latest) if latest is not None else None
-            if latest is not None and image_rgb is not None:
-                self._update_status(image_rgb, latest.captured_s)
-                yield Frame(image_rgb, latest.captured_s)
-            else:
-                self._report_silence()
-                if not on_idle():
-                    return
+            frame = self.take_frame(IDLE_INTERVAL_S)
+            if frame is not None:
+                yield frame
+            elif not on_idle():
+                return
+
+    def take_frame(self, timeout_s: float = 0.0) -> Frame | None:
+        """Return the newest frame.
+
+        Args:
+            timeout_s: Time to wait for it, seconds.
+
+        Returns:
+            The frame. None if there is none that was not returned before.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self._latest is not None, timeout=timeout_s)
+            latest, self._latest = self._latest, None
+        image_rgb = self._convert(latest) if latest is not None else None
+        if latest is None or image_rgb is None:
+            self._report_silence()
+            return None
+        self._update_status(image_rgb, latest.captured_s)
+        return Frame(image_rgb, latest.captured_s)
+
+    def stop(self) -> None:
+        """Let the thread end, without waiting for it. Call it for all cameras before `close` of the first."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._stopped_s = time.monotonic()
 
     def close(self) -> None:
-        """Stop the thread. A camera that hangs is left behind after a second."""
-        self._stop.set()
-        self._thread.join(CLOSE_TIMEOUT_S)
+        """Stop the thread. A camera that hangs is left behind a second after `stop`."""
+        self.stop()
+        self._thread.join(max(0.0, self._stopped_s + CLOSE_TIMEOUT_S - time.monotonic()))
 
     def _put(self, frame: CameraFrame) -> None:
         with self._condition:
@@ -155,6 +191,8 @@ class LiveSource(FrameSource):
             if self._status.startswith("camera lost"):
                 self._status = ""
             self._condition.notify()
+        if self._on_frame:
+            self._on_frame()
 
     def _convert(self, frame: CameraFrame) -> NDArray[np.uint8] | None:
         """Return the image of a frame, or None if it is damaged."""
@@ -200,16 +238,18 @@ class LiveSource(FrameSource):
                     reader.close()
             except UnavailableError as error:
                 if not self._is_opened.is_set():
-                    self._open_error = error
-                    break
+                    self.open_error = error
+                    if self._on_frame is None:
+                        break
                 self._set_lost(str(error).removeprefix(f"{self.name}: "))
             self._stop.wait(self._reconnect_policy.retry_s)
         self._is_opened.set()
 
     def _read_until_lost(self, reader: CameraReader) -> None:
         """Read until the camera fails, which raises UnavailableError, or the source is closed."""
-        self._put(reader.read())
-        self.fps = reader.fps
+        first = reader.read()
+        self.fps, self.open_error = reader.fps, None
+        self._put(first)
         self._is_opened.set()
         while not self._stop.is_set():
             frame = reader.read()

@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_deploy.demo.cli import main, run_demo, save_video
+from hkd_deploy.demo.cli import main, save_video
 from hkd_deploy.demo.events import EventWriter
-from hkd_deploy.demo.output import FrameStats
+from hkd_deploy.demo.run import CameraPipeline, run_cameras
+from hkd_deploy.demo.sinks import WindowSink
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import open_source
 from hkd_det.draw import MatchStatus
@@ -149,10 +150,11 @@ class ClosingWindow:
 
 
 def test_run_demo_closed_window_stops(tiny_onnx: Callable[..., Path], video: Path) -> None:
-    stats = FrameStats()
+    window = WindowSink(ClosingWindow(4), ["walk"])  # type: ignore[arg-type]
     with open_detector(tiny_onnx()) as detector, open_source(str(video)) as source:
-        run_demo(detector, source, 0.3, stats, window=ClosingWindow(4))  # type: ignore[arg-type]
-    assert stats.num_frames == 4
+        pipeline = CameraPipeline("walk", source, 0.3, [window])
+        run_cameras([pipeline], detector, window)
+    assert pipeline.stats.num_frames == 4
 
 
 @pytest.mark.parametrize(
@@ -290,13 +292,13 @@ def test_events_are_one_line_of_json_per_frame(
 def test_events_of_a_camera_have_ages_and_its_status(tiny_onnx: Callable[..., Path], camera: object) -> None:
     stream = io.StringIO()
     with open_detector(tiny_onnx()) as detector, open_source(camera.address) as source:  # type: ignore[attr-defined]
-        events = EventWriter(stream, source.name)
-        run_demo(detector, source, 0.3, FrameStats(), max_frames=3, events=events)
-        events.write_status("camera lost: no data")
-        events.write_status("camera lost: no data")
-        events.write_status("")
+        events = EventWriter(stream)
+        run_cameras([CameraPipeline("entrance", source, 0.3, [events])], detector, max_frames=3)
+        events.write_status("entrance", "camera lost: no data")
+        events.write_status("entrance", "")
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [line["event"] for line in lines] == ["frame"] * 3 + ["status"] * 2
+    assert {line["camera"] for line in lines} == {"entrance"}
     assert all(0 <= line["age_ms"] < 5000 and "position_s" not in line for line in lines[:3])
     assert [line["status"] for line in lines[3:]] == ["camera lost: no data", "ok"]
 

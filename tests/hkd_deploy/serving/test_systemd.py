@@ -31,7 +31,7 @@ def test_unit_command_is_valid() -> None:
         else:
             words.append(word)
     flags = _parse_demo_arguments(words)
-    assert (flags.source, flags.device, flags.conf) == ("rtsp://user:password@camera.local:554/stream", "cuda", 0.3)
+    assert (flags.source, flags.device, flags.conf) == (["rtsp://user:password@camera.local:554/stream"], "cuda", 0.3)
     assert flags.show is False and flags.events == "/var/lib/hkd-demo/events.jsonl"
     assert not values  # all settings are used
 

@@ -1,0 +1,122 @@
+"""Progress of a run on stderr, and its summary. (tqdm is not installed on a device that only runs a model.)
+
+In a terminal, one line is overwritten. Otherwise, as in a log, each camera has a line with the time: every 10 s in the
+first minute, then every minute, and at each change of its status.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from time import perf_counter
+from types import TracebackType
+from typing import TextIO
+
+from hkd_deploy.demo.run import CameraPipeline
+
+TERMINAL_INTERVAL_S = 0.1
+LOG_INTERVAL_S = 10.0
+LATER_LOG_INTERVAL_S = 60.0  # after the first minute
+
+
+class ProgressReport:
+    """Prints the state of the cameras.
+
+    Args:
+        pipelines: The cameras.
+        max_frames: Maximum number of frames of the run. None for no limit.
+    """
+
+    def __init__(self, pipelines: Sequence[CameraPipeline], max_frames: int | None = None) -> None:
+        self._pipelines, self._max_frames = pipelines, max_frames
+        self._is_terminal = sys.stderr.isatty()
+        self._start_s = perf_counter()
+        self._printed_s: dict[str, float] = {}
+        self._printed: dict[str, tuple[int, str]] = {}
+        self._width = 0
+
+    def __enter__(self) -> "ProgressReport":
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_terminal:
+            self._print_terminal_line(end="\n")
+            return
+        for pipeline in self._pipelines:
+            if self._printed.get(pipeline.name, (0, ""))[0] != pipeline.stats.num_frames:
+                self._print_log_line(pipeline)
+
+    def update(self) -> None:
+        """Print the state if it is time, or if the status of a camera changed."""
+        now_s = perf_counter()
+        if self._is_terminal:
+            if now_s - self._printed_s.get("", -TERMINAL_INTERVAL_S) >= TERMINAL_INTERVAL_S:
+                self._printed_s[""] = now_s
+                self._print_terminal_line(end="")
+            return
+        interval_s = LOG_INTERVAL_S if now_s - self._start_s < LATER_LOG_INTERVAL_S else LATER_LOG_INTERVAL_S
+        for pipeline in self._pipelines:
+            num_frames, kind = self._printed.get(pipeline.name, (0, ""))
+            is_first = num_frames == 0 and pipeline.stats.num_frames > 0
+            is_due = pipeline.name in self._printed_s and now_s - self._printed_s[pipeline.name] >= interval_s
+            if is_first or is_due or _remove_numbers(pipeline.status) != kind:
+                self._print_log_line(pipeline)
+
+    def _print_terminal_line(self, end: str) -> None:
+        if not any(pipeline.stats.num_frames or pipeline.status for pipeline in self._pipelines):
+            return
+        if len(self._pipelines) == 1:
+            text = f"{self._pipelines[0].name}: {_format_state(self._pipelines[0], self._max_frames)}"
+        else:
+            text = _format_totals(self._pipelines)
+        print(f"\r{text.ljust(self._width)}", end=end, file=sys.stderr, flush=True)  # overwrite the previous text
+        self._width = len(text)
+
+    def _print_log_line(self, pipeline: CameraPipeline) -> None:
+        self._printed_s[pipeline.name] = perf_counter()
+        self._printed[pipeline.name] = (pipeline.stats.num_frames, _remove_numbers(pipeline.status))
+        time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        text = _format_state(pipeline, self._max_frames if len(self._pipelines) == 1 else None)
+        print(f"{time} {pipeline.name}: {text}", file=sys.stderr, flush=True)
+
+
+def print_summary(pipelines: Sequence[CameraPipeline], output: TextIO) -> None:
+    """Print frame counts, rates and times of a run; nothing if there was no frame.
+
+    Args:
+        pipelines: The cameras.
+        output: Text stream.
+    """
+    if not any(pipeline.stats.num_frames for pipeline in pipelines):
+        return
+    if len(pipelines) == 1:
+        print(pipelines[0].stats.format_summary(pipelines[0].source.num_dropped), file=output)
+        return
+    for pipeline in pipelines:
+        lost = f"{pipeline.name}: lost {pipeline.num_lost} times" if pipeline.num_lost else pipeline.name
+        print(lost, file=output)
+        print(pipeline.stats.format_summary(pipeline.source.num_dropped), file=output)
+
+
+def _format_state(pipeline: CameraPipeline, max_frames: int | None) -> str:
+    total = min(filter(None, (pipeline.source.num_frames, max_frames)), default=None)
+    stats, num_dropped, status = pipeline.stats, pipeline.source.num_dropped, pipeline.status
+    parts = [f"{stats.num_frames}{'' if total is None else f'/{total}'} frames", f"{stats.recent_fps:.1f} fps"]
+    return ", ".join(parts + [f"{num_dropped} dropped"] * (num_dropped > 0) + [status] * bool(status))
+
+
+def _format_totals(pipelines: Sequence[CameraPipeline]) -> str:
+    num_dropped = sum(pipeline.source.num_dropped for pipeline in pipelines)
+    fps = sum(pipeline.stats.recent_fps for pipeline in pipelines if not pipeline.is_ended and not pipeline.status)
+    parts = [f"{sum(pipeline.stats.num_frames for pipeline in pipelines)} frames", f"{fps:.1f} fps"]
+    parts += [f"{num_dropped} dropped"] * (num_dropped > 0)
+    problems = [f"{pipeline.name}: {pipeline.status}" for pipeline in pipelines if pipeline.status]
+    parts += [f"{len(problems)} with a problem ({problems[0]})"] * bool(problems)
+    return f"{len(pipelines)} cameras: {', '.join(parts)}"
+
+
+def _remove_numbers(status: str) -> str:
+    """Return a status without its numbers: a later `image unchanged for N s` is not another status."""
+    return re.sub(r"\d+", "", status)

@@ -1,0 +1,247 @@
+"""The loop of the demo: frames of one or several cameras, one detector, and the outputs (`FrameSink`).
+
+Each camera has a thread that keeps its newest frame (`LiveSource`); one thread runs the detector. A pass over the
+cameras takes at most one frame of each, so a fast camera takes no time from a slow one, and no frames queue up. A
+camera that is lost, hangs or fails has no frame and is skipped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event
+from time import monotonic
+from typing import Any
+
+from hkd_deploy.backends.base import Detector, StageTimes
+from hkd_deploy.demo.base import Counter, FrameResult, FrameSink, FrameWindow, Tracker
+from hkd_deploy.demo.output import FrameStats
+from hkd_deploy.streams import Frame, FrameSource, LiveSource
+from hkd_det.draw import Redaction
+from hkd_det.errors import HkdError, UnavailableError
+from hkd_det.letterbox import format_imgsz
+
+IDLE_INTERVAL_S = 0.1  # longest time between two checks of signals, window events and statuses
+
+
+class CameraPipeline:
+    """One camera with its outputs, its statistics and its tracker.
+
+    Args:
+        name: Unique name of the camera.
+        source: The opened source.
+        conf: Minimum score of shown detections, 0 to 1.
+        sinks: Outputs, in the order in which they are called.
+        privacy: How people are made unrecognizable. None shows them.
+        tracker: Tracker of this camera.
+        counters: Counters of this camera. Their counts are merged.
+
+    Attributes:
+        stats: Statistics of the camera.
+        error: Error that ended the camera. None if there was none.
+        is_ended: Whether the source has no further frames.
+        num_lost: How often the camera was lost.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: FrameSource,
+        conf: float,
+        sinks: Sequence[FrameSink] = (),
+        privacy: Redaction | None = None,
+        tracker: Tracker | None = None,
+        counters: Sequence[Counter] = (),
+    ) -> None:
+        self.name, self.source, self.conf, self.privacy = name, source, conf, privacy
+        self.sinks, self.tracker, self.counters = list(sinks), tracker, list(counters)
+        self.stats = FrameStats()
+        self.error: HkdError | None = None
+        self.is_ended, self.num_lost = False, 0
+        self._frames: Iterator[Frame] | None = None
+        self._reported_status = ""
+        self._time_s = 0.0
+
+    @property
+    def status(self) -> str:
+        """Problem of the camera. Empty if there is none."""
+        return f"ended: {self.error}" if self.error else self.source.status
+
+    def take_frame(self) -> Frame | None:
+        """Return the next frame of a recorded source, or the newest one of a camera. Sets `is_ended` at the end.
+
+        Returns:
+            The frame, or None.
+        """
+        if isinstance(self.source, LiveSource):
+            frame = self.source.take_frame()
+            if frame is not None and not self.stats.num_frames:
+                self.stats = FrameStats()  # the rate counts from the first frame
+            return frame
+        if self._frames is None:
+            self._frames = iter(self.source)
+        frame = next(self._frames, None)
+        self.is_ended = frame is None
+        return frame
+
+    def process(self, detector: Detector, frame: Frame) -> FrameResult:
+        """Run the detector on a frame and write the result to the sinks.
+
+        Args:
+            detector: The detector.
+            frame: The frame.
+
+        Returns:
+            The result.
+        """
+        image_hw = (frame.image_rgb.shape[0], frame.image_rgb.shape[1])
+        found, times = detector.predict_timed(frame.image_rgb)
+        age_ms = 1e3 * (monotonic() - frame.timestamp_s) if self.source.is_live else None
+        self.stats.add(times, age_ms)
+        shown = found.filter(self.conf)
+        self._time_s = max(self._time_s, frame.timestamp_s)  # estimated capture times can step back
+        track_ids = None
+        if self.tracker:
+            track_ids = self.tracker.update(found, image_hw, self._time_s)[found.scores >= self.conf]
+        counts: dict[str, Any] = {}
+        for counter in self.counters:
+            counts |= counter.update(shown, track_ids, image_hw, self._time_s)
+        result = FrameResult(
+            camera=self.name,
+            index=self.stats.num_frames - 1,
+            original_rgb=frame.image_rgb,
+            detections=shown,
+            all_detections=found,
+            conf=self.conf,
+            timestamp_s=frame.timestamp_s,
+            age_ms=age_ms,
+            times=times,
+            status=self.source.status,
+            privacy=self.privacy,
+            overlay=tuple(_format_overlay(detector, self.stats, times, len(shown), age_ms, self.source.num_dropped)),
+            track_ids=track_ids,
+            counts=counts,
+        )
+        self.report_status()
+        for sink in self.sinks:
+            sink.write(result)
+        return result
+
+    def report_status(self) -> None:
+        """Write the status of the camera to the sinks if it changed."""
+        status = self.status
+        if status == self._reported_status:
+            return
+        self.num_lost += status.startswith("camera lost") and not self._reported_status.startswith("camera lost")
+        self._reported_status = status
+        for sink in self.sinks:
+            sink.write_status(self.name, status)
+
+
+def run_cameras(
+    pipelines: Sequence[CameraPipeline],
+    detector: Detector,
+    window: FrameWindow | None = None,
+    max_frames: int | None = None,
+    new_frame: Event | None = None,
+    on_pass: Callable[[], object] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Process frames until all sources end, `max_frames` is reached, or the user closes the window.
+
+    Args:
+        pipelines: The cameras.
+        detector: The detector.
+        window: Window of the run. Recorded sources are then processed in real time at most.
+        max_frames: Maximum number of frames of all cameras together. None for no limit.
+        new_frame: Set by each camera that has a new frame, so that the loop does not wait for the next check.
+        on_pass: Called after each pass over the cameras, at least ten times per second between slow frames.
+        should_stop: Returns True to end the run. Called between two frames.
+
+    Raises:
+        HkdError: All cameras ended, and at least one with an error; or no camera could be opened.
+    """
+    new_frame = new_frame or Event()
+    start_s, due_s = monotonic(), dict.fromkeys(pipelines, 0.0)
+    while active := [pipeline for pipeline in pipelines if not pipeline.is_ended]:
+        new_frame.clear()
+        had_frame = False
+        for pipeline in active:
+            if should_stop():
+                return
+            frame = _take_due_frame(pipeline, due_s[pipeline])
+            if frame is None or not _try_process(pipeline, detector, frame):
+                continue
+            had_frame = True
+            if window and not pipeline.source.is_live:
+                due_s[pipeline] = start_s + frame.timestamp_s
+            if sum(other.stats.num_frames for other in pipelines) == max_frames:
+                on_pass()
+                return
+        _check_any_opened(pipelines)
+        for pipeline in active:
+            pipeline.report_status()
+        on_pass()
+        if window and not window.is_open(max(1, round(1e3 * _compute_wait_s(active, due_s)))):
+            return
+        if not had_frame and any(pipeline.source.is_live for pipeline in active):
+            new_frame.wait(IDLE_INTERVAL_S)
+    if window and all(pipeline.source.num_frames == 1 for pipeline in pipelines):
+        while window.is_open(wait_ms=50) and not should_stop():  # keep images visible
+            pass
+    errors = [pipeline.error for pipeline in pipelines if pipeline.error]
+    if errors:
+        raise errors[0]
+
+
+def _compute_wait_s(active: Sequence[CameraPipeline], due_s: dict[CameraPipeline, float]) -> float:
+    """Return the time until the next recorded frame is due, so that a fast machine shows a video in real time."""
+    if any(pipeline.source.is_live for pipeline in active):
+        return 0.0
+    return min(IDLE_INTERVAL_S, max(0.0, min(due_s[pipeline] for pipeline in active) - monotonic()))
+
+
+def _take_due_frame(pipeline: CameraPipeline, due_s: float) -> Frame | None:
+    """Return a frame of a camera, or None if there is none or it is not due. An error ends the camera."""
+    if due_s > monotonic():
+        return None
+    try:
+        return pipeline.take_frame()
+    except HkdError as error:
+        pipeline.error, pipeline.is_ended = error, True
+        return None
+
+
+def _try_process(pipeline: CameraPipeline, detector: Detector, frame: Frame) -> bool:
+    """Process a frame. An error, such as a frame that the model does not accept, ends the camera."""
+    try:
+        pipeline.process(detector, frame)
+    except HkdError as error:
+        pipeline.error, pipeline.is_ended = error, True
+        return False
+    return True
+
+
+def _check_any_opened(pipelines: Sequence[CameraPipeline]) -> None:
+    """Raise the error of the first camera if no camera could be opened and there is no other source."""
+    errors = [pipeline.source.open_error for pipeline in pipelines if isinstance(pipeline.source, LiveSource)]
+    if len(errors) == len(pipelines) and errors[0] is not None and None not in errors:
+        count = f" None of {len(errors)} cameras can be opened." if len(errors) > 1 else ""
+        raise UnavailableError(f"{errors[0]}{count}")
+
+
+def _format_overlay(
+    detector: Detector,
+    stats: FrameStats,
+    times: StageTimes,
+    num_detections: int,
+    age_ms: float | None,
+    num_dropped: int,
+) -> list[str]:
+    metadata = detector.metadata
+    lines = [
+        f"{metadata.model}  {format_imgsz(metadata.imgsz_hw)}  {detector.backend} {detector.device}",
+        f"{stats.recent_fps:.1f} fps   persons {num_detections}",
+        f"{times.total_ms:.1f} ms = {times.preprocess_ms:.1f} pre + {times.inference_ms:.1f} inference"
+        f" + {times.postprocess_ms:.1f} post",
+    ]
+    if age_ms is not None:
+        lines.append(f"frame age {age_ms:.0f} ms   {num_dropped} dropped")
+    return lines
