@@ -1,0 +1,158 @@
+"""Metrics for Prometheus: `hkd-demo --metrics [HOST:]PORT`."""
+
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from hkd_deploy.backends.base import StageTimes
+from hkd_det import __version__
+from hkd_det.errors import UsageError, import_package
+
+DEFAULT_HOST = "127.0.0.1"
+INSTALL_HINT = "--metrics requires it. Run pip install 'hkd-det[metrics]'."
+LOST = "camera lost"
+AGE_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
+STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+STAGES = ("preprocess", "inference", "postprocess")
+
+
+class DemoMetrics:
+    """Metrics of a run, in a registry of their own, and the server that Prometheus reads.
+
+    Args:
+        address: Port, or host and port: `9108`, `0.0.0.0:9108`, `[::]:9108`.
+        cameras: Names of the cameras.
+
+    Raises:
+        UsageError: The address is invalid or in use.
+        UnavailableError: prometheus_client is not installed.
+    """
+
+    def __init__(self, address: str, cameras: Sequence[str]) -> None:
+        host, port = parse_listen_address(address)
+        client = import_package("prometheus_client", "prometheus-client", INSTALL_HINT)
+        self._registry = client.CollectorRegistry()
+        self._lost: dict[str, bool] = dict.fromkeys(cameras, False)
+        self._num_dropped = dict.fromkeys(cameras, 0)
+
+        def make(kind: Callable[..., Any], name: str, text: str, *labels: str, **options: Any) -> Any:
+            return kind(f"hkd_{name}", text, ["camera", *labels], registry=self._registry, **options)
+
+        self._frames = make(client.Counter, "frames", "Processed frames.")
+        self._dropped = make(client.Counter, "frames_dropped", "Frames that a newer frame replaced.")
+        self._reconnects = make(client.Counter, "camera_reconnects", "Times that a lost camera came back.")
+        self._up = make(client.Gauge, "camera_up", "1 while the camera delivers images, otherwise 0.")
+        self._persons = make(client.Gauge, "persons", "Persons in the newest frame.")
+        text = "Time from the capture to the detections of live sources."
+        self._age = make(client.Histogram, "frame_age_seconds", text, buckets=AGE_BUCKETS_S)
+        text = "Time of each stage."
+        self._stages = make(client.Histogram, "stage_seconds", text, "stage", buckets=STAGE_BUCKETS_S)
+        for camera in cameras:  # a series that begins with 0 makes its first increase visible
+            for metric in (self._frames, self._dropped, self._reconnects, self._persons):
+                metric.labels(camera)
+            self._up.labels(camera).set(1)
+        client.Info("hkd_build", "Version.", registry=self._registry).info({"version": __version__})
+        client.ProcessCollector(registry=self._registry)
+        self._core = import_package("prometheus_client.core", "prometheus-client", INSTALL_HINT)
+        try:
+            self._server, self._thread = client.start_http_server(port, host, self._registry)
+        except OSError as error:
+            message = f"--metrics {address}: {error.strerror or 'unknown host'}. Choose another host or port."
+            raise UsageError(message) from None
+        self.port: int = self._server.server_port
+
+    def __enter__(self) -> "DemoMetrics":
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def observe_frame(
+        self, camera: str, times: StageTimes, num_persons: int, num_dropped: int, age_ms: float | None = None
+    ) -> None:
+        """Record a processed frame.
+
+        Args:
+            camera: Name of the camera.
+            times: Time of each stage.
+            num_persons: Number of detections.
+            num_dropped: Number of frames of the camera that were dropped since the start.
+            age_ms: Time since the capture, ms. None for a recorded source.
+        """
+        self._frames.labels(camera).inc()
+        self._persons.labels(camera).set(num_persons)
+        self._dropped.labels(camera).inc(max(0, num_dropped - self._num_dropped.get(camera, 0)))
+        self._num_dropped[camera] = num_dropped
+        for stage in STAGES:
+            self._stages.labels(camera, stage).observe(1e-3 * getattr(times, f"{stage}_ms"))
+        if age_ms is not None:
+            self._age.labels(camera).observe(1e-3 * age_ms)
+
+    def set_status(self, camera: str, status: str) -> None:
+        """Record the status of a camera.
+
+        Args:
+            camera: Name of the camera.
+            status: Description of a problem. Empty if there is none.
+        """
+        is_lost = status.startswith(LOST)
+        if self._lost.get(camera) and not is_lost:
+            self._reconnects.labels(camera).inc()
+        if is_lost:
+            self._persons.labels(camera).set(0)
+        self._lost[camera] = is_lost
+        self._up.labels(camera).set(not is_lost)
+
+    def add_counter(self, name: str, text: str, label: str, read: Callable[[], Iterable[tuple[str, float]]]) -> None:
+        """Add a counter that is read when Prometheus asks.
+
+        Args:
+            name: Name without `hkd_` and `_total`.
+            text: Description.
+            label: Name of the label.
+            read: Returns the value of each label.
+        """
+        self._registry.register(_CallbackCounter(self._core.CounterMetricFamily, name, text, label, read))
+
+    def close(self) -> None:
+        """Stop the server."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _CallbackCounter:
+    """A collector of prometheus_client that reads its values from a function."""
+
+    def __init__(
+        self, family: Any, name: str, text: str, label: str, read: Callable[[], Iterable[tuple[str, float]]]
+    ) -> None:
+        self._family = family
+        self._name, self._text, self._label, self._read = name, text, label, read
+
+    def collect(self) -> Iterable[Any]:
+        """Yield the counter."""
+        family = self._family(f"hkd_{self._name}", self._text, labels=[self._label])
+        for value, count in self._read():
+            family.add_metric([value], count)
+        yield family
+
+
+def parse_listen_address(address: str) -> tuple[str, int]:
+    """Parse the address at which the server listens.
+
+    Args:
+        address: `PORT`, `HOST:PORT` or `[IPV6]:PORT`.
+
+    Returns:
+        Host and port, 0 to 65535. The default host is 127.0.0.1; port 0 is any free port.
+
+    Raises:
+        UsageError: The address is invalid.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--metrics {address}: expected PORT or HOST:PORT.")
+    return host.strip("[]") or DEFAULT_HOST, int(port)
