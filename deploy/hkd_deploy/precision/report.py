@@ -31,6 +31,7 @@ from hkd_det.metrics.bootstrap import (
     has_reliable_interval,
 )
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
+from hkd_det.metrics.coco import evaluate_average_precision
 from hkd_det.metrics.matching import MissRateResult
 from hkd_det.structures import Sample
 
@@ -50,10 +51,14 @@ class Accuracy:
     Attributes:
         result: Curve of the setup Reasonable.
         recall: Ratio of persons detected at the confidence threshold, 0 to 1.
+        ap: COCO AP over IoU 0.50 to 0.95, 0 to 1.
+        ap50: COCO AP at IoU 0.5, 0 to 1.
     """
 
     result: MissRateResult
     recall: float
+    ap: float
+    ap50: float
 
     @property
     def miss_rate(self) -> float:
@@ -62,7 +67,7 @@ class Accuracy:
 
     def to_metadata(self) -> dict[str, float]:
         """Return the values for the metadata of a file."""
-        return {"miss_rate": self.miss_rate, "recall": self.recall}
+        return {"miss_rate": self.miss_rate, "recall": self.recall, "ap": self.ap, "ap50": self.ap50}
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,8 @@ class PrecisionReport:
             f"miss rate {self.mr_increase:+.2f} points ({_format_ends(self.mr_interval, '+.2f')}), now "
             f"{100 * self.after.miss_rate:.2f} %; recall at {self.conf:g} {self.recall_increase:+.2f} points "
             f"({_format_ends(self.recall_interval, '+.2f')}), now {100 * self.after.recall:.2f} %; "
+            f"AP50 {100 * self.before.ap50:.1f} -> {100 * self.after.ap50:.1f} %, "
+            f"AP {100 * self.before.ap:.1f} -> {100 * self.after.ap:.1f} %; "
             f"{self.conclusion}{reasons}"
         )
 
@@ -286,11 +293,12 @@ def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: 
         desc: Label of the progress bar.
 
     Returns:
-        Miss rate and recall.
+        Miss rate, recall and average precision.
     """
     detections = predict_samples(path, device, get_eval_backend(device), samples, desc)
     result = evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name]
-    return Accuracy(result, compute_recall(result, conf))
+    precision = evaluate_average_precision(samples, detections)
+    return Accuracy(result, compute_recall(result, conf), precision["AP"], precision["AP50"])
 
 
 def compute_recall(result: MissRateResult, conf: float) -> float:

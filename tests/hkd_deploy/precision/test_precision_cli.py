@@ -41,7 +41,8 @@ def test_int8_excludes_sensitive_layer(
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{path}: "))
     assert line.startswith(f"{path}: 0.0 MiB; int8 compared with fp32 on this device, with 95 % intervals: ")
     assert "6 images, 6 persons: miss rate +0.00 points (+0.00 to +0.00), now 0.00 %; recall at 0.3 +0.00 " in line
-    assert line.endswith("now 100.00 %; no recommendation: fewer than 50 images or 50 persons")
+    assert "now 100.00 %; AP50 100.0 -> 100.0 %, AP 100.0 -> 100.0 %; " in line
+    assert line.endswith("; no recommendation: fewer than 50 images or 50 persons")
     written, before = read_metadata(path), read_metadata(source)
     assert written.items() > before.items()
     assert written["hkd.source_sha256"] == sha256(source.read_bytes()).hexdigest()
@@ -49,7 +50,7 @@ def test_int8_excludes_sensitive_layer(
     quantization, report = json.loads(written["hkd.quantization"]), json.loads(written["hkd.precision_report"])
     assert len(quantization["excluded_nodes"]) == 1
     assert quantization["num_layers"] == 2 and quantization["num_images"] == 6
-    assert report["after"] == {"miss_rate": 0.0, "recall": 1.0}
+    assert report["after"] == {"miss_rate": 0.0, "recall": 1.0, "ap": 1.0, "ap50": 1.0}
     assert (report["num_images"], report["num_gt"], report["conclusion"]) == (6, 6, "no recommendation")
     assert {latency["backend"] for latency in report["latencies"]} >= {"onnxruntime"}
     quantize_nodes = [node for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]

@@ -28,7 +28,7 @@ def make_accuracy(num_detected: int, num_images: int = 200) -> Accuracy:
     samples = [Sample(index, Path(), person) for index in range(num_images)]
     detections = [Detections(BOX, np.ones(1))] * num_detected + [Detections.empty()] * (num_images - num_detected)
     result = evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name]
-    return Accuracy(result, compute_recall(result, 0.3))
+    return Accuracy(result, compute_recall(result, 0.3), ap=0.5, ap50=0.75)
 
 
 def make_report(
@@ -49,7 +49,8 @@ def test_precision_report_compares_fastest_runtimes() -> None:
     assert report.format_log_line() == (
         "int8 compared with fp32 on this device, with 95 % intervals: end-to-end speedup 2.00x (1.90 to 2.10; "
         "onnxruntime 0.62x, openvino 2.00x); on openvino, 200 images, 200 persons: miss rate +0.00 points "
-        "(+0.00 to +0.00), now 20.00 %; recall at 0.3 +0.00 points (+0.00 to +0.00), now 80.00 %; recommended"
+        "(+0.00 to +0.00), now 20.00 %; recall at 0.3 +0.00 points (+0.00 to +0.00), now 80.00 %; "
+        "AP50 75.0 -> 75.0 %, AP 50.0 -> 50.0 %; recommended"
     )
 
 
