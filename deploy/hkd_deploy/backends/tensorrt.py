@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends.base import INPUT_DTYPE, INPUT_NAME, OUTPUT_DTYPES, Backend, RuntimeOutputs, make_closed_error
-from hkd_deploy.trt.bindings import TrtLog, import_tensorrt, make_trt_logger
-from hkd_deploy.trt.cuda import CudaDevice, HostDeviceBuffer, open_cuda
+from hkd_deploy.trt.bindings import CudaDevice, HostDeviceBuffer, TrtLog, import_tensorrt, make_trt_logger, open_cuda
 from hkd_deploy.trt.engine_info import EngineInfo, check_compatibility, read_engine_info, read_plan
 from hkd_det.errors import DataError, UnavailableError
 

@@ -1,18 +1,27 @@
-"""The tensorrt package: import, version, installation hint, log and progress of a build. It is imported on use."""
+"""The Python packages of TensorRT and CUDA, which are imported on use.
 
+tensorrt: import, version, installation hint and log. cuda-python: memory, streams and graphs of a GPU.
+"""
+
+import ctypes
 import platform
+import re
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from threading import Event
-from types import TracebackType
 from typing import Any
 
-from hkd_det.console import Progress, log_stage
-from hkd_det.errors import UnavailableError, import_package
+import numpy as np
+from numpy.typing import NDArray
+
+from hkd_det.errors import UnavailableError, UsageError, import_package
 
 MIN_VERSION = (10, 0)  # the first with strongly typed networks and a progress monitor; JetPack 6 has 10.3
 JETSON_RELEASE_FILE = Path("/etc/nv_tegra_release")
+CUDA_INSTALL_HINT = "Run pip install 'hkd-det[tensorrt]' (with CUDA 12, as on JetPack 6: pip install 'cuda-python<13')."
 
 
 def import_tensorrt() -> Any:
@@ -114,106 +123,262 @@ def make_trt_logger(trt: Any, log: TrtLog) -> Any:
     return Recorder()
 
 
-class BuildProgress:
-    """Progress of a build in percent, without a terminal one line per minute. Each outermost phase starts at 0.
+@dataclass(frozen=True)
+class GpuInfo:
+    """Properties of a GPU that an engine depends on.
 
-    TensorRT reports phases, which consist of steps and can contain other phases.
-
-    Args:
-        label: Text in front of the bar.
+    Attributes:
+        name: Product name as the driver reports it, for example "Orin".
+        sm: Compute capability, for example "8.7".
     """
 
-    def __init__(self, label: str) -> None:
-        log_stage(label)
-        self._progress = Progress(100, label, "%", delay_s=1)
-        self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, finished steps, all steps)
-        self.cancelled = Event()
+    name: str
+    sm: str
 
-    def cancel(self) -> None:
-        """Request that the build stops after its current step."""
-        self.cancelled.set()
 
-    def start(self, phase: str, parent: str | None, num_steps: int) -> None:
-        """Add a phase.
+class CudaDevice:
+    """One GPU: memory, streams and graphs through `cuda.bindings.runtime`.
+
+    Addresses are integers. Streams and graphs are handles of cuda-python. Every method checks the return
+    code and raises UnavailableError with CUDA's error text if the call fails.
+
+    Args:
+        runtime: The module `cuda.bindings.runtime`.
+        index: Number of the GPU, counted from 0.
+    """
+
+    def __init__(self, runtime: Any, index: int) -> None:
+        self._runtime = runtime
+        self._index = index
+        count = self._call("cudaGetDeviceCount")
+        if index >= count:
+            raise UnavailableError(
+                f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0. Set --device cuda:0."
+            )
+        self.set_current()
+
+    def set_current(self) -> None:
+        """Select this GPU for the calling thread. Every new thread starts with GPU 0."""
+        self._call("cudaSetDevice", self._index)
+
+    def get_info(self) -> GpuInfo:
+        """Return name and compute capability."""
+        properties = self._call("cudaGetDeviceProperties", self._index)
+        return GpuInfo(properties.name.split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}")
+
+    def allocate_pinned(self, size: int) -> tuple[int, NDArray[np.uint8]]:
+        """Allocate page-locked host memory.
 
         Args:
-            phase: Name of the phase.
-            parent: Name of the enclosing phase, or None.
-            num_steps: Number of steps of the phase.
-        """
-        if parent not in self._phases:
-            self._progress.restart(0)
-        self._phases[phase] = (parent, 0, max(1, num_steps))
-        self._progress.set_status(phase, refresh=False)
-        self._refresh_bar()
-
-    def step(self, phase: str) -> bool:
-        """Count one finished step.
-
-        Args:
-            phase: Name of the phase. An unknown phase is ignored.
+            size: Number of bytes.
 
         Returns:
-            Whether the build should continue.
+            address: Host address, for `free_pinned` and the copy methods.
+            array (uint8 [size]): View of the memory, valid until it is freed.
         """
-        if phase in self._phases:
-            parent, num_finished, num_steps = self._phases[phase]
-            self._phases[phase] = (parent, min(num_finished + 1, num_steps), num_steps)
-            self._refresh_bar()
-        return not self.cancelled.is_set()
+        address = int(self._call("cudaHostAlloc", size, self._runtime.cudaHostAllocDefault))
+        return address, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
-    def finish(self, phase: str) -> None:
-        """Remove a phase. The parent phase counts the step that contained it.
+    def free_pinned(self, address: int) -> None:
+        """Free page-locked host memory.
 
         Args:
-            phase: Name of the phase. An unknown phase is ignored.
+            address: Result of `allocate_pinned`.
         """
-        self._phases.pop(phase, None)
+        self._call("cudaFreeHost", address)
 
-    def __enter__(self) -> "BuildProgress":
-        return self
+    def allocate(self, size: int) -> int:
+        """Allocate device memory.
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.__exit__(exc_type, error, trace)
+        Args:
+            size: Number of bytes.
 
-    def _refresh_bar(self) -> None:
-        roots = [phase for phase, (parent, _, _) in self._phases.items() if parent not in self._phases]
-        percent = 100 * max((self._compute_fraction(phase) for phase in roots), default=0.0)
-        # Unannounced phases can start late; the bar never moves back. An update of 0 still shows the passing of time.
-        self._progress.update(max(0.0, percent - self._progress.done))
+        Returns:
+            Device address.
+        """
+        return int(self._call("cudaMalloc", size))
 
-    def _compute_fraction(self, phase: str) -> float:
-        """Return the finished part of a phase, 0 to 1. Child phases count as parts of the current step."""
-        _, num_finished, num_steps = self._phases[phase]
-        children = [name for name, (parent, _, _) in self._phases.items() if parent == phase]
-        current_step = min(1.0, sum(self._compute_fraction(name) for name in children))
-        return min(1.0, (num_finished + current_step) / num_steps)
+    def free(self, address: int) -> None:
+        """Free device memory.
+
+        Args:
+            address: Result of `allocate`.
+        """
+        self._call("cudaFree", address)
+
+    def create_stream(self) -> Any:
+        """Create a stream that does not synchronize with the default stream.
+
+        Returns:
+            Handle of the stream.
+        """
+        return self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
+
+    def destroy_stream(self, stream: Any) -> None:
+        """Destroy a stream.
+
+        Args:
+            stream: Result of `create_stream`.
+        """
+        self._call("cudaStreamDestroy", stream)
+
+    def synchronize(self, stream: Any) -> None:
+        """Wait until all work in a stream has finished.
+
+        Args:
+            stream: Result of `create_stream`.
+        """
+        self._call("cudaStreamSynchronize", stream)
+
+    def copy_host_to_device(self, device: int, host: int, size: int, stream: Any) -> None:
+        """Enqueue a copy from pinned host memory to device memory.
+
+        Args:
+            device: Target address.
+            host: Source address.
+            size: Number of bytes.
+            stream: Stream of the copy.
+        """
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", device, host, size, kind, stream)
+
+    def copy_device_to_host(self, host: int, device: int, size: int, stream: Any) -> None:
+        """Enqueue a copy from device memory to pinned host memory.
+
+        Args:
+            host: Target address.
+            device: Source address.
+            size: Number of bytes.
+            stream: Stream of the copy.
+        """
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", host, device, size, kind, stream)
+
+    def capture_graph(self, stream: Any, function: Callable[[], None]) -> Any:
+        """Capture the work that a function enqueues as one graph. The work is recorded, not executed.
+
+        Args:
+            stream: Stream that `function` uses. It must be idle.
+            function: Function that enqueues the work.
+
+        Returns:
+            Handle of the executable graph.
+        """
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+        try:
+            function()
+        except BaseException:
+            # End the capture without a check: the exception of `function` is the cause to report.
+            error, graph = self._runtime.cudaStreamEndCapture(stream)
+            if error == self._runtime.cudaError_t.cudaSuccess:
+                self._call("cudaGraphDestroy", graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", stream)
+        try:
+            return self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._call("cudaGraphDestroy", graph)
+
+    def launch_graph(self, graph: Any, stream: Any) -> None:
+        """Enqueue a captured graph.
+
+        Args:
+            graph: Result of `capture_graph`.
+            stream: Stream in which the graph runs.
+        """
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Destroy a captured graph.
+
+        Args:
+            graph: Result of `capture_graph`.
+        """
+        self._call("cudaGraphExecDestroy", graph)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        error, *values = getattr(self._runtime, name)(*arguments)
+        if error != self._runtime.cudaError_t.cudaSuccess:
+            raise UnavailableError(f"--device cuda:{self._index}: {name}: {self._format_error_and_hint(error)}")
+        return values[0] if values else None
+
+    def _format_error_and_hint(self, error: Any) -> str:
+        """Return the error text of CUDA and a remedy, as sentences."""
+        message = self._runtime.cudaGetErrorString(error)[1].decode()
+        if error == self._runtime.cudaError_t.cudaErrorInsufficientDriver:
+            return (
+                f"{message}: the NVIDIA driver is missing or older than this cuda-python requires. "
+                f"Install a driver, or a matching package. {CUDA_INSTALL_HINT}"
+            )
+        return f"{message}. Check the GPU with nvidia-smi, and close other programs that use it."
 
 
-def make_progress_monitor(trt: Any, progress: BuildProgress) -> Any:
-    """Create a TensorRT progress monitor that updates a progress bar.
+class HostDeviceBuffer:
+    """Pinned host memory and device memory of one tensor.
 
     Args:
-        trt: The module `tensorrt`.
-        progress: The bar.
+        cuda: The GPU.
+        shape: Largest shape of the tensor.
+        dtype: NumPy name of the data type.
+        stack: Exit stack that frees the memory.
 
-    Returns:
-        The `IProgressMonitor`.
+    Attributes:
+        host: Address of the host memory.
+        device: Address of the device memory.
     """
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is untyped
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+    def __init__(self, cuda: CudaDevice, shape: tuple[int, ...], dtype: str, stack: ExitStack) -> None:
+        self._dtype = np.dtype(dtype)
+        size = prod(shape) * self._dtype.itemsize
+        self.host, self._bytes = cuda.allocate_pinned(size)
+        stack.callback(cuda.free_pinned, self.host)
+        self.device = cuda.allocate(size)
+        stack.callback(cuda.free, self.device)
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            progress.start(phase_name, parent_phase, num_steps)
+    def compute_num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Compute the size of a tensor.
 
-        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002 - signature of TensorRT
-            return progress.step(phase_name)
+        Args:
+            shape: Shape of the tensor.
 
-        def phase_finish(self, phase_name: str) -> None:
-            progress.finish(phase_name)
+        Returns:
+            Number of bytes.
+        """
+        return prod(shape) * self._dtype.itemsize
 
-    return Monitor()
+    def get_host_array(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return a view of the host memory. It is valid until the request is closed.
+
+        Args:
+            shape: Shape of the array.
+
+        Returns:
+            The array.
+        """
+        return self._bytes[: self.compute_num_bytes(shape)].view(self._dtype).reshape(shape)
+
+
+def open_cuda(device: str) -> CudaDevice:
+    """Select a GPU.
+
+    Args:
+        device: "cuda" or "cuda:N".
+
+    Returns:
+        The GPU, selected for the calling thread.
+
+    Raises:
+        UsageError: If `device` has another form.
+        UnavailableError: If cuda-python, a driver or the GPU is missing.
+    """
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
+    if not match:
+        raise UsageError(
+            f"--device {device}: expected cuda or cuda:N, because an engine runs on a GPU only. Set --device cuda."
+        )
+    runtime = import_package("cuda.bindings.runtime", "cuda-python", CUDA_INSTALL_HINT)
+    try:
+        return CudaDevice(runtime, int(match[1] or 0))
+    except RuntimeError as error:  # cuda-python 12.6 without the library of the driver
+        raise UnavailableError(f"--device {device}: the NVIDIA driver is missing: {error}. Install it.") from None

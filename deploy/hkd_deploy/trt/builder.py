@@ -1,4 +1,4 @@
-"""Parse an ONNX file, estimate the memory of the build, and build a serialized engine with TensorRT 10.3 to 11.
+"""Parse an ONNX file, estimate the memory of the build, build an engine with TensorRT 10.3 to 11, show progress.
 
 Networks are always strongly typed: the engine computes in the precision of the ONNX file.
 """
@@ -8,20 +8,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 from hkd_deploy.trt.bindings import (
-    BuildProgress,
     TrtLog,
     is_jetson,
-    make_progress_monitor,
     make_trt_logger,
     parse_trt_version,
 )
 from hkd_deploy.trt.engine_info import Profile, ProfileShape, resolve_profile
 from hkd_deploy.trt.onnx_file import OnnxFile
+from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 MIB = 2**20
@@ -76,6 +76,111 @@ class BuildResult:
     layer_counts: dict[str, int]
     build_s: float
     timing_cache: bytes | None = None
+
+
+class BuildProgress:
+    """Progress of a build in percent, without a terminal one line per minute. Each outermost phase starts at 0.
+
+    TensorRT reports phases, which consist of steps and can contain other phases.
+
+    Args:
+        label: Text in front of the bar.
+    """
+
+    def __init__(self, label: str) -> None:
+        log_stage(label)
+        self._progress = Progress(100, label, "%", delay_s=1)
+        self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, finished steps, all steps)
+        self.cancelled = Event()
+
+    def cancel(self) -> None:
+        """Request that the build stops after its current step."""
+        self.cancelled.set()
+
+    def start(self, phase: str, parent: str | None, num_steps: int) -> None:
+        """Add a phase.
+
+        Args:
+            phase: Name of the phase.
+            parent: Name of the enclosing phase, or None.
+            num_steps: Number of steps of the phase.
+        """
+        if parent not in self._phases:
+            self._progress.restart(0)
+        self._phases[phase] = (parent, 0, max(1, num_steps))
+        self._progress.set_status(phase, refresh=False)
+        self._refresh_bar()
+
+    def step(self, phase: str) -> bool:
+        """Count one finished step.
+
+        Args:
+            phase: Name of the phase. An unknown phase is ignored.
+
+        Returns:
+            Whether the build should continue.
+        """
+        if phase in self._phases:
+            parent, num_finished, num_steps = self._phases[phase]
+            self._phases[phase] = (parent, min(num_finished + 1, num_steps), num_steps)
+            self._refresh_bar()
+        return not self.cancelled.is_set()
+
+    def finish(self, phase: str) -> None:
+        """Remove a phase. The parent phase counts the step that contained it.
+
+        Args:
+            phase: Name of the phase. An unknown phase is ignored.
+        """
+        self._phases.pop(phase, None)
+
+    def __enter__(self) -> "BuildProgress":
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(exc_type, error, trace)
+
+    def _refresh_bar(self) -> None:
+        roots = [phase for phase, (parent, _, _) in self._phases.items() if parent not in self._phases]
+        percent = 100 * max((self._compute_fraction(phase) for phase in roots), default=0.0)
+        # Unannounced phases can start late; the bar never moves back. An update of 0 still shows the passing of time.
+        self._progress.update(max(0.0, percent - self._progress.done))
+
+    def _compute_fraction(self, phase: str) -> float:
+        """Return the finished part of a phase, 0 to 1. Child phases count as parts of the current step."""
+        _, num_finished, num_steps = self._phases[phase]
+        children = [name for name, (parent, _, _) in self._phases.items() if parent == phase]
+        current_step = min(1.0, sum(self._compute_fraction(name) for name in children))
+        return min(1.0, (num_finished + current_step) / num_steps)
+
+
+def make_progress_monitor(trt: Any, progress: BuildProgress) -> Any:
+    """Create a TensorRT progress monitor that updates a progress bar.
+
+    Args:
+        trt: The module `tensorrt`.
+        progress: The bar.
+
+    Returns:
+        The `IProgressMonitor`.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is untyped
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            progress.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002 - signature of TensorRT
+            return progress.step(phase_name)
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress.finish(phase_name)
+
+    return Monitor()
 
 
 def build_plan(

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hkd_deploy.model_metadata import TensorInfo, make_tensor_info
-from hkd_deploy.trt.bindings import TrtLog, import_tensorrt, make_trt_logger
+from hkd_deploy.trt.bindings import CudaDevice, TrtLog, import_tensorrt, make_trt_logger, open_cuda
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan
-from hkd_deploy.trt.cuda import CudaDevice, open_cuda
 from hkd_deploy.trt.engine_info import FORMAT, EngineInfo, Profile, get_current_platform, write_engine
 from hkd_deploy.trt.onnx_file import OnnxFile
 from hkd_det.console import format_table

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hkd_deploy.model_metadata import TensorInfo
-from hkd_deploy.trt.cuda import GpuInfo
+from hkd_deploy.trt.bindings import GpuInfo
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line
 from hkd_det.files import atomic_write, bytes_sha256

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from hkd_deploy.backends import open_backend
 from hkd_deploy.backends.tensorrt import TensorRTBackend, open_tensorrt
 from hkd_deploy.model_metadata import TensorInfo
-from hkd_deploy.trt import cuda as cuda_module
+from hkd_deploy.trt import bindings
 from hkd_deploy.trt.engine_info import EngineInfo, get_current_platform, write_engine
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256
@@ -640,13 +640,13 @@ def test_values_match_the_real_cuda_python(real_cuda: Any) -> None:
 @pytest.mark.usefixtures("real_cuda")
 def test_open_cuda_without_a_driver_raises() -> None:
     with pytest.raises(UnavailableError, match="the NVIDIA driver is missing"):
-        cuda_module.open_cuda("cuda")
+        bindings.open_cuda("cuda")
 
 
 def test_open_cuda_without_cuda_python_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(UnavailableError, match=r"cuda-python: not installed.*pip install 'hkd-det\[tensorrt\]'"):
-        cuda_module.open_cuda("cuda:0")
+        bindings.open_cuda("cuda:0")
 
 
 COMPARE = """

@@ -1,4 +1,4 @@
-"""Tests of the import of the tensorrt package, the installation hints and the progress bar of a build."""
+"""Tests of the import of the tensorrt package and the installation hints."""
 
 import importlib
 import sys
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from hkd_deploy.trt import bindings
-from hkd_deploy.trt.bindings import BuildProgress
 from hkd_det.errors import UnavailableError
 
 
@@ -47,61 +46,3 @@ def test_broken_tensorrt_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_install_hint_by_platform(system: str, machine: str, jetson: bool, expected: str) -> None:
     assert expected in bindings._format_install_hint(system, machine, jetson)
-
-
-@pytest.fixture
-def progress() -> BuildProgress:
-    return BuildProgress("building")
-
-
-def percent(progress: BuildProgress) -> float:
-    return float(progress._progress.done)
-
-
-def test_nested_phases_are_parts_of_a_step(progress: BuildProgress) -> None:
-    with progress:
-        progress.start("all", None, 4)
-        assert percent(progress) == 0
-        assert progress.step("all")
-        assert percent(progress) == 25
-        progress.start("part", "all", 2)
-        assert progress.step("part")
-        assert percent(progress) == pytest.approx(25 + 25 / 2)
-        progress.start("deeper", "part", 5)
-        assert progress.step("deeper")
-        assert percent(progress) == pytest.approx(25 + 25 / 2 + 25 / 10)
-        for phase in ("deeper", "part"):
-            progress.finish(phase)
-        assert progress.step("all")
-        assert percent(progress) == 50
-        progress.finish("all")
-
-
-def test_outermost_phase_starts_at_zero(progress: BuildProgress) -> None:
-    with progress:
-        progress.start("all", None, 2)
-        progress.step("all")
-        progress.finish("all")
-        progress.start("next", None, 10)
-        assert percent(progress) == 0
-        progress.step("next")
-        assert percent(progress) == 10
-
-
-def test_bar_never_decreases_or_exceeds_100(progress: BuildProgress) -> None:
-    with progress:
-        progress.start("all", None, 1)
-        progress.step("all")
-        progress.step("all")  # one step too many
-        progress.start("late", "all", 10)
-        assert percent(progress) == 100
-        progress.step("unannounced")
-        progress.finish("unannounced")
-        assert percent(progress) == 100
-
-
-def test_step_after_cancel_returns_false(progress: BuildProgress) -> None:
-    with progress:
-        progress.start("all", None, 0)
-        progress.cancel()
-        assert not progress.step("all")

@@ -1,11 +1,11 @@
-"""Tests of the memory estimate of a build. test_engine.py and test_cli.py test the build itself."""
+"""Memory estimate and progress bar of a build. test_engine.py and test_cli.py test the build itself."""
 
 from pathlib import Path
 
 import pytest
 
 from hkd_deploy.trt import builder
-from hkd_deploy.trt.builder import estimate_build_mib, format_memory_note
+from hkd_deploy.trt.builder import BuildProgress, estimate_build_mib, format_memory_note
 
 MIB = 2**20
 
@@ -44,3 +44,61 @@ def test_memory_note_large_machine_is_none(tmp_path: Path, monkeypatch: pytest.M
 def test_memory_note_without_meminfo_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "MEMINFO", tmp_path / "absent")
     assert format_memory_note(10 * MIB, 1024) is None
+
+
+@pytest.fixture
+def progress() -> BuildProgress:
+    return BuildProgress("building")
+
+
+def percent(progress: BuildProgress) -> float:
+    return float(progress._progress.done)
+
+
+def test_nested_phases_are_parts_of_a_step(progress: BuildProgress) -> None:
+    with progress:
+        progress.start("all", None, 4)
+        assert percent(progress) == 0
+        assert progress.step("all")
+        assert percent(progress) == 25
+        progress.start("part", "all", 2)
+        assert progress.step("part")
+        assert percent(progress) == pytest.approx(25 + 25 / 2)
+        progress.start("deeper", "part", 5)
+        assert progress.step("deeper")
+        assert percent(progress) == pytest.approx(25 + 25 / 2 + 25 / 10)
+        for phase in ("deeper", "part"):
+            progress.finish(phase)
+        assert progress.step("all")
+        assert percent(progress) == 50
+        progress.finish("all")
+
+
+def test_outermost_phase_starts_at_zero(progress: BuildProgress) -> None:
+    with progress:
+        progress.start("all", None, 2)
+        progress.step("all")
+        progress.finish("all")
+        progress.start("next", None, 10)
+        assert percent(progress) == 0
+        progress.step("next")
+        assert percent(progress) == 10
+
+
+def test_bar_never_decreases_or_exceeds_100(progress: BuildProgress) -> None:
+    with progress:
+        progress.start("all", None, 1)
+        progress.step("all")
+        progress.step("all")  # one step too many
+        progress.start("late", "all", 10)
+        assert percent(progress) == 100
+        progress.step("unannounced")
+        progress.finish("unannounced")
+        assert percent(progress) == 100
+
+
+def test_step_after_cancel_returns_false(progress: BuildProgress) -> None:
+    with progress:
+        progress.start("all", None, 0)
+        progress.cancel()
+        assert not progress.step("all")

@@ -8,7 +8,7 @@ import pytest
 
 from hkd_deploy.model_metadata import TensorInfo
 from hkd_deploy.trt import engine_info as engine_info_module
-from hkd_deploy.trt.cuda import GpuInfo
+from hkd_deploy.trt.bindings import GpuInfo
 from hkd_deploy.trt.engine_info import (
     EngineInfo,
     Profile,
