@@ -8,8 +8,8 @@ import onnx
 import pytest
 
 from hkd_bench.cli import main as bench
+from hkd_deploy.backends.openvino import export_openvino
 from hkd_deploy.demo.cli import main as demo
-from hkd_deploy.export.directories import export_openvino
 
 PROGRESS = re.compile(r"\s*$|\d{4}-\d\d-\d\d ")  # empty lines and time-stamped lines
 

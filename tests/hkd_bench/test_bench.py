@@ -27,7 +27,7 @@ from hkd_bench.result import BenchResult, read_result, write_result
 from hkd_bench.scoring import measure_accuracy
 from hkd_bench.table import format_markdown_table, format_text_table
 from hkd_bench.worker import read_peak_mib, read_resident_mib, reset_peak
-from hkd_deploy.export.directories import export_openvino
+from hkd_deploy.backends.openvino import export_openvino
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
 from hkd_det.structures import Detections

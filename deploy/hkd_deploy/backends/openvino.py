@@ -1,8 +1,13 @@
-"""OpenVINO backend for the CPU. It runs ONNX files and OpenVINO directories in float32 or bfloat16."""
+"""OpenVINO backend for the CPU. It runs ONNX files and OpenVINO directories in float32 or bfloat16.
 
+An OpenVINO directory, which this module also writes, contains model.xml, model.bin and metadata.yaml as Ultralytics
+writes it.
+"""
+
+import ast
 import importlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,12 +27,16 @@ from hkd_deploy.backends.base import (
 )
 from hkd_deploy.model_metadata import make_tensor_info
 from hkd_det.config import check_range
-from hkd_det.errors import DataError, UnavailableError, UsageError, import_package
+from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line, import_package
+from hkd_det.files import atomic_write_dir
 
 Precision = Literal["bf16"]
 PERFORMANCE_HINTS = ("latency", "throughput")
 MODEL_FILE, METADATA_FILE = "model.xml", "metadata.yaml"
 DIRECTORY_FILES = (MODEL_FILE, "model.bin", METADATA_FILE)
+LITERAL_KEYS = ("stride", "batch", "imgsz", "names")  # metadata written as numbers, lists or mappings, not as text
+# Called with the final and the temporary path of the directory. An exception prevents the final rename.
+FolderCheck = Callable[[Path, Path], object]
 OPENVINO_LOAD_ERRORS = (
     "GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure", "OpValidationFailure",
 )  # fmt: skip
@@ -264,6 +273,56 @@ def read_model(path: Path) -> Any:
     return front_end.convert(front_end.load(str(path)))
 
 
+def export_openvino(onnx_path: Path, folder: Path | None = None, check: FolderCheck | None = None) -> Path:
+    """Write an OpenVINO directory and print its size.
+
+    Args:
+        onnx_path: ONNX file of hkd-export.
+        folder: Directory to write, NAME_openvino next to NAME.onnx by default.
+        check: Check of the directory before it is renamed to `folder`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        DataError: See `write_openvino_directory`.
+    """
+    folder = folder or onnx_path.with_name(f"{onnx_path.stem}_openvino")
+    write_openvino_directory(onnx_path, folder, check)
+    size_mib = sum(file.stat().st_size for file in list_model_files(folder)) / 2**20
+    print(f"{folder}: OpenVINO model of {onnx_path}, {size_mib:.1f} MiB, weights unchanged")
+    return folder
+
+
+def write_openvino_directory(onnx_path: Path, folder: Path, check: FolderCheck | None = None) -> None:
+    """Write an OpenVINO directory with the weights of an ONNX file unchanged.
+
+    Args:
+        onnx_path: ONNX file of hkd-export.
+        folder: Directory to write. It is replaced if it contains an OpenVINO model and nothing else.
+        check: Check of the directory before it is renamed to `folder`.
+
+    Raises:
+        DataError: If OpenVINO cannot read the file, `folder` contains other files, or the disk is full.
+    """
+    _check_replaceable(folder)
+    with open_openvino(onnx_path) as runtime:
+        metadata = runtime.metadata
+    with atomic_write_dir(folder) as temp_dir:
+        model = read_model(onnx_path)
+        try:
+            importlib.import_module("openvino").save_model(model, temp_dir / MODEL_FILE, compress_to_fp16=False)
+        except RuntimeError as error:  # a full disk gives "basic_ios::clear: iostream error"
+            reason = first_error_line(error)
+            raise DataError(f"{folder}: OpenVINO cannot write it: {reason}. Check the free disk space.") from None
+        text = yaml.safe_dump({key: _parse_literal(key, value) for key, value in metadata.items()}, sort_keys=False)
+        (temp_dir / METADATA_FILE).write_text(text, encoding="utf-8")
+        with open_openvino(temp_dir):  # check that OpenVINO can read the written files
+            pass
+        if check:
+            check(folder, temp_dir)
+
+
 def _compile_model(core: Any, path: Path, config: dict[str, str]) -> tuple[dict[str, str], Any]:
     """Return metadata and compiled model. The uncompiled model is released, with its weights."""
     with _convert_load_errors(path):
@@ -311,3 +370,23 @@ def _extract_error_reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not line.startswith(IGNORED_MESSAGE_PREFIXES)]
     return reasons[0].removeprefix("-- ").removesuffix(" with a message:") if reasons else type(error).__name__
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise DataError if `folder` is a file, or contains anything except an OpenVINO model."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: expected a directory, got a file. Set --output to a directory.")
+    if folder.is_dir():
+        other_files = sorted(file.name for file in folder.iterdir() if file.name not in DIRECTORY_FILES)
+        if other_files:
+            raise DataError(
+                f"{folder}: contains {other_files[0]}, which is not part of an OpenVINO model. "
+                "Set --output to another directory."
+            )
+
+
+def _parse_literal(key: str, value: str) -> Any:
+    try:
+        return ast.literal_eval(value) if key in LITERAL_KEYS else value
+    except (ValueError, SyntaxError):
+        return value  # "dynamic" of the key batch

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_deploy.export import directories
+from hkd_deploy.backends.openvino import export_openvino
 from hkd_deploy.export.verify import (
     ExportedModel,
     Verification,
@@ -16,6 +16,7 @@ from hkd_deploy.export.verify import (
 from hkd_deploy.model_metadata import ExportOptions, ModelMetadata
 from hkd_deploy.precision import cli as precision
 from hkd_deploy.precision.model import list_onnx_backends
+from hkd_deploy.serving import writers as serving
 from hkd_deploy.trt import cli as tensorrt
 from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det import __version__
@@ -63,7 +64,11 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_graph_arguments(parser)
     precision.add_arguments(parser)
     tensorrt.add_arguments(parser)
-    directories.add_arguments(parser)
+    group = parser.add_argument_group("OpenVINO")
+    group.add_argument(
+        "--openvino", action="store_true", help="write an OpenVINO directory (default name: NAME_openvino)"
+    )
+    serving.add_arguments(parser)
     add_verify_arguments(parser)
     return parser
 
@@ -110,7 +115,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
     _check_combinations(flags)
     _check_output(source, output, flags)
     if source.suffix == ".engine":
-        directories.write_serving_folders(source, flags)
+        serving.write_serving_folders(source, flags)
         return 0
     if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
         ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
@@ -135,7 +140,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
         _write_openvino(onnx_path, folder_output, verification)
     if verification:
         print(verification.format_table({} if flags.verify_images else miss_rates))
-    directories.write_serving_folders(onnx_path, flags)
+    serving.write_serving_folders(onnx_path, flags)
     return 0
 
 
@@ -158,7 +163,7 @@ def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: ar
         (source.suffix == ".pt", GRAPH_FLAGS, f"requires weights (.pt), got {source}"),
         (flags.precision != "fp32", precision.FLAGS, "requires --precision"),
         (flags.trt, tensorrt.FLAGS, "requires --trt"),
-        (bool(flags.serving), directories.SERVING_FLAGS, "requires --serving"),
+        (bool(flags.serving), serving.SERVING_FLAGS, "requires --serving"),
     ):
         for name in () if has_effect else names:
             if getattr(flags, name) != parser.get_default(name):
@@ -318,4 +323,4 @@ def _write_openvino(onnx_path: Path, output: Path | None, verification: Verifica
         if verification:
             verification.add(ExportedModel(folder, "openvino", is_exact), temp_dir)
 
-    directories.export_openvino(onnx_path, output, check)
+    export_openvino(onnx_path, output, check)

@@ -12,7 +12,7 @@ import pytest
 
 from hkd_deploy import Detector, open_detector
 from hkd_deploy.backends import open_backend
-from hkd_deploy.export.directories import write_openvino_directory
+from hkd_deploy.backends.openvino import write_openvino_directory
 from hkd_deploy.model_metadata import PREPROCESS_FLOAT01, PREPROCESS_IN_GRAPH
 from hkd_det.errors import DataError, UsageError
 

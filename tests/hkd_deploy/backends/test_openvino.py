@@ -13,9 +13,15 @@ import pytest
 import yaml
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import DIRECTORY_FILES, create_core, list_model_files, open_openvino
+from hkd_deploy.backends.openvino import (
+    DIRECTORY_FILES,
+    create_core,
+    export_openvino,
+    list_model_files,
+    open_openvino,
+    write_openvino_directory,
+)
 from hkd_deploy.export.cli import main as export
-from hkd_deploy.export.directories import export_openvino, write_openvino_directory
 from hkd_det.errors import DataError, UnavailableError, UsageError
 
 ov = importlib.import_module("openvino")

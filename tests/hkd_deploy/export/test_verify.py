@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from hkd_deploy import open_detector
+from hkd_deploy.backends.openvino import export_openvino
 from hkd_deploy.export import exporter, verify
 from hkd_deploy.export.cli import main
-from hkd_deploy.export.directories import export_openvino
 from hkd_deploy.export.parity import Parity, ParityError, make_onnx_reference
 from hkd_deploy.export.verify import ExportedModel, Verification, VerificationRow
 from hkd_deploy.model_metadata import ExportOptions
