@@ -21,8 +21,14 @@ from hkd_det.datasets.audit import (
     find_rotated,
     select_rotation_candidates,
 )
-from hkd_det.datasets.audit_coco import AuditedAs, write_audited_split, write_audited_yaml
-from hkd_det.datasets.audit_report import make_audit_rows, write_audit_json, write_audit_page
+from hkd_det.datasets.audit_report import (
+    AuditedAs,
+    make_audit_rows,
+    write_audit_json,
+    write_audit_page,
+    write_audited_split,
+    write_audited_yaml,
+)
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write, bytes_sha256, file_sha256

@@ -12,7 +12,7 @@ from typing import Any
 
 from hkd_det.console import format_table, log_stage
 from hkd_det.datasets.audit import SplitAudit
-from hkd_det.datasets.audit_coco import plan_audited_files
+from hkd_det.datasets.audit_report import plan_audited_files
 from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, open_audit_models, run_audit, write_audited
 from hkd_det.datasets.base import DatasetError, raise_error
 from hkd_det.datasets.catalog import find_common_images, list_splits, load_dataset
