@@ -22,7 +22,7 @@ from hkd_det.metrics.bootstrap import (
     compute_differences,
     compute_intervals,
 )
-from hkd_det.metrics.caltech_files import read_caltech_detections, read_caltech_ground_truth
+from hkd_det.metrics.caltech import read_caltech_detections, read_caltech_ground_truth
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
 from hkd_det.metrics.matching import MissRateResult, suggest_operating_point

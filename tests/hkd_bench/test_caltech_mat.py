@@ -11,8 +11,7 @@ import scipy.io
 from hkd_bench.cli import main
 from hkd_det.datasets.caltech_annotations import read_vbb
 from hkd_det.metrics import caltech
-from hkd_det.metrics.caltech import count_test_frames
-from hkd_det.metrics.caltech_files import read_caltech_ground_truth
+from hkd_det.metrics.caltech import count_test_frames, read_caltech_ground_truth
 
 SHARED = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set"))
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
