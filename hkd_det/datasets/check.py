@@ -4,41 +4,42 @@ import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from hkd_det.console import format_table, log_stage
+import numpy as np
+
+from hkd_det.console import Progress, format_table, log_stage
 from hkd_det.datasets.audit import SplitAudit
 from hkd_det.datasets.audit_report import plan_audited_files
 from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, open_audit_models, run_audit, write_audited
-from hkd_det.datasets.base import DatasetError, raise_error
+from hkd_det.datasets.base import DatasetError, ErrorHandler, raise_error, set_image
 from hkd_det.datasets.catalog import find_common_images, list_splits, load_dataset
 from hkd_det.datasets.check_browser import (
     DEFAULT_MAX_IMAGES,
+    NUM_THREADS,
+    PAGE_NAME,
+    PREVIEW_DIR,
     BrowsedImage,
     add_duplicates,
     add_findings,
     list_browsed_images,
-    select_images,
-    write_image_page,
-)
-from hkd_det.datasets.check_images import (
-    PAGE_NAME,
-    PREVIEW_DIR,
-    SOURCE_NAME,
-    describe_source,
-    inspect_images,
-    make_image_set,
     make_preview_paths,
     open_preview_dir,
+    select_images,
+    write_image_page,
+    write_preview,
     write_previews,
 )
 from hkd_det.datasets.check_report import (
+    SOURCE_NAME,
     DuplicateReport,
     SplitReport,
+    describe_source,
     encode_sheet,
     save_split_images,
     write_dataset_report,
@@ -46,17 +47,38 @@ from hkd_det.datasets.check_report import (
 from hkd_det.datasets.check_summary import ProblemLog, escape_nonprintable, format_summary, summarize
 from hkd_det.datasets.data_yaml import SPLITS
 from hkd_det.datasets.duplicates import (
+    THUMBNAIL_PX,
     DuplicateSearch,
     ImageSet,
+    Thumbnails,
     draw_duplicates,
+    make_thumbnail,
     search_duplicates,
     write_duplicates_json,
 )
+from hkd_det.datasets.image_files import make_stated_size_error
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import write_text
+from hkd_det.image import decode_image, read_image_bytes
+from hkd_det.image_header import UPRIGHT, parse_image_header
 from hkd_det.structures import Sample
 
 MAX_PRINTED = 50  # errors on the terminal
+
+
+@dataclass(frozen=True, eq=False)
+class InspectedImage:
+    """Properties of a decoded image.
+
+    Attributes:
+        size_hw: Height and width in pixels.
+        thumbnail (array[32, 32], uint8): Gray thumbnail.
+        is_exif_rotated: True if the EXIF orientation rotates or flips the stored pixels.
+    """
+
+    size_hw: tuple[int, int]
+    thumbnail: Thumbnails
+    is_exif_rotated: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +220,67 @@ def _check_split(log: ProblemLog, samples: list[Sample], output_dir: Path, previ
     readable = [(sample, size) for sample, size in zip(samples, sizes, strict=True) if size]
     report = SplitReport(summary, save_split_images(summary, readable, output_dir))
     return _CheckedSplit(samples, sizes, report, make_image_set(log.split, samples, images))
+
+
+def inspect_images(
+    samples: Sequence[Sample], on_error: ErrorHandler, previews: Sequence[Path] | None = None
+) -> list[InspectedImage | None]:
+    """Decode every image and compare its size with the annotation.
+
+    Args:
+        samples: Samples to check.
+        on_error: Function that receives each error.
+        previews: Output file of the thumbnail of each image; None writes no thumbnails.
+
+    Returns:
+        Properties of each image; None if it cannot be decoded.
+    """
+    images: list[InspectedImage | None] = []
+    pool = ThreadPoolExecutor(NUM_THREADS)
+    try:
+        results = pool.map(_inspect_or_error, samples, previews or [None] * len(samples))
+        with Progress(len(samples), "decode", "image", delay_s=2) as progress:
+            for sample, result in zip(samples, results, strict=True):
+                progress.update()
+                if isinstance(result, DataError):
+                    on_error(set_image(result, sample.path))
+                    images.append(None)
+                    continue
+                if sample.size_hw is not None and sample.size_hw != result.size_hw:
+                    error = make_stated_size_error(sample.path, sample.size_hw, result.size_hw)
+                    on_error(set_image(error, sample.path))
+                images.append(result)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
+    return images
+
+
+def _inspect_or_error(sample: Sample, preview: Path | None) -> InspectedImage | DataError:
+    try:
+        encoded = read_image_bytes(sample.path)
+        image = decode_image(encoded, sample.path)
+    except DataError as error:
+        return error
+    except OSError as error:
+        return DataError(f"{sample.path}: {error.strerror or error}. Check the permissions.")
+    if preview:
+        write_preview(image, preview)
+    header = parse_image_header(encoded)
+    is_rotated = header is not None and header.orientation != UPRIGHT
+    return InspectedImage((image.shape[0], image.shape[1]), make_thumbnail(image), is_rotated)
+
+
+def make_image_set(name: str, samples: Sequence[Sample], images: Sequence[InspectedImage | None]) -> ImageSet:
+    """Return the readable images for the search of near-duplicates.
+
+    Args:
+        name: Name of the split.
+        samples: Samples of the split.
+        images: Properties of each image; None if it cannot be decoded.
+    """
+    pairs = [(sample.path, image.thumbnail) for sample, image in zip(samples, images, strict=True) if image]
+    thumbnails = np.array([thumbnail for _, thumbnail in pairs], np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
+    return ImageSet(name, tuple(path for path, _ in pairs), thumbnails)
 
 
 def _list_browsed_images(

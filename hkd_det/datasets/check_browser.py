@@ -2,27 +2,35 @@
 
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+import cv2
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_det.console import Progress, log_stage
 from hkd_det.datasets.audit import SplitAudit
 from hkd_det.datasets.base import DatasetError
-from hkd_det.datasets.check_images import make_preview_paths
 from hkd_det.datasets.check_report import IGNORED_COLOR, PERSON_COLOR, VISIBLE_COLOR
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.datasets.duplicates import DuplicateSearch
-from hkd_det.files import write_text
+from hkd_det.files import atomic_write_dir, write_text
+from hkd_det.image import read_image
 from hkd_det.structures import GroundTruth, Sample
 
 TEMPLATE = Path(__file__).with_name("check_browser.html.j2")
+NUM_THREADS = 4  # OpenCV releases the GIL while it decodes
+PAGE_NAME, PREVIEW_DIR = "images.html", "thumbnails"
+PREVIEW_WH, PREVIEW_QUALITY = (320, 240), 75  # approximate size; about 10 kB per image
 DEFAULT_MAX_IMAGES = 10_000  # 100 MB of thumbnails, and a page of a few MB
 UNUSED_COLOR, PROPOSAL_COLOR = (70, 170, 255), (255, 255, 255)  # RGB
 MAX_TEXTS = 20  # problems of one kind that are listed with an image
@@ -174,6 +182,69 @@ def select_images(images: Sequence[BrowsedImage], max_images: int) -> list[Brows
         count = min(len(group), max_images - len(selected))
         selected += [group[index * len(group) // count] for index in range(count)]
     return [images[index] for index in sorted(selected)]
+
+
+def make_preview_paths(split: str, num_images: int) -> list[Path]:
+    """Return the paths of the thumbnails of a split. They do not depend on the names of the images.
+
+    Args:
+        split: Name of the split.
+        num_images: Number of images.
+    """
+    return [Path(split) / f"{number:06}.jpg" for number in range(num_images)]
+
+
+@contextmanager
+def open_preview_dir(output_dir: Path, splits: Sequence[str], max_images: int) -> Iterator[Path | None]:
+    """Replace the directory of thumbnails; without images, remove it and the page.
+
+    Args:
+        output_dir: Directory of the report. It does not exist after a failure, unless it contains files.
+        splits: Names of the splits.
+        max_images: Maximum number of images of the page.
+
+    Yields:
+        The new directory, with one directory for each split; None without images.
+    """
+    if max_images:
+        with atomic_write_dir(output_dir / PREVIEW_DIR) as preview_dir:
+            for split in splits:
+                (preview_dir / split).mkdir()
+            yield preview_dir
+    else:
+        (output_dir / PAGE_NAME).unlink(missing_ok=True)
+        if (output_dir / PREVIEW_DIR).exists():
+            shutil.rmtree(output_dir / PREVIEW_DIR)
+        yield None
+
+
+def write_previews(files: Sequence[tuple[Path, Path]]) -> None:
+    """Decode images to write their thumbnails.
+
+    Args:
+        files: Image file and thumbnail of each image.
+    """
+    if files:
+        log_stage(f"write {len(files):,} thumbnails")
+    with ThreadPoolExecutor(NUM_THREADS) as pool, Progress(len(files), "thumbnails", "image", delay_s=2) as progress:
+        for _ in pool.map(lambda pair: write_preview(read_image(pair[0]), pair[1]), files):
+            progress.update()
+
+
+def write_preview(image: NDArray[np.uint8], path: Path) -> None:
+    """Write the thumbnail of an image.
+
+    Args:
+        image (array[H, W, 3]): RGB, uint8.
+        path: JPEG file to write.
+    """
+    # OpenCV averages whole blocks of pixels four times as fast as fractions of pixels.
+    factor = max(1, round(max(image.shape[1] / PREVIEW_WH[0], image.shape[0] / PREVIEW_WH[1])))
+    height, width = (max(1, side // factor) for side in image.shape[:2])
+    blocks = image[: height * factor, : width * factor]
+    small = cv2.resize(blocks, (width, height), interpolation=cv2.INTER_AREA)
+    options = [cv2.IMWRITE_JPEG_QUALITY, PREVIEW_QUALITY]
+    path.write_bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1].tobytes())
 
 
 def write_image_page(path: Path, data: str, images: Sequence[BrowsedImage], num_all: int, preview_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hkd_det.datasets.check_summary import HistogramBin, SplitSummary, list_histograms, make_summary_rows
+from hkd_det.datasets.check_summary import (
+    HistogramBin,
+    SplitSummary,
+    escape_nonprintable,
+    list_histograms,
+    make_summary_rows,
+)
 from hkd_det.files import atomic_write, write_text
 from hkd_det.image import read_image
 from hkd_det.structures import GroundTruth, Sample
@@ -21,6 +28,9 @@ ImageRGB = NDArray[np.uint8]
 
 TEMPLATE = Path(__file__).with_name("check_report.html.j2")
 MAX_SHOWN, MAX_LISTED = 50, 2000  # errors that are visible at once, and errors on the page
+SOURCE_NAME = "source.txt"  # in the directory of the report: path or name of the dataset
+GENERIC_NAMES = ("data.yaml", "dataset.yaml", "_annotations.coco.json", "result.json")
+SPLIT_DIRECTORIES = ("train", "valid", "val", "test")
 SHEET_WIDTH_PX, CAPTION_HEIGHT_PX, GAP_PX = 1600, 30, 6
 ROW_ASPECT = 4.0  # width / height of a full row
 MIN_ASPECT, MAX_ASPECT = 0.25, 4.0  # of a tile; other images are centered in their tile
@@ -155,6 +165,39 @@ class DuplicateReport:
     def sheet_uri(self) -> str:
         """Data URI of the sheet."""
         return "data:image/jpeg;base64," + base64.b64encode(self.sheet_jpg).decode("ascii")
+
+
+def choose_report_dir(parent: Path, data: str) -> Path:
+    """Return the directory of the report of a dataset, which no other dataset has.
+
+    The name is that of the file or directory. Files with the same name in each dataset have that of their directory.
+
+    Args:
+        parent: Directory of all reports.
+        data: Dataset, as for `check_dataset`.
+
+    Returns:
+        `parent`/NAME. If another dataset has this directory, `parent`/NAME-2 and so on.
+    """
+    path, source = _find_named_path(data), describe_source(data)
+    name = path.name if path.is_dir() else path.stem
+    if name in SPLIT_DIRECTORIES and path.parent.name:
+        name = f"{path.parent.name}-{name}"
+    for number in count(1):
+        candidate = parent / (name if number == 1 else f"{name}-{number}")
+        marker = candidate / SOURCE_NAME
+        if not marker.exists() or marker.read_text(encoding="utf-8", errors="replace").rstrip("\n") == source:
+            return candidate
+    raise AssertionError  # the loop is endless
+
+
+def describe_source(data: str) -> str:
+    """Return the absolute path of a dataset, or its name in datasets.yaml.
+
+    Args:
+        data: Dataset, as for `check_dataset`.
+    """
+    return escape_nonprintable(str(_find_named_path(data)))
 
 
 def write_dataset_report(
@@ -292,3 +335,10 @@ def _render_legend(width: int) -> ImageRGB:
 
 def _put_text(strip: ImageRGB, text: str, left: int) -> None:
     cv2.putText(strip, text, (left, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, TEXT_COLOR, 1, cv2.LINE_AA)
+
+
+def _find_named_path(data: str) -> Path:
+    path = Path(data)
+    if not path.exists():
+        return path
+    return path.resolve().parent if path.name in GENERIC_NAMES else path.resolve()

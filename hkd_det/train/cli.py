@@ -72,7 +72,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     from hkd_det.datasets.audit_run import AuditOptions  # noqa: PLC0415
     from hkd_det.datasets.check import check_dataset  # noqa: PLC0415
     from hkd_det.datasets.check_browser import DEFAULT_MAX_IMAGES  # noqa: PLC0415
-    from hkd_det.datasets.check_images import choose_report_dir  # noqa: PLC0415
+    from hkd_det.datasets.check_report import choose_report_dir  # noqa: PLC0415
 
     if not arguments.data:
         raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")

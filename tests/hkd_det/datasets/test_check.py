@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets import GroundTruth, Sample, check
-from hkd_det.datasets.check_images import SOURCE_NAME, choose_report_dir, describe_source
 from hkd_det.datasets.check_report import (
     CAPTION_HEIGHT_PX,
     GAP_PX,
     IGNORED_COLOR,
     PERSON_COLOR,
+    SOURCE_NAME,
     VISIBLE_COLOR,
+    choose_report_dir,
+    describe_source,
     make_contact_sheet,
 )
 from hkd_det.datasets.check_summary import HEIGHT_EDGES_PX, VISIBLE_RATIO_EDGES, Range, escape_nonprintable, summarize
