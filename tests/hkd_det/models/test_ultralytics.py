@@ -20,11 +20,11 @@ from hkd_det.models.surgery import NO_CHANGES
 from hkd_det.models.ultralytics import (
     UltralyticsDetector,
     UltralyticsSpec,
+    import_tasks,
     is_ultralytics_file,
     load_ultralytics,
     make_ultralytics_spec,
 )
-from hkd_det.models.ultralytics_io import import_tasks
 from hkd_det.models.zoo import build_model, count_params_and_flops, get_spec
 from hkd_det.ops.losses import sum_losses
 
