@@ -38,7 +38,7 @@ class ExportedDetector(Detector):
         self._runtime: Backend = runtime
         self._num_requests = opened.num_requests
         # With concurrent requests, single images keep all of them busy.
-        self._max_batch = runtime.batch or (1 if opened.num_requests > 1 else opened.max_batch)
+        self.max_batch = runtime.batch or (1 if opened.num_requests > 1 else opened.max_batch)
         is_size_free = self.metadata.dynamic or self.metadata.letterbox
         if runtime.input_hw != (None if is_size_free else self.metadata.imgsz_hw):
             raise DataError(
@@ -49,18 +49,18 @@ class ExportedDetector(Detector):
     def predict_timed(self, image_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
         """Run inference on one image and measure the stages. See `Detector.predict_timed`."""
         start = perf_counter()
-        letterbox = self._make_letterbox(image_rgb)
-        batch = self._make_batch([letterbox], [image_rgb])
-        preprocessed = perf_counter()
-        outputs = self._runtime.run(batch)
-        inferred = perf_counter()
-        detections = _to_source_detections(letterbox, outputs, 0)
-        end = perf_counter()
-        return detections, StageTimes(
-            preprocess_ms=1e3 * (preprocessed - start),
-            inference_ms=1e3 * (inferred - preprocessed),
-            postprocess_ms=1e3 * (end - inferred),
-        )
+        return self._run_timed([self._make_letterbox(image_rgb)], [image_rgb], start)[0]
+
+    def predict_timed_batch(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[tuple[Detections, StageTimes]]:
+        """Run inference on a list of images and measure the stages. See `Detector.predict_timed_batch`."""
+        start = perf_counter()
+        letterboxes = [self._make_letterbox(image) for image in images_rgb]
+        results: dict[int, tuple[Detections, StageTimes]] = {}
+        for indices in self._split_batches(letterboxes):
+            outputs = self._run_timed([letterboxes[i] for i in indices], [images_rgb[i] for i in indices], start)
+            results.update(zip(indices, outputs, strict=True))
+            start = perf_counter()
+        return [results[i] for i in range(len(images_rgb))]
 
     def predict_batches(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Run inference on a list of images. See `Detector.predict_batches`."""
@@ -82,6 +82,22 @@ class ExportedDetector(Detector):
             for indices in batches:
                 predict_batch(indices)
         return [results[i] for i in range(len(images_rgb))]
+
+    def _run_timed(
+        self, letterboxes: Sequence[Letterbox], images_rgb: Sequence[NDArray[np.uint8]], start_s: float
+    ) -> list[tuple[Detections, StageTimes]]:
+        """Run the graph once, on images of one input size. `start_s` is when the preprocessing started."""
+        batch = self._make_batch(letterboxes, images_rgb)
+        preprocessed_s = perf_counter()
+        outputs = self._runtime.run(batch)
+        inferred_s = perf_counter()
+        detections = [_to_source_detections(letterbox, outputs, row) for row, letterbox in enumerate(letterboxes)]
+        times = StageTimes(
+            preprocess_ms=1e3 * (preprocessed_s - start_s),
+            inference_ms=1e3 * (inferred_s - preprocessed_s),
+            postprocess_ms=1e3 * (perf_counter() - inferred_s),
+        )
+        return [(found, times) for found in detections]
 
     def _make_letterbox(self, image_rgb: NDArray[np.uint8]) -> Letterbox:
         """Compute the position of an image in the input of the graph."""
@@ -120,7 +136,7 @@ class ExportedDetector(Detector):
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, letterbox in enumerate(letterboxes):
             by_size.setdefault(letterbox.input_hw, []).append(index)
-        step = self._max_batch or max(1, len(letterboxes))
+        step = self.max_batch or max(1, len(letterboxes))
         return [indices[start : start + step] for indices in by_size.values() for start in range(0, len(indices), step)]
 
 

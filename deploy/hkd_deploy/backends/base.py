@@ -143,11 +143,13 @@ class Detector(ABC):
         metadata: Metadata of the model.
         backend: Name of the backend.
         device: Device that runs the model.
+        max_batch: Largest batch of `predict_timed_batch` that is one call of the graph. None for no limit.
     """
 
     metadata: ModelMetadata
     backend: str
     device: str
+    max_batch: int | None = 1
     _release: Callable[[], object] | None = None
 
     @overload
@@ -238,6 +240,22 @@ class Detector(ABC):
             ValueError: The array is not an image.
             DataError: The image exceeds the limit of a graph that letterboxes.
         """
+
+    def predict_timed_batch(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[tuple[Detections, StageTimes]]:
+        """Run inference on a list of images and measure the stages.
+
+        Args:
+            images_rgb (list of uint8[H, W, 3]): RGB images of any size.
+
+        Returns:
+            Detections in image pixels and time of each stage, one entry per image. Images of one batch have the times
+            of the batch.
+
+        Raises:
+            ValueError: An array is not an image.
+            DataError: An image exceeds the limit of a graph that letterboxes.
+        """
+        return [self.predict_timed(image) for image in images_rgb]
 
     @abstractmethod
     def predict_batches(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:

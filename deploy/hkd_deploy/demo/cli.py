@@ -2,13 +2,11 @@
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
-from types import FrameType, TracebackType
 
 import cv2
 
@@ -18,8 +16,9 @@ from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
 from hkd_deploy.demo.events import STDOUT, open_events
 from hkd_deploy.demo.output import FrameStats, open_window
-from hkd_deploy.demo.progress import ProgressReport, print_summary
+from hkd_deploy.demo.progress import ProgressReport, format_totals, print_summary
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
+from hkd_deploy.demo.service import StopSignals, SystemdNotifier
 from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import FrameSource, LiveSource, is_live_address, open_source
@@ -70,7 +69,7 @@ def _run_cameras(
     cameras: Sequence[CameraConfig],
     pipelines: list[CameraPipeline],
     files: list[FileSink],
-    stop_signals: "StopSignals",
+    stop_signals: StopSignals,
 ) -> None:
     """Open everything, run, and close. `pipelines` and `files` are filled, so that they are valid after an error."""
     names = [camera.name for camera in cameras]
@@ -95,10 +94,15 @@ def _run_cameras(
         conf = default_conf if camera.conf is None else camera.conf
         pipelines.append(CameraPipeline(camera.name, source, conf, sinks, camera.privacy or flags.privacy))
     progress = stack.enter_context(ProgressReport(pipelines, flags.max_frames))
+    notifier = SystemdNotifier()
+    stack.callback(notifier.close)
+
+    def report() -> None:
+        progress.update()
+        notifier.update(sum(pipeline.stats.num_frames for pipeline in pipelines), lambda: format_totals(pipelines))
+
     with stop_signals.defer():
-        run_cameras(
-            pipelines, detector, window_sink, flags.max_frames, new_frame, progress.update, stop_signals.is_requested
-        )
+        run_cameras(pipelines, detector, window_sink, flags.max_frames, new_frame, report, stop_signals.is_requested)
 
 
 def open_sources(stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: Event) -> list[FrameSource]:
@@ -121,49 +125,6 @@ def open_sources(stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: E
 
     stack.callback(stop_all)
     return sources
-
-
-class StopSignals:
-    """Handler of SIGINT, SIGTERM and SIGHUP, which end a run.
-
-    A signal raises KeyboardInterrupt, except in a block of `defer`, which ends between two frames: a file is not
-    interrupted in the middle of a frame. A second signal always raises.
-    """
-
-    def __init__(self) -> None:
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
-        self._numbers = [getattr(signal, name) for name in names]
-        self._is_deferred = self._is_requested = False
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = [signal.signal(number, self._handle) for number in self._numbers]
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in zip(self._numbers, self._previous, strict=True):
-            signal.signal(number, handler)
-
-    def is_requested(self) -> bool:
-        """Return whether a signal arrived."""
-        return self._is_requested
-
-    @contextmanager
-    def defer(self) -> Iterator[None]:
-        """Defer the KeyboardInterrupt of a signal to the end of the block, which checks `is_requested`."""
-        self._is_deferred = True
-        try:
-            yield
-        finally:
-            self._is_deferred = False
-        if self._is_requested:
-            raise KeyboardInterrupt
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of signal.signal
-        if self._is_requested or not self._is_deferred:
-            raise KeyboardInterrupt
-        self._is_requested = True
 
 
 def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

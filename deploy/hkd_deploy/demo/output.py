@@ -328,6 +328,15 @@ class FrameStats:
         span_s = self._ticks_s[-1] - self._start_s
         return self.num_frames / span_s if span_s > 0 else 0.0
 
+    def compute_latencies(self) -> list[float]:
+        """Compute the 50th, 90th and 99th percentile of the age of frames, or of the total time without ages, in ms.
+
+        Returns:
+            Three times in ms; empty without frames.
+        """
+        values = self._ages_ms or [times.total_ms for times in self._times]
+        return [float(value) for value in np.percentile(values, PERCENTILES)] if values else []
+
     def format_summary(self, num_dropped: int) -> str:
         """Format frame count, rate and a table of stage percentiles.
 

@@ -12,6 +12,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import TextIO
 
+from hkd_deploy.demo.output import PERCENTILES
 from hkd_deploy.demo.run import CameraPipeline
 
 TERMINAL_INTERVAL_S = 0.1
@@ -70,7 +71,7 @@ class ProgressReport:
         if len(self._pipelines) == 1:
             text = f"{self._pipelines[0].name}: {_format_state(self._pipelines[0], self._max_frames)}"
         else:
-            text = _format_totals(self._pipelines)
+            text = format_totals(self._pipelines)
         print(f"\r{text.ljust(self._width)}", end=end, file=sys.stderr, flush=True)  # overwrite the previous text
         self._width = len(text)
 
@@ -80,6 +81,26 @@ class ProgressReport:
         time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         text = _format_state(pipeline, self._max_frames if len(self._pipelines) == 1 else None)
         print(f"{time} {pipeline.name}: {text}", file=sys.stderr, flush=True)
+
+
+def format_totals(pipelines: Sequence[CameraPipeline]) -> str:
+    """Format the state of all cameras as one line.
+
+    Args:
+        pipelines: The cameras.
+
+    Returns:
+        Frame count, rate and dropped frames of all cameras together, and the first problem.
+    """
+    num_dropped = sum(pipeline.source.num_dropped for pipeline in pipelines)
+    running = [pipeline for pipeline in pipelines if not pipeline.is_ended and not pipeline.status]
+    parts = [f"{sum(pipeline.stats.num_frames for pipeline in pipelines)} frames"]
+    parts += [f"{sum(pipeline.stats.recent_fps for pipeline in running):.1f} fps"]
+    parts += [f"{num_dropped} dropped"] * (num_dropped > 0)
+    problems = [f"{pipeline.name}: {pipeline.status}" for pipeline in pipelines if pipeline.status]
+    parts += [f"{len(problems)} with a problem ({text})" for text in problems[:1]]
+    count = f"{len(pipelines)} camera{'s' * (len(pipelines) > 1)}"
+    return f"{count}: {', '.join(parts)}"
 
 
 def print_summary(pipelines: Sequence[CameraPipeline], output: TextIO) -> None:
@@ -94,10 +115,7 @@ def print_summary(pipelines: Sequence[CameraPipeline], output: TextIO) -> None:
     if len(pipelines) == 1:
         print(pipelines[0].stats.format_summary(pipelines[0].source.num_dropped), file=output)
         return
-    for pipeline in pipelines:
-        lost = f"{pipeline.name}: lost {pipeline.num_lost} times" if pipeline.num_lost else pipeline.name
-        print(lost, file=output)
-        print(pipeline.stats.format_summary(pipeline.source.num_dropped), file=output)
+    print(_format_table(pipelines), file=output)
 
 
 def _format_state(pipeline: CameraPipeline, max_frames: int | None) -> str:
@@ -107,14 +125,17 @@ def _format_state(pipeline: CameraPipeline, max_frames: int | None) -> str:
     return ", ".join(parts + [f"{num_dropped} dropped"] * (num_dropped > 0) + [status] * bool(status))
 
 
-def _format_totals(pipelines: Sequence[CameraPipeline]) -> str:
-    num_dropped = sum(pipeline.source.num_dropped for pipeline in pipelines)
-    fps = sum(pipeline.stats.recent_fps for pipeline in pipelines if not pipeline.is_ended and not pipeline.status)
-    parts = [f"{sum(pipeline.stats.num_frames for pipeline in pipelines)} frames", f"{fps:.1f} fps"]
-    parts += [f"{num_dropped} dropped"] * (num_dropped > 0)
-    problems = [f"{pipeline.name}: {pipeline.status}" for pipeline in pipelines if pipeline.status]
-    parts += [f"{len(problems)} with a problem ({problems[0]})"] * bool(problems)
-    return f"{len(pipelines)} cameras: {', '.join(parts)}"
+def _format_table(pipelines: Sequence[CameraPipeline]) -> str:
+    """Format one row per camera: counts, rate, and percentiles of the age, or of the time of the model for a video."""
+    header = ["frames", "dropped", "lost", "fps", *(f"p{percent} ms" for percent in PERCENTILES)]
+    width = max(len(pipeline.name) for pipeline in pipelines)
+    lines = [" ".join([f"{'camera':<{width}}", *(f"{title:>8}" for title in header)])]
+    for pipeline in pipelines:
+        stats = pipeline.stats
+        cells = [f"{count:8d}" for count in (stats.num_frames, pipeline.source.num_dropped, pipeline.num_lost)]
+        cells += [f"{stats.mean_fps:8.1f}", *(f"{latency_ms:8.1f}" for latency_ms in stats.compute_latencies())]
+        lines.append(" ".join([f"{pipeline.name:<{width}}", *cells]))
+    return "\n".join([*lines, "p50, p90, p99: time since capture of a camera, otherwise time of the model"])
 
 
 def _remove_numbers(status: str) -> str:

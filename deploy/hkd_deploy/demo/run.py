@@ -17,6 +17,7 @@ from hkd_deploy.streams import Frame, FrameSource, LiveSource
 from hkd_det.draw import Redaction
 from hkd_det.errors import HkdError, UnavailableError
 from hkd_det.letterbox import format_imgsz
+from hkd_det.structures import Detections
 
 IDLE_INTERVAL_S = 0.1  # longest time between two checks of signals, window events and statuses
 
@@ -81,20 +82,23 @@ class CameraPipeline:
         self.is_ended = frame is None
         return frame
 
-    def process(self, detector: Detector, frame: Frame) -> FrameResult:
-        """Run the detector on a frame and write the result to the sinks.
+    def fail(self, error: HkdError) -> None:
+        """End the camera with an error. The other cameras go on."""
+        self.error, self.is_ended = error, True
+
+    def write(self, detector: Detector, frame: Frame, found: Detections, times: StageTimes, age_ms: float) -> None:
+        """Track, count and write the detections of a frame to the sinks.
 
         Args:
-            detector: The detector.
+            detector: The detector, for its name.
             frame: The frame.
-
-        Returns:
-            The result.
+            found: All detections of the model, pixels of the frame.
+            times: Time of each stage.
+            age_ms: Time from the capture to the detections, ms. No effect for a recorded source.
         """
         image_hw = (frame.image_rgb.shape[0], frame.image_rgb.shape[1])
-        found, times = detector.predict_timed(frame.image_rgb)
-        age_ms = 1e3 * (monotonic() - frame.timestamp_s) if self.source.is_live else None
-        self.stats.add(times, age_ms)
+        known_age_ms = age_ms if self.source.is_live else None
+        self.stats.add(times, known_age_ms)
         shown = found.filter(self.conf)
         self._time_s = max(self._time_s, frame.timestamp_s)  # estimated capture times can step back
         track_ids = None
@@ -103,6 +107,7 @@ class CameraPipeline:
         counts: dict[str, Any] = {}
         for counter in self.counters:
             counts |= counter.update(shown, track_ids, image_hw, self._time_s)
+        num_dropped = self.source.num_dropped
         result = FrameResult(
             camera=self.name,
             index=self.stats.num_frames - 1,
@@ -111,18 +116,17 @@ class CameraPipeline:
             all_detections=found,
             conf=self.conf,
             timestamp_s=frame.timestamp_s,
-            age_ms=age_ms,
+            age_ms=known_age_ms,
             times=times,
             status=self.source.status,
             privacy=self.privacy,
-            overlay=tuple(_format_overlay(detector, self.stats, times, len(shown), age_ms, self.source.num_dropped)),
+            overlay=tuple(_format_overlay(detector, self.stats, times, len(shown), known_age_ms, num_dropped)),
             track_ids=track_ids,
             counts=counts,
         )
         self.report_status()
         for sink in self.sinks:
             sink.write(result)
-        return result
 
     def report_status(self) -> None:
         """Write the status of the camera to the sinks if it changed."""
@@ -162,26 +166,23 @@ def run_cameras(
     start_s, due_s = monotonic(), dict.fromkeys(pipelines, 0.0)
     while active := [pipeline for pipeline in pipelines if not pipeline.is_ended]:
         new_frame.clear()
-        had_frame = False
-        for pipeline in active:
-            if should_stop():
-                return
-            frame = _take_due_frame(pipeline, due_s[pipeline])
-            if frame is None or not _try_process(pipeline, detector, frame):
-                continue
+        had_frame, remaining = False, _count_remaining(pipelines, max_frames)
+        for batch in _iterate_batches(active, due_s, detector.max_batch, remaining):
+            _process_batch(detector, batch)
             had_frame = True
-            if window and not pipeline.source.is_live:
-                due_s[pipeline] = start_s + frame.timestamp_s
-            if sum(other.stats.num_frames for other in pipelines) == max_frames:
-                on_pass()
+            if window:
+                due_s |= {pipeline: start_s + frame.timestamp_s for pipeline, frame in batch if not _is_live(pipeline)}
+            if should_stop():
                 return
         _check_any_opened(pipelines)
         for pipeline in active:
             pipeline.report_status()
         on_pass()
+        if should_stop() or _count_remaining(pipelines, max_frames) == 0:
+            return
         if window and not window.is_open(max(1, round(1e3 * _compute_wait_s(active, due_s)))):
             return
-        if not had_frame and any(pipeline.source.is_live for pipeline in active):
+        if not had_frame and any(map(_is_live, active)):
             new_frame.wait(IDLE_INTERVAL_S)
     if window and all(pipeline.source.num_frames == 1 for pipeline in pipelines):
         while window.is_open(wait_ms=50) and not should_stop():  # keep images visible
@@ -189,6 +190,55 @@ def run_cameras(
     errors = [pipeline.error for pipeline in pipelines if pipeline.error]
     if errors:
         raise errors[0]
+
+
+def _is_live(pipeline: CameraPipeline) -> bool:
+    return pipeline.source.is_live
+
+
+def _count_remaining(pipelines: Sequence[CameraPipeline], max_frames: int | None) -> int | None:
+    """Return how many frames may still be processed. None for no limit."""
+    return None if max_frames is None else max_frames - sum(pipeline.stats.num_frames for pipeline in pipelines)
+
+
+def _iterate_batches(
+    active: Sequence[CameraPipeline], due_s: dict[CameraPipeline, float], max_batch: int | None, remaining: int | None
+) -> Iterator[list[tuple[CameraPipeline, Frame]]]:
+    """Yield batches of at most one frame of each camera, at most `remaining` frames, each taken when it is needed."""
+    max_batch = max_batch or len(active)
+    batch: list[tuple[CameraPipeline, Frame]] = []
+    num_taken = 0
+    for pipeline in active:
+        if num_taken == remaining:
+            break
+        frame = _take_due_frame(pipeline, due_s[pipeline])
+        if frame is not None:
+            batch.append((pipeline, frame))
+            num_taken += 1
+        if len(batch) == max_batch:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _process_batch(detector: Detector, batch: Sequence[tuple[CameraPipeline, Frame]]) -> None:
+    """Run the detector and write the results. An error, such as of a frame that is too large, ends its camera."""
+    try:
+        outputs = detector.predict_timed_batch([frame.image_rgb for _, frame in batch])
+    except HkdError as error:
+        if len(batch) == 1:
+            batch[0][0].fail(error)
+            return
+        for item in batch:  # find the frame that fails
+            _process_batch(detector, [item])
+        return
+    detected_s = monotonic()
+    for (pipeline, frame), (found, times) in zip(batch, outputs, strict=True):
+        try:
+            pipeline.write(detector, frame, found, times, 1e3 * (detected_s - frame.timestamp_s))
+        except HkdError as error:
+            pipeline.fail(error)
 
 
 def _compute_wait_s(active: Sequence[CameraPipeline], due_s: dict[CameraPipeline, float]) -> float:
@@ -205,18 +255,8 @@ def _take_due_frame(pipeline: CameraPipeline, due_s: float) -> Frame | None:
     try:
         return pipeline.take_frame()
     except HkdError as error:
-        pipeline.error, pipeline.is_ended = error, True
+        pipeline.fail(error)
         return None
-
-
-def _try_process(pipeline: CameraPipeline, detector: Detector, frame: Frame) -> bool:
-    """Process a frame. An error, such as a frame that the model does not accept, ends the camera."""
-    try:
-        pipeline.process(detector, frame)
-    except HkdError as error:
-        pipeline.error, pipeline.is_ended = error, True
-        return False
-    return True
 
 
 def _check_any_opened(pipelines: Sequence[CameraPipeline]) -> None:
