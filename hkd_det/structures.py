@@ -7,7 +7,7 @@ such as COCO's xywh and the 1-based inclusive boxes of MATLAB tools.
 
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -23,6 +23,8 @@ from hkd_det.image import ImageInput, ImageReference, load_image
 Boxes = NDArray[np.floating]
 PERSON_CLASS_ID, PERSON_CLASS_NAME = 0, "person"
 IGNORE_EXTENT_PX = 1e6  # larger than any image, at any scale
+FUSION_IOU = 0.55
+MAX_FUSED_DETECTIONS = 300  # boxes per model and image that are fused
 
 
 def xyxy_from_xywh(boxes_xywh: Boxes) -> Boxes:
@@ -282,6 +284,41 @@ class Detections:
 def _to_index_array(index: list[Any]) -> NDArray[Any]:
     """Convert a list of booleans or integers; an empty list selects nothing."""
     return np.array(index) if index else np.zeros(0, np.intp)
+
+
+def fuse_detections(detections: Sequence[Detections], iou: float = FUSION_IOU) -> tuple[Detections, NDArray[np.int64]]:
+    """Fuse the detections of several models in one image, as in weighted boxes fusion (Solovyev et al. 2021).
+
+    A box joins the cluster whose fused box it overlaps most, if the IoU is larger than `iou`. Only the best box of each
+    model counts, so that duplicates do not change the result. The fused box is the mean of the boxes, weighted by the
+    scores. Its score is the sum of the scores, divided by the number of models.
+
+    Args:
+        detections: Detections of each model.
+        iou: IoU above which a box joins a cluster.
+
+    Returns:
+        detections: Fused detections in descending order of score.
+        num_models: For each of them, the number of models that found it.
+    """
+    boxes = np.concatenate([item.boxes_xyxy[:MAX_FUSED_DETECTIONS] for item in detections])
+    scores = np.concatenate([item.scores[:MAX_FUSED_DETECTIONS] for item in detections]).astype(np.float64)
+    models = np.repeat(np.arange(len(detections)), [len(item.scores[:MAX_FUSED_DETECTIONS]) for item in detections])
+    fused, sums = np.zeros((len(boxes), 4)), np.zeros(len(boxes))  # sums of the scores
+    found_by = np.zeros((len(boxes), len(detections)), bool)
+    num_clusters = 0
+    for row in np.argsort(-scores, kind="stable"):
+        overlaps = box_iou(boxes[row, None], fused[:num_clusters])[0]
+        cluster = int(overlaps.argmax()) if num_clusters and overlaps.max() > iou else num_clusters
+        num_clusters = max(num_clusters, cluster + 1)
+        if found_by[cluster, models[row]]:
+            continue
+        found_by[cluster, models[row]] = True
+        sums[cluster] += scores[row]
+        fused[cluster] += (boxes[row] - fused[cluster]) * (scores[row] / sums[cluster])
+    order = np.argsort(-sums[:num_clusters], kind="stable")
+    mean_scores = (sums[order] / max(1, len(detections))).astype(np.float32)
+    return Detections(fused[order].astype(np.float32), mean_scores), found_by.sum(1)[order]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,16 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from hkd_det.onnxrt.detector import OnnxDetector
-from hkd_det.onnxrt.ensemble import fuse_detections
-from hkd_det.structures import Boxes, Detections, GroundTruth, Sample, box_area, box_intersection, box_iou
+from hkd_det.structures import (
+    Boxes,
+    Detections,
+    GroundTruth,
+    Sample,
+    box_area,
+    box_intersection,
+    box_iou,
+    fuse_detections,
+)
 
 FindingKind = Literal["missing", "location", "improbable", "rotated"]
 FINDING_KINDS: tuple[FindingKind, ...] = ("missing", "location", "improbable", "rotated")

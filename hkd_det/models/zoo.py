@@ -18,8 +18,7 @@ from hkd_det.models.feature_layers import observe_calls
 from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, make_ultralytics_spec
 from hkd_det.models.yolox import YOLOXSpec
 from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox
-from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
-from hkd_det.onnxrt.ensemble import OnnxEnsemble, open_onnx_ensemble
+from hkd_det.onnxrt.detector import OnnxDetector, OnnxEnsemble, open_onnx_detector, open_onnx_ensemble
 
 ENSEMBLE_SUFFIXES = (".yaml", ".yml")
 

@@ -1,6 +1,15 @@
-"""ONNX detectors: images to `Detections`, and decoding of the output formats of common detectors."""
+"""ONNX detectors and ensembles of them: images to `Detections`, and decoding of the output formats of common detectors.
+
+An ensemble is a YAML file. Paths are relative to it:
+
+    models:
+      - {model: yolox_nano.onnx, model_config: yolox.yaml}
+      - {model: picodet_s.onnx}        # described by picodet_s.yaml or by its metadata
+    iou: 0.55
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.errors import DataError
+from hkd_det.config import check_range, dataclass_from_dict
+from hkd_det.errors import DataError, UsageError
+from hkd_det.files import read_yaml
 from hkd_det.letterbox import Letterbox
 from hkd_det.onnxrt.model_config import (
     OnnxModelConfig,
@@ -18,7 +29,7 @@ from hkd_det.onnxrt.model_config import (
     read_input_info,
 )
 from hkd_det.onnxrt.session import open_session
-from hkd_det.structures import Detections, nms
+from hkd_det.structures import FUSION_IOU, Detections, fuse_detections, nms
 
 FloatArray = NDArray[np.floating]
 # Scores [B, A] of all rows, and a function from an image index and rows (int array[N]) to boxes [N, 4].
@@ -156,6 +167,85 @@ def open_onnx_detector(
     session = open_session(path, device, threads)
     config = load_model_config(path, session.get_modelmeta().custom_metadata_map, config_path)
     return OnnxDetector(path, session, config)
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """A detector of an ensemble.
+
+    Attributes:
+        model: ONNX file.
+        model_config: YAML file that describes it, or "" to look next to or inside the file.
+    """
+
+    model: str
+    model_config: str = ""
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Contents of an ensemble file.
+
+    Attributes:
+        models: The detectors.
+        iou: Boxes are fused if their IoU is larger, 0 to 1.
+    """
+
+    models: tuple[EnsembleMember, ...]
+    iou: float = FUSION_IOU
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UsageError("models: expected at least one `{model: FILE.onnx}`.")
+        check_range("iou", self.iou, 0, 1)
+
+
+class OnnxEnsemble:
+    """Several open ONNX detectors that are used as one.
+
+    Args:
+        detectors: The detectors.
+        iou: Boxes are fused if their IoU is larger.
+    """
+
+    def __init__(self, detectors: Sequence[OnnxDetector], iou: float) -> None:
+        self.detectors, self.iou = tuple(detectors), iou
+
+    def __call__(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detect persons in images of any size.
+
+        Args:
+            images_rgb (list of array[H, W, 3]): RGB, uint8.
+
+        Returns:
+            Fused detections per image, in pixels of that image.
+        """
+        per_model = [detector(images_rgb) for detector in self.detectors]
+        return [fuse_detections(detections, self.iou)[0] for detections in zip(*per_model, strict=True)]
+
+
+def open_onnx_ensemble(path: Path, device: str = "cpu", threads: int | None = None) -> OnnxEnsemble:
+    """Open the detectors of an ensemble file.
+
+    Args:
+        path: YAML file.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads per operator (default: one per physical core).
+
+    Returns:
+        The open ensemble.
+
+    Raises:
+        DataError: The file is not readable, or a model is missing or invalid.
+        UsageError: The file is not an ensemble, or a setting is out of range.
+        UnavailableError: ONNX Runtime or the device is not available.
+    """
+    config = dataclass_from_dict(EnsembleConfig, read_yaml(path), f"{path}:")
+    detectors = []
+    for member in config.models:
+        description = path.parent / member.model_config if member.model_config else None
+        detectors.append(open_onnx_detector(path.parent / member.model, device, description, threads))
+    return OnnxEnsemble(detectors, config.iou)
 
 
 def decode_outputs(

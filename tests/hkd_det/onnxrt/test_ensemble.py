@@ -16,8 +16,8 @@ from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, UsageError
 from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
 from hkd_det.models.zoo import OnnxTeacher, is_onnx_teacher, load_teacher
-from hkd_det.onnxrt.ensemble import fuse_detections, open_onnx_ensemble
-from hkd_det.structures import Detections
+from hkd_det.onnxrt.detector import open_onnx_ensemble
+from hkd_det.structures import Detections, fuse_detections
 
 TEST_DATA = Path(os.environ.get("HKD_TEST_DATA", ""))
 RECIPES = Path(__file__).parents[3] / "recipes" / "onnx"
