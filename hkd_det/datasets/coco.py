@@ -1,13 +1,14 @@
-"""COCO JSON (Lin et al., ECCV 2014): boxes xywh in pixels.
+"""COCO JSON (Lin et al., ECCV 2014): boxes xywh in pixels, from `bbox`, `segmentation` and a rotation.
 
 Crowds, boxes marked `ignore`, and boxes without area are ignore regions. A box is clipped to its image. If the
 record has a `vis_bbox` (visible box), its `bbox` is a full-body box and is not clipped.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,33 @@ from hkd_det.datasets.base import (
     JsonLocations,
     drop_repeated_boxes,
     is_pixel_value,
+    make_outside_error,
     parse_flag,
     raise_error,
     set_image,
 )
-from hkd_det.datasets.coco_boxes import CocoBox, SizeHW, find_form_error, parse_coco_box
-from hkd_det.datasets.image_files import locate_path, merge_repeated_images
+from hkd_det.datasets.image_files import SizeHW, find_form_error, locate_path, merge_repeated_images
 from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_roles, report_unused_classes
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, import_package
 from hkd_det.files import read_json
 from hkd_det.image import read_image_header
-from hkd_det.structures import GroundTruth, Sample, box_area
+from hkd_det.structures import Boxes, GroundTruth, Sample, box_area, clip_boxes, xyxy_from_xywh
+
+MAX_MASK_PIXELS = 2**28
+
+
+@dataclass(frozen=True, eq=False)
+class CocoBox:
+    """Boxes of a record.
+
+    Attributes:
+        full (array[4], float64): Full box, xyxy, pixels.
+        visible (array[4], float64): Visible box, xyxy, pixels.
+    """
+
+    full: Boxes
+    visible: Boxes
+
 
 PersonRecord = tuple[CocoBox, bool]  # boxes, ignore
 
@@ -280,3 +297,110 @@ def _is_valid_size(value: Any) -> bool:
 
 def _format_record_id(record: Any) -> str:
     return f"{record['id']}" if isinstance(record, dict) and "id" in record else repr(record)[:60]
+
+
+def parse_coco_box(record: dict[str, Any], size_hw: SizeHW | None, where: str) -> CocoBox:
+    """Return the boxes of a record.
+
+    A missing `bbox`, or one without any extent, is replaced by the bounding box of `segmentation`. A `bbox` with
+    `attributes.rotation`, as CVAT writes it, is replaced by the bounding box of the rotated box.
+
+    Args:
+        record: Record with `bbox`, `segmentation` or both.
+        size_hw: Image height and width in pixels, or None if unknown.
+        where: Prefix of error messages: file and record.
+
+    Returns:
+        The boxes, clipped to the image unless the record has a `vis_bbox`.
+
+    Raises:
+        DataError: A value is invalid, or the box is outside the image.
+    """
+    full = _parse_bbox(record, "bbox", where) if record.get("bbox") not in (None, []) else None
+    if full is None or box_area(full)[0] <= 0:
+        outline = _bound_segmentation(record.get("segmentation"), where)
+        full = outline if outline is not None else full
+        if full is None or not np.any(full[0, 2:] - full[0, :2]):
+            raise DatasetError(
+                f"{where}: the bbox {record.get('bbox')!r:.60} has no extent, and there is no segmentation. Add the "
+                "box, or remove the record.",
+                "box_without_area",
+            )
+    elif rotation := _parse_rotation(record, where):
+        outline = _bound_segmentation(record.get("segmentation"), where)
+        full = _bound_rotated(full, rotation) if outline is None else outline
+    if record.get("vis_bbox") is not None:
+        visible = _parse_bbox(record, "vis_bbox", where)
+    else:
+        visible = full
+    if size_hw is None:
+        return CocoBox(full[0], visible[0])
+    clipped = clip_boxes(visible, size_hw)
+    if box_area(visible) > 0 and box_area(clipped) <= 0:
+        raise make_outside_error(where, record.get("bbox"), size_hw)
+    return CocoBox(full[0], visible[0]) if "vis_bbox" in record else CocoBox(clipped[0], clipped[0])
+
+
+def _parse_bbox(record: dict[str, Any], key: str, where: str) -> Boxes:
+    """Return a box as xyxy [1, 4]."""
+    box = record[key]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_pixel_value, box)) or box[2] < 0 or box[3] < 0:
+        raise DataError(f"{where}: {key}: expected [x, y, width, height] in pixels, got {box!r:.80}.")
+    return xyxy_from_xywh(np.array(box, np.float64))
+
+
+def _parse_rotation(record: dict[str, Any], where: str) -> float:
+    """Return the rotation in degrees, 0 without one."""
+    attributes = record.get("attributes")
+    value = attributes.get("rotation") if isinstance(attributes, dict) else record.get("rotation")
+    if value is None:
+        return 0.0
+    try:
+        rotation = float(value)
+    except (TypeError, ValueError):
+        rotation = math.nan
+    if not math.isfinite(rotation):
+        raise DataError(f"{where}: rotation: expected an angle in degrees, got {value!r:.40}.")
+    return rotation % 360
+
+
+def _bound_rotated(box: Boxes, degrees: float) -> Boxes:
+    """Return the bounding box of a box that is rotated about its center."""
+    center, half = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]) / 2
+    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    half = half @ np.array([[cosine, sine], [sine, cosine]])
+    return np.concatenate([center - half, center + half], axis=1)
+
+
+def _bound_segmentation(segmentation: Any, where: str) -> Boxes | None:
+    """Return the bounding box of polygons or of a mask as xyxy [1, 4]; None without area."""
+    if isinstance(segmentation, dict):
+        return _bound_mask(segmentation, where)
+    if not isinstance(segmentation, list):
+        return None
+    polygons = segmentation if all(isinstance(polygon, list) for polygon in segmentation) else [segmentation]
+    values = [value for polygon in polygons for value in polygon[: len(polygon) // 2 * 2]]
+    if len(values) < 6 or not all(map(is_pixel_value, values)):
+        return None
+    box = np.array([[min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]], np.float64)
+    return box if box_area(box) > 0 else None
+
+
+def _bound_mask(mask: dict[str, Any], where: str) -> Boxes | None:
+    """Return the bounding box of a run-length encoded mask."""
+    size, counts = mask.get("size"), mask.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        return None
+    if not isinstance(counts, (list, str)) or size[0] * size[1] > MAX_MASK_PIXELS:
+        return None
+    coder = import_package("pycocotools.mask")
+    try:
+        if isinstance(counts, list):
+            coded = coder.frPyObjects(mask, *size)
+        else:
+            coded = {"size": size, "counts": counts.encode("ascii")}
+        x, y, width, height = coder.toBbox(coded).tolist()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{where}: segmentation: not a run-length encoded mask ({error}). Correct the mask.") from None
+    box = np.array([[x, y, x + width, y + height]], np.float64)
+    return box if box_area(box) > 0 else None

@@ -1,13 +1,17 @@
-"""Image files of a dataset: search in directories, lists written on other machines, repeated files, stated sizes."""
+"""Image files of a dataset: search in directories, lists written on other machines, repeated files, and
+checks that stated sizes and boxes fit the images.
+"""
 
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hkd_det.datasets.base import DatasetError, ErrorHandler, drop_repeated_boxes, raise_error
+from hkd_det.datasets.base import DatasetError, ErrorHandler, drop_repeated_boxes, is_pixel_value, raise_error
 from hkd_det.errors import DataError
 from hkd_det.image import IMAGE_SUFFIXES, read_image_header
 from hkd_det.structures import GroundTruth, Sample, unlabeled_ground_truth
@@ -15,6 +19,9 @@ from hkd_det.structures import GroundTruth, Sample, unlabeled_ground_truth
 UNSUPPORTED_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".gif", ".nef", ".psd", ".svg", ".tga"}
 DRIVE_PATTERN = re.compile(r"^([A-Za-z]:)?/+")
 SKIPPED_DIRECTORIES = {"__macosx", "@eadir"}  # copies of file attributes by macOS, thumbnails by Synology
+AREA_TOLERANCE = 0.02  # relative
+BEYOND_TOLERANCE_PX = 2.0
+SizeHW = tuple[int, int]
 
 
 def list_image_files(folder: Path, on_error: ErrorHandler = raise_error) -> list[Path]:
@@ -234,6 +241,71 @@ def make_stated_size_error(path: Path, stated_hw: tuple[int, int], size_hw: tupl
         "image_size",
         path,
     )
+
+
+def find_form_error(
+    records: Sequence[dict[str, Any]], sizes_hw: Sequence[SizeHW | None], where: str
+) -> DatasetError | None:
+    """Return an error if the boxes of a file are not [x, y, width, height] in pixels.
+
+    Args:
+        records: Records with a valid `bbox`.
+        sizes_hw: Image height and width of each record in pixels, or None if unknown.
+        where: Prefix of the error message, the annotation file.
+
+    Returns:
+        The error about corners, relative values, or boxes beyond their images; None if the boxes have the expected
+        form.
+    """
+    pairs = [
+        (record["bbox"], record.get("area"), size)
+        for record, size in zip(records, sizes_hw, strict=True)
+        if "vis_bbox" not in record and _has_bbox(record) and any(record["bbox"])
+    ]
+    if not pairs:
+        return None
+    boxes = np.array([box for box, _, _ in pairs], np.float64)
+    areas = np.array([area if is_pixel_value(area) else np.nan for _, area, _ in pairs], np.float64)
+    sides = np.array([(size[1], size[0]) if size else (np.inf, np.inf) for _, _, size in pairs], np.float64)
+    num_boxes = len(boxes)
+    if boxes.max() <= 1.01 and boxes.min() >= 0 and num_boxes > 1:
+        return DatasetError(
+            f"{where}: {num_boxes} of {num_boxes} boxes have values from 0 to 1. Expected pixels. Multiply them by the "
+            "image size.",
+            "boxes_normalized",
+            where,
+            num_boxes,
+        )
+    start, end = boxes[:, :2], boxes[:, 2:]
+    num_beyond = int((start + end > sides + np.maximum(BEYOND_TOLERANCE_PX, 0.02 * sides)).any(axis=1).sum())
+    are_corners = bool((end > start).all() and (end <= sides + BEYOND_TOLERANCE_PX).all())
+    num_areas = int((_equals(areas, (end - start).prod(axis=1)) & ~_equals(areas, end.prod(axis=1))).sum())
+    if are_corners and (2 * num_areas > num_boxes or (2 * num_beyond >= num_boxes > 1)):
+        return DatasetError(
+            f"{where}: the boxes look like corners [x1, y1, x2, y2]: {num_areas} of {num_boxes} areas are those of "
+            f"corners, and {num_beyond} boxes reach beyond their image. Convert them to [x, y, width, height].",
+            "boxes_xyxy",
+            where,
+            max(num_areas, num_beyond),
+        )
+    if 2 * num_beyond >= num_boxes > 2:
+        return DatasetError(
+            f"{where}: {num_beyond} of {num_boxes} boxes reach beyond their image. Expected [x, y, width, height] in "
+            "pixels of the image files. Convert or scale the boxes.",
+            "boxes_beyond_image",
+            where,
+            num_beyond,
+        )
+    return None
+
+
+def _equals(values: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.abs(values - expected) <= AREA_TOLERANCE * np.abs(expected)
+
+
+def _has_bbox(record: dict[str, Any]) -> bool:
+    box = record.get("bbox")
+    return isinstance(box, list) and len(box) == 4 and all(map(is_pixel_value, box))
 
 
 def read_unlabeled(folders: Sequence[Path]) -> list[Sample]:

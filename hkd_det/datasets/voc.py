@@ -27,8 +27,7 @@ from hkd_det.datasets.base import (
     show_progress,
     xyxy_from_inclusive,
 )
-from hkd_det.datasets.coco_boxes import find_form_error
-from hkd_det.datasets.image_files import is_hidden, list_image_files, merge_repeated_images
+from hkd_det.datasets.image_files import find_form_error, is_hidden, list_image_files, merge_repeated_images
 from hkd_det.datasets.person_classes import ClassRoles, Names, assign_class_roles, report_unused_classes
 from hkd_det.errors import DataError
 from hkd_det.files import read_content
