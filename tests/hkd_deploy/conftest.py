@@ -2,6 +2,7 @@
 
 `tiny_onnx`: writes a detector whose output can be checked by hand: it returns the bounding box of all bright pixels.
 `camera`: a network camera on this machine (MJPEG over HTTP) that can be switched off and on and made to hang.
+`make_camera`: starts several of them.
 `real_video`: a video of walking people from HKD_TEST_DATA.
 `tensorrt_python`: a Python interpreter with a real TensorRT parser and builder, without a GPU.
 `tensorrt_builds`: parses and builds a file with it. Running the engine needs a GPU.
@@ -270,6 +271,20 @@ def camera() -> Iterator[Camera]:
     running = Camera(fps=100)
     yield running
     running.off()
+
+
+@pytest.fixture
+def make_camera() -> Iterator[Callable[..., Camera]]:
+    """Function `make_camera(fps)` that starts a further camera."""
+    running: list[Camera] = []
+
+    def make(fps: float = 20) -> Camera:
+        running.append(Camera(fps))
+        return running[-1]
+
+    yield make
+    for camera in running:
+        camera.off()
 
 
 @pytest.fixture(scope="session")

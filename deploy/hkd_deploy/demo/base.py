@@ -63,7 +63,8 @@ class FrameResult:
     def drawn_rgb(self) -> NDArray[np.uint8]:
         """`image_rgb` with boxes and text (uint8[H, W, 3]). It is drawn once for all sinks."""
         canvas = draw_detections(self.image_rgb, self.detections)
-        draw_overlay(canvas, self.overlay, warning=self.status)
+        if self.overlay or self.status:
+            draw_overlay(canvas, self.overlay, warning=self.status)
         return canvas
 
 

@@ -107,21 +107,17 @@ class WindowSink:
     def __init__(self, window: Window, cameras: Sequence[str]) -> None:
         self._window = window
         self._images: dict[str, NDArray[np.uint8] | None] = dict.fromkeys(cameras)
+        self._warnings = dict.fromkeys(cameras, "")
         self._is_changed = False
 
     def write(self, result: FrameResult) -> None:
         """Update the image of a camera; see `FrameSink.write`."""
-        self._images[result.camera] = result.drawn_rgb
+        self._images[result.camera], self._warnings[result.camera] = result.drawn_rgb, ""
         self._is_changed = True
 
     def write_status(self, camera: str, status: str) -> None:
         """Darken the last image of a camera that is lost and show the status; see `FrameSink.write_status`."""
-        image = self._images[camera]
-        if not status.startswith(("camera lost", "ended")) or (image is None and len(self._images) == 1):
-            return
-        dark = np.zeros((*GRID_HW, 3), np.uint8) if image is None else image // 3
-        draw_overlay(dark, [camera] * (len(self._images) > 1), warning=status)
-        self._images[camera] = dark
+        self._warnings[camera] = status if status.startswith(("camera lost", "ended")) else ""
         self._is_changed = True
 
     def close(self) -> None:
@@ -136,10 +132,18 @@ class WindowSink:
         Returns:
             False after the user closed the window.
         """
-        if self._is_changed:
-            self._window.show(arrange_grid(list(self._images.values())))
-            self._is_changed = False
+        images = [self._render(camera) for camera in self._images] if self._is_changed else []
+        if len(images) > 1 or any(image is not None for image in images):
+            self._window.show(arrange_grid(images))
+        self._is_changed = False
         return self._window.is_open(wait_ms)
+
+    def _render(self, camera: str) -> NDArray[np.uint8] | None:
+        image, warning = self._images[camera], self._warnings[camera]
+        if warning:
+            image = np.zeros((*GRID_HW, 3), np.uint8) if image is None else image // 3
+            draw_overlay(image, [camera], warning=warning)
+        return image
 
 
 def arrange_grid(images: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.uint8]:
