@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from hkd_bench.host import read_host_fields
-from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples
-from hkd_bench.scoring import measure_accuracy
+from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, measure_accuracy
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files

@@ -68,7 +68,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
     Raises:
         HkdError: A flag, a model or the dataset is invalid.
     """
-    from hkd_bench import bench, report, result, scoring, table  # noqa: PLC0415  # import packages of the extra
+    from hkd_bench import bench, report, result, table  # noqa: PLC0415  # import packages of the extra
 
     args = argv or []
     flags = parse_bench_args(args)
@@ -78,7 +78,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
     datasets = flags.data.split(",") if flags.data else []
     samples = _load_samples(flags, datasets)[: flags.max_images]
     other_ground_truths = {
-        name: scoring.align_samples(samples, load_dataset(name, flags.split), name) for name in datasets[1:]
+        name: result.align_samples(samples, load_dataset(name, flags.split), name) for name in datasets[1:]
     }
     options = bench.BenchOptions(
         device=flags.device,

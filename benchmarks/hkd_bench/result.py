@@ -1,8 +1,8 @@
-"""Result of `hkd-bench` with its JSON form, and latency percentiles with their confidence bound."""
+"""Result of `hkd-bench` with its JSON form: accuracy from detections, and latency percentiles with their bounds."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,11 +11,21 @@ import numpy as np
 from scipy.stats import binom
 
 from hkd_bench.host import HostField
+from hkd_deploy.precision.report import compute_recall
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError, first_error_line
 from hkd_det.files import read_json, write_text
-from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
-from hkd_det.metrics.matching import MissRateResult
+from hkd_det.metrics import coco
+from hkd_det.metrics.bootstrap import (
+    NUM_RESAMPLES,
+    MissRateDifference,
+    MissRateInterval,
+    compute_differences,
+    compute_intervals,
+)
+from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
+from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
+from hkd_det.structures import Detections, Sample
 
 SCHEMA_VERSION = 3
 MAX_CURVE_POINTS = 2000
@@ -279,6 +289,62 @@ class BenchResult:
     models: tuple[ModelResult, ...]
 
 
+def align_samples(samples: Sequence[Sample], other_samples: Sequence[Sample], other_name: str) -> list[Sample]:
+    """Order the samples of a second ground truth as the images of the first.
+
+    Args:
+        samples: Images with the first ground truth.
+        other_samples: The same images, and possibly more, with the second ground truth.
+        other_name: Name of the second dataset, for error messages.
+
+    Returns:
+        One sample of `other_samples` per sample of `samples`.
+
+    Raises:
+        DataError: The second ground truth lacks an image.
+    """
+    by_path: dict[Path, Sample] = {sample.path.resolve(): sample for sample in other_samples}
+    missing = [sample.path for sample in samples if sample.path.resolve() not in by_path]
+    if missing:
+        raise DataError(
+            f"--data {other_name}: lacks {len(missing)} of {len(samples)} images of the first dataset, such as "
+            f"{missing[0]}. Name datasets with the same image files."
+        )
+    return [by_path[sample.path.resolve()] for sample in samples]
+
+
+def measure_accuracy(
+    ground_truths: Mapping[str, Sequence[Sample]],
+    detections: Sequence[Sequence[Detections]],
+    confs: Sequence[float | None],
+    num_resamples: int = NUM_RESAMPLES,
+) -> list[tuple[AccuracyResult, ...]]:
+    """Compute miss rates, AP and recall of all models on each ground truth.
+
+    Args:
+        ground_truths: Annotated images by name of the dataset, at least one. All contain the same images in the same
+            order.
+        detections: Detections of each model in each image.
+        confs: Score threshold of each model; None selects the one with the highest F1 score on the images.
+        num_resamples: Number of resamples of the images for intervals and differences.
+
+    Returns:
+        The accuracy of each model on each ground truth.
+    """
+    by_ground_truth = []
+    for name, samples in ground_truths.items():
+        miss_rates = [evaluate_detections(samples, model_detections) for model_detections in detections]
+        precisions = [_compute_average_precision(samples, model_detections) for model_detections in detections]
+        rows = enumerate(zip(miss_rates, precisions, confs, strict=True))
+        by_ground_truth.append(
+            [
+                _make_accuracy_result(name, rates, precision, conf, miss_rates[0] if index else None, num_resamples)
+                for index, (rates, precision, conf) in rows
+            ]
+        )
+    return list(zip(*by_ground_truth, strict=True))
+
+
 def write_result(path: Path, result: BenchResult) -> None:
     """Write a result as JSON; the file is replaced atomically.
 
@@ -311,3 +377,36 @@ def read_result(path: Path) -> BenchResult:
         return dataclass_from_dict(BenchResult, content)
     except UsageError as error:
         raise DataError(f"{path}: {first_error_line(error)}. Measure again with hkd-bench --json.") from None
+
+
+def _compute_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float | None]:
+    """Return COCO's AP and AP50 as fractions, or None without ground truth."""
+    if not any((~sample.ground_truth.ignore).any() for sample in samples):
+        return {"AP": None, "AP50": None}
+    return {**coco.evaluate_average_precision(samples, detections)}
+
+
+def _make_accuracy_result(
+    name: str,
+    miss_rates: dict[str, MissRateResult],
+    precision: dict[str, float | None],
+    conf: float | None,
+    reference: dict[str, MissRateResult] | None,
+    num_resamples: int,
+) -> AccuracyResult:
+    reasonable = miss_rates[REASONABLE.name]
+    threshold = suggest_operating_point(reasonable).threshold if conf is None else conf
+    return AccuracyResult(
+        data=name,
+        miss_rates={setup: result.value if result.num_gt else None for setup, result in miss_rates.items()},
+        intervals=compute_intervals(miss_rates, num_resamples),
+        differences=compute_differences(miss_rates, reference, num_resamples) if reference else {},
+        num_gt={setup: result.num_gt for setup, result in miss_rates.items()},
+        ap=precision["AP"],
+        ap50=precision["AP50"],
+        recall=compute_recall(reasonable, threshold) if reasonable.num_gt else None,
+        threshold=threshold if reasonable.num_gt else None,
+        threshold_source="images" if conf is None else "model",
+        curve=StoredCurve.from_miss_rate(reasonable),
+        curve_all=StoredCurve.from_miss_rate(miss_rates["All"]),
+    )

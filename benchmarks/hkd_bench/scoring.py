@@ -1,33 +1,51 @@
-"""Scores of detection files by one protocol, and miss rates of measured models on one or several ground truths.
+"""Scores of detection files by one protocol, and hints why the detections of a file miss.
 
 `PROTOCOLS` maps the values of `--protocol` to functions. A new protocol is one function and one entry.
+
+`find_hint` reads the boxes of a file in other ways: boxes of another form or size, another category, other image ids. A
+hint names the way in which far more persons match a detection than in the form that COCO defines. It never changes a
+metric.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hkd_bench.result import AccuracyResult, StoredCurve
-from hkd_bench.score_hints import find_hint
-from hkd_deploy.precision.report import compute_recall
 from hkd_det.datasets.caltech import parse_sets
-from hkd_det.errors import DataError, UsageError
+from hkd_det.errors import UsageError
 from hkd_det.metrics import caltech, citypersons, coco
-from hkd_det.metrics.bootstrap import (
-    NUM_RESAMPLES,
-    MissRateDifference,
-    MissRateInterval,
-    compute_differences,
-    compute_intervals,
-)
+from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval, compute_differences, compute_intervals
 from hkd_det.metrics.caltech import read_caltech_detections, read_caltech_ground_truth
-from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
-from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
-from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
-from hkd_det.metrics.tables import DetectionTable
-from hkd_det.structures import Detections, Sample
+from hkd_det.metrics.coco_files import (
+    CocoGroundTruth,
+    find_images_by_name,
+    read_coco_detections,
+    read_coco_ground_truth,
+    read_other_categories,
+)
+from hkd_det.metrics.matching import MissRateResult
+from hkd_det.metrics.tables import DetectionTable, Floats
+
+# Of find_hint.
+MAX_IMAGES = 500  # images with persons that are compared
+MAX_DETECTIONS_PER_IMAGE = 10
+MIN_IOU = 0.5
+MAX_MATCHED_RATIO = 0.5  # no hint if at least this part of the persons matches
+MIN_GAIN = 0.3  # a hint needs so many more matching persons, as a part of all
+MIN_MATCHED = 3  # fewer persons can match by chance
+BOX_FORMS = {
+    "[x, y, width, height]": "",
+    "[x1, y1, x2, y2]": "corners (xyxy)",
+    "[center x, center y, width, height]": "center, width and height",
+    "[y1, x1, y2, x2]": "corners with y first",
+}
+FACTORS = (2, 3, 4, 8, 1.5, 4 / 3, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8)
+NETWORK_SIDES = (
+    *range(224, 865, 32), 300, 896, 960, 1024, 1088, 1152, 1216, 1280, 1333, 1536, 1920,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -233,90 +251,167 @@ def _select_setups(
     return list(config.setups or setups)
 
 
-def align_samples(samples: Sequence[Sample], other_samples: Sequence[Sample], other_name: str) -> list[Sample]:
-    """Order the samples of a second ground truth as the images of the first.
+class _Pairs:
+    """All pairs of a person and a detection of the same image.
 
     Args:
-        samples: Images with the first ground truth.
-        other_samples: The same images, and possibly more, with the second ground truth.
-        other_name: Name of the second dataset, for error messages.
-
-    Returns:
-        One sample of `other_samples` per sample of `samples`.
-
-    Raises:
-        DataError: The second ground truth lacks an image.
+        ground_truth: Persons; the first `MAX_IMAGES` images with persons are used.
+        detections: Detections; the best of each image are used.
     """
-    by_path: dict[Path, Sample] = {sample.path.resolve(): sample for sample in other_samples}
-    missing = [sample.path for sample in samples if sample.path.resolve() not in by_path]
-    if missing:
-        raise DataError(
-            f"--data {other_name}: lacks {len(missing)} of {len(samples)} images of the first dataset, such as "
-            f"{missing[0]}. Name datasets with the same image files."
-        )
-    return [by_path[sample.path.resolve()] for sample in samples]
+
+    def __init__(self, ground_truth: CocoGroundTruth, detections: DetectionTable) -> None:
+        table = ground_truth.table
+        persons = np.flatnonzero(~table.ignore)
+        used_images = np.unique(table.image_index[persons])[:MAX_IMAGES]
+        persons = persons[np.isin(table.image_index[persons], used_images)]
+        is_used = np.isin(detections.image_index, used_images)
+        detections = detections.select(is_used & (detections.rank_per_image() < MAX_DETECTIONS_PER_IMAGE))
+        person_images = table.image_index[persons]
+        starts, ends = (np.searchsorted(detections.image_index, person_images, side) for side in ("left", "right"))
+        self.num_persons = len(persons)
+        self.person_rows = np.repeat(np.arange(len(persons)), ends - starts)
+        self.detection_rows = np.concatenate(
+            [np.arange(start, end) for start, end in zip(starts, ends, strict=True)] or [np.zeros(0, np.intp)]
+        ).astype(np.intp)
+        self.persons_xywh = table.boxes_xywh[persons]
+        self.boxes = detections.boxes_xywh
+        sizes = ground_truth.sizes_hw
+        self.sizes_hw = np.full((len(self.boxes), 2), np.nan) if sizes is None else sizes[detections.image_index]
+
+    def count_matched(self, boxes_xywh: Floats) -> int:
+        """Count the persons that a detection overlaps."""
+        iou = _compute_pair_iou(self.persons_xywh[self.person_rows], boxes_xywh[self.detection_rows])
+        return len(np.unique(self.person_rows[iou >= MIN_IOU]))
 
 
-def measure_accuracy(
-    ground_truths: Mapping[str, Sequence[Sample]],
-    detections: Sequence[Sequence[Detections]],
-    confs: Sequence[float | None],
-    num_resamples: int = NUM_RESAMPLES,
-) -> list[tuple[AccuracyResult, ...]]:
-    """Compute miss rates, AP and recall of all models on each ground truth.
+def find_hint(path: Path, ground_truth: CocoGroundTruth, detections: DetectionTable) -> str:
+    """Explain why most persons match no detection of a file.
 
     Args:
-        ground_truths: Annotated images by name of the dataset, at least one. All contain the same images in the same
-            order.
-        detections: Detections of each model in each image.
-        confs: Score threshold of each model; None selects the one with the highest F1 score on the images.
-        num_resamples: Number of resamples of the images for intervals and differences.
+        path: Detection file.
+        ground_truth: Persons and images.
+        detections: Detections of the file.
 
     Returns:
-        The accuracy of each model on each ground truth.
+        One or two sentences, or an empty string if enough persons match or no explanation is found.
     """
-    by_ground_truth = []
-    for name, samples in ground_truths.items():
-        miss_rates = [evaluate_detections(samples, model_detections) for model_detections in detections]
-        precisions = [_compute_average_precision(samples, model_detections) for model_detections in detections]
-        rows = enumerate(zip(miss_rates, precisions, confs, strict=True))
-        by_ground_truth.append(
-            [
-                _make_accuracy_result(name, rates, precision, conf, miss_rates[0] if index else None, num_resamples)
-                for index, (rates, precision, conf) in rows
-            ]
-        )
-    return list(zip(*by_ground_truth, strict=True))
-
-
-def _compute_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float | None]:
-    """Return COCO's AP and AP50 as fractions, or None without ground truth."""
-    if not any((~sample.ground_truth.ignore).any() for sample in samples):
-        return {"AP": None, "AP50": None}
-    return {**coco.evaluate_average_precision(samples, detections)}
-
-
-def _make_accuracy_result(
-    name: str,
-    miss_rates: dict[str, MissRateResult],
-    precision: dict[str, float | None],
-    conf: float | None,
-    reference: dict[str, MissRateResult] | None,
-    num_resamples: int,
-) -> AccuracyResult:
-    reasonable = miss_rates[REASONABLE.name]
-    threshold = suggest_operating_point(reasonable).threshold if conf is None else conf
-    return AccuracyResult(
-        data=name,
-        miss_rates={setup: result.value if result.num_gt else None for setup, result in miss_rates.items()},
-        intervals=compute_intervals(miss_rates, num_resamples),
-        differences=compute_differences(miss_rates, reference, num_resamples) if reference else {},
-        num_gt={setup: result.num_gt for setup, result in miss_rates.items()},
-        ap=precision["AP"],
-        ap50=precision["AP50"],
-        recall=compute_recall(reasonable, threshold) if reasonable.num_gt else None,
-        threshold=threshold if reasonable.num_gt else None,
-        threshold_source="images" if conf is None else "model",
-        curve=StoredCurve.from_miss_rate(reasonable),
-        curve_all=StoredCurve.from_miss_rate(miss_rates["All"]),
+    pairs = _Pairs(ground_truth, detections)
+    matched = pairs.count_matched(pairs.boxes)
+    if not pairs.num_persons or matched >= MAX_MATCHED_RATIO * pairs.num_persons:
+        return ""
+    best, explanation = max(matched + MIN_GAIN * pairs.num_persons, MIN_MATCHED - 1), ""
+    for num_matched, text in _iterate_explanations(path, ground_truth, detections, pairs):
+        if num_matched > best and num_matched >= 2 * matched:
+            best, explanation = num_matched, text
+    if explanation:
+        counts = f"{matched} of {pairs.num_persons} persons match a detection, but {best:g} would match"
+        return f"{counts} {explanation}"
+    if matched or not len(detections):
+        return ""
+    num_outside = _count_outside(pairs)
+    outside = f"; {num_outside} of {len(pairs.boxes)} boxes reach beyond their image" if num_outside else ""
+    return (
+        f"none of {pairs.num_persons} persons matches a detection{outside}. Expected a bbox [x, y, width, height] in "
+        "pixels of the image, and the image_id and category_id of the ground truth."
     )
+
+
+def _iterate_explanations(
+    path: Path, ground_truth: CocoGroundTruth, detections: DetectionTable, pairs: _Pairs
+) -> Iterator[tuple[int, str]]:
+    """Yield the number of matched persons and the explanation of each reading of the file, simple ones first."""
+    for text, boxes in _iterate_boxes(pairs):
+        yield pairs.count_matched(boxes), text
+    for category_id, table in read_other_categories(path, ground_truth).items():
+        other = _Pairs(ground_truth, table)
+        yield (
+            other.count_matched(other.boxes),
+            f"with the detections of category_id {category_id!r}. Use the category ids of the ground truth.",
+        )
+    for text, image_index in _iterate_image_indices(ground_truth, detections):
+        known = image_index >= 0
+        moved = DetectionTable.from_rows(image_index[known], detections.boxes_xywh[known], detections.scores[known])
+        other = _Pairs(ground_truth, moved)
+        yield other.count_matched(other.boxes), text
+
+
+def _iterate_boxes(pairs: _Pairs) -> Iterator[tuple[str, Floats]]:
+    """Yield an explanation and the converted boxes of each box form and image size."""
+    remedy = "Write bbox as [x, y, width, height] in pixels of the image."
+    forms = {form: _convert_form(pairs.boxes, form) for form in BOX_FORMS}
+    for form, boxes in forms.items():
+        yield f"if bbox is read as {form}, {BOX_FORMS[form]}. {remedy}", boxes
+    height, width = pairs.sizes_hw.T
+    full_size = np.stack([width, height, width, height], axis=1)
+    for form, boxes in forms.items():
+        description = f" and {form}" if BOX_FORMS[form] else ""
+        text = f"if bbox is read as relative to the image size (normalized){description}. {remedy}"
+        yield text, boxes * full_size
+    for form, boxes in forms.items():
+        description = f" and bbox is read as {form}" if BOX_FORMS[form] else ""
+        for text, factors, offsets in _iterate_scales(pairs.sizes_hw):
+            yield f"if boxes are scaled {text}{description}. {remedy}", (boxes - offsets) * factors
+
+
+def _iterate_scales(sizes_hw: Floats) -> Iterator[tuple[str, Floats, Floats]]:
+    """Yield the name, the factors and the offsets of boxes in images of another size."""
+    height, width = sizes_hw.T
+    zeros = np.zeros((len(sizes_hw), 4))
+    for factor in FACTORS:
+        size = "smaller" if factor > 1 else "larger"
+        yield f"by {factor:.3g}: they are in pixels of a {size} image", np.full((len(sizes_hw), 1), factor), zeros
+    for side in NETWORK_SIDES:
+        name = f"from the network input size {side}"
+        stretched = np.stack([width, height, width, height], axis=1) / side
+        yield f"{name} x {side}", stretched, zeros
+        factor = np.maximum(width, height)[:, None] / side
+        yield f"{name} (letterbox)", factor, zeros
+        padding = np.stack([(side - width / factor[:, 0]) / 2, (side - height / factor[:, 0]) / 2], axis=1)
+        yield f"{name} (centered letterbox)", factor, np.concatenate([padding, np.zeros_like(padding)], axis=1)
+
+
+def _iterate_image_indices(
+    ground_truth: CocoGroundTruth, detections: DetectionTable
+) -> Iterator[tuple[str, NDArray[np.intp]]]:
+    """Yield an explanation and the image of each detection for other meanings of `image_id`; -1 for no image."""
+    ids = ground_truth.image_ids
+    index_by_number = {
+        int(name): index for name, index in find_images_by_name(ground_truth).items() if name.isdecimal()
+    }
+    index_by_id = {image_id: index for index, image_id in enumerate(ids)}
+    meanings = {"the number in the file name": index_by_number}
+    if all(isinstance(image_id, int) for image_id in ids):
+        for shift in (1, -1):
+            numbers = f"counted from {'0' if shift == 1 else '1'}"
+            meanings[numbers] = {int(key) - shift: index for key, index in index_by_id.items()}
+    for name, indices in meanings.items():
+        lookup = np.array([indices.get(image_id, -1) if isinstance(image_id, int) else -1 for image_id in ids])
+        text = f"if image_id is read as {name}. Use the image ids of the ground truth."
+        yield text, lookup[detections.image_index].astype(np.intp)
+
+
+def _convert_form(boxes: Floats, form: str) -> Floats:
+    """Convert boxes of a form of `BOX_FORMS` to xywh."""
+    a, b, c, d = boxes.T
+    columns = {
+        "[x, y, width, height]": (a, b, c, d),
+        "[x1, y1, x2, y2]": (a, b, c - a, d - b),
+        "[center x, center y, width, height]": (a - c / 2, b - d / 2, c, d),
+        "[y1, x1, y2, x2]": (b, a, d - b, c - a),
+    }
+    return np.stack(columns[form], axis=1)
+
+
+def _compute_pair_iou(first_xywh: Floats, second_xywh: Floats) -> Floats:
+    """Return the IoU of each row of two arrays; 0 for boxes of negative size or unknown position."""
+    low = np.maximum(first_xywh[:, :2], second_xywh[:, :2])
+    high = np.minimum(first_xywh[:, :2] + first_xywh[:, 2:], second_xywh[:, :2] + second_xywh[:, 2:])
+    overlap = np.maximum(high - low, 0).prod(axis=1)
+    union = first_xywh[:, 2:].prod(axis=1) + np.maximum(second_xywh[:, 2:], 0).prod(axis=1) - overlap
+    return np.nan_to_num(np.divide(overlap, union, out=np.zeros_like(union), where=union > 0))
+
+
+def _count_outside(pairs: _Pairs) -> int:
+    """Count boxes that end more than 10 % beyond their image."""
+    ends = pairs.boxes[:, :2] + pairs.boxes[:, 2:]
+    return int((ends > 1.1 * pairs.sizes_hw[:, ::-1]).any(axis=1).sum())

@@ -25,8 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from hkd_bench.bench import BenchOptions, bench
 from hkd_bench.host import read_host_fields
 from hkd_bench.plots import COLORS
-from hkd_bench.result import BenchResult, ModelResult, read_result, write_result
-from hkd_bench.scoring import align_samples
+from hkd_bench.result import BenchResult, ModelResult, align_samples, read_result, write_result
 from hkd_bench.table import format_data_name, format_difference, format_interval
 from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset

@@ -23,8 +23,7 @@ from hkd_bench.bench import BenchOptions, assign_model_configs, bench, list_dete
 from hkd_bench.cli import main
 from hkd_bench.host import read_host_fields
 from hkd_bench.report import write_bench_report
-from hkd_bench.result import BenchResult, read_result, write_result
-from hkd_bench.scoring import measure_accuracy
+from hkd_bench.result import BenchResult, measure_accuracy, read_result, write_result
 from hkd_bench.table import format_markdown_table, format_text_table
 from hkd_bench.worker import read_peak_mib, read_resident_mib, reset_peak
 from hkd_deploy.backends.openvino import export_openvino

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hkd_bench.cli import main
-from hkd_bench.score_hints import find_hint
+from hkd_bench.scoring import find_hint
 from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth
 
 WIDTH, HEIGHT = 1280, 720
