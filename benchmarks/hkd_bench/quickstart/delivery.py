@@ -332,8 +332,8 @@ def format_environment(conf: float) -> str:
     return (
         f"# Settings of {UNIT}. Contains the password of the camera: owner root, mode 0600.\n"
         f"HKD_MODEL={STATE_DIRECTORY}/model.onnx\n"
-        "# rtsp://user:password@host/path, http://..., or 0 for the first USB camera\n"
-        "HKD_SOURCE=0\n"
+        "# --source and rtsp://user:password@host/path, http://..., or 0 for the first USB camera; or --cameras FILE\n"
+        "HKD_INPUT=--source 0\n"
         "HKD_DEVICE=cpu\n"
         f"HKD_CONF={conf:.2f}\n"
         "# Other flags of hkd-demo, separated by spaces\n"

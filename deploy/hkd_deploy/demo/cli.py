@@ -18,7 +18,7 @@ from hkd_deploy.demo.events import STDOUT, open_events
 from hkd_deploy.demo.output import FrameStats, open_window
 from hkd_deploy.demo.progress import ProgressReport, format_totals, print_summary
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
-from hkd_deploy.demo.service import StopSignals, SystemdNotifier
+from hkd_deploy.demo.service import Heartbeat, StopSignals, SystemdNotifier
 from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import FrameSource, LiveSource, is_live_address, open_source
@@ -71,7 +71,7 @@ def _run_cameras(
     files: list[FileSink],
     stop_signals: StopSignals,
 ) -> None:
-    """Open everything, run, and close. `pipelines` and `files` are filled, so that they are valid after an error."""
+    """Open everything and run. `pipelines` and `files` are filled, so that they are valid after an error."""
     names = [camera.name for camera in cameras]
     window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.show else None
     window_sink = WindowSink(window, names) if window else None
@@ -94,11 +94,15 @@ def _run_cameras(
         conf = default_conf if camera.conf is None else camera.conf
         pipelines.append(CameraPipeline(camera.name, source, conf, sinks, camera.privacy or flags.privacy))
     progress = stack.enter_context(ProgressReport(pipelines, flags.max_frames))
+    stack.callback(_stop_sources, sources)
     notifier = SystemdNotifier()
     stack.callback(notifier.close)
+    heartbeat = Heartbeat(flags.heartbeat) if flags.heartbeat else None
 
     def report() -> None:
         progress.update()
+        if heartbeat:
+            heartbeat.update()
         notifier.update(sum(pipeline.stats.num_frames for pipeline in pipelines), lambda: format_totals(pipelines))
 
     with stop_signals.defer():
@@ -109,22 +113,21 @@ def open_sources(stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: E
     """Open the sources of cameras. Live sources open at the same time, in the background.
 
     Args:
-        stack: Exit stack that closes the sources, all within about a second.
+        stack: Exit stack that closes the sources.
         cameras: The cameras.
         new_frame: Set with each new frame of a live source.
 
     Returns:
         One source per camera.
     """
-    sources = [stack.enter_context(open_source(camera.source, on_frame=new_frame.set)) for camera in cameras]
+    return [stack.enter_context(open_source(camera.source, on_frame=new_frame.set)) for camera in cameras]
 
-    def stop_all() -> None:
-        for source in sources:
-            if isinstance(source, LiveSource):
-                source.stop()
 
-    stack.callback(stop_all)
-    return sources
+def _stop_sources(sources: Sequence[FrameSource]) -> None:
+    """Let the threads of all cameras end, so that they end while files are completed."""
+    for source in sources:
+        if isinstance(source, LiveSource):
+            source.stop()
 
 
 def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -187,6 +190,12 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-frames", type=int, metavar="N", help="stop after N frames of all cameras together (default: no limit)"
+    )
+    parser.add_argument(
+        "--heartbeat",
+        type=Path,
+        metavar="FILE",
+        help="update the modification time of FILE every 5 s while the loop runs, for a health check",
     )
     flags = parser.parse_args(argv)
     if flags.conf is not None:

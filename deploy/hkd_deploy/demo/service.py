@@ -1,4 +1,4 @@
-"""The demo as a service: signals that end it, and its state for systemd."""
+"""The demo as a service: signals that end it, its state for systemd, and a file for health checks."""
 
 import math
 import os
@@ -6,10 +6,12 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from time import monotonic
 from types import FrameType, TracebackType
 
 STATUS_INTERVAL_S = 10.0
+HEARTBEAT_INTERVAL_S = 5.0
 
 
 class StopSignals:
@@ -102,3 +104,26 @@ class SystemdNotifier:
     def _send(self, message: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection, suppress(OSError):
             connection.sendto(message.encode(), self._address)
+
+
+class Heartbeat:
+    """A file whose modification time shows that the loop runs, for the health check of a container.
+
+    Args:
+        path: The file. It is created.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._updated_s = monotonic()
+        path.touch()
+
+    def update(self) -> None:
+        """Update the modification time, at most every 5 s."""
+        if monotonic() - self._updated_s >= HEARTBEAT_INTERVAL_S:
+            self._updated_s = monotonic()
+            with suppress(OSError):  # the health check reports it
+                self._path.touch()

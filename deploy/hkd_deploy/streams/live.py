@@ -19,7 +19,7 @@ from hkd_deploy.streams.sources import Frame, FrameSource, sanitize_fps, wait_fo
 from hkd_det.errors import DataError, UnavailableError
 
 IDLE_INTERVAL_S = 0.1  # interval of on_idle calls, which process the key events of a window
-CLOSE_TIMEOUT_S = 1.0  # a read of a camera that hangs is not waited for
+CLOSE_TIMEOUT_S = 0.5  # a read of a camera that hangs is not waited for
 THUMBNAIL_WH = (64, 36)
 FROZEN_DIFFERENCE = 2  # largest change of a gray value of the thumbnail; an encoder that repeats an image makes 1
 FROZEN_AFTER_S = 4.0
@@ -180,7 +180,7 @@ class LiveSource(FrameSource):
             self._stopped_s = time.monotonic()
 
     def close(self) -> None:
-        """Stop the thread. A camera that hangs is left behind a second after `stop`."""
+        """Stop the thread. A camera that hangs is left behind half a second after `stop`."""
         self.stop()
         self._thread.join(max(0.0, self._stopped_s + CLOSE_TIMEOUT_S - time.monotonic()))
 

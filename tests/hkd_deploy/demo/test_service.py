@@ -18,7 +18,7 @@ from hkd_deploy.backends.base import StageTimes
 from hkd_deploy.demo.cli import main
 from hkd_deploy.demo.progress import ProgressReport, format_totals
 from hkd_deploy.demo.run import CameraPipeline
-from hkd_deploy.demo.service import StopSignals, SystemdNotifier
+from hkd_deploy.demo.service import Heartbeat, StopSignals, SystemdNotifier
 from hkd_deploy.streams.sources import FrameSource
 
 COMMAND = [sys.executable, "-c", "import sys; from hkd_deploy.demo.cli import main; sys.exit(main())"]
@@ -83,6 +83,21 @@ def test_command_reports_to_systemd(
     assert main([str(tiny_onnx()), "--source", camera.address, "--no-show", "--max-frames", "30"]) == 0
     lines = read()
     assert lines.index("READY=1") < lines.index("WATCHDOG=1") < lines.index("STOPPING=1")
+
+
+def test_heartbeat_touches_its_file_every_five_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, path, touched = 100.0, tmp_path / "alive", []
+    monkeypatch.setattr("hkd_deploy.demo.service.monotonic", lambda: now_s)
+    heartbeat = Heartbeat(path)
+    assert path.exists()
+    for second in range(12):
+        now_s = 100.0 + second
+        os.utime(path, (0, 0))
+        heartbeat.update()
+        touched += [second] if path.stat().st_mtime > 0 else []
+    assert touched == [5, 10]
+    with pytest.raises(OSError, match="alive"):
+        Heartbeat(tmp_path / "missing" / "alive")
 
 
 def test_first_signal_is_deferred_and_second_raises() -> None:

@@ -34,6 +34,8 @@ def test_unit_command_is_valid() -> None:
     assert (flags.source, flags.device, flags.conf) == (["rtsp://user:password@camera.local:554/stream"], "cuda", 0.3)
     assert flags.show is False and flags.events == "/var/lib/hkd-demo/events.jsonl"
     assert not values  # all settings are used
+    lines = UNIT.read_text().splitlines()
+    assert "Type=notify" in lines and "WatchdogSec=30s" in lines  # see SystemdNotifier
 
 
 @pytest.mark.slow
