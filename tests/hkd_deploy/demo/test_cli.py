@@ -238,7 +238,7 @@ def test_interrupt_leaves_playable_video(
         text=True,
     )
     deadline_s = time.monotonic() + 20
-    while time.monotonic() < deadline_s and not any(file.stat().st_size > 0 for file in out.parent.glob(".out.mp4-*/*")):
+    while time.monotonic() < deadline_s and not any(path.stat().st_size for path in out.parent.glob(".out.mp4-*/*")):
         time.sleep(0.05)
     time.sleep(1.0)
     process.send_signal(stop)
