@@ -4,6 +4,7 @@ Lines and zones are in normalized coordinates: fractions of the width and height
 They stay valid if the size of the image changes, for example with another stream of the same camera.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,22 @@ def name_sources(sources: Sequence[str]) -> list[CameraConfig]:
         names.add(name)
         configs.append(CameraConfig(name, source))
     return configs
+
+
+def make_slugs(cameras: Sequence[str]) -> dict[str, str]:
+    """Return a name for topics and directories for each camera: letters, digits, - and _ only, all different.
+
+    Args:
+        cameras: Names of the cameras.
+    """
+    slugs: dict[str, str] = {}
+    for camera in cameras:
+        base = slug = re.sub(r"[^A-Za-z0-9-]+", "_", camera).strip("_") or "camera"
+        number = 2
+        while slug in slugs.values():
+            slug, number = f"{base}_{number}", number + 1
+        slugs[camera] = slug
+    return slugs
 
 
 def _read_camera(entry: Any, path: Path, index: int) -> CameraConfig:

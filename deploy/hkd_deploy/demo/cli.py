@@ -15,6 +15,12 @@ from hkd_deploy.backends.base import DEFAULT_CONF
 from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
 from hkd_deploy.demo.events import STDOUT, open_events
+from hkd_deploy.demo.integrations import (
+    add_integration_flags,
+    check_integration_flags,
+    has_integration,
+    open_integrations,
+)
 from hkd_deploy.demo.output import FrameStats, open_window
 from hkd_deploy.demo.progress import ProgressReport, format_totals, print_summary
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
@@ -81,6 +87,7 @@ def _run_cameras(
     new_frame = Event()
     sources = open_sources(stack, cameras, new_frame)
     shared: list[FrameSink] = [stack.enter_context(open_events(flags.events))] if flags.events else []
+    shared += open_integrations(stack, flags, names, sources, pipelines)
     default_conf = detector.default_conf if flags.conf is None else flags.conf
     paths = [flags.save] if len(cameras) == 1 else make_file_paths(flags.save, names) if flags.save else []
     for index, (camera, source) in enumerate(zip(cameras, sources, strict=True)):
@@ -175,7 +182,7 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
-        help="show a window (default: unless --save or --events is set)",
+        help="show a window (default: unless another output is requested)",
     )
     parser.add_argument("--headless", dest="show", action="store_false", help="alias of --no-show")
     parser.add_argument(
@@ -197,13 +204,15 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="update the modification time of FILE every 5 s while the loop runs, for a health check",
     )
+    add_integration_flags(parser)
     flags = parser.parse_args(argv)
+    check_integration_flags(flags)
     if flags.conf is not None:
         check_range("--conf", flags.conf, 0, 1)
     if flags.max_frames is not None:
         check_range("--max-frames", flags.max_frames, 1)
     if flags.show is None:
-        flags.show = flags.save is None and flags.events is None
+        flags.show = flags.save is None and flags.events is None and not has_integration(flags)
     return flags
 
 

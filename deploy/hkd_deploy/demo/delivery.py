@@ -17,6 +17,8 @@ from time import monotonic
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from hkd_deploy.demo.base import FrameResult
+from hkd_deploy.demo.events import make_frame_event, make_status_event
 from hkd_deploy.streams import redact_url
 from hkd_deploy.streams.network import add_password_hint
 from hkd_det.errors import UsageError
@@ -25,7 +27,7 @@ MAX_BUFFERED = 10_000  # events; with one per second this is an outage of almost
 MIN_CHANGE_INTERVAL_S = 0.5  # a person at the threshold would otherwise cause an event with each frame
 DEFAULT_EVERY_S = 60.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
-FLUSH_S = 1.0  # for the last events when the program ends
+FLUSH_S = 0.8  # for the last events when the program ends
 TRUST_HINT = "the certificate of the server is not trusted. Set SSL_CERT_FILE to the certificate of its CA."
 
 Report = Callable[[str], None]
@@ -112,7 +114,7 @@ class EventBuffer:
 
 
 class EventPublisher(ABC):
-    """Sends events to a receiver in a thread.
+    """Sends events to a receiver in a thread. It is a `FrameSink` for any number of cameras.
 
     Args:
         name: Name of the receiver in messages, without credentials.
@@ -132,6 +134,7 @@ class EventPublisher(ABC):
         self.num_delivered = 0
         self._buffer = EventBuffer(max_buffered)
         self._num_refused = 0
+        self._cameras: set[str] = set()  # with a published status
         self._selector, self._selector_lock = EventSelector(every_s), Lock()
         self._report, self._state = report, ("not connected yet", False)
         self._num_reported = 0  # dropped events that a message has stated
@@ -159,10 +162,21 @@ class EventPublisher(ABC):
         if is_selected:
             self._buffer.put(event)
 
+    def write(self, result: FrameResult) -> None:
+        """Publish the detections of a frame; see `FrameSink.write`."""
+        if result.camera not in self._cameras:
+            self.write_status(result.camera, result.status)  # a receiver has no other sign that all is well
+        self.publish(make_frame_event(result))
+
+    def write_status(self, camera: str, status: str) -> None:
+        """Publish the status of a camera; see `FrameSink.write_status`."""
+        self._cameras.add(camera)
+        self.publish(make_status_event(camera, status))
+
     def close(self) -> None:
-        """Send what is in the buffer, at most for a second, and stop the thread. Lost events are reported."""
+        """Send what is in the buffer, for less than a second, and stop the thread. Lost events are reported."""
         self._stop.set()
-        self._thread.join(FLUSH_S + 0.5)
+        self._thread.join(FLUSH_S + 0.2)
         if self.num_waiting or self.num_dropped:
             lost = f"{self.num_delivered} delivered, {self.num_waiting} not delivered, {self.num_dropped} dropped."
             self._report(f"{self.name}: events: {lost}")

@@ -30,30 +30,58 @@ class EventWriter:
 
     def write(self, result: FrameResult) -> None:
         """Write the detections of a frame; see `FrameSink.write`."""
-        persons = [
-            {"box_xyxy": [round(side, 1) for side in box], "score": round(score, 4)}
-            for box, score in zip(result.detections.boxes_xyxy.tolist(), result.detections.scores.tolist(), strict=True)
-        ]
-        height, width = result.original_rgb.shape[:2]
-        values: dict[str, Any] = {"frame": result.index, "image_wh": [width, height]}
-        if result.age_ms is not None:
-            values["age_ms"] = round(result.age_ms, 1)
-        else:
-            values["position_s"] = round(result.timestamp_s, 4)
-        self._write("frame", result.camera, values | {"num_persons": len(persons), "persons": persons})
+        self._write(make_frame_event(result))
 
     def write_status(self, camera: str, status: str) -> None:
         """Write the status of a camera; see `FrameSink.write_status`."""
-        self._write("status", camera, {"status": status or OK_STATUS})
+        self._write(make_status_event(camera, status))
 
     def close(self) -> None:
         """Do nothing: each line is flushed, and `open_events` closes the file."""
 
-    def _write(self, event: str, camera: str, values: dict[str, Any]) -> None:
-        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = {"version": SCHEMA_VERSION, "event": event, "camera": camera, "time": time, **values}
-        self._stream.write(json.dumps(line) + "\n")
+    def _write(self, event: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(event) + "\n")
         self._stream.flush()
+
+
+def make_frame_event(result: FrameResult) -> dict[str, Any]:
+    """Create the event `frame`.
+
+    Args:
+        result: The frame.
+
+    Returns:
+        Values that can be written as JSON.
+    """
+    persons = [
+        {"box_xyxy": [round(side, 1) for side in box], "score": round(score, 4)}
+        for box, score in zip(result.detections.boxes_xyxy.tolist(), result.detections.scores.tolist(), strict=True)
+    ]
+    height, width = result.original_rgb.shape[:2]
+    values: dict[str, Any] = {"frame": result.index, "image_wh": [width, height]}
+    if result.age_ms is not None:
+        values["age_ms"] = round(result.age_ms, 1)
+    else:
+        values["position_s"] = round(result.timestamp_s, 4)
+    return _make_event("frame", result.camera, values | {"num_persons": len(persons), "persons": persons})
+
+
+def make_status_event(camera: str, status: str) -> dict[str, Any]:
+    """Create the event `status`.
+
+    Args:
+        camera: Name of the camera.
+        status: Description of a problem. Empty if there is none.
+
+    Returns:
+        Values that can be written as JSON.
+    """
+    return _make_event("status", camera, {"status": status or OK_STATUS})
+
+
+def _make_event(event: str, camera: str, values: dict[str, Any]) -> dict[str, Any]:
+    time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return {"version": SCHEMA_VERSION, "event": event, "camera": camera, "time": time, **values}
 
 
 @contextmanager

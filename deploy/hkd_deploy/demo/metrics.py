@@ -1,23 +1,22 @@
 """Metrics for Prometheus: `hkd-demo --metrics [HOST:]PORT`."""
 
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
-from hkd_deploy.backends.base import StageTimes
+from hkd_deploy.demo.base import FrameResult
 from hkd_det import __version__
 from hkd_det.errors import UsageError, import_package
 
 DEFAULT_HOST = "127.0.0.1"
 INSTALL_HINT = "--metrics requires it. Run pip install 'hkd-det[metrics]'."
-LOST = "camera lost"
+DOWN = ("camera lost", "ended")  # beginning of the status of a camera without images
 AGE_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
 STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 STAGES = ("preprocess", "inference", "postprocess")
 
 
 class DemoMetrics:
-    """Metrics of a run, in a registry of their own, and the server that Prometheus reads.
+    """Metrics of a run, in a registry of their own, and the server that Prometheus reads. It is a `FrameSink`.
 
     Args:
         address: Port, or host and port: `9108`, `0.0.0.0:9108`, `[::]:9108`.
@@ -32,14 +31,12 @@ class DemoMetrics:
         host, port = parse_listen_address(address)
         client = import_package("prometheus_client", "prometheus-client", INSTALL_HINT)
         self._registry = client.CollectorRegistry()
-        self._lost: dict[str, bool] = dict.fromkeys(cameras, False)
-        self._num_dropped = dict.fromkeys(cameras, 0)
+        self._is_down: dict[str, bool] = {}
 
         def make(kind: Callable[..., Any], name: str, text: str, *labels: str, **options: Any) -> Any:
             return kind(f"hkd_{name}", text, ["camera", *labels], registry=self._registry, **options)
 
         self._frames = make(client.Counter, "frames", "Processed frames.")
-        self._dropped = make(client.Counter, "frames_dropped", "Frames that a newer frame replaced.")
         self._reconnects = make(client.Counter, "camera_reconnects", "Times that a lost camera came back.")
         self._up = make(client.Gauge, "camera_up", "1 while the camera delivers images, otherwise 0.")
         self._persons = make(client.Gauge, "persons", "Persons in the newest frame.")
@@ -48,9 +45,8 @@ class DemoMetrics:
         text = "Time of each stage."
         self._stages = make(client.Histogram, "stage_seconds", text, "stage", buckets=STAGE_BUCKETS_S)
         for camera in cameras:  # a series that begins with 0 makes its first increase visible
-            for metric in (self._frames, self._dropped, self._reconnects, self._persons):
+            for metric in (self._frames, self._reconnects, self._persons, self._up, self._age):
                 metric.labels(camera)
-            self._up.labels(camera).set(1)
         client.Info("hkd_build", "Version.", registry=self._registry).info({"version": __version__})
         client.ProcessCollector(registry=self._registry)
         self._core = import_package("prometheus_client.core", "prometheus-client", INSTALL_HINT)
@@ -61,49 +57,26 @@ class DemoMetrics:
             raise UsageError(message) from None
         self.port: int = self._server.server_port
 
-    def __enter__(self) -> "DemoMetrics":
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def observe_frame(
-        self, camera: str, times: StageTimes, num_persons: int, num_dropped: int, age_ms: float | None = None
-    ) -> None:
-        """Record a processed frame.
-
-        Args:
-            camera: Name of the camera.
-            times: Time of each stage.
-            num_persons: Number of detections.
-            num_dropped: Number of frames of the camera that were dropped since the start.
-            age_ms: Time since the capture, ms. None for a recorded source.
-        """
+    def write(self, result: FrameResult) -> None:
+        """Record a processed frame; see `FrameSink.write`."""
+        camera = result.camera
         self._frames.labels(camera).inc()
-        self._persons.labels(camera).set(num_persons)
-        self._dropped.labels(camera).inc(max(0, num_dropped - self._num_dropped.get(camera, 0)))
-        self._num_dropped[camera] = num_dropped
+        self._persons.labels(camera).set(len(result.detections))
+        self._up.labels(camera).set(1)
         for stage in STAGES:
-            self._stages.labels(camera, stage).observe(1e-3 * getattr(times, f"{stage}_ms"))
-        if age_ms is not None:
-            self._age.labels(camera).observe(1e-3 * age_ms)
+            self._stages.labels(camera, stage).observe(1e-3 * getattr(result.times, f"{stage}_ms"))
+        if result.age_ms is not None:
+            self._age.labels(camera).observe(1e-3 * result.age_ms)
 
-    def set_status(self, camera: str, status: str) -> None:
-        """Record the status of a camera.
-
-        Args:
-            camera: Name of the camera.
-            status: Description of a problem. Empty if there is none.
-        """
-        is_lost = status.startswith(LOST)
-        if self._lost.get(camera) and not is_lost:
-            self._reconnects.labels(camera).inc()
-        if is_lost:
+    def write_status(self, camera: str, status: str) -> None:
+        """Record the status of a camera; see `FrameSink.write_status`."""
+        is_down = status.startswith(DOWN)
+        if is_down:
             self._persons.labels(camera).set(0)
-        self._lost[camera] = is_lost
-        self._up.labels(camera).set(not is_lost)
+        elif self._is_down.get(camera):
+            self._reconnects.labels(camera).inc()
+        self._is_down[camera] = is_down
+        self._up.labels(camera).set(not is_down)
 
     def add_counter(self, name: str, text: str, label: str, read: Callable[[], Iterable[tuple[str, float]]]) -> None:
         """Add a counter that is read when Prometheus asks.

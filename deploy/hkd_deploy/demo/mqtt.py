@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import unquote
 
+from hkd_deploy.demo.cameras import make_slugs
 from hkd_deploy.demo.delivery import (
     DEFAULT_EVERY_S,
     FLUSH_S,
@@ -177,22 +178,6 @@ class MqttPublisher(EventPublisher):
             self.num_delivered += 1
 
 
-def make_slugs(cameras: Sequence[str]) -> dict[str, str]:
-    """Return a name for topics and directories for each camera: letters, digits, - and _ only, all different.
-
-    Args:
-        cameras: Names of the cameras.
-    """
-    slugs: dict[str, str] = {}
-    for camera in cameras:
-        base = slug = re.sub(r"[^A-Za-z0-9-]+", "_", camera).strip("_") or "camera"
-        number = 2
-        while slug in slugs.values():
-            slug, number = f"{base}_{number}", number + 1
-        slugs[camera] = slug
-    return slugs
-
-
 def make_discovery(topic: str, camera: str, slug: str) -> tuple[str, dict[str, Any]]:
     """Describe a camera for Home Assistant (device discovery, version 2024.12 or later).
 
@@ -228,7 +213,7 @@ def make_discovery(topic: str, camera: str, slug: str) -> tuple[str, dict[str, A
             "device_class": "connectivity",
             "entity_category": "diagnostic",
             "state_topic": status,
-            "value_template": "{{ 'OFF' if value_json.status.startswith('camera lost') else 'ON' }}",
+            "value_template": "{{ 'OFF' if value_json.status.startswith(('camera lost', 'ended')) else 'ON' }}",
         },
     }
     for name, component in components.items():

@@ -78,9 +78,18 @@ class ProgressReport:
     def _print_log_line(self, pipeline: CameraPipeline) -> None:
         self._printed_s[pipeline.name] = perf_counter()
         self._printed[pipeline.name] = (pipeline.stats.num_frames, _remove_numbers(pipeline.status))
-        time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         text = _format_state(pipeline, self._max_frames if len(self._pipelines) == 1 else None)
-        print(f"{time} {pipeline.name}: {text}", file=sys.stderr, flush=True)
+        print(f"{_format_time()} {pipeline.name}: {text}", file=sys.stderr, flush=True)
+
+
+def print_message(text: str) -> None:
+    """Print a line on stderr during a run: over the progress line of a terminal, or with the time in a log.
+
+    Args:
+        text: One line.
+    """
+    prefix = "\r\x1b[K" if sys.stderr.isatty() else f"{_format_time()} "
+    print(f"{prefix}{text}", file=sys.stderr, flush=True)
 
 
 def format_totals(pipelines: Sequence[CameraPipeline]) -> str:
@@ -116,6 +125,10 @@ def print_summary(pipelines: Sequence[CameraPipeline], output: TextIO) -> None:
         print(pipelines[0].stats.format_summary(pipelines[0].source.num_dropped), file=output)
         return
     print(_format_table(pipelines), file=output)
+
+
+def _format_time() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _format_state(pipeline: CameraPipeline, max_frames: int | None) -> str:

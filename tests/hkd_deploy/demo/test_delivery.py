@@ -5,18 +5,22 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from threading import Event, Thread
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hkd_deploy.backends.base import StageTimes
+from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.delivery import EventSelector
 from hkd_deploy.demo.metrics import DemoMetrics, parse_listen_address
 from hkd_deploy.demo.webhook import WebhookPublisher
 from hkd_det.errors import UsageError
+from hkd_det.structures import Detections
 
 FAILURES = ("503 with Retry-After", "401", "hang", "refuse", "redirect")
 
@@ -218,24 +222,30 @@ def scrape(port: int) -> dict[tuple[str, ...], float]:
         }
 
 
+def make_result(camera: str, index: int, num_persons: int) -> FrameResult:
+    found = Detections(np.zeros((num_persons, 4), np.float32), np.full(num_persons, 0.9, np.float32))
+    times = StageTimes(preprocess_ms=2, inference_ms=30, postprocess_ms=1)
+    return FrameResult(camera, index, np.zeros((4, 6, 3), np.uint8), found, found, 0.3, 1.0, 150.0, times)
+
+
 def test_metrics_of_two_cameras() -> None:
     pytest.importorskip("prometheus_client")
-    with DemoMetrics("0", ["door", 'yard "b"']) as metrics:
-        before = scrape(metrics.port)
-        assert before["hkd_frames_total", "door"] == 0
-        assert before["hkd_camera_up", "door"] == 1
-        for index in range(4):
-            times = StageTimes(preprocess_ms=2, inference_ms=30, postprocess_ms=1)
-            metrics.observe_frame("door", times, num_persons=index, num_dropped=2 * index, age_ms=150)
-        metrics.set_status("door", "")
-        for status in ("camera lost: no data", "camera lost: nothing listens", "", "images are 3 s late"):
-            metrics.set_status('yard "b"', status)
-        metrics.add_counter("events_dropped", "Events.", "receiver", lambda: [("mqtt://host", 7)])
-        samples = scrape(metrics.port)
-        metrics.set_status("door", "camera lost: no data")
-        lost = scrape(metrics.port)
+    metrics = DemoMetrics("0", ["door", 'yard "b"'])
+    before = scrape(metrics.port)
+    for index in range(4):
+        metrics.write(make_result("door", index, num_persons=index))
+    metrics.write(make_result('yard "b"', 0, num_persons=1))
+    for status in ("camera lost: no data", "camera lost: nothing listens", "", "images are 3 s late"):
+        metrics.write_status('yard "b"', status)
+    metrics.add_counter("events_dropped", "Events.", "receiver", lambda: [("mqtt://host", 7)])
+    samples = scrape(metrics.port)
+    metrics.write_status("door", "camera lost: no data")
+    lost = scrape(metrics.port)
+    metrics.close()
+    assert before["hkd_frames_total", "door"] == 0
+    assert before["hkd_camera_up", "door"] == 0
+    assert samples["hkd_camera_up", "door"] == 1
     assert samples["hkd_frames_total", "door"] == 4
-    assert samples["hkd_frames_dropped_total", "door"] == 6
     assert samples["hkd_persons", "door"] == 3
     assert samples["hkd_frame_age_seconds_count", "door"] == 4
     assert samples["hkd_frame_age_seconds_sum", "door"] == pytest.approx(0.6)
@@ -246,6 +256,25 @@ def test_metrics_of_two_cameras() -> None:
     assert samples["hkd_camera_up", 'yard "b"'] == 1
     assert samples["hkd_events_dropped_total", "mqtt://host"] == 7
     assert (lost["hkd_camera_up", "door"], lost["hkd_persons", "door"]) == (0, 0)
+
+
+def test_publisher_sends_first_status_and_changes(receiver: Receiver) -> None:
+    publisher = WebhookPublisher(f"http://127.0.0.1:{receiver.port}/", lambda _text: None, interval_s=0.05)
+    publisher.write(make_result("door", 0, 2))
+    publisher.write(make_result("door", 1, 2))  # no change
+    publisher.write_status("door", "camera lost: no data")
+    publisher.write_status("door", "")
+    wait_for(lambda: publisher.num_delivered == 4)
+    publisher.close()
+    events = [event for _, _, body in receiver.requests for event in body["events"]]
+    assert [event.get("status", event.get("num_persons")) for event in events] == [
+        "ok",
+        2,
+        "camera lost: no data",
+        "ok",
+    ]
+    assert events[1]["persons"][0]["score"] == pytest.approx(0.9)
+    assert datetime.fromisoformat(events[0]["time"]).utcoffset() == timedelta(0)
 
 
 def test_metrics_port_in_use_is_one_line() -> None:
