@@ -1,5 +1,6 @@
 """Tests of the file of `--cameras` and of the names of `--source`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_invalid_file_names_file_and_key(tmp_path: Path, old: str, new: str, mes
     text = str(caught.value)
     assert text.startswith(f"{path}: ") and message in text
     assert "secret" not in text and "\n" not in text
+
+
+def test_file_of_the_guide_is_valid(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[3] / "docs" / "how-to" / "several-cameras.md"
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
+    entrance, yard = read_cameras(write(tmp_path, text))
+    assert entrance.lines[0].name == "door" and yard.zones[0].name == "platform"
 
 
 def test_names_of_sources_are_unique_and_without_password() -> None:

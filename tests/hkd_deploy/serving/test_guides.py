@@ -12,7 +12,8 @@ from hkd_deploy.demo import cli as demo
 from hkd_deploy.export import cli as export
 
 ROOT = Path(__file__).parents[3]
-GUIDES = sorted([*(ROOT / "docs" / "how-to").glob("deploy*.md"), ROOT / "docs" / "how-to" / "demo.md"])
+HOW_TO = ROOT / "docs" / "how-to"
+GUIDES = sorted([*HOW_TO.glob("deploy*.md"), HOW_TO / "demo.md", HOW_TO / "several-cameras.md"])
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "hkd-export": export._build_parser().parse_args,
     "hkd-bench": bench.parse_bench_args,
