@@ -5,7 +5,7 @@ They stay valid if the size of the image changes, for example with another strea
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,30 @@ def _read_camera(entry: Any, path: Path, index: int) -> CameraConfig:
     where = f"{path}: {values.name}"
     if values.conf is not None:
         check_range(f"{where}.conf", values.conf, 0, 1)
-    lines = tuple(_make_line(name, points, f"{where}.lines.{name}") for name, points in values.lines.items())
-    zones = tuple(_make_zone(name, points, f"{where}.zones.{name}") for name, points in values.zones.items())
+    lines, zones = make_shapes(values.lines, values.zones, where)
     return CameraConfig(values.name, values.source, values.conf, values.privacy, lines, zones)
+
+
+def make_shapes(
+    lines: Mapping[str, tuple[Point, ...]], zones: Mapping[str, tuple[Point, ...]], where: str
+) -> tuple[tuple[Line, ...], tuple[Zone, ...]]:
+    """Create the lines and zones of a camera.
+
+    Args:
+        lines: Normalized points by name.
+        zones: Normalized points by name.
+        where: Prefix of error messages.
+
+    Returns:
+        Lines and zones.
+
+    Raises:
+        UsageError: A point is outside the image, a line has not two points, or a zone has no area.
+    """
+    return (
+        tuple(_make_line(name, points, f"{where}.lines.{name}") for name, points in lines.items()),
+        tuple(_make_zone(name, points, f"{where}.zones.{name}") for name, points in zones.items()),
+    )
 
 
 def _make_line(name: str, points: tuple[Point, ...], where: str) -> Line:

@@ -26,6 +26,7 @@ from hkd_deploy.demo.progress import ProgressReport, format_totals, print_summar
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
 from hkd_deploy.demo.service import Heartbeat, StopSignals, SystemdNotifier
 from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
+from hkd_deploy.demo.web import WebSink
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import FrameSource, LiveSource, is_live_address, open_source
 from hkd_det import __version__
@@ -87,7 +88,8 @@ def _run_cameras(
     new_frame = Event()
     sources = open_sources(stack, cameras, new_frame)
     shared: list[FrameSink] = [stack.enter_context(open_events(flags.events))] if flags.events else []
-    shared += open_integrations(stack, flags, names, sources, pipelines)
+    shared += open_integrations(stack, flags, cameras, sources, pipelines)
+    page = next((sink for sink in shared if isinstance(sink, WebSink)), None)
     default_conf = detector.default_conf if flags.conf is None else flags.conf
     paths = [flags.save] if len(cameras) == 1 else make_file_paths(flags.save, names) if flags.save else []
     for index, (camera, source) in enumerate(zip(cameras, sources, strict=True)):
@@ -113,7 +115,9 @@ def _run_cameras(
         notifier.update(sum(pipeline.stats.num_frames for pipeline in pipelines), lambda: format_totals(pipelines))
 
     with stop_signals.defer():
-        run_cameras(pipelines, detector, window_sink, flags.max_frames, new_frame, report, stop_signals.is_requested)
+        run_cameras(
+            pipelines, detector, window_sink or page, flags.max_frames, new_frame, report, stop_signals.is_requested
+        )
 
 
 def open_sources(stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: Event) -> list[FrameSource]:

@@ -1,4 +1,4 @@
-"""Flags and outputs for other programs: MQTT, webhook, metrics, and recording."""
+"""Flags and outputs for other programs: MQTT, webhook, metrics, recording, and the page."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,12 +8,14 @@ from threading import Thread
 
 from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.camera_recorder import RecordingConfig
+from hkd_deploy.demo.cameras import CameraConfig
 from hkd_deploy.demo.delivery import DEFAULT_EVERY_S, EventPublisher
 from hkd_deploy.demo.metrics import DemoMetrics
 from hkd_deploy.demo.mqtt import MqttPublisher
 from hkd_deploy.demo.progress import print_message
 from hkd_deploy.demo.recording import Recorder, parse_duration_s, parse_size_bytes
 from hkd_deploy.demo.run import CameraPipeline
+from hkd_deploy.demo.web import WebSink, add_web_flags, check_web_flags
 from hkd_deploy.demo.webhook import WebhookPublisher
 from hkd_deploy.streams import FrameSource
 from hkd_det.config import check_range
@@ -54,6 +56,7 @@ def add_integration_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics", metavar="[HOST:]PORT", help="serve metrics for Prometheus (default host: 127.0.0.1)"
     )
+    add_web_flags(parser)
     group = parser.add_argument_group("recording")
     group.add_argument("--record", type=Path, metavar="DIR", help="record each camera to files in DIR (H.264, MP4)")
     group.add_argument(
@@ -89,7 +92,7 @@ def has_integration(flags: argparse.Namespace) -> bool:
     Args:
         flags: Parsed flags.
     """
-    return any((flags.mqtt, flags.webhook, flags.metrics, flags.record))
+    return any((flags.mqtt, flags.webhook, flags.metrics, flags.record)) or flags.web is not None
 
 
 def check_integration_flags(flags: argparse.Namespace) -> None:
@@ -105,6 +108,7 @@ def check_integration_flags(flags: argparse.Namespace) -> None:
     check_range("--webhook-interval", flags.webhook_interval, 0)
     if flags.mqtt_discovery and not flags.mqtt:
         raise UsageError("--mqtt-discovery: requires --mqtt. Add it, or omit --mqtt-discovery.")
+    check_web_flags(flags)
     make_recording_config(flags)
 
 
@@ -139,7 +143,7 @@ def make_recording_config(flags: argparse.Namespace) -> RecordingConfig | None:
 def open_integrations(
     stack: ExitStack,
     flags: argparse.Namespace,
-    cameras: Sequence[str],
+    configs: Sequence[CameraConfig],
     sources: Sequence[FrameSource],
     pipelines: Sequence[CameraPipeline],
 ) -> list[FrameSink]:
@@ -148,9 +152,9 @@ def open_integrations(
     Args:
         stack: Exit stack that closes them, all at the same time.
         flags: Parsed flags.
-        cameras: Names of the cameras.
+        configs: The cameras.
         sources: Their sources.
-        pipelines: List that is filled with the pipelines later; the metrics read it.
+        pipelines: List that is filled with the pipelines later; the metrics and the page read it.
 
     Returns:
         One sink per output, for all cameras.
@@ -159,8 +163,13 @@ def open_integrations(
         UsageError: An address is invalid, or a port or a directory cannot be used.
         UnavailableError: A package is not installed.
     """
+    cameras = [config.name for config in configs]
     sinks: list[FrameSink] = []
     stack.callback(_close_all, sinks)
+    if flags.web is not None:
+        page = WebSink(configs, pipelines, flags.web, flags.host, flags.cameras)
+        sinks.append(page)
+        print_message(f"page: {page.url}")
     publishers: list[EventPublisher] = []
     if flags.mqtt:
         publisher = MqttPublisher(flags.mqtt, cameras, print_message, flags.events_every, flags.mqtt_discovery)

@@ -259,7 +259,9 @@ def open_window(title: str) -> Iterator[Window]:
     try:
         cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
     except cv2.error as error:
-        raise UnavailableError(f"--show: {str(error).strip()}. Save a video instead: --save out.mp4.") from None
+        raise UnavailableError(
+            f"--show: {str(error).strip()}. Open a page in a browser (--web) or save a video (--save out.mp4)."
+        ) from None
     try:
         yield Window(title)
     finally:
@@ -281,11 +283,12 @@ def explain_missing_display(build_information: str, platform: str, environment: 
     """
     if re.search(r"^\s*GUI:\s*NONE\s*$", build_information, re.MULTILINE):
         return (
-            "--show: this OpenCV build does not support windows. Save a video (--save out.mp4), write events (--events "
-            "-), or run pip uninstall -y opencv-python-headless && pip install opencv-python."
+            "--show: this OpenCV build does not support windows. Open a page in a browser (--web), save a video "
+            "(--save out.mp4), write events (--events -), or run pip uninstall -y opencv-python-headless && "
+            "pip install opencv-python."
         )
     if platform.startswith("linux") and not (environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY")):
-        return "--show: no display (DISPLAY is not set). Save a video instead: --save out.mp4 --no-show."
+        return "--show: no display (DISPLAY is not set). Use a page (--web) or save a video (--save out.mp4)."
     return ""
 
 
