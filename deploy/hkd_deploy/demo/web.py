@@ -128,6 +128,9 @@ class WebSink:
     async def _serve(self) -> None:
         self._signal.start()
         await self._server.serve(sockets=[self._socket])
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()  # of a viewer that does not read
+        await asyncio.sleep(0)
 
     def write(self, result: FrameResult) -> None:
         """Replace the newest frame of the camera; see `FrameSink.write`."""

@@ -226,7 +226,9 @@ def make_app(
         route = "/" if path.name == "index.html" else f"/{path.name}"
         if path.suffix in CONTENT_TYPES:
             routes.append(Route(route, _make_file_route(path.read_bytes(), CONTENT_TYPES[path.suffix])))
-    return AccessControl(Starlette(routes=routes), policy)
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False
+    return AccessControl(app, policy)
 
 
 def parse_positions(text: str, num_cameras: int) -> dict[int, int]:

@@ -83,7 +83,7 @@ def test_open_window_backend_failure_raises(screen: Screen, monkeypatch: pytest.
 
     monkeypatch.setattr(cv2, "namedWindow", fail)
     with (
-        pytest.raises(UnavailableError, match=r"--show: Can't initialize GTK backend\. Save a video"),
+        pytest.raises(UnavailableError, match=r"--show: Can't initialize GTK backend\. Open a page in a browser"),
         open_window("t"),
     ):
         pass
