@@ -198,7 +198,7 @@ def make_app(
 
     async def get_frames(request: Request) -> Response:
         after = parse_positions(request.query_params.get("after", ""), len(views))
-        await signal.wait_for(lambda: any(views[index].seq > seq for index, seq in after.items()), WAIT_S)
+        await signal.wait_for(lambda: any(views[index].seq != seq for index, seq in after.items()), WAIT_S)
         return Response(pack_frames(views, after), media_type="application/octet-stream")
 
     async def post_scene(request: Request) -> Response:

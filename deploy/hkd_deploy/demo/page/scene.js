@@ -249,6 +249,7 @@ export class Editor {
     const { find, root } = this.camera;
     const hints = { line: "Drag from one end to the other, or tap both ends.", zone: "Tap the corners, at least three." };
     root.classList.toggle("drawing", this.mode !== null);
+    root.classList.toggle("editing", this.isOpen); // the image and the buttons fit on a phone
     find(".edit").hidden = this.isOpen;
     find(".panel").hidden = !this.isOpen;
     find(".undo").hidden = !this.points.length;
