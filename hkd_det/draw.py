@@ -74,6 +74,7 @@ def draw_detections(
     detections: "Detections",
     match_statuses: Sequence[MatchStatus] | None = None,
     show_scores: bool = True,
+    track_ids: NDArray[np.int64] | None = None,
 ) -> NDArray[np.uint8]:
     """Draw detections on a copy of an image.
 
@@ -82,6 +83,7 @@ def draw_detections(
         detections: Boxes in image pixels, sorted by descending score.
         match_statuses: One per detection, for the color. None draws all in the color of a true positive.
         show_scores: True to label each box with its score.
+        track_ids (int64[N]): Ids that replace the scores of tracked persons. -1 for a box without one.
 
     Returns:
         The image with boxes, uint8[H, W, 3].
@@ -90,9 +92,12 @@ def draw_detections(
     if match_statuses is None:
         match_statuses = [MatchStatus.TRUE_POSITIVE] * len(detections)
     # Draw the highest score last: overlapping boxes must not hide it.
-    rows = list(zip(detections.boxes_xyxy, detections.scores, match_statuses, strict=True))
-    for box, score, match_status in reversed(rows):
-        draw_box(canvas, box, match_status, f"{score:.2f}" if show_scores else "")
+    labels = [f"{score:.2f}" if show_scores else "" for score in detections.scores]
+    if track_ids is not None:
+        labels = [f"#{track_id}" if track_id >= 0 else label for track_id, label in zip(track_ids, labels, strict=True)]
+    rows = list(zip(detections.boxes_xyxy, match_statuses, labels, strict=True))
+    for box, match_status, label in reversed(rows):
+        draw_box(canvas, box, match_status, label)
     return canvas
 
 

@@ -12,7 +12,8 @@ import pytest
 # Packages of the extras, and torch.
 ABSENT = (
     "PIL", "av", "jinja2", "matplotlib", "msgspec", "onnx", "psutil", "pycocotools", "requests", "scipy",
-    "simplejpeg", "tabulate", "timm", "torch", "torchvision", "tqdm", "ultralytics", "urllib3",
+    "simplejpeg", "supervision", "tabulate", "timm", "torch", "torchvision", "tqdm", "trackers",
+    "ultralytics", "urllib3",
 )  # fmt: skip
 
 BASE_INSTALL = f"""

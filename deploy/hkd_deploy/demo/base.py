@@ -1,6 +1,6 @@
 """Interfaces of the demo: the result of a frame, and the outputs, trackers and counters that process it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -9,10 +9,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.backends.base import StageTimes
+from hkd_deploy.demo.cameras import Line, Zone
+from hkd_deploy.demo.scene_drawing import draw_scene
 from hkd_det.draw import Redaction, draw_detections, draw_overlay, redact_boxes
 from hkd_det.structures import Detections
 
 MAX_REDACTION_CONF = 0.1  # boxes with this score are redacted even if they are not drawn: a missed person is worse
+
+
+@dataclass(frozen=True)
+class CountEvent:
+    """One crossing of a line, or the begin or end of a stay in a zone.
+
+    Attributes:
+        event: "crossing", "enter" or "exit".
+        name: Name of the line or zone.
+        track_id: Track id of the person.
+        timestamp_s: Time at which it happened, seconds. It is earlier than the frame that confirms it.
+        direction: Of a crossing: "left" or "right", the side on which the person is afterwards, seen from the first
+            point of the line to the second.
+        dwell_s: Of an exit: duration of the stay, seconds.
+    """
+
+    event: str
+    name: str
+    track_id: int
+    timestamp_s: float
+    direction: str = ""
+    dwell_s: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of the event, without those that it does not have."""
+        key = "line" if self.event == "crossing" else "zone"
+        values: dict[str, Any] = {key: self.name, "track_id": self.track_id}
+        if self.direction:
+            values["direction"] = self.direction
+        if self.dwell_s is not None:
+            values["dwell_s"] = round(self.dwell_s, 2)
+        return values
 
 
 @dataclass(frozen=True)
@@ -34,6 +68,9 @@ class FrameResult:
         overlay: Lines of text for `drawn_rgb`.
         track_ids: Track of each detection, int64[N]; -1 for none. None without a tracker.
         counts: Counts of lines and zones. Empty without counters.
+        count_events: Crossings, entries and exits that this frame confirms.
+        lines: Lines of the camera.
+        zones: Zones of the camera.
     """
 
     camera: str
@@ -50,6 +87,9 @@ class FrameResult:
     overlay: tuple[str, ...] = ()
     track_ids: NDArray[np.int64] | None = None
     counts: Mapping[str, Any] = field(default_factory=dict)
+    count_events: tuple[CountEvent, ...] = ()
+    lines: tuple[Line, ...] = ()
+    zones: tuple[Zone, ...] = ()
 
     @cached_property
     def image_rgb(self) -> NDArray[np.uint8]:
@@ -61,8 +101,9 @@ class FrameResult:
 
     @cached_property
     def drawn_rgb(self) -> NDArray[np.uint8]:
-        """`image_rgb` with boxes and text (uint8[H, W, 3]). It is drawn once for all sinks."""
-        canvas = draw_detections(self.image_rgb, self.detections)
+        """`image_rgb` with boxes, lines, zones and text (uint8[H, W, 3]). It is drawn once for all sinks."""
+        canvas = draw_detections(self.image_rgb, self.detections, track_ids=self.track_ids)
+        draw_scene(canvas, self.lines, self.zones, self.counts)
         if self.overlay or self.status:
             draw_overlay(canvas, self.overlay, warning=self.status)
         return canvas
@@ -117,7 +158,14 @@ class Tracker(Protocol):
 
 
 class Counter(Protocol):
-    """Counts people of one camera."""
+    """Counts people of one camera.
+
+    Attributes:
+        new_events: Crossings, entries and exits that the last frame confirms.
+    """
+
+    @property
+    def new_events(self) -> Sequence[CountEvent]: ...
 
     def update(
         self,

@@ -180,19 +180,45 @@ def make_shapes(
         UsageError: A point is outside the image, a line has not two points, or a zone has no area.
     """
     return (
-        tuple(_make_line(name, points, f"{where}.lines.{name}") for name, points in lines.items()),
-        tuple(_make_zone(name, points, f"{where}.zones.{name}") for name, points in zones.items()),
+        tuple(make_line(name, points, f"{where}.lines.{name}") for name, points in lines.items()),
+        tuple(make_zone(name, points, f"{where}.zones.{name}") for name, points in zones.items()),
     )
 
 
-def _make_line(name: str, points: tuple[Point, ...], where: str) -> Line:
+def make_line(name: str, points: tuple[Point, ...], where: str) -> Line:
+    """Check and create a line.
+
+    Args:
+        name: Name.
+        points: Points, normalized.
+        where: File and key, or flag, for messages.
+
+    Returns:
+        The line.
+
+    Raises:
+        UsageError: It does not have two different points, or a coordinate is outside 0 to 1.
+    """
     _check_points(points, where)
     if len(points) != 2 or points[0] == points[1]:
         raise UsageError(f"{where}: expected two different points [[x1, y1], [x2, y2]], got {_format(points)}.")
     return Line(str(name), (points[0], points[1]))
 
 
-def _make_zone(name: str, points: tuple[Point, ...], where: str) -> Zone:
+def make_zone(name: str, points: tuple[Point, ...], where: str) -> Zone:
+    """Check and create a zone.
+
+    Args:
+        name: Name.
+        points: Points, normalized.
+        where: File and key, or flag, for messages.
+
+    Returns:
+        The zone.
+
+    Raises:
+        UsageError: It has fewer than three points, or no area, or a coordinate is outside 0 to 1.
+    """
     _check_points(points, where)
     if len(points) < MIN_ZONE_POINTS or _compute_area(points) == 0:
         raise UsageError(f"{where}: expected at least three points of a polygon with an area, got {_format(points)}.")

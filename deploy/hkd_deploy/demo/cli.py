@@ -12,6 +12,13 @@ import cv2
 
 from hkd_deploy.backends import BACKENDS
 from hkd_deploy.backends.base import DEFAULT_CONF
+from hkd_deploy.demo.analytics import (
+    HEATMAP_SUFFIX,
+    HeatMapSink,
+    add_analytics_flags,
+    apply_analytics_flags,
+    create_analytics,
+)
 from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
 from hkd_deploy.demo.events import STDOUT, open_events
@@ -51,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_demo_command(argv: Sequence[str] | None) -> int:
     flags = _parse_demo_arguments(argv)
     _silence_opencv()
-    cameras = read_cameras(flags.cameras) if flags.cameras else name_sources(flags.source)
+    cameras = apply_analytics_flags(flags, read_cameras(flags.cameras) if flags.cameras else name_sources(flags.source))
     is_live = any(is_live_address(camera.source) for camera in cameras)
     pipelines: list[CameraPipeline] = []
-    files: list[FileSink] = []
+    files: list[FileSink | HeatMapSink] = []
     try:
         with StopSignals() as stop_signals, ExitStack() as stack:
             _run_cameras(stack, flags, cameras, pipelines, files, stop_signals)
@@ -75,7 +82,7 @@ def _run_cameras(
     flags: argparse.Namespace,
     cameras: Sequence[CameraConfig],
     pipelines: list[CameraPipeline],
-    files: list[FileSink],
+    files: list[FileSink | HeatMapSink],
     stop_signals: StopSignals,
 ) -> None:
     """Open everything and run. `pipelines` and `files` are filled, so that they are valid after an error."""
@@ -92,6 +99,9 @@ def _run_cameras(
     page = next((sink for sink in shared if isinstance(sink, WebSink)), None)
     default_conf = detector.default_conf if flags.conf is None else flags.conf
     paths = [flags.save] if len(cameras) == 1 else make_file_paths(flags.save, names) if flags.save else []
+    heatmap_paths = [flags.heatmap]
+    if flags.heatmap and len(cameras) > 1:
+        heatmap_paths = make_file_paths(flags.heatmap, names, HEATMAP_SUFFIX, "--heatmap")
     for index, (camera, source) in enumerate(zip(cameras, sources, strict=True)):
         sinks = list(shared)
         if flags.save:
@@ -100,8 +110,16 @@ def _run_cameras(
             sinks.append(files[-1])
         if window_sink:
             sinks.append(window_sink)
+        if flags.heatmap:
+            files.append(HeatMapSink(heatmap_paths[index]))
+            stack.callback(files[-1].close)
+            sinks.append(files[-1])
         conf = default_conf if camera.conf is None else camera.conf
-        pipelines.append(CameraPipeline(camera.name, source, conf, sinks, camera.privacy or flags.privacy))
+        tracker, counters = create_analytics(camera, conf, flags.track)
+        privacy = camera.privacy or flags.privacy
+        pipelines.append(
+            CameraPipeline(camera.name, source, conf, sinks, privacy, tracker, counters, camera.lines, camera.zones)
+        )
     progress = stack.enter_context(ProgressReport(pipelines, flags.max_frames))
     stack.callback(_stop_sources, sources)
     notifier = SystemdNotifier()
@@ -208,6 +226,7 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="update the modification time of FILE every 5 s while the loop runs, for a health check",
     )
+    add_analytics_flags(parser)
     add_integration_flags(parser)
     flags = parser.parse_args(argv)
     check_integration_flags(flags)
@@ -216,7 +235,7 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if flags.max_frames is not None:
         check_range("--max-frames", flags.max_frames, 1)
     if flags.show is None:
-        flags.show = flags.save is None and flags.events is None and not has_integration(flags)
+        flags.show = not (flags.save or flags.events or flags.heatmap or has_integration(flags))
     return flags
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from hkd_deploy.demo.base import FrameResult
-from hkd_deploy.demo.events import make_frame_event, make_status_event
+from hkd_deploy.demo.events import make_count_events, make_frame_event, make_status_event
 from hkd_deploy.streams import redact_url
 from hkd_deploy.streams.network import add_password_hint
 from hkd_det.errors import UsageError
@@ -163,10 +163,11 @@ class EventPublisher(ABC):
             self._buffer.put(event)
 
     def write(self, result: FrameResult) -> None:
-        """Publish the detections of a frame; see `FrameSink.write`."""
+        """Publish the detections of a frame, and what was counted; see `FrameSink.write`."""
         if result.camera not in self._cameras:
             self.write_status(result.camera, result.status)  # a receiver has no other sign that all is well
-        self.publish(make_frame_event(result))
+        for event in (make_frame_event(result), *make_count_events(result)):
+            self.publish(event)
 
     def write_status(self, camera: str, status: str) -> None:
         """Publish the status of a camera; see `FrameSink.write_status`."""

@@ -1,7 +1,7 @@
 """Detections as JSON Lines for other programs: `hkd-demo --events FILE` or `--events -`.
 
 Each line is one object (docs/reference/events.md): `frame` for each processed frame, `status` for each change of the
-status of a camera.
+status of a camera, and `crossing`, `enter` and `exit` for people at lines and zones.
 """
 
 import json
@@ -29,8 +29,9 @@ class EventWriter:
         self._stream = stream
 
     def write(self, result: FrameResult) -> None:
-        """Write the detections of a frame; see `FrameSink.write`."""
-        self._write(make_frame_event(result))
+        """Write the detections of a frame, and what was counted; see `FrameSink.write`."""
+        for event in (make_frame_event(result), *make_count_events(result)):
+            self._write(event)
 
     def write_status(self, camera: str, status: str) -> None:
         """Write the status of a camera; see `FrameSink.write_status`."""
@@ -53,17 +54,43 @@ def make_frame_event(result: FrameResult) -> dict[str, Any]:
     Returns:
         Values that can be written as JSON.
     """
-    persons = [
+    persons: list[dict[str, Any]] = [
         {"box_xyxy": [round(side, 1) for side in box], "score": round(score, 4)}
         for box, score in zip(result.detections.boxes_xyxy.tolist(), result.detections.scores.tolist(), strict=True)
     ]
+    if result.track_ids is not None:
+        for person, track_id in zip(persons, result.track_ids.tolist(), strict=True):
+            person["track_id"] = track_id if track_id >= 0 else None
     height, width = result.original_rgb.shape[:2]
     values: dict[str, Any] = {"frame": result.index, "image_wh": [width, height]}
     if result.age_ms is not None:
         values["age_ms"] = round(result.age_ms, 1)
     else:
         values["position_s"] = round(result.timestamp_s, 4)
-    return _make_event("frame", result.camera, values | {"num_persons": len(persons), "persons": persons})
+    values |= {"num_persons": len(persons), "persons": persons}
+    if result.counts:
+        values["counts"] = dict(result.counts)
+    return _make_event("frame", result.camera, values)
+
+
+def make_count_events(result: FrameResult) -> list[dict[str, Any]]:
+    """Create the events `crossing`, `enter` and `exit`.
+
+    Args:
+        result: The frame.
+
+    Returns:
+        One event for each that the frame confirms. Values that can be written as JSON.
+    """
+    events = []
+    for event in result.count_events:
+        values: dict[str, Any] = {"frame": result.index}
+        if result.age_ms is not None:
+            values["age_ms"] = round(result.age_ms + 1e3 * (result.timestamp_s - event.timestamp_s), 1)
+        else:
+            values["position_s"] = round(event.timestamp_s, 4)
+        events.append(_make_event(event.event, result.camera, values | event.to_dict()))
+    return events
 
 
 def make_status_event(camera: str, status: str) -> dict[str, Any]:

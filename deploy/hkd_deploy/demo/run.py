@@ -12,6 +12,7 @@ from typing import Any
 
 from hkd_deploy.backends.base import Detector, StageTimes
 from hkd_deploy.demo.base import Counter, FrameResult, FrameSink, FrameWindow, Tracker
+from hkd_deploy.demo.cameras import Line, Zone
 from hkd_deploy.demo.output import FrameStats
 from hkd_deploy.streams import Frame, FrameSource, LiveSource
 from hkd_det.draw import Redaction
@@ -33,6 +34,8 @@ class CameraPipeline:
         privacy: How people are made unrecognizable. None shows them.
         tracker: Tracker of this camera.
         counters: Counters of this camera. Their counts are merged.
+        lines: Lines of this camera, to draw them.
+        zones: Zones of this camera, to draw them.
 
     Attributes:
         stats: Statistics of the camera.
@@ -50,9 +53,12 @@ class CameraPipeline:
         privacy: Redaction | None = None,
         tracker: Tracker | None = None,
         counters: Sequence[Counter] = (),
+        lines: Sequence[Line] = (),
+        zones: Sequence[Zone] = (),
     ) -> None:
         self.name, self.source, self.conf, self.privacy = name, source, conf, privacy
         self.sinks, self.tracker, self.counters = list(sinks), tracker, list(counters)
+        self.lines, self.zones = tuple(lines), tuple(zones)
         self.stats = FrameStats()
         self.error: HkdError | None = None
         self.is_ended, self.num_lost = False, 0
@@ -107,6 +113,7 @@ class CameraPipeline:
         counts: dict[str, Any] = {}
         for counter in self.counters:
             counts |= counter.update(shown, track_ids, image_hw, self._time_s)
+        count_events = tuple(event for counter in self.counters for event in counter.new_events)
         num_dropped = self.source.num_dropped
         result = FrameResult(
             camera=self.name,
@@ -123,6 +130,9 @@ class CameraPipeline:
             overlay=tuple(_format_overlay(detector, self.stats, times, len(shown), known_age_ms, num_dropped)),
             track_ids=track_ids,
             counts=counts,
+            count_events=count_events,
+            lines=self.lines,
+            zones=self.zones,
         )
         self.report_status()
         for sink in self.sinks:

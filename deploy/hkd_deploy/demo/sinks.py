@@ -170,28 +170,30 @@ def arrange_grid(images: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.uint8
     return grid
 
 
-def make_file_paths(folder: Path, cameras: Sequence[str]) -> list[Path]:
-    """Create the names of the videos of several cameras.
+def make_file_paths(folder: Path, cameras: Sequence[str], suffix: str = ".mp4", flag: str = "--save") -> list[Path]:
+    """Create the names of the files of several cameras.
 
     Args:
-        folder: Directory of `--save`.
+        folder: Directory.
         cameras: Names of the cameras.
+        suffix: Suffix of the files.
+        flag: Flag of the directory, for messages.
 
     Returns:
-        One .mp4 file per camera. Characters that are special in file names become `_`.
+        One file per camera. Characters that are special in file names become `_`.
 
     Raises:
         UsageError: The directory has the suffix of a file.
     """
     if folder.suffix.lower() in ENCODERS or folder.suffix.lower() in IMAGE_OUTPUT_SUFFIXES:
-        raise UsageError(f"--save {folder}: expected a directory, because there are {len(cameras)} cameras.")
+        raise UsageError(f"{flag} {folder}: expected a directory, because there are {len(cameras)} cameras.")
     paths: list[Path] = []
     for camera in cameras:
         stem = re.sub(r"[^\w.-]+", "_", camera).strip("._") or "camera"
-        number, path = 1, folder / f"{stem}.mp4"
+        number, path = 1, folder / f"{stem}{suffix}"
         while path in paths:
             number += 1
-            path = folder / f"{stem}_{number}.mp4"
+            path = folder / f"{stem}_{number}{suffix}"
         paths.append(path)
     return paths
 

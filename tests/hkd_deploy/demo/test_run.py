@@ -260,6 +260,8 @@ class Numbering:
 
 
 class PersonCounter:
+    new_events = ()
+
     def update(self, detections: Detections, track_ids: np.ndarray | None, *_: object) -> dict[str, int]:
         assert track_ids is not None and len(track_ids) == len(detections.scores)
         return {"total": int(track_ids.sum())}
