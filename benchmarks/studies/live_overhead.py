@@ -2,9 +2,9 @@
 
     python benchmarks/studies/live_overhead.py --model hkd-cpu --threads 2
 
-First table: one video of 640x512. "alone" is a loop of OpenCV's decoder and the detector. Rounds of both alternate, so
-that a change of the machine's speed affects both. Second table: MJPEG cameras on this machine, which sends their
-images itself; ages and rates are those of the events that `hkd-demo` writes.
+First table: one video of 640x512. "alone" is a loop of OpenCV's decoder and the detector. Rounds of all alternate, so
+that a change of the machine's speed affects all. The second row adds `--record` (extra `live`). Second table: MJPEG
+cameras on this machine, which sends their images itself; ages and rates are those of the events that `hkd-demo` writes.
 """
 
 import argparse
@@ -25,7 +25,9 @@ import numpy as np
 
 from hkd_deploy import open_detector
 from hkd_deploy.backends.base import Detector
+from hkd_deploy.demo.camera_recorder import RecordingConfig
 from hkd_deploy.demo.events import open_events
+from hkd_deploy.demo.recording import Recorder
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
 from hkd_deploy.streams import open_source
 from hkd_det.console import format_table
@@ -61,14 +63,17 @@ def print_overhead(detector: Detector, video: Path, rounds: int) -> None:
         video: The video.
         rounds: Rounds of both.
     """
-    times_ms = np.array(
-        [[measure_ms(run, detector, video) for run in (run_alone, run_demo)] for _ in range(rounds + 1)]
-    )
-    alone, demo = np.median(times_ms[1:], axis=0)  # the first round warms up
-    ratios = times_ms[1:, 1] / times_ms[1:, 0]
-    low, high = np.percentile(ratios, [10, 90])
-    row = [f"{alone:.2f}", f"{demo:.2f}", f"{np.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"]
-    print(format_table([row], ["decoding and inference alone, ms", "hkd-demo --events, ms", "ratio", "10 to 90 %"]))
+    runs = (run_alone, run_demo, run_recording)
+    times_ms = np.array([[measure_ms(run, detector, video) for run in runs] for _ in range(rounds + 1)])[
+        1:
+    ]  # warmed up
+    alone, *demos = np.median(times_ms, axis=0)
+    rows = []
+    for index, (name, demo) in enumerate(zip(("--events", "--events --record"), demos, strict=True), 1):
+        ratios = times_ms[:, index] / times_ms[:, 0]
+        low, high = np.percentile(ratios, [10, 90])
+        rows.append([name, f"{alone:.2f}", f"{demo:.2f}", f"{np.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"])
+    print(format_table(rows, ["flags", "decoding and inference alone, ms", "hkd-demo, ms", "ratio", "10 to 90 %"]))
 
 
 def measure_ms(run: Callable[[Detector, Path], int], detector: Detector, video: Path) -> float:
@@ -109,6 +114,22 @@ def run_demo(detector: Detector, video: Path) -> int:
     with open_source(str(video)) as source, open_events(os.devnull) as events:
         pipeline = CameraPipeline("video", source, detector.default_conf, [events])
         run_cameras([pipeline], detector)
+    return pipeline.stats.num_frames
+
+
+def run_recording(detector: Detector, video: Path) -> int:
+    """Process a video as `hkd-demo --events --record` does; return the number of frames.
+
+    Args:
+        detector: The detector.
+        video: The video. The recording is written next to it.
+    """
+    config = RecordingConfig(video.parent / "recording")
+    with open_source(str(video)) as source, open_events(os.devnull) as events:
+        recorder = Recorder(config, {"video": source.is_live}, print)
+        pipeline = CameraPipeline("video", source, detector.default_conf, [events, recorder])
+        run_cameras([pipeline], detector)
+        recorder.close()
     return pipeline.stats.num_frames
 
 
