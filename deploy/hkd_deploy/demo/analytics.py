@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
-from hkd_deploy.demo.base import FrameResult
-from hkd_deploy.demo.cameras import CameraConfig, Point, make_line, make_zone
+from hkd_deploy.demo.base import Counter, FrameResult, Tracker
+from hkd_deploy.demo.cameras import CameraConfig, Line, Point, Zone, make_line, make_zone
 from hkd_deploy.demo.counting import SceneCounter
 from hkd_deploy.demo.density import HeatMap
+from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.tracking import PersonTracker
 from hkd_det.errors import UsageError
 
@@ -103,6 +104,31 @@ def create_analytics(
     has_scene = bool(camera.lines or camera.zones)
     tracker = PersonTracker(conf) if is_tracking or has_scene else None
     return tracker, [SceneCounter(camera.lines, camera.zones)] if has_scene else []
+
+
+def replace_analytics(
+    pipeline: CameraPipeline, lines: Sequence[Line], zones: Sequence[Zone]
+) -> tuple[Tracker | None, list[Counter]]:
+    """Create the tracker and the counters of a running camera for other lines and zones.
+
+    Args:
+        pipeline: The camera. It is not changed.
+        lines: The lines.
+        zones: The zones.
+
+    Returns:
+        tracker: That of the camera, or a new one if it has none and needs it.
+        counters: Those of the camera, with a changed `SceneCounter`; see `SceneCounter.with_shapes`.
+
+    Raises:
+        UnavailableError: The package `trackers` is not installed.
+    """
+    tracker = pipeline.tracker
+    others = [counter for counter in pipeline.counters if not isinstance(counter, SceneCounter)]
+    if not lines and not zones:
+        return tracker, others
+    scene = next((counter for counter in pipeline.counters if isinstance(counter, SceneCounter)), SceneCounter())
+    return tracker or PersonTracker(pipeline.conf), [scene.with_shapes(lines, zones), *others]
 
 
 class HeatMapSink:

@@ -293,6 +293,27 @@ class SceneCounter:
         self._linker = PersonLinker()
         self._image_hw = (0, 0)
 
+    def with_shapes(self, lines: Sequence[Line], zones: Sequence[Zone]) -> "SceneCounter":
+        """Create a counter of other lines and zones. Those that do not change keep their counts and persons.
+
+        Args:
+            lines: The lines.
+            zones: The zones.
+
+        Returns:
+            The counter that replaces this one. It shares its objects, so only one of both may be used.
+        """
+        other = SceneCounter(lines, zones)
+        line_counters = {(counter.name, counter.points): counter for counter in self.lines}
+        zone_counters = {(counter.name, counter.points): counter for counter in self.zones}
+        for counter in other._counters:
+            counter.set_image_size(self._image_hw[1], self._image_hw[0])
+        other.lines = [line_counters.get((counter.name, counter.points), counter) for counter in other.lines]
+        other.zones = [zone_counters.get((counter.name, counter.points), counter) for counter in other.zones]
+        other._counters = [*other.lines, *other.zones]
+        other._linker, other._image_hw = self._linker, self._image_hw
+        return other
+
     def update(
         self,
         detections: Detections,

@@ -167,7 +167,8 @@ def open_integrations(
     sinks: list[FrameSink] = []
     stack.callback(_close_all, sinks)
     if flags.web is not None:
-        page = WebSink(configs, pipelines, flags.web, flags.host, flags.cameras)
+        camera_file = None if flags.line or flags.zone else flags.cameras  # flags and file would have the same names
+        page = WebSink(configs, pipelines, flags.web, flags.host, camera_file)
         sinks.append(page)
         print_message(f"page: {page.url}")
     publishers: list[EventPublisher] = []

@@ -5,6 +5,7 @@ cameras takes at most one frame of each, so a fast camera takes no time from a s
 camera that is lost, hangs or fails has no frame and is skipped.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 from time import monotonic
@@ -59,6 +60,7 @@ class CameraPipeline:
         self.name, self.source, self.conf, self.privacy = name, source, conf, privacy
         self.sinks, self.tracker, self.counters = list(sinks), tracker, list(counters)
         self.lines, self.zones = tuple(lines), tuple(zones)
+        self._scenes: deque[tuple[Tracker | None, Sequence[Counter], Sequence[Line], Sequence[Zone]]] = deque()
         self.stats = FrameStats()
         self.error: HkdError | None = None
         self.is_ended, self.num_lost = False, 0
@@ -88,6 +90,19 @@ class CameraPipeline:
         self.is_ended = frame is None
         return frame
 
+    def set_scene(
+        self, tracker: Tracker | None, counters: Sequence[Counter], lines: Sequence[Line], zones: Sequence[Zone]
+    ) -> None:
+        """Replace tracker, counters, lines and zones before the next frame. Any thread may call it.
+
+        Args:
+            tracker: Tracker of this camera.
+            counters: Counters of this camera.
+            lines: Lines of this camera.
+            zones: Zones of this camera.
+        """
+        self._scenes.append((tracker, counters, lines, zones))
+
     def fail(self, error: HkdError) -> None:
         """End the camera with an error. The other cameras go on."""
         self.error, self.is_ended = error, True
@@ -104,6 +119,9 @@ class CameraPipeline:
         """
         image_hw = (frame.image_rgb.shape[0], frame.image_rgb.shape[1])
         known_age_ms = age_ms if self.source.is_live else None
+        while self._scenes:
+            self.tracker, counters, lines, zones = self._scenes.popleft()
+            self.counters, self.lines, self.zones = list(counters), tuple(lines), tuple(zones)
         self.stats.add(times, known_age_ms)
         shown = found.filter(self.conf)
         self._time_s = max(self._time_s, frame.timestamp_s)  # estimated capture times can step back

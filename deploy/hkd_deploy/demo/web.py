@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+from hkd_deploy.demo.analytics import replace_analytics
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.camera_file import parse_scene, write_scene
 from hkd_deploy.demo.cameras import CameraConfig
@@ -99,7 +100,7 @@ class WebSink:
         web_app = import_package("hkd_deploy.demo.web_app", hint=INSTALL_HINT)
         self._names = [camera.name for camera in cameras]
         self._views = {camera.name: CameraView(camera, number) for number, camera in enumerate(cameras, 1)}
-        self._camera_file, self._save_lock = camera_file, Lock()
+        self._pipelines, self._camera_file, self._save_lock = pipelines, camera_file, Lock()
         self._socket = _listen(host or DEFAULT_HOST, port)
         address, self.port = self._socket.getsockname()[:2]
         token = None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else secrets.token_urlsafe(32)
@@ -162,18 +163,22 @@ class WebSink:
         self._socket.close()
 
     def _save_scene(self, index: int, content: Any) -> bool:
-        """Save lines and zones of a camera, and return whether they are in effect."""
+        """Save lines and zones of a camera and count with them. Return False if its run did not begin."""
+        assert self._camera_file is not None
         name = self._names[index]
         lines, zones = parse_scene(content)
-        try:
-            with self._save_lock:
-                assert self._camera_file is not None
+        with self._save_lock:
+            pipeline = self._pipelines[index] if index < len(self._pipelines) else None
+            analytics = replace_analytics(pipeline, lines, zones) if pipeline else None  # first, because it can fail
+            try:
                 write_scene(self._camera_file, name, lines, zones)
-        except (HkdError, OSError) as error:
-            print_message(f"--web: lines and zones of {name} are not saved: {error}")
-            raise
-        self._views[name].set_scene(lines, zones)
-        return False
+            except (HkdError, OSError) as error:
+                print_message(f"--web: lines and zones of {name} are not saved: {error}")
+                raise
+            if pipeline and analytics:
+                pipeline.set_scene(*analytics, lines, zones)
+            self._views[name].set_scene(lines, zones)
+        return pipeline is not None
 
 
 def _parse_port(text: str) -> int:

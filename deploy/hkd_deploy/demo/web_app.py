@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.web_views import CameraView, read_temperature_c
-from hkd_det.errors import HkdError, UsageError
+from hkd_det.errors import HkdError, UnavailableError, UsageError
 
 PAGE_DIRECTORY = Path(__file__).parent / "page"
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -210,7 +210,7 @@ def make_app(
             return content
         try:
             is_active = await run_in_threadpool(save_scene, index, content)
-        except UsageError as error:
+        except (UsageError, UnavailableError) as error:
             return JSONResponse({"error": views[index].hide_address(str(error))}, 400)
         except (HkdError, OSError):
             return JSONResponse({"error": "The file of --cameras cannot be changed. See the log of hkd-demo."}, 500)

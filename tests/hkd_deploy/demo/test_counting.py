@@ -143,6 +143,21 @@ def test_crossing_has_direction_and_time(start_x: float, end_x: float, direction
     assert events[0].to_dict() == {"line": "door", "track_id": 1, "direction": direction}
 
 
+def test_other_shapes_keep_counts_and_persons() -> None:
+    """The lines change while a person is between two of them."""
+    first, second, third = (Line(name, ((x, 1), (x, 0.2))) for name, x in (("a", 0.4), ("b", 0.5), ("c", 0.6)))
+    counter = SceneCounter([first, second], [Zone("zone", ZONE)])
+    track = walk(400, 1000)
+    middle = [x > 0.45 * 1280 for _, _, x, _ in track].index(True)
+    count(counter, track[:middle], end_s=None)
+    other = counter.with_shapes([third, second], [])
+    count(other, track[middle:], end_s=None)
+    assert [line.name for line in other.lines] == ["c", "b"] and not other.zones
+    assert [line.counts["right"] for line in other.lines] == [1, 1]
+    assert other.with_shapes([first, third], []).lines[0].counts == {"left": 0, "right": 0}
+    assert other.with_shapes([first, third], []).lines[1].counts == {"left": 0, "right": 1}
+
+
 def test_direction_of_a_sloped_line() -> None:
     """Seen from the first point, downwards to the right, the upper right corner of the image is on the left."""
     counter = SceneCounter([Line("line", ((0, 0), (1, 1)))])

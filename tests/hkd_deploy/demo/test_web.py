@@ -11,8 +11,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,8 +28,10 @@ from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.camera_file import parse_scene, write_scene
 from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
 from hkd_deploy.demo.cli import main
+from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.web import WebSink
 from hkd_deploy.demo.web_views import CameraView, make_page_name, read_temperature_c
+from hkd_deploy.streams import Frame, open_source
 from hkd_det.errors import DataError, UsageError
 from hkd_det.structures import Detections
 
@@ -38,6 +41,11 @@ CAMERAS = (
 )
 COMMAND = [sys.executable, "-c", "import sys; from hkd_deploy.demo.cli import main; sys.exit(main())"]
 SCENE = {"lines": {"gate": [[0.1, 0.5], [0.9, 0.5]]}, "zones": {"Tür 1": [[0, 0], [1, 0], [1, 0.123456]]}}
+
+
+def write_image(path: Path) -> Path:
+    cv2.imwrite(str(path), np.zeros((90, 160, 3), np.uint8))
+    return path
 
 
 def make_result(camera: str = "door", level: int = 100, **values: Any) -> FrameResult:
@@ -53,8 +61,8 @@ def make_page() -> Iterator[Callable[..., WebSink]]:
     """Function that starts a page, `make_page(cameras, host=..., camera_file=...)`."""
     pages: list[WebSink] = []
 
-    def make(cameras: Any = CAMERAS, **values: Any) -> WebSink:
-        pages.append(WebSink(cameras, [], 0, **values))
+    def make(cameras: Any = CAMERAS, pipelines: Any = (), **values: Any) -> WebSink:
+        pages.append(WebSink(cameras, pipelines, 0, **values))
         return pages[-1]
 
     yield make
@@ -110,6 +118,7 @@ def test_frames_follow_the_camera(make_page: Callable[..., WebSink]) -> None:
     assert abs(first.mean() - 50) < 2
     ((header, _),) = get_frames(page, "1:0")  # only the cameras that the viewer shows
     assert header["camera"] == 1
+    assert len(get_frames(page, "0:370")) == 1  # the viewer of a previous run
 
 
 def test_request_waits_for_the_next_frame(make_page: Callable[..., WebSink]) -> None:
@@ -302,6 +311,31 @@ def test_saved_scene_is_in_the_file(make_page: Callable[..., WebSink], tmp_path:
     assert list(tmp_path.iterdir()) == [path]
     state = json.loads(send(page, "/state")[2])
     assert state["can_save"] and list(state["cameras"][0]["zones"]) == ["Tür 1"]
+
+
+def test_saved_scene_is_counted_from_the_next_frame(
+    make_page: Callable[..., WebSink], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_camera_file(tmp_path)
+    with ExitStack() as stack:
+        source = stack.enter_context(open_source(str(write_image(tmp_path / "image.png"))))
+        page = make_page(read_cameras(path), camera_file=path, pipelines=[CameraPipeline("door", source, 0.3)])
+        pipeline = page._pipelines[0]
+        monkeypatch.setattr(pipeline, "sinks", [page])
+        detector = SimpleNamespace(metadata=SimpleNamespace(model="m", imgsz_hw=(32, 32)), backend="b", device="cpu")
+        frame = Frame(np.zeros((90, 160, 3), np.uint8), 0.0)
+        pipeline.write(detector, frame, Detections.empty(), StageTimes(1, 2, 3), 5.0)
+        assert json.loads(send(page, "/state")[2])["cameras"][0]["counts"] == {}
+        assert post_scene(page, SCENE) == (200, {"is_active": True})
+        pipeline.write(detector, frame, Detections.empty(), StageTimes(1, 2, 3), 5.0)
+        counts = json.loads(send(page, "/state")[2])["cameras"][0]["counts"]
+        assert counts["lines"] == {"gate": {"left": 0, "right": 0}} and list(counts["zones"]) == ["Tür 1"]
+        monkeypatch.setitem(sys.modules, "trackers", None)
+        pipeline.tracker = None
+        before = path.read_bytes()
+        status, answer = post_scene(page, {**SCENE, "zones": {}})
+        assert status == 400 and "hkd-det[track]" in answer["error"]
+        assert path.read_bytes() == before  # with it, the command would not start
 
 
 def test_scene_is_refused(make_page: Callable[..., WebSink], tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ export function drawShapes(context, shapes, counts, scale, editor) {
   }
   for (const [name, points] of Object.entries(shapes.lines)) {
     drawLine(context, points, LINE_COLOR, scale);
-    drawLabel(context, getCenter(points), name, LINE_COLOR, scale);
+    const sides = counts?.lines?.[name];
+    const label = sides ? `${name}: ${sides.left} left, ${sides.right} right` : name;
+    drawLabel(context, getCenter(points), label, LINE_COLOR, scale);
   }
   if (editor.points.length) {
     if (editor.mode === "line" && editor.points.length === 2) drawLine(context, editor.points, DRAFT_COLOR, scale);
@@ -232,7 +234,7 @@ export class Editor {
       const result = await response.json();
       if (!response.ok) throw new Error(result.error);
       Object.assign(this.camera.state, this.shapes);
-      this.close(result.is_active ? "Saved and in effect." : "Saved. Counting uses it after a restart of hkd-demo.");
+      this.close(result.is_active ? "Saved and in effect." : "Saved. Counting begins after a restart of hkd-demo.");
     } catch (error) {
       this.showMessage(`Not saved: ${error.message}`, true);
     }
