@@ -56,13 +56,12 @@ class CameraFrame(NamedTuple):
 
 
 class CameraReader(Protocol):
-    """One connection to a camera.
+    """One connection to a camera."""
 
-    Attributes:
-        fps: Frame rate that the camera states. None if unknown.
-    """
-
-    fps: float | None
+    @property
+    def fps(self) -> float | None:
+        """Frame rate. None if unknown."""
+        ...
 
     def read(self) -> CameraFrame:
         """Wait for the next frame.
@@ -256,6 +255,7 @@ class LiveSource(FrameSource):
             # FFmpeg returns the last image of its buffers when a read ends without data.
             if time.monotonic() - self._received_s > self._reconnect_policy.read_timeout_s:
                 raise UnavailableError(f"{self.name}: no data. Check that the camera is on and reachable.")
+            self.fps = reader.fps
             self._put(frame)
 
 

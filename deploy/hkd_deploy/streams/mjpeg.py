@@ -72,7 +72,7 @@ class MjpegReader:
             ) from None
         now_s = time.monotonic()
         self._update_lag(start_s, now_s)
-        return CameraFrame(lambda: self._decode(encoded), start_s - self._lag_s)
+        return CameraFrame(lambda: self._decode(encoded), min(start_s, now_s - self._lag_s))
 
     def close(self) -> None:
         """Close the connection."""
@@ -109,13 +109,15 @@ class MjpegReader:
         return bytes(data[:-2])
 
     def _update_lag(self, start_s: float, now_s: float) -> None:
-        """Estimate how long images wait on the way, from the pauses between them.
+        """Estimate the age of the image when it is complete, from the pauses between images.
 
         Where the next image had to be waited for, nothing is queued. Where its bytes took most of the time, or it came
         right after the last one, the queue grows or shrinks by the difference to the interval of the camera. After a
         long silence the image may be as old as the silence: either the line or the camera paused.
         """
-        if self._last_s is not None:
+        if self._last_s is None:
+            self._lag_s = now_s - start_s
+        else:
             interval_s, known_s = now_s - self._last_s, self._interval_s
             if known_s is not None and interval_s > max(MIN_SILENCE_S, 3 * known_s):
                 self._lag_s = interval_s - known_s

@@ -12,7 +12,8 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -28,12 +29,23 @@ from hkd_det.errors import UnavailableError, import_package
 DEFAULT_PORTS = {"rtsp": 554, "rtsps": 322, "rtmp": 1935, "http": 80, "https": 443}
 INSTALL_HINT = "Network cameras require it. Run pip install 'hkd-det[live]'."
 MAX_PENDING_TIMES = 256  # capture times of packets whose frame is still in the decoder
+PROBE_INTERVAL_S = 1.0  # a lost connection request is repeated by the system after 1, 3, 7 s
 OPTIONS = {
-    "rtsp_flags": "prefer_tcp",  # UDP loses packets; it is used if the camera offers nothing else
     "fflags": "nobuffer",
     "flags": "low_delay",
     "analyzeduration": "1000000",  # microseconds; the default of 5 s delays the first image
+    "fpsprobesize": "0",  # frames whose times are compared before the first image is returned
 }
+# RTSP describes the stream before it begins. `nobuffer` and a long analysis discard the first key frame, so that the
+# first image is late by the key frame interval.
+RTSP_OPTIONS = {
+    "rtsp_flags": "prefer_tcp",  # UDP loses packets; it is used if the camera offers nothing else
+    "flags": "low_delay",
+    "fpsprobesize": "0",
+    "probesize": "32",
+}
+HELD_FORMATS = ("rtsp", "mpegts")  # FFmpeg finds the end of an image by the start of the next one
+NUM_INTERVAL_TIMES = 16
 MAX_SENDER_AGE_S = 60.0  # a larger age, or a frame from the future, means that the clocks are not synchronized
 CLOCK_TOLERANCE_S = 0.05
 MAX_DRIFT = 2e-4  # relative error of the quartz of a camera, seconds per second
@@ -47,7 +59,13 @@ class StreamClock:
         self._last: tuple[float, float] | None = None  # timestamp and arrival of the last frame
         self._lag_s = 0.0
 
-    def estimate_age_s(self, timestamp_s: float | None, arrival_s: float, sender_age_s: float | None = None) -> float:
+    def estimate_age_s(
+        self,
+        timestamp_s: float | None,
+        arrival_s: float,
+        sender_age_s: float | None = None,
+        held_s: float = 0.0,
+    ) -> float:
         """Estimate the age of a frame at its arrival.
 
         Args:
@@ -55,6 +73,7 @@ class StreamClock:
             arrival_s: Time of arrival by a monotonic clock, seconds.
             sender_age_s: Wall-clock time of this machine at the arrival minus capture time stated by the sender, or
                 None.
+            held_s: Known part of the delay of each frame, seconds. It is part of `sender_age_s`.
 
         Returns:
             The age in seconds, at least 0.
@@ -62,7 +81,7 @@ class StreamClock:
         lag_s = 0.0 if timestamp_s is None else self._measure_lag_s(timestamp_s, arrival_s)
         if sender_age_s is not None and -CLOCK_TOLERANCE_S <= sender_age_s <= MAX_SENDER_AGE_S:
             return max(0.0, sender_age_s)
-        return lag_s
+        return lag_s + held_s
 
     def _measure_lag_s(self, timestamp_s: float, arrival_s: float) -> float:
         """Return how much later the frame arrives than the fastest frame of the connection."""
@@ -95,7 +114,7 @@ class StreamReader:
         check_reachable(address, name, policy.open_timeout_s)
         timeouts = (policy.open_timeout_s, policy.read_timeout_s)
         try:
-            self._container = self._av.open(address, options=OPTIONS, timeout=timeouts)
+            self._container = self._av.open(address, options=list_options(address), timeout=timeouts)
         except (self._av.FFmpegError, OSError) as error:
             raise UnavailableError(f"{name}: {describe_failure(self._av, error, address)}") from None
         if not self._container.streams.video:
@@ -106,10 +125,18 @@ class StreamReader:
             self._container.close()
             raise UnavailableError(f"{name}: FFmpeg cannot decode the codec. Set the camera to H.264 or H.265.")
         self._stream.codec_context.thread_count = 1
-        self.fps = sanitize_fps(float(self._stream.average_rate or 0))
+        self._stated_fps = sanitize_fps(float(self._stream.average_rate or 0))
         self._clock = StreamClock()
+        self._times_s: deque[float] = deque(maxlen=NUM_INTERVAL_TIMES)  # timestamps of the last packets
         self._capture_times: dict[int, float] = {}  # by timestamp of the packet
         self._frames = self._iterate_frames()
+
+    @property
+    def fps(self) -> float | None:
+        """Frame rate of the stream, or of its last timestamps. None if unknown."""
+        coded_fps = sanitize_fps(float(self._stream.codec_context.framerate or 0))
+        interval_s = estimate_interval_s(self._times_s)
+        return self._stated_fps or coded_fps or (sanitize_fps(round(1 / interval_s, 2)) if interval_s else None)
 
     def read(self) -> CameraFrame:
         """Wait for the next frame; see `CameraReader.read`."""
@@ -152,10 +179,35 @@ class StreamReader:
         if packet.has_sidedata("prft"):  # producer reference time, from RTCP sender reports
             (captured_us,) = struct.unpack_from("<q", bytes(packet.get_sidedata("prft")))
             sender_age_s = wall_s - captured_us / 1e6
-        age_s = self._clock.estimate_age_s(float(packet.pts * packet.time_base), arrival_s, sender_age_s)
+        timestamp_s = float(packet.pts * packet.time_base)
+        self._times_s.append(timestamp_s)
+        held_s = estimate_interval_s(self._times_s) if self._container.format.name in HELD_FORMATS else 0.0
+        age_s = self._clock.estimate_age_s(timestamp_s, arrival_s, sender_age_s, held_s)
         if len(self._capture_times) >= MAX_PENDING_TIMES:
             self._capture_times.clear()
         self._capture_times[packet.pts] = arrival_s - age_s
+
+
+def list_options(address: str) -> dict[str, str]:
+    """Return the options of FFmpeg for a URL.
+
+    Args:
+        address: URL.
+    """
+    return RTSP_OPTIONS if address.lower().startswith("rtsp") else OPTIONS
+
+
+def estimate_interval_s(times_s: Iterable[float]) -> float:
+    """Return the interval of frames in seconds, from the timestamps of successive packets in any order.
+
+    Args:
+        times_s: Timestamps, seconds.
+
+    Returns:
+        The median difference of neighbors. 0 if there are fewer than two timestamps.
+    """
+    steps_s = np.diff(np.unique(np.array(list(times_s))))
+    return float(np.median(steps_s)) if len(steps_s) else 0.0
 
 
 def import_av() -> ModuleType:
@@ -188,7 +240,7 @@ def check_reachable(address: str, name: str, timeout_s: float) -> None:
     if not host or port is None:
         return
     try:
-        socket.create_connection((host, port), timeout_s).close()
+        _connect(host, port, timeout_s)
     except socket.gaierror:
         raise UnavailableError(add_password_hint(f"{name}: unknown host {host}. Check the name.", address)) from None
     except ConnectionRefusedError:
@@ -203,6 +255,20 @@ def check_reachable(address: str, name: str, timeout_s: float) -> None:
         raise UnavailableError(
             f"{name}: host {host} is unreachable ({error.strerror}). Check the network and the address."
         ) from None
+
+
+def _connect(host: str, port: int, timeout_s: float) -> None:
+    """Connect and disconnect. New attempts are made, so that a host is found soon after it is back."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        remaining_s = deadline_s - time.monotonic()
+        try:
+            socket.create_connection((host, port), max(0.01, min(PROBE_INTERVAL_S, remaining_s))).close()
+        except TimeoutError:
+            if remaining_s <= PROBE_INTERVAL_S:
+                raise
+        else:
+            return
 
 
 def describe_failure(av: ModuleType, error: Exception, address: str) -> str:
