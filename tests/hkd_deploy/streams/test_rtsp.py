@@ -174,10 +174,9 @@ def test_host_that_drops_requests_is_found_within_a_second() -> None:
     """A full queue drops requests like a host that is off. The system alone repeats one after 1 s and after 3 s."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
         address = f"rtsp://127.0.0.1:{server.getsockname()[1]}/cam"
-        waiting = []
+        waiting: list[socket.socket] = []
         with suppress(TimeoutError):
-            for _ in range(9):
-                waiting.append(socket.create_connection(server.getsockname(), 0.2))
+            waiting.extend(socket.create_connection(server.getsockname(), 0.2) for _ in range(9))
         with pytest.raises(UnavailableError, match=r"no answer from 127\.0\.0\.1 within 0\.3 s"):
             check_reachable(address, address, 0.3)
 
