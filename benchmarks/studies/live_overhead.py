@@ -3,7 +3,8 @@
     python benchmarks/studies/live_overhead.py --model hkd-cpu --threads 2
 
 First table: one video of 640x512. "alone" is a loop of OpenCV's decoder and the detector. Rounds of all alternate, so
-that a change of the machine's speed affects all. The second row adds `--record` (extra `live`). Second table: MJPEG
+that a change of the machine's speed affects all. The second row adds `--record` (extra `live`), the third `--web`
+(extra `web`) with one viewer, which is a process on this machine. Second table: MJPEG
 cameras on this machine, which sends their images itself; ages and rates are those of the events that `hkd-demo` writes.
 """
 
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -25,15 +26,29 @@ import numpy as np
 
 from hkd_deploy import open_detector
 from hkd_deploy.backends.base import Detector
+from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.camera_recorder import RecordingConfig
+from hkd_deploy.demo.cameras import CameraConfig
 from hkd_deploy.demo.events import open_events
 from hkd_deploy.demo.recording import Recorder
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
+from hkd_deploy.demo.web import WebSink
 from hkd_deploy.streams import open_source
 from hkd_det.console import format_table
 from hkd_det.datasets.synthetic.writer import iterate_frames, write_video
 
 VIDEO_HW, CAMERA_HW = (512, 640), (360, 640)
+FLAGS = ("--events", "--events --record", "--events --web")
+# Requests frames as the page does.
+VIEWER = """
+import json, struct, sys, time, urllib.request
+seq = 0
+while True:
+    content = urllib.request.urlopen(f"{sys.argv[1]}frames?after=0:{seq}").read()
+    for frame in json.loads(content[4 : 4 + struct.unpack(">I", content[:4])[0]]):
+        seq = frame["seq"]
+    time.sleep(0.08)
+"""
 COMMAND = "import sys; from hkd_deploy.demo.cli import main; sys.exit(main())"
 
 
@@ -63,13 +78,17 @@ def print_overhead(detector: Detector, video: Path, rounds: int) -> None:
         video: The video.
         rounds: Rounds of both.
     """
-    runs = (run_alone, run_demo, run_recording)
-    times_ms = np.array([[measure_ms(run, detector, video) for run in runs] for _ in range(rounds + 1)])[
-        1:
-    ]  # warmed up
+    page = WebSink([CameraConfig("video", str(video))], [], 0)
+    viewer = subprocess.Popen([sys.executable, "-c", VIEWER, page.url])
+    runs = (run_alone, run_demo, run_recording, lambda *args: run_demo(*args, [page]))
+    times_ms = np.array([[measure_ms(run, detector, video) for run in runs] for _ in range(rounds + 1)])
+    times_ms = times_ms[1:]  # warmed up
+    viewer.kill()
+    viewer.wait()
+    page.close()
     alone, *demos = np.median(times_ms, axis=0)
     rows = []
-    for index, (name, demo) in enumerate(zip(("--events", "--events --record"), demos, strict=True), 1):
+    for index, (name, demo) in enumerate(zip(FLAGS, demos, strict=True), 1):
         ratios = times_ms[:, index] / times_ms[:, 0]
         low, high = np.percentile(ratios, [10, 90])
         rows.append([name, f"{alone:.2f}", f"{demo:.2f}", f"{np.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"])
@@ -104,15 +123,16 @@ def run_alone(detector: Detector, video: Path) -> int:
         num_frames += 1
 
 
-def run_demo(detector: Detector, video: Path) -> int:
+def run_demo(detector: Detector, video: Path, sinks: Sequence[FrameSink] = ()) -> int:
     """Process a video as `hkd-demo --events` does; return the number of frames.
 
     Args:
         detector: The detector.
         video: The video.
+        sinks: Further outputs.
     """
     with open_source(str(video)) as source, open_events(os.devnull) as events:
-        pipeline = CameraPipeline("video", source, detector.default_conf, [events])
+        pipeline = CameraPipeline("video", source, detector.default_conf, [events, *sinks])
         run_cameras([pipeline], detector)
     return pipeline.stats.num_frames
 

@@ -13,33 +13,38 @@ export function formatCounts(counts) {
   const rows = [];
   for (const [group, values] of Object.entries(counts)) {
     if (["lines", "zones"].includes(group)) {
-      for (const [name, value] of Object.entries(values)) rows.push([name, format(value)]);
+      for (const [name, value] of Object.entries(values)) rows.push([name, formatZone(value) ?? format(value)]);
     } else rows.push([group.replaceAll("_", " "), format(values)]);
   }
   return rows;
+}
+
+function formatZone(zone) {
+  if (zone.entries === undefined) return null;
+  const parts = [`${zone.persons} now, ${zone.entries} in, ${zone.exits} out`];
+  if (zone.exits) parts.push(`stay ${zone.mean_dwell_s.toFixed(1)} s`);
+  parts.push(`last minute: mean ${zone.mean_persons_60s.toFixed(1)}, maximum ${zone.max_persons_60s}`);
+  return parts.join("; ");
 }
 
 export function drawShapes(context, shapes, counts, scale, editor) {
   for (const [name, points] of Object.entries(shapes.zones)) {
     drawZone(context, points, ZONE_COLOR, scale);
     const persons = counts?.zones?.[name]?.persons;
-    drawLabel(context, getCenter(points), persons === undefined ? name : `${name}: ${persons}`, ZONE_COLOR, scale);
+    const corner = points.reduce((top, point) => (point[1] < top[1] ? point : top));
+    drawLabel(context, corner, persons === undefined ? name : `${name}: ${persons}`, ZONE_COLOR, scale);
   }
   for (const [name, points] of Object.entries(shapes.lines)) {
     drawLine(context, points, LINE_COLOR, scale);
     const sides = counts?.lines?.[name];
     const label = sides ? `${name}: ${sides.left} left, ${sides.right} right` : name;
-    drawLabel(context, getCenter(points), label, LINE_COLOR, scale);
+    drawLabel(context, points[0], label, LINE_COLOR, scale);
   }
   if (editor.points.length) {
     if (editor.mode === "line" && editor.points.length === 2) drawLine(context, editor.points, DRAFT_COLOR, scale);
     else drawZone(context, editor.points, DRAFT_COLOR, scale);
     for (const point of editor.points) drawDot(context, point, DRAFT_COLOR, scale);
   }
-}
-
-function getCenter(points) {
-  return [0, 1].map((axis) => points.reduce((sum, point) => sum + point[axis], 0) / points.length);
 }
 
 function toPixels(context, point) {
@@ -87,9 +92,9 @@ function drawDot(context, point, color, scale) {
   context.fill();
 }
 
-function drawText(context, [x, y], text, color, scale) {
+function drawText(context, [x, y], text, color, scale, align = "center") {
   context.font = `600 ${12 * scale}px system-ui, sans-serif`;
-  [context.textAlign, context.textBaseline] = ["center", "middle"];
+  [context.textAlign, context.textBaseline] = [align, "middle"];
   context.lineWidth = 3 * scale;
   context.strokeStyle = "#000c";
   context.strokeText(text, x, y);
@@ -100,7 +105,8 @@ function drawText(context, [x, y], text, color, scale) {
 
 function drawLabel(context, point, text, color, scale) {
   const [x, y] = toPixels(context, point);
-  drawText(context, [x, y - 12 * scale], text, color, scale);
+  const top = y > 20 * scale ? y - 12 * scale : y + 12 * scale;
+  drawText(context, [x, top], text, color, scale, point[0] < 0.5 ? "left" : "right");
 }
 
 export class Editor {
