@@ -1,5 +1,6 @@
 """Atomic file writing, SHA-256 digests, and reading of JSON and YAML."""
 
+import errno
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import yaml
 from hkd_det.errors import DataError
 
 CHUNK_BYTES = 2**20
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 MAX_YAML_BYTES, MAX_YAML_NODES = 2**24, 2**20
 
 
@@ -80,7 +82,8 @@ def _write_next_to(path: Path) -> Iterator[Path]:
                     backup_path.rename(path)
                 raise
     except OSError as error:
-        if f"{os.sep}{prefix}" in str(error.filename):  # users know the final name only
+        is_disk_full = error.filename is None and error.errno in DISK_FULL_ERRORS  # `write` does not state the file
+        if is_disk_full or f"{os.sep}{prefix}" in str(error.filename):  # users know the final name only
             error.filename, error.filename2 = str(path), None
         _remove_empty_dirs(created)
         raise

@@ -64,6 +64,8 @@ def _score_ground_truth(flags: argparse.Namespace, annotations: Path, names: Seq
     results = iterate_with_progress(score_files(config, flags.detections), len(names), "score", "file", delay_s=1)
     for name, result in zip(names, results, strict=True):
         scores[name] = result
+        if not result.num_detections:
+            print(f"hkd-bench: warning: {result.detections}: contains no detection. Check the file.", file=sys.stderr)
         if result.num_out_of_range:
             print(
                 f"hkd-bench: warning: {result.detections}: {result.num_out_of_range} of {result.num_detections} scores "

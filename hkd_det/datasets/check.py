@@ -330,8 +330,7 @@ def _check_splits(
         summary = one.report.summary
         if summary.num_images and not summary.num_gt and split != "test":
             message = f"{data}: the split {split} has no person to detect. Set `category`, or correct the labels."
-            has_other_boxes = bool(summary.num_ignore_regions or summary.unused_classes)
-            logs[split].add(DatasetError(message, "no_persons", data, summary.num_images, has_other_boxes))
+            logs[split].add(DatasetError(message, "no_persons", data, summary.num_images))
     for first, second in combinations(checked, 2):
         common = find_common_images(checked[second].samples, checked[first].samples)
         counts = f"{len(common)} of {len(checked[second].samples)} images of {second}"

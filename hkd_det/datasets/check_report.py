@@ -167,7 +167,7 @@ class DuplicateReport:
         return "data:image/jpeg;base64," + base64.b64encode(self.sheet_jpg).decode("ascii")
 
 
-def choose_report_dir(parent: Path, data: str) -> Path:
+def choose_report_dir(parent: Path, data: str, prefix: str = "") -> Path:
     """Return the directory of the report of a dataset, which no other dataset has.
 
     The name is that of the file or directory. Files with the same name in each dataset have that of their directory.
@@ -175,6 +175,7 @@ def choose_report_dir(parent: Path, data: str) -> Path:
     Args:
         parent: Directory of all reports.
         data: Dataset, as for `check_dataset`.
+        prefix: Start of the name of the directory.
 
     Returns:
         `parent`/NAME. If another dataset has this directory, `parent`/NAME-2 and so on.
@@ -184,7 +185,7 @@ def choose_report_dir(parent: Path, data: str) -> Path:
     if name in SPLIT_DIRECTORIES and path.parent.name:
         name = f"{path.parent.name}-{name}"
     for number in count(1):
-        candidate = parent / (name if number == 1 else f"{name}-{number}")
+        candidate = parent / f"{prefix}{name}{f'-{number}' if number > 1 else ''}"
         marker = candidate / SOURCE_NAME
         if not marker.exists() or marker.read_text(encoding="utf-8", errors="replace").rstrip("\n") == source:
             return candidate

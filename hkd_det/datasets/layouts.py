@@ -10,6 +10,7 @@ from typing import Any
 from hkd_det.datasets.archive import ARCHIVE_SUFFIXES, extract_archive
 from hkd_det.datasets.base import DatasetError
 from hkd_det.datasets.image_files import is_hidden, locate_path
+from hkd_det.datasets.voc import find_annotations_dir
 from hkd_det.errors import DataError
 from hkd_det.files import atomic_write_dir, read_content, read_json
 from hkd_det.image import IMAGE_SUFFIXES
@@ -211,7 +212,7 @@ def _describe_coco_file(path: Path, root: Path, split: str) -> dict[str, str]:
     """Return the file and the directory that contains its first image."""
     subset = path.stem.removeprefix("instances_")
     parents = [path.parent, root, path.parent.parent]
-    candidates = [path.parent, *(parent / "images" for parent in parents)]
+    candidates = [path.parent, *(parent / name for parent in parents for name in ("images", "data"))]
     names = (subset, *SPLIT_NAMES[split])
     candidates += [parent / name for parent in (root / "images", path.parent.parent / "images", root) for name in names]
     candidates += parents[1:]
@@ -225,7 +226,7 @@ def _describe_coco_file(path: Path, root: Path, split: str) -> dict[str, str]:
 def _describe_voc(root: Path) -> dict[str, Any] | None:
     """Describe Annotations/ with ImageSets/ (VOC, CVAT), or XML files next to the images (Roboflow)."""
     entry: dict[str, Any] = {}
-    if (root / "Annotations").is_dir():
+    if find_annotations_dir(root):
         lists = [path.stem for path in _list_visible(root / "ImageSets" / "Main") if path.suffix == ".txt"]
         for split, names in SPLIT_NAMES.items():
             listed = [name for name in names if name in lists]

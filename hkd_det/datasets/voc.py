@@ -35,6 +35,7 @@ from hkd_det.image import IMAGE_SUFFIXES
 from hkd_det.structures import GroundTruth, Sample
 
 ANNOTATIONS_DIR, IMAGE_DIRECTORIES = "Annotations", ("JPEGImages", "images", "Images")
+ANNOTATION_DIRECTORIES = (ANNOTATIONS_DIR, "annotations")
 CLASS_LIST_PATTERN = re.compile(r"(.*\S)\s+(-1|0|1)")  # a line of an image list of one class, such as person_train.txt
 NAME_PATTERN = re.compile(r"<name>\s*([^<]*?)\s*</name>")
 
@@ -140,12 +141,24 @@ def _list_unused_boxes(
     return unused
 
 
+def find_annotations_dir(root: Path) -> Path | None:
+    """Return the directory of the XML files: `Annotations/`, or `annotations/` if it contains such files.
+
+    Args:
+        root: Directory of the dataset.
+    """
+    directories = [root / name for name in ANNOTATION_DIRECTORIES if (root / name).is_dir()]
+    return next(
+        (one for one in directories if one.name == ANNOTATIONS_DIR or next(one.glob("*.xml"), None) is not None), None
+    )
+
+
 def _find_layout(root: Path, split: str, on_error: ErrorHandler) -> VocLayout:
-    directory = root / split
-    if not (root / ANNOTATIONS_DIR).is_dir() and directory.is_dir():  # images and XML files in one directory
+    directory, found = root / split, find_annotations_dir(root)
+    if not found and directory.is_dir():  # images and XML files in one directory
         annotations = image_dir = directory
     else:
-        annotations = root / ANNOTATIONS_DIR
+        annotations = found or root / ANNOTATIONS_DIR
         image_dir = next((root / name for name in IMAGE_DIRECTORIES if (root / name).is_dir()), root / "JPEGImages")
     images: dict[str, list[Path]] = defaultdict(list)
     if image_dir.is_dir():

@@ -206,7 +206,11 @@ def _build_train_parser() -> argparse.ArgumentParser:
 
 
 def _parse_batch(text: str) -> int | str:
-    return text if text == AUTO_BATCH else int(text)
+    if text in (AUTO_BATCH, "-1"):  # -1 is the spelling of Ultralytics
+        return AUTO_BATCH
+    if not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of images or auto, got {text}")
+    return int(text)
 
 
 def _parse_image_limit(text: str) -> int:

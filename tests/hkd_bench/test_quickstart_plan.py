@@ -178,6 +178,7 @@ def test_plan_of_another_version_is_refused(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--max-ms", "15"], "--max-ms: requires --data. Add --data DATA."),
+        (["--max-ms", "0"], "--max-ms: requires --data. Add --data DATA."),
         (["--plan"], "--plan: requires --data. Add --data DATA."),
         (["--data", "x.yaml", "--hours", "0"], "--hours: expected a number above 0, got 0.0."),
         (["--data", "x.yaml", "--device-bench", "a.json"], "--device-bench: requires --max-ms."),
@@ -186,6 +187,16 @@ def test_plan_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_invalid_flags_are_usage_errors(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--data", "gone.yaml"], ["--data", "gone.yaml", "--threads", "0"]])
+def test_flag_errors_need_no_torch(flags: list[str]) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from hkd_bench.quickstart import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
+    message = "--threads: expected at least 1, got 0." if "--threads" in flags else "gone.yaml: no such file."
+    assert process.returncode in (1, 2) and process.stderr.startswith(f"hkd-quickstart: {message}")
 
 
 def test_help_needs_no_torch() -> None:

@@ -218,3 +218,8 @@ def test_category_ids_from_zero_are_an_error(tmp_path: Path, protocol: str, caps
     assert "category_id 0 is not among the categories" in error and "1 (person), 2 (bicycle)" in error
     ground_truth["categories"].append({"id": 0, "name": "background"})
     assert main([*write(tmp_path, ground_truth, detections), "--protocol", protocol]) == 0
+
+
+def test_file_without_detections_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*write(tmp_path, make_ground_truth(), []), "--protocol", "coco"]) == 0
+    assert f"warning: {tmp_path / 'dt.json'}: contains no detection. Check the file." in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """Atomic writing, digests and JSON reading."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,23 @@ def test_write_error_names_the_final_path(write: Callable[[Path], Any], tmp_path
     ):
         pass
     assert denied.value.filename == str(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the file size with setrlimit")
+def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
+    """A failed `write` has no file name in Python. A limit of the file size fails at the same place as a full disk."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+from hkd_det.errors import run_command
+from hkd_det.files import write_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+raise SystemExit(run_command("hkd", lambda _: write_text(Path({str(tmp_path / "out.txt")!r}), "x" * 100_000), []))
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 1 and process.stderr.startswith(f"hkd: {tmp_path / 'out.txt'}: File too large.")
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_does_not_replace_a_directory(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def _run_quickstart_cli(argv: Sequence[str] | None) -> int:
 
 def _run_street_cli(flags: argparse.Namespace) -> int:
     for name in OWN_DATA_FLAGS:
-        if getattr(flags, name):
+        value = getattr(flags, name)
+        if value is not None and value is not False:  # --max-ms 0 is a value
             raise UsageError(f"--{name.replace('_', '-')}: requires --data. Add --data DATA.")
     with require_extra("train"):
         from hkd_bench.quickstart.steps import QuickstartConfig, run_quickstart  # noqa: PLC0415 - imports torch
@@ -45,12 +46,13 @@ def _run_street_cli(flags: argparse.Namespace) -> int:
 
 
 def _run_own_data_cli(flags: argparse.Namespace) -> int:
-    with require_extra("train"):
-        from hkd_bench.quickstart.own_data import run_own_data  # noqa: PLC0415 - imports torch
+    with require_extra("bench"):
         from hkd_bench.quickstart.plan import OwnDataOptions  # noqa: PLC0415 - imports packages of the extra
+        from hkd_det.datasets.catalog import list_splits  # noqa: PLC0415 - imports packages of the extra
+        from hkd_det.datasets.check_report import choose_report_dir  # noqa: PLC0415 - imports packages of the extra
     options = OwnDataOptions(
         data=flags.data,
-        save_dir=flags.save_dir or DEFAULT_SAVE_DIR.with_name(f"quickstart-{Path(flags.data).resolve().stem}"),
+        save_dir=flags.save_dir or choose_report_dir(DEFAULT_SAVE_DIR.parent, flags.data, "quickstart-"),
         seed=flags.seed,
         max_ms=flags.max_ms,
         device_bench=flags.device_bench,
@@ -59,6 +61,9 @@ def _run_own_data_cli(flags: argparse.Namespace) -> int:
         threads=flags.threads,
         device=flags.device or "auto",
     )
+    list_splits(flags.data)  # errors of the flags come before the slow import of torch
+    with require_extra("train"):
+        from hkd_bench.quickstart.own_data import run_own_data  # noqa: PLC0415 - imports torch
     run_own_data(options, flags.plan)
     return 0
 

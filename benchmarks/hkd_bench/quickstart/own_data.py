@@ -58,6 +58,7 @@ from hkd_det.console import Progress, log_line
 from hkd_det.datasets.audit_run import AuditOptions
 from hkd_det.datasets.catalog import list_splits, load_dataset
 from hkd_det.datasets.check import check_dataset
+from hkd_det.datasets.check_report import SOURCE_NAME, describe_source
 from hkd_det.datasets.data_yaml import load_data_yaml
 from hkd_det.datasets.image_files import locate_path
 from hkd_det.datasets.layouts import YAML_SUFFIXES
@@ -107,8 +108,10 @@ def run_own_data(options: OwnDataOptions, is_plan_only: bool) -> None:
         HkdError: The data have errors, or a budget is too small.
     """
     with _lock_save_dir(options.save_dir), handle_interrupts():
+        source = describe_source(options.data)
         options = replace(options, data=_ensure_val_split(options))
         dataset = _read_own_dataset(options.data)
+        write_text(options.save_dir / SOURCE_NAME, f"{source}\n")  # another dataset gets another directory
         plan_file = PlanFile.load(options.save_dir / "plan.json")
         first = _make_first_stages(options, dataset)
         if is_plan_only:

@@ -356,6 +356,7 @@ def test_datasets_with_equal_names_have_their_own_reports(tmp_path: Path, monkey
         (directory / SOURCE_NAME).write_text(f"{describe_source(data)}\n")
         names[data] = directory.name
     assert list(names.values()) == ["export", "export-2", "export-2", "my", "my-2", "my", "a-train", "coco-person"]
+    assert choose_report_dir(Path("runs"), "b/export", "quickstart-") == Path("runs/quickstart-export")
 
 
 def test_failed_check_leaves_no_directory(
@@ -371,3 +372,18 @@ def test_failed_check_leaves_no_directory(
     monkeypatch.setattr(check, "inspect_images", interrupt)
     assert run(data, monkeypatch) == 130
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_split_of_background_images_is_an_error(tmp_path: Path) -> None:
+    """Training needs a person in train and in val. Images without persons are correct in test."""
+    content = {"path": str(tmp_path), "names": ["person"]}
+    for split in ("train", "val", "test"):
+        cv2.imwrite(str(tmp_path / f"{split}.png"), np.random.default_rng(len(split)).integers(0, 255, (64, 64, 3)))
+        (tmp_path / f"{split}.txt").touch()
+        (tmp_path / f"{split}.list").write_text(f"{split}.png\n")
+        content[split] = f"{split}.list"
+    (tmp_path / "d.yaml").write_text(json.dumps(content))
+    assert check.check_dataset(str(tmp_path / "d.yaml"), tmp_path / "out", json_output=str(tmp_path / "o.json")) == 1
+    splits = json.loads((tmp_path / "o.json").read_text())["splits"]
+    errors = {name: [one["kind"] for one in split["problems"]] for name, split in splits.items()}
+    assert errors == {"train": ["no_persons"], "val": ["no_persons"], "test": []}

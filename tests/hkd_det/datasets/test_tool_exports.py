@@ -151,6 +151,18 @@ def write_cvat_voc(root: Path) -> dict[str, tuple[int, int]]:
     return {"train": (2, 2)}
 
 
+def write_lower_case_voc(root: Path) -> dict[str, tuple[int, int]]:
+    for name in ("a", "b"):
+        write_labeled(root / "images" / f"{name}.jpg", root / "annotations" / f"{name}.xml", VOC.format(name=name))
+    return {"train": (2, 2)}
+
+
+def write_fiftyone_coco(root: Path) -> dict[str, tuple[int, int]]:
+    write_image(root / "data" / "a.jpg")
+    write_coco_file(root / "labels.json", ["a.jpg"])
+    return {"train": (1, 1)}
+
+
 WRITERS: list[Callable[[Path], dict[str, tuple[int, int]]]] = [
     write_roboflow_yolo,
     write_roboflow_coco,
@@ -158,6 +170,8 @@ WRITERS: list[Callable[[Path], dict[str, tuple[int, int]]]] = [
     write_cvat_coco,
     write_cvat_yolo,
     write_cvat_voc,
+    write_lower_case_voc,
+    write_fiftyone_coco,
     write_coco_2017,
     write_label_studio,
     write_label_studio_coco,

@@ -19,6 +19,7 @@ from hkd_det.train.settings import merge_settings, parse_with_peer_flags
         (["detect", "train", "epochs=3"], "epochs", 3),
         (["--batch-size=8"], "batch", 8),
         (["batch=auto", "device=0"], "batch", "auto"),
+        (["batch=-1", "device=0"], "batch", "auto"),
         (["--device", "0"], "device", "cuda:0"),
         (["device=1"], "device", "cuda:1"),
         (["--lr0", "0.002"], "lr", 0.002),
@@ -55,6 +56,9 @@ def test_peer_switch_is_translated(data_yaml: Path) -> None:
         (["--device", "0,1"], "torchrun --nproc-per-node 2"),
         (["--model", "yolo11n.pt"], "Use --model yolo11n, or --weights yolo11n.pt."),
         (["--batch", "auto", "--device", "cpu"], "--batch auto: measures the memory of a GPU"),
+        (["--freeze", "10"], "--set freeze_bn=true"),
+        (["fraction=0.5"], "List the images to use in a text file"),
+        (["val=True"], "Every epoch is validated."),
         (["--patience", "-1"], "patience: expected at least 0, got -1."),
     ],
 )
@@ -87,3 +91,9 @@ def test_flag_errors_come_before_torch_is_imported(data_yaml: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 13
+
+
+def test_batch_that_is_no_number_names_the_values(data_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--data", str(data_yaml), "--batch", "3.5"])
+    assert "--batch: expected a number of images or auto, got 3.5" in capsys.readouterr().err
