@@ -66,11 +66,12 @@ class HeatMap:
         """Add the persons of a frame. They are there since the previous frame, at most for `MAX_LINK_S`.
 
         Args:
-            boxes_xyxy (array[N, 4]): Boxes, pixels.
+            boxes_xyxy (array[N, 4]): Boxes, pixels. Those at the lower edge are omitted: the feet are not visible.
             timestamp_s: Time of the frame, seconds.
             image_hw: Height and width of the frame, pixels. The map keeps its cells if the size changes.
         """
         height, width = image_hw
+        boxes_xyxy = boxes_xyxy[boxes_xyxy[:, 3] < height - 1]
         if not self._seconds.size:
             scale = HEATMAP_SIDE / max(image_hw)
             self._seconds = np.zeros((max(1, round(height * scale)), max(1, round(width * scale))), np.float32)

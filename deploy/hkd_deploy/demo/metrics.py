@@ -40,6 +40,9 @@ class DemoMetrics:
         self._reconnects = make(client.Counter, "camera_reconnects", "Times that a lost camera came back.")
         self._up = make(client.Gauge, "camera_up", "1 while the camera delivers images, otherwise 0.")
         self._persons = make(client.Gauge, "persons", "Persons in the newest frame.")
+        text = "Persons who crossed a line."
+        self._crossings = make(client.Counter, "crossings", text, "line", "direction")
+        self._zone_persons = make(client.Gauge, "zone_persons", "Persons in a zone.", "zone")
         text = "Time from the capture to the detections of live sources."
         self._age = make(client.Histogram, "frame_age_seconds", text, buckets=AGE_BUCKETS_S)
         text = "Time of each stage."
@@ -63,6 +66,14 @@ class DemoMetrics:
         self._frames.labels(camera).inc()
         self._persons.labels(camera).set(len(result.detections))
         self._up.labels(camera).set(1)
+        for name, sides in result.counts.get("lines", {}).items():
+            for direction in sides:
+                self._crossings.labels(camera, name, direction)  # a series begins with 0
+        for event in result.count_events:
+            if event.event == "crossing":
+                self._crossings.labels(camera, event.name, event.direction).inc()
+        for name, values in result.counts.get("zones", {}).items():
+            self._zone_persons.labels(camera, name).set(values["persons"])
         for stage in STAGES:
             self._stages.labels(camera, stage).observe(1e-3 * getattr(result.times, f"{stage}_ms"))
         if result.age_ms is not None:

@@ -259,7 +259,8 @@ def test_density_is_weighted_by_time() -> None:
 def test_heat_map_has_seconds_and_places(tmp_path: Path) -> None:
     heat_map, image = HeatMap(), np.full((*HW, 3), 90, np.uint8)
     for number in range(101):
-        heat_map.add(np.array([(970, 200, 1030, 400), (170, 300, 230, 500)], np.float32), number / 10, HW)
+        boxes = [(970, 200, 1030, 400), (170, 300, 230, 500), (570, 500, 630, 720)]  # the last one is cut by the image
+        heat_map.add(np.array(boxes, np.float32), number / 10, HW)
     assert heat_map.person_seconds == pytest.approx(20, rel=0.01)
     heat_map.save(tmp_path / "heat.png", image)
     saved = cv2.imread(str(tmp_path / "heat.png"))

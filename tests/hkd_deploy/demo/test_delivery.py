@@ -5,6 +5,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from hkd_deploy.backends.base import StageTimes
-from hkd_deploy.demo.base import FrameResult
+from hkd_deploy.demo.base import CountEvent, FrameResult
 from hkd_deploy.demo.delivery import EventSelector
 from hkd_deploy.demo.metrics import DemoMetrics, parse_listen_address
 from hkd_deploy.demo.webhook import WebhookPublisher
@@ -256,6 +257,21 @@ def test_metrics_of_two_cameras() -> None:
     assert samples["hkd_camera_up", 'yard "b"'] == 1
     assert samples["hkd_events_dropped_total", "mqtt://host"] == 7
     assert (lost["hkd_camera_up", "door"], lost["hkd_persons", "door"]) == (0, 0)
+
+
+def test_metrics_of_lines_and_zones() -> None:
+    pytest.importorskip("prometheus_client")
+    metrics = DemoMetrics("0", ["yard"])
+    counts = {"lines": {"door": {"left": 0, "right": 2}}, "zones": {"gate": {"persons": 4}}}
+    crossing = CountEvent("crossing", "door", 7, 1.0, "right")
+    enter = CountEvent("enter", "gate", 7, 1.0)
+    for events in ((crossing, enter), (), (crossing,)):
+        metrics.write(replace(make_result("yard", 0, 1), counts=counts, count_events=events))
+    samples = scrape(metrics.port)
+    metrics.close()
+    assert samples["hkd_crossings_total", "yard", "right", "door"] == 2
+    assert samples["hkd_crossings_total", "yard", "left", "door"] == 0
+    assert samples["hkd_zone_persons", "yard", "gate"] == 4
 
 
 def test_publisher_sends_first_status_and_changes(receiver: Receiver) -> None:
