@@ -24,7 +24,7 @@ FORBIDDEN_WORDS = (
 FORBIDDEN_PATTERN = re.compile(rf"(?<![a-z])({FORBIDDEN_WORDS})(?![a-z])", re.IGNORECASE)
 RESULT_SECTION = re.compile(r"^\s*(Returns|Yields):", re.MULTILINE)
 MIN_DOCUMENTED_RATIO = 0.9
-MAX_MODULES, MAX_LIVE_MODULES = 150, 28  # the live service is counted alone, because it is an application of the rest
+MAX_MODULES, MAX_LIVE_MODULES = 150, 29  # the live service is counted alone, because it is an application of the rest
 LIVE_SERVICE = ROOT / "deploy" / "hkd_deploy" / "demo"
 MAX_SHORT_MODULES, SHORT_MODULE_LINES = 15, 40
 # Interfaces of plug-ins: several modules define them with the same signature, and the caller selects a module.

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from hkd_deploy.drift import DriftReference
 from hkd_det.errors import DataError, UsageError
 from hkd_det.letterbox import PAD_VALUE
 
+REFERENCE_KEY = "hkd.reference"
 METADATA_FORMAT = 1  # version of the metadata keys and of the graph interface
 
 # Keys of files that versions before the renaming wrote in the same metadata format.
@@ -73,6 +75,7 @@ class ModelMetadata:
         preprocess: `uint8` for input [B, H, W, 3] uint8 RGB, `float01` for input [B, 3, H, W] RGB, 0 to 1.
         raw: True if the graph returns all candidate boxes with their logits, without duplicate suppression.
         conf: Suggested minimum score of shown detections, 0 to 1. None if the file does not suggest one.
+        reference: Distributions of the detections on the validation images. None if the file does not contain them.
     """
 
     model: str
@@ -91,6 +94,7 @@ class ModelMetadata:
     preprocess: Literal["uint8", "float01"] = "uint8"
     raw: bool = False
     conf: float | None = None
+    reference: DriftReference | None = None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> "ModelMetadata":
@@ -139,6 +143,7 @@ class ModelMetadata:
             preprocess="float01" if preprocess == PREPROCESS_FLOAT01 else "uint8",
             raw=read("hkd.raw", _parse_bool),
             conf=read("hkd.conf", _parse_score) if "hkd.conf" in metadata else None,
+            reference=read(REFERENCE_KEY, DriftReference.from_json) if REFERENCE_KEY in metadata else None,
         )
 
 

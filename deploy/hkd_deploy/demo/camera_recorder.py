@@ -268,16 +268,17 @@ class CameraRecorder:
         return is_free
 
 
-def make_segment_path(directory: Path, utc_s: float) -> Path:
+def make_segment_path(directory: Path, utc_s: float, suffix: str = ".mp4") -> Path:
     """Return a path that does not exist yet: the time in UTC, `2026-11-30T12-00-00.000Z.mp4`.
 
     Args:
         directory: Directory of the camera.
         utc_s: Time of the first frame, seconds since 1970.
+        suffix: Suffix of the file.
     """
     moment = datetime.fromtimestamp(utc_s, timezone.utc)
     name = f"{moment:%Y-%m-%dT%H-%M-%S}.{moment.microsecond // 1000:03d}Z"
-    path, number = directory / f"{name}.mp4", 2
+    path, number = directory / f"{name}{suffix}", 2
     while path.exists():
-        path, number = directory / f"{name}_{number}.mp4", number + 1
+        path, number = directory / f"{name}_{number}{suffix}", number + 1
     return path

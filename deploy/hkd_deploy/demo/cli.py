@@ -94,8 +94,9 @@ def _run_cameras(
     )
     new_frame = Event()
     sources = open_sources(stack, cameras, new_frame)
-    shared: list[FrameSink] = [stack.enter_context(open_events(flags.events))] if flags.events else []
-    shared += open_integrations(stack, flags, cameras, sources, pipelines)
+    events = stack.enter_context(open_events(flags.events)) if flags.events else None
+    shared: list[FrameSink] = [events] if events else []
+    shared += open_integrations(stack, flags, cameras, sources, pipelines, detector.metadata, events)
     page = next((sink for sink in shared if isinstance(sink, WebSink)), None)
     default_conf = detector.default_conf if flags.conf is None else flags.conf
     paths = [flags.save] if len(cameras) == 1 else make_file_paths(flags.save, names) if flags.save else []

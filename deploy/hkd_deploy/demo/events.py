@@ -1,12 +1,12 @@
 """Detections as JSON Lines for other programs: `hkd-demo --events FILE` or `--events -`.
 
 Each line is one object (docs/reference/events.md): `frame` for each processed frame, `status` for each change of the
-status of a camera, and `crossing`, `enter` and `exit` for people at lines and zones.
+status of a camera, `crossing`, `enter` and `exit` for people at lines and zones, and `drift` of `--monitor`.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, TextIO
@@ -31,16 +31,21 @@ class EventWriter:
     def write(self, result: FrameResult) -> None:
         """Write the detections of a frame, and what was counted; see `FrameSink.write`."""
         for event in (make_frame_event(result), *make_count_events(result)):
-            self._write(event)
+            self.publish(event)
 
     def write_status(self, camera: str, status: str) -> None:
         """Write the status of a camera; see `FrameSink.write_status`."""
-        self._write(make_status_event(camera, status))
+        self.publish(make_status_event(camera, status))
 
     def close(self) -> None:
         """Do nothing: each line is flushed, and `open_events` closes the file."""
 
-    def _write(self, event: dict[str, Any]) -> None:
+    def publish(self, event: dict[str, Any]) -> None:
+        """Write an event of another output.
+
+        Args:
+            event: Values that can be written as JSON.
+        """
         self._stream.write(json.dumps(event) + "\n")
         self._stream.flush()
 
@@ -104,6 +109,19 @@ def make_status_event(camera: str, status: str) -> dict[str, Any]:
         Values that can be written as JSON.
     """
     return _make_event("status", camera, {"status": status or OK_STATUS})
+
+
+def make_drift_event(camera: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Create the event `drift`.
+
+    Args:
+        camera: Name of the camera.
+        values: State and comparison of each quantity.
+
+    Returns:
+        Values that can be written as JSON.
+    """
+    return _make_event("drift", camera, dict(values))
 
 
 def _make_event(event: str, camera: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Flags and outputs for other programs: MQTT, webhook, metrics, recording, and the page."""
+"""Flags and outputs for other programs: MQTT, webhook, metrics, recording, monitoring, collection, and the page."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,14 +9,18 @@ from threading import Thread
 from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.camera_recorder import RecordingConfig
 from hkd_deploy.demo.cameras import CameraConfig
+from hkd_deploy.demo.collect import Collector, add_collect_flags, make_collect_config
 from hkd_deploy.demo.delivery import DEFAULT_EVERY_S, EventPublisher
+from hkd_deploy.demo.events import EventWriter
 from hkd_deploy.demo.metrics import DemoMetrics
+from hkd_deploy.demo.monitor import DriftMonitor, add_monitor_flags, check_monitor_flags, make_monitor
 from hkd_deploy.demo.mqtt import MqttPublisher
 from hkd_deploy.demo.progress import print_message
 from hkd_deploy.demo.recording import Recorder, parse_duration_s, parse_size_bytes
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.web import WebSink, add_web_flags, check_web_flags
 from hkd_deploy.demo.webhook import WebhookPublisher
+from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.streams import FrameSource
 from hkd_det.config import check_range
 from hkd_det.errors import UsageError
@@ -84,6 +88,8 @@ def add_integration_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--record-max-size", metavar="SIZE", help="delete the oldest files above SIZE: 500MB, 20GB (default: keep)"
     )
+    add_monitor_flags(parser)
+    add_collect_flags(parser)
 
 
 def has_integration(flags: argparse.Namespace) -> bool:
@@ -92,7 +98,10 @@ def has_integration(flags: argparse.Namespace) -> bool:
     Args:
         flags: Parsed flags.
     """
-    return any((flags.mqtt, flags.webhook, flags.metrics, flags.record)) or flags.web is not None
+    return (
+        any((flags.mqtt, flags.webhook, flags.metrics, flags.record, flags.monitor, flags.collect))
+        or flags.web is not None
+    )
 
 
 def check_integration_flags(flags: argparse.Namespace) -> None:
@@ -110,6 +119,8 @@ def check_integration_flags(flags: argparse.Namespace) -> None:
         raise UsageError("--mqtt-discovery: requires --mqtt. Add it, or omit --mqtt-discovery.")
     check_web_flags(flags)
     make_recording_config(flags)
+    check_monitor_flags(flags)
+    make_collect_config(flags)
 
 
 def make_recording_config(flags: argparse.Namespace) -> RecordingConfig | None:
@@ -146,6 +157,8 @@ def open_integrations(
     configs: Sequence[CameraConfig],
     sources: Sequence[FrameSource],
     pipelines: Sequence[CameraPipeline],
+    metadata: ModelMetadata,
+    events: EventWriter | None = None,
 ) -> list[FrameSink]:
     """Open the requested outputs.
 
@@ -155,12 +168,14 @@ def open_integrations(
         configs: The cameras.
         sources: Their sources.
         pipelines: List that is filled with the pipelines later; the metrics and the page read it.
+        metadata: Metadata of the model, for the reference of `--monitor`.
+        events: Output of `--events`, which gets the events of `--monitor`, too.
 
     Returns:
         One sink per output, for all cameras.
 
     Raises:
-        UsageError: An address is invalid, or a port or a directory cannot be used.
+        UsageError: An address is invalid, a port or a directory cannot be used, or the model has no reference.
         UnavailableError: A package is not installed.
     """
     cameras = [config.name for config in configs]
@@ -183,10 +198,20 @@ def open_integrations(
         is_live = {camera: source.is_live for camera, source in zip(cameras, sources, strict=True)}
         recorder = Recorder(config, is_live, print_message)
         sinks.append(recorder)
+    monitor = None
+    if flags.monitor:
+        publish = [output.publish for output in ([events] if events else [])]
+        publish += [publisher.publish for publisher in publishers]
+        monitor = make_monitor(flags, metadata, publish, print_message)
+        sinks.append(monitor)
+    if collect_config := make_collect_config(flags):
+        sinks.append(Collector(collect_config, cameras, print_message))
     if flags.metrics:
         metrics = DemoMetrics(flags.metrics, cameras)
         sinks.append(metrics)
         _add_counters(metrics, pipelines, publishers, recorder)
+        if monitor:
+            _add_drift_gauges(metrics, monitor)
     return sinks
 
 
@@ -230,6 +255,15 @@ def _add_counters(
             "camera",
             lambda: [(name, camera.num_dropped) for name, camera in recorders.items()],
         )
+
+
+def _add_drift_gauges(metrics: DemoMetrics, monitor: DriftMonitor) -> None:
+    labels, text = ("camera", "quantity"), "Population stability index against the reference."
+    metrics.add_gauge("drift_psi", text, labels, lambda: monitor.iterate_values("psi"))
+    text = "Population stability index above which there is drift."
+    metrics.add_gauge("drift_threshold", text, labels, lambda: monitor.iterate_values("threshold"))
+    text = "1 while there is drift of any quantity, otherwise 0."
+    metrics.add_gauge("drift", text, ("camera",), lambda: monitor.iterate_values("is_drift"))
 
 
 def _close_all(sinks: Sequence[FrameSink]) -> None:

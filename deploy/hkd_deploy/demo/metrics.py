@@ -98,7 +98,21 @@ class DemoMetrics:
             label: Name of the label.
             read: Returns the value of each label.
         """
-        self._registry.register(_CallbackCounter(self._core.CounterMetricFamily, name, text, label, read))
+        family = self._core.CounterMetricFamily
+        self._registry.register(_CallbackMetric(family, name, text, [label], lambda: (((k,), v) for k, v in read())))
+
+    def add_gauge(
+        self, name: str, text: str, labels: Sequence[str], read: Callable[[], Iterable[tuple[tuple[str, ...], float]]]
+    ) -> None:
+        """Add a gauge that is read when Prometheus asks.
+
+        Args:
+            name: Name without `hkd_`.
+            text: Description.
+            labels: Names of the labels.
+            read: Returns the value of each combination of labels.
+        """
+        self._registry.register(_CallbackMetric(self._core.GaugeMetricFamily, name, text, labels, read))
 
     def close(self) -> None:
         """Stop the server."""
@@ -107,20 +121,25 @@ class DemoMetrics:
         self._thread.join()
 
 
-class _CallbackCounter:
+class _CallbackMetric:
     """A collector of prometheus_client that reads its values from a function."""
 
     def __init__(
-        self, family: Any, name: str, text: str, label: str, read: Callable[[], Iterable[tuple[str, float]]]
+        self,
+        family: Any,
+        name: str,
+        text: str,
+        labels: Sequence[str],
+        read: Callable[[], Iterable[tuple[tuple[str, ...], float]]],
     ) -> None:
         self._family = family
-        self._name, self._text, self._label, self._read = name, text, label, read
+        self._name, self._text, self._labels, self._read = name, text, labels, read
 
     def collect(self) -> Iterable[Any]:
-        """Yield the counter."""
-        family = self._family(f"hkd_{self._name}", self._text, labels=[self._label])
-        for value, count in self._read():
-            family.add_metric([value], count)
+        """Yield the metric."""
+        family = self._family(f"hkd_{self._name}", self._text, labels=self._labels)
+        for labels, value in self._read():
+            family.add_metric(labels, value)
         yield family
 
 

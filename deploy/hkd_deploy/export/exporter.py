@@ -23,6 +23,7 @@ from hkd_deploy.model_metadata import (
     PREPROCESS,
     PREPROCESS_FLOAT01,
     PREPROCESS_IN_GRAPH,
+    REFERENCE_KEY,
     ExportOptions,
 )
 from hkd_det.datasets.catalog import dataset_license
@@ -66,7 +67,7 @@ def export_and_verify(
 ) -> Parity:
     """Export a detector to ONNX and add the file to a verification.
 
-    The metadata contain the suggested score threshold of the verification, if it has one.
+    The metadata contain the suggested score threshold and the distributions that the verification measures.
 
     Args:
         checkpoint: The trained detector.
@@ -85,7 +86,7 @@ def export_and_verify(
         export_onnx(checkpoint, temp_path, options)
         parity = verification.add(ExportedModel(path, "onnxruntime", is_exact=True), temp_path)
         assert parity is not None  # only models of reduced precision are skipped
-        _write_suggested_conf(temp_path, verification.suggest_conf())
+        _write_measured_metadata(temp_path, verification)
     return parity
 
 
@@ -215,13 +216,18 @@ def _get_dynamic_axes(options: ExportOptions, names: list[str]) -> dict[str, dic
     return axes
 
 
-def _write_suggested_conf(path: Path, conf: float | None) -> None:
-    if conf is None:
-        return
-    model = onnx.load(path)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    onnx.helper.set_model_props(model, {**metadata, "hkd.conf": f"{conf:.3f}"})
-    onnx.save(model, path)
+def _write_measured_metadata(path: Path, verification: Verification) -> None:
+    """Add the suggested threshold and the distributions of the detections, as far as they can be measured."""
+    conf, measured = verification.suggest_conf(), {}
+    if conf is not None:
+        measured["hkd.conf"] = f"{conf:.3f}"
+    if reference := verification.measure_reference(conf):
+        measured[REFERENCE_KEY] = reference.to_json()
+    if measured:
+        model = onnx.load(path)
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        onnx.helper.set_model_props(model, metadata | measured)
+        onnx.save(model, path)
 
 
 def _describe_preprocess(options: ExportOptions) -> dict[str, object]:

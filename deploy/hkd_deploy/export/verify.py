@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hkd_deploy.backends import open_backend
+from hkd_deploy.backends.base import DEFAULT_CONF
+from hkd_deploy.drift import DriftReference, build_reference, count_values
 from hkd_deploy.export.parity import (
     MIN_COMPARED_SCORE,
     Parity,
@@ -26,6 +28,7 @@ from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, HkdError, first_error_line
+from hkd_det.image import read_image
 from hkd_det.metrics.bootstrap import MIN_IMAGES, MIN_PERSONS, compare_miss_rates, has_reliable_interval
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
@@ -145,6 +148,28 @@ class Verification:
         if result.num_gt < MIN_PERSONS or not point.recall:
             return None
         return math.floor(1000 * point.threshold) / 1000
+
+    def measure_reference(self, conf: float | None) -> DriftReference | None:
+        """Return the distributions of the detections of the reference model, for `hkd-demo --monitor`.
+
+        Args:
+            conf: Minimum score of a person. None for `DEFAULT_CONF`.
+
+        Returns:
+            The distributions. None if they cannot be measured, or if there are too few images or persons.
+        """
+        if self._get_miss_rate_skip_reason():
+            return None
+        min_score = DEFAULT_CONF if conf is None else conf
+        try:
+            detections = self._predict_reference()
+            images = [
+                count_values(found, (sample.size_hw or read_image(sample.path).shape[:2])[0], min_score)
+                for found, sample in zip(detections, self._samples, strict=True)
+            ]
+        except DataError:  # `format_table` reports it
+            return None
+        return build_reference(images, min_score)
 
     def format_table(self, known_miss_rates: Mapping[tuple[Path, str], MissRateResult]) -> str:
         """Measure the miss rates and return the table, one line per model.

@@ -13,6 +13,7 @@ import torch
 
 from hkd_deploy import open_detector
 from hkd_deploy.backends.openvino import export_openvino
+from hkd_deploy.drift import QUANTITIES, Distribution, DriftReference
 from hkd_deploy.export import exporter, verify
 from hkd_deploy.export.cli import main
 from hkd_deploy.export.parity import Parity, ParityError, make_onnx_reference
@@ -278,6 +279,29 @@ def test_suggest_conf_has_highest_f1(
     assert Verification(reference, [], [], "street").suggest_conf() is None
 
 
+@pytest.mark.parametrize("conf", [None, 0.5])
+def test_reference_has_the_detections_of_the_samples(
+    tiny_onnx: Callable[..., Path], tmp_path: Path, conf: float | None
+) -> None:
+    """Counts are compared with counting by hand. The image height is 100 pixels."""
+    samples, detections = make_scored_samples(tmp_path / "image.png", 200)
+    source = replace(make_onnx_reference(tiny_onnx()), predict=lambda _samples: detections)
+    reference = Verification(source, [], samples, "street").measure_reference(conf)
+    assert reference is not None and reference.num_images == 200
+    min_score = 0.3 if conf is None else conf
+    assert reference.conf == min_score
+    persons = [sum(score >= min_score for _, score in one) for one in detections]
+    edges, counts = reference.distributions["persons"].edges, reference.distributions["persons"].counts
+    assert counts == tuple(np.histogram(persons, [-1, *edges, 100])[0])
+    score, height = reference.distributions["score"], reference.distributions["height"]
+    assert sum(score.counts) == sum(value >= 0.05 for one in detections for _, value in one)
+    assert sum(height.counts) == sum(persons) and height.edges[0] > 0.8  # all boxes have the height 0.8
+    for edge, below in zip(score.edges, np.cumsum(score.counts), strict=False):
+        assert below == sum(0.05 <= value < edge for one in detections for _, value in one)
+    too_few = replace(source, predict=lambda _samples: [Detections.empty()] * 200)
+    assert Verification(too_few, [], samples, "street").measure_reference(conf) is None
+
+
 def test_exported_weights_contain_suggested_conf(weights: Path, street: Callable[..., Path], tmp_path: Path) -> None:
     """The verification of six images suggests none; one that suggests a value writes it, and predicts once."""
     data, out = street(), tmp_path / "out.onnx"
@@ -287,10 +311,13 @@ def test_exported_weights_contain_suggested_conf(weights: Path, street: Callable
     assert before.metadata.conf is None and before.default_conf == 0.3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Verification, "suggest_conf", lambda _self: 0.1234)
+        distribution = Distribution((0.5,), (30, 70), 12.5)
+        reference = DriftReference(100, 0.123, dict.fromkeys(QUANTITIES, distribution))
+        patch.setattr(Verification, "measure_reference", lambda _self, _conf: reference)
         assert main(flags) == 0
     after = open_detector(out)
-    assert after.default_conf == 0.123
-    assert replace(after.metadata, conf=None, date="") == replace(before.metadata, date="")
+    assert after.default_conf == 0.123 and after.metadata.reference == reference
+    assert replace(after.metadata, conf=None, reference=None, date="") == replace(before.metadata, date="")
 
 
 def test_increase_has_an_interval_from_enough_images(
