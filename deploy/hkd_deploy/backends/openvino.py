@@ -25,6 +25,7 @@ from hkd_deploy.backends.base import (
     make_closed_error,
     validate_io,
 )
+from hkd_deploy.backends.openvino_int8 import use_unsigned_activations
 from hkd_deploy.model_metadata import make_tensor_info
 from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError, first_error_line, import_package
@@ -266,11 +267,13 @@ def read_model(path: Path) -> Any:
         path: An .onnx or .xml file.
 
     Returns:
-        The OpenVINO `Model`.
+        The OpenVINO `Model`. Its INT8 activations are unsigned.
     """
     manager = importlib.import_module("openvino.frontend").FrontEndManager()
     front_end = manager.load_by_framework("ir" if path.suffix == ".xml" else "onnx")
-    return front_end.convert(front_end.load(str(path)))
+    model = front_end.convert(front_end.load(str(path)))
+    use_unsigned_activations(model)
+    return model
 
 
 def export_openvino(onnx_path: Path, folder: Path | None = None, check: FolderCheck | None = None) -> Path:
