@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from hkd_deploy.streams.hls import open_hls
 from hkd_deploy.streams.live import CameraReader, LiveSource, ReconnectPolicy, WebcamReader
 from hkd_deploy.streams.mjpeg import MjpegReader, open_http, sends_images
 from hkd_deploy.streams.network import StreamReader
@@ -126,7 +127,10 @@ def _open_network_camera(address: str, policy: ReconnectPolicy, on_frame: Callab
             if sends_images(response):
                 return MjpegReader(response, address, name, policy)
             kind = response.headers.get_content_type()
+            reader = open_hls(response, address, name, policy)
             response.close()
+            if reader is not None:
+                return reader
             if kind == "text/html":
                 raise UnavailableError(f"{name}: not a video, but a web page. Check the path of the URL.")
         return StreamReader(address, name, policy)

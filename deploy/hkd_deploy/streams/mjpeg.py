@@ -149,6 +149,11 @@ def open_http(address: str, name: str, timeout_s: float) -> http.client.HTTPResp
         UnavailableError: The host is unreachable, or the server reports an error.
     """
     check_reachable(address, name, timeout_s)
+    return send_request(address, name, timeout_s)
+
+
+def send_request(address: str, name: str, timeout_s: float) -> http.client.HTTPResponse:
+    """Request a URL of a host that is known to be reachable; see `open_http`."""
     url = urlsplit(address)
     bare = urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2]))
     handlers: list[urllib.request.BaseHandler] = []

@@ -1,0 +1,300 @@
+"""HLS cameras: segments of video files, listed in a playlist that grows.
+
+A frame exists for a viewer only when its segment is complete. The playlist is requested often around the time at which
+the next segment is due. So the time at which a segment appears is known, and with it the age of its frames: the end of
+a segment was captured when it appeared, or later than the playlist states (EXT-X-PROGRAM-DATE-TIME). Frames are
+returned at their intervals, not all at once. Of several new segments the newest is used.
+"""
+
+import http.client
+import io
+import queue
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from statistics import median
+from threading import Event, Thread
+from typing import Any
+from urllib.parse import urljoin
+
+from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
+from hkd_deploy.streams.mjpeg import send_request
+from hkd_deploy.streams.network import StreamClock, convert_to_rgb, estimate_interval_s, import_av
+from hkd_deploy.streams.sources import sanitize_fps
+from hkd_det.errors import UnavailableError
+
+PLAYLIST_TYPES = ("application/vnd.apple.mpegurl", "application/x-mpegurl", "audio/mpegurl", "audio/x-mpegurl")
+MAX_PLAYLIST_BYTES = 1 << 20
+MAX_SEGMENT_BYTES = 1 << 28
+MIN_POLL_S, MAX_POLL_S = 0.05, 0.25
+POLLS_PER_SEGMENT = 20
+EARLY_S = 0.3  # requests of the playlist begin this long before the next segment is due
+DELAY_GAIN = 0.1  # part of an unneeded delay that is removed with each segment
+ATTRIBUTE = re.compile(r'([A-Z0-9-]+)=("[^"]*"|[^,]*)')
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One entry of a playlist.
+
+    Attributes:
+        sequence: Number in the stream.
+        url: Address of the file.
+        duration_s: Stated duration, seconds.
+        header_url: Address of the header of fragmented MP4. Empty for other formats.
+        captured_s: Wall-clock time of the first frame that the sender states. None if it does not.
+    """
+
+    sequence: int
+    url: str
+    duration_s: float
+    header_url: str
+    captured_s: float | None
+
+
+@dataclass(frozen=True)
+class Playlist:
+    """A playlist.
+
+    Attributes:
+        segments: The segments, the oldest first.
+        variants: Bit rate and address of other playlists of the same camera.
+        is_supported: False if segments are encrypted or parts of a file.
+        is_ended: True if no segments follow.
+    """
+
+    segments: tuple[Segment, ...]
+    variants: tuple[tuple[int, str], ...]
+    is_supported: bool
+    is_ended: bool
+
+
+def parse_playlist(text: str, url: str) -> Playlist:
+    """Read a playlist.
+
+    Args:
+        text: Content.
+        url: Its address, to which others are relative.
+
+    Raises:
+        ValueError: It is not a playlist.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or lines[0] != "#EXTM3U":
+        raise ValueError
+    segments: list[Segment] = []
+    variants: list[tuple[int, str]] = []
+    sequence, duration_s, header_url, captured_s, bit_rate = 0, 0.0, "", None, None
+    for line in lines:
+        tag, _, value = line.partition(":")
+        attributes = {key: word.strip('"') for key, word in ATTRIBUTE.findall(value)}
+        if tag == "#EXT-X-MEDIA-SEQUENCE":
+            sequence = int(value)
+        elif tag == "#EXTINF":
+            duration_s = float(value.split(",")[0])
+        elif tag == "#EXT-X-MAP":
+            header_url = urljoin(url, attributes["URI"])
+        elif tag == "#EXT-X-PROGRAM-DATE-TIME":
+            captured_s = datetime.fromisoformat(value).timestamp()
+        elif tag == "#EXT-X-STREAM-INF":
+            bit_rate = int(attributes.get("BANDWIDTH", 0))
+        elif not line.startswith("#") and bit_rate is not None:
+            variants.append((bit_rate, urljoin(url, line)))
+            bit_rate = None
+        elif not line.startswith("#"):
+            segments.append(Segment(sequence, urljoin(url, line), duration_s, header_url, captured_s))
+            sequence, captured_s = sequence + 1, captured_s + duration_s if captured_s is not None else None
+    is_encrypted = any(line.startswith("#EXT-X-KEY") and "METHOD=NONE" not in line for line in lines)
+    has_parts = any("BYTERANGE" in line for line in lines if line.startswith(("#EXT-X-BYTERANGE", "#EXT-X-MAP")))
+    is_ended = "#EXT-X-ENDLIST" in lines
+    return Playlist(tuple(segments), tuple(variants), not (is_encrypted or has_parts), is_ended)
+
+
+def open_hls(
+    response: http.client.HTTPResponse, address: str, name: str, policy: ReconnectPolicy
+) -> "HlsReader | None":
+    """Open an HLS camera.
+
+    Args:
+        response: Response of the camera to the request of `address`.
+        address: URL of a playlist.
+        name: The URL without credentials.
+        policy: Timeouts.
+
+    Returns:
+        The reader. None if the response is no playlist, or one that FFmpeg has to read: encrypted segments, parts of
+        files, or a recording.
+    """
+    if response.headers.get_content_type() not in PLAYLIST_TYPES:
+        return None
+    try:
+        playlist = parse_playlist(response.read(MAX_PLAYLIST_BYTES).decode(errors="replace"), address)
+        if playlist.variants:
+            address = max(playlist.variants)[1]
+            with send_request(address, name, policy.open_timeout_s) as variant:
+                playlist = parse_playlist(variant.read(MAX_PLAYLIST_BYTES).decode(errors="replace"), address)
+    except (OSError, ValueError, KeyError):
+        return None
+    return HlsReader(address, name, policy) if playlist.is_supported and not playlist.is_ended else None
+
+
+class HlsReader:
+    """One HLS camera.
+
+    Args:
+        address: URL of a playlist of segments.
+        name: The URL without credentials.
+        policy: Timeouts.
+
+    Raises:
+        UnavailableError: PyAV is not installed.
+    """
+
+    def __init__(self, address: str, name: str, policy: ReconnectPolicy) -> None:
+        self._av = import_av()
+        self._address, self._name, self._policy = address, name, policy
+        self.fps: float | None = None
+        self._opened_s = time.monotonic()
+        self._clock = StreamClock()
+        self._delay_s, self._sequence = 0.0, -1
+        self._header = ("", b"")
+        self._stop = Event()
+        self._segments: queue.Queue[tuple[Segment, bytes, float] | UnavailableError] = queue.Queue(maxsize=2)
+        self._frames = self._iterate_frames()
+        self._thread = Thread(target=self._watch, name=f"playlist {name}", daemon=True)
+        self._thread.start()
+
+    def read(self) -> CameraFrame:
+        """Wait for the next frame; see `CameraReader.read`."""
+        return next(self._frames)
+
+    def close(self) -> None:
+        """Stop the thread that requests the playlist, without waiting for a request."""
+        self._stop.set()
+
+    def _iterate_frames(self) -> Iterator[CameraFrame]:
+        limit_s = self._policy.key_frame_timeout_s
+        while True:
+            try:
+                item = self._segments.get(timeout=limit_s)
+            except queue.Empty:
+                raise UnavailableError(
+                    f"{self._name}: no new segment for {limit_s:g} s. Check that the camera is on and the network is "
+                    "fast enough."
+                ) from None
+            if isinstance(item, UnavailableError):
+                raise item
+            limit_s = self._policy.read_timeout_s
+            yield from self._pace_frames(*item)
+
+    def _pace_frames(self, segment: Segment, data: bytes, appeared_s: float) -> Iterator[CameraFrame]:
+        """Yield the frames of a segment at their intervals, without those from before the camera was opened."""
+        is_next, is_first = segment.sequence == self._sequence + 1, True
+        self._sequence = segment.sequence
+        for frame in self._decode(segment, data, appeared_s):
+            if frame.captured_s < self._opened_s:
+                continue
+            if is_first:
+                needed_s = time.monotonic() - frame.captured_s
+                kept_s = needed_s + (1 - DELAY_GAIN) * (self._delay_s - needed_s)
+                self._delay_s = max(needed_s, kept_s) if is_next else needed_s
+                is_first = False
+            self._stop.wait(max(0.0, frame.captured_s + self._delay_s - time.monotonic()))
+            yield frame
+
+    def _decode(self, segment: Segment, data: bytes, appeared_s: float) -> Iterator[CameraFrame]:
+        """Yield the frames of a segment."""
+        try:
+            with self._av.open(io.BytesIO(data)) as container:
+                if not container.streams.video:
+                    raise UnavailableError(f"{self._name}: not a video: the stream has no images. Check the URL.")
+                stream: Any = container.streams.video[0]
+                stream.codec_context.thread_count = 1
+                packets = list(container.demux(stream))
+                times_s = [float(packet.pts * packet.time_base) for packet in packets if packet.pts is not None]
+                if not times_s:
+                    return
+                interval_s = estimate_interval_s(times_s)
+                self.fps = sanitize_fps(round(1 / interval_s, 2)) if interval_s else None
+                end_s = max(times_s) + interval_s
+                end_captured_s = appeared_s - self._estimate_age_s(segment, end_s, appeared_s)
+                for frame in (frame for packet in packets for frame in packet.decode()):
+                    ratio = float(stream.codec_context.sample_aspect_ratio or 1)
+                    yield CameraFrame(partial(convert_to_rgb, frame, ratio), end_captured_s - (end_s - frame.time))
+        except self._av.FFmpegError:
+            return  # a damaged segment; without others, the camera is lost
+
+    def _estimate_age_s(self, segment: Segment, end_s: float, appeared_s: float) -> float:
+        """Return the age of the end of a segment when it appeared, seconds."""
+        sender_age_s = None
+        if segment.captured_s is not None:
+            appeared_wall_s = time.time() - time.monotonic() + appeared_s
+            sender_age_s = appeared_wall_s - (segment.captured_s + segment.duration_s)
+        return self._clock.estimate_age_s(end_s, appeared_s, sender_age_s)
+
+    def _watch(self) -> None:
+        """Body of the thread: request the playlist, load each segment that appears."""
+        poll_s, requested_s = MAX_POLL_S, time.monotonic()
+        try:
+            last = max((segment.sequence for segment in self._load_playlist().segments), default=-1)
+            while not self._stop.wait(poll_s):
+                previous_s, requested_s = requested_s, time.monotonic()
+                segments = self._load_playlist().segments
+                if not segments or segments[-1].sequence == last:
+                    poll_s = _limit_poll(segments[-1].duration_s if segments else 0.0)
+                    continue
+                newest, loaded_s = segments[-1], time.monotonic()
+                last = newest.sequence
+                # It appeared between two requests. After a hang that is too long ago: an early time would be believed.
+                appeared_s = loaded_s - min(loaded_s - previous_s, MAX_POLL_S) / 2
+                self._put((newest, self._load_segment(newest), appeared_s))
+                # The median, because the duration of a segment includes a pause of the camera.
+                duration_s = median(segment.duration_s for segment in segments)
+                poll_s = max(loaded_s + duration_s - EARLY_S - time.monotonic(), _limit_poll(duration_s))
+        except UnavailableError as error:
+            self._put(error)
+
+    def _put(self, item: "tuple[Segment, bytes, float] | UnavailableError") -> None:
+        """Pass an item to the reader. A full queue loses its oldest item."""
+        while True:
+            try:
+                return self._segments.put_nowait(item)
+            except queue.Full:
+                self._segments.get_nowait()
+
+    def _load_playlist(self) -> Playlist:
+        text = self._load(self._address, MAX_PLAYLIST_BYTES).decode(errors="replace")
+        try:
+            playlist = parse_playlist(text, self._address)
+        except (ValueError, KeyError):
+            raise UnavailableError(f"{self._name}: not a valid playlist. Check the path of the URL.") from None
+        if playlist.is_ended:
+            raise UnavailableError(f"{self._name}: the camera ended the stream. Check that it is on.")
+        return playlist
+
+    def _load_segment(self, segment: Segment) -> bytes:
+        if segment.header_url and segment.header_url != self._header[0]:
+            self._header = (segment.header_url, self._load(segment.header_url, MAX_SEGMENT_BYTES))
+        header = self._header[1] if segment.header_url else b""
+        return header + self._load(segment.url, MAX_SEGMENT_BYTES)
+
+    def _load(self, url: str, max_bytes: int) -> bytes:
+        limit_s = self._policy.read_timeout_s
+        try:
+            with send_request(url, self._name, limit_s) as response:
+                return response.read(max_bytes)
+        except TimeoutError:
+            raise UnavailableError(
+                f"{self._name}: no data for {limit_s:g} s. Check that the camera is on and reachable."
+            ) from None
+        except (OSError, ValueError):
+            raise UnavailableError(
+                f"{self._name}: the connection was closed. Check the camera and the network."
+            ) from None
+
+
+def _limit_poll(duration_s: float) -> float:
+    return min(MAX_POLL_S, max(MIN_POLL_S, duration_s / POLLS_PER_SEGMENT))
