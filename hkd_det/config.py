@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -77,8 +78,10 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
         is_open: Whether `low` itself is not allowed.
 
     Raises:
-        UsageError: The value is outside the range, infinite or NaN.
+        UsageError: The value is outside the range, infinite, NaN, or not a number.
     """
+    if not isinstance(value, numbers.Real):
+        raise UsageError(f"{name}: expected a number, got {value!r}.")
     if math.isfinite(value) and (low < value if is_open else low <= value) and value <= high:
         return
     if not math.isfinite(value):

@@ -20,6 +20,7 @@ UNSUPPORTED_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".gif", ".nef", ".psd", 
 DRIVE_PATTERN = re.compile(r"^([A-Za-z]:)?/+")
 SKIPPED_DIRECTORIES = {"__macosx", "@eadir"}  # copies of file attributes by macOS, thumbnails by Synology
 AREA_TOLERANCE = 0.02  # relative
+MIN_PERCENT_BOXES, MIN_PERCENT_IMAGE_PX = 10, 300  # so many boxes in one corner of so large images are no chance
 BEYOND_TOLERANCE_PX = 2.0
 SizeHW = tuple[int, int]
 
@@ -277,6 +278,14 @@ def find_form_error(
             num_boxes,
         )
     start, end = boxes[:, :2], boxes[:, 2:]
+    if num_boxes >= MIN_PERCENT_BOXES and (start + end).max() <= 100.5 and sides.min() >= MIN_PERCENT_IMAGE_PX:
+        return DatasetError(
+            f"{where}: all {num_boxes} boxes end within 100 pixels of the top left corner, like percentages. "
+            "Expected pixels. Multiply them by a hundredth of the image size.",
+            "boxes_normalized",
+            where,
+            num_boxes,
+        )
     num_beyond = int((start + end > sides + np.maximum(BEYOND_TOLERANCE_PX, 0.02 * sides)).any(axis=1).sum())
     are_corners = bool((end > start).all() and (end <= sides + BEYOND_TOLERANCE_PX).all())
     num_areas = int((_equals(areas, (end - start).prod(axis=1)) & ~_equals(areas, end.prod(axis=1))).sum())

@@ -19,7 +19,13 @@ from hkd_det.draw import MatchStatus
 from hkd_det.errors import import_package
 from hkd_det.files import atomic_write, write_text
 from hkd_det.image import read_image
-from hkd_det.metrics.bootstrap import compare_miss_rates, compute_interval
+from hkd_det.metrics.bootstrap import (
+    MIN_IMAGES,
+    MIN_PERSONS,
+    compare_miss_rates,
+    compute_interval,
+    has_reliable_interval,
+)
 from hkd_det.metrics.citypersons import CityPersonsSetup, ImageMatches, match_image
 from hkd_det.metrics.matching import FALSE_POSITIVE, TRUE_POSITIVE, CountedDetections, MissRateResult
 from hkd_det.structures import Detections, Sample
@@ -243,7 +249,10 @@ def format_interval_and_gain(results: RunResults) -> str:
     if interval is None:
         return ""
     gain = f"; compared with the initial weights: {_compare(results.best, results.initial)}" if results.initial else ""
-    return f"95 % interval {100 * interval.ci_low:.2f} to {100 * interval.ci_high:.2f} %{gain}"
+    text = f"95 % interval {100 * interval.ci_low:.2f} to {100 * interval.ci_high:.2f} %{gain}"
+    if results.best and not has_reliable_interval(results.best):
+        return f"{text}. Not reliable: fewer than {MIN_IMAGES} images or {MIN_PERSONS} persons in val"
+    return text
 
 
 def _compare(result: MissRateResult | None, reference: MissRateResult | None) -> str:

@@ -115,9 +115,10 @@ def test_error_separates_file_and_key(values: Any, message: str) -> None:
         (0, (0, 1), True, "x: expected a number above 0, at most 1, got 0."),
         (float("inf"), (0,), False, "x: expected a finite number, got inf."),
         (float("nan"), (0, 1), False, "x: expected a finite number, got nan."),
+        ("a", (0, 1), False, "x: expected a number, got 'a'."),
     ],
 )
-def test_value_outside_range_is_rejected(value: float, limits: tuple[float, ...], is_open: bool, message: str) -> None:
+def test_value_outside_range_is_rejected(value: Any, limits: tuple[float, ...], is_open: bool, message: str) -> None:
     with pytest.raises(UsageError) as error:
         check_range("x", value, *limits, is_open=is_open)
     assert str(error.value) == message

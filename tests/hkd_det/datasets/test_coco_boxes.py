@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from hkd_det.datasets.base import DatasetError
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.coco import read_coco
+from hkd_det.datasets.image_files import find_form_error
 from hkd_det.errors import DataError
 
 POLYGON = [[10, 20, 40, 20, 40, 60, 10, 60]]
@@ -117,6 +118,16 @@ def test_boxes_of_another_form_are_an_error(tmp_path: Path, boxes: list[list[flo
     path = write_coco(tmp_path, records, images=[{"id": 1, "file_name": "a.png"}])
     problem = read(path)[2][kind]
     assert problem.is_error and problem.file == str(path)
+
+
+@pytest.mark.parametrize(
+    ("image_hw", "num_boxes", "is_error"), [((480, 640), 12, True), ((480, 640), 3, False), ((200, 200), 12, False)]
+)
+def test_boxes_in_percent_are_an_error(image_hw: tuple[int, int], num_boxes: int, is_error: bool) -> None:
+    rng = np.random.default_rng(0)
+    records = [{"bbox": [*rng.uniform(0, 60, 2), *rng.uniform(5, 40, 2)]} for _ in range(num_boxes)]
+    error = find_form_error(records, [image_hw] * num_boxes, "a.json")
+    assert (error is not None and error.kind == "boxes_normalized" and "percentages" in str(error)) == is_error
 
 
 def test_valid_boxes_have_no_form_error(tmp_path: Path) -> None:

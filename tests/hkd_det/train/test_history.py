@@ -111,6 +111,7 @@ def test_last_lines_have_interval_and_gain() -> None:
     )
     assert "compared" not in format_interval_and_gain(RunResults(best=good))
     assert format_interval_and_gain(RunResults()) == ""
+    assert "Not reliable: fewer than 50 images" in format_interval_and_gain(RunResults(best=make_result(0.9, 20)))
 
 
 def test_results_survive_a_checkpoint() -> None:
