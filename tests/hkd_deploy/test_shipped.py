@@ -28,6 +28,8 @@ def test_metadata_equals_the_list(shipped: ShippedModel) -> None:
     with open_detector(shipped.name, threads=1) as detector:
         assert isinstance(detector, ExportedDetector)
         assert detector.metadata.imgsz_hw == shipped.imgsz_wh[::-1]
+        assert detector.metadata.reference is not None  # for hkd-demo --monitor
+        assert detector.metadata.reference.conf == detector.default_conf
         detections = detector(np.full((240, 320, 3), 127, np.uint8))
     assert not (detections.scores > 0.3).any()  # an empty image contains no person
 

@@ -33,6 +33,7 @@ from hkd_det.errors import UsageError
 CHUNKS_PER_WINDOW = 60
 SAMPLE_INTERVAL_S = 1.0  # consecutive frames show the same people
 MIN_WINDOW_S, MIN_BASELINE_WINDOWS = 120.0, 4
+MIN_FULL_RATIO = 0.9  # time in the window of the first comparison
 END_RATIO = 0.8  # drift is over below this ratio of the threshold
 
 FineCounts = dict[str, NDArray[np.int64]]
@@ -134,6 +135,8 @@ class CameraMonitor:
             return None
         while self._chunks and self._chunks[0].start_s < now_s - self._window_s - 1e-6:
             self._chunks.popleft()
+        if not self._chunks or now_s - self._chunks[0].start_s < MIN_FULL_RATIO * self._window_s:
+            return None  # the first minutes of a camera show few people
         self.drift = self._compare(self._reference)
         return self.drift
 
