@@ -52,6 +52,7 @@ class MjpegReader:
         self.fps: float | None = None
         self._lag_s = 0.0
         self._last_s: float | None = None
+        self._is_first = True  # the last image was the first of its connection
 
     def read(self) -> CameraFrame:
         """Wait for the next image; see `CameraReader.read`."""
@@ -119,6 +120,9 @@ class MjpegReader:
             self._lag_s = now_s - start_s
         else:
             interval_s, known_s = now_s - self._last_s, self._interval_s
+            if self._is_first and now_s - start_s > BUSY_RATIO * interval_s:
+                # The line is busy, and the first byte of the first image came late as well.
+                self._lag_s = max(self._lag_s, interval_s)
             if known_s is not None and interval_s > max(MIN_SILENCE_S, 3 * known_s):
                 self._lag_s = interval_s - known_s
             elif known_s is not None and (
@@ -128,7 +132,7 @@ class MjpegReader:
             elif now_s - start_s <= BUSY_RATIO * interval_s:
                 self._lag_s = 0.0
                 self._interval_s = interval_s if known_s is None else known_s + INTERVAL_GAIN * (interval_s - known_s)
-        self._last_s = now_s
+        self._is_first, self._last_s = self._last_s is None, now_s
 
     def _decode(self, encoded: bytes) -> NDArray[np.uint8]:
         return decode_image(encoded, Path(self._name))
