@@ -32,7 +32,7 @@ MAX_SEGMENT_BYTES = 1 << 28
 MIN_POLL_S, MAX_POLL_S = 0.05, 0.25
 POLLS_PER_SEGMENT = 20
 EARLY_S = 0.3  # requests of the playlist begin this long before the next segment is due
-DELAY_GAIN = 0.1  # part of an unneeded delay that is removed with each segment
+DELAY_GAIN = 0.3  # part of an unneeded delay that is removed with each segment
 ATTRIBUTE = re.compile(r'([A-Z0-9-]+)=("[^"]*"|[^,]*)')
 
 
@@ -162,7 +162,7 @@ class HlsReader:
         self._delay_s, self._sequence = 0.0, -1
         self._header = ("", b"")
         self._stop = Event()
-        self._segments: queue.Queue[tuple[Segment, bytes, float] | UnavailableError] = queue.Queue(maxsize=2)
+        self._segments: queue.Queue[tuple[Segment, bytes, float, float] | UnavailableError] = queue.Queue(maxsize=2)
         self._frames = self._iterate_frames()
         self._thread = Thread(target=self._watch, name=f"playlist {name}", daemon=True)
         self._thread.start()
@@ -190,7 +190,7 @@ class HlsReader:
             limit_s = self._policy.read_timeout_s
             yield from self._pace_frames(*item)
 
-    def _pace_frames(self, segment: Segment, data: bytes, appeared_s: float) -> Iterator[CameraFrame]:
+    def _pace_frames(self, segment: Segment, data: bytes, appeared_s: float, loaded_s: float) -> Iterator[CameraFrame]:
         """Yield the frames of a segment at their intervals, without those from before the camera was opened."""
         is_next, is_first = segment.sequence == self._sequence + 1, True
         self._sequence = segment.sequence
@@ -198,7 +198,7 @@ class HlsReader:
             if frame.captured_s < self._opened_s:
                 continue
             if is_first:
-                needed_s = time.monotonic() - frame.captured_s
+                needed_s = loaded_s - frame.captured_s
                 kept_s = needed_s + (1 - DELAY_GAIN) * (self._delay_s - needed_s)
                 self._delay_s = max(needed_s, kept_s) if is_next else needed_s
                 is_first = False
@@ -248,16 +248,16 @@ class HlsReader:
                     continue
                 newest, loaded_s = segments[-1], time.monotonic()
                 last = newest.sequence
-                # It appeared between two requests. After a hang that is too long ago: an early time would be believed.
-                appeared_s = loaded_s - min(loaded_s - previous_s, MAX_POLL_S) / 2
-                self._put((newest, self._load_segment(newest), appeared_s))
                 # The median, because the duration of a segment includes a pause of the camera.
-                duration_s = median(segment.duration_s for segment in segments)
+                duration_s, gap_s = median(segment.duration_s for segment in segments), loaded_s - previous_s
+                # It appeared between two requests. If these are far apart, an early time would pass for a fast segment.
+                appeared_s = loaded_s - (gap_s / 2 if gap_s < 3 * _limit_poll(duration_s) else 0.0)
+                self._put((newest, self._load_segment(newest), appeared_s, time.monotonic()))
                 poll_s = max(loaded_s + duration_s - EARLY_S - time.monotonic(), _limit_poll(duration_s))
         except UnavailableError as error:
             self._put(error)
 
-    def _put(self, item: "tuple[Segment, bytes, float] | UnavailableError") -> None:
+    def _put(self, item: "tuple[Segment, bytes, float, float] | UnavailableError") -> None:
         """Pass an item to the reader. A full queue loses its oldest item."""
         while True:
             try:

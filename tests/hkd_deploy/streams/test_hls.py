@@ -133,7 +133,7 @@ def test_hls_age_includes_the_segment(hls_camera: HlsCamera, states_time: bool) 
 def test_hls_skips_what_a_hang_held_back(hls_camera: HlsCamera) -> None:
     times_s, _, reported_s, true_s = watch(hls_camera, 6, hang_s=1.5).T
     assert np.diff(times_s).max() > 0.8  # the hang
-    assert np.median(true_s[-20:]) < 2 * NUM_FRAMES / FPS
+    assert np.median(true_s[-20:]) < np.median(true_s[5:20]) + 0.2
     assert np.percentile(np.abs(reported_s - true_s), 90) < 0.1
 
 
