@@ -9,7 +9,7 @@ depend on each other. The factor `noise` therefore comes from a bootstrap of ima
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ NUM_BINS = 10
 MIN_REFERENCE_IMAGES, MIN_COUNT = 50, 100  # images of a reference; values of a distribution that is compared
 FALSE_ALARM_RATE = 0.001  # per quantity and window of independent images
 NUM_SIMULATIONS, SIMULATED_IMAGES, MAX_SIMULATED_UNITS = 10_000, 100, 500
+CHUNKS_PER_WINDOW = 60  # of a camera
 SMOOTHING = 0.5  # added to each bin, so that empty bins have a finite PSI
 SEED = 0
 
@@ -84,7 +85,12 @@ class DriftReference:
     def to_json(self) -> str:
         """Return the metadata value `hkd.reference`."""
         quantities = {
-            name: {"edges": list(one.edges), "counts": list(one.counts), "noise": round(one.noise, 2)}
+            name: {
+                "edges": list(one.edges),
+                "counts": list(one.counts),
+                "noise": round(one.noise, 2),
+                **({} if one.min_threshold == RELEVANT_PSI else {"min_threshold": round(one.min_threshold, 4)}),
+            }
             for name, one in self.distributions.items()
         }
         values = {"num_images": self.num_images, "conf": self.conf, "min_score": MIN_SCORE, **quantities}
@@ -110,13 +116,15 @@ class DriftReference:
                     tuple(map(float, values[name]["edges"])),
                     tuple(map(int, values[name]["counts"])),
                     float(values[name]["noise"]),
+                    float(values[name].get("min_threshold", RELEVANT_PSI)),
                 )
                 for name in QUANTITIES
+                if name in values
             }
-            if values["min_score"] != MIN_SCORE:
-                raise ValueError(f"expected min_score {MIN_SCORE}")
+            if values["min_score"] != MIN_SCORE or not distributions:
+                raise ValueError(f"expected min_score {MIN_SCORE} and distributions")
             return cls(int(values["num_images"]), float(values["conf"]), distributions)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"expected a JSON object with the distributions: {error}") from None
 
 
@@ -214,6 +222,34 @@ def build_reference(images: Sequence[Mapping[str, NDArray[np.int64]]], conf: flo
         return None
     distributions = {name: build_distribution(name, counts, SIMULATED_IMAGES) for name, counts in stacked.items()}
     return DriftReference(len(images), conf, distributions)
+
+
+def build_baseline(chunk_counts: Sequence[Mapping[str, NDArray[np.int64]]], conf: float) -> DriftReference:
+    """Build the reference of a camera.
+
+    The threshold of a quantity is at least the largest PSI of a window of the baseline against the other windows.
+    If windows are exchangeable, a later one is above it with a probability of at most 1 / (number of windows + 1).
+
+    Args:
+        chunk_counts: Counts in fine bins of consecutive sixtieths of a window.
+        conf: Minimum score of a person in them.
+
+    Returns:
+        The reference. Quantities with fewer than `MIN_COUNT` values are left out.
+    """
+    distributions = {}
+    num_windows = len(chunk_counts) // CHUNKS_PER_WINDOW
+    for name in QUANTITIES:
+        counts = np.stack([chunk[name] for chunk in chunk_counts])  # [chunks, fine bins]
+        if counts.sum() < MIN_COUNT:
+            continue
+        distribution = build_distribution(name, counts, CHUNKS_PER_WINDOW)
+        merged = merge_bins(name, distribution.edges, counts[: num_windows * CHUNKS_PER_WINDOW])
+        windows = merged.reshape(num_windows, CHUNKS_PER_WINDOW, -1).sum(1)
+        windows = windows[windows.sum(-1) >= MIN_COUNT]
+        largest = float(compute_psi(windows, windows.sum(0) - windows).max()) if len(windows) > 1 else 0.0
+        distributions[name] = replace(distribution, min_threshold=max(RELEVANT_PSI, largest))
+    return DriftReference(len(chunk_counts), conf, distributions)
 
 
 def _select_edges(grid: NDArray[np.float64], fine_counts: NDArray[np.int64]) -> tuple[float, ...]:

@@ -5,10 +5,13 @@ distributions of the model file, or of the first hours of the camera (`--drift-b
 """
 
 import argparse
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from threading import Thread
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -18,19 +21,20 @@ from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.events import make_drift_event
 from hkd_deploy.demo.recording import parse_duration_s
 from hkd_deploy.drift import (
+    CHUNKS_PER_WINDOW,
     MIN_COUNT,
     QUANTITIES,
-    RELEVANT_PSI,
     DriftReference,
-    build_distribution,
+    build_baseline,
     compute_psi,
     count_values,
     merge_bins,
 )
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_det.errors import UsageError
+from hkd_det.files import atomic_write
 
-CHUNKS_PER_WINDOW = 60
+FILE_VERSION = 1
 SAMPLE_INTERVAL_S = 1.0  # consecutive frames show the same people
 MIN_WINDOW_S, MIN_BASELINE_WINDOWS = 120.0, 4
 MIN_FULL_RATIO = 0.9  # time in the window of the first comparison
@@ -91,12 +95,20 @@ class CameraMonitor:
         window_s: Length of the window, seconds.
         reference: Reference of the model. None to build one from the camera.
         baseline_s: Time from which a reference is built, seconds. 0 with `reference`.
+        on_baseline: Called by a thread with a reference that was built.
 
     Attributes:
         drift: The last comparison. None before the first.
     """
 
-    def __init__(self, window_s: float, reference: DriftReference | None, baseline_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        window_s: float,
+        reference: DriftReference | None,
+        baseline_s: float = 0.0,
+        on_baseline: Callable[[DriftReference], None] = lambda _reference: None,
+    ) -> None:
+        self._on_baseline = on_baseline
         self._window_s, self._reference, self._baseline_s = window_s, reference, baseline_s
         self._chunks: deque[_Chunk] = deque()
         self._chunk: _Chunk | None = None
@@ -171,37 +183,10 @@ class CameraMonitor:
 
         def build() -> None:
             self._reference = build_baseline([chunk.counts for chunk in chunks], conf)
+            self._on_baseline(self._reference)
 
         self._thread = Thread(target=build, name="drift baseline", daemon=True)
         self._thread.start()
-
-
-def build_baseline(chunk_counts: Sequence[FineCounts], conf: float) -> DriftReference:
-    """Build the reference of a camera.
-
-    The threshold of a quantity is at least the largest PSI of a window of the baseline against the other windows.
-    If windows are exchangeable, a later one is above it with a probability of at most 1 / (number of windows + 1).
-
-    Args:
-        chunk_counts: Counts in fine bins of consecutive sixtieths of a window.
-        conf: Minimum score of a person in them.
-
-    Returns:
-        The reference. Quantities with fewer than `MIN_COUNT` values are left out.
-    """
-    distributions = {}
-    num_windows = len(chunk_counts) // CHUNKS_PER_WINDOW
-    for name in QUANTITIES:
-        counts = np.stack([chunk[name] for chunk in chunk_counts])  # [chunks, fine bins]
-        if counts.sum() < MIN_COUNT:
-            continue
-        distribution = build_distribution(name, counts, CHUNKS_PER_WINDOW)
-        merged = merge_bins(name, distribution.edges, counts[: num_windows * CHUNKS_PER_WINDOW])
-        windows = merged.reshape(num_windows, CHUNKS_PER_WINDOW, -1).sum(1)
-        windows = windows[windows.sum(-1) >= MIN_COUNT]
-        largest = float(compute_psi(windows, windows.sum(0) - windows).max()) if len(windows) > 1 else 0.0
-        distributions[name] = replace(distribution, min_threshold=max(RELEVANT_PSI, largest))
-    return DriftReference(len(chunk_counts), conf, distributions)
 
 
 class DriftMonitor:
@@ -213,6 +198,10 @@ class DriftMonitor:
         baseline_s: Time from which a reference is built, seconds. 0 with `reference`.
         publish: Functions that receive an event `drift` for each comparison.
         report: Called with one line when drift begins or ends.
+        baseline_path: File in which the references of cameras are stored, and from which they are read. None for none.
+
+    Raises:
+        UsageError: The file cannot be read, or its references are those of another window.
     """
 
     def __init__(
@@ -222,7 +211,10 @@ class DriftMonitor:
         baseline_s: float,
         publish: Sequence[Callable[[dict[str, Any]], None]],
         report: Callable[[str], None],
+        baseline_path: Path | None = None,
     ) -> None:
+        self._baseline_path, self._lock = baseline_path, Lock()
+        self._baselines = read_baselines(baseline_path, window_s) if baseline_path else {}
         self._window_s, self._reference, self._baseline_s = window_s, reference, baseline_s
         self._publish, self._report = publish, report
         self._cameras: dict[str, CameraMonitor] = {}
@@ -231,7 +223,9 @@ class DriftMonitor:
         """Add a frame to the window of its camera; see `FrameSink.write`."""
         camera = self._cameras.get(result.camera)
         if camera is None:
-            camera = CameraMonitor(self._window_s, self._reference, self._baseline_s)
+            known = self._reference or self._baselines.get(result.camera)
+            store = partial(self._store_baseline, result.camera)
+            camera = CameraMonitor(self._window_s, known, self._baseline_s, store)
             self._cameras[result.camera] = camera
         was_drift = camera.drift is not None and camera.drift.is_drift
         drift = camera.add(result)
@@ -259,6 +253,22 @@ class DriftMonitor:
     def close(self) -> None:
         """Do nothing."""
 
+    def _store_baseline(self, camera: str, reference: DriftReference) -> None:
+        """Report the end of a baseline, and write the file."""
+        self._report(f"{camera}: the baseline of drift is complete.")
+        if self._baseline_path is None:
+            return
+        with self._lock:
+            self._baselines[camera] = reference
+            cameras = {name: json.loads(one.to_json()) for name, one in self._baselines.items()}
+            content = {"version": FILE_VERSION, "window_s": self._window_s, "cameras": cameras}
+            try:
+                with atomic_write(self._baseline_path) as temp_path:
+                    temp_path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            except OSError as error:
+                text = f"{error.strerror}. The baseline of {camera} ends with the program."
+                self._report(f"--drift-baseline-file {self._baseline_path}: {text}")
+
     def iterate_values(self, key: str) -> Iterator[tuple[tuple[str, ...], float]]:
         """Yield the values of a metric.
 
@@ -277,6 +287,33 @@ class DriftMonitor:
             for quantity, one in camera.drift.quantities.items():
                 if (value := getattr(one, key)) is not None:
                     yield (name, quantity), value
+
+
+def read_baselines(path: Path, window_s: float) -> dict[str, DriftReference]:
+    """Read the references of cameras.
+
+    Args:
+        path: File of `--drift-baseline-file`. It need not exist.
+        window_s: Length of the window, seconds.
+
+    Returns:
+        References by camera.
+
+    Raises:
+        UsageError: The file cannot be read, or its references are those of another window.
+    """
+    if not path.exists():
+        return {}
+    where, hint = f"--drift-baseline-file {path}", "Set another file, or delete it to begin again."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stored_s = float(content["window_s"])
+        baselines = {name: DriftReference.from_json(json.dumps(one)) for name, one in content["cameras"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{where}: not a file of baselines. {hint}") from None
+    if stored_s != window_s:
+        raise UsageError(f"{where}: expected --drift-window {stored_s:g}s, got {window_s:g}s. {hint}")
+    return baselines
 
 
 def _round(value: float | None) -> float | None:
@@ -319,6 +356,12 @@ def add_monitor_flags(parser: argparse.ArgumentParser) -> None:
         help="compare each camera with its own first T, such as 24h or 7d, instead of the validation images; "
         f"at least {MIN_BASELINE_WINDOWS} windows",
     )
+    group.add_argument(
+        "--drift-baseline-file",
+        type=Path,
+        metavar="FILE",
+        help="JSON file that keeps the baselines of --drift-baseline when the program restarts",
+    )
 
 
 def check_monitor_flags(flags: argparse.Namespace) -> None:
@@ -334,6 +377,8 @@ def check_monitor_flags(flags: argparse.Namespace) -> None:
     if window_s < MIN_WINDOW_S:
         raise UsageError(f"--drift-window {flags.drift_window}: expected at least {MIN_WINDOW_S:.0f}s.")
     if flags.drift_baseline is None:
+        if flags.drift_baseline_file:
+            raise UsageError("--drift-baseline-file: requires --drift-baseline. Add it, or omit --drift-baseline-file.")
         return
     if not flags.monitor:
         raise UsageError("--drift-baseline: requires --monitor. Add it, or omit --drift-baseline.")
@@ -362,11 +407,12 @@ def make_monitor(
         The sink.
 
     Raises:
-        UsageError: The model has no reference, and `--drift-baseline` is not set.
+        UsageError: The model has no reference, and `--drift-baseline` is not set; or the file of baselines is invalid.
     """
     window_s = parse_duration_s("--drift-window", flags.drift_window)
     if flags.drift_baseline:
-        return DriftMonitor(window_s, None, parse_duration_s("--drift-baseline", flags.drift_baseline), publish, report)
+        baseline_s = parse_duration_s("--drift-baseline", flags.drift_baseline)
+        return DriftMonitor(window_s, None, baseline_s, publish, report, flags.drift_baseline_file)
     if metadata.reference is None:
         raise UsageError(
             f"--monitor: the file of {metadata.model} has no reference (metadata hkd.reference). Export it again with "

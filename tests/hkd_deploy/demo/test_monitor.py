@@ -15,8 +15,9 @@ from hkd_deploy.backends.base import StageTimes
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.cli import main
 from hkd_deploy.demo.metrics import DemoMetrics
-from hkd_deploy.demo.monitor import CHUNKS_PER_WINDOW, DriftMonitor, build_baseline
-from hkd_deploy.drift import DriftReference, build_reference, count_values
+from hkd_deploy.demo.monitor import DriftMonitor, read_baselines
+from hkd_deploy.drift import CHUNKS_PER_WINDOW, DriftReference, build_baseline, build_reference, count_values
+from hkd_det.errors import UsageError
 from hkd_det.structures import Detections
 
 IMAGE = np.zeros((480, 640, 3), np.uint8)
@@ -46,10 +47,12 @@ def reference() -> DriftReference:
 class Camera:
     """A monitor of a window of ten minutes, with what it publishes and reports."""
 
-    def __init__(self, reference: DriftReference | None, baseline_s: float = 0.0) -> None:
+    def __init__(
+        self, reference: DriftReference | None, baseline_s: float = 0.0, baseline_path: Path | None = None
+    ) -> None:
         self.events: list[dict[str, Any]] = []
         self.lines: list[str] = []
-        self.monitor = DriftMonitor(600, reference, baseline_s, [self.events.append], self.lines.append)
+        self.monitor = DriftMonitor(600, reference, baseline_s, [self.events.append], self.lines.append, baseline_path)
         self.time_s, self.rng = 1000.0, np.random.default_rng(1)
 
     def run(self, seconds: float, fps: float = 1.0, **options: float) -> None:
@@ -119,17 +122,35 @@ def wait_for_baseline(camera: Camera) -> None:
         time.sleep(0.02)
 
 
-def test_baseline_of_the_camera_replaces_the_validation_images() -> None:
+def test_baseline_of_the_camera_replaces_the_validation_images(tmp_path: Path) -> None:
     """A camera with small people, which differ from validation images, has drift only when it changes itself."""
-    camera = Camera(None, baseline_s=2400)
+    path = tmp_path / "new" / "baselines.json"
+    camera = Camera(None, 2400, path)
     camera.run(2420, shift=-0.2, mean_persons=1)
     assert not camera.events
     wait_for_baseline(camera)
     camera.run(900, shift=-0.2, mean_persons=1)
-    assert camera.events and not camera.lines
-    assert camera.events[-1]["reference"] == "camera"
-    camera.run(600, shift=0.1, mean_persons=1)
-    assert len(camera.lines) == 1 and "the baseline of this camera" in camera.lines[0]
+    assert camera.lines == ["door: the baseline of drift is complete."]
+    assert camera.events[-1]["reference"] == "camera" and camera.events[-1]["state"] == "ok"
+    restarted = Camera(None, 2400, path)
+    for one in (camera, restarted):  # the second one has the baseline from the file
+        one.run(700, shift=0.1, mean_persons=1)
+        assert "the baseline of this camera" in one.lines[-1]
+    assert len(restarted.lines) == 1
+    with pytest.raises(UsageError, match="expected --drift-window 600s, got 3600s"):
+        read_baselines(path, 3600)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="not a file of baselines"):
+        read_baselines(path, 600)
+
+
+def test_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    camera = Camera(None, 2400, tmp_path / "file" / "baselines.json")
+    camera.run(2420)
+    wait_for_baseline(camera)
+    camera.monitor._cameras["door"]._thread.join(10)  # type: ignore[union-attr]
+    assert len(camera.lines) == 2 and "The baseline of door ends with the program." in camera.lines[1]
 
 
 def test_baseline_contains_the_changes_of_a_day() -> None:
@@ -202,6 +223,7 @@ def test_command_writes_events(
     [
         (["--monitor"], "--monitor: the file of tiny has no reference (metadata hkd.reference). Export it again"),
         (["--monitor", "--drift-window", "1m"], "--drift-window 1m: expected at least 120s."),
+        (["--monitor", "--drift-baseline-file", "x"], "--drift-baseline-file: requires --drift-baseline."),
         (["--drift-baseline", "24h"], "--drift-baseline: requires --monitor."),
         (["--monitor", "--drift-baseline", "3h"], "--drift-baseline 3h: expected at least 4 times --drift-window"),
         (["--collect", "out", "--collect-per-hour", "0"], "--collect-per-hour"),
