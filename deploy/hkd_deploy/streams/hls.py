@@ -237,7 +237,7 @@ class HlsReader:
 
     def _watch(self) -> None:
         """Body of the thread: request the playlist, load each segment that appears."""
-        poll_s, requested_s = MAX_POLL_S, time.monotonic()
+        poll_s, requested_s = MIN_POLL_S, time.monotonic()
         try:
             last = max((segment.sequence for segment in self._load_playlist().segments), default=-1)
             while not self._stop.wait(poll_s):
