@@ -112,11 +112,14 @@ class StreamReader:
         self._av = import_av()
         self._name, self._policy = name, policy
         check_reachable(address, name, policy.open_timeout_s)
-        timeouts = (policy.open_timeout_s, policy.read_timeout_s)
+        timeouts, start_s = (policy.open_timeout_s, policy.read_timeout_s), time.monotonic()
         try:
             self._container = self._av.open(address, options=list_options(address), timeout=timeouts)
         except (self._av.FFmpegError, OSError) as error:
-            raise UnavailableError(f"{name}: {describe_failure(self._av, error, address)}") from None
+            # FFmpeg reports RTSP without an answer as invalid data.
+            is_late = time.monotonic() - start_s >= policy.open_timeout_s
+            reason = describe_failure(self._av, TimeoutError() if is_late else error, address)
+            raise UnavailableError(f"{name}: {reason}") from None
         if not self._container.streams.video:
             self._container.close()
             raise UnavailableError(f"{name}: not a video: the stream has no images. Check the path of the URL.")

@@ -194,3 +194,10 @@ def test_host_that_drops_requests_is_found_within_a_second() -> None:
         for connection in waiting:
             connection.close()
         server.shutdown(socket.SHUT_RDWR)
+
+
+def test_camera_that_never_answers_is_no_damaged_video() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # connections are accepted by the system
+        address = f"rtsp://127.0.0.1:{server.getsockname()[1]}/cam"
+        with pytest.raises(UnavailableError, match=r"no data within the time limit\. Check that the camera is on"):
+            open_source(address, ReconnectPolicy(open_timeout_s=0.5)).__enter__()
