@@ -9,6 +9,7 @@ Detection). Images are encoded and written by a thread. `hkd-train --unlabeled D
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections import deque
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.demo.base import FrameResult
-from hkd_deploy.demo.camera_recorder import make_segment_path
+from hkd_deploy.demo.camera_recorder import MIN_FREE_BYTES, make_segment_path
 from hkd_deploy.demo.cameras import make_slugs
 from hkd_deploy.drift import MIN_SCORE
 from hkd_det.config import check_range
@@ -183,7 +184,7 @@ class Collector:
         self._slugs = make_slugs(cameras)
         self._selectors = {camera: FrameSelector(config.per_hour) for camera in cameras}
         self._num_images = self._count_images()
-        self._problem = ""
+        self._problem, self._is_failing = "", False
         self.num_saved = 0
         self._queue: Queue[Candidate | None] = Queue(QUEUE_SIZE)
         self._thread = Thread(target=self._run, name="collect", daemon=True)
@@ -226,11 +227,15 @@ class Collector:
                 )
                 continue
             try:
+                if self._is_failing and shutil.disk_usage(self._config.directory).free < MIN_FREE_BYTES:
+                    continue  # a smaller image may fit, and the next one not
                 self._save(candidate)
             except OSError as error:
+                self._is_failing = True
                 reason = error.strerror or type(error).__name__
                 self._set_problem(f"{reason}. Images are left out until the disk accepts data.")
                 continue
+            self._is_failing = False
             self._num_images += 1
             self.num_saved += 1
             self._set_problem("")

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -155,7 +156,15 @@ def test_full_disk_is_one_line_and_collection_continues(
     assert lines == [f"--collect {tmp_path}: No space left on device. Images are left out until the disk accepts data."]
     assert not list(tmp_path.rglob("*.jpg"))
     is_full = False
-    for index in range(300, 600):
+    with monkeypatch.context() as patch:  # little space is free: a small image would fit, the next one not
+        patch.setattr(collect.shutil, "disk_usage", lambda _path: SimpleNamespace(free=2**20))
+        for index in range(300, 450):
+            collector.write(make_result(float(index), make_image(rng), [0.4]))
+        while collector._queue.qsize() and time.monotonic() < end_s:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    assert len(lines) == 1
+    for index in range(450, 700):
         collector.write(make_result(float(index), make_image(rng), [0.4]))
     collector.close()
     assert lines[1:] == [f"--collect {tmp_path}: images are saved again."]
