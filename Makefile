@@ -15,7 +15,9 @@ demo: $(READY)  ## train, distill, export and measure on a synthetic dataset: ru
 
 # Exit code 5 of pytest: the package has no slow tests.
 test: test-fast  ## run all tests
-	for tests in $(PACKAGES); do $(BIN)/pytest -m "slow and not documentation" $$tests || [ $$? -eq 5 ] || exit 1; done
+	for tests in $(PACKAGES); do \
+	  OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not documentation" -n 2 $$tests || [ $$? -eq 5 ] || exit 1; \
+	done
 
 test-fast: $(READY)  ## run all tests but the slow ones (less than 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not documentation" -n 2 --dist loadfile tests

@@ -328,7 +328,8 @@ def _check_splits(
         logs[next(iter(logs))].add(DatasetError(message, "no_val_split", data, is_error=False))
     for split, one in checked.items():
         summary = one.report.summary
-        if summary.num_images and not summary.num_gt and split != "test":
+        has_error = bool(logs[split].list_lines(is_error=True))  # can be the reason
+        if summary.num_images and not summary.num_gt and split != "test" and not has_error:
             message = f"{data}: the split {split} has no person to detect. Set `category`, or correct the labels."
             logs[split].add(DatasetError(message, "no_persons", data, summary.num_images))
     for first, second in combinations(checked, 2):

@@ -379,6 +379,7 @@ def test_saved_detections_have_the_miss_rate_of_bench(
     assert evaluation.stats[8] == pytest.approx(0.5)  # one of two people is found: recall 0.5
 
 
+@pytest.mark.slow
 def test_saved_detections_of_several_models_and_of_images(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,6 +423,7 @@ def test_detection_files_have_unique_names(tmp_path: Path) -> None:
     assert list_detection_files(tmp_path / "d.json", ["a/b"]) == [tmp_path / "d.json"]
 
 
+@pytest.mark.slow
 def test_bench_without_terminal_prints_stages(model: Path, half_right: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_TERMINAL, str(model), "--data", str(half_right), "--runs", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -55,6 +55,7 @@ def data_yaml(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_training_verification_and_bench_have_one_miss_rate(
     data_yaml: Path,
     tmp_path: Path,

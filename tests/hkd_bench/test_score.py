@@ -389,6 +389,7 @@ def test_read_mutated_files_raises_only_hkd_errors(files: Path, data: st.DataObj
         assert "mutated_" in str(error)
 
 
+@pytest.mark.slow
 def test_score_without_terminal_prints_stages(files: Path) -> None:
     flags = ["--annotations", "gt.json", "--detections", "dt.json", "--protocol", "citypersons"]
     command = [sys.executable, "-c", WITHOUT_TERMINAL, "score", *flags]

@@ -271,6 +271,7 @@ def test_several_splits_have_one_file_each(tmp_path: Path, model: Path) -> None:
     assert run(data, model, "--write-audited", "{split}-new.json") == 0 and Path("val-new.json").is_file()
 
 
+@pytest.mark.slow
 def test_training_accepts_audited_annotations(tmp_path: Path, model: Path) -> None:
     data = write_coco_data(tmp_path / "data", ("train", "val"))
     assert run(data, model, "--write-audited", "new.json", "--audited-as", "label") == 0

@@ -171,7 +171,7 @@ def write_data(root: Path) -> None:
     for split in ("train", "val"):
         (root / "labels" / split).mkdir(parents=True)
         for path in (root / "images" / split).iterdir():
-            (root / "labels" / split / f"{path.stem}.txt").touch()
+            (root / "labels" / split / f"{path.stem}.txt").write_text("0 0.5 0.5 0.2 0.5\n")
     (root / "my.yaml").write_text("train: images/train\nval: images/val\nnames: [person]\n")
     (root / "other.yaml").write_text("test: other\nnames: [person]\n")
 

@@ -58,6 +58,7 @@ def test_baseline_differs_by_teacher_only(data_yaml: Path, tmp_path: Path, capsy
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_comparison_uses_setup_of_the_run(data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", str(data_yaml), "--model", "mini-student", *FLAGS, "--project", str(tmp_path), "--epochs", "1"]

@@ -63,6 +63,7 @@ def test_onnx_export_predicts_like_its_detector(data_yaml: Path, tmp_path: Path)
     assert teacher.feature_info() == [] and not list(teacher.parameters())
 
 
+@pytest.mark.slow
 def test_onnx_teacher_trains_by_the_command(
     data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

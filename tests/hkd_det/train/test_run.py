@@ -25,6 +25,7 @@ with lock_run(Path(sys.argv[1]), True):
 """
 
 
+@pytest.mark.slow
 def test_second_run_in_a_directory_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD_LOCK, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -97,6 +98,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_more", "errors", "output"),
     [
