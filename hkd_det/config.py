@@ -1,8 +1,9 @@
-"""Strict conversion of YAML mappings and `key=value` overrides to nested frozen dataclasses."""
+"""Settings and flags: strict conversion of YAML mappings and `key=value` overrides to dataclasses, ranges, units."""
 
 import difflib
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,9 @@ from typing import Any, TypeVar
 from hkd_det.errors import UsageError
 
 T = TypeVar("T")
+
+DURATION_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
@@ -91,6 +95,45 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
     else:
         expected = f"a number above {low:g}" if is_open else f"at least {low:g}"
     raise UsageError(f"{name}: expected {expected}, got {value}.")
+
+
+def parse_duration_s(flag: str, text: str) -> float:
+    """Parse a duration such as `90s`, `10m`, `12h` or `7d`.
+
+    Args:
+        flag: Flag for messages.
+        text: The duration.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        UsageError: The text is not a duration above 0.
+    """
+    return _parse_quantity(flag, text, DURATION_UNITS_S, "s, m, h or d, for example 10m")
+
+
+def parse_size_bytes(flag: str, text: str) -> int:
+    """Parse a size such as `500MB` or `20GB`.
+
+    Args:
+        flag: Flag for messages.
+        text: The size.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        UsageError: The text is not a size above 0.
+    """
+    return round(_parse_quantity(flag, text, SIZE_UNITS, "MB, GB, TB, MiB, GiB or TiB, for example 20GB"))
+
+
+def _parse_quantity(flag: str, text: str, units: Mapping[str, int], expected_units: str) -> float:
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(units)})", text.strip())
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"{flag} {text}: expected a number and {expected_units}.")
+    return float(match[1]) * units[match[2]]
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

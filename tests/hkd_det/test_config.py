@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hkd_det.config import apply_override, check_range, dataclass_from_dict
+from hkd_det.config import apply_override, check_range, dataclass_from_dict, parse_duration_s, parse_size_bytes
 from hkd_det.errors import UsageError
 
 
@@ -147,3 +147,14 @@ def test_invalid_override_is_rejected(assignment: str) -> None:
         apply_override(Outer, {"run": "r"}, assignment)
     with pytest.raises(UsageError, match="inner: expected a mapping"):
         apply_override(Outer, {"run": "r", "inner": 3}, "inner.weight=1")
+
+
+def test_durations_and_sizes() -> None:
+    assert [parse_duration_s("--x", text) for text in ("90s", "10m", "1.5h", "7d")] == [90, 600, 5400, 604800]
+    assert [parse_size_bytes("--x", text) for text in ("500MB", "20GB", "1GiB")] == [5e8, 2e10, 2**30]
+    for text in ("", "10", "m", "-1m", "0s", "1w"):
+        with pytest.raises(UsageError, match="--x"):
+            parse_duration_s("--x", text)
+    for text in ("", "10", "GB", "-1GB", "0GB", "1kB"):
+        with pytest.raises(UsageError, match="--x"):
+            parse_size_bytes("--x", text)

@@ -16,13 +16,13 @@ from hkd_deploy.demo.metrics import DemoMetrics
 from hkd_deploy.demo.monitor import DriftMonitor, add_monitor_flags, check_monitor_flags, make_monitor
 from hkd_deploy.demo.mqtt import MqttPublisher
 from hkd_deploy.demo.progress import print_message
-from hkd_deploy.demo.recording import Recorder, parse_duration_s, parse_size_bytes
+from hkd_deploy.demo.recording import Recorder
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.web import WebSink, add_web_flags, check_web_flags
 from hkd_deploy.demo.webhook import WebhookPublisher
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.streams import FrameSource
-from hkd_det.config import check_range
+from hkd_det.config import check_range, parse_duration_s, parse_size_bytes
 from hkd_det.errors import UsageError
 
 RECORD_MODES = ("always", "person")

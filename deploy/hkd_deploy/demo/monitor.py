@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.events import make_drift_event
-from hkd_deploy.demo.recording import parse_duration_s
 from hkd_deploy.drift import (
     CHUNKS_PER_WINDOW,
     MIN_COUNT,
@@ -31,6 +30,7 @@ from hkd_deploy.drift import (
     merge_bins,
 )
 from hkd_deploy.model_metadata import ModelMetadata
+from hkd_det.config import parse_duration_s
 from hkd_det.errors import UsageError
 from hkd_det.files import atomic_write
 

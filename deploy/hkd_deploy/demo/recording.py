@@ -15,8 +15,6 @@ from hkd_det.errors import UsageError
 
 RETENTION_INTERVAL_S = 30.0
 SEGMENT_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d{3}Z(_\d+)?\.mp4")
-DURATION_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-SIZE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class Recorder:
@@ -144,41 +142,3 @@ def delete_old_segments(
             num_bytes -= stat.st_size
             deleted.append(path)
     return deleted
-
-
-def parse_duration_s(flag: str, text: str) -> float:
-    """Parse a duration such as `90s`, `10m`, `12h` or `7d`.
-
-    Args:
-        flag: Flag for messages.
-        text: The duration.
-
-    Returns:
-        Seconds.
-
-    Raises:
-        UsageError: The text is not a duration above 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
-    if not match or float(match[1]) == 0:
-        raise UsageError(f"{flag} {text}: expected a number and s, m, h or d, for example 10m.")
-    return float(match[1]) * DURATION_UNITS_S[match[2]]
-
-
-def parse_size_bytes(flag: str, text: str) -> int:
-    """Parse a size such as `500MB` or `20GB`.
-
-    Args:
-        flag: Flag for messages.
-        text: The size.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        UsageError: The text is not a size above 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]i?B)", text.strip())
-    if not match or float(match[1]) == 0:
-        raise UsageError(f"{flag} {text}: expected a number and MB, GB, TB, MiB, GiB or TiB, for example 20GB.")
-    return round(float(match[1]) * SIZE_UNITS[match[2]])

@@ -23,7 +23,7 @@ from hkd_deploy.backends.base import StageTimes
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.camera_recorder import CameraRecorder, RecordingConfig, make_segment_path
 from hkd_deploy.demo.fragmented_mp4 import FragmentedMp4, H264Encoder, cut_incomplete_fragment
-from hkd_deploy.demo.recording import Recorder, delete_old_segments, parse_duration_s, parse_size_bytes
+from hkd_deploy.demo.recording import Recorder, delete_old_segments
 from hkd_det.errors import UsageError
 from hkd_det.structures import Detections
 
@@ -418,14 +418,3 @@ def test_directory_that_cannot_be_written_is_usage_error(tmp_path: Path) -> None
     for path in (tmp_path / "file", Path("/proc/recordings")):
         with pytest.raises(UsageError, match="Choose another directory"):
             Recorder(RecordingConfig(path), {"door": True}, print)
-
-
-def test_durations_and_sizes() -> None:
-    assert [parse_duration_s("--x", text) for text in ("90s", "10m", "1.5h", "7d")] == [90, 600, 5400, 604800]
-    assert [parse_size_bytes("--x", text) for text in ("500MB", "20GB", "1GiB")] == [5e8, 2e10, 2**30]
-    for text in ("", "10", "m", "-1m", "0s", "1w"):
-        with pytest.raises(UsageError, match="--x"):
-            parse_duration_s("--x", text)
-    for text in ("", "10", "GB", "-1GB", "0GB", "1kB"):
-        with pytest.raises(UsageError, match="--x"):
-            parse_size_bytes("--x", text)
