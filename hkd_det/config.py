@@ -132,7 +132,7 @@ def parse_size_bytes(flag: str, text: str) -> int:
 def _parse_quantity(flag: str, text: str, units: Mapping[str, int], expected_units: str) -> float:
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(units)})", text.strip())
     if not match or float(match[1]) == 0:
-        raise UsageError(f"{flag} {text}: expected a number and {expected_units}.")
+        raise UsageError(f"{flag} {text}: expected a number above 0 and {expected_units}.")
     return float(match[1]) * units[match[2]]
 
 

@@ -34,10 +34,10 @@ Report = Callable[[str], None]
 
 
 class EventSelector:
-    """Selects the events that are worth a message.
+    """Selects the events that are sent.
 
-    A `frame` is sent if its number of persons differs from the last one that was sent, at most twice a second, and as a
-    sign of life after `every_s`. All other events are changes themselves and are sent.
+    A `frame` is sent if its number of persons differs from that of the last `frame` that was sent, at most twice per
+    second, and without a change after `every_s`. All other events are sent.
 
     Args:
         every_s: Longest time between two frames of a camera, seconds. 0 sends every frame.
