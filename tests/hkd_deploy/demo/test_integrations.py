@@ -78,7 +78,7 @@ def test_absent_receivers_change_neither_frames_nor_the_end(
         (["--webhook", "http://host/", "--events-every", "-1"], "--events-every"),
         (["--metrics", "host:http"], "--metrics host:http: expected PORT or HOST:PORT."),
         (["--record-max-age", "7d"], "--record-max-age: requires --record."),
-        (["--record", "videos", "--record-segment", "10"], "--record-segment 10: expected a number above 0 and s, m, h or d"),
+        (["--record", "videos", "--record-segment", "10"], "--record-segment 10: expected a number above 0 and s, m"),
         (["--record", "videos", "--record-max-size", "20"], "--record-max-size 20: expected a number above 0 and MB"),
     ],
 )
