@@ -6,7 +6,8 @@ A data yaml has the keys of Ultralytics (`path`, `train`, `val`, `test`, `names`
 * `license`: Terms of the data owner. Exported models contain it.
 * `category`, `ignore_category`, `skip_missing`, `annotations`, `frame_step`, `time`: Options of some formats, see
   `READERS`.
-* `val_ratio`: Ratio of the training images that become the split val.
+* `val_ratio`: Ratio of the training images that become the split val. Default without `val`: a fifth, if there are at
+  least 50 training images.
 
 A yolo split is an image directory or a text file that lists images. A coco split is
 `{images: DIR, annotations: FILE}`. Both accept a list. A split of another format is a string: the name of the split
@@ -34,7 +35,7 @@ from hkd_det.datasets.data_yaml import (
     DatasetEntry,
     Options,
     count_keypoint_values,
-    format_missing_split,
+    format_missing_val,
     open_entry,
     parse_class_names,
     read_catalog_entry,
@@ -45,9 +46,11 @@ from hkd_det.datasets.inria import read_inria, read_pennfudan
 from hkd_det.datasets.layouts import find_name_conflict
 from hkd_det.datasets.voc import read_voc
 from hkd_det.datasets.yolo import read_yolo
-from hkd_det.errors import DataError, UsageError, import_package
+from hkd_det.errors import DataError, HkdError, UsageError, import_package
 from hkd_det.structures import Sample
 
+DEFAULT_VAL_RATIO = 0.2
+MIN_IMAGES_TO_SPLIT = 50  # a fifth of fewer images measures nothing
 SKIP_MISSING: Options = {"skip_missing": (bool, "true or false")}
 CATEGORY: Options = {
     "category": ((str, list), "a name or a list of names"),
@@ -112,10 +115,11 @@ def load_dataset(data: str, split: str, on_error: ErrorHandler = raise_error) ->
     handler = collect if on_error is raise_error else on_error
     entry = open_entry(data, _list_formats())
     if split not in entry.splits:
-        raise UsageError(format_missing_split(entry, split))
+        expected = ", ".join(entry.splits) or "train, val, test"
+        raise UsageError(f"{entry.name}: no split {split!r}. Expected one of {expected}.")
     for notice in entry.notices:
         handler(notice)
-    if entry.has_val_ratio and split != "test":
+    if entry.splits_train and split != "test":
         samples = _split_off_val(entry, split, handler)
     else:
         samples = _read_split(entry, split, handler)
@@ -130,9 +134,19 @@ def list_splits(data: str) -> list[str]:
         data: Dataset, as for `load_dataset`.
 
     Returns:
-        A part of train, val, test, in this order.
+        A part of train, val, test, in this order. Without val, at least `MIN_IMAGES_TO_SPLIT` training images
+        include it.
     """
-    return open_entry(data, _list_formats()).splits
+    entry = open_entry(data, _list_formats())
+    splits = entry.splits
+    if entry.splits_train and "val_ratio" not in entry.content:
+        try:
+            num_images = len(_read_split(entry, "train", lambda _error: None))
+        except HkdError:
+            num_images = 0
+        if num_images < MIN_IMAGES_TO_SPLIT:
+            splits.remove("val")
+    return splits
 
 
 def find_common_images(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
@@ -175,7 +189,7 @@ def find_coco_source(data: str, split: str) -> CocoSource | None:
     """
     entry = open_entry(data, _list_formats())
     parts = _ensure_list(entry.content.get(split, []))
-    if entry.content.get("format", "yolo") != "coco" or len(parts) != 1 or entry.has_val_ratio:
+    if entry.content.get("format", "yolo") != "coco" or len(parts) != 1 or entry.splits_train:
         return None
     images, annotations = _parse_coco_paths(parts[0], entry.roots, f"{data}: split {split}")
     return CocoSource(annotations, images, entry.content.get("category", ""), entry.content.get("ignore_category", ""))
@@ -216,16 +230,21 @@ def _list_formats() -> dict[str, Options]:
 def _split_off_val(entry: DatasetEntry, split: str, on_error: ErrorHandler) -> list[Sample]:
     """Return the part of the training images that is `split`. The part of an image depends on its id only."""
     samples = _read_split(entry, "train", on_error)
+    if "val_ratio" not in entry.content and len(samples) < MIN_IMAGES_TO_SPLIT:
+        if split == "train":
+            return samples
+        raise UsageError(format_missing_val(entry, len(samples), MIN_IMAGES_TO_SPLIT))
     if len(samples) < 2:
         raise DataError(f"{entry.name}: val_ratio: expected at least 2 training images, got {len(samples)}.")
     order = sorted(samples, key=lambda sample: hashlib.sha256(str(sample.image_id).encode("utf-8", "replace")).digest())
-    num_val = min(max(1, round(entry.content["val_ratio"] * len(samples))), len(samples) - 1)
+    ratio = entry.content.get("val_ratio", DEFAULT_VAL_RATIO)
+    num_val = min(max(1, round(ratio * len(samples))), len(samples) - 1)
     val = {id(sample) for sample in order[:num_val]}
     if split == "val":
         on_error(
             DatasetError(
-                f"{entry.name}: {num_val} of {len(samples)} training images are the split val (val_ratio). Add `val` "
-                "for images of other places or days.",
+                f"{entry.name}: {num_val} of {len(samples)} training images are the split val (val_ratio {ratio:g}). "
+                "Add `val` for images of other places or days.",
                 "val_split_off",
                 entry.name,
                 num_val,

@@ -324,7 +324,10 @@ def _check_splits(
 ) -> None:
     """Report a missing split val, splits without persons, and images that belong to two splits."""
     if "val" not in checked:
-        message = f"{data}: no split val, so nothing is measured during training. Add `val: DIR` or `val_ratio: 0.2`."
+        message = (
+            f"{data}: no split val, and too few training images to use a part of them by default. Training stops. "
+            "Add `val: DIR` or `val_ratio: 0.2`."
+        )
         logs[next(iter(logs))].add(DatasetError(message, "no_val_split", data, is_error=False))
     for split, one in checked.items():
         summary = one.report.summary

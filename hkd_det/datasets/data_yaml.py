@@ -196,13 +196,13 @@ class DatasetEntry:
 
     @property
     def splits(self) -> list[str]:
-        """Splits of the dataset, with the one that `val_ratio` makes."""
-        return [split for split in SPLITS if split in self.content or (split == "val" and self.has_val_ratio)]
+        """Splits of the dataset, with the split val that is a part of the split train."""
+        return [split for split in SPLITS if split in self.content or (split == "val" and self.splits_train)]
 
     @property
-    def has_val_ratio(self) -> bool:
-        """Whether the split val is a part of the split train."""
-        return "val_ratio" in self.content and "train" in self.content and "val" not in self.content
+    def splits_train(self) -> bool:
+        """Whether the split val is a part of the split train: of `val_ratio`, or of the default ratio."""
+        return "train" in self.content and "val" not in self.content
 
 
 def open_entry(data: str, formats: Mapping[str, Options], must_exist: bool = True) -> DatasetEntry:
@@ -300,19 +300,17 @@ def _format_download_hint(data: str, content: Mapping[str, Any]) -> str:
     )
 
 
-def format_missing_split(entry: DatasetEntry, split: str) -> str:
-    """Format the message about a split that a dataset lacks.
+def format_missing_val(entry: DatasetEntry, num_images: int, min_images: int) -> str:
+    """Format the message about a dataset without the split val that has too few images to split one off.
 
     Args:
         entry: The dataset.
-        split: Name of the split.
+        num_images: Number of training images.
+        min_images: Least number of training images of which a part becomes the split val without `val_ratio`.
 
     Returns:
-        Message with the splits of the dataset, and how to make the split val.
+        Message that says how to make the split val.
     """
-    known = ", ".join(entry.splits)
-    if split != "val" or "train" not in entry.splits:
-        return f"{entry.name}: no split {split!r}. Expected one of {known or 'train, val, test'}."
     if entry.name.endswith(YAML_SUFFIXES):
         hint = "Add `val: DIR`, or `val_ratio: 0.2` to use a fifth of the training images."
     else:
@@ -320,4 +318,7 @@ def format_missing_split(entry: DatasetEntry, split: str) -> str:
             f"Write a data YAML with the lines `path: {entry.name}` and `val_ratio: 0.2`, to use a fifth of the "
             "training images, and pass it as --data."
         )
-    return f"{entry.name}: no split 'val'. Expected one of {known}. {hint}"
+    return (
+        f"{entry.name}: no split 'val', and a part of {num_images} training images (expected at least {min_images}) is "
+        f"not used for it by default. {hint}"
+    )

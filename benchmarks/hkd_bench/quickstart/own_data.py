@@ -56,7 +56,7 @@ from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det.config import dataclass_from_dict
 from hkd_det.console import Progress, log_line
 from hkd_det.datasets.audit_run import AuditOptions
-from hkd_det.datasets.catalog import list_splits, load_dataset
+from hkd_det.datasets.catalog import DEFAULT_VAL_RATIO, list_splits, load_dataset
 from hkd_det.datasets.check import check_dataset
 from hkd_det.datasets.check_report import SOURCE_NAME, describe_source
 from hkd_det.datasets.data_yaml import load_data_yaml
@@ -75,7 +75,6 @@ from hkd_det.train.config import TrainConfig
 from hkd_det.train.run import handle_interrupts, lock_run
 from hkd_det.train.trainer import train
 
-VAL_RATIO = 0.2  # of the training images, if the dataset has no split val
 NUM_STAGES = 9
 CALIB_IMAGES = 512
 MAX_MR_INCREASE = 0.5  # percentage points; INT8 is not recommended above it
@@ -157,8 +156,8 @@ def _ensure_val_split(options: OwnDataOptions) -> str:
         root, parent = locate_path(content.get("path", "."), [Path(data).parent]), Path(data).parent
         content["path"] = str((root if root.is_dir() else parent).resolve())
     path = options.save_dir / "data.yaml"
-    write_text(path, yaml.safe_dump({**content, "val_ratio": VAL_RATIO}, sort_keys=False))
-    log_line(f"{data}: no split val. {VAL_RATIO:.0%} of the training images are the split val of {path}")
+    write_text(path, yaml.safe_dump({**content, "val_ratio": DEFAULT_VAL_RATIO}, sort_keys=False))
+    log_line(f"{data}: no split val. {DEFAULT_VAL_RATIO:.0%} of the training images are the split val of {path}")
     return str(path)
 
 

@@ -42,7 +42,7 @@ def test_data_yaml_of_the_user(root: Path) -> None:
     data = write_data_yaml(root, path=".", train="images/train", names=["person", "dog"])
     (sample,) = load_dataset(data, "train")
     assert sample.path.is_file() and len(sample.ground_truth) == 1
-    for other in ("val", "path", "trian"):
+    for other in ("test", "path", "trian"):
         with pytest.raises(UsageError, match=f"no split '{other}'. Expected one of train"):
             load_dataset(data, other)
     data = write_data_yaml(root, path=str(root / "images"), train="train", names={0: "person"})

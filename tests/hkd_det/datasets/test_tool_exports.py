@@ -300,13 +300,26 @@ def test_missing_val_names_the_remedy(tmp_path: Path) -> None:
     for index in range(10):
         write_labeled(tmp_path / "images" / f"{index}.jpg", tmp_path / "labels" / f"{index}.txt")
     data = write_data(tmp_path, train="images", names=["person"])
-    with pytest.raises(UsageError, match=r"no split 'val'. Expected one of train. Add `val: DIR`, or `val_ratio"):
+    assert list_splits(data) == ["train"] and len(load_dataset(data, "train")) == 10
+    with pytest.raises(UsageError, match=r"no split 'val', and a part of 10 .* Add `val: DIR`, or `val_ratio"):
         load_dataset(data, "val")
     data = write_data(tmp_path, train="images", names=["person"], val_ratio=0.2)
     assert list_splits(data) == ["train", "val"]
     train, val = ([sample.image_id for sample in load_dataset(data, split)] for split in ("train", "val"))
     assert (len(train), len(val)) == (8, 2) and not set(train) & set(val)
     assert [sample.image_id for sample in load_dataset(data, "val")] == val
+
+
+def test_fifth_of_the_training_images_is_val_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(50):
+        write_labeled(tmp_path / "images" / f"{index}.jpg", tmp_path / "labels" / f"{index}.txt")
+    data = write_data(tmp_path, train="images", names=["person"])
+    assert list_splits(data) == ["train", "val"]
+    train, val = ([sample.image_id for sample in load_dataset(data, split)] for split in ("train", "val"))
+    assert (len(train), len(val)) == (40, 10) and not set(train) & set(val)
+    assert "10 of 50 training images are the split val" in caplog.text
+    stated = write_data(tmp_path, train="images", names=["person"], val_ratio=0.2)
+    assert [sample.image_id for sample in load_dataset(stated, "val")] == val
 
 
 def test_export_without_val_can_be_split(tmp_path: Path) -> None:
