@@ -37,6 +37,7 @@ ERROR_CLASSES = {
     "DataError",
     "DatasetError",
     "HkdError",
+    "LoginError",
     "ParityError",
     "PrecisionError",
     "UnavailableError",

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.events import make_count_events, make_frame_event, make_status_event
 from hkd_deploy.streams import redact_url
-from hkd_deploy.streams.network import add_password_hint
+from hkd_deploy.streams.failures import add_password_hint
 from hkd_det.errors import UsageError
 
 MAX_BUFFERED = 10_000  # events; with one per second this is an outage of almost three hours

@@ -24,6 +24,7 @@ THUMBNAIL_WH = (64, 36)
 FROZEN_DIFFERENCE = 2  # largest change of a gray value of the thumbnail; an encoder that repeats an image makes 1
 FROZEN_AFTER_S = 4.0
 LATE_AFTER_S = 1.0  # age of a frame that is reported
+MAX_DOUBLINGS = 16  # of the delay after a refused login, whose limit is reached before
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ class ReconnectPolicy:
         read_timeout_s: Limit for reading one frame.
         key_frame_timeout_s: Limit for the first image of an opened stream. Cameras send up to 20 s without a key frame.
         retry_s: Delay before the camera is opened again.
+        login_retry_s: Delay after a refused login. It grows by a factor of 2 with each further one, because cameras
+            lock accounts after a few wrong passwords.
+        max_login_retry_s: Largest delay after a refused login.
     """
 
     open_timeout_s: float = 5.0
     read_timeout_s: float = 5.0
     key_frame_timeout_s: float = 25.0
     retry_s: float = 0.5
+    login_retry_s: float = 10.0
+    max_login_retry_s: float = 60.0
+
+
+class LoginError(UnavailableError):
+    """A camera refuses user and password."""
 
 
 class CameraFrame(NamedTuple):
@@ -108,7 +118,7 @@ class LiveSource(FrameSource):
         self.open_error: UnavailableError | None = None
         self._condition = Condition()
         self._latest: CameraFrame | None = None
-        self._num_dropped = 0
+        self._num_dropped = self._num_refused = 0
         self._status = ""
         self._thumbnail: NDArray[np.uint8] | None = None
         self._changed_s = self._received_s = self._stopped_s = time.monotonic()
@@ -229,6 +239,7 @@ class LiveSource(FrameSource):
     def _run(self) -> None:
         """Body of the thread: open the camera, read until it fails, wait, open it again."""
         while not self._stop.is_set():
+            retry_s = self._reconnect_policy.retry_s
             try:
                 reader = self._open_reader()
                 try:
@@ -240,14 +251,25 @@ class LiveSource(FrameSource):
                     self.open_error = error
                     if self._on_frame is None:
                         break
-                self._set_lost(str(error).removeprefix(f"{self.name}: "))
-            self._stop.wait(self._reconnect_policy.retry_s)
+                reason = str(error).removeprefix(f"{self.name}: ")
+                if isinstance(error, LoginError):
+                    retry_s = self._count_refused_login()
+                    reason += f" Next attempt in {retry_s:g} s."
+                self._set_lost(reason)
+            self._stop.wait(retry_s)
         self._is_opened.set()
+
+    def _count_refused_login(self) -> float:
+        """Return the delay before the next login, seconds. Only an image ends the series of refused logins."""
+        policy = self._reconnect_policy
+        delay_s = min(policy.login_retry_s * 2.0**self._num_refused, policy.max_login_retry_s)
+        self._num_refused = min(self._num_refused + 1, MAX_DOUBLINGS)
+        return delay_s
 
     def _read_until_lost(self, reader: CameraReader) -> None:
         """Read until the camera fails, which raises UnavailableError, or the source is closed."""
         first = reader.read()
-        self.fps, self.open_error = reader.fps, None
+        self.fps, self.open_error, self._num_refused = reader.fps, None, 0
         self._put(first)
         self._is_opened.set()
         while not self._stop.is_set():

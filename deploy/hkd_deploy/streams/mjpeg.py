@@ -9,13 +9,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
-from hkd_deploy.streams.network import add_password_hint, check_reachable
+from hkd_deploy.streams.failures import add_password_hint, check_reachable
+from hkd_deploy.streams.live import CameraFrame, LoginError, ReconnectPolicy
 from hkd_det.errors import UnavailableError
 from hkd_det.image import decode_image
 
@@ -26,6 +27,7 @@ CATCH_UP_RATIO = 0.5  # images that come faster than this share of the interval 
 MIN_SILENCE_S = 1.0
 MAX_LAG_S = 2.0  # a longer queue is skipped by a new connection
 INTERVAL_GAIN = 0.1
+LOGIN_STATUSES = (401, 403)
 FAILURES = {
     401: "the camera refuses user and password. Check them (http://user:password@host/...).",
     403: "the camera refuses user and password. Check them (http://user:password@host/...).",
@@ -138,6 +140,25 @@ class MjpegReader:
         return decode_image(encoded, Path(self._name))
 
 
+class _SingleLogin(urllib.request.BaseHandler):
+    """Sends a password once. With Digest, the standard library sends it six times, which locks accounts of cameras."""
+
+    def http_error_401(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        """Send the request again with the password, unless it was sent with one."""
+        fp.close()
+        if req.has_header("Authorization"):
+            return None
+        return super().http_error_401(req, fp, code, msg, headers)  # type: ignore[misc]  # of the other base class
+
+
+class _BasicLogin(_SingleLogin, urllib.request.HTTPBasicAuthHandler):
+    """Basic authentication."""
+
+
+class _DigestLogin(_SingleLogin, urllib.request.HTTPDigestAuthHandler):
+    """Digest authentication."""
+
+
 def open_http(address: str, name: str, timeout_s: float) -> http.client.HTTPResponse:
     """Request a URL, with Basic or Digest authentication if it contains user and password.
 
@@ -164,14 +185,15 @@ def send_request(address: str, name: str, timeout_s: float) -> http.client.HTTPR
     if url.username is not None:
         passwords = urllib.request.HTTPPasswordMgrWithDefaultRealm()
         passwords.add_password(None, bare, unquote(url.username), unquote(url.password or ""))
-        handlers = [urllib.request.HTTPBasicAuthHandler(passwords), urllib.request.HTTPDigestAuthHandler(passwords)]
+        handlers = [_BasicLogin(passwords), _DigestLogin(passwords)]
     try:
         response: http.client.HTTPResponse = urllib.request.build_opener(*handlers).open(bare, timeout=timeout_s)
     except urllib.error.HTTPError as error:
         error.close()
         default = f"the server reports error {error.code}. Check the path of the URL, and restart the camera."
         message = f"{name}: {FAILURES.get(error.code, default)}"
-        raise UnavailableError(add_password_hint(message, address)) from None
+        error_class = LoginError if error.code in LOGIN_STATUSES else UnavailableError
+        raise error_class(add_password_hint(message, address)) from None
     except TimeoutError:
         raise UnavailableError(
             f"{name}: no answer within {timeout_s:g} s. Check that the camera is on and reachable."

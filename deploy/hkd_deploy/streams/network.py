@@ -8,8 +8,6 @@ the sender. Otherwise the timestamps of the stream show how much later than the 
 growing backlog is visible; the constant part of the delay is unknown and counts as 0.
 """
 
-import re
-import socket
 import struct
 import time
 from collections import deque
@@ -17,19 +15,17 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_deploy.streams.failures import check_reachable, make_failure
 from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
 from hkd_deploy.streams.sources import sanitize_fps
 from hkd_det.errors import UnavailableError, import_package
 
-DEFAULT_PORTS = {"rtsp": 554, "rtsps": 322, "rtmp": 1935, "http": 80, "https": 443}
 INSTALL_HINT = "Network cameras require it. Run pip install 'hkd-det[live]'."
 MAX_PENDING_TIMES = 256  # capture times of packets whose frame is still in the decoder
-PROBE_INTERVAL_S = 1.0  # a lost connection request is repeated by the system after 1, 3, 7 s
 OPTIONS = {
     "fflags": "nobuffer",
     "flags": "low_delay",
@@ -118,8 +114,7 @@ class StreamReader:
         except (self._av.FFmpegError, OSError) as error:
             # FFmpeg reports RTSP without an answer as invalid data.
             is_late = time.monotonic() - start_s >= policy.open_timeout_s
-            reason = describe_failure(self._av, TimeoutError() if is_late else error, address)
-            raise UnavailableError(f"{name}: {reason}") from None
+            raise make_failure(self._av, TimeoutError() if is_late else error, name, address) from None
         if not self._container.streams.video:
             self._container.close()
             raise UnavailableError(f"{name}: not a video: the stream has no images. Check the path of the URL.")
@@ -148,7 +143,7 @@ class StreamReader:
         except StopIteration:
             raise UnavailableError(f"{self._name}: the camera ended the stream. Check that it is on.") from None
         except (self._av.FFmpegError, OSError) as error:
-            raise UnavailableError(f"{self._name}: {describe_failure(self._av, error, self._name)}") from None
+            raise make_failure(self._av, error, self._name, self._name) from None
 
     def close(self) -> None:
         """Close the connection."""
@@ -222,113 +217,6 @@ def import_av() -> ModuleType:
     av = import_package("av", "PyAV (av)", INSTALL_HINT)
     av.logging.set_level(None)
     return av
-
-
-def check_reachable(address: str, name: str, timeout_s: float) -> None:
-    """Connect to the host and port of a URL, because FFmpeg reports most failures of a connection alike.
-
-    Args:
-        address: URL. Schemes without a TCP connection are not checked.
-        name: The URL without credentials.
-        timeout_s: Limit.
-
-    Raises:
-        UnavailableError: The host is unknown or unreachable, or nothing listens at the port.
-    """
-    try:
-        url = urlsplit(address)
-        host, port = url.hostname, url.port or DEFAULT_PORTS.get(url.scheme.lower())
-    except ValueError:
-        raise UnavailableError(add_password_hint(f"{name}: not a valid URL. Check host and port.", address)) from None
-    if not host or port is None:
-        return
-    try:
-        _connect(host, port, timeout_s)
-    except socket.gaierror:
-        raise UnavailableError(add_password_hint(f"{name}: unknown host {host}. Check the name.", address)) from None
-    except ConnectionRefusedError:
-        raise UnavailableError(
-            f"{name}: nothing listens at port {port}. Check the port, and that the camera is on."
-        ) from None
-    except TimeoutError:
-        raise UnavailableError(
-            f"{name}: no answer from {host} within {timeout_s:g} s. Check that the camera is on and reachable (ping)."
-        ) from None
-    except OSError as error:
-        raise UnavailableError(
-            f"{name}: host {host} is unreachable ({error.strerror}). Check the network and the address."
-        ) from None
-
-
-def _connect(host: str, port: int, timeout_s: float) -> None:
-    """Connect and disconnect. New attempts are made, so that a host is found soon after it is back."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        remaining_s = deadline_s - time.monotonic()
-        try:
-            socket.create_connection((host, port), max(0.01, min(PROBE_INTERVAL_S, remaining_s))).close()
-        except TimeoutError:
-            if remaining_s <= PROBE_INTERVAL_S:
-                raise
-        else:
-            return
-
-
-def describe_failure(av: ModuleType, error: Exception, address: str) -> str:
-    """Describe an error of FFmpeg without the URL, which it contains.
-
-    Args:
-        av: The module `av`.
-        error: The error.
-        address: URL; decides whether a password with special characters is explained.
-
-    Returns:
-        One line: the problem and the remedy.
-    """
-    for classes, description in _list_failures(av):
-        if isinstance(error, classes):
-            return add_password_hint(description, address) if classes[0] is av.HTTPUnauthorizedError else description
-    return f"the stream cannot be read ({type(error).__name__}). Check the camera and the URL."
-
-
-def _list_failures(av: ModuleType) -> list[tuple[tuple[type[Exception], ...], str]]:
-    """Return classes of errors, the special ones first, with the problem and the remedy."""
-    codec = "FFmpeg cannot decode the codec. Set the camera to H.264 or H.265."
-    return [
-        (
-            (av.HTTPUnauthorizedError, av.HTTPForbiddenError),
-            "the camera refuses user and password. Check them (rtsp://user:password@host/...).",
-        ),
-        (
-            (av.HTTPNotFoundError, av.HTTPBadRequestError),
-            "the camera has no stream at this path. Check the path of the URL in the manual of the camera.",
-        ),
-        ((av.HTTPError,), "the server reports an error. Check the path of the URL, and restart the camera."),
-        (
-            (av.ExitError, TimeoutError),
-            "no data within the time limit. Check that the camera is on and the network is fast enough.",
-        ),
-        ((ConnectionRefusedError,), "nothing listens at this port. Check the port, and that the camera is on."),
-        ((av.DecoderNotFoundError,), codec),
-        ((av.InvalidDataError, av.DemuxerNotFoundError), "not a video, or a damaged one. Check the path of the URL."),
-        ((ConnectionError, EOFError), "the connection was closed. Check the camera and the network."),
-    ]
-
-
-def add_password_hint(message: str, address: str) -> str:
-    """Add a hint to a message if the password of a URL seems to contain / ? # or @ that are not percent-encoded.
-
-    Args:
-        message: Sentences.
-        address: URL.
-
-    Returns:
-        The message with or without the hint.
-    """
-    before, separator, _ = address.partition("://")[2].rpartition("@")
-    if not (separator and re.search(r"[/?#@]", before)):
-        return message
-    return f"{message} In a password, write / as %2F, @ as %40, ? as %3F and # as %23."
 
 
 def convert_to_rgb(frame: Any, pixel_ratio: float) -> NDArray[np.uint8]:

@@ -1,7 +1,14 @@
-"""Writers of small videos with given times, which OpenCV cannot write."""
+"""Fixtures of the tests of streams.
 
+`write_matroska`, `write_mp4`: write small videos with given times, which OpenCV cannot write.
+`accept_connections`: serves the connections of a server, each in a thread.
+"""
+
+import socket
 import struct
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -97,3 +104,26 @@ def replace_box(raw: bytes, name: bytes, box: bytes) -> bytes:
         size = int.from_bytes(changed[offset : offset + 4], "big") + len(box) - old_size
         changed[offset : offset + 4] = size.to_bytes(4, "big")
     return bytes(changed)
+
+
+@pytest.fixture
+def accept_connections() -> Callable[[socket.socket, Callable[[socket.socket], object]], None]:
+    """Function `accept_connections(server, serve)` that calls `serve(connection)` in a thread for each connection.
+
+    A connection is closed when `serve` returns or the client is gone. The thread ends when the server is closed.
+    """
+
+    def serve_one(connection: socket.socket, serve: Callable[[socket.socket], object]) -> None:
+        with connection, suppress(OSError):
+            serve(connection)
+
+    def accept(server: socket.socket, serve: Callable[[socket.socket], object]) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                threading.Thread(target=serve_one, args=(connection, serve), daemon=True).start()
+
+    def start(server: socket.socket, serve: Callable[[socket.socket], object]) -> None:
+        threading.Thread(target=accept, args=(server, serve), daemon=True).start()
+
+    return start

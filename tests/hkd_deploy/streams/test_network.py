@@ -2,7 +2,6 @@
 
 import io
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,12 +11,13 @@ import numpy as np
 import pytest
 
 from hkd_deploy.streams import open_source
+from hkd_deploy.streams.failures import add_password_hint
 from hkd_deploy.streams.live import ReconnectPolicy
-from hkd_deploy.streams.network import add_password_hint
 from hkd_det.errors import UnavailableError
 
 av = pytest.importorskip("av")
 FPS = 20
+AcceptConnections = Callable[[socket.socket, Callable[[socket.socket], object]], None]  # of conftest.py
 POLICY = ReconnectPolicy(open_timeout_s=5, read_timeout_s=2, retry_s=0.05)
 
 
@@ -38,26 +38,20 @@ class Sink(io.RawIOBase):
 class StreamCamera:
     """Sends H.264 to each client. Image n has gray level 20 + 4 n in its middle; `made_s` has the times."""
 
-    def __init__(self) -> None:
+    def __init__(self, accept_connections: AcceptConnections) -> None:
         self.size_wh, self.is_off, self.hangs = (96, 64), False, False
         self.made_s: dict[int, float] = {}
         self._number = 0
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        accept_connections(self._server, self._serve)
 
     def close(self) -> None:
         self.is_off = True
         self._server.close()
 
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = self._server.accept()
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
     def _serve(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError, av.FFmpegError):
+        with suppress(av.FFmpegError):
             container = av.open(Sink(connection.sendall), "w", format="mpegts", options={"flush_packets": "1"})
             size_wh = self.size_wh
             stream = container.add_stream("libx264", rate=FPS, options={"tune": "zerolatency", "g": "5"})
@@ -72,8 +66,8 @@ class StreamCamera:
 
 
 @pytest.fixture
-def stream_camera() -> Iterator[StreamCamera]:
-    camera = StreamCamera()
+def stream_camera(accept_connections: AcceptConnections) -> Iterator[StreamCamera]:
+    camera = StreamCamera(accept_connections)
     yield camera
     camera.close()
 
@@ -117,17 +111,9 @@ def test_frames_from_before_a_silence_are_not_returned(stream_camera: StreamCame
         assert stream_camera.made_s[read_number(frame.image_rgb)] >= resumed_s
 
 
-def test_text_is_not_a_video() -> None:
+def test_text_is_not_a_video(accept_connections: AcceptConnections) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    connection, _ = server.accept()
-                    with connection, suppress(OSError):
-                        connection.sendall(b"no video\n" * 10_000)
-
-        threading.Thread(target=serve, daemon=True).start()
+        accept_connections(server, lambda connection: connection.sendall(b"no video\n" * 10_000))
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UnavailableError, match=rf"^{address}: not a video, or a damaged one\."):
             open_source(address, POLICY).__enter__()

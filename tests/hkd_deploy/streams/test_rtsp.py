@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from itertools import islice
@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 
 from hkd_deploy.streams import open_source
+from hkd_deploy.streams.failures import check_reachable
 from hkd_deploy.streams.live import ReconnectPolicy
-from hkd_deploy.streams.network import check_reachable, estimate_interval_s
+from hkd_deploy.streams.network import estimate_interval_s
 from hkd_det.errors import UnavailableError
 
 av = pytest.importorskip("av")
 FPS = 20
+AcceptConnections = Callable[[socket.socket, Callable[[socket.socket], object]], None]  # of conftest.py
 NTP_EPOCH_S = 2_208_988_800
 POLICY = ReconnectPolicy(open_timeout_s=5, read_timeout_s=2, retry_s=0.05)
 
@@ -43,25 +45,19 @@ def split_units(data: bytes) -> list[bytes]:
 class RtspCamera:
     """Encodes for each client, with a key frame first. An image is sent `delay_s` after it is made."""
 
-    def __init__(self) -> None:
+    def __init__(self, accept_connections: AcceptConnections) -> None:
         self.gop_s, self.delay_s, self.has_reports, self.is_off = 1.0, 0.0, True, False
         self.made_s: dict[int, float] = {}
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"rtsp://127.0.0.1:{self._server.getsockname()[1]}/cam"
-        threading.Thread(target=self._accept, daemon=True).start()
+        accept_connections(self._server, self._serve)
 
     def close(self) -> None:
         self.is_off = True
         self._server.close()
 
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = self._server.accept()
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
     def _serve(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError), connection.makefile("rb") as lines:
+        with connection.makefile("rb") as lines:
             while request := lines.readline().decode():
                 headers = {}
                 while (line := lines.readline().decode().strip()) != "":
@@ -123,8 +119,8 @@ def make_report(made_s: float) -> bytes:
 
 
 @pytest.fixture
-def rtsp_camera() -> Iterator[RtspCamera]:
-    camera = RtspCamera()
+def rtsp_camera(accept_connections: AcceptConnections) -> Iterator[RtspCamera]:
+    camera = RtspCamera(accept_connections)
     yield camera
     camera.close()
 
@@ -170,7 +166,7 @@ def test_interval_is_that_of_sorted_timestamps() -> None:
     assert estimate_interval_s([5.0]) == estimate_interval_s([]) == 0
 
 
-def test_host_that_drops_requests_is_found_within_a_second() -> None:
+def test_host_that_drops_requests_is_found_within_a_second(accept_connections: AcceptConnections) -> None:
     """A full queue drops requests like a host that is off. The system alone repeats one after 1 s and after 3 s."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
         address = f"rtsp://127.0.0.1:{server.getsockname()[1]}/cam"
@@ -179,13 +175,7 @@ def test_host_that_drops_requests_is_found_within_a_second() -> None:
             waiting.extend(socket.create_connection(server.getsockname(), 0.2) for _ in range(9))
         with pytest.raises(UnavailableError, match=r"no answer from 127\.0\.0\.1 within 0\.3 s"):
             check_reachable(address, address, 0.3)
-
-        def accept_all() -> None:
-            with suppress(OSError):
-                while True:
-                    server.accept()[0].close()
-
-        timer = threading.Timer(1.2, accept_all)
+        timer = threading.Timer(1.2, accept_connections, (server, socket.socket.close))
         timer.daemon = True
         timer.start()
         start_s = time.monotonic()
