@@ -14,6 +14,7 @@ from hkd_deploy.demo.scene_drawing import draw_scene
 from hkd_det.draw import Redaction, draw_detections, draw_overlay, redact_boxes
 from hkd_det.structures import Detections
 
+REMOVED_STATUS = "ended: removed from the file of --cameras"
 MAX_REDACTION_CONF = 0.1  # boxes with this score are redacted even if they are not drawn: a missed person is worse
 
 

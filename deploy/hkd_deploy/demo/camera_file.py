@@ -1,16 +1,25 @@
-"""Changes of the file of `--cameras`: the lines and zones of one camera, as the page of `--web` saves them."""
+"""Changes of the file of `--cameras`: lines and zones that the page of `--web` saves, and what a reload applies."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from threading import Lock, Thread
+from typing import Any, Protocol
 
 import yaml
 
-from hkd_deploy.demo.cameras import Line, Point, Zone, make_shapes, read_cameras
+from hkd_deploy.demo.analytics import replace_analytics
+from hkd_deploy.demo.base import Counter, Tracker
+from hkd_deploy.demo.cameras import CameraConfig, Line, Point, Zone, make_shapes, read_cameras
+from hkd_deploy.demo.delivery import Report
+from hkd_deploy.demo.run import CameraPipeline
+from hkd_deploy.demo.tracking import PersonTracker
+from hkd_deploy.streams import FrameSource, LiveSource, open_source
 from hkd_det.config import dataclass_from_dict
-from hkd_det.errors import DataError, UsageError
+from hkd_det.draw import Redaction
+from hkd_det.errors import DataError, HkdError, UsageError
 from hkd_det.files import atomic_write
 
 MAX_SHAPES = 50  # lines and zones of one camera
@@ -68,7 +77,7 @@ def write_scene(path: Path, camera: str, lines: Sequence[Line], zones: Sequence[
     path = path.resolve()  # the file, not a link to it, is replaced
     names = [config.name for config in read_cameras(path)]
     if camera not in names:
-        raise DataError(f"{path}: no camera {camera}. The file changed after the start: restart hkd-demo.")
+        raise DataError(f"{path}: no camera {camera}. The file changed: reload or restart hkd-demo.")
     index = names.index(camera)
     text = path.read_bytes().decode("utf-8-sig")
     expected = yaml.safe_load(text)
@@ -83,6 +92,161 @@ def write_scene(path: Path, camera: str, lines: Sequence[Line], zones: Sequence[
     with atomic_write(path) as temp_path:
         temp_path.write_bytes(changed.encode())
         shutil.copymode(path, temp_path)  # addresses contain passwords
+
+
+class CameraPage(Protocol):
+    """A page that shows the cameras, and saves lines and zones to the file.
+
+    Attributes:
+        file_lock: Held while they are saved and set.
+    """
+
+    file_lock: Lock
+
+    def set_camera(self, camera: CameraConfig) -> None:
+        """Replace the settings of a camera, or add one; see `WebSink.set_camera`."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a reload does with one camera of the file.
+
+    Attributes:
+        camera: New settings, with the privacy of the run if it has none.
+        pipeline: The running camera, or a new one.
+        analytics: Tracker and counters for its lines and zones.
+        source: New source. None keeps the source.
+    """
+
+    camera: CameraConfig
+    pipeline: CameraPipeline
+    analytics: tuple[Tracker | None, Sequence[Counter]]
+    source: FrameSource | None
+
+
+class CameraReloader:
+    """Applies the changed file of `--cameras` to a run. Cameras that do not change are not interrupted.
+
+    Tracks, counts and statistics of a camera stay, also if its address changes. The whole file is checked first:
+    nothing changes if a part of it is invalid.
+
+    Args:
+        read: Reads the file.
+        cameras: The cameras of the run.
+        pipelines: Their pipelines. New cameras are appended; removed ones stay in the list.
+        make_pipeline: Creates the pipeline of a new camera.
+        conf: Minimum score of shown detections of a camera that states none, 0 to 1.
+        privacy: Privacy of a camera that states none.
+        on_frame: Called after each frame of a live source.
+        report: Called with one line for each reload.
+        page: The page that shows the cameras. None without one.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Sequence[CameraConfig]],
+        cameras: Sequence[CameraConfig],
+        pipelines: list[CameraPipeline],
+        make_pipeline: Callable[[CameraConfig, FrameSource], CameraPipeline],
+        conf: float,
+        privacy: Redaction | None,
+        on_frame: Callable[[], object],
+        report: Report,
+        page: CameraPage | None = None,
+    ) -> None:
+        self._read, self._pipelines, self._make_pipeline = read, pipelines, make_pipeline
+        self._conf, self._privacy, self._on_frame = conf, privacy, on_frame
+        self._report, self._page = report, page
+        self._cameras = {camera.name: camera for camera in cameras}
+        self._opened: dict[FrameSource, ExitStack] = {}  # sources that a reload opened
+
+    def reload(self) -> None:
+        """Read and apply the file, and report what changed. Call it between two frames, in the thread of the detector.
+
+        If the file is invalid, or a new source cannot be opened, this is reported and nothing changes.
+        """
+        try:
+            self._report(f"reload: {self._update()}")
+        except HkdError as error:
+            self._report(f"reload: {error} The configuration stays as it was.")
+        except OSError as error:
+            self._report(f"reload: {error.filename}: {error.strerror}. The configuration stays as it was.")
+
+    def _update(self) -> str:
+        """Read and apply the file. Return what changed."""
+        with self._page.file_lock if self._page else nullcontext():
+            cameras = {camera.name: camera for camera in self._read()}
+            for pipeline in self._pipelines:
+                pipeline.apply_scenes()
+            changes = self._prepare(cameras)
+            for pipeline in self._pipelines:
+                if pipeline.name not in cameras and not pipeline.is_removed:
+                    self._close_source(pipeline)
+                    pipeline.remove()
+            for change in changes:
+                self._apply(change)
+            summary = _describe_changes(self._cameras, cameras)
+            self._cameras = cameras
+        return summary
+
+    def close(self) -> None:
+        """Close the sources that were opened."""
+        for stack in self._opened.values():
+            stack.close()
+
+    def _prepare(self, cameras: Mapping[str, CameraConfig]) -> list[_Change]:
+        """Do all that can fail: open sources, and create trackers and counters."""
+        running = {pipeline.name: pipeline for pipeline in self._pipelines}
+        changes, opened = [], {}
+        with ExitStack() as undo:
+            for name, camera in cameras.items():
+                pipeline, source = running.get(name), None
+                if pipeline is None or pipeline.is_removed or camera.source != self._cameras[name].source:
+                    stack = undo.enter_context(ExitStack())
+                    source = stack.enter_context(open_source(camera.source, on_frame=self._on_frame))
+                    opened[source] = stack
+                if pipeline is None:
+                    assert source is not None
+                    pipeline = self._make_pipeline(camera, source)
+                analytics = replace_analytics(pipeline, camera.lines, camera.zones)
+                effective = replace(camera, privacy=camera.privacy or self._privacy)
+                changes.append(_Change(effective, pipeline, analytics, source))
+            undo.pop_all()
+        self._opened |= opened
+        return changes
+
+    def _apply(self, change: _Change) -> None:
+        camera, pipeline = change.camera, change.pipeline
+        if pipeline not in self._pipelines:
+            self._pipelines.append(pipeline)
+        elif change.source is not None:
+            self._close_source(pipeline)
+            pipeline.replace_source(change.source)
+        pipeline.conf = self._conf if camera.conf is None else camera.conf
+        pipeline.privacy = camera.privacy
+        tracker, counters = change.analytics
+        if isinstance(tracker, PersonTracker):
+            tracker.min_score = pipeline.conf
+        pipeline.set_scene(tracker, counters, camera.lines, camera.zones)
+        if self._page:
+            self._page.set_camera(camera)
+
+    def _close_source(self, pipeline: CameraPipeline) -> None:
+        """Close the source of a camera. A camera that hangs is not waited for."""
+        if isinstance(pipeline.source, LiveSource):
+            pipeline.source.stop()
+        if stack := self._opened.pop(pipeline.source, None):
+            Thread(target=stack.close, daemon=True).start()
+
+
+def _describe_changes(old: Mapping[str, CameraConfig], new: Mapping[str, CameraConfig]) -> str:
+    names = {
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
+        "changed": [name for name in new if name in old and new[name] != old[name]],
+    }
+    parts = [f"{kind} {', '.join(cameras)}" for kind, cameras in names.items() if cameras]
+    return f"{'; '.join(parts) or 'no changes'}."
 
 
 def _round(shapes: dict[str, tuple[Point, ...]]) -> dict[str, tuple[Point, ...]]:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -20,6 +21,7 @@ from hkd_deploy.demo.analytics import (
     create_analytics,
 )
 from hkd_deploy.demo.base import FrameSink
+from hkd_deploy.demo.camera_file import CameraReloader
 from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
 from hkd_deploy.demo.events import STDOUT, open_events
 from hkd_deploy.demo.integrations import (
@@ -29,9 +31,9 @@ from hkd_deploy.demo.integrations import (
     open_integrations,
 )
 from hkd_deploy.demo.output import FrameStats, open_window
-from hkd_deploy.demo.progress import ProgressReport, format_totals, print_summary
+from hkd_deploy.demo.progress import ProgressReport, format_totals, print_message, print_summary
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
-from hkd_deploy.demo.service import Heartbeat, StopSignals, SystemdNotifier
+from hkd_deploy.demo.service import Heartbeat, ReloadSignal, StopSignals, SystemdNotifier
 from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
 from hkd_deploy.demo.web import WebSink
 from hkd_deploy.pipeline import open_detector
@@ -39,7 +41,7 @@ from hkd_deploy.streams import FrameSource, LiveSource, is_live_address, open_so
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.draw import REDACTIONS
-from hkd_det.errors import run_command
+from hkd_det.errors import UsageError, run_command
 from hkd_det.shipped import DEFAULT_MODEL
 
 
@@ -58,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_demo_command(argv: Sequence[str] | None) -> int:
     flags = _parse_demo_arguments(argv)
     _silence_opencv()
-    cameras = apply_analytics_flags(flags, read_cameras(flags.cameras) if flags.cameras else name_sources(flags.source))
+    cameras = _read_cameras(flags)
     is_live = any(is_live_address(camera.source) for camera in cameras)
     pipelines: list[CameraPipeline] = []
     files: list[FileSink | HeatMapSink] = []
     try:
-        with StopSignals() as stop_signals, ExitStack() as stack:
-            _run_cameras(stack, flags, cameras, pipelines, files, stop_signals)
+        with StopSignals() as stop_signals, ReloadSignal() as reload_signal, ExitStack() as stack:
+            _run_cameras(stack, flags, cameras, pipelines, files, stop_signals, reload_signal)
     except KeyboardInterrupt:
         if not is_live:
             raise  # a camera has no other end
@@ -77,6 +79,16 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def _read_cameras(flags: argparse.Namespace) -> list[CameraConfig]:
+    return apply_analytics_flags(flags, read_cameras(flags.cameras) if flags.cameras else name_sources(flags.source))
+
+
+def _read_cameras_again(flags: argparse.Namespace) -> list[CameraConfig]:
+    if flags.cameras is None:
+        raise UsageError("--source: has no file that can change. Use --cameras FILE.")
+    return _read_cameras(flags)
+
+
 def _run_cameras(
     stack: ExitStack,
     flags: argparse.Namespace,
@@ -84,6 +96,7 @@ def _run_cameras(
     pipelines: list[CameraPipeline],
     files: list[FileSink | HeatMapSink],
     stop_signals: StopSignals,
+    reload_signal: ReloadSignal,
 ) -> None:
     """Open everything and run. `pipelines` and `files` are filled, so that they are valid after an error."""
     names = [camera.name for camera in cameras]
@@ -98,6 +111,7 @@ def _run_cameras(
     shared: list[FrameSink] = [events] if events else []
     shared += open_integrations(stack, flags, cameras, sources, pipelines, detector.metadata, events)
     page = next((sink for sink in shared if isinstance(sink, WebSink)), None)
+    shared += [window_sink] if window_sink else []
     default_conf = detector.default_conf if flags.conf is None else flags.conf
     paths = [flags.save] if len(cameras) == 1 else make_file_paths(flags.save, names) if flags.save else []
     heatmap_paths = [flags.heatmap]
@@ -109,25 +123,33 @@ def _run_cameras(
             files.append(FileSink(paths[index], source))
             stack.callback(files[-1].close)
             sinks.append(files[-1])
-        if window_sink:
-            sinks.append(window_sink)
         if flags.heatmap:
             files.append(HeatMapSink(heatmap_paths[index]))
             stack.callback(files[-1].close)
             sinks.append(files[-1])
-        conf = default_conf if camera.conf is None else camera.conf
-        tracker, counters = create_analytics(camera, conf, flags.track)
-        privacy = camera.privacy or flags.privacy
-        pipelines.append(
-            CameraPipeline(camera.name, source, conf, sinks, privacy, tracker, counters, camera.lines, camera.zones)
-        )
+        pipelines.append(_make_pipeline(flags, default_conf, sinks, camera, source))
+    add_camera = partial(_add_camera, flags, default_conf, shared)
+    reloader = CameraReloader(
+        partial(_read_cameras_again, flags),
+        cameras,
+        pipelines,
+        add_camera,
+        default_conf,
+        flags.privacy,
+        new_frame.set,
+        print_message,
+        page,
+    )
+    stack.callback(reloader.close)
     progress = stack.enter_context(ProgressReport(pipelines, flags.max_frames))
-    stack.callback(_stop_sources, sources)
+    stack.callback(_stop_sources, pipelines)
     notifier = SystemdNotifier()
     stack.callback(notifier.close)
     heartbeat = Heartbeat(flags.heartbeat) if flags.heartbeat else None
 
     def report() -> None:
+        if reload_signal.take():
+            reloader.reload()
         progress.update()
         if heartbeat:
             heartbeat.update()
@@ -153,11 +175,37 @@ def open_sources(stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: E
     return [stack.enter_context(open_source(camera.source, on_frame=new_frame.set)) for camera in cameras]
 
 
-def _stop_sources(sources: Sequence[FrameSource]) -> None:
+def _stop_sources(pipelines: Sequence[CameraPipeline]) -> None:
     """Let the threads of all cameras end, so that they end while files are completed."""
-    for source in sources:
-        if isinstance(source, LiveSource):
-            source.stop()
+    for pipeline in pipelines:
+        if isinstance(pipeline.source, LiveSource):
+            pipeline.source.stop()
+
+
+def _make_pipeline(
+    flags: argparse.Namespace,
+    default_conf: float,
+    sinks: Sequence[FrameSink],
+    camera: CameraConfig,
+    source: FrameSource,
+) -> CameraPipeline:
+    conf = default_conf if camera.conf is None else camera.conf
+    tracker, counters = create_analytics(camera, conf, flags.track)
+    privacy = camera.privacy or flags.privacy
+    return CameraPipeline(camera.name, source, conf, sinks, privacy, tracker, counters, camera.lines, camera.zones)
+
+
+def _add_camera(
+    flags: argparse.Namespace,
+    default_conf: float,
+    sinks: Sequence[FrameSink],
+    camera: CameraConfig,
+    source: FrameSource,
+) -> CameraPipeline:
+    """Create the pipeline of a camera that a reload adds."""
+    for flag in [flag for flag, path in (("--save", flags.save), ("--heatmap", flags.heatmap)) if path]:
+        raise UsageError(f"{flag}: has no file for the new camera {camera.name}. Restart hkd-demo to add it.")
+    return _make_pipeline(flags, default_conf, sinks, camera, source)
 
 
 def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

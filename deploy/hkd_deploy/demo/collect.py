@@ -181,8 +181,10 @@ class Collector:
         except OSError as error:
             raise UsageError(f"--collect {config.directory}: {error.strerror}. Choose another directory.") from None
         self._config, self._report = config, report
-        self._slugs = make_slugs(cameras)
-        self._selectors = {camera: FrameSelector(config.per_hour) for camera in cameras}
+        self._slugs: dict[str, str] = {}
+        self._selectors: dict[str, FrameSelector] = {}
+        for camera in cameras:
+            self._add_camera(camera)
         self._num_images = self._count_images()
         self._problem, self._is_failing = "", False
         self.num_saved = 0
@@ -192,6 +194,8 @@ class Collector:
 
     def write(self, result: FrameResult) -> None:
         """Examine a frame; see `FrameSink.write`."""
+        if result.camera not in self._selectors:
+            self._add_camera(result.camera)
         if selected := self._selectors[result.camera].add(result):
             self._enqueue(selected)
 
@@ -208,6 +212,10 @@ class Collector:
             except Full:
                 return  # the disk hangs
         self._thread.join(max(0.0, end_s - time.monotonic()))
+
+    def _add_camera(self, camera: str) -> None:
+        self._slugs = make_slugs([*self._slugs, camera])
+        self._selectors[camera] = FrameSelector(self._config.per_hour)
 
     def _enqueue(self, candidate: Candidate) -> None:
         try:

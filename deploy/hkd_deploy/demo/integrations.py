@@ -242,18 +242,17 @@ def _add_counters(
             lambda: [(publisher.name, publisher.num_dropped) for publisher in publishers],
         )
     if recorder:
-        recorders = recorder.recorders
         metrics.add_counter(
             "recorded_frames",
             "Frames in recordings.",
             "camera",
-            lambda: [(name, camera.num_frames) for name, camera in recorders.items()],
+            lambda: [(name, camera.num_frames) for name, camera in recorder.recorders.items()],
         )
         metrics.add_counter(
             "recorded_frames_dropped",
             "Frames that should have been recorded and were not.",
             "camera",
-            lambda: [(name, camera.num_dropped) for name, camera in recorders.items()],
+            lambda: [(name, camera.num_dropped) for name, camera in recorder.recorders.items()],
         )
 
 

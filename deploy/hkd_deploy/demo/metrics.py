@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hkd_deploy.demo.base import FrameResult
+from hkd_deploy.demo.base import REMOVED_STATUS, FrameResult
 from hkd_det import __version__
 from hkd_det.errors import UsageError, import_package
 
@@ -81,6 +81,11 @@ class DemoMetrics:
 
     def write_status(self, camera: str, status: str) -> None:
         """Record the status of a camera; see `FrameSink.write_status`."""
+        if status == REMOVED_STATUS:
+            for gauge in (self._up, self._persons):
+                gauge.remove(camera)  # so that no alert is raised
+            self._is_down.pop(camera, None)
+            return
         is_down = status.startswith(DOWN)
         if is_down:
             self._persons.labels(camera).set(0)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.demo.base import FrameResult
+from hkd_deploy.demo.base import REMOVED_STATUS, FrameResult
 from hkd_deploy.demo.events import make_drift_event
 from hkd_deploy.drift import (
     CHUNKS_PER_WINDOW,
@@ -248,7 +248,9 @@ class DriftMonitor:
             self._report(f"{result.camera}: {_format_drift(drift, kind)}")
 
     def write_status(self, camera: str, status: str) -> None:
-        """Do nothing: a lost camera has no frames."""
+        """Forget a camera that was removed. A lost camera keeps its window; see `FrameSink.write_status`."""
+        if status == REMOVED_STATUS:
+            self._cameras.pop(camera, None)
 
     def close(self) -> None:
         """Do nothing."""

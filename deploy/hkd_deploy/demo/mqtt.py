@@ -158,13 +158,18 @@ class MqttPublisher(EventPublisher):
         """Publish the availability and, for Home Assistant, the cameras."""
         self._client.publish(f"{self._topic}/available", availability, QOS, retain=True)
         if self._has_discovery and availability == "online":
-            for camera, slug in self._slugs.items():
-                topic, payload = make_discovery(self._topic, camera, slug)
-                self._client.publish(topic, json.dumps(payload), QOS, retain=True)
+            for camera in self._slugs:
+                self._announce_camera(camera)
+
+    def _announce_camera(self, camera: str) -> None:
+        topic, payload = make_discovery(self._topic, camera, self._slugs[camera])
+        self._client.publish(topic, json.dumps(payload), QOS, retain=True)
 
     def _get_slug(self, camera: str) -> str:
         if camera not in self._slugs:
             self._slugs = make_slugs([*self._slugs, camera])
+            if self._has_discovery:
+                self._announce_camera(camera)
         return self._slugs[camera]
 
     def _on_connect(self, _client: Any, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:

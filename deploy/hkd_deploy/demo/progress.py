@@ -62,6 +62,7 @@ class ProgressReport:
             num_frames, kind = self._printed.get(pipeline.name, (0, ""))
             is_first = num_frames == 0 and pipeline.stats.num_frames > 0
             is_due = pipeline.name in self._printed_s and now_s - self._printed_s[pipeline.name] >= interval_s
+            is_due = is_due and not pipeline.is_removed
             if is_first or is_due or _remove_numbers(pipeline.status) != kind:
                 self._print_log_line(pipeline)
 
@@ -101,6 +102,7 @@ def format_totals(pipelines: Sequence[CameraPipeline]) -> str:
     Returns:
         Frame count, rate and dropped frames of all cameras together, and the first problem.
     """
+    pipelines = [pipeline for pipeline in pipelines if not pipeline.is_removed]
     num_dropped = sum(pipeline.source.num_dropped for pipeline in pipelines)
     running = [pipeline for pipeline in pipelines if not pipeline.is_ended and not pipeline.status]
     parts = [f"{sum(pipeline.stats.num_frames for pipeline in pipelines)} frames"]

@@ -42,21 +42,20 @@ class Recorder:
             raise UsageError(f"--record {config.directory}: {error.strerror}. Choose another directory.") from None
         self._config, self._report = config, report
         self._stop, self._wake = Event(), Event()
-        self._recorders = {
-            camera: CameraRecorder(config.directory / slug, config, cameras[camera], report, self._wake.set)
-            for camera, slug in make_slugs(list(cameras)).items()
-        }
+        self._recorders: dict[str, CameraRecorder] = {}
+        for camera, is_live in cameras.items():
+            self._add_camera(camera, is_live)
         self._thread = Thread(target=self._delete_old_files, name="retention", daemon=True)
         self._thread.start()
 
     @property
     def recorders(self) -> dict[str, CameraRecorder]:
-        """The recorder of each camera."""
+        """The recorder of each camera. A camera that is added later makes a new mapping."""
         return self._recorders
 
     def write(self, result: FrameResult) -> None:
         """Record a frame without boxes, with people redacted if they are to be; see `FrameSink.write`."""
-        recorder = self._recorders[result.camera]
+        recorder = self._recorders.get(result.camera) or self._add_camera(result.camera, result.age_ms is not None)
         recorder.write(result.image_rgb, result.timestamp_s, has_person=len(result.detections) > 0)
 
     def write_status(self, camera: str, status: str) -> None:
@@ -76,6 +75,12 @@ class Recorder:
             if recorder.num_dropped:
                 total = recorder.num_frames + recorder.num_dropped
                 self._report(f"--record: {camera}: {recorder.num_dropped} of {total} frames were not recorded.")
+
+    def _add_camera(self, camera: str, is_live: bool) -> CameraRecorder:
+        directory = self._config.directory / make_slugs([*self._recorders, camera])[camera]
+        recorder = CameraRecorder(directory, self._config, is_live, self._report, self._wake.set)
+        self._recorders = {**self._recorders, camera: recorder}
+        return recorder
 
     def _delete_old_files(self) -> None:
         """Body of the thread: delete old files at the start, after each segment and every 30 s."""

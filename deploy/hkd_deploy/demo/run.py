@@ -5,14 +5,14 @@ cameras takes at most one frame of each, so a fast camera takes no time from a s
 camera that is lost, hangs or fails has no frame and is skipped.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 from time import monotonic
 from typing import Any
 
 from hkd_deploy.backends.base import Detector, StageTimes
-from hkd_deploy.demo.base import Counter, FrameResult, FrameSink, FrameWindow, Tracker
+from hkd_deploy.demo.base import REMOVED_STATUS, Counter, FrameResult, FrameSink, FrameWindow, Tracker
 from hkd_deploy.demo.cameras import Line, Zone
 from hkd_deploy.demo.output import FrameStats
 from hkd_deploy.streams import Frame, FrameSource, LiveSource
@@ -42,6 +42,7 @@ class CameraPipeline:
         stats: Statistics of the camera.
         error: Error that ended the camera. None if there was none.
         is_ended: Whether the source has no further frames.
+        is_removed: Whether the camera was removed from the run.
         num_lost: How often the camera was lost.
     """
 
@@ -63,7 +64,7 @@ class CameraPipeline:
         self._scenes: deque[tuple[Tracker | None, Sequence[Counter], Sequence[Line], Sequence[Zone]]] = deque()
         self.stats = FrameStats()
         self.error: HkdError | None = None
-        self.is_ended, self.num_lost = False, 0
+        self.is_ended, self.is_removed, self.num_lost = False, False, 0
         self._frames: Iterator[Frame] | None = None
         self._reported_status = ""
         self._time_s = 0.0
@@ -71,6 +72,8 @@ class CameraPipeline:
     @property
     def status(self) -> str:
         """Problem of the camera. Empty if there is none."""
+        if self.is_removed:
+            return REMOVED_STATUS
         return f"ended: {self.error}" if self.error else self.source.status
 
     def take_frame(self) -> Frame | None:
@@ -103,6 +106,26 @@ class CameraPipeline:
         """
         self._scenes.append((tracker, counters, lines, zones))
 
+    def apply_scenes(self) -> None:
+        """Apply what `set_scene` set. Only the thread that runs the detector calls it."""
+        while self._scenes:
+            self.tracker, counters, lines, zones = self._scenes.popleft()
+            self.counters, self.lines, self.zones = list(counters), tuple(lines), tuple(zones)
+
+    def replace_source(self, source: FrameSource) -> None:
+        """Continue with another source: statistics, tracker and counts stay. The caller closes the old one.
+
+        Args:
+            source: The opened source.
+        """
+        self.source, self._frames, self._time_s = source, None, 0.0
+        self.error, self.is_ended, self.is_removed = None, False, False
+
+    def remove(self) -> None:
+        """End the camera without an error. `replace_source` continues it. The caller closes the source."""
+        self.error, self.is_ended, self.is_removed = None, True, True
+        self.report_status()
+
     def fail(self, error: HkdError) -> None:
         """End the camera with an error. The other cameras go on."""
         self.error, self.is_ended = error, True
@@ -119,9 +142,7 @@ class CameraPipeline:
         """
         image_hw = (frame.image_rgb.shape[0], frame.image_rgb.shape[1])
         known_age_ms = age_ms if self.source.is_live else None
-        while self._scenes:
-            self.tracker, counters, lines, zones = self._scenes.popleft()
-            self.counters, self.lines, self.zones = list(counters), tuple(lines), tuple(zones)
+        self.apply_scenes()
         self.stats.add(times, known_age_ms)
         shown = found.filter(self.conf)
         self._time_s = max(self._time_s, frame.timestamp_s)  # estimated capture times can step back
@@ -179,7 +200,7 @@ def run_cameras(
     """Process frames until all sources end, `max_frames` is reached, or the user closes the window.
 
     Args:
-        pipelines: The cameras.
+        pipelines: The cameras. `on_pass` may append cameras.
         detector: The detector.
         window: Window of the run. Recorded sources are then processed in real time at most.
         max_frames: Maximum number of frames of all cameras together. None for no limit.
@@ -191,7 +212,7 @@ def run_cameras(
         HkdError: All cameras ended, and at least one with an error; or no camera could be opened.
     """
     new_frame = new_frame or Event()
-    start_s, due_s = monotonic(), dict.fromkeys(pipelines, 0.0)
+    start_s, due_s = monotonic(), defaultdict[CameraPipeline, float](float)
     while active := [pipeline for pipeline in pipelines if not pipeline.is_ended]:
         new_frame.clear()
         had_frame, remaining = False, _count_remaining(pipelines, max_frames)
@@ -202,7 +223,8 @@ def run_cameras(
                 due_s |= {pipeline: start_s + frame.timestamp_s for pipeline, frame in batch if not _is_live(pipeline)}
             if should_stop():
                 return
-        _check_any_opened(pipelines)
+        if not any(pipeline.stats.num_frames for pipeline in pipelines):
+            _check_any_opened(pipelines)
         for pipeline in active:
             pipeline.report_status()
         on_pass()

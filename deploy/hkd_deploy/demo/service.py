@@ -1,4 +1,4 @@
-"""The demo as a service: signals that end it, its state for systemd, and a file for health checks."""
+"""The demo as a service: signals that end or reload it, its state for systemd, and a file for health checks."""
 
 import math
 import os
@@ -54,6 +54,36 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of signal.signal
         if self._is_requested or not self._is_deferred:
             raise KeyboardInterrupt
+        self._is_requested = True
+
+
+class ReloadSignal:
+    """Handler of SIGUSR1, which requests that a run reads its configuration again.
+
+    SIGHUP, which many services use, is what a terminal sends when it is closed: it ends the run.
+    """
+
+    def __init__(self) -> None:
+        self._number = getattr(signal, "SIGUSR1", None)  # not on Windows
+        self._is_requested = False
+
+    def __enter__(self) -> "ReloadSignal":
+        if self._number is not None:
+            self._previous = signal.signal(self._number, self._handle)
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._number is not None:
+            signal.signal(self._number, self._previous)
+
+    def take(self) -> bool:
+        """Return whether a signal arrived since the last call. Several signals are one request."""
+        is_requested, self._is_requested = self._is_requested, False
+        return is_requested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of signal.signal
         self._is_requested = True
 
 

@@ -32,6 +32,9 @@ class PersonTracker:
         max_lost_s: Time that a track survives without a detection, seconds. After a longer gap between two frames, such
             as the loss of a camera, all tracks start again. Ids are not used twice.
 
+    Attributes:
+        min_score: As above. It may be changed between two frames; tracks go on.
+
     Raises:
         UnavailableError: The package `trackers` is not installed.
     """
@@ -39,7 +42,7 @@ class PersonTracker:
     def __init__(self, min_score: float, max_lost_s: float = 1.5) -> None:
         library = import_package("trackers", hint=INSTALL_HINT)
         self._supervision = import_package("supervision", hint=INSTALL_HINT)
-        self._min_score, self._max_lost_s = min_score, max_lost_s
+        self.min_score, self._max_lost_s = min_score, max_lost_s
         self._tracker = library.BoTSORTTracker(
             lost_track_buffer=round(LIBRARY_FPS * max_lost_s),
             frame_rate=REFERENCE_FPS,
@@ -81,11 +84,11 @@ class PersonTracker:
                 timestamp_s = self._last_s + MIN_INTERVAL_S
         self._last_s = timestamp_s
         track_ids = np.full(len(detections), NO_TRACK, np.int64)
-        rows = np.flatnonzero(detections.scores >= LOW_SCORE_RATIO * self._min_score)
+        rows = np.flatnonzero(detections.scores >= LOW_SCORE_RATIO * self.min_score)
         result = self._tracker.update(
             self._supervision.Detections(
                 xyxy=detections.boxes_xyxy[rows].astype(np.float64),
-                confidence=np.where(detections.scores[rows] >= self._min_score, HIGH_SCORE, LOW_SCORE),
+                confidence=np.where(detections.scores[rows] >= self.min_score, HIGH_SCORE, LOW_SCORE),
                 data={"row": rows},
             ),
             timestamp=timestamp_s,

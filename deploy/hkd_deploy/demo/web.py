@@ -81,6 +81,7 @@ class WebSink:
 
     Attributes:
         url: Address of the page, with the token if there is one.
+        file_lock: Held while lines and zones are written to the file and set.
 
     Raises:
         UsageError: The port or the host cannot be used.
@@ -98,9 +99,9 @@ class WebSink:
         import_package("starlette", hint=INSTALL_HINT)
         uvicorn = import_package("uvicorn", hint=INSTALL_HINT)
         web_app = import_package("hkd_deploy.demo.web_app", hint=INSTALL_HINT)
-        self._names = [camera.name for camera in cameras]
         self._views = {camera.name: CameraView(camera, number) for number, camera in enumerate(cameras, 1)}
-        self._pipelines, self._camera_file, self._save_lock = pipelines, camera_file, Lock()
+        self._view_list = list(self._views.values())
+        self._pipelines, self._camera_file, self.file_lock = pipelines, camera_file, Lock()
         self._socket = _listen(host or DEFAULT_HOST, port)
         address, self.port = self._socket.getsockname()[:2]
         token = None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else secrets.token_urlsafe(32)
@@ -108,7 +109,7 @@ class WebSink:
         self._signal = web_app.FrameSignal()
         policy = web_app.AccessPolicy(token, f"hkd_demo_{self.port}", host or DEFAULT_HOST)
         save_scene = self._save_scene if camera_file else None
-        app = web_app.make_app(list(self._views.values()), pipelines, self._signal, policy, save_scene)
+        app = web_app.make_app(self._view_list, pipelines, self._signal, policy, save_scene)
         config = uvicorn.Config(
             app,
             http="h11",
@@ -142,6 +143,19 @@ class WebSink:
         """Show a status; see `FrameSink.write_status`."""
         self._views[camera].set_status(status)
 
+    def set_camera(self, camera: CameraConfig) -> None:
+        """Replace the settings of a camera, or add one, whose pipeline is then the last one.
+
+        Args:
+            camera: The camera. Its privacy is that of the run if it has none.
+        """
+        if view := self._views.get(camera.name):
+            view.set_camera(camera)
+            return
+        view = CameraView(camera, len(self._view_list) + 1)
+        self._views[camera.name] = view
+        self._view_list.append(view)
+
     def is_open(self, wait_ms: int = 1) -> bool:
         """Wait for `wait_ms` if it is more than 1 ms.
 
@@ -165,9 +179,9 @@ class WebSink:
     def _save_scene(self, index: int, content: Any) -> bool:
         """Save lines and zones of a camera and count with them. Return False if its run did not begin."""
         assert self._camera_file is not None
-        name = self._names[index]
+        name = list(self._views)[index]
         lines, zones = parse_scene(content)
-        with self._save_lock:
+        with self.file_lock:
             pipeline = self._pipelines[index] if index < len(self._pipelines) else None
             analytics = replace_analytics(pipeline, lines, zones) if pipeline else None  # first, because it can fail
             try:

@@ -179,7 +179,7 @@ def make_app(
     """Create the application.
 
     Args:
-        views: The cameras.
+        views: The cameras. The list can grow.
         pipelines: List that is filled with the pipelines later, in the order of `views`.
         signal: Wakes requests when there is a new frame.
         policy: Who may use the page.

@@ -4,7 +4,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -44,7 +44,7 @@ class CameraView:
     """
 
     def __init__(self, camera: CameraConfig, number: int) -> None:
-        self._camera = camera
+        self._camera, self._number = camera, number
         self.name = make_page_name(camera, number)
         self.seq = 0
         self.lines, self.zones = camera.lines, camera.zones
@@ -90,6 +90,19 @@ class CameraView:
         """
         self.lines, self.zones = tuple(lines), tuple(zones)
 
+    def set_camera(self, camera: CameraConfig) -> None:
+        """Replace the settings. The shown image gets the new privacy, also that of a lost camera.
+
+        Args:
+            camera: The camera. Its privacy is that of the run if it has none.
+        """
+        with self._lock:
+            self._camera, self.name = camera, make_page_name(camera, self._number)
+            self.lines, self.zones = camera.lines, camera.zones
+            if self._result is not None and self._result.privacy != camera.privacy:
+                self._result = replace(self._result, privacy=camera.privacy)
+                self.seq += 1
+
     def encode(self) -> tuple[dict[str, Any], bytes]:
         """Encode the newest frame, once for all viewers.
 
@@ -124,6 +137,7 @@ class CameraView:
             "name": self.name,
             "status": self.hide_address(status),
             "is_down": is_down,
+            "is_removed": pipeline is not None and pipeline.is_removed,
             "history": history,
             "lines": {line.name: line.points for line in self.lines},
             "zones": {zone.name: zone.points for zone in self.zones},

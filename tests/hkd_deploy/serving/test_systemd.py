@@ -36,6 +36,7 @@ def test_unit_command_is_valid() -> None:
     assert not values  # all settings are used
     lines = UNIT.read_text().splitlines()
     assert "Type=notify" in lines and "WatchdogSec=30s" in lines  # see SystemdNotifier
+    assert "ExecReload=/bin/kill -USR1 $MAINPID" in lines  # see ReloadSignal
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ class Camera {
 
   update(state, canSave) {
     this.state = state;
+    this.root.hidden = state.is_removed;
     this.find("h2").textContent = state.name;
     this.canvas.setAttribute("aria-label", `image of ${state.name}`);
     this.find(".state").textContent = nameState(state);
@@ -237,14 +238,15 @@ async function updateState() {
 }
 
 function showSummary(state) {
-  const total = state.cameras.reduce((sum, camera) => sum + (camera.is_down ? 0 : camera.persons ?? 0), 0);
-  const numDown = state.cameras.filter((camera) => camera.is_down).length;
-  const parts = [`${state.cameras.length} camera${state.cameras.length > 1 ? "s" : ""}`];
+  const shown = state.cameras.filter((camera) => !camera.is_removed);
+  const total = shown.reduce((sum, camera) => sum + (camera.is_down ? 0 : camera.persons ?? 0), 0);
+  const numDown = shown.filter((camera) => camera.is_down).length;
+  const parts = [`${shown.length} camera${shown.length > 1 ? "s" : ""}`];
   if (numDown) parts.push(`${numDown} lost`);
   parts.push(`${total} person${total === 1 ? "" : "s"}`);
   if (state.temperature_c !== null) parts.push(`${state.temperature_c.toFixed(0)} °C`);
   document.getElementById("summary").textContent = parts.join(" · ");
-  document.getElementById("cameras").classList.toggle("single", state.cameras.length === 1);
+  document.getElementById("cameras").classList.toggle("single", shown.length === 1);
 }
 
 updateState();
