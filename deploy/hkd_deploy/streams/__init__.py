@@ -15,7 +15,7 @@ from pathlib import Path
 from hkd_deploy.streams.hls import open_hls
 from hkd_deploy.streams.live import CameraReader, LiveSource, ReconnectPolicy, WebcamReader
 from hkd_deploy.streams.mjpeg import MjpegReader, open_http, sends_images
-from hkd_deploy.streams.network import StreamReader
+from hkd_deploy.streams.network import StreamClock, StreamReader
 from hkd_deploy.streams.sources import Frame, FrameSource, ImageSource, list_images
 from hkd_deploy.streams.video import VideoSource
 from hkd_det.errors import DataError, UnavailableError, UsageError
@@ -121,6 +121,8 @@ def _open_network_camera(address: str, policy: ReconnectPolicy, on_frame: Callab
     if scheme not in URL_SCHEMES:
         raise UsageError(f"--source {name}: unknown URL scheme. Supported schemes: {', '.join(URL_SCHEMES)}.")
 
+    clock = StreamClock()
+
     def open_reader() -> CameraReader:
         if scheme in ("http", "https"):
             response = open_http(address, name, policy.open_timeout_s)
@@ -133,6 +135,6 @@ def _open_network_camera(address: str, policy: ReconnectPolicy, on_frame: Callab
                 return reader
             if kind == "text/html":
                 raise UnavailableError(f"{name}: not a video, but a web page. Check the path of the URL.")
-        return StreamReader(address, name, policy)
+        return StreamReader(address, name, policy, clock)
 
     return LiveSource(name, open_reader, policy, on_frame)

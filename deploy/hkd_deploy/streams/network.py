@@ -5,7 +5,8 @@ where the stream has no B-frames. Each failure has its own message, and no messa
 
 Where the sender states its clock (RTCP sender reports), the age of a frame is the clock of this machine minus that of
 the sender. Otherwise the timestamps of the stream show how much later than the fastest frame a frame arrives, so that a
-growing backlog is visible; the constant part of the delay is unknown and counts as 0.
+growing backlog is visible. The constant part of the delay is that of the last sender report, also of an earlier
+connection. Before the first report, it counts as the frames that FFmpeg and an encoder with B-frames hold.
 """
 
 import struct
@@ -13,8 +14,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,8 @@ from hkd_deploy.streams.sources import sanitize_fps
 from hkd_det.errors import UnavailableError, import_package
 
 INSTALL_HINT = "Network cameras require it. Run pip install 'hkd-det[live]'."
+MIN_WAIT_S = 0.02  # a packet that arrives sooner was in a buffer
+MAX_BURST_S = 1.0  # a stream that never waits is not late by more than this at its start
 MAX_PENDING_TIMES = 256  # capture times of packets whose frame is still in the decoder
 OPTIONS = {
     "fflags": "nobuffer",
@@ -49,19 +53,26 @@ MAX_JUMP_S = 1.0  # timestamps that move by more than the time that passed were 
 
 
 class StreamClock:
-    """Estimates when each frame of one connection was captured."""
+    """Estimates when each frame of one camera was captured.
+
+    Attributes:
+        delay_s: Delay of the fastest frame, seconds, from the clock of the sender. It is kept for the next connection,
+            whose first frames come before a sender report. None if unknown.
+        baseline_s: Sum of the falls of the delay of the fastest frame, seconds. A frame that was measured before a
+            fall is older by it.
+    """
 
     def __init__(self) -> None:
+        self.delay_s: float | None = None
+        self.baseline_s = 0.0
+        self.begin_connection()
+
+    def begin_connection(self) -> None:
+        """Start with the timestamps of a new connection."""
         self._last: tuple[float, float] | None = None  # timestamp and arrival of the last frame
         self._lag_s = 0.0
 
-    def estimate_age_s(
-        self,
-        timestamp_s: float | None,
-        arrival_s: float,
-        sender_age_s: float | None = None,
-        held_s: float = 0.0,
-    ) -> float:
+    def estimate_age_s(self, timestamp_s: float | None, arrival_s: float, sender_age_s: float | None = None) -> float:
         """Estimate the age of a frame at its arrival.
 
         Args:
@@ -69,15 +80,16 @@ class StreamClock:
             arrival_s: Time of arrival by a monotonic clock, seconds.
             sender_age_s: Wall-clock time of this machine at the arrival minus capture time stated by the sender, or
                 None.
-            held_s: Known part of the delay of each frame, seconds. It is part of `sender_age_s`.
 
         Returns:
-            The age in seconds, at least 0.
+            The age in seconds, at least 0. It is the part that timestamps show if `delay_s` is None.
         """
         lag_s = 0.0 if timestamp_s is None else self._measure_lag_s(timestamp_s, arrival_s)
         if sender_age_s is not None and -CLOCK_TOLERANCE_S <= sender_age_s <= MAX_SENDER_AGE_S:
-            return max(0.0, sender_age_s)
-        return lag_s + held_s
+            age_s = max(0.0, sender_age_s)
+            self.delay_s = age_s - lag_s
+            return age_s
+        return max(0.0, lag_s + (self.delay_s or 0.0))
 
     def _measure_lag_s(self, timestamp_s: float, arrival_s: float) -> float:
         """Return how much later the frame arrives than the fastest frame of the connection."""
@@ -88,8 +100,23 @@ class StreamClock:
             # A pause of the network is a long time with a small step.
             if step_s > -MAX_JUMP_S and lag_s > -MAX_JUMP_S:
                 self._lag_s = max(0.0, lag_s)
+                self.baseline_s += max(0.0, -lag_s)
         self._last = (timestamp_s, arrival_s)
         return self._lag_s
+
+
+class _Arrival(NamedTuple):
+    """Arrival of a packet.
+
+    Attributes:
+        captured_s: Capture time, as far as it was known then.
+        baseline_s: `StreamClock.baseline_s` then. None if the sender stated the capture time.
+        has_delay: Whether `captured_s` includes the constant delay.
+    """
+
+    captured_s: float
+    baseline_s: float | None
+    has_delay: bool
 
 
 class StreamReader:
@@ -99,12 +126,13 @@ class StreamReader:
         address: URL.
         name: The URL without credentials.
         policy: Timeouts.
+        clock: Clock of the camera, which earlier connections used.
 
     Raises:
         UnavailableError: PyAV is not installed, or the camera cannot be opened. The message names the reason.
     """
 
-    def __init__(self, address: str, name: str, policy: ReconnectPolicy) -> None:
+    def __init__(self, address: str, name: str, policy: ReconnectPolicy, clock: StreamClock) -> None:
         self._av = import_av()
         self._name, self._policy = name, policy
         check_reachable(address, name, policy.open_timeout_s)
@@ -124,9 +152,11 @@ class StreamReader:
             raise UnavailableError(f"{name}: FFmpeg cannot decode the codec. Set the camera to H.264 or H.265.")
         self._stream.codec_context.thread_count = 1
         self._stated_fps = sanitize_fps(float(self._stream.average_rate or 0))
-        self._clock = StreamClock()
+        self._clock = clock
+        clock.begin_connection()
         self._times_s: deque[float] = deque(maxlen=NUM_INTERVAL_TIMES)  # timestamps of the last packets
-        self._capture_times: dict[int, float] = {}  # by timestamp of the packet
+        self._arrivals: dict[int, _Arrival] = {}  # by timestamp
+        self._has_unreported = False  # a packet without the clock of the sender was the last one
         self._frames = self._iterate_frames()
 
     @property
@@ -150,40 +180,74 @@ class StreamReader:
         self._container.close()
 
     def _iterate_frames(self) -> Iterator[CameraFrame]:
-        opened_s, has_image = time.monotonic(), False
+        """Yield the frames. Of those that waited in buffers when the connection was opened, only the newest."""
+        opened_s = requested_s = time.monotonic()
+        newest, is_burst = None, True
         for packet in self._container.demux(self._stream):
-            self._note_capture_time(packet)
+            has_waited = time.monotonic() - requested_s > MIN_WAIT_S
+            self._note_arrival(packet)
+            is_burst = is_burst and (newest is None or not (has_waited and self._is_in_order()))
+            is_burst = is_burst and time.monotonic() - opened_s < MAX_BURST_S
             try:
                 frames = packet.decode()
             except self._av.InvalidDataError:  # before the first key frame, or damaged
                 frames = []
             for frame in frames:
-                has_image = True
-                captured_s = self._capture_times.pop(frame.pts, time.monotonic())
-                ratio = float(self._stream.codec_context.sample_aspect_ratio or 1)
-                yield CameraFrame(partial(convert_to_rgb, frame, ratio), captured_s)
-            if not has_image and time.monotonic() - opened_s > self._policy.key_frame_timeout_s:
+                newest = frame
+                if not is_burst and (frame.pts is not None or not self._times_s):  # FFmpeg omits the first timestamp
+                    yield self._make_frame(frame)
+            if newest is None and time.monotonic() - opened_s > self._policy.key_frame_timeout_s:
                 raise UnavailableError(
                     f"{self._name}: no key frame within {self._policy.key_frame_timeout_s:.0f} s. Reduce the key frame "
                     "interval (GOP) of the camera."
                 )
+            requested_s = time.monotonic()
 
-    def _note_capture_time(self, packet: Any) -> None:
+    def _is_in_order(self) -> bool:
+        """Return whether the last packet is no B-frame, whose delay is that of the encoder."""
+        return not self._times_s or self._times_s[-1] == max(self._times_s)
+
+    def _make_frame(self, frame: Any) -> CameraFrame:
+        """Return a frame with its capture time, from all that is known when it leaves the decoder."""
+        arrival = self._arrivals.pop(frame.pts, _Arrival(time.monotonic(), None, True))
+        captured_s = arrival.captured_s
+        if arrival.baseline_s is not None:
+            captured_s -= self._clock.baseline_s - arrival.baseline_s
+        if not arrival.has_delay:
+            captured_s -= self._estimate_delay_s() if self._clock.delay_s is None else self._clock.delay_s
+        ratio = float(self._stream.codec_context.sample_aspect_ratio or 1)
+        return CameraFrame(partial(convert_to_rgb, frame, ratio), captured_s)
+
+    def _note_arrival(self, packet: Any) -> None:
         """Remember when the image of a packet was captured; B-frames leave the decoder in another order."""
         if packet.pts is None:
             return
         arrival_s, wall_s = time.monotonic(), time.time()
         sender_age_s = None
-        if packet.has_sidedata("prft"):  # producer reference time, from RTCP sender reports
+        has_report = packet.has_sidedata("prft")  # producer reference time, from RTCP sender reports
+        if has_report and not self._has_unreported:  # otherwise FFmpeg attaches that of the next image
             (captured_us,) = struct.unpack_from("<q", bytes(packet.get_sidedata("prft")))
             sender_age_s = wall_s - captured_us / 1e6
+        self._has_unreported = not has_report
         timestamp_s = float(packet.pts * packet.time_base)
         self._times_s.append(timestamp_s)
-        held_s = estimate_interval_s(self._times_s) if self._container.format.name in HELD_FORMATS else 0.0
-        age_s = self._clock.estimate_age_s(timestamp_s, arrival_s, sender_age_s, held_s)
-        if len(self._capture_times) >= MAX_PENDING_TIMES:
-            self._capture_times.clear()
-        self._capture_times[packet.pts] = arrival_s - age_s
+        age_s = self._clock.estimate_age_s(timestamp_s, arrival_s, sender_age_s)
+        if len(self._arrivals) >= MAX_PENDING_TIMES:
+            self._arrivals.clear()
+        baseline_s = None if sender_age_s is not None else self._clock.baseline_s
+        self._arrivals[packet.pts] = _Arrival(arrival_s - age_s, baseline_s, self._clock.delay_s is not None)
+
+    def _estimate_delay_s(self) -> float:
+        """Return the delay of each frame that timestamps do not show, seconds.
+
+        FFmpeg holds an image until the next one begins. An encoder with B-frames encodes an image when it has the next
+        one, on which the type of the image depends.
+        """
+        interval_s = estimate_interval_s(self._times_s)
+        if len(self._times_s) < NUM_INTERVAL_TIMES // 2 and self.fps:
+            interval_s = 1 / self.fps
+        is_reordered = any(later < earlier for earlier, later in pairwise(self._times_s))
+        return interval_s * ((self._container.format.name in HELD_FORMATS) + is_reordered)
 
 
 def list_options(address: str) -> dict[str, str]:

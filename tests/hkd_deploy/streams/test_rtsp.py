@@ -29,11 +29,15 @@ NTP_EPOCH_S = 2_208_988_800
 POLICY = ReconnectPolicy(open_timeout_s=5, read_timeout_s=2, retry_s=0.05)
 
 
-def make_encoder(gop_s: float) -> Any:
+def make_encoder(gop_s: float, num_bframes: int = 0) -> Any:
     encoder = av.CodecContext.create("libx264", "w")
     encoder.width, encoder.height, encoder.pix_fmt = 96, 64, "yuv420p"
     encoder.framerate, encoder.time_base, encoder.gop_size = FPS, Fraction(1, FPS), round(gop_s * FPS)
     encoder.options = {"tune": "zerolatency", "preset": "ultrafast", "x264-params": "scenecut=0"}
+    if num_bframes:
+        parameters = f"scenecut=0:bframes={num_bframes}:b-adapt=0:rc-lookahead=0:sync-lookahead=0"
+        encoder.options = {"preset": "ultrafast", "x264-params": parameters}
+        encoder.thread_count = 1
     return encoder
 
 
@@ -43,10 +47,14 @@ def split_units(data: bytes) -> list[bytes]:
 
 
 class RtspCamera:
-    """Encodes for each client, with a key frame first. An image is sent `delay_s` after it is made."""
+    """Encodes for each client, with a key frame first. An image is sent `delay_s` after it is encoded.
+
+    Nothing is sent for `backlog_s` after the client asks for images; then all comes at once.
+    """
 
     def __init__(self, accept_connections: AcceptConnections) -> None:
         self.gop_s, self.delay_s, self.has_reports, self.is_off = 1.0, 0.0, True, False
+        self.num_bframes, self.backlog_s, self.drop = 0, 0.0, threading.Event()
         self.made_s: dict[int, float] = {}
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"rtsp://127.0.0.1:{self._server.getsockname()[1]}/cam"
@@ -88,20 +96,24 @@ class RtspCamera:
         return bytes(make_encoder(1).encode(image)[0])
 
     def _send_images(self, connection: socket.socket) -> None:
-        encoder, waiting, number = make_encoder(self.gop_s), deque[tuple[float, bytes]](), 0
-        sequence, start_s = 0, time.monotonic()
-        while not self.is_off:
+        encoder, number, sequence = make_encoder(self.gop_s, self.num_bframes), 0, 0
+        waiting, made_s = deque[tuple[float, float, bytes]](), dict[int, float]()
+        start_s = time.monotonic()
+        while not self.is_off and not self.drop.is_set():
             time.sleep(max(0.0, start_s + number / FPS - time.monotonic()))
-            image = np.full((64, 96, 3), 20 + 4 * (number % 50), np.uint8)
-            made_s = self.made_s[number % 50] = time.monotonic()
-            waiting.append((made_s, bytes(encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))[0])))
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 20 + 4 * (number % 50), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            made_s[number] = self.made_s[number % 50] = time.monotonic()
+            sent_s = max(time.monotonic() + self.delay_s, start_s + self.backlog_s)
+            waiting += [(sent_s, made_s[packet.pts], bytes(packet)) for packet in encoder.encode(frame)]
             if self.has_reports and number % FPS == 0:
-                connection.sendall(make_report(made_s))
-            while waiting and time.monotonic() >= waiting[0][0] + self.delay_s:
-                sent_s, data = waiting.popleft()
+                connection.sendall(make_report(made_s[number]))
+            while waiting and time.monotonic() >= waiting[0][0]:
+                _, captured_s, data = waiting.popleft()
                 units = split_units(data)
                 for unit in units:
-                    head = struct.pack(">BBHII", 0x80, 96 | 128 * (unit is units[-1]), sequence, to_ticks(sent_s), 1)
+                    ticks = to_ticks(captured_s)
+                    head = struct.pack(">BBHII", 0x80, 96 | 128 * (unit is units[-1]), sequence, ticks, 1)
                     sequence = (sequence + 1) & 0xFFFF
                     connection.sendall(struct.pack(">cBH", b"$", 0, len(head) + len(unit)) + head + unit)
             number += 1
@@ -158,6 +170,41 @@ def test_age_without_reports_includes_the_frame_that_ffmpeg_holds(rtsp_camera: R
     reported_s, true_s = measure_ages(rtsp_camera, 30)[5:].T
     assert np.median(true_s) > 1 / FPS
     assert np.median(np.abs(reported_s - true_s)) < 0.04
+
+
+def test_age_with_bframes_includes_the_encoder(rtsp_camera: RtspCamera) -> None:
+    """The encoder emits an image when it has the next one. No timestamp shows this."""
+    rtsp_camera.has_reports, rtsp_camera.num_bframes = False, 2
+    reported_s, true_s = measure_ages(rtsp_camera, 30).T
+    assert np.median(true_s) > 4 / FPS
+    assert np.median(np.abs(reported_s - true_s)) < 0.5 / FPS
+    assert np.percentile(np.abs(reported_s - true_s)[:10], 80) < 0.05
+
+
+def test_images_that_waited_for_the_client_are_skipped(rtsp_camera: RtspCamera) -> None:
+    rtsp_camera.has_reports, rtsp_camera.backlog_s = False, 0.6
+    reported_s, true_s = measure_ages(rtsp_camera, 20).T
+    assert true_s[0] < 0.3
+    assert np.percentile(np.abs(reported_s - true_s), 80) < 0.05
+
+
+def test_delay_of_the_last_connection_is_known(rtsp_camera: RtspCamera) -> None:
+    rtsp_camera.delay_s = 0.4
+    ages = []
+    with open_source(rtsp_camera.address, POLICY) as source:
+        list(islice(source, 25))
+        rtsp_camera.has_reports = False
+        rtsp_camera.drop.set()
+        while not source.status.startswith("camera lost"):
+            time.sleep(0.01)
+        rtsp_camera.drop.clear()
+        for frame in islice(source, 10):
+            now_s = time.monotonic()
+            number = round((int(frame.image_rgb[32, 48, 0]) - 20) / 4) % 50
+            ages.append((now_s - frame.timestamp_s, now_s - rtsp_camera.made_s[number]))
+    reported_s, true_s = np.array(ages).T
+    assert np.median(true_s) > 0.4
+    assert np.percentile(np.abs(reported_s - true_s), 80) < 0.05
 
 
 def test_interval_is_that_of_sorted_timestamps() -> None:

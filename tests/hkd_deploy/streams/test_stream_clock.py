@@ -50,3 +50,20 @@ def test_clock_of_the_sender_wins_where_it_is_plausible() -> None:
     assert clock.estimate_age_s(0.1, 0.1, sender_age_s=-0.01) == 0  # the clocks differ by 10 ms
     assert clock.estimate_age_s(0.2, 0.5, sender_age_s=7200) == pytest.approx(0.3, abs=1e-3)  # not synchronized
     assert clock.estimate_age_s(None, 0.6) == 0
+
+
+def test_delay_is_kept_for_the_next_connection() -> None:
+    clock = StreamClock()
+    assert clock.estimate_age_s(0.0, 0.0) == 0 and clock.delay_s is None
+    assert clock.estimate_age_s(0.1, 0.3, sender_age_s=0.5) == 0.5
+    assert clock.delay_s == pytest.approx(0.3, abs=1e-3)  # 0.2 s of the 0.5 s are a lag
+    clock.begin_connection()
+    ages = [clock.estimate_age_s(90 + n / 10, 5 + n / 10 + 0.2 * (n > 0)) for n in range(5)]
+    assert ages == pytest.approx([0.3, 0.5, 0.5, 0.5, 0.5], abs=1e-3)
+
+
+def test_baseline_falls_with_the_delay_of_the_fastest_frame() -> None:
+    clock = StreamClock()
+    for n in range(10):  # ten frames arrive at once, then each at its time
+        clock.estimate_age_s(n / 10, 1.0)
+    assert clock.baseline_s == pytest.approx(0.9, abs=0.01)
