@@ -51,13 +51,28 @@ class UnavailableError(HkdError):
     """A requested device, package or precision is not available on this machine."""
 
 
-def run_command(name: str, func: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+def print_error(message: str) -> None:
+    """Print a line on stderr.
+
+    Args:
+        message: The line.
+    """
+    print(message, file=sys.stderr)
+
+
+def run_command(
+    name: str,
+    func: Callable[[Sequence[str] | None], int],
+    argv: Sequence[str] | None,
+    report: Callable[[str], None] = print_error,
+) -> int:
     """Run the body of a command and report expected errors as one line on stderr.
 
     Args:
         name: Name of the command; the prefix of the error line.
         func: Body of the command. It takes `argv` and returns the exit code.
         argv: Command-line arguments, or None for `sys.argv[1:]`.
+        report: Called with the line.
 
     Returns:
         The exit code of `func` or of an `HkdError`. 1 for an operating system error, such as a full disk.
@@ -66,15 +81,15 @@ def run_command(name: str, func: Callable[[Sequence[str] | None], int], argv: Se
     try:
         return func(argv)
     except HkdError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        report(f"{name}: {error}")
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         hint = "Check the path, its permissions and the free disk space."
-        print(f"{name}: {where}{error.strerror or error}. {hint}", file=sys.stderr)
+        report(f"{name}: {where}{error.strerror or error}. {hint}")
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        report(f"{name}: interrupted")
         return 130
 
 

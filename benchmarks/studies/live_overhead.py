@@ -30,6 +30,7 @@ from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.camera_recorder import RecordingConfig
 from hkd_deploy.demo.cameras import CameraConfig
 from hkd_deploy.demo.events import open_events
+from hkd_deploy.demo.progress import print_message
 from hkd_deploy.demo.recording import Recorder
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
 from hkd_deploy.demo.web import WebSink
@@ -146,7 +147,7 @@ def run_recording(detector: Detector, video: Path) -> int:
     """
     config = RecordingConfig(video.parent / "recording")
     with open_source(str(video)) as source, open_events(os.devnull) as events:
-        recorder = Recorder(config, {"video": source.is_live}, print)
+        recorder = Recorder(config, {"video": source.is_live}, print_message)
         pipeline = CameraPipeline("video", source, detector.default_conf, [events, recorder])
         run_cameras([pipeline], detector)
         recorder.close()

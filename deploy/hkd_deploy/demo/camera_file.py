@@ -168,9 +168,10 @@ class CameraReloader:
         try:
             self._report(f"reload: {self._update()}")
         except HkdError as error:
-            self._report(f"reload: {error} The configuration stays as it was.")
+            self._report(f"reload: {error} The configuration stays as it was.", level="error")
         except OSError as error:
-            self._report(f"reload: {error.filename}: {error.strerror}. The configuration stays as it was.")
+            text = f"reload: {error.filename}: {error.strerror}. The configuration stays as it was."
+            self._report(text, level="error")
 
     def _update(self) -> str:
         """Read and apply the file. Return what changed."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_deploy.demo.delivery import Report
 from hkd_deploy.demo.fragmented_mp4 import EncodedFrame, FragmentedMp4, H264Encoder
 
 QUEUE_BYTES, MIN_QUEUE, MAX_QUEUE = 64 << 20, 4, 64  # of images that wait for the encoder, per camera
@@ -90,7 +91,7 @@ class CameraRecorder:
         directory: Path,
         config: RecordingConfig,
         is_live: bool,
-        report: Callable[[str], None],
+        report: Report,
         on_segment: Callable[[], None],
     ) -> None:
         self._directory, self._config, self._is_live = directory, config, is_live
@@ -253,7 +254,8 @@ class CameraRecorder:
         self.num_dropped += num_lost
         if self._retry_s is None:
             reason = error.strerror or type(error).__name__
-            self._report(f"--record {self._directory}: {reason}. Recording pauses until the disk accepts data.")
+            text = f"--record {self._directory}: {reason}. Recording pauses until the disk accepts data."
+            self._report(text, level="error")
         self._retry_s = time.monotonic() + RETRY_S
 
     def _may_retry(self) -> bool:

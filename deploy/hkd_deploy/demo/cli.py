@@ -31,7 +31,7 @@ from hkd_deploy.demo.integrations import (
     open_integrations,
 )
 from hkd_deploy.demo.output import FrameStats, open_window
-from hkd_deploy.demo.progress import ProgressReport, format_totals, print_message, print_summary
+from hkd_deploy.demo.progress import LOG_FORMATS, ProgressReport, format_totals, print_summary, report_summary
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
 from hkd_deploy.demo.service import Heartbeat, ReloadSignal, StopSignals, SystemdNotifier
 from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
@@ -59,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_demo_command(argv: Sequence[str] | None) -> int:
     flags = _parse_demo_arguments(argv)
+    if flags.log_format == "text":
+        return _run_demo(flags)
+    report = partial(LOG_FORMATS[flags.log_format], level="error")
+    return run_command("hkd-demo", lambda _: _run_demo(flags), argv, report)
+
+
+def _run_demo(flags: argparse.Namespace) -> int:
     _silence_opencv()
     cameras = _read_cameras(flags)
     is_live = any(is_live_address(camera.source) for camera in cameras)
@@ -71,12 +78,21 @@ def _run_demo_command(argv: Sequence[str] | None) -> int:
         if not is_live:
             raise  # a camera has no other end
     finally:
-        text_output = sys.stderr if flags.events == STDOUT else sys.stdout
-        print_summary(pipelines, text_output)
-        for file in files:
-            if file.is_saved:
-                print(f"saved {file.path}", file=text_output)
+        _report_end(flags, pipelines, [file.path for file in files if file.is_saved])
     return 0
+
+
+def _report_end(flags: argparse.Namespace, pipelines: Sequence[CameraPipeline], paths: Sequence[Path]) -> None:
+    """Print the summary and the saved files; as lines of the log if it is for a program."""
+    if flags.log_format != "text":
+        report_summary(pipelines, LOG_FORMATS[flags.log_format])
+        for path in paths:
+            LOG_FORMATS[flags.log_format](f"saved {path}")
+        return
+    text_output = sys.stderr if flags.events == STDOUT else sys.stdout
+    print_summary(pipelines, text_output)
+    for path in paths:
+        print(f"saved {path}", file=text_output)
 
 
 def _read_cameras(flags: argparse.Namespace) -> list[CameraConfig]:
@@ -99,7 +115,7 @@ def _run_cameras(
     reload_signal: ReloadSignal,
 ) -> None:
     """Open everything and run. `pipelines` and `files` are filled, so that they are valid after an error."""
-    names = [camera.name for camera in cameras]
+    names, log = [camera.name for camera in cameras], LOG_FORMATS[flags.log_format]
     window = stack.enter_context(open_window("hkd-demo (q closes)")) if flags.show else None
     window_sink = WindowSink(window, names) if window else None
     detector = stack.enter_context(
@@ -109,7 +125,7 @@ def _run_cameras(
     sources = open_sources(stack, cameras, new_frame)
     events = stack.enter_context(open_events(flags.events)) if flags.events else None
     shared: list[FrameSink] = [events] if events else []
-    shared += open_integrations(stack, flags, cameras, sources, pipelines, detector.metadata, events)
+    shared += open_integrations(stack, flags, cameras, sources, pipelines, detector.metadata, log, events)
     page = next((sink for sink in shared if isinstance(sink, WebSink)), None)
     shared += [window_sink] if window_sink else []
     default_conf = detector.default_conf if flags.conf is None else flags.conf
@@ -137,11 +153,11 @@ def _run_cameras(
         default_conf,
         flags.privacy,
         new_frame.set,
-        print_message,
+        log,
         page,
     )
     stack.callback(reloader.close)
-    progress = stack.enter_context(ProgressReport(pipelines, flags.max_frames))
+    progress = stack.enter_context(ProgressReport(pipelines, flags.max_frames, log))
     stack.callback(_stop_sources, pipelines)
     notifier = SystemdNotifier()
     stack.callback(notifier.close)
@@ -274,6 +290,13 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="update the modification time of FILE every 5 s while the loop runs, for a health check",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="text",
+        help="json writes each line of the log on stderr as an object with time, level, message and camera "
+        "(default: %(default)s)",
     )
     add_analytics_flags(parser)
     add_integration_flags(parser)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.camera_recorder import MIN_FREE_BYTES, make_segment_path
 from hkd_deploy.demo.cameras import make_slugs
+from hkd_deploy.demo.delivery import Report
 from hkd_deploy.drift import MIN_SCORE
 from hkd_det.config import check_range
 from hkd_det.errors import UsageError
@@ -173,7 +174,7 @@ class Collector:
         UsageError: Files cannot be created in the directory.
     """
 
-    def __init__(self, config: CollectConfig, cameras: Sequence[str], report: Callable[[str], None]) -> None:
+    def __init__(self, config: CollectConfig, cameras: Sequence[str], report: Report) -> None:
         try:
             config.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=config.directory):
@@ -255,7 +256,8 @@ class Collector:
         """Report a change. An empty text means that images are saved."""
         if problem != self._problem:
             self._problem = problem
-            self._report(f"--collect {self._config.directory}: {problem or 'images are saved again.'}")
+            text = f"--collect {self._config.directory}: {problem or 'images are saved again.'}"
+            self._report(text, level="warning" if problem else "info")
 
     def _save(self, candidate: Candidate) -> None:
         """Write the image, then its line in the index. Without the line, the image is removed."""

@@ -11,10 +11,10 @@ import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sized
 from threading import Condition, Event, Lock, Thread
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from hkd_deploy.demo.base import FrameResult
@@ -30,7 +30,18 @@ MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
 FLUSH_S = 0.8  # for the last events when the program ends
 TRUST_HINT = "the certificate of the server is not trusted. Set SSL_CERT_FILE to the certificate of its CA."
 
-Report = Callable[[str], None]
+
+class Report(Protocol):
+    """Function that writes a line of the log."""
+
+    def __call__(self, message: str, camera: str = "", level: str = "info") -> None:
+        """Write a line.
+
+        Args:
+            message: One line.
+            camera: Name of the camera that it is about. Empty for none.
+            level: `info`, `warning` or `error`.
+        """
 
 
 class EventSelector:
@@ -133,6 +144,8 @@ class EventPublisher(ABC):
         self.name = name
         self.num_delivered = 0
         self._buffer = EventBuffer(max_buffered)
+        self._sent: Sized = ()  # events taken from the buffer that the receiver has not confirmed
+        self._retry_s = MIN_RETRY_S
         self._num_refused = 0
         self._cameras: set[str] = set()  # with a published status
         self._selector, self._selector_lock = EventSelector(every_s), Lock()
@@ -149,7 +162,7 @@ class EventPublisher(ABC):
     @property
     def num_waiting(self) -> int:
         """Number of events that are not delivered yet."""
-        return len(self._buffer)
+        return len(self._buffer) + len(self._sent)
 
     def publish(self, event: dict[str, Any]) -> None:
         """Append an event to the buffer if it is worth a message. It never waits for the receiver.
@@ -180,7 +193,7 @@ class EventPublisher(ABC):
         self._thread.join(FLUSH_S + 0.2)
         if self.num_waiting or self.num_dropped:
             lost = f"{self.num_delivered} delivered, {self.num_waiting} not delivered, {self.num_dropped} dropped."
-            self._report(f"{self.name}: events: {lost}")
+            self._report(f"{self.name}: events: {lost}", level="warning")
 
     @abstractmethod
     def _run(self) -> None:
@@ -188,6 +201,8 @@ class EventPublisher(ABC):
 
     def _set_problem(self, problem: str) -> None:
         """Report the state of the connection if it changed. An empty text means that the receiver accepts events."""
+        if not problem:
+            self._retry_s = MIN_RETRY_S
         num_dropped = self.num_dropped - self._num_reported
         state = (problem, num_dropped > 0)
         if state == self._state or (not problem and not self._state[0]):
@@ -195,10 +210,22 @@ class EventPublisher(ABC):
         text = problem or "connected."
         if num_dropped:
             text += " The buffer is full: the oldest events are dropped." if problem else f" {num_dropped} dropped."
-        self._report(f"{self.name}: {text}")
+        self._report(f"{self.name}: {text}", level="warning" if problem else "info")
         self._state = state
         if not problem:
             self._num_reported, self._state = self.num_dropped, ("", False)
+
+    def _wait_before_retry(self, delay_s: float = 0.0, min_s: float = 0.0) -> None:
+        """Wait after a failure, twice as long as after the last one, until `_stop` is set.
+
+        Args:
+            delay_s: Time that the receiver asks for, seconds. 0 for none.
+            min_s: Least time, seconds.
+        """
+        end_s = monotonic() + max(min_s, delay_s or self._retry_s)
+        while not self._stop.wait(min(0.5, max(0.0, end_s - monotonic()))) and monotonic() < end_s:
+            self._set_problem(self._state[0])  # states events that the full buffer drops
+        self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
 
 
 def parse_address(flag: str, address: str, default_ports: dict[str, int]) -> SplitResult:

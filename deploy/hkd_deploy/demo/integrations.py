@@ -10,12 +10,11 @@ from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.camera_recorder import RecordingConfig
 from hkd_deploy.demo.cameras import CameraConfig
 from hkd_deploy.demo.collect import Collector, add_collect_flags, make_collect_config
-from hkd_deploy.demo.delivery import DEFAULT_EVERY_S, EventPublisher
+from hkd_deploy.demo.delivery import DEFAULT_EVERY_S, EventPublisher, Report
 from hkd_deploy.demo.events import EventWriter
 from hkd_deploy.demo.metrics import DemoMetrics
 from hkd_deploy.demo.monitor import DriftMonitor, add_monitor_flags, check_monitor_flags, make_monitor
 from hkd_deploy.demo.mqtt import MqttPublisher
-from hkd_deploy.demo.progress import print_message
 from hkd_deploy.demo.recording import Recorder
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.web import WebSink, add_web_flags, check_web_flags
@@ -158,6 +157,7 @@ def open_integrations(
     sources: Sequence[FrameSource],
     pipelines: Sequence[CameraPipeline],
     metadata: ModelMetadata,
+    report: Report,
     events: EventWriter | None = None,
 ) -> list[FrameSink]:
     """Open the requested outputs.
@@ -169,6 +169,7 @@ def open_integrations(
         sources: Their sources.
         pipelines: List that is filled with the pipelines later; the metrics and the page read it.
         metadata: Metadata of the model, for the reference of `--monitor`.
+        report: Called with each line of the log.
         events: Output of `--events`, which gets the events of `--monitor`, too.
 
     Returns:
@@ -183,29 +184,29 @@ def open_integrations(
     stack.callback(_close_all, sinks)
     if flags.web is not None:
         camera_file = None if flags.line or flags.zone else flags.cameras  # flags and file would have the same names
-        page = WebSink(configs, pipelines, flags.web, flags.host, camera_file)
+        page = WebSink(configs, pipelines, flags.web, flags.host, camera_file, report)
         sinks.append(page)
-        print_message(f"page: {page.url}")
+        report(f"page: {page.url}")
     publishers: list[EventPublisher] = []
     if flags.mqtt:
-        publisher = MqttPublisher(flags.mqtt, cameras, print_message, flags.events_every, flags.mqtt_discovery)
+        publisher = MqttPublisher(flags.mqtt, cameras, report, flags.events_every, flags.mqtt_discovery)
         publishers.append(publisher)
     if flags.webhook:
-        publishers.append(WebhookPublisher(flags.webhook, print_message, flags.events_every, flags.webhook_interval))
+        publishers.append(WebhookPublisher(flags.webhook, report, flags.events_every, flags.webhook_interval))
     sinks += publishers
     recorder = None
     if config := make_recording_config(flags):
         is_live = {camera: source.is_live for camera, source in zip(cameras, sources, strict=True)}
-        recorder = Recorder(config, is_live, print_message)
+        recorder = Recorder(config, is_live, report)
         sinks.append(recorder)
     monitor = None
     if flags.monitor:
         publish = [output.publish for output in ([events] if events else [])]
         publish += [publisher.publish for publisher in publishers]
-        monitor = make_monitor(flags, metadata, publish, print_message)
+        monitor = make_monitor(flags, metadata, publish, report)
         sinks.append(monitor)
     if collect_config := make_collect_config(flags):
-        sinks.append(Collector(collect_config, cameras, print_message))
+        sinks.append(Collector(collect_config, cameras, report))
     if flags.metrics:
         metrics = DemoMetrics(flags.metrics, cameras)
         sinks.append(metrics)

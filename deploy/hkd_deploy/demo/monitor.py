@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.demo.base import REMOVED_STATUS, FrameResult
+from hkd_deploy.demo.delivery import Report
 from hkd_deploy.demo.events import make_drift_event
 from hkd_deploy.drift import (
     CHUNKS_PER_WINDOW,
@@ -210,7 +211,7 @@ class DriftMonitor:
         reference: DriftReference | None,
         baseline_s: float,
         publish: Sequence[Callable[[dict[str, Any]], None]],
-        report: Callable[[str], None],
+        report: Report,
         baseline_path: Path | None = None,
     ) -> None:
         self._baseline_path, self._lock = baseline_path, Lock()
@@ -245,7 +246,7 @@ class DriftMonitor:
         for publish in self._publish:
             publish(make_drift_event(result.camera, values))
         if drift.is_drift != was_drift:
-            self._report(f"{result.camera}: {_format_drift(drift, kind)}")
+            self._report(_format_drift(drift, kind), result.camera, "warning" if drift.is_drift else "info")
 
     def write_status(self, camera: str, status: str) -> None:
         """Forget a camera that was removed. A lost camera keeps its window; see `FrameSink.write_status`."""
@@ -257,7 +258,7 @@ class DriftMonitor:
 
     def _store_baseline(self, camera: str, reference: DriftReference) -> None:
         """Report the end of a baseline, and write the file."""
-        self._report(f"{camera}: the baseline of drift is complete.")
+        self._report("the baseline of drift is complete.", camera)
         if self._baseline_path is None:
             return
         with self._lock:
@@ -269,7 +270,7 @@ class DriftMonitor:
                     temp_path.write_text(json.dumps(content, indent=1), encoding="utf-8")
             except OSError as error:
                 text = f"{error.strerror}. The baseline of {camera} ends with the program."
-                self._report(f"--drift-baseline-file {self._baseline_path}: {text}")
+                self._report(f"--drift-baseline-file {self._baseline_path}: {text}", camera, "error")
 
     def iterate_values(self, key: str) -> Iterator[tuple[tuple[str, ...], float]]:
         """Yield the values of a metric.
@@ -395,7 +396,7 @@ def make_monitor(
     flags: argparse.Namespace,
     metadata: ModelMetadata,
     publish: Sequence[Callable[[dict[str, Any]], None]],
-    report: Callable[[str], None],
+    report: Report,
 ) -> DriftMonitor:
     """Create the sink of `--monitor`.
 

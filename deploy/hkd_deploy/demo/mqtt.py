@@ -16,8 +16,6 @@ from hkd_deploy.demo.delivery import (
     DEFAULT_EVERY_S,
     FLUSH_S,
     MAX_BUFFERED,
-    MAX_RETRY_S,
-    MIN_RETRY_S,
     EventPublisher,
     Report,
     describe_network_error,
@@ -79,7 +77,7 @@ class MqttPublisher(EventPublisher):
         self._slugs = make_slugs(cameras)
         self._has_discovery = has_discovery
         self._refusal: str | None = None  # answer of the broker to CONNECT; empty if it accepts
-        self._in_flight: set[int] = set()
+        self._sent: set[int] = set()  # message ids
         paho = import_package("paho.mqtt.client", "paho-mqtt", INSTALL_HINT)
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv311)
         self._client.connect_timeout = CONNECT_TIMEOUT_S
@@ -91,27 +89,17 @@ class MqttPublisher(EventPublisher):
             self._client.tls_set()
         self._thread.start()
 
-    @property
-    def num_waiting(self) -> int:
-        """Number of events that are not delivered yet."""
-        return len(self._buffer) + len(self._in_flight)
-
     def _run(self) -> None:
-        retry_s = MIN_RETRY_S
         while not self._stop.is_set():
             problem = self._connect()
             self._set_problem(problem)
             if not problem:
-                retry_s = MIN_RETRY_S
                 self._announce("online")
                 if self._exchange():
                     self._flush()
                     return
                 self._set_problem("the connection was closed. Events are kept.")
-            end_s = monotonic() + retry_s
-            while not self._stop.wait(min(0.5, max(0.0, end_s - monotonic()))) and monotonic() < end_s:
-                self._set_problem(self._state[0])  # states events that the full buffer drops
-            retry_s = min(2 * retry_s, MAX_RETRY_S)
+            self._wait_before_retry()
 
     def _connect(self) -> str:
         """Connect, and wait for the answer of the broker. Return the problem, or an empty text."""
@@ -137,10 +125,10 @@ class MqttPublisher(EventPublisher):
         return True
 
     def _send(self) -> None:
-        for event in self._buffer.take(MAX_IN_FLIGHT - len(self._in_flight)):
+        for event in self._buffer.take(MAX_IN_FLIGHT - len(self._sent)):
             kind, slug = event["event"], self._get_slug(event["camera"])
             topic, is_retained = f"{self._topic}/{slug}/{kind}", kind in RETAINED_EVENTS
-            self._in_flight.add(self._client.publish(topic, json.dumps(event), QOS, is_retained).mid)
+            self._sent.add(self._client.publish(topic, json.dumps(event), QOS, is_retained).mid)
 
     def _flush(self) -> None:
         """Send what is in the buffer, at most for a second, and disconnect."""
@@ -178,8 +166,8 @@ class MqttPublisher(EventPublisher):
         self._refusal = REFUSALS.get(text, default) if reason.is_failure else ""
 
     def _on_publish(self, _client: Any, _userdata: Any, message_id: int, *_: Any) -> None:
-        if message_id in self._in_flight:
-            self._in_flight.remove(message_id)
+        if message_id in self._sent:
+            self._sent.remove(message_id)
             self.num_delivered += 1
 
 

@@ -1,17 +1,19 @@
 """Progress of a run on stderr, and its summary. (tqdm is not installed on a device that only runs a model.)
 
 In a terminal, one line is overwritten. Otherwise, as in a log, each camera has a line with the time: every 10 s in the
-first minute, then every minute, and at each change of its status.
+first minute, then every minute, and at each change of its status. With `--log-format json`, each line is an object.
 """
 
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from time import perf_counter
 from types import TracebackType
 from typing import TextIO
 
+from hkd_deploy.demo.delivery import Report
 from hkd_deploy.demo.output import PERCENTILES
 from hkd_deploy.demo.run import CameraPipeline
 
@@ -20,17 +22,49 @@ LOG_INTERVAL_S = 10.0
 LATER_LOG_INTERVAL_S = 60.0  # after the first minute
 
 
+def print_message(message: str, camera: str = "", level: str = "info") -> None:  # noqa: ARG001 - of Report
+    """Print a line on stderr during a run: over the progress line of a terminal, or with the time in a log.
+
+    Args:
+        message: One line.
+        camera: Name of the camera that it is about. Empty for none.
+        level: `info`, `warning` or `error`; not printed.
+    """
+    prefix = "\r\x1b[K" if sys.stderr.isatty() else f"{_format_time()} "
+    sys.stderr.write(f"{prefix}{f'{camera}: ' if camera else ''}{message}\n")
+    sys.stderr.flush()
+
+
+def print_json_message(message: str, camera: str = "", level: str = "info") -> None:
+    """Print a line on stderr as a JSON object with `time`, `level`, `message`, and `camera` if there is one.
+
+    Args:
+        message: The message.
+        camera: Name of the camera that it is about. Empty for none.
+        level: `info`, `warning` or `error`.
+    """
+    values = {"time": _format_time(), "level": level, "message": message}
+    sys.stderr.write(json.dumps(values | ({"camera": camera} if camera else {})) + "\n")
+    sys.stderr.flush()
+
+
+LOG_FORMATS: Mapping[str, Report] = {"text": print_message, "json": print_json_message}
+
+
 class ProgressReport:
     """Prints the state of the cameras.
 
     Args:
         pipelines: The cameras.
         max_frames: Maximum number of frames of the run. None for no limit.
+        report: Called with each line of a log. The line of a terminal is for `print_message` only.
     """
 
-    def __init__(self, pipelines: Sequence[CameraPipeline], max_frames: int | None = None) -> None:
+    def __init__(
+        self, pipelines: Sequence[CameraPipeline], max_frames: int | None = None, report: Report = print_message
+    ) -> None:
         self._pipelines, self._max_frames = pipelines, max_frames
-        self._is_terminal = sys.stderr.isatty()
+        self._report, self._is_terminal = report, report is print_message and sys.stderr.isatty()
         self._start_s = perf_counter()
         self._printed_s: dict[str, float] = {}
         self._printed: dict[str, tuple[int, str]] = {}
@@ -80,17 +114,7 @@ class ProgressReport:
         self._printed_s[pipeline.name] = perf_counter()
         self._printed[pipeline.name] = (pipeline.stats.num_frames, _remove_numbers(pipeline.status))
         text = _format_state(pipeline, self._max_frames if len(self._pipelines) == 1 else None)
-        print(f"{_format_time()} {pipeline.name}: {text}", file=sys.stderr, flush=True)
-
-
-def print_message(text: str) -> None:
-    """Print a line on stderr during a run: over the progress line of a terminal, or with the time in a log.
-
-    Args:
-        text: One line.
-    """
-    prefix = "\r\x1b[K" if sys.stderr.isatty() else f"{_format_time()} "
-    print(f"{prefix}{text}", file=sys.stderr, flush=True)
+        self._report(text, pipeline.name, "warning" if pipeline.status else "info")
 
 
 def format_totals(pipelines: Sequence[CameraPipeline]) -> str:
@@ -127,6 +151,23 @@ def print_summary(pipelines: Sequence[CameraPipeline], output: TextIO) -> None:
         print(pipelines[0].stats.format_summary(pipelines[0].source.num_dropped), file=output)
         return
     print(_format_table(pipelines), file=output)
+
+
+def report_summary(pipelines: Sequence[CameraPipeline], report: Report) -> None:
+    """Report the frame counts, rate and times of each camera as a line of a log.
+
+    Args:
+        pipelines: The cameras. One without a frame is left out.
+        report: Called with each line.
+    """
+    for pipeline in pipelines:
+        stats = pipeline.stats
+        if stats.num_frames:
+            parts = [f"{stats.num_frames} frames, {pipeline.source.num_dropped} dropped, {pipeline.num_lost} lost"]
+            parts += [f"{stats.mean_fps:.1f} fps"]
+            times_ms = zip(PERCENTILES, stats.compute_latencies(), strict=True)
+            parts += [f"p{percent} {time_ms:.1f} ms" for percent, time_ms in times_ms]
+            report(f"end: {', '.join(parts)}", pipeline.name)
 
 
 def _format_time() -> str:

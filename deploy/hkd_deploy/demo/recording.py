@@ -3,13 +3,14 @@
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Event, Thread
 
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.camera_recorder import CLOSE_TIMEOUT_S, CameraRecorder, RecordingConfig
 from hkd_deploy.demo.cameras import make_slugs
+from hkd_deploy.demo.delivery import Report
 from hkd_deploy.demo.fragmented_mp4 import TEMP_PREFIX, H264Encoder, cut_incomplete_fragment
 from hkd_det.errors import UsageError
 
@@ -31,7 +32,7 @@ class Recorder:
         UnavailableError: PyAV is not installed or has no encoder.
     """
 
-    def __init__(self, config: RecordingConfig, cameras: Mapping[str, bool], report: Callable[[str], None]) -> None:
+    def __init__(self, config: RecordingConfig, cameras: Mapping[str, bool], report: Report) -> None:
         H264Encoder((16, 16))  # raises an error before the first frame
         try:
             config.directory.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,8 @@ class Recorder:
         for camera, recorder in self._recorders.items():
             if recorder.num_dropped:
                 total = recorder.num_frames + recorder.num_dropped
-                self._report(f"--record: {camera}: {recorder.num_dropped} of {total} frames were not recorded.")
+                text = f"--record: {recorder.num_dropped} of {total} frames were not recorded."
+                self._report(text, camera, "warning")
 
     def _add_camera(self, camera: str, is_live: bool) -> CameraRecorder:
         directory = self._config.directory / make_slugs([*self._recorders, camera])[camera]
@@ -92,7 +94,7 @@ class Recorder:
             except OSError as error:
                 text = f"--record {error.filename}: {error.strerror}. Old files are not deleted."
                 if text != last_error:
-                    self._report(text)
+                    self._report(text, level="error")
                 last_error = text
             self._wake.wait(RETENTION_INTERVAL_S)
             self._wake.clear()

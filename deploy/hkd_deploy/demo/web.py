@@ -15,6 +15,7 @@ from hkd_deploy.demo.analytics import replace_analytics
 from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.camera_file import parse_scene, write_scene
 from hkd_deploy.demo.cameras import CameraConfig
+from hkd_deploy.demo.delivery import Report
 from hkd_deploy.demo.progress import print_message
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.web_views import CameraView
@@ -78,6 +79,7 @@ class WebSink:
         port: Port; 0 for any free one.
         host: Address or name of this machine.
         camera_file: File of `--cameras`, in which the page saves lines and zones. None without such a file.
+        report: Called with one line if they cannot be saved.
 
     Attributes:
         url: Address of the page, with the token if there is one.
@@ -95,6 +97,7 @@ class WebSink:
         port: int,
         host: str | None = None,
         camera_file: Path | None = None,
+        report: Report = print_message,
     ) -> None:
         import_package("starlette", hint=INSTALL_HINT)
         uvicorn = import_package("uvicorn", hint=INSTALL_HINT)
@@ -102,6 +105,7 @@ class WebSink:
         self._views = {camera.name: CameraView(camera, number) for number, camera in enumerate(cameras, 1)}
         self._view_list = list(self._views.values())
         self._pipelines, self._camera_file, self.file_lock = pipelines, camera_file, Lock()
+        self._report = report
         self._socket = _listen(host or DEFAULT_HOST, port)
         address, self.port = self._socket.getsockname()[:2]
         token = None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else secrets.token_urlsafe(32)
@@ -187,7 +191,7 @@ class WebSink:
             try:
                 write_scene(self._camera_file, name, lines, zones)
             except (HkdError, OSError) as error:
-                print_message(f"--web: lines and zones of {name} are not saved: {error}")
+                self._report(f"--web: lines and zones are not saved: {error}", name, "error")
                 raise
             if pipeline and analytics:
                 pipeline.set_scene(*analytics, lines, zones)

@@ -19,7 +19,6 @@ from hkd_deploy.demo.delivery import (
     FLUSH_S,
     MAX_BUFFERED,
     MAX_RETRY_S,
-    MIN_RETRY_S,
     EventPublisher,
     Report,
     describe_network_error,
@@ -67,34 +66,30 @@ class WebhookPublisher(EventPublisher):
             login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
             self._headers["Authorization"] = f"Basic {base64.b64encode(login).decode()}"
         self._opener = urllib.request.build_opener(_NoRedirect)
-        self._batch: list[dict[str, Any]] = []
+        self._sent: list[dict[str, Any]] = []
         self._thread.start()
 
-    @property
-    def num_waiting(self) -> int:
-        """Number of events that are not delivered yet."""
-        return len(self._buffer) + len(self._batch)
-
     def _run(self) -> None:
-        retry_s = MIN_RETRY_S
         while not self._stop.is_set():
-            self._batch = self._batch or self._buffer.take(MAX_BATCH, timeout_s=0.2)
-            if not self._batch:
+            self._sent = self._sent or self._buffer.take(MAX_BATCH, timeout_s=0.2)
+            if not self._sent:
                 continue
             problem, delay_s = self._post(self._timeout_s)
             self._set_problem(problem)
-            self._stop.wait(max(self._interval_s, delay_s or retry_s) if problem else self._interval_s)
-            retry_s = min(2 * retry_s, MAX_RETRY_S) if problem else MIN_RETRY_S
+            if problem:
+                self._wait_before_retry(delay_s, self._interval_s)
+            else:
+                self._stop.wait(self._interval_s)
         end_s = monotonic() + FLUSH_S
         while (remaining_s := end_s - monotonic()) > 0 and not self._state[0]:
-            self._batch = self._batch or self._buffer.take(MAX_BATCH)
-            if not self._batch:
+            self._sent = self._sent or self._buffer.take(MAX_BATCH)
+            if not self._sent:
                 return
             self._set_problem(self._post(remaining_s)[0])
 
     def _post(self, timeout_s: float) -> tuple[str, float]:
         """Send the batch. Return the problem, and the delay that the server asks for, seconds, or 0."""
-        body = json.dumps({"version": WEBHOOK_VERSION, "events": self._batch}).encode()
+        body = json.dumps({"version": WEBHOOK_VERSION, "events": self._sent}).encode()
         request = urllib.request.Request(self._url, body, self._headers)
         try:
             with self._opener.open(request, timeout=timeout_s):
@@ -102,14 +97,14 @@ class WebhookPublisher(EventPublisher):
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in REFUSED_CONTENT:
-                self._num_refused += len(self._batch)
-                self._batch = []
+                self._num_refused += len(self._sent)
+                self._sent = []
             return describe_http_status(error.code), _parse_delay(error.headers)
         except (urllib.error.URLError, OSError, http.client.HTTPException, UnicodeError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             return describe_network_error(reason), 0.0
-        self.num_delivered += len(self._batch)
-        self._batch = []
+        self.num_delivered += len(self._sent)
+        self._sent = []
         return "", 0.0
 
 

@@ -121,7 +121,9 @@ def test_total_limit_counts_earlier_runs_and_is_reported_once(tmp_path: Path) ->
     for seed, expected in ((0, 3), (1, 5), (2, 5)):
         lines: list[str] = []
         limit = 3 if seed == 0 else 5
-        collector = Collector(CollectConfig(tmp_path, 60, limit), ["door"], lines.append)
+        collector = Collector(
+            CollectConfig(tmp_path, 60, limit), ["door"], lambda text, *_, lines=lines, **__: lines.append(text)
+        )
         write_hour(collector, np.random.default_rng(seed), 600)
         collector.close()
         assert len(read_unlabeled([tmp_path])) == expected
@@ -145,7 +147,7 @@ def test_full_disk_is_one_line_and_collection_continues(
 
     monkeypatch.setattr(collect, step, fail_if_full(getattr(collect, step)))
     lines: list[str] = []
-    collector = Collector(CollectConfig(tmp_path), ["door"], lines.append)
+    collector = Collector(CollectConfig(tmp_path), ["door"], lambda text, *_, **__: lines.append(text))
     rng = np.random.default_rng(0)
     for index in range(300):
         collector.write(make_result(float(index), make_image(rng), [0.4]))

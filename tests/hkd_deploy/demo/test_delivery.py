@@ -89,7 +89,7 @@ def receiver() -> Iterator[Receiver]:
 def test_webhook_posts_batches_at_limited_rate(receiver: Receiver) -> None:
     reports: list[str] = []
     url = f"http://user:p%40ss@127.0.0.1:{receiver.port}/api/webhook/SECRET?x=1"
-    publisher = WebhookPublisher(url, reports.append, every_s=0, interval_s=0.3)
+    publisher = WebhookPublisher(url, lambda text, *_, **__: reports.append(text), every_s=0, interval_s=0.3)
     for index in range(250):
         publisher.publish(make_frame(index))
     wait_for(lambda: publisher.num_waiting == 0)
@@ -110,7 +110,9 @@ def test_webhook_posts_batches_at_limited_rate(receiver: Receiver) -> None:
 def test_webhook_delivers_after_failure(failure: str, receiver: Receiver) -> None:
     reports: list[str] = []
     url = f"http://127.0.0.1:{receiver.port}/hook/SECRET"
-    publisher = WebhookPublisher(url, reports.append, every_s=0, interval_s=0.05, timeout_s=0.5)
+    publisher = WebhookPublisher(
+        url, lambda text, *_, **__: reports.append(text), every_s=0, interval_s=0.05, timeout_s=0.5
+    )
     publisher.publish(make_frame(0))
     wait_for(lambda: publisher.num_delivered == 1)
     texts = {"hang": "no answer within", "refuse": "nothing listens", "redirect": "the server redirects (status 302)"}
@@ -150,7 +152,11 @@ def test_webhook_refused_content_does_not_block_the_next(receiver: Receiver) -> 
     reports: list[str] = []
     receiver.status = 422
     publisher = WebhookPublisher(
-        f"http://127.0.0.1:{receiver.port}/", reports.append, every_s=0, interval_s=0.05, max_buffered=500
+        f"http://127.0.0.1:{receiver.port}/",
+        lambda text, *_, **__: reports.append(text),
+        every_s=0,
+        interval_s=0.05,
+        max_buffered=500,
     )
     for index in range(100):
         publisher.publish(make_frame(index))
@@ -167,7 +173,9 @@ def test_webhook_refused_content_does_not_block_the_next(receiver: Receiver) -> 
 def test_webhook_close_ends_while_receiver_hangs(receiver: Receiver) -> None:
     receiver.hang.set()
     reports: list[str] = []
-    publisher = WebhookPublisher(f"http://127.0.0.1:{receiver.port}/", reports.append, every_s=0)
+    publisher = WebhookPublisher(
+        f"http://127.0.0.1:{receiver.port}/", lambda text, *_, **__: reports.append(text), every_s=0
+    )
     publisher.publish(make_frame(0))
     time.sleep(0.3)
     start_s = time.monotonic()
@@ -275,7 +283,7 @@ def test_metrics_of_lines_and_zones() -> None:
 
 
 def test_publisher_sends_first_status_and_changes(receiver: Receiver) -> None:
-    publisher = WebhookPublisher(f"http://127.0.0.1:{receiver.port}/", lambda _text: None, interval_s=0.05)
+    publisher = WebhookPublisher(f"http://127.0.0.1:{receiver.port}/", lambda *_, **__: None, interval_s=0.05)
     publisher.write(make_result("door", 0, 2))
     publisher.write(make_result("door", 1, 2))  # no change
     publisher.write_status("door", "camera lost: no data")

@@ -52,8 +52,11 @@ class Camera:
     ) -> None:
         self.events: list[dict[str, Any]] = []
         self.lines: list[str] = []
-        self.monitor = DriftMonitor(600, reference, baseline_s, [self.events.append], self.lines.append, baseline_path)
+        self.monitor = DriftMonitor(600, reference, baseline_s, [self.events.append], self.report, baseline_path)
         self.time_s, self.rng = 1000.0, np.random.default_rng(1)
+
+    def report(self, message: str, camera: str = "", level: str = "info") -> None:  # noqa: ARG002
+        self.lines.append(f"{camera}: {message}" if camera else message)
 
     def run(self, seconds: float, fps: float = 1.0, **options: float) -> None:
         for _ in range(round(seconds * fps)):

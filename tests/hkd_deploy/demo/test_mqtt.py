@@ -139,7 +139,9 @@ def test_broker_restart_loses_nothing(broker: Broker) -> None:
     broker.start()
     subscriber, reports = Subscriber(broker.port), list[str]()
     GatedPublisher.gate.set()
-    publisher = GatedPublisher(make_address(broker.port), ["door"], reports.append, every_s=0)
+    publisher = GatedPublisher(
+        make_address(broker.port), ["door"], lambda text, *_, **__: reports.append(text), every_s=0
+    )
     for index in range(50):
         publisher.publish(make_frame(index))
     wait_for(lambda: len(subscriber.list_frames()) == 50)
@@ -174,7 +176,9 @@ def test_broker_restart_loses_nothing(broker: Broker) -> None:
 def test_full_buffer_drops_oldest_and_reports(broker: Broker) -> None:
     GatedPublisher.gate.clear()
     reports: list[str] = []
-    publisher = GatedPublisher(make_address(broker.port), ["door"], reports.append, every_s=0, max_buffered=30)
+    publisher = GatedPublisher(
+        make_address(broker.port), ["door"], lambda text, *_, **__: reports.append(text), every_s=0, max_buffered=30
+    )
     for index in range(100):
         publisher.publish(make_frame(index))
     assert (publisher.num_waiting, publisher.num_dropped) == (30, 70)
@@ -195,7 +199,7 @@ def test_availability_retained_state_and_last_will(broker: Broker) -> None:
     broker.start()
     code = (
         "import sys, time; from hkd_deploy.demo.mqtt import MqttPublisher\n"
-        "publisher = MqttPublisher(sys.argv[1], ['front door'], print)\n"
+        "publisher = MqttPublisher(sys.argv[1], ['front door'], lambda text, **_: print(text))\n"
         "publisher.publish({'event': 'frame', 'camera': 'front door', 'frame': 0, 'num_persons': 2})\n"
         "publisher.publish({'event': 'crossing', 'camera': 'front door'})\n"
         "time.sleep(60)"
@@ -222,7 +226,7 @@ def test_availability_retained_state_and_last_will(broker: Broker) -> None:
 def test_close_announces_offline(broker: Broker) -> None:
     broker.start()
     subscriber = Subscriber(broker.port)
-    publisher = MqttPublisher(make_address(broker.port), ["door"], lambda _text: None)
+    publisher = MqttPublisher(make_address(broker.port), ["door"], lambda *_, **__: None)
     wait_for(lambda: ("site/hkd/available", "online") in [message[:2] for message in subscriber.messages])
     publisher.publish(make_frame(7))
     publisher.close()
@@ -234,7 +238,9 @@ def test_close_announces_offline(broker: Broker) -> None:
 def test_wrong_password_is_one_line_without_it(broker: Broker) -> None:
     broker.start()
     reports: list[str] = []
-    publisher = MqttPublisher(make_address(broker.port, password="wr0ng"), ["door"], reports.append, every_s=0)
+    publisher = MqttPublisher(
+        make_address(broker.port, password="wr0ng"), ["door"], lambda text, *_, **__: reports.append(text), every_s=0
+    )
     wait_for(lambda: reports)
     publisher.publish(make_frame(0))
     time.sleep(2.5)  # two more attempts
@@ -251,7 +257,7 @@ def test_wrong_password_is_one_line_without_it(broker: Broker) -> None:
 def test_unreachable_broker_never_blocks(host: str, text: str) -> None:
     reports: list[str] = []
     address = f"mqtt://{USER}:s3cret@{host}:{find_free_port()}/hkd"
-    publisher = MqttPublisher(address, ["door"], reports.append, every_s=0)
+    publisher = MqttPublisher(address, ["door"], lambda text, *_, **__: reports.append(text), every_s=0)
     slowest_s = 0.0
     for index in range(5000):
         start_s = time.perf_counter()
@@ -270,7 +276,7 @@ def test_unreachable_broker_never_blocks(host: str, text: str) -> None:
 def test_discovery_describes_topics_that_exist(broker: Broker) -> None:
     broker.start()
     subscriber = Subscriber(broker.port)
-    publisher = MqttPublisher(make_address(broker.port), ["Tür 1"], lambda _text: None, has_discovery=True)
+    publisher = MqttPublisher(make_address(broker.port), ["Tür 1"], lambda *_, **__: None, has_discovery=True)
     publisher.publish(make_frame(0, camera="Tür 1"))
     publisher.publish({"event": "status", "camera": "Tür 1", "status": "ok"})
     wait_for(lambda: len(subscriber.messages) == 4)

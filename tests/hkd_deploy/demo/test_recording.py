@@ -76,7 +76,9 @@ class Recording:
     def __init__(self, directory: Path, is_live: bool = False, **settings: object) -> None:
         self.reports: list[str] = []
         config = RecordingConfig(directory, **settings)  # type: ignore[arg-type]
-        self.recorder = CameraRecorder(directory / "door", config, is_live, self.reports.append, lambda: None)
+        self.recorder = CameraRecorder(
+            directory / "door", config, is_live, lambda text, *_, **__: self.reports.append(text), lambda: None
+        )
 
     def write(self, number: int, time_s: float, has_person: bool = False) -> None:
         self.recorder.write(make_image(number), time_s, has_person)
@@ -342,7 +344,7 @@ def test_people_are_hidden_in_the_file(privacy: str | None, tmp_path: Path) -> N
     stripes = np.full((128, 256, 3), 60, np.uint8)
     stripes[:, ::8] = stripes[:, 1::8] = stripes[:, 2::8] = stripes[:, 3::8] = 220
     reports: list[str] = []
-    recorder = Recorder(RecordingConfig(tmp_path), {"door 1": False}, reports.append)
+    recorder = Recorder(RecordingConfig(tmp_path), {"door 1": False}, lambda text, *_, **__: reports.append(text))
     for number in range(20):
         recorder.write(make_result(stripes, [64, 16, 128, 112], number / 10, privacy))
     recorder.close()

@@ -138,7 +138,15 @@ class Run:
         self.pipelines = [self.make_pipeline(camera, FakeSource()) for camera in cameras]
         read = lambda: read_cameras(path)  # noqa: E731
         self.reloader = CameraReloader(
-            read, cameras, self.pipelines, self.make_pipeline, 0.3, "fill", print, self.lines.append, page
+            read,
+            cameras,
+            self.pipelines,
+            self.make_pipeline,
+            0.3,
+            "fill",
+            print,
+            lambda text, *_, **__: self.lines.append(text),
+            page,
         )
 
     def make_pipeline(self, camera: CameraConfig, source: FrameSource) -> CameraPipeline:

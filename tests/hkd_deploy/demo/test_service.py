@@ -1,5 +1,6 @@
 """Tests of the demo as a service: signals, systemd, progress without a terminal."""
 
+import json
 import os
 import re
 import signal
@@ -180,6 +181,46 @@ def test_progress_without_terminal_has_time_stamped_lines(
     yard = [(second, line.partition("fps")[2]) for second, line in lines if " yard: " in line][:2]
     assert yard == [(12, ", image unchanged for 12 s"), (15, "")]
     assert "200 frames" in capsys.readouterr().err  # the last state
+
+
+def test_json_log_has_one_object_per_line(
+    tiny_onnx: Callable[..., Path], make_camera: Callable[..., Any], tmp_path: Path
+) -> None:
+    cameras, config, log = [make_camera(), make_camera()], tmp_path / "cameras.yaml", tmp_path / "log"
+    names = ("door", 'quoted "\\ Tür')
+    entries = [{"name": name, "source": camera.address} for name, camera in zip(names, cameras, strict=True)]
+    config.write_text(json.dumps({"cameras": entries}))
+    flags = ["--cameras", str(config), "--log-format", "json", "--events", "-", "--webhook", "http://127.0.0.1:9/x"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*COMMAND, str(tiny_onnx()), *flags], stdout=subprocess.DEVNULL, stderr=stream, text=True
+        )
+    wait_for_text(log, "nothing listens at this port", '"camera": "door"', "T\\u00fcr")
+    cameras[0].off()
+    wait_for_text(log, "camera lost")
+    config.write_text("cameras: []")
+    process.send_signal(signal.SIGUSR1)
+    wait_for_text(log, "reload: ")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all({"time", "level", "message"} <= set(line) <= {"time", "level", "message", "camera"} for line in lines)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"]) for line in lines)
+    assert {line.get("camera") for line in lines} == {*names, None}
+    levels = {key: [line["level"] for line in lines if key in line["message"]] for key in ("camera lost", "reload:")}
+    assert set(levels["camera lost"]) == {"warning"} and levels["reload:"] == ["error"]
+    assert sum(line["message"].startswith("end: ") for line in lines) == 2
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert json.loads(line)["level"] == "error" and "at least one camera" in json.loads(line)["message"]
+
+
+def wait_for_text(path: Path, *texts: str) -> None:
+    end_s = time.monotonic() + 30
+    while not all(text in path.read_text() for text in texts):
+        assert time.monotonic() < end_s, path.read_text()
+        time.sleep(0.05)
 
 
 def test_progress_in_terminal_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
