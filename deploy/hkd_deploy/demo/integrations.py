@@ -182,11 +182,6 @@ def open_integrations(
     cameras = [config.name for config in configs]
     sinks: list[FrameSink] = []
     stack.callback(_close_all, sinks)
-    if flags.web is not None:
-        camera_file = None if flags.line or flags.zone else flags.cameras  # flags and file would have the same names
-        page = WebSink(configs, pipelines, flags.web, flags.host, camera_file, report)
-        sinks.append(page)
-        report(f"page: {page.url}")
     publishers: list[EventPublisher] = []
     if flags.mqtt:
         publisher = MqttPublisher(flags.mqtt, cameras, report, flags.events_every, flags.mqtt_discovery)
@@ -205,6 +200,12 @@ def open_integrations(
         publish += [publisher.publish for publisher in publishers]
         monitor = make_monitor(flags, metadata, publish, report)
         sinks.append(monitor)
+    if flags.web is not None:
+        camera_file = None if flags.line or flags.zone else flags.cameras  # flags and file would have the same names
+        describe_drift = monitor.describe if monitor else None
+        page = WebSink(configs, pipelines, flags.web, flags.host, camera_file, report, describe_drift)
+        sinks.append(page)
+        report(f"page: {page.url}")
     if collect_config := make_collect_config(flags):
         sinks.append(Collector(collect_config, cameras, report))
     if flags.metrics:

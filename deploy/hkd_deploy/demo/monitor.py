@@ -232,10 +232,33 @@ class DriftMonitor:
         drift = camera.add(result)
         if drift is None:
             return
-        kind = "camera" if self._reference is None else "model"
-        values = {
+        for publish in self._publish:
+            publish(make_drift_event(result.camera, self._describe(drift)))
+        if drift.is_drift != was_drift:
+            self._report(
+                _format_drift(drift, self._reference_kind), result.camera, "warning" if drift.is_drift else "info"
+            )
+
+    def describe(self, name: str) -> dict[str, Any] | None:
+        """Return the state and the last comparison of a camera, as in the event `drift`.
+
+        Args:
+            name: Name of the camera.
+
+        Returns:
+            The fields of the event. None before the first comparison.
+        """
+        camera = self._cameras.get(name)
+        return self._describe(camera.drift) if camera and camera.drift else None
+
+    @property
+    def _reference_kind(self) -> str:
+        return "camera" if self._reference is None else "model"
+
+    def _describe(self, drift: CameraDrift) -> dict[str, Any]:
+        return {
             "state": "drift" if drift.is_drift else "ok",
-            "reference": kind,
+            "reference": self._reference_kind,
             "window_s": self._window_s,
             "num_frames": drift.num_frames,
             "quantities": {
@@ -243,10 +266,6 @@ class DriftMonitor:
                 for name, one in drift.quantities.items()
             },
         }
-        for publish in self._publish:
-            publish(make_drift_event(result.camera, values))
-        if drift.is_drift != was_drift:
-            self._report(_format_drift(drift, kind), result.camera, "warning" if drift.is_drift else "info")
 
     def write_status(self, camera: str, status: str) -> None:
         """Forget a camera that was removed. A lost camera keeps its window; see `FrameSink.write_status`."""

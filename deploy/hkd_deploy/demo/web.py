@@ -6,7 +6,7 @@ import ipaddress
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -80,6 +80,7 @@ class WebSink:
         host: Address or name of this machine.
         camera_file: File of `--cameras`, in which the page saves lines and zones. None without such a file.
         report: Called with one line if they cannot be saved.
+        describe_drift: Returns the drift of a camera; see `DriftMonitor.describe`. None without `--monitor`.
 
     Attributes:
         url: Address of the page, with the token if there is one.
@@ -98,6 +99,7 @@ class WebSink:
         host: str | None = None,
         camera_file: Path | None = None,
         report: Report = print_message,
+        describe_drift: Callable[[str], dict[str, Any] | None] | None = None,
     ) -> None:
         import_package("starlette", hint=INSTALL_HINT)
         uvicorn = import_package("uvicorn", hint=INSTALL_HINT)
@@ -113,7 +115,7 @@ class WebSink:
         self._signal = web_app.FrameSignal()
         policy = web_app.AccessPolicy(token, f"hkd_demo_{self.port}", host or DEFAULT_HOST)
         save_scene = self._save_scene if camera_file else None
-        app = web_app.make_app(self._view_list, pipelines, self._signal, policy, save_scene)
+        app = web_app.make_app(self._view_list, pipelines, self._signal, policy, save_scene, describe_drift)
         config = uvicorn.Config(
             app,
             http="h11",

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hkd_deploy.demo.run import CameraPipeline
-from hkd_deploy.demo.web_views import CameraView, read_temperature_c
+from hkd_deploy.demo.web_views import CameraView, read_power_w, read_temperature_c
 from hkd_det.errors import HkdError, UnavailableError, UsageError
 
 PAGE_DIRECTORY = Path(__file__).parent / "page"
@@ -40,6 +40,7 @@ HEADERS = {
 }
 # A cookie with SameSite=Strict is not sent after a redirect from another site, but it is sent after this refresh.
 LOGIN_PAGE = '<!doctype html><meta http-equiv="refresh" content="0; url=/"><title>hkd-demo</title>'
+DescribeDrift = Callable[[str], dict[str, Any] | None]  # name of the camera: fields of its last event `drift`
 SaveScene = Callable[[int, Any], bool]  # index of the camera, content of the request: whether it is in effect
 
 
@@ -175,6 +176,7 @@ def make_app(
     signal: FrameSignal,
     policy: AccessPolicy,
     save_scene: SaveScene | None,
+    describe_drift: DescribeDrift | None,
 ) -> AccessControl:
     """Create the application.
 
@@ -184,17 +186,22 @@ def make_app(
         signal: Wakes requests when there is a new frame.
         policy: Who may use the page.
         save_scene: Saves lines and zones; called in another thread. None if they cannot be saved.
+        describe_drift: Returns the drift of a camera. None without `--monitor`.
     """
 
     async def get_state(request: Request) -> Response:
         since = _parse_int(request.query_params.get("since", ""))
+        shown = list(views)  # a reload may add one
         states = [
             view.describe(pipelines[index] if index < len(pipelines) else None, since)
-            for index, view in enumerate(views)
+            for index, view in enumerate(shown)
         ]
-        temperature_c = read_temperature_c()
-        state = {"time": int(time.time()), "cameras": states, "temperature_c": temperature_c}
-        return JSONResponse({**state, "can_save": save_scene is not None})
+        if describe_drift:
+            for view, camera in zip(shown, states, strict=True):
+                camera["drift"] = describe_drift(view.camera_name) or {"state": "waiting"}
+        device = {"temperature_c": read_temperature_c(), "power_w": read_power_w()}
+        state = {"time": int(time.time()), "cameras": states, "can_save": save_scene is not None}
+        return JSONResponse(state | device)
 
     async def get_frames(request: Request) -> Response:
         after = parse_positions(request.query_params.get("after", ""), len(views))

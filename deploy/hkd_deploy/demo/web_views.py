@@ -23,6 +23,8 @@ MAX_AGES = 300  # number of frames of the percentiles of the age
 MAX_IMAGE_WIDTH = 1280  # wider images are reduced for the page, pixels
 JPEG_QUALITY = 75
 THERMAL_DIRECTORY = Path("/sys/class/thermal")
+HWMON_DIRECTORY = Path("/sys/class/hwmon")
+POWER_SENSOR, POWER_RAIL = "ina3221", "VDD_IN"  # of Jetson Orin Nano and NX; VDD_IN is the power of the module
 HIDDEN = "the camera"  # replaces an address
 URL_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*[^\s.,:;)]")
 IPV4_PATTERN = re.compile(r"(?<![\w.])\d{1,3}(\.\d{1,3}){3}(:\d+)?(?![\w.]*\w)")
@@ -116,6 +118,11 @@ class CameraView:
         if self._encoded[0] != seq:
             self._encoded = (seq, _describe_frame(result, seq), encode_jpeg(result.image_rgb))
         return self._encoded[1], self._encoded[2]
+
+    @property
+    def camera_name(self) -> str:
+        """Name of the camera in the run. It can contain the address: never send it to a browser."""
+        return self._camera.name
 
     def describe(self, pipeline: CameraPipeline | None, since: int) -> dict[str, Any]:
         """Return the state of the camera for the page.
@@ -232,6 +239,29 @@ def read_temperature_c(directory: Path = THERMAL_DIRECTORY) -> float | None:
         except (OSError, ValueError):  # a sensor of a part that is off
             continue
     return max((value for value in values if -40 < value < 200), default=None)
+
+
+def read_power_w(directory: Path = HWMON_DIRECTORY) -> float | None:
+    """Read the power of a Jetson module from its sensor INA3221.
+
+    Args:
+        directory: Directory of the hardware monitors of Linux.
+
+    Returns:
+        Power in watts. None if there is no such sensor, or no rail for the whole module.
+    """
+    for label in directory.glob("hwmon*/in[123]_label"):
+        try:
+            is_power = (label.parent / "name").read_text().strip() == POWER_SENSOR
+            if is_power and label.read_text().strip() == POWER_RAIL:
+                number = label.name[2]
+                voltage_mv, current_ma = (
+                    int((label.parent / f"{kind}{number}_input").read_text()) for kind in ("in", "curr")
+                )
+                return voltage_mv * current_ma / 1e6
+        except (OSError, ValueError):  # a sensor that is off
+            continue
+    return None
 
 
 def _describe_frame(result: FrameResult, seq: int) -> dict[str, Any]:

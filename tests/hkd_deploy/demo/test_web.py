@@ -30,7 +30,7 @@ from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
 from hkd_deploy.demo.cli import main
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.web import WebSink
-from hkd_deploy.demo.web_views import CameraView, make_page_name, read_temperature_c
+from hkd_deploy.demo.web_views import CameraView, make_page_name, read_power_w, read_temperature_c
 from hkd_deploy.streams import Frame, open_source
 from hkd_det.errors import DataError, UsageError
 from hkd_det.structures import Detections
@@ -438,6 +438,32 @@ def test_temperature_is_that_of_the_hottest_sensor(tmp_path: Path) -> None:
         (tmp_path / f"thermal_zone{number}" / "temp").write_text(text)
     assert read_temperature_c(tmp_path) == 67.25
     assert read_temperature_c(tmp_path / "missing") is None
+
+
+def test_power_is_that_of_the_module(tmp_path: Path) -> None:
+    def write(folder: str, **values: object) -> None:
+        (tmp_path / folder).mkdir()
+        for name, value in values.items():
+            (tmp_path / folder / name).write_text(f"{value}\n")
+
+    assert read_power_w(tmp_path) is None and read_power_w(tmp_path / "missing") is None
+    write("hwmon0", name="nvme", in1_label="VDD_IN", in1_input=1, curr1_input=1)
+    cpu = {"in1_label": "VDD_CPU_GPU_CV", "in1_input": 5000, "curr1_input": 800}
+    write("hwmon1", name="ina3221", **cpu)
+    assert read_power_w(tmp_path) is None
+    write("hwmon2", name="ina3221", in2_label="VDD_IN", in2_input=4968, curr2_input=1500, **cpu)
+    assert read_power_w(tmp_path) == pytest.approx(4.968 * 1.5)
+    (tmp_path / "hwmon2" / "curr2_input").unlink()
+    assert read_power_w(tmp_path) is None
+
+
+def test_drift_is_shown_only_if_it_is_monitored(make_page: Callable[..., WebSink]) -> None:
+    drift = {"state": "drift", "quantities": {"score": {"psi": 0.4, "threshold": 0.25, "drift": True}}}
+    drifts = {"door": drift, CAMERAS[1].name: None}
+    for describe, expected in ((drifts.get, [drift, {"state": "waiting"}]), (None, [None, None])):
+        page = make_page(describe_drift=describe)
+        with urllib.request.urlopen(f"{page.url}state", timeout=10) as response:
+            assert [camera.get("drift") for camera in json.load(response)["cameras"]] == expected
 
 
 def test_status_is_hidden_with_word_boundaries() -> None:

@@ -69,6 +69,9 @@ class Camera {
     this.find(".persons").textContent = isRunning ? state.persons : "–";
     this.find(".fps").textContent = isRunning ? state.fps.toFixed(1) : "–";
     this.find(".age").textContent = isRunning && state.age_ms !== null ? formatMs(state.age_ms) : "–";
+    this.find(".drift").hidden = !state.drift;
+    this.find(".drift").classList.toggle("bad", state.drift?.state === "drift");
+    this.find(".drift dd").textContent = { drift: "yes", ok: "no" }[state.drift?.state] ?? "–";
     fillTable(this.find(".details tbody"), listDetails(state));
     const counts = formatCounts(state.counts ?? {});
     fillTable(this.find(".counts tbody"), counts);
@@ -91,6 +94,10 @@ function listDetails(state) {
   const rows = [["frames", state.num_frames], ["dropped", state.num_dropped], ["losses", state.num_lost]];
   if (state.age_percentiles_ms.length) rows.push(["age p50 / p99", state.age_percentiles_ms.map(formatMs).join(" / ")]);
   for (const [stage, ms] of Object.entries(state.stages_ms ?? {})) rows.push([stage, `${ms.toFixed(1)} ms`]);
+  for (const [name, { psi, threshold }] of Object.entries(state.drift?.quantities ?? {})) {
+    rows.push([`drift of ${name}`, psi === null ? "too few values" : `PSI ${psi.toFixed(2)}, limit ${threshold.toFixed(2)}`]);
+  }
+  if (state.drift?.state === "waiting") rows.push(["drift", "not compared yet"]);
   if (state.model) rows.push(["model", state.model]);
   return rows;
 }
@@ -245,6 +252,7 @@ function showSummary(state) {
   if (numDown) parts.push(`${numDown} lost`);
   parts.push(`${total} person${total === 1 ? "" : "s"}`);
   if (state.temperature_c !== null) parts.push(`${state.temperature_c.toFixed(0)} °C`);
+  if (state.power_w !== null) parts.push(`${state.power_w.toFixed(1)} W`);
   document.getElementById("summary").textContent = parts.join(" · ");
   document.getElementById("cameras").classList.toggle("single", shown.length === 1);
 }
