@@ -3,9 +3,11 @@
     python benchmarks/studies/live_overhead.py --model hkd-cpu --threads 2
 
 First table: one video of 640x512. "alone" is a loop of OpenCV's decoder and the detector. Rounds of all alternate, so
-that a change of the machine's speed affects all. The second row adds `--record` (extra `live`), the third `--web`
-(extra `web`) with one viewer, which is a process on this machine. Second table: MJPEG
-cameras on this machine, which sends their images itself; ages and rates are those of the events that `hkd-demo` writes.
+that a change of the machine's speed affects all. The second row adds `--record` (extra `live`), the others `--web`
+(extra `web`) with viewers, which are threads of a process on this machine with the lowest priority: they request images
+as the page does, and the number that they get is printed. The percentiles are those of the time from one frame to the
+next, of all rounds; their ratio is to `--events`. Second table: MJPEG cameras on this machine, which sends their
+images itself; ages and rates are those of the events that `hkd-demo` writes.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -26,7 +29,7 @@ import numpy as np
 
 from hkd_deploy import open_detector
 from hkd_deploy.backends.base import Detector
-from hkd_deploy.demo.base import FrameSink
+from hkd_deploy.demo.base import FrameResult, FrameSink
 from hkd_deploy.demo.camera_recorder import RecordingConfig
 from hkd_deploy.demo.cameras import CameraConfig
 from hkd_deploy.demo.events import open_events
@@ -39,16 +42,26 @@ from hkd_det.console import format_table
 from hkd_det.datasets.synthetic.writer import iterate_frames, write_video
 
 VIDEO_HW, CAMERA_HW = (512, 640), (360, 640)
-FLAGS = ("--events", "--events --record", "--events --web")
-# Requests frames as the page does.
+NUM_VIEWERS = (0, 1, 10)
+# Threads that request frames as the page does. The number of images is printed when stdin is closed.
 VIEWER = """
-import json, struct, sys, time, urllib.request
-seq = 0
-while True:
-    content = urllib.request.urlopen(f"{sys.argv[1]}frames?after=0:{seq}").read()
-    for frame in json.loads(content[4 : 4 + struct.unpack(">I", content[:4])[0]]):
-        seq = frame["seq"]
-    time.sleep(0.08)
+import json, os, struct, sys, time, threading, urllib.request
+num_images = 0
+def view():
+    global num_images
+    seq = 0
+    while True:
+        content = urllib.request.urlopen(f"{sys.argv[1]}frames?after=0:{seq}").read()
+        for frame in json.loads(content[4 : 4 + struct.unpack(">I", content[:4])[0]]):
+            seq = frame["seq"]
+            num_images += 1
+        time.sleep(0.08)
+os.nice(19)
+for _ in range(int(sys.argv[2])):
+    threading.Thread(target=view, daemon=True).start()
+sys.stdin.read()
+print(num_images, flush=True)
+os._exit(0)
 """
 COMMAND = "import sys; from hkd_deploy.demo.cli import main; sys.exit(main())"
 
@@ -71,87 +84,139 @@ def main() -> None:
         print_cameras(flags, Path(directory) / "events.jsonl")
 
 
+class FrameClock:
+    """Time of each frame of a run. It is a `FrameSink`.
+
+    Attributes:
+        ticks_s: Times by `time.perf_counter()`.
+    """
+
+    def __init__(self) -> None:
+        self.ticks_s: list[float] = []
+
+    def write(self, result: FrameResult) -> None:  # noqa: ARG002 - of FrameSink
+        """Note the time."""
+        self.ticks_s.append(time.perf_counter())
+
+    def write_status(self, camera: str, status: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Viewers:
+    """Viewers of a page.
+
+    Args:
+        page: The page.
+        count: Number of viewers.
+    """
+
+    def __init__(self, page: WebSink, count: int) -> None:
+        command = [sys.executable, "-c", VIEWER, page.url, str(count)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def close(self) -> int:
+        """End them and return the number of images that all of them got."""
+        return int(self._process.communicate()[0])
+
+
 def print_overhead(detector: Detector, video: Path, rounds: int) -> None:
     """Print the time per frame of the loop of `hkd-demo` and of decoding and inference alone.
 
     Args:
         detector: The detector.
         video: The video.
-        rounds: Rounds of both.
+        rounds: Rounds of all.
     """
-    page = WebSink([CameraConfig("video", str(video))], [], 0)
-    viewer = subprocess.Popen([sys.executable, "-c", VIEWER, page.url])
-    runs = (run_alone, run_demo, run_recording, lambda *args: run_demo(*args, [page]))
-    times_ms = np.array([[measure_ms(run, detector, video) for run in runs] for _ in range(rounds + 1)])
-    times_ms = times_ms[1:]  # warmed up
-    viewer.kill()
-    viewer.wait()
-    page.close()
-    alone, *demos = np.median(times_ms, axis=0)
+    pages = [WebSink([CameraConfig("video", str(video))], [], 0) for _ in NUM_VIEWERS]
+    viewers = [Viewers(page, count) for page, count in zip(pages, NUM_VIEWERS, strict=True)]
+    runs: dict[str, Callable[[], list[float]]] = {
+        "alone": partial(run_alone, detector, video),
+        "--events": partial(run_demo, detector, video),
+        "--events --record": partial(run_recording, detector, video),
+    }
+    for page, count in zip(pages, NUM_VIEWERS, strict=True):
+        runs[f"--events --web, viewers: {count}"] = partial(run_demo, detector, video, [page])
+    means_ms: dict[str, list[float]] = {name: [] for name in runs}
+    frames_ms: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start_s = time.perf_counter()
+            ticks_s = run()
+            if number:  # warmed up
+                means_ms[name].append(1e3 * (time.perf_counter() - start_s) / len(ticks_s))
+                frames_ms[name] += (1e3 * np.diff(ticks_s)).tolist()
+    num_images = [one.close() for one in viewers]
+    for page in pages:
+        page.close()
+    print(format_overhead(means_ms, frames_ms))
+    counts = ", ".join(f"{count} viewers: {images}" for count, images in zip(NUM_VIEWERS, num_images, strict=True))
+    print(f"images of the viewers in {rounds + 1} rounds of {len(ticks_s)} frames: {counts}")
+
+
+def format_overhead(means_ms: dict[str, list[float]], frames_ms: dict[str, list[float]]) -> str:
+    """Format the first table.
+
+    Args:
+        means_ms: Time per frame of each round, ms.
+        frames_ms: Time of each frame, ms.
+    """
+    alone_ms, (_, events_p99_ms) = np.array(means_ms["alone"]), np.percentile(frames_ms["--events"], [50, 99])
     rows = []
-    for index, (name, demo) in enumerate(zip(FLAGS, demos, strict=True), 1):
-        ratios = times_ms[:, index] / times_ms[:, 0]
+    for name, values_ms in means_ms.items():
+        ratios = np.array(values_ms) / alone_ms
         low, high = np.percentile(ratios, [10, 90])
-        rows.append([name, f"{alone:.2f}", f"{demo:.2f}", f"{np.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"])
-    print(format_table(rows, ["flags", "decoding and inference alone, ms", "hkd-demo, ms", "ratio", "10 to 90 %"]))
+        p50_ms, p99_ms = np.percentile(frames_ms[name], [50, 99])
+        rows.append([name, f"{np.median(values_ms):.2f}", f"{np.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"])
+        rows[-1] += [f"{p50_ms:.2f}", f"{p99_ms:.2f}", f"{p99_ms / events_p99_ms:.3f}"]
+    header = ["flags", "ms per frame", "ratio", "10 to 90 %", "p50, ms", "p99, ms", "ratio of p99"]
+    return format_table(rows, header)
 
 
-def measure_ms(run: Callable[[Detector, Path], int], detector: Detector, video: Path) -> float:
-    """Return the time per frame of one pass over a video, ms.
-
-    Args:
-        run: Processes the video and returns the number of frames.
-        detector: The detector.
-        video: The video.
-    """
-    start_s = time.perf_counter()
-    return 1e3 / run(detector, video) * (time.perf_counter() - start_s)
-
-
-def run_alone(detector: Detector, video: Path) -> int:
-    """Decode a video with OpenCV and run the detector on each frame; return the number of frames.
+def run_alone(detector: Detector, video: Path) -> list[float]:
+    """Decode a video with OpenCV and run the detector on each frame; return the time of each frame, seconds.
 
     Args:
         detector: The detector.
         video: The video.
     """
-    capture, num_frames = cv2.VideoCapture(str(video)), 0
+    capture, ticks_s = cv2.VideoCapture(str(video)), list[float]()
     while True:
         is_read, frame_bgr = capture.read()
         if not is_read:
-            return num_frames
+            return ticks_s
         detector(cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB))
-        num_frames += 1
+        ticks_s.append(time.perf_counter())
 
 
-def run_demo(detector: Detector, video: Path, sinks: Sequence[FrameSink] = ()) -> int:
-    """Process a video as `hkd-demo --events` does; return the number of frames.
+def run_demo(detector: Detector, video: Path, sinks: Sequence[FrameSink] = ()) -> list[float]:
+    """Process a video as `hkd-demo --events` does; return the time of each frame, seconds.
 
     Args:
         detector: The detector.
         video: The video.
         sinks: Further outputs.
     """
+    clock = FrameClock()
     with open_source(str(video)) as source, open_events(os.devnull) as events:
-        pipeline = CameraPipeline("video", source, detector.default_conf, [events, *sinks])
+        pipeline = CameraPipeline("video", source, detector.default_conf, [events, *sinks, clock])
         run_cameras([pipeline], detector)
-    return pipeline.stats.num_frames
+    return clock.ticks_s
 
 
-def run_recording(detector: Detector, video: Path) -> int:
-    """Process a video as `hkd-demo --events --record` does; return the number of frames.
+def run_recording(detector: Detector, video: Path) -> list[float]:
+    """Process a video as `hkd-demo --events --record` does; return the time of each frame, seconds.
 
     Args:
         detector: The detector.
         video: The video. The recording is written next to it.
     """
-    config = RecordingConfig(video.parent / "recording")
-    with open_source(str(video)) as source, open_events(os.devnull) as events:
-        recorder = Recorder(config, {"video": source.is_live}, print_message)
-        pipeline = CameraPipeline("video", source, detector.default_conf, [events, recorder])
-        run_cameras([pipeline], detector)
-        recorder.close()
-    return pipeline.stats.num_frames
+    recorder = Recorder(RecordingConfig(video.parent / "recording"), {"video": False}, print_message)
+    ticks_s = run_demo(detector, video, [recorder])
+    recorder.close()
+    return ticks_s
 
 
 def print_cameras(flags: argparse.Namespace, events_path: Path) -> None:
