@@ -348,6 +348,7 @@ def write_coco_data(directory: Path, half_right: Path, person_id: int) -> Path:
     return directory / "data.yaml"
 
 
+@pytest.mark.slow
 def test_saved_detections_have_the_miss_rate_of_bench(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,6 +395,7 @@ def test_saved_detections_of_several_models_and_of_images(
     assert contents[0][0]["category_id"] == 1
 
 
+@pytest.mark.slow
 def test_saved_detections_of_other_formats_have_file_names(model: Path, half_right: Path, tmp_path: Path) -> None:
     """The official file of CityPersons names an image `im_name`; its ids are not in the .mat file of the split."""
     for folder in ("images", "labels"):

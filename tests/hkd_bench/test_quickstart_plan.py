@@ -189,6 +189,7 @@ def test_invalid_flags_are_usage_errors(flags: list[str], message: str, capsys: 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--data", "gone.yaml"], ["--data", "gone.yaml", "--threads", "0"]])
 def test_flag_errors_need_no_torch(flags: list[str]) -> None:
     code = (

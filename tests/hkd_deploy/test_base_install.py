@@ -72,12 +72,14 @@ def test_base_install_runs_model_and_demo(tiny_onnx: Callable[..., Path], tmp_pa
     assert done.stdout.startswith("5 frames, ") and output.is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["hkd_deploy.backends.tensorrt", "hkd_deploy.serving.writers", "hkd_deploy.streams"])
 def test_base_install_imports_device_modules(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT_MODULES, module], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "flags", "code", "message"),
     [

@@ -74,6 +74,7 @@ def test_bins_have_about_a_tenth_of_the_values(reference: DriftReference) -> Non
         assert 4 <= len(counts) <= 10
 
 
+@pytest.mark.slow
 def test_noise_of_independent_values_is_that_of_chi_square() -> None:
     rng = np.random.default_rng(1)
     images = np.zeros((400, len(GRIDS["score"])), np.int64)
@@ -107,6 +108,7 @@ def test_images_of_the_reference_raise_alarms_at_the_documented_rate(num_images:
     assert num_alarms / num_windows <= 3 * FALSE_ALARM_RATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "name"), [({"score_shift": -0.15}, "score"), ({"mean_persons": 0.8}, "persons")])
 def test_shift_is_above_the_threshold(reference: DriftReference, options: dict[str, float], name: str) -> None:
     rng = np.random.default_rng(3)

@@ -138,6 +138,7 @@ def test_from_metadata_other_tool_raises() -> None:
         ModelMetadata.from_metadata({"names": "{0: 'person'}", "task": "detect"}, PATH)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(GOOD)), st.text(max_size=12)))
 def test_from_metadata_any_text_parses_or_raises_data_error(changes: dict[str, str]) -> None:

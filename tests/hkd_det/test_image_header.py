@@ -98,6 +98,7 @@ def test_size_of_jpeg2000_is_that_of_codestream() -> None:
     assert header and header.stored_hw == (30_000, 30_000)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from([*EXIF_FORMATS, *OTHER_FORMATS]), st.data())
 def test_any_bytes_have_a_header_or_none(name: str, data: st.DataObject) -> None:

@@ -49,6 +49,7 @@ def read_index(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "frames.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_hour", [1, 7, 60])
 def test_no_hour_has_more_images_than_the_limit(per_hour: int) -> None:
     rng, selector = np.random.default_rng(0), FrameSelector(per_hour)

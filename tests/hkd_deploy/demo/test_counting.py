@@ -68,6 +68,7 @@ def run_street(street: Any, track: Callable[[Any], np.ndarray]) -> tuple[SceneCo
     return counter, events
 
 
+@pytest.mark.slow
 def test_tracked_people_are_counted(simulate_street: Callable[..., Any]) -> None:
     """The bounds: crossings within 2 %, stays within 1 s; over twice 2 minutes with misses and skipped frames."""
     num_counted, num_true, errors, num_stays = 0, 0, [], 0
@@ -121,6 +122,7 @@ def count_by_id(street: Any, track: Callable[[Any], np.ndarray]) -> int:
     return num_crossings
 
 
+@pytest.mark.slow
 def test_wrong_ids_do_not_change_counts(simulate_street: Callable[..., Any]) -> None:
     num_counted, num_simple, num_true, errors = 0, 0, 0, []
     for seed in (0, 1, 2):

@@ -32,6 +32,7 @@ def scrape(port: int) -> dict[tuple[str, ...], float]:
         }
 
 
+@pytest.mark.slow
 def test_absent_receivers_change_neither_frames_nor_the_end(
     tiny_onnx: Callable[..., Path], camera: Any, tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def wait_for_baseline(camera: Camera) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_baseline_of_the_camera_replaces_the_validation_images(tmp_path: Path) -> None:
     """A camera with small people, which differ from validation images, has drift only when it changes itself."""
     path = tmp_path / "new" / "baselines.json"
@@ -147,6 +148,7 @@ def test_baseline_of_the_camera_replaces_the_validation_images(tmp_path: Path) -
         read_baselines(path, 600)
 
 
+@pytest.mark.slow
 def test_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     camera = Camera(None, 2400, tmp_path / "file" / "baselines.json")
@@ -156,6 +158,7 @@ def test_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert len(camera.lines) == 2 and "The baseline of door ends with the program." in camera.lines[1]
 
 
+@pytest.mark.slow
 def test_baseline_contains_the_changes_of_a_day() -> None:
     """Windows alternate between two scores: the threshold is the largest PSI of one of them against the others."""
     rng, chunks = np.random.default_rng(2), []

@@ -203,6 +203,7 @@ def test_sigkill_loses_at_most_a_second(seed: int, tmp_path: Path) -> None:
     assert [number for path in paths for number in decode_with_opencv(path)] == stored
 
 
+@pytest.mark.slow
 def test_file_cut_at_any_byte_keeps_all_complete_fragments(tmp_path: Path) -> None:
     encoder, file = H264Encoder((120, 192)), FragmentedMp4(tmp_path / "a.mp4", (120, 192))
     for number in range(60):

@@ -118,6 +118,7 @@ def test_cameras_that_flood_have_equal_shares() -> None:
     assert all(pipeline.source.num_dropped > 100 for pipeline in pipelines)  # not queued
 
 
+@pytest.mark.slow
 def test_camera_that_floods_takes_no_frames_from_a_slow_one() -> None:
     sink = RecordingSink()
     readers = {"flood": lambda: Reader(9, 0.001), "slow": lambda: Reader(9, 0.2)}
@@ -140,6 +141,7 @@ def test_results_are_of_the_newest_frame() -> None:
     assert np.percentile(ages, 90) < 110  # a queue would add 50 ms for each camera
 
 
+@pytest.mark.slow
 def test_cameras_that_cannot_be_opened_or_hang_do_not_delay_others() -> None:
     sink, hangs = RecordingSink(), Event()
 

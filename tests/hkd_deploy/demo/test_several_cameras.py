@@ -73,6 +73,7 @@ def test_damaged_video_does_not_end_the_others(
     assert printed.err.splitlines()[-1].startswith(f"hkd-demo: {bad}: truncated or damaged")
 
 
+@pytest.mark.slow
 def test_cameras_have_their_own_settings(tiny_onnx: Callable[..., Path], make_camera: Any, tmp_path: Path) -> None:
     live, off = make_camera(), make_camera()
     off.off()

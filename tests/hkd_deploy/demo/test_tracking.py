@@ -83,6 +83,7 @@ def test_equal_times_and_empty_frames() -> None:
     assert ids.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_people_who_meet_keep_their_ids(simulate_street: Callable[..., Any]) -> None:
     street = simulate_street(seconds=90, gap_s=0, seed=3)
     tracker, ids_of_person = PersonTracker(0.3), {}

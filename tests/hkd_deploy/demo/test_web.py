@@ -162,6 +162,7 @@ def test_wide_image_is_reduced() -> None:
     assert cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR).shape == (720, 1280, 3)
 
 
+@pytest.mark.slow
 def test_viewers_that_do_not_read_do_not_block_the_detector(make_page: Callable[..., WebSink]) -> None:
     page = make_page()
     noise = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8)

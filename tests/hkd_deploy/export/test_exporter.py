@@ -60,6 +60,7 @@ def model_path(checkpoint: DetectorCheckpoint, tmp_path_factory: pytest.TempPath
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, None])
 def test_export_detector_agrees_with_torch(
     checkpoint: DetectorCheckpoint, image_paths: list[Path], tmp_path: Path, batch: int | None
@@ -143,6 +144,7 @@ def test_compute_box_difference_matches_by_score() -> None:
     assert compute_box_difference(boxes, scores, boxes, scores - 0.1) == np.inf
 
 
+@pytest.mark.slow
 def test_command_exports_weights_and_reports_errors(
     checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

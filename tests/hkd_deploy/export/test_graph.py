@@ -131,6 +131,7 @@ def hkd_checkpoint() -> DetectorCheckpoint:
     return checkpoint(HKD_SPEC)
 
 
+@pytest.mark.slow
 def test_in_graph_letterbox_agrees_with_host_letterbox(hkd_checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
     """Boxes are in image pixels and clipped. Rounding of gray levels changes scores slightly."""
     export_onnx(hkd_checkpoint, tmp_path / "letterbox.onnx", LETTERBOX)
@@ -147,6 +148,7 @@ def test_in_graph_letterbox_agrees_with_host_letterbox(hkd_checkpoint: DetectorC
             assert (distances < 1.5 / letterbox.scale).all()
 
 
+@pytest.mark.slow
 def test_raw_float_graph_agrees_after_postprocessing(hkd_checkpoint: DetectorCheckpoint, tmp_path: Path) -> None:
     options = ExportOptions(HW, None, dynamic_size=True, preprocess=False, raw=True)
     export_onnx(hkd_checkpoint, tmp_path / "raw.onnx", options)

@@ -31,6 +31,7 @@ def assert_within_one_level(actual: np.ndarray, expected: np.ndarray) -> None:
     assert abs(float(levels.mean()) - float(expected.mean())) < 0.2
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_letterbox_module_matches_host_letterbox(height: int, width: int) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
 
 from hkd_deploy.export.exporter import export_onnx
@@ -33,6 +34,7 @@ def export(detector: BaseDetector, path: Path) -> onnx.ModelProto:
     return onnx.load(path)
 
 
+@pytest.mark.slow
 def test_pruned_student_exports_as_plain_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     masked = build_from_spec(SPEC).eval()
@@ -67,6 +69,7 @@ def test_pruned_student_exports_as_plain_network(tmp_path: Path) -> None:
     np.testing.assert_allclose(boxes[0][valid][:5], expected_boxes.numpy()[0][valid][:5], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_training_can_start_from_an_exported_and_pruned_yolox(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = build_from_spec(YOLOX_SPEC).prunable_layers()

@@ -185,6 +185,7 @@ def test_openvino_export_states_each_problem_once(
     assert error.startswith("hkd-export: /proc/folder: ") and "Check the path, its permissions" in error
 
 
+@pytest.mark.slow
 def test_verify_weights_and_exported_files(
     weights: Path, street: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +216,7 @@ def test_verify_image_above_max_imgsz_is_not_measured(
     assert "not measured" in output and any("160x96" in line and "96x64" in line for line in output.splitlines())
 
 
+@pytest.mark.slow
 def test_export_that_differs_names_worst_layer(
     weights: Path, street: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +281,7 @@ def test_suggest_conf_has_highest_f1(
     assert Verification(reference, [], [], "street").suggest_conf() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conf", [None, 0.5])
 def test_reference_has_the_detections_of_the_samples(
     tiny_onnx: Callable[..., Path], tmp_path: Path, conf: float | None
@@ -302,6 +305,7 @@ def test_reference_has_the_detections_of_the_samples(
     assert Verification(too_few, [], samples, "street").measure_reference(conf) is None
 
 
+@pytest.mark.slow
 def test_exported_weights_contain_suggested_conf(weights: Path, street: Callable[..., Path], tmp_path: Path) -> None:
     """The verification of six images suggests none; one that suggests a value writes it, and predicts once."""
     data, out = street(), tmp_path / "out.onnx"

@@ -32,6 +32,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
+@pytest.mark.slow
 def test_int8_excludes_sensitive_layer(
     box_net: Callable[..., Path], street: Path, outlier: BoxNetWeights, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +60,7 @@ def test_int8_excludes_sensitive_layer(
         assert len(detector(np.full((96, 96, 3), 230, np.uint8))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_model_that_detects_no_person_is_not_recommended(
     box_net: Callable[..., Path], street: Path, precision: str, capsys: pytest.CaptureFixture[str]
@@ -156,6 +158,7 @@ def test_fp16_is_evaluated_and_bf16_is_not(
         open_detector(bf16, backend="openvino").__enter__()
 
 
+@pytest.mark.slow
 def test_invalid_input_ends_in_one_line(
     box_net: Callable[..., Path], street: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

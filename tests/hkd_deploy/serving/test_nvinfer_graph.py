@@ -109,6 +109,7 @@ def test_nvinfer_graph_equals_source(exported: Callable[..., Path], precision: s
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_nvinfer_graph_changes_first_nodes_only(exported: Callable[..., Path], precision: str) -> None:
     path = exported(precision, 1)
@@ -144,6 +145,7 @@ def test_nvinfer_graph_other_first_node_raises(
     assert not (path.parent / "deepstream" / "student" / "student.onnx").exists()
 
 
+@pytest.mark.slow
 def test_nvinfer_graph_bf16_is_read_with_onnx(
     exported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

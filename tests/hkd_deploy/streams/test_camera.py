@@ -170,6 +170,7 @@ def test_sanitize_fps(declared: float, expected: float | None) -> None:
     assert sanitize_fps(declared) == expected
 
 
+@pytest.mark.slow
 def test_camera_backlog_of_a_slow_line_is_reported_and_skipped(camera: Camera) -> None:
     camera.fps = 20
     ages = []
@@ -189,6 +190,7 @@ def test_camera_backlog_of_a_slow_line_is_reported_and_skipped(camera: Camera) -
     assert camera.connections > connections  # a new connection skipped it
 
 
+@pytest.mark.slow
 def test_camera_silence_is_reported_as_age(camera: Camera) -> None:
     camera.fps = 20
     policy = ReconnectPolicy(open_timeout_s=2, read_timeout_s=5)

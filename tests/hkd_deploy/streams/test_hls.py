@@ -114,6 +114,7 @@ def watch(camera: HlsCamera, seconds: float, hang_s: float = 0.0) -> np.ndarray:
     return np.array(rows)
 
 
+@pytest.mark.slow
 def test_hls_returns_each_frame_at_its_interval(hls_camera: HlsCamera) -> None:
     rows = watch(hls_camera, 4)
     assert rows[0, 0] < 1.5  # a segment, and its transfer
@@ -122,6 +123,7 @@ def test_hls_returns_each_frame_at_its_interval(hls_camera: HlsCamera) -> None:
     assert len(rows) > 2 * FPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states_time", [False, True])
 def test_hls_age_includes_the_segment(hls_camera: HlsCamera, states_time: bool) -> None:
     hls_camera.states_time = states_time
@@ -130,6 +132,7 @@ def test_hls_age_includes_the_segment(hls_camera: HlsCamera, states_time: bool) 
     assert np.median(np.abs(reported_s - true_s)) < 0.05
 
 
+@pytest.mark.slow
 def test_hls_skips_what_a_hang_held_back(hls_camera: HlsCamera) -> None:
     times_s, _, reported_s, true_s = watch(hls_camera, 6, hang_s=1.5).T
     assert np.diff(times_s).max() > 0.8  # the hang
@@ -137,6 +140,7 @@ def test_hls_skips_what_a_hang_held_back(hls_camera: HlsCamera) -> None:
     assert np.percentile(np.abs(reported_s - true_s), 90) < 0.1
 
 
+@pytest.mark.slow
 def test_playlist_is_requested_a_few_times_per_segment(hls_camera: HlsCamera) -> None:
     hls_camera.num_playlists = 0
     watch(hls_camera, 4)

@@ -97,6 +97,7 @@ def test_stream_reconnects_with_another_size(stream_camera: StreamCamera) -> Non
         assert any(frame.image_rgb.shape == (48, 64, 3) for frame in frames)
 
 
+@pytest.mark.slow
 def test_frames_from_before_a_silence_are_not_returned(stream_camera: StreamCamera) -> None:
     with open_source(stream_camera.address, ReconnectPolicy(read_timeout_s=0.5, retry_s=0.05)) as source:
         list(islice(source, 5))

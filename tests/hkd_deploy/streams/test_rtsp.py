@@ -158,6 +158,7 @@ def test_first_image_does_not_wait_for_a_key_frame(rtsp_camera: RtspCamera) -> N
     assert time.monotonic() - start_s < 2
 
 
+@pytest.mark.slow
 def test_age_is_that_of_the_sender_reports(rtsp_camera: RtspCamera) -> None:
     rtsp_camera.delay_s = 0.4  # invisible in the timestamps
     reported_s, true_s = measure_ages(rtsp_camera, 30)[5:].T
@@ -165,6 +166,7 @@ def test_age_is_that_of_the_sender_reports(rtsp_camera: RtspCamera) -> None:
     assert np.median(np.abs(reported_s - true_s)) < 0.05
 
 
+@pytest.mark.slow
 def test_age_without_reports_includes_the_frame_that_ffmpeg_holds(rtsp_camera: RtspCamera) -> None:
     rtsp_camera.has_reports = False
     reported_s, true_s = measure_ages(rtsp_camera, 30)[5:].T
@@ -213,6 +215,7 @@ def test_interval_is_that_of_sorted_timestamps() -> None:
     assert estimate_interval_s([5.0]) == estimate_interval_s([]) == 0
 
 
+@pytest.mark.slow
 def test_host_that_drops_requests_is_found_within_a_second(accept_connections: AcceptConnections) -> None:
     """A full queue drops requests like a host that is off. The system alone repeats one after 1 s and after 3 s."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:

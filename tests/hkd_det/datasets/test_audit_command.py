@@ -174,6 +174,7 @@ def test_two_models_agree(tmp_path: Path, model: Path, capsys: pytest.CaptureFix
     assert "2 of 2 models" in Path("runs/check/my/audit.html").read_text()
 
 
+@pytest.mark.slow
 def test_second_run_uses_the_cached_detections(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_coco_data(tmp_path / "data")
     assert run(data, model) == 0
@@ -263,6 +264,7 @@ def test_audited_file_keeps_hidden_parts(tmp_path: Path, model: Path) -> None:
             )
 
 
+@pytest.mark.slow
 def test_several_splits_have_one_file_each(tmp_path: Path, model: Path) -> None:
     data = write_coco_data(tmp_path / "data", ("train", "val"))
     assert run(data, model, "--write-audited", "new.json") == 0

@@ -88,6 +88,7 @@ def test_invalid_value_names_the_file(root: Path, content: dict[str, Any], messa
     assert "data.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -319,6 +319,7 @@ def test_check_works_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0 and "no errors" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_check_without_terminal_prints_stages(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_TERMINAL, "--data", str(coco(tmp_path)), "--check"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

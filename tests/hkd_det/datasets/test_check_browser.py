@@ -195,6 +195,7 @@ def make_images(num_images: int, **fields: Any) -> list[BrowsedImage]:
     return images
 
 
+@pytest.mark.slow
 def test_page_of_10000_images_is_small_and_fast(tmp_path: Path) -> None:
     images = make_images(10_000)
     start = time.process_time()

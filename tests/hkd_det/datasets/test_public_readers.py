@@ -231,6 +231,7 @@ def test_invalid_options_are_rejected(tmp_path: Path) -> None:
             load_dataset(str(write_dataset(name, tmp_path / name, train="elsewhere")), "train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(BUILDERS))
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

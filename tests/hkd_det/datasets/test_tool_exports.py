@@ -180,6 +180,7 @@ WRITERS: list[Callable[[Path], dict[str, tuple[int, int]]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITERS)
 def test_export_is_read_as_directory_and_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], dict[str, tuple[int, int]]]

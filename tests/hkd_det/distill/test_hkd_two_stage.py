@@ -160,6 +160,7 @@ def test_losses_without_rois_are_finite(pair: tuple[FasterRCNN, FasterRCNN]) -> 
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in pair[0].parameters())
 
 
+@pytest.mark.slow
 def test_training_on_hkd_alone_reduces_loss(pair: tuple[FasterRCNN, FasterRCNN]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})

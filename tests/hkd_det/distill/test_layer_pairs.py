@@ -76,6 +76,7 @@ def test_configured_layers_are_compared_in_order() -> None:
     torch.testing.assert_close(loss, torch.stack(errors).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student_layers", "teacher_layers"),
     [

@@ -250,6 +250,7 @@ def make_thin_spec(name: str) -> UltralyticsSpec:
     return UltralyticsSpec(name, {**model_yaml, "nc": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["ours", "yolo", "faster-rcnn"])
 @pytest.mark.parametrize("student", ["ours", "yolo", "faster-rcnn"])
 def test_soft_labels_train_every_pair_of_families(teacher: str, student: str) -> None:

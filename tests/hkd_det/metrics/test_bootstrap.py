@@ -125,6 +125,7 @@ def make_exchangeable_results(rng: np.random.Generator, num_images: int) -> list
     return [evaluate_detections(samples, images, [SETUPS["All"]])["All"] for images in detections]
 
 
+@pytest.mark.slow
 def test_interval_of_the_difference_covers_zero_as_often_as_stated() -> None:
     """Two detectors that follow the same distribution: the true difference is 0.
 

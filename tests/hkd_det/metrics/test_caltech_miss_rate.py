@@ -78,6 +78,7 @@ def tables(data: list[ImageData], version: AnnotationVersion) -> tuple[GroundTru
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(images, st.sampled_from(list(AnnotationVersion)))
 def test_evaluate_equals_second_implementation(data: list[ImageData], version: AnnotationVersion) -> None:

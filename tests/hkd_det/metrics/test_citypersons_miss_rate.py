@@ -105,6 +105,7 @@ def evaluate_both(data: list[ImageData], zero_recall_before_curve: bool = False)
     ]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(images, st.booleans())
 def test_evaluate_equals_second_implementation(data: Any, zero_recall_before_curve: bool) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ def make_detections(rows: list[tuple[float, ...]]) -> Detections:
     return Detections(corners, values[:, 4])
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(images=st.lists(st.lists(ROW, max_size=5), min_size=1, max_size=4), is_text=st.booleans())
 def test_written_results_are_read_exactly(tmp_path: Path, images: list[list[tuple[float, ...]]], is_text: bool) -> None:

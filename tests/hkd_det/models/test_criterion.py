@@ -1,5 +1,6 @@
 """`DetectionCriterion`: what has an influence on the losses and what has none."""
 
+import pytest
 import torch
 
 from hkd_det.models.base import BranchOutputs, DenseOutputs, Targets
@@ -44,6 +45,7 @@ def test_empty_image_trains_scores_only() -> None:
     assert box_logits.grad is None or not box_logits.grad.any()
 
 
+@pytest.mark.slow
 def test_gradient_descent_fits_one_person() -> None:
     logits, box_logits = random_logits()
     logits.requires_grad_()

@@ -210,6 +210,7 @@ def test_prunable_layers_are_closed(detector: BaseDetector) -> None:
         assert all(modules[between.norm].num_features == channels for between in layer.depthwise)
 
 
+@pytest.mark.slow
 def test_pruned_model_keeps_output_shapes(family: str, detector: BaseDetector) -> None:
     widths = {layer.conv: 1 for layer in detector.prunable_layers()}
     pruned = build_from_spec(SPECS[family](), ModelChanges(widths=widths)).eval()

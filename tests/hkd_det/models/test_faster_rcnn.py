@@ -61,6 +61,7 @@ def model_pair() -> tuple[FasterRCNN, TorchvisionFasterRCNN]:
     return ours, reference
 
 
+@pytest.mark.slow
 def test_predict_equals_torchvision(model_pair: tuple[FasterRCNN, TorchvisionFasterRCNN]) -> None:
     ours, reference = (model.eval() for model in model_pair)
     with torch.no_grad():
@@ -74,6 +75,7 @@ def test_predict_equals_torchvision(model_pair: tuple[FasterRCNN, TorchvisionFas
         assert not scores[b, count:].any() and not boxes[b, count:].any()
 
 
+@pytest.mark.slow
 def test_losses_equal_torchvision(model_pair: tuple[FasterRCNN, TorchvisionFasterRCNN]) -> None:
     ours, reference = (model.train() for model in model_pair)
     targets = [{"boxes": boxes, "labels": torch.ones(2, dtype=torch.int64)} for boxes in TWO.boxes_xyxy]

@@ -217,6 +217,7 @@ def test_named_model_has_the_parameters_of_ultralytics() -> None:
         assert count_params_and_flops(build_model(name), HW).num_params == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -259,6 +260,7 @@ def write_ultralytics_file(path: Path, spec: UltralyticsSpec, names: dict[int, s
     return detector
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
 def test_load_ultralytics_selects_the_person_class(name: str, tmp_path: Path) -> None:
     detector = write_ultralytics_file(

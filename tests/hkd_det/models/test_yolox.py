@@ -121,6 +121,7 @@ def test_stem_equals_focus_and_convolution() -> None:
     torch.testing.assert_close(detector.backbone.stem.conv(IMAGES), expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_prepare_yolox_keeps_the_outputs_and_sets_true_statistics() -> None:
     detector = make_tiny()
     for module in detector.modules():  # as in a file whose normalizations were fused into the convolutions
@@ -135,6 +136,7 @@ def test_prepare_yolox_keeps_the_outputs_and_sets_true_statistics() -> None:
     torch.testing.assert_close(trained, before, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_a_step_of_adam_on_the_stem_of_a_file_changes_features_little() -> None:
     torch.manual_seed(0)
     detector = YOLOX(YOLOXSpec(width=0.125)).eval()
@@ -149,6 +151,7 @@ def test_a_step_of_adam_on_the_stem_of_a_file_changes_features_little() -> None:
     assert float((after - before).square().mean()) < 1e-3 * float(before.var())
 
 
+@pytest.mark.slow
 def test_other_activation_gets_statistics_of_its_own() -> None:
     torch.manual_seed(0)
     spec = YOLOXSpec(width=0.125, act="hardswish")

@@ -10,6 +10,7 @@ from hkd_det.models.zoo import DEFAULT_TEACHER, build_model, count_params_and_fl
 TINY = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", DEFAULT_TEACHER)
 def test_student_has_at_most_a_sixth_of_its_teacher(student: str) -> None:
     small = count_params_and_flops(build_model(student), (64, 64))

@@ -37,6 +37,7 @@ def shift_down(down_px: float) -> list[float]:
     return [PERSON[0], PERSON[1] + down_px, PERSON[2], PERSON[3] + down_px]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from([10.0, 60.0, 300.0]))
 def test_score_decay_equals_a_loop(seed: int, spread_px: float) -> None:
     boxes, logits = random_crowd(seed, spread_px=spread_px)

@@ -112,6 +112,7 @@ def no_grayscale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment_module, "GRAYSCALE_PROB", 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grayscale")
 @settings(deadline=None, max_examples=120)
 @given(seeds, sizes, single_images | mosaics)

@@ -92,6 +92,7 @@ def interrupt_call(count: int, monkeypatch: pytest.MonkeyPatch, owner: Any, name
             yield
 
 
+@pytest.mark.slow
 def test_command_replaces_reports_and_fine_tunes(data_yaml: Path, tmp_path: Path) -> None:
     teacher = write_checkpoint(tmp_path / "teacher.pt")
     flags = [
@@ -273,6 +274,7 @@ def _train_blockwise(data_yaml: Path, tmp_path: Path, spec: ModelSpec) -> TrainR
     )
 
 
+@pytest.mark.slow
 def test_block_above_max_mr_increase_is_left_out(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

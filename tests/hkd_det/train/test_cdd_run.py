@@ -76,6 +76,7 @@ def compute_flops_ratio(result: TrainResult, teacher: Path) -> float:
     return after / before
 
 
+@pytest.mark.slow
 def test_command_prunes_copy_of_teacher_to_plain_network(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
     flags = ["--data", str(data_yaml), "--imgsz", "96x64", "--epochs", "2", "--batch", "4", "--workers", "0"]
     flags += ["--device", "cpu", "--project", str(tmp_path), "--name", "cdd", "--set", "lr=1e-9"]
@@ -125,6 +126,7 @@ def test_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_path: Path, t
     assert all(torch.equal(value, resumed_best.weights[name]) for name, value in best.weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "expected"),
     [

@@ -164,6 +164,7 @@ def test_truncated_image_is_reported_by_name(
     assert len(lines) == 1 and str(image_path) in lines[0] and "Traceback" not in lines[0]
 
 
+@pytest.mark.slow
 def test_any_timm_backbone_can_be_used(data_yaml: Path, tmp_path: Path) -> None:
     flags = ["--data", str(data_yaml), *FLAGS, "--workers", "0", "--project", str(tmp_path), "--batch", "4"]
     assert main([*flags, "--backbone", "mobilenetv3_small_050"]) == 0

@@ -46,6 +46,7 @@ def export_detector(data_yaml: Path, folder: Path, **changes: object) -> Path:
     return best.with_suffix(".onnx")
 
 
+@pytest.mark.slow
 def test_onnx_export_predicts_like_its_detector(data_yaml: Path, tmp_path: Path) -> None:
     """Boxes, clipped to the image, and scores of each image are equal."""
     path = export_detector(data_yaml, tmp_path)

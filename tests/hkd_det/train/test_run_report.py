@@ -66,6 +66,7 @@ def test_detected_persons_are_green(samples: list[Sample], tmp_path: Path) -> No
     assert count_pixels(tmp_path / "val_errors.jpg", DETECTED_COLOR) > 100
 
 
+@pytest.mark.slow
 def test_curves_are_written_with_missing_values(tmp_path: Path) -> None:
     history = [EpochRecord(1, {"cls": 1.0}, 0.9, 5.0), EpochRecord(2, {"cls": 0.5, "hkd": 2.0}, 0.8, 5.0, lr=1e-3)]
     plot_history(tmp_path / "results.png", history, "Reasonable")

@@ -127,6 +127,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_pa
     assert equal_states(whole["ema"], resumed["ema"]) and len(resumed["history"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_full_disk_keeps_earlier_files(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -154,6 +155,7 @@ def test_run_does_not_overwrite_its_input(data_yaml: Path, tmp_path: Path) -> No
             make_config(data_yaml, tmp_path, **inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_unsuitable_state_is_rejected_in_one_line(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -172,6 +174,7 @@ def test_unsuitable_state_is_rejected_in_one_line(
     assert "'balancer'" in errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_checkpoint_of_other_model_is_rejected(data_yaml: Path, tmp_path: Path) -> None:
     train(make_config(data_yaml, tmp_path, epochs=1))
@@ -193,6 +196,7 @@ def test_validation_images_of_the_training_are_logged(
     assert "validation images are also training images" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_patience_ends_the_run_and_its_continuation(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -210,6 +214,7 @@ def test_patience_ends_the_run_and_its_continuation(
     assert len(train(config, resume=True).history) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_last_line_warns_about_a_run_that_is_worse_than_before(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

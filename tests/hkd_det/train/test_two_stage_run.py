@@ -46,6 +46,7 @@ def teacher(data_yaml: Path, tmp_path: Path) -> str:
     return str(run_training(data_yaml, tmp_path / "teacher", "fasterrcnn-r50").best)
 
 
+@pytest.mark.slow
 def test_pair_trains_and_checkpoint_predicts_the_same(data_yaml: Path, tmp_path: Path, teacher: str) -> None:
     result = run_training(
         data_yaml,
@@ -76,6 +77,7 @@ def test_training_reduces_losses(data_yaml: Path, tmp_path: Path) -> None:
     assert last["rpn_cls"] < 0.5 * first["rpn_cls"] and last["cls"] < 0.5 * first["cls"]
 
 
+@pytest.mark.slow
 def test_teacher_alone_trains_until_last_epochs(data_yaml: Path, tmp_path: Path, teacher: str) -> None:
     methods = {"hkd": HKDConfig(det_loss_weight=0.0)}
     changes = {"epochs": 2, "no_aug_ratio": 0.5, "no_distill_ratio": 0.5}

@@ -117,6 +117,7 @@ def test_yolo_training_learns_dark_boxes(data_yaml: Path, tmp_path: Path) -> Non
     assert result.miss_rate < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_ultralytics_file_trains_native_student(data_yaml: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -216,6 +216,7 @@ VALID = {
 }
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(
     suffix=st.sampled_from(sorted(VALID)),

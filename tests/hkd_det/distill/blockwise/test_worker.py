@@ -63,6 +63,7 @@ def are_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_result_matches_the_assembled_network(teacher: BaseDetector, make_task: MakeTask, images_path: Path) -> None:
     task = make_task(config=BlockwiseConfig(epochs=20, batch=8, lr=1e-2))
     result = train_block(task)
@@ -92,6 +93,7 @@ def test_assembled_network_differs_only_in_block_and_norm(teacher: BaseDetector,
     assert network.changes.separable == (task.layer,) and not network.training
 
 
+@pytest.mark.slow
 def test_student_inputs_correct_errors_of_preceding_blocks(
     teacher: BaseDetector, make_task: MakeTask, images_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_student_inputs_correct_errors_of_preceding_blocks(
     assert error < (compute_norm_output(network, second.norm, images).double() - target).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 8])
 def test_block_is_identical_with_cached_and_computed_inputs(
     teacher: BaseDetector,
@@ -139,6 +142,7 @@ def test_block_is_identical_with_cached_and_computed_inputs(
     assert not are_equal(read_weights(computed.output_path), read_weights(other_seed.output_path))
 
 
+@pytest.mark.slow
 def test_recorded_inputs_do_not_depend_on_the_batch() -> None:
     """In a network of this width the last bits would differ if a batch was processed at once."""
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ def test_new_compactors_do_not_change_outputs(detector: BaseDetector) -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fused_network_equals_masked_network(detector: BaseDetector) -> None:
     widths = insert_random_compactors(detector)
     with torch.no_grad():
@@ -123,6 +124,7 @@ def test_levels_share_a_compactor_within_each_copy(native_detector: BaseDetector
         torch.testing.assert_close(module(inputs), 2 * module.norm(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_cost_model_equals_counted_complexity(detector: BaseDetector, seed: int) -> None:
     layers = filter_deployed_layers(detector, find_prunable_layers(detector), HW)

@@ -152,6 +152,7 @@ class Trainer:
         return [compactor.rows.detach().clone() for compactor in self.pruner.compactors]
 
 
+@pytest.mark.slow
 def test_masked_channels_fade_and_the_target_is_met(native_detector: BaseDetector) -> None:
     config = CDDConfig(keep_flops=0.8, keep_parameters=0.6, fade_ratio=0.25, min_channels=3)
     trainer = Trainer(native_detector, build_from_spec(native_detector.spec), config, 12)
@@ -288,6 +289,7 @@ def test_optimizer_momentum_does_not_move_masked_rows(native_detector: BaseDetec
     assert torch.equal(compactor.rows[2:], weight.flatten(1)[2:])
 
 
+@pytest.mark.slow
 def test_losses_are_zero_for_equal_student_and_teacher(native_detector: BaseDetector) -> None:
     teacher = build_from_spec(native_detector.spec)
     teacher.load_state_dict(native_detector.state_dict())
