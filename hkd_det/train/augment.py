@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.letterbox import PAD_VALUE, is_below_half
+from hkd_det.letterbox import PAD_VALUE, resize
 from hkd_det.structures import box_area, clip_boxes
 
 MIN_AREA_RATIO = 0.35  # area inside the image / area of the full box
@@ -129,21 +129,6 @@ def filter_boxes(augmented: AugmentedImage) -> AugmentedImage:
     return AugmentedImage(
         augmented.image, clipped[keep].astype(np.float32), visible[keep].astype(np.float32), ignore[keep]
     )
-
-
-def resize(image_rgb: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize an image, bilinear or, below half of its size, by area.
-
-    Args:
-        image_rgb: uint8 [H, W, 3].
-        size_hw: New height and width, pixels.
-
-    Returns:
-        uint8 [height, width, 3].
-    """
-    by_area = is_below_half((image_rgb.shape[0], image_rgb.shape[1]), size_hw)
-    interpolation = cv2.INTER_AREA if by_area else cv2.INTER_LINEAR
-    return cv2.resize(image_rgb, (size_hw[1], size_hw[0]), interpolation=interpolation)
 
 
 def color_jitter(

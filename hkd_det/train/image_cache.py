@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hkd_det.image import decode_image, read_image_bytes
 from hkd_det.image_header import parse_image_header
-from hkd_det.train.augment import resize
+from hkd_det.letterbox import resize
 
 JPEG_QUALITY = 95  # 42 dB PSNR on a reduced street scene: far less than the color jitter changes
 RECOMPRESS_RATIO = 2.0  # JPEGs up to this ratio above the maximum useful size are read from the file itself

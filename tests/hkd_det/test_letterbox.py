@@ -1,5 +1,6 @@
 """Letterbox geometry, pixels and boxes for each alignment, and `--imgsz` parsing."""
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hkd_det.errors import UsageError
-from hkd_det.letterbox import PAD_VALUE, Align, Letterbox, format_imgsz, parse_imgsz
+from hkd_det.letterbox import PAD_VALUE, Align, Letterbox, format_imgsz, parse_imgsz, resize
 
 SIDES = st.integers(2, 400)
 SIZES = st.tuples(st.integers(60, 300), st.integers(60, 300))
@@ -33,6 +34,27 @@ def test_boxes_map_to_input_and_back(height: int, width: int, rows: int, columns
     assert 1 <= content_height <= 32 * rows and 1 <= content_width <= 32 * columns
     assert content_height == 32 * rows or content_width == 32 * columns
     assert (input_box <= np.array([content_width, content_height] * 2) + 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("source_hw", "size_hw"), [((1080, 1920), (180, 320)), ((97, 480), (20, 96)), ((40, 9), (3, 9))]
+)
+def test_resize_loses_less_than_bilinear_interpolation(source_hw: tuple[int, int], size_hw: tuple[int, int]) -> None:
+    """Against the average of pixel areas, on blurred noise as an image and on noise as details below a pixel."""
+    noise = np.random.default_rng(0).integers(0, 256, (*source_hw, 3), dtype=np.uint8)
+    scale = source_hw[0] / size_hw[0]
+    for image, tolerance in ((cv2.GaussianBlur(noise, (0, 0), 2 * scale), 1.0), (noise, 40.0)):
+        expected = cv2.resize(image, size_hw[::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
+        bilinear = cv2.resize(image, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
+        error = np.abs(resize(image, size_hw) - expected).mean()
+        assert error < tolerance and error < 0.7 * np.abs(bilinear - expected).mean() + 0.5
+
+
+def test_resize_averages_blocks_of_powers_of_two() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    blocks = image.reshape(8, 8, 12, 8, 3).mean((1, 3))
+    assert np.abs(resize(image, (8, 12)) - blocks).max() <= 1.5  # three roundings
+    assert np.array_equal(resize(image, (64, 96)), image)
 
 
 @pytest.mark.parametrize("source_hw", [(32, 64), (20, 64), (90, 50), (7, 300), (96, 64)])

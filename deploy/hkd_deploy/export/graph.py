@@ -16,6 +16,7 @@ from hkd_det.ops.boxes import clip_boxes_traceable
 
 MIN_SCORE = 0.001  # lowest score of a valid detection; lower scores do not change the miss rate
 MAX_DET = 300  # detections per image
+MAX_HALVINGS = 12  # from 4,096 pixels to one
 MIN_SIDE = 224  # smallest side of a network input with a dynamic size: NMS needs 1,000 candidates
 
 
@@ -43,10 +44,9 @@ class LetterboxModule(nn.Module):
         """
         source_hw = shape_as_tensor(images)[1:3].float()
         content_hw = compute_content_hw(source_hw, self.input_hw)
-        by_area = (source_hw > MAX_LINEAR_REDUCTION * content_hw).any()
         row_weights, column_weights = (
             _compute_resize_weights(
-                torch.arange(images.shape[axis + 1]).float(), source_hw[axis], content_hw[axis], size, by_area
+                torch.arange(images.shape[axis + 1]).float(), source_hw[axis], content_hw[axis], size
             )
             for axis, size in enumerate(self.input_hw)
         )
@@ -155,26 +155,35 @@ def compute_content_hw(source_hw: Tensor, input_hw: tuple[int, int]) -> Tensor:
     return torch.minimum((source_hw * side / source_side).round().clamp(min=1), limits)
 
 
-def _compute_resize_weights(
-    pixels: Tensor, source_size: Tensor, content_size: Tensor, input_size: int, by_area: Tensor
-) -> Tensor:
-    """Return the weight of each source pixel in each input pixel along one axis.
+def _compute_resize_weights(pixels: Tensor, source_size: Tensor, content_size: Tensor, input_size: int) -> Tensor:
+    """Return the weight of each source pixel in each input pixel along one axis, as in `hkd_det.letterbox.resize`.
 
-    The weights are those of cv2.INTER_AREA or cv2.INTER_LINEAR.
+    The side is halved while it is larger than twice the content; the result is interpolated bilinearly.
 
     Args:
         pixels (Tensor[N]): Indices of the source pixels.
         source_size (Tensor[]): N.
         content_size (Tensor[]): Number of input pixels that the image covers.
         input_size: Number of input pixels.
-        by_area (bool Tensor[]): Whether areas are averaged, as below half size. Otherwise linear.
 
     Returns:
         weights (Tensor[input_size, N]): Rows sum to 1 within the content and to 0 in the padding.
     """
+    reduced_size = source_size
+    for _ in range(MAX_HALVINGS):
+        is_too_large = reduced_size > MAX_LINEAR_REDUCTION * content_size
+        reduced_size = torch.where(is_too_large, (reduced_size / 2).floor(), reduced_size)
     targets = torch.arange(input_size).float()[:, None]
-    start, end = targets * source_size / content_size, (targets + 1) * source_size / content_size
-    area = (torch.minimum(end, pixels + 1) - torch.maximum(start, pixels)).clamp(min=0) * content_size / source_size
-    center = torch.minimum(((targets + 0.5) * source_size / content_size - 0.5).clamp(min=0), source_size - 1)
-    linear = (1 - (center - pixels).abs()).clamp(min=0)
-    return torch.where(targets < content_size, torch.where(by_area, area, linear), 0.0)
+    center = torch.minimum(((targets + 0.5) * reduced_size / content_size - 0.5).clamp(min=0), reduced_size - 1)
+    low = center.floor()
+    high = torch.minimum(low + 1, reduced_size - 1)
+    ratio = center - low
+    weights = (1 - ratio) * _compute_area_weights(low, pixels, source_size / reduced_size)
+    weights = weights + ratio * _compute_area_weights(high, pixels, source_size / reduced_size)
+    return torch.where(targets < content_size, weights, 0.0)
+
+
+def _compute_area_weights(reduced_pixels: Tensor, pixels: Tensor, scale: Tensor) -> Tensor:
+    """Return the share of each source pixel [N] in each pixel [M, 1] of the reduced side, as [M, N]."""
+    start, end = reduced_pixels * scale, (reduced_pixels + 1) * scale
+    return (torch.minimum(end, pixels + 1) - torch.maximum(start, pixels)).clamp(min=0) / scale
