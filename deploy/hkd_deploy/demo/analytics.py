@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
-from hkd_deploy.demo.base import Counter, FrameResult, Tracker
+from hkd_deploy.demo.base import Counter, FrameResult, FrameSink, Tracker
 from hkd_deploy.demo.cameras import CameraConfig, Line, Point, Zone, make_line, make_zone
 from hkd_deploy.demo.counting import SceneCounter
 from hkd_deploy.demo.density import HeatMap
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.tracking import PersonTracker
+from hkd_deploy.streams import FrameSource
 from hkd_det.errors import UsageError
 
 HEATMAP_SUFFIX = ".png"
@@ -104,6 +105,49 @@ def create_analytics(
     has_scene = bool(camera.lines or camera.zones)
     tracker = PersonTracker(conf) if is_tracking or has_scene else None
     return tracker, [SceneCounter(camera.lines, camera.zones)] if has_scene else []
+
+
+def make_pipeline(
+    flags: argparse.Namespace,
+    default_conf: float,
+    sinks: Sequence[FrameSink],
+    camera: CameraConfig,
+    source: FrameSource,
+) -> CameraPipeline:
+    """Create a camera of a run, with the values of the flags where its settings state none.
+
+    Args:
+        flags: Parsed flags.
+        default_conf: Minimum score of shown detections, 0 to 1.
+        sinks: Outputs.
+        camera: The settings.
+        source: The opened source.
+
+    Raises:
+        UnavailableError: The package `trackers` is not installed.
+    """
+    conf = default_conf if camera.conf is None else camera.conf
+    tracker, counters = create_analytics(camera, conf, flags.track)
+    privacy = camera.privacy or flags.privacy
+    return CameraPipeline(camera.name, source, conf, sinks, privacy, tracker, counters, camera.lines, camera.zones)
+
+
+def make_added_pipeline(
+    flags: argparse.Namespace,
+    default_conf: float,
+    sinks: Sequence[FrameSink],
+    camera: CameraConfig,
+    source: FrameSource,
+) -> CameraPipeline:
+    """Create a camera that is added to a run; see `make_pipeline`.
+
+    Raises:
+        UsageError: An output has one file per camera, which were opened at the start.
+        UnavailableError: The package `trackers` is not installed.
+    """
+    for flag in [flag for flag, path in (("--save", flags.save), ("--heatmap", flags.heatmap)) if path]:
+        raise UsageError(f"{flag}: has no file for the new camera {camera.name}. Restart hkd-demo to add it.")
+    return make_pipeline(flags, default_conf, sinks, camera, source)
 
 
 def replace_analytics(

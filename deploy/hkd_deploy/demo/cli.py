@@ -18,7 +18,8 @@ from hkd_deploy.demo.analytics import (
     HeatMapSink,
     add_analytics_flags,
     apply_analytics_flags,
-    create_analytics,
+    make_added_pipeline,
+    make_pipeline,
 )
 from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.camera_file import CameraReloader
@@ -31,7 +32,7 @@ from hkd_deploy.demo.integrations import (
     open_integrations,
 )
 from hkd_deploy.demo.output import FrameStats, open_window
-from hkd_deploy.demo.progress import LOG_FORMATS, ProgressReport, format_totals, print_summary, report_summary
+from hkd_deploy.demo.progress import LOG_FORMATS, ProgressReport, format_totals, report_end
 from hkd_deploy.demo.run import CameraPipeline, run_cameras
 from hkd_deploy.demo.service import Heartbeat, ReloadSignal, StopSignals, SystemdNotifier
 from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
@@ -78,21 +79,9 @@ def _run_demo(flags: argparse.Namespace) -> int:
         if not is_live:
             raise  # a camera has no other end
     finally:
-        _report_end(flags, pipelines, [file.path for file in files if file.is_saved])
+        paths = [file.path for file in files if file.is_saved]
+        report_end(pipelines, paths, flags.log_format, sys.stderr if flags.events == STDOUT else sys.stdout)
     return 0
-
-
-def _report_end(flags: argparse.Namespace, pipelines: Sequence[CameraPipeline], paths: Sequence[Path]) -> None:
-    """Print the summary and the saved files; as lines of the log if it is for a program."""
-    if flags.log_format != "text":
-        report_summary(pipelines, LOG_FORMATS[flags.log_format])
-        for path in paths:
-            LOG_FORMATS[flags.log_format](f"saved {path}")
-        return
-    text_output = sys.stderr if flags.events == STDOUT else sys.stdout
-    print_summary(pipelines, text_output)
-    for path in paths:
-        print(f"saved {path}", file=text_output)
 
 
 def _read_cameras(flags: argparse.Namespace) -> list[CameraConfig]:
@@ -143,8 +132,8 @@ def _run_cameras(
             files.append(HeatMapSink(heatmap_paths[index]))
             stack.callback(files[-1].close)
             sinks.append(files[-1])
-        pipelines.append(_make_pipeline(flags, default_conf, sinks, camera, source))
-    add_camera = partial(_add_camera, flags, default_conf, shared)
+        pipelines.append(make_pipeline(flags, default_conf, sinks, camera, source))
+    add_camera = partial(make_added_pipeline, flags, default_conf, shared)
     reloader = CameraReloader(
         partial(_read_cameras_again, flags),
         cameras,
@@ -196,32 +185,6 @@ def _stop_sources(pipelines: Sequence[CameraPipeline]) -> None:
     for pipeline in pipelines:
         if isinstance(pipeline.source, LiveSource):
             pipeline.source.stop()
-
-
-def _make_pipeline(
-    flags: argparse.Namespace,
-    default_conf: float,
-    sinks: Sequence[FrameSink],
-    camera: CameraConfig,
-    source: FrameSource,
-) -> CameraPipeline:
-    conf = default_conf if camera.conf is None else camera.conf
-    tracker, counters = create_analytics(camera, conf, flags.track)
-    privacy = camera.privacy or flags.privacy
-    return CameraPipeline(camera.name, source, conf, sinks, privacy, tracker, counters, camera.lines, camera.zones)
-
-
-def _add_camera(
-    flags: argparse.Namespace,
-    default_conf: float,
-    sinks: Sequence[FrameSink],
-    camera: CameraConfig,
-    source: FrameSource,
-) -> CameraPipeline:
-    """Create the pipeline of a camera that a reload adds."""
-    for flag in [flag for flag, path in (("--save", flags.save), ("--heatmap", flags.heatmap)) if path]:
-        raise UsageError(f"{flag}: has no file for the new camera {camera.name}. Restart hkd-demo to add it.")
-    return _make_pipeline(flags, default_conf, sinks, camera, source)
 
 
 def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

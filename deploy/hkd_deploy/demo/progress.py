@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import TextIO
@@ -138,6 +139,26 @@ def format_totals(pipelines: Sequence[CameraPipeline]) -> str:
     return f"{count}: {', '.join(parts)}"
 
 
+def report_end(pipelines: Sequence[CameraPipeline], paths: Sequence[Path], log_format: str, output: TextIO) -> None:
+    """Print the summary of a run and its saved files: as text, or as lines of a log that a program reads.
+
+    Args:
+        pipelines: The cameras.
+        paths: Saved files.
+        log_format: Key of `LOG_FORMATS`.
+        output: Text stream for the format `text`.
+    """
+    if log_format == "text":
+        print_summary(pipelines, output)
+        for path in paths:
+            print(f"saved {path}", file=output)
+        return
+    report = LOG_FORMATS[log_format]
+    _report_summary(pipelines, report)
+    for path in paths:
+        report(f"saved {path}")
+
+
 def print_summary(pipelines: Sequence[CameraPipeline], output: TextIO) -> None:
     """Print frame counts, rates and times of a run; nothing if there was no frame.
 
@@ -153,13 +174,8 @@ def print_summary(pipelines: Sequence[CameraPipeline], output: TextIO) -> None:
     print(_format_table(pipelines), file=output)
 
 
-def report_summary(pipelines: Sequence[CameraPipeline], report: Report) -> None:
-    """Report the frame counts, rate and times of each camera as a line of a log.
-
-    Args:
-        pipelines: The cameras. One without a frame is left out.
-        report: Called with each line.
-    """
+def _report_summary(pipelines: Sequence[CameraPipeline], report: Report) -> None:
+    """Report the frame counts, rate and times of each camera that had a frame as a line of a log."""
     for pipeline in pipelines:
         stats = pipeline.stats
         if stats.num_frames:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hkd_deploy.backends.base import StageTimes
-from hkd_deploy.demo.base import CountEvent, FrameResult
+from hkd_deploy.demo.base import REMOVED_STATUS, CountEvent, FrameResult
 from hkd_deploy.demo.delivery import EventSelector
 from hkd_deploy.demo.metrics import DemoMetrics, parse_listen_address
 from hkd_deploy.demo.webhook import WebhookPublisher
@@ -250,6 +250,8 @@ def test_metrics_of_two_cameras() -> None:
     samples = scrape(metrics.port)
     metrics.write_status("door", "camera lost: no data")
     lost = scrape(metrics.port)
+    metrics.write_status("door", REMOVED_STATUS)
+    removed = scrape(metrics.port)
     metrics.close()
     assert before["hkd_frames_total", "door"] == 0
     assert before["hkd_camera_up", "door"] == 0
@@ -265,6 +267,7 @@ def test_metrics_of_two_cameras() -> None:
     assert samples["hkd_camera_up", 'yard "b"'] == 1
     assert samples["hkd_events_dropped_total", "mqtt://host"] == 7
     assert (lost["hkd_camera_up", "door"], lost["hkd_persons", "door"]) == (0, 0)
+    assert ("hkd_camera_up", "door") not in removed and removed["hkd_frames_total", "door"] == 4
 
 
 def test_metrics_of_lines_and_zones() -> None:

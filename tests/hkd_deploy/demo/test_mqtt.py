@@ -293,6 +293,21 @@ def test_discovery_describes_topics_that_exist(broker: Broker) -> None:
     subscriber.close()
 
 
+@pytest.mark.parametrize("broker", BROKERS[1:], indirect=True)
+def test_discovery_announces_a_camera_that_a_reload_adds(broker: Broker) -> None:
+    broker.start()
+    subscriber = Subscriber(broker.port)
+    publisher = MqttPublisher(make_address(broker.port), ["door"], lambda *_, **__: None, has_discovery=True)
+    for camera in ("yard", "door", "yard"):
+        publisher.publish({"event": "status", "camera": camera, "status": "ok"})
+    wait_for(lambda: len(subscriber.messages) == 6)  # availability, two announcements, three statuses
+    publisher.close()
+    topics = [topic for topic, _, _ in subscriber.messages]
+    for camera in ("door", "yard"):
+        assert topics.count(f"homeassistant/device/hkd_site_hkd_{camera}/config") == 1
+    subscriber.close()
+
+
 @pytest.mark.parametrize(
     "address",
     [

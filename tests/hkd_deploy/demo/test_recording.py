@@ -408,6 +408,16 @@ def test_recorder_keeps_the_size_limit(tmp_path: Path) -> None:
     assert decode(newest)[-1][1] == 119
 
 
+def test_recorder_records_a_camera_that_a_reload_adds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    recorder = Recorder(RecordingConfig(tmp_path), {"door_1": False}, print)
+    for number in range(20):
+        recorder.write(make_result(make_noise(rng, number), [0, 0, 9, 9], number / 10, None))
+    recorder.close()
+    (path,) = list_segments(tmp_path)
+    assert path.parent.name == "door_1_2" and len(decode(path)) == 20  # another directory than that of door_1
+
+
 def test_file_names_are_utc_and_different(tmp_path: Path) -> None:
     first = make_segment_path(tmp_path, 1_796_040_000.25)
     assert first.name == "2026-11-30T12-00-00.250Z.mp4"

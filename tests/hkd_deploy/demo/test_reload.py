@@ -1,11 +1,13 @@
 """Tests of a changed file of `--cameras`: what a reload changes, and that all else goes on."""
 
+import argparse
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from hkd_deploy.backends.base import StageTimes
-from hkd_deploy.demo.analytics import create_analytics
+from hkd_deploy.demo.analytics import create_analytics, make_added_pipeline
 from hkd_deploy.demo.base import REMOVED_STATUS, FrameResult
 from hkd_deploy.demo.camera_file import CameraReloader
 from hkd_deploy.demo.cameras import CameraConfig, read_cameras
@@ -195,6 +197,17 @@ def test_other_address_keeps_statistics_and_closes_the_old_connection(
     time.sleep(0.6)
     assert cameras[2].sent > sent[2] and cameras[0].sent - sent[0] <= 20
     run.reloader.close()
+
+
+def test_outputs_with_one_file_per_camera_refuse_a_new_one(tmp_path: Path) -> None:
+    run = Run(tmp_path / "c.yaml", "cameras:\n- {name: a, source: '0'}\n")
+    for values in ({"save": Path("x.mp4"), "heatmap": None}, {"save": None, "heatmap": Path("x.png")}):
+        flags = argparse.Namespace(**values, track=False, privacy=None)
+        run.reloader._make_pipeline = partial(make_added_pipeline, flags, 0.3, [])
+        entries = "- {name: a, source: '0', conf: 0.8}\n- {name: b, source: 'http://127.0.0.1:9/x'}"
+        message = run.reload(f"cameras:\n{entries}\n")
+        assert message.startswith("reload: --") and "no file for the new camera b" in message
+        assert len(run.pipelines) == 1 and run.pipelines[0].conf == 0.3
 
 
 def test_page_shows_added_cameras_and_hides_removed_ones(tmp_path: Path) -> None:
