@@ -134,7 +134,7 @@ def _build_train_parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="initial architecture and weights: best.pt of a run, a shipped detector such as hkd-cpu, an .onnx file of "
         "hkd-export with YOLOX in FP32, or a YOLOX file of Megvii (.pth, .onnx); --model can be left out. Without "
-        "--model, --weights and --recipe, hkd-cpu is fine-tuned",
+        "--model, --weights and --recipe, hkd-cpu is fine-tuned; with --teacher only if --unlabeled is set",
     )
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights also without --model")
     parser.add_argument(

@@ -34,6 +34,8 @@ AUTO_BATCH = "auto"
 DEFAULT_ARCHITECTURE = "yolox-nano-hswish"  # of the shipped detector that is fine-tuned by default
 TENSORBOARD_HINT = "Run pip install 'hkd-det[tensorboard]'."
 
+STUDENT_FROM_TEACHER = {"blockwise", "cdd"}  # methods whose `student_source` is not "config"; no import of torch
+
 # Words of `yolo detect train data=...` that select what hkd-train does anyway.
 COMMAND_WORDS = {"detect", "train", "task=detect", "mode=train"}
 # Other names of flags and settings.
@@ -234,8 +236,14 @@ def _resolve_shipped_models(settings: dict[str, Any], from_scratch: bool) -> Non
 
 
 def _load_default_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of a run without recipe: fine-tuning of the shipped detector if no flag names a model."""
-    if arguments.model or arguments.weights or arguments.teacher or arguments.distill is not None:
+    """Return the settings of a run without recipe: fine-tuning of the shipped detector if no flag names a student.
+
+    With --unlabeled the shipped detector is adapted to the images also if --teacher and --distill are given, unless a
+    method derives the student from the teacher.
+    """
+    methods = {name.strip() for name in (arguments.distill or "").split(",")}
+    has_student = arguments.model or arguments.weights or methods & STUDENT_FROM_TEACHER
+    if has_student or ((arguments.teacher or arguments.distill is not None) and not arguments.unlabeled):
         return {}
     if arguments.from_scratch:
         return {"model": DEFAULT_ARCHITECTURE}

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from hkd_det.distill import METHODS, load_method
 from hkd_det.models.checkpoint import load_detector_checkpoint
 from hkd_det.models.zoo import MODELS
 from hkd_det.shipped import SHIPPED_MODELS
 from hkd_det.train.cli import _build_train_parser, main
-from hkd_det.train.settings import DEFAULT_ARCHITECTURE, MODEL_NAMES, merge_settings, parse_with_peer_flags
+from hkd_det.train.settings import (
+    DEFAULT_ARCHITECTURE,
+    MODEL_NAMES,
+    STUDENT_FROM_TEACHER,
+    merge_settings,
+    parse_with_peer_flags,
+)
 from hkd_det.train.start import resolve_settings
 
 FLAGS = ["--model", "mini-student", "--imgsz", "96x64", "--epochs", "1"]
@@ -208,6 +215,22 @@ def test_the_shipped_detector_is_fine_tuned_by_default(data_yaml: Path, capsys: 
     assert (settings["weights"], settings["teacher"], settings["model"]) == (path, path, DEFAULT_ARCHITECTURE)
     assert (settings["imgsz_hw"], settings["epochs"], list(settings["distill"])) == ([320, 320], 3, ["dense"])  # type: ignore[call-overload]
     assert "Fine-tuning the shipped detector hkd-cpu" in capsys.readouterr().out
+
+
+def test_collected_images_adapt_the_shipped_detector(
+    data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--unlabeled", str(tmp_path), "--teacher", "hkd-cpu", "--distill", "soft_labels", "--set", "lr=1e-3"]
+    settings, path = read_settings(data_yaml, *flags), str(SHIPPED_MODELS["hkd-cpu"].path)
+    assert (settings["weights"], settings["teacher"], settings["model"]) == (path, path, DEFAULT_ARCHITECTURE)
+    assert (settings["imgsz_hw"], settings["lr"], list(settings["distill"])) == ([320, 320], 1e-3, ["soft_labels"])  # type: ignore[call-overload]
+    assert (settings["unlabeled"], settings["no_distill_ratio"]) == ([str(tmp_path)], 0.0)  # frames in all epochs
+    assert "Fine-tuning the shipped detector hkd-cpu" in capsys.readouterr().out
+
+
+def test_methods_that_derive_the_student_are_known_without_torch() -> None:
+    derived = {name for name in METHODS if load_method(name).student_source != "config"}
+    assert derived == STUDENT_FROM_TEACHER
 
 
 @pytest.mark.parametrize(
