@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock, Thread
@@ -16,7 +16,7 @@ from hkd_deploy.demo.cameras import CameraConfig, Line, Point, Zone, make_shapes
 from hkd_deploy.demo.delivery import Report
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.tracking import PersonTracker
-from hkd_deploy.streams import FrameSource, LiveSource, open_source
+from hkd_deploy.streams import FrameSource, LiveSource
 from hkd_det.config import dataclass_from_dict
 from hkd_det.draw import Redaction
 from hkd_det.errors import DataError, HkdError, UsageError
@@ -137,7 +137,7 @@ class CameraReloader:
         make_pipeline: Creates the pipeline of a new camera.
         conf: Minimum score of shown detections of a camera that states none, 0 to 1.
         privacy: Privacy of a camera that states none.
-        on_frame: Called after each frame of a live source.
+        open_source: Opens a source; see `open_source`. Live sources open in the background.
         report: Called with one line for each reload.
         page: The page that shows the cameras. None without one.
     """
@@ -150,12 +150,12 @@ class CameraReloader:
         make_pipeline: Callable[[CameraConfig, FrameSource], CameraPipeline],
         conf: float,
         privacy: Redaction | None,
-        on_frame: Callable[[], object],
+        open_source: Callable[[str], AbstractContextManager[FrameSource]],
         report: Report,
         page: CameraPage | None = None,
     ) -> None:
         self._read, self._pipelines, self._make_pipeline = read, pipelines, make_pipeline
-        self._conf, self._privacy, self._on_frame = conf, privacy, on_frame
+        self._conf, self._privacy, self._open_source = conf, privacy, open_source
         self._report, self._page = report, page
         self._cameras = {camera.name: camera for camera in cameras}
         self._opened: dict[FrameSource, ExitStack] = {}  # sources that a reload opened
@@ -204,7 +204,7 @@ class CameraReloader:
                 pipeline, source = running.get(name), None
                 if pipeline is None or pipeline.is_removed or camera.source != self._cameras[name].source:
                     stack = undo.enter_context(ExitStack())
-                    source = stack.enter_context(open_source(camera.source, on_frame=self._on_frame))
+                    source = stack.enter_context(self._open_source(camera.source))
                     opened[source] = stack
                 if pipeline is None:
                     assert source is not None

@@ -24,6 +24,7 @@ from hkd_deploy.demo.analytics import (
 from hkd_deploy.demo.base import FrameSink
 from hkd_deploy.demo.camera_file import CameraReloader
 from hkd_deploy.demo.cameras import CameraConfig, name_sources, read_cameras
+from hkd_deploy.demo.delivery import Report
 from hkd_deploy.demo.events import STDOUT, open_events
 from hkd_deploy.demo.integrations import (
     add_integration_flags,
@@ -38,7 +39,8 @@ from hkd_deploy.demo.service import Heartbeat, ReloadSignal, StopSignals, System
 from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
 from hkd_deploy.demo.web import WebSink
 from hkd_deploy.pipeline import open_detector
-from hkd_deploy.streams import FrameSource, LiveSource, is_live_address, open_source
+from hkd_deploy.streams import FrameSource, Hwaccel, LiveSource, is_live_address, open_source, resolve_hwaccel
+from hkd_deploy.streams.decoding import AUTO, NONE
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.draw import REDACTIONS
@@ -110,8 +112,8 @@ def _run_cameras(
     detector = stack.enter_context(
         open_detector(flags.model, flags.device, flags.threads, flags.backend, model_config=flags.model_config)
     )
-    new_frame = Event()
-    sources = open_sources(stack, cameras, new_frame)
+    new_frame, hwaccel = Event(), _open_hwaccel(flags.hwaccel, log)
+    sources = open_sources(stack, cameras, new_frame, hwaccel)
     events = stack.enter_context(open_events(flags.events)) if flags.events else None
     shared: list[FrameSink] = [events] if events else []
     shared += open_integrations(stack, flags, cameras, sources, pipelines, detector.metadata, log, events)
@@ -141,7 +143,7 @@ def _run_cameras(
         add_camera,
         default_conf,
         flags.privacy,
-        new_frame.set,
+        partial(open_source, on_frame=new_frame.set, hwaccel=hwaccel),
         log,
         page,
     )
@@ -166,18 +168,32 @@ def _run_cameras(
         )
 
 
-def open_sources(stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: Event) -> list[FrameSource]:
+def _open_hwaccel(text: str, log: Report) -> Hwaccel | None:
+    """Find the hardware decoder, and report what `auto` found."""
+    hwaccel = resolve_hwaccel(text)
+    if text == AUTO:
+        found = f"{hwaccel.kind} decodes" if hwaccel else "no hardware decoder is available; the CPU decodes"
+        log(f"--hwaccel {AUTO}: {found}")
+    return hwaccel
+
+
+def open_sources(
+    stack: ExitStack, cameras: Sequence[CameraConfig], new_frame: Event, hwaccel: Hwaccel | None = None
+) -> list[FrameSource]:
     """Open the sources of cameras. Live sources open at the same time, in the background.
 
     Args:
         stack: Exit stack that closes the sources.
         cameras: The cameras.
         new_frame: Set with each new frame of a live source.
+        hwaccel: Hardware decoder of network cameras. None for the CPU.
 
     Returns:
         One source per camera.
     """
-    return [stack.enter_context(open_source(camera.source, on_frame=new_frame.set)) for camera in cameras]
+    return [
+        stack.enter_context(open_source(camera.source, on_frame=new_frame.set, hwaccel=hwaccel)) for camera in cameras
+    ]
 
 
 def _stop_sources(pipelines: Sequence[CameraPipeline]) -> None:
@@ -223,6 +239,13 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: %(default)s)")
     parser.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default: by file type)")
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: one per physical core)")
+    parser.add_argument(
+        "--hwaccel",
+        default=NONE,
+        metavar="DEVICE",
+        help="hardware decoder of network cameras: none, auto (the CPU if there is none), or a device type of FFmpeg, "
+        "such as cuda, cuda:1 or vaapi:/dev/dri/renderD128 (default: %(default)s)",
+    )
     parser.add_argument(
         "--save",
         type=Path,

@@ -230,6 +230,12 @@ def _add_counters(
         "camera",
         lambda: [(pipeline.name, pipeline.source.num_dropped) for pipeline in list(pipelines)],
     )
+    metrics.add_gauge(
+        "camera_decoder",
+        "1 for the device that decodes the camera, with --hwaccel.",
+        ("camera", "decoder"),
+        lambda: [((pipeline.name, device), 1) for pipeline in list(pipelines) if (device := pipeline.source.decoder)],
+    )
     if publishers:
         metrics.add_counter(
             "events_delivered",

@@ -194,7 +194,9 @@ def _format_state(pipeline: CameraPipeline, max_frames: int | None) -> str:
     total = min(filter(None, (pipeline.source.num_frames, max_frames)), default=None)
     stats, num_dropped, status = pipeline.stats, pipeline.source.num_dropped, pipeline.status
     parts = [f"{stats.num_frames}{'' if total is None else f'/{total}'} frames", f"{stats.recent_fps:.1f} fps"]
-    return ", ".join(parts + [f"{num_dropped} dropped"] * (num_dropped > 0) + [status] * bool(status))
+    parts += [f"{num_dropped} dropped"] * (num_dropped > 0)
+    parts += [f"decoded by {pipeline.source.decoder}"] * bool(pipeline.source.decoder)
+    return ", ".join(parts + [status] * bool(status))
 
 
 def _format_table(pipelines: Sequence[CameraPipeline]) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from hkd_deploy.streams.decoding import AUTO, Hwaccel, resolve_hwaccel
 from hkd_deploy.streams.hls import open_hls
 from hkd_deploy.streams.live import CameraReader, LiveSource, ReconnectPolicy, WebcamReader
 from hkd_deploy.streams.mjpeg import MjpegReader, open_http, sends_images
@@ -21,7 +22,16 @@ from hkd_deploy.streams.video import VideoSource
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.image import IMAGE_SUFFIXES
 
-__all__ = ["Frame", "FrameSource", "LiveSource", "is_live_address", "open_source", "redact_url"]
+__all__ = [
+    "Frame",
+    "FrameSource",
+    "Hwaccel",
+    "LiveSource",
+    "is_live_address",
+    "open_source",
+    "redact_url",
+    "resolve_hwaccel",
+]
 
 SECRET_PART = re.compile(r"=|pass|pwd|token|secret|key|auth", re.IGNORECASE)
 URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
@@ -29,7 +39,10 @@ URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
 
 @contextmanager
 def open_source(
-    text: str, reconnect_policy: ReconnectPolicy | None = None, on_frame: Callable[[], object] | None = None
+    text: str,
+    reconnect_policy: ReconnectPolicy | None = None,
+    on_frame: Callable[[], object] | None = None,
+    hwaccel: Hwaccel | None = None,
 ) -> Iterator[FrameSource]:
     """Open an image source.
 
@@ -40,16 +53,17 @@ def open_source(
         reconnect_policy: Timeouts of a camera. None for the defaults.
         on_frame: Opens a camera in the background and is called after each frame; see `LiveSource`. None waits until
             the camera is open.
+        hwaccel: Hardware decoder of network cameras, from `resolve_hwaccel`. None for the CPU.
 
     Yields:
         The opened source.
 
     Raises:
-        UsageError: The URL scheme is not supported.
+        UsageError: The URL scheme is not supported, or a hardware decoder is required for another source.
         DataError: The file is missing or damaged.
         UnavailableError: The camera returns no image.
     """
-    source = _create_source(text, reconnect_policy or ReconnectPolicy(), on_frame)
+    source = _create_source(text, reconnect_policy or ReconnectPolicy(), on_frame, hwaccel)
     try:
         yield source
     finally:
@@ -97,11 +111,18 @@ def redact_url(address: str) -> str:
     return f"{scheme}://{'***@' if at_sign else ''}{'/'.join([host, *path])}{f'{tail}***' if tail else ''}"
 
 
-def _create_source(text: str, reconnect_policy: ReconnectPolicy, on_frame: Callable[[], object] | None) -> FrameSource:
+def _create_source(
+    text: str, reconnect_policy: ReconnectPolicy, on_frame: Callable[[], object] | None, hwaccel: Hwaccel | None
+) -> FrameSource:
+    if hwaccel and hwaccel.is_required and "://" not in text:
+        raise UsageError(
+            f"--source {redact_url(text)}: expected a network camera with --hwaccel {hwaccel.kind}. Files and webcams "
+            f"are decoded on the CPU; use --hwaccel {AUTO} if there are both."
+        )
     if is_webcam(text):
         return LiveSource(f"camera {text}", partial(WebcamReader, int(text)), reconnect_policy, on_frame)
     if "://" in text:
-        return _open_network_camera(text, reconnect_policy, on_frame)
+        return _open_network_camera(text, reconnect_policy, on_frame, hwaccel)
     path = Path(text)
     if path.is_dir():
         return ImageSource(text, list_images(path))
@@ -116,7 +137,9 @@ def _create_source(text: str, reconnect_policy: ReconnectPolicy, on_frame: Calla
     return VideoSource(path)
 
 
-def _open_network_camera(address: str, policy: ReconnectPolicy, on_frame: Callable[[], object] | None) -> FrameSource:
+def _open_network_camera(
+    address: str, policy: ReconnectPolicy, on_frame: Callable[[], object] | None, hwaccel: Hwaccel | None
+) -> FrameSource:
     name, scheme = redact_url(address), address.split("://", 1)[0].lower()
     if scheme not in URL_SCHEMES:
         raise UsageError(f"--source {name}: unknown URL scheme. Supported schemes: {', '.join(URL_SCHEMES)}.")
@@ -127,14 +150,20 @@ def _open_network_camera(address: str, policy: ReconnectPolicy, on_frame: Callab
         if scheme in ("http", "https"):
             response = open_http(address, name, policy.open_timeout_s)
             if sends_images(response):
-                return MjpegReader(response, address, name, policy)
+                if hwaccel and hwaccel.is_required:
+                    response.close()
+                    raise UnavailableError(
+                        f"{name}: the camera sends JPEG images, which {hwaccel.kind} does not decode here. Set the "
+                        f"camera to H.264 or H.265, or use --hwaccel {AUTO}."
+                    )
+                return MjpegReader(response, address, name, policy, hwaccel)
             kind = response.headers.get_content_type()
-            reader = open_hls(response, address, name, policy)
+            reader = open_hls(response, address, name, policy, hwaccel)
             response.close()
             if reader is not None:
                 return reader
             if kind == "text/html":
                 raise UnavailableError(f"{name}: not a video, but a web page. Check the path of the URL.")
-        return StreamReader(address, name, policy, clock)
+        return StreamReader(address, name, policy, clock, hwaccel)
 
     return LiveSource(name, open_reader, policy, on_frame)

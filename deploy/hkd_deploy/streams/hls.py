@@ -20,9 +20,10 @@ from threading import Event, Thread
 from typing import Any
 from urllib.parse import urljoin
 
+from hkd_deploy.streams.decoding import Hwaccel, convert_to_rgb, import_av, open_container, read_decoder
 from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
 from hkd_deploy.streams.mjpeg import send_request
-from hkd_deploy.streams.network import StreamClock, convert_to_rgb, estimate_interval_s, import_av
+from hkd_deploy.streams.network import StreamClock, estimate_interval_s
 from hkd_deploy.streams.sources import sanitize_fps
 from hkd_det.errors import UnavailableError
 
@@ -114,7 +115,11 @@ def parse_playlist(text: str, url: str) -> Playlist:
 
 
 def open_hls(
-    response: http.client.HTTPResponse, address: str, name: str, policy: ReconnectPolicy
+    response: http.client.HTTPResponse,
+    address: str,
+    name: str,
+    policy: ReconnectPolicy,
+    hwaccel: Hwaccel | None = None,
 ) -> "HlsReader | None":
     """Open an HLS camera.
 
@@ -123,6 +128,7 @@ def open_hls(
         address: URL of a playlist.
         name: The URL without credentials.
         policy: Timeouts.
+        hwaccel: Hardware decoder. None for the CPU.
 
     Returns:
         The reader. None if the response is no playlist, or one that FFmpeg has to read: encrypted segments, parts of
@@ -138,7 +144,9 @@ def open_hls(
                 playlist = parse_playlist(variant.read(MAX_PLAYLIST_BYTES).decode(errors="replace"), address)
     except (OSError, ValueError, KeyError):
         return None
-    return HlsReader(address, name, policy) if playlist.is_supported and not playlist.is_ended else None
+    if playlist.is_ended or not playlist.is_supported:
+        return None
+    return HlsReader(address, name, policy, hwaccel)
 
 
 class HlsReader:
@@ -148,14 +156,19 @@ class HlsReader:
         address: URL of a playlist of segments.
         name: The URL without credentials.
         policy: Timeouts.
+        hwaccel: Hardware decoder. None for the CPU.
+
+    Attributes:
+        decoder: Device that decodes; see `read_decoder`.
 
     Raises:
         UnavailableError: PyAV is not installed.
     """
 
-    def __init__(self, address: str, name: str, policy: ReconnectPolicy) -> None:
+    def __init__(self, address: str, name: str, policy: ReconnectPolicy, hwaccel: Hwaccel | None = None) -> None:
         self._av = import_av()
-        self._address, self._name, self._policy = address, name, policy
+        self._address, self._name, self._policy, self._hwaccel = address, name, policy, hwaccel
+        self.decoder = ""
         self.fps: float | None = None
         self._opened_s = time.monotonic()
         self._clock = StreamClock()
@@ -208,7 +221,7 @@ class HlsReader:
     def _decode(self, segment: Segment, data: bytes, appeared_s: float) -> Iterator[CameraFrame]:
         """Yield the frames of a segment."""
         try:
-            with self._av.open(io.BytesIO(data)) as container:
+            with open_container(self._av, io.BytesIO(data), self._name, self._hwaccel) as container:
                 if not container.streams.video:
                     raise UnavailableError(f"{self._name}: not a video: the stream has no images. Check the URL.")
                 stream: Any = container.streams.video[0]
@@ -222,6 +235,7 @@ class HlsReader:
                 end_s = max(times_s) + interval_s
                 end_captured_s = appeared_s - self._estimate_age_s(segment, end_s, appeared_s)
                 for frame in (frame for packet in packets for frame in packet.decode()):
+                    self.decoder = read_decoder(stream.codec_context, self._hwaccel)
                     ratio = float(stream.codec_context.sample_aspect_ratio or 1)
                     yield CameraFrame(partial(convert_to_rgb, frame, ratio), end_captured_s - (end_s - frame.time))
         except self._av.FFmpegError:

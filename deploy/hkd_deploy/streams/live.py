@@ -73,6 +73,11 @@ class CameraReader(Protocol):
         """Frame rate. None if unknown."""
         ...
 
+    @property
+    def decoder(self) -> str:
+        """Device that decoded the last frame: `cpu`, `cuda` ... Empty if no hardware decoder was requested."""
+        ...
+
     def read(self) -> CameraFrame:
         """Wait for the next frame.
 
@@ -269,7 +274,7 @@ class LiveSource(FrameSource):
     def _read_until_lost(self, reader: CameraReader) -> None:
         """Read until the camera fails, which raises UnavailableError, or the source is closed."""
         first = reader.read()
-        self.fps, self.open_error, self._num_refused = reader.fps, None, 0
+        self.fps, self.decoder, self.open_error, self._num_refused = reader.fps, reader.decoder, None, 0
         self._put(first)
         self._is_opened.set()
         while not self._stop.is_set():
@@ -277,7 +282,7 @@ class LiveSource(FrameSource):
             # FFmpeg returns the last image of its buffers when a read ends without data.
             if time.monotonic() - self._received_s > self._reconnect_policy.read_timeout_s:
                 raise UnavailableError(f"{self.name}: no data. Check that the camera is on and reachable.")
-            self.fps = reader.fps
+            self.fps, self.decoder = reader.fps, reader.decoder
             self._put(frame)
 
 
@@ -292,7 +297,7 @@ class WebcamReader:
     """
 
     def __init__(self, index: int) -> None:
-        self._name = f"camera {index}"
+        self._name, self.decoder = f"camera {index}", ""
         self._capture = cv2.VideoCapture(index)
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         self.fps = sanitize_fps(self._capture.get(cv2.CAP_PROP_FPS))

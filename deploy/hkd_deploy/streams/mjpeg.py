@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_deploy.streams.decoding import CPU, Hwaccel
 from hkd_deploy.streams.failures import add_password_hint, check_reachable
 from hkd_deploy.streams.live import CameraFrame, LoginError, ReconnectPolicy
 from hkd_det.errors import UnavailableError
@@ -43,15 +44,25 @@ class MjpegReader:
         address: URL.
         name: The URL without credentials.
         policy: Timeouts.
+        hwaccel: Hardware decoder that was requested; JPEG images are decoded on the CPU.
 
     Attributes:
         fps: None; the format does not state it.
+        decoder: Empty, or `cpu` if a hardware decoder was requested.
     """
 
-    def __init__(self, response: http.client.HTTPResponse, address: str, name: str, policy: ReconnectPolicy) -> None:
+    def __init__(
+        self,
+        response: http.client.HTTPResponse,
+        address: str,
+        name: str,
+        policy: ReconnectPolicy,
+        hwaccel: Hwaccel | None = None,
+    ) -> None:
         self._response, self._address, self._name, self._policy = response, address, name, policy
         self._interval_s: float | None = None  # between images, as the camera makes them
         self.fps: float | None = None
+        self.decoder = CPU if hwaccel else ""
         self._lag_s = 0.0
         self._last_s: float | None = None
         self._is_first = True  # the last image was the first of its connection

@@ -15,18 +15,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hkd_deploy.streams.decoding import (
+    Hwaccel,
+    convert_to_rgb,
+    describe_unsupported,
+    import_av,
+    open_container,
+    read_decoder,
+)
 from hkd_deploy.streams.failures import check_reachable, make_failure
 from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
 from hkd_deploy.streams.sources import sanitize_fps
-from hkd_det.errors import UnavailableError, import_package
+from hkd_det.errors import UnavailableError
 
-INSTALL_HINT = "Network cameras require it. Run pip install 'hkd-det[live]'."
 MIN_WAIT_S = 0.02  # a packet that arrives sooner was in a buffer
 MAX_BURST_S = 1.0  # a stream that never waits is not late by more than this at its start
 MAX_PENDING_TIMES = 256  # capture times of packets whose frame is still in the decoder
@@ -127,18 +132,23 @@ class StreamReader:
         name: The URL without credentials.
         policy: Timeouts.
         clock: Clock of the camera, which earlier connections used.
+        hwaccel: Hardware decoder. None for the CPU.
 
     Raises:
         UnavailableError: PyAV is not installed, or the camera cannot be opened. The message names the reason.
     """
 
-    def __init__(self, address: str, name: str, policy: ReconnectPolicy, clock: StreamClock) -> None:
+    def __init__(
+        self, address: str, name: str, policy: ReconnectPolicy, clock: StreamClock, hwaccel: Hwaccel | None = None
+    ) -> None:
         self._av = import_av()
-        self._name, self._policy = name, policy
+        self._name, self._policy, self._hwaccel = name, policy, hwaccel
         check_reachable(address, name, policy.open_timeout_s)
         timeouts, start_s = (policy.open_timeout_s, policy.read_timeout_s), time.monotonic()
         try:
-            self._container = self._av.open(address, options=list_options(address), timeout=timeouts)
+            self._container = open_container(
+                self._av, address, name, hwaccel, options=list_options(address), timeout=timeouts
+            )
         except (self._av.FFmpegError, OSError) as error:
             # FFmpeg reports RTSP without an answer as invalid data.
             is_late = time.monotonic() - start_s >= policy.open_timeout_s
@@ -165,6 +175,11 @@ class StreamReader:
         coded_fps = sanitize_fps(float(self._stream.codec_context.framerate or 0))
         interval_s = estimate_interval_s(self._times_s)
         return self._stated_fps or coded_fps or (sanitize_fps(round(1 / interval_s, 2)) if interval_s else None)
+
+    @property
+    def decoder(self) -> str:
+        """Device that decodes; see `read_decoder`."""
+        return read_decoder(self._stream.codec_context, self._hwaccel)
 
     def read(self) -> CameraFrame:
         """Wait for the next frame; see `CameraReader.read`."""
@@ -197,6 +212,8 @@ class StreamReader:
                 if not is_burst and (frame.pts is not None or not self._times_s):  # FFmpeg omits the first timestamp
                     yield self._make_frame(frame)
             if newest is None and time.monotonic() - opened_s > self._policy.key_frame_timeout_s:
+                if self._hwaccel and self._hwaccel.is_required:
+                    raise UnavailableError(f"{self._name}: {describe_unsupported(self._hwaccel)}")
                 raise UnavailableError(
                     f"{self._name}: no key frame within {self._policy.key_frame_timeout_s:.0f} s. Reduce the key frame "
                     "interval (GOP) of the camera."
@@ -270,30 +287,3 @@ def estimate_interval_s(times_s: Iterable[float]) -> float:
     """
     steps_s = np.diff(np.unique(np.array(list(times_s))))
     return float(np.median(steps_s)) if len(steps_s) else 0.0
-
-
-def import_av() -> ModuleType:
-    """Return the module `av` with its log turned off, which would contain URLs.
-
-    Raises:
-        UnavailableError: PyAV is not installed.
-    """
-    av = import_package("av", "PyAV (av)", INSTALL_HINT)
-    av.logging.set_level(None)
-    return av
-
-
-def convert_to_rgb(frame: Any, pixel_ratio: float) -> NDArray[np.uint8]:
-    """Convert a decoded frame to RGB with square pixels.
-
-    Args:
-        frame: av.VideoFrame.
-        pixel_ratio: Width of a stored pixel divided by its height.
-
-    Returns:
-        uint8[H, W, 3].
-    """
-    if pixel_ratio != 1:
-        frame = frame.reformat(width=max(1, round(frame.width * pixel_ratio)), height=frame.height)
-    image: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    return image

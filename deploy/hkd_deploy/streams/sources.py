@@ -41,7 +41,12 @@ class FrameSource(ABC):
         is_live: True if only the newest image is returned and late images are dropped.
         fps: Frames per second. None if unknown.
         num_frames: Number of frames. None if unknown or unlimited.
+
+    Attributes:
+        decoder: Device that decoded the last frame, `cpu`, `cuda` ... Empty if no hardware decoder was requested.
     """
+
+    decoder = ""
 
     def __init__(self, name: str, is_live: bool, fps: float | None, num_frames: int | None) -> None:
         self.name = name

@@ -25,7 +25,7 @@ from hkd_deploy.demo.cli import main
 from hkd_deploy.demo.run import CameraPipeline
 from hkd_deploy.demo.service import ReloadSignal
 from hkd_deploy.demo.web import WebSink
-from hkd_deploy.streams import Frame, FrameSource
+from hkd_deploy.streams import Frame, FrameSource, open_source
 from hkd_det.structures import Detections
 
 COMMAND = [sys.executable, "-c", "import sys; from hkd_deploy.demo.cli import main; sys.exit(main())"]
@@ -139,6 +139,7 @@ class Run:
         cameras = read_cameras(path)
         self.pipelines = [self.make_pipeline(camera, FakeSource()) for camera in cameras]
         read = lambda: read_cameras(path)  # noqa: E731
+        open_camera = partial(open_source, on_frame=lambda: None)
         self.reloader = CameraReloader(
             read,
             cameras,
@@ -146,7 +147,7 @@ class Run:
             self.make_pipeline,
             0.3,
             "fill",
-            print,
+            open_camera,
             lambda text, *_, **__: self.lines.append(text),
             page,
         )
