@@ -158,7 +158,7 @@ def _open_network_camera(
                     )
                 return MjpegReader(response, address, name, policy, hwaccel)
             kind = response.headers.get_content_type()
-            reader = open_hls(response, address, name, policy, hwaccel)
+            reader = open_hls(response, address, name, policy, clock, hwaccel)
             response.close()
             if reader is not None:
                 return reader

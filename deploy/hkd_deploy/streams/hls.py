@@ -119,6 +119,7 @@ def open_hls(
     address: str,
     name: str,
     policy: ReconnectPolicy,
+    clock: StreamClock,
     hwaccel: Hwaccel | None = None,
 ) -> "HlsReader | None":
     """Open an HLS camera.
@@ -128,6 +129,7 @@ def open_hls(
         address: URL of a playlist.
         name: The URL without credentials.
         policy: Timeouts.
+        clock: Clock of the camera, which earlier connections used.
         hwaccel: Hardware decoder. None for the CPU.
 
     Returns:
@@ -146,7 +148,7 @@ def open_hls(
         return None
     if playlist.is_ended or not playlist.is_supported:
         return None
-    return HlsReader(address, name, policy, hwaccel)
+    return HlsReader(address, name, policy, clock, hwaccel)
 
 
 class HlsReader:
@@ -156,6 +158,7 @@ class HlsReader:
         address: URL of a playlist of segments.
         name: The URL without credentials.
         policy: Timeouts.
+        clock: Clock of the camera, which earlier connections used.
         hwaccel: Hardware decoder. None for the CPU.
 
     Attributes:
@@ -165,13 +168,16 @@ class HlsReader:
         UnavailableError: PyAV is not installed.
     """
 
-    def __init__(self, address: str, name: str, policy: ReconnectPolicy, hwaccel: Hwaccel | None = None) -> None:
+    def __init__(
+        self, address: str, name: str, policy: ReconnectPolicy, clock: StreamClock, hwaccel: Hwaccel | None = None
+    ) -> None:
         self._av = import_av()
         self._address, self._name, self._policy, self._hwaccel = address, name, policy, hwaccel
         self.decoder = ""
         self.fps: float | None = None
         self._opened_s = time.monotonic()
-        self._clock = StreamClock()
+        self._clock = clock
+        clock.begin_connection(keeps_timestamps=True)  # the segments go on while the line is interrupted
         self._delay_s, self._sequence = 0.0, -1
         self._header = ("", b"")
         self._stop = Event()

@@ -72,10 +72,17 @@ class StreamClock:
         self.baseline_s = 0.0
         self.begin_connection()
 
-    def begin_connection(self) -> None:
-        """Start with the timestamps of a new connection."""
-        self._last: tuple[float, float] | None = None  # timestamp and arrival of the last frame
-        self._lag_s = 0.0
+    def begin_connection(self, keeps_timestamps: bool = False) -> None:
+        """Start with the timestamps of a new connection.
+
+        Args:
+            keeps_timestamps: The timestamps may go on with those of the last connection. Then its fastest frame is the
+                reference. If they do not go on, this is found at the first frame.
+        """
+        self._is_first = True
+        if not keeps_timestamps:
+            self._last: tuple[float, float] | None = None  # timestamp and arrival of the last frame
+            self._lag_s = 0.0
 
     def estimate_age_s(self, timestamp_s: float | None, arrival_s: float, sender_age_s: float | None = None) -> float:
         """Estimate the age of a frame at its arrival.
@@ -103,10 +110,13 @@ class StreamClock:
             lag_s = self._lag_s + passed_s - step_s - MAX_DRIFT * passed_s
             # A timestamp that steps back, or ahead of what the lag explains, was reset: the lag stays as it was.
             # A pause of the network is a long time with a small step.
-            if step_s > -MAX_JUMP_S and lag_s > -MAX_JUMP_S:
+            has_jumped = min(step_s, lag_s) <= -MAX_JUMP_S
+            if self._is_first and (has_jumped or lag_s > MAX_JUMP_S):  # other timestamps, or a camera that paused
+                self._lag_s = 0.0
+            elif not has_jumped:
                 self._lag_s = max(0.0, lag_s)
                 self.baseline_s += max(0.0, -lag_s)
-        self._last = (timestamp_s, arrival_s)
+        self._last, self._is_first = (timestamp_s, arrival_s), False
         return self._lag_s
 
 

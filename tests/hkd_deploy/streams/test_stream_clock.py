@@ -9,7 +9,10 @@ from hkd_deploy.streams.network import StreamClock
 
 def estimate(frames: Iterable[tuple[float, float]]) -> list[float]:
     """Return the ages of frames with (timestamp, arrival)."""
-    clock = StreamClock()
+    return estimate_with(StreamClock(), frames)
+
+
+def estimate_with(clock: StreamClock, frames: Iterable[tuple[float, float]]) -> list[float]:
     return [clock.estimate_age_s(timestamp_s, arrival_s) for timestamp_s, arrival_s in frames]
 
 
@@ -67,3 +70,21 @@ def test_baseline_falls_with_the_delay_of_the_fastest_frame() -> None:
     for n in range(10):  # ten frames arrive at once, then each at its time
         clock.estimate_age_s(n / 10, 1.0)
     assert clock.baseline_s == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("timestamp_s", "expected_s"),
+    [
+        (40.0, 0.3),  # the timestamps went on: the segment is late by 0.3 s
+        (40.5, 0.0),  # faster than the fastest one before
+        (11.0, 0.0),  # the camera paused while it was away
+        (0.0, 0.0),  # it was restarted
+        (9000.0, 0.0),
+    ],
+)
+def test_timestamps_that_go_on_keep_their_reference(timestamp_s: float, expected_s: float) -> None:
+    clock = StreamClock()
+    assert estimate_with(clock, [(n / 10, 100 + n / 10) for n in range(101)])[-1] == pytest.approx(0)
+    clock.begin_connection(keeps_timestamps=True)
+    ages = estimate_with(clock, [(timestamp_s + n / 10, 140.3 + n / 10) for n in range(5)])
+    assert ages == pytest.approx([expected_s] * 5, abs=0.01)
