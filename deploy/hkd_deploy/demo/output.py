@@ -300,8 +300,8 @@ class FrameStats:
     """
 
     def __init__(self) -> None:
-        self._times: deque[StageTimes] = deque(maxlen=MAX_SAMPLES)
-        self._ages_ms: deque[float] = deque(maxlen=MAX_SAMPLES)
+        # Stages and age of the newest frames, a ring of 16 bytes per frame. Pages are allocated when they are written.
+        self._samples = np.empty((MAX_SAMPLES, 4), np.float32)
         self._ticks_s = deque([perf_counter()], maxlen=FPS_WINDOW + 1)
         self._start_s = self._ticks_s[0]
         self.num_frames = 0
@@ -313,10 +313,9 @@ class FrameStats:
             times: Time of each stage.
             age_ms: Time from capture to detections, ms. None for a recorded source.
         """
+        row = (times.preprocess_ms, times.inference_ms, times.postprocess_ms, np.nan if age_ms is None else age_ms)
+        self._samples[self.num_frames % MAX_SAMPLES] = row
         self.num_frames += 1
-        self._times.append(times)
-        if age_ms is not None:
-            self._ages_ms.append(age_ms)
         self._ticks_s.append(perf_counter())
 
     @property
@@ -337,8 +336,9 @@ class FrameStats:
         Returns:
             Three times in ms; empty without frames.
         """
-        values = self._ages_ms or [times.total_ms for times in self._times]
-        return [float(value) for value in np.percentile(values, PERCENTILES)] if values else []
+        stages_ms, ages_ms = self._get_samples()
+        values = ages_ms if len(ages_ms) else stages_ms.sum(axis=1)
+        return [float(value) for value in np.percentile(values, PERCENTILES)] if len(values) else []
 
     def format_summary(self, num_dropped: int) -> str:
         """Format frame count, rate and a table of stage percentiles.
@@ -349,16 +349,13 @@ class FrameStats:
         Returns:
             The text, times in milliseconds.
         """
-        if not self._times:
+        if not self.num_frames:
             return "no frames"
-        rows = {
-            "preprocess": [times.preprocess_ms for times in self._times],
-            "inference": [times.inference_ms for times in self._times],
-            "postprocess": [times.postprocess_ms for times in self._times],
-            "total": [times.total_ms for times in self._times],
-        }
-        if self._ages_ms:
-            rows["since capture"] = list(self._ages_ms)
+        stages_ms, ages_ms = self._get_samples()
+        rows = dict(zip(("preprocess", "inference", "postprocess"), stages_ms.T, strict=True))
+        rows["total"] = stages_ms.sum(axis=1)
+        if len(ages_ms):
+            rows["since capture"] = ages_ms
         dropped = f", {num_dropped} dropped" if num_dropped else ""
         lines = [
             f"{self.num_frames} frames{dropped}, {self.mean_fps:.1f} fps including reading and drawing",
@@ -367,3 +364,8 @@ class FrameStats:
         for name, values in rows.items():
             lines.append(f"{name:<16}" + "".join(f"{value:9.2f}" for value in np.percentile(values, PERCENTILES)))
         return "\n".join(lines)
+
+    def _get_samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the times of the stages (float32[N, 3]) and the ages of the frames that have one (float32[M]), ms."""
+        samples = self._samples[: self.num_frames]
+        return samples[:, :3], samples[~np.isnan(samples[:, 3]), 3]
