@@ -1,5 +1,7 @@
 """Tests of the frame statistics of the demo, with known times."""
 
+import tracemalloc
+
 import pytest
 
 from hkd_deploy.backends.base import StageTimes
@@ -68,3 +70,15 @@ def test_stats_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         stats.add(StageTimes(index, 0, 0), None)
     assert stats.num_frames == 25
     assert "preprocess          19.50" in stats.format_summary(num_dropped=0)  # the median of 15 ... 24
+
+
+def test_memory_does_not_grow_with_the_frames() -> None:
+    stats = FrameStats()
+    tracemalloc.start()
+    try:
+        for index in range(20_000):
+            stats.add(StageTimes(index + 0.5, 1.5, 2.5), index + 0.25)
+        assert tracemalloc.get_traced_memory()[0] < 50_000  # bytes
+    finally:
+        tracemalloc.stop()
+    assert stats.compute_latencies()[0] == pytest.approx(9999.75)
