@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from hkd_bench.device_state import DeviceState, RunConditions
+from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, StoredCurve
 from hkd_det.distill import METHODS, load_method
@@ -118,6 +120,10 @@ def format_bench_schema() -> str:
         StoredCurve,
         MissRateInterval,
         MissRateDifference,
+        EnergyResult,
+        RunConditions,
+        PowerSource,
+        DeviceState,
     )
     for cls in classes:
         definition, meanings = schema["$defs"][cls.__name__], _read_meanings(cls)

@@ -10,12 +10,32 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 
+from hkd_bench.device_state import (
+    STATE_INTERVAL_S,
+    DeviceState,
+    DeviceStateReader,
+    OtherLoadMeter,
+    RunConditions,
+    find_load,
+    summarize_conditions,
+)
+from hkd_bench.energy import (
+    EnergyMeter,
+    EnergyResult,
+    PowerSource,
+    Sampler,
+    compute_energies,
+    open_energy_meter,
+    read_power_log,
+)
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, measure_accuracy
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
@@ -54,6 +74,11 @@ class BenchOptions:
             writes no file.
         category_id: Category id in this file if the images have the ids of a COCO file. None for other data: the image
             id is then the file name, and the category id is 1.
+        energy: Whether the energy per frame is measured.
+        power_csv: Log of an external meter, which replaces the sensors of the machine.
+        energy_s: Duration of the runs whose energy is measured, per model and round, in seconds.
+        idle_s: Duration over which the idle power is measured, before the first and after the last model, in seconds.
+        require_quiet: Whether it is an error if the machine is not quiet before the measurement.
     """
 
     device: str = "cpu"
@@ -72,6 +97,11 @@ class BenchOptions:
     has_ground_truth: bool = True
     save_detections: Path | None = None
     category_id: CocoId | None = None
+    energy: bool = False
+    power_csv: Path | None = None
+    energy_s: float = 10.0
+    idle_s: float = 10.0
+    require_quiet: bool = False
 
     @property
     def evaluates_images(self) -> bool:
@@ -125,22 +155,9 @@ def bench(
     _check_options(models, samples, options)
     entries = _make_entries(models, options, names)
     host = read_host_fields()  # before the measurement raises the load average
-    results: list[list[WorkerResult]] = [[] for _ in entries]
-    detections: list[list[Detections]] = [[] for _ in entries]
-    with (
-        tempfile.TemporaryDirectory(prefix="hkd-bench-") as work_dir,
-        _make_progress(entries, samples, options) as progress,
-    ):
-        for round_index in range(options.rounds):
-            for turn in range(len(entries)):
-                index = (turn + round_index) % len(entries)
-                progress.set_label(f"round {round_index + 1}/{options.rounds} {entries[index].name}")
-                job = _make_job(entries[index], samples, options, round_index, Path(work_dir))
-                images = f", detect on {len(job.eval_images)} images" if job.eval_images else ""
-                log_stage(f"{progress.label}: measure latency{images}")
-                results[index].append(_run_worker(job, Path(work_dir), progress))
-                if job.eval_images:
-                    detections[index] = read_detections_npz(Path(job.detections_npz))
+    measured = _measure_rounds(entries, samples, options)
+    results, detections = measured.results, measured.detections
+    power, energies = measured.compute_energies(entries)
     if options.save_detections:
         files = list_detection_files(options.save_detections, [entry.name for entry in entries])
         for file, model_detections in zip(files, detections, strict=True):
@@ -167,10 +184,95 @@ def bench(
         warmup=options.warmup,
         warmup_s=options.warmup_s,
         models=tuple(
-            _make_model_result(entry, rounds, accuracy)
-            for entry, rounds, accuracy in zip(entries, results, accuracies, strict=True)
+            _make_model_result(entry, rounds, accuracy, energies[entry.name], measured.summarize_conditions(index))
+            for index, (entry, rounds, accuracy) in enumerate(zip(entries, results, accuracies, strict=True))
         ),
+        power=power,
+        state_before=measured.states[0][1],
+        state_after=measured.states[-1][1],
     )
+
+
+@dataclass
+class _Measurements:
+    """Measurements of all rounds, one entry per model in each list.
+
+    Attributes:
+        device: cpu, cuda or cuda:N.
+        results: Results of each round.
+        detections: Detections in each image.
+        other_cpus: CPUs that other processes used in each round; None if it cannot be measured.
+        states: Unix time in seconds and state of the device, of the whole measurement.
+        meter: Power samples; None if energy was not requested.
+    """
+
+    device: str
+    results: list[list[WorkerResult]]
+    detections: list[list[Detections]]
+    other_cpus: list[list[float | None]]
+    states: list[tuple[float, DeviceState]] = field(default_factory=list)
+    meter: EnergyMeter | None = None
+
+    def compute_energies(self, entries: Sequence[BenchEntry]) -> tuple[PowerSource, dict[str, EnergyResult]]:
+        """Return the power sensors and the energy of each model, by name."""
+        if self.meter is None:
+            return PowerSource(), {entry.name: EnergyResult() for entry in entries}
+        blocks = {
+            entry.name: [(start, end, frames) for one in rounds for start, end, frames in one.blocks]
+            for entry, rounds in zip(entries, self.results, strict=True)
+        }
+        return compute_energies(self.meter, blocks)
+
+    def summarize_conditions(self, index: int) -> RunConditions:
+        """Return the state of the device during the runs of one model."""
+        windows = [(one.timed_window[0], one.timed_window[1]) for one in self.results[index]]
+        windows += [(one.blocks[0][0], one.blocks[-1][1]) for one in self.results[index] if one.blocks]
+        known = [value for value in self.other_cpus[index] if value is not None]
+        other_cpus = sum(known) / len(known) if known else None
+        return summarize_conditions(self.states, windows, other_cpus, self.device)
+
+
+def _measure_rounds(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> _Measurements:
+    """Measure all models in turn, between two measurements of the idle power if energy is requested."""
+    measured = _Measurements(options.device, [[] for _ in entries], [[] for _ in entries], [[] for _ in entries])
+    reader = DeviceStateReader(options.device)
+    if options.require_quiet:
+        _require_quiet(reader)
+    with (
+        tempfile.TemporaryDirectory(prefix="hkd-bench-") as work_dir,
+        _make_progress(entries, samples, options) as progress,
+        open_energy_meter(options.device, options.power_csv) if options.energy else nullcontext() as meter,
+        Sampler(reader.read, STATE_INTERVAL_S) as states,
+    ):
+        has_sensors = meter is not None and bool(meter.source.sensors)
+        if meter and has_sensors:
+            log_stage(f"measure idle power, {options.idle_s:g} s")
+            meter.idle_before = meter.measure_idle(options.idle_s)
+        for round_index in range(options.rounds):
+            for turn in range(len(entries)):
+                index = (turn + round_index) % len(entries)
+                progress.set_label(f"round {round_index + 1}/{options.rounds} {entries[index].name}")
+                job = _make_job(entries[index], samples, options, round_index, Path(work_dir), has_sensors)
+                images = f", detect on {len(job.eval_images)} images" if job.eval_images else ""
+                energy = f", measure energy {job.energy_s:g} s" if job.energy_s else ""
+                log_stage(f"{progress.label}: measure latency{energy}{images}")
+                load = OtherLoadMeter()
+                measured.results[index].append(_run_worker(job, Path(work_dir), progress))
+                measured.other_cpus[index].append(load.read())
+                if job.eval_images:
+                    measured.detections[index] = read_detections_npz(Path(job.detections_npz))
+        if meter and has_sensors:
+            log_stage(f"measure idle power, {options.idle_s:g} s")
+            sleep(options.idle_s / 2)  # a GPU keeps its clock for some seconds after the last frame
+            meter.idle_after = meter.measure_idle(options.idle_s)
+    measured.states, measured.meter = states.samples, meter
+    return measured
+
+
+def _require_quiet(reader: DeviceStateReader) -> None:
+    causes = find_load(reader)
+    if causes:
+        raise UnavailableError(f"--require-quiet: {'; '.join(causes)}. Stop the other load, or omit the flag.")
 
 
 def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: BenchOptions) -> None:
@@ -183,6 +285,8 @@ def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: B
             raise UsageError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend}.")
     for name in ("runs", "rounds", "stage_runs", "max_timed_images"):
         check_range(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    if options.power_csv:
+        read_power_log(options.power_csv)  # an invalid file is an error before the measurement
     if options.runs < options.rounds:
         raise UsageError(f"--runs: expected at least {options.rounds}, one per round, got {options.runs}.")
 
@@ -276,7 +380,12 @@ def _select_timed_samples(samples: Sequence[Sample], options: BenchOptions) -> l
 
 
 def _make_job(
-    entry: BenchEntry, samples: Sequence[Sample], options: BenchOptions, round_index: int, work_dir: Path
+    entry: BenchEntry,
+    samples: Sequence[Sample],
+    options: BenchOptions,
+    round_index: int,
+    work_dir: Path,
+    has_sensors: bool,
 ) -> WorkerJob:
     """Build the job of one round; the first round also evaluates, so that errors in the data appear early."""
     eval_samples = samples if options.evaluates_images and round_index == 0 else ()
@@ -293,6 +402,7 @@ def _make_job(
         model_config=str(entry.model_config) if entry.model_config else None,
         eval_images=tuple(str(sample.path) for sample in eval_samples),
         detections_npz=str(work_dir / "detections.npz"),
+        energy_s=options.energy_s if has_sensors else 0.0,
     )
 
 
@@ -334,7 +444,11 @@ def _format_worker_error(model: str, returncode: int, log_path: Path) -> str:
 
 
 def _make_model_result(
-    entry: BenchEntry, rounds: Sequence[WorkerResult], accuracy: tuple[AccuracyResult, ...]
+    entry: BenchEntry,
+    rounds: Sequence[WorkerResult],
+    accuracy: tuple[AccuracyResult, ...],
+    energy: EnergyResult,
+    conditions: RunConditions,
 ) -> ModelResult:
     first, largest = rounds[0], max(rounds, key=lambda result: result.peak_memory_mib)
     stages = np.concatenate([result.stages_ms for result in rounds])
@@ -355,4 +469,8 @@ def _make_model_result(
         load_ms=tuple(result.load_ms for result in rounds),
         peak_memory_mib=largest.peak_memory_mib,
         baseline_mib=largest.baseline_mib,
+        energy=energy,
+        conditions=conditions,
+        gpu_memory_mib=max((one.gpu_memory_mib for one in rounds if one.gpu_memory_mib is not None), default=None),
+        gpu_memory_reason=first.gpu_memory_reason,
     )

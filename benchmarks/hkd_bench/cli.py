@@ -1,5 +1,6 @@
-"""`hkd-bench`: miss rate, latency and memory of exported models in one table. `hkd-bench score` is in `score_cli`, and
-`hkd-bench compare` in `compare_cli`.
+"""`hkd-bench`: miss rate, latency, memory and energy of exported models in one table.
+
+`hkd-bench score` is in `score_cli`, and `hkd-bench compare` in `compare_cli`.
 
 The optional packages are checked before any module that imports them, so that a missing one gives one line of error.
 """
@@ -10,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hkd_deploy import open_detector
 from hkd_deploy.backends import BACKENDS
@@ -23,6 +25,9 @@ from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import BENCH_INSTALL_HINT, UnavailableError, UsageError, run_command
 from hkd_det.shipped import format_model_list, resolve_model
 from hkd_det.structures import Sample
+
+if TYPE_CHECKING:
+    from hkd_bench.result import ModelResult
 
 # Packages of the extra `bench` that the commands import.
 BENCH_PACKAGES = ("jinja2", "matplotlib", "msgspec", "psutil", "pycocotools", "scipy", "simplejpeg", "tabulate", "tqdm")
@@ -92,6 +97,9 @@ def run_bench(argv: Sequence[str] | None) -> int:
         has_ground_truth=bool(flags.data),
         save_detections=flags.save_detections,
         category_id=_find_category_id(datasets, flags.split),
+        energy=flags.energy or flags.power_csv is not None,
+        power_csv=flags.power_csv,
+        require_quiet=flags.require_quiet,
     )
     names = flags.names.split(",") if flags.names else None
     measured = bench.bench(flags.models, samples, options, names, other_ground_truths)
@@ -114,7 +122,23 @@ def run_bench(argv: Sequence[str] | None) -> int:
                 examples = report.render_examples(detector, samples, EXAMPLE_CONF, NUM_EXAMPLES)
         report.write_bench_report(flags.html, measured, title=title, examples=examples)
         print(f"saved {flags.html}")
+    if flags.require_quiet:
+        check_marks(measured.models)
     return 0
+
+
+def check_marks(models: "Sequence[ModelResult]") -> None:
+    """Check that the machine was quiet during all runs.
+
+    Args:
+        models: Measurements of all models.
+
+    Raises:
+        UnavailableError: A model is marked.
+    """
+    marks = [f"{model.name}: {mark}" for model in models for mark in model.conditions.marks]
+    if marks:
+        raise UnavailableError(f"--require-quiet: {'; '.join(marks)}. The results are marked; measure again.")
 
 
 def _find_category_id(datasets: Sequence[str], split: str) -> int | str | None:
@@ -152,7 +176,7 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         prog="hkd-bench",
-        description="Measure detectors: miss rate on a dataset, latency, memory. "
+        description="Measure detectors: miss rate on a dataset, latency, memory, energy. "
         "See `hkd-bench score --help` for the metrics of detection files, and `hkd-bench compare --help` for a table "
         "of several JSON results, with conditions for CI.",
         epilog="example: hkd-bench teacher.onnx student.onnx --data citypersons --split val --html report.html",
@@ -195,6 +219,25 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: one per physical core)")
     parser.add_argument("--runs", type=int, default=200, help="timed runs per model (default: %(default)s)")
     parser.add_argument("--max-images", type=int, metavar="N", help="use only the first N images")
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="measure the energy per frame (RAPL, NVML, Jetson power rails): further runs of 10 s per model and round, "
+        "and the idle power before and after",
+    )
+    parser.add_argument(
+        "--power-csv",
+        type=Path,
+        metavar="FILE",
+        help="energy by an external meter, whose program writes this file meanwhile: columns time (Unix or ISO 8601) "
+        "and watts, or the log of tegrastats; implies --energy",
+    )
+    parser.add_argument(
+        "--require-quiet",
+        action="store_true",
+        help="fail (exit code 1) if the machine is not quiet: before the measurement for other load and throttling, "
+        "after it also for changed clocks",
+    )
     parser.add_argument("--names", metavar="A,B", help="names of the models (default: the file names)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics and latency samples")
     parser.add_argument(
@@ -223,6 +266,8 @@ def _check_bench_args(flags: argparse.Namespace) -> None:
         )
     if flags.max_images is not None:
         check_range("--max-images", flags.max_images, 1)
+    if flags.power_csv and not flags.power_csv.is_file():
+        raise UsageError(f"--power-csv {flags.power_csv}: no such file. Start the meter's program first.")
     for flag, path in (
         ("--json", flags.json),
         ("--html", flags.html),

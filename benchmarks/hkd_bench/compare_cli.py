@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from hkd_bench import plots
 from hkd_bench.result import BenchResult, ModelResult, read_result
-from hkd_bench.table import format_data_name, format_interval
+from hkd_bench.table import MARK, format_data_name, format_interval, format_model_name
 from hkd_det.console import format_table
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import write_text
@@ -45,6 +45,10 @@ def _to_percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
+def _to_milli(value: float | None) -> float | None:
+    return None if value is None else 1e3 * value
+
+
 METRICS = {
     "mr": CompareMetric(" %", " points", lambda model: _to_percent(model.miss_rates[REASONABLE.name]), True),
     "mr_all": CompareMetric(" %", " points", lambda model: _to_percent(model.miss_rates["All"]), True),
@@ -56,6 +60,9 @@ METRICS = {
     "p99_ms": CompareMetric(" ms", " ms", lambda model: model.latency.p99_ms),
     "mean_ms": CompareMetric(" ms", " ms", lambda model: model.latency.mean_ms),
     "memory_mib": CompareMetric(" MiB", " MiB", lambda model: model.peak_memory_mib),
+    "gpu_memory_mib": CompareMetric(" MiB", " MiB", lambda model: model.gpu_memory_mib),
+    "energy_mj": CompareMetric(" mJ", " mJ", lambda model: _to_milli(model.energy.joules_per_frame)),
+    "above_idle_mj": CompareMetric(" mJ", " mJ", lambda model: _to_milli(model.energy.above_idle)),
     "file_mib": CompareMetric(" MiB", " MiB", lambda model: model.file_mib),
 }
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -312,7 +319,8 @@ def make_compare_rows(results: Sequence[NamedResult]) -> tuple[list[str], list[l
         results: The results.
     """
     headers = ["result", "model", "backend", "MR^-2, %", "95 % interval", "AP50, %", "recall, %"]
-    headers += ["p50, ms", "p90, ms", "p99, ms", "memory, MiB", "Pareto"]
+    energy = ["energy, mJ"] if any(named.result.has_energy for named in results) else []
+    headers += ["p50, ms", "p90, ms", "p99, ms", "memory, MiB", *energy, "Pareto"]
     rows = []
     for named in results:
         optimal = plots.find_pareto_front(list(named.result.models))
@@ -326,17 +334,23 @@ def make_compare_rows(results: Sequence[NamedResult]) -> tuple[list[str], list[l
             rows.append(
                 [
                     named.name,
-                    model.name,
+                    format_model_name(model),
                     model.backend,
                     texts[0],
                     format_interval(interval) if interval else "-",
                     *texts[1:],
                     *(f"{value:.1f}" for value in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
                     f"{model.peak_memory_mib:.0f}",
+                    *(_format_energy(model) for _ in energy),
                     "yes" if model in optimal else "",
                 ]
             )
     return headers, rows
+
+
+def _format_energy(model: ModelResult) -> str:
+    joules = model.energy.joules_per_frame
+    return "-" if joules is None else f"{1e3 * joules:.1f}"
 
 
 def format_compare_table(results: Sequence[NamedResult]) -> str:
@@ -362,6 +376,11 @@ def make_compare_notes(results: Sequence[NamedResult]) -> list[str]:
         parts = [fields.get("CPU") or "unknown CPU", f"device {result.device}"]
         parts += [f"{result.threads or 'default'} threads", f"{result.runs} runs", result.date[:10]]
         notes.append(f"{named.name}: {', '.join(parts)}; {_describe_images(result)}.")
+        if result.power.sensors:
+            scopes = "; ".join(f"{name}: {scope}" for name, scope in result.power.sensors.items())
+            notes.append(f"{named.name}: energy by {scopes}.")
+        marked = [model for model in result.models if model.conditions.marks]
+        notes += [f"{MARK} {model.name} ({named.name}): {'; '.join(model.conditions.marks)}." for model in marked]
         if result.num_images and not _has_enough_images(result):
             notes.append(
                 f"{named.name}: fewer than {MIN_IMAGES} images or {MIN_PERSONS} persons: miss rates are not compared."

@@ -1,4 +1,4 @@
-"""Description of this machine, and the energy counters of its processor (Linux powercap, RAPL).
+"""Description of this machine, and access to its NVIDIA GPU by NVML.
 
 Every field is read from the system or missing with a reason; none is guessed.
 """
@@ -9,12 +9,13 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-POWERCAP = Path("/sys/class/powercap")
 DISTRIBUTIONS = {
     "ONNX Runtime": ("onnxruntime", "onnxruntime-gpu"),
     "OpenVINO": ("openvino",),
@@ -55,6 +56,8 @@ def read_host_fields() -> tuple[HostField, ...]:
         ("cores", _read_core_count),
         ("CPU frequency", _read_cpu_frequency),
         ("CPU governor", lambda: _read_first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"))),
+        ("CPU quota", _format_cpu_quota),
+        ("power mode", read_power_mode),
         ("load average at start", lambda: f"{os.getloadavg()[0]:.2f} over the last minute"),
         ("memory", lambda: f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
         ("operating system", _read_os_name),
@@ -111,6 +114,11 @@ def _read_cpu_frequency() -> str:
     return f"{low:.0f} to {high:.0f} MHz"
 
 
+def _format_cpu_quota() -> str:
+    quota = read_cpu_quota()
+    return "no limit" if quota is None else f"{quota:g} CPUs"
+
+
 def _read_os_name() -> str:
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
@@ -157,51 +165,163 @@ def _run_program(command: list[str]) -> str:
     return "; ".join(line.strip() for line in done.stdout.splitlines() if line.strip())
 
 
-@dataclass(frozen=True)
-class Energy:
-    """Energy of all processor packages, including their idle power.
-
-    Attributes:
-        joules: Energy in joules, or None if it cannot be read.
-        reason: Reason why `joules` is None; empty otherwise.
-    """
-
-    joules: float | None
-    reason: str = ""
-
-
-class RaplMeter:
-    """Energy meter that starts at its creation. Call `total` at least once per hour, because the counters wrap around.
+def read_power_mode(root: Path = Path("/")) -> str:
+    """Read the power mode of a Jetson board: the state file of nvpmodel, and the name in its configuration.
 
     Args:
-        powercap: Directory of the kernel's powercap interface.
+        root: Root directory of the system.
+
+    Returns:
+        For example "0 (MAXN)".
+
+    Raises:
+        HostFieldError: The machine has no nvpmodel.
+    """
+    status, config = root / "var/lib/nvpmodel/status", root / "etc/nvpmodel.conf"
+    try:
+        match = re.search(r"pmode:0*(\d+)", status.read_text())
+    except OSError as error:
+        raise HostFieldError(f"{status}: {error.strerror}") from None
+    if not match:
+        raise HostFieldError(f"{status}: contains no mode")
+    name = None
+    with suppress(OSError):
+        name = re.search(rf"POWER_MODEL\s+ID={match[1]}\s+NAME=(\S+)", config.read_text())
+    return f"{match[1]} ({name[1]})" if name else match[1]
+
+
+def read_cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the CPUs that the container may use (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`); None without limit.
+
+    Args:
+        root: Root directory of the system.
+    """
+    quotas = []
+    for folder in list_cgroup_folders(root):
+        with suppress(OSError, ValueError):
+            if (folder / "cpu.max").exists():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            if quota != "max" and int(quota) > 0:
+                quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def list_cgroup_folders(root: Path = Path("/")) -> list[Path]:
+    """List the cgroup of this process and those that contain it, of version 2 and of the controller `cpu` of version 1.
+
+    In a container, the path in /proc/self/cgroup may be that of the host, and the mount is the container's own group.
+
+    Args:
+        root: Root directory of the system.
+
+    Returns:
+        Directories that exist, from the group of this process to the root group.
+    """
+    bases = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            number, controllers, name = line.split(":", 2)
+            if number == "0":
+                bases += [(root / "sys/fs/cgroup", name), (root / "sys/fs/cgroup/unified", name)]
+            elif "cpu" in controllers.split(","):
+                bases += [(root / "sys/fs/cgroup/cpu", name), (root / "sys/fs/cgroup/cpu,cpuacct", name)]
+    folders: dict[Path, None] = {}
+    for base, name in bases:
+        folder = base / name.strip("/")
+        for one in [folder, *folder.parents]:
+            if one == base or base in one.parents:
+                folders.setdefault(one.resolve())
+    return [folder for folder in folders if folder.is_dir()]
+
+
+# Clocks event reasons of NVML that reduce the clock of a busy GPU (nvml.h, nvmlClocksEventReasons).
+NVML_THROTTLE_REASONS = {
+    0x04: "software power cap",
+    0x08: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+
+
+class NvmlGpu:
+    """NVIDIA GPU, read by NVML (package nvidia-ml-py, extra `nvml`).
+
+    On Jetson boards NVML opens, but most of its values are not supported. Each method then raises `HostFieldError`.
+
+    Args:
+        device: cuda or cuda:N. N counts the devices of CUDA_VISIBLE_DEVICES, in the order of their PCI bus ids.
+
+    Raises:
+        HostFieldError: The package or the GPU is missing.
     """
 
-    def __init__(self, powercap: Path = POWERCAP) -> None:
-        # Zones with one colon are packages. Zones with two are parts of a package and included in it.
-        self.zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
-        self.reason = "" if self.zones else f"{powercap}/intel-rapl:*: this machine has no such counters"
-        self.joules = 0.0
-        self.last_uj = self._read_energy_uj()
-
-    def total(self) -> Energy:
-        """Return the energy since the creation of the meter."""
-        now = self._read_energy_uj()
-        for zone, (before, after) in enumerate(zip(self.last_uj, now, strict=True)):
-            wrapped = after < before
-            self.joules += (after - before + (self._read_range_uj(zone) if wrapped else 0)) / 1e6
-        self.last_uj = now
-        return Energy(None, self.reason) if self.reason else Energy(self.joules)
-
-    def _read_energy_uj(self) -> list[int]:
+    def __init__(self, device: str) -> None:
         try:
-            return [int((zone / "energy_uj").read_text()) for zone in self.zones]
-        except PermissionError as error:
-            self.reason = f"{error.filename}: permission denied. Run sudo chmod a+r {error.filename}."
-        except (OSError, ValueError) as error:
-            self.reason = f"{self.zones[0]}: {error}"
-        self.zones = []
-        return []
+            import pynvml  # noqa: PLC0415  # optional package
+        except ImportError:
+            raise HostFieldError("nvidia-ml-py is not installed. Install hkd-det[nvml].") from None
+        self._nvml = pynvml
+        ordinal = int(device.partition(":")[2] or 0)
+        visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        if visible and ordinal >= len(visible):
+            raise HostFieldError(f"{device}: not in CUDA_VISIBLE_DEVICES")
+        name = visible[ordinal] if visible else str(ordinal)
+        self._query("nvmlInit")
+        if name.isdigit():
+            self._handle = self._query("nvmlDeviceGetHandleByIndex", int(name))
+        else:
+            self._handle = self._query("nvmlDeviceGetHandleByUUID", name)
+        self.name = str(self._query("nvmlDeviceGetName", self._handle))
 
-    def _read_range_uj(self, zone: int) -> int:
-        return int((self.zones[zone] / "max_energy_range_uj").read_text())
+    def _query(self, function: str, *args: Any) -> Any:
+        try:
+            return getattr(self._nvml, function)(*args)
+        except self._nvml.NVMLError as error:
+            raise HostFieldError(f"NVML {function}: {error}") from None
+
+    def read_energy_j(self) -> float:
+        """Return the energy since the driver was loaded, in joules (Volta and newer, updated about every 100 ms)."""
+        return float(self._query("nvmlDeviceGetTotalEnergyConsumption", self._handle)) / 1e3
+
+    def read_power_w(self) -> float:
+        """Return the power in watts."""
+        return float(self._query("nvmlDeviceGetPowerUsage", self._handle)) / 1e3
+
+    def read_clock_mhz(self) -> float:
+        """Return the clock of the multiprocessors in MHz."""
+        return float(self._query("nvmlDeviceGetClockInfo", self._handle, self._nvml.NVML_CLOCK_SM))
+
+    def read_temperature_c(self) -> float:
+        """Return the temperature of the GPU in degrees Celsius."""
+        return float(self._query("nvmlDeviceGetTemperature", self._handle, self._nvml.NVML_TEMPERATURE_GPU))
+
+    def read_used_memory_mib(self) -> float:
+        """Return the memory of all processes and the driver in MiB."""
+        return float(self._query("nvmlDeviceGetMemoryInfo", self._handle).used) / 2**20
+
+    def list_throttle_reasons(self) -> list[str]:
+        """Return the reasons that reduce the clock now."""
+        reasons = int(self._query("nvmlDeviceGetCurrentClocksThrottleReasons", self._handle))
+        return [f"GPU {text}" for bit, text in NVML_THROTTLE_REASONS.items() if reasons & bit]
+
+    def list_process_memory_mib(self) -> dict[int, float | None]:
+        """Return the GPU memory of each compute process in MiB, by process id; None where the driver hides it."""
+        processes = self._query("nvmlDeviceGetComputeRunningProcesses", self._handle)
+        return {int(p.pid): None if p.usedGpuMemory is None else float(p.usedGpuMemory) / 2**20 for p in processes}
+
+    def read_process_memory_mib(self, pid: int) -> float:
+        """Return the GPU memory of one process in MiB.
+
+        Args:
+            pid: Process id.
+
+        Raises:
+            HostFieldError: NVML does not list the process, such as in a container with its own process ids.
+        """
+        used = self.list_process_memory_mib().get(pid)
+        if used is None:
+            raise HostFieldError(f"NVML lists no memory of process {pid}; in a container, share the host's process ids")
+        return used

@@ -12,12 +12,16 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from hkd_bench import plots
+from hkd_bench.device_state import RunConditions
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.table import (
-    COLUMNS,
+    MARK,
     format_data_name,
     format_difference,
+    format_energy_interval,
     format_interval,
+    format_model_name,
+    list_columns,
     make_cells,
     make_notes,
 )
@@ -52,6 +56,16 @@ DETAILS = (
     ("model loading (median)", "ms"),
     ("peak memory", "MiB"),
     ("peak memory minus baseline", "MiB"),
+    ("GPU memory of the process", "MiB"),
+)
+ENERGY_DETAILS = (
+    ("energy per frame", "mJ"),
+    ("95 % interval", "mJ"),
+    ("energy per frame above idle", "mJ"),
+    ("95 % interval", "mJ"),
+    ("mean power", "W"),
+    ("frames", ""),
+    ("duration", "s"),
 )
 LEGEND = (
     ("true positive", MatchStatus.TRUE_POSITIVE),
@@ -193,6 +207,16 @@ def render_html(
             (name, unit, row)
             for (name, unit), row in zip(DETAILS, zip(*map(_format_details, result.models), strict=True), strict=True)
         ],
+        energy_rows=[
+            (name, unit, row)
+            for (name, unit), row in zip(
+                ENERGY_DETAILS, zip(*map(_format_energy_details, result.models), strict=True), strict=True
+            )
+        ],
+        state_rows=make_state_rows(result),
+        missing_state=_list_missing_state(result),
+        names=[format_model_name(model) for model in result.models],
+        mark=MARK,
         imgsz=[format_imgsz(model.imgsz_hw) for model in result.models],
         notes=make_notes(result),
         miss_rate_plot=Markup(plots.plot_miss_rate(result)),
@@ -216,7 +240,7 @@ def _make_metric_rows(result: BenchResult) -> list[tuple[str, str, list[tuple[st
     columns = list(zip(*make_cells(result), strict=True))
     return [
         (column.title, column.unit, [(cell.value, cell.ratio) for cell in row])
-        for column, row in zip(COLUMNS, columns, strict=True)
+        for column, row in zip(list_columns(result), columns, strict=True)
     ]
 
 
@@ -260,7 +284,88 @@ def _format_details(model: ModelResult) -> list[str]:
         f"{100 * latency.cv:.0f} %",
         f"{np.median(model.load_ms):.0f}",
         *(f"{value:.0f}" for value in (model.peak_memory_mib, model.memory_mib)),
+        "not measured" if model.gpu_memory_mib is None else f"{model.gpu_memory_mib:.0f}",
     ]
+
+
+def _format_energy_details(model: ModelResult) -> list[str]:
+    """Return the values of `ENERGY_DETAILS`."""
+    energy = model.energy
+    if energy.joules_per_frame is None or energy.above_idle is None or energy.watts is None:
+        return ["not measured", *[""] * (len(ENERGY_DETAILS) - 1)]
+    return [
+        f"{1e3 * energy.joules_per_frame:.1f}",
+        format_energy_interval(energy.ci_low, energy.ci_high),
+        f"{1e3 * energy.above_idle:.1f}",
+        format_energy_interval(energy.above_idle_low, energy.above_idle_high),
+        f"{energy.watts:.2f}",
+        str(energy.frames),
+        f"{energy.seconds:.0f}",
+    ]
+
+
+def make_state_rows(result: BenchResult) -> list[list[str]]:
+    """Return the state of the device: name, before, during the runs of each model, after.
+
+    Args:
+        result: Measurements of all models.
+
+    Returns:
+        One row per value that was read; none if the result has no state.
+    """
+    first, last = result.state_before, result.state_after
+    if first is None or last is None:
+        return []
+    runs = [model.conditions for model in result.models]
+    empty = [""] * len(runs)
+    rows = [
+        ["CPU clock, MHz", _format_number(first.cpu_mhz), *(_format_clock(run.cpu_mhz) for run in runs),
+         _format_number(last.cpu_mhz)],
+        ["CPU clock limit, MHz", _format_number(first.cpu_limit_mhz), *empty, _format_number(last.cpu_limit_mhz)],
+        ["CPU governor", first.governor or "", *empty, last.governor or ""],
+        ["power mode", first.power_mode or "", *empty, last.power_mode or ""],
+        ["GPU clock, MHz", _format_number(first.gpu_mhz), *(_format_clock(run.gpu_mhz) for run in runs),
+         _format_number(last.gpu_mhz)],
+        ["highest temperature, °C", _format_temperature(first.temperatures_c),
+         *(_format_temperature(run.max_temperatures_c) for run in runs), _format_temperature(last.temperatures_c)],
+        ["throttle events", "", *(_format_events(run) for run in runs), ""],
+        ["throttled by", ", ".join(first.throttle_flags), *(", ".join(run.throttle_flags) for run in runs),
+         ", ".join(last.throttle_flags)],
+        ["CPUs used by other processes", "", *(_format_number(run.other_cpus, 1) for run in runs), ""],
+        ["load average", _format_number(first.load_average, 1), *empty, _format_number(last.load_average, 1)],
+        ["CPUs of the container", _format_number(first.cpu_quota, 1), *empty, _format_number(last.cpu_quota, 1)],
+        ["memory in use, MiB", _format_number(first.memory_used_mib), *(_format_number(run.memory_used_mib) for run in
+         runs), _format_number(last.memory_used_mib)],
+        ["GPU memory in use, MiB", _format_number(first.gpu_memory_used_mib),
+         *(_format_number(run.gpu_memory_used_mib) for run in runs), _format_number(last.gpu_memory_used_mib)],
+    ]  # fmt: skip
+    return [row for row in rows if any(row[1:])]
+
+
+def _list_missing_state(result: BenchResult) -> list[str]:
+    """Return each value that was not read, with the reason."""
+    states = [result.state_before, *(model.conditions for model in result.models)]
+    missing = {name: reason for state in states if state for name, reason in state.missing.items()}
+    return [f"{name.replace('_', ' ')}: {reason}" for name, reason in missing.items()]
+
+
+def _format_number(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _format_clock(percentiles: Sequence[float]) -> str:
+    return f"{percentiles[0]:.0f} to {percentiles[2]:.0f}" if percentiles else ""
+
+
+def _format_temperature(temperatures: Mapping[str, float]) -> str:
+    if not temperatures:
+        return ""
+    name = max(temperatures, key=temperatures.__getitem__)
+    return f"{temperatures[name]:.0f} ({name})"
+
+
+def _format_events(run: RunConditions) -> str:
+    return ", ".join(f"{count} {name}" for name, count in run.throttle_events.items()) or "none"
 
 
 def _encode_data_uri(image_rgb: NDArray[np.uint8]) -> str:

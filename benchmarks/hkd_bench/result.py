@@ -3,13 +3,15 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from scipy.stats import binom
 
+from hkd_bench.device_state import DeviceState, RunConditions
+from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
 from hkd_deploy.precision.report import compute_recall
 from hkd_det.config import dataclass_from_dict
@@ -27,7 +29,8 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
 from hkd_det.structures import Detections, Sample
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+READABLE_SCHEMAS = (3, 4)  # 4 adds energy, device state and GPU memory
 MAX_CURVE_POINTS = 2000
 
 
@@ -210,6 +213,11 @@ class ModelResult:
         peak_memory_mib: Peak resident memory of the process while timing, in MiB; the maximum over the rounds.
         baseline_mib: Resident memory of the same round before the model was opened: interpreter, libraries and
             decoded images.
+        energy: Energy per frame.
+        conditions: State of the device during the runs, and what makes them incomparable.
+        gpu_memory_mib: GPU memory of the process after timing, by NVML, in MiB; the maximum over the rounds. None if it
+            was not measured.
+        gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
     """
 
     name: str
@@ -228,6 +236,10 @@ class ModelResult:
     load_ms: tuple[float, ...]
     peak_memory_mib: float
     baseline_mib: float
+    energy: EnergyResult = field(default_factory=EnergyResult)
+    conditions: RunConditions = field(default_factory=RunConditions)
+    gpu_memory_mib: float | None = None
+    gpu_memory_reason: str = "not measured"
 
     @property
     def miss_rates(self) -> dict[str, float | None]:
@@ -270,6 +282,9 @@ class BenchResult:
         warmup: Minimum number of untimed runs per round.
         warmup_s: Minimum duration of the untimed runs per round, in seconds.
         models: Measurements of each model.
+        power: Power sensors and idle power; without sensors if energy was not requested.
+        state_before: State of the device before the measurement.
+        state_after: State of the device after it.
     """
 
     schema: int
@@ -287,6 +302,14 @@ class BenchResult:
     warmup: int
     warmup_s: float
     models: tuple[ModelResult, ...]
+    power: PowerSource = field(default_factory=PowerSource)
+    state_before: DeviceState | None = None
+    state_after: DeviceState | None = None
+
+    @property
+    def has_energy(self) -> bool:
+        """Whether energy was requested."""
+        return bool(self.power.sensors or self.power.missing)
 
 
 def align_samples(samples: Sequence[Sample], other_samples: Sequence[Sample], other_name: str) -> list[Sample]:
@@ -369,10 +392,11 @@ def read_result(path: Path) -> BenchResult:
     """
     content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA_VERSION:
+    if schema not in READABLE_SCHEMAS:
         is_newer = isinstance(schema, int) and schema > SCHEMA_VERSION
         hint = "Update hkd-det." if is_newer else "Measure again with hkd-bench --json."
-        raise DataError(f"{path}: expected a result of hkd-bench with schema {SCHEMA_VERSION}, got {schema}. {hint}")
+        expected = " or ".join(map(str, READABLE_SCHEMAS))
+        raise DataError(f"{path}: expected a result of hkd-bench with schema {expected}, got {schema}. {hint}")
     try:
         return dataclass_from_dict(BenchResult, content)
     except UsageError as error:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hkd_bench.device_state import format_other_load
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.scoring import ScoreTable
 from hkd_det.console import format_table
@@ -61,18 +62,35 @@ COLUMNS = (
     Column("images/s", "", 1, ratio=True),
     Column("peak memory", "MiB", 0, ratio=True),
 )
+GPU_COLUMNS = (Column("GPU memory", "MiB", 0, ratio=True),)
+ENERGY_COLUMNS = (
+    Column("energy per frame", "mJ", 1, ratio=True),
+    Column("above idle", "mJ", 1, ratio=True),
+)
+MARK = "[!]"  # behind the name of a model whose runs were not quiet
 
 
-def make_cells(result: BenchResult) -> list[list[Cell]]:
-    """Return one row per model with one cell per entry of `COLUMNS`.
+def list_columns(result: BenchResult) -> list[Column]:
+    """Return the columns of a result: GPU memory only for a GPU, energy only if it was requested.
 
     Args:
         result: Measurements of all models.
     """
-    rows = [_collect_metrics(model) for model in result.models]
-    no_reference: Sequence[float | None] = [None] * len(COLUMNS)  # the first model has no ratios
+    gpu = GPU_COLUMNS if result.device.startswith("cuda") else ()
+    return [*COLUMNS, *gpu, *(ENERGY_COLUMNS if result.has_energy else ())]
+
+
+def make_cells(result: BenchResult) -> list[list[Cell]]:
+    """Return one row per model with one cell per entry of `list_columns`.
+
+    Args:
+        result: Measurements of all models.
+    """
+    columns = list_columns(result)
+    rows = [_collect_metrics(model, columns) for model in result.models]
+    no_reference: Sequence[float | None] = [None] * len(columns)  # the first model has no ratios
     return [
-        [_make_cell(*column) for column in zip(COLUMNS, row, rows[0] if index else no_reference, strict=True)]
+        [_make_cell(*column) for column in zip(columns, row, rows[0] if index else no_reference, strict=True)]
         for index, row in enumerate(rows)
     ]
 
@@ -86,12 +104,13 @@ def format_text_table(result: BenchResult) -> str:
     Returns:
         The table, the intervals of the miss rates, and notes.
     """
-    rows = [["", *(column.unit for column in COLUMNS)]]
+    columns = list_columns(result)
+    rows = [["", *(column.unit for column in columns)]]
     for model, cells in zip(result.models, make_cells(result), strict=True):
-        rows.append([model.name, *(cell.value for cell in cells)])
+        rows.append([format_model_name(model), *(cell.value for cell in cells)])
         if any(cell.ratio for cell in cells):
             rows.append(["", *(cell.ratio for cell in cells)])
-    parts = [format_table(rows, ["", *(column.title for column in COLUMNS)]), ""]
+    parts = [format_table(rows, ["", *(column.title for column in columns)]), ""]
     groups = group_accuracy(result)
     if groups:
         parts += [format_comparison_table(groups), ""]
@@ -109,10 +128,10 @@ def format_markdown_table(result: BenchResult) -> str:
     """
     headers = [
         "model",
-        *(column.title + (f" ({column.unit})" if column.unit else "") for column in COLUMNS),
+        *(column.title + (f" ({column.unit})" if column.unit else "") for column in list_columns(result)),
     ]
     rows = [
-        [model.name, *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in cells)]
+        [format_model_name(model), *(cell.value + (f" ({cell.ratio})" if cell.ratio else "") for cell in cells)]
         for model, cells in zip(result.models, make_cells(result), strict=True)
     ]
     parts = [format_table(rows, headers, style="github"), ""]
@@ -251,13 +270,83 @@ def make_notes(result: BenchResult) -> list[str]:
         f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_bounds(result),
+        *_format_energy(result),
+        *_format_gpu_memory(result),
         f"License of the weights: {_format_licenses(result)}.",
     ]
     too_few = [percentile for percentile in (90, 99) if confidence_bound_ms(first.e2e_ms, percentile) is None]
     if too_few:
         names = " and ".join(f"p{percentile}" for percentile in too_few)
         notes.append(f"{names}: too few runs for a 99 % confidence bound (p90 needs 64 runs, p99 needs 662).")
-    return notes
+    marked = [model for model in result.models if model.conditions.marks]
+    return notes + [f"{MARK} {model.name}: {'; '.join(model.conditions.marks)}." for model in marked]
+
+
+def format_model_name(model: ModelResult) -> str:
+    """Return the name of a model, with a mark if its runs were not quiet.
+
+    Args:
+        model: Measurements of the model.
+    """
+    return f"{model.name} {MARK}" if model.conditions.marks else model.name
+
+
+def _format_energy(result: BenchResult) -> list[str]:
+    if not result.has_energy:
+        return []
+    reasons = dict.fromkeys(model.energy.reason for model in result.models if model.energy.reason)
+    notes = [f"Energy not measured: {reason}." for reason in reasons]
+    texts = [
+        f"{format_energy_interval(energy.ci_low, energy.ci_high)} mJ, above idle "
+        f"{format_energy_interval(energy.above_idle_low, energy.above_idle_high)} mJ ({model.name})"
+        for model in result.models
+        if (energy := model.energy).joules_per_frame is not None
+    ]
+    if not texts:
+        return notes
+    power = result.power
+    sensors = "; ".join(f"{name}: {scope}" for name, scope in power.sensors.items())
+    missing = "".join(f" Without {name}: {reason}." for name, reason in power.missing.items())
+    idle = f"{_format_watts(power.idle_before_w)} before and {_format_watts(power.idle_after_w)} after"
+    usable_cpus = result.state_before.usable_cpus if result.state_before else 1
+    load = format_other_load(power.idle_other_cpus, usable_cpus)
+    return [
+        *notes,
+        f"Energy per frame, 95 % intervals: {'; '.join(texts)}.",
+        f"Measured by {sensors}.{missing} Idle power: {idle} the measurement.",
+        *([f"{MARK} idle power: {load}; energy above idle is too low."] if load else []),
+    ]
+
+
+def format_energy_interval(low: float | None, high: float | None) -> str:
+    """Format the interval of an energy in millijoules.
+
+    Args:
+        low: Lower end in joules; None if it was not measured.
+        high: Upper end.
+
+    Returns:
+        For example "310.2 to 318.9".
+    """
+    return "" if low is None or high is None else f"{1e3 * low:.1f} to {1e3 * high:.1f}"
+
+
+def _format_watts(watts: float | None) -> str:
+    return "unknown" if watts is None else f"{watts:.2f} W"
+
+
+def _format_gpu_memory(result: BenchResult) -> list[str]:
+    if not result.device.startswith("cuda"):
+        return []
+    if result.state_before and result.state_before.is_memory_unified:
+        used = [f"{model.conditions.memory_used_mib or 0:.0f} MiB ({model.name})" for model in result.models]
+        before = f"{result.state_before.memory_used_mib:.0f} MiB"
+        return [
+            f"Unified memory: the CPU and the GPU share it. In use on the machine: {before} before, at most "
+            f"{', '.join(used)} during the runs."
+        ]
+    reasons = dict.fromkeys(model.gpu_memory_reason for model in result.models if model.gpu_memory_reason)
+    return [f"GPU memory not measured: {reason}." for reason in reasons]
 
 
 def _format_blind_models(result: BenchResult) -> list[str]:
@@ -327,10 +416,10 @@ def _format_bounds(result: BenchResult) -> list[str]:
     return notes
 
 
-def _collect_metrics(model: ModelResult) -> Sequence[float | None]:
-    """Return the values of `COLUMNS`."""
-    latency, accuracy = model.latency, model.accuracy[0]
-    return (
+def _collect_metrics(model: ModelResult, columns: Sequence[Column]) -> Sequence[float | None]:
+    """Return the values of the columns."""
+    latency, accuracy, energy = model.latency, model.accuracy[0], model.energy
+    values: tuple[float | None, ...] = (
         model.parameters / 1e6,
         None if model.flops is None else model.flops / 1e9,
         model.file_mib,
@@ -341,7 +430,12 @@ def _collect_metrics(model: ModelResult) -> Sequence[float | None]:
         latency.p99_ms,
         1e3 / latency.mean_ms,
         model.peak_memory_mib,
+        model.gpu_memory_mib,
+        None if energy.joules_per_frame is None else 1e3 * energy.joules_per_frame,
+        None if energy.above_idle is None else 1e3 * energy.above_idle,
     )
+    by_column = dict(zip((*COLUMNS, *GPU_COLUMNS, *ENERGY_COLUMNS), values, strict=True))
+    return [by_column[column] for column in columns]
 
 
 def _to_percent(fraction: float | None) -> float | None:

@@ -7,13 +7,14 @@ parent; nothing is written between two timed runs. The module imports neither to
 
 import importlib
 import json
+import os
 import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import cv2
@@ -27,6 +28,9 @@ from hkd_det.files import write_text
 from hkd_det.image import read_image
 from hkd_det.structures import Detections
 
+BLOCK_S = 1.0  # several updates of every power sensor; NVML counters change every 0.1 s
+# Start and end (Unix time in seconds) and number of frames.
+Block = tuple[float, float, int]
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 ERROR_CLASSES: dict[str, type[HkdError]] = {cls.__name__: cls for cls in (UsageError, DataError, UnavailableError)}
@@ -51,6 +55,7 @@ class WorkerJob:
         model_config: YAML file of the model configuration, for a model of another tool; None for its default.
         eval_images: Images whose detections are written to `detections_npz`.
         detections_npz: Output path of the detections.
+        energy_s: Duration of further runs without pauses whose energy is measured, in seconds; 0 for none.
     """
 
     model: str
@@ -65,6 +70,7 @@ class WorkerJob:
     model_config: str | None
     eval_images: tuple[str, ...]
     detections_npz: str
+    energy_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,10 @@ class WorkerResult:
         stages_ms: Latency of preprocess, inference and postprocess of each stage run.
         baseline_mib: Resident memory before the model was opened, in MiB.
         peak_memory_mib: Peak resident memory while timing, in MiB.
+        timed_window: Start and end of the timed runs and stage runs, Unix time in seconds.
+        blocks: Blocks of the runs whose energy is measured.
+        gpu_memory_mib: GPU memory of this process after timing, in MiB; None if it was not measured.
+        gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
     """
 
     model: str
@@ -96,6 +106,10 @@ class WorkerResult:
     stages_ms: tuple[tuple[float, float, float], ...]
     baseline_mib: float
     peak_memory_mib: float
+    timed_window: tuple[float, float]
+    blocks: tuple[Block, ...]
+    gpu_memory_mib: float | None
+    gpu_memory_reason: str
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,9 +173,13 @@ def measure_model(job: WorkerJob) -> WorkerResult:
     with open_detector(job.model, job.device, job.threads, job.backend, model_config=model_config) as detector:
         load_ms = 1e3 * (perf_counter() - start)
         _run_warmup(detector, images, job)
+        timing_start = time()
         e2e_ms = _time_end_to_end(detector, images, job.runs)
         stages_ms = _time_stages(detector, images, job.stage_runs)
+        timing_end = time()
         peak_memory_mib = read_peak_mib()
+        gpu_memory_mib, gpu_memory_reason = _read_gpu_memory(job.device)
+        blocks = _run_blocks(detector, images, job.energy_s)
         if job.eval_images:
             detections = [_predict_image(detector, path) for path in job.eval_images]
             write_detections_npz(Path(job.detections_npz), detections)
@@ -178,6 +196,10 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         stages_ms=tuple(stages_ms),
         baseline_mib=baseline_mib,
         peak_memory_mib=peak_memory_mib,
+        timed_window=(timing_start, timing_end),
+        blocks=tuple(blocks),
+        gpu_memory_mib=gpu_memory_mib,
+        gpu_memory_reason=gpu_memory_reason,
     )
 
 
@@ -261,6 +283,32 @@ def _time_stages(
         samples_ms.append((times.preprocess_ms, times.inference_ms, times.postprocess_ms))
     _report_progress(runs)
     return samples_ms
+
+
+def _run_blocks(detector: Detector, images: Sequence[NDArray[np.uint8]], seconds: float) -> list[Block]:
+    """Run without pauses in blocks of at least `BLOCK_S` and one frame."""
+    blocks: list[Block] = []
+    end = time() + seconds
+    run = 0
+    while time() < end:
+        start, first_run = time(), run
+        while run == first_run or time() - start < BLOCK_S:
+            detector(images[run % len(images)])
+            run += 1
+        blocks.append((start, time(), run - first_run))
+    return blocks
+
+
+def _read_gpu_memory(device: str) -> tuple[float | None, str]:
+    """Return the GPU memory of this process in MiB, or None and the reason."""
+    if not device.startswith("cuda"):
+        return None, f"device {device}"
+    from hkd_bench.host import HostFieldError, NvmlGpu  # noqa: PLC0415  # after the peak memory was read
+
+    try:
+        return NvmlGpu(device).read_process_memory_mib(os.getpid()), ""
+    except HostFieldError as error:
+        return None, str(error)
 
 
 def _predict_image(detector: Detector, path: str) -> Detections:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from hkd_bench.host import RaplMeter, read_host_fields
+from hkd_bench.energy import open_energy_meter
+from hkd_bench.host import read_host_fields
 from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.distill.blockwise.executor import Scheduler, compute_lower_bound, simulate
@@ -119,8 +120,9 @@ def format_energy(times: Sequence[float]) -> str:
     for network, idle_ratio in idle_ratios.items():
         savings = [idle_ratio * (1 - simulate(times, n, "bin-packing") / sum(times)) for n in WORKERS]
         rows.append([f"{100 * idle_ratio:.0f} % ({network})", *(f"{-100 * saving:.0f} %" for saving in savings)])
-    meter = RaplMeter().total()
-    local = "is in the table below." if meter.joules is not None else f"cannot be read: {meter.reason}."
+    with open_energy_meter("cpu", None) as meter:
+        joules, reason = meter.compute_total()
+    local = "is in the table below." if joules is not None else f"cannot be read: {reason}."
     return (
         f"## Energy\n\nThese values are computed, not measured. The energy of this machine {local} The model: a "
         "machine needs a constant part of its power. The energy for the work itself is the same for any number of "
@@ -142,11 +144,12 @@ def format_measurement(teacher: Path, data: Path, imgsz: str, num_images: int) -
     """
     rows, makespans = [], {}
     for workers in (1, 2):
-        meter = RaplMeter()
-        content = train_blocks(teacher, data, imgsz, BlockwiseConfig(num_images=num_images, epochs=4, workers=workers))
-        stats, energy = content["run_stats"], meter.total()
+        config = BlockwiseConfig(num_images=num_images, epochs=4, workers=workers)
+        with open_energy_meter("cpu", None) as meter:
+            content = train_blocks(teacher, data, imgsz, config)
+        stats, (energy_j, _) = content["run_stats"], meter.compute_total()
         makespans[workers] = stats["makespan_s"]
-        joules = "-" if energy.joules is None else f"{energy.joules:.0f} J"
+        joules = "-" if energy_j is None else f"{energy_j:.0f} J"
         rows.append(
             [
                 str(workers),

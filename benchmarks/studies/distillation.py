@@ -24,7 +24,7 @@ import yaml
 from distillation_plan import BUDGETS, ROWS, Budget, Row
 from distillation_report import write_report
 
-from hkd_bench.host import RaplMeter
+from hkd_bench.energy import open_energy_meter
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import write_text
 from hkd_det.models.checkpoint import load_detector_checkpoint
@@ -80,9 +80,9 @@ def run_row(budget: Budget, row: Row, data: Path, seed: int, folder: Path) -> No
         return
     print(f"\n== seed {seed}: {row.title}", flush=True)
     recipe = row.make_recipe(budget, data, seed, folder, compute_epochs(budget, row, folder))
-    meter = RaplMeter()
-    train(recipe, run_dir)
-    energy = meter.total()
+    with open_energy_meter("cpu", None) as meter:
+        train(recipe, run_dir)
+    joules, reason = meter.compute_total()
     checkpoint = load_detector_checkpoint(run_dir / "best.pt")
     bf16 = checkpoint.config["precision"] == "bf16"
     result, _ = measure_detector(checkpoint.build(), load_dataset(str(data), "test"), budget.imgsz_hw, bf16)
@@ -94,7 +94,7 @@ def run_row(budget: Budget, row: Row, data: Path, seed: int, folder: Path) -> No
         "best_epoch": checkpoint.epoch,
         "val_miss_rates": read_miss_rates(run_dir),
         "train_s": compute_train_seconds(recipe, run_dir),
-        "energy": asdict(energy),
+        "energy": {"joules": joules, "reason": reason},
     }
     write_text(result_path, json.dumps(content, indent=1) + "\n")
 

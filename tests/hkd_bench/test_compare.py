@@ -11,6 +11,8 @@ import pytest
 
 from hkd_bench.cli import main
 from hkd_bench.compare_cli import parse_condition
+from hkd_bench.device_state import RunConditions
+from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.plots import find_pareto_front
 from hkd_bench.result import (
     SCHEMA_VERSION,
@@ -147,6 +149,39 @@ def test_other_images_and_missing_reference_exit_with_code_2(compare: Callable[.
     assert compare([one], "--fail-if", "mr>+0.5")[0] == 2 and compare([one], "--fail-if", "mr>50")[0] == 0
 
 
+def test_file_of_schema_3_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Schema 4 added fields; a file without them has no energy."""
+    content = json.loads(json.dumps(asdict(make_result(make_model("m")))))
+    for key in ("power", "state_before", "state_after"):
+        del content[key]
+    for key in ("energy", "conditions", "gpu_memory_mib", "gpu_memory_reason"):
+        del content["models"][0][key]
+    (tmp_path / "old.json").write_text(json.dumps({**content, "schema": 3}))
+    write_result(tmp_path / "new.json", make_result(make_model("m")))
+    paths = [str(tmp_path / "old.json"), str(tmp_path / "new.json")]
+    assert main(["compare", *paths, "--fail-if", "p50_ms>+1%"]) == 0
+    assert main(["compare", *paths, "--fail-if", "energy_mj>+1%"]) == 1
+    assert "energy_mj was not measured in new" in capsys.readouterr().out
+
+
+def test_energy_and_marks_are_compared(compare: Callable[..., tuple[int, str, str]]) -> None:
+    def make_measured(joules: float, marks: tuple[str, ...] = ()) -> BenchResult:
+        energy = EnergyResult(joules_per_frame=joules, above_idle=joules / 2, reason="")
+        model = replace(make_model("m"), energy=energy, conditions=RunConditions(marks=marks))
+        return replace(make_result(model), power=PowerSource({"INA3221": "VDD_IN"}))
+
+    results = [make_measured(0.1), make_measured(0.12, ("throttled: CPU quota, 4 events",))]
+    code, out, _ = compare(results, "--fail-if", "energy_mj>+10%", "--fail-if", "above_idle_mj>+11")
+    assert code == 1 and "energy, mJ" in out.splitlines()[0]
+    assert "FAILED: energy_mj>+10%: m (b): 100.00 mJ in a, now 120.00 mJ: +20.00 %" in out
+    assert "ok: above_idle_mj>+11: m (b): 50.00 mJ in a, now 60.00 mJ: +10.00 mJ" in out
+    assert (
+        "m [!]" in out
+        and "[!] m (b): throttled: CPU quota, 4 events." in out
+        and "a: energy by INA3221: VDD_IN." in out
+    )
+
+
 def test_files_of_other_versions_exit_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "old.json"
     content = json.loads(json.dumps(asdict(make_result(make_model("m")))))
@@ -154,7 +189,7 @@ def test_files_of_other_versions_exit_with_code_2(tmp_path: Path, capsys: pytest
         path.write_text(json.dumps({**content, "schema": schema}))
         assert main(["compare", str(path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == f"hkd-bench: {path}: expected a result of hkd-bench with schema 3, got {schema}. {hint}"
+        assert line == f"hkd-bench: {path}: expected a result of hkd-bench with schema 3 or 4, got {schema}. {hint}"
     assert main(["compare", str(tmp_path / "absent.json")]) == 2
 
 
