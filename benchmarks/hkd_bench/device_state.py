@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 
 from hkd_bench.host import HostFieldError, NvmlGpu, list_cgroup_folders, read_cpu_quota, read_power_mode
-from hkd_bench.power import is_jetson
+from hkd_bench.power import has_unified_memory
 
 T = TypeVar("T")
 STATE_INTERVAL_S = 0.5
@@ -113,7 +113,7 @@ class DeviceStateReader:
         self._root = root
         self._cpus = _list_usable_cpus()
         self._has_gpu = device.startswith("cuda")
-        self._is_jetson = is_jetson(root)
+        self._is_jetson = has_unified_memory(root)
         self._gpu: NvmlGpu | None = None
         self._gpu_reason = "device cpu"
         if self._has_gpu and not self._is_jetson:

@@ -392,7 +392,7 @@ def open_power_sensors(device: str, root: Path = Path("/")) -> tuple[list[PowerS
             return [open_sensor()], {}
         except SensorMissingError as error:
             missing[name] = str(error)
-    if not is_jetson(root):
+    if not has_unified_memory(root):
         missing = {}
     parts: list[tuple[str, Callable[[], PowerSensor]]] = [("RAPL", lambda: RaplSensor(root))]
     if device.startswith("cuda"):
@@ -406,7 +406,7 @@ def open_power_sensors(device: str, root: Path = Path("/")) -> tuple[list[PowerS
     return sensors, missing
 
 
-def is_jetson(root: Path = Path("/")) -> bool:
+def has_unified_memory(root: Path = Path("/")) -> bool:
     """Return whether this is a board with a Tegra processor, whose memory the CPU and the GPU share.
 
     Args:

@@ -20,7 +20,7 @@ from hkd_bench.power import (
     RaplSensor,
     SensorMissingError,
     TegrastatsSensor,
-    is_jetson,
+    has_unified_memory,
     open_power_sensors,
     parse_tegrastats_rails,
     select_input_rails,
@@ -346,8 +346,8 @@ def test_open_sensors_of_jetson_uses_the_board_only(write_tree: WriteTree, monke
         BOARDS["AGX Orin, JetPack 6"][0] | {"proc/device-tree/compatible": "nvidia,p3737-0000\0nvidia,tegra234\0"}
     )
     sensors, missing = open_power_sensors("cuda", root)
-    assert [sensor.name for sensor in sensors] == ["INA3221"] and not missing and is_jetson(root)
+    assert [sensor.name for sensor in sensors] == ["INA3221"] and not missing and has_unified_memory(root)
     _, missing = open_power_sensors(
         "cpu", write_tree({"empty/proc/device-tree/compatible": "nvidia,tegra234\0"}) / "empty"
     )
-    assert list(missing) == ["INA3221", "jtop", "tegrastats", "RAPL"] and not is_jetson(root / "other")
+    assert list(missing) == ["INA3221", "jtop", "tegrastats", "RAPL"] and not has_unified_memory(root / "other")
