@@ -9,7 +9,7 @@ import pytest
 import scipy.io
 
 from hkd_bench.cli import main
-from hkd_det.datasets.caltech_annotations import read_vbb
+from hkd_det.datasets.caltech import read_vbb
 from hkd_det.metrics import caltech
 from hkd_det.metrics.caltech import count_test_frames, read_caltech_ground_truth
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_bench.cli import main
-from hkd_det.datasets.caltech_annotations import read_vbb
+from hkd_det.datasets.caltech import read_vbb
 from hkd_det.errors import HkdError
 from hkd_det.metrics import caltech, citypersons
 from hkd_det.metrics.coco_files import read_coco_detections, read_coco_ground_truth

@@ -16,8 +16,8 @@ from hkd_det.datasets.caltech import (
     read_caltech,
     read_corrected_annotations,
     read_original_annotations,
+    read_vbb,
 )
-from hkd_det.datasets.caltech_annotations import read_vbb
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
 

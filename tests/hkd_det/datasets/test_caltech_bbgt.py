@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hkd_det.datasets.caltech_annotations import read_bbgt
+from hkd_det.datasets.caltech import read_bbgt
 from hkd_det.errors import DataError
 
 HEADER = "% bbGt version=3\n"

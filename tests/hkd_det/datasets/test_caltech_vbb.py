@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets.base import raise_error
-from hkd_det.datasets.caltech_annotations import FrameAnnotations, read_vbb
+from hkd_det.datasets.caltech import FrameAnnotations, read_vbb
 from hkd_det.errors import DataError
 
 OFFICIAL = Path(os.environ.get("HKD_TEST_DATA", "HKD_TEST_DATA is not set")) / "caltech"
