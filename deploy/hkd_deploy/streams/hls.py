@@ -2,8 +2,8 @@
 
 A frame exists for a viewer only when its segment is complete. The playlist is requested often around the time at which
 the next segment is due. So the time at which a segment appears is known, and with it the age of its frames: the end of
-a segment was captured when it appeared, or later than the playlist states (EXT-X-PROGRAM-DATE-TIME). Frames are
-returned at their intervals, not all at once. Of several new segments the newest is used.
+the fastest segment was captured when it appeared, or at the time that the playlist states (EXT-X-PROGRAM-DATE-TIME).
+Frames are returned at their intervals, not all at once. Of several new segments the newest is used.
 """
 
 import http.client
@@ -20,7 +20,14 @@ from threading import Event, Thread
 from typing import Any
 from urllib.parse import urljoin
 
-from hkd_deploy.streams.decoding import Hwaccel, convert_to_rgb, import_av, open_container, read_decoder
+from hkd_deploy.streams.decoding import (
+    Hwaccel,
+    convert_to_rgb,
+    describe_unsupported,
+    import_av,
+    open_container,
+    read_decoder,
+)
 from hkd_deploy.streams.live import CameraFrame, ReconnectPolicy
 from hkd_deploy.streams.mjpeg import send_request
 from hkd_deploy.streams.network import StreamClock, estimate_interval_s
@@ -54,6 +61,27 @@ class Segment:
     duration_s: float
     header_url: str
     captured_s: float | None
+
+
+@dataclass(frozen=True)
+class LoadedSegment:
+    """A segment with its content.
+
+    Attributes:
+        segment: Its entry in the playlist.
+        data: The file, after its header.
+        requested_s: Time of the last request of a playlist without it, by the monotonic clock.
+        appeared_s: Estimated time at which it appeared.
+        listed_s: Time at which a playlist with it was there.
+        loaded_s: Time at which its content was there.
+    """
+
+    segment: Segment
+    data: bytes
+    requested_s: float
+    appeared_s: float
+    listed_s: float
+    loaded_s: float
 
 
 @dataclass(frozen=True)
@@ -181,7 +209,7 @@ class HlsReader:
         self._delay_s, self._sequence = 0.0, -1
         self._header = ("", b"")
         self._stop = Event()
-        self._segments: queue.Queue[tuple[Segment, bytes, float, float] | UnavailableError] = queue.Queue(maxsize=2)
+        self._segments: queue.Queue[LoadedSegment | UnavailableError] = queue.Queue(maxsize=2)
         self._frames = self._iterate_frames()
         self._thread = Thread(target=self._watch, name=f"playlist {name}", daemon=True)
         self._thread.start()
@@ -207,27 +235,27 @@ class HlsReader:
             if isinstance(item, UnavailableError):
                 raise item
             limit_s = self._policy.read_timeout_s
-            yield from self._pace_frames(*item)
+            yield from self._pace_frames(item)
 
-    def _pace_frames(self, segment: Segment, data: bytes, appeared_s: float, loaded_s: float) -> Iterator[CameraFrame]:
+    def _pace_frames(self, loaded: LoadedSegment) -> Iterator[CameraFrame]:
         """Yield the frames of a segment at their intervals, without those from before the camera was opened."""
-        is_next, is_first = segment.sequence == self._sequence + 1, True
-        self._sequence = segment.sequence
-        for frame in self._decode(segment, data, appeared_s):
+        is_next, is_first = loaded.segment.sequence == self._sequence + 1, True
+        self._sequence = loaded.segment.sequence
+        for frame in self._decode(loaded):
             if frame.captured_s < self._opened_s:
                 continue
             if is_first:
-                needed_s = loaded_s - frame.captured_s
+                needed_s = loaded.loaded_s - frame.captured_s
                 kept_s = needed_s + (1 - DELAY_GAIN) * (self._delay_s - needed_s)
                 self._delay_s = max(needed_s, kept_s) if is_next else needed_s
                 is_first = False
             self._stop.wait(max(0.0, frame.captured_s + self._delay_s - time.monotonic()))
             yield frame
 
-    def _decode(self, segment: Segment, data: bytes, appeared_s: float) -> Iterator[CameraFrame]:
+    def _decode(self, loaded: LoadedSegment) -> Iterator[CameraFrame]:
         """Yield the frames of a segment."""
         try:
-            with open_container(self._av, io.BytesIO(data), self._name, self._hwaccel) as container:
+            with open_container(self._av, io.BytesIO(loaded.data), self._name, self._hwaccel) as container:
                 if not container.streams.video:
                     raise UnavailableError(f"{self._name}: not a video: the stream has no images. Check the URL.")
                 stream: Any = container.streams.video[0]
@@ -239,21 +267,25 @@ class HlsReader:
                 interval_s = estimate_interval_s(times_s)
                 self.fps = sanitize_fps(round(1 / interval_s, 2)) if interval_s else None
                 end_s = max(times_s) + interval_s
-                end_captured_s = appeared_s - self._estimate_age_s(segment, end_s, appeared_s)
+                end_captured_s = self._estimate_end(loaded, end_s)
                 for frame in (frame for packet in packets for frame in packet.decode()):
                     self.decoder = read_decoder(stream.codec_context, self._hwaccel)
                     ratio = float(stream.codec_context.sample_aspect_ratio or 1)
                     yield CameraFrame(partial(convert_to_rgb, frame, ratio), end_captured_s - (end_s - frame.time))
-        except self._av.FFmpegError:
-            return  # a damaged segment; without others, the camera is lost
+        except self._av.FFmpegError:  # a damaged segment; without others, the camera is lost
+            if self._hwaccel and self._hwaccel.is_required and not self.decoder:
+                raise UnavailableError(f"{self._name}: {describe_unsupported(self._hwaccel)}") from None
 
-    def _estimate_age_s(self, segment: Segment, end_s: float, appeared_s: float) -> float:
-        """Return the age of the end of a segment when it appeared, seconds."""
-        sender_age_s = None
+    def _estimate_end(self, loaded: LoadedSegment, end_s: float) -> float:
+        """Return the capture time of the end of a segment, whose timestamp is `end_s`."""
+        segment, appeared_s, sender_age_s = loaded.segment, loaded.appeared_s, None
+        expected_s = self._clock.expect_arrival_s(end_s)
+        if expected_s is not None:  # if it can have appeared as fast as the fastest segment, it did
+            appeared_s = min(max(expected_s, loaded.requested_s), loaded.listed_s)
         if segment.captured_s is not None:
             appeared_wall_s = time.time() - time.monotonic() + appeared_s
             sender_age_s = appeared_wall_s - (segment.captured_s + segment.duration_s)
-        return self._clock.estimate_age_s(end_s, appeared_s, sender_age_s)
+        return appeared_s - self._clock.estimate_age_s(end_s, appeared_s, sender_age_s)
 
     def _watch(self) -> None:
         """Body of the thread: request the playlist, load each segment that appears."""
@@ -266,18 +298,19 @@ class HlsReader:
                 if not segments or segments[-1].sequence == last:
                     poll_s = _limit_poll(segments[-1].duration_s if segments else 0.0)
                     continue
-                newest, loaded_s = segments[-1], time.monotonic()
+                newest, listed_s = segments[-1], time.monotonic()
                 last = newest.sequence
                 # The median, because the duration of a segment includes a pause of the camera.
-                duration_s, gap_s = median(segment.duration_s for segment in segments), loaded_s - previous_s
+                duration_s, gap_s = median(segment.duration_s for segment in segments), listed_s - previous_s
                 # It appeared between two requests. If these are far apart, an early time would pass for a fast segment.
-                appeared_s = loaded_s - (gap_s / 2 if gap_s < 3 * _limit_poll(duration_s) else 0.0)
-                self._put((newest, self._load_segment(newest), appeared_s, time.monotonic()))
-                poll_s = max(loaded_s + duration_s - EARLY_S - time.monotonic(), _limit_poll(duration_s))
+                appeared_s = listed_s - (gap_s / 2 if gap_s < 3 * _limit_poll(duration_s) else 0.0)
+                data = self._load_segment(newest)
+                self._put(LoadedSegment(newest, data, previous_s, appeared_s, listed_s, time.monotonic()))
+                poll_s = max(listed_s + duration_s - EARLY_S - time.monotonic(), _limit_poll(duration_s))
         except UnavailableError as error:
             self._put(error)
 
-    def _put(self, item: "tuple[Segment, bytes, float, float] | UnavailableError") -> None:
+    def _put(self, item: LoadedSegment | UnavailableError) -> None:
         """Pass an item to the reader. A full queue loses its oldest item."""
         while True:
             try:

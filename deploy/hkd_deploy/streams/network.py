@@ -103,6 +103,17 @@ class StreamClock:
             return age_s
         return max(0.0, lag_s + (self.delay_s or 0.0))
 
+    def expect_arrival_s(self, timestamp_s: float) -> float | None:
+        """Return the time of arrival of a frame without a lag, by the monotonic clock.
+
+        Args:
+            timestamp_s: Its timestamp, seconds.
+
+        Returns:
+            The time, seconds. None before the first frame.
+        """
+        return None if self._last is None else self._last[1] - self._lag_s + timestamp_s - self._last[0]
+
     def _measure_lag_s(self, timestamp_s: float, arrival_s: float) -> float:
         """Return how much later the frame arrives than the fastest frame of the connection."""
         if self._last is not None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from hkd_deploy.streams import open_source
-from hkd_deploy.streams.hls import parse_playlist
+from hkd_deploy.streams.hls import HlsReader, LoadedSegment, Segment, parse_playlist
 from hkd_deploy.streams.live import ReconnectPolicy
+from hkd_deploy.streams.network import StreamClock
 
 av = pytest.importorskip("av")
 FPS, NUM_FRAMES = 20, 10  # of a segment
@@ -145,6 +146,24 @@ def test_playlist_is_requested_a_few_times_per_segment(hls_camera: HlsCamera) ->
     hls_camera.num_playlists = 0
     watch(hls_camera, 4)
     assert hls_camera.num_playlists < 8 * 4 * FPS / NUM_FRAMES
+
+
+@pytest.mark.parametrize(
+    ("requested_s", "listed_s", "expected_s"),
+    [
+        (9.9, 10.4, 10.0),  # a request that took long: it can have appeared at its time, so it did
+        (10.2, 10.3, 10.0),  # it appeared after 10.2 s, late by 0.2 s; its end was captured at its time
+        (9.7, 9.8, 9.8),  # earlier than the fastest segment before
+    ],
+)
+def test_end_of_a_segment_is_that_of_the_fastest(requested_s: float, listed_s: float, expected_s: float) -> None:
+    reader, clock = HlsReader.__new__(HlsReader), StreamClock()
+    reader._clock = clock
+    for end_s in range(5, 10):
+        clock.estimate_age_s(float(end_s), float(end_s))
+    middle_s = (requested_s + listed_s) / 2
+    loaded = LoadedSegment(Segment(1, "", 1.0, "", None), b"", requested_s, middle_s, listed_s, listed_s)
+    assert reader._estimate_end(loaded, 10.0) == pytest.approx(expected_s, abs=0.01)
 
 
 def test_playlist_of_variants_headers_and_times() -> None:

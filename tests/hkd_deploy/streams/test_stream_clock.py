@@ -55,6 +55,13 @@ def test_clock_of_the_sender_wins_where_it_is_plausible() -> None:
     assert clock.estimate_age_s(None, 0.6) == 0
 
 
+def test_arrival_of_a_frame_without_a_lag_is_expected() -> None:
+    clock = StreamClock()
+    assert clock.expect_arrival_s(0.0) is None
+    estimate_with(clock, [(n / 10, 100 + n / 10 + 0.5 * (n > 5)) for n in range(10)])
+    assert clock.expect_arrival_s(3.0) == pytest.approx(103, abs=0.01)
+
+
 def test_delay_is_kept_for_the_next_connection() -> None:
     clock = StreamClock()
     assert clock.estimate_age_s(0.0, 0.0) == 0 and clock.delay_s is None
