@@ -133,14 +133,20 @@ class DeviceStateReader:
                 missing[name] = str(error)
                 return None
 
+        temperatures = self._read_temperatures()
+        if not temperatures:
+            missing["temperatures_c"] = "no sensor in /sys/class/thermal and /sys/class/hwmon"
+        counts = read_throttle_counts(self._root)
+        if not counts:
+            missing["throttle_counts"] = "no counter"
         return DeviceState(
             cpu_mhz=get("cpu_mhz", lambda: max(self._read_cpus("scaling_cur_freq")) / 1e3),
             cpu_limit_mhz=get("cpu_limit_mhz", lambda: max(self._read_cpus("scaling_max_freq")) / 1e3),
             governor=get("governor", self._read_governor),
             gpu_mhz=get("gpu_mhz", self._read_gpu_mhz),
             power_mode=get("power_mode", lambda: read_power_mode(self._root)),
-            temperatures_c=self._read_temperatures(),
-            throttle_counts=read_throttle_counts(self._root),
+            temperatures_c=temperatures,
+            throttle_counts=counts,
             throttle_flags=tuple(self._list_throttle_flags()),
             cpu_quota=read_cpu_quota(self._root),
             usable_cpus=len(self._cpus),

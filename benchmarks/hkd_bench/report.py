@@ -44,6 +44,7 @@ MATCH_STATUS = {
     FALSE_POSITIVE: MatchStatus.FALSE_POSITIVE,
     IGNORED: MatchStatus.IGNORED,
 }
+GPU_MEMORY = "GPU memory of the process"
 DETAILS = (
     ("p50", "ms"),
     ("p90", "ms"),
@@ -56,7 +57,7 @@ DETAILS = (
     ("model loading (median)", "ms"),
     ("peak memory", "MiB"),
     ("peak memory minus baseline", "MiB"),
-    ("GPU memory of the process", "MiB"),
+    (GPU_MEMORY, "MiB"),
 )
 ENERGY_DETAILS = (
     ("energy per frame", "mJ"),
@@ -67,6 +68,18 @@ ENERGY_DETAILS = (
     ("frames", ""),
     ("duration", "s"),
 )
+STATE_NAMES = {
+    "cpu_mhz": "CPU clock",
+    "cpu_limit_mhz": "CPU clock limit",
+    "governor": "CPU governor",
+    "gpu_mhz": "GPU clock",
+    "power_mode": "power mode",
+    "temperatures_c": "temperatures",
+    "throttle_counts": "throttle events",
+    "other_cpus": "CPUs used by other processes",
+    "load_average": "load average",
+    "gpu_memory_used_mib": "GPU memory in use",
+}
 LEGEND = (
     ("true positive", MatchStatus.TRUE_POSITIVE),
     ("false negative", MatchStatus.FALSE_NEGATIVE),
@@ -206,6 +219,7 @@ def render_html(
         detail_rows=[
             (name, unit, row)
             for (name, unit), row in zip(DETAILS, zip(*map(_format_details, result.models), strict=True), strict=True)
+            if result.device.startswith("cuda") or name != GPU_MEMORY
         ],
         energy_rows=[
             (name, unit, row)
@@ -328,7 +342,8 @@ def make_state_rows(result: BenchResult) -> list[list[str]]:
          _format_number(last.gpu_mhz)],
         ["highest temperature, °C", _format_temperature(first.temperatures_c),
          *(_format_temperature(run.max_temperatures_c) for run in runs), _format_temperature(last.temperatures_c)],
-        ["throttle events", "", *(_format_events(run) for run in runs), ""],
+        [f"throttle events ({', '.join(first.throttle_counts)})", "",
+         *(_format_events(run) if first.throttle_counts else "" for run in runs), ""],
         ["throttled by", ", ".join(first.throttle_flags), *(", ".join(run.throttle_flags) for run in runs),
          ", ".join(last.throttle_flags)],
         ["CPUs used by other processes", "", *(_format_number(run.other_cpus, 1) for run in runs), ""],
@@ -346,7 +361,10 @@ def _list_missing_state(result: BenchResult) -> list[str]:
     """Return each value that was not read, with the reason."""
     states = [result.state_before, *(model.conditions for model in result.models)]
     missing = {name: reason for state in states if state for name, reason in state.missing.items()}
-    return [f"{name.replace('_', ' ')}: {reason}" for name, reason in missing.items()]
+    has_gpu = result.device.startswith("cuda")
+    return [
+        f"{STATE_NAMES[name]}: {reason}" for name, reason in missing.items() if has_gpu or not name.startswith("gpu_")
+    ]
 
 
 def _format_number(value: float | None, digits: int = 0) -> str:
