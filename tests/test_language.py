@@ -24,8 +24,7 @@ FORBIDDEN_WORDS = (
 FORBIDDEN_PATTERN = re.compile(rf"(?<![a-z])({FORBIDDEN_WORDS})(?![a-z])", re.IGNORECASE)
 RESULT_SECTION = re.compile(r"^\s*(Returns|Yields):", re.MULTILINE)
 MIN_DOCUMENTED_RATIO = 0.9
-MAX_MODULES, MAX_LIVE_MODULES = 150, 29  # the live service is counted alone, because it is an application of the rest
-LIVE_SERVICE = ROOT / "deploy" / "hkd_deploy" / "demo"
+MAX_MODULES = 190  # a feature that needs more modules raises it with a reason; the layout began with 150
 MAX_SHORT_MODULES, SHORT_MODULE_LINES = 15, 40
 # Interfaces of plug-ins: several modules define them with the same signature, and the caller selects a module.
 PLUGIN_INTERFACES = {"main", "evaluate", "add_arguments"}
@@ -331,9 +330,7 @@ def test_no_reference_leaves_the_repository() -> None:
 
 
 def test_number_of_modules() -> None:
-    num_live = sum(path.is_relative_to(LIVE_SERVICE) for path in COUNTED_MODULES)
-    for number, limit in ((len(COUNTED_MODULES) - num_live, MAX_MODULES), (num_live, MAX_LIVE_MODULES)):
-        assert number <= limit, "merge modules that have one user or share one idea"
+    assert len(COUNTED_MODULES) <= MAX_MODULES, "merge modules that have one user or share one idea"
     short = list_short_modules(COUNTED_MODULES)
     if len(short) > MAX_SHORT_MODULES:
         fail_with(short, f"at most {MAX_SHORT_MODULES} modules have fewer than {SHORT_MODULE_LINES} lines")

@@ -55,6 +55,7 @@ def test_device_modules_import_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [

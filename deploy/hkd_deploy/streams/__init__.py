@@ -1,4 +1,4 @@
-"""Image sources: image files, directories, videos, webcams and network cameras.
+"""Image sources: image files, directories, videos, webcams, CSI cameras and network cameras.
 
 Examples:
     >>> with open_source("rtsp://camera/stream") as source:
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from hkd_deploy.streams.csi import SCHEME as CSI_SCHEME
+from hkd_deploy.streams.csi import open_csi, parse_csi_address
 from hkd_deploy.streams.decoding import AUTO, Hwaccel, resolve_hwaccel
 from hkd_deploy.streams.hls import open_hls
 from hkd_deploy.streams.live import CameraReader, LiveSource, ReconnectPolicy, WebcamReader
@@ -49,7 +51,8 @@ def open_source(
     A URL is treated as a live camera and reopened if the connection fails. Download a video from a web server first.
 
     Args:
-        text: Path of an image, a directory of images or a video, index of a webcam (`0`), or URL of a network camera.
+        text: Path of an image, a directory of images or a video, index of a webcam (`0`), CSI camera
+            (`csi://0`), or URL of a network camera.
         reconnect_policy: Timeouts of a camera. None for the defaults.
         on_frame: Opens a camera in the background and is called after each frame; see `LiveSource`. None waits until
             the camera is open.
@@ -141,8 +144,12 @@ def _open_network_camera(
     address: str, policy: ReconnectPolicy, on_frame: Callable[[], object] | None, hwaccel: Hwaccel | None
 ) -> FrameSource:
     name, scheme = redact_url(address), address.split("://", 1)[0].lower()
+    if scheme == CSI_SCHEME:
+        parse_csi_address(address)  # an invalid address is an error of the user, not of the camera
+        return LiveSource(name, partial(open_csi, address, policy), policy, on_frame)
     if scheme not in URL_SCHEMES:
-        raise UsageError(f"--source {name}: unknown URL scheme. Supported schemes: {', '.join(URL_SCHEMES)}.")
+        supported = ", ".join((*URL_SCHEMES, CSI_SCHEME))
+        raise UsageError(f"--source {name}: unknown URL scheme. Supported schemes: {supported}.")
 
     clock = StreamClock()
 

@@ -119,18 +119,14 @@ def test_locate_difference_without_node_names(hkd: tuple[ExportModule, Path]) ->
     assert "no node name matches a torch layer" in locate_difference(hkd[0], save_changed(model, hkd[1]), BATCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "node", "layer"),
     [
         ("hkd", "/neck/downs.1/downs.1.0/Conv", "neck.downs.1.0"),
-        *(
-            pytest.param(*values, marks=pytest.mark.slow)
-            for values in (
-                ("yolo11n", "/detector/model.13/m.0/cv2/conv/Conv", "network.model.13.m.0.cv2.conv"),
-                ("yolo26n", "/model.2/m.0/cv2/conv/Conv", "network.model.2.m.0.cv2.conv"),
-                ("faster r-cnn", "/head/cls_logits_2/Conv", "rpn.head.cls_logits"),
-            )
-        ),
+        ("yolo11n", "/detector/model.13/m.0/cv2/conv/Conv", "network.model.13.m.0.cv2.conv"),
+        ("yolo26n", "/model.2/m.0/cv2/conv/Conv", "network.model.2.m.0.cv2.conv"),
+        ("faster r-cnn", "/head/cls_logits_2/Conv", "rpn.head.cls_logits"),
     ],
 )
 def test_compare_layers_pairs_layers_of_every_family(tmp_path: Path, name: str, node: str, layer: str) -> None:

@@ -33,9 +33,8 @@ def make_detector(name: str) -> UltralyticsDetector:
     return detector.eval()
 
 
-@pytest.mark.parametrize(
-    ("name", "has_nms"), [pytest.param("yolo11n", True, marks=pytest.mark.slow), ("yolo26n", False)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "has_nms"), [("yolo11n", True), ("yolo26n", False)])
 def test_ultralytics_export_agrees_with_torch(tmp_path: Path, name: str, has_nms: bool) -> None:
     detector = make_detector(name)
     config = {"data": "street.yaml", "imgsz_hw": list(IMGSZ_HW)}

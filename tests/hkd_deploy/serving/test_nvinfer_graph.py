@@ -89,7 +89,8 @@ def make_images(count: int) -> np.ndarray:
     return np.stack([cv2.resize(image, (HW[1], HW[0])) for image in coarse])
 
 
-@pytest.mark.parametrize("batch", [2, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [2, None])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_nvinfer_graph_equals_source(exported: Callable[..., Path], precision: str, batch: int | None) -> None:
     model = exported(precision, batch)

@@ -222,6 +222,7 @@ def test_killed_workers_do_not_change_the_network(data_yaml: Path, tmp_path: Pat
         assert report["run_stats"]["num_workers"] == 2 and report["scheduler"] == scheduler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "losses"),
     [

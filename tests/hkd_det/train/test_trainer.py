@@ -69,8 +69,9 @@ def test_training_learns_dark_boxes(data_yaml: Path, tmp_path: Path) -> None:
     assert result.miss_rate < 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_equals_uninterrupted_run(
     data_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

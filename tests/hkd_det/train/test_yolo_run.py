@@ -58,10 +58,9 @@ def save_teacher(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
-@pytest.mark.parametrize(
-    ("name", "loss"), [("yolo11n", "dfl"), pytest.param("yolo26n", "box_one2one", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "loss"), [("yolo11n", "dfl"), ("yolo26n", "box_one2one")])
 def test_yolo_student_and_teacher_train_with_native_detector(
     data_yaml: Path, tmp_path: Path, name: str, loss: str
 ) -> None:
