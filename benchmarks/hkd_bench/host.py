@@ -57,7 +57,7 @@ def read_host_fields() -> tuple[HostField, ...]:
         ("CPU frequency", _read_cpu_frequency),
         ("CPU governor", lambda: _read_first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"))),
         ("CPU quota", _format_cpu_quota),
-        ("power mode", read_power_mode),
+        ("power mode", _query_power_mode),
         ("load average at start", lambda: f"{os.getloadavg()[0]:.2f} over the last minute"),
         ("memory", lambda: f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
         ("operating system", _read_os_name),
@@ -112,6 +112,34 @@ def _read_cpu_frequency() -> str:
     folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
     low, high = (int(_read_first_line(folder / f"cpuinfo_{end}_freq")) / 1000 for end in ("min", "max"))
     return f"{low:.0f} to {high:.0f} MHz"
+
+
+def _query_power_mode() -> str:
+    """Read the file of nvpmodel, or ask the program where the file is missing, such as in a container."""
+    try:
+        return read_power_mode()
+    except HostFieldError as error:
+        if not Path("/usr/sbin/nvpmodel").exists():
+            raise error from None
+        return parse_power_mode(_run_program(["/usr/sbin/nvpmodel", "-q"]))
+
+
+def parse_power_mode(text: str) -> str:
+    """Read the power mode from the output of `nvpmodel -q`.
+
+    Args:
+        text: Output in one line, such as "NV Power Mode: MAXN; 0".
+
+    Returns:
+        For example "0 (MAXN)".
+
+    Raises:
+        HostFieldError: The output contains no mode.
+    """
+    match = re.search(r"NV Power Mode:\s*(\S+?);\s*(\d+)", text)
+    if not match:
+        raise HostFieldError(f"nvpmodel -q: no mode in {text!r}")
+    return f"{match[2]} ({match[1]})"
 
 
 def _format_cpu_quota() -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from hkd_bench.cli import main
 from hkd_bench.compare_cli import parse_condition
-from hkd_bench.device_state import RunConditions
+from hkd_bench.device_state import DeviceState, RunConditions
 from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.plots import find_pareto_front
 from hkd_bench.result import (
@@ -24,6 +24,7 @@ from hkd_bench.result import (
     read_result,
     write_result,
 )
+from hkd_bench.table import format_text_table
 from hkd_det.errors import UsageError
 from hkd_det.metrics.bootstrap import MissRateInterval
 
@@ -180,6 +181,22 @@ def test_energy_and_marks_are_compared(compare: Callable[..., tuple[int, str, st
         and "[!] m (b): throttled: CPU quota, 4 events." in out
         and "a: energy by INA3221: VDD_IN." in out
     )
+
+
+def test_table_of_gpu_has_memory_or_reason() -> None:
+    gpu = replace(make_model("m"), gpu_memory_mib=512.0, gpu_memory_reason="")
+    result = replace(make_result(gpu, replace(make_model("n"), gpu_memory_reason="no NVML")), device="cuda")
+    text = format_text_table(result)
+    assert "GPU memory" in text.splitlines()[0] and " 512" in text and "GPU memory not measured: no NVML." in text
+    assert "GPU memory" not in format_text_table(make_result(gpu)).splitlines()[0]
+    conditions = RunConditions(memory_used_mib=2300.0)
+    jetson = replace(
+        make_result(replace(gpu, conditions=conditions)),
+        device="cuda",
+        state_before=DeviceState(memory_used_mib=1800.0, is_memory_unified=True),
+    )
+    note = "Unified memory: the CPU and the GPU share it. In use on the machine: 1800 MiB before, at most 2300 MiB (m)"
+    assert note in format_text_table(jetson)
 
 
 def test_files_of_other_versions_exit_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from hkd_bench.device_state import (
     read_throttle_counts,
     summarize_conditions,
 )
-from hkd_bench.host import read_cpu_quota, read_power_mode
+from hkd_bench.host import HostFieldError, parse_power_mode, read_cpu_quota, read_power_mode
 from hkd_det.errors import UnavailableError
 
 WriteTree = Callable[[dict[str, object]], Path]
@@ -150,6 +150,14 @@ def test_cpu_quota(files: dict[str, object], quota: float | None, throttled: int
 
 def test_power_mode_without_configuration_is_its_number(write_tree: WriteTree) -> None:
     assert read_power_mode(write_tree({"var/lib/nvpmodel/status": "pmode:0010"})) == "10"
+
+
+def test_power_mode_of_the_program() -> None:
+    """Lines of JetPack 6, joined."""
+    assert parse_power_mode("NV Power Mode: MAXN_SUPER; 2") == "2 (MAXN_SUPER)"
+    assert parse_power_mode("NVPM WARN: fan mode is not set!; NV Power Mode: 15W; 0") == "0 (15W)"
+    with pytest.raises(HostFieldError, match="no mode"):
+        parse_power_mode("NVPM ERROR: Error opening /etc/nvpmodel.conf")
 
 
 def test_flags_of_raspberry_pi(write_tree: WriteTree) -> None:

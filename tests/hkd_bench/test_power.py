@@ -5,16 +5,19 @@ Documentation/hwmon/ina3221.rst and the rail tables of NVIDIA's Jetson Linux Dev
 are from public logs of these boards.
 """
 
+import os
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, sleep
+from typing import ClassVar
 
 import pytest
 
 from hkd_bench.host import HostFieldError, NvmlGpu
 from hkd_bench.power import (
+    JtopSensor,
     NvmlSensor,
     RailSensor,
     RaplSensor,
@@ -25,6 +28,7 @@ from hkd_bench.power import (
     parse_tegrastats_rails,
     select_input_rails,
 )
+from hkd_bench.worker import _read_gpu_memory
 
 WriteTree = Callable[[dict[str, object]], Path]
 RANGE_UJ = 262_143_328_850
@@ -261,6 +265,58 @@ def test_tegrastats_program_is_read_until_it_is_closed(tmp_path: Path) -> None:
         TegrastatsSensor((str(tmp_path / "tegrastats"),))
 
 
+class Jtop:
+    """The part of jtop 4.3 that is read: `power` has the rails, and as total the input rail or the sum of all rails."""
+
+    rails: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, interval: float) -> None:
+        self.calls = [interval]
+
+    def start(self) -> None:
+        if not self.rails:
+            raise JtopError("The jtop.service is not active")
+
+    def close(self) -> None:
+        self.calls.append(0)
+
+    @property
+    def power(self) -> dict[str, object]:
+        rails = {name: {"volt": 5000, "curr": 1, "power": watts, "avg": 1} for name, watts in self.rails.items()}
+        if "VDD_IN" in rails:
+            return {"tot": {"name": "VDD_IN", **rails.pop("VDD_IN")}, "rail": rails}
+        return {"tot": {"power": sum(self.rails.values()), "avg": 1}, "rail": rails}
+
+
+class JtopError(Exception):
+    """As jtop.JtopException."""
+
+
+@pytest.mark.parametrize(
+    ("rails", "scope", "watts"),
+    [
+        ({"VDD_IN": 4673, "VDD_CPU_GPU_CV": 527, "VDD_SOC": 1339}, "VDD_IN", 4.673),
+        (
+            {"VDD_GPU_SOC": 3150, "VDD_CPU_CV": 14312, "VIN_SYS_5V0": 4968, "VDDQ_VDD2_1V8AO": 1091},
+            "VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0",
+            22.430,
+        ),
+    ],
+)
+def test_jtop_rails_are_counted_once(
+    rails: dict[str, int], scope: str, watts: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("jtop")
+    module.jtop, module.JtopException = Jtop, JtopError  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jtop", module)
+    with pytest.raises(SensorMissingError, match="service is not active"):
+        JtopSensor()
+    monkeypatch.setattr(Jtop, "rails", rails)
+    sensor = JtopSensor()
+    assert (sensor.scope, sensor.read()) == (scope, pytest.approx(watts))
+    sensor.close()
+
+
 def make_nvml(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, object], visible: str = ""
 ) -> tuple[types.ModuleType, list[object]]:
@@ -328,6 +384,16 @@ def test_nvml_process_memory_and_throttle_reasons(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(HostFieldError, match=f"no memory of process {pid}"):
             gpu.read_process_memory_mib(pid)
     assert gpu.list_throttle_reasons() == ["GPU software power cap", "GPU hardware thermal slowdown"]
+
+
+def test_worker_reads_the_gpu_memory_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=300 * 2**20)
+    make_nvml(monkeypatch, {"nvmlDeviceGetComputeRunningProcesses": [own]})
+    assert _read_gpu_memory("cuda:0") == (300, "")
+    assert _read_gpu_memory("cpu") == (None, "device cpu")
+    make_nvml(monkeypatch, {"nvmlDeviceGetComputeRunningProcesses": []})
+    memory, reason = _read_gpu_memory("cuda")
+    assert memory is None and "share the host's process ids" in reason
 
 
 def test_open_sensors_of_desktop_adds_gpu_and_processor(write_tree: WriteTree, monkeypatch: pytest.MonkeyPatch) -> None:
