@@ -40,7 +40,7 @@ from hkd_deploy.demo.sinks import FileSink, WindowSink, make_file_paths
 from hkd_deploy.demo.web import WebSink
 from hkd_deploy.pipeline import open_detector
 from hkd_deploy.streams import FrameSource, Hwaccel, LiveSource, is_live_address, open_source, resolve_hwaccel
-from hkd_deploy.streams.decoding import AUTO, NONE
+from hkd_deploy.streams.decoding import AUTO, CPU, NONE
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.draw import REDACTIONS
@@ -171,8 +171,10 @@ def _run_cameras(
 def _open_hwaccel(text: str, log: Report) -> Hwaccel | None:
     """Find the hardware decoder, and report what `auto` found."""
     hwaccel = resolve_hwaccel(text)
-    if text == AUTO:
-        found = f"{hwaccel.kind} decodes" if hwaccel else "no hardware decoder is available; the CPU decodes"
+    if hwaccel and text == AUTO:
+        found = (
+            "no hardware decoder is available; the CPU decodes" if hwaccel.kind == CPU else f"{hwaccel.kind} decodes"
+        )
         log(f"--hwaccel {AUTO}: {found}")
     return hwaccel
 

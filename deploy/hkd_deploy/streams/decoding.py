@@ -32,7 +32,7 @@ class Hwaccel:
     """A hardware decoder.
 
     Attributes:
-        kind: Device type of FFmpeg, such as `cuda`.
+        kind: Device type of FFmpeg, such as `cuda`, or `cpu` if `auto` found none.
         device: Index or path of the device. None for the first one.
         is_required: Whether it is an error if the device cannot decode a stream. Otherwise the CPU decodes it.
     """
@@ -50,7 +50,7 @@ def resolve_hwaccel(text: str) -> Hwaccel | None:
             `vaapi:/dev/dri/renderD129`).
 
     Returns:
-        The decoder. None for the CPU, also if `auto` finds no device.
+        The decoder. Its kind is `cpu` if `auto` finds no device. None for `none`.
 
     Raises:
         UsageError: FFmpeg knows no such device type.
@@ -64,7 +64,7 @@ def resolve_hwaccel(text: str) -> Hwaccel | None:
             with suppress(UnavailableError):
                 _open_device(av, Hwaccel(kind), text)
                 return Hwaccel(kind, is_required=False)
-        return None
+        return Hwaccel(CPU, is_required=False)
     kind, _, device = text.partition(":")
     known = [kind.name for kind in av.codec.hwaccel.HWDeviceType if kind.name != NONE]
     if kind not in known:
@@ -98,7 +98,8 @@ def open_container(av: ModuleType, file: Any, name: str, hwaccel: Hwaccel | None
         UnavailableError: The device is required and does not decode the codec.
     """
     try:
-        return av.open(file, hwaccel=_make_accelerator(av, hwaccel) if hwaccel else None, **options)
+        accelerator = _make_accelerator(av, hwaccel) if hwaccel and hwaccel.kind != CPU else None
+        return av.open(file, hwaccel=accelerator, **options)
     except RuntimeError as error:
         if hwaccel is None or isinstance(error, av.FFmpegError):
             raise

@@ -85,7 +85,7 @@ def test_auto_takes_the_first_device_that_opens(accelerator: FakeAccelerator) ->
     assert resolve_hwaccel("auto") == Hwaccel("vaapi", is_required=False)
     assert accelerator.allow_software_fallback is False  # the probe
     accelerator.working = set()
-    assert resolve_hwaccel("auto") is None
+    assert resolve_hwaccel("auto") == Hwaccel("cpu", is_required=False)
 
 
 def test_device_of_a_type(accelerator: FakeAccelerator) -> None:
@@ -104,6 +104,13 @@ def test_required_device_that_does_not_decode_the_codec(real_video: Any) -> None
         next(container.decode(video=0))
         assert read_decoder(container.streams.video[0].codec_context, Hwaccel("drm", is_required=False)) == "cpu"
         assert read_decoder(container.streams.video[0].codec_context, None) == ""
+
+
+def test_auto_without_a_device_decodes_on_the_cpu(real_video: Any) -> None:
+    hwaccel = Hwaccel("cpu", is_required=False)
+    with open_container(av, str(real_video), "camera", hwaccel) as container:
+        assert next(container.decode(video=0)).width == 640
+        assert read_decoder(container.streams.video[0].codec_context, hwaccel) == "cpu"
 
 
 @pytest.mark.parametrize(("pix_fmt", "expected"), [("cuda", "cuda"), ("yuv420p", "cpu")])
