@@ -41,6 +41,7 @@ from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelR
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
+from hkd_deploy.trt.engine_info import read_engine_info
 from hkd_deploy.trt.onnx_file import is_external_model
 from hkd_det.config import check_range
 from hkd_det.console import Progress, log_stage
@@ -473,4 +474,5 @@ def _make_model_result(
         conditions=conditions,
         gpu_memory_mib=max((one.gpu_memory_mib for one in rounds if one.gpu_memory_mib is not None), default=None),
         gpu_memory_reason=first.gpu_memory_reason,
+        context_mib=read_engine_info(entry.path).context_mib if entry.backend == "tensorrt" else None,
     )

@@ -44,7 +44,7 @@ MATCH_STATUS = {
     FALSE_POSITIVE: MatchStatus.FALSE_POSITIVE,
     IGNORED: MatchStatus.IGNORED,
 }
-GPU_MEMORY = "GPU memory of the process"
+GPU_MEMORY = ("GPU memory of the process", "activations and workspace (TensorRT)")
 DETAILS = (
     ("p50", "ms"),
     ("p90", "ms"),
@@ -57,7 +57,7 @@ DETAILS = (
     ("model loading (median)", "ms"),
     ("peak memory", "MiB"),
     ("peak memory minus baseline", "MiB"),
-    (GPU_MEMORY, "MiB"),
+    *((name, "MiB") for name in GPU_MEMORY),
 )
 ENERGY_DETAILS = (
     ("energy per frame", "mJ"),
@@ -219,7 +219,7 @@ def render_html(
         detail_rows=[
             (name, unit, row)
             for (name, unit), row in zip(DETAILS, zip(*map(_format_details, result.models), strict=True), strict=True)
-            if result.device.startswith("cuda") or name != GPU_MEMORY
+            if result.device.startswith("cuda") or name not in GPU_MEMORY
         ],
         energy_rows=[
             (name, unit, row)
@@ -299,6 +299,7 @@ def _format_details(model: ModelResult) -> list[str]:
         f"{np.median(model.load_ms):.0f}",
         *(f"{value:.0f}" for value in (model.peak_memory_mib, model.memory_mib)),
         "not measured" if model.gpu_memory_mib is None else f"{model.gpu_memory_mib:.0f}",
+        "" if model.context_mib is None else f"{model.context_mib:.1f}",
     ]
 
 

@@ -218,6 +218,8 @@ class ModelResult:
         gpu_memory_mib: GPU memory of the process after timing, by NVML, in MiB; the maximum over the rounds. None if it
             was not measured.
         gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
+        context_mib: GPU memory of activations and workspace in MiB, as TensorRT states it at the build of the engine.
+            None for other runtimes, which do not state it.
     """
 
     name: str
@@ -240,6 +242,7 @@ class ModelResult:
     conditions: RunConditions = field(default_factory=RunConditions)
     gpu_memory_mib: float | None = None
     gpu_memory_reason: str = "not measured"
+    context_mib: float | None = None
 
     @property
     def miss_rates(self) -> dict[str, float | None]:

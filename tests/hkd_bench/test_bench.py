@@ -89,6 +89,14 @@ def test_bench_has_ap_and_recall_next_to_the_miss_rate(result: BenchResult, half
     assert (low.recall, low.threshold, low.threshold_source, high.recall) == (1, 0.5, "model", 0)
 
 
+def test_report_of_gpu_has_its_memory(result: BenchResult, tmp_path: Path) -> None:
+    one = replace(result.models[0], gpu_memory_mib=512.0, gpu_memory_reason="", context_mib=31.6)
+    for device, shown in (("cuda", True), ("cpu", False)):
+        write_bench_report(tmp_path / "r.html", replace(result, device=device, models=(one,)), title="GPU")
+        page = (tmp_path / "r.html").read_text()
+        assert ("GPU memory of the process" in page and "<td>31.6</td>" in page and "<td>512</td>" in page) == shown
+
+
 def test_bench_names_model_that_detects_no_person(result: BenchResult) -> None:
     assert "detects no person" not in format_text_table(result)
     one, two = result.models

@@ -155,7 +155,7 @@ def test_file_of_schema_3_is_compared(tmp_path: Path, capsys: pytest.CaptureFixt
     content = json.loads(json.dumps(asdict(make_result(make_model("m")))))
     for key in ("power", "state_before", "state_after"):
         del content[key]
-    for key in ("energy", "conditions", "gpu_memory_mib", "gpu_memory_reason"):
+    for key in ("energy", "conditions", "gpu_memory_mib", "gpu_memory_reason", "context_mib"):
         del content["models"][0][key]
     (tmp_path / "old.json").write_text(json.dumps({**content, "schema": 3}))
     write_result(tmp_path / "new.json", make_result(make_model("m")))
