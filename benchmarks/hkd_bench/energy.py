@@ -400,7 +400,7 @@ def _read_csv_samples(path: Path, lines: Sequence[str]) -> Iterator[tuple[float,
         if not any(cell.strip() for cell in row):
             continue
         try:
-            watts = float(row[watt_column or 0])
+            watts = float(row[watt_column or 0].replace(",", "."))  # a decimal comma, if the delimiter is ";"
             if not 0 <= watts < 1e6:
                 raise ValueError(f"{watts} W")
             yield _parse_time(row[time_column or 0].strip()), watts

@@ -17,6 +17,7 @@ from typing import Protocol
 from hkd_bench.host import HostFieldError, NvmlGpu
 
 INA_NAMES = ("ina3221", "ina238")
+ZONE_PATTERNS = ("intel-rapl/intel-rapl:*/intel-rapl:*", "intel-rapl/intel-rapl:*", "intel-rapl:*")
 RAIL_FOLDERS = ("hwmon*", "hwmon/hwmon*", "iio*device*")
 # Complete input of a board or module, most complete first: VIN of Thor includes the carrier board.
 INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN", "5V_IN")
@@ -71,7 +72,9 @@ class RaplSensor:
 
     def __init__(self, root: Path = Path("/")) -> None:
         folder = root / "sys/class/powercap"
-        zones = {zone: self._read_name(zone) for zone in sorted(folder.glob("intel-rapl:*"))}
+        # Links to all zones, or the tree of the control type where a copy of sysfs has no links.
+        found = {zone.name: zone for pattern in ZONE_PATTERNS for zone in sorted(folder.glob(pattern))}
+        zones = {zone: self._read_name(zone) for zone in found.values()}
         self._zones = [zone for zone, name in zones.items() if name.startswith("package") or name == "dram"]
         if not any(zones[zone].startswith("package") for zone in self._zones):
             raise SensorMissingError(f"{folder}/intel-rapl:*: this machine has no such counters")

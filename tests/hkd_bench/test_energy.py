@@ -127,7 +127,7 @@ NOON = datetime(2026, 7, 29, 12, 0, 0, tzinfo=timezone.utc).timestamp()
     [
         f"time,watts\n{NOON},4.5\n{NOON + 1},5.5\n",
         f"{NOON},4.5\n{NOON + 1},5.5\n{NOON + 2},7",  # the last line is not complete
-        f"Power (W);Timestamp\n5.5;{1000 * (NOON + 1):.0f}\n4.5;{1000 * NOON:.0f}\n",  # milliseconds, not sorted
+        f"Power (W);Timestamp\n5,5;{1000 * (NOON + 1):.0f}\n4,5;{1000 * NOON:.0f}\n",  # milliseconds, not sorted
         f"time,volts,watts\n{1e9 * NOON:.0f},5,4.5\n\n{1e9 * (NOON + 1):.0f},5,5.5\n",  # nanoseconds
         "\ufefftimestamp,power\n2026-07-29T12:00:00Z,4.5\n2026-07-29T14:00:01+02:00,5.5\n",
         "time,watts\n2026-07-29 12:00:00.000+00:00,4.5\n2026-07-29 12:00:01.000+00:00,5.5\n",

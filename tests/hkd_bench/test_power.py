@@ -86,6 +86,16 @@ def test_rapl_counter_wraps_at_the_range_of_its_zone(write_tree: WriteTree) -> N
     assert sensor.read() == pytest.approx(2 * 2.25 + 2 * 0.75)
 
 
+def test_rapl_zones_in_the_tree_of_the_control_type(write_tree: WriteTree) -> None:
+    """/sys/devices/virtual/powercap, to which the class directory links; a copy of sysfs may have no links."""
+    package, dram = rapl_zone("intel-rapl:0", "package-0", 0), rapl_zone("intel-rapl:0:1", "dram", 0)
+    tree = {name.replace("powercap/", "powercap/intel-rapl/"): value for name, value in package.items()}
+    tree |= {name.replace("powercap/", "powercap/intel-rapl/intel-rapl:0/"): value for name, value in dram.items()}
+    sensor = RaplSensor(write_tree(tree))
+    write_tree({name: 2_000_000 for name in tree if name.endswith("energy_uj")})
+    assert (sensor.scope, sensor.read()) == ("package-0 + dram", pytest.approx(4))
+
+
 def test_rapl_without_package_has_reason(write_tree: WriteTree) -> None:
     with pytest.raises(SensorMissingError, match="this machine has no such counters"):
         RaplSensor(write_tree({"sys/class/powercap/other": 1}))
