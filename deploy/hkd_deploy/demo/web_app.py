@@ -27,6 +27,7 @@ from hkd_det.errors import HkdError, UnavailableError, UsageError
 
 PAGE_DIRECTORY = Path(__file__).parent / "page"
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+MAX_RESPONSES_PER_S = 50  # with frames, to all viewers together; one takes about 2 ms
 WAIT_S = 10.0  # a request for new frames returns without one after this time
 MAX_BODY_BYTES = 2**16
 HEADERS = {
@@ -87,6 +88,30 @@ class FrameSignal:
     def _wake(self) -> None:
         self._event.set()
         self._event = asyncio.Event()
+
+
+class RateLimit:
+    """Limits the responses to all viewers, so that many viewers do not take the processor from the detector.
+
+    Viewers that wait have their turn at the same time, so that an image is encoded once for all of them. The next turn
+    is the later, the more responses the last one had.
+
+    Args:
+        per_s: Maximum number of responses per second on average.
+    """
+
+    def __init__(self, per_s: float) -> None:
+        self._interval_s = 1 / per_s
+        self._turn_s, self._num_responses = 0.0, 0
+
+    async def wait(self) -> None:
+        """Wait for the turn of a response."""
+        now_s = time.monotonic()
+        if now_s > self._turn_s:
+            self._turn_s = max(now_s, self._turn_s + self._num_responses * self._interval_s)
+            self._num_responses = 0
+        self._num_responses += 1
+        await asyncio.sleep(self._turn_s - now_s)
 
 
 @dataclass(frozen=True)
@@ -189,6 +214,8 @@ def make_app(
         describe_drift: Returns the drift of a camera. None without `--monitor`.
     """
 
+    rate_limit = RateLimit(MAX_RESPONSES_PER_S)
+
     async def get_state(request: Request) -> Response:
         since = _parse_int(request.query_params.get("since", ""))
         shown = list(views)  # a reload may add one
@@ -206,6 +233,7 @@ def make_app(
     async def get_frames(request: Request) -> Response:
         after = parse_positions(request.query_params.get("after", ""), len(views))
         await signal.wait_for(lambda: any(views[index].seq != seq for index, seq in after.items()), WAIT_S)
+        await rate_limit.wait()  # then the frames are the newest
         return Response(pack_frames(views, after), media_type="application/octet-stream")
 
     async def post_scene(request: Request) -> Response:

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -465,6 +466,27 @@ def test_drift_is_shown_only_if_it_is_monitored(make_page: Callable[..., WebSink
         page = make_page(describe_drift=describe)
         with urllib.request.urlopen(f"{page.url}state", timeout=10) as response:
             assert [camera.get("drift") for camera in json.load(response)["cameras"]] == expected
+
+
+def test_ten_viewers_share_fifty_responses_per_second(make_page: Callable[..., WebSink]) -> None:
+    page = make_page()
+    end_s, counts = time.monotonic() + 2.0, [0] * 10
+
+    def view(number: int) -> None:
+        seq = 0
+        while time.monotonic() < end_s:
+            _, _, content = send(page, f"/frames?after=0:{seq}")
+            (frame,) = json.loads(content[4 : 4 + struct.unpack(">I", content[:4])[0]])
+            assert frame["seq"] > seq
+            seq, counts[number] = frame["seq"], counts[number] + 1
+
+    threads = [Thread(target=view, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        page.write(make_result())
+        time.sleep(0.005)
+    assert 10 < sum(counts) <= 120 and min(counts) >= 1  # 20 of them at the begin and the end
 
 
 def test_status_is_hidden_with_word_boundaries() -> None:
