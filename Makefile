@@ -54,10 +54,12 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-lock: $(READY)  ## write requirements.lock from pyproject.toml
+lock: $(READY)  ## write requirements.lock and deploy/desktop/cpu.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
 		--extra cpu --extra openvino --extra tensorrt --extra bench --extra nvml --extra heic --extra live --extra track --extra mqtt --extra metrics --extra web --extra quant --extra train --extra cluster --extra yolo \
 		--group dev --group docs pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --constraint requirements.lock \
+		--extra cpu --extra bench --extra live --extra track --extra mqtt --extra metrics --extra web pyproject.toml -o deploy/desktop/cpu.lock
 
 tensorrt-cpu: $(READY)  ## install TensorRT's parser and builder for machines without a GPU into .tensorrt/
 	$(BIN)/python deploy/tensorrt_cpu.py .tensorrt

@@ -18,10 +18,13 @@ COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY deploy/systemd/ deploy/systemd/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
+# trackers requires opencv-python, which needs libGL: only the headless package is kept.
 # --system-site-packages: no package index has the tensorrt package of JetPack.
 RUN python3 -m venv --system-site-packages /opt/hkd \
     && /opt/hkd/bin/pip install --no-cache-dir --upgrade 'pip>=24' \
-    && /opt/hkd/bin/pip install --no-cache-dir '.[cpu,tensorrt]' 'cuda-python<13'
+    && /opt/hkd/bin/pip install --no-cache-dir '.[cpu,tensorrt,bench,live,track,mqtt,metrics,web]' 'cuda-python<13' \
+    && /opt/hkd/bin/pip uninstall -y opencv-python opencv-python-headless \
+    && /opt/hkd/bin/pip install --no-cache-dir opencv-python-headless
 # --no-deps: the dependencies are installed, and pip would install a newer build without CUDA from PyPI.
 RUN if [ -n "${ONNXRUNTIME_INDEX}" ]; then \
         /opt/hkd/bin/pip uninstall -y onnxruntime \
@@ -31,5 +34,7 @@ RUN if [ -n "${ONNXRUNTIME_INDEX}" ]; then \
 RUN useradd --uid 10001 --create-home --groups video hkd && install -d -o hkd /data
 ENV PATH=/opt/hkd/bin:$PATH
 USER 10001
+# A command without --heartbeat /tmp/alive is healthy while it runs.
+HEALTHCHECK --interval=30s --start-period=5m CMD test ! -e /tmp/alive || test -n "$(find /tmp/alive -mmin -1)"
 WORKDIR /data
 CMD ["hkd-demo", "--help"]

@@ -8,6 +8,7 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).parents[3]
+SERVICE_EXTRAS = {"bench", "live", "track", "mqtt", "metrics", "web"}
 DOCKERFILES = sorted((ROOT / "deploy").glob("*/*.Dockerfile"))
 
 
@@ -68,8 +69,11 @@ def test_dockerfile_extras_exist_and_user_is_unprivileged(path: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     runs = " ".join(rest for word, rest in entries if word == "RUN")
     named = [name for group in re.findall(r"'\.\[([a-z,]+)\]'", runs) for name in group.split(",")]
-    assert named and set(named) <= set(extras) - {"train", "yolo"}
-    assert [word for word, _ in entries][-3:] == ["USER", "WORKDIR", "CMD"]
+    if "cpu.lock" in runs:
+        named = re.findall(r"--extra (\w+)", (ROOT / "deploy" / "desktop" / "cpu.lock").read_text().split("anyio")[0])
+        assert "--no-deps --require-hashes -r cpu.lock" in runs
+    assert set(named) >= SERVICE_EXTRAS and set(named) <= set(extras) - {"train", "yolo"}
+    assert [word for word, _ in entries][-4:] == ["USER", "HEALTHCHECK", "WORKDIR", "CMD"]
     (user,) = (rest for word, rest in entries if word == "USER")
     assert int(user) > 999 and f"--uid {user} " in runs
     # No package index except PyPI by default.
