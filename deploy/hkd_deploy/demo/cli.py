@@ -229,8 +229,8 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sources.add_argument(
         "--source",
         action="append",
-        help="video, image, directory of images, webcam (0), CSI camera (csi://0), rtsp:// or http:// URL; repeat it "
-        "for several",
+        help="video, image, directory or pattern of images, webcam (0), CSI camera (csi://0), rtsp:// or http:// URL; "
+        "repeat it for several",
     )
     sources.add_argument("--cameras", type=Path, metavar="FILE", help="YAML file with several cameras")
     parser.add_argument(

@@ -6,6 +6,7 @@ Examples:
     ...         print(timestamp_s, image_rgb.shape)
 """
 
+import glob
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,8 +52,8 @@ def open_source(
     A URL is treated as a live camera and reopened if the connection fails. Download a video from a web server first.
 
     Args:
-        text: Path of an image, a directory of images or a video, index of a webcam (`0`), CSI camera
-            (`csi://0`), or URL of a network camera.
+        text: Path of an image, a directory of images, a pattern (`*.jpg`, `**/*.png`) or a video, index of a webcam
+            (`0`), CSI camera (`csi://0`), or URL of a network camera.
         reconnect_policy: Timeouts of a camera. None for the defaults.
         on_frame: Opens a camera in the background and is called after each frame; see `LiveSource`. None waits until
             the camera is open.
@@ -129,6 +130,8 @@ def _create_source(
     path = Path(text)
     if path.is_dir():
         return ImageSource(text, list_images(path))
+    if not path.exists() and glob.has_magic(text):
+        return _open_pattern(text)
     if not path.exists():
         name = redact_url(text)  # a mistyped URL can contain a password
         raise DataError(
@@ -138,6 +141,23 @@ def _create_source(
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageSource(text, [path])
     return VideoSource(path)
+
+
+def _open_pattern(pattern: str) -> FrameSource:
+    """Return the images that match a pattern, sorted by name, or the only video."""
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob rejects absolute patterns
+    paths = [path for path in map(Path, sorted(found)) if path.is_file()]
+    others = [path for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES]
+    if len(paths) == len(others) == 1:
+        return VideoSource(paths[0])
+    if not paths:
+        raise DataError(f"{pattern}: no file matches this pattern. Check the path.")
+    if others:
+        raise UsageError(
+            f"--source {pattern}: {len(others)} of {len(paths)} files that match are no images, such as "
+            f"{others[0].name}. Match images only, or one video; repeat --source for several videos."
+        )
+    return ImageSource(pattern, paths)
 
 
 def _open_network_camera(

@@ -47,6 +47,22 @@ def test_video_real_file(real_video: Path) -> None:
         assert np.array_equal(frame.image_rgb, image_bgr[..., ::-1])
 
 
+def test_pattern_matches_images_or_one_video(tmp_path: Path) -> None:
+    for name, level in (("b/2.png", 20), ("a/1.png", 10), ("a/3.PNG", 30), ("[x]*.png", 40)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.full((8, 8, 3), level, np.uint8))
+    (tmp_path / "a" / "notes.txt").touch()
+    write_video(tmp_path / "a" / "video.avi", 3)
+    assert [level for level, _ in read_all(f"{tmp_path}/**/?.png")] == [10, 20]
+    assert [level for level, _ in read_all(f"{tmp_path}/a/*.[pP][nN][gG]")] == [10, 30]
+    assert [level for level, _ in read_all(f"{tmp_path}/[x]*.png")] == [40]  # a file of this name exists
+    assert len(read_all(f"{tmp_path}/a/*.avi")) == 3
+    with pytest.raises(DataError, match="no file matches this pattern"):
+        read_all(f"{tmp_path}/*.jpg")
+    with pytest.raises(UsageError, match=r"2 of 4 files that match are no images, such as notes\.txt"):
+        read_all(f"{tmp_path}/a/*")
+
+
 @pytest.mark.parametrize("ratio", [0.3, 0.9])
 def test_video_truncated_raises_after_last_frame(real_video: Path, tmp_path: Path, ratio: float) -> None:
     content = real_video.read_bytes()
