@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from time import sleep
@@ -38,6 +38,7 @@ from hkd_bench.energy import (
 )
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, measure_accuracy
+from hkd_bench.sweep import list_sweep_sizes
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
@@ -47,6 +48,7 @@ from hkd_det.config import check_range
 from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
+from hkd_det.letterbox import format_imgsz
 from hkd_det.metrics.coco_files import PERSON_CATEGORY_ID, CocoId, write_coco_detections
 from hkd_det.structures import Detections, Sample
 
@@ -80,6 +82,8 @@ class BenchOptions:
         energy_s: Duration of the runs whose energy is measured, per model and round, in seconds.
         idle_s: Duration over which the idle power is measured, before the first and after the last model, in seconds.
         require_quiet: Whether it is an error if the machine is not quiet before the measurement.
+        imgsz_sweep: Widths in pixels of the inputs at which each model is measured; all models have a dynamic size.
+            Empty for the size of the file.
     """
 
     device: str = "cpu"
@@ -103,6 +107,7 @@ class BenchOptions:
     energy_s: float = 10.0
     idle_s: float = 10.0
     require_quiet: bool = False
+    imgsz_sweep: tuple[int, ...] = ()
 
     @property
     def evaluates_images(self) -> bool:
@@ -120,6 +125,7 @@ class BenchEntry:
         name: Name in tables and plots.
         sha256: Hexadecimal digest of the file, or of the digests of a directory's files.
         model_config: YAML file that describes a model of another tool; None for its default.
+        imgsz_hw: Input size in pixels of a model with a dynamic size; None for that of its export.
     """
 
     path: Path
@@ -127,6 +133,7 @@ class BenchEntry:
     name: str
     sha256: str
     model_config: Path | None
+    imgsz_hw: tuple[int, int] | None = None
 
 
 def bench(
@@ -191,6 +198,7 @@ def bench(
         power=power,
         state_before=measured.states[0][1],
         state_after=measured.states[-1][1],
+        imgsz_sweep=options.imgsz_sweep,
     )
 
 
@@ -296,9 +304,16 @@ def _make_entries(models: Sequence[Path], options: BenchOptions, names: Sequence
     pairs = [(path, backend or get_default_backend(path)) for path in models for backend in options.backends]
     digests = {path: _hash_model_files(path) for path in models}
     model_configs = assign_model_configs(models, options.model_configs)
-    return [
+    entries = [
         BenchEntry(path, backend, name, digests[path], model_configs.get(path))
         for (path, backend), name in zip(pairs, _make_names(pairs, names), strict=True)
+    ]
+    if not options.imgsz_sweep:
+        return entries
+    return [
+        replace(entry, name=f"{entry.name}@{format_imgsz(imgsz_hw)}", imgsz_hw=imgsz_hw)
+        for entry in entries
+        for imgsz_hw in list_sweep_sizes(entry.path, options.imgsz_sweep)
     ]
 
 
@@ -404,6 +419,7 @@ def _make_job(
         eval_images=tuple(str(sample.path) for sample in eval_samples),
         detections_npz=str(work_dir / "detections.npz"),
         energy_s=options.energy_s if has_sensors else 0.0,
+        imgsz_hw=entry.imgsz_hw,
     )
 
 

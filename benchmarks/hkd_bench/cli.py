@@ -73,13 +73,15 @@ def run_bench(argv: Sequence[str] | None) -> int:
     Raises:
         HkdError: A flag, a model or the dataset is invalid.
     """
-    from hkd_bench import bench, report, result, table  # noqa: PLC0415  # import packages of the extra
+    from hkd_bench import bench, report, result, sweep, table  # noqa: PLC0415  # import packages of the extra
 
     args = argv or []
     flags = parse_bench_args(args)
     if flags.list_models:
         print(format_model_list())
         return 0
+    imgsz_sweep = sweep.parse_imgsz_sweep(flags.imgsz_sweep) if flags.imgsz_sweep else ()
+    sizes = [sweep.list_sweep_sizes(model, imgsz_sweep)[-1] for model in flags.models] if imgsz_sweep else []
     datasets = flags.data.split(",") if flags.data else []
     samples = _load_samples(flags, datasets)[: flags.max_images]
     other_ground_truths = {
@@ -100,6 +102,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
         energy=flags.energy or flags.power_csv is not None,
         power_csv=flags.power_csv,
         require_quiet=flags.require_quiet,
+        imgsz_sweep=imgsz_sweep,
     )
     names = flags.names.split(",") if flags.names else None
     measured = bench.bench(flags.models, samples, options, names, other_ground_truths)
@@ -116,8 +119,9 @@ def run_bench(argv: Sequence[str] | None) -> int:
         if flags.data:
             last = flags.models[-1]
             model_config = bench.assign_model_configs(flags.models, options.model_configs).get(last)
+            imgsz_hw = sizes[-1] if sizes else None
             with open_detector(
-                last, flags.device, flags.threads, options.backends[-1], model_config=model_config
+                last, flags.device, flags.threads, options.backends[-1], model_config=model_config, imgsz_hw=imgsz_hw
             ) as detector:
                 examples = report.render_examples(detector, samples, EXAMPLE_CONF, NUM_EXAMPLES)
         report.write_bench_report(flags.html, measured, title=title, examples=examples)
@@ -217,6 +221,12 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         help=f"measure every model on each of {', '.join(BACKENDS)} (default: by the type of the model)",
     )
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: one per physical core)")
+    parser.add_argument(
+        "--imgsz-sweep",
+        metavar="START:STOP:STEP",
+        help="measure each model at several input sizes: widths in pixels with STOP, multiples of 32; requires models "
+        "of hkd-export --dynamic size",
+    )
     parser.add_argument("--runs", type=int, default=200, help="timed runs per model (default: %(default)s)")
     parser.add_argument("--max-images", type=int, metavar="N", help="use only the first N images")
     parser.add_argument(

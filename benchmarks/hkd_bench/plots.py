@@ -137,7 +137,7 @@ def plot_latency(result: BenchResult) -> str:
         if all_times.max() > 6 * all_times.min():
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(FuncFormatter(_format_2_or_5))
+            axes.xaxis.set_minor_formatter(FuncFormatter(format_2_or_5))
         else:
             axes.set_xlim(left=0)
         axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 0.9, 0.99]))
@@ -295,7 +295,7 @@ def _draw_pareto(figure: Figure, series: Mapping[str, Sequence[ModelResult]]) ->
         if max(costs) > 4 * min(costs):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(FuncFormatter(_format_2_or_5))
+            axes.xaxis.set_minor_formatter(FuncFormatter(format_2_or_5))
         axes.margins(x=0.15)
         axes.set(xlabel=label)
         axes.set_ylim(bottom=0)
@@ -319,7 +319,12 @@ def format_percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
-def _format_2_or_5(value: float, _: object) -> str:
+def format_2_or_5(value: float, _: object) -> str:
+    """Format a tick of a logarithmic axis if its first digit is 2 or 5; otherwise return an empty string.
+
+    Args:
+        value: Position of the tick.
+    """
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hkd_bench import plots
 from hkd_bench.device_state import RunConditions
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
+from hkd_bench.sweep_plot import plot_sweep
 from hkd_bench.table import (
     MARK,
     format_data_name,
@@ -235,6 +236,7 @@ def render_html(
         notes=make_notes(result),
         miss_rate_plot=Markup(plots.plot_miss_rate(result)),
         all_setup_plot=Markup(plots.plot_miss_rate(result, "All")),
+        sweep_plot=Markup(plot_sweep(result)),
         latency_plot=Markup(plots.plot_latency(result)),
         stage_plot=Markup(plots.plot_stages(result)),
         training_plot=Markup(plots.plot_training(trained)) if trained else "",

@@ -288,6 +288,7 @@ class BenchResult:
         power: Power sensors and idle power; without sensors if energy was not requested.
         state_before: State of the device before the measurement.
         state_after: State of the device after it.
+        imgsz_sweep: Widths in pixels of the inputs at which each model was measured; empty for the size of the file.
     """
 
     schema: int
@@ -308,6 +309,7 @@ class BenchResult:
     power: PowerSource = field(default_factory=PowerSource)
     state_before: DeviceState | None = None
     state_after: DeviceState | None = None
+    imgsz_sweep: tuple[int, ...] = ()
 
     @property
     def has_energy(self) -> bool:

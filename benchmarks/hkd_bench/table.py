@@ -7,6 +7,7 @@ from pathlib import Path
 from hkd_bench.device_state import format_other_load
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.scoring import ScoreTable
+from hkd_deploy.model_metadata import MIN_DYNAMIC_SIDE
 from hkd_det.console import format_table
 from hkd_det.metrics.bootstrap import MIN_IMAGES, MIN_PERSONS, TOO_FEW, MissRateDifference, MissRateInterval
 
@@ -269,6 +270,7 @@ def make_notes(result: BenchResult) -> list[str]:
         *_format_thresholds(result),
         f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
+        *_format_padded_sizes(result),
         *_format_bounds(result),
         *_format_energy(result),
         *_format_gpu_memory(result),
@@ -381,6 +383,15 @@ def _format_thresholds(result: BenchResult) -> list[str]:
         ]
         texts += [f"{', '.join(names)}, {description}"] if names else []
     return [f"Recall of Reasonable at a score of {'; '.join(texts)}."] if texts else []
+
+
+def _format_padded_sizes(result: BenchResult) -> list[str]:
+    """Name the inputs that the graph of a model with a dynamic size pads to its smallest side."""
+    if not result.imgsz_sweep:
+        return []
+    names = [model.name for model in result.models if min(model.imgsz_hw) < MIN_DYNAMIC_SIDE]
+    limit = f"{MIN_DYNAMIC_SIDE} pixels, or to the side of the export if that is smaller"
+    return [f"The graph pads shorter sides to {limit}, which takes time: {', '.join(names)}."] if names else []
 
 
 def _format_licenses(result: BenchResult) -> str:

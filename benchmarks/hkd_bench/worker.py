@@ -56,6 +56,7 @@ class WorkerJob:
         eval_images: Images whose detections are written to `detections_npz`.
         detections_npz: Output path of the detections.
         energy_s: Duration of further runs without pauses whose energy is measured, in seconds; 0 for none.
+        imgsz_hw: Input size in pixels of a model with a dynamic size; None for that of its export.
     """
 
     model: str
@@ -71,6 +72,7 @@ class WorkerJob:
     eval_images: tuple[str, ...]
     detections_npz: str
     energy_s: float = 0.0
+    imgsz_hw: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def parse_job(values: dict[str, Any]) -> WorkerJob:
         The job.
     """
     tuples = {key: tuple(values[key]) for key in ("timed_images", "eval_images")}
-    return WorkerJob(**{**values, **tuples})
+    imgsz_hw = values.get("imgsz_hw")
+    return WorkerJob(**{**values, **tuples, "imgsz_hw": imgsz_hw and tuple(imgsz_hw)})
 
 
 def measure_model(job: WorkerJob) -> WorkerResult:
@@ -170,7 +173,9 @@ def measure_model(job: WorkerJob) -> WorkerResult:
     baseline_mib = read_resident_mib()
     start = perf_counter()
     model_config = Path(job.model_config) if job.model_config else None
-    with open_detector(job.model, job.device, job.threads, job.backend, model_config=model_config) as detector:
+    with open_detector(
+        job.model, job.device, job.threads, job.backend, model_config=model_config, imgsz_hw=job.imgsz_hw
+    ) as detector:
         load_ms = 1e3 * (perf_counter() - start)
         _run_warmup(detector, images, job)
         timing_start = time()

@@ -12,6 +12,7 @@ from hkd_det.errors import DataError, UsageError
 from hkd_det.letterbox import PAD_VALUE
 
 REFERENCE_KEY = "hkd.reference"
+MIN_DYNAMIC_SIDE = 224  # a graph with a dynamic size pads smaller inputs: NMS needs 1,000 candidates
 METADATA_FORMAT = 1  # version of the metadata keys and of the graph interface
 
 # Keys of files that versions before the renaming wrote in the same metadata format.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from hkd_deploy.backends import OpenedBackend, open_backend
 from hkd_deploy.backends.base import Backend, Detector, PerformanceHint, RuntimeOutputs, StageTimes
 from hkd_deploy.model_metadata import ModelMetadata
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
 from hkd_det.image import check_image
 from hkd_det.letterbox import PAD_VALUE, STRIDE, Letterbox, format_imgsz
 from hkd_det.shipped import SHIPPED_MODELS, resolve_model
@@ -25,12 +26,15 @@ class ExportedDetector(Detector):
 
     Args:
         opened: The opened model.
+        imgsz_hw: Limit of the input of a model with a dynamic size: height and width in pixels. None for that of its
+            export.
 
     Raises:
+        UsageError: The input size of the model is fixed, or `imgsz_hw` exceeds that of its export.
         DataError: Metadata and graph contradict each other.
     """
 
-    def __init__(self, opened: OpenedBackend) -> None:
+    def __init__(self, opened: OpenedBackend, imgsz_hw: tuple[int, int] | None = None) -> None:
         runtime = opened.runtime
         self.metadata = ModelMetadata.from_metadata(runtime.metadata, runtime.path)
         self.backend = opened.name
@@ -45,6 +49,8 @@ class ExportedDetector(Detector):
                 f"{runtime.path}: imgsz {'any' if is_size_free else self.metadata.imgsz_hw} in the metadata, "
                 f"but {runtime.input_hw or 'any'} in the graph. Export the model again."
             )
+        if imgsz_hw:
+            self.metadata = _limit_imgsz(self.metadata, imgsz_hw, runtime.path)
 
     def predict_timed(self, image_rgb: NDArray[np.uint8]) -> tuple[Detections, StageTimes]:
         """Run inference on one image and measure the stages. See `Detector.predict_timed`."""
@@ -147,6 +153,7 @@ def open_detector(
     backend: str | None = None,
     performance_hint: PerformanceHint = "latency",
     model_config: Path | str | None = None,
+    imgsz_hw: tuple[int, int] | None = None,
 ) -> Detector:
     """Open a model on exactly the requested device.
 
@@ -160,6 +167,8 @@ def open_detector(
         backend: One of `hkd_deploy.backends.BACKENDS`. None selects the backend by the file type.
         performance_hint: For OpenVINO: `latency` for single images, `throughput` for lists.
         model_config: YAML file of the model configuration (default: MODEL.yaml next to MODEL.onnx).
+        imgsz_hw: Input size of a model with a dynamic size: height and width in pixels, multiples of 32, at most those
+            of its export. None for those of the export.
 
     Returns:
         The detector. Use it at once, or in a `with` block that releases it.
@@ -184,12 +193,53 @@ def open_detector(
         names = ", ".join(SHIPPED_MODELS)
         raise DataError(f"{path}: no such model file. Create it with hkd-export, or use a shipped model: {names}.")
     if model_config or is_external_model(path):
+        if imgsz_hw:
+            raise _make_fixed_size_error(path)
         config_path = Path(model_config) if model_config else None
         return open_external_detector(path, device, threads, backend or "onnxruntime", performance_hint, config_path)
     with ExitStack() as stack:
-        detector = ExportedDetector(stack.enter_context(open_backend(path, device, threads, backend, performance_hint)))
+        opened = stack.enter_context(open_backend(path, device, threads, backend, performance_hint))
+        detector = ExportedDetector(opened, imgsz_hw)
         detector.attach_resources(stack.pop_all())
     return detector
+
+
+def check_imgsz(metadata: ModelMetadata, imgsz_hw: tuple[int, int], path: Path) -> None:
+    """Check that a model accepts an input size.
+
+    Args:
+        metadata: Metadata of the model.
+        imgsz_hw: Height and width in pixels.
+        path: The model, for error messages.
+
+    Raises:
+        UsageError: The size of the model is fixed, or the new one is no multiple of 32 or exceeds that of the export.
+    """
+    if not metadata.dynamic:
+        raise _make_fixed_size_error(path)
+    if any(side <= 0 or side % STRIDE for side in imgsz_hw):
+        raise UsageError(
+            f"{path}: input of {format_imgsz(imgsz_hw)}: width and height must be multiples of {STRIDE}. "
+            f"The export allows up to {format_imgsz(metadata.imgsz_hw)}."
+        )
+    if any(side > limit for side, limit in zip(imgsz_hw, metadata.imgsz_hw, strict=True)):
+        raise UsageError(
+            f"{path}: input of {format_imgsz(imgsz_hw)}: its export allows up to {format_imgsz(metadata.imgsz_hw)}. "
+            f"Export it with hkd-export --dynamic size --imgsz {format_imgsz(imgsz_hw)}."
+        )
+
+
+def _limit_imgsz(metadata: ModelMetadata, imgsz_hw: tuple[int, int], path: Path) -> ModelMetadata:
+    """Return the metadata of a model at another input size."""
+    check_imgsz(metadata, imgsz_hw, path)
+    flops = metadata.flops if imgsz_hw == metadata.imgsz_hw else None  # those of the other size are not known
+    return replace(metadata, imgsz_hw=imgsz_hw, max_imgsz_hw=imgsz_hw, flops=flops)
+
+
+def _make_fixed_size_error(path: Path) -> UsageError:
+    return UsageError(
+        f"{path}: its input size is fixed. Export the model with hkd-export --dynamic size to choose the size."
+    )
 
 
 def _to_source_detections(letterbox: Letterbox, outputs: RuntimeOutputs, index: int) -> Detections:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx.operators import shape_as_tensor
 
-from hkd_deploy.model_metadata import ExportOptions
+from hkd_deploy.model_metadata import MIN_DYNAMIC_SIDE, ExportOptions
 from hkd_det.letterbox import MAX_LINEAR_REDUCTION, PAD_VALUE, STRIDE
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.boxes import clip_boxes_traceable
@@ -17,7 +17,6 @@ from hkd_det.ops.boxes import clip_boxes_traceable
 MIN_SCORE = 0.001  # lowest score of a valid detection; lower scores do not change the miss rate
 MAX_DET = 300  # detections per image
 MAX_HALVINGS = 12  # from 4,096 pixels to one
-MIN_SIDE = 224  # smallest side of a network input with a dynamic size: NMS needs 1,000 candidates
 
 
 class LetterboxModule(nn.Module):
@@ -104,7 +103,7 @@ def get_min_input_hw(imgsz_hw: tuple[int, int]) -> tuple[int, int]:
     Args:
         imgsz_hw: Largest (height, width) of the network input in pixels.
     """
-    return min(MIN_SIDE, imgsz_hw[0]), min(MIN_SIDE, imgsz_hw[1])
+    return min(MIN_DYNAMIC_SIDE, imgsz_hw[0]), min(MIN_DYNAMIC_SIDE, imgsz_hw[1])
 
 
 def scale_boxes_to_source(boxes_xyxy: Tensor, source_hw: Tensor, content_hw: Tensor) -> Tensor:
