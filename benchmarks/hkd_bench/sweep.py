@@ -32,7 +32,9 @@ def parse_imgsz_sweep(text: str) -> tuple[int, ...]:
         raise UsageError(f"--imgsz-sweep {text}: expected START:STOP:STEP in pixels, for example 192:640:64.")
     start, stop, step = map(int, match.groups())
     if any(value == 0 or value % STRIDE for value in (start, stop, step)):
-        raise UsageError(f"--imgsz-sweep {text}: START, STOP and STEP must be multiples of {STRIDE}, from {STRIDE}.")
+        raise UsageError(
+            f"--imgsz-sweep {text}: START, STOP and STEP must be positive multiples of {STRIDE}. Try 192:640:64."
+        )
     if start > stop:
         raise UsageError(f"--imgsz-sweep {text}: START exceeds STOP. Give the smaller size first.")
     if (stop - start) % step:

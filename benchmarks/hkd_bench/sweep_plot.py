@@ -56,4 +56,6 @@ def _draw_series(axes: Axes, name: str, models: list[ModelResult], setup: str, i
         ends = 100 * interval.ci_low, 100 * interval.ci_high
         axes.plot((x, x), ends, color=color, alpha=0.35, linewidth=3, solid_capstyle="butt")
         axes.plot((x, model.latency.p99_ms), (y, y), color=color, alpha=0.4, linewidth=1)
-        axes.annotate(format_imgsz(model.imgsz_hw), (x, y), (4, 5), textcoords="offset points", fontsize=8)
+        height, width = model.imgsz_hw
+        size = str(width) if height == width else format_imgsz(model.imgsz_hw)
+        axes.annotate(size, (x, y), (4, 5), textcoords="offset points", fontsize=8)
