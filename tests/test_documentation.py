@@ -30,9 +30,10 @@ def run_command(command: str, cwd: Path) -> None:
 
 
 def documented_commands(page: Path) -> list[str]:
-    """Return the `hkd-*` commands of a page's code blocks, in order."""
-    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [command for block in blocks for command in re.findall(r"^hkd-(?:.*\\\n)*.*$", block, re.MULTILINE)]
+    """Return the `hkd-*` commands of a page's code blocks without a language, in order."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    plain = [block for language, block in blocks if not language]
+    return [command for block in plain for command in re.findall(r"^hkd-(?:.*\\\n)*.*$", block, re.MULTILINE)]
 
 
 # As `make demo`, with fewer images and epochs.
