@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from hkd_bench.cameras import CameraPoint, CameraResult
 from hkd_bench.device_state import DeviceState, RunConditions
 from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
@@ -124,6 +125,8 @@ def format_bench_schema() -> str:
         RunConditions,
         PowerSource,
         DeviceState,
+        CameraResult,
+        CameraPoint,
     )
     for cls in classes:
         definition, meanings = schema["$defs"][cls.__name__], _read_meanings(cls)

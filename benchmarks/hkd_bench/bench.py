@@ -18,6 +18,7 @@ from time import sleep
 
 import numpy as np
 
+from hkd_bench.cameras import CameraResult
 from hkd_bench.device_state import (
     STATE_INTERVAL_S,
     DeviceState,
@@ -44,7 +45,7 @@ from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.openvino import list_model_files
 from hkd_deploy.trt.engine_info import read_engine_info
 from hkd_deploy.trt.onnx_file import is_external_model
-from hkd_det.config import check_range
+from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.files import bytes_sha256, file_sha256
@@ -84,6 +85,7 @@ class BenchOptions:
         require_quiet: Whether it is an error if the machine is not quiet before the measurement.
         imgsz_sweep: Widths in pixels of the inputs at which each model is measured; all models have a dynamic size.
             Empty for the size of the file.
+        cameras_fps: Frames per second of each camera if the number of cameras is searched; None otherwise.
     """
 
     device: str = "cpu"
@@ -108,6 +110,7 @@ class BenchOptions:
     idle_s: float = 10.0
     require_quiet: bool = False
     imgsz_sweep: tuple[int, ...] = ()
+    cameras_fps: float | None = None
 
     @property
     def evaluates_images(self) -> bool:
@@ -420,6 +423,7 @@ def _make_job(
         detections_npz=str(work_dir / "detections.npz"),
         energy_s=options.energy_s if has_sensors else 0.0,
         imgsz_hw=entry.imgsz_hw,
+        cameras_fps=options.cameras_fps if round_index == options.rounds - 1 else None,
     )
 
 
@@ -467,6 +471,7 @@ def _make_model_result(
     energy: EnergyResult,
     conditions: RunConditions,
 ) -> ModelResult:
+    cameras = rounds[-1].cameras
     first, largest = rounds[0], max(rounds, key=lambda result: result.peak_memory_mib)
     stages = np.concatenate([result.stages_ms for result in rounds])
     return ModelResult(
@@ -490,5 +495,6 @@ def _make_model_result(
         conditions=conditions,
         gpu_memory_mib=max((one.gpu_memory_mib for one in rounds if one.gpu_memory_mib is not None), default=None),
         gpu_memory_reason=first.gpu_memory_reason,
+        cameras=dataclass_from_dict(CameraResult, cameras) if cameras else None,
         context_mib=read_engine_info(entry.path).context_mib if entry.backend == "tensorrt" else None,
     )

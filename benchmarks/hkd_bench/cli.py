@@ -103,6 +103,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
         power_csv=flags.power_csv,
         require_quiet=flags.require_quiet,
         imgsz_sweep=imgsz_sweep,
+        cameras_fps=flags.cameras,
     )
     names = flags.names.split(",") if flags.names else None
     measured = bench.bench(flags.models, samples, options, names, other_ground_truths)
@@ -227,6 +228,13 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         help="measure each model at several input sizes: widths in pixels with STOP, multiples of 32; requires models "
         "of hkd-export --dynamic size",
     )
+    parser.add_argument(
+        "--cameras",
+        type=float,
+        metavar="FPS",
+        help="find the number of cameras at this rate for which the 99th percentile of the time from a frame to its "
+        "boxes is below the period 1/FPS",
+    )
     parser.add_argument("--runs", type=int, default=200, help="timed runs per model (default: %(default)s)")
     parser.add_argument("--max-images", type=int, metavar="N", help="use only the first N images")
     parser.add_argument(
@@ -274,6 +282,8 @@ def _check_bench_args(flags: argparse.Namespace) -> None:
             "--data, --images: expected exactly one of them: a dataset (--data citypersons) or a directory of images "
             "to time without miss rate (--images DIR)."
         )
+    if flags.cameras is not None:
+        check_range("--cameras", flags.cameras, 0.1, 1000)
     if flags.max_images is not None:
         check_range("--max-images", flags.max_images, 1)
     if flags.power_csv and not flags.power_csv.is_file():

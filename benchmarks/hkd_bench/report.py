@@ -16,6 +16,7 @@ from hkd_bench.device_state import RunConditions
 from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
 from hkd_bench.sweep_plot import plot_sweep
 from hkd_bench.table import (
+    CAMERA_HEADERS,
     MARK,
     format_data_name,
     format_difference,
@@ -23,6 +24,7 @@ from hkd_bench.table import (
     format_interval,
     format_model_name,
     list_columns,
+    make_camera_rows,
     make_cells,
     make_notes,
 )
@@ -228,6 +230,8 @@ def render_html(
                 ENERGY_DETAILS, zip(*map(_format_energy_details, result.models), strict=True), strict=True
             )
         ],
+        camera_headers=CAMERA_HEADERS,
+        camera_rows=make_camera_rows(result),
         state_rows=make_state_rows(result),
         missing_state=_list_missing_state(result),
         names=[format_model_name(model) for model in result.models],

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import binom
 
+from hkd_bench.cameras import CameraResult
 from hkd_bench.device_state import DeviceState, RunConditions
 from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
@@ -220,6 +221,7 @@ class ModelResult:
         gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
         context_mib: GPU memory of activations and workspace in MiB, as TensorRT states it at the build of the engine.
             None for other runtimes, which do not state it.
+        cameras: Number of cameras that the model holds; None if it was not searched.
     """
 
     name: str
@@ -243,6 +245,7 @@ class ModelResult:
     gpu_memory_mib: float | None = None
     gpu_memory_reason: str = "not measured"
     context_mib: float | None = None
+    cameras: CameraResult | None = None
 
     @property
     def miss_rates(self) -> dict[str, float | None]:

@@ -68,6 +68,7 @@ ENERGY_COLUMNS = (
     Column("energy per frame", "mJ", 1, ratio=True),
     Column("above idle", "mJ", 1, ratio=True),
 )
+CAMERA_HEADERS = ("cameras", "number", "p50, ms", "p99, ms", "dropped, %", "held")
 MARK = "[!]"  # behind the name of a model whose runs were not quiet
 
 
@@ -115,6 +116,9 @@ def format_text_table(result: BenchResult) -> str:
     groups = group_accuracy(result)
     if groups:
         parts += [format_comparison_table(groups), ""]
+    cameras = make_camera_rows(result)
+    if cameras:
+        parts += [format_table(cameras, CAMERA_HEADERS), ""]
     return "\n".join([*parts, *make_notes(result)])
 
 
@@ -271,6 +275,7 @@ def make_notes(result: BenchResult) -> list[str]:
         f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_padded_sizes(result),
+        *_format_cameras(result),
         *_format_bounds(result),
         *_format_energy(result),
         *_format_gpu_memory(result),
@@ -383,6 +388,38 @@ def _format_thresholds(result: BenchResult) -> list[str]:
         ]
         texts += [f"{', '.join(names)}, {description}"] if names else []
     return [f"Recall of Reasonable at a score of {'; '.join(texts)}."] if texts else []
+
+
+def make_camera_rows(result: BenchResult) -> list[list[str]]:
+    """Return one row per model and number of cameras, with the entries of `CAMERA_HEADERS`.
+
+    Args:
+        result: Measurements of all models.
+    """
+    return [
+        [
+            "" if index else model.name,
+            str(point.cameras),
+            *("-" if value is None else f"{value:.1f}" for value in (point.p50_ms, point.p99_ms)),
+            f"{100 * point.dropped:.1f}",
+            "yes" if point.is_held(cameras.fps) else "no",
+        ]
+        for model in result.models
+        if (cameras := model.cameras)
+        for index, point in enumerate(cameras.points)
+    ]
+
+
+def _format_cameras(result: BenchResult) -> list[str]:
+    found = [(model, model.cameras) for model in result.models if model.cameras]
+    if not found:
+        return []
+    fps = found[0][1].fps
+    counts = ", ".join(f"{cameras.cameras} ({model.name})" for model, cameras in found)
+    return [
+        f"Cameras at {fps:g} frames per second with p99 from the arrival of a frame to its boxes below "
+        f"{1e3 / fps:.1f} ms: {counts}. A dropped frame counts as infinite."
+    ]
 
 
 def _format_padded_sizes(result: BenchResult) -> list[str]:

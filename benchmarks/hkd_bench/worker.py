@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from hkd_bench.cameras import search_cameras
 from hkd_deploy import Detector, open_detector
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text
@@ -57,6 +58,7 @@ class WorkerJob:
         detections_npz: Output path of the detections.
         energy_s: Duration of further runs without pauses whose energy is measured, in seconds; 0 for none.
         imgsz_hw: Input size in pixels of a model with a dynamic size; None for that of its export.
+        cameras_fps: Frames per second of each camera if the number of cameras is searched; None otherwise.
     """
 
     model: str
@@ -73,6 +75,7 @@ class WorkerJob:
     detections_npz: str
     energy_s: float = 0.0
     imgsz_hw: tuple[int, int] | None = None
+    cameras_fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class WorkerResult:
         blocks: Blocks of the runs whose energy is measured.
         gpu_memory_mib: GPU memory of this process after timing, in MiB; None if it was not measured.
         gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
+        cameras: Number of cameras with the fields of `CameraResult`; None if it was not searched.
     """
 
     model: str
@@ -112,6 +116,7 @@ class WorkerResult:
     blocks: tuple[Block, ...]
     gpu_memory_mib: float | None
     gpu_memory_reason: str
+    cameras: dict[str, Any] | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -185,6 +190,7 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         peak_memory_mib = read_peak_mib()
         gpu_memory_mib, gpu_memory_reason = _read_gpu_memory(job.device)
         blocks = _run_blocks(detector, images, job.energy_s)
+        cameras = _search_cameras(detector, images, job.cameras_fps) if job.cameras_fps else None
         if job.eval_images:
             detections = [_predict_image(detector, path) for path in job.eval_images]
             write_detections_npz(Path(job.detections_npz), detections)
@@ -205,6 +211,7 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         blocks=tuple(blocks),
         gpu_memory_mib=gpu_memory_mib,
         gpu_memory_reason=gpu_memory_reason,
+        cameras=cameras,
     )
 
 
@@ -302,6 +309,13 @@ def _run_blocks(detector: Detector, images: Sequence[NDArray[np.uint8]], seconds
             run += 1
         blocks.append((start, time(), run - first_run))
     return blocks
+
+
+def _search_cameras(detector: Detector, images: Sequence[NDArray[np.uint8]], fps: float) -> dict[str, Any]:
+    def detect(frames: Sequence[int]) -> None:
+        detector.predict_batches([images[frame % len(images)] for frame in frames])
+
+    return asdict(search_cameras(detect, fps, detector.metadata.batch or 1))
 
 
 def _read_gpu_memory(device: str) -> tuple[float | None, str]:
