@@ -139,4 +139,5 @@ def measure_cameras(
         responses_ms[frames] = [1e3 * (done_s - frame * interval_s) for frame in frames]
     p50, p99 = np.percentile(responses_ms, (50, 99), method="higher")
     dropped = float(np.isinf(responses_ms).mean())
-    return CameraPoint(cameras, *(float(value) if np.isfinite(value) else None for value in (p50, p99)), dropped)
+    p50_ms, p99_ms = (float(value) if np.isfinite(value) else None for value in (p50, p99))
+    return CameraPoint(cameras, p50_ms, p99_ms, dropped)
