@@ -19,7 +19,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = measure(resolve_model(None), tests)
     print(format_header(tests))
     print(format_row(DEFAULT_MODEL, before, before), flush=True)
+    results = {}
     for arm in flags.arms.split(","):
-        weights = train(arm, frames[arm], data, flags.teacher, work, flags.seed)
-        print(format_row(arm, measure(weights, tests), before), flush=True)
+        results[arm] = measure(train(arm, frames[arm], data, flags.teacher, work, flags.seed), tests)
+        print(format_row(arm, results[arm], before), flush=True)
+    print_comparisons(results)
 
 
 def render(work: Path) -> None:
@@ -220,6 +222,18 @@ def format_row(name: str, results: Sequence[MissRateResult], before: Sequence[Mi
         difference = compare_miss_rates(result, reference) if results is not before else None
         cells.append(f"{100 * result.value:.1f}" + (f" ({difference.summary()})" if difference else ""))
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def print_comparisons(results: Mapping[str, Sequence[MissRateResult]]) -> None:
+    """Compare the collected frames with each control on the camera.
+
+    Args:
+        results: Miss rates of each arm; the first one is that of the camera.
+    """
+    for control in (RANDOM, ORDINARY):
+        if COLLECTED in results and control in results:
+            difference = compare_miss_rates(results[COLLECTED][0], results[control][0])
+            print(f"{COLLECTED} compared with {control}: {difference.summary() if difference else '-'}")
 
 
 if __name__ == "__main__":
