@@ -246,11 +246,7 @@ class LiveSource(FrameSource):
         while not self._stop.is_set():
             retry_s = self._reconnect_policy.retry_s
             try:
-                reader = self._open_reader()
-                try:
-                    self._read_until_lost(reader)
-                finally:
-                    reader.close()
+                self._read_connection()
             except UnavailableError as error:
                 if not self._is_opened.is_set():
                     self.open_error = error
@@ -263,6 +259,20 @@ class LiveSource(FrameSource):
                 self._set_lost(reason)
             self._stop.wait(retry_s)
         self._is_opened.set()
+
+    def _read_connection(self) -> None:
+        """Open the camera and read until it fails, which raises UnavailableError, or the source is closed."""
+        try:
+            reader = self._open_reader()
+            try:
+                self._read_until_lost(reader)
+            finally:
+                reader.close()
+        except UnavailableError:
+            raise
+        except Exception as error:  # the thread would end, and the camera be blind without a message
+            text = f"{type(error).__name__}: {error}"
+            raise UnavailableError(f"{self.name}: unexpected error {text}. Report it as a bug of hkd-det.") from error
 
     def _count_refused_login(self) -> float:
         """Return the delay before the next login, seconds. Only an image ends the series of refused logins."""

@@ -28,6 +28,7 @@ class Reader:
 
     def __init__(self, level: int, interval_s: float, trouble: Callable[[], object] = lambda: None) -> None:
         self.fps: float | None = None
+        self.decoder = ""
         self._image = np.full((24, 32, 3), level, np.uint8)
         self._interval_s, self._trouble = interval_s, trouble
 
@@ -116,6 +117,22 @@ def test_cameras_that_flood_have_equal_shares() -> None:
     assert len(sink.results) == 60
     assert all(19 <= sink.count(name) <= 21 for name in "abc")
     assert all(pipeline.source.num_dropped > 100 for pipeline in pipelines)  # not queued
+
+
+def test_camera_with_an_unexpected_error_is_reported_and_opened_again() -> None:
+    def fail_at_first() -> None:
+        if len(calls) < 3:
+            calls.append(0)
+            raise ZeroDivisionError("division by zero")
+
+    sink, calls = RecordingSink(), list[int]()
+    with open_cameras({"a": lambda: Reader(9, 0.01, fail_at_first), "b": lambda: Reader(9, 0.01)}, sink) as (
+        pipelines,
+        new_frame,
+    ):
+        run_for(0.5, pipelines, FakeDetector(), new_frame)
+    assert sink.count("a") > 5 and sink.count("b") > 5
+    assert any(camera == "a" and "ZeroDivisionError: division by zero" in status for camera, status in sink.statuses)
 
 
 @pytest.mark.slow
