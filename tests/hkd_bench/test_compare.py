@@ -210,6 +210,7 @@ def test_files_of_other_versions_exit_with_code_2(tmp_path: Path, capsys: pytest
     assert main(["compare", str(tmp_path / "absent.json")]) == 2
 
 
+@pytest.mark.slow
 def test_table_plot_and_page_contain_all_devices(tmp_path: Path, compare: Callable[..., tuple[int, str, str]]) -> None:
     fast, slow, beaten = make_model("fast", 0.3, 5), make_model("slow", 0.2, 10), make_model("beaten", 0.4, 12)
     results = [make_result(fast, slow, beaten), make_result(replace(fast, name="<fast>"), slow)]

@@ -60,6 +60,7 @@ sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_base_install_runs_model_and_demo(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
     video, output = tmp_path / "street.avi", tmp_path / "out.mp4"
     writer = cv2.VideoWriter(str(video), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))

@@ -47,6 +47,7 @@ def test_detector_works_without_with(tiny_onnx: Callable[..., Path]) -> None:
         detector(make_image((30, 10, 50, 90)))
 
 
+@pytest.mark.slow
 def test_detector_is_closed_once(tiny_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """By `close`, at the end of a block, or when the program releases the detector."""
     path, closed = tiny_onnx(), count_closed(monkeypatch)
@@ -173,6 +174,7 @@ print([len(one) for one in detections])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "hint"), [("onnxruntime", "latency"), ("openvino", "throughput")])
 def test_program_may_end_without_close(tiny_onnx: Callable[..., Path], backend: str, hint: str) -> None:
     command = [sys.executable, "-W", "error", "-", str(tiny_onnx()), backend, hint]

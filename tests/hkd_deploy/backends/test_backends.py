@@ -67,6 +67,7 @@ def test_call_list_of_mixed_sizes_equals_single_calls(
         assert np.array_equal(first.boxes_xyxy, second.boxes_xyxy) and np.array_equal(first.scores, second.scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "max_batch"), [(None, 5), (1, 1), (4, 4)])
 def test_call_list_uses_batches_of_the_graph(
     tiny_onnx: Callable[..., Path], open_with: Open, batch: int | None, max_batch: int
@@ -80,6 +81,7 @@ def test_call_list_uses_batches_of_the_graph(
     assert {shape[0] for shape in shapes} == {max_batch} and len(shapes) == -(-5 // max_batch)
 
 
+@pytest.mark.slow
 def test_call_from_many_threads_returns_own_outputs(tiny_onnx: Callable[..., Path], open_with: Open) -> None:
     """If threads shared output memory, a thread would get the box of another frame."""
     boxes = [(x, y, x + 30, y + 40) for x in range(0, 130, 10) for y in range(0, 56, 14)]
@@ -150,6 +152,7 @@ def test_open_model_of_other_tool_raises(tiny_onnx: Callable[..., Path], open_wi
         open_with(tiny_onnx(changes={"hkd.format": None})).__enter__()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

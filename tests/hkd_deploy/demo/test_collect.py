@@ -74,6 +74,7 @@ def test_most_uncertain_frame_of_an_interval_is_selected() -> None:
     assert selected.uncertainty == pytest.approx((1 - 0.02 / 0.15) + (1 - 0.05 / 0.15), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_repeated_and_certain_images_are_not_selected() -> None:
     rng, selector = np.random.default_rng(0), FrameSelector(60)
     image, num_selected = make_image(rng), 0
@@ -132,6 +133,7 @@ def test_total_limit_counts_earlier_runs_and_is_reported_once(tmp_path: Path) ->
         assert line.startswith(f"--collect {tmp_path}: {limit} images are reached. Nothing more is saved;")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["atomic_write", "append_line"])
 def test_full_disk_is_one_line_and_collection_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str

@@ -149,6 +149,7 @@ def test_webhook_delivers_after_failure(failure: str, receiver: Receiver) -> Non
         receiver.close()
 
 
+@pytest.mark.slow
 def test_webhook_refused_content_does_not_block_the_next(receiver: Receiver) -> None:
     reports: list[str] = []
     receiver.status = 422
@@ -171,6 +172,7 @@ def test_webhook_refused_content_does_not_block_the_next(receiver: Receiver) -> 
     assert reports[1].endswith("connected. 100 dropped.")
 
 
+@pytest.mark.slow
 def test_webhook_close_ends_while_receiver_hangs(receiver: Receiver) -> None:
     receiver.hang.set()
     reports: list[str] = []

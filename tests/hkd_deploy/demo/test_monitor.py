@@ -81,6 +81,7 @@ def test_drift_begins_and_ends_with_a_line_and_events(reference: DriftReference)
     assert json.loads(json.dumps(camera.events[-1]))["state"] == "ok"
 
 
+@pytest.mark.slow
 def test_frames_of_one_second_count_once(reference: DriftReference) -> None:
     """A window of 600 s has 600 frames at 10 per second, at 1 per second with jitter, and 300 at one per 2 s."""
     for fps, expected in ((10.0, 600), (1.0, 600), (0.5, 300)):

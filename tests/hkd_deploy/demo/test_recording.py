@@ -84,6 +84,7 @@ class Recording:
         self.recorder.write(make_image(number), time_s, has_person)
 
 
+@pytest.mark.slow
 def test_variable_frame_times_are_kept(tmp_path: Path) -> None:
     recording = Recording(tmp_path)
     rng = np.random.default_rng(0)
@@ -148,6 +149,7 @@ def test_pause_jump_and_new_size_begin_a_new_file(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_event_contains_the_time_before_and_after_the_person(tmp_path: Path) -> None:
     recording = Recording(tmp_path, only_persons=True, pre_roll_s=5, post_roll_s=3)
     with_person = [*range(200, 230), 600]
@@ -262,6 +264,7 @@ def make_noise(rng: np.random.Generator, number: int) -> NDArray[np.uint8]:
     return image
 
 
+@pytest.mark.slow
 def test_full_disk_is_reported_and_recording_continues(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hkd_deploy.demo.camera_recorder.RETRY_S", 0.0)
     recording = Recording(small_disk, min_free_bytes=500_000)
@@ -318,6 +321,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_slow_disk_never_delays_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fdatasync", lambda _: time.sleep(0.5))
     recording = Recording(tmp_path, is_live=True)

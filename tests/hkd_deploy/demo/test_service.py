@@ -43,6 +43,7 @@ def manager(tmp_path: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
         yield address, read
 
 
+@pytest.mark.slow
 def test_notifier_sends_ready_after_the_first_frame(manager: tuple[str, Callable[[], list[str]]]) -> None:
     address, read = manager
     notifier = SystemdNotifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"})

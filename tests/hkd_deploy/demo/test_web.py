@@ -315,6 +315,7 @@ def test_saved_scene_is_in_the_file(make_page: Callable[..., WebSink], tmp_path:
     assert state["can_save"] and list(state["cameras"][0]["zones"]) == ["Tür 1"]
 
 
+@pytest.mark.slow
 def test_saved_scene_is_counted_from_the_next_frame(
     make_page: Callable[..., WebSink], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

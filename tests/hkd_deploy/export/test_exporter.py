@@ -166,6 +166,7 @@ def test_command_exports_weights_and_reports_errors(
         assert message in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_command_exports_checkpoint_without_settings(
     checkpoint: DetectorCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

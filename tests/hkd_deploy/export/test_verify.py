@@ -198,6 +198,7 @@ def test_verify_weights_and_exported_files(
     assert half[2].strip() == "not run" and "not run: ONNX Runtime has no bfloat16" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--raw"], pytest.param(["--no-preprocess"], marks=pytest.mark.slow)])
 def test_verify_raw_and_float_graphs_measures_no_miss_rate(
     weights: Path, street: Callable[..., Path], flags: list[str], capsys: pytest.CaptureFixture[str]

@@ -91,6 +91,7 @@ def test_camera_reconnects_without_invented_frames(camera: Camera) -> None:
     assert camera.connections >= 2
 
 
+@pytest.mark.slow
 def test_camera_hang_reconnects(camera: Camera) -> None:
     with open_source(camera.address, FAST_POLICY) as source:
         take(source, 3)
@@ -216,6 +217,7 @@ def test_camera_without_data_is_lost_before_the_read_ends(camera: Camera) -> Non
         assert time.monotonic() < deadline_s
 
 
+@pytest.mark.slow
 def test_camera_that_repeats_an_image_is_reported(camera: Camera, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "FROZEN_AFTER_S", 0.3)
     camera.fps = 20

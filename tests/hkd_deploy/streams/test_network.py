@@ -76,6 +76,7 @@ def read_number(image_rgb: np.ndarray) -> int:
     return round((int(image_rgb[image_rgb.shape[0] // 2, image_rgb.shape[1] // 2, 0]) - 20) / 4)
 
 
+@pytest.mark.slow
 def test_stream_returns_new_images_without_delay(stream_camera: StreamCamera) -> None:
     with open_source(stream_camera.address, POLICY) as source:
         frames = list(islice(source, 20))

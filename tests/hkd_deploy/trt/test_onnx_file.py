@@ -71,6 +71,7 @@ def test_truncated_file_raises(tiny_onnx: Callable[..., Path]) -> None:
             read_onnx_file(path)
 
 
+@pytest.mark.slow
 def test_changed_byte_raises_only_data_errors(tiny_onnx: Callable[..., Path]) -> None:
     path = tiny_onnx()
     content = path.read_bytes()

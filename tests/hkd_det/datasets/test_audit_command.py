@@ -200,6 +200,7 @@ def test_second_run_uses_the_cached_detections(tmp_path: Path, model: Path, monk
     assert run(data, model) == 0 and sum(calls) > 2 * len(CASES) and "missing" not in read_findings()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("audited_as", "num_labels"), [("ignore", 0), ("label", 1)])
 def test_audited_coco_file_keeps_every_record(tmp_path: Path, model: Path, audited_as: str, num_labels: int) -> None:
     data = write_coco_data(tmp_path / "data")

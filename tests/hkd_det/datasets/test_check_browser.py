@@ -146,6 +146,7 @@ def test_near_duplicates_are_problems_of_images(dataset: Path, monkeypatch: pyte
     assert "near_duplicates_in_train" in kinds
 
 
+@pytest.mark.slow
 def test_limit_selects_images_with_problems_first(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, content = check(dataset, monkeypatch, "--check-images", "4")
     names = [one[2] for one in content["images"]]

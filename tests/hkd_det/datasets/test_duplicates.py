@@ -176,6 +176,7 @@ def write_data(root: Path) -> None:
     (root / "other.yaml").write_text("test: other\nnames: [person]\n")
 
 
+@pytest.mark.slow
 def test_check_reports_duplicates_between_splits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +205,7 @@ def test_check_reports_duplicates_between_splits(
     assert "Near-duplicates" in page and page.count("data:image/jpeg") == 2 + 3  # contact sheets and pairs
 
 
+@pytest.mark.slow
 def test_against_an_unknown_dataset_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +232,7 @@ def insert_exif(jpeg: bytes, orientation: int, order: Literal["little", "big"]) 
     return jpeg[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg[2:]
 
 
+@pytest.mark.slow
 def test_check_reports_exif_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -213,6 +213,7 @@ def test_values_of_the_wrong_type_are_rejected() -> None:
             to_text(value)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_mutated_file_raises_only_data_errors(tmp_path: Path, data: st.DataObject) -> None:

@@ -112,6 +112,7 @@ def test_dataset_is_independent_of_worker_count(tmp_path: Path) -> None:
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_dataset_contains_the_generated_scenes(tmp_path: Path) -> None:
     write_synthetic_dataset(tmp_path, 3, 2, seed=1, size_hw=SMALL, num_workers=1)
     samples = read_citypersons(tmp_path, "train")

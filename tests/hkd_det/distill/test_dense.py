@@ -112,6 +112,7 @@ def test_flip_teacher_changes_the_targets() -> None:
     assert float(mirrored["dense_cls"]) > float(plain["dense_cls"]) + 1e-4
 
 
+@pytest.mark.slow
 def test_other_channels_need_an_adapter() -> None:
     narrow = replace(SPEC, width=0.0625)
     with pytest.raises(UsageError, match=r"adapter: none requires equal channels.*adapter=plain"):

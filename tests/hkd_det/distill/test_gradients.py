@@ -32,6 +32,7 @@ def compute_step(config: MoKDConfig, pair: np.ndarray, losses: tuple[float, floa
     return weights.det_loss_scale * pair[0] + weights.distill_loss_scale * pair[1]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(PAIRS, st.sampled_from(["free", "opposed", "parallel", "equal", "zero"]), st.floats(0.1, 5))
 def test_min_norm_weight_matches_quadratic_program(pair: np.ndarray, kind: str, factor: float) -> None:

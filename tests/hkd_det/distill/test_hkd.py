@@ -239,6 +239,7 @@ def test_image_without_persons_gives_finite_losses(pair: tuple[HKDDetector, HKDD
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
+@pytest.mark.slow
 def test_training_on_hkd_alone_reduces_loss(pair: tuple[HKDDetector, HKDDetector]) -> None:
     student, teacher = pair
     distiller = make_distiller(student, teacher, {"hkd": HKDConfig()})

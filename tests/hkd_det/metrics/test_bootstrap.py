@@ -57,6 +57,7 @@ def evaluate_tables(dataset: Dataset, rows: list[int], protocol: str) -> MissRat
     return citypersons.evaluate(gt_table, table, [SETUPS["All"]], protocol == "citypersons zero")["All"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["citypersons", "citypersons zero", "caltech"])
 @pytest.mark.parametrize(("num_images", "first_is_fp"), [(1, False), (7, True), (60, True), (60, False), (130, True)])
 def test_weighted_miss_rate_equals_duplicated_images(protocol: str, num_images: int, first_is_fp: bool) -> None:

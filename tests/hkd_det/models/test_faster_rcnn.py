@@ -198,6 +198,7 @@ def test_prunable_layers_are_in_the_backbone(tiny: FasterRCNN) -> None:
     assert all(modules[layer.consumers[0]].in_channels == modules[layer.conv].out_channels for layer in layers)
 
 
+@pytest.mark.slow
 def test_spec_dict_round_trip(tiny: FasterRCNN) -> None:
     rebuilt = build_from_spec(spec_from_dict(spec_to_dict(TINY)))
     assert rebuilt.spec == TINY

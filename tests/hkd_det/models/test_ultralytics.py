@@ -69,6 +69,7 @@ def run_ultralytics(detector: UltralyticsDetector) -> tuple[Tensor, Tensor]:
     return decoded[:, :4].transpose(1, 2), decoded[:, 4 + detector.spec.person_class_id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("classes", "person"), [(1, 0), (3, 2)])
 def test_forward_equals_ultralytics(name: str, classes: int, person: int) -> None:
@@ -206,6 +207,7 @@ def test_spec_dict_round_trip_with_several_classes() -> None:
         assert torch.equal(rebuilt(make_images()).one2many.logits, detector(make_images()).one2many.logits)
 
 
+@pytest.mark.slow
 def test_named_model_has_the_parameters_of_ultralytics() -> None:
     """Without the one-to-many head of end-to-end models and without the constant of DFL."""
     for name in ("yolo11n", "yolo26n"):

@@ -214,6 +214,7 @@ def test_person_cropped_to_a_narrow_strip_is_ignored() -> None:
     assert (True, True) in combinations and (False, False) in combinations
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(draw_persons(range(6)))
 def test_two_flips_are_the_identity(persons: list[Person]) -> None:

@@ -143,6 +143,7 @@ def test_conflicting_members_are_an_error(tmp_path: Path, pack: Callable[..., by
         extract_archive(archive, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz", "tar.xz"])
 def test_zip_bomb_is_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MIN_LIMIT_BYTES", 1 << 20)

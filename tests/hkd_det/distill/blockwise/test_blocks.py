@@ -40,6 +40,7 @@ def test_all_3x3_convolutions_of_a_residual_backbone_are_found(teacher: BaseDete
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resnet50_has_sixteen_as_in_the_paper() -> None:
     layers = find_replaceable_convs(HKDDetector(HKDDetectorSpec("resnet50", channels=32)), HW, ("backbone",), 16)
     assert len(layers) == 16 and all(layer.norm == layer.name.replace("conv2", "bn2") for layer in layers)

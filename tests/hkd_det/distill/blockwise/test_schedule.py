@@ -23,6 +23,7 @@ def best_makespan(times: list[int], workers: int) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @given(times=TIMES, workers=WORKERS)
 @settings(deadline=None)
@@ -32,6 +33,7 @@ def test_every_task_is_in_exactly_one_queue(scheduler: Scheduler, times: list[in
     assert all(queues) and (scheduler == "work-stealing" or len(queues) <= workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @given(times=TIMES, workers=WORKERS)
 @settings(deadline=None)

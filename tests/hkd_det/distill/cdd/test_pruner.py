@@ -88,6 +88,7 @@ def test_comparison_interval_shrinks_in_short_runs() -> None:
     assert PruningSchedule.from_config(replace(config, compare_interval=1), 10000, 1.0).compare_interval == 1
 
 
+@pytest.mark.slow
 def test_steps_without_comparison_mask_nothing(native_detector: BaseDetector) -> None:
     trainer = Trainer(native_detector, build_from_spec(native_detector.spec), CDDConfig(keep_flops=0.8), 12)
     trainer.pruner.schedule = replace(trainer.pruner.schedule, compare_interval=4)
@@ -225,6 +226,7 @@ def test_vectors_of_all_processes_enter_the_queue(native_detector: BaseDetector)
     assert sizes[1] == [2 * size for size in sizes[0]] and min(sizes[0]) >= 2
 
 
+@pytest.mark.slow
 def test_wider_student_uses_linear_adapters(native_detector: BaseDetector) -> None:
     wide = build_from_spec(replace(native_detector.spec, channels=20))
     trainer = Trainer(wide, native_detector, CDDConfig(keep_flops=0.8), 6)
