@@ -168,10 +168,11 @@ class DeviceStateReader:
         return values
 
     def _read_governor(self) -> str:
-        paths = [self._root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor" for cpu in self._cpus]
+        folder = self._root / "sys/devices/system/cpu"
+        paths = [folder / f"cpu{cpu}/cpufreq/scaling_governor" for cpu in self._cpus]
         names = {path.read_text().strip() for path in paths if path.exists()}
         if not names:
-            raise HostFieldError(f"{paths[0]}: no such file")
+            raise HostFieldError(f"{folder}/cpu*/cpufreq/scaling_governor: no such file")
         return ", ".join(sorted(names))
 
     def _read_gpu_mhz(self) -> float:
