@@ -40,7 +40,7 @@ class ShippedModel:
 
 
 SHIPPED_MODELS: dict[str, ShippedModel] = {
-    "hkd-cpu": ShippedModel("hkd-cpu", "CPU", (320, 320), 896_754, (8.5, 5.7), "Apache-2.0"),
+    "hkd-cpu": ShippedModel("hkd-cpu", "CPU", (320, 320), 896_754, (8.5, 5.6), "Apache-2.0"),
 }
 DEFAULT_MODEL = "hkd-cpu"
 FINETUNE_RECIPE = DIRECTORY / "finetune.yaml"  # hkd-train without --model, --weights and --recipe
