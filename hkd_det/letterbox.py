@@ -3,7 +3,7 @@
 Training, validation, export, benchmark, demo and ONNX detectors use these functions.
 
 `resize` halves an image while it is larger than twice the result, and is bilinear from there. Bilinear interpolation
-alone skips pixels below half size, and cv2.INTER_AREA takes 2 to 15 times as long on camera images.
+alone skips pixels below half size, and cv2.INTER_AREA is slow unless the ratio is an integer.
 """
 
 from dataclasses import dataclass
