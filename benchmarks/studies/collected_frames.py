@@ -25,17 +25,14 @@ from typing import Any
 
 import av
 import yaml
+from finetuning import measure
 from street_camera import write_sequence
 
 from hkd_deploy.demo.cli import main as hkd_demo
-from hkd_det.datasets.catalog import load_dataset
 from hkd_det.files import read_json, write_text
 from hkd_det.metrics.bootstrap import compare_miss_rates
-from hkd_det.metrics.citypersons import SETUPS, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult
-from hkd_det.models.zoo import load_detector
 from hkd_det.shipped import DEFAULT_MODEL, resolve_model
-from hkd_det.train.engine import predict_dataset
 
 HOUR_SEED, TEST_SEED = 1, 2
 HOUR_FRAMES, HOUR_INTERVAL_S = 1800, 2.0  # the collection examines one frame in 2 s
@@ -192,22 +189,6 @@ def train(arm: str, frames: Path, data: Path, teacher: str, work: Path, seed: in
         subprocess.run(command, check=True)
         (run / "done").touch()
     return run / "best.pt"
-
-
-def measure(weights: Path, tests: Sequence[str]) -> list[MissRateResult]:
-    """Compute the miss rate on the val split of each test file.
-
-    Args:
-        weights: Detector to load.
-        tests: Data YAML files.
-    """
-    detector = load_detector(weights).eval()
-    results = []
-    for test in tests:
-        samples = load_dataset(test, "val")
-        detections = predict_dataset(detector, samples, (320, 320), bf16=False)
-        results.append(evaluate_detections(samples, detections, [SETUPS["All"]])["All"])
-    return results
 
 
 def format_header(tests: Sequence[str]) -> str:

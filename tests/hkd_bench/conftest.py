@@ -39,3 +39,17 @@ def half_right(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = root / "data.yaml"
     path.write_text(yaml.safe_dump({"format": "coco", "val": {"images": ".", "annotations": "all.json"}}))
     return path
+
+
+@pytest.fixture
+def write_tree(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """Return a function that writes files below a root directory and returns it."""
+
+    def write(files: dict[str, object]) -> Path:
+        for name, content in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{content}\n")
+        return tmp_path
+
+    return write

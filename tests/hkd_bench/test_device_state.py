@@ -32,20 +32,6 @@ from hkd_det.errors import UnavailableError
 WriteTree = Callable[[dict[str, object]], Path]
 
 
-@pytest.fixture
-def write_tree(tmp_path: Path) -> WriteTree:
-    """Return a function that writes files below a root directory and returns it."""
-
-    def write(files: dict[str, object]) -> Path:
-        for name, content in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{content}\n")
-        return tmp_path
-
-    return write
-
-
 def cpu_files(clock_khz: int, governor: str = "schedutil") -> dict[str, object]:
     """Files of each usable CPU; the first one is busy."""
     files: dict[str, object] = {}

@@ -34,20 +34,6 @@ WriteTree = Callable[[dict[str, object]], Path]
 RANGE_UJ = 262_143_328_850
 
 
-@pytest.fixture
-def write_tree(tmp_path: Path) -> WriteTree:
-    """Return a function that writes files below a root directory and returns it."""
-
-    def write(files: dict[str, object]) -> Path:
-        for name, content in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{content}\n")
-        return tmp_path
-
-    return write
-
-
 def rapl_zone(name: str, domain: str, energy_uj: int, range_uj: int = RANGE_UJ) -> dict[str, object]:
     folder = f"sys/class/powercap/{name}"
     return {

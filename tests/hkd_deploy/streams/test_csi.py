@@ -1,4 +1,4 @@
-"""CSI cameras, by programs that write raw images: a stand-in for rpicam-vid, and GStreamer where it is installed."""
+"""CSI cameras, by programs that write raw images: a program named rpicam-vid, and GStreamer where it is installed."""
 
 import os
 import shutil
@@ -125,7 +125,7 @@ def test_jetson_uses_gstreamer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_gstreamer_writes_images_without_padding() -> None:
     camera = CsiCamera(0, 192, 108, 30)
     raw = f"video/x-raw,format=I420,width={camera.width},height={camera.height},framerate=30/1"
-    source = ["videotestsrc", "pattern=blue", "is-live=true"]  # stands in for the source of a Jetson
+    source = ["videotestsrc", "pattern=blue", "is-live=true"]  # instead of the source of a Jetson
     command = ["gst-launch-1.0", "-q", *source, "!", raw, "!", "fdsink", "fd=1", "sync=false"]
     reader = CsiReader(command, camera, POLICY)
     try:

@@ -22,7 +22,7 @@ GPU_NODES = ("/dev/nvidia0", "/dev/nvidiactl")
 
 @dataclass
 class FakeAccelerator:
-    """Stands for av.codec.hwaccel.HWAccel. `working` has the device types that can be opened."""
+    """Replacement of av.codec.hwaccel.HWAccel. `working` has the device types that can be opened."""
 
     working: set[str] = field(default_factory=set)
 
