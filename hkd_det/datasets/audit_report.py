@@ -34,7 +34,7 @@ from hkd_det.datasets.audit import (
     FindingKind,
     SplitAudit,
 )
-from hkd_det.datasets.catalog import dataset_license, find_coco_source
+from hkd_det.datasets.catalog import dataset_license, find_coco_source, list_coco_files
 from hkd_det.datasets.check_report import IGNORED_COLOR, PERSON_COLOR, ImageRGB
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.datasets.coco import list_annotated_categories, read_coco_content
@@ -299,11 +299,11 @@ def plan_audited_files(data: str, template: str, splits: Sequence[str]) -> dict[
         path = Path(template)
         template = str(path.with_name(f"{path.stem}_{SPLIT_PLACEHOLDER}{path.suffix}"))
     paths = {split: Path(template.replace(SPLIT_PLACEHOLDER, split)) for split in splits}
-    for split, path in paths.items():
-        source = find_coco_source(data, split)
+    sources = {source.resolve() for source in list_coco_files(data)}
+    for path in paths.values():
         if path.is_dir():
             raise UsageError(f"--write-audited {path}: expected a file, got a directory. Pass {path / 'audited.json'}.")
-        if source and path.resolve() == source.annotations.resolve():
+        if path.resolve() in sources:
             raise UsageError(f"--write-audited {path}: contains the annotations of --data. Choose another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):

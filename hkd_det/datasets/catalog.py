@@ -32,6 +32,7 @@ from hkd_det.datasets.citypersons import read_citypersons
 from hkd_det.datasets.coco import read_coco
 from hkd_det.datasets.crowdhuman import read_crowdhuman
 from hkd_det.datasets.data_yaml import (
+    SPLITS,
     DatasetEntry,
     Options,
     count_keypoint_values,
@@ -189,10 +190,25 @@ def find_coco_source(data: str, split: str) -> CocoSource | None:
     """
     entry = open_entry(data, _list_formats())
     parts = _ensure_list(entry.content.get(split, []))
-    if entry.content.get("format", "yolo") != "coco" or len(parts) != 1 or entry.splits_train:
+    if entry.content.get("format", "yolo") != "coco" or len(parts) != 1:
+        return None
+    if split == "train" and entry.splits_train and "val" in list_splits(data):  # the other part of the file is val
         return None
     images, annotations = _parse_coco_paths(parts[0], entry.roots, f"{data}: split {split}")
     return CocoSource(annotations, images, entry.content.get("category", ""), entry.content.get("ignore_category", ""))
+
+
+def list_coco_files(data: str) -> list[Path]:
+    """Return the annotation files of a dataset in the format COCO, of all splits; of other formats none.
+
+    Args:
+        data: Dataset, as for `load_dataset`.
+    """
+    entry = open_entry(data, _list_formats())
+    if entry.content.get("format", "yolo") != "coco":
+        return []
+    parts = [(split, part) for split in SPLITS for part in _ensure_list(entry.content.get(split, []))]
+    return [_parse_coco_paths(part, entry.roots, f"{data}: split {split}")[1] for split, part in parts]
 
 
 def dataset_license(data: str) -> str:

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hkd_det.datasets import catalog
-from hkd_det.datasets.catalog import load_dataset
+from hkd_det.datasets.audit_report import plan_audited_files
+from hkd_det.datasets.catalog import find_coco_source, list_coco_files, load_dataset
 from hkd_det.datasets.data_yaml import CATALOG_KEYS, find_catalog_file
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 
@@ -50,6 +51,29 @@ def test_data_yaml_of_the_user(root: Path) -> None:
 
 
 COCO_SPLIT = {"images": "images/train", "annotations": "coco.json"}
+
+
+def write_coco(root: Path, num_images: int) -> None:
+    for index in range(num_images):
+        cv2.imwrite(str(root / f"images/train/{index}.jpg"), np.zeros((60, 100, 3), np.uint8))
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 60} for n in range(num_images)]
+    box = {"category_id": 1, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 0}
+    annotations = [{"id": n + 1, "image_id": n, **box} for n in range(num_images)]
+    (root / "coco.json").write_text(json.dumps({**COCO, "images": images, "annotations": annotations}))
+
+
+@pytest.mark.parametrize(("num_images", "is_split"), [(49, False), (50, True)])
+def test_annotation_file_is_that_of_a_split_unless_val_is_a_part_of_it(
+    root: Path, num_images: int, is_split: bool
+) -> None:
+    write_coco(root, num_images)
+    data = write_data_yaml(root, format="coco", train=COCO_SPLIT, test=COCO_SPLIT)
+    assert (find_coco_source(data, "train") is None) == is_split and find_coco_source(data, "val") is None
+    test = find_coco_source(data, "test")
+    assert test is not None and test.annotations == root / "coco.json"
+    assert list_coco_files(data) == [root / "coco.json"] * 2
+    with pytest.raises(UsageError, match=r"contains the annotations of --data"):
+        plan_audited_files(data, str(root / "coco.json"), ["train"])
 
 
 def test_dataset_without_simplejpeg_is_an_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
