@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.errors import UsageError
+from hkd_det.errors import UsageError, import_package
 from hkd_det.structures import clip_boxes
 
 PAD_VALUE = 114
@@ -21,7 +21,7 @@ MAX_LINEAR_REDUCTION = 2
 STRIDE = 32  # all models of this project downsample their input by 32
 
 Align = Literal["top-left", "center", "stretch"]
-Interpolation = Literal["auto", "area", "linear"]
+Interpolation = Literal["auto", "area", "linear", "antialias"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Letterbox:
             side. Both keep the aspect ratio. "stretch" fills the input and changes the aspect ratio.
         pad_value: Gray value of the padding, 0 to 255.
         interpolation: "auto" is `resize`, as in training. "area" averages pixel areas at every reduction. "linear" is
-            always bilinear, as in YOLOX, Ultralytics and MMDetection.
+            always bilinear, as in YOLOX, Ultralytics and MMDetection. "antialias" is the bilinear filter of Pillow,
+            whose width grows with the reduction, as in torchvision and the DETR family; it requires Pillow.
     """
 
     source_hw: tuple[int, int]
@@ -90,6 +91,9 @@ class Letterbox:
             content[:] = image_rgb
         elif self.interpolation == "auto":
             resize(image_rgb, (height, width), content)
+        elif self.interpolation == "antialias":
+            pillow = import_package("PIL.Image", "Pillow", "Run pip install pillow.")
+            content[:] = pillow.fromarray(image_rgb).resize((width, height), pillow.Resampling.BILINEAR)
         else:
             by_area = self.interpolation == "area" and height < self.source_hw[0]
             flag = cv2.INTER_AREA if by_area else cv2.INTER_LINEAR

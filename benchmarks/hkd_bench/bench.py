@@ -42,15 +42,14 @@ from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelR
 from hkd_bench.sweep import list_sweep_sizes
 from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
 from hkd_deploy.backends import BACKENDS, get_default_backend
-from hkd_deploy.backends.openvino import list_model_files
+from hkd_deploy.external import hash_model_files, is_external_model
 from hkd_deploy.trt.engine_info import read_engine_info
-from hkd_deploy.trt.onnx_file import is_external_model
 from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
-from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.letterbox import format_imgsz
 from hkd_det.metrics.coco_files import PERSON_CATEGORY_ID, CocoId, write_coco_detections
+from hkd_det.onnxrt.openvino import list_model_files
 from hkd_det.structures import Detections, Sample
 
 
@@ -305,7 +304,7 @@ def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: B
 
 def _make_entries(models: Sequence[Path], options: BenchOptions, names: Sequence[str] | None) -> list[BenchEntry]:
     pairs = [(path, backend or get_default_backend(path)) for path in models for backend in options.backends]
-    digests = {path: _hash_model_files(path) for path in models}
+    digests = {path: hash_model_files(path) for path in models}
     model_configs = assign_model_configs(models, options.model_configs)
     entries = [
         BenchEntry(path, backend, name, digests[path], model_configs.get(path))
@@ -385,11 +384,6 @@ def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) 
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise UsageError(f"--names: expected unique names that are not empty, got {','.join(names)}.")
     return list(names)
-
-
-def _hash_model_files(path: Path) -> str:
-    digests = [file_sha256(file) for file in list_model_files(path)]
-    return digests[0] if len(digests) == 1 else bytes_sha256("".join(digests).encode())
 
 
 def _select_timed_samples(samples: Sequence[Sample], options: BenchOptions) -> list[Sample]:

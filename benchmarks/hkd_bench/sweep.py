@@ -4,13 +4,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkd_deploy.backends.openvino import read_openvino_metadata
+from hkd_deploy.external import is_external_model
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.pipeline import check_imgsz
 from hkd_deploy.trt.engine_info import read_engine_info
-from hkd_deploy.trt.onnx_file import is_external_model, read_onnx_metadata
+from hkd_deploy.trt.onnx_file import read_onnx_metadata
 from hkd_det.errors import DataError, UsageError
 from hkd_det.letterbox import STRIDE
+from hkd_det.onnxrt.openvino import read_openvino_metadata
 
 MAX_SIZES = 64  # a sweep of more sizes is a typing error
 

@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from hkd_bench.host import read_host_fields
 from hkd_deploy import open_detector
-from hkd_deploy.external import OpenVinoSession
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.precision.graph import find_graph_regions, fold_norms
 from hkd_deploy.precision.int8 import convert_to_int8
@@ -42,6 +41,7 @@ from hkd_det.files import write_text
 from hkd_det.letterbox import Letterbox, parse_imgsz
 from hkd_det.onnxrt.detector import OnnxDetector
 from hkd_det.onnxrt.model_config import OnnxModelConfig, normalize_input
+from hkd_det.onnxrt.openvino import OpenVinoSession
 from hkd_det.onnxrt.session import open_session
 from hkd_det.shipped import resolve_model
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import create_core, read_model
 from hkd_det.letterbox import PAD_VALUE
+from hkd_det.onnxrt.openvino import create_core, read_model
 from hkd_det.onnxrt.session import open_session
 
 CAMERA_HW = (1080, 1920)

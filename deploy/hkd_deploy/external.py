@@ -1,39 +1,42 @@
-"""Inference with ONNX detectors of other tools, which a model configuration describes.
+"""Inference with ONNX and OpenVINO detectors of other tools, which a model configuration describes.
 
 Normalization, decoding and NMS run outside the graph, as in the tools of these models.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Lock
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_deploy.backends import BACKENDS
+from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.base import Detector, PerformanceHint, StageTimes, make_closed_error
 from hkd_deploy.backends.onnxruntime import make_tensorrt_provider, make_tensorrt_rtx_provider
-from hkd_deploy.backends.openvino import Precision, compile_openvino_model
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.trt.onnx_file import count_parameters, read_onnx_metadata
-from hkd_det.errors import UsageError
-from hkd_det.files import file_sha256
+from hkd_det.errors import DataError, UsageError
+from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.image import check_image
 from hkd_det.onnxrt.detector import OnnxDetector
-from hkd_det.onnxrt.model_config import load_model_config
+from hkd_det.onnxrt.graph_io import read_graph_io
+from hkd_det.onnxrt.openvino import (
+    OpenVinoSession,
+    count_openvino_parameters,
+    is_openvino_model,
+    list_model_files,
+    read_openvino_metadata,
+)
+from hkd_det.onnxrt.recognition import load_model_config
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections
 
-UNKNOWN_LICENSE = "unknown license"
-# Data types as OpenVINO names them, to names of ONNX Runtime.
-ORT_DTYPES = {"f32": "tensor(float)", "f16": "tensor(float16)", "u8": "tensor(uint8)"}
+UNKNOWN_LICENSE = "unknown"
 
 
 class ExternalDetector(Detector):
-    """An ONNX detector of another tool. Several threads may call it.
+    """An ONNX or OpenVINO detector of another tool. Several threads may call it.
 
     Args:
         model: The opened model.
@@ -49,9 +52,9 @@ class ExternalDetector(Detector):
             model=model.config.name or model.path.stem,
             imgsz_hw=model.input_hw,
             batch=model.batch,
-            parameters=count_parameters(model.path),
+            parameters=(count_openvino_parameters if is_openvino_model(model.path) else count_parameters)(model.path),
             flops=None,
-            weights_sha256=file_sha256(model.path),
+            weights_sha256=hash_model_files(model.path),
             data="",
             license=model.config.license or UNKNOWN_LICENSE,
             date="",
@@ -92,55 +95,6 @@ class ExternalDetector(Detector):
         return self._model
 
 
-class OpenVinoSession:
-    """OpenVINO with the interface of `onnxruntime.InferenceSession` that `OnnxDetector` uses.
-
-    Args:
-        path: The ONNX file.
-        device: Must be cpu.
-        threads: Number of CPU threads. None for the default of OpenVINO.
-        precision: bf16 for bfloat16, None for float32.
-
-    Raises:
-        HkdError: As `compile_openvino_model`.
-    """
-
-    def __init__(self, path: Path, device: str, threads: int | None, precision: Precision | None) -> None:
-        self._compiled = compile_openvino_model(path, device, threads, precision)[1]
-        self._request = self._compiled.create_infer_request()
-        self._lock = Lock()  # a request serves one thread at a time
-
-    def get_inputs(self) -> list[SimpleNamespace]:
-        """Return name, type and shape of each input. A free dimension is None."""
-        return [
-            SimpleNamespace(
-                name=port.get_any_name(),
-                type=ORT_DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
-                shape=[dim.get_length() if dim.is_static else None for dim in port.partial_shape],
-            )
-            for port in self._compiled.inputs
-        ]
-
-    def get_outputs(self) -> list[SimpleNamespace]:
-        """Return the name of each output."""
-        return [SimpleNamespace(name=port.get_any_name()) for port in self._compiled.outputs]
-
-    def run(self, output_names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run inference on a batch.
-
-        Args:
-            output_names: Names of the outputs.
-            feeds: Input arrays by name.
-
-        Returns:
-            The outputs.
-        """
-        with self._lock:
-            self._request.infer(dict(feeds), share_inputs=True)
-            # Copy: the request owns the memory and overwrites it in the next call.
-            return [self._request.get_tensor(name).data.copy() for name in output_names]
-
-
 SessionOpener = Callable[[Path, str, int | None], Any]
 SESSION_OPENERS: dict[str, SessionOpener] = {
     "onnxruntime": open_session,
@@ -159,19 +113,19 @@ def open_external_detector(
     path: Path,
     device: str = "cpu",
     threads: int | None = None,
-    backend: str = "onnxruntime",
+    backend: str | None = None,
     performance_hint: PerformanceHint = "latency",
     model_config: Path | None = None,
 ) -> ExternalDetector:
-    """Open an ONNX detector of another tool on exactly the requested device.
+    """Open a detector of another tool on exactly the requested device.
 
     Args:
-        path: The ONNX file.
+        path: The .onnx file, .xml file or OpenVINO directory.
         device: cpu, cuda or cuda:N.
         threads: Number of CPU threads per operator. None for the default of the runtime.
-        backend: One of `SESSION_OPENERS`.
+        backend: One of `SESSION_OPENERS`. None selects it by the file type.
         performance_hint: Must be `latency`.
-        model_config: YAML file of the model configuration (default: MODEL.yaml next to MODEL.onnx).
+        model_config: YAML file or name of the model configuration (default: see `load_model_config`).
 
     Returns:
         The detector.
@@ -181,16 +135,41 @@ def open_external_detector(
         DataError: The file or its model configuration is missing, damaged or invalid.
         UnavailableError: The runtime or the device is missing.
     """
+    if path.suffix != ".onnx" and not is_openvino_model(path):
+        raise UsageError(f"--model-config {model_config}: requires an .onnx file or an OpenVINO model, got {path}.")
+    backend = backend or get_default_backend(path)
     if backend not in BACKENDS:
         raise UsageError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend}.")
-    if backend not in SESSION_OPENERS or performance_hint != "latency":
+    openers = list(SESSION_OPENERS) if path.suffix == ".onnx" else ["openvino", "openvino-bf16"]
+    if backend not in openers or performance_hint != "latency":
         raise UsageError(
             f"--backend {backend}: {path} is not a model of hkd-export. "
-            f"Set --backend to one of {', '.join(SESSION_OPENERS)}, with the performance hint latency."
+            f"Set --backend to one of {', '.join(openers)}, with the performance hint latency."
         )
-    if path.suffix != ".onnx":
-        raise UsageError(f"--model-config {model_config}: requires an .onnx file, got {path}.")
-    config = load_model_config(path, read_onnx_metadata(path), model_config)
-    return ExternalDetector(
-        OnnxDetector(path, SESSION_OPENERS[backend](path, device, threads), config), backend, device
-    )
+    session = SESSION_OPENERS[backend](path, device, threads)
+    config = load_model_config(path, read_graph_io(session), model_config)
+    return ExternalDetector(OnnxDetector(path, session, config), backend, device)
+
+
+def is_external_model(path: Path) -> bool:
+    """Return whether a file is an ONNX or OpenVINO model of another tool than `hkd-export`.
+
+    Args:
+        path: Model file or directory. A damaged file is not an external model: its runtime reports the error.
+    """
+    try:
+        if is_openvino_model(path):
+            return "hkd.format" not in read_openvino_metadata(list_model_files(path)[0].parent)
+        return path.suffix == ".onnx" and path.is_file() and "hkd.format" not in read_onnx_metadata(path)
+    except DataError:
+        return False
+
+
+def hash_model_files(path: Path) -> str:
+    """Return the SHA-256 of a model file, or of the digests of the files of an OpenVINO model.
+
+    Args:
+        path: Model file or directory.
+    """
+    digests = [file_sha256(file) for file in list_model_files(path)]
+    return digests[0] if len(digests) == 1 else bytes_sha256("".join(digests).encode())

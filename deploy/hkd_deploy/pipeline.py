@@ -157,16 +157,16 @@ def open_detector(
 ) -> Detector:
     """Open a model on exactly the requested device.
 
-    An ONNX file that `hkd-export` did not write needs a model configuration.
+    An ONNX or OpenVINO file that `hkd-export` did not write needs a model configuration, unless it is recognized.
 
     Args:
-        model: An .onnx file, an .engine file, an OpenVINO directory, or the name of a shipped model
+        model: An .onnx file, an .engine file, an OpenVINO directory or .xml file, or the name of a shipped model
             (`hkd_det.shipped.SHIPPED_MODELS`). None opens the shipped model for CPUs.
         device: cpu, cuda or cuda:N.
         threads: Number of CPU threads per operator. None for the default of the runtime.
         backend: One of `hkd_deploy.backends.BACKENDS`. None selects the backend by the file type.
         performance_hint: For OpenVINO: `latency` for single images, `throughput` for lists.
-        model_config: YAML file of the model configuration (default: MODEL.yaml next to MODEL.onnx).
+        model_config: YAML file or name of the model configuration (default: its metadata, or MODEL.yaml next to it).
         imgsz_hw: Input size of a model with a dynamic size: height and width in pixels, multiples of 32, at most those
             of its export. None for those of the export.
 
@@ -185,8 +185,7 @@ def open_detector(
         ...     detections = detector(image_rgb)
     """
     # These modules import YAML, which an import of hkd_deploy does not need.
-    from hkd_deploy.external import open_external_detector  # noqa: PLC0415 - see above
-    from hkd_deploy.trt.onnx_file import is_external_model  # noqa: PLC0415 - see above
+    from hkd_deploy.external import is_external_model, open_external_detector  # noqa: PLC0415 - see above
 
     path = resolve_model(model)
     if not path.exists():
@@ -196,7 +195,7 @@ def open_detector(
         if imgsz_hw:
             raise _make_fixed_size_error(path)
         config_path = Path(model_config) if model_config else None
-        return open_external_detector(path, device, threads, backend or "onnxruntime", performance_hint, config_path)
+        return open_external_detector(path, device, threads, backend, performance_hint, config_path)
     with ExitStack() as stack:
         opened = stack.enter_context(open_backend(path, device, threads, backend, performance_hint))
         detector = ExportedDetector(opened, imgsz_hw)

@@ -1,11 +1,10 @@
 """Configuration of an ONNX detector: how to prepare its input and how to decode its outputs.
 
-`read_input_info` and `normalize_input` apply the conventions of the input; `detector` applies those of the outputs.
+`normalize_input` and `graph_io` apply the conventions of the input; `decoding` applies those of the outputs. The
+package contains the configurations of common detectors (`list_builtin_configs`).
 """
 
-import ast
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_det.config import check_range, dataclass_from_dict
-from hkd_det.errors import DataError, UsageError, first_error_line
+from hkd_det.errors import DataError, UsageError
 from hkd_det.files import read_yaml
 from hkd_det.letterbox import PAD_VALUE, Align, Interpolation
 
-OutputFormat = Literal["yolox-raw", "yolo-raw", "yolo-e2e", "gfl-raw", "fastestdet-raw", "boxes-scores"]
+OutputFormat = Literal[
+    "yolox-raw", "yolov5-raw", "yolo-raw", "yolo-e2e", "gfl-raw", "fastestdet-raw", "yolo-fastestv2-raw",
+    "boxes-scores", "boxes-classes", "detection-output", "class-score-boxes",
+]  # fmt: skip
+BoxFormat = Literal["xyxy", "cxcywh", "yxyx"]
+ScoreActivation = Literal["none", "sigmoid", "softmax"]
 
-NATIVE_FORMAT = "1"  # metadata key hkd.format in the files of hkd-export
+# Width and height in pixels of the anchors of Yolo-FastestV2 for COCO: three of stride 16, three of stride 32.
+FASTESTV2_ANCHORS = (12.64, 19.39, 37.88, 51.48, 55.71, 138.31, 126.91, 78.23, 131.57, 214.55, 279.92, 258.87)
 
-INPUT_DTYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(uint8)": np.uint8,
-}
+# In the wheel, the files of recipes/onnx are in `configs` next to this file.
+_CONFIG_DIRS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "recipes" / "onnx")
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,20 @@ class OnnxModelConfig:
     Output formats:
 
     * `yolox-raw`: [B, A, 5 + classes]: cx, cy, w, h relative to cell corner and stride, objectness, class scores.
+    * `yolov5-raw`: [B, A, 5 + classes]: cx, cy, w, h in input pixels, objectness, class scores (YOLOv5, YOLOv7).
     * `yolo-raw`: [B, 4 + classes, A]: cx, cy, w, h in input pixels, class scores (YOLOv8, YOLO11).
     * `yolo-e2e`: [B, N, 6]: x1, y1, x2, y2 in input pixels, score, class (YOLOv10, YOLO26).
-    * `gfl-raw`: class scores and, for each side, the logits of `num_bins` distances in strides (PicoDet, NanoDet-Plus):
+    * `gfl-raw`: class scores and, for each side, the logits of `num_bins` distances in strides (PicoDet, NanoDet):
       one output [B, A, classes + 4 * num_bins], or the class scores of each level, then the distances of each level.
     * `fastestdet-raw`: [B, 5 + classes, H, W]: objectness, x, y, w, h, class scores (FastestDet).
-    * `boxes-scores`: outputs named `boxes` [B, N, 4] (xyxy, input pixels), `scores` [B, N] and, for several
-      classes, `labels` [B, N].
+    * `yolo-fastestv2-raw`: [B, A, 5 * anchors + classes] or [B, H, W, 5 * anchors + classes] of each level: x, y, w, h
+      of each anchor, objectness of each anchor, class scores (Yolo-FastestV2).
+    * `boxes-scores`: boxes [B, N, 4], scores [B, N] and, for several classes, labels [B, N]; or boxes [B, N, 5] with
+      the scores. Without the axis B for one image.
+    * `boxes-classes`: boxes [B, N, 4] and class scores [B, N, classes], in two outputs or in one.
+    * `detection-output`: [1, 1, N, 7]: image index, class, score, x1, y1, x2, y2 relative to the input (OpenVINO).
+    * `class-score-boxes`: [N, 6]: class, score, x1, y1, x2, y2 in input pixels, and the number of rows
+      (PaddleDetection with NMS).
 
     Attributes:
         output_format: One of the formats above.
@@ -57,13 +66,23 @@ class OnnxModelConfig:
         pad_value: Gray value of the padding, 0 to 255.
         interpolation: Method of the resize, as in `Letterbox.interpolation`.
         imgsz_hw: Input height and width in pixels; required if the file has a dynamic input size.
-        person_class_id: Class index of persons.
-        strides: Strides of the feature levels of `yolox-raw` and `gfl-raw`, in the order of the output.
+        default_imgsz_hw: As `imgsz_hw`, but a fixed input size of the file has priority.
+        person_class_id: Class index of persons. None if every class is a person.
+        box_format: Order of the four numbers of a box of `boxes-scores` and `boxes-classes`.
+        normalized_boxes: Whether these boxes are relative to the input, 0 to 1.
+        boxes_output: Name of the output with the boxes; "" to find it.
+        scores_output: Name of the output with the scores; "" to find it.
+        labels_output: Name of the output with the classes; "" to find it.
+        strides: Strides of the feature levels of `yolox-raw`, `gfl-raw` and `yolo-fastestv2-raw`, in the order of the
+            output.
         num_bins: Distances per side of `gfl-raw`.
         point_offset: Position of the anchor points of `gfl-raw` in their cells, 0 (corner) to 1, usually 0 or 0.5.
-        score_activation: Function that `gfl-raw` applies to the class scores: "none" or "sigmoid".
+        point_shift_px: Distance in pixels by which these anchor points are moved right and down.
+        anchors: Width and height in pixels of each anchor of `yolo-fastestv2-raw`, level by level.
+        score_activation: Function that converts the class scores of `gfl-raw`, `boxes-scores` and `boxes-classes`.
         conf: Minimum score of a detection, 0 to 1.
-        iou: IoU threshold of NMS for the formats that need NMS (`...-raw`).
+        iou: IoU threshold of NMS.
+        nms: Whether NMS runs after the graph. None for the formats `...-raw`.
         name: Name of the model, for tables.
         license: License of the weights.
         homepage: Origin of the weights.
@@ -79,13 +98,22 @@ class OnnxModelConfig:
     pad_value: int = PAD_VALUE
     interpolation: Interpolation = "linear"
     imgsz_hw: tuple[int, ...] | None = None
-    person_class_id: int = 0
+    default_imgsz_hw: tuple[int, ...] | None = None
+    person_class_id: int | None = 0
+    box_format: BoxFormat = "xyxy"
+    normalized_boxes: bool = False
+    boxes_output: str = ""
+    scores_output: str = ""
+    labels_output: str = ""
     strides: tuple[int, ...] = (8, 16, 32)
     num_bins: int = 8
     point_offset: float = 0.5
-    score_activation: Literal["none", "sigmoid"] = "none"
+    point_shift_px: float = 0.0
+    anchors: tuple[float, ...] = FASTESTV2_ANCHORS
+    score_activation: ScoreActivation = "none"
     conf: float = 0.01
     iou: float = 0.65
+    nms: bool | None = None
     name: str = ""
     license: str = ""
     homepage: str = ""
@@ -97,60 +125,51 @@ class OnnxModelConfig:
         check_range("pad_value", self.pad_value, 0, 255)
         check_range("num_bins", self.num_bins, 2)
         check_range("point_offset", self.point_offset, 0, 1)
-        check_range("person_class_id", self.person_class_id, 0)
+        if self.person_class_id is not None:
+            check_range("person_class_id", self.person_class_id, 0)
         check_range("conf", self.conf, 0, 1)
         check_range("iou", self.iou, 0, 1, is_open=True)
-        if self.imgsz_hw is not None and (len(self.imgsz_hw) != 2 or min(self.imgsz_hw) < 1):
-            raise UsageError(f"imgsz_hw: expected height and width in pixels, got {list(self.imgsz_hw)}.")
+        for key in ("imgsz_hw", "default_imgsz_hw"):
+            size = getattr(self, key)
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise UsageError(f"{key}: expected height and width in pixels, got {list(size)}.")
         if not self.strides or min(self.strides) < 1:
             raise UsageError(f"strides: expected integers of at least 1, got {list(self.strides)}.")
+        if self.output_format == "yolo-fastestv2-raw" and len(self.anchors) % (2 * len(self.strides)):
+            raise UsageError(
+                f"anchors: expected width and height of the same number of anchors for each of the "
+                f"{len(self.strides)} strides, got {len(self.anchors)} numbers."
+            )
 
     @property
     def needs_nms(self) -> bool:
         """Whether the outputs contain several boxes per object."""
-        return self.output_format.endswith("-raw")
+        return self.output_format.endswith("-raw") if self.nms is None else self.nms
 
 
-def load_model_config(
-    model_path: Path, metadata: Mapping[str, str], config_path: Path | None = None
-) -> OnnxModelConfig:
-    """Load the configuration of an ONNX model from the first source that exists.
+def list_builtin_configs() -> dict[str, Path]:
+    """Return the configurations of the package: name to YAML file."""
+    folder = next((path for path in _CONFIG_DIRS if path.is_dir()), _CONFIG_DIRS[0])
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem != "ensemble"}
 
-    The sources are `config_path`, the metadata of hkd-export, a `.yaml` file next to the model, and the metadata of
-    Ultralytics.
+
+def resolve_model_config(path: Path) -> Path:
+    """Return the YAML file of a configuration.
 
     Args:
-        model_path: ONNX file.
-        metadata: Custom metadata of the ONNX file.
-        config_path: YAML file of the configuration.
+        path: The file, or a name of `list_builtin_configs`. An existing file has priority over a name.
 
     Returns:
-        The configuration.
-
-    Raises:
-        DataError: No source exists, or the source is invalid.
+        The file. It need not exist if `path` is not a name.
     """
-    if config_path is not None:
-        return read_model_config(config_path)
-    if "hkd.format" in metadata:
-        return _read_native_config(model_path, metadata)
-    default_path = model_path.with_suffix(".yaml")
-    if not default_path.is_file() and metadata.get("author") == "Ultralytics":
-        return _read_ultralytics_config(model_path, metadata)
-    if not default_path.is_file():
-        raise DataError(
-            f"{model_path}: not exported by hkd-export, and no model configuration found. Write {default_path.name} "
-            "in the same directory, or pass --model-config FILE (hkd-train: --teacher-config, --audit-config). "
-            "Examples are in recipes/onnx/."
-        )
-    return read_model_config(default_path)
+    return path if path.exists() else list_builtin_configs().get(str(path), path)
 
 
 def read_model_config(path: Path) -> OnnxModelConfig:
     """Read a model configuration from a YAML file.
 
     Args:
-        path: YAML file with the fields of `OnnxModelConfig` as keys.
+        path: YAML file with the fields of `OnnxModelConfig` as keys, or a name of `list_builtin_configs`.
 
     Returns:
         The configuration.
@@ -158,7 +177,12 @@ def read_model_config(path: Path) -> OnnxModelConfig:
     Raises:
         DataError: The file is missing, is not YAML, or has an unknown key or an invalid value.
     """
-    content = read_yaml(path)
+    resolved = resolve_model_config(path)
+    if not resolved.exists() and not path.suffix:
+        raise DataError(
+            f"{path}: no such model configuration. Give a YAML file, or one of {', '.join(list_builtin_configs())}."
+        )
+    content = read_yaml(resolved)
     try:
         return dataclass_from_dict(OnnxModelConfig, content)
     except UsageError as error:
@@ -187,98 +211,22 @@ def normalize_input(
     return np.ascontiguousarray(images, dtype=dtype)
 
 
-def read_input_info(
-    path: Path, session: Any, config: OnnxModelConfig
-) -> tuple[str, type[np.generic], int | None, tuple[int, int]]:
-    """Read the properties of the only input.
+def find_person_class(names: Sequence[str]) -> int:
+    """Return the index of the class of persons.
 
     Args:
-        path: ONNX file, for error messages.
-        session: `onnxruntime.InferenceSession` of the file.
-        config: Input conventions.
+        names: Names of all classes.
 
     Returns:
-        name: Name of the input.
-        dtype: Number type.
-        batch: Batch size, or None if it is dynamic.
-        input_hw: Height and width in pixels.
+        The index of person or pedestrian, or 0 if there is only one class.
 
     Raises:
-        DataError: The input does not match the configuration.
+        ValueError: No class has such a name.
     """
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or inputs[0].type not in INPUT_DTYPES or len(inputs[0].shape) != 4:
-        actual = [(value.name, value.type, value.shape) for value in inputs]
-        raise DataError(f"{path}: expected one input of 4 dimensions and type uint8 or float, got {actual}.")
-    shape = list(inputs[0].shape)
-    channels, sides = (shape[1], shape[2:]) if config.layout == "NCHW" else (shape[3], shape[1:3])
-    if isinstance(channels, int) and channels != 3:
-        raise DataError(
-            f"{path}: expected 3 channels in the layout {config.layout}, got the input shape {shape}. Check the key "
-            "layout of the model configuration."
-        )
-    input_hw = _resolve_input_hw(path, sides, config)
-    return inputs[0].name, INPUT_DTYPES[inputs[0].type], _get_static_dim(shape[0]), input_hw
-
-
-def _read_native_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxModelConfig:
-    if metadata["hkd.format"] != NATIVE_FORMAT:
-        raise DataError(
-            f"{model_path}: metadata hkd.format: expected {NATIVE_FORMAT}, got {metadata['hkd.format']}. "
-            "Export the model again."
-        )
-    if metadata.get("hkd.raw") == "true" or metadata.get("hkd.dynamic") == "true":
-        raise DataError(f"{model_path}: exported with --raw or --dynamic size. Export the teacher without these flags.")
-    try:
-        preprocess = json.loads(metadata["hkd.preprocess"])
-        if preprocess.get("dtype", "uint8") != "uint8":
-            raise ValueError("expected dtype uint8, as exported without --no-preprocess")
-        values = {
-            "output_format": "boxes-scores",
-            "layout": preprocess["layout"],
-            "color_order": preprocess["color"].lower(),
-            "resize_mode": preprocess["letterbox"],
-            "pad_value": preprocess["pad"],
-            "conf": 0.0,
-        }
-        return dataclass_from_dict(OnnxModelConfig, values)
-    except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
-        raise DataError(
-            f"{model_path}: metadata hkd.preprocess is damaged ({first_error_line(error)}). Export the model again."
-        ) from None
-
-
-def _read_ultralytics_config(model_path: Path, metadata: Mapping[str, str]) -> OnnxModelConfig:
-    """Derive the configuration of `yolo export format=onnx` from its metadata."""
-    try:
-        if metadata["task"] != "detect":
-            raise ValueError(f"expected the task detect, got {metadata['task']}")
-        is_end2end = metadata.get("end2end") == "True"
-        has_nms = bool(ast.literal_eval(metadata.get("args", "{}")).get("nms"))
-        values = {
-            "output_format": "yolo-e2e" if is_end2end or has_nms else "yolo-raw",
-            "input_scale": 1,
-            "resize_mode": "center",
-            "imgsz_hw": ast.literal_eval(metadata["imgsz"]),
-            "person_class_id": _find_person_class(ast.literal_eval(metadata["names"])),
-            "iou": 0.7,
-            "name": metadata.get("description", ""),
-            "license": metadata.get("license", ""),
-            "homepage": metadata.get("docs", ""),
-        }
-        return dataclass_from_dict(OnnxModelConfig, values)
-    except (KeyError, ValueError, TypeError, SyntaxError, AttributeError, UsageError) as error:
-        raise DataError(
-            f"{model_path}: the metadata of Ultralytics does not describe a person detector ({error}). "
-            f"Write {model_path.with_suffix('.yaml').name} in the same directory. Examples are in recipes/onnx/."
-        ) from None
-
-
-def _find_person_class(names: Mapping[int, str]) -> int:
-    for index, name in names.items():
+    for index, name in enumerate(names):
         if len(names) == 1 or name.lower() in ("person", "pedestrian"):
             return index
-    raise ValueError(f"expected a class person or pedestrian, got {', '.join(names.values())}")
+    raise ValueError(f"expected a class person or pedestrian, got {', '.join(names)}")
 
 
 def _scale_channels(images: NDArray[np.uint8], config: OnnxModelConfig) -> NDArray[np.float32]:
@@ -288,22 +236,3 @@ def _scale_channels(images: NDArray[np.uint8], config: OnnxModelConfig) -> NDArr
         np.multiply(images[..., channel], np.float32(config.input_scale / 255 / std), out=planes[channel])
         planes[channel] -= np.float32(mean / std)
     return planes.transpose(1, 2, 3, 0)  # [B, H, W, 3]
-
-
-def _resolve_input_hw(path: Path, input_dims: Sequence[int | str | None], config: OnnxModelConfig) -> tuple[int, int]:
-    requested = config.imgsz_hw or (None, None)
-    resolved = [_get_static_dim(dim) or side for dim, side in zip(input_dims, requested, strict=True)]
-    if config.imgsz_hw and tuple(resolved) != tuple(requested):
-        raise DataError(
-            f"{path}: imgsz_hw is {list(requested)} in the model configuration, but the input is {list(input_dims)}. "
-            "Omit imgsz_hw, or set the size of the input."
-        )
-    height, width = resolved
-    if height is None or width is None:
-        raise DataError(f"{path}: the input size is dynamic. Set imgsz_hw: [H, W] in the model configuration.")
-    return height, width
-
-
-def _get_static_dim(dimension: int | str | None) -> int | None:
-    """Return a dimension of the graph, or None if it is dynamic."""
-    return dimension if isinstance(dimension, int) and dimension > 0 else None

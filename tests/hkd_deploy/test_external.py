@@ -12,7 +12,7 @@ import yaml
 from onnx import TensorProto, helper
 
 from hkd_deploy import Detector, open_detector
-from hkd_deploy.trt.onnx_file import is_external_model
+from hkd_deploy.external import is_external_model
 from hkd_det.errors import DataError, UsageError
 
 HW = (64, 96)
@@ -145,7 +145,7 @@ def test_other_ultralytics_metadata_raises(tmp_path: Path, changes: dict[str, st
 def test_model_without_config_raises(tmp_path: Path) -> None:
     path = write_mean_model(tmp_path / "mean.onnx")
     with (
-        pytest.raises(DataError, match=r"mean\.yaml in the same directory, or pass --model-config"),
+        pytest.raises(DataError, match=r"those of yolo26\. Pass --model-config NAME or FILE .* or write mean\.yaml"),
         open_detector(path),
     ):
         pass

@@ -88,20 +88,6 @@ def read_onnx_metadata(path: Path) -> dict[str, str]:
     return _parse_file(path, lambda content: _parse_model(content)[1])
 
 
-def is_external_model(path: Path) -> bool:
-    """Return whether a file is an ONNX model of another tool than `hkd-export`.
-
-    Args:
-        path: Model file or directory. A damaged file is not an external model: its runtime reports the error.
-    """
-    if path.suffix != ".onnx" or not path.is_file():
-        return False
-    try:
-        return "hkd.format" not in read_onnx_metadata(path)
-    except DataError:
-        return False
-
-
 def count_parameters(path: Path) -> int:
     """Count the weights of an ONNX file: the elements of all constant tensors of float or 8-bit types.
 

@@ -13,16 +13,10 @@ import pytest
 import yaml
 
 from hkd_deploy import open_detector
-from hkd_deploy.backends.openvino import (
-    DIRECTORY_FILES,
-    create_core,
-    export_openvino,
-    list_model_files,
-    open_openvino,
-    write_openvino_directory,
-)
+from hkd_deploy.backends.openvino import DIRECTORY_FILES, export_openvino, open_openvino, write_openvino_directory
 from hkd_deploy.export.cli import main as export
 from hkd_det.errors import DataError, UnavailableError, UsageError
+from hkd_det.onnxrt.openvino import create_core, list_model_files
 
 ov = importlib.import_module("openvino")
 
@@ -259,7 +253,8 @@ def test_open_truncated_directory_raises(
 @pytest.mark.parametrize("name", DIRECTORY_FILES)
 def test_open_incomplete_directory_raises(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(DataError, match="not an OpenVINO directory" if name == "model.xml" else f"{name}: no such"):
+    messages = {"model.xml": "not an OpenVINO directory", "metadata.yaml": "hkd.format is missing"}
+    with pytest.raises(DataError, match=messages.get(name, f"{name}: no such")):
         open_once(folder)
 
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from hkd_deploy.backends.openvino import create_core, read_model
+from hkd_det.onnxrt.openvino import create_core, read_model
 
 IN_CHANNELS, OUT_CHANNELS, SIZE = 128, 256, 10
 SCALE, WEIGHT_SCALE = np.float32(0.07), np.float32(0.005)

@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 import torch
 
-from hkd_deploy.backends.openvino import create_core
 from hkd_deploy.export.exporter import export_detector, export_onnx, get_output_names
 from hkd_deploy.export.graph import MIN_SCORE
 from hkd_deploy.export.parity import compute_box_difference
@@ -24,6 +23,7 @@ from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec
 from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNN, FasterRCNNSpec
 from hkd_det.models.ultralytics import UltralyticsSpec, make_ultralytics_spec
+from hkd_det.onnxrt.openvino import create_core
 from hkd_det.ops.boxes import peak_nms, suppress_duplicates
 
 HW = (256, 320)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_deploy.backends.openvino import create_core
 from hkd_deploy.export.graph import LetterboxModule, compute_content_hw, pad_to_stride, scale_boxes_to_source
 from hkd_det.letterbox import Letterbox
+from hkd_det.onnxrt.openvino import create_core
 
 INPUT_HW = (64, 96)
 SIZES = [(64, 96), (128, 192), (50, 70), (333, 517), (480, 97), (1, 300), (300, 1), (3, 5)]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hkd_det.onnxrt.detector import decode_outputs
+from hkd_det.onnxrt.decoding import decode_outputs
 from hkd_det.onnxrt.model_config import OnnxModelConfig, OutputFormat, normalize_input
 
 INPUT_HW = (64, 96)
