@@ -13,6 +13,7 @@ from hkd_det.onnxrt.detection_outputs import (
     FloatArray,
     RawRows,
     activate_scores,
+    convert_boxes,
     read_boxes_classes,
     read_boxes_scores,
     read_class_score_boxes,
@@ -90,12 +91,13 @@ def _read_yolo(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, _: tu
     return scores, lambda index, rows: xyxy_from_cxcywh(raw[index, :4, rows])
 
 
-def _read_yolo_e2e(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, _: tuple[int, int]) -> RawRows:
+def _read_yolo_e2e(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, input_hw: tuple[int, int]) -> RawRows:
     raw = _get_first_output(outputs, 3)
     if raw.shape[2] != 6:
         raise ValueError(f"expected [B, N, 6], got {list(raw.shape)}")
     is_person = (raw[..., 5] == config.person_class_id) | (config.person_class_id is None)
-    return np.where(is_person, raw[..., 4], 0), lambda index, rows: raw[index, rows, :4]
+    scores = np.where(is_person, raw[..., 4], 0)
+    return scores, lambda index, rows: convert_boxes(raw[index, rows, :4], config, input_hw)
 
 
 def _read_gfl(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, input_hw: tuple[int, int]) -> RawRows:

@@ -42,7 +42,7 @@ class OnnxModelConfig:
     * `yolox-raw`: [B, A, 5 + classes]: cx, cy, w, h relative to cell corner and stride, objectness, class scores.
     * `yolov5-raw`: [B, A, 5 + classes]: cx, cy, w, h in input pixels, objectness, class scores (YOLOv5, YOLOv7).
     * `yolo-raw`: [B, 4 + classes, A]: cx, cy, w, h in input pixels, class scores (YOLOv8, YOLO11).
-    * `yolo-e2e`: [B, N, 6]: x1, y1, x2, y2 in input pixels, score, class (YOLOv10, YOLO26).
+    * `yolo-e2e`: [B, N, 6]: box, score, class (YOLOv10, YOLO26, Ultralytics with NMS).
     * `gfl-raw`: class scores and, for each side, the logits of `num_bins` distances in strides (PicoDet, NanoDet):
       one output [B, A, classes + 4 * num_bins], or the class scores of each level, then the distances of each level.
     * `fastestdet-raw`: [B, 5 + classes, H, W]: objectness, x, y, w, h, class scores (FastestDet).
@@ -68,7 +68,7 @@ class OnnxModelConfig:
         imgsz_hw: Input height and width in pixels; required if the file has a dynamic input size.
         default_imgsz_hw: As `imgsz_hw`, but a fixed input size of the file has priority.
         person_class_id: Class index of persons. None if every class is a person.
-        box_format: Order of the four numbers of a box of `boxes-scores` and `boxes-classes`.
+        box_format: Order of the four numbers of a box of `yolo-e2e`, `boxes-scores` and `boxes-classes`.
         normalized_boxes: Whether these boxes are relative to the input, 0 to 1.
         boxes_output: Name of the output with the boxes; "" to find it.
         scores_output: Name of the output with the scores; "" to find it.

@@ -174,19 +174,18 @@ def _read_ultralytics_config(model_path: Path, graph: GraphIO) -> OnnxModelConfi
 
 def _find_ultralytics_format(graph: GraphIO, num_classes: int) -> dict[str, Any]:
     """Return output format and resize mode: YOLO with or without NMS, or RT-DETR."""
-    metadata = graph.metadata
-    has_nms = bool(ast.literal_eval(metadata.get("args", "{}")).get("nms"))
-    shape = graph.outputs[0].shape
+    metadata, shape = graph.metadata, graph.outputs[0].shape
     columns = shape[2] if len(shape) == 3 else None
-    if metadata.get("end2end") == "True" or has_nms or (columns == 6 and num_classes != 2):
-        return {"output_format": "yolo-e2e", "resize_mode": "center"}
-    is_rtdetr = "detr" in metadata.get("description", "").lower() or (
-        columns == 4 + num_classes != 6 and shape[1] != columns  # with two classes, the shape is that of yolo-e2e
-    )
-    if is_rtdetr:  # LetterBox(scale_fill=True) of its predictor, no NMS
-        boxes = {"box_format": "cxcywh", "normalized_boxes": True}
-        return {"output_format": "boxes-classes", "resize_mode": "stretch", **boxes}
-    return {"output_format": "yolo-raw", "resize_mode": "center"}
+    head = metadata.get("head", "")  # since version 8.4
+    is_rtdetr = head.startswith("RTDETR") or "detr" in metadata.get("description", "").lower()
+    if is_rtdetr or (not head and columns == 4 + num_classes != 6 and shape[1] != columns):
+        # Its predictor stretches the image. Older versions export the scores of all classes.
+        has_scores = columns == 4 + num_classes and not (head and columns == 6)
+        boxes = {"box_format": "cxcywh", "normalized_boxes": True, "resize_mode": "stretch"}
+        return {"output_format": "boxes-classes" if has_scores else "yolo-e2e", **boxes}
+    has_nms = bool(ast.literal_eval(metadata.get("args", "{}")).get("nms"))
+    is_end2end = metadata.get("end2end") == "True" or has_nms or (columns == 6 and num_classes != 2)
+    return {"output_format": "yolo-e2e" if is_end2end else "yolo-raw", "resize_mode": "center"}
 
 
 def _recognize_yolov5(graph: GraphIO) -> OnnxModelConfig | None:

@@ -37,9 +37,8 @@ time.sleep({then_s})
 def install_program(directory: Path, monkeypatch: pytest.MonkeyPatch, count: int, then_s: float = 0.0) -> None:
     """Install a rpicam-vid that writes red and blue images in turn."""
     path = directory / "rpicam-vid"
-    path.write_text(
-        PROGRAM.format(python=sys.executable, count=count, colors=(RED, BLUE), width=WIDTH, height=HEIGHT, then_s=then_s)
-    )
+    size = {"width": WIDTH, "height": HEIGHT}
+    path.write_text(PROGRAM.format(python=sys.executable, count=count, colors=(RED, BLUE), then_s=then_s, **size))
     path.chmod(0o755)
     monkeypatch.setenv("PATH", str(directory))
 
