@@ -20,20 +20,14 @@ from hkd_det.datasets.audit_run import AuditOptions, ReadableSample, open_audit_
 from hkd_det.datasets.base import DatasetError, ErrorHandler, raise_error, set_image
 from hkd_det.datasets.catalog import find_common_images, list_splits, load_dataset
 from hkd_det.datasets.check_browser import (
-    DEFAULT_MAX_IMAGES,
-    NUM_THREADS,
     PAGE_NAME,
-    PREVIEW_DIR,
     BrowsedImage,
     add_duplicates,
     add_findings,
     list_browsed_images,
-    make_preview_paths,
     open_preview_dir,
     select_images,
-    write_image_page,
-    write_preview,
-    write_previews,
+    write_browser_page,
 )
 from hkd_det.datasets.check_report import (
     SOURCE_NAME,
@@ -57,6 +51,14 @@ from hkd_det.datasets.duplicates import (
     write_duplicates_json,
 )
 from hkd_det.datasets.image_files import make_stated_size_error
+from hkd_det.datasets.image_page import (
+    DEFAULT_MAX_IMAGES,
+    NUM_THREADS,
+    PREVIEW_DIR,
+    make_preview_paths,
+    write_preview,
+    write_previews,
+)
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import write_text
 from hkd_det.image import decode_image, read_image_bytes
@@ -177,7 +179,7 @@ def _check_all_splits(
             write_previews([pair for pair in files if not pair[1].exists()])
     if max_images:
         page = output_dir / PAGE_NAME
-        write_image_page(page, name, shown, len(images), output_dir / PREVIEW_DIR)
+        write_browser_page(page, name, shown, len(images), output_dir / PREVIEW_DIR)
         print(f"saved {page} with {len(shown):,} images")
     return len(lines), {"splits": {split: _make_record(one, logs[split]) for split, one in checked.items()}}
 

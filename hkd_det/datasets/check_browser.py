@@ -1,42 +1,42 @@
 """The page `images.html` of `hkd-train --check`, on which all images can be browsed with their boxes and problems."""
 
-import json
-import os
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
 
-import cv2
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from hkd_det.console import Progress, log_stage
 from hkd_det.datasets.audit import SplitAudit
 from hkd_det.datasets.base import DatasetError
 from hkd_det.datasets.check_report import IGNORED_COLOR, PERSON_COLOR, VISIBLE_COLOR
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.datasets.duplicates import DuplicateSearch
-from hkd_det.files import atomic_write_dir, write_text
-from hkd_det.image import read_image
+from hkd_det.datasets.image_page import (
+    PREVIEW_DIR,
+    PRIORITIES,
+    LabeledBoxes,
+    PageImage,
+    Severity,
+    make_preview_paths,
+    write_image_page,
+)
+from hkd_det.files import atomic_write_dir
 from hkd_det.structures import GroundTruth, Sample
 
 TEMPLATE = Path(__file__).with_name("check_browser.html.j2")
-NUM_THREADS = 4  # OpenCV releases the GIL while it decodes
-PAGE_NAME, PREVIEW_DIR = "images.html", "thumbnails"
-PREVIEW_WH, PREVIEW_QUALITY = (320, 240), 75  # approximate size; about 10 kB per image
-DEFAULT_MAX_IMAGES = 10_000  # 100 MB of thumbnails, and a page of a few MB
-UNUSED_COLOR, PROPOSAL_COLOR = (70, 170, 255), (255, 255, 255)  # RGB
+PAGE_NAME = "images.html"
+COLORS = {  # RGB of each type of boxes, in the order of the template
+    "person": PERSON_COLOR,
+    "visible": VISIBLE_COLOR,
+    "ignored": IGNORED_COLOR,
+    "unused": (70, 170, 255),
+    "proposal": (255, 255, 255),
+}
 MAX_TEXTS = 20  # problems of one kind that are listed with an image
-
-Severity = Literal["error", "warning", "audit", "note"]
-PRIORITIES: dict[Severity, int] = {"error": 0, "audit": 0, "warning": 1, "note": 1}
 
 
 @dataclass(eq=False)
@@ -184,16 +184,6 @@ def select_images(images: Sequence[BrowsedImage], max_images: int) -> list[Brows
     return [images[index] for index in sorted(selected)]
 
 
-def make_preview_paths(split: str, num_images: int) -> list[Path]:
-    """Return the paths of the thumbnails of a split. They do not depend on the names of the images.
-
-    Args:
-        split: Name of the split.
-        num_images: Number of images.
-    """
-    return [Path(split) / f"{number:06}.jpg" for number in range(num_images)]
-
-
 @contextmanager
 def open_preview_dir(output_dir: Path, splits: Sequence[str], max_images: int) -> Iterator[Path | None]:
     """Replace the directory of thumbnails; without images, remove it and the page.
@@ -218,36 +208,7 @@ def open_preview_dir(output_dir: Path, splits: Sequence[str], max_images: int) -
         yield None
 
 
-def write_previews(files: Sequence[tuple[Path, Path]]) -> None:
-    """Decode images to write their thumbnails.
-
-    Args:
-        files: Image file and thumbnail of each image.
-    """
-    if files:
-        log_stage(f"write {len(files):,} thumbnails")
-    with ThreadPoolExecutor(NUM_THREADS) as pool, Progress(len(files), "thumbnails", "image", delay_s=2) as progress:
-        for _ in pool.map(lambda pair: write_preview(read_image(pair[0]), pair[1]), files):
-            progress.update()
-
-
-def write_preview(image: NDArray[np.uint8], path: Path) -> None:
-    """Write the thumbnail of an image.
-
-    Args:
-        image (array[H, W, 3]): RGB, uint8.
-        path: JPEG file to write.
-    """
-    # OpenCV averages whole blocks of pixels four times as fast as fractions of pixels.
-    factor = max(1, round(max(image.shape[1] / PREVIEW_WH[0], image.shape[0] / PREVIEW_WH[1])))
-    height, width = (max(1, side // factor) for side in image.shape[:2])
-    blocks = image[: height * factor, : width * factor]
-    small = cv2.resize(blocks, (width, height), interpolation=cv2.INTER_AREA)
-    options = [cv2.IMWRITE_JPEG_QUALITY, PREVIEW_QUALITY]
-    path.write_bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1].tobytes())
-
-
-def write_image_page(path: Path, data: str, images: Sequence[BrowsedImage], num_all: int, preview_dir: Path) -> None:
+def write_browser_page(path: Path, data: str, images: Sequence[BrowsedImage], num_all: int, preview_dir: Path) -> None:
     """Write the page. It contains the boxes; the images are files.
 
     Args:
@@ -257,86 +218,24 @@ def write_image_page(path: Path, data: str, images: Sequence[BrowsedImage], num_
         num_all: Number of images of the dataset.
         preview_dir: Directory of the thumbnails.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    content = json.dumps(_make_page_content(images, path.parent, preview_dir), separators=(",", ":"))
-    # Inside a script element, only "<" can end it or start a comment. The rest is ASCII.
-    embedded = content.replace("<", "\\u003c")
-    colors = {
-        "person": PERSON_COLOR,
-        "visible": VISIBLE_COLOR,
-        "ignored": IGNORED_COLOR,
-        "unused": UNUSED_COLOR,
-        "proposal": PROPOSAL_COLOR,
-    }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    write_text(
-        path, template.render(data=data, content=embedded, colors=colors, num_images=len(images), num_all=num_all)
-    )
+    context = {"data": data, "num_images": len(images), "num_all": num_all}
+    write_image_page(path, TEMPLATE, map(_make_page_image, images), preview_dir, COLORS, context)
 
 
-def _make_page_content(images: Sequence[BrowsedImage], page_dir: Path, preview_dir: Path) -> dict[str, Any]:
-    """Return the data of the page. Names that repeat are indices of lists."""
-    splits, labels, folders, kinds = _Index(), _Index(), _Index(), _Index()
-    counts = Counter(kind for image in images for kind in {kind for _, kind, _ in image.problems})
-    severities = {kind: severity for image in images for severity, kind, _ in image.problems}
-    return {
-        "images": [_make_entry(image, splits, labels, folders, kinds, preview_dir) for image in images],
-        "splits": list(splits),
-        "labels": list(map(escape_nonprintable, labels)),
-        "folders": [[escape_nonprintable(folder), _make_url(Path(folder), page_dir)] for folder in folders],
-        "kinds": [[kind, severities[kind], counts[kind]] for kind in kinds],
-        "previews": quote(preview_dir.name),
-    }
-
-
-def _make_entry(
-    image: BrowsedImage, splits: "_Index", labels: "_Index", folders: "_Index", kinds: "_Index", preview_dir: Path
-) -> list[Any]:
-    """Return split, folder, name, URL of the name, preview, width, height, boxes by type, and problems of an image."""
+def _make_page_image(image: BrowsedImage) -> PageImage:
+    """Return an image with its boxes in the order of `COLORS`."""
     ground_truth = image.ground_truth
     persons = np.flatnonzero(~ground_truth.ignore)
     hidden = persons[ground_truth.visible_ratio[persons] < 1]
 
-    def make_boxes(boxes: NDArray[np.float32], rows: NDArray[np.intp]) -> list[list[int]]:
-        names = [labels.find(ground_truth.labels[row]) for row in rows.tolist()]
-        return [[*box, name] for box, name in zip(_round_xywh(boxes[rows]), names, strict=True)]
+    def select(boxes_xyxy: NDArray[np.float32], rows: NDArray[np.intp]) -> LabeledBoxes:
+        return LabeledBoxes(boxes_xyxy[rows], [ground_truth.labels[row] for row in rows.tolist()])
 
-    return [
-        splits.find(image.split),
-        folders.find(str(image.path.parent)),
-        escape_nonprintable(image.path.name),
-        quote(os.fsencode(image.path.name)),
-        image.preview.stem if (preview_dir / image.preview).is_file() else "",
-        *(image.size_hw[::-1] if image.size_hw else (0, 0)),
-        make_boxes(ground_truth.boxes_xyxy, persons),
-        make_boxes(ground_truth.visible_xyxy, hidden),
-        make_boxes(ground_truth.boxes_xyxy, np.flatnonzero(ground_truth.ignore)),
-        [[*_round_xywh(np.array([box]))[0], labels.find(name)] for name, box in image.unused],
-        _round_xywh(np.array(image.proposals)),
-        [[kinds.find(kind), text] for _, kind, text in sorted(image.problems, key=lambda one: PRIORITIES[one[0]])],
-    ]
-
-
-class _Index(dict[str, int]):
-    """Strings in the order of their first use, with their positions."""
-
-    def find(self, text: str) -> int:
-        return self.setdefault(text, len(self))
-
-
-def _round_xywh(boxes_xyxy: NDArray[np.floating]) -> list[list[int]]:
-    """Return boxes in whole pixels."""
-    corners = np.clip(boxes_xyxy.reshape(-1, 4), -1e6, 1e6).round().astype(int)
-    rows: list[list[int]] = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
-    return rows
-
-
-def _make_url(folder: Path, page_dir: Path) -> str:
-    """Return the URL of a folder, relative to the page: it stays valid if both are moved together."""
-    try:
-        relative = os.path.relpath(folder, page_dir)
-    except ValueError:  # another drive of Windows
-        return folder.resolve().as_uri()
-    return quote(os.fsencode(relative.replace(os.sep, "/")))
+    boxes = (
+        select(ground_truth.boxes_xyxy, persons),
+        select(ground_truth.visible_xyxy, hidden),
+        select(ground_truth.boxes_xyxy, np.flatnonzero(ground_truth.ignore)),
+        LabeledBoxes(np.array([box for _, box in image.unused]), [name for name, _ in image.unused]),
+        LabeledBoxes(np.array(image.proposals)),
+    )
+    return PageImage(image.split, image.path, image.preview, image.size_hw, boxes, image.problems)

@@ -71,8 +71,8 @@ def _run_check(arguments: argparse.Namespace) -> int:
     # Not in the processes that load images.
     from hkd_det.datasets.audit_run import AuditOptions  # noqa: PLC0415
     from hkd_det.datasets.check import check_dataset  # noqa: PLC0415
-    from hkd_det.datasets.check_browser import DEFAULT_MAX_IMAGES  # noqa: PLC0415
     from hkd_det.datasets.check_report import choose_report_dir  # noqa: PLC0415
+    from hkd_det.datasets.image_page import DEFAULT_MAX_IMAGES  # noqa: PLC0415
 
     if not arguments.data:
         raise UsageError("--check: requires --data. Choose a dataset of datasets.yaml, or a data YAML file.")

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from hkd_det.datasets.check_browser import BrowsedImage, select_images, write_image_page
+from hkd_det.datasets.check_browser import BrowsedImage, select_images, write_browser_page
 from hkd_det.structures import GroundTruth
 from hkd_det.train.cli import main
 
@@ -200,11 +200,11 @@ def make_images(num_images: int, **fields: Any) -> list[BrowsedImage]:
 def test_page_of_10000_images_is_small_and_fast(tmp_path: Path) -> None:
     images = make_images(10_000)
     start = time.process_time()
-    write_image_page(tmp_path / "images.html", "my", images, len(images), tmp_path / "thumbnails")
+    write_browser_page(tmp_path / "images.html", "my", images, len(images), tmp_path / "thumbnails")
     assert time.process_time() - start < 20
     assert (tmp_path / "images.html").stat().st_size < 6e6
     tracemalloc.start()
-    write_image_page(tmp_path / "images.html", "my", images[:1000], 1000, tmp_path / "thumbnails")
+    write_browser_page(tmp_path / "images.html", "my", images[:1000], 1000, tmp_path / "thumbnails")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1000 * 20_000  # bytes
