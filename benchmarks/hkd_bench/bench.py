@@ -5,7 +5,6 @@ then slows down all models alike.
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from time import sleep
 import numpy as np
 
 from hkd_bench.cameras import CameraResult
+from hkd_bench.detection_files import list_detection_files, write_detections
 from hkd_bench.device_state import (
     STATE_INTERVAL_S,
     DeviceState,
@@ -28,6 +28,7 @@ from hkd_bench.device_state import (
     find_load,
     summarize_conditions,
 )
+from hkd_bench.differences import ComparedModel, write_difference_pages
 from hkd_bench.energy import (
     EnergyMeter,
     EnergyResult,
@@ -48,8 +49,12 @@ from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.letterbox import format_imgsz
+<<<<<<< HEAD
 from hkd_det.metrics.coco_files import PERSON_CATEGORY_ID, CocoId, write_coco_detections
 from hkd_det.onnxrt.openvino import list_model_files
+=======
+from hkd_det.metrics.coco_files import CocoId
+>>>>>>> 550f348 (bench: add --differences, a page of the images where two models differ)
 from hkd_det.structures import Detections, Sample
 
 
@@ -75,6 +80,8 @@ class BenchOptions:
         has_ground_truth: False for images without annotations: no miss rate is measured.
         save_detections: File for the detections of all images in COCO's result format, see `list_detection_files`. None
             writes no file.
+        differences: Directory for the pages of `write_difference_pages`, on which the images are browsed where models
+            differ. None writes no pages.
         category_id: Category id in this file if the images have the ids of a COCO file. None for other data: the image
             id is then the file name, and the category id is 1.
         energy: Whether the energy per frame is measured.
@@ -102,6 +109,7 @@ class BenchOptions:
     model_configs: tuple[Path, ...] = ()
     has_ground_truth: bool = True
     save_detections: Path | None = None
+    differences: Path | None = None
     category_id: CocoId | None = None
     energy: bool = False
     power_csv: Path | None = None
@@ -164,6 +172,8 @@ def bench(
     """
     _check_options(models, samples, options)
     entries = _make_entries(models, options, names)
+    if options.differences and len(entries) == 1:
+        raise UsageError("--differences: expected at least two models, got 1. Give another MODEL or --backend A,B.")
     host = read_host_fields()  # before the measurement raises the load average
     measured = _measure_rounds(entries, samples, options)
     results, detections = measured.results, measured.detections
@@ -171,13 +181,15 @@ def bench(
     if options.save_detections:
         files = list_detection_files(options.save_detections, [entry.name for entry in entries])
         for file, model_detections in zip(files, detections, strict=True):
-            _write_detections(file, samples, model_detections, options.category_id)
+            write_detections(file, samples, model_detections, options.category_id)
     eval_samples = samples if options.has_ground_truth else ()
     if not options.has_ground_truth:
         detections = [[] for _ in entries]
     accuracies = measure_accuracy(
         {options.data: eval_samples, **(other_ground_truths or {})}, detections, [rounds[0].conf for rounds in results]
     )
+    if options.differences:
+        _write_differences(options.differences, options.data, samples, entries, detections, accuracies)
     return BenchResult(
         schema=SCHEMA_VERSION,
         command=options.command,
@@ -294,6 +306,8 @@ def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: B
     for backend in options.backends:
         if backend is not None and backend not in BACKENDS:
             raise UsageError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend}.")
+    if options.differences and not options.has_ground_truth:
+        raise UsageError("--differences: requires annotations. Use --data instead of --images.")
     for name in ("runs", "rounds", "stage_runs", "max_timed_images"):
         check_range(f"--{name.replace('_', '-')}", getattr(options, name), 1)
     if options.power_csv:
@@ -344,32 +358,24 @@ def assign_model_configs(models: Sequence[Path], model_configs: Sequence[Path]) 
     return dict(zip(external, per_model, strict=False))
 
 
-def list_detection_files(path: Path, names: Sequence[str]) -> list[Path]:
-    """Return the file for the detections of each model.
-
-    Args:
-        path: Path of `--save-detections`.
-        names: Names of the models.
-
-    Returns:
-        `path` for one model; for several, the name of each is added: detections-NAME.json.
-    """
-    if len(names) == 1:
-        return [path]
-    stems = [re.sub(r"[^\w.-]+", "_", name) for name in names]
-    if len(set(stems)) < len(stems):
-        stems = [f"{index}-{stem}" for index, stem in enumerate(stems, 1)]
-    return [path.with_name(f"{path.stem}-{stem}{path.suffix}") for stem in stems]
-
-
-def _write_detections(
-    path: Path, samples: Sequence[Sample], detections: Sequence[Detections], category_id: CocoId | None
+def _write_differences(
+    output_dir: Path,
+    data: str,
+    samples: Sequence[Sample],
+    entries: Sequence[BenchEntry],
+    detections: Sequence[Sequence[Detections]],
+    accuracies: Sequence[Sequence[AccuracyResult]],
 ) -> None:
-    image_ids: list[CocoId] = [sample.image_id for sample in samples]
-    names = [sample.path.name for sample in samples]
-    if category_id is None and len(set(names)) == len(names):
-        image_ids = [*names]
-    write_coco_detections(path, image_ids, detections, PERSON_CATEGORY_ID if category_id is None else category_id)
+    """Compare each further model with the first one, each at the threshold of its recall."""
+    thresholds = [accuracy[0].threshold for accuracy in accuracies]
+    models = [
+        ComparedModel(entry.name, threshold, found)
+        for entry, threshold, found in zip(entries, thresholds, detections, strict=True)
+        if threshold is not None
+    ]
+    if len(models) < len(entries):
+        raise DataError(f"--differences {output_dir}: {data} has no person of Reasonable. Use other data.")
+    write_difference_pages(output_dir, Path(data).stem, samples, models)
 
 
 def _make_names(pairs: Sequence[tuple[Path, str]], names: Sequence[str] | None) -> list[str]:

@@ -18,10 +18,8 @@ from hkd_deploy.backends import BACKENDS
 from hkd_deploy.streams.sources import list_images
 from hkd_det import __version__
 from hkd_det.config import check_range
-from hkd_det.datasets.catalog import find_coco_source, load_dataset
-from hkd_det.datasets.coco import list_annotated_categories, read_coco_content
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.data_yaml import SPLITS
-from hkd_det.datasets.person_classes import assign_class_roles
 from hkd_det.errors import BENCH_INSTALL_HINT, UnavailableError, UsageError, run_command
 from hkd_det.shipped import format_model_list, resolve_model
 from hkd_det.structures import Sample
@@ -73,7 +71,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
     Raises:
         HkdError: A flag, a model or the dataset is invalid.
     """
-    from hkd_bench import bench, report, result, sweep, table  # noqa: PLC0415  # import packages of the extra
+    from hkd_bench import bench, detection_files, report, result, sweep, table  # noqa: PLC0415  # import packages of the extra
 
     args = argv or []
     flags = parse_bench_args(args)
@@ -98,22 +96,26 @@ def run_bench(argv: Sequence[str] | None) -> int:
         command=shlex.join(["hkd-bench", *args]),
         has_ground_truth=bool(flags.data),
         save_detections=flags.save_detections,
-        category_id=_find_category_id(datasets, flags.split),
+        differences=flags.differences,
+        category_id=detection_files.find_category_id(datasets[0], flags.split) if datasets else None,
         energy=flags.energy or flags.power_csv is not None,
         power_csv=flags.power_csv,
         require_quiet=flags.require_quiet,
         imgsz_sweep=imgsz_sweep,
         cameras_fps=flags.cameras,
     )
-    names = flags.names.split(",") if flags.names else None
-    measured = bench.bench(flags.models, samples, options, names, other_ground_truths)
+    given_names = flags.names.split(",") if flags.names else None
+    measured = bench.bench(flags.models, samples, options, given_names, other_ground_truths)
     print(table.format_text_table(measured))
     if flags.json:
         result.write_result(flags.json, measured)
         print(f"saved {flags.json}")
     if flags.save_detections:
-        for path in bench.list_detection_files(flags.save_detections, [model.name for model in measured.models]):
+        names = [model.name for model in measured.models]
+        for path in detection_files.list_detection_files(flags.save_detections, names):
             print(f"saved {path}")
+    if flags.differences:
+        print(f"saved {flags.differences / 'index.html'}")
     if flags.html:
         title = _make_title([model.name for model in measured.models], measured.data, measured.split)
         examples = None
@@ -144,17 +146,6 @@ def check_marks(models: "Sequence[ModelResult]") -> None:
     marks = [f"{model.name}: {mark}" for model in models for mark in model.conditions.marks]
     if marks:
         raise UnavailableError(f"--require-quiet: {'; '.join(marks)}. The results are marked; measure again.")
-
-
-def _find_category_id(datasets: Sequence[str], split: str) -> int | str | None:
-    """Return the id of the first person class in the COCO file of a split, or None for other formats."""
-    source = find_coco_source(datasets[0], split) if datasets else None
-    if source is None:
-        return None
-    categories = list_annotated_categories(read_coco_content(source.annotations))
-    roles = assign_class_roles(categories, source.category, source.ignore_category, str(source.annotations))
-    category_id: int | str = next(key for key in categories if key in roles.persons)
-    return category_id
 
 
 def _load_samples(flags: argparse.Namespace, datasets: Sequence[str]) -> list[Sample]:
@@ -265,6 +256,13 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         help="write the detections in all images as COCO JSON, for `hkd-bench score`; with several models one file "
         "each, FILE-NAME",
     )
+    parser.add_argument(
+        "--differences",
+        type=Path,
+        metavar="DIR",
+        help="write a page on which the images are browsed where the models differ from the first one: persons that "
+        "only one detects, and false positives; requires --data and at least two models",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one self-contained HTML file")
     flags = parser.parse_args(argv)
     if not flags.list_models:
@@ -295,3 +293,5 @@ def _check_bench_args(flags: argparse.Namespace) -> None:
     ):
         if path and path.is_dir():
             raise UsageError(f"{flag} {path}: expected a file, got a directory.")
+    if flags.differences and flags.differences.is_file():
+        raise UsageError(f"--differences {flags.differences}: expected a directory, got a file.")

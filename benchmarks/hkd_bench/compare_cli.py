@@ -10,9 +10,12 @@ import jinja2
 from markupsafe import Markup
 
 from hkd_bench import plots
+from hkd_bench.detection_files import find_category_id, read_detections
+from hkd_bench.differences import ComparedModel, write_difference_pages
 from hkd_bench.result import BenchResult, ModelResult, read_result
 from hkd_bench.table import MARK, format_data_name, format_interval, format_model_name
 from hkd_det.console import format_table
+from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import write_text
 from hkd_det.metrics.bootstrap import MIN_IMAGES, MIN_PERSONS
@@ -135,6 +138,10 @@ def run_compare(argv: Sequence[str]) -> int:
     if flags.html:
         write_compare_page(flags.html, results, checks)
         print(f"saved {flags.html}")
+    if flags.differences:
+        files = [Path(name) for name in flags.detections.split(",")]
+        _write_differences(flags.differences, flags.data, files, results)
+        print(f"saved {flags.differences / 'index.html'}")
     return int(any(is_failed for is_failed, _ in checks))
 
 
@@ -170,7 +177,24 @@ def parse_compare_args(argv: Sequence[str]) -> argparse.Namespace:
         "--plot", type=Path, metavar="FILE", help="plot of miss rate against latency and memory (.svg, .png, .pdf)"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write table, plot and conditions as one HTML file")
+    parser.add_argument(
+        "--differences",
+        type=Path,
+        metavar="DIR",
+        help="write a page on which the images are browsed where the models differ from the first one; requires --data "
+        "and --detections",
+    )
+    parser.add_argument("--data", metavar="DATA", help="dataset of the results, for --differences")
+    parser.add_argument(
+        "--detections",
+        metavar="A,B",
+        help="files of `hkd-bench --save-detections`, for --differences: one per model of all results, in their order",
+    )
     flags = parser.parse_args(argv)
+    if bool(flags.differences) != bool(flags.data) or bool(flags.differences) != bool(flags.detections):
+        raise UsageError("--differences, --data, --detections: expected all of them or none.")
+    if flags.differences and flags.differences.is_file():
+        raise UsageError(f"--differences {flags.differences}: expected a directory, got a file.")
     if flags.plot and flags.plot.suffix not in plots.PLOT_SUFFIXES:
         raise UsageError(f"--plot {flags.plot}: expected a name ending in {', '.join(plots.PLOT_SUFFIXES)}.")
     for flag, path in (("--plot", flags.plot), ("--html", flags.html)):
@@ -310,6 +334,36 @@ def _format_value(condition: FailCondition, model: ModelResult, value: float) ->
 def _describe_images(result: BenchResult) -> str:
     num_gt = result.models[0].num_gt[REASONABLE.name]
     return f"{format_data_name(result.data)} {result.split}, {result.num_images} images with {num_gt} boxes"
+
+
+def _write_differences(output_dir: Path, data: str, files: Sequence[Path], results: Sequence[NamedResult]) -> None:
+    """Write the pages of `write_difference_pages` for all models of all results.
+
+    Args:
+        output_dir: Directory of the pages.
+        data: Dataset of the results.
+        files: Detections of each model.
+        results: The results, on the same images.
+
+    Raises:
+        UsageError: The number of files does not fit, or the results have different images or no threshold.
+    """
+    models = [(named, model) for named in results for model in named.result.models]
+    if len(files) != len(models) or len(models) == 1:
+        raise UsageError(f"--detections: expected {max(2, len(models))} files, one per model, got {len(files)}.")
+    if len({_describe_images(named.result) for named in results}) > 1:
+        raise UsageError("--differences: the results have different images. Measure on the same images.")
+    first = results[0].result
+    samples = load_dataset(data, first.split)[: first.num_images]
+    category_id = find_category_id(data, first.split)
+    compared = []
+    for path, (named, model) in zip(files, models, strict=True):
+        threshold = model.accuracy[0].threshold
+        if threshold is None:
+            raise UsageError(f"--differences: {named.path} has no person of Reasonable. Measure with --data.")
+        name = model.name if len(results) == 1 else f"{model.name} ({named.name})"
+        compared.append(ComparedModel(name, threshold, read_detections(path, samples, category_id)))
+    write_difference_pages(output_dir, format_data_name(data), samples, compared)
 
 
 def make_compare_rows(results: Sequence[NamedResult]) -> tuple[list[str], list[list[str]]]:

@@ -19,8 +19,9 @@ import pycocotools.cocoeval
 import pytest
 import yaml
 
-from hkd_bench.bench import BenchOptions, assign_model_configs, bench, list_detection_files
+from hkd_bench.bench import BenchOptions, assign_model_configs, bench
 from hkd_bench.cli import main
+from hkd_bench.detection_files import list_detection_files
 from hkd_bench.host import read_host_fields
 from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, measure_accuracy, read_result, write_result
