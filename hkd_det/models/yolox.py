@@ -6,7 +6,7 @@ combines class and objectness.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -44,21 +44,27 @@ class YOLOXSpec(ModelSpec):
         width: Multiplier of the channels; the stem has 64 channels at width 1.
         depthwise: Whether 3x3 convolutions are depthwise-separable, as in YOLOX-nano.
         act: Activation. The public weights use silu; hardswish and relu are faster on CPUs.
+        stage_channels: Output channels of the stem, of the four stages of the backbone and of the head, instead of
+            `width`. Empty: `width` times 64, 128, 256, 512, 1024 and 256.
     """
 
     depth: float = 0.33
     width: float = 0.25
     depthwise: bool = True
     act: Activation = "silu"
+    stage_channels: tuple[int, ...] = ()
 
     def can_start_from(self, other: "YOLOXSpec") -> bool:
-        """Return whether the other architecture differs at most in the activation, or is narrower by an integer."""
-        factor = max(1, round(self.width / other.width))
-        return replace(self, act=other.act) == replace(other, width=factor * other.width)
+        """Return whether the other architecture has the same layers, and as many channels, more, or n times fewer."""
+        own, others = self.get_channels(), other.get_channels()
+        is_multiple = own == tuple(own[0] // others[0] * channels for channels in others)
+        is_narrower = all(a <= b for a, b in zip(own, others, strict=True))
+        same_layers = (self.depth, self.depthwise) == (other.depth, other.depthwise)
+        return same_layers and (is_multiple or is_narrower)
 
-    def channels(self, factor: int) -> int:
-        """Return the channels of a layer that has `factor` * 64 channels at width 1."""
-        return int(self.width * 64) * factor
+    def get_channels(self) -> tuple[int, ...]:
+        """Return the output channels of the stem, of the four stages of the backbone and of the head."""
+        return self.stage_channels or tuple(int(self.width * 64) * factor for factor in (1, 2, 4, 8, 16, 4))
 
 
 class ConvNormAct(nn.Module):
@@ -149,22 +155,22 @@ class CSPDarknet(nn.Module):
     def __init__(self, spec: YOLOXSpec) -> None:
         super().__init__()
         num_blocks = max(round(spec.depth * 3), 1)
-        base = spec.channels(1)
-        self.stem = ConvNormAct(3, base, 6, 2, spec.act)  # Focus: 2x2 cells to channels, then a 3x3 convolution
-        self.dark2 = self._make_stage(base, num_blocks, spec)
-        self.dark3 = self._make_stage(2 * base, 3 * num_blocks, spec)
-        self.dark4 = self._make_stage(4 * base, 3 * num_blocks, spec)
+        c1, c2, c3, c4, c5, _ = spec.get_channels()
+        self.stem = ConvNormAct(3, c1, 6, 2, spec.act)  # Focus: 2x2 cells to channels, then a 3x3 convolution
+        self.dark2 = self._make_stage(c1, c2, num_blocks, spec)
+        self.dark3 = self._make_stage(c2, c3, 3 * num_blocks, spec)
+        self.dark4 = self._make_stage(c3, c4, 3 * num_blocks, spec)
         self.dark5 = nn.Sequential(
-            _make_conv3x3(8 * base, 16 * base, 2, spec),
-            SPPBottleneck(16 * base, spec),
-            CSPLayer(16 * base, 16 * base, num_blocks, shortcut=False, spec=spec),
+            _make_conv3x3(c4, c5, 2, spec),
+            SPPBottleneck(c5, spec),
+            CSPLayer(c5, c5, num_blocks, shortcut=False, spec=spec),
         )
 
     @staticmethod
-    def _make_stage(channels: int, num_blocks: int, spec: YOLOXSpec) -> nn.Sequential:
+    def _make_stage(in_channels: int, out_channels: int, num_blocks: int, spec: YOLOXSpec) -> nn.Sequential:
         return nn.Sequential(
-            _make_conv3x3(channels, 2 * channels, 2, spec),
-            CSPLayer(2 * channels, 2 * channels, num_blocks, shortcut=True, spec=spec),
+            _make_conv3x3(in_channels, out_channels, 2, spec),
+            CSPLayer(out_channels, out_channels, num_blocks, shortcut=True, spec=spec),
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -179,7 +185,7 @@ class CSPPAFPN(nn.Module):
 
     def __init__(self, spec: YOLOXSpec) -> None:
         super().__init__()
-        c3, c4, c5 = (spec.channels(factor) for factor in (4, 8, 16))
+        _, _, c3, c4, c5, _ = spec.get_channels()
         num_blocks = round(3 * spec.depth)
         self.lateral_conv0 = ConvNormAct(c5, c4, 1, 1, spec.act)
         self.C3_p4 = CSPLayer(2 * c4, c4, num_blocks, shortcut=False, spec=spec)
@@ -206,8 +212,8 @@ class YOLOXHead(nn.Module):
 
     def __init__(self, spec: YOLOXSpec) -> None:
         super().__init__()
-        width = spec.channels(4)
-        self.stems = nn.ModuleList(ConvNormAct(spec.channels(f), width, 1, 1, spec.act) for f in (4, 8, 16))
+        _, _, *level_channels, width = spec.get_channels()
+        self.stems = nn.ModuleList(ConvNormAct(channels, width, 1, 1, spec.act) for channels in level_channels)
         self.cls_convs = nn.ModuleList(_make_tower(width, spec) for _ in STRIDES)
         self.reg_convs = nn.ModuleList(_make_tower(width, spec) for _ in STRIDES)
         self.cls_preds = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in STRIDES)
@@ -295,8 +301,8 @@ class YOLOX(DenseDetector):
         """Return the output layers of the neck, fine to coarse."""
         names = ("neck.C3_p3", "neck.C3_n3", "neck.C3_n4")
         return [
-            FeatureInfo(name, stride, self.spec.channels(factor))
-            for name, stride, factor in zip(names, STRIDES, (4, 8, 16), strict=True)
+            FeatureInfo(name, stride, channels)
+            for name, stride, channels in zip(names, STRIDES, self.spec.get_channels()[2:5], strict=True)
         ]
 
     def prunable_layers(self) -> list[PrunableLayer]:

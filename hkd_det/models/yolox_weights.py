@@ -20,10 +20,12 @@ from hkd_det.errors import DataError
 from hkd_det.models.feature_layers import observe_calls
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.yolox import YOLOX, YOLOXSpec
+from hkd_det.models.yolox_narrow import narrow_yolox
 
 FOCUS_CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))  # (row, column) of the four groups of three channels
 PERSON_CLASS_ID = 0
 NUM_STATISTICS_IMAGES = 192
+NUM_FIT_IMAGES = 64  # of a narrower network; all their features are in memory at once
 STEM_SCALE = 256.0
 DEPTHS = (0.33, 0.67, 1.0, 1.33)
 ARCHITECTURE_KEY = "hkd.architecture"  # metadata of hkd-export
@@ -76,6 +78,7 @@ def prepare_yolox(source: YOLOX, spec: YOLOXSpec, iterate_images: Callable[[int]
 
     With the architecture of the file, the outputs do not change. With another activation, the weights stay the same,
     and the statistics are estimated again. With a multiple of the width, channels are copied (`widen_yolox`).
+    With fewer channels, they are selected, and the weights are fitted (`narrow_yolox`).
 
     Args:
         source: Detector of `load_yolox`, on the CPU. It is modified.
@@ -88,14 +91,17 @@ def prepare_yolox(source: YOLOX, spec: YOLOXSpec, iterate_images: Callable[[int]
     _scale_stem(source)
     batches = list(_take_images(iterate_images(NUM_STATISTICS_IMAGES)))
     restore_batch_norm(source, batches)
-    if (factor := round(spec.width / source.spec.width)) > 1:
+    if (factor := spec.get_channels()[0] // source.spec.get_channels()[0]) > 1:
         source = widen_yolox(source, factor)
-    if spec.act == source.spec.act:
-        return source
-    detector = YOLOX(replace(source.spec, act=spec.act), source.changes)
-    detector.load_state_dict(source.state_dict())
-    update_bn_stats(detector, batches)
-    return detector.eval()
+    if spec.act != source.spec.act:
+        detector = YOLOX(replace(source.spec, act=spec.act), source.changes).eval()
+        detector.load_state_dict(source.state_dict())
+        update_bn_stats(detector, batches)
+        source = detector
+    if spec.get_channels() != source.spec.get_channels():
+        source = narrow_yolox(source, spec, torch.cat(batches)[:NUM_FIT_IMAGES])
+        restore_batch_norm(source, batches)
+    return source
 
 
 @torch.no_grad()

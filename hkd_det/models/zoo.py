@@ -36,6 +36,7 @@ MODELS: dict[str, ModelSpec] = {
     "yolox-nano": YOLOXSpec(),
     "yolox-nano-hswish": YOLOXSpec(act="hardswish"),
     "yolox-nano-relu": YOLOXSpec(act="relu"),
+    "yolox-pico-hswish": YOLOXSpec(act="hardswish", stage_channels=(16, 16, 32, 96, 160, 32)),
     "yolox-nano-x2": YOLOXSpec(width=0.5, act="hardswish"),
     "yolox-nano-x3": YOLOXSpec(width=0.75),
     "yolox-tiny": YOLOXSpec(width=0.375, depthwise=False),

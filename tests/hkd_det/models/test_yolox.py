@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from hkd_det.errors import DataError
 from hkd_det.models.surgery import ModelChanges
 from hkd_det.models.yolox import YOLOX, YOLOXSpec, decode_boxes
+from hkd_det.models.yolox_narrow import narrow_yolox, select_columns
 from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox, update_bn_stats, widen_yolox
 from hkd_det.models.zoo import MODELS, build_student, read_model_name
 
@@ -176,6 +178,42 @@ def test_wide_network_computes_the_same_function(depthwise: bool) -> None:
     assert counts[1] > 6 * counts[0]
 
 
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_narrow_network_without_the_copies_of_a_wide_one_computes_the_same_function(depthwise: bool) -> None:
+    torch.manual_seed(0)
+    source = YOLOX(YOLOXSpec(width=0.125, depthwise=depthwise))
+    update_bn_stats(source, [IMAGES])
+    wide = widen_yolox(source.eval(), 2, noise=0.0)
+    narrow = narrow_yolox(wide, source.spec, IMAGES)
+    with torch.no_grad():
+        expected, actual = source(IMAGES).one2many, narrow(IMAGES).one2many
+    torch.testing.assert_close(actual.logits, expected.logits, atol=2e-2, rtol=1e-3)
+    torch.testing.assert_close(actual.boxes_xyxy, expected.boxes_xyxy, atol=1.0, rtol=1e-2)
+
+
+def test_fitted_weights_are_better_than_sliced_ones() -> None:
+    source = make_tiny()
+    spec = replace(source.spec, stage_channels=(8, 12, 24, 48, 96, 24))
+    narrow = narrow_yolox(source, spec, IMAGES)
+    with torch.no_grad():
+        expected, actual = source(IMAGES).one2many.logits, narrow(IMAGES).one2many.logits
+    assert (actual - expected).square().mean() < 0.5 * expected.var()
+
+
+def test_selected_columns_predict_the_others() -> None:
+    lengths = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0], dtype=torch.float64)
+    orthogonal = lengths.diag()
+    copied = torch.cat([orthogonal, 2 * orthogonal[:, 1:2], orthogonal[:, 3:4] + orthogonal[:, 4:]], 1)
+    gram = copied.T @ copied
+    same_weight = torch.eye(7, dtype=torch.float64)
+    assert select_columns(gram, same_weight, 1).tolist() == [5]  # the longest column; column 1 is half of it
+    first, *others = select_columns(gram, same_weight, 3).tolist()
+    assert others == [5, 6] and first in {3, 4}  # 6 is the sum of 3 and 4: one of them predicts the other
+    only_third = torch.zeros(7, 7, dtype=torch.float64)
+    only_third[2, 2] = 1.0
+    assert select_columns(gram, only_third, 1).tolist() == [2]  # the only column that matters for the outputs
+
+
 def test_copies_of_a_channel_differ_after_training_noise() -> None:
     torch.manual_seed(0)
     wide = widen_yolox(make_tiny(), 2)
@@ -189,12 +227,15 @@ def test_specs_that_can_start_from_each_other() -> None:
     for name, expected in (
         ("yolox-nano-relu", True),
         ("yolox-nano-x3", True),
+        ("yolox-pico-hswish", True),
         ("yolox-s", False),
         ("yolox-tiny", False),
     ):
         spec = MODELS[name]
         assert isinstance(spec, YOLOXSpec) and spec.can_start_from(nano) == expected
-    assert not nano.can_start_from(YOLOXSpec(width=0.5))
+    assert nano.can_start_from(YOLOXSpec(width=0.5))
+    assert not nano.can_start_from(YOLOXSpec(width=0.1875)), "4 / 3 of the channels are no copies"
+    assert not nano.can_start_from(YOLOXSpec(width=0.5, depth=0.67))
 
 
 def test_decode_boxes_of_known_values() -> None:
