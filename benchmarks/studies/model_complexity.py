@@ -15,4 +15,4 @@ if __name__ == "__main__":
             channels = getattr(spec, "stage_channels", None)
         widths = f", widths {'-'.join(map(str, channels))}" if channels else ""
         num_params, flops = complexity.num_params / 1e6, complexity.flops / 1e9
-        print(f"| `{name}` | {values['backbone']}{widths} | {num_params:.2f} M | {flops:.1f} |")
+        print(f"| `{name}` | {values.get('backbone', values['family'])}{widths} | {num_params:.2f} M | {flops:.1f} |")

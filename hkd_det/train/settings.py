@@ -23,7 +23,8 @@ from hkd_det.train.config import TrainConfig
 
 MODEL_NAMES = (
     "teacher-r50", "student-r18", "mini-teacher", "mini-student", "slim-student", "yolox-nano", "yolox-nano-hswish",
-    "yolox-nano-relu", "yolox-nano-x2", "yolox-nano-x3", "yolox-tiny", "yolox-s", "fasterrcnn-r50", "fasterrcnn-r18",
+    "yolox-nano-relu", "yolox-pico-hswish", "yolox-nano-x2", "yolox-nano-x3", "yolox-tiny", "yolox-s", "fasterrcnn-r50",
+    "fasterrcnn-r18",
 )  # fmt: skip
 SETTING_FLAGS = (
     "data", "model", "weights", "teacher", "teacher_config", "unlabeled", "epochs", "patience", "batch", "backbone",
