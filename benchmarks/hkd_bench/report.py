@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from hkd_bench import plots
 from hkd_bench.device_state import RunConditions
-from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
+from hkd_bench.latency import confidence_bound_ms
+from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.sweep_plot import plot_sweep
 from hkd_bench.table import (
     CAMERA_HEADERS,

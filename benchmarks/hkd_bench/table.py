@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hkd_bench.device_state import format_other_load
-from hkd_bench.result import BenchResult, ModelResult, confidence_bound_ms
+from hkd_bench.latency import confidence_bound_ms
+from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.scoring import ScoreTable
 from hkd_deploy.model_metadata import MIN_DYNAMIC_SIDE
 from hkd_det.console import format_table

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hkd_bench.result import confidence_bound_ms, summarize_latency
+from hkd_bench.latency import confidence_bound_ms, summarize_latency
 
 
 @given(st.lists(st.floats(0.1, 1e4), min_size=1, max_size=200))
