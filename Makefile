@@ -56,7 +56,7 @@ $(READY): requirements.lock pyproject.toml
 
 lock: $(READY)  ## write requirements.lock and deploy/desktop/cpu.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
-		--extra cpu --extra openvino --extra tensorrt --extra bench --extra nvml --extra heic --extra live --extra track --extra mqtt --extra metrics --extra web --extra quant --extra train --extra cluster --extra yolo \
+		--extra cpu --extra openvino --extra tensorrt --extra bench --extra nvml --extra loadgen --extra heic --extra live --extra track --extra mqtt --extra metrics --extra web --extra quant --extra train --extra cluster --extra yolo \
 		--group dev --group docs pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --constraint requirements.lock \
 		--extra cpu --extra bench --extra live --extra track --extra mqtt --extra metrics --extra web pyproject.toml -o deploy/desktop/cpu.lock

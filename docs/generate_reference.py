@@ -23,6 +23,7 @@ from hkd_bench.device_state import DeviceState, RunConditions
 from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, StoredCurve
+from hkd_bench.scenarios import ScenarioResult
 from hkd_det.distill import METHODS, load_method
 from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
 
@@ -124,6 +125,7 @@ def format_bench_schema() -> str:
         EnergyResult,
         RunConditions,
         PowerSource,
+        ScenarioResult,
         DeviceState,
         CameraResult,
         CameraPoint,

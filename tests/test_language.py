@@ -24,7 +24,7 @@ FORBIDDEN_WORDS = (
 FORBIDDEN_PATTERN = re.compile(rf"(?<![a-z])({FORBIDDEN_WORDS})(?![a-z])", re.IGNORECASE)
 RESULT_SECTION = re.compile(r"^\s*(Returns|Yields):", re.MULTILINE)
 MIN_DOCUMENTED_RATIO = 0.9
-MAX_MODULES = 190  # a feature that needs more modules raises it with a reason; the layout began with 150
+MAX_MODULES = 210  # a feature that needs more modules raises it with a reason; the layout began with 150
 MAX_SHORT_MODULES, SHORT_MODULE_LINES = 15, 40
 # Interfaces of plug-ins: several modules define them with the same signature, and the caller selects a module.
 PLUGIN_INTERFACES = {"main", "evaluate", "add_arguments"}

@@ -4,13 +4,10 @@ A round measures every model once, and the next round starts with another model.
 then slows down all models alike.
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from time import sleep
@@ -18,7 +15,7 @@ from time import sleep
 import numpy as np
 
 from hkd_bench.cameras import CameraResult
-from hkd_bench.detection_files import list_detection_files, write_detections
+from hkd_bench.detection_files import list_detection_files, make_file_stems, write_detections
 from hkd_bench.device_state import (
     STATE_INTERVAL_S,
     DeviceState,
@@ -40,8 +37,10 @@ from hkd_bench.energy import (
 )
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, measure_accuracy
+from hkd_bench.scenarios import LOADGEN_SCENARIOS, ScenarioResult, ScenarioSettings, check_scenarios
 from hkd_bench.sweep import list_sweep_sizes
-from hkd_bench.worker import ERROR_CLASSES, WorkerJob, WorkerResult, read_detections_npz
+from hkd_bench.worker import WorkerJob, WorkerResult, read_detections_npz
+from hkd_bench.worker_process import run_worker
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.external import hash_model_files, is_external_model
 from hkd_deploy.trt.engine_info import read_engine_info
@@ -49,12 +48,8 @@ from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.letterbox import format_imgsz
-<<<<<<< HEAD
-from hkd_det.metrics.coco_files import PERSON_CATEGORY_ID, CocoId, write_coco_detections
-from hkd_det.onnxrt.openvino import list_model_files
-=======
 from hkd_det.metrics.coco_files import CocoId
->>>>>>> 550f348 (bench: add --differences, a page of the images where two models differ)
+from hkd_det.onnxrt.openvino import list_model_files
 from hkd_det.structures import Detections, Sample
 
 
@@ -92,6 +87,9 @@ class BenchOptions:
         imgsz_sweep: Widths in pixels of the inputs at which each model is measured; all models have a dynamic size.
             Empty for the size of the file.
         cameras_fps: Frames per second of each camera if the number of cameras is searched; None otherwise.
+        scenarios: Names of the scenarios that are measured after all rounds, see `hkd_bench.scenarios`.
+        scenario_settings: Rate, limit and minimum numbers of the scenarios.
+        scenario_logs: Directory of LoadGen's logs, required by its scenarios; they are in DIR/MODEL/SCENARIO.
     """
 
     device: str = "cpu"
@@ -118,6 +116,9 @@ class BenchOptions:
     require_quiet: bool = False
     imgsz_sweep: tuple[int, ...] = ()
     cameras_fps: float | None = None
+    scenarios: tuple[str, ...] = ()
+    scenario_settings: ScenarioSettings = field(default_factory=ScenarioSettings)
+    scenario_logs: Path | None = None
 
     @property
     def evaluates_images(self) -> bool:
@@ -206,7 +207,14 @@ def bench(
         warmup=options.warmup,
         warmup_s=options.warmup_s,
         models=tuple(
-            _make_model_result(entry, rounds, accuracy, energies[entry.name], measured.summarize_conditions(index))
+            _make_model_result(
+                entry,
+                rounds,
+                accuracy,
+                energies[entry.name],
+                measured.summarize_conditions(index),
+                measured.mark_scenarios(index),
+            )
             for index, (entry, rounds, accuracy) in enumerate(zip(entries, results, accuracies, strict=True))
         ),
         power=power,
@@ -227,6 +235,8 @@ class _Measurements:
         other_cpus: CPUs that other processes used in each round; None if it cannot be measured.
         states: Unix time in seconds and state of the device, of the whole measurement.
         meter: Power samples; None if energy was not requested.
+        scenarios: Results of each scenario.
+        scenario_cpus: CPUs that other processes used in each scenario.
     """
 
     device: str
@@ -235,6 +245,8 @@ class _Measurements:
     other_cpus: list[list[float | None]]
     states: list[tuple[float, DeviceState]] = field(default_factory=list)
     meter: EnergyMeter | None = None
+    scenarios: list[list[ScenarioResult]] = field(default_factory=list)
+    scenario_cpus: list[list[float | None]] = field(default_factory=list)
 
     def compute_energies(self, entries: Sequence[BenchEntry]) -> tuple[PowerSource, dict[str, EnergyResult]]:
         """Return the power sensors and the energy of each model, by name."""
@@ -253,6 +265,15 @@ class _Measurements:
         known = [value for value in self.other_cpus[index] if value is not None]
         other_cpus = sum(known) / len(known) if known else None
         return summarize_conditions(self.states, windows, other_cpus, self.device)
+
+    def mark_scenarios(self, index: int) -> tuple[ScenarioResult, ...]:
+        """Return the scenarios of one model with what makes them incomparable."""
+        if not self.scenarios:
+            return ()
+        return tuple(
+            replace(one, marks=summarize_conditions(self.states, [one.window], other_cpus, self.device).marks)
+            for one, other_cpus in zip(self.scenarios[index], self.scenario_cpus[index], strict=True)
+        )
 
 
 def _measure_rounds(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> _Measurements:
@@ -280,7 +301,7 @@ def _measure_rounds(entries: Sequence[BenchEntry], samples: Sequence[Sample], op
                 energy = f", measure energy {job.energy_s:g} s" if job.energy_s else ""
                 log_stage(f"{progress.label}: measure latency{energy}{images}")
                 load = OtherLoadMeter()
-                measured.results[index].append(_run_worker(job, Path(work_dir), progress))
+                measured.results[index].append(run_worker(job, Path(work_dir), progress))
                 measured.other_cpus[index].append(load.read())
                 if job.eval_images:
                     measured.detections[index] = read_detections_npz(Path(job.detections_npz))
@@ -288,8 +309,39 @@ def _measure_rounds(entries: Sequence[BenchEntry], samples: Sequence[Sample], op
             log_stage(f"measure idle power, {options.idle_s:g} s")
             sleep(options.idle_s / 2)  # a GPU keeps its clock for some seconds after the last frame
             meter.idle_after = meter.measure_idle(options.idle_s)
+        _measure_scenarios(measured, entries, samples, options, Path(work_dir), progress)
     measured.states, measured.meter = states.samples, meter
     return measured
+
+
+def _measure_scenarios(
+    measured: _Measurements,
+    entries: Sequence[BenchEntry],
+    samples: Sequence[Sample],
+    options: BenchOptions,
+    work_dir: Path,
+    progress: Progress,
+) -> None:
+    """Measure each scenario of each model in a process of its own."""
+    if not options.scenarios:
+        return
+    folders = make_file_stems([entry.name for entry in entries])
+    for entry, folder in zip(entries, folders, strict=True):
+        measured.scenarios.append([])
+        measured.scenario_cpus.append([])
+        for scenario in options.scenarios:
+            progress.set_label(f"{scenario} {entry.name}")
+            log_stage(f"{progress.label}: at least {options.scenario_settings.min_duration_s:g} s")
+            job = replace(
+                _make_untimed_job(entry, samples, options, work_dir),
+                scenario=scenario,
+                scenario_settings=options.scenario_settings,
+                log_dir=str(options.scenario_logs / folder / scenario) if options.scenario_logs else "",
+            )
+            load = OtherLoadMeter()
+            result = run_worker(job, work_dir, progress)
+            measured.scenario_cpus[-1].append(load.read())
+            measured.scenarios[-1].append(dataclass_from_dict(ScenarioResult, result.scenario))
 
 
 def _require_quiet(reader: DeviceStateReader) -> None:
@@ -310,6 +362,9 @@ def _check_options(models: Sequence[Path], samples: Sequence[Sample], options: B
         raise UsageError("--differences: requires annotations. Use --data instead of --images.")
     for name in ("runs", "rounds", "stage_runs", "max_timed_images"):
         check_range(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_scenarios(options.scenarios, options.scenario_settings)
+    if set(options.scenarios) & set(LOADGEN_SCENARIOS) and options.scenario_logs is None:
+        raise UsageError("--scenario-logs: expected a directory for LoadGen's logs. Set it, or --json.")
     if options.power_csv:
         read_power_log(options.power_csv)  # an invalid file is an error before the measurement
     if options.runs < options.rounds:
@@ -427,41 +482,17 @@ def _make_job(
     )
 
 
+def _make_untimed_job(entry: BenchEntry, samples: Sequence[Sample], options: BenchOptions, work_dir: Path) -> WorkerJob:
+    """Build a job that only opens and warms up the model, for a measurement after the rounds."""
+    job = _make_job(entry, samples, options, 0, work_dir, has_sensors=False)
+    return replace(job, runs=0, stage_runs=0, eval_images=(), cameras_fps=None)
+
+
 def _make_progress(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> Progress:
     num_eval_images = len(samples) if options.evaluates_images else 0
     runs_per_entry = options.runs + options.rounds * (options.warmup + options.stage_runs) + num_eval_images
+    runs_per_entry += len(options.scenarios) * options.warmup
     return Progress(len(entries) * runs_per_entry, "measure", "run")
-
-
-def _run_worker(job: WorkerJob, work_dir: Path, progress: Progress) -> WorkerResult:
-    """Run one worker process and raise its `HkdError`, if any."""
-    job_path, out_path, log_path = work_dir / "job.json", work_dir / "out.json", work_dir / "worker.log"
-    job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    out_path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "hkd_bench.worker", str(job_path), str(out_path)]
-    with log_path.open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as worker:
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                progress.update(int(line) if line.strip().isdigit() else 0)  # libraries may print other lines
-        except BaseException:
-            worker.kill()
-            raise
-    if not out_path.exists():
-        raise UnavailableError(_format_worker_error(job.model, worker.returncode, log_path))
-    content = json.loads(out_path.read_text(encoding="utf-8"))
-    if "error" in content:
-        raise ERROR_CLASSES[content["error"]](content["message"])
-    return WorkerResult(**content["result"])
-
-
-def _format_worker_error(model: str, returncode: int, log_path: Path) -> str:
-    """Describe why a worker process ended without a result."""
-    lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if returncode == -9:
-        return f"{model}: the worker process was killed (signal 9), probably for lack of memory. Close other programs."
-    reason = lines[-1].removesuffix(".") if lines else "no message"
-    return f"{model}: the worker process ended with exit code {returncode}: {reason}. Check the model with hkd-demo."
 
 
 def _make_model_result(
@@ -470,6 +501,7 @@ def _make_model_result(
     accuracy: tuple[AccuracyResult, ...],
     energy: EnergyResult,
     conditions: RunConditions,
+    scenarios: tuple[ScenarioResult, ...],
 ) -> ModelResult:
     cameras = rounds[-1].cameras
     first, largest = rounds[0], max(rounds, key=lambda result: result.peak_memory_mib)
@@ -496,5 +528,6 @@ def _make_model_result(
         gpu_memory_mib=max((one.gpu_memory_mib for one in rounds if one.gpu_memory_mib is not None), default=None),
         gpu_memory_reason=first.gpu_memory_reason,
         cameras=dataclass_from_dict(CameraResult, cameras) if cameras else None,
+        scenarios=scenarios,
         context_mib=read_engine_info(entry.path).context_mib if entry.backend == "tensorrt" else None,
     )

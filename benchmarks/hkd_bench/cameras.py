@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAX_CAMERAS = 1024
 MIN_SECONDS = 3.0  # of one measurement
@@ -118,8 +119,39 @@ def measure_cameras(
     Returns:
         The measurement. Frame i is one of camera i mod `cameras` and arrives after i / (`cameras` * `fps`) seconds.
     """
+    num_frames = max(MIN_FRAMES, MIN_PERIODS * cameras, ceil(MIN_SECONDS * cameras * fps))
+    responses_ms = run_frames(detect, cameras, fps, batch, num_frames, clock, sleep)
+    p50, p99 = np.percentile(responses_ms, (50, 99), method="higher")
+    dropped = float(np.isinf(responses_ms).mean())
+    p50_ms, p99_ms = (float(value) if np.isfinite(value) else None for value in (p50, p99))
+    return CameraPoint(cameras, p50_ms, p99_ms, dropped)
+
+
+def run_frames(
+    detect: Callable[[Sequence[int]], object],
+    cameras: int,
+    fps: float,
+    batch: int,
+    num_frames: int,
+    clock: Callable[[], float],
+    sleep: Callable[[float], object],
+) -> NDArray[np.float64]:
+    """Run a detector on frames that arrive at a fixed interval.
+
+    Args:
+        detect: Function that detects in the frames with the given numbers.
+        cameras: Number of cameras. Frame i is one of camera i mod `cameras`.
+        fps: Frames per second of each camera.
+        batch: Largest number of frames in one call.
+        num_frames: Number of frames of all cameras.
+        clock: Time in seconds.
+        sleep: Function that waits for a number of seconds.
+
+    Returns:
+        responses_ms (float64[num_frames]): Time from the arrival of each frame to its boxes in milliseconds, infinite
+            for a dropped frame.
+    """
     interval_s = 1 / (cameras * fps)
-    num_frames = max(MIN_FRAMES, MIN_PERIODS * cameras, ceil(MIN_SECONDS / interval_s))
     responses_ms = np.full(num_frames, inf)
     waiting: deque[int] = deque()
     start_s, arrived = clock(), 0
@@ -137,7 +169,4 @@ def measure_cameras(
         detect(frames)
         done_s = clock() - start_s
         responses_ms[frames] = [1e3 * (done_s - frame * interval_s) for frame in frames]
-    p50, p99 = np.percentile(responses_ms, (50, 99), method="higher")
-    dropped = float(np.isinf(responses_ms).mean())
-    p50_ms, p99_ms = (float(value) if np.isfinite(value) else None for value in (p50, p99))
-    return CameraPoint(cameras, p50_ms, p99_ms, dropped)
+    return responses_ms

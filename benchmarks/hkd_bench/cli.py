@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hkd_bench import scenarios
 from hkd_deploy import open_detector
 from hkd_deploy.backends import BACKENDS
 from hkd_deploy.streams.sources import list_images
 from hkd_det import __version__
-from hkd_det.config import check_range
+from hkd_det.config import check_range, parse_duration_s
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.datasets.data_yaml import SPLITS
 from hkd_det.errors import BENCH_INSTALL_HINT, UnavailableError, UsageError, run_command
@@ -71,7 +72,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
     Raises:
         HkdError: A flag, a model or the dataset is invalid.
     """
-    from hkd_bench import bench, detection_files, report, result, sweep, table  # noqa: PLC0415  # import packages of the extra
+    from hkd_bench import bench, detection_files, report, result, scenario_table, sweep, table  # noqa: PLC0415  # import packages of the extra
 
     args = argv or []
     flags = parse_bench_args(args)
@@ -103,6 +104,9 @@ def run_bench(argv: Sequence[str] | None) -> int:
         require_quiet=flags.require_quiet,
         imgsz_sweep=imgsz_sweep,
         cameras_fps=flags.cameras,
+        scenarios=flags.scenario,
+        scenario_settings=flags.scenario_settings,
+        scenario_logs=flags.scenario_logs or (flags.json and flags.json.with_name(f"{flags.json.stem}-loadgen")),
     )
     given_names = flags.names.split(",") if flags.names else None
     measured = bench.bench(flags.models, samples, options, given_names, other_ground_truths)
@@ -131,6 +135,12 @@ def run_bench(argv: Sequence[str] | None) -> int:
         print(f"saved {flags.html}")
     if flags.require_quiet:
         check_marks(measured.models)
+    invalid = scenario_table.list_invalid_scenarios(measured.models)
+    if invalid:
+        raise UnavailableError(
+            f"--scenario: invalid: {'. '.join(invalid)}. Set a longer --min-duration, more --min-queries or a lower "
+            "--target-qps."
+        )
     return 0
 
 
@@ -247,6 +257,7 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         help="fail (exit code 1) if the machine is not quiet: before the measurement for other load and throttling, "
         "after it also for changed clocks",
     )
+    _add_scenario_flags(parser)
     parser.add_argument("--names", metavar="A,B", help="names of the models (default: the file names)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics and latency samples")
     parser.add_argument(
@@ -265,10 +276,59 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one self-contained HTML file")
     flags = parser.parse_args(argv)
+    flags.scenario = scenarios.parse_scenarios(flags.scenario) if flags.scenario else ()
+    flags.scenario_settings = scenarios.ScenarioSettings(
+        flags.target_qps,
+        flags.target_latency,
+        parse_duration_s("--min-duration", flags.min_duration),
+        flags.min_queries,
+    )
     if not flags.list_models:
         _check_bench_args(flags)
     flags.models = [resolve_model(model) for model in flags.models]
     return flags
+
+
+def _add_scenario_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scenario",
+        metavar="A,B",
+        help="measure load scenarios after the other measurements: single-stream, multi-stream, server, offline "
+        "(MLPerf LoadGen, requires the extra `loadgen`), paced (frames of one camera); exit code 1 if a result is "
+        "invalid",
+    )
+    parser.add_argument(
+        "--target-qps",
+        type=float,
+        metavar="RATE",
+        help="server: queries per second, Poisson-distributed; paced: frames per second",
+    )
+    parser.add_argument(
+        "--target-latency",
+        type=float,
+        metavar="MS",
+        default=scenarios.TARGET_LATENCY_MS,
+        help="server: limit of the 99th percentile in ms (default: %(default)s); that of paced is the period",
+    )
+    parser.add_argument(
+        "--min-duration",
+        metavar="TIME",
+        default=f"{scenarios.MIN_DURATION_S:g}s",
+        help="minimum duration of each scenario, such as 60s or 10m (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-queries",
+        type=int,
+        metavar="N",
+        help="minimum number of queries of each scenario, of offline that of images (default: what the early-stopping "
+        "rule needs: 64 for single-stream, 662 for multi-stream, server and paced; 1 for offline)",
+    )
+    parser.add_argument(
+        "--scenario-logs",
+        type=Path,
+        metavar="DIR",
+        help="directory for LoadGen's logs, DIR/MODEL/SCENARIO/mlperf_log_*.txt (default: JSON-loadgen next to --json)",
+    )
 
 
 def _check_bench_args(flags: argparse.Namespace) -> None:
@@ -284,6 +344,7 @@ def _check_bench_args(flags: argparse.Namespace) -> None:
         check_range("--cameras", flags.cameras, 0.1, 1000)
     if flags.max_images is not None:
         check_range("--max-images", flags.max_images, 1)
+    scenarios.check_scenarios(flags.scenario, flags.scenario_settings)
     if flags.power_csv and not flags.power_csv.is_file():
         raise UsageError(f"--power-csv {flags.power_csv}: no such file. Start the meter's program first.")
     for flag, path in (

@@ -32,10 +32,19 @@ def list_detection_files(path: Path, names: Sequence[str]) -> list[Path]:
     """
     if len(names) == 1:
         return [path]
+    return [path.with_name(f"{path.stem}-{stem}{path.suffix}") for stem in make_file_stems(names)]
+
+
+def make_file_stems(names: Sequence[str]) -> list[str]:
+    """Return a unique file name without suffix for each model.
+
+    Args:
+        names: Names of the models.
+    """
     stems = [re.sub(r"[^\w.-]+", "_", name) for name in names]
     if len(set(stems)) < len(stems):
         stems = [f"{index}-{stem}" for index, stem in enumerate(stems, 1)]
-    return [path.with_name(f"{path.stem}-{stem}{path.suffix}") for stem in stems]
+    return stems
 
 
 def find_category_id(data: str, split: str) -> CocoId | None:

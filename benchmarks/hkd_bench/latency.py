@@ -82,3 +82,17 @@ def confidence_bound_ms(samples_ms: Sequence[float], percentile: float, confiden
     if not len(allowed):
         return None
     return float(np.sort(np.asarray(samples_ms, np.float64))[num_samples - int(allowed[-1])])
+
+
+def is_percentile_met(num_late: int, num_samples: int, percentile: float, confidence: float = 0.99) -> bool:
+    """Return whether a percentile of the latency is below its limit, by MLPerf's early-stopping rule for Server.
+
+    It is if BinomCDF(num_late; num_samples, 1 - p) <= 1 - confidence: without late samples from 459 samples for p99.
+
+    Args:
+        num_late: Number of samples above the limit.
+        num_samples: Number of samples.
+        percentile: Greater than 0 and less than 100.
+        confidence: Probability that the true percentile is below the limit, 0 to 1.
+    """
+    return bool(binom.cdf(num_late, num_samples, 1 - percentile / 100) <= 1 - confidence)

@@ -15,6 +15,7 @@ from hkd_bench import plots
 from hkd_bench.device_state import RunConditions
 from hkd_bench.latency import confidence_bound_ms
 from hkd_bench.result import BenchResult, ModelResult
+from hkd_bench.scenario_table import SCENARIO_HEADERS, make_scenario_rows
 from hkd_bench.sweep_plot import plot_sweep
 from hkd_bench.table import (
     CAMERA_HEADERS,
@@ -233,6 +234,8 @@ def render_html(
         ],
         camera_headers=CAMERA_HEADERS,
         camera_rows=make_camera_rows(result),
+        scenario_headers=SCENARIO_HEADERS,
+        scenario_rows=make_scenario_rows(result),
         state_rows=make_state_rows(result),
         missing_state=_list_missing_state(result),
         names=[format_model_name(model) for model in result.models],

@@ -14,6 +14,7 @@ from hkd_bench.device_state import DeviceState, RunConditions
 from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
 from hkd_bench.latency import LatencySummary, summarize_latency
+from hkd_bench.scenarios import ScenarioResult
 from hkd_deploy.precision.report import compute_recall
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError, first_error_line
@@ -30,8 +31,8 @@ from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
 from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
 from hkd_det.structures import Detections, Sample
 
-SCHEMA_VERSION = 4
-READABLE_SCHEMAS = (3, 4)  # 4 adds energy, device state and GPU memory
+SCHEMA_VERSION = 5
+READABLE_SCHEMAS = (3, 4, 5)  # 4 adds energy, device state and GPU memory; 5 adds scenarios
 MAX_CURVE_POINTS = 2000
 
 
@@ -145,6 +146,7 @@ class ModelResult:
         context_mib: GPU memory of activations and workspace in MiB, as TensorRT states it at the build of the engine.
             None for other runtimes, which do not state it.
         cameras: Number of cameras that the model holds; None if it was not searched.
+        scenarios: Results of the load scenarios, in the order of `--scenario`.
     """
 
     name: str
@@ -169,6 +171,7 @@ class ModelResult:
     gpu_memory_reason: str = "not measured"
     context_mib: float | None = None
     cameras: CameraResult | None = None
+    scenarios: tuple[ScenarioResult, ...] = ()
 
     @property
     def miss_rates(self) -> dict[str, float | None]:
@@ -326,7 +329,7 @@ def read_result(path: Path) -> BenchResult:
     if schema not in READABLE_SCHEMAS:
         is_newer = isinstance(schema, int) and schema > SCHEMA_VERSION
         hint = "Update hkd-det." if is_newer else "Measure again with hkd-bench --json."
-        expected = " or ".join(map(str, READABLE_SCHEMAS))
+        expected = f"{', '.join(map(str, READABLE_SCHEMAS[:-1]))} or {SCHEMA_VERSION}"
         raise DataError(f"{path}: expected a result of hkd-bench with schema {expected}, got {schema}. {hint}")
     try:
         return dataclass_from_dict(BenchResult, content)

@@ -7,6 +7,7 @@ from pathlib import Path
 from hkd_bench.device_state import format_other_load
 from hkd_bench.latency import confidence_bound_ms
 from hkd_bench.result import BenchResult, ModelResult
+from hkd_bench.scenario_table import SCENARIO_HEADERS, format_scenario_notes, make_scenario_rows
 from hkd_bench.scoring import ScoreTable
 from hkd_deploy.model_metadata import MIN_DYNAMIC_SIDE
 from hkd_det.console import format_table
@@ -120,6 +121,9 @@ def format_text_table(result: BenchResult) -> str:
     cameras = make_camera_rows(result)
     if cameras:
         parts += [format_table(cameras, CAMERA_HEADERS), ""]
+    scenarios = make_scenario_rows(result)
+    if scenarios:
+        parts += [format_table(scenarios, SCENARIO_HEADERS), ""]
     return "\n".join([*parts, *make_notes(result)])
 
 
@@ -277,6 +281,7 @@ def make_notes(result: BenchResult) -> list[str]:
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_padded_sizes(result),
         *_format_cameras(result),
+        *format_scenario_notes(result),
         *_format_bounds(result),
         *_format_energy(result),
         *_format_gpu_memory(result),

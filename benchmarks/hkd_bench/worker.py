@@ -10,9 +10,9 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
@@ -23,7 +23,9 @@ import psutil
 from numpy.typing import NDArray
 
 from hkd_bench.cameras import search_cameras
+from hkd_bench.scenarios import PACED, ScenarioSettings, measure_paced
 from hkd_deploy import Detector, open_detector
+from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text
 from hkd_det.image import read_image
@@ -59,6 +61,9 @@ class WorkerJob:
         energy_s: Duration of further runs without pauses whose energy is measured, in seconds; 0 for none.
         imgsz_hw: Input size in pixels of a model with a dynamic size; None for that of its export.
         cameras_fps: Frames per second of each camera if the number of cameras is searched; None otherwise.
+        scenario: Name of a scenario that is measured; empty for none.
+        scenario_settings: Settings of the scenario.
+        log_dir: Directory of LoadGen's logs.
     """
 
     model: str
@@ -76,6 +81,9 @@ class WorkerJob:
     energy_s: float = 0.0
     imgsz_hw: tuple[int, int] | None = None
     cameras_fps: float | None = None
+    scenario: str = ""
+    scenario_settings: ScenarioSettings = field(default_factory=ScenarioSettings)
+    log_dir: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class WorkerResult:
         gpu_memory_mib: GPU memory of this process after timing, in MiB; None if it was not measured.
         gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
         cameras: Number of cameras with the fields of `CameraResult`; None if it was not searched.
+        scenario: Fields of `ScenarioResult`; None if no scenario was measured.
     """
 
     model: str
@@ -117,6 +126,7 @@ class WorkerResult:
     gpu_memory_mib: float | None
     gpu_memory_reason: str
     cameras: dict[str, Any] | None = None
+    scenario: dict[str, Any] | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -150,9 +160,7 @@ def parse_job(values: dict[str, Any]) -> WorkerJob:
     Returns:
         The job.
     """
-    tuples = {key: tuple(values[key]) for key in ("timed_images", "eval_images")}
-    imgsz_hw = values.get("imgsz_hw")
-    return WorkerJob(**{**values, **tuples, "imgsz_hw": imgsz_hw and tuple(imgsz_hw)})
+    return dataclass_from_dict(WorkerJob, values)
 
 
 def measure_model(job: WorkerJob) -> WorkerResult:
@@ -191,6 +199,7 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         gpu_memory_mib, gpu_memory_reason = _read_gpu_memory(job.device)
         blocks = _run_blocks(detector, images, job.energy_s)
         cameras = _search_cameras(detector, images, job.cameras_fps) if job.cameras_fps else None
+        scenario = _run_scenario(detector, images, job) if job.scenario else None
         if job.eval_images:
             detections = [_predict_image(detector, path) for path in job.eval_images]
             write_detections_npz(Path(job.detections_npz), detections)
@@ -212,6 +221,7 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         gpu_memory_mib=gpu_memory_mib,
         gpu_memory_reason=gpu_memory_reason,
         cameras=cameras,
+        scenario=scenario,
     )
 
 
@@ -312,10 +322,24 @@ def _run_blocks(detector: Detector, images: Sequence[NDArray[np.uint8]], seconds
 
 
 def _search_cameras(detector: Detector, images: Sequence[NDArray[np.uint8]], fps: float) -> dict[str, Any]:
-    def detect(frames: Sequence[int]) -> None:
-        detector.predict_batches([images[frame % len(images)] for frame in frames])
+    return asdict(search_cameras(_make_detect(detector, images), fps, detector.metadata.batch or 1))
 
-    return asdict(search_cameras(detect, fps, detector.metadata.batch or 1))
+
+def _run_scenario(detector: Detector, images: Sequence[NDArray[np.uint8]], job: WorkerJob) -> dict[str, Any]:
+    detect, settings = _make_detect(detector, images), job.scenario_settings
+    if job.scenario == PACED:
+        return asdict(measure_paced(detect, settings))
+    from hkd_bench.loadgen import run_loadgen  # noqa: PLC0415  # optional package
+
+    batch = detector.metadata.batch or 1
+    return asdict(run_loadgen(job.scenario, detect, len(images), batch, settings, Path(job.log_dir)))
+
+
+def _make_detect(
+    detector: Detector, images: Sequence[NDArray[np.uint8]]
+) -> Callable[[Sequence[int]], Sequence[Detections]]:
+    """Return a function that detects in the frames with the given numbers; the images repeat."""
+    return lambda frames: detector.predict_batches([images[frame % len(images)] for frame in frames])
 
 
 def _read_gpu_memory(device: str) -> tuple[float | None, str]:

@@ -147,7 +147,7 @@ def test_result_round_trip_and_wrong_json(result: BenchResult, tmp_path: Path) -
             read_result(tmp_path / "r.json")
     for schema, hint in ((2, "Measure again with hkd-bench --json"), (99, "Update hkd-det"), (None, "Measure again")):
         (tmp_path / "r.json").write_text(json.dumps({**content, "schema": schema}))
-        with pytest.raises(DataError, match=f"schema 3 or 4, got {schema}. {hint}"):
+        with pytest.raises(DataError, match=f"schema 3, 4 or 5, got {schema}. {hint}"):
             read_result(tmp_path / "r.json")
     (tmp_path / "r.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):

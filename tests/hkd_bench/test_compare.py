@@ -151,11 +151,11 @@ def test_other_images_and_missing_reference_exit_with_code_2(compare: Callable[.
 
 
 def test_file_of_schema_3_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Schema 4 added fields; a file without them has no energy."""
+    """Schemas 4 and 5 added fields; a file without them has no energy."""
     content = json.loads(json.dumps(asdict(make_result(make_model("m")))))
     for key in ("power", "state_before", "state_after"):
         del content[key]
-    for key in ("energy", "conditions", "gpu_memory_mib", "gpu_memory_reason", "context_mib"):
+    for key in ("energy", "conditions", "gpu_memory_mib", "gpu_memory_reason", "context_mib", "scenarios"):
         del content["models"][0][key]
     (tmp_path / "old.json").write_text(json.dumps({**content, "schema": 3}))
     write_result(tmp_path / "new.json", make_result(make_model("m")))
@@ -206,7 +206,7 @@ def test_files_of_other_versions_exit_with_code_2(tmp_path: Path, capsys: pytest
         path.write_text(json.dumps({**content, "schema": schema}))
         assert main(["compare", str(path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == f"hkd-bench: {path}: expected a result of hkd-bench with schema 3 or 4, got {schema}. {hint}"
+        assert line == f"hkd-bench: {path}: expected a result of hkd-bench with schema 3, 4 or 5, got {schema}. {hint}"
     assert main(["compare", str(tmp_path / "absent.json")]) == 2
 
 
