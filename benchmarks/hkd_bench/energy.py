@@ -23,12 +23,11 @@ from hkd_bench.device_state import OtherLoadMeter
 from hkd_bench.host import HostFieldError
 from hkd_bench.power import (
     PowerSensor,
-    SensorMissingError,
     open_power_sensors,
     parse_tegrastats_rails,
-    select_input_rails,
 )
 from hkd_bench.worker import BLOCK_S, Block
+from hkd_deploy.power_rails import SensorMissingError, select_input_rails
 from hkd_det.errors import UsageError
 from hkd_det.metrics.bootstrap import CONFIDENCE, NUM_RESAMPLES
 

@@ -20,9 +20,9 @@ from hkd_bench.energy import (
     open_energy_meter,
     read_power_log,
 )
-from hkd_bench.power import SensorMissingError
 from hkd_bench.result import read_result, write_result
 from hkd_bench.table import format_markdown_table, format_text_table
+from hkd_deploy.power_rails import SensorMissingError
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import UsageError
 

@@ -19,16 +19,14 @@ from hkd_bench.host import HostFieldError, NvmlGpu
 from hkd_bench.power import (
     JtopSensor,
     NvmlSensor,
-    RailSensor,
     RaplSensor,
-    SensorMissingError,
     TegrastatsSensor,
     has_unified_memory,
     open_power_sensors,
     parse_tegrastats_rails,
-    select_input_rails,
 )
 from hkd_bench.worker import _read_gpu_memory
+from hkd_deploy.power_rails import RailSensor, SensorMissingError, select_input_rails
 
 WriteTree = Callable[[dict[str, object]], Path]
 RANGE_UJ = 262_143_328_850

@@ -17,14 +17,13 @@ from hkd_deploy.demo.base import FrameResult
 from hkd_deploy.demo.cameras import CameraConfig, Line, Zone
 from hkd_deploy.demo.metrics import DOWN
 from hkd_deploy.demo.run import CameraPipeline
+from hkd_deploy.power_rails import RailSensor, SensorMissingError
 
 HISTORY_S = 600  # time of the plot of persons
 MAX_AGES = 300  # number of frames of the percentiles of the age
 MAX_IMAGE_WIDTH = 1280  # wider images are reduced for the page, pixels
 JPEG_QUALITY = 75
 THERMAL_DIRECTORY = Path("/sys/class/thermal")
-HWMON_DIRECTORY = Path("/sys/class/hwmon")
-POWER_SENSOR, POWER_RAIL = "ina3221", "VDD_IN"  # of Jetson Orin Nano and NX; VDD_IN is the power of the module
 HIDDEN = "the camera"  # replaces an address
 URL_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*[^\s.,:;)]")
 IPV4_PATTERN = re.compile(r"(?<![\w.])\d{1,3}(\.\d{1,3}){3}(:\d+)?(?![\w.]*\w)")
@@ -241,27 +240,19 @@ def read_temperature_c(directory: Path = THERMAL_DIRECTORY) -> float | None:
     return max((value for value in values if -40 < value < 200), default=None)
 
 
-def read_power_w(directory: Path = HWMON_DIRECTORY) -> float | None:
-    """Read the power of a Jetson module from its sensor INA3221.
+def read_power_w(root: Path = Path("/")) -> float | None:
+    """Read the power of a Jetson board.
 
     Args:
-        directory: Directory of the hardware monitors of Linux.
+        root: Root directory of the system.
 
     Returns:
-        Power in watts. None if there is no such sensor, or no rail for the whole module.
+        Power in watts. None if the power monitors are missing or off, or if no rail is known to be that of the board.
     """
-    for label in directory.glob("hwmon*/in[123]_label"):
-        try:
-            is_power = (label.parent / "name").read_text().strip() == POWER_SENSOR
-            if is_power and label.read_text().strip() == POWER_RAIL:
-                number = label.name[2]
-                voltage_mv, current_ma = (
-                    int((label.parent / f"{kind}{number}_input").read_text()) for kind in ("in", "curr")
-                )
-                return voltage_mv * current_ma / 1e6
-        except (OSError, ValueError):  # a sensor that is off
-            continue
-    return None
+    try:
+        return RailSensor(root).read()
+    except (SensorMissingError, OSError, ValueError):
+        return None
 
 
 def _describe_frame(result: FrameResult, seq: int) -> dict[str, Any]:

@@ -444,10 +444,12 @@ def test_temperature_is_that_of_the_hottest_sensor(tmp_path: Path) -> None:
 
 
 def test_power_is_that_of_the_module(tmp_path: Path) -> None:
+    hwmon = tmp_path / "sys/class/hwmon"
+
     def write(folder: str, **values: object) -> None:
-        (tmp_path / folder).mkdir()
+        (hwmon / folder).mkdir(parents=True)
         for name, value in values.items():
-            (tmp_path / folder / name).write_text(f"{value}\n")
+            (hwmon / folder / name).write_text(f"{value}\n")
 
     assert read_power_w(tmp_path) is None and read_power_w(tmp_path / "missing") is None
     write("hwmon0", name="nvme", in1_label="VDD_IN", in1_input=1, curr1_input=1)
@@ -456,7 +458,7 @@ def test_power_is_that_of_the_module(tmp_path: Path) -> None:
     assert read_power_w(tmp_path) is None
     write("hwmon2", name="ina3221", in2_label="VDD_IN", in2_input=4968, curr2_input=1500, **cpu)
     assert read_power_w(tmp_path) == pytest.approx(4.968 * 1.5)
-    (tmp_path / "hwmon2" / "curr2_input").unlink()
+    (hwmon / "hwmon2" / "curr2_input").unlink()
     assert read_power_w(tmp_path) is None
 
 
