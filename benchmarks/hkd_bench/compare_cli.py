@@ -174,7 +174,10 @@ def parse_compare_args(argv: Sequence[str]) -> argparse.Namespace:
         "--names", metavar="A,B", help="names of the results, such as devices (default: the file names)"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="plot of miss rate against latency and memory (.svg, .png, .pdf)"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="plot of miss rate against latency, memory and, where measured, energy (.svg, .png, .pdf)",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write table, plot and conditions as one HTML file")
     parser.add_argument(
@@ -462,6 +465,7 @@ def write_compare_page(path: Path, results: Sequence[NamedResult], checks: Seque
         rows=rows,
         notes=make_compare_notes(results),
         checks=checks,
+        has_energy=any(named.result.has_energy for named in results),
         plot=Markup(plots.plot_pareto({named.name: list(named.result.models) for named in results})),
     )
     write_text(path, page)

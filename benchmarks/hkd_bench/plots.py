@@ -209,31 +209,51 @@ def plot_training(training: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return render_svg(draw, "Miss rate during training", descriptions)
 
 
-PARETO_AXES: tuple[tuple[str, Callable[[ModelResult], float]], ...] = (
+PARETO_AXES: tuple[tuple[str, Callable[[ModelResult], float | None]], ...] = (
     ("p50 latency from frame to boxes, ms", lambda model: model.latency.p50_ms),
     ("peak memory, MiB", lambda model: model.peak_memory_mib),
+    ("GPU memory, MiB", lambda model: model.gpu_memory_mib),
+    (
+        "energy per frame, mJ",
+        lambda model: None if model.energy.joules_per_frame is None else 1e3 * model.energy.joules_per_frame,
+    ),
 )
 
 
 def find_pareto_front(
-    models: Sequence[ModelResult], read_cost: Callable[[ModelResult], float] = PARETO_AXES[0][1]
+    models: Sequence[ModelResult], read_cost: Callable[[ModelResult], float | None] = PARETO_AXES[0][1]
 ) -> list[ModelResult]:
     """Return the models that no other one beats in miss rate and cost, by ascending cost.
 
     Args:
-        models: Measured models; those without a miss rate of Reasonable are left out.
+        models: Measured models; those without a miss rate of Reasonable or without the cost are left out.
         read_cost: Function that returns the cost, by default p50.
     """
     front: list[ModelResult] = []
-    for model in sorted(models, key=lambda model: (read_cost(model), model.miss_rates[REASONABLE.name] or 0)):
+    measured = [model for model in models if read_cost(model) is not None]
+    for model in sorted(measured, key=lambda model: (read_cost(model), model.miss_rates[REASONABLE.name] or 0)):
         rate = model.miss_rates[REASONABLE.name]
         if rate is not None and all(rate < (other.miss_rates[REASONABLE.name] or 0) for other in front):
             front.append(model)
     return front
 
 
+def _list_pareto_axes(
+    series: Mapping[str, Sequence[ModelResult]],
+) -> list[tuple[str, Callable[[ModelResult], float | None]]]:
+    """Return the costs that were measured for at least one model."""
+    models = [model for models in series.values() for model in models]
+    return [(label, read) for label, read in PARETO_AXES if any(read(model) is not None for model in models)]
+
+
+def _get_pareto_size(series: Mapping[str, Sequence[ModelResult]]) -> tuple[float, float]:
+    """Return width and height of the figure in inches: two panels in each row."""
+    num_rows = -(-len(_list_pareto_axes(series)) // 2)
+    return PARETO_SIZE_INCH[0], PARETO_SIZE_INCH[1] * num_rows
+
+
 def plot_pareto(series: Mapping[str, Sequence[ModelResult]]) -> str:
-    """Plot miss rate against latency and memory as inline SVG.
+    """Plot miss rate against latency, memory and, where it was measured, energy as inline SVG.
 
     Args:
         series: Models of each result, by its name.
@@ -248,11 +268,12 @@ def plot_pareto(series: Mapping[str, Sequence[ModelResult]]) -> str:
         return ""
     descriptions = [f"{model.name} {format_percent(model.miss_rates[REASONABLE.name])}" for model in measured]
     title = "Miss rate against latency and memory"
-    return _render_figure(lambda figure: _draw_pareto(figure, series), title, descriptions, PARETO_SIZE_INCH)
+    size_inch = _get_pareto_size(series)
+    return _render_figure(lambda figure: _draw_pareto(figure, series), title, descriptions, size_inch)
 
 
 def write_pareto_plot(path: Path, series: Mapping[str, Sequence[ModelResult]]) -> None:
-    """Plot miss rate against latency and memory; the file is replaced atomically.
+    """Plot miss rate against latency, memory and energy; the file is replaced atomically.
 
     Args:
         path: Output file; its suffix is one of `PLOT_SUFFIXES`.
@@ -264,7 +285,7 @@ def write_pareto_plot(path: Path, series: Mapping[str, Sequence[ModelResult]]) -
     if not plot_pareto(series):
         raise DataError(f"--plot {path}: the results contain no miss rate. Measure with --data.")
     with mpl.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
-        figure = Figure(figsize=PARETO_SIZE_INCH, layout="constrained")
+        figure = Figure(figsize=_get_pareto_size(series), layout="constrained")
         FigureCanvasAgg(figure)
         _draw_pareto(figure, series)
         with atomic_write(path) as temp_path:
@@ -273,25 +294,30 @@ def write_pareto_plot(path: Path, series: Mapping[str, Sequence[ModelResult]]) -
 
 def _draw_pareto(figure: Figure, series: Mapping[str, Sequence[ModelResult]]) -> None:
     """Draw one panel per cost: one color per result, intervals as vertical lines, and a line along the Pareto front."""
-    panels = figure.subplots(1, len(PARETO_AXES), sharey=True)
-    for axes, (label, read_cost) in zip(panels, PARETO_AXES, strict=True):
+    costs_axes = _list_pareto_axes(series)
+    num_rows = -(-len(costs_axes) // 2)
+    panels = figure.subplots(num_rows, 2, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(costs_axes) :]:
+        axes.set_axis_off()
+    for axes, (label, read_cost) in zip(panels, costs_axes, strict=False):
         for index, (name, models) in enumerate(series.items()):
             style = _get_line_style(index)
             front = find_pareto_front(models, read_cost)
             rates = [100 * (model.miss_rates[REASONABLE.name] or 0) for model in front]
-            axes.plot([read_cost(model) for model in front], rates, alpha=0.6, **style)
+            axes.plot([read_cost(model) or 0 for model in front], rates, alpha=0.6, **style)
             for model in models:
                 rate, interval = model.miss_rates[REASONABLE.name], model.accuracy[0].intervals.get(REASONABLE.name)
-                if rate is None:
+                x = read_cost(model)
+                if rate is None or x is None:
                     continue
-                x, y = read_cost(model), 100 * rate
+                y = 100 * rate
                 if interval:
                     ends = 100 * interval.ci_low, 100 * interval.ci_high
                     axes.plot((x, x), ends, color=style["color"], alpha=0.35, linewidth=3, solid_capstyle="butt")
                 axes.plot(x, y, MARKERS[index % len(MARKERS)], color=style["color"], markersize=7)
                 axes.annotate(model.name, (x, y), (6, 4), textcoords="offset points", fontsize=8)
             axes.plot([], [], marker=MARKERS[index % len(MARKERS)], label=name, **style)
-        costs = [read_cost(model) for models in series.values() for model in models]
+        costs = [cost for models in series.values() for model in models if (cost := read_cost(model)) is not None]
         if max(costs) > 4 * min(costs):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -299,7 +325,8 @@ def _draw_pareto(figure: Figure, series: Mapping[str, Sequence[ModelResult]]) ->
         axes.margins(x=0.15)
         axes.set(xlabel=label)
         axes.set_ylim(bottom=0)
-    panels[0].set(ylabel="MR^-2 Reasonable, %")
+    for axes in panels[::2]:
+        axes.set(ylabel="MR^-2 Reasonable, %")
     panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
 
 
