@@ -30,8 +30,8 @@ MIN_RUNS = 662  # a 99 % bound of p99 needs as many
 HOST_FIELDS = ("CPU", "cores", "power mode", "memory", "GPU", "Jetson", "L4T", "ONNX Runtime", "OpenVINO", "TensorRT")
 HEADER = """# Devices
 
-Results of `hkd-bench` on devices, one JSON file each. Written by `benchmarks/studies/devices.py page`; miss rates are those of
-the measured file. [Add a device](../../../docs/how-to/bench.md#publish-the-result-of-a-device).
+Results of `hkd-bench` on devices, one JSON file each. This page is written by `benchmarks/studies/devices.py page`.
+[Add a device](../../../docs/how-to/bench.md#publish-the-result-of-a-device).
 """
 
 
@@ -90,7 +90,16 @@ def add_result(source: Path, name: str, devices: Path, replace: bool) -> Path:
     result = read_result(source)
     if problems := find_problems(result):
         raise DataError(f"{source}: {'; '.join(problems)}. Measure again with hkd-bench --json.")
-    models = tuple(dataclasses.replace(model, path=Path(model.path).name) for model in result.models)
+    models = tuple(
+        dataclasses.replace(
+            model,
+            path=Path(model.path).name,
+            accuracy=tuple(
+                dataclasses.replace(accuracy, data=format_data_name(accuracy.data)) for accuracy in model.accuracy
+            ),
+        )
+        for model in result.models
+    )
     write_result(path, dataclasses.replace(result, models=models, data=format_data_name(result.data)))
     return path
 
@@ -148,9 +157,10 @@ def write_page(devices: Path) -> Path:
     write_pareto_plot(devices / PLOT_NAME, {named.name: list(named.result.models) for named in results})
     headers, rows = make_compare_rows(results)
     costs = [label.split(",")[0] for label, read in PARETO_AXES if any(map(read, _list_models(results)))]
+    align = ["left"] * 3 + ["right"] * (len(headers) - 4) + ["left"]
     parts = [
         HEADER,
-        format_table(rows, ["device", *headers[1:]], style="github"),
+        format_table(rows, ["device", *headers[1:]], "github", align=align),
         "\n".join(f"- {note}" for note in make_compare_notes(results)),
         f"![MR^-2 Reasonable against {', '.join(costs)}]({PLOT_NAME})",
         "## Machines and commands",
