@@ -296,6 +296,9 @@ def _build_exported(architecture: dict[str, Any]) -> YOLOX:
 def _read_convs(graph: onnx.GraphProto) -> list[tuple[Tensor, Tensor]]:
     """Return weight and bias of each convolution of a graph, in execution order."""
     values = {value.name: value for value in graph.initializer}
+    for node in graph.node:  # the exporter of torch stores equal tensors once and copies them
+        if node.op_type == "Identity" and node.input[0] in values:
+            values[node.output[0]] = values[node.input[0]]
 
     def to_tensor(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(values[name]).copy()).float()

@@ -1,6 +1,7 @@
 """Command `hkd-export`: convert a trained detector to a file for a runtime."""
 
 import argparse
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +23,17 @@ from hkd_deploy.trt.onnx_file import read_onnx_file
 from hkd_det import __version__
 from hkd_det.config import check_range
 from hkd_det.errors import UnavailableError, UsageError, run_command
+from hkd_det.files import atomic_write, file_sha256
 from hkd_det.letterbox import format_imgsz, parse_imgsz
+from hkd_det.shipped import resolve_model
 
 DEFAULT_MAX_IMGSZ = "1920x1080"  # Full HD, the largest image of most cameras
 DYNAMIC_CHOICES = ("batch", "size")
 GRAPH_FLAGS = ("imgsz", "batch", "dynamic", "letterbox", "max_imgsz", "no_preprocess", "raw")  # require weights
 DESCRIPTION = (
     "Convert a trained detector to a file for a runtime. Weights (.pt) are exported to an ONNX file; this requires "
-    "torch. All other conversions read an ONNX file and need no torch, so they also run on the target device: reduced "
+    "torch. So are the weights in an ONNX file of a YOLOX model, such as hkd-cpu, with flags of the graph. "
+    "All other conversions read an ONNX file and need no torch, so they also run on the target device: reduced "
     "precision, TensorRT engine, OpenVINO directory, files for an inference server."
 )
 
@@ -55,7 +59,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hkd-export", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
-        "model", help="best.pt of a training run, an .onnx file of hkd-export, or an .engine file (with --serving)"
+        "model",
+        help="best.pt of a training run, an .onnx file of hkd-export, a shipped model such as hkd-cpu (copied to the "
+        "working directory), or an .engine file (with --serving)",
     )
     parser.add_argument("--output", help="file or OpenVINO directory to write (default: next to the model)")
     parser.add_argument(
@@ -74,7 +80,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _add_graph_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("graph", "require weights (.pt) as input")
+    group = parser.add_argument_group("graph", "require weights (.pt) or an .onnx file of a YOLOX model in FP32")
     group.add_argument(
         "--imgsz", metavar="WxH", help="input size, width x height, multiples of 32 (default: training size)"
     )
@@ -109,28 +115,36 @@ def _add_graph_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_export(argv: Sequence[str] | None) -> int:
     parser = _build_parser()
     flags = parser.parse_args(argv)
-    source, output = Path(flags.model), Path(flags.output) if flags.output else None
+    model, output = resolve_model(flags.model), Path(flags.output) if flags.output else None
+    is_shipped = model != Path(flags.model)
+    source = Path(model.name) if is_shipped else model
+    # Flags of the graph build the graph of an .onnx file again from its weights.
+    has_weights = source.suffix == ".pt" or (source.suffix == ".onnx" and _has_graph_flags(parser, flags))
     _check_unused_flags(source, parser, flags)
-    _check_source(source, flags)
+    _check_source(source, has_weights, flags)
     _check_combinations(flags)
-    _check_output(source, output, flags)
+    _check_output(source, output, has_weights, flags)
+    if is_shipped:
+        _copy_shipped_model(model, source)
     if source.suffix == ".engine":
         serving.write_serving_folders(source, flags)
         return 0
-    if source.suffix == ".onnx" and flags.openvino:  # here, because the verification reports the same problem as a note
+    if (
+        source.suffix == ".onnx" and flags.openvino and not has_weights
+    ):  # here, because the verification reports the same problem as a note
         ModelMetadata.from_metadata(read_onnx_file(source).metadata, source)
     is_reduced = flags.precision != "fp32"
     onnx_output, engine_output, folder_output = _split_output_by_suffix(output)
     verification = None
     miss_rates: precision.MissRates = {}
     onnx_path = source
-    if source.suffix == ".pt":
+    if has_weights:
         # With --precision, --output names the converted file; the FP32 file keeps its default name.
         onnx_path, verification = _export_weights(source, None if is_reduced else onnx_output, flags)
     if is_reduced:
         onnx_path, miss_rates = precision.convert_precision(onnx_path, onnx_output, flags)
     engine_path = tensorrt.run_trt(onnx_path, flags, engine_output) if flags.trt else None
-    if source.suffix == ".onnx" and (is_reduced or engine_path or flags.openvino):
+    if not has_weights and (is_reduced or engine_path or flags.openvino):
         verification = build_onnx_verification(source, flags)
     if verification and is_reduced:
         _verify_reduced_model(onnx_path, flags.precision, verification)
@@ -144,7 +158,20 @@ def _run_export(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _check_source(source: Path, flags: argparse.Namespace) -> None:
+def _has_graph_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> bool:
+    return any(getattr(flags, name) != parser.get_default(name) for name in GRAPH_FLAGS)
+
+
+def _copy_shipped_model(model: Path, path: Path) -> None:
+    """Copy a shipped model, so that results are written next to the copy and not into the package."""
+    if not path.exists():
+        with atomic_write(path) as temp_path:
+            shutil.copyfile(model, temp_path)
+    elif file_sha256(path) != file_sha256(model):
+        raise UsageError(f"{path}: not the shipped model of this name. Rename the file, or pass it as {path}.")
+
+
+def _check_source(source: Path, has_weights: bool, flags: argparse.Namespace) -> None:
     """Check that the file type supports the conversions."""
     is_reduced = flags.precision != "fp32"
     if source.suffix not in (".pt", ".onnx", ".engine"):
@@ -153,14 +180,18 @@ def _check_source(source: Path, flags: argparse.Namespace) -> None:
         raise UsageError(
             f"{source}: an .engine file supports --serving only. Pass the .onnx file for other conversions."
         )
-    if source.suffix == ".onnx" and not (is_reduced or flags.trt or flags.openvino or flags.serving):
-        raise UsageError(f"{source}: no conversion selected. Set --precision, --trt, --openvino or --serving.")
+    if (
+        not has_weights
+        and source.suffix == ".onnx"
+        and not (is_reduced or flags.trt or flags.openvino or flags.serving)
+    ):
+        raise UsageError(f"{source}: no conversion selected. Set --precision, --trt, --openvino, --serving or --imgsz.")
 
 
 def _check_unused_flags(source: Path, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     """Raise UsageError for a flag that has no effect."""
     for has_effect, names, requirement in (
-        (source.suffix == ".pt", GRAPH_FLAGS, f"requires weights (.pt), got {source}"),
+        (source.suffix != ".engine", GRAPH_FLAGS, f"requires weights, got {source}"),
         (flags.precision != "fp32", precision.FLAGS, "requires --precision"),
         (flags.trt, tensorrt.FLAGS, "requires --trt"),
         (bool(flags.serving), serving.SERVING_FLAGS, "requires --serving"),
@@ -188,11 +219,11 @@ def _check_combinations(flags: argparse.Namespace) -> None:
         tensorrt.make_build_options(flags)
 
 
-def _check_output(source: Path, output: Path | None, flags: argparse.Namespace) -> None:
+def _check_output(source: Path, output: Path | None, has_weights: bool, flags: argparse.Namespace) -> None:
     onnx_output, engine_output, folder_output = _split_output_by_suffix(output)
-    if onnx_output and source.suffix != ".pt" and flags.precision == "fp32":
+    if onnx_output and not has_weights and flags.precision == "fp32":
         raise UsageError(
-            f"--output {output}: an .onnx file from {source} requires --precision. Set --precision, or omit --output."
+            f"--output {output}: an .onnx file from {source} requires --precision or --imgsz. Set one of them."
         )
     if engine_output and (not flags.trt or flags.dry_run):
         raise UsageError(
@@ -224,6 +255,7 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
         from hkd_deploy.export.exporter import (  # noqa: PLC0415 - torch is only needed for weights
             export_and_verify,
             export_onnx,
+            load_exported_weights,
             make_torch_reference,
         )
         from hkd_det.models.checkpoint import load_detector_checkpoint  # noqa: PLC0415 - as above
@@ -232,10 +264,14 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
             f"{weights}: the export requires {error.name}. Run pip install 'hkd-det[train]', or export the "
             "weights on the training machine and pass the .onnx file."
         ) from None
-    checkpoint = load_detector_checkpoint(weights)
+    is_exported = weights.suffix == ".onnx"
+    checkpoint = load_exported_weights(weights) if is_exported else load_detector_checkpoint(weights)
     trained_hw = checkpoint.config.get("imgsz_hw")
     export_options = make_export_options(flags, (trained_hw[0], trained_hw[1]) if trained_hw else None)
-    path = output or weights.with_suffix(".onnx")
+    size_suffix = f"-{format_imgsz(export_options.imgsz_hw)}" if is_exported else ""
+    path = output or weights.with_name(f"{weights.stem}{size_suffix}.onnx")
+    if is_exported and path.resolve() == weights.resolve():
+        raise UsageError(f"--output {path}: is the file of the weights. Choose another name.")
     verification = None
     if flags.verify is False:
         export_onnx(checkpoint, path, export_options)

@@ -26,18 +26,51 @@ from hkd_deploy.model_metadata import (
     REFERENCE_KEY,
     ExportOptions,
 )
+from hkd_deploy.trt.onnx_file import read_onnx_metadata
 from hkd_det.datasets.catalog import dataset_license
-from hkd_det.errors import HkdError
+from hkd_det.errors import HkdError, UsageError
 from hkd_det.files import atomic_write
 from hkd_det.letterbox import STRIDE
 from hkd_det.models.checkpoint import DetectorCheckpoint, get_family, spec_to_dict, weights_sha256
-from hkd_det.models.yolox_weights import ARCHITECTURE_KEY
-from hkd_det.models.zoo import count_params_and_flops
+from hkd_det.models.yolox_weights import ARCHITECTURE_KEY, is_yolox_file, load_yolox
+from hkd_det.models.zoo import count_params_and_flops, read_model_name
 from hkd_det.structures import Detections, Sample
 from hkd_det.train.engine import predict_dataset
 
 OPSET = 17  # supported by ONNX Runtime 1.16, TensorRT 8.6 and OpenVINO 2024
 IR_VERSION = 8  # the IR version of opset 17
+# Metadata that stay true if the weights are exported again. The best threshold depends little on the input size.
+ORIGIN_KEYS = (
+    "license", "hkd.weights_sha256", "hkd.data", "hkd.epoch", "hkd.miss_rate", "hkd.miss_rate_dataset", "hkd.conf",
+)  # fmt: skip
+
+
+def load_exported_weights(path: Path) -> DetectorCheckpoint:
+    """Read the weights of an ONNX file, to export them again with another graph.
+
+    Args:
+        path: FP32 file of a YOLOX model, by `hkd-export` or by Megvii.
+
+    Returns:
+        The weights with the origin that the metadata state.
+
+    Raises:
+        UsageError: The file is of another kind.
+        DataError: The file is damaged.
+    """
+    metadata = read_onnx_metadata(path)
+    if not is_yolox_file(path):
+        raise UsageError(
+            f"{path}: its graph cannot be built again from the file, only that of a YOLOX model in FP32. Pass the "
+            "weights (.pt) that it was exported from, or omit --imgsz and the other flags of the graph."
+        )
+    detector = load_yolox(path)
+    model = metadata.get("hkd.model") or read_model_name(path)
+    origin = {key: metadata[key] for key in ORIGIN_KEYS if key in metadata}
+    config: dict[str, Any] = {"origin": origin}
+    if "hkd.data" in metadata:
+        config |= {"data": metadata["hkd.data"], "imgsz_hw": json.loads(metadata["imgsz"])}
+    return DetectorCheckpoint.from_detector(detector, model, config, 0, 1.0)
 
 
 def export_detector(
@@ -182,6 +215,7 @@ def make_metadata(checkpoint: DetectorCheckpoint, options: ExportOptions) -> dic
         "hkd.weights_sha256": weights_sha256(checkpoint.weights),
         "hkd.data": _get_training_data(checkpoint),
         **_make_eval_metadata(checkpoint),
+        **checkpoint.config.get("origin", {}),
     }
 
 
