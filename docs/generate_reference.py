@@ -18,12 +18,13 @@ from typing import Any
 
 import msgspec
 
-from hkd_bench.cameras import CameraPoint, CameraResult
+from hkd_bench.cameras import BatchPoint, CameraPoint, CameraResult
 from hkd_bench.device_state import DeviceState, RunConditions
 from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, StoredCurve
 from hkd_bench.scenarios import ScenarioResult
+from hkd_bench.sustained import SustainedPart, SustainedResult
 from hkd_det.distill import METHODS, load_method
 from hkd_det.metrics.bootstrap import MissRateDifference, MissRateInterval
 
@@ -126,8 +127,11 @@ def format_bench_schema() -> str:
         RunConditions,
         PowerSource,
         ScenarioResult,
+        SustainedPart,
+        SustainedResult,
         DeviceState,
         CameraResult,
+        BatchPoint,
         CameraPoint,
     )
     for cls in classes:

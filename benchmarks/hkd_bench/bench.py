@@ -31,6 +31,7 @@ from hkd_bench.energy import (
     EnergyResult,
     PowerSource,
     Sampler,
+    compute_camera_energies,
     compute_energies,
     open_energy_meter,
     read_power_log,
@@ -38,6 +39,8 @@ from hkd_bench.energy import (
 from hkd_bench.host import read_host_fields
 from hkd_bench.result import SCHEMA_VERSION, AccuracyResult, BenchResult, ModelResult, StageSamples, measure_accuracy
 from hkd_bench.scenarios import LOADGEN_SCENARIOS, ScenarioResult, ScenarioSettings, check_scenarios
+from hkd_bench.separate_runs import ScenarioSamples, SustainedSamples, measure_scenarios, measure_sustained
+from hkd_bench.sustained import SustainedResult
 from hkd_bench.sweep import list_sweep_sizes
 from hkd_bench.worker import WorkerJob, WorkerResult, read_detections_npz
 from hkd_bench.worker_process import run_worker
@@ -51,6 +54,14 @@ from hkd_det.letterbox import format_imgsz
 from hkd_det.metrics.coco_files import CocoId
 from hkd_det.onnxrt.openvino import list_model_files
 from hkd_det.structures import Detections, Sample
+
+# Why a runtime does not state the memory of activations and workspace to Python.
+CONTEXT_REASONS = {
+    "tensorrt": "",
+    "onnxruntime": "ONNX Runtime states it in its C interface only",
+    "ort": "ONNX Runtime states it in its C interface only",
+    "openvino": "OpenVINO states it for Intel GPUs only",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class BenchOptions:
         scenarios: Names of the scenarios that are measured after all rounds, see `hkd_bench.scenarios`.
         scenario_settings: Rate, limit and minimum numbers of the scenarios.
         scenario_logs: Directory of LoadGen's logs, required by its scenarios; they are in DIR/MODEL/SCENARIO.
+        sustained_s: Duration of a run of each model without pauses after the other measurements in seconds; 0 for none.
     """
 
     device: str = "cpu"
@@ -119,6 +131,7 @@ class BenchOptions:
     scenarios: tuple[str, ...] = ()
     scenario_settings: ScenarioSettings = field(default_factory=ScenarioSettings)
     scenario_logs: Path | None = None
+    sustained_s: float = 0.0
 
     @property
     def evaluates_images(self) -> bool:
@@ -213,7 +226,9 @@ def bench(
                 accuracy,
                 energies[entry.name],
                 measured.summarize_conditions(index),
-                measured.mark_scenarios(index),
+                measured.get_cameras(index, power),
+                measured.scenarios[index].mark(measured.states, options.device),
+                measured.summarize_sustained(index),
             )
             for index, (entry, rounds, accuracy) in enumerate(zip(entries, results, accuracies, strict=True))
         ),
@@ -234,9 +249,10 @@ class _Measurements:
         detections: Detections in each image.
         other_cpus: CPUs that other processes used in each round; None if it cannot be measured.
         states: Unix time in seconds and state of the device, of the whole measurement.
-        meter: Power samples; None if energy was not requested.
-        scenarios: Results of each scenario.
-        scenario_cpus: CPUs that other processes used in each scenario.
+        meter: Power samples; None if neither energy nor a sustained run was requested.
+        measures_energy: Whether the energy per frame was requested.
+        scenarios: Results of the scenarios.
+        sustained: Samples of the sustained run; None for a model that was not reached.
     """
 
     device: str
@@ -245,12 +261,13 @@ class _Measurements:
     other_cpus: list[list[float | None]]
     states: list[tuple[float, DeviceState]] = field(default_factory=list)
     meter: EnergyMeter | None = None
-    scenarios: list[list[ScenarioResult]] = field(default_factory=list)
-    scenario_cpus: list[list[float | None]] = field(default_factory=list)
+    measures_energy: bool = False
+    scenarios: list[ScenarioSamples] = field(default_factory=list)
+    sustained: list[SustainedSamples | None] = field(default_factory=list)
 
     def compute_energies(self, entries: Sequence[BenchEntry]) -> tuple[PowerSource, dict[str, EnergyResult]]:
         """Return the power sensors and the energy of each model, by name."""
-        if self.meter is None:
+        if self.meter is None or not self.measures_energy:
             return PowerSource(), {entry.name: EnergyResult() for entry in entries}
         blocks = {
             entry.name: [(start, end, frames) for one in rounds for start, end, frames in one.blocks]
@@ -266,29 +283,47 @@ class _Measurements:
         other_cpus = sum(known) / len(known) if known else None
         return summarize_conditions(self.states, windows, other_cpus, self.device)
 
-    def mark_scenarios(self, index: int) -> tuple[ScenarioResult, ...]:
-        """Return the scenarios of one model with what makes them incomparable."""
-        if not self.scenarios:
-            return ()
-        return tuple(
-            replace(one, marks=summarize_conditions(self.states, [one.window], other_cpus, self.device).marks)
-            for one, other_cpus in zip(self.scenarios[index], self.scenario_cpus[index], strict=True)
-        )
+    def get_cameras(self, index: int, source: PowerSource) -> CameraResult | None:
+        """Return the number of cameras of one model with their energy; None if it was not searched."""
+        values = self.results[index][-1].cameras
+        if values is None:
+            return None
+        cameras = dataclass_from_dict(CameraResult, values)
+        if self.meter is None or not self.measures_energy:
+            return cameras
+        return compute_camera_energies(self.meter, source, cameras)
+
+    def summarize_sustained(self, index: int) -> SustainedResult | None:
+        """Return the sustained run of one model; None if there is none."""
+        run = self.sustained[index] if self.sustained else None
+        if run is None:
+            return None
+        if self.meter is None or not self.meter.source.sensors:
+            missing = self.meter.source.missing if self.meter else {}
+            reason = "; ".join(f"{name}: {text}" for name, text in missing.items()) or "no power sensor"
+            return run.summarize(self.states, {}, reason, self.device)
+        try:
+            end = run.starts[-1] + run.latencies_ms[-1] / 1e3
+            return run.summarize(self.states, self.meter.make_traces(float(end)), "", self.device)
+        except UsageError as error:  # the log of the external meter
+            return run.summarize(self.states, {}, str(error), self.device)
 
 
 def _measure_rounds(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> _Measurements:
     """Measure all models in turn, between two measurements of the idle power if energy is requested."""
     measured = _Measurements(options.device, [[] for _ in entries], [[] for _ in entries], [[] for _ in entries])
+    measured.measures_energy = options.energy
+    has_meter = options.energy or options.sustained_s > 0
     reader = DeviceStateReader(options.device)
     if options.require_quiet:
         _require_quiet(reader)
     with (
         tempfile.TemporaryDirectory(prefix="hkd-bench-") as work_dir,
         _make_progress(entries, samples, options) as progress,
-        open_energy_meter(options.device, options.power_csv) if options.energy else nullcontext() as meter,
+        open_energy_meter(options.device, options.power_csv) if has_meter else nullcontext() as meter,
         Sampler(reader.read, STATE_INTERVAL_S) as states,
     ):
-        has_sensors = meter is not None and bool(meter.source.sensors)
+        has_sensors = meter is not None and options.energy and bool(meter.source.sensors)
         if meter and has_sensors:
             log_stage(f"measure idle power, {options.idle_s:g} s")
             meter.idle_before = meter.measure_idle(options.idle_s)
@@ -309,12 +344,12 @@ def _measure_rounds(entries: Sequence[BenchEntry], samples: Sequence[Sample], op
             log_stage(f"measure idle power, {options.idle_s:g} s")
             sleep(options.idle_s / 2)  # a GPU keeps its clock for some seconds after the last frame
             meter.idle_after = meter.measure_idle(options.idle_s)
-        _measure_scenarios(measured, entries, samples, options, Path(work_dir), progress)
+        _measure_separately(measured, entries, samples, options, Path(work_dir), progress)
     measured.states, measured.meter = states.samples, meter
     return measured
 
 
-def _measure_scenarios(
+def _measure_separately(
     measured: _Measurements,
     entries: Sequence[BenchEntry],
     samples: Sequence[Sample],
@@ -322,26 +357,24 @@ def _measure_scenarios(
     work_dir: Path,
     progress: Progress,
 ) -> None:
-    """Measure each scenario of each model in a process of its own."""
-    if not options.scenarios:
-        return
-    folders = make_file_stems([entry.name for entry in entries])
-    for entry, folder in zip(entries, folders, strict=True):
-        measured.scenarios.append([])
-        measured.scenario_cpus.append([])
-        for scenario in options.scenarios:
-            progress.set_label(f"{scenario} {entry.name}")
-            log_stage(f"{progress.label}: at least {options.scenario_settings.min_duration_s:g} s")
-            job = replace(
-                _make_untimed_job(entry, samples, options, work_dir),
+    """Measure the scenarios and the sustained runs of all models."""
+    names = [entry.name for entry in entries]
+    jobs = [_make_untimed_job(entry, samples, options, work_dir) for entry in entries]
+    for name, folder, job in zip(names, make_file_stems(names), jobs, strict=True):
+        scenario_jobs = [
+            replace(
+                job,
                 scenario=scenario,
                 scenario_settings=options.scenario_settings,
                 log_dir=str(options.scenario_logs / folder / scenario) if options.scenario_logs else "",
             )
-            load = OtherLoadMeter()
-            result = run_worker(job, work_dir, progress)
-            measured.scenario_cpus[-1].append(load.read())
-            measured.scenarios[-1].append(dataclass_from_dict(ScenarioResult, result.scenario))
+            for scenario in options.scenarios
+        ]
+        measured.scenarios.append(measure_scenarios(name, scenario_jobs, work_dir, progress))
+    if options.sustained_s:
+        path = str(work_dir / "sustained.npz")
+        sustained_jobs = [replace(job, sustained_s=options.sustained_s, sustained_npz=path) for job in jobs]
+        measured.sustained = measure_sustained(names, sustained_jobs, work_dir, progress)
 
 
 def _require_quiet(reader: DeviceStateReader) -> None:
@@ -491,7 +524,7 @@ def _make_untimed_job(entry: BenchEntry, samples: Sequence[Sample], options: Ben
 def _make_progress(entries: Sequence[BenchEntry], samples: Sequence[Sample], options: BenchOptions) -> Progress:
     num_eval_images = len(samples) if options.evaluates_images else 0
     runs_per_entry = options.runs + options.rounds * (options.warmup + options.stage_runs) + num_eval_images
-    runs_per_entry += len(options.scenarios) * options.warmup
+    runs_per_entry += (len(options.scenarios) + bool(options.sustained_s)) * options.warmup + int(options.sustained_s)
     return Progress(len(entries) * runs_per_entry, "measure", "run")
 
 
@@ -501,9 +534,10 @@ def _make_model_result(
     accuracy: tuple[AccuracyResult, ...],
     energy: EnergyResult,
     conditions: RunConditions,
+    cameras: CameraResult | None,
     scenarios: tuple[ScenarioResult, ...],
+    sustained: SustainedResult | None,
 ) -> ModelResult:
-    cameras = rounds[-1].cameras
     first, largest = rounds[0], max(rounds, key=lambda result: result.peak_memory_mib)
     stages = np.concatenate([result.stages_ms for result in rounds])
     return ModelResult(
@@ -525,9 +559,17 @@ def _make_model_result(
         baseline_mib=largest.baseline_mib,
         energy=energy,
         conditions=conditions,
-        gpu_memory_mib=max((one.gpu_memory_mib for one in rounds if one.gpu_memory_mib is not None), default=None),
+        gpu_memory_mib=_get_max([one.gpu_memory_mib for one in rounds]),
+        build_memory_mib=max(one.build_memory_mib for one in rounds),
+        gpu_build_memory_mib=_get_max([one.gpu_build_memory_mib for one in rounds]),
         gpu_memory_reason=first.gpu_memory_reason,
-        cameras=dataclass_from_dict(CameraResult, cameras) if cameras else None,
+        cameras=cameras,
         scenarios=scenarios,
+        sustained=sustained,
         context_mib=read_engine_info(entry.path).context_mib if entry.backend == "tensorrt" else None,
+        context_reason=CONTEXT_REASONS.get(entry.backend.partition("-")[0], f"{entry.backend} does not state it"),
     )
+
+
+def _get_max(values: Sequence[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)

@@ -72,7 +72,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
     Raises:
         HkdError: A flag, a model or the dataset is invalid.
     """
-    from hkd_bench import bench, detection_files, report, result, scenario_table, sweep, table  # noqa: PLC0415  # import packages of the extra
+    from hkd_bench import bench, detection_files, report, result, separate_tables, sweep, table  # noqa: PLC0415  # import packages of the extra
 
     args = argv or []
     flags = parse_bench_args(args)
@@ -106,6 +106,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
         cameras_fps=flags.cameras,
         scenarios=flags.scenario,
         scenario_settings=flags.scenario_settings,
+        sustained_s=flags.sustained,
         scenario_logs=flags.scenario_logs or (flags.json and flags.json.with_name(f"{flags.json.stem}-loadgen")),
     )
     given_names = flags.names.split(",") if flags.names else None
@@ -135,7 +136,10 @@ def run_bench(argv: Sequence[str] | None) -> int:
         print(f"saved {flags.html}")
     if flags.require_quiet:
         check_marks(measured.models)
-    invalid = scenario_table.list_invalid_scenarios(measured.models)
+    invalid = separate_tables.list_invalid_scenarios(measured.models)
+    runs = [model.sustained for model in measured.models] if flags.sustained else []
+    if any(run is None or run.is_interrupted for run in runs):
+        raise KeyboardInterrupt  # all that was measured is saved
     if invalid:
         raise UnavailableError(
             f"--scenario: invalid: {'. '.join(invalid)}. Set a longer --min-duration, more --min-queries or a lower "
@@ -276,6 +280,7 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one self-contained HTML file")
     flags = parser.parse_args(argv)
+    flags.sustained = parse_duration_s("--sustained", flags.sustained) if flags.sustained else 0.0
     flags.scenario = scenarios.parse_scenarios(flags.scenario) if flags.scenario else ()
     flags.scenario_settings = scenarios.ScenarioSettings(
         flags.target_qps,
@@ -328,6 +333,13 @@ def _add_scenario_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="directory for LoadGen's logs, DIR/MODEL/SCENARIO/mlperf_log_*.txt (default: JSON-loadgen next to --json)",
+    )
+
+    parser.add_argument(
+        "--sustained",
+        metavar="TIME",
+        help="run each model without pauses after the other measurements, such as 30m or 90s: latency, clocks, "
+        "temperature and power over time; Ctrl-C ends it and keeps what was measured",
     )
 
 

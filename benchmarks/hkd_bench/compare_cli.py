@@ -63,6 +63,7 @@ METRICS = {
     "p99_ms": CompareMetric(" ms", " ms", lambda model: model.latency.p99_ms),
     "mean_ms": CompareMetric(" ms", " ms", lambda model: model.latency.mean_ms),
     "memory_mib": CompareMetric(" MiB", " MiB", lambda model: model.peak_memory_mib),
+    "build_memory_mib": CompareMetric(" MiB", " MiB", lambda model: model.build_memory_mib),
     "gpu_memory_mib": CompareMetric(" MiB", " MiB", lambda model: model.gpu_memory_mib),
     "energy_mj": CompareMetric(" mJ", " mJ", lambda model: _to_milli(model.energy.joules_per_frame)),
     "above_idle_mj": CompareMetric(" mJ", " mJ", lambda model: _to_milli(model.energy.above_idle)),

@@ -9,7 +9,7 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_bench.cameras import CameraResult
 from hkd_bench.device_state import OtherLoadMeter
 from hkd_bench.host import HostFieldError
 from hkd_bench.power import (
@@ -207,14 +208,17 @@ class EnergyMeter:
         """Return the highest mean number of CPUs of other processes; None if it was not measured."""
         return max(self._idle_loads, default=None)
 
-    def make_traces(self) -> dict[str, PowerTrace]:
+    def make_traces(self, end: float = 0.0) -> dict[str, PowerTrace]:
         """Return the trace of each sensor; wait up to `MAX_GAP_S` for the next line of an external meter.
+
+        Args:
+            end: Last time that is needed, Unix time in seconds; the end of the idle measurement if that is later.
 
         Raises:
             UsageError: The log of the external meter is invalid.
         """
         if self._power_csv:
-            end = max([block[1] for block in self.idle_after], default=0.0)
+            end = max([end, *(block[1] for block in self.idle_after)])
             deadline = time() + MAX_GAP_S
             times, watts = read_power_log(self._power_csv)
             while (not times or times[-1] < end) and time() < deadline:
@@ -295,6 +299,39 @@ def compute_energies(
         ),
         results,
     )
+
+
+def compute_camera_energies(meter: EnergyMeter, source: PowerSource, cameras: CameraResult) -> CameraResult:
+    """Compute the energy per camera and second of each number of cameras.
+
+    Args:
+        meter: Meter whose sampling has ended.
+        source: Sensors with the idle power.
+        cameras: Result of the search.
+
+    Returns:
+        The result with the energy, or with the reason if it is not known.
+    """
+    if not source.sensors:
+        return replace(cameras, energy_reason="; ".join(f"{name}: {text}" for name, text in source.missing.items()))
+    idle = [watts for watts in (source.idle_before_w, source.idle_after_w) if watts is not None]
+    try:
+        traces = meter.make_traces(max(point.window[1] for point in cameras.points))
+        watts = [
+            sum(trace.compute_energy(*point.window) for trace in traces.values()) / (point.window[1] - point.window[0])
+            for point in cameras.points
+        ]
+    except (SensorMissingError, UsageError) as error:
+        return replace(cameras, energy_reason=f"{', '.join(source.sensors)}: {str(error).removesuffix('.')}")
+    points = [
+        replace(
+            point,
+            joules_per_camera_s=power / point.cameras,
+            above_idle_per_camera_s=(power - sum(idle) / len(idle)) / point.cameras if idle else None,
+        )
+        for point, power in zip(cameras.points, watts, strict=True)
+    ]
+    return replace(cameras, points=tuple(points), energy_reason="")
 
 
 def _get_mean_power(joules: NDArray[np.float64], blocks: Sequence[Block]) -> float | None:

@@ -15,17 +15,20 @@ from hkd_bench import plots
 from hkd_bench.device_state import RunConditions
 from hkd_bench.latency import confidence_bound_ms
 from hkd_bench.result import BenchResult, ModelResult
-from hkd_bench.scenario_table import SCENARIO_HEADERS, make_scenario_rows
+from hkd_bench.separate_tables import SCENARIO_HEADERS, SUSTAINED_HEADERS, make_scenario_rows, make_sustained_rows
+from hkd_bench.sustained_plot import plot_sustained
 from hkd_bench.sweep_plot import plot_sweep
 from hkd_bench.table import (
-    CAMERA_HEADERS,
+    BATCH_HEADERS,
     MARK,
     format_data_name,
     format_difference,
     format_energy_interval,
     format_interval,
     format_model_name,
+    list_camera_headers,
     list_columns,
+    make_batch_rows,
     make_camera_rows,
     make_cells,
     make_notes,
@@ -49,7 +52,7 @@ MATCH_STATUS = {
     FALSE_POSITIVE: MatchStatus.FALSE_POSITIVE,
     IGNORED: MatchStatus.IGNORED,
 }
-GPU_MEMORY = ("GPU memory of the process", "activations and workspace (TensorRT)")
+GPU_MEMORY = ("GPU memory after the build", "GPU memory of the process", "activations and workspace")
 DETAILS = (
     ("p50", "ms"),
     ("p90", "ms"),
@@ -60,6 +63,7 @@ DETAILS = (
     ("maximum", "ms"),
     ("standard deviation / mean", ""),
     ("model loading (median)", "ms"),
+    ("peak memory at the build of engine or session", "MiB"),
     ("peak memory", "MiB"),
     ("peak memory minus baseline", "MiB"),
     *((name, "MiB") for name in GPU_MEMORY),
@@ -232,10 +236,15 @@ def render_html(
                 ENERGY_DETAILS, zip(*map(_format_energy_details, result.models), strict=True), strict=True
             )
         ],
-        camera_headers=CAMERA_HEADERS,
+        camera_headers=list_camera_headers(result),
         camera_rows=make_camera_rows(result),
+        batch_headers=BATCH_HEADERS,
+        batch_rows=make_batch_rows(result),
         scenario_headers=SCENARIO_HEADERS,
         scenario_rows=make_scenario_rows(result),
+        sustained_headers=SUSTAINED_HEADERS,
+        sustained_rows=make_sustained_rows(result),
+        sustained_plots=[(title, Markup(svg)) for title, svg in plot_sustained(result)],
         state_rows=make_state_rows(result),
         missing_state=_list_missing_state(result),
         names=[format_model_name(model) for model in result.models],
@@ -307,10 +316,14 @@ def _format_details(model: ModelResult) -> list[str]:
         *(f"{value:.2f}" for value in (latency.mean_ms, latency.max_ms)),
         f"{100 * latency.cv:.0f} %",
         f"{np.median(model.load_ms):.0f}",
-        *(f"{value:.0f}" for value in (model.peak_memory_mib, model.memory_mib)),
-        "not measured" if model.gpu_memory_mib is None else f"{model.gpu_memory_mib:.0f}",
-        "" if model.context_mib is None else f"{model.context_mib:.1f}",
+        *(_format_mib(value) for value in (model.build_memory_mib, model.peak_memory_mib, model.memory_mib)),
+        *(_format_mib(value) for value in (model.gpu_build_memory_mib, model.gpu_memory_mib)),
+        model.context_reason if model.context_mib is None else f"{model.context_mib:.1f}",
     ]
+
+
+def _format_mib(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.0f}"
 
 
 def _format_energy_details(model: ModelResult) -> list[str]:

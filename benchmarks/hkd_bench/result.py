@@ -15,6 +15,7 @@ from hkd_bench.energy import EnergyResult, PowerSource
 from hkd_bench.host import HostField
 from hkd_bench.latency import LatencySummary, summarize_latency
 from hkd_bench.scenarios import ScenarioResult
+from hkd_bench.sustained import SustainedResult
 from hkd_deploy.precision.report import compute_recall
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, UsageError, first_error_line
@@ -32,7 +33,11 @@ from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
 from hkd_det.structures import Detections, Sample
 
 SCHEMA_VERSION = 5
-READABLE_SCHEMAS = (3, 4, 5)  # 4 adds energy, device state and GPU memory; 5 adds scenarios
+READABLE_SCHEMAS = (
+    3,
+    4,
+    5,
+)  # 4 adds energy, device state and GPU memory; 5 adds scenarios, sustained runs and memory at the build
 MAX_CURVE_POINTS = 2000
 
 
@@ -135,7 +140,8 @@ class ModelResult:
         e2e_ms: Latency from frame to detections in milliseconds, one entry per run.
         stages: Latency of each stage.
         load_ms: Time to open the model in milliseconds, one entry per round.
-        peak_memory_mib: Peak resident memory of the process while timing, in MiB; the maximum over the rounds.
+        peak_memory_mib: Peak resident memory of the process from the opening of the model to the end of the timed
+            runs, in MiB; the maximum over the rounds.
         baseline_mib: Resident memory of the same round before the model was opened: interpreter, libraries and
             decoded images.
         energy: Energy per frame.
@@ -143,10 +149,17 @@ class ModelResult:
         gpu_memory_mib: GPU memory of the process after timing, by NVML, in MiB; the maximum over the rounds. None if it
             was not measured.
         gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
+        build_memory_mib: Peak resident memory of the process while the model was opened and its engine or session was
+            built, in MiB; the maximum over the rounds. None in files of older versions. TensorRT engines are built by
+            hkd-export, and only read here.
+        gpu_build_memory_mib: GPU memory of the process after the model was opened, by NVML, in MiB; the maximum over
+            the rounds. None if it was not measured, with the reason of `gpu_memory_mib`.
         context_mib: GPU memory of activations and workspace in MiB, as TensorRT states it at the build of the engine.
-            None for other runtimes, which do not state it.
+            None for other runtimes.
+        context_reason: Reason why `context_mib` is None; empty otherwise.
         cameras: Number of cameras that the model holds; None if it was not searched.
         scenarios: Results of the load scenarios, in the order of `--scenario`.
+        sustained: Latency, clocks, temperature and power over time; None if it was not measured.
     """
 
     name: str
@@ -169,9 +182,13 @@ class ModelResult:
     conditions: RunConditions = field(default_factory=RunConditions)
     gpu_memory_mib: float | None = None
     gpu_memory_reason: str = "not measured"
+    build_memory_mib: float | None = None
+    gpu_build_memory_mib: float | None = None
     context_mib: float | None = None
+    context_reason: str = "not measured"
     cameras: CameraResult | None = None
     scenarios: tuple[ScenarioResult, ...] = ()
+    sustained: SustainedResult | None = None
 
     @property
     def miss_rates(self) -> dict[str, float | None]:

@@ -4,11 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hkd_bench.cameras import CameraPoint
 from hkd_bench.device_state import format_other_load
 from hkd_bench.latency import confidence_bound_ms
 from hkd_bench.result import BenchResult, ModelResult
-from hkd_bench.scenario_table import SCENARIO_HEADERS, format_scenario_notes, make_scenario_rows
 from hkd_bench.scoring import ScoreTable
+from hkd_bench.separate_tables import (
+    SCENARIO_HEADERS,
+    SUSTAINED_HEADERS,
+    format_scenario_notes,
+    format_sustained_notes,
+    make_scenario_rows,
+    make_sustained_rows,
+)
 from hkd_deploy.model_metadata import MIN_DYNAMIC_SIDE
 from hkd_det.console import format_table
 from hkd_det.metrics.bootstrap import MIN_IMAGES, MIN_PERSONS, TOO_FEW, MissRateDifference, MissRateInterval
@@ -71,6 +79,8 @@ ENERGY_COLUMNS = (
     Column("above idle", "mJ", 1, ratio=True),
 )
 CAMERA_HEADERS = ("cameras", "number", "p50, ms", "p99, ms", "dropped, %", "held")
+CAMERA_ENERGY_HEADER = "energy per camera, J/s"
+BATCH_HEADERS = ("batches", "images", "p50, ms", "p99, ms", "images/s", "held")
 MARK = "[!]"  # behind the name of a model whose runs were not quiet
 
 
@@ -120,10 +130,14 @@ def format_text_table(result: BenchResult) -> str:
         parts += [format_comparison_table(groups), ""]
     cameras = make_camera_rows(result)
     if cameras:
-        parts += [format_table(cameras, CAMERA_HEADERS), ""]
+        parts += [format_table(cameras, list_camera_headers(result)), ""]
+        parts += [format_table(make_batch_rows(result), BATCH_HEADERS), ""]
     scenarios = make_scenario_rows(result)
     if scenarios:
         parts += [format_table(scenarios, SCENARIO_HEADERS), ""]
+    sustained = make_sustained_rows(result)
+    if sustained:
+        parts += [format_table(sustained, SUSTAINED_HEADERS), ""]
     return "\n".join([*parts, *make_notes(result)])
 
 
@@ -282,8 +296,10 @@ def make_notes(result: BenchResult) -> list[str]:
         *_format_padded_sizes(result),
         *_format_cameras(result),
         *format_scenario_notes(result),
+        *format_sustained_notes(result),
         *_format_bounds(result),
         *_format_energy(result),
+        *_format_build_memory(result),
         *_format_gpu_memory(result),
         f"License of the weights: {_format_licenses(result)}.",
     ]
@@ -348,6 +364,15 @@ def _format_watts(watts: float | None) -> str:
     return "unknown" if watts is None else f"{watts:.2f} W"
 
 
+def _format_build_memory(result: BenchResult) -> list[str]:
+    texts = [
+        f"{model.build_memory_mib:.0f} MiB ({model.name})"
+        for model in result.models
+        if model.build_memory_mib is not None
+    ]
+    return [f"Peak memory while the engine or session was built: {', '.join(texts)}."] if texts else []
+
+
 def _format_gpu_memory(result: BenchResult) -> list[str]:
     if not result.device.startswith("cuda"):
         return []
@@ -396,8 +421,21 @@ def _format_thresholds(result: BenchResult) -> list[str]:
     return [f"Recall of Reasonable at a score of {'; '.join(texts)}."] if texts else []
 
 
+def list_camera_headers(result: BenchResult) -> list[str]:
+    """Return the headers of the table of cameras: energy only if it was requested.
+
+    Args:
+        result: Measurements of all models.
+    """
+    return [*CAMERA_HEADERS, *([CAMERA_ENERGY_HEADER] if result.has_energy else [])]
+
+
+def _format_camera_energy(point: CameraPoint) -> str:
+    return "-" if point.joules_per_camera_s is None else f"{point.joules_per_camera_s:.2f}"
+
+
 def make_camera_rows(result: BenchResult) -> list[list[str]]:
-    """Return one row per model and number of cameras, with the entries of `CAMERA_HEADERS`.
+    """Return one row per model and number of cameras, with the entries of `list_camera_headers`.
 
     Args:
         result: Measurements of all models.
@@ -409,10 +447,30 @@ def make_camera_rows(result: BenchResult) -> list[list[str]]:
             *("-" if value is None else f"{value:.1f}" for value in (point.p50_ms, point.p99_ms)),
             f"{100 * point.dropped:.1f}",
             "yes" if point.is_held(cameras.fps) else "no",
+            *([_format_camera_energy(point)] if result.has_energy else []),
         ]
         for model in result.models
         if (cameras := model.cameras)
         for index, point in enumerate(cameras.points)
+    ]
+
+
+def make_batch_rows(result: BenchResult) -> list[list[str]]:
+    """Return one row per model and batch size, with the entries of `BATCH_HEADERS`.
+
+    Args:
+        result: Measurements of all models.
+    """
+    return [
+        [
+            "" if index else model.name,
+            str(point.batch),
+            *(f"{value:.1f}" for value in (point.p50_ms, point.p99_ms, point.images_per_s)),
+            "yes" if point.is_held(cameras.fps) else "no",
+        ]
+        for model in result.models
+        if (cameras := model.cameras)
+        for index, point in enumerate(cameras.batches)
     ]
 
 
@@ -422,10 +480,23 @@ def _format_cameras(result: BenchResult) -> list[str]:
         return []
     fps = found[0][1].fps
     counts = ", ".join(f"{cameras.cameras} ({model.name})" for model, cameras in found)
-    return [
+    notes = [
         f"Cameras at {fps:g} frames per second with p99 from the arrival of a frame to its boxes below "
         f"{1e3 / fps:.1f} ms: {counts}. A dropped frame counts as infinite."
     ]
+    batches = [
+        f"{cameras.largest_batch} ({model.name})" for model, cameras in found if cameras.largest_batch is not None
+    ]
+    if batches:
+        fixed = [model.name for model, cameras in found if len(cameras.batches) == 1 and cameras.largest_batch]
+        hint = f" The batch of {', '.join(fixed)} is fixed; see hkd-export --dynamic batch." if fixed else ""
+        notes.append(
+            f"Largest batch of frames that arrive together, with p99 below the period: {', '.join(batches)}.{hint}"
+        )
+    if not result.has_energy:
+        return notes
+    reasons = dict.fromkeys(cameras.energy_reason for _, cameras in found if cameras.energy_reason)
+    return notes + [f"Energy per camera not measured: {reason}." for reason in reasons]
 
 
 def _format_padded_sizes(result: BenchResult) -> list[str]:

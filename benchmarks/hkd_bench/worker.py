@@ -9,11 +9,14 @@ import importlib
 import json
 import os
 import resource
+import signal
 import sys
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from time import perf_counter, time
 from typing import Any
 
@@ -22,7 +25,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from hkd_bench.cameras import search_cameras
+from hkd_bench.cameras import MAX_BATCH, search_batches, search_cameras
 from hkd_bench.scenarios import PACED, ScenarioSettings, measure_paced
 from hkd_deploy import Detector, open_detector
 from hkd_det.config import dataclass_from_dict
@@ -34,6 +37,7 @@ from hkd_det.structures import Detections
 BLOCK_S = 1.0  # several updates of every power sensor; NVML counters change every 0.1 s
 # Start and end (Unix time in seconds) and number of frames.
 Block = tuple[float, float, int]
+PROGRESS_S = 10  # between two lines of progress of a sustained run, which counts seconds
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 ERROR_CLASSES: dict[str, type[HkdError]] = {cls.__name__: cls for cls in (UsageError, DataError, UnavailableError)}
@@ -64,6 +68,9 @@ class WorkerJob:
         scenario: Name of a scenario that is measured; empty for none.
         scenario_settings: Settings of the scenario.
         log_dir: Directory of LoadGen's logs.
+        sustained_s: Duration of a run without pauses, whose latencies are written to `sustained_npz`, in seconds; 0 for
+            none. SIGINT ends it.
+        sustained_npz: Output path of the latencies over time.
     """
 
     model: str
@@ -84,6 +91,8 @@ class WorkerJob:
     scenario: str = ""
     scenario_settings: ScenarioSettings = field(default_factory=ScenarioSettings)
     log_dir: str = ""
+    sustained_s: float = 0.0
+    sustained_npz: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,13 +110,16 @@ class WorkerResult:
         e2e_ms: Latency of each timed run in milliseconds.
         stages_ms: Latency of preprocess, inference and postprocess of each stage run.
         baseline_mib: Resident memory before the model was opened, in MiB.
-        peak_memory_mib: Peak resident memory while timing, in MiB.
+        build_memory_mib: Peak resident memory while the model was opened and its engine or session was built, in MiB.
+        gpu_build_memory_mib: GPU memory of this process after that, in MiB; None if it was not measured.
+        peak_memory_mib: Peak resident memory from the opening of the model to the end of the timed runs, in MiB.
         timed_window: Start and end of the timed runs and stage runs, Unix time in seconds.
         blocks: Blocks of the runs whose energy is measured.
         gpu_memory_mib: GPU memory of this process after timing, in MiB; None if it was not measured.
         gpu_memory_reason: Reason why `gpu_memory_mib` is None; empty otherwise.
         cameras: Number of cameras with the fields of `CameraResult`; None if it was not searched.
         scenario: Fields of `ScenarioResult`; None if no scenario was measured.
+        is_interrupted: Whether SIGINT ended the sustained run.
     """
 
     model: str
@@ -120,6 +132,8 @@ class WorkerResult:
     e2e_ms: tuple[float, ...]
     stages_ms: tuple[tuple[float, float, float], ...]
     baseline_mib: float
+    build_memory_mib: float
+    gpu_build_memory_mib: float | None
     peak_memory_mib: float
     timed_window: tuple[float, float]
     blocks: tuple[Block, ...]
@@ -127,6 +141,7 @@ class WorkerResult:
     gpu_memory_reason: str
     cameras: dict[str, Any] | None = None
     scenario: dict[str, Any] | None = None
+    is_interrupted: bool = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -175,6 +190,9 @@ def measure_model(job: WorkerJob) -> WorkerResult:
     Raises:
         HkdError: The model or an image cannot be opened.
     """
+    stop = Event()
+    if job.sustained_s:
+        signal.signal(signal.SIGINT, lambda *_: stop.set())
     if job.threads is not None:
         cv2.setNumThreads(job.threads)
     images = [read_image(Path(path)) for path in job.timed_images]
@@ -190,6 +208,8 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         job.model, job.device, job.threads, job.backend, model_config=model_config, imgsz_hw=job.imgsz_hw
     ) as detector:
         load_ms = 1e3 * (perf_counter() - start)
+        build_memory_mib = read_peak_mib()
+        gpu_build_memory_mib, _ = _read_gpu_memory(job.device)
         _run_warmup(detector, images, job)
         timing_start = time()
         e2e_ms = _time_end_to_end(detector, images, job.runs)
@@ -200,6 +220,8 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         blocks = _run_blocks(detector, images, job.energy_s)
         cameras = _search_cameras(detector, images, job.cameras_fps) if job.cameras_fps else None
         scenario = _run_scenario(detector, images, job) if job.scenario else None
+        if job.sustained_s:
+            _run_sustained(detector, images, job, stop)
         if job.eval_images:
             detections = [_predict_image(detector, path) for path in job.eval_images]
             write_detections_npz(Path(job.detections_npz), detections)
@@ -215,6 +237,8 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         e2e_ms=tuple(e2e_ms),
         stages_ms=tuple(stages_ms),
         baseline_mib=baseline_mib,
+        build_memory_mib=build_memory_mib,
+        gpu_build_memory_mib=gpu_build_memory_mib,
         peak_memory_mib=peak_memory_mib,
         timed_window=(timing_start, timing_end),
         blocks=tuple(blocks),
@@ -222,6 +246,7 @@ def measure_model(job: WorkerJob) -> WorkerResult:
         gpu_memory_reason=gpu_memory_reason,
         cameras=cameras,
         scenario=scenario,
+        is_interrupted=stop.is_set(),
     )
 
 
@@ -321,8 +346,29 @@ def _run_blocks(detector: Detector, images: Sequence[NDArray[np.uint8]], seconds
     return blocks
 
 
+def _run_sustained(detector: Detector, images: Sequence[NDArray[np.uint8]], job: WorkerJob, stop: Event) -> None:
+    """Run without pauses and write the start (Unix time) and the latency of each frame."""
+    starts, latencies_ms = array("d"), array("d")
+    unix_offset_s = time() - perf_counter()
+    start = end = perf_counter()
+    report_s = end + PROGRESS_S
+    while end - start < job.sustained_s and not stop.is_set():
+        frame_start = perf_counter()
+        detector(images[len(starts) % len(images)])
+        end = perf_counter()
+        starts.append(frame_start + unix_offset_s)
+        latencies_ms.append(1e3 * (end - frame_start))
+        if end >= report_s:
+            _report_progress(PROGRESS_S)
+            report_s += PROGRESS_S
+    np.savez(job.sustained_npz, starts=np.array(starts), latencies_ms=np.array(latencies_ms))
+
+
 def _search_cameras(detector: Detector, images: Sequence[NDArray[np.uint8]], fps: float) -> dict[str, Any]:
-    return asdict(search_cameras(_make_detect(detector, images), fps, detector.metadata.batch or 1))
+    detect, batch = _make_detect(detector, images), detector.metadata.batch
+    result = search_cameras(detect, fps, batch or 1)
+    largest_batch, batches = search_batches(detect, fps, batch, min(detector.max_batch or MAX_BATCH, MAX_BATCH))
+    return asdict(replace(result, largest_batch=largest_batch, batches=batches))
 
 
 def _run_scenario(detector: Detector, images: Sequence[NDArray[np.uint8]], job: WorkerJob) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Start of a worker process, its progress and its result."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -25,6 +26,7 @@ def run_worker(job: WorkerJob, work_dir: Path, progress: Progress) -> WorkerResu
     Raises:
         HkdError: The worker raised it.
         UnavailableError: The process ended without result.
+        KeyboardInterrupt: Ctrl-C, except in a sustained run that has started.
     """
     job_path, out_path, log_path = work_dir / "job.json", work_dir / "out.json", work_dir / "worker.log"
     job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
@@ -32,9 +34,15 @@ def run_worker(job: WorkerJob, work_dir: Path, progress: Progress) -> WorkerResu
     command = [sys.executable, "-m", "hkd_bench.worker", str(job_path), str(out_path)]
     with log_path.open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as worker:
         try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                progress.update(int(line) if line.strip().isdigit() else 0)  # libraries may print other lines
+            _forward_progress(worker, progress)
+        except KeyboardInterrupt:
+            if not job.sustained_s:
+                worker.kill()
+                raise
+            worker.send_signal(signal.SIGINT)  # the terminal sends it to both processes, `kill` to one
+            _wait_for_end(worker)
+            if not out_path.exists():
+                raise
         except BaseException:
             worker.kill()
             raise
@@ -44,6 +52,21 @@ def run_worker(job: WorkerJob, work_dir: Path, progress: Progress) -> WorkerResu
     if "error" in content:
         raise ERROR_CLASSES[content["error"]](content["message"])
     return WorkerResult(**content["result"])
+
+
+def _forward_progress(worker: subprocess.Popen[str], progress: Progress) -> None:
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        progress.update(int(line) if line.strip().isdigit() else 0)  # libraries may print other lines
+
+
+def _wait_for_end(worker: subprocess.Popen[str]) -> None:
+    """Wait until an interrupted worker has written its result; a second Ctrl-C kills it."""
+    try:
+        worker.communicate()
+    except BaseException:
+        worker.kill()
+        raise
 
 
 def _format_worker_error(model: str, returncode: int, log_path: Path) -> str:

@@ -19,6 +19,7 @@ import pycocotools.cocoeval
 import pytest
 import yaml
 
+from hkd_bench import worker
 from hkd_bench.bench import BenchOptions, assign_model_configs, bench
 from hkd_bench.cli import main
 from hkd_bench.detection_files import list_detection_files
@@ -27,6 +28,7 @@ from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, measure_accuracy, read_result, write_result
 from hkd_bench.table import format_markdown_table, format_text_table
 from hkd_bench.worker import read_peak_mib, read_resident_mib, reset_peak
+from hkd_deploy import Detector, open_detector
 from hkd_deploy.backends.openvino import export_openvino
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
@@ -113,6 +115,39 @@ def test_bench_counts_runs_and_reads_metadata(result: BenchResult, model: Path) 
         assert (model_result.parameters, model_result.flops, model_result.imgsz_hw) == (12, 3456, (96, 160))
         assert model_result.file_mib == model.stat().st_size / 2**20
         assert 0 < model_result.baseline_mib < model_result.peak_memory_mib
+
+
+def test_memory_at_the_build_has_what_opening_needs(
+    model: Path, half_right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening takes 200 MiB that are free before the first run."""
+
+    def open_with_workspace(*args: object, **kwargs: object) -> Detector:
+        workspace = np.ones(200 * 2**20, np.uint8)
+        assert workspace[-1] == 1
+        return open_detector(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker, "open_detector", open_with_workspace)
+    image = str(load_dataset(str(half_right), "val")[0].path)
+    job = worker.WorkerJob(
+        str(model), "cpu", "onnxruntime", None, (image,), 1, 0.0, 1, 1, None, (), str(tmp_path / "d.npz")
+    )
+    measured = worker.measure_model(job)
+    assert 200 <= measured.build_memory_mib - measured.baseline_mib < 300
+    assert measured.build_memory_mib <= measured.peak_memory_mib and measured.gpu_build_memory_mib is None
+
+
+def test_memory_at_the_build_is_in_table_and_page(result: BenchResult, tmp_path: Path) -> None:
+    one = result.models[0]
+    assert one.build_memory_mib is not None and one.baseline_mib < one.build_memory_mib <= one.peak_memory_mib
+    assert (one.context_mib, one.context_reason) == (None, "ONNX Runtime states it in its C interface only")
+    assert "Peak memory while the engine or session was built: 1234 MiB (one)" in format_text_table(
+        replace(result, models=(replace(one, build_memory_mib=1234.0),))
+    )
+    gpu = replace(result, device="cuda", models=(replace(one, build_memory_mib=1234.0, gpu_build_memory_mib=567.0),))
+    write_bench_report(tmp_path / "r.html", gpu, title="build")
+    page = (tmp_path / "r.html").read_text()
+    assert "<td>1234</td>" in page and "<td>567</td>" in page and one.context_reason in page
 
 
 @pytest.mark.slow

@@ -1,14 +1,19 @@
-"""Table and notes of the load scenarios of `hkd-bench --scenario`."""
+"""Tables and notes of load scenarios and sustained runs: `hkd-bench --scenario` and `--sustained`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.scenarios import PACED, ScenarioResult
+from hkd_bench.sustained import SustainedResult
 
 SCENARIO_HEADERS = (
     "scenarios", "scenario", "result", "queries", "images/s", "p50, ms", "p90, ms", "p99, ms", "estimate, ms",
     "late, %",
+)  # fmt: skip
+
+SUSTAINED_HEADERS = (
+    "sustained", "part", "p50, ms", "p90, ms", "p99, ms", "images/s", "CPU, MHz", "GPU, MHz", "highest, °C", "power, W",
 )  # fmt: skip
 
 
@@ -79,3 +84,55 @@ def list_invalid_scenarios(models: Sequence[ModelResult]) -> list[str]:
         for one in model.scenarios
         if not one.is_valid
     ]
+
+
+def make_sustained_rows(result: BenchResult) -> list[list[str]]:
+    """Return the last tenth and the first minute of each model, with the entries of `SUSTAINED_HEADERS`.
+
+    Args:
+        result: Measurements of all models.
+    """
+    return [
+        [
+            "" if label == "first" else model.name,
+            f"{label} {part.seconds:.0f} s",
+            *(f"{value:.1f}" for value in (part.p50_ms, part.p90_ms, part.p99_ms, part.frames / part.seconds)),
+            *("-" if value is None else f"{value:.0f}" for value in (part.cpu_mhz, part.gpu_mhz, part.temperature_c)),
+            "-" if part.watts is None else f"{part.watts:.2f}",
+        ]
+        for model in result.models
+        if (run := model.sustained)
+        for label, part in (("last", run.last), ("first", run.first))
+    ]
+
+
+def format_sustained_notes(result: BenchResult) -> list[str]:
+    """Return the sentences below the table: duration, drift, marks and what was not measured.
+
+    Args:
+        result: Measurements of all models.
+    """
+    runs = [(model.name, model.sustained) for model in result.models if model.sustained]
+    if not runs:
+        return []
+    drifts = [f"{_format_drift(run)} ({name})" for name, run in runs]
+    notes = [
+        f"Sustained for {runs[0][1].requested_s:g} s without pauses; quote the last tenth. Its p50 against the start: "
+        f"{'; '.join(drifts)}."
+    ]
+    notes += [
+        f"{name}: interrupted after {run.seconds:.0f} of {run.requested_s:g} s."
+        for name, run in runs
+        if run.is_interrupted
+    ]
+    missing = [model.name for model in result.models if model.sustained is None]
+    notes += [f"Not sustained after the interruption: {', '.join(missing)}."] if missing else []
+    notes += [f"[!] sustained {name}: {'; '.join(run.marks)}." for name, run in runs if run.marks]
+    reasons = dict.fromkeys(run.power_reason for _, run in runs if run.power_reason)
+    return notes + [f"Power over time not measured: {reason}." for reason in reasons]
+
+
+def _format_drift(run: SustainedResult) -> str:
+    if run.drift_low is None or run.drift_high is None:
+        return f"{100 * run.drift:+.1f} %, {run.conclusion}"
+    return f"{100 * run.drift:+.1f} % ({100 * run.drift_low:+.1f} to {100 * run.drift_high:+.1f}): {run.conclusion}"
