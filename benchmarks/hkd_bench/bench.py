@@ -540,6 +540,7 @@ def _make_model_result(
 ) -> ModelResult:
     first, largest = rounds[0], max(rounds, key=lambda result: result.peak_memory_mib)
     stages = np.concatenate([result.stages_ms for result in rounds])
+    engine = read_engine_info(entry.path) if entry.backend == "tensorrt" else None
     return ModelResult(
         name=entry.name,
         path=str(entry.path),
@@ -566,7 +567,9 @@ def _make_model_result(
         cameras=cameras,
         scenarios=scenarios,
         sustained=sustained,
-        context_mib=read_engine_info(entry.path).context_mib if entry.backend == "tensorrt" else None,
+        engine_build_memory_mib=engine.build_memory_mib if engine else None,
+        engine_build_gpu_memory_mib=engine.build_gpu_memory_mib if engine else None,
+        context_mib=engine.context_mib if engine else None,
         context_reason=CONTEXT_REASONS.get(entry.backend.partition("-")[0], f"{entry.backend} does not state it"),
     )
 

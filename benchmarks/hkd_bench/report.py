@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from hkd_bench import plots
 from hkd_bench.device_state import RunConditions
 from hkd_bench.latency import confidence_bound_ms
+from hkd_bench.load_plots import plot_cameras, plot_sustained
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.separate_tables import SCENARIO_HEADERS, SUSTAINED_HEADERS, make_scenario_rows, make_sustained_rows
-from hkd_bench.sustained_plot import plot_sustained
 from hkd_bench.sweep_plot import plot_sweep
 from hkd_bench.table import (
     BATCH_HEADERS,
@@ -52,7 +52,13 @@ MATCH_STATUS = {
     FALSE_POSITIVE: MatchStatus.FALSE_POSITIVE,
     IGNORED: MatchStatus.IGNORED,
 }
-GPU_MEMORY = ("GPU memory after the build", "GPU memory of the process", "activations and workspace")
+GPU_MEMORY = (
+    "GPU memory after the build",
+    "GPU memory of the process",
+    "peak memory at the build of the TensorRT engine",
+    "GPU memory at the build of the TensorRT engine",
+    "activations and workspace",
+)
 DETAILS = (
     ("p50", "ms"),
     ("p90", "ms"),
@@ -238,6 +244,7 @@ def render_html(
         ],
         camera_headers=list_camera_headers(result),
         camera_rows=make_camera_rows(result),
+        camera_plot=Markup(plot_cameras(result)),
         batch_headers=BATCH_HEADERS,
         batch_rows=make_batch_rows(result),
         scenario_headers=SCENARIO_HEADERS,
@@ -318,6 +325,7 @@ def _format_details(model: ModelResult) -> list[str]:
         f"{np.median(model.load_ms):.0f}",
         *(_format_mib(value) for value in (model.build_memory_mib, model.peak_memory_mib, model.memory_mib)),
         *(_format_mib(value) for value in (model.gpu_build_memory_mib, model.gpu_memory_mib)),
+        *(_format_mib(value) for value in (model.engine_build_memory_mib, model.engine_build_gpu_memory_mib)),
         model.context_reason if model.context_mib is None else f"{model.context_mib:.1f}",
     ]
 

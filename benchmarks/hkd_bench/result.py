@@ -154,6 +154,9 @@ class ModelResult:
             hkd-export, and only read here.
         gpu_build_memory_mib: GPU memory of the process after the model was opened, by NVML, in MiB; the maximum over
             the rounds. None if it was not measured, with the reason of `gpu_memory_mib`.
+        engine_build_memory_mib: Peak resident memory of hkd-export while it built the TensorRT engine, in MiB; None for
+            other files.
+        engine_build_gpu_memory_mib: Highest increase of the memory in use on the GPU during that build, in MiB.
         context_mib: GPU memory of activations and workspace in MiB, as TensorRT states it at the build of the engine.
             None for other runtimes.
         context_reason: Reason why `context_mib` is None; empty otherwise.
@@ -184,6 +187,8 @@ class ModelResult:
     gpu_memory_reason: str = "not measured"
     build_memory_mib: float | None = None
     gpu_build_memory_mib: float | None = None
+    engine_build_memory_mib: float | None = None
+    engine_build_gpu_memory_mib: float | None = None
     context_mib: float | None = None
     context_reason: str = "not measured"
     cameras: CameraResult | None = None

@@ -8,7 +8,6 @@ parent; nothing is written between two timed runs. The module imports neither to
 import importlib
 import json
 import os
-import resource
 import signal
 import sys
 from array import array
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from hkd_bench.cameras import MAX_BATCH, search_batches, search_cameras
 from hkd_bench.scenarios import PACED, ScenarioSettings, measure_paced
 from hkd_deploy import Detector, open_detector
+from hkd_deploy.process_memory import read_peak_mib, reset_peak
 from hkd_det.config import dataclass_from_dict
 from hkd_det.errors import DataError, HkdError, UnavailableError, UsageError
 from hkd_det.files import write_text
@@ -38,8 +38,6 @@ BLOCK_S = 1.0  # several updates of every power sensor; NVML counters change eve
 # Start and end (Unix time in seconds) and number of frames.
 Block = tuple[float, float, int]
 PROGRESS_S = 10  # between two lines of progress of a sustained run, which counts seconds
-STATUS = Path("/proc/self/status")
-CLEAR_REFS = Path("/proc/self/clear_refs")
 ERROR_CLASSES: dict[str, type[HkdError]] = {cls.__name__: cls for cls in (UsageError, DataError, UnavailableError)}
 # Package that a backend imports, if it is not onnxruntime.
 BACKEND_MODULES = {"openvino": "openvino", "openvino-bf16": "openvino", "tensorrt": "tensorrt"}
@@ -253,22 +251,6 @@ def measure_model(job: WorkerJob) -> WorkerResult:
 def read_resident_mib() -> float:
     """Return the resident memory of this process in MiB (2^20 bytes)."""
     return float(psutil.Process().memory_info().rss) / 2**20
-
-
-def reset_peak() -> None:
-    """Reset the peak to the present resident memory; no effect where the kernel does not support it."""
-    with suppress(OSError):
-        CLEAR_REFS.write_text("5", encoding="ascii")
-
-
-def read_peak_mib() -> float:
-    """Return the peak resident memory since `reset_peak` or, without kernel support, since the start, in MiB."""
-    if STATUS.exists():
-        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max_rss / 2**20 if sys.platform == "darwin" else max_rss / 1024
 
 
 def write_detections_npz(path: Path, detections: Sequence[Detections]) -> None:

@@ -27,9 +27,10 @@ from hkd_bench.host import read_host_fields
 from hkd_bench.report import write_bench_report
 from hkd_bench.result import BenchResult, measure_accuracy, read_result, write_result
 from hkd_bench.table import format_markdown_table, format_text_table
-from hkd_bench.worker import read_peak_mib, read_resident_mib, reset_peak
+from hkd_bench.worker import read_resident_mib
 from hkd_deploy import Detector, open_detector
 from hkd_deploy.backends.openvino import export_openvino
+from hkd_deploy.process_memory import read_peak_mib, reset_peak
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError
 from hkd_det.structures import Detections

@@ -146,7 +146,11 @@ def test_result_has_the_curve(write_tiny_onnx: Callable[..., Path], half_right: 
     assert f"boxes below 1.0 ms: {cameras.cameras} (tiny)" in text and "dropped, %" in text
     write_bench_report(tmp_path / "r.html", result, title="Cameras")
     page = (tmp_path / "r.html").read_text()
-    assert "<h2>Cameras</h2>" in page and "<h3>Batch size</h3>" in page
+    assert (
+        "Time to boxes against the number of cameras: tiny holds" in page
+        and "<h2>Cameras</h2>" in page
+        and "<h3>Batch size</h3>" in page
+    )
     assert f"Largest batch of frames that arrive together, with p99 below the period: {cameras.largest_batch}" in text
 
 

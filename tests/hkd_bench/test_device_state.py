@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 
 import pytest
 
@@ -253,11 +254,24 @@ def test_limit_of_other_load_depends_on_the_cpus() -> None:
 
 
 def test_check_marks_names_model_and_cause() -> None:
-    class Model:
-        name = "student"
-        conditions = RunConditions(marks=("throttled: CPU quota, 4 events",))
+    """A throttled sustained run is a result, not an error."""
 
-    with pytest.raises(
-        UnavailableError, match=r"--require-quiet: student: throttled: CPU quota, 4 events\. The results"
+    def make_model(
+        run: tuple[str, ...] = (), scenario: tuple[str, ...] = (), sustained: tuple[str, ...] = ()
+    ) -> SimpleNamespace:
+        return SimpleNamespace(
+            name="student",
+            conditions=RunConditions(marks=run),
+            scenarios=[SimpleNamespace(scenario="Server", marks=scenario)],
+            sustained=SimpleNamespace(marks=sustained),
+        )
+
+    throttled, loaded = ("throttled: CPU quota, 4 events",), ("other processes use 1.0 CPUs (limit 0.5 of 8)",)
+    for model, message in (
+        (make_model(run=throttled), r"--require-quiet: student: throttled: CPU quota, 4 events\. The results"),
+        (make_model(scenario=throttled), "--require-quiet: student Server: throttled: CPU quota, 4 events"),
+        (make_model(sustained=throttled + loaded), "--require-quiet: student sustained: other processes use 1.0 CPUs"),
     ):
-        check_marks([Model()])  # type: ignore[list-item]
+        with pytest.raises(UnavailableError, match=message):
+            check_marks([model])  # type: ignore[list-item]
+    check_marks([make_model(sustained=throttled)])  # type: ignore[list-item]

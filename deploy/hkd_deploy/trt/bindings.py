@@ -166,6 +166,12 @@ class CudaDevice:
         properties = self._call("cudaGetDeviceProperties", self._index)
         return GpuInfo(properties.name.split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}")
 
+    def read_used_mib(self) -> float:
+        """Return the memory in use on this GPU, of all processes, in MiB; with unified memory that of the board."""
+        self.set_current()  # the caller may be another thread
+        free, total = self._call_all("cudaMemGetInfo")
+        return float(total - free) / 2**20
+
     def allocate_pinned(self, size: int) -> tuple[int, NDArray[np.uint8]]:
         """Allocate page-locked host memory.
 
@@ -298,10 +304,15 @@ class CudaDevice:
         self._call("cudaGraphExecDestroy", graph)
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        values = self._call_all(name, *arguments)
+        return values[0] if values else None
+
+    def _call_all(self, name: str, *arguments: Any) -> list[Any]:
+        """Call a function and return all its values."""
         error, *values = getattr(self._runtime, name)(*arguments)
         if error != self._runtime.cudaError_t.cudaSuccess:
             raise UnavailableError(f"--device cuda:{self._index}: {name}: {self._format_error_and_hint(error)}")
-        return values[0] if values else None
+        return values
 
     def _format_error_and_hint(self, error: Any) -> str:
         """Return the error text of CUDA and a remedy, as sentences."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hkd_deploy.model_metadata import TensorInfo, make_tensor_info
+from hkd_deploy.process_memory import PeakMemory
 from hkd_deploy.trt.bindings import CudaDevice, TrtLog, import_tensorrt, make_trt_logger, open_cuda
 from hkd_deploy.trt.builder import BuildOptions, BuildResult, build_plan
 from hkd_deploy.trt.engine_info import FORMAT, EngineInfo, Profile, get_current_platform, write_engine
@@ -101,10 +102,11 @@ def build_engine(
     trt = import_tensorrt()
     cuda = open_cuda(device)
     log = TrtLog()
-    build_result = build_plan(trt, onnx_file, options, log, on_thread_start=cuda.set_current)
+    with PeakMemory(cuda.read_used_mib) as memory:
+        build_result = build_plan(trt, onnx_file, options, log, on_thread_start=cuda.set_current)
     inspection = inspect_engine(trt, build_result, log, onnx_file.path)
     check_precision(onnx_file, inspection.layers)
-    engine_info = _make_engine_info(trt, cuda, onnx_file, options, build_result, inspection)
+    engine_info = _make_engine_info(trt, cuda, onnx_file, options, build_result, inspection, memory)
     write_engine(engine_path, build_result.plan, engine_info)
     if options.timing_cache and build_result.timing_cache is not None:
         _write_timing_cache(options.timing_cache, build_result.timing_cache, engine_path)
@@ -201,6 +203,7 @@ def _make_engine_info(
     options: BuildOptions,
     build_result: BuildResult,
     inspection: EngineInspection,
+    memory: PeakMemory,
 ) -> EngineInfo:
     gpu = cuda.get_info()
     return EngineInfo(
@@ -225,6 +228,8 @@ def _make_engine_info(
         source_sha256=onnx_file.sha256,
         engine_sha256=bytes_sha256(build_result.plan),
         metadata=onnx_file.metadata,
+        build_memory_mib=round(memory.resident_mib, 1),
+        build_gpu_memory_mib=None if memory.gpu_mib is None else round(memory.gpu_mib, 1),
     )
 
 

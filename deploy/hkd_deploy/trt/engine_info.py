@@ -196,6 +196,9 @@ class EngineInfo:
         source_sha256: SHA-256 of the ONNX file.
         engine_sha256: SHA-256 of the engine.
         metadata: Metadata of the ONNX file, for `ModelMetadata.from_metadata`.
+        build_memory_mib: Peak resident memory of the process during the build, MiB; None in files of older versions.
+        build_gpu_memory_mib: Highest increase of the memory in use on the GPU during the build, MiB; None if it was not
+            measured. With unified memory it contains that of the process.
     """
 
     format: int
@@ -219,6 +222,8 @@ class EngineInfo:
     source_sha256: str
     engine_sha256: str
     metadata: dict[str, str]
+    build_memory_mib: float | None = None
+    build_gpu_memory_mib: float | None = None
 
 
 def get_current_platform() -> str:

@@ -182,6 +182,7 @@ class FakeCuda:
         results = {
             "cudaGetDeviceCount": (0, 1),
             "cudaSetDevice": (0,),
+            "cudaMemGetInfo": (0, 5 * 2**30, 8 * 2**30),
             "cudaGetDeviceProperties": (0, SimpleNamespace(name=b"Orin", major=8, minor=7)),
         }
         return lambda *_: results[name]
@@ -216,6 +217,7 @@ def test_build_writes_engine_and_json(
     assert [tensor.name for tensor in info.outputs] == ["out"]
     assert info.metadata == {"hkd.precision": "fp16", "imgsz": "[32, 64]"} and info.source == "small.onnx"
     assert info.source_sha256 == read_onnx_file(path).sha256 and info.profile is None and info.context_mib == 1.5
+    assert info.build_memory_mib is not None and info.build_memory_mib > 20 and info.build_gpu_memory_mib == 0
     output = capsys.readouterr().out
     assert "small.engine: Orin, TensorRT 10.3.0" in output and "/Conv" in output
     assert "Compute layers: 1 fp16 (requested: fp16)" in output

@@ -1,10 +1,11 @@
-"""Plots of `hkd-bench --sustained`: latency, clock, temperature and power over time."""
+"""Plots of load: `hkd-bench --sustained` over time, and the latency of `hkd-bench --cameras`."""
 
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from hkd_bench.plots import COLORS, LINE_STYLES, render_svg
+from hkd_bench.plots import COLORS, GRID_COLOR, LINE_STYLES, MARKERS, render_svg
 from hkd_bench.result import BenchResult
 from hkd_bench.sustained import SustainedPart, SustainedResult
 
@@ -78,6 +79,38 @@ def _plot_quantity(
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
 
     return render_svg(draw, title, [name for name, _ in runs], PLOT_HEIGHT_INCH)
+
+
+def plot_cameras(result: BenchResult) -> str:
+    """Plot p50 and p99 of the response time against the number of cameras, with the period as limit.
+
+    Args:
+        result: Measurements of all models.
+
+    Returns:
+        Inline SVG, or an empty string if the number of cameras was not searched.
+    """
+    found = [(model.name, model.cameras) for model in result.models if model.cameras]
+    if not found:
+        return ""
+    period_ms = 1e3 / found[0][1].fps
+
+    def draw(axes: Axes) -> None:
+        for index, (name, cameras) in enumerate(found):
+            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+            p99 = [(point.cameras, point.p99_ms) for point in cameras.points if point.p99_ms is not None]
+            p50 = [(point.cameras, point.p50_ms) for point in cameras.points if point.p50_ms is not None]
+            for points, line, label in ((p99, "-", name), (p50, ":", None)):
+                counts, times_ms = [one[0] for one in points], [one[1] for one in points]
+                axes.plot(counts, times_ms, linestyle=line, label=label, color=color, marker=marker, markersize=5)
+        axes.axhline(period_ms, color=GRID_COLOR, linewidth=1.5)
+        axes.set(xlabel="cameras", ylabel="time to boxes, ms")
+        axes.set_ylim(0, 1.6 * period_ms)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
+
+    descriptions = [f"{name} holds {cameras.cameras}" for name, cameras in found]
+    return render_svg(draw, "Time to boxes against the number of cameras", descriptions, PLOT_HEIGHT_INCH)
 
 
 def _get_minutes(run: SustainedResult) -> list[float]:
