@@ -45,14 +45,14 @@ from hkd_bench.sweep import list_sweep_sizes
 from hkd_bench.worker import WorkerJob, WorkerResult, read_detections_npz
 from hkd_bench.worker_process import run_worker
 from hkd_deploy.backends import BACKENDS, get_default_backend
-from hkd_deploy.external import hash_model_files, is_external_model
+from hkd_deploy.external import is_external_model
 from hkd_deploy.trt.engine_info import read_engine_info
 from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.console import Progress, log_stage
 from hkd_det.errors import DataError, UnavailableError, UsageError
 from hkd_det.letterbox import format_imgsz
 from hkd_det.metrics.coco_files import CocoId
-from hkd_det.onnxrt.openvino import list_model_files
+from hkd_det.onnxrt.openvino import hash_model_files, list_model_files
 from hkd_det.structures import Detections, Sample
 
 # Why a runtime does not state the memory of activations and workspace to Python.
@@ -81,8 +81,8 @@ class BenchOptions:
         data: Name of the dataset, stored in the result.
         split: Split of the dataset, stored in the result.
         command: Command line, stored in the result.
-        model_configs: YAML files of the models that hkd-export did not write: one for all of them, or one per such
-            model, in order. Empty selects the file next to the model.
+        model_configs: YAML files or names of the configurations of the models that hkd-export did not write: one for
+            all of them, or one per such model, in order. None, or no entry, selects the default of `load_model_config`.
         has_ground_truth: False for images without annotations: no miss rate is measured.
         save_detections: File for the detections of all images in COCO's result format, see `list_detection_files`. None
             writes no file.
@@ -116,7 +116,7 @@ class BenchOptions:
     data: str = ""
     split: str = ""
     command: str = ""
-    model_configs: tuple[Path, ...] = ()
+    model_configs: tuple[Path | None, ...] = ()
     has_ground_truth: bool = True
     save_detections: Path | None = None
     differences: Path | None = None
@@ -421,12 +421,13 @@ def _make_entries(models: Sequence[Path], options: BenchOptions, names: Sequence
     ]
 
 
-def assign_model_configs(models: Sequence[Path], model_configs: Sequence[Path]) -> dict[Path, Path]:
+def assign_model_configs(models: Sequence[Path], model_configs: Sequence[Path | None]) -> dict[Path, Path | None]:
     """Assign model configurations to the models that hkd-export did not write.
 
     Args:
         models: Model files or directories.
-        model_configs: One YAML file for all such models, or one per such model in order; or none.
+        model_configs: One YAML file or name for all such models, or one per such model in order, None for the default
+            of a model; or no entry.
 
     Returns:
         The YAML file of each such model.

@@ -93,7 +93,7 @@ def run_bench(argv: Sequence[str] | None) -> int:
         runs=flags.runs,
         data=datasets[0] if datasets else str(flags.images),
         split=flags.split if flags.data else "",
-        model_configs=tuple(map(Path, flags.model_config.split(","))) if flags.model_config else (),
+        model_configs=parse_model_configs(flags.model_config),
         command=shlex.join(["hkd-bench", *args]),
         has_ground_truth=bool(flags.data),
         save_detections=flags.save_detections,
@@ -146,6 +146,18 @@ def run_bench(argv: Sequence[str] | None) -> int:
             "--target-qps."
         )
     return 0
+
+
+def parse_model_configs(text: str | None) -> tuple[Path | None, ...]:
+    """Parse the value of `--model-config`.
+
+    Args:
+        text: YAML files or names, separated by commas; an empty entry selects the default of a model.
+
+    Returns:
+        One entry per name; none without the flag.
+    """
+    return tuple(Path(name.strip()) if name.strip() else None for name in text.split(",")) if text else ()
 
 
 def check_marks(models: "Sequence[ModelResult]") -> None:
@@ -209,15 +221,15 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         nargs="*",
         type=Path,
         metavar="MODEL",
-        help="files or directories written by hkd-export, ONNX files of other tools with a model configuration, or "
-        "names of shipped models",
+        help="files or directories written by hkd-export, ONNX and OpenVINO files of other tools, or names of shipped "
+        "models",
     )
     parser.add_argument("--list-models", action="store_true", help="list the shipped models and exit")
     parser.add_argument(
         "--model-config",
         metavar="YAML[,YAML]",
-        help="configuration of the ONNX files that hkd-export did not write: one file, or one per such model "
-        "(default: MODEL.yaml next to MODEL.onnx); see recipes/onnx/",
+        help="configuration of the models that hkd-export did not write: one for all, or one per such model, each a "
+        "YAML file, a name such as yolox, or empty (default: recognized, or MODEL.yaml next to MODEL.onnx)",
     )
     parser.add_argument(
         "--data",

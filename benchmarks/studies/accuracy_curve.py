@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from hkd_bench.bench import BenchOptions, bench
+from hkd_bench.cli import parse_model_configs
 from hkd_bench.host import read_host_fields
 from hkd_bench.plots import COLORS
 from hkd_bench.result import BenchResult, ModelResult, align_samples, read_result, write_result
@@ -164,7 +165,7 @@ def measure(models: dict[str, list[Path]], flags: argparse.Namespace) -> BenchRe
         rounds=flags.rounds,
         data=first_data,
         split=flags.split,
-        model_configs=tuple(map(Path, flags.model_config.split(","))) if flags.model_config else (),
+        model_configs=parse_model_configs(flags.model_config),
     )
     files = [(name, path.name) for name, paths in models.items() for path in paths]
     names = [SEPARATOR.join((*file, backend)) for file in files for backend in backends]

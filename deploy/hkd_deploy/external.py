@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from hkd_deploy.backends import BACKENDS, get_default_backend
 from hkd_deploy.backends.base import Detector, PerformanceHint, StageTimes, make_closed_error
-from hkd_deploy.backends.onnxruntime import make_tensorrt_provider, make_tensorrt_rtx_provider
+from hkd_deploy.backends.onnxruntime import make_tensorrt_provider, make_tensorrt_rtx_provider, prefers_float_int8
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.trt.onnx_file import count_parameters, read_onnx_metadata
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.image import check_image
 from hkd_det.onnxrt.detector import OnnxDetector
 from hkd_det.onnxrt.graph_io import read_graph_io
 from hkd_det.onnxrt.openvino import (
     OpenVinoSession,
     count_openvino_parameters,
+    hash_model_files,
     is_openvino_model,
     list_model_files,
     read_openvino_metadata,
@@ -95,9 +95,15 @@ class ExternalDetector(Detector):
         return self._model
 
 
+def _open_onnx_session(path: Path, device: str, threads: int | None) -> Any:
+    """Open a file with ONNX Runtime; an INT8 file of hkd-export --precision as its backend does."""
+    is_own_int8 = path.is_file() and read_onnx_metadata(path).get("hkd.precision") == "int8"
+    return open_session(path, device, threads, disable_quant_qdq=is_own_int8 and prefers_float_int8(device))
+
+
 SessionOpener = Callable[[Path, str, int | None], Any]
 SESSION_OPENERS: dict[str, SessionOpener] = {
-    "onnxruntime": open_session,
+    "onnxruntime": _open_onnx_session,
     "openvino": lambda path, device, threads: OpenVinoSession(path, device, threads, None),
     "openvino-bf16": lambda path, device, threads: OpenVinoSession(path, device, threads, "bf16"),
     "ort-tensorrt": lambda path, device, threads: open_session(
@@ -163,13 +169,3 @@ def is_external_model(path: Path) -> bool:
         return path.suffix == ".onnx" and path.is_file() and "hkd.format" not in read_onnx_metadata(path)
     except DataError:
         return False
-
-
-def hash_model_files(path: Path) -> str:
-    """Return the SHA-256 of a model file, or of the digests of the files of an OpenVINO model.
-
-    Args:
-        path: Model file or directory.
-    """
-    digests = [file_sha256(file) for file in list_model_files(path)]
-    return digests[0] if len(digests) == 1 else bytes_sha256("".join(digests).encode())

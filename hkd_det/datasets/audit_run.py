@@ -31,9 +31,10 @@ from hkd_det.datasets.audit_report import (
 )
 from hkd_det.datasets.check_summary import escape_nonprintable
 from hkd_det.errors import DataError, UsageError
-from hkd_det.files import atomic_write, bytes_sha256, file_sha256
+from hkd_det.files import atomic_write, bytes_sha256
 from hkd_det.image import read_image
 from hkd_det.onnxrt.detector import open_onnx_detector
+from hkd_det.onnxrt.openvino import hash_model_files, is_openvino_model
 from hkd_det.structures import Detections, GroundTruth, Sample, rotate_boxes
 
 ReadableSample = tuple[Sample, tuple[int, int]]  # with height and width of the image in pixels
@@ -47,7 +48,7 @@ class AuditOptions:
     """Options of the label audit.
 
     Attributes:
-        models: ONNX detectors.
+        models: ONNX files and OpenVINO models.
         config_paths: Model configuration of each detector; None for its metadata or the YAML file next to it.
         device: "cpu", "cuda" or "cuda:N".
         min_score: Minimum score of a probable missing label, 0 to 1.
@@ -148,7 +149,7 @@ def open_audit_models(paths: Sequence[Path], config_paths: Sequence[Path | None]
     """Open the detectors of an audit.
 
     Args:
-        paths: ONNX files.
+        paths: ONNX files and OpenVINO models.
         config_paths: Model configuration of each file; None for its metadata or the YAML file next to it.
         device: "cpu", "cuda" or "cuda:N".
 
@@ -169,11 +170,13 @@ def open_audit_models(paths: Sequence[Path], config_paths: Sequence[Path | None]
         raise UsageError("--audit: a model is named twice. Name each model once.")
     models = []
     for path, config_path in zip(paths, config_paths or [None] * len(paths), strict=True):
-        if path.suffix != ".onnx":
-            raise UsageError(f"--audit {path}: expected an ONNX file. Convert the model with hkd-export.")
+        if path.suffix != ".onnx" and not is_openvino_model(path):
+            raise UsageError(
+                f"--audit {path}: expected an ONNX file or an OpenVINO model. Convert the model with hkd-export."
+            )
         detector = open_onnx_detector(path, device, config_path)
         detector.config = replace(detector.config, conf=min(detector.config.conf, MIN_DETECTION_SCORE))
-        models.append(AuditModel(path.stem, detector, file_sha256(path)))
+        models.append(AuditModel(path.stem, detector, hash_model_files(path)))
     return models
 
 

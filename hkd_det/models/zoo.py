@@ -19,6 +19,7 @@ from hkd_det.models.ultralytics import is_ultralytics_file, load_ultralytics, ma
 from hkd_det.models.yolox import YOLOXSpec
 from hkd_det.models.yolox_weights import is_yolox_file, load_yolox, prepare_yolox
 from hkd_det.onnxrt.detector import OnnxDetector, OnnxEnsemble, open_onnx_detector, open_onnx_ensemble
+from hkd_det.onnxrt.openvino import is_openvino_model
 
 ENSEMBLE_SUFFIXES = (".yaml", ".yml")
 
@@ -125,9 +126,9 @@ def load_onnx_teacher(path: Path, device: torch.device, config_path: Path | None
     """Open an ONNX detector on a torch device, with the thread count of torch.
 
     Args:
-        path: The .onnx file, or the .yaml file of an ensemble.
+        path: The .onnx file, the OpenVINO model, or the .yaml file of an ensemble.
         device: Device to run on.
-        config_path: YAML file that describes inputs and outputs, for files that hkd-export did not write.
+        config_path: YAML file or name of the configuration, for files that hkd-export did not write.
 
     Returns:
         The teacher.
@@ -227,11 +228,11 @@ def load_teacher(path: Path, device: torch.device, config_path: Path | None = No
     """Load a teacher onto a device.
 
     Args:
-        path: best.pt of a run, a .pt file of Ultralytics, a YOLOX file, another .onnx file, or the .yaml file of an
-            ensemble.
+        path: best.pt of a run, a .pt file of Ultralytics, a YOLOX file, another .onnx file, an OpenVINO model, or the
+            .yaml file of an ensemble.
         device: Device of the teacher.
-        config_path: YAML file that describes inputs and outputs of an .onnx file that hkd-export did not write. With
-            it, a YOLOX file is run as an .onnx file.
+        config_path: YAML file or name of the configuration of a file that hkd-export did not write. With it, a YOLOX
+            file is run as an .onnx file.
 
     Returns:
         The teacher in evaluation mode.
@@ -245,13 +246,15 @@ def load_teacher(path: Path, device: torch.device, config_path: Path | None = No
 
 
 def is_onnx_teacher(path: Path, config_path: Path | None = None) -> bool:
-    """Return whether `load_teacher` runs a file with ONNX Runtime, so that it provides detections only.
+    """Return whether `load_teacher` runs a file with ONNX Runtime or OpenVINO, so that it provides detections only.
 
     Args:
         path: File of the teacher.
         config_path: Description of an .onnx file, or None.
     """
     if path.suffix in ENSEMBLE_SUFFIXES:
+        return True
+    if is_openvino_model(path):
         return True
     return is_onnx_file(path) and (config_path is not None or not is_yolox_file(path))
 

@@ -24,7 +24,7 @@ KNOWN_NAMES: dict[Role, tuple[str, ...]] = {
     "scores": ("scores", "detection_scores", "det_scores", "pred_scores", "logits", "pred_logits"),
     "labels": ("labels", "detection_classes", "det_classes", "pred_classes"),
 }
-COUNT_NAMES = ("num_detections", "num_dets", "num_predictions")
+COUNT_NAMES = ("count", "num_detections", "num_dets", "num_predictions")
 
 
 def read_boxes_scores(outputs: Mapping[str, FloatArray], config: OnnxModelConfig, input_hw: tuple[int, int]) -> RawRows:

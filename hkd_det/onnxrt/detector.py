@@ -107,9 +107,19 @@ class OnnxDetector:
         Returns:
             Output arrays by name.
         """
-        sizes = make_size_inputs(self._graph, len(batch), self.input_hw)
-        outputs = self._session.run(self._output_names, {self._input_name: batch, **sizes})
+        outputs = self._session.run(self._output_names, self.make_feeds(batch))
         return dict(zip(self._output_names, outputs, strict=True))
+
+    def make_feeds(self, batch: NDArray[np.generic]) -> dict[str, NDArray[Any]]:
+        """Return the values of all inputs of the graph.
+
+        Args:
+            batch (array[B, ...]): Model input of `preprocess`.
+
+        Returns:
+            Input name to array.
+        """
+        return {self._input_name: batch, **make_size_inputs(self._graph, len(batch), self.input_hw)}
 
     def postprocess(self, outputs: dict[str, NDArray[Any]], letterboxes: Sequence[Letterbox]) -> list[Detections]:
         """Decode outputs, suppress duplicates and map boxes to the images.

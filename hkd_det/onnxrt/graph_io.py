@@ -23,6 +23,7 @@ SIZE_DTYPES: dict[str, type[np.generic]] = {
 }
 # Inputs that state the size of the image. With the size of the model input, boxes are in its pixels.
 SIZES_WH = ("orig_target_sizes",)  # RT-DETR, D-FINE, DEIM
+MAX_LISTED = 8  # inputs in an error message
 SIZES_HW = ("im_shape",)  # PaddleDetection
 SCALES_HW = ("scale_factor",)  # PaddleDetection: input pixels per image pixel
 
@@ -100,7 +101,7 @@ def read_image_input(
     sizes = [value for value in graph.inputs if value not in images]
     is_known = all(value.name in (*SIZES_WH, *SIZES_HW, *SCALES_HW) and value.type in SIZE_DTYPES for value in sizes)
     if len(images) != 1 or images[0].type not in INPUT_DTYPES or not is_known:
-        actual = [(value.name, value.type, list(value.shape)) for value in graph.inputs]
+        actual = [(value.name, value.type, list(value.shape)) for value in graph.inputs[:MAX_LISTED]]
         raise DataError(
             f"{path}: expected one input of 4 dimensions and type uint8 or float, and of other inputs only "
             f"{', '.join((*SIZES_WH, *SIZES_HW, *SCALES_HW))}, got {actual}."

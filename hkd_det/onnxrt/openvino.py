@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hkd_det.config import check_range
 from hkd_det.errors import DataError, UnavailableError, UsageError, import_package
+from hkd_det.files import bytes_sha256, file_sha256
 from hkd_det.onnxrt.openvino_int8 import use_unsigned_activations
 
 Precision = Literal["bf16"]
@@ -181,6 +182,16 @@ def list_model_files(path: Path) -> list[Path]:
             raise DataError(f"{file}: no such model file. Create it with hkd-export.")
     metadata_path = path.with_name(METADATA_FILE)
     return [*paths, metadata_path] if path.suffix == ".xml" and metadata_path.is_file() else paths
+
+
+def hash_model_files(path: Path) -> str:
+    """Return the SHA-256 of a model file, or of the digests of the files of an OpenVINO model.
+
+    Args:
+        path: Model file or directory.
+    """
+    digests = [file_sha256(file) for file in list_model_files(path)]
+    return digests[0] if len(digests) == 1 else bytes_sha256("".join(digests).encode())
 
 
 def read_openvino_metadata(folder: Path) -> dict[str, str]:

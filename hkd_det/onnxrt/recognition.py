@@ -6,7 +6,7 @@ output format and class of persons. Otherwise `load_model_config` raises an erro
 
 import ast
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load_model_config(model_path: Path, graph: GraphIO, config_path: Path | None
         return read_model_config(default_path)
     if graph.metadata.get("author") == "Ultralytics":
         return _read_ultralytics_config(model_path, graph)
-    config = _recognize_yolov5(graph) or _recognize_rf_detr(graph) or _recognize_open_model_zoo(graph)
+    config = _recognize_yolov5(graph) or _recognize_rf_detr(graph) or _recognize_open_model_zoo(model_path, graph)
     if config is None:
         raise DataError(
             f"{model_path}: not exported by hkd-export, and no model configuration found. {_format_suggestion(graph)} "
@@ -64,6 +64,15 @@ def load_model_config(model_path: Path, graph: GraphIO, config_path: Path | None
             f"{default_path.name} in the same directory."
         )
     return config
+
+
+def make_config_metadata(config: OnnxModelConfig) -> str:
+    """Return the metadata value of `CONFIG_KEY`, with which a file needs no other configuration.
+
+    Args:
+        config: Configuration of the model.
+    """
+    return json.dumps(asdict(config))
 
 
 def suggest_configs(graph: GraphIO) -> list[str]:
@@ -217,14 +226,15 @@ def _recognize_rf_detr(graph: GraphIO) -> OnnxModelConfig | None:
     return None
 
 
-def _recognize_open_model_zoo(graph: GraphIO) -> OnnxModelConfig | None:
-    """Recognize the detectors of persons in Intel's Open Model Zoo by the name of the network."""
-    if not graph.name.startswith(OMZ_PERSON_PREFIXES) or not graph.outputs:
+def _recognize_open_model_zoo(model_path: Path, graph: GraphIO) -> OnnxModelConfig | None:
+    """Recognize the detectors of persons in Intel's Open Model Zoo by the name of the network or of the file."""
+    names = [name for name in (graph.name, model_path.stem) if name.startswith(OMZ_PERSON_PREFIXES)]
+    if not names or not graph.outputs or graph.metadata:
         return None
     name = "open-model-zoo-ssd" if graph.outputs[0].shape[3:] == (7,) else "open-model-zoo-boxes"
     if name == "open-model-zoo-boxes" and not any(value.shape[-1:] == (5,) for value in graph.outputs):
         return None
-    return replace(read_model_config(Path(name)), person_class_id=None, name=graph.name)
+    return replace(read_model_config(Path(name)), person_class_id=None, name=names[0])
 
 
 def _parse_class_names(text: str) -> list[str]:

@@ -139,13 +139,14 @@ def _build_train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights also without --model")
     parser.add_argument(
         "--teacher",
-        help="teacher: best.pt of a run, a shipped detector, an Ultralytics .pt file, an ONNX file, or a YAML file "
-        "that lists several ONNX files",
+        help="teacher: best.pt of a run, a shipped detector, an Ultralytics .pt file, an ONNX or OpenVINO model, or a "
+        "YAML file that lists several such models",
     )
     parser.add_argument(
         "--teacher-config",
         metavar="YAML",
-        help="input and output format of an ONNX teacher (default: the .yaml file next to it)",
+        help="input and output format of an ONNX or OpenVINO teacher: a YAML file, or a name such as yolox (default: "
+        "recognized, or the .yaml file next to it)",
     )
     parser.add_argument(
         "--distill",
@@ -244,14 +245,14 @@ def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--audit",
         metavar="MODEL[,MODEL...]",
-        help="with --check: run ONNX detectors over the images and report probable missing labels, badly placed boxes, "
-        "improbable labels and rotated images. A model that hkd-export did not write needs a YAML file next to it, see "
-        "--audit-config",
+        help="with --check: run ONNX or OpenVINO detectors over the images and report probable missing labels, badly "
+        "placed boxes, improbable labels and rotated images. See --audit-config for models of other tools",
     )
     parser.add_argument(
         "--audit-config",
         metavar="YAML[,YAML...]",
-        help="input and output format of each model of --audit, in their order (default: the .yaml file next to it)",
+        help="input and output format of each model of --audit, in their order: a YAML file, or a name such as yolox "
+        "(default: recognized, or the .yaml file next to it)",
     )
     parser.add_argument(
         "--audit-score", type=float, metavar="SCORE", help="minimum score of a probable missing label (default: 0.3)"

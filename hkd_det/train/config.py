@@ -192,7 +192,9 @@ class TrainConfig:
         if is_onnx:
             check_teacher(self.distill, OnnxTeacher.capabilities, self.teacher)
         if self.teacher_config and not is_onnx:
-            raise UsageError("--teacher-config: requires an ONNX teacher. Set --teacher to an .onnx file.")
+            raise UsageError(
+                "--teacher-config: requires an ONNX or OpenVINO teacher. Set --teacher to an .onnx or .xml file."
+            )
 
     def _check_weights(self) -> None:
         for flag, file in {"teacher": self.teacher, "weights": self.weights}.items():

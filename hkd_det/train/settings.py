@@ -18,6 +18,7 @@ from hkd_det.distill import METHODS
 from hkd_det.errors import DataError, UsageError, import_package
 from hkd_det.files import read_yaml
 from hkd_det.letterbox import parse_imgsz
+from hkd_det.onnxrt.model_config import resolve_model_config
 from hkd_det.shipped import DEFAULT_MODEL, FINETUNE_RECIPE, resolve_model
 from hkd_det.train.config import TrainConfig
 
@@ -197,6 +198,7 @@ def _check_files(settings: dict[str, Any]) -> None:
     list_splits(settings["data"])
     for name in ("weights", "teacher", "teacher_config"):
         path = Path(settings.get(name) or ".")
+        path = resolve_model_config(path) if name == "teacher_config" else path
         if not path.exists():
             raise DataError(f"--{name.replace('_', '-')} {path}: no such file. Check the path.")
 

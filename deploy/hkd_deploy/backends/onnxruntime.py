@@ -99,13 +99,20 @@ def open_onnx_runtime(
         DataError: The file is not a model of `hkd-export`.
         UnavailableError: ONNX Runtime or the device is missing.
     """
-    # The fast INT8 kernels on x86 expect unsigned zero points. Files of hkd-export have signed zero points, as TensorRT
-    # requires. The resulting integer operators are slower than float operators with folded weights.
-    disable_quant_qdq = device == "cpu" and platform.machine() in X86_MACHINES
-    with closing(
-        OnnxRuntimeBackend(path, device, open_session(path, device, threads, provider, disable_quant_qdq))
-    ) as backend:
+    session = open_session(path, device, threads, provider, prefers_float_int8(device))
+    with closing(OnnxRuntimeBackend(path, device, session)) as backend:
         yield backend
+
+
+def prefers_float_int8(device: str) -> bool:
+    """Return whether INT8 files of hkd-export run faster with float operators and folded weights.
+
+    The fast INT8 kernels on x86 expect unsigned zero points. The files have signed zero points, as TensorRT requires.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+    """
+    return device == "cpu" and platform.machine() in X86_MACHINES
 
 
 def make_tensorrt_provider(path: Path, device: str) -> Provider:

@@ -216,14 +216,15 @@ def _parse_demo_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "model",
         type=Path,
         nargs="?",
-        help="file or directory written by hkd-export, an ONNX file of another tool, or the name of a shipped model "
+        help="file or directory written by hkd-export, an ONNX or OpenVINO file of another tool, or a shipped model "
         f"(default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--model-config",
         type=Path,
         metavar="YAML",
-        help="configuration of an ONNX file that hkd-export did not write (default: MODEL.yaml next to MODEL.onnx)",
+        help="configuration of a model that hkd-export did not write: a YAML file, or a name such as yolox (default: "
+        "recognized, or MODEL.yaml next to MODEL.onnx)",
     )
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument(

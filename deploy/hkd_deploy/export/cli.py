@@ -14,6 +14,7 @@ from hkd_deploy.export.verify import (
     build_onnx_verification,
     build_verification,
 )
+from hkd_deploy.external import is_external_model
 from hkd_deploy.model_metadata import ExportOptions, ModelMetadata
 from hkd_deploy.precision import cli as precision
 from hkd_deploy.precision.model import list_onnx_backends
@@ -61,7 +62,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         help="best.pt of a training run, an .onnx file of hkd-export, a shipped model such as hkd-cpu (copied to the "
-        "working directory), or an .engine file (with --serving)",
+        "working directory), an .engine file (with --serving), or an .onnx file of another tool (with --precision)",
     )
     parser.add_argument("--output", help="file or OpenVINO directory to write (default: next to the model)")
     parser.add_argument(
@@ -144,7 +145,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
     if is_reduced:
         onnx_path, miss_rates = precision.convert_precision(onnx_path, onnx_output, flags)
     engine_path = tensorrt.run_trt(onnx_path, flags, engine_output) if flags.trt else None
-    if not has_weights and (is_reduced or engine_path or flags.openvino):
+    if not has_weights and (is_reduced or engine_path or flags.openvino) and not is_external_model(source):
         verification = build_onnx_verification(source, flags)
     if verification and is_reduced:
         _verify_reduced_model(onnx_path, flags.precision, verification)
@@ -179,6 +180,12 @@ def _check_source(source: Path, has_weights: bool, flags: argparse.Namespace) ->
     if source.suffix == ".engine" and (not flags.serving or is_reduced or flags.openvino):
         raise UsageError(
             f"{source}: an .engine file supports --serving only. Pass the .onnx file for other conversions."
+        )
+    is_external = not has_weights and is_external_model(source)
+    if is_external and (flags.verify or not is_reduced or flags.trt or flags.openvino or flags.serving):
+        raise UsageError(
+            f"{source}: not written by hkd-export: only --precision is available for it, without --verify, --trt, "
+            "--openvino and --serving. Use the tool of the model for these."
         )
     if (
         not has_weights

@@ -26,7 +26,7 @@ from hkd_det.metrics.matching import MissRateResult
 from hkd_det.structures import Sample
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-FLAGS = ("calib_data", "calib_images", "max_mr_increase", "conf", "eval_device", "force")
+FLAGS = ("model_config", "calib_data", "calib_images", "max_mr_increase", "conf", "eval_device", "force")
 MIN_RECOMMENDED_IMAGES = 300  # with fewer images the ranges depend on the selection
 BF16_SKIP_REASON = "ONNX Runtime has no bfloat16 convolution; build a TensorRT engine and measure it with hkd-bench"
 
@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRECISIONS,
         default="fp32",
         help="precision of the written file (default: %(default)s)",
+    )
+    group.add_argument(
+        "--model-config",
+        type=Path,
+        metavar="YAML",
+        help="file or name of the configuration of an ONNX file of another tool (default: see docs/reference/"
+        "onnx-model-config.md); requires --data. The written file contains it",
     )
     group.add_argument(
         "--calib-data", metavar="DATA", help="int8: dataset whose train split is used for calibration (default: --data)"
@@ -89,7 +96,7 @@ def convert_precision(fp32: Path, output: Path | None, flags: argparse.Namespace
     """Convert an FP32 file to the precision of `--precision`, evaluate it, and print the report.
 
     Args:
-        fp32: FP32 file of hkd-export.
+        fp32: FP32 file of hkd-export or of another tool.
         output: File to write, NAME.PRECISION.onnx next to `fp32` by default.
         flags: Parsed command line.
 
@@ -105,7 +112,7 @@ def convert_precision(fp32: Path, output: Path | None, flags: argparse.Namespace
     if path.resolve() == fp32.resolve():
         raise UsageError(f"--output {path}: this file is the FP32 input. Choose another name.")
     _check_flags(flags)
-    source = read_fp32_model(fp32)
+    source = read_fp32_model(fp32, flags.model_config)
     conf = flags.conf or source.model_metadata.conf or DEFAULT_CONF
     flags = argparse.Namespace(**{**vars(flags), "conf": conf})
     if flags.precision == "bf16":
@@ -164,12 +171,16 @@ def _write_bf16(source: Fp32Model, path: Path) -> str:
 
 def _write_evaluated(source: Fp32Model, path: Path, flags: argparse.Namespace) -> PrecisionReport:
     data = flags.data or source.model_metadata.data
+    if not data:
+        raise UsageError(f"{source.path}: the file does not name its dataset. Set --data.")
     samples = load_eval_samples(data)  # before the conversion, which may take long
     before, model, quantization = _convert_model(source, samples, data, flags)
     with atomic_write(path) as temp_path:
         save_model(source, model, temp_path, flags.precision, quantization, {})
         after = evaluate_accuracy(temp_path, flags.eval_device, samples, flags.conf, flags.precision)
-        latencies, speedup_interval = compare_latency(source.path, temp_path, flags.eval_device, samples)
+        latencies, speedup_interval = compare_latency(
+            source.path, temp_path, flags.eval_device, samples, flags.model_config
+        )
         report = PrecisionReport(
             precision=flags.precision,
             before=before,
@@ -192,7 +203,7 @@ def _convert_model(
     """Return the accuracy of the FP32 file, the converted onnx.ModelProto, and the INT8 settings."""
 
     def evaluate_fp32() -> Accuracy:
-        return evaluate_accuracy(source.path, flags.eval_device, samples, flags.conf, "fp32")
+        return evaluate_accuracy(source.path, flags.eval_device, samples, flags.conf, "fp32", flags.model_config)
 
     if flags.precision == "fp16":
         return evaluate_fp32(), convert_to_half(source.model, find_graph_regions(source.model), "fp16"), {}

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkd_deploy.precision.graph import LAYER_OPS, GraphRegions, find_graph_regions, fold_norms
-from hkd_deploy.precision.model import Fp32Model, import_onnx, make_network_input, make_progress_bar, run_model
+from hkd_deploy.precision.model import Fp32Model, ModelInput, import_onnx, make_progress_bar, run_model
 from hkd_det.errors import DataError
 from hkd_det.image import read_image
 from hkd_det.structures import Sample
@@ -66,7 +66,7 @@ def calibrate(
     entropy, percentile = _create_collector("entropy", 128), _create_collector("percentile", 2048)
     max_abs = dict.fromkeys(names, 0.0)
     images = (read_image(sample.path) for sample in samples)
-    inputs = (make_network_input(source.model_metadata, image) for image in images)
+    inputs = (source.make_inputs(image) for image in images)
     for values in run_model(source.model, names, make_progress_bar(inputs, "calibrating", "image", len(samples))):
         for name, value in values.items():
             max_abs[name] = max(max_abs[name], float(np.abs(value).max()))
@@ -255,10 +255,7 @@ def quantize(
         method = min(CALIBRATION_METHODS, key=lambda candidate: trials[candidate].mr_increase)
         best = trials[method]
         if best.mr_increase > max_mr_increase:
-            inputs = [
-                make_network_input(source.model_metadata, read_image(sample.path))
-                for sample in calibration[:NUM_RANKING_IMAGES]
-            ]
+            inputs = [source.make_inputs(read_image(sample.path)) for sample in calibration[:NUM_RANKING_IMAGES]]
             ranked = [layer for layer, _ in rank_layer_sensitivity(folded.model, regions, ranges[method], inputs)]
             best = select_excluded_nodes(
                 ranked, lambda names: run_trial(method, names).mr_increase, max_mr_increase, best
@@ -268,7 +265,7 @@ def quantize(
 
 
 def rank_layer_sensitivity(
-    model: Any, regions: GraphRegions, tensor_ranges: TensorRanges, inputs: Sequence[NDArray[Any]]
+    model: Any, regions: GraphRegions, tensor_ranges: TensorRanges, inputs: Sequence[ModelInput]
 ) -> list[tuple[str, float]]:
     """Quantize each layer alone and measure the noise in the output layers.
 
@@ -279,7 +276,7 @@ def rank_layer_sensitivity(
         model: onnx.ModelProto in FP32.
         regions: Regions of the model.
         tensor_ranges: Calibrated range of each layer input.
-        inputs: Batches in the shape and dtype of the model input.
+        inputs: As those of `run_model`.
 
     Returns:
         (layer name, noise) pairs, most sensitive first.

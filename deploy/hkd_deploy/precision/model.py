@@ -3,8 +3,8 @@
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hkd_deploy.backends.base import INPUT_NAME
+from hkd_deploy.external import is_external_model, open_external_detector
 from hkd_deploy.model_metadata import ModelMetadata
 from hkd_deploy.pipeline import open_detector
 from hkd_det.console import iterate_with_progress
@@ -21,34 +23,54 @@ from hkd_det.files import bytes_sha256
 from hkd_det.image import read_image
 from hkd_det.letterbox import Letterbox
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
+from hkd_det.onnxrt.detector import OnnxDetector, open_onnx_detector
+from hkd_det.onnxrt.recognition import CONFIG_KEY, make_config_metadata
 from hkd_det.onnxrt.session import open_session
 from hkd_det.structures import Detections, Sample
 
 # Opset 13 introduced scales per channel. The quantizer of ONNX Runtime supports opsets below 21.
 SUPPORTED_OPSETS = range(13, 21)
+CONVERTED_OPSET = 17  # of files of other tools with another opset; that of hkd-export
+MIN_IR_VERSION = 8  # of opset 17
 REDUCED_TYPES = ("FLOAT16", "BFLOAT16", "INT8", "UINT8")  # weight types that an FP32 file does not have
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"}
 )
 
 T = TypeVar("T")
+ModelInput = NDArray[Any] | Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Fp32Model:
-    """An FP32 model that hkd-export wrote.
+    """An FP32 model that hkd-export or another tool wrote.
 
     Attributes:
         path: The ONNX file.
-        model: onnx.ModelProto in which every node has a unique name.
+        model: onnx.ModelProto in which every node has a unique name. That of another tool contains its configuration.
         model_metadata: Parsed metadata of the file.
         sha256: SHA-256 of the file, 64 hexadecimal digits.
+        external: The opened detector of another tool; None for a file of hkd-export.
     """
 
     path: Path
     model: Any
     model_metadata: ModelMetadata
     sha256: str
+    external: OnnxDetector | None = None
+
+    def make_inputs(self, image_rgb: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Prepare an image as the detector does.
+
+        Args:
+            image_rgb (uint8 array[H, W, 3]): RGB.
+
+        Returns:
+            Input name to a batch of one.
+        """
+        if self.external is None:
+            return {INPUT_NAME: make_network_input(self.model_metadata, image_rgb)}
+        return self.external.make_feeds(self.external.preprocess([image_rgb])[1])
 
     def get_metadata(self) -> dict[str, str]:
         """Return all metadata entries of the file."""
@@ -77,18 +99,20 @@ def make_progress_bar(iterable: Iterable[T], desc: str, unit: str, total: int | 
     return iterate_with_progress(iterable, count, desc, unit)
 
 
-def read_fp32_model(path: Path) -> Fp32Model:
-    """Read an FP32 file that hkd-export wrote.
+def read_fp32_model(path: Path, model_config: Path | None = None) -> Fp32Model:
+    """Read an FP32 file that hkd-export or another tool wrote.
 
     Args:
         path: The ONNX file.
+        model_config: YAML file or name of the configuration of a file of another tool (default: see
+            `load_model_config`).
 
     Returns:
         The model, with a unique name for every node.
 
     Raises:
         UnavailableError: If the onnx package is not installed.
-        DataError: If the file is missing, not written by hkd-export, not FP32, or has an unsupported opset.
+        DataError: If the file is missing, without a model configuration, not FP32, or has an unsupported opset.
         UsageError: If the graph was exported with `--raw` or `--no-preprocess`, so that it cannot be evaluated.
     """
     onnx = import_onnx()
@@ -96,6 +120,8 @@ def read_fp32_model(path: Path) -> Fp32Model:
         raise DataError(f"{path}: no such model file. Create it with hkd-export best.pt.")
     content = path.read_bytes()
     model = parse_onnx_model(onnx, content, path)
+    if model_config or is_external_model(path):
+        return _read_external_model(onnx, path, model, bytes_sha256(content), model_config)
     metadata = ModelMetadata.from_metadata(_read_metadata(model), path)
     source = Fp32Model(path, model, metadata, bytes_sha256(content))
     _check_is_fp32(onnx, source)
@@ -105,6 +131,40 @@ def read_fp32_model(path: Path) -> Fp32Model:
         raise UsageError(f"{path}: exported with {flag}; --precision cannot evaluate it. Export it without {flag}.")
     _name_nodes(model)
     return source
+
+
+def _read_external_model(onnx: Any, path: Path, model: Any, sha256: str, model_config: Path | None) -> Fp32Model:
+    """Read a file of another tool, convert its opset, and store its configuration in the metadata."""
+    with open_external_detector(path, model_config=model_config) as detector:
+        metadata = detector.metadata
+    external = open_onnx_detector(path, config_path=model_config)
+    source = Fp32Model(path, model, metadata, sha256, external)
+    _check_is_fp32(onnx, source)
+    converted = _convert_opset(onnx, source)
+    entries = {**_read_metadata(model), CONFIG_KEY: make_config_metadata(external.config)}
+    onnx.helper.set_model_props(converted, entries)
+    _name_nodes(converted)
+    return replace(source, model=converted)
+
+
+def _convert_opset(onnx: Any, source: Fp32Model) -> Any:
+    """Return the model in a supported opset; most older files have opset 11."""
+    if _read_opset(source.model) in SUPPORTED_OPSETS:
+        return source.model
+    try:
+        converted = onnx.version_converter.convert_version(source.model, CONVERTED_OPSET)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        raise DataError(
+            f"{source.path}: its opset {_read_opset(source.model)} cannot be converted to {CONVERTED_OPSET}: "
+            f"{first_error_line(error)}. Export the model with opset {CONVERTED_OPSET}."
+        ) from None
+    # The converter lists the weights as inputs, as IR version 3 required.
+    weights = {tensor.name for tensor in converted.graph.initializer}
+    inputs = [value for value in converted.graph.input if value.name not in weights]
+    del converted.graph.input[:]
+    converted.graph.input.extend(inputs)
+    converted.ir_version = max(converted.ir_version, MIN_IR_VERSION)
+    return converted
 
 
 def parse_onnx_model(onnx: Any, content: bytes, path: Path) -> Any:
@@ -133,14 +193,14 @@ def parse_onnx_model(onnx: Any, content: bytes, path: Path) -> Any:
 
 
 def run_model(
-    model: Any, names: Sequence[str], inputs: Iterable[NDArray[Any]]
+    model: Any, names: Sequence[str], inputs: Iterable[ModelInput]
 ) -> Iterable[dict[str, NDArray[np.float32]]]:
     """Run a model on ONNX Runtime and return values from inside its graph.
 
     Args:
-        model: onnx.ModelProto with one input. It is not modified.
+        model: onnx.ModelProto. It is not modified.
         names: Names of the values to return.
-        inputs: Batches in the shape and dtype of the model input.
+        inputs: Batches in the shape and dtype of the only input, or mappings from input names to arrays.
 
     Yields:
         Value name to array, for each batch.
@@ -154,9 +214,10 @@ def run_model(
         path = Path(temp_dir) / "extended.onnx"
         onnx.save(extended, path)
         session = open_session(path)
-        (model_input,) = session.get_inputs()
+        first_name = session.get_inputs()[0].name
         for batch in inputs:
-            yield dict(zip(names, session.run(list(names), {model_input.name: batch}), strict=True))
+            feeds = dict(batch) if isinstance(batch, Mapping) else {first_name: batch}
+            yield dict(zip(names, session.run(list(names), feeds), strict=True))
 
 
 def make_network_input(metadata: ModelMetadata, image_rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -223,8 +284,12 @@ def _check_is_fp32(onnx: Any, source: Fp32Model) -> None:
         )
 
 
+def _read_opset(model: Any) -> int:
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
 def _check_opset(source: Fp32Model) -> None:
-    (opset,) = [entry.version for entry in source.model.opset_import if entry.domain in ("", "ai.onnx")] or [0]
+    opset = _read_opset(source.model)
     if opset not in SUPPORTED_OPSETS:
         raise DataError(
             f"{source.path}: --precision supports opsets {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, got {opset}. "
@@ -273,7 +338,9 @@ def select_evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[index] for index in indices]
 
 
-def predict_samples(path: Path, device: str, backend: str, samples: Sequence[Sample], desc: str) -> list[Detections]:
+def predict_samples(
+    path: Path, device: str, backend: str, samples: Sequence[Sample], desc: str, model_config: Path | None = None
+) -> list[Detections]:
     """Run a model file on samples.
 
     Args:
@@ -282,11 +349,12 @@ def predict_samples(path: Path, device: str, backend: str, samples: Sequence[Sam
         backend: Runtime name.
         samples: Images to read.
         desc: Label of the progress bar.
+        model_config: YAML file or name of the configuration of a file of another tool.
 
     Returns:
         Detections of each sample, in image pixels.
     """
-    with open_detector(path, device, backend=backend) as detector:
+    with open_detector(path, device, backend=backend, model_config=model_config) as detector:
         return [detector(read_image(sample.path)) for sample in make_progress_bar(samples, desc, "image")]
 
 

@@ -282,7 +282,9 @@ def format_not_measured(precision: str, reason: str) -> tuple[str, dict[str, Any
     return f"{precision} not measured: {reason}", {"precision": precision, "not_measured": reason}
 
 
-def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: float, desc: str) -> Accuracy:
+def evaluate_accuracy(
+    path: Path, device: str, samples: Sequence[Sample], conf: float, desc: str, model_config: Path | None = None
+) -> Accuracy:
     """Measure the accuracy of a model file on the runtime of `get_eval_backend`.
 
     Args:
@@ -291,11 +293,12 @@ def evaluate_accuracy(path: Path, device: str, samples: Sequence[Sample], conf: 
         samples: Images with ground truth.
         conf: Confidence threshold of the recall.
         desc: Label of the progress bar.
+        model_config: YAML file or name of the configuration of a file of another tool.
 
     Returns:
         Miss rate, recall and average precision.
     """
-    detections = predict_samples(path, device, get_eval_backend(device), samples, desc)
+    detections = predict_samples(path, device, get_eval_backend(device), samples, desc, model_config)
     result = evaluate_detections(samples, detections, [REASONABLE])[REASONABLE.name]
     precision = evaluate_average_precision(samples, detections)
     return Accuracy(result, compute_recall(result, conf), precision["AP"], precision["AP50"])
@@ -313,7 +316,7 @@ def compute_recall(result: MissRateResult, conf: float) -> float:
 
 
 def compare_latency(
-    fp32: Path, path: Path, device: str, samples: Sequence[Sample]
+    fp32: Path, path: Path, device: str, samples: Sequence[Sample], model_config: Path | None = None
 ) -> tuple[tuple[LatencyComparison, ...], tuple[float, float]]:
     """Measure the median latency of two files on every installed runtime that supports the device.
 
@@ -324,6 +327,7 @@ def compare_latency(
         path: The converted file.
         device: cpu, cuda or cuda:N.
         samples: Images to select from.
+        model_config: YAML file or name of the configuration of files of another tool.
 
     Returns:
         latencies: One comparison per runtime.
@@ -334,7 +338,10 @@ def compare_latency(
     times_ms: dict[str, list[tuple[float, float]]] = {backend: [] for backend in backends}
     with ExitStack() as stack:
         pairs = {
-            backend: [stack.enter_context(open_detector(file, device, backend=backend)) for file in (fp32, path)]
+            backend: [
+                stack.enter_context(open_detector(file, device, backend=backend, model_config=model_config))
+                for file in (fp32, path)
+            ]
             for backend in backends
         }
         for backend in make_progress_bar(backends * NUM_ROUNDS, "timing", "round"):

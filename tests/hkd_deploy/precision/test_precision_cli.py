@@ -1,6 +1,7 @@
 """`hkd-export net.onnx --precision ...`: written files, reports and one-line errors."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -21,7 +22,13 @@ from hkd_deploy.backends.base import OUTPUT_DTYPES
 from hkd_deploy.backends.onnxruntime import open_onnx_runtime
 from hkd_deploy.export import verify
 from hkd_deploy.export.cli import main
-from hkd_deploy.precision.model import get_eval_backend, list_onnx_backends, predict_samples
+from hkd_deploy.precision.model import (
+    get_eval_backend,
+    list_onnx_backends,
+    predict_samples,
+    read_fp32_model,
+    run_model,
+)
 from hkd_det.errors import DataError
 from hkd_det.structures import Detections, Sample
 
@@ -158,6 +165,39 @@ def test_fp16_is_evaluated_and_bf16_is_not(
         open_detector(bf16, backend="openvino").__enter__()
 
 
+def test_model_of_another_tool_keeps_its_configuration(
+    box_net: Callable[..., Path], street: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same network without the metadata of hkd-export. The written files need no YAML file."""
+    source, native = box_net("other.onnx"), box_net("native.onnx")
+    model = onnx.load(source)
+    del model.metadata_props[:]
+    onnx.save(model, source)
+    config = tmp_path / "config.yaml"
+    config.write_text("{output_format: boxes-scores, layout: NHWC, license: MIT, name: Box}")
+    flags = ["--data", str(street), "--model-config", str(config), "--force", "--max-mr-increase", "100"]
+    image = np.full((96, 96, 3), 230, np.uint8)
+    with open_detector(native) as detector:
+        expected = detector(image)
+    assert main([str(source), "--precision", "fp16", *flags]) == 0
+    assert "6 images, 6 persons: miss rate +0.00 points" in capsys.readouterr().out
+    assert main([str(source), "--precision", "int8", *flags]) == 0
+    for name in ("other.fp16.onnx", "other.int8.onnx"):
+        assert read_metadata(tmp_path / name)["hkd.source_sha256"] == sha256(source.read_bytes()).hexdigest()
+        for backend in list_onnx_backends("cpu"):
+            with open_detector(tmp_path / name, backend=backend) as detector:
+                assert (detector.metadata.license, detector.metadata.model) == ("MIT", "Box")
+                np.testing.assert_allclose(detector(image).boxes_xyxy, expected.boxes_xyxy, atol=0.5)
+    capsys.readouterr()
+    for arguments, message in (
+        ([], "other.onnx: .*no model configuration found"),
+        (["--model-config", str(config)], "does not name its dataset. Set --data"),
+        ([*flags, "--trt"], "only --precision is available"),
+    ):
+        assert main([str(source), "--precision", "fp16", *arguments]) in (1, 2)
+        assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_invalid_input_ends_in_one_line(
     box_net: Callable[..., Path], street: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -228,3 +268,19 @@ def test_quantize_is_alias_of_precision_and_needs_no_torch(box_net: Callable[...
         [sys.executable, "-c", command, str(source), "--quantize", "int8", "--data", str(street), "--force"], check=True
     )
     assert read_metadata(source.with_name("net.int8.onnx"))["hkd.precision"] == "int8"
+
+
+@pytest.mark.skipif("HKD_TEST_DATA" not in os.environ, reason="HKD_TEST_DATA is not set")
+@pytest.mark.parametrize(("file", "config"), [("yolox_nano", "yolox"), ("picodet_s_416", "picodet")])
+def test_older_opset_is_converted_with_equal_outputs(file: str, config: str) -> None:
+    """Both files have opset 11. After the conversion, only the image is an input."""
+    path = Path(os.environ["HKD_TEST_DATA"]) / "models" / f"{file}.onnx"
+    source = read_fp32_model(path, Path(config))
+    (opset,) = [entry.version for entry in source.model.opset_import if not entry.domain]
+    assert opset == 17 and len(source.model.graph.input) == 1
+    feeds = source.make_inputs(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    (outputs,) = run_model(source.model, names, [feeds])
+    for name, expected in zip(names, session.run(names, feeds), strict=True):
+        np.testing.assert_allclose(outputs[name], expected, atol=1e-3)

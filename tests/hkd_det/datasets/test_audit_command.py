@@ -287,7 +287,7 @@ def test_training_accepts_audited_annotations(tmp_path: Path, model: Path) -> No
     [
         (["--audit", "gone.onnx"], 1, "gone.onnx: no such model file"),
         (["--audit", "bad.onnx"], 1, "bad.onnx: ONNX Runtime .* cannot load it"),
-        (["--audit", "plain.onnx"], 1, r"plain.onnx: .*no model configuration found.*plain.yaml.*--audit-config"),
+        (["--audit", "plain.onnx"], 1, r"plain.onnx: .*no model configuration found.*--audit-config.*plain.yaml"),
         (["--audit", "best.pt"], 2, "--audit best.pt: expected an ONNX file.*hkd-export"),
         (["--audit", ""], 2, "--audit .*: expected an ONNX file"),
         (["--audit", "model.onnx,model.onnx"], 2, "named twice"),
