@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One process per package: OpenVINO can crash in a process in which torch has trained before.
 PACKAGES := $(wildcard tests/test_*.py) tests/hkd_deploy tests/hkd_bench tests/hkd_det
 
-.PHONY: help demo test test-fast test-docs lint types imports docs docs-reference check install lock tensorrt-cpu clean
+.PHONY: help demo test test-fast test-docs lint types imports docs docs-reference check install lock tensorrt-cpu gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,6 +63,11 @@ lock: $(READY)  ## write requirements.lock and deploy/desktop/cpu.lock from pypr
 
 tensorrt-cpu: $(READY)  ## install TensorRT's parser and builder for machines without a GPU into .tensorrt/
 	$(BIN)/python deploy/tensorrt_cpu.py .tensorrt
+
+# Another Python, such as that of a container with TensorRT: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(READY))  ## check training, CUDA and TensorRT on a machine with an NVIDIA GPU (less than 10 minutes)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/deploy:$(CURDIR)/benchmarks" $(GPU_PYTHON) benchmarks/studies/gpu_check.py --output runs/gpu_check
 
 clean:  ## remove everything that make creates
 	rm -rf .venv .tensorrt runs site
