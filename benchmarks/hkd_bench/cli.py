@@ -311,6 +311,7 @@ def parse_bench_args(argv: Sequence[str]) -> argparse.Namespace:
         flags.target_latency,
         parse_duration_s("--min-duration", flags.min_duration),
         flags.min_queries,
+        flags.scenario_batch,
     )
     if not flags.list_models:
         _check_bench_args(flags)
@@ -351,6 +352,14 @@ def _add_scenario_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="minimum number of queries of each scenario, of offline that of images (default: what the early-stopping "
         "rule needs: 64 for single-stream, 662 for multi-stream, server and paced; 1 for offline)",
+    )
+    parser.add_argument(
+        "--scenario-batch",
+        type=int,
+        metavar="N",
+        default=1,
+        help="largest number of images in one call for offline and server, with a file whose batch is free (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--scenario-logs",

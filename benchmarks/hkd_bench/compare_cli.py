@@ -67,6 +67,13 @@ METRICS = {
     "gpu_memory_mib": CompareMetric(" MiB", " MiB", lambda model: model.gpu_memory_mib),
     "energy_mj": CompareMetric(" mJ", " mJ", lambda model: _to_milli(model.energy.joules_per_frame)),
     "above_idle_mj": CompareMetric(" mJ", " mJ", lambda model: _to_milli(model.energy.above_idle)),
+    "sustained_p50_ms": CompareMetric(
+        " ms", " ms", lambda model: model.sustained.last.p50_ms if model.sustained else None
+    ),
+    "sustained_p99_ms": CompareMetric(
+        " ms", " ms", lambda model: model.sustained.last.p99_ms if model.sustained else None
+    ),
+    "cameras": CompareMetric("", "", lambda model: model.cameras.cameras if model.cameras else None),
     "file_mib": CompareMetric(" MiB", " MiB", lambda model: model.file_mib),
 }
 OPERATORS: dict[str, Callable[[float, float], bool]] = {

@@ -6,6 +6,7 @@ and `mlperf_log_detail.txt`. The result is read from the second file.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from queue import SimpleQueue
@@ -136,7 +137,8 @@ def run_loadgen(
         lg.DestroySUT(sut_id)
     if sut.error is not None:
         raise sut.error
-    return make_result(read_detail_log(log_dir / DETAIL_LOG), settings, log_dir, (start, time.time()))
+    result = make_result(read_detail_log(log_dir / DETAIL_LOG), settings, log_dir, (start, time.time()))
+    return replace(result, batch={"SingleStream": 1, "MultiStream": STREAMS}.get(scenario, batch))
 
 
 def _do_nothing() -> None:

@@ -38,12 +38,14 @@ class ScenarioSettings:
         target_latency_ms: Limit of p99 of Server in milliseconds. That of Paced is the period.
         min_duration_s: Minimum duration in seconds.
         min_queries: Minimum number of queries, of Offline that of images; None for `MIN_QUERIES`.
+        batch: Largest number of images in one call for Offline and Server, with a file whose batch is free.
     """
 
     target_qps: float | None = None
     target_latency_ms: float = TARGET_LATENCY_MS
     min_duration_s: float = MIN_DURATION_S
     min_queries: int | None = None
+    batch: int = 1
 
     def get_min_queries(self, scenario: str) -> int:
         """Return the minimum number of queries of a scenario.
@@ -83,6 +85,7 @@ class ScenarioResult:
         target_latency_ms: Limit of the latency in milliseconds; None without limit.
         min_duration_s: Minimum duration in seconds.
         min_queries: Minimum number of queries, of Offline that of images.
+        batch: Largest number of images in one call of the detector.
         late: Number of queries above the limit, with dropped frames; None without limit.
         dropped: Number of frames that a newer one replaced before their turn; None except for Paced.
         log_dir: Directory of LoadGen's logs; empty for Paced.
@@ -108,6 +111,7 @@ class ScenarioResult:
     target_latency_ms: float | None
     min_duration_s: float
     min_queries: int
+    batch: int = 1
     late: int | None = None
     dropped: int | None = None
     log_dir: str = ""
@@ -163,6 +167,7 @@ def check_scenarios(scenarios: Sequence[str], settings: ScenarioSettings) -> Non
     check_range("--target-latency", settings.target_latency_ms, 0.01, 1e6)
     if settings.min_queries is not None:
         check_range("--min-queries", settings.min_queries, 1)
+    check_range("--scenario-batch", settings.batch, 1, 4096)
     if any(name in LOADGEN_SCENARIOS for name in scenarios) and find_spec("mlperf_loadgen") is None:
         raise UnavailableError(
             "mlcommons-loadgen: not installed. Run pip install 'hkd-det[loadgen]'; --scenario paced needs no LoadGen."

@@ -359,7 +359,11 @@ def _run_scenario(detector: Detector, images: Sequence[NDArray[np.uint8]], job: 
         return asdict(measure_paced(detect, settings))
     from hkd_bench.loadgen import run_loadgen  # noqa: PLC0415  # optional package
 
-    batch = detector.metadata.batch or 1
+    batch = detector.metadata.batch or settings.batch
+    if detector.max_batch is not None and batch > detector.max_batch:
+        raise UsageError(
+            f"--scenario-batch {batch}: {job.model} accepts at most {detector.max_batch}. Set a smaller one."
+        )
     return asdict(run_loadgen(job.scenario, detect, len(images), batch, settings, Path(job.log_dir)))
 
 

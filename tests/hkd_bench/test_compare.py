@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from hkd_bench.cameras import CameraResult
 from hkd_bench.cli import main
 from hkd_bench.compare_cli import parse_condition
 from hkd_bench.device_state import DeviceState, RunConditions
@@ -24,6 +25,7 @@ from hkd_bench.result import (
     read_result,
     write_result,
 )
+from hkd_bench.sustained import SustainedPart, SustainedResult
 from hkd_bench.table import format_text_table
 from hkd_det.errors import UsageError
 from hkd_det.metrics.bootstrap import MissRateInterval
@@ -181,6 +183,20 @@ def test_energy_and_marks_are_compared(compare: Callable[..., tuple[int, str, st
         and "[!] m (b): throttled: CPU quota, 4 events." in out
         and "a: energy by INA3221: VDD_IN." in out
     )
+
+
+def test_cameras_and_sustained_latency_are_compared(compare: Callable[..., tuple[int, str, str]]) -> None:
+    def make_measured(cameras: int, p50_ms: float) -> BenchResult:
+        part = SustainedPart(0, 60, 600, p50_ms, 2 * p50_ms, 3 * p50_ms)
+        run = SustainedResult(600, 600, False, part, part, (part,), 0, None, None, "no change shown", "", (0, 600))
+        return make_result(replace(make_model("m"), cameras=CameraResult(10, 1, cameras, ()), sustained=run))
+
+    results = [make_measured(5, 20), make_measured(4, 22)]
+    conditions = ("cameras<-0", "sustained_p50_ms>+20%", "sustained_p99_ms>+5%")
+    code, out, _ = compare(results, *(text for condition in conditions for text in ("--fail-if", condition)))
+    assert code == 1 and "FAILED: cameras<-0: m (b): 5.00 in a, now 4.00: -1.00" in out
+    assert "ok: sustained_p50_ms>+20%: m (b): 20.00 ms in a, now 22.00 ms: +10.00 %" in out
+    assert "FAILED: sustained_p99_ms>+5%" in out
 
 
 def test_table_of_gpu_has_memory_or_reason() -> None:

@@ -101,6 +101,7 @@ def test_unknown_scenario_is_an_error() -> None:
         (["--scenario", "paced", "--target-qps", "0"], "--target-qps: expected"),
         (["--scenario", "paced", "--target-qps", "5", "--min-queries", "0"], "--min-queries: expected at least 1"),
         (["--scenario", "paced", "--target-qps", "5", "--min-duration", "5"], "--min-duration 5: expected a number"),
+        (["--scenario", "paced", "--target-qps", "5", "--scenario-batch", "0"], "--scenario-batch: expected"),
         (["--scenario", "single-stream"], "--scenario-logs: expected a directory"),
     ],
 )
@@ -119,6 +120,22 @@ def test_missing_loadgen_is_one_line_with_the_extra(
     assert main(["m.onnx", "--data", str(half_right), "--scenario", "offline"]) == 1
     error = capsys.readouterr().err
     assert "pip install 'hkd-det[loadgen]'" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_fixed_batch_of_the_file_is_used(
+    write_tiny_onnx: Callable[..., Path], half_right: Path, tmp_path: Path
+) -> None:
+    """A fixed batch of the file has priority over --scenario-batch."""
+    pytest.importorskip("mlperf_loadgen")
+    model = write_tiny_onnx(tmp_path / "tiny.onnx", batch=2)
+    options = BenchOptions(
+        runs=2, rounds=1, warmup=1, warmup_s=0, stage_runs=1, data=str(half_right), split="val",
+        scenarios=("Offline",), scenario_settings=ScenarioSettings(min_duration_s=0.1, batch=64),
+        scenario_logs=tmp_path,
+    )  # fmt: skip
+    result = bench([model], load_dataset(str(half_right), "val"), options)
+    assert result.models[0].scenarios[0].batch == 2
 
 
 @pytest.mark.slow
@@ -149,10 +166,11 @@ def test_command_runs_all_scenarios_and_fails_if_one_is_invalid(
     model = write_tiny_onnx(tmp_path / "tiny.onnx")
     args = [str(model), "--data", str(half_right), "--runs", "3", "--json", str(tmp_path / "r.json")]
     args += ["--min-duration", "0.2s", "--target-latency", "10000", "--target-qps", "100"]
-    assert main([*args, "--scenario", "single-stream,offline,server"]) == 0
+    assert main([*args, "--scenario", "single-stream,offline,server", "--scenario-batch", "4"]) == 0
     output = capsys.readouterr().out
     model_result = read_result(tmp_path / "r.json").models[0]
     assert [one.scenario for one in model_result.scenarios] == ["SingleStream", "Offline", "Server"]
+    assert [one.batch for one in model_result.scenarios] == [1, 4, 4]
     for one in model_result.scenarios:
         folder = tmp_path / "r-loadgen" / "tiny" / one.scenario
         assert one.is_valid and one.log_dir == str(folder) and one.loadgen
