@@ -10,6 +10,7 @@ COPY pyproject.toml README.md LICENSE datasets.yaml deploy/desktop/cpu.lock ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY deploy/systemd/ deploy/systemd/
+COPY recipes/onnx/ recipes/onnx/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # `make lock` writes the lock file: hkd-bench, and hkd-demo on network cameras with tracking,
 # MQTT, Prometheus and the page. --no-deps: trackers requires opencv-python, which needs libGL.

@@ -11,6 +11,7 @@ COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY deploy/systemd/ deploy/systemd/
+COPY recipes/onnx/ recipes/onnx/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # trackers requires opencv-python, which needs libGL: only the headless package is kept.
 # --system-site-packages: use the tensorrt package of the image, which fits its libraries.

@@ -17,6 +17,7 @@ COPY pyproject.toml README.md LICENSE datasets.yaml ./
 COPY hkd_det/ hkd_det/
 COPY deploy/hkd_deploy/ deploy/hkd_deploy/
 COPY deploy/systemd/ deploy/systemd/
+COPY recipes/onnx/ recipes/onnx/
 COPY benchmarks/hkd_bench/ benchmarks/hkd_bench/
 # trackers requires opencv-python, which needs libGL: only the headless package is kept.
 # --system-site-packages: no package index has the tensorrt package of JetPack.

@@ -182,10 +182,10 @@ def _check_source(source: Path, has_weights: bool, flags: argparse.Namespace) ->
             f"{source}: an .engine file supports --serving only. Pass the .onnx file for other conversions."
         )
     is_external = not has_weights and is_external_model(source)
-    if is_external and (flags.verify or not is_reduced or flags.trt or flags.openvino or flags.serving):
+    if is_external and is_reduced and (flags.verify or flags.openvino or flags.serving):
         raise UsageError(
-            f"{source}: not written by hkd-export: only --precision is available for it, without --verify, --trt, "
-            "--openvino and --serving. Use the tool of the model for these."
+            f"{source}: not written by hkd-export: --verify, --openvino and --serving are not available with "
+            "--precision. Omit them."
         )
     if (
         not has_weights

@@ -165,6 +165,7 @@ def test_fp16_is_evaluated_and_bf16_is_not(
         open_detector(bf16, backend="openvino").__enter__()
 
 
+@pytest.mark.slow
 def test_model_of_another_tool_keeps_its_configuration(
     box_net: Callable[..., Path], street: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +193,7 @@ def test_model_of_another_tool_keeps_its_configuration(
     for arguments, message in (
         ([], "other.onnx: .*no model configuration found"),
         (["--model-config", str(config)], "does not name its dataset. Set --data"),
-        ([*flags, "--trt"], "only --precision is available"),
+        ([*flags, "--openvino"], "not available with --precision"),
     ):
         assert main([str(source), "--precision", "fp16", *arguments]) in (1, 2)
         assert re.search(message, capsys.readouterr().err)
