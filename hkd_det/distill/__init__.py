@@ -19,6 +19,7 @@ METHODS: dict[str, str] = {
     "hkd": "hkd_det.distill.hkd:HKD",
     "dense": "hkd_det.distill.dense:DenseDistillation",
     "soft_labels": "hkd_det.distill.dense:SoftLabels",
+    "cwd": "hkd_det.distill.cwd:CWD",
     "noisy_teacher": "hkd_det.distill.noisy_teacher:NoisyTeacher",
     "mokd": "hkd_det.distill.mokd:MoKD",
     "blockwise": "hkd_det.distill.blockwise:Blockwise",

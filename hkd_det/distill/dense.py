@@ -36,6 +36,9 @@ class DenseConfig:
         det_loss_weight: Factor for the detection losses. 0 trains without labels.
         flip_teacher: Whether scores and boxes of the teacher are averaged over the image and its mirror image.
         double_resolution: Whether the teacher also sees the images at twice the size (`merge_double_resolution`).
+        difference_weight: Whether the losses of an anchor point are weighted by the difference of both scores, as in
+            BCKD (Yang et al. 2023): points where student and teacher agree do not count. Their weights are smaller, so
+            BCKD uses `box=4`.
         adapter: Projection from student to teacher channels; "none" for equal channels.
         feature_layers: Layers to compare. Empty: the outputs of both necks, paired by stride.
     """
@@ -46,6 +49,7 @@ class DenseConfig:
     det_loss_weight: float = 0.0
     flip_teacher: bool = False
     double_resolution: bool = False
+    difference_weight: bool = False
     adapter: Projection | Literal["none"] = "none"
     feature_layers: LayerPairs = field(default_factory=LayerPairs)
 
@@ -111,7 +115,9 @@ class DenseDistillation(DistillMethod):
             outputs: Any = batch.teacher_outputs
             views = forward_views(batch.teacher, batch.images, outputs, flip, double)
             branches = [(student, view) for (student, _), view in zip(branches, views, strict=False)]
-        cls_losses, box_losses = zip(*(_compute_branch_losses(s, t, batch) for s, t in branches), strict=True)
+        cls_losses, box_losses = zip(
+            *(_compute_branch_losses(s, t, batch, self.config.difference_weight) for s, t in branches), strict=True
+        )
         losses = {
             "dense_cls": self.config.cls * torch.stack(cls_losses).sum(),
             "dense_box": self.config.box * torch.stack(box_losses).sum(),
@@ -232,18 +238,23 @@ def _mirror_anchor_points(outputs: DenseOutputs) -> Tensor:
 
 
 def _compute_branch_losses(
-    student: BranchOutputs, teacher: BranchOutputs, batch: DistillationBatch
+    student: BranchOutputs, teacher: BranchOutputs, batch: DistillationBatch, difference_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """Return score and box loss: sums over the anchor points, divided by the sum of the teacher scores."""
     scores = teacher.logits.sigmoid()
     avg_factor = batch.reduce_mean(scores.sum())
-    cross_entropy = F.binary_cross_entropy_with_logits(student.logits, scores, reduction="sum")
-    entropy = F.binary_cross_entropy_with_logits(teacher.logits, scores, reduction="sum")  # 0 for equal scores
+    cross_entropy = F.binary_cross_entropy_with_logits(student.logits, scores, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(teacher.logits, scores, reduction="none")  # 0 for equal scores
+    divergence, box_weight = cross_entropy - entropy, scores
+    if difference_weight:
+        box_weight = (scores - student.logits.detach().sigmoid()).abs()
+        divergence = divergence * box_weight
+    cls_loss = divergence.sum() / avg_factor
     if not student.has_box_loss:
-        return (cross_entropy - entropy) / avg_factor, cross_entropy.new_zeros(())
+        return cls_loss, cls_loss.new_zeros(())
     point = scores > MIN_SCORE
     giou = giou_loss(student.boxes_xyxy[point], teacher.boxes_xyxy[point])
-    return (cross_entropy - entropy) / avg_factor, (giou * scores[point]).sum() / avg_factor
+    return cls_loss, (giou * box_weight[point]).sum() / avg_factor
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,20 @@ def test_losses_equal_their_definitions() -> None:
     assert float(losses["dense_features"]) == pytest.approx(0.5 * float(features), rel=1e-3)
 
 
+def test_difference_weight_multiplies_the_losses_of_each_point() -> None:
+    student, teacher = make_yolox(0), make_yolox(1)
+    losses = distill(student, teacher, DenseConfig(box=4.0, features=0.0, difference_weight=True))
+    with torch.no_grad():
+        s, t = student(IMAGES).one2many, teacher(IMAGES).one2many
+        a, b = s.logits.double(), t.logits.double()
+        p, q = a.sigmoid(), b.sigmoid()
+        divergence = q * (F.logsigmoid(b) - F.logsigmoid(a)) + (1 - q) * (F.logsigmoid(-b) - F.logsigmoid(-a))
+        giou = generalized_box_iou_loss(s.boxes_xyxy, t.boxes_xyxy)
+    total, weight = q.sum().clamp(min=1), (p - q).abs()
+    assert float(losses["dense_cls"]) == pytest.approx(float((divergence * weight).sum() / total), rel=1e-3)
+    assert float(losses["dense_box"]) == pytest.approx(4 * float((giou * weight)[q > 0.02].sum() / total), rel=1e-3)
+
+
 class PositionTeacher(nn.Module):
     """A teacher whose scores depend on the relative position and on the left half of the image."""
 
