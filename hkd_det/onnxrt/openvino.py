@@ -273,8 +273,26 @@ def read_model(path: Path) -> Any:
     manager = importlib.import_module("openvino.frontend").FrontEndManager()
     front_end = manager.load_by_framework("ir" if path.suffix == ".xml" else "onnx")
     model = front_end.convert(front_end.load(str(path)))
+    if path.suffix == ".xml":
+        model = _use_float32_ports(model)
     use_unsigned_activations(model)
     return model
+
+
+def _use_float32_ports(model: Any) -> Any:
+    """Convert float16 inputs and outputs of older .xml files to float32, as `Core.read_model` does."""
+    openvino = importlib.import_module("openvino")
+    half = openvino.Type.f16
+    inputs = [index for index, port in enumerate(model.inputs) if port.element_type == half]
+    outputs = [index for index, port in enumerate(model.outputs) if port.element_type == half]
+    if not inputs and not outputs:
+        return model
+    processor = importlib.import_module("openvino.preprocess").PrePostProcessor(model)
+    for index in inputs:
+        processor.input(index).tensor().set_element_type(openvino.Type.f32)
+    for index in outputs:
+        processor.output(index).tensor().set_element_type(openvino.Type.f32)
+    return processor.build()
 
 
 def _compile_model(core: Any, path: Path, config: dict[str, str]) -> tuple[dict[str, str], Any]:

@@ -106,6 +106,25 @@ def test_openvino_model_of_the_open_model_zoo(write_ssd: Callable[[str], Path]) 
     assert found.scores.tolist() == pytest.approx([0.6], abs=2e-3)
 
 
+def test_openvino_ports_of_float16_have_the_precision_of_float32(tmp_path: Path) -> None:
+    """As in the FP16 files of the Open Model Zoo. A float16 between 128 and 256 is a multiple of 1/8."""
+    openvino = pytest.importorskip("openvino")
+    ops = pytest.importorskip("openvino.opset13")
+    image = ops.parameter([1, 3, 64, 96], np.float16, name="data")
+    mean = ops.reduce_mean(image, ops.constant(np.array([1, 2, 3])), keep_dims=True)
+    corners = ops.broadcast(mean, ops.constant(np.array([1, 1, 1, 2])))
+    table = ops.concat(
+        [ops.constant(np.array([[[[0, 0, 1, 0, 0]]]], np.float16)), ops.divide(corners, np.float16(300))], 3
+    )
+    path = tmp_path / "person-detection-0200.xml"
+    openvino.save_model(openvino.Model([ops.result(table)], [image], "person-detection-0200"), path)
+    pixels = np.full((64, 96, 3), 150, np.uint8)
+    pixels[0, 0] = 200  # mean 150 + 50 / 6144
+    (found,) = open_onnx_detector(path)([pixels])
+    side = (150 + 50 / 6144) / 256
+    np.testing.assert_allclose(found.boxes_xyxy, [[0, 0, side * 96, side * 64]], rtol=1e-5)
+
+
 def test_openvino_model_without_configuration_raises(write_ssd: Callable[[str], Path]) -> None:
     path = write_ssd("face-detection-retail-0004")
     with pytest.raises(DataError, match="those of open-model-zoo-ssd"):
