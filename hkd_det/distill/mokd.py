@@ -12,7 +12,6 @@ not called by `autograd.grad`. All processes compute the same weights from the g
 not synchronized: training does not read them, and those of the first process are evaluated and saved, as with DDP.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -210,9 +209,13 @@ class GradientSpaceBalancer:
 
 
 class AmortizedBalancer:
-    """Learns the loss weights from the values of the losses, with one backward pass per step.
+    """Learns the loss weights from the values of the losses, with one backward pass per step (FAMO, Liu et al. 2023).
 
-    The logits z of pi = softmax(z) minimize 1/2 (pi_det log L_det + pi_distill log L_distill)^2 by gradient descent.
+    The weights are pi = softmax(z). Adam moves z so that both log losses decrease equally: the weight of a loss grows if
+    it decreased less than the other one. Only changes of log losses count, so pi does not depend on the units of the
+    losses. FAMO compares the losses of a batch before and after a step, which needs another forward pass. Here the next
+    batch replaces the same batch after the step.
+
     The step is the gradient of pi_det log L_det + pi_distill log L_distill, multiplied by L_det / pi_det. The factor of
     the detection gradient is therefore 1, and a parameter that only the detection loss reaches is trained as without a
     teacher.
@@ -225,7 +228,9 @@ class AmortizedBalancer:
 
     def __init__(self, config: MoKDConfig, parameters: Sequence[Tensor], all_reduce_mean: AllReduceMean) -> None:
         self.config, self.parameters, self.all_reduce_mean = config, parameters, all_reduce_mean
-        self.logits = (0.0, 0.0)
+        self.logits = torch.zeros(2, dtype=torch.float64)
+        self.optimizer = torch.optim.Adam([self.logits], config.lr, weight_decay=config.weight_decay)
+        self._log_losses: Tensor | None = None  # of the previous step
 
     def backward(self, det_loss: Tensor, distill_loss: Tensor | None, distill_weight: float) -> dict[str, float]:
         """Fill `.grad`; return the detection weight and the factor of the distillation loss.
@@ -240,32 +245,45 @@ class AmortizedBalancer:
             return {}
         losses = torch.stack([det_loss.detach(), distill_loss.detach()])
         self.all_reduce_mean([losses])
-        det, distill = losses[0].item() + self.config.eps, losses[1].item() / distill_weight + self.config.eps
-        det_weight = 1 / (1 + math.exp(self.logits[1] - self.logits[0]))
+        det, distill = (losses.double().cpu() / torch.tensor([1.0, distill_weight]) + self.config.eps).tolist()
+        self._update_logits(torch.tensor([det, distill], dtype=torch.float64).log())
+        det_weight = float(self.logits.softmax(0)[0])
         factor = (1 - det_weight) / det_weight * det / distill
         _backward(det_loss + factor * distill_loss, self.parameters, self.all_reduce_mean)
-        self._update_logits(det_weight, math.log(det), math.log(distill))
         return {"mokd_det_weight": det_weight, "mokd_weight": factor}
 
     def state_dict(self) -> dict[str, float]:
-        """Return the logits z."""
-        return {"det_loss": self.logits[0], "distill_loss": self.logits[1]}
+        """Return the logits z, the state of Adam, and the log losses of the last step."""
+        values = {"logits": self.logits}
+        if self._log_losses is not None:
+            values["log_losses"] = self._log_losses
+        values |= {name: state.expand(2) for name, state in self.optimizer.state[self.logits].items()}
+        return {f"{name}.{index}": float(tensor[index]) for name, tensor in values.items() for index in (0, 1)}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the logits z.
+        """Restore the state.
 
         Args:
             state_dict: Return value of `state_dict`.
         """
-        self.logits = (state_dict["det_loss"], state_dict["distill_loss"])
+        names = dict.fromkeys(key.rpartition(".")[0] for key in state_dict)
+        values = {
+            name: torch.tensor([state_dict[f"{name}.{index}"] for index in (0, 1)], dtype=torch.float64)
+            for name in names
+        }
+        self.logits.copy_(values.pop("logits"))
+        self._log_losses = values.pop("log_losses", None)
+        if "step" in values:
+            values["step"] = values["step"][0].float()
+        self.optimizer.state[self.logits].update(values)
 
-    def _update_logits(self, det_weight: float, log_det_loss: float, log_distill_loss: float) -> None:
-        """Take one step of gradient descent: d/dz_i of s^2 / 2 is s pi_i (log L_i - s)."""
-        mean = det_weight * log_det_loss + (1 - det_weight) * log_distill_loss
-        lr, weight_decay = self.config.lr, self.config.weight_decay
-        slopes = (mean * det_weight * (log_det_loss - mean), mean * (1 - det_weight) * (log_distill_loss - mean))
-        det, distill = (z - lr * (slope + weight_decay * z) for z, slope in zip(self.logits, slopes, strict=True))
-        self.logits = (det, distill)
+    def _update_logits(self, log_losses: Tensor) -> None:
+        """Take a step of Adam with the gradient J^T delta, where J = dpi / dz and delta is how much log L decreased."""
+        if self._log_losses is not None:
+            weights, decrease = self.logits.softmax(0), self._log_losses - log_losses
+            self.logits.grad = weights * (decrease - weights @ decrease)
+            self.optimizer.step()
+        self._log_losses = log_losses
 
 
 def _backward(loss: Tensor, parameters: Sequence[Tensor], all_reduce_mean: AllReduceMean) -> None:
