@@ -211,8 +211,8 @@ class GradientSpaceBalancer:
 class AmortizedBalancer:
     """Learns the loss weights from the values of the losses, with one backward pass per step (FAMO, Liu et al. 2023).
 
-    The weights are pi = softmax(z). Adam moves z so that both log losses decrease equally: the weight of a loss grows if
-    it decreased less than the other one. Only changes of log losses count, so pi does not depend on the units of the
+    The weights are pi = softmax(z). Adam moves z so that both log losses decrease equally: the weight of a loss grows
+    if it decreased less than the other one. Only changes of log losses count, so pi does not depend on the units of the
     losses. FAMO compares the losses of a batch before and after a step, which needs another forward pass. Here the next
     batch replaces the same batch after the step.
 
