@@ -27,17 +27,18 @@ from hkd_det.metrics.bootstrap import (
     MissRateInterval,
     compute_differences,
     compute_intervals,
+    compute_recall_interval,
 )
 from hkd_det.metrics.citypersons import REASONABLE, evaluate_detections
+from hkd_det.metrics.coco_bootstrap import compute_ap_intervals
 from hkd_det.metrics.matching import MissRateResult, suggest_operating_point
+from hkd_det.metrics.tables import DetectionTable
 from hkd_det.structures import Detections, Sample
 
 SCHEMA_VERSION = 5
-READABLE_SCHEMAS = (
-    3,
-    4,
-    5,
-)  # 4 adds energy, device state and GPU memory; 5 adds scenarios, sustained runs and memory at the build
+READABLE_SCHEMAS = (3, 4, 5)
+# 4 adds energy, device state and GPU memory. 5 adds scenarios, sustained runs, memory at the build, and intervals of AP
+# and recall.
 MAX_CURVE_POINTS = 2000
 
 
@@ -89,6 +90,9 @@ class AccuracyResult:
             score on these images, in the setup Reasonable.
         curve: Curve of the setup Reasonable.
         curve_all: Curve of the setup All.
+        ap_interval: 95 % interval of `ap` over images; None without ground truth or detections.
+        ap50_interval: 95 % interval of `ap50`.
+        recall_interval: 95 % interval of `recall` at this threshold.
     """
 
     data: str
@@ -103,6 +107,9 @@ class AccuracyResult:
     threshold_source: Literal["model", "images"]
     curve: StoredCurve
     curve_all: StoredCurve
+    ap_interval: tuple[float, float] | None = None
+    ap50_interval: tuple[float, float] | None = None
+    recall_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -314,11 +321,14 @@ def measure_accuracy(
     for name, samples in ground_truths.items():
         miss_rates = [evaluate_detections(samples, model_detections) for model_detections in detections]
         precisions = [_compute_average_precision(samples, model_detections) for model_detections in detections]
-        rows = enumerate(zip(miss_rates, precisions, confs, strict=True))
+        ap_intervals = [_compute_ap_intervals(samples, found, num_resamples) for found in detections]
+        rows = enumerate(zip(miss_rates, precisions, ap_intervals, confs, strict=True))
         by_ground_truth.append(
             [
-                _make_accuracy_result(name, rates, precision, conf, miss_rates[0] if index else None, num_resamples)
-                for index, (rates, precision, conf) in rows
+                _make_accuracy_result(
+                    name, rates, precision, ap_interval, conf, miss_rates[0] if index else None, num_resamples
+                )
+                for index, (rates, precision, ap_interval, conf) in rows
             ]
         )
     return list(zip(*by_ground_truth, strict=True))
@@ -366,10 +376,21 @@ def _compute_average_precision(samples: Sequence[Sample], detections: Sequence[D
     return {**coco.evaluate_average_precision(samples, detections)}
 
 
+def _compute_ap_intervals(
+    samples: Sequence[Sample], detections: Sequence[Detections], num_resamples: int
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % intervals of COCO's AP and AP50; empty without ground truth or detections."""
+    table = DetectionTable.from_detections(detections)
+    if not len(table) or not any((~sample.ground_truth.ignore).any() for sample in samples):
+        return {}
+    return compute_ap_intervals(coco.match_boxes(coco.make_ground_truth(samples), table), num_resamples)
+
+
 def _make_accuracy_result(
     name: str,
     miss_rates: dict[str, MissRateResult],
     precision: dict[str, float | None],
+    ap_intervals: dict[str, tuple[float, float]],
     conf: float | None,
     reference: dict[str, MissRateResult] | None,
     num_resamples: int,
@@ -389,4 +410,7 @@ def _make_accuracy_result(
         threshold_source="images" if conf is None else "model",
         curve=StoredCurve.from_miss_rate(reasonable),
         curve_all=StoredCurve.from_miss_rate(miss_rates["All"]),
+        ap_interval=ap_intervals.get("AP"),
+        ap50_interval=ap_intervals.get("AP50"),
+        recall_interval=compute_recall_interval(reasonable, threshold, num_resamples) if reasonable.num_gt else None,
     )

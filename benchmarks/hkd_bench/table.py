@@ -262,7 +262,7 @@ def format_difference(difference: MissRateDifference, name: str, reference_name:
         reference_name: Name of the reference.
 
     Returns:
-        For example "+1.20 (-0.3 to +2.7): no difference shown".
+        For example "+1.20 (-0.3 to +2.7), p = 0.12: no difference shown".
     """
     conclusions = {
         "better": f"{name} is better",
@@ -271,7 +271,9 @@ def format_difference(difference: MissRateDifference, name: str, reference_name:
     }
     conclusion = conclusions.get(difference.conclusion, difference.conclusion)
     interval = f"{100 * difference.ci_low:+.1f} to {100 * difference.ci_high:+.1f}"
-    return f"{100 * difference.value:+.2f} ({interval}): {conclusion}"
+    has_p_value = difference.conclusion in ("better", "worse", "no difference shown")
+    p_value = f", p = {difference.p_value:.2g}" if has_p_value else ""
+    return f"{100 * difference.value:+.2f} ({interval}){p_value}: {conclusion}"
 
 
 def make_notes(result: BenchResult) -> list[str]:
@@ -291,6 +293,7 @@ def make_notes(result: BenchResult) -> list[str]:
         *_format_blind_models(result),
         *_format_few_images(result),
         *_format_thresholds(result),
+        *_format_rate_intervals(result),
         f"Latency from decoded frame to boxes on {result.device} with {threads}, {_format_backends(result)}: "
         f"{result.runs} runs in {result.rounds} processes, each after {result.warmup} warm-up runs{warmup}.",
         *_format_padded_sizes(result),
@@ -432,6 +435,17 @@ def list_camera_headers(result: BenchResult) -> list[str]:
 
 def _format_camera_energy(point: CameraPoint) -> str:
     return "-" if point.joules_per_camera_s is None else f"{point.joules_per_camera_s:.2f}"
+
+
+def _format_rate_intervals(result: BenchResult) -> list[str]:
+    """State the 95 % intervals of AP50, AP and recall."""
+    texts = []
+    for model in result.models:
+        accuracy = model.accuracy[0]
+        named = (("AP50", accuracy.ap50_interval), ("AP", accuracy.ap_interval), ("recall", accuracy.recall_interval))
+        parts = [f"{name} {100 * ends[0]:.1f} to {100 * ends[1]:.1f}" for name, ends in named if ends]
+        texts += [f"{', '.join(parts)} ({model.name})"] if parts else []
+    return [f"95 % intervals over images: {'; '.join(texts)}."] if texts else []
 
 
 def make_camera_rows(result: BenchResult) -> list[list[str]]:

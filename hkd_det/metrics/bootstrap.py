@@ -121,7 +121,7 @@ def compute_interval(
     if not result.num_gt:
         return None
     values = _drop_nan(resample_miss_rates([result], num_resamples, seed)[0])
-    return MissRateInterval(result.value, *_compute_ends(values)) if len(values) else None
+    return MissRateInterval(result.value, *compute_ends(values)) if len(values) else None
 
 
 def compare_miss_rates(
@@ -149,7 +149,7 @@ def compare_miss_rates(
     differences = _drop_nan(values - reference_values)
     if not len(differences):
         return None
-    low, high = _compute_ends(differences)
+    low, high = compute_ends(differences)
     # One more than the resamples on the other side of 0, because the data themselves are one sample (Davison and
     # Hinkley 1997, section 4.2.3).
     num_extreme = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
@@ -181,12 +181,36 @@ def compute_recall_difference_interval(
     Returns:
         Ends of the interval, as fractions; NaN without ground truth.
     """
-    rng, num_images = np.random.default_rng(seed), result.num_images
-    weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), num_resamples)
+    weights = _draw_weights(result.num_images, num_resamples, seed)
     num_gt = weights @ result.counted.gt_per_image
     gained = _count_true_positives(result, min_score) - _count_true_positives(reference, min_score)
     differences = (weights @ gained)[num_gt > 0] / num_gt[num_gt > 0]
-    return _compute_ends(differences) if len(differences) else (np.nan, np.nan)
+    return compute_ends(differences) if len(differences) else (np.nan, np.nan)
+
+
+def compute_recall_interval(
+    result: MissRateResult, min_score: float, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> tuple[float, float] | None:
+    """Compute the 95 % interval of the recall at a score threshold.
+
+    Args:
+        result: Miss rate of a detector, with scores.
+        min_score: Lowest score of a detection.
+        num_resamples: Number of resamples of the images.
+        seed: Seed of the resamples.
+
+    Returns:
+        Ends of the interval, 0 to 1, or None without ground truth.
+    """
+    weights = _draw_weights(result.num_images, num_resamples, seed)
+    num_gt = weights @ result.counted.gt_per_image
+    recalls = (weights @ _count_true_positives(result, min_score))[num_gt > 0] / num_gt[num_gt > 0]
+    return compute_ends(recalls) if len(recalls) else None
+
+
+def _draw_weights(num_images: int, num_resamples: int, seed: int) -> NDArray[np.int_]:
+    """Return the number of copies of each image in each resample, int array[num_resamples, num_images]."""
+    return np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), num_resamples)
 
 
 def _count_true_positives(result: MissRateResult, min_score: float) -> NDArray[np.intp]:
@@ -304,7 +328,12 @@ def _drop_nan(values: Floats) -> Floats:
     return values[~np.isnan(values)]
 
 
-def _compute_ends(values: Floats) -> tuple[float, float]:
+def compute_ends(values: Floats) -> tuple[float, float]:
+    """Return the ends of the 95 % percentile interval.
+
+    Args:
+        values (float64 array[R]): Value of each resample, at least one.
+    """
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

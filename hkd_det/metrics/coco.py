@@ -31,15 +31,43 @@ def evaluate(ground_truth: CocoGroundTruth, detections: DetectionTable) -> dict[
         The metrics of `METRIC_NAMES` as fractions; -1 for a size class without ground truth.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
-        coco = _build_coco_index(ground_truth)
         if not len(detections):
             return {name: 0.0 if (~ground_truth.table.ignore).any() else -1.0 for name in METRIC_NAMES}
-        columns = (detections.image_index + 1, *detections.boxes_xywh.T, detections.scores, np.ones(len(detections)))
-        coco_eval = COCOeval(coco, coco.loadRes(np.stack(columns, axis=1)), "bbox")
-        coco_eval.evaluate()
+        coco_eval = match_boxes(ground_truth, detections)
         coco_eval.accumulate()
         coco_eval.summarize()
     return dict(zip(METRIC_NAMES, coco_eval.stats.tolist(), strict=True))
+
+
+def match_boxes(ground_truth: CocoGroundTruth, detections: DetectionTable) -> COCOeval:
+    """Match detections to the ground truth at all IoU thresholds of COCO.
+
+    Args:
+        ground_truth: Ground truth.
+        detections: Detections in the same images, at least one.
+
+    Returns:
+        The evaluation after `evaluate`.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
+        coco = _build_coco_index(ground_truth)
+        columns = (detections.image_index + 1, *detections.boxes_xywh.T, detections.scores, np.ones(len(detections)))
+        coco_eval = COCOeval(coco, coco.loadRes(np.stack(columns, axis=1)), "bbox")
+        coco_eval.evaluate()
+    return coco_eval
+
+
+def make_ground_truth(samples: Sequence[Sample]) -> CocoGroundTruth:
+    """Return the ground truth of samples in the form of a COCO file.
+
+    Args:
+        samples: Annotated images.
+    """
+    table = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
+    area = table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]
+    return CocoGroundTruth(
+        Path(), tuple(range(len(samples))), {PEDESTRIAN_CATEGORY_ID: "person"}, table, area, np.zeros(len(area), bool)
+    )
 
 
 def evaluate_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float]:
@@ -52,12 +80,7 @@ def evaluate_average_precision(samples: Sequence[Sample], detections: Sequence[D
     Returns:
         The metrics of `METRIC_NAMES` as fractions; -1 for a size class without ground truth.
     """
-    table = GroundTruthTable.from_samples([sample.ground_truth for sample in samples])
-    area = table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]
-    ground_truth = CocoGroundTruth(
-        Path(), tuple(range(len(samples))), {PEDESTRIAN_CATEGORY_ID: "person"}, table, area, np.zeros(len(area), bool)
-    )
-    return evaluate(ground_truth, DetectionTable.from_detections(detections))
+    return evaluate(make_ground_truth(samples), DetectionTable.from_detections(detections))
 
 
 def _build_coco_index(ground_truth: CocoGroundTruth) -> COCO:
