@@ -61,6 +61,10 @@ class OpenVinoSession:
     ) -> None:
         self._metadata, self._compiled = compile_openvino_model(path, device, threads, precision)
         self._request = self._compiled.create_infer_request()
+        self._input_indices, self._output_indices = (
+            {_get_port_name(port, index): index for index, port in enumerate(ports)}
+            for ports in (self._compiled.inputs, self._compiled.outputs)
+        )
         self._lock = Lock()  # a request serves one thread at a time
 
     def get_modelmeta(self) -> SimpleNamespace:
@@ -86,12 +90,10 @@ class OpenVinoSession:
         Returns:
             The outputs.
         """
-        indices = {_get_port_name(port, index): index for index, port in enumerate(self._compiled.outputs)}
-        inputs = {_get_port_name(port, index): index for index, port in enumerate(self._compiled.inputs)}
         with self._lock:
-            self._request.infer({inputs[name]: array for name, array in feeds.items()}, share_inputs=True)
+            self._request.infer({self._input_indices[name]: array for name, array in feeds.items()}, share_inputs=True)
             # Copy: the request owns the memory and overwrites it in the next call.
-            return [self._request.get_output_tensor(indices[name]).data.copy() for name in output_names]
+            return [self._request.get_output_tensor(self._output_indices[name]).data.copy() for name in output_names]
 
 
 def is_openvino_model(path: Path) -> bool:
