@@ -324,7 +324,8 @@ def _draw_pareto(figure: Figure, series: Mapping[str, Sequence[ModelResult]]) ->
             axes.xaxis.set_minor_formatter(FuncFormatter(format_2_or_5))
         axes.margins(x=0.15)
         axes.set(xlabel=label)
-        axes.set_ylim(bottom=0)
+    panels[0].autoscale_view(scalex=False)  # the panels share this axis
+    panels[0].set_ylim(0, 1.03 * panels[0].get_ylim()[1])
     for axes in panels[::2]:
         axes.set(ylabel="MR^-2 Reasonable, %")
     panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
