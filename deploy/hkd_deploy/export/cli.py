@@ -120,7 +120,8 @@ def _run_export(argv: Sequence[str] | None) -> int:
     is_shipped = model != Path(flags.model)
     source = Path(model.name) if is_shipped else model
     # Flags of the graph build the graph of an .onnx file again from its weights.
-    has_weights = source.suffix == ".pt" or (source.suffix == ".onnx" and _has_graph_flags(parser, flags))
+    graph_flags = _list_graph_flags(parser, flags)
+    has_weights = source.suffix == ".pt" or (source.suffix == ".onnx" and bool(graph_flags))
     _check_unused_flags(source, parser, flags)
     _check_source(source, has_weights, flags)
     _check_combinations(flags)
@@ -141,7 +142,7 @@ def _run_export(argv: Sequence[str] | None) -> int:
     onnx_path = source
     if has_weights:
         # With --precision, --output names the converted file; the FP32 file keeps its default name.
-        onnx_path, verification = _export_weights(source, None if is_reduced else onnx_output, flags)
+        onnx_path, verification = _export_weights(source, None if is_reduced else onnx_output, flags, graph_flags)
     if is_reduced:
         onnx_path, miss_rates = precision.convert_precision(onnx_path, onnx_output, flags)
     engine_path = tensorrt.run_trt(onnx_path, flags, engine_output) if flags.trt else None
@@ -159,8 +160,9 @@ def _run_export(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _has_graph_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> bool:
-    return any(getattr(flags, name) != parser.get_default(name) for name in GRAPH_FLAGS)
+def _list_graph_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> list[str]:
+    names = [name for name in GRAPH_FLAGS if getattr(flags, name) != parser.get_default(name)]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def _copy_shipped_model(model: Path, path: Path) -> None:
@@ -256,7 +258,9 @@ def _split_output_by_suffix(output: Path | None) -> tuple[Path | None, Path | No
             return None, None, output
 
 
-def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespace) -> tuple[Path, Verification | None]:
+def _export_weights(
+    weights: Path, output: Path | None, flags: argparse.Namespace, graph_flags: Sequence[str]
+) -> tuple[Path, Verification | None]:
     """Write the ONNX file; return its path and the verification for further files."""
     try:
         from hkd_deploy.export.exporter import (  # noqa: PLC0415 - torch is only needed for weights
@@ -266,12 +270,18 @@ def _export_weights(weights: Path, output: Path | None, flags: argparse.Namespac
             make_torch_reference,
         )
         from hkd_det.models.checkpoint import load_detector_checkpoint  # noqa: PLC0415 - as above
+        from hkd_det.models.yolox_weights import is_yolox_file  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         raise UnavailableError(
             f"{weights}: the export requires {error.name}. Run pip install 'hkd-det[train]', or export the "
             "weights on the training machine and pass the .onnx file."
         ) from None
     is_exported = weights.suffix == ".onnx"
+    if is_exported and not is_yolox_file(weights):
+        raise UsageError(
+            f"{graph_flags[0]}: requires weights (.pt) or an .onnx file of a YOLOX model in FP32, got {weights}. "
+            "Omit the flag."
+        )
     checkpoint = load_exported_weights(weights) if is_exported else load_detector_checkpoint(weights)
     trained_hw = checkpoint.config.get("imgsz_hw")
     export_options = make_export_options(flags, (trained_hw[0], trained_hw[1]) if trained_hw else None)

@@ -28,11 +28,11 @@ from hkd_deploy.model_metadata import (
 )
 from hkd_deploy.trt.onnx_file import read_onnx_metadata
 from hkd_det.datasets.catalog import dataset_license
-from hkd_det.errors import HkdError, UsageError
+from hkd_det.errors import HkdError
 from hkd_det.files import atomic_write
 from hkd_det.letterbox import STRIDE
 from hkd_det.models.checkpoint import DetectorCheckpoint, get_family, spec_to_dict, weights_sha256
-from hkd_det.models.yolox_weights import ARCHITECTURE_KEY, is_yolox_file, load_yolox
+from hkd_det.models.yolox_weights import ARCHITECTURE_KEY, load_yolox
 from hkd_det.models.zoo import count_params_and_flops, read_model_name
 from hkd_det.structures import Detections, Sample
 from hkd_det.train.engine import predict_dataset
@@ -55,15 +55,9 @@ def load_exported_weights(path: Path) -> DetectorCheckpoint:
         The weights with the origin that the metadata state.
 
     Raises:
-        UsageError: The file is of another kind.
         DataError: The file is damaged.
     """
     metadata = read_onnx_metadata(path)
-    if not is_yolox_file(path):
-        raise UsageError(
-            f"{path}: its graph cannot be built again from the file, only that of a YOLOX model in FP32. Pass the "
-            "weights (.pt) that it was exported from, or omit --imgsz and the other flags of the graph."
-        )
     detector = load_yolox(path)
     model = metadata.get("hkd.model") or read_model_name(path)
     origin = {key: metadata[key] for key in ORIGIN_KEYS if key in metadata}
