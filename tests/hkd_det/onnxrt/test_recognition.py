@@ -133,3 +133,17 @@ def test_openvino_model_without_configuration_raises(write_ssd: Callable[[str], 
     path.with_suffix(".bin").unlink()
     with pytest.raises(DataError, match=r"0004\.bin: no such model file"):
         open_onnx_detector(path)
+
+
+@pytest.mark.slow  # imports torch
+def test_openvino_model_is_a_teacher_and_audits_labels(write_ssd: Callable[[str], Path]) -> None:
+    torch = pytest.importorskip("torch")
+    from hkd_det.datasets.audit_run import open_audit_models
+    from hkd_det.models.zoo import load_teacher
+
+    path = write_ssd("person-detection-retail-0013")
+    teacher = load_teacher(path, torch.device("cpu"))
+    detections = teacher(torch.full((2, 3, 100, 200), 255, dtype=torch.uint8))
+    assert [boxes.tolist() for boxes in detections.boxes_xyxy] == [[[50, 50, 100, 100]]] * 2
+    (model,) = open_audit_models([path], [], "cpu")
+    assert model.name == path.stem and len(model.detector([IMAGE])[0]) == 1
