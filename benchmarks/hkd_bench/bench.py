@@ -199,6 +199,8 @@ def bench(
     eval_samples = samples if options.has_ground_truth else ()
     if not options.has_ground_truth:
         detections = [[] for _ in entries]
+    elif detections:
+        log_stage("compute miss rates, AP and their intervals")
     accuracies = measure_accuracy(
         {options.data: eval_samples, **(other_ground_truths or {})}, detections, [rounds[0].conf for rounds in results]
     )

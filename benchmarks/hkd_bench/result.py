@@ -320,15 +320,14 @@ def measure_accuracy(
     by_ground_truth = []
     for name, samples in ground_truths.items():
         miss_rates = [evaluate_detections(samples, model_detections) for model_detections in detections]
-        precisions = [_compute_average_precision(samples, model_detections) for model_detections in detections]
-        ap_intervals = [_compute_ap_intervals(samples, found, num_resamples) for found in detections]
-        rows = enumerate(zip(miss_rates, precisions, ap_intervals, confs, strict=True))
+        precisions = [_compute_average_precision(samples, found, num_resamples) for found in detections]
+        rows = enumerate(zip(miss_rates, precisions, confs, strict=True))
         by_ground_truth.append(
             [
                 _make_accuracy_result(
-                    name, rates, precision, ap_interval, conf, miss_rates[0] if index else None, num_resamples
+                    name, rates, precision, ap_intervals, conf, miss_rates[0] if index else None, num_resamples
                 )
-                for index, (rates, precision, ap_interval, conf) in rows
+                for index, (rates, (precision, ap_intervals), conf) in rows
             ]
         )
     return list(zip(*by_ground_truth, strict=True))
@@ -369,21 +368,17 @@ def read_result(path: Path) -> BenchResult:
         raise DataError(f"{path}: {first_error_line(error)}. Measure again with hkd-bench --json.") from None
 
 
-def _compute_average_precision(samples: Sequence[Sample], detections: Sequence[Detections]) -> dict[str, float | None]:
-    """Return COCO's AP and AP50 as fractions, or None without ground truth."""
-    if not any((~sample.ground_truth.ignore).any() for sample in samples):
-        return {"AP": None, "AP50": None}
-    return {**coco.evaluate_average_precision(samples, detections)}
-
-
-def _compute_ap_intervals(
+def _compute_average_precision(
     samples: Sequence[Sample], detections: Sequence[Detections], num_resamples: int
-) -> dict[str, tuple[float, float]]:
-    """Return the 95 % intervals of COCO's AP and AP50; empty without ground truth or detections."""
+) -> tuple[dict[str, float | None], dict[str, tuple[float, float]]]:
+    """Return COCO's AP and AP50 as fractions, None without ground truth, and their 95 % intervals, as far as known."""
+    if not any((~sample.ground_truth.ignore).any() for sample in samples):
+        return {"AP": None, "AP50": None}, {}
     table = DetectionTable.from_detections(detections)
-    if not len(table) or not any((~sample.ground_truth.ignore).any() for sample in samples):
-        return {}
-    return compute_ap_intervals(coco.match_boxes(coco.make_ground_truth(samples), table), num_resamples)
+    if not len(table):
+        return {"AP": 0.0, "AP50": 0.0}, {}
+    coco_eval = coco.match_boxes(coco.make_ground_truth(samples), table)
+    return {**coco.summarize_matches(coco_eval)}, compute_ap_intervals(coco_eval, num_resamples)
 
 
 def _make_accuracy_result(

@@ -33,7 +33,19 @@ def evaluate(ground_truth: CocoGroundTruth, detections: DetectionTable) -> dict[
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
         if not len(detections):
             return {name: 0.0 if (~ground_truth.table.ignore).any() else -1.0 for name in METRIC_NAMES}
-        coco_eval = match_boxes(ground_truth, detections)
+        return summarize_matches(match_boxes(ground_truth, detections))
+
+
+def summarize_matches(coco_eval: COCOeval) -> dict[str, float]:
+    """Compute the twelve metrics of COCO from matched boxes.
+
+    Args:
+        coco_eval: Result of `match_boxes`.
+
+    Returns:
+        The metrics of `METRIC_NAMES` as fractions; -1 for a size class without ground truth.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
         coco_eval.accumulate()
         coco_eval.summarize()
     return dict(zip(METRIC_NAMES, coco_eval.stats.tolist(), strict=True))
