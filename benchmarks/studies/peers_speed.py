@@ -1,7 +1,7 @@
 """Write small YOLO models as ONNX files, to compare their latency with that of the shipped students by hkd-bench.
 
     python benchmarks/studies/peers_speed.py DIR --imgsz 320 416
-    hkd-bench hkd-cpu DIR/*.onnx --model-config yolo26,yolo26,yolov8,yolov8,yolov8,yolov8 --images IMAGES --threads 1 \
+    hkd-bench hkd-cpu DIR/*.onnx --model-config yolov8,yolov8,yolo26,yolo26,yolov8,yolov8 --images IMAGES --threads 1 \
         --backend onnxruntime,openvino,openvino-bf16
 
 The models are built from Ultralytics' definitions with random weights. The speed does not depend on the weights, but
