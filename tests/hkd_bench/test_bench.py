@@ -223,6 +223,7 @@ def test_report_is_self_contained(result: BenchResult, tmp_path: Path) -> None:
     assert f"{result.models[0].latency.p50_ms:.1f}" in text
 
 
+@pytest.mark.slow
 def test_command_writes_json_and_html(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_energy_per_camera_is_power_divided_by_cameras() -> None:
     assert result.points == points and result.energy_reason == "RAPL: not readable"
 
 
+@pytest.mark.slow
 def test_result_has_the_curve(write_tiny_onnx: Callable[..., Path], half_right: Path, tmp_path: Path) -> None:
     model = write_tiny_onnx(tmp_path / "tiny.onnx")
     data = str(half_right)

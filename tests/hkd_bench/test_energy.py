@@ -172,6 +172,7 @@ def model(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return write_tiny_onnx(tmp_path_factory.mktemp("model") / "tiny.onnx")
 
 
+@pytest.mark.slow
 def test_bench_with_meter_of_constant_power(model: Path, half_right: Path, tmp_path: Path) -> None:
     """12 W at all times: energy per frame is 12 W x duration per frame, and there is none above idle."""
     log = tmp_path / "meter.csv"
@@ -194,6 +195,7 @@ def test_bench_with_meter_of_constant_power(model: Path, half_right: Path, tmp_p
     assert "energy per frame (mJ)" in format_markdown_table(result).splitlines()[0]
 
 
+@pytest.mark.slow
 def test_bench_energy_without_sensor_is_null_everywhere(
     model: Path, half_right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

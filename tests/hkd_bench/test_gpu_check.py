@@ -172,6 +172,7 @@ def steps(module: ModuleType) -> ModuleType:
     return sys.modules["gpu_check_steps"]
 
 
+@pytest.mark.slow
 def test_model_that_detects_nothing_has_no_share(
     steps: ModuleType, write_tiny_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -206,6 +206,7 @@ def test_score_coco_equals_pycocotools(files: Path, capsys: pytest.CaptureFixtur
 
 
 @needs_data
+@pytest.mark.slow
 def test_score_official_val_file_equals_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = SHARED / "citypersons" / "val_gt.json"
     content = json.loads(path.read_text())
@@ -235,6 +236,7 @@ def test_score_official_val_file_equals_reference(tmp_path: Path, capsys: pytest
 
 
 @needs_data
+@pytest.mark.slow
 def test_score_caltech_videos_equals_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(2)
     data = []

@@ -471,6 +471,7 @@ def test_drift_is_shown_only_if_it_is_monitored(make_page: Callable[..., WebSink
             assert [camera.get("drift") for camera in json.load(response)["cameras"]] == expected
 
 
+@pytest.mark.slow
 def test_ten_viewers_share_fifty_responses_per_second(make_page: Callable[..., WebSink]) -> None:
     page = make_page()
     end_s, counts = time.monotonic() + 2.0, [0] * 10

@@ -70,6 +70,7 @@ def watch_in_background(address: str, seconds: float) -> LiveSource:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("url", ["rtsp://u:wr0ng@127.0.0.1:{}/cam", "http://u:wr0ng@127.0.0.1:{}/live.m3u8"])
+@pytest.mark.slow
 def test_refused_login_is_repeated_rarely(locked_camera: LockedCamera, url: str, scheme: str) -> None:
     """HTTP is the same for MJPEG and HLS: the type of the stream is known after the login."""
     if url.startswith("rtsp"):

@@ -190,6 +190,7 @@ def test_images_that_waited_for_the_client_are_skipped(rtsp_camera: RtspCamera) 
     assert np.percentile(np.abs(reported_s - true_s), 80) < 0.05
 
 
+@pytest.mark.slow
 def test_delay_of_the_last_connection_is_known(rtsp_camera: RtspCamera) -> None:
     rtsp_camera.delay_s = 0.4
     ages = []

@@ -249,6 +249,7 @@ def test_audited_file_of_another_format(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="HKD_TEST_DATA is not set")
+@pytest.mark.slow
 def test_audited_file_keeps_hidden_parts(tmp_path: Path, model: Path) -> None:
     """CityPersons: full boxes beyond the image, visible boxes, ignore regions."""
     entry = {"format": "citypersons", "path": str(SHARED / "citypersons"), "skip_missing": True, "train": "train"}

@@ -39,6 +39,7 @@ def make_image(root: Path, name: str) -> Path:
 
 
 @official
+@pytest.mark.slow
 def test_official_frames_are_every_30th() -> None:
     frames = list(read_original_annotations(OFFICIAL / "annotations", ["set00", "set06"], 30))
     lengths = {  # nFrame of the ten videos
@@ -71,6 +72,7 @@ def test_frame_and_pixel_indices_match_the_official_gt() -> None:
 
 
 @official
+@pytest.mark.slow
 def test_official_labels_become_persons_or_ignore(tmp_path: Path) -> None:
     (tmp_path / "annotations").symlink_to(OFFICIAL / "annotations")
     frames = list(read_original_annotations(OFFICIAL / "annotations", ["set06"], 30))

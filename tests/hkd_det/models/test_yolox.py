@@ -80,6 +80,7 @@ def test_scores_and_boxes_equal_those_of_the_onnx_file() -> None:
 
 
 @needs_nano
+@pytest.mark.slow
 def test_name_and_activation_of_an_onnx_file() -> None:
     assert is_yolox_file(NANO)
     assert read_model_name(NANO) == "yolox-nano"
@@ -179,6 +180,7 @@ def test_wide_network_computes_the_same_function(depthwise: bool) -> None:
 
 
 @pytest.mark.parametrize("depthwise", [True, False])
+@pytest.mark.slow
 def test_narrow_network_without_the_copies_of_a_wide_one_computes_the_same_function(depthwise: bool) -> None:
     torch.manual_seed(0)
     source = YOLOX(YOLOXSpec(width=0.125, depthwise=depthwise))

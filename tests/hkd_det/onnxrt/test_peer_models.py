@@ -93,6 +93,7 @@ def write_random_model(path: Path, shapes: list[tuple[int, ...]], input_hw: tupl
 
 
 @pytest.mark.parametrize("size", [320, 416])
+@pytest.mark.slow
 def test_nanodet_and_yolo_fastestv2_equal_the_reference(reference: ModuleType, tmp_path: Path, size: int) -> None:
     """Files of these detectors are not in the test data, so the outputs are random."""
     points = [(size // stride) ** 2 for stride in (8, 16, 32)]
