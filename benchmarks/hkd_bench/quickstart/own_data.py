@@ -398,6 +398,7 @@ def _export_models(data: str, results: Results, model: Path, int8: Path) -> dict
         max_mr_increase=MAX_MR_INCREASE,
         conf=min(0.99, max(0.01, conf)),
         eval_device="cpu",
+        model_config=None,
         force=True,
     )
     convert_precision(model, int8, flags)
