@@ -212,6 +212,13 @@ def collate(items: list[AugmentedImage | HkdError]) -> Batch | HkdError:
     return images, Targets(torch.from_numpy(boxes), torch.from_numpy(valid), torch.from_numpy(ignore))
 
 
+class ImageLoader(DataLoader[Batch | HkdError]):
+    """A data loader that does not warn about more processes than CPUs: the default of two runs on one CPU as well."""
+
+    def check_worker_number_rationality(self) -> None:
+        """Accept any number of processes."""
+
+
 def build_dataloader(
     samples: Sequence[Sample], plan: EpochPlan, rank: int, world_size: int, workers: int, cache_mib: int
 ) -> tuple[DataLoader[Batch | HkdError], DistributedBatchSampler]:
@@ -239,7 +246,7 @@ def build_dataloader(
     capacity_bytes = int(cache_mib * 2**20 / max(1, workers))
     images = CachedImages([sample.path for sample in samples], max_hw, cache, capacity_bytes)
     dataset = TrainDataset(samples, images)
-    loader: DataLoader[Batch | HkdError] = DataLoader(
+    loader = ImageLoader(
         dataset,  # type: ignore[arg-type]  # the stubs do not allow a collate_fn that changes the type
         batch_sampler=sampler,
         num_workers=workers,
