@@ -16,16 +16,19 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from hkd_det.config import dataclass_from_dict
-from hkd_det.errors import DataError
+from hkd_det.errors import DataError, UsageError
 from hkd_det.models.feature_layers import observe_calls
-from hkd_det.models.surgery import ModelChanges
+from hkd_det.models.surgery import NO_CHANGES, ModelChanges
 from hkd_det.models.yolox import YOLOX, YOLOXSpec
 from hkd_det.models.yolox_narrow import narrow_yolox
 
 FOCUS_CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))  # (row, column) of the four groups of three channels
 PERSON_CLASS_ID = 0
 NUM_STATISTICS_IMAGES = 192
-NUM_FIT_IMAGES = 64  # of a narrower network; all their features are in memory at once
+MAX_FIT_PIXELS = (
+    64 * 320 * 320
+)  # of the images that a narrower network is fitted to: all features are in memory at once
+MIN_FIT_IMAGES = 8
 STEM_SCALE = 256.0
 DEPTHS = (0.33, 0.67, 1.0, 1.33)
 ARCHITECTURE_KEY = "hkd.architecture"  # metadata of hkd-export
@@ -87,7 +90,15 @@ def prepare_yolox(source: YOLOX, spec: YOLOXSpec, iterate_images: Callable[[int]
 
     Returns:
         The detector.
+
+    Raises:
+        UsageError: The file has a pruned network, and the result has another number of channels.
     """
+    is_resized = spec.get_channels() != source.spec.get_channels()
+    if is_resized and source.changes != NO_CHANGES:
+        raise UsageError(
+            "--weights: a pruned network can only keep its channels. Omit --model, or use the weights before pruning."
+        )
     _scale_stem(source)
     batches = list(_take_images(iterate_images(NUM_STATISTICS_IMAGES)))
     restore_batch_norm(source, batches)
@@ -99,7 +110,9 @@ def prepare_yolox(source: YOLOX, spec: YOLOXSpec, iterate_images: Callable[[int]
         update_bn_stats(detector, batches)
         source = detector
     if spec.get_channels() != source.spec.get_channels():
-        source = narrow_yolox(source, spec, torch.cat(batches)[:NUM_FIT_IMAGES])
+        images = torch.cat(batches)
+        num_images = max(MIN_FIT_IMAGES, MAX_FIT_PIXELS // (images.shape[2] * images.shape[3]))
+        source = narrow_yolox(source, spec, images[:num_images])
         restore_batch_norm(source, batches)
     return source
 

@@ -18,7 +18,7 @@ from hkd_deploy.backends.tensorrt import AsyncQueue
 from hkd_det.errors import DataError
 
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
-# Stands for gpu_check_steps.py: each name is one behavior of a step.
+# Replaces gpu_check_steps.py: each name is one behavior of a step.
 FAKE_STEPS = """
 import json, os, pathlib, subprocess, sys, time
 name, out = sys.argv[1], sys.argv[sys.argv.index("--out") + 1]
