@@ -13,7 +13,8 @@ from hkd_bench import plots
 from hkd_bench.detection_files import find_category_id, read_detections
 from hkd_bench.differences import ComparedModel, write_difference_pages
 from hkd_bench.result import BenchResult, ModelResult, read_result
-from hkd_bench.table import MARK, format_data_name, format_interval, format_model_name
+from hkd_bench.table import format_data_name, format_interval
+from hkd_bench.table_notes import MARK, format_model_name
 from hkd_det.console import format_table
 from hkd_det.datasets.catalog import load_dataset
 from hkd_det.errors import DataError, UsageError

@@ -16,23 +16,19 @@ from hkd_bench.device_state import RunConditions
 from hkd_bench.latency import confidence_bound_ms
 from hkd_bench.load_plots import plot_cameras, plot_sustained
 from hkd_bench.result import BenchResult, ModelResult
-from hkd_bench.separate_tables import SCENARIO_HEADERS, SUSTAINED_HEADERS, make_scenario_rows, make_sustained_rows
-from hkd_bench.sweep_plot import plot_sweep
-from hkd_bench.table import (
+from hkd_bench.separate_tables import (
     BATCH_HEADERS,
-    MARK,
-    format_data_name,
-    format_difference,
-    format_energy_interval,
-    format_interval,
-    format_model_name,
+    SCENARIO_HEADERS,
+    SUSTAINED_HEADERS,
     list_camera_headers,
-    list_columns,
     make_batch_rows,
     make_camera_rows,
-    make_cells,
-    make_notes,
+    make_scenario_rows,
+    make_sustained_rows,
 )
+from hkd_bench.sweep_plot import plot_sweep
+from hkd_bench.table import format_data_name, format_difference, format_interval, list_columns, make_cells
+from hkd_bench.table_notes import MARK, format_energy_interval, format_model_name, make_notes
 from hkd_deploy import Detector
 from hkd_det.draw import MatchStatus, draw_box, draw_detections
 from hkd_det.files import write_text

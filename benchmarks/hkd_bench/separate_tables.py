@@ -1,8 +1,9 @@
-"""Tables and notes of load scenarios and sustained runs: `hkd-bench --scenario` and `--sustained`."""
+"""Tables and notes of cameras, load scenarios and sustained runs: `--cameras`, `--scenario` and `--sustained`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from hkd_bench.cameras import CameraPoint
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.scenarios import PACED, ScenarioResult
 from hkd_bench.sustained import SustainedResult
@@ -15,6 +16,11 @@ SCENARIO_HEADERS = (
 SUSTAINED_HEADERS = (
     "sustained", "part", "p50, ms", "p90, ms", "p99, ms", "images/s", "CPU, MHz", "GPU, MHz", "highest, °C", "power, W",
 )  # fmt: skip
+
+
+CAMERA_HEADERS = ("cameras", "number", "p50, ms", "p99, ms", "dropped, %", "held")
+CAMERA_ENERGY_HEADER = "energy per camera, J/s"
+BATCH_HEADERS = ("batches", "images", "p50, ms", "p99, ms", "images/s", "held")
 
 
 def make_scenario_rows(result: BenchResult) -> list[list[str]]:
@@ -136,3 +142,86 @@ def _format_drift(run: SustainedResult) -> str:
     if run.drift_low is None or run.drift_high is None:
         return f"{100 * run.drift:+.1f} %, {run.conclusion}"
     return f"{100 * run.drift:+.1f} % ({100 * run.drift_low:+.1f} to {100 * run.drift_high:+.1f}): {run.conclusion}"
+
+
+def list_camera_headers(result: BenchResult) -> list[str]:
+    """Return the headers of the table of cameras: energy only if it was requested.
+
+    Args:
+        result: Measurements of all models.
+    """
+    return [*CAMERA_HEADERS, *([CAMERA_ENERGY_HEADER] if result.has_energy else [])]
+
+
+def _format_camera_energy(point: CameraPoint) -> str:
+    return "-" if point.joules_per_camera_s is None else f"{point.joules_per_camera_s:.2f}"
+
+
+def make_camera_rows(result: BenchResult) -> list[list[str]]:
+    """Return one row per model and number of cameras, with the entries of `list_camera_headers`.
+
+    Args:
+        result: Measurements of all models.
+    """
+    return [
+        [
+            "" if index else model.name,
+            str(point.cameras),
+            *("-" if value is None else f"{value:.1f}" for value in (point.p50_ms, point.p99_ms)),
+            f"{100 * point.dropped:.1f}",
+            "yes" if point.is_held(cameras.fps) else "no",
+            *([_format_camera_energy(point)] if result.has_energy else []),
+        ]
+        for model in result.models
+        if (cameras := model.cameras)
+        for index, point in enumerate(cameras.points)
+    ]
+
+
+def make_batch_rows(result: BenchResult) -> list[list[str]]:
+    """Return one row per model and batch size, with the entries of `BATCH_HEADERS`.
+
+    Args:
+        result: Measurements of all models.
+    """
+    return [
+        [
+            "" if index else model.name,
+            str(point.batch),
+            *(f"{value:.1f}" for value in (point.p50_ms, point.p99_ms, point.images_per_s)),
+            "yes" if point.is_held(cameras.fps) else "no",
+        ]
+        for model in result.models
+        if (cameras := model.cameras)
+        for index, point in enumerate(cameras.batches)
+    ]
+
+
+def format_camera_notes(result: BenchResult) -> list[str]:
+    """Return the number of cameras that the device holds, and the largest batch, as sentences.
+
+    Args:
+        result: Measurements of all models.
+    """
+    found = [(model, model.cameras) for model in result.models if model.cameras]
+    if not found:
+        return []
+    fps = found[0][1].fps
+    counts = ", ".join(f"{cameras.cameras} ({model.name})" for model, cameras in found)
+    notes = [
+        f"Cameras at {fps:g} frames per second with p99 from the arrival of a frame to its boxes below "
+        f"{1e3 / fps:.1f} ms: {counts}. A dropped frame counts as infinite."
+    ]
+    batches = [
+        f"{cameras.largest_batch} ({model.name})" for model, cameras in found if cameras.largest_batch is not None
+    ]
+    if batches:
+        fixed = [model.name for model, cameras in found if len(cameras.batches) == 1 and cameras.largest_batch]
+        hint = f" The batch of {', '.join(fixed)} is fixed; see hkd-export --dynamic batch." if fixed else ""
+        notes.append(
+            f"Largest batch of frames that arrive together, with p99 below the period: {', '.join(batches)}.{hint}"
+        )
+    if not result.has_energy:
+        return notes
+    reasons = dict.fromkeys(cameras.energy_reason for _, cameras in found if cameras.energy_reason)
+    return notes + [f"Energy per camera not measured: {reason}." for reason in reasons]
