@@ -29,6 +29,7 @@ FASTESTV2_ANCHORS = (12.64, 19.39, 37.88, 51.48, 55.71, 138.31, 126.91, 78.23, 1
 
 # In the wheel, the files of recipes/onnx are in `configs` next to this file.
 _CONFIG_DIRS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "recipes" / "onnx")
+MAX_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ def find_person_class(names: Sequence[str]) -> int:
     for index, name in enumerate(names):
         if len(names) == 1 or name.lower() in ("person", "pedestrian"):
             return index
-    raise ValueError(f"expected a class person or pedestrian, got {', '.join(names)}")
+    more = f" and {len(names) - MAX_SHOWN_NAMES} more" if len(names) > MAX_SHOWN_NAMES else ""
+    raise ValueError(f"expected a class person or pedestrian, got {', '.join(names[:MAX_SHOWN_NAMES])}{more}")
 
 
 def _scale_channels(images: NDArray[np.uint8], config: OnnxModelConfig) -> NDArray[np.float32]:

@@ -131,6 +131,7 @@ def test_ultralytics_metadata_needs_no_config(tmp_path: Path, changes: dict[str,
     ("changes", "message"),
     [
         ({"names": "{0: 'car', 1: 'bus'}"}, "expected a class person or pedestrian, got car, bus"),
+        ({"names": str([str(number) for number in range(80)])}, "got 0, 1, 2, 3, 4 and 75 more"),
         ({"task": "segment"}, "expected the task detect, got segment"),
         ({"names": "not a dict"}, "does not describe a person detector"),
         ({"args": "{}"}, "the outputs are not in the format yolo-raw"),
