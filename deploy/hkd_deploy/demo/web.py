@@ -3,8 +3,10 @@
 import argparse
 import asyncio
 import ipaddress
+import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ DEFAULT_PORT = 8090
 DEFAULT_HOST = "127.0.0.1"
 INSTALL_HINT = "--web requires it. Run pip install 'hkd-det[web]'."
 MAX_CONNECTIONS = 200
+LOWEST_PRIORITY = 19  # nice value
 STOP_TIMEOUT_S = 1  # open connections are closed after this time
 # An address of documentation (RFC 5737). Connecting a UDP socket sends nothing and selects the network interface.
 OUTSIDE_ADDRESS = ("192.0.2.1", 9)
@@ -134,6 +137,9 @@ class WebSink:
         self._thread.start()
 
     async def _serve(self) -> None:
+        if sys.platform == "linux":
+            # Linux applies it to this thread only. A viewer must not delay the detector, which may use all cores.
+            os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
         self._signal.start()
         await self._server.serve(sockets=[self._socket])
         for connection in list(self._server.server_state.connections):
