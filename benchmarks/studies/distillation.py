@@ -84,8 +84,8 @@ def run_row(budget: Budget, row: Row, data: Path, seed: int, folder: Path) -> No
         train(recipe, run_dir)
     joules, reason = meter.compute_total()
     checkpoint = load_detector_checkpoint(run_dir / "best.pt")
-    bf16 = checkpoint.config["precision"] == "bf16"
-    result, _ = measure_detector(checkpoint.build(), load_dataset(str(data), "test"), budget.imgsz_hw, bf16)
+    detector = checkpoint.build()
+    result, _ = measure_detector(detector, load_dataset(str(data), "test"), budget.imgsz_hw)
     content = {
         "row": row.name,
         "seed": seed,

@@ -60,6 +60,7 @@ class Row:
         model: "teacher" or "student" of the budget, or "trained teacher" (architecture and weights of the teacher).
         distill: The `distill` section of the recipe.
         same_time_as: Names of rows whose total training time this row gets. Its epochs follow from measured times.
+        settings: Settings of the recipe that replace those of the budget.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Row:
     model: str = "student"
     distill: dict[str, Any] = field(default_factory=dict)
     same_time_as: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def make_recipe(self, budget: Budget, data: Path, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
         """Return the settings for `hkd-train --recipe`.
@@ -97,6 +99,7 @@ class Row:
             "seed": seed,
             **distillation,
             **budget.settings,
+            **self.settings,
         }
 
 

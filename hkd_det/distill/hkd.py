@@ -6,15 +6,15 @@ logit level consists of a score loss and a box loss.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hkd_det.config import check_range
-from hkd_det.distill.base import DistillMethod
+from hkd_det.distill.base import DistillMethod, RunContext
 from hkd_det.distill.batch import Adapter, DistillationBatch, Projection, match_branches, sample_rois
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, BranchOutputs, FeatureInfo, Targets
@@ -22,10 +22,15 @@ from hkd_det.models.criterion import dense_soft_label_losses
 from hkd_det.models.feature_layers import LayerPairs, pair_layers, select_layers
 from hkd_det.ops.boxes import giou_loss
 from hkd_det.ops.losses import fg_balanced_mean, localization_distillation_loss, pkd_loss, quality_focal_kd_loss
-from hkd_det.ops.roi_pool import roi_feature_loss
+from hkd_det.ops.roi_pool import RoILevelRule, RoINorm, roi_feature_loss
 
 Pair = tuple[FeatureInfo, FeatureInfo]
 """A feature layer of the student, and the layer of the teacher that it is compared with."""
+
+ForegroundWeights = Literal["cell", "person"]
+"""Weights of the cells on persons. cell: all equal, so that the weight of a person is proportional to its area. person:
+1 / number of cells of the box, of the smallest one that contains the cell. All persons then have the same weight (FGD,
+Yang et al. 2022)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,29 @@ class TwoStageConfig:
 
 
 @dataclass(frozen=True)
+class LevelStart:
+    """When the losses of HKD start, as a ratio of the steps with distillation, 0 (from the first step) to 1.
+
+    For example, the logit level from the beginning and the features later.
+
+    Attributes:
+        pyramid: Start of the feature-pyramid loss.
+        region: Start of the region loss.
+        cls: Start of the score loss.
+        box: Start of the box loss.
+    """
+
+    pyramid: float = 0.0
+    region: float = 0.0
+    cls: float = 0.0
+    box: float = 0.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check_range(f"distill.hkd.start.{item.name}", getattr(self, item.name), 0, 1)
+
+
+@dataclass(frozen=True)
 class HKDConfig:
     """Settings of HKD.
 
@@ -65,6 +93,10 @@ class HKDConfig:
         det_loss_weight: Factor for the detection losses while the teacher is used, 0 to 1.
         adapter: Projection from student to teacher channels.
         feature_layers: Layers to compare. Empty: the outputs of both feature pyramids, paired by stride.
+        region_level: Feature level from which a region is pooled.
+        region_norm: Positions over which the channels of region features are standardized.
+        fg_weights: Weights of the cells on persons in the pyramid loss.
+        start: When each level starts.
     """
 
     pyramid: float = 2.0
@@ -78,6 +110,10 @@ class HKDConfig:
     det_loss_weight: float = 1.0
     adapter: Projection = "plain"
     feature_layers: LayerPairs = field(default_factory=LayerPairs)
+    region_level: RoILevelRule = "fpn"
+    region_norm: RoINorm = "region"
+    fg_weights: ForegroundWeights = "cell"
+    start: LevelStart = field(default_factory=LevelStart)
 
     def __post_init__(self) -> None:
         for name in ("pyramid", "region", "cls", "box", "max_regions"):
@@ -105,14 +141,15 @@ class HKD(DistillMethod):
     def __init__(self, config: HKDConfig, student: BaseDetector, teacher: Any) -> None:
         super().__init__(config, student, teacher)
         self.det_loss_weight = config.det_loss_weight
+        self._num_steps = 0.0
+        self._started: dict[str, bool] = {}
         layers = select_layers(student, teacher, config.feature_layers, "distill.hkd.feature_layers")
         pairs = pair_layers(*layers, config.feature_layers)
         self._layers = LayerPairs(tuple(s.name for s, _ in pairs), tuple(t.name for _, t in pairs))
         self.levels: nn.Module
         if "rois" in student.capabilities & teacher.capabilities:
-            _check_ignored_options(
-                config, ("pyramid", "region", "cls", "box", "fg_ratio", "region_min_score", "max_regions")
-            )
+            shared = {"two_stage", "det_loss_weight", "adapter", "feature_layers"}
+            _check_ignored_options(config, [item.name for item in fields(config) if item.name not in shared])
             self.levels = TwoStageHKD(student, teacher, pairs, config.two_stage, config.adapter)
         else:
             _check_ignored_options(config, ("two_stage",))
@@ -122,10 +159,22 @@ class HKD(DistillMethod):
         """Return the compared layers, pair by pair."""
         return self._layers
 
+    def setup(self, context: RunContext) -> None:
+        """Store the number of steps, of which `start` is a ratio."""
+        self._num_steps = context.total_steps * context.distill_ratio
+
+    def before_step(self, step: int) -> None:
+        """Select the levels that have started."""
+        start = self.config.start
+        self._started = {
+            f"hkd_{item.name}": step >= getattr(start, item.name) * self._num_steps for item in fields(start)
+        }
+
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """Compute the weighted losses of all levels, scalars."""
         losses: dict[str, Tensor] = self.levels(batch)
-        return losses
+        # A factor of 0 instead of no loss: DDP expects a gradient for every parameter in every step.
+        return {name: loss * self._started.get(name, True) for name, loss in losses.items()}
 
 
 def _check_ignored_options(config: HKDConfig, names: Sequence[str]) -> None:
@@ -187,8 +236,8 @@ class DenseHKD(nn.Module):
     def _compute_pyramid_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Targets) -> Tensor:
         losses = []
         for s, t, stride in zip(student, teacher, self.strides, strict=True):
-            mask = make_foreground_mask((t.shape[-2], t.shape[-1]), stride, targets)
-            losses.append(fg_balanced_mean(pkd_loss(s, t), mask, self.config.fg_ratio).mean())
+            weights = make_foreground_weights((t.shape[-2], t.shape[-1]), stride, targets, self.config.fg_weights)
+            losses.append(fg_balanced_mean(pkd_loss(s, t), weights, self.config.fg_ratio).mean())
         return torch.stack(losses).mean()
 
     def _compute_region_loss(
@@ -204,7 +253,8 @@ class DenseHKD(nn.Module):
         if not len(boxes):
             return 0.0 * torch.stack([level.float().mean() for level in student]).sum()
         s, t, strides = ([values[index] for index in self.region_levels] for values in (student, teacher, self.strides))
-        return roi_feature_loss(s, t, strides, boxes, image_index).sum() / avg_factor  # type: ignore[arg-type]
+        rules = self.config.region_level, self.config.region_norm
+        return roi_feature_loss(s, t, strides, boxes, image_index, *rules).sum() / avg_factor  # type: ignore[arg-type]
 
     def _compute_logit_losses(self, batch: DistillationBatch) -> tuple[Tensor, Tensor]:
         """Return the unweighted score loss and box loss, scalars."""
@@ -241,21 +291,29 @@ def _compute_box_loss(student: BranchOutputs, teacher: BranchOutputs) -> Tensor:
     return giou_loss(student.boxes_xyxy, teacher.boxes_xyxy)
 
 
-def make_foreground_mask(feature_hw: tuple[int, int], stride: int, targets: Targets) -> Tensor:
-    """Mark the cells of a feature map whose center is inside a ground-truth box.
+def make_foreground_weights(
+    feature_hw: tuple[int, int], stride: int, targets: Targets, rule: ForegroundWeights
+) -> Tensor:
+    """Compute the relative weights of the cells of a feature map whose center is inside a ground-truth box.
 
     Args:
         feature_hw: Height and width of the feature map, cells.
         stride: Cell size, input pixels.
         targets: Ground truth.
+        rule: See `ForegroundWeights`.
 
     Returns:
-        Tensor[B, H, W]: bool.
+        Tensor[B, H, W]: float32, 0 outside all boxes.
     """
     x1, y1, x2, y2 = targets.boxes_xyxy[..., None].unbind(2)  # [B, M, 1]
     y, x = (stride * (torch.arange(cells, device=x1.device) + 0.5) for cells in feature_hw)
     rows, columns = (y > y1) & (y < y2), (x > x1) & (x < x2) & targets.valid[..., None]  # [B, M, H] and [B, M, W]
-    return (rows[..., None] & columns[:, :, None]).any(1)
+    inside = rows[..., None] & columns[:, :, None]  # [B, M, H, W]
+    if rule == "cell":
+        return inside.any(1).float()
+    num_cells = inside.sum((2, 3), keepdim=True).clamp(min=1)
+    weights: Tensor = (inside / num_cells).amax(1)
+    return weights
 
 
 class TwoStageHKD(nn.Module):

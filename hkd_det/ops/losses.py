@@ -124,24 +124,26 @@ def pkd_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     return errors.view(len(student_features), *student_features.shape[2:])
 
 
-def fg_balanced_mean(error: Tensor, fg_mask: Tensor, fg_ratio: float) -> Tensor:
+def fg_balanced_mean(error: Tensor, fg_weights: Tensor, fg_ratio: float) -> Tensor:
     """Compute the mean of an error map with a fixed total weight of the foreground.
 
     Args:
         error (Tensor[B, H, W]): Errors per cell.
-        fg_mask (Tensor[B, H, W]): bool, foreground cells.
+        fg_weights (Tensor[B, H, W]): Relative weights of the foreground cells, 0 for background. A bool mask gives all
+            foreground cells the same weight.
         fg_ratio: Total weight of the foreground cells, 0 to 1. Has no effect for an image with only foreground or only
             background.
 
     Returns:
         mean (Tensor[B]): Weighted mean per image.
     """
-    num_fg = fg_mask.sum((1, 2))
-    num_bg = fg_mask[0].numel() - num_fg
-    fg_total = torch.where(num_fg > 0, fg_ratio, 0.0)
-    fg_total = torch.where(num_bg > 0, fg_total, 1.0)
-    fg_weight, bg_weight = fg_total / num_fg.clamp(min=1), (1 - fg_total) / num_bg.clamp(min=1)
-    weight = torch.where(fg_mask, fg_weight[:, None, None], bg_weight[:, None, None])
+    background = fg_weights == 0
+    num_bg = background.sum((1, 2), keepdim=True)
+    has_fg = num_bg < background[0].numel()
+    fg_total = torch.where(num_bg > 0, torch.where(has_fg, fg_ratio, 0.0), 1.0)
+    fg_weights = fg_weights.to(error.dtype)
+    fg_weights = fg_weights / fg_weights.sum((1, 2), keepdim=True).clamp(min=torch.finfo(error.dtype).tiny)
+    weight = torch.where(background, (1 - fg_total) / num_bg.clamp(min=1), fg_total * fg_weights)
     return (error * weight).sum((1, 2))
 
 

@@ -10,7 +10,7 @@ so a bin reads 16 cells. Cells and weights are the same for all channels and all
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ from hkd_det.ops.losses import pkd_loss
 OUTPUT_SIZE = 7  # bins per side of an RoI
 SAMPLING_RATIO = 2  # samples per side of a bin
 SAMPLES_PER_AXIS = 4  # samples per side of a box in `BoxAveragePool`
+
+RoILevelRule = Literal["fpn", "height", "all"]
+"""Level from which an RoI is pooled. fpn: the rule of FPN (Lin et al. 2017, eq. 1), as in torchvision's
+`MultiScaleRoIAlign`; if no level has the stride of the rule, the nearest one, the finer of two. height: the level on
+which the box is nearest to `CELLS_PER_GT_HEIGHT` cells high. all: every level."""
+
+RoINorm = Literal["region", "batch"]
+"""Positions over which a channel of RoI features is standardized. region: the 7x7 bins of one RoI, which removes the
+differences between RoIs. batch: the bins of all RoIs of a level."""
 
 
 def compute_roi_sampling_weights(
@@ -72,11 +81,10 @@ def roi_feature_loss(
     strides: Sequence[int],
     boxes_xyxy: Tensor,
     image_index: Tensor,
+    level_rule: RoILevelRule = "fpn",
+    norm: RoINorm = "region",
 ) -> Tensor:
     """Compute the mean `pkd_loss` of the pooled features of each RoI.
-
-    The level of an RoI follows FPN (Lin et al. 2017, eq. 1), as in torchvision's `MultiScaleRoIAlign`, which requires
-    one channel count for all levels. If no level has the stride of the rule, the nearest one is used, the finer of two.
 
     Args:
         student_features (sequence of Tensor[B, C_i, H_i, W_i]): Levels of the student, fine to coarse.
@@ -84,27 +92,55 @@ def roi_feature_loss(
         strides: Strides of the levels, ascending powers of two.
         boxes_xyxy (Tensor[R, 4]): RoIs, input pixels.
         image_index (Tensor[R]): int64, index of the image of each RoI.
+        level_rule: Levels from which an RoI is pooled.
+        norm: Positions over which a channel is standardized.
 
     Returns:
-        loss (Tensor[R]): float32, loss per RoI.
+        loss (Tensor[R]): float32, loss per RoI, the mean over its levels.
     """
-    octaves = [int(math.log2(stride)) for stride in strides]
-    nearest_level = [
-        min(range(len(octaves)), key=lambda level: abs(octaves[level] - octave))
-        for octave in range(octaves[0], octaves[-1] + 1)
-    ]
-    octave_index = LevelMapper(octaves[0], octaves[-1])([boxes_xyxy])
-    box_level = torch.tensor(nearest_level, device=image_index.device)[octave_index]
+    selected = select_roi_levels(boxes_xyxy, strides, level_rule)  # [R, levels]
     losses = student_features[0].new_zeros(len(image_index), dtype=torch.float32)
     for level, stride in enumerate(strides):
-        index = (box_level == level).nonzero()[:, 0]
+        index = selected[:, level].nonzero()[:, 0]
         if len(index) == 0:
             continue
         height, width = student_features[level].shape[-2:]
         sampling = compute_roi_sampling_weights(boxes_xyxy[index], image_index[index], stride, (height, width))
         student, teacher = (roi_align(features[level], *sampling) for features in (student_features, teacher_features))
-        losses = losses.index_add(0, index, pkd_loss(student, teacher).mean((1, 2)))
-    return losses
+        if norm == "batch":
+            # One item whose positions are the bins of all RoIs.
+            student, teacher = (pooled.transpose(0, 1)[None].flatten(3) for pooled in (student, teacher))
+            level_losses = pkd_loss(student, teacher)[0].mean(1)
+        else:
+            level_losses = pkd_loss(student, teacher).mean((1, 2))
+        losses = losses.index_add(0, index, level_losses)
+    return losses / selected.sum(1)
+
+
+def select_roi_levels(boxes_xyxy: Tensor, strides: Sequence[int], rule: RoILevelRule) -> Tensor:
+    """Select the levels from which each RoI is pooled.
+
+    Args:
+        boxes_xyxy (Tensor[R, 4]): RoIs, input pixels.
+        strides: Strides of the L levels, ascending powers of two.
+        rule: See `RoILevelRule`.
+
+    Returns:
+        Tensor[R, L]: bool, True for a level from which the RoI is pooled.
+    """
+    if rule == "all":
+        return boxes_xyxy.new_ones((len(boxes_xyxy), len(strides)), dtype=torch.bool)
+    if rule == "height":
+        level = _find_level_by_height(boxes_xyxy[:, 3] - boxes_xyxy[:, 1], strides)
+    else:
+        octaves = [int(math.log2(stride)) for stride in strides]
+        nearest_level = [
+            min(range(len(octaves)), key=lambda level: abs(octaves[level] - octave))
+            for octave in range(octaves[0], octaves[-1] + 1)
+        ]
+        octave_index = LevelMapper(octaves[0], octaves[-1])([boxes_xyxy])
+        level = torch.tensor(nearest_level, device=boxes_xyxy.device)[octave_index]
+    return level[:, None] == torch.arange(len(strides), device=boxes_xyxy.device)
 
 
 class BoxAveragePool:
@@ -145,9 +181,7 @@ class BoxAveragePool:
 
     def _compute_weights(self, sizes: Sequence[torch.Size], dtype: torch.dtype) -> "list[_PoolingWeights]":
         strides = [self.input_hw[0] / height for _, height, _ in sizes]
-        height_px = (self.rois[:, 4] - self.rois[:, 2]).clamp(min=1)
-        octaves = height_px.new_tensor([math.log2(CELLS_PER_GT_HEIGHT * stride) for stride in strides])
-        box_level = (height_px.log2()[:, None] - octaves).abs().argmin(1)  # [R]
+        box_level = _find_level_by_height(self.rois[:, 4] - self.rois[:, 2], strides)
         return [
             _PoolingWeights.from_rois(self.rois, box_level == level, stride, size, dtype)
             for level, (stride, size) in enumerate(zip(strides, sizes, strict=True))
@@ -240,6 +274,12 @@ class _WeightedSumPool(torch.autograd.Function):
         padded[weights.image_index, weights.slot] = grad_output
         grad = weights.dense_weights.transpose(1, 2) @ padded  # [B, H W, C]
         return grad.view(batch, height, width, channels).permute(0, 3, 1, 2), None
+
+
+def _find_level_by_height(height_px: Tensor, strides: Sequence[float]) -> Tensor:
+    """Return [R] int64: the level on which a box of this height [R] is nearest to `CELLS_PER_GT_HEIGHT` cells high."""
+    octaves = height_px.new_tensor([math.log2(CELLS_PER_GT_HEIGHT * stride) for stride in strides])
+    return (height_px.clamp(min=1).log2()[:, None] - octaves).abs().argmin(1)
 
 
 def _compute_axis_weights(low: Tensor, high: Tensor, stride: int, num_cells: int) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,11 @@ DistillSchedule = Literal["cosine", "constant"]
 
 
 def compute_distill_weight(
-    epoch: int, epochs: int, no_distill_ratio: float, schedule: DistillSchedule = "cosine"
+    epoch: int,
+    epochs: int,
+    no_distill_ratio: float,
+    schedule: DistillSchedule = "cosine",
+    min_weight: float = 0.0,
 ) -> float:
     """Compute the factor of the distillation losses: half a cosine from 1, or 1; then 0 in the last epochs.
 
@@ -45,6 +49,7 @@ def compute_distill_weight(
         epochs: Epochs of the run.
         no_distill_ratio: Ratio of the epochs at the end without distillation.
         schedule: Form of the factor before.
+        min_weight: End of the cosine, 0 to 1.
 
     Returns:
         Factor, 0 to 1.
@@ -54,7 +59,7 @@ def compute_distill_weight(
         return 0.0
     if schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * epoch / max(1, end)))
+    return min_weight + (1 - min_weight) * 0.5 * (1 + math.cos(math.pi * epoch / max(1, end)))
 
 
 def get_last_phase_start(epochs: int, ratio: float) -> int:
@@ -87,7 +92,8 @@ class TrainConfig:
         multi_scale: Random change of the input size, 0 to 0.5.
         mosaic: Probability of a mosaic of four images, 0 to 1.
         no_aug_ratio: Ratio of the epochs at the end without mosaic and multi-scale, 0 to 1.
-        distill_schedule: Factor of the distillation losses over the epochs: "cosine" falls from 1 to 0.
+        distill_schedule: Factor of the distillation losses over the epochs: "cosine" falls from 1.
+        min_distill_weight: Value to which "cosine" falls, 0 to 1.
         no_distill_ratio: Ratio of the epochs at the end without distillation and unlabeled images, 0 to 1.
         backbone: timm model that replaces the default backbone, or "".
         pretrained: Backbone weights: "imagenet", a file, or "" for none.
@@ -123,6 +129,7 @@ class TrainConfig:
     mosaic: float = 0.5
     no_aug_ratio: float = 0.1
     distill_schedule: DistillSchedule = "cosine"
+    min_distill_weight: float = 0.0
     no_distill_ratio: float = 0.1
     backbone: str = ""
     pretrained: str = ""
@@ -155,7 +162,7 @@ class TrainConfig:
             check_range(name, getattr(self, name), 0)
         for name in ("unlabeled_ratio", "clip_grad_norm"):
             check_range(name, getattr(self, name), 0, is_open=True)
-        for name in ("warmup_ratio", "mosaic", "no_aug_ratio", "no_distill_ratio", "ema_decay"):
+        for name in ("warmup_ratio", "mosaic", "no_aug_ratio", "min_distill_weight", "no_distill_ratio", "ema_decay"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("multi_scale", self.multi_scale, 0, 0.5)
         if self.setup not in SETUPS:

@@ -117,7 +117,9 @@ def train_one_epoch(
     losses_sum: dict[str, float] = {}
     metrics_sum: dict[str, float] = {}
     num_steps, bf16 = len(loader), uses_bf16(config.precision, device)
-    distill_weight = compute_distill_weight(epoch, config.epochs, config.no_distill_ratio, config.distill_schedule)
+    distill_weight = compute_distill_weight(
+        epoch, config.epochs, config.no_distill_ratio, config.distill_schedule, config.min_distill_weight
+    )
     for index, (images, targets) in enumerate(iterate_batches(loader)):
         step = epoch * num_steps + index
         lr = lr_schedule(step)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hkd_det.distill import parse_methods
+from hkd_det.distill.base import RunContext
 from hkd_det.distill.batch import Adapter, DistillationBatch
 from hkd_det.distill.distiller import Distiller, build_methods
-from hkd_det.distill.hkd import DenseHKD, HKDConfig
+from hkd_det.distill.hkd import DenseHKD, HKDConfig, LevelStart, make_foreground_weights
 from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector, BranchOutputs, DenseOutputs, DetectionBatch, FeatureInfo, Targets
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
@@ -202,6 +203,34 @@ def test_pyramid_and_region_losses_read_persons() -> None:
     inside = points_in_boxes(outputs.anchor_points, boxes) & valid[..., None]
     balanced = fg_balanced_mean(pkd_loss(adapted, teacher_features), inside.any(1).view(2, 8, 8), 0.5)
     torch.testing.assert_close(losses["hkd_pyramid"], balanced.mean())
+
+
+def test_every_person_has_the_same_total_weight() -> None:
+    """Boxes of 4 x 8 and 2 x 2 cells apart from each other, and a third one of 2 x 2 cells inside the first."""
+    boxes = torch.tensor([[[0.0, 0, 32, 64], [40, 0, 56, 16], [0, 0, 16, 16]]])
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    targets = Targets(boxes, valid, torch.zeros_like(valid))
+    expected = torch.zeros(1, 8, 8)
+    expected[0, :, :4] = 1 / 32
+    expected[0, :2, 5:7] = expected[0, :2, :2] = 1 / 4
+    torch.testing.assert_close(make_foreground_weights((8, 8), 8, targets, "person"), expected)
+    torch.testing.assert_close(make_foreground_weights((8, 8), 8, targets, "cell"), (expected > 0).float())
+
+
+def test_levels_start_at_their_step(pair: tuple[HKDDetector, HKDDetector]) -> None:
+    """20 steps, half of them with distillation: the features start at step 5, and the box loss at step 8."""
+    student, teacher = pair
+    config = HKDConfig(start=LevelStart(pyramid=0.5, region=0.5, box=0.8))
+    distiller = make_distiller(student, teacher, {"hkd": config})
+    distiller.methods[0].setup(RunContext(total_steps=20, distill_ratio=0.5))
+    active = {}
+    for step in (0, 4, 5, 7, 8):
+        distiller.before_step(step)
+        losses = distiller(IMAGE, ONE_PERSON, 1.0)[1]
+        active[step] = [name for name in ("pyramid", "region", "cls", "box") if losses[f"hkd_{name}"] > 0]
+    assert active[0] == active[4] == ["cls"]
+    assert active[5] == active[7] == ["pyramid", "region", "cls"]
+    assert active[8] == ["pyramid", "region", "cls", "box"]
 
 
 def test_features_do_not_outlive_the_step(pair: tuple[HKDDetector, HKDDetector]) -> None:

@@ -100,6 +100,16 @@ def test_fg_balanced_mean_weight_does_not_depend_on_area() -> None:
     torch.testing.assert_close(fg_balanced_mean(error, fg_mask, 0.5), torch.tensor([4.0, 0.5, 0.5]))
 
 
+def test_fg_balanced_mean_uses_relative_weights() -> None:
+    """Weights 1 and 3 share the 0.8 of the foreground; the 14 other cells share 0.2."""
+    error = torch.full((1, 4, 4), 7.0)
+    error[0, 0, 0], error[0, 3, 3] = 10.0, 20.0
+    fg_weights = torch.zeros(1, 4, 4)
+    fg_weights[0, 0, 0], fg_weights[0, 3, 3] = 0.5, 1.5
+    expected = 0.8 * (10 * 0.25 + 20 * 0.75) + 0.2 * 7
+    torch.testing.assert_close(fg_balanced_mean(error, fg_weights, 0.8), torch.tensor([expected]))
+
+
 def test_quality_focal_kd_gradient_points_to_the_teacher() -> None:
     teacher = torch.tensor([2.0, -3.0, 0.0])
     torch.testing.assert_close(quality_focal_kd_loss(teacher, teacher), torch.zeros(3))

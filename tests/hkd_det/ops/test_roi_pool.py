@@ -7,7 +7,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from hkd_det.ops.losses import pkd_loss
-from hkd_det.ops.roi_pool import compute_roi_sampling_weights, roi_align, roi_feature_loss
+from hkd_det.ops.roi_pool import compute_roi_sampling_weights, roi_align, roi_feature_loss, select_roi_levels
 
 STRIDES = (8, 16, 32)
 SIDE = 512
@@ -90,3 +90,37 @@ def test_roi_feature_loss_uses_the_nearest_stride() -> None:
     fine = roi_feature_loss(student[:1], teacher[:1], (8,), *rois)
     coarse = roi_feature_loss(student[1:], teacher[1:], (32,), *rois)
     torch.testing.assert_close(actual, torch.stack([fine[0], fine[1], coarse[2]]))
+
+
+def test_level_by_height_is_the_one_with_eight_cells() -> None:
+    """Heights of 8 cells at strides 8, 16 and 32, of any width; beyond the last level, the last one."""
+    heights = torch.tensor([64.0, 128, 256, 400])
+    boxes = torch.stack([torch.zeros(4), torch.zeros(4), torch.tensor([20.0, 500, 3, 160]), heights], 1)
+    assert select_roi_levels(boxes, STRIDES, "height").int().argmax(1).tolist() == [0, 1, 2, 2]
+    assert select_roi_levels(boxes, STRIDES, "height").sum(1).tolist() == [1, 1, 1, 1]
+    # 0.41 times as wide as high: the rule of FPN reads a person of 256 px at stride 8.
+    person = torch.tensor([[0.0, 0, 105, 256]])
+    assert select_roi_levels(person, STRIDES, "fpn").tolist() == [[True, False, False]]
+
+
+def test_loss_of_all_levels_is_the_mean_of_single_levels() -> None:
+    student, teacher = random_features(0, (3, 5, 7)), random_features(1, (3, 5, 7))
+    single = [
+        roi_feature_loss([s], [t], (stride,), BOXES, IMAGE)
+        for s, t, stride in zip(student, teacher, STRIDES, strict=True)
+    ]
+    actual = roi_feature_loss(student, teacher, STRIDES, BOXES, IMAGE, level_rule="all")
+    torch.testing.assert_close(actual, torch.stack(single).mean(0))
+
+
+def test_batch_norm_keeps_differences_between_regions() -> None:
+    """Teacher features are 1 in the left and -1 in the right region, student features 0 everywhere.
+
+    Standardized over one region both are 0. Over both regions, the teacher is +-1: the loss is 0.5 * 1^2.
+    """
+    student, teacher = torch.zeros(1, 2, 16, 16), torch.ones(1, 2, 16, 16)
+    teacher[..., 8:] = -1
+    rois = torch.tensor([[0.0, 16, 48, 112], [80, 16, 128, 112]]), torch.zeros(2, dtype=torch.int64)
+    torch.testing.assert_close(roi_feature_loss([student], [teacher], (8,), *rois), torch.zeros(2))
+    actual = roi_feature_loss([student], [teacher], (8,), *rois, norm="batch")
+    torch.testing.assert_close(actual, torch.tensor([0.5, 0.5]), atol=1e-4, rtol=1e-4)

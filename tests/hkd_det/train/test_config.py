@@ -1,5 +1,7 @@
 """Rates and strengths over a run, and the round trip of a configuration."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,3 +37,11 @@ def test_distill_weight_is_zero_in_last_epochs(epochs: int, finale: float) -> No
     assert all(strength == 0 for strength in strengths[first_plain:])
     assert strengths[:first_plain] == sorted(strengths[:first_plain], reverse=True)
     assert first_plain == 0 or strengths[0] == 1
+
+
+def test_distill_weight_falls_to_its_minimum() -> None:
+    """Four epochs with distillation and one without: half a cosine from 1 toward 0.2."""
+    weights = [compute_distill_weight(epoch, 5, 0.2, "cosine", 0.2) for epoch in range(5)]
+    expected = [1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.0]
+    assert weights == pytest.approx(expected)
+    assert [compute_distill_weight(epoch, 5, 0.2, "constant") for epoch in range(5)] == [1, 1, 1, 1, 0]
