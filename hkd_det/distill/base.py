@@ -208,6 +208,10 @@ class DistillMethod(nn.Module):
     def clear(self) -> None:
         """Release tensors of a step without distillation."""
 
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Return parameters of method or student without weight decay, in addition to biases and normalization."""
+        return []
+
     def deployable_model(self, model: BaseDetector) -> BaseDetector:
         """Return the detector without training-only layers, as it is evaluated and saved.
 

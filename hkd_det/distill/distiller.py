@@ -148,6 +148,11 @@ class Distiller(nn.Module):
         """Return the methods' text for the last line of the run."""
         return "".join(method.summary() for method in self._iterate_methods())
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that get no weight decay, as timm's models do."""
+        excluded = {id(parameter) for method in self._iterate_methods() for parameter in method.undecayed_parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in excluded}
+
     def build_balancer(self, all_reduce_mean: AllReduceMean) -> GradientBalancer:
         """Return the gradient balancer of the methods, or the plain sum.
 

@@ -157,7 +157,10 @@ class Trainer:
         self.distiller = Distiller(student, teacher, methods, dist_context.reduce_mean)
         self.distiller = self.distiller.to(dist_context.device).to(memory_format=torch.channels_last)
         self.balancer = self.distiller.build_balancer(dist_context.all_reduce_mean)
-        self.optimizer = torch.optim.AdamW(param_groups_weight_decay(self.distiller, config.weight_decay), lr=config.lr)
+        groups = param_groups_weight_decay(
+            self.distiller, config.weight_decay, no_weight_decay_list=self.distiller.no_weight_decay()
+        )
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
         self.loader, self.sampler = build_dataloader(
             samples, plan, dist_context.rank, dist_context.world_size, config.workers, config.cache_mib
         )

@@ -2,15 +2,15 @@
 
 A compactor W, a 1x1 convolution with rows W_i, follows each prunable layer. The losses are the sum over layers of
 ||A s - t||, with pooled person features s and t and an adapter A, a score loss, and the group lasso lambda sum ||W_i||.
-Channels with a small response |t s| are masked. Their gradient is lambda W_i / ||W_i|| (gradient resetting), so that
-their rows shrink to 0. At the end the compactors are fused into the convolutions.
+Channels with a small response |t s| / ||s|| are masked. Their gradient is lambda W_i / ||W_i|| (gradient resetting), so
+that their rows shrink to 0. At the end the compactors are fused into the convolutions.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hkd_det.distill.base import DistillMethod, RunContext
 from hkd_det.distill.batch import DistillationBatch
@@ -94,6 +94,10 @@ class CDD(DistillMethod):
     def after_step(self) -> None:
         """Fade selected channels."""
         self.pruner.after_step()
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Return the compactors: only the lasso shortens their rows."""
+        return [site.compactor.weight for site in self.losses.sites]
 
     def clear(self) -> None:
         """Release recorded features."""

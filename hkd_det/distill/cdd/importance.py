@@ -1,9 +1,9 @@
 """What the pruner weighs for each channel: its importance for the student, and its parameters and FLOPs.
 
-Importance: for every person the student vector is compared with its nearest teacher vectors in a queue of past images.
-The response of a channel is its part in that similarity. Channels with low responses in all comparisons are unimportant
-(Xie et al. 2023). Cost: the parameters and FLOPs of a detector at given channel widths, computed without building the
-network.
+Importance: for every person the nearest vectors of its teacher vector are retrieved from a queue of past images, and
+the student vector is compared with them. The response of a channel is its part in that similarity. Channels with low
+responses in all comparisons are unimportant (Xie et al. 2023). Cost: the parameters and FLOPs of a detector at given
+channel widths, computed without building the network.
 """
 
 from collections import Counter
@@ -84,11 +84,25 @@ class PooledFeatures:
 
     Attributes:
         teacher (Tensor[R, C_teacher]): Vectors of the R regions, persons first, then background boxes.
-        student (Tensor[N, C]): Vectors of the N persons, behind the compactor.
+        student (Tensor[N, C]): Vectors of the N persons, behind the compactor, in the order of `teacher`.
     """
 
     teacher: Tensor
     student: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["PooledFeatures"]) -> "PooledFeatures":
+        """Concatenate the vectors of several processes, so that the persons of all of them come first.
+
+        Args:
+            parts: Vectors of each process; at least one.
+
+        Returns:
+            The vectors of all persons, then those of all background boxes.
+        """
+        persons = [part.teacher[: len(part.student)] for part in parts]
+        background = [part.teacher[len(part.student) :] for part in parts]
+        return cls(torch.cat([*persons, *background]), torch.cat([part.student for part in parts]))
 
 
 class ChannelImportance(nn.Module):
@@ -120,8 +134,9 @@ class ChannelImportance(nn.Module):
     def update(self, features: PooledFeatures, adapter: Tensor | None, masked: Tensor) -> Tensor:
         """Add a batch to the queue and to the mean response, and find its unimportant channels.
 
-        With an adapter A, persons are compared as A s, and the neighbors t are projected back to A^T t. Because of
-        <t, A s> = <A^T t, s>, the response |A^T t s| is still the part of each channel in the similarity.
+        The query of a person is its teacher vector, which is in the queue. One neighbor is therefore the person itself.
+        With an adapter A, the neighbors t are projected back to A^T t. Because of <t, A s> = <A^T t, s>, the response
+        |A^T t s| / ||s|| is still the part of each channel in the similarity.
 
         Args:
             features: Pooled vectors of the batch.
@@ -134,8 +149,7 @@ class ChannelImportance(nn.Module):
         self.queue.add(features.teacher)
         if not len(features.student):
             return torch.zeros_like(masked)
-        queries = features.student if adapter is None else features.student @ adapter.T
-        neighbors = self.queue.find_nearest(queries, self.num_neighbors)
+        neighbors = self.queue.find_nearest(features.teacher[: len(features.student)], self.num_neighbors)
         responses = compute_channel_responses(features.student, neighbors if adapter is None else neighbors @ adapter)
         mean = responses.mean((0, 1))
         self.response.copy_(torch.lerp(mean, self.response, EMA_DECAY) if self.response.any() else mean)
@@ -155,16 +169,16 @@ class ChannelImportance(nn.Module):
 
 
 def compute_channel_responses(student_vectors: Tensor, neighbors: Tensor) -> Tensor:
-    """Compute the responses r = |t s|: the part of each channel in the similarity to the neighbors.
+    """Compute the responses r = |t s| / ||s||: the part of each channel in the similarity to the neighbors.
 
     Args:
-        student_vectors (Tensor[N, C]): Pooled student vectors behind the compactor.
+        student_vectors (Tensor[N, C]): Pooled student vectors behind the compactor, of any length.
         neighbors (Tensor[N, K, C]): Nearest teacher vectors, in the channels of the student.
 
     Returns:
         Tensor[N, K, C], at least 0.
     """
-    return (neighbors * student_vectors[:, None]).abs()
+    return (neighbors * F.normalize(student_vectors, dim=1)[:, None]).abs()
 
 
 def find_unimportant_channels(responses: Tensor, masked: Tensor, candidate_ratio: float) -> Tensor:
@@ -324,6 +338,22 @@ class ChannelCostModel:
         return ModelComplexity(
             self._fixed_cost[0] + num_params, self._fixed_cost[1] + flops, self.initial_complexity.imgsz_hw
         )
+
+    def compute_savings(self, widths: Sequence[int]) -> list[tuple[int, int]]:
+        """Compute what one channel less in a layer saves, at given widths of all layers.
+
+        Args:
+            widths: Output channels, in the order of `layers`; at least 1.
+
+        Returns:
+            Parameters and FLOPs that one channel of each layer costs.
+        """
+        params, flops = self._sum_convs(widths)
+        savings = []
+        for layer in range(len(widths)):
+            smaller = self._sum_convs([width - (index == layer) for index, width in enumerate(widths)])
+            savings.append((params - smaller[0], flops - smaller[1]))
+        return savings
 
     def _sum_convs(self, widths: Sequence[int]) -> tuple[int, int]:
         num_params, flops = zip(*(conv.compute(widths) for conv in self._convs), strict=True)

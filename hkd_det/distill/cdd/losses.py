@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from hkd_det.models.feature_layers import LayerPairs
 from hkd_det.ops.losses import quality_focal_kd_loss
 from hkd_det.ops.roi_pool import BoxAveragePool
 
+Ranking = Literal["response", "response-per-cost"]
+
 
 @dataclass(frozen=True)
 class CDDConfig:
@@ -27,7 +29,10 @@ class CDDConfig:
         keep_flops: Maximum ratio of the FLOPs to keep, above 0 to 1; 1 sets no limit.
         keep_parameters: Maximum ratio of the parameters to keep, above 0 to 1; 1 sets no limit.
         min_channels: Minimum number of channels of each layer; a narrower layer is not pruned.
-        min_width_ratio: Minimum ratio of the channels of each layer to keep, 0 to 1.
+        min_width_ratio: Minimum ratio of the channels of each layer to keep, 0 to 1, in addition to `min_channels`.
+        ranking: Order in which channels of different layers are removed. "response-per-cost": by the channel's share of
+            the responses of its layer, divided by the cost that the channel adds to the network. The cost is FLOPs or
+            parameters, according to the targets. "response": by the response relative to the mean of the layer.
         cls: Weight of the score loss.
         temperature: Temperature T of the score loss.
         feature: Weight of the distance of pooled person features, summed over layers.
@@ -44,7 +49,8 @@ class CDDConfig:
     keep_flops: float = 0.35
     keep_parameters: float = 1.0
     min_channels: int = 4
-    min_width_ratio: float = 0.0
+    min_width_ratio: float = 0.125
+    ranking: Ranking = "response-per-cost"
     cls: float = 1.0
     temperature: float = 2.0
     feature: float = 0.05

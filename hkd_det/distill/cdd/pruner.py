@@ -239,9 +239,8 @@ class ChannelPruner:
             channels = torch.zeros_like(compactor.masked)
             if vectors:
                 device = channels.device
-                teacher = torch.cat([teacher.to(device) for teacher, _ in vectors])
-                student = torch.cat([student.to(device) for _, student in vectors])
-                channels = self.method.update_importance(layer, PooledFeatures(teacher, student))
+                parts = [PooledFeatures(teacher.to(device), student.to(device)) for teacher, student in vectors]
+                channels = self.method.update_importance(layer, PooledFeatures.concatenate(parts))
             unimportant.append(channels)
         return unimportant
 
@@ -260,19 +259,37 @@ class ChannelPruner:
             compactor.masked.copy_(mask)
 
     def _rank_channels(self, unimportant: list[Tensor]) -> list[tuple[int, int]]:
-        """Return (layer, channel) of all unmasked channels: unimportant ones first, then by relative response."""
+        """Return (layer, channel) of all unmasked channels: unimportant ones first, then by their score."""
         ranked = []
+        divisors = self._compute_divisors()
         for layer, (compactor, channels) in enumerate(zip(self.compactors, unimportant, strict=True)):
+            scores = self.method.compute_relative_response(layer) / divisors[layer]
             # Whole lists: reading single values would synchronize with a GPU thousands of times per step.
-            columns = (
-                values.tolist() for values in (compactor.masked, channels, self.method.compute_relative_response(layer))
-            )
+            columns = (values.tolist() for values in (compactor.masked, channels, scores))
             ranked += [
-                (not is_unimportant, response, layer, channel)
-                for channel, (masked, is_unimportant, response) in enumerate(zip(*columns, strict=True))
+                (not is_unimportant, score, layer, channel)
+                for channel, (masked, is_unimportant, score) in enumerate(zip(*columns, strict=True))
                 if not masked
             ]
         return [(layer, channel) for _, _, layer, channel in sorted(ranked)]
+
+    def _compute_divisors(self) -> list[float]:
+        """Return the divisor of the relative responses of each layer.
+
+        A relative response is the channel's share of the responses of its layer times the number of channels. Divided
+        by that number and by the cost of one channel, it is the share per cost. The cost is a fraction of the network:
+        the sum of the saved FLOPs and parameters, each only while it exceeds its target.
+        """
+        if self.config.ranking == "response":
+            return [1.0] * len(self.compactors)
+        initial, current = self.cost_model.initial_complexity, self.complexity
+        weight_params = float(current.num_params > self.config.keep_parameters * initial.num_params)
+        weight_flops = float(current.flops > self.config.keep_flops * initial.flops)
+        widths = [int((~compactor.masked).sum()) for compactor in self.compactors]
+        return [
+            width * (weight_params * params / initial.num_params + weight_flops * flops / initial.flops)
+            for width, (params, flops) in zip(widths, self.cost_model.compute_savings(widths), strict=True)
+        ]
 
     def _is_within_budget(self, remaining_excess: float) -> bool:
         return self._meets_budget(self.complexity, remaining_excess)

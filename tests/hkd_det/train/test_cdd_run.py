@@ -97,6 +97,25 @@ def test_command_prunes_copy_of_teacher_to_plain_network(data_yaml: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_compactors_have_no_weight_decay(
+    data_yaml: Path, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decay: dict[str, float] = {}
+
+    def record(trainer: runs.Trainer, *_: object) -> None:
+        groups = trainer.optimizer.param_groups
+        by_id = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+        decay.update({name: by_id[id(parameter)] for name, parameter in trainer.distiller.named_parameters()})
+
+    monkeypatch.setattr(runs.Trainer, "fit", record)
+    train(make_config(data_yaml, tmp_path / "run", teacher, weight_decay=0.1))
+    compactors = {name for name in decay if name.endswith(".compactor.weight")}
+    assert len(compactors) == 7 and {decay[name] for name in compactors} == {0.0}
+    convs = {name for name in decay if name.endswith(("conv1.weight", "conv2.weight"))}
+    assert convs and {decay[name] for name in convs} == {0.1}
+
+
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(data_yaml: Path, tmp_path: Path, teacher: Path) -> None:
     """The run is interrupted while channels fade; queues and background samples are restored."""
     settings = {"distill": {"cdd": CDD, "hkd": HKDConfig()}, "epochs": 3}

@@ -50,9 +50,10 @@ def test_find_nearest_matches_exhaustive_search(size: int, k: int) -> None:
 
 
 def test_channel_low_in_every_comparison_is_unimportant() -> None:
-    student_vectors = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, -1.0, 1.0, 1.0]])
+    student_vectors = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, -1.0, 1.0, 1.0]])  # lengths sqrt(30) and 2
     neighbors = torch.tensor([[[0.1, 0.4, 1.0, 1.0]], [[0.5, 0.1, 0.2, -2.0]]])
     responses = compute_channel_responses(student_vectors, neighbors)  # [.1 .8 3 4] marks 0, 1; [.5 .1 .2 2] marks 1, 2
+    responses = responses * torch.tensor([30.0**0.5, 2.0])[:, None, None]
     torch.testing.assert_close(responses[:, 0], torch.tensor([[0.1, 0.8, 3.0, 4.0], [0.5, 0.1, 0.2, 2.0]]))
     unmasked = make_mask(num_channels=4)
     assert find_unimportant_channels(responses, unmasked, 0.5).tolist() == [False, True, False, False]
@@ -83,24 +84,38 @@ def test_unimportant_channels_stay_within_candidate_ratio() -> None:
 def test_importance_averages_batches_and_applies_the_adapter() -> None:
     adapter = torch.tensor([[1.0, 0.0, 1.0], [0.0, 2.0, -0.75]])  # the teacher has two channels, the student three
     importance = ChannelImportance(3, 2, queue_size=24000, num_neighbors=1, candidate_ratio=0.34)
-    teacher, student = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.4]])
-    # A s = (1.4, 1.7). The nearest vector (0.6, 0.8) is projected back to (0.6, 1.6, 0.6 - 0.6).
-    assert importance.update(PooledFeatures(teacher, student), adapter, make_mask(num_channels=3)).tolist() == [
-        False,
-        False,
-        True,
-    ]
-    torch.testing.assert_close(importance.response, torch.tensor([0.6, 1.6, 0.0]), atol=1e-3, rtol=0)
-    importance.update(PooledFeatures(teacher, 2 * student), adapter, make_mask(num_channels=3))
-    second = EMA_DECAY * torch.tensor([0.6, 1.6, 0.0]) + (1 - EMA_DECAY) * torch.tensor([1.2, 3.2, 0.0])
+    teacher, student = torch.tensor([[1.5, 2.0], [1.0, 0.0]]), torch.tensor([[2.0, 1.0, 2.0]])
+    unmasked = make_mask(num_channels=3)
+    # The query (1.5, 2) finds its own unit vector (0.6, 0.8), projected back to (0.6, 1.6, 0.6 - 0.6). ||s|| = 3.
+    assert importance.update(PooledFeatures(teacher, student), adapter, unmasked).tolist() == [False, False, True]
+    first = torch.tensor([0.4, 1.6 / 3, 0.0])
+    torch.testing.assert_close(importance.response, first, atol=1e-3, rtol=0)
+    longer = 7 * torch.tensor([[1.0, 2.0, 2.0]])  # the length has no effect
+    importance.update(PooledFeatures(teacher, longer), adapter, unmasked)
+    second = EMA_DECAY * first + (1 - EMA_DECAY) * torch.tensor([0.2, 3.2 / 3, 0.0])
     torch.testing.assert_close(importance.response, second, atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        importance.compute_relative_response(make_mask(2, num_channels=3))[:2],
-        second[:2] / second[:2].mean(),
-        atol=1e-3,
-        rtol=0,
-    )
-    assert not importance.update(PooledFeatures(teacher, student[:0]), adapter, make_mask(num_channels=3)).any()
+    relative = importance.compute_relative_response(make_mask(2, num_channels=3))[:2]
+    torch.testing.assert_close(relative, second[:2] / second[:2].mean(), atol=1e-3, rtol=0)
+    assert not importance.update(PooledFeatures(teacher, student[:0]), adapter, unmasked).any()
+
+
+def test_query_is_the_teacher_vector_of_the_person() -> None:
+    """A student vector in another direction changes the response, but not the retrieved neighbors."""
+    importance = ChannelImportance(2, 2, queue_size=8, num_neighbors=2, candidate_ratio=0.5)
+    importance.queue.add(torch.tensor([[0.0, 1.0], [0.8, 0.6]]))
+    # Of (0, 1), (0.8, 0.6) and itself, the query (1, 0) is nearest to itself, then to (0.8, 0.6).
+    # A query with the student's vector (0, 5) would find (0, 1) first.
+    person = PooledFeatures(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 5.0]]))
+    importance.update(person, None, make_mask(num_channels=2))
+    torch.testing.assert_close(importance.response, torch.tensor([0.0, 0.3]), atol=1e-3, rtol=0)
+
+
+def test_persons_of_all_processes_come_first() -> None:
+    a = PooledFeatures(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[-1.0], [-2.0]]))  # two persons
+    b = PooledFeatures(torch.tensor([[4.0], [5.0]]), torch.tensor([[-4.0]]))
+    empty = PooledFeatures(torch.zeros(0, 1), torch.zeros(0, 1))
+    features = PooledFeatures.concatenate([a, empty, b])
+    assert features.teacher[:, 0].tolist() == [1, 2, 4, 3, 5] and features.student[:, 0].tolist() == [-1, -2, -4]
 
 
 def test_background_boxes_have_person_size_and_low_overlap() -> None:

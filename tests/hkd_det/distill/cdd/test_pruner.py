@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hkd_det.models.base import BaseDetector, Targets
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.criterion import DetectionCriterion
 from hkd_det.models.feature_layers import FeatureHooks
+from hkd_det.models.surgery import PrunableLayer
 from hkd_det.ops.losses import clamp_min_one
 from hkd_det.ops.roi_pool import BoxAveragePool
 
@@ -210,6 +212,81 @@ def test_unimportant_channels_are_ranked_first(native_detector: BaseDetector) ->
     order = trainer.pruner._rank_channels(unimportant)
     assert order[0] == (3, len(unimportant[3]) - 1)
     assert order[1][1] == 0 and len(set(order)) == len(order) == sum(len(mask) for mask in unimportant)
+
+
+class TwoLayers(nn.Module):
+    """Two prunable convolutions, the first at 1024 positions of an image of 32x32, the second at 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2)
+        self.middle = nn.Conv2d(2, 1, 1, bias=False)
+        self.second, self.second_norm = nn.Conv2d(1, 8, 1, 8, bias=False), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 1, 1, bias=False)
+
+    def predict(self, images: torch.Tensor, max_det: int = 300) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+        features = self.middle(self.first_norm(self.first(images)))
+        return features, self.last(self.second_norm(self.second(features)))
+
+    def prunable_layers(self) -> list[PrunableLayer]:
+        return [
+            PrunableLayer("first", ("first_norm",), ("middle",)),
+            PrunableLayer("second", ("second_norm",), ("last",)),
+        ]
+
+
+# What a channel costs. first: 3 + 1 weights, 2 of the normalization; 2 FLOPs per weight at 1024 positions.
+# second: 1 + 1 weights, 2 of the normalization; 2 FLOPs per weight at 16 positions.
+TWO_LAYERS_SAVINGS = [(6, 8192), (4, 64)]
+TWO_LAYERS_FLOPS, TWO_LAYERS_PARAMETERS = 2 * 1024 * (6 + 2) + 2 * 16 * (8 + 8), 6 + 4 + 2 + 8 + 16 + 8
+
+
+def make_two_layer_pruner(config: CDDConfig) -> ChannelPruner:
+    detector: Any = TwoLayers().eval()
+    cost_model = prepare_pruning(detector, config, (32, 32), "two")
+    method = CDDLoss(detector, TwoLayers(), config)
+    # Shares of the responses: 0.3, 0.7 in the first layer; 0.1 and 7 times 0.9 / 7 in the second one.
+    for importance, response in zip(method.importance, ([0.6, 1.4], [1.0, *[9.0 / 7] * 7]), strict=True):
+        importance.response.copy_(torch.tensor(response))  # type: ignore[operator,union-attr]
+    schedule = PruningSchedule.from_config(config, 10, 1.0)
+    return ChannelPruner(method, cost_model, config, schedule, lambda vectors: [vectors])
+
+
+def test_savings_of_a_channel_match_a_count_by_hand() -> None:
+    cost_model = make_two_layer_pruner(CDDConfig(keep_flops=0.9, min_channels=1)).cost_model
+    initial = cost_model.initial_complexity
+    assert (initial.flops, initial.num_params) == (TWO_LAYERS_FLOPS, TWO_LAYERS_PARAMETERS)
+    assert cost_model.compute_savings([2, 8]) == TWO_LAYERS_SAVINGS
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        # 0.6 and 1.4 times the mean in the first layer; 0.8, then 1.03 times in the second one.
+        ({"ranking": "response", "keep_flops": 0.9}, [0, *[1] * 8, 0]),
+        # 0.3 / 8192 FLOPs = 3.7e-5, then 8.5e-5 in the first layer; 0.1 / 64 = 1.6e-3, then 2e-3 in the second one.
+        ({"keep_flops": 0.9}, [0, 0, *[1] * 8]),
+        # 0.3 / 6 parameters = 0.05, then 0.12 in the first layer; 0.1 / 4 = 0.025, then 0.032 in the second one.
+        ({"keep_flops": 1.0, "keep_parameters": 0.9}, [*[1] * 8, 0, 0]),
+        # Both, as fractions of the network: 0.3 / (6/44 + 8192/16896) = 0.48, then 1.13 in the first layer;
+        # 0.1 / (4/44 + 64/16896) = 1.06, then 1.36 in the second one.
+        ({"keep_flops": 0.9, "keep_parameters": 0.9}, [0, 1, 0, *[1] * 7]),
+    ],
+)
+def test_ranking_between_layers_matches_hand_computation(changes: dict[str, Any], layers: list[int]) -> None:
+    pruner = make_two_layer_pruner(CDDConfig(min_channels=1, min_width_ratio=0, **changes))
+    order = pruner._rank_channels([torch.zeros_like(compactor.masked) for compactor in pruner.compactors])
+    assert [layer for layer, _ in order] == layers
+    assert [channel for layer, channel in order if layer == 1] == list(range(8))
+
+
+def test_met_target_does_not_count_as_cost() -> None:
+    """With the parameters within their target, only FLOPs count; the shares are those of the remaining channels."""
+    pruner = make_two_layer_pruner(CDDConfig(keep_flops=0.6, keep_parameters=0.95, min_channels=1, min_width_ratio=0))
+    pruner.compactors[1].masked[0] = True  # 40 of 44 parameters remain
+    # The relative responses of the second layer are 1: 7 channels of 64 FLOPs each.
+    expected = [2 * 8192 / TWO_LAYERS_FLOPS, 7 * 64 / TWO_LAYERS_FLOPS]
+    assert pruner._compute_divisors() == pytest.approx(expected)
 
 
 def test_vectors_of_all_processes_enter_the_queue(native_detector: BaseDetector) -> None:
