@@ -12,6 +12,8 @@ from hkd_det.errors import UsageError
 from hkd_det.letterbox import STRIDE
 from hkd_det.metrics.citypersons import SETUPS
 
+FINETUNE_LR = 2.5e-4  # default of hkd-train for a student that starts from a checkpoint: a quarter of `TrainConfig.lr`
+
 
 def compute_lr_factor(step: int, total_steps: int, warmup_ratio: float, min_factor: float = 0.02) -> float:
     """Compute the factor of the learning rate: linear warm-up, then half a cosine.
@@ -84,8 +86,8 @@ class TrainConfig:
         epochs: Number of epochs.
         patience: Epochs without a lower miss rate after which the run ends; 0 for never.
         batch: Images per step, over all processes.
-        lr: Peak learning rate.
-        weight_decay: Weight decay of AdamW, not applied to biases and normalization.
+        lr: Peak learning rate. `hkd-train` sets `FINETUNE_LR` if the student starts from a checkpoint.
+        weight_decay: Weight decay of AdamW, not applied to biases, normalization and the compactors of CDD.
         warmup_ratio: Ratio of the steps in which the learning rate rises, 0 to 1.
         clip_grad_norm: Maximum gradient norm.
         ema_decay: Maximum decay of the moving average of the weights, 0 to 1.

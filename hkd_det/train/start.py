@@ -26,7 +26,7 @@ from hkd_det.models.feature_layers import format_feature_layers, list_feature_la
 from hkd_det.models.zoo import build_model, get_spec, load_detector, read_model_name
 from hkd_det.ops.losses import sum_losses
 from hkd_det.train.baseline import compare_with_baseline, format_comparison, make_baseline_config
-from hkd_det.train.config import TrainConfig
+from hkd_det.train.config import FINETUNE_LR, TrainConfig
 from hkd_det.train.context import init_distributed, make_epoch_plan, make_run_context
 from hkd_det.train.engine import uses_bf16
 from hkd_det.train.run import handle_interrupts
@@ -154,6 +154,12 @@ def resolve_settings(arguments: argparse.Namespace, settings: dict[str, Any]) ->
         model = read_model_name(Path(checkpoint), settings.get("model") or "")
         if settings.setdefault("model", model) != model:
             raise UsageError(f"--model {settings['model']}: {checkpoint} is a {model}. Omit --model to use it.")
+        if "lr" not in settings:
+            settings["lr"] = FINETUNE_LR
+            if os.environ.get("RANK", "0") == "0":
+                log_line(
+                    f"lr={FINETUNE_LR:g}, because the student starts from {checkpoint}. Set another one with --set lr=."
+                )
     # A student that starts from the teacher needs no --model.
     for flag in ("teacher" if sources - {"config"} else "model", "model"):
         if not settings.get(flag):

@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 
 from hkd_det.distill import METHODS, load_method
-from hkd_det.models.checkpoint import load_detector_checkpoint
+from hkd_det.models.checkpoint import (
+    DetectorCheckpoint,
+    build_from_spec,
+    load_detector_checkpoint,
+    save_detector_checkpoint,
+)
+from hkd_det.models.detector import HKDDetectorSpec
 from hkd_det.models.zoo import MODELS
 from hkd_det.shipped import SHIPPED_MODELS
 from hkd_det.train.cli import _build_train_parser, main
+from hkd_det.train.config import FINETUNE_LR
 from hkd_det.train.settings import (
     DEFAULT_ARCHITECTURE,
     MODEL_NAMES,
@@ -239,6 +246,37 @@ def test_methods_that_derive_the_student_are_known_without_torch() -> None:
 def test_random_weights_on_request(flags: list[str], model: str, data_yaml: Path) -> None:
     settings = read_settings(data_yaml, *flags)
     assert (settings["weights"], settings["teacher"], settings["model"]) == ("", "", model)
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr"),
+    [
+        (["--weights", "hkd-cpu"], FINETUNE_LR),
+        (["--teacher", "TEACHER", "--distill", "cdd"], FINETUNE_LR),
+        (["--teacher", "TEACHER", "--distill", "blockwise,hkd"], FINETUNE_LR),
+        (["--weights", "TEACHER", "--set", "lr=1e-3"], 1e-3),
+        (["--weights", "TEACHER", "--lr0", "0.02"], 0.02),
+        (["--weights", "TEACHER", "--recipe", "RECIPE"], 3e-3),
+        (["--model", "mini-student", "--teacher", "TEACHER", "--distill", "cdd"], 1e-3),
+        (["--model", "mini-student", "--teacher", "TEACHER", "--distill", "hkd"], 1e-3),
+        (["--from-scratch"], 1e-3),
+        ([], 2e-4),
+    ],
+)
+def test_start_of_the_student_determines_default_lr(
+    flags: list[str], lr: float, data_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = HKDDetectorSpec("resnet10t", {"channels": (8, 8, 16, 16), "stem_width": 8}, channels=16, head_depth=1)
+    detector = build_from_spec(spec)
+    save_detector_checkpoint(
+        tmp_path / "t.pt", DetectorCheckpoint("mini-student", spec, detector.state_dict(), {}, 1, 1.0)
+    )
+    (tmp_path / "r.yaml").write_text("lr: 3.0e-3\n")
+    paths = {"TEACHER": str(tmp_path / "t.pt"), "RECIPE": str(tmp_path / "r.yaml")}
+    settings = read_settings(data_yaml, *[paths.get(flag, flag) for flag in flags])
+    assert settings["lr"] == lr
+    lines = [line for line in capsys.readouterr().out.splitlines() if "because the student starts from" in line]
+    assert len(lines) == (lr == FINETUNE_LR)
 
 
 def test_shipped_detector_can_be_teacher(data_yaml: Path) -> None:
