@@ -20,6 +20,7 @@ METHODS: dict[str, str] = {
     "dense": "hkd_det.distill.dense:DenseDistillation",
     "soft_labels": "hkd_det.distill.dense:SoftLabels",
     "cwd": "hkd_det.distill.cwd:CWD",
+    "crosskd": "hkd_det.distill.crosskd:CrossKD",
     "noisy_teacher": "hkd_det.distill.noisy_teacher:NoisyTeacher",
     "mokd": "hkd_det.distill.mokd:MoKD",
     "blockwise": "hkd_det.distill.blockwise:Blockwise",

@@ -191,6 +191,21 @@ class FeatureInfo:
 
 
 @dataclass(frozen=True)
+class TowerLayers:
+    """Layers inside the head towers of one feature level, one per convolution, the first one first.
+
+    The output of a layer is the normalized output of the convolution, before the activation.
+
+    Attributes:
+        cls: Layers of the tower whose output is classified.
+        box: Layers of the tower that boxes are predicted from.
+    """
+
+    cls: tuple[FeatureInfo, ...]
+    box: tuple[FeatureInfo, ...]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Base class of the architecture description of a family: a frozen dataclass of plain values."""
 
@@ -203,7 +218,7 @@ class BaseDetector(nn.Module, ABC):
 
     Attributes:
         capabilities: What the outputs offer to distillation: "features" (feature maps), "logits" (raw scores),
-            "detections" (final boxes and scores), "rois" (`forward_rois`).
+            "detections" (final boxes and scores), "rois" (`forward_rois`), "towers" (`forward_towers`).
         license: SPDX identifier of the license of the model code.
         spec_type: The `ModelSpec` subclass of the family.
         part_prefixes: Part of the detector by prefix of the layer name; all other layers belong to the head.
@@ -331,6 +346,29 @@ class BaseDetector(nn.Module, ABC):
             NotImplementedError: If the detector has no second stage.
         """
         raise NotImplementedError(f"{type(self).__name__} has no second stage")
+
+    def tower_layers(self) -> list[TowerLayers]:
+        """Return the layers inside the head towers per level, fine to coarse. Requires the capability "towers"."""
+        raise NotImplementedError(f"{type(self).__name__} has no head towers")
+
+    def forward_towers(
+        self, features: Sequence[tuple[Tensor, Tensor]], num_convs: int, images: Tensor
+    ) -> BranchOutputs:
+        """Run the rest of the head on features inside its towers. Requires the capability "towers".
+
+        Args:
+            features (sequence of pairs of Tensor[B, C, H_i, W_i]): Features of the classification and of the regression
+                tower per level, fine to coarse: outputs of `tower_layers` number `num_convs`, before the activation.
+            num_convs: Number of convolutions that the features have passed, 1 to the depth of the towers.
+            images (Tensor[B, 3, H, W]): Images of the features. Only their size has an effect.
+
+        Returns:
+            Outputs of the one-to-many branch.
+
+        Raises:
+            NotImplementedError: If the head has no towers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no head towers")
 
     @abstractmethod
     def feature_info(self) -> list[FeatureInfo]:

@@ -25,6 +25,7 @@ from hkd_det.models.base import (
     FeatureInfo,
     ModelSpec,
     Targets,
+    TowerLayers,
 )
 from hkd_det.models.criterion import CRITERION, dense_soft_label_losses
 from hkd_det.models.head import Head, HeadOutputs, dist2bbox, find_tower_layers, make_anchors
@@ -284,6 +285,7 @@ class HKDDetectorSpec(ModelSpec):
 class HKDDetector(DenseDetector):
     """Backbone from timm, `PAFPN` neck, and a head with a one-to-many and a one-to-one branch."""
 
+    capabilities = BaseDetector.capabilities | {"towers"}
     spec_type = HKDDetectorSpec
     part_prefixes: ClassVar[dict[str, DetectorPart]] = {"backbone.": "backbone", "neck.": "neck"}
 
@@ -353,6 +355,25 @@ class HKDDetector(DenseDetector):
             FeatureInfo(f"neck.outputs.{level}", stride, self.spec.channels)
             for level, stride in enumerate(self.spec.strides)
         ]
+
+    def tower_layers(self) -> list[TowerLayers]:
+        """Return the normalizations of the head towers. See `BaseDetector.tower_layers`."""
+        return [
+            TowerLayers(*(self._list_tower_norms(tower, level, stride) for tower in ("cls_tower", "reg_tower")))
+            for level, stride in enumerate(self.spec.strides)
+        ]
+
+    def _list_tower_norms(self, tower: str, level: int, stride: int) -> tuple[FeatureInfo, ...]:
+        prefix = f"head.{tower}.norms.{level}"
+        norms: Any = self.get_submodule(prefix)
+        return tuple(FeatureInfo(f"{prefix}.{index}", stride, norm.num_features) for index, norm in enumerate(norms))
+
+    def forward_towers(
+        self, features: Sequence[tuple[Tensor, Tensor]], num_convs: int, images: Tensor
+    ) -> BranchOutputs:
+        """Run the rest of the head; all levels share the convolutions. See `BaseDetector.forward_towers`."""
+        logits, box_logits = self.head.forward_towers(features, num_convs)
+        return BranchOutputs(logits, dist2bbox(box_logits, *self.make_anchor_points(images)), box_logits)
 
     def prunable_layers(self) -> list[PrunableLayer]:
         """Return the inner layers of the residual blocks of the backbone and the layers of the head towers."""

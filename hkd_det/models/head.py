@@ -52,8 +52,15 @@ class ConvTower(nn.Module):
 
     def forward(self, features: Tensor, level: int) -> Tensor:
         """Process the features [B, channels, H, W] of one level; the shape stays the same."""
+        return self._run_convs(features, level, 0)
+
+    def forward_rest(self, features: Tensor, level: int, num_convs: int) -> Tensor:
+        """Process the output [B, C, H, W] of normalization `num_convs` of a level; returns [B, channels, H, W]."""
+        return self._run_convs(torch.relu(features), level, num_convs)
+
+    def _run_convs(self, features: Tensor, level: int, first: int) -> Tensor:
         norms: nn.ModuleList = self.norms[level]  # type: ignore[assignment]  # typed as Module by torch
-        for conv, norm in zip(self.convs, norms, strict=True):
+        for conv, norm in zip(self.convs[first:], norms[first:], strict=True):
             features = torch.relu(norm(conv(features)))
         return features
 
@@ -93,10 +100,29 @@ class Head(nn.Module):
         one2many = self.one2many(cls_features)
         one2one = one2many.detach() + self.one2one(self.one2one_tower(cls_features.detach(), level))
         # float32 from here on. bfloat16 is too coarse for box coordinates.
-        return one2many.float().flatten(1), one2one.float().flatten(1), self._forward_box_logits(features, level)
+        box_logits = self._predict_box_logits(self.reg_tower(features, level))
+        return one2many.float().flatten(1), one2one.float().flatten(1), box_logits
 
-    def _forward_box_logits(self, features: Tensor, level: int) -> Tensor:
-        logits = self.box_logits(self.reg_tower(features, level)).float()
+    def forward_towers(self, features: Sequence[tuple[Tensor, Tensor]], num_convs: int) -> tuple[Tensor, Tensor]:
+        """Run the rest of the head on features inside its towers. See `BaseDetector.forward_towers`.
+
+        Args:
+            features (sequence of pairs of Tensor[B, C, H_i, W_i]): Classification and regression features per level.
+            num_convs: Number of convolutions that the features have passed.
+
+        Returns:
+            one2many (Tensor[B, A]): Score logits of the one-to-many branch.
+            box_logits (Tensor[B, A, 4, reg_max]): Logits of the distances.
+        """
+        one2many, box_logits = [], []
+        for level, (cls_features, box_features) in enumerate(features):
+            logits: Tensor = self.one2many(self.cls_tower.forward_rest(cls_features, level, num_convs))
+            one2many.append(logits.float().flatten(1))
+            box_logits.append(self._predict_box_logits(self.reg_tower.forward_rest(box_features, level, num_convs)))
+        return torch.cat(one2many, 1), torch.cat(box_logits, 1)
+
+    def _predict_box_logits(self, features: Tensor) -> Tensor:
+        logits = self.box_logits(features).float()
         # Stay in channels last, the layout of convolutions on CPUs. Transposing costs as much as a convolution.
         return logits.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (4, self.reg_max))
 

@@ -7,19 +7,21 @@ combines class and objectness.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hkd_det.models.base import (
+    BaseDetector,
     BranchOutputs,
     DenseOutputs,
     DetectionBatch,
     DetectorPart,
     FeatureInfo,
     ModelSpec,
+    TowerLayers,
 )
 from hkd_det.models.detector import DenseDetector
 from hkd_det.models.head import make_anchors
@@ -233,21 +235,58 @@ class YOLOXHead(nn.Module):
             box_outputs (Tensor[B, A, 4]): float32, center relative to the cell corner and log sides, in strides.
             objectness (Tensor[B, A]): Logits, float32.
         """
-        outputs = []
-        for level, maps in enumerate(features):
-            stem = self.stems[level](maps)
-            class_logits = self.cls_preds[level](self.cls_convs[level](stem))
-            tower = self.reg_convs[level](stem)
-            # float32 from here on. bfloat16 is too coarse for box coordinates.
-            maps_of_level = (class_logits, self.reg_preds[level](tower), self.obj_preds[level](tower))
-            outputs.append([maps.float().flatten(2) for maps in maps_of_level])
-        class_logits, box_outputs, objectness = (torch.cat(parts, 2) for parts in zip(*outputs, strict=True))
-        return class_logits[:, 0], box_outputs.transpose(1, 2), objectness[:, 0]
+        stems = (stem(maps) for stem, maps in zip(self.stems, features, strict=True))
+        return _join_levels([self._forward_level(stem, stem, 0, level) for level, stem in enumerate(stems)])
+
+    def forward_towers(
+        self, features: Sequence[tuple[Tensor, Tensor]], num_convs: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the rest of the head on features inside its towers. See `BaseDetector.forward_towers`.
+
+        Args:
+            features (sequence of pairs of Tensor[B, C, H_i, W_i]): Classification and regression features per level.
+            num_convs: Number of convolutions that the features have passed.
+
+        Returns:
+            Class logits, box outputs and objectness, as `forward` returns them.
+        """
+        return _join_levels(
+            [self._forward_level(cls, box, num_convs, level) for level, (cls, box) in enumerate(features)]
+        )
+
+    def _forward_level(self, cls_features: Tensor, box_features: Tensor, num_convs: int, level: int) -> list[Tensor]:
+        """Return class logits [B, 1, A], box outputs [B, 4, A] and objectness [B, 1, A] of one level."""
+        # The order of the layers is that of Megvii's export: `yolox_weights` reads the weights of .onnx files in it.
+        class_logits = self.cls_preds[level](_run_tower(self.cls_convs[level], cls_features, num_convs))
+        tower = _run_tower(self.reg_convs[level], box_features, num_convs)
+        # float32 from here on. bfloat16 is too coarse for box coordinates.
+        maps_of_level = (class_logits, self.reg_preds[level](tower), self.obj_preds[level](tower))
+        return [maps.float().flatten(2) for maps in maps_of_level]
+
+
+def _join_levels(levels: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    class_logits, box_outputs, objectness = (torch.cat(parts, 2) for parts in zip(*levels, strict=True))
+    return class_logits[:, 0], box_outputs.transpose(1, 2), objectness[:, 0]
+
+
+def _run_tower(tower: nn.Module, features: Tensor, num_convs: int) -> Tensor:
+    """Run a tower on its input, or on the output of the normalization of convolution `num_convs`, [B, C, H, W]."""
+    if not num_convs:
+        outputs: Tensor = tower(features)
+        return outputs
+    blocks: list[Any] = list(tower.children())
+    last = blocks[num_convs - 1]
+    conv = last.pconv if isinstance(last, DepthwiseSeparableConv) else last
+    features = conv.act(features.clone())  # the activation works in place
+    for block in blocks[num_convs:]:
+        features = block(features)
+    return features
 
 
 class YOLOX(DenseDetector):
     """YOLOX with one class. `predict` applies non-maximum suppression at an IoU of 0.6."""
 
+    capabilities = BaseDetector.capabilities | {"towers"}
     spec_type = YOLOXSpec
     part_prefixes: ClassVar[dict[str, DetectorPart]] = {"backbone.": "backbone", "neck.": "neck"}
 
@@ -261,12 +300,10 @@ class YOLOX(DenseDetector):
 
     def forward(self, images: Tensor) -> DenseOutputs:
         """Run the network on images [B, 3, H, W], RGB, 0 to 255. See `BaseDetector.forward`."""
-        class_logits, box_outputs, objectness = self.head(self.forward_features(images))
+        head_outputs = self.head(self.forward_features(images))
         points, strides = self.make_anchor_points(images)
-        # The score is the product of both sigmoids: 1 / p - 1 = exp(-c) + exp(-o) + exp(-c - o).
-        logits = -torch.stack([-class_logits, -objectness, -class_logits - objectness]).logsumexp(0)
-        boxes = decode_boxes(box_outputs, points, strides)
-        return DenseOutputs(BranchOutputs(logits, boxes), None, points, strides, (images.shape[-2], images.shape[-1]))
+        branch = _make_branch(head_outputs, points, strides)
+        return DenseOutputs(branch, None, points, strides, (images.shape[-2], images.shape[-1]))
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Return the neck outputs [B, C_i, H_i, W_i], fine to coarse, of images [B, 3, H, W], RGB, 0 to 255."""
@@ -304,6 +341,29 @@ class YOLOX(DenseDetector):
             FeatureInfo(name, stride, channels)
             for name, stride, channels in zip(names, STRIDES, self.spec.get_channels()[2:5], strict=True)
         ]
+
+    def tower_layers(self) -> list[TowerLayers]:
+        """Return the last normalization of each block of the head towers. See `BaseDetector.tower_layers`."""
+        return [
+            TowerLayers(
+                *(self._list_tower_norms(f"head.{tower}.{level}", stride) for tower in ("cls_convs", "reg_convs"))
+            )
+            for level, stride in enumerate(STRIDES)
+        ]
+
+    def _list_tower_norms(self, tower: str, stride: int) -> tuple[FeatureInfo, ...]:
+        layers = []
+        for name, block in self.get_submodule(tower).named_children():
+            conv = f"{tower}.{name}.pconv" if isinstance(block, DepthwiseSeparableConv) else f"{tower}.{name}"
+            norm: Any = self.get_submodule(f"{conv}.bn")
+            layers.append(FeatureInfo(f"{conv}.bn", stride, norm.num_features))
+        return tuple(layers)
+
+    def forward_towers(
+        self, features: Sequence[tuple[Tensor, Tensor]], num_convs: int, images: Tensor
+    ) -> BranchOutputs:
+        """Run the rest of the head. See `BaseDetector.forward_towers`."""
+        return _make_branch(self.head.forward_towers(features, num_convs), *self.make_anchor_points(images))
 
     def prunable_layers(self) -> list[PrunableLayer]:
         """Return the convolutions whose output is not added to another one, without the outputs of the neck."""
@@ -384,6 +444,13 @@ def _get_first_dense_conv(modules: dict[str, nn.Module], block: str) -> str:
     if isinstance(modules[block], nn.Conv2d):
         return block
     return f"{block}.pconv.conv" if isinstance(modules[block], DepthwiseSeparableConv) else f"{block}.conv"
+
+
+def _make_branch(head_outputs: tuple[Tensor, Tensor, Tensor], points: Tensor, strides: Tensor) -> BranchOutputs:
+    class_logits, box_outputs, objectness = head_outputs
+    # The score is the product of both sigmoids: 1 / p - 1 = exp(-c) + exp(-o) + exp(-c - o).
+    logits = -torch.stack([-class_logits, -objectness, -class_logits - objectness]).logsumexp(0)
+    return BranchOutputs(logits, decode_boxes(box_outputs, points, strides))
 
 
 def decode_boxes(box_outputs: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:

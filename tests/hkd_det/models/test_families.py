@@ -177,6 +177,31 @@ def test_forward_rois_follows_capabilities(detector: BaseDetector) -> None:
             detector.forward_rois(detector(IMAGES), rois)
 
 
+@pytest.mark.parametrize("num_convs", [1, 2])
+def test_forward_towers_completes_the_forward_pass(detector: BaseDetector, num_convs: int) -> None:
+    if "towers" not in detector.capabilities:
+        with pytest.raises(NotImplementedError, match="no head towers"):
+            detector.tower_layers()
+        with pytest.raises(NotImplementedError, match="no head towers"):
+            detector.forward_towers([], num_convs, IMAGES)
+        return
+    levels = detector.tower_layers()
+    depth = len(levels[0].cls)
+    layers = [tower[min(num_convs, depth) - 1] for level in levels for tower in (level.cls, level.box)]
+    hooks = FeatureHooks(detector, [layer.name for layer in layers], clone=True)
+    with torch.no_grad():
+        expected = detector(IMAGES).one2many
+        features = hooks.pop()
+        hooks.close()
+        for layer, maps in zip(layers, features, strict=True):
+            assert maps.shape == (2, layer.channels, HW[0] // layer.stride, HW[1] // layer.stride)
+        pairs = list(zip(features[::2], features[1::2], strict=True))
+        branch = detector.forward_towers(pairs, min(num_convs, depth), IMAGES)
+    torch.testing.assert_close(branch.logits, expected.logits)
+    torch.testing.assert_close(branch.boxes_xyxy, expected.boxes_xyxy)
+    assert (branch.box_logits is None) == (expected.box_logits is None)
+
+
 def test_feature_info_matches_recorded_features(detector: BaseDetector) -> None:
     layers = detector.feature_info()
     hooks = FeatureHooks(detector, [layer.name for layer in layers])
