@@ -21,8 +21,9 @@ SIZE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30
 def dataclass_from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """Create a dataclass from a mapping of its fields.
 
-    Values are checked against the field types: bool, int, float, str, Literal, dict, tuple, nested dataclasses, and
-    `X | None`. Strings are converted to numbers, because YAML reads 1e-3 as a string.
+    Values are checked against the field types: bool, int, float, str, Literal, dict, tuple, nested dataclasses,
+    `X | None`, and a number or a word, `float | Literal["auto"]`. Strings are converted to numbers, because YAML reads
+    1e-3 as a string.
 
     Args:
         cls: Dataclass to create.
@@ -180,6 +181,8 @@ def _unwrap_optional(cls: Any) -> tuple[Any, bool]:
     if all(typing.get_origin(arg) is typing.Literal for arg in args):
         values = tuple(value for arg in args for value in typing.get_args(arg))
         return typing.Literal[values], type(None) in typing.get_args(cls)
+    if any(typing.get_origin(arg) is typing.Literal for arg in args):
+        return cls, False  # a number or a word
     return args[0], type(None) in typing.get_args(cls)
 
 
@@ -206,7 +209,8 @@ def _convert_value(cls: Any, value: Any, where: str) -> Any:
         return _convert_dict(typing.get_args(cls)[1], value, where)
     if typing.get_origin(cls) is tuple:
         return _convert_tuple(typing.get_args(cls), value, where)
-    return _convert_scalar(cls, value, where)
+    convert = _convert_number_or_word if typing.get_origin(cls) is typing.Union else _convert_scalar
+    return convert(cls, value, where)
 
 
 def _convert_dict(item_type: Any, value: Any, where: str) -> dict[str, Any]:
@@ -226,6 +230,18 @@ def _convert_tuple(item_types: tuple[Any, ...], value: Any, where: str) -> tuple
     if len(item_types) != len(items):
         raise UsageError(f"{where}: expected {len(item_types)} values, got {len(items)}.")
     return tuple(_convert_value(cls, item, where) for cls, item in zip(item_types, items, strict=True))
+
+
+def _convert_number_or_word(cls: Any, value: Any, where: str) -> Any:
+    """Convert a value of a type such as `float | Literal["auto"]`."""
+    number_type, literal = typing.get_args(cls)
+    words = typing.get_args(literal)
+    if value in words:
+        return value
+    try:
+        return _convert_scalar(number_type, value, where)
+    except UsageError:
+        raise UsageError(f"{where}: expected a number or {', '.join(words)}, got {value!r}.") from None
 
 
 def _convert_scalar(cls: Any, value: Any, where: str) -> Any:

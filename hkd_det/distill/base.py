@@ -262,6 +262,18 @@ class DistillMethod(nn.Module):
         return None
 
     @classmethod
+    def candidate_configs(cls, config: Any) -> list[Any]:  # noqa: ARG003 - interface
+        """Return configurations of which short runs choose one before training, or none if `config` is complete.
+
+        Args:
+            config: Configuration of this method.
+
+        Returns:
+            Complete configurations. The first of equally good ones is chosen.
+        """
+        return []
+
+    @classmethod
     def required_capabilities(cls, config: Any) -> frozenset[str]:  # noqa: ARG003 - interface
         """Return `requires` for a configuration.
 

@@ -11,7 +11,7 @@ Mode "targets" adds the noise to the teacher outputs that the other methods read
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,8 @@ from hkd_det.errors import UsageError
 from hkd_det.models.base import BaseDetector
 from hkd_det.ops.losses import ReduceMean
 
+SIGMAS = (0.2, 0.5, 1.0)  # values that "auto" chooses from
+
 
 @dataclass(frozen=True)
 class NoisyTeacherConfig:
@@ -35,7 +37,8 @@ class NoisyTeacherConfig:
         weight: Weight of the l2 loss.
         fg_ratio: Total weight of persons in the l2 loss, 0 to 1.
         alpha: Probability that an image is perturbed, 0 to 1.
-        sigma: Standard deviation of xi.
+        sigma: Standard deviation of xi. "auto": `hkd-train` chooses 0.2, 0.5 or 1 by short runs on a part of the
+            training images.
         granularity: One xi per "logit", or one per image ("sample"). The paper leaves this open.
         feature_sigma: Standard deviation of the same noise on teacher features, mode "targets" only; 0 is off.
     """
@@ -44,7 +47,7 @@ class NoisyTeacherConfig:
     weight: float = 0.1
     fg_ratio: float = 0.5
     alpha: float = 0.5
-    sigma: float = 0.3
+    sigma: float | Literal["auto"] = 0.3
     granularity: Literal["logit", "sample"] = "logit"
     feature_sigma: float = 0.0
 
@@ -52,7 +55,8 @@ class NoisyTeacherConfig:
         for name in ("alpha", "fg_ratio"):
             check_range(f"distill.noisy_teacher.{name}", getattr(self, name), 0, 1)
         for name in ("sigma", "feature_sigma", "weight"):
-            check_range(f"distill.noisy_teacher.{name}", getattr(self, name), 0)
+            if getattr(self, name) != "auto":
+                check_range(f"distill.noisy_teacher.{name}", getattr(self, name), 0)
         if self.feature_sigma and self.mode == "l2":
             raise UsageError(
                 "distill.noisy_teacher.feature_sigma: mode=l2 compares logits only. "
@@ -82,8 +86,19 @@ class NoisyTeacher(DistillMethod):
 
     def __init__(self, config: NoisyTeacherConfig, student: BaseDetector, teacher: Any) -> None:
         super().__init__(config, student, teacher)
+        if config.sigma == "auto":
+            raise UsageError(
+                "distill.noisy_teacher.sigma=auto: requires a run of hkd-train with a number as --batch. Set one, or "
+                "set sigma to a number."
+            )
+        self._sigma = float(config.sigma)
         if config.mode == "l2":
             _check_same_strides(student, teacher)
+
+    @classmethod
+    def candidate_configs(cls, config: NoisyTeacherConfig) -> list[NoisyTeacherConfig]:
+        """Return one configuration per value of sigma if it is "auto"."""
+        return [replace(config, sigma=sigma) for sigma in SIGMAS] if config.sigma == "auto" else []
 
     @classmethod
     def required_capabilities(cls, config: NoisyTeacherConfig) -> frozenset[str]:
@@ -135,7 +150,7 @@ class NoisyTeacher(DistillMethod):
         Returns:
             Tensor[N, ...]: Noisy logits.
         """
-        return self._perturb(logits, self.config.sigma)
+        return self._perturb(logits, self._sigma)
 
     def _perturb_features(self, features: Tensor) -> Tensor:
         return self._perturb(features, self.config.feature_sigma) if self.config.feature_sigma else features

@@ -51,6 +51,7 @@ from hkd_det.train.history import (
     open_tensorboard,
     plot_history,
 )
+from hkd_det.train.probe import choose_method_configs
 from hkd_det.train.run import explain_run_errors, load_epoch, lock_run, save_epoch
 
 PLOT_INTERVAL_S = 60.0
@@ -93,8 +94,9 @@ def train(config: TrainConfig, resume: bool = False, on_epoch: EpochHook | None 
         check_annotations(config, train_samples, val_samples)
         unlabeled_samples = read_unlabeled([Path(directory) for directory in config.unlabeled])
         plan = make_epoch_plan(config, len(train_samples), len(unlabeled_samples))
-        context = make_run_context(config, plan, dist_context, train_samples, val_samples, resume)
         with lock_run(config.save_path, is_main):
+            config = choose_method_configs(config, Trainer, dist_context, train_samples, unlabeled_samples, resume)
+            context = make_run_context(config, plan, dist_context, train_samples, val_samples, resume)
             weights = resolve_initial_weights(config, context)
             trainer = Trainer(
                 config, plan, context, dist_context, [*train_samples, *unlabeled_samples], val_samples, weights
@@ -227,10 +229,7 @@ class Trainer:
 
     def _run_epoch(self, module: nn.Module, epoch: int, progress: Progress) -> EpochRecord:
         config, is_main, start_s = self.config, self.dist_context.is_main_process, time.monotonic()
-        self.sampler.epoch = epoch
-        torch.manual_seed(_derive_seed(config.seed, epoch, self.dist_context.rank))
-        self.sampler.no_aug = epoch >= get_last_phase_start(config.epochs, config.no_aug_ratio)
-        self.sampler.no_unlabeled = epoch >= get_last_phase_start(config.epochs, config.no_distill_ratio)
+        self.start_epoch(epoch)
         progress.set_label(f"epoch {epoch + 1}/{config.epochs}")
         losses, metrics = self.run_epoch_steps(epoch, module, progress)
         images_per_s = self.plan.steps_per_epoch * config.batch / (time.monotonic() - start_s)
@@ -240,6 +239,18 @@ class Trainer:
         else:
             self.history.append(record)
         return self.history[-1]
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the random seeds and the augmentations of an epoch.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+        """
+        config = self.config
+        self.sampler.epoch = epoch
+        torch.manual_seed(_derive_seed(config.seed, epoch, self.dist_context.rank))
+        self.sampler.no_aug = epoch >= get_last_phase_start(config.epochs, config.no_aug_ratio)
+        self.sampler.no_unlabeled = epoch >= get_last_phase_start(config.epochs, config.no_distill_ratio)
 
     def _finish_epoch(self, record: EpochRecord, start_s: float) -> None:
         """Evaluate an epoch and save its files."""
