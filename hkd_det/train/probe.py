@@ -121,6 +121,8 @@ def _choose(
     rows = [(label, f"{100 * miss_rate:.2f} %") for label, miss_rate in zip(labels, miss_rates, strict=True)]
     table = format_table(rows, (f"distill.{name}", f"MR^-2 {setup.name}"))
     log_line(f"{len(held_out)} held-out training images with {num_persons} persons\n{table}\nchosen: {labels[best]}")
+    if min(miss_rates) == max(miss_rates):
+        log_line(f"warning: distill.{name}: the short runs do not distinguish the values. Set one, or train longer.")
     return candidates[best]
 
 

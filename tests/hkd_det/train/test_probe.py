@@ -92,6 +92,7 @@ def test_lowest_miss_rate_is_chosen_and_printed(
     printed = output.out + output.err
     assert "1 held-out training images" in printed and f"chosen: sigma={sigma}" in printed
     assert all(f"{100 * miss_rate:.2f} %" in printed for miss_rate in miss_rates)
+    assert ("do not distinguish the values" in printed) == (len(set(miss_rates)) == 1)
 
 
 def test_complete_configuration_needs_no_run(
