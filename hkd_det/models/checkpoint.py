@@ -190,7 +190,6 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
         for key, cls in {"model": str, "config": dict, "epoch": int, "miss_rate": float, "weights": dict}.items():
             if not isinstance(content[key], cls):
                 raise TypeError(f"{key}: expected {cls.__name__}, got {type(content[key]).__name__}")
-        changes = dict(content["changes"])
         return DetectorCheckpoint(
             content["model"],
             spec_from_dict(content["spec"]),
@@ -198,7 +197,7 @@ def load_detector_checkpoint(path: Path) -> DetectorCheckpoint:
             content["config"],
             content["epoch"],
             content["miss_rate"],
-            ModelChanges(changes["widths"], tuple(changes["separable"])),
+            ModelChanges.from_dict(content["changes"]),
             path,
         )
     except (KeyError, TypeError, ValueError, UsageError) as error:

@@ -3,10 +3,13 @@
 `ModelChanges` describes the changes. `apply_changes` repeats them when the network of a checkpoint is built.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
 from hkd_det.errors import UsageError
@@ -76,10 +79,24 @@ class ModelChanges:
     Attributes:
         widths: Output channels of pruned convolutions, by name (capacity-dynamic distillation).
         separable: Convolutions that `SeparableConvBlock` replaces (blockwise distillation).
+        separable_shared: Those of them that run several times per image, on the levels of a pyramid.
     """
 
     widths: dict[str, int] = field(default_factory=dict)
     separable: tuple[str, ...] = ()
+    separable_shared: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelChanges":
+        """Build changes from the fields of a file. Files of earlier versions have no `separable_shared`.
+
+        Args:
+            values: Field name -> value.
+
+        Returns:
+            The changes.
+        """
+        return cls(values["widths"], tuple(values["separable"]), tuple(values.get("separable_shared", ())))
 
 
 NO_CHANGES = ModelChanges()
@@ -100,7 +117,7 @@ def apply_changes(network: nn.Module, changes: ModelChanges) -> None:
     if changes.widths:
         layers = network.prunable_layers()  # type: ignore[operator]  # a method of BaseDetector, which imports this module
         _prune_layers(network, layers, changes.widths)
-    replace_with_separable(network, changes.separable)
+    replace_with_separable(network, changes.separable, changes.separable_shared)
 
 
 def is_dense_conv(module: nn.Module) -> bool:
@@ -177,18 +194,24 @@ class SeparableConvBlock(nn.Module):
     weights. The normalization that followed the convolution stays where it is. The block therefore ends without
     normalization and activation, and with a bias only if the convolution had one.
 
+    A block that several levels share has a bias instead of the normalization. Training would normalize each level with
+    its own statistics, and inference all levels with their average.
+
     Args:
         in_channels: Input channels.
         out_channels: Output channels.
         stride: Stride of the first depthwise convolution.
         bias: Whether the last convolution has a bias.
+        is_shared: Whether several levels share the block.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, int], bias: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: tuple[int, int], bias: bool, is_shared: bool = False
+    ) -> None:
         super().__init__()
         self.depthwise1 = nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False)
-        self.pointwise1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.pointwise1 = nn.Conv2d(in_channels, out_channels, 1, bias=is_shared)
+        self.norm = nn.Identity() if is_shared else nn.BatchNorm2d(out_channels)
         self.act = nn.ReLU(inplace=True)
         self.depthwise2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, groups=out_channels, bias=False)
         self.pointwise2 = nn.Conv2d(out_channels, out_channels, 1, bias=bias)
@@ -206,6 +229,40 @@ class SeparableConvBlock(nn.Module):
         outputs: Tensor = self.pointwise2(self.depthwise2(features))
         return outputs
 
+    def forward_levels(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Map the features of several levels. The normalization uses common statistics of all levels.
+
+        Args:
+            features (list of Tensor[B, in_channels, H_i, W_i]): Input features of each level.
+
+        Returns:
+            list of Tensor[B, out_channels, H_i / stride, W_i / stride].
+        """
+        levels = [self.pointwise1(self.depthwise1(level)) for level in features]
+        joint = self.act(
+            self.norm(torch.cat([level.flatten(2) for level in levels], 2)[..., None])
+        )  # [B, C, sum HW, 1]
+        parts = joint[..., 0].split([level.shape[-2] * level.shape[-1] for level in levels], 2)
+        return [
+            self.pointwise2(self.depthwise2(part.unflatten(2, level.shape[-2:])))
+            for part, level in zip(parts, levels, strict=True)
+        ]
+
+    @torch.no_grad()
+    def fuse_norm(self) -> "SeparableConvBlock":
+        """Return an equal block for several levels: the running statistics become part of the first pointwise layer."""
+        assert isinstance(self.norm, nn.BatchNorm2d)
+        depthwise, pointwise = self.depthwise1, self.pointwise2
+        stride = (depthwise.stride[0], depthwise.stride[1])
+        has_bias = pointwise.bias is not None
+        fused = SeparableConvBlock(depthwise.in_channels, pointwise.out_channels, stride, has_bias, is_shared=True)
+        fused.load_state_dict(
+            {name: value for name, value in self.state_dict().items() if not name.startswith(("norm.", "pointwise1."))},
+            strict=False,
+        )
+        fused.pointwise1 = fuse_conv_bn_eval(self.pointwise1.eval(), self.norm.eval())
+        return fused.to(depthwise.weight.device)
+
 
 def is_dense_conv3x3(module: nn.Module) -> bool:
     """Return whether a module is a convolution that `SeparableConvBlock` can replace.
@@ -221,25 +278,27 @@ def is_dense_conv3x3(module: nn.Module) -> bool:
     )
 
 
-def make_block(conv: nn.Conv2d) -> SeparableConvBlock:
+def make_block(conv: nn.Conv2d, is_shared: bool = False) -> SeparableConvBlock:
     """Build a block with fresh weights and the channels and stride of a convolution.
 
     Args:
         conv: Convolution to replace.
+        is_shared: Whether several levels share the block.
 
     Returns:
         The block.
     """
     stride = (conv.stride[0], conv.stride[1])
-    return SeparableConvBlock(conv.in_channels, conv.out_channels, stride, conv.bias is not None)
+    return SeparableConvBlock(conv.in_channels, conv.out_channels, stride, conv.bias is not None, is_shared)
 
 
-def replace_with_separable(network: nn.Module, names: tuple[str, ...]) -> None:
+def replace_with_separable(network: nn.Module, names: tuple[str, ...], shared_names: tuple[str, ...] = ()) -> None:
     """Replace convolutions by separable blocks with fresh weights.
 
     Args:
         network: Network to change.
         names: Names of the convolutions.
+        shared_names: Those of them that several levels share.
 
     Raises:
         UsageError: If a name is no dense 3x3 convolution of the network.
@@ -249,7 +308,7 @@ def replace_with_separable(network: nn.Module, names: tuple[str, ...]) -> None:
         conv = modules.get(name)
         if not (isinstance(conv, nn.Conv2d) and is_dense_conv3x3(conv)):
             raise UsageError(f"{name}: expected a 3x3 convolution with one group. Use another checkpoint.")
-        _replace_module(network, name, make_block(conv))
+        _replace_module(network, name, make_block(conv, name in shared_names))
 
 
 def _prune_layers(network: nn.Module, layers: list[PrunableLayer], widths: dict[str, int]) -> None:

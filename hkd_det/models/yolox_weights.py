@@ -302,8 +302,7 @@ def _read_architecture(model: onnx.ModelProto) -> dict[str, Any]:
 
 def _build_exported(architecture: dict[str, Any]) -> YOLOX:
     spec = {key: value for key, value in architecture["spec"].items() if key != "family"}
-    changes = ModelChanges(architecture["changes"]["widths"], tuple(architecture["changes"]["separable"]))
-    return YOLOX(dataclass_from_dict(YOLOXSpec, spec), changes).eval()
+    return YOLOX(dataclass_from_dict(YOLOXSpec, spec), ModelChanges.from_dict(architecture["changes"])).eval()
 
 
 def _read_convs(graph: onnx.GraphProto) -> list[tuple[Tensor, Tensor]]:

@@ -31,19 +31,38 @@ class ReplaceableConv:
 
     Attributes:
         name: Name of the convolution.
-        norm: Name of the batch normalization that directly follows it; "" if there is none.
-        input_chw: Channels, height and width of the input for one image.
-        macs: Multiply-accumulates (MACs) of the convolution per image.
-        macs_before: MACs per image of all convolutions that run before it.
+        norms: For each call per image, the name of the batch normalization that directly follows it; "" if there is
+            none. A convolution of a shared head is called once per level, usually with one normalization per level.
+        input_shapes: For each call, channels, height and width of the input.
+        macs: Multiply-accumulates (MACs) of the convolution per image, all calls.
+        macs_before: MACs per image of all convolutions whose first call is before.
         macs_block: MACs per image of the replacing block.
     """
 
     name: str
-    norm: str
-    input_chw: tuple[int, int, int]
+    norms: tuple[str, ...]
+    input_shapes: tuple[tuple[int, int, int], ...]
     macs: int
     macs_before: int
     macs_block: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the convolution is called several times per image."""
+        return len(self.norms) > 1
+
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """Channels of the inputs, and the sum of the positions of all calls."""
+        return self.input_shapes[0][0], sum(height * width for _, height, width in self.input_shapes)
+
+    def split_calls(self, inputs: Tensor) -> list[Tensor]:
+        """Split inputs [B, C, P] over all positions into those of each call, [B, C, H, W]."""
+        sizes = [height * width for _, height, width in self.input_shapes]
+        return [
+            part.reshape(*part.shape[:2], *shape[1:])
+            for part, shape in zip(torch.split(inputs, sizes, 2), self.input_shapes, strict=True)
+        ]
 
     def estimate_macs(self, is_cached: bool) -> int:
         """Estimate the MACs of one training step per image: forward, twice that for backward, and the target.
@@ -60,9 +79,7 @@ class ReplaceableConv:
 def find_replaceable_convs(
     detector: BaseDetector, imgsz_hw: tuple[int, int], parts: Sequence[DetectorPart], min_channels: int
 ) -> list[ReplaceableConv]:
-    """Find the replaceable convolutions: 3x3, one group, and called once per image.
-
-    A convolution of a head that all levels share is called several times, and is not replaceable.
+    """Find the replaceable convolutions: 3x3 with one group.
 
     Args:
         detector: The detector.
@@ -77,28 +94,26 @@ def find_replaceable_convs(
         UsageError: There is no such convolution.
     """
     modules = dict(detector.named_modules())
-    trace = _trace_convs(detector, modules, imgsz_hw)
     layers, macs_before = [], 0
-    for name, macs in trace.macs.items():
-        module = modules[name]
-        if trace.calls[name] == 1 and _is_replaceable(module, min_channels) and detector.part_of(name) in parts:
+    for name, calls in _trace_convs(detector, modules, imgsz_hw).items():
+        module, macs = modules[name], sum(call.macs for call in calls)
+        if _is_replaceable(module, min_channels) and detector.part_of(name) in parts:
             assert isinstance(module, nn.Conv2d)
-            _, channels, height, width = trace.input_shapes[name]
             layers.append(
                 ReplaceableConv(
                     name,
-                    trace.norm_by_conv.get(name, ""),
-                    (channels, height, width),
+                    tuple(call.norm for call in calls),
+                    tuple(call.input_chw for call in calls),
                     macs,
                     macs_before,
-                    _count_block_macs(module, height, width),
+                    sum(_count_block_macs(module, call.input_chw) for call in calls),
                 )
             )
-        macs_before += macs * trace.calls[name]
+        macs_before += macs
     if not layers:
         raise UsageError(
-            f"distill.blockwise.parts={','.join(parts)}: no 3x3 convolution with at least {min_channels} channels that "
-            "runs once per image. Set other parts or a smaller distill.blockwise.min_channels."
+            f"distill.blockwise.parts={','.join(parts)}: no 3x3 convolution with at least {min_channels} channels. "
+            "Set other parts or a smaller distill.blockwise.min_channels."
         )
     return layers
 
@@ -118,13 +133,18 @@ def assemble(teacher: BaseDetector, blocks: Mapping[str, StateDict]) -> BaseDete
 
     Args:
         teacher: The teacher.
-        blocks: By convolution name, the weights of block and normalization by their names in the network. All other
-            weights are those of the teacher.
+        blocks: By convolution name, the weights of block and normalizations by their names in the network. All other
+            weights are those of the teacher. A block that several levels share has a bias in its first pointwise layer.
 
     Returns:
         A new network in evaluation mode on the teacher's device.
     """
-    changes = replace(teacher.changes, separable=(*teacher.changes.separable, *blocks))
+    shared = [name for name, block in blocks.items() if f"{name}.pointwise1.bias" in block]
+    changes = replace(
+        teacher.changes,
+        separable=(*teacher.changes.separable, *blocks),
+        separable_shared=(*teacher.changes.separable_shared, *shared),
+    )
     network = build_from_spec(teacher.spec, changes)
     keys = network.state_dict().keys()
     state_dict = {name: value for name, value in teacher.state_dict().items() if name in keys}
@@ -135,22 +155,20 @@ def assemble(teacher: BaseDetector, blocks: Mapping[str, StateDict]) -> BaseDete
 
 
 @dataclass
-class _ConvTrace:
-    """Record of one forward pass. Convolutions are in the order of the forward pass.
+class _ConvCall:
+    """One call of a convolution in a forward pass.
 
     Attributes:
-        calls: Calls per convolution.
-        outputs: Outputs of 3x3 convolutions.
-        input_shapes: Input shapes of convolutions.
-        macs: Multiply-accumulates of one call per convolution.
-        norm_by_conv: Name of the normalization that reads the output of a convolution.
+        input_chw: Channels, height and width of the input.
+        macs: Multiply-accumulates of the call.
+        output: Output of a 3x3 convolution, else None.
+        norm: Name of the normalization that reads the output; "" if there is none.
     """
 
-    calls: Counter[str]
-    outputs: dict[str, Tensor]
-    input_shapes: dict[str, tuple[int, ...]]
-    macs: dict[str, int]
-    norm_by_conv: dict[str, str]
+    input_chw: tuple[int, int, int]
+    macs: int
+    output: Tensor | None
+    norm: str = ""
 
 
 def _is_replaceable(module: nn.Module, min_channels: int) -> bool:
@@ -161,27 +179,31 @@ def _is_replaceable(module: nn.Module, min_channels: int) -> bool:
     )
 
 
-def _count_block_macs(conv: nn.Conv2d, height: int, width: int) -> int:
-    block = make_block(conv)
-    num_positions = height * width // (conv.stride[0] * conv.stride[1])
+def _count_block_macs(conv: nn.Conv2d, input_chw: tuple[int, int, int]) -> int:
+    block, (_, height, width) = make_block(conv), input_chw
+    num_positions = -(-height // conv.stride[0]) * -(-width // conv.stride[1])
     layers = (block.depthwise1, block.pointwise1, block.depthwise2, block.pointwise2)
     return num_positions * sum(layer.weight.numel() for layer in layers)
 
 
 @torch.no_grad()
-def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw: tuple[int, int]) -> _ConvTrace:
-    """Run the detector once on a black image and record every convolution and normalization."""
-    trace = _ConvTrace(Counter(), {}, {}, {}, {})
+def _trace_convs(
+    detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw: tuple[int, int]
+) -> dict[str, list[_ConvCall]]:
+    """Run the detector once on a black image; return the calls of every convolution, in the order of the first call."""
+    calls: dict[str, list[_ConvCall]] = {}
 
     def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            trace.calls[name] += 1
-            trace.input_shapes[name] = tuple(inputs[0].shape)
-            trace.macs[name] = module.weight.numel() * output.shape[-2] * output.shape[-1]
-            if is_dense_conv3x3(module):
-                trace.outputs[name] = output  # A reference keeps the memory from being reused.
+            macs = module.weight.numel() * output.shape[-2] * output.shape[-1]
+            _, channels, height, width = inputs[0].shape
+            # A reference to the output keeps its memory from being reused.
+            call = _ConvCall((channels, height, width), macs, output if is_dense_conv3x3(module) else None)
+            calls.setdefault(name, []).append(call)
         else:
-            trace.norm_by_conv |= {conv: name for conv, value in trace.outputs.items() if inputs[0] is value}
+            for call in (call for conv_calls in calls.values() for call in conv_calls):
+                if call.output is inputs[0]:
+                    call.norm = name
 
     names = [name for name, module in modules.items() if isinstance(module, nn.Conv2d) or has_running_stats(module)]
     was_training = detector.training
@@ -190,7 +212,7 @@ def _trace_convs(detector: BaseDetector, modules: dict[str, nn.Module], imgsz_hw
             detector.eval()(torch.zeros(1, 3, *imgsz_hw, device=next(detector.parameters()).device))
     finally:
         detector.train(was_training)
-    return trace
+    return calls
 
 
 class LayerInputs:
@@ -198,31 +220,33 @@ class LayerInputs:
 
     Args:
         network: The network, in evaluation mode.
-        layer: Name of the layer.
+        layer: The layer.
         images: uint8 [N, 3, H, W], usually memory-mapped.
         cache_path: File of `write_inputs` with the inputs, or None to compute them.
     """
 
     def __init__(
-        self, network: nn.Module, layer: str, images: NDArray[np.uint8], cache_path: Path | None = None
+        self, network: nn.Module, layer: ReplaceableConv, images: NDArray[np.uint8], cache_path: Path | None = None
     ) -> None:
         self._network, self._layer, self._images = network, layer, images
         self._cache = None if cache_path is None else np.load(cache_path, mmap_mode="r")
         self.device = next(network.parameters()).device
 
-    def get_batch(self, indices: NDArray[np.intp]) -> Tensor:
+    def get_batch(self, indices: NDArray[np.intp]) -> list[Tensor]:
         """Return the inputs for some images.
 
         Args:
             indices: int [B], indices of the images.
 
         Returns:
-            Tensor[B, C, H, W] on the network's device, rounded to float16 precision.
+            For each call, Tensor[B, C, H, W] on the network's device, rounded to float16 precision.
         """
         if self._cache is not None:
-            return torch.from_numpy(self._cache[indices]).to(self.device).float()
-        images = torch.from_numpy(self._images[indices]).to(self.device)
-        return record_inputs(self._network, [self._layer], images)[self._layer].float()
+            inputs = torch.from_numpy(self._cache[indices]).to(self.device)
+        else:
+            images = torch.from_numpy(self._images[indices]).to(self.device)
+            inputs = record_inputs(self._network, [self._layer], images)[self._layer.name]
+        return self._layer.split_calls(inputs.float())
 
 
 @contextmanager
@@ -241,41 +265,44 @@ def force_deterministic() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def record_inputs(network: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+def record_inputs(network: nn.Module, layers: Sequence[ReplaceableConv], images: Tensor) -> dict[str, Tensor]:
     """Run images through a network, one at a time, and record the inputs of some layers.
 
     Args:
         network: The network, in evaluation mode.
-        layers: Names of the layers.
+        layers: The layers.
         images (uint8 Tensor[B, 3, H, W]): Images on the network's device.
 
     Returns:
-        By layer name, half Tensor[B, C, H, W].
+        By layer name, half Tensor[B, C, P] with the positions of all calls, see `ReplaceableConv.split_calls`.
 
     Raises:
         DataError: An activation is outside the range of float16 or not finite.
     """
     with force_deterministic():
         inputs_per_image = [_record_image_inputs(network, layers, image[None]) for image in images]
-    return {name: torch.cat([inputs[name] for inputs in inputs_per_image]) for name in layers}
+    return {layer.name: torch.cat([inputs[layer.name] for inputs in inputs_per_image]) for layer in layers}
 
 
 class _StopForwardError(Exception):
-    """Ends a forward pass after the last recorded layer."""
+    """Ends a forward pass after the last recorded call."""
 
 
 @torch.no_grad()
-def _record_image_inputs(network: nn.Module, layers: Sequence[str], image: Tensor) -> dict[str, Tensor]:
-    """Record the inputs of layers for one image [1, 3, H, W]; stop the forward pass at the last layer."""
-    inputs: dict[str, Tensor] = {}
+def _record_image_inputs(network: nn.Module, layers: Sequence[ReplaceableConv], image: Tensor) -> dict[str, Tensor]:
+    """Record the inputs [1, C, P] of layers for one image [1, 3, H, W]; stop the forward pass at the last call."""
+    calls: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    remaining = Counter({layer.name: len(layer.input_shapes) for layer in layers})
 
     def record(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[name] = arguments[0].half()
-        if len(inputs) == len(layers):
+        calls[name].append(arguments[0].half().flatten(2))
+        remaining[name] -= 1
+        if not any(remaining.values()):
             raise _StopForwardError
 
-    with suppress(_StopForwardError), observe_calls(network, layers, on_input=record):
+    with suppress(_StopForwardError), observe_calls(network, list(calls), on_input=record):
         network(image)
+    inputs = {name: torch.cat(values, 2) for name, values in calls.items()}
     for name, values in inputs.items():
         if not torch.isfinite(values).all():
             raise DataError(

@@ -141,8 +141,8 @@ def count_input_bytes(layer: ReplaceableConv, num_images: int) -> int:
         layer: The layer.
         num_images: Number of images.
     """
-    channels, height, width = layer.input_chw
-    return 2 * num_images * channels * height * width
+    channels, positions = layer.cache_shape
+    return 2 * num_images * channels * positions
 
 
 def write_inputs(
@@ -154,7 +154,8 @@ def write_inputs(
         teacher: The teacher, in evaluation mode.
         layers: Layers to record.
         images: uint8 [N, 3, H, W].
-        folder: Directory of the files, see `get_input_cache_path`; each contains float16 [N, C, H, W].
+        folder: Directory of the files, see `get_input_cache_path`; each contains float16 [N, C, P] with the
+            positions P of all calls.
         batch: Images that are loaded at once.
     """
     missing = [layer for layer in layers if not get_input_cache_path(folder, layer.name).exists()]
@@ -162,14 +163,14 @@ def write_inputs(
         return
     device = next(teacher.parameters()).device
     with ExitStack() as stack:
-        shapes = {layer.name: (len(images), *layer.input_chw) for layer in missing}
+        shapes = {layer.name: (len(images), *layer.cache_shape) for layer in missing}
         arrays = {
             name: stack.enter_context(create_npy(get_input_cache_path(folder, name), shape, np.float16))
             for name, shape in shapes.items()
         }
         for start in range(0, len(images), batch):
             image_batch = torch.from_numpy(np.array(images[start : start + batch])).to(device)
-            for name, values in record_inputs(teacher, list(arrays), image_batch).items():
+            for name, values in record_inputs(teacher, missing, image_batch).items():
                 arrays[name][start : start + len(values)] = values.cpu().numpy()
 
 
@@ -228,8 +229,7 @@ def _prepare_tasks(
     input_caches = {layer.name: get_input_cache_path(stage.folder / "inputs", layer.name).resolve() for layer in cached}
     return {
         layer.name: BlockTask(
-            layer.name,
-            layer.norm,
+            layer,
             stage.load_teacher,
             images_path.resolve(),
             input_caches.get(layer.name),

@@ -7,6 +7,9 @@ normalization, channels of large variance would dominate the loss although the n
 activation, negative values would give no gradient. The block is trained with a normalization of its own, whose
 statistics, scale and shift replace those of the teacher.
 
+A convolution that the levels of a pyramid share is one task. Its inputs are those of all levels, its errors are means
+over the levels, and each level has its own normalization.
+
 Random numbers depend on the run's seed and the layer's name, and the arithmetic uses one thread. A block is therefore
 the same on any worker and at any time.
 """
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hkd_det.config import check_range
-from hkd_det.distill.blockwise.blocks import LayerInputs, assemble, force_deterministic
+from hkd_det.distill.blockwise.blocks import LayerInputs, ReplaceableConv, assemble, force_deterministic
 from hkd_det.distill.blockwise.executor import Scheduler, get_worker_index
 from hkd_det.errors import DataError, UsageError
 from hkd_det.files import atomic_write
@@ -43,7 +46,8 @@ class BlockwiseConfig:
     """Settings of blockwise distillation.
 
     Attributes:
-        parts: Parts of the detector whose 3x3 convolutions are replaced.
+        parts: Parts of the detector whose 3x3 convolutions are replaced: backbone, neck, head. A convolution that the
+            levels of a pyramid share becomes one block.
         min_channels: Minimum number of input and output channels of a replaced convolution.
         num_images: Number of augmented training images for all blocks. An eighth of them is held out to measure errors.
         epochs: Epochs of each block.
@@ -106,8 +110,7 @@ class BlockTask:
     """A block to train, in any process that can read the directory of the run.
 
     Attributes:
-        layer: Name of the teacher's convolution.
-        norm: Name of the normalization behind it; "" if there is none.
+        layer: The teacher's convolution.
         load_teacher: Returns the teacher.
         images_path: .npy file with the images, uint8 [N, 3, H, W].
         input_cache: .npy file with the inputs of the layer, or None to compute them.
@@ -118,8 +121,7 @@ class BlockTask:
         device: "cpu", "cuda" (the CUDA devices of the machine in turn), "cuda:N", or "auto" ("cuda" if available).
     """
 
-    layer: str
-    norm: str
+    layer: ReplaceableConv
     load_teacher: Callable[[], BaseDetector]
     images_path: Path
     input_cache: Path | None
@@ -138,9 +140,9 @@ class BlockResult:
         layer: Name of the replaced convolution.
         seconds: Duration of the task.
         num_steps: Optimizer steps.
-        initial_error: Mean squared error on the held-out images before training.
+        initial_error: Mean squared error on the held-out images before training. All errors are means over the levels.
         error: Mean squared error on the held-out images after training.
-        variance: Variance of the target around the means of its channels.
+        variance: Variance of the target around the means of its channels, mean over the levels.
     """
 
     layer: str
@@ -171,7 +173,7 @@ def train_block(task: BlockTask) -> BlockResult:
     if task.output_path.exists():
         return read_block(task.output_path)[1]
     start_time = time.monotonic()
-    with _isolated_rng(f"{task.seed} {task.layer}"):
+    with _isolated_rng(f"{task.seed} {task.layer.name}"):
         teacher = task.load_teacher().to(_select_worker_device(task.device)).eval().requires_grad_(False)
         images = np.load(task.images_path, mmap_mode="r")
         trainer = _BlockTrainer(teacher, task, images)
@@ -179,7 +181,7 @@ def train_block(task: BlockTask) -> BlockResult:
         initial_error, _ = trainer.measure(holdout)
         num_steps = trainer.train(np.setdiff1d(np.arange(len(images)), holdout))
         error, variance = trainer.measure(holdout)
-    result = BlockResult(task.layer, time.monotonic() - start_time, num_steps, initial_error, error, variance)
+    result = BlockResult(task.layer.name, time.monotonic() - start_time, num_steps, initial_error, error, variance)
     _write_block(task.output_path, trainer.state_dict(), result)
     return result
 
@@ -204,36 +206,37 @@ def read_block(path: Path) -> tuple[dict[str, Tensor], BlockResult]:
 
 
 class _BlockTrainer:
-    """A block and its normalization, with the teacher's convolution and normalization that they replace."""
+    """A block and its normalizations, with the teacher's convolution and normalizations that they replace."""
 
     def __init__(self, teacher: BaseDetector, task: BlockTask, images: NDArray[np.uint8]) -> None:
-        modules = dict(teacher.named_modules())
-        conv = modules[task.layer]
+        modules, layer = dict(teacher.named_modules()), task.layer
+        conv = modules[layer.name]
         assert isinstance(conv, nn.Conv2d)
-        norm = modules[task.norm] if task.norm else None
+        norms = {name: modules[name] if name else None for name in layer.norms}
         self.task, self.conv = task, conv
         self.block: SeparableConvBlock = make_block(conv).to(conv.weight.device)
-        self.teacher_norm = _copy_batch_norm(norm).eval().requires_grad_(False)
-        self.block_norm = _copy_batch_norm(norm)
-        self.norm_keys = list(norm.state_dict()) if norm else []
-        self.inputs = self.teacher_inputs = LayerInputs(teacher, task.layer, images, task.input_cache)
+        self.teacher_norms = {name: _copy_batch_norm(norm).eval().requires_grad_(False) for name, norm in norms.items()}
+        self.block_norms = {name: _copy_batch_norm(norm) for name, norm in norms.items()}
+        self.norm_keys = {name: list(norm.state_dict()) for name, norm in norms.items() if norm}
+        self.student = nn.ModuleList([self.block, *self.block_norms.values()])
+        self.inputs = self.teacher_inputs = LayerInputs(teacher, layer, images, task.input_cache)
         if task.preceding_blocks:
-            self.inputs = LayerInputs(_insert_blocks(teacher, task.preceding_blocks), task.layer, images)
+            self.inputs = LayerInputs(_insert_blocks(teacher, task.preceding_blocks), layer, images)
 
     def train(self, indices: NDArray[np.intp]) -> int:
         """Minimize the mean squared error to the teacher on the images [N]; return the number of steps."""
-        config, student = self.task.config, nn.Sequential(self.block, self.block_norm).train()
-        rng = np.random.default_rng(_hash_to_seed(f"{self.task.seed} {self.task.layer} order"))
+        config, student, name = self.task.config, self.student.train(), self.task.layer.name
+        rng = np.random.default_rng(_hash_to_seed(f"{self.task.seed} {name} order"))
         steps_per_epoch = -(-len(indices) // config.batch)
         optimizer = torch.optim.Adam(student.parameters(), lr=config.lr)
         lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * steps_per_epoch)
         for _ in range(config.epochs):
             order = np.resize(rng.permutation(indices), steps_per_epoch * config.batch)
             for batch_indices in np.split(order, steps_per_epoch):
-                inputs, target = self._load_batch(batch_indices)
-                loss = nn.functional.mse_loss(student(inputs), target)
+                pairs = self._compute_outputs(batch_indices)
+                loss = torch.stack([nn.functional.mse_loss(output, target) for output, target in pairs]).mean()
                 if not torch.isfinite(loss):
-                    raise DataError(f"block {self.task.layer}: the loss is {loss.item()}. Lower distill.blockwise.lr.")
+                    raise DataError(f"block {name}: the loss is {loss.item()}. Lower distill.blockwise.lr.")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
                 optimizer.step()
@@ -243,30 +246,55 @@ class _BlockTrainer:
     @torch.no_grad()
     def measure(self, indices: NDArray[np.intp]) -> tuple[float, float]:
         """Return the mean squared error in evaluation mode on the images [N], and the variance of the target."""
-        student, batch = nn.Sequential(self.block, self.block_norm).eval(), self.task.config.batch
-        squared_error, sums, squares, values_per_channel = 0.0, torch.zeros(()), torch.zeros(()), 0
-        for start in range(0, len(indices), batch):
-            inputs, target = self._load_batch(indices[start : start + batch])
-            target = target.double()
-            squared_error += float((student(inputs).double() - target).square().sum())
-            sums = sums + target.sum((0, 2, 3)).cpu()
-            squares = squares + target.square().sum((0, 2, 3)).cpu()
-            values_per_channel += target[:, 0].numel()
-        variance = squares / values_per_channel - (sums / values_per_channel).square()
-        return squared_error / (values_per_channel * len(sums)), float(variance.mean())
+        self.student.eval()
+        moments = [_ErrorMoments() for _ in self.task.layer.norms]
+        for start in range(0, len(indices), self.task.config.batch):
+            pairs = self._compute_outputs(indices[start : start + self.task.config.batch])
+            for level, (output, target) in zip(moments, pairs, strict=True):
+                level.add(output.double(), target.double())
+        errors, variances = zip(*(level.compute() for level in moments), strict=True)
+        return sum(errors) / len(errors), sum(variances) / len(variances)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights of block and normalization by their names in the assembled network."""
-        block = {f"{self.task.layer}.{name}": value.cpu() for name, value in self.block.state_dict().items()}
-        norm = self.block_norm.state_dict()
-        return block | {f"{self.task.norm}.{name}": norm[name].cpu() for name in self.norm_keys}
+        """Return the weights of block and normalizations by their names in the assembled network."""
+        block = self.block.fuse_norm() if self.task.layer.is_shared else self.block
+        weights = {f"{self.task.layer.name}.{name}": value.cpu() for name, value in block.state_dict().items()}
+        for name, keys in self.norm_keys.items():
+            norm = self.block_norms[name].state_dict()
+            weights |= {f"{name}.{key}": norm[key].cpu() for key in keys}
+        return weights
 
-    @torch.no_grad()
-    def _load_batch(self, indices: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
-        """Return the inputs of the block and the teacher's outputs for the same images."""
-        inputs = self.inputs.get_batch(indices)
-        teacher_inputs = inputs if self.inputs is self.teacher_inputs else self.teacher_inputs.get_batch(indices)
-        return inputs, self.teacher_norm(self.conv(teacher_inputs))
+    def _compute_outputs(self, indices: NDArray[np.intp]) -> list[tuple[Tensor, Tensor]]:
+        """Return the outputs of block and teacher behind the normalization, for each call of the convolution."""
+        norms, inputs = self.task.layer.norms, self.inputs.get_batch(indices)
+        with torch.no_grad():
+            is_same = self.inputs is self.teacher_inputs
+            teacher_inputs = inputs if is_same else self.teacher_inputs.get_batch(indices)
+            targets = [
+                self.teacher_norms[name](self.conv(level)) for name, level in zip(norms, teacher_inputs, strict=True)
+            ]
+        outputs = self.block.forward_levels(inputs)
+        outputs = [self.block_norms[name](output) for name, output in zip(norms, outputs, strict=True)]
+        return list(zip(outputs, targets, strict=True))
+
+
+class _ErrorMoments:
+    """Sums over batches for the mean squared error and the variance of the target."""
+
+    def __init__(self) -> None:
+        self.squared_error, self.sums, self.squares, self.values_per_channel = 0.0, torch.zeros(()), torch.zeros(()), 0
+
+    def add(self, output: Tensor, target: Tensor) -> None:
+        """Add a batch of outputs and targets [B, C, H, W]."""
+        self.squared_error += float((output - target).square().sum())
+        self.sums = self.sums + target.sum((0, 2, 3)).cpu()
+        self.squares = self.squares + target.square().sum((0, 2, 3)).cpu()
+        self.values_per_channel += target[:, 0].numel()
+
+    def compute(self) -> tuple[float, float]:
+        """Return the mean squared error, and the variance of the target around the means of its channels."""
+        variance = self.squares / self.values_per_channel - (self.sums / self.values_per_channel).square()
+        return self.squared_error / (self.values_per_channel * len(self.sums)), float(variance.mean())
 
 
 def _insert_blocks(teacher: BaseDetector, paths: Sequence[Path]) -> BaseDetector:

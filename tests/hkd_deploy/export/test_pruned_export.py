@@ -1,4 +1,4 @@
-"""Export of a student that the CDD pruner reduced."""
+"""Export of students that CDD pruned, or in which blockwise distillation replaced convolutions."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from hkd_deploy.export.exporter import export_onnx
 from hkd_deploy.model_metadata import ExportOptions
+from hkd_det.distill.blockwise.blocks import find_replaceable_convs
 from hkd_det.distill.cdd.compactor import find_prunable_layers, fuse_compactors, insert_compactors
 from hkd_det.models.base import BaseDetector
 from hkd_det.models.checkpoint import DetectorCheckpoint, build_from_spec
@@ -66,6 +67,37 @@ def test_pruned_student_exports_as_plain_network(tmp_path: Path) -> None:
         expected_boxes, expected_scores = masked.predict(torch.from_numpy(image).permute(0, 3, 1, 2))
     np.testing.assert_allclose(scores, expected_scores.numpy(), atol=1e-5)
     valid = scores[0] > 0
+    np.testing.assert_allclose(boxes[0][valid][:5], expected_boxes.numpy()[0][valid][:5], atol=1e-2)
+
+
+@pytest.mark.slow
+def test_network_with_separable_head_exports_and_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = find_replaceable_convs(build_from_spec(SPEC), HW, ("backbone", "neck", "head"), 8)
+    names = tuple(layer.name for layer in layers)
+    shared = tuple(layer.name for layer in layers if layer.is_shared)
+    assert shared == tuple(
+        f"head.{tower}.convs.{i}" for tower in ("cls_tower", "one2one_tower", "reg_tower") for i in (0, 1)
+    )
+    detector = build_from_spec(SPEC, ModelChanges(separable=names, separable_shared=shared)).eval()
+    torch.nn.init.normal_(detector.head.one2one.weight, std=0.5)  # type: ignore[union-attr,arg-type]
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():  # statistics of images, so that the scores of different points differ
+        detector.train()(torch.randint(0, 255, (8, 3, *HW)))
+    detector.eval()
+    graph = export(detector, tmp_path / "merged.onnx")
+    metadata = {prop.key: prop.value for prop in graph.metadata_props}
+    assert int(metadata["hkd.flops"]) == count_params_and_flops(detector, HW).flops
+    image = np.random.default_rng(0).integers(0, 255, (1, *HW, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "merged.onnx", providers=["CPUExecutionProvider"])
+    boxes, scores, _ = session.run(None, {"images": image})
+    with torch.no_grad():
+        expected_boxes, expected_scores = detector.predict(torch.from_numpy(image).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(scores, expected_scores.numpy(), atol=1e-5)
+    valid = scores[0] > 0
+    assert valid.sum() >= 5 and np.diff(scores[0][:6]).max() < -1e-4  # the order is certain
     np.testing.assert_allclose(boxes[0][valid][:5], expected_boxes.numpy()[0][valid][:5], atol=1e-2)
 
 

@@ -259,6 +259,30 @@ def test_yolo_is_replaced_blockwise(data_yaml: Path, tmp_path: Path) -> None:
     _check_family(data_yaml, tmp_path, make_thin_yolo_spec())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "shared"),
+    [
+        (TINY, tuple(f"head.{tower}.convs.0" for tower in ("cls_tower", "one2one_tower", "reg_tower"))),
+        (FasterRCNNSpec("resnet18", 0.125, 16, 16, (16, 32, 64, 128, 256)), ("rpn.head.conv.0.0",)),
+    ],
+)
+def test_neck_and_shared_head_are_replaced(
+    data_yaml: Path, tmp_path: Path, spec: ModelSpec, shared: tuple[str, ...]
+) -> None:
+    teacher = write_checkpoint(tmp_path / "teacher.pt", spec)
+    result = train(make_config(data_yaml, tmp_path / "run", teacher, make_methods(parts=("neck", "head"))))
+    best = load_detector_checkpoint(result.best)
+    assert best.changes.separable_shared == shared and set(best.changes.separable) > set(shared)
+    report = json.loads((tmp_path / "run/blockwise/report.json").read_text())
+    # 9 C^2 weights for 9 C + C^2 + C + 9 C + C^2: a shared block has a bias of C instead of a normalization of 2 C.
+    num_neck = len(best.changes.separable) - len(shared)
+    saved = (num_neck + len(shared)) * (9 * 256 - 18 * 16 - 2 * 256) - num_neck * 2 * 16 - len(shared) * 16
+    assert report["parameters"][0] - report["parameters"][1] == saved
+    assert report["flops"][1] < report["flops"][0]
+    best.build()
+
+
 def _check_family(data_yaml: Path, tmp_path: Path, spec: ModelSpec) -> None:
     result = _train_blockwise(data_yaml, tmp_path, spec)
     best = load_detector_checkpoint(result.best)

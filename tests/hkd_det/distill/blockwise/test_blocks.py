@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hkd_det.distill.blockwise.blocks import ReplaceableConv, find_replaceable_convs
 from hkd_det.errors import UsageError
-from hkd_det.models.base import BaseDetector
+from hkd_det.models.base import BaseDetector, DetectorPart
 from hkd_det.models.checkpoint import build_from_spec
 from hkd_det.models.detector import HKDDetector, HKDDetectorSpec
 from hkd_det.models.faster_rcnn import FasterRCNNSpec
@@ -26,7 +26,8 @@ def make_tiny_yolo() -> UltralyticsSpec:
 
 
 def map_norms(layers: list[ReplaceableConv]) -> dict[str, str]:
-    return {layer.name: layer.norm for layer in layers}
+    assert not any(layer.is_shared for layer in layers)
+    return {layer.name: layer.norms[0] for layer in layers}
 
 
 def test_all_3x3_convolutions_of_a_residual_backbone_are_found(teacher: BaseDetector) -> None:
@@ -43,7 +44,7 @@ def test_all_3x3_convolutions_of_a_residual_backbone_are_found(teacher: BaseDete
 @pytest.mark.slow
 def test_resnet50_has_sixteen_as_in_the_paper() -> None:
     layers = find_replaceable_convs(HKDDetector(HKDDetectorSpec("resnet50", channels=32)), HW, ("backbone",), 16)
-    assert len(layers) == 16 and all(layer.norm == layer.name.replace("conv2", "bn2") for layer in layers)
+    assert len(layers) == 16 and all(layer.norms == (layer.name.replace("conv2", "bn2"),) for layer in layers)
 
 
 @pytest.mark.parametrize("spec", [FasterRCNNSpec("resnet18", 0.125, 8, 16, (16, 32, 64, 128, 256)), make_tiny_yolo()])
@@ -56,7 +57,7 @@ def test_faster_rcnn_and_ultralytics_backbones(spec: FasterRCNNSpec | Ultralytic
         blocks = [f"{body}.layer{n}.{b}" for n in (1, 2, 3, 4) for b in (0, 1)]
         assert map_norms(layers) == {f"{block}.conv{i}": f"{block}.bn{i}" for block in blocks for i in (1, 2)}
     else:
-        assert len(layers) >= 10 and all(layer.norm == layer.name.removesuffix("conv") + "bn" for layer in layers)
+        assert len(layers) >= 10 and all(layer.norms == (layer.name.removesuffix("conv") + "bn",) for layer in layers)
         assert max(int(layer.name.split(".")[2]) for layer in layers) < len(spec.model_yaml["backbone"])
     names = tuple(layer.name for layer in layers)
     assert set(dict(build_from_spec(spec, ModelChanges(separable=names)).named_modules())) >= {
@@ -64,12 +65,42 @@ def test_faster_rcnn_and_ultralytics_backbones(spec: FasterRCNNSpec | Ultralytic
     }
 
 
-def test_neck_is_replaceable_and_shared_head_is_not(teacher: BaseDetector) -> None:
+def test_neck_and_shared_head_are_replaceable(teacher: BaseDetector) -> None:
     in_neck = find_replaceable_convs(teacher, HW, ("neck",), 8)
-    assert in_neck and all(layer.name.startswith("neck.") for layer in in_neck)
-    # The levels share the head's convolutions, so they are called several times.
-    with pytest.raises(UsageError, match=r"parts=head: no 3x3 convolution"):
-        find_replaceable_convs(teacher, HW, ("head",), 8)
+    assert in_neck and all(layer.name.startswith("neck.") and not layer.is_shared for layer in in_neck)
+    # One convolution per tower, called at the strides 8, 16 and 32 with one normalization each.
+    assert {layer.name: layer.norms for layer in find_replaceable_convs(teacher, HW, ("head",), 8)} == {
+        f"head.{tower}.convs.0": tuple(f"head.{tower}.norms.{level}.0" for level in range(3))
+        for tower in ("cls_tower", "one2one_tower", "reg_tower")
+    }
+    with pytest.raises(UsageError, match=r"parts=head: no 3x3 convolution with at least 64 channels"):
+        find_replaceable_convs(teacher, HW, ("head",), 64)
+
+
+def test_shared_convolution_of_the_region_proposal_head_is_found() -> None:
+    torch.manual_seed(0)
+    detector = build_from_spec(FasterRCNNSpec("resnet18", 0.125, 8, 16, (16, 32, 64, 128, 256))).eval()
+    (layer,) = find_replaceable_convs(detector, HW, ("head",), 8)
+    assert layer.norms == ("",) * 5 and [shape[1:] for shape in layer.input_shapes] == [
+        (16, 24), (8, 12), (4, 6), (2, 3), (1, 2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["neck", "head"])
+def test_macs_of_merged_part_match_torch_flop_counter(teacher: BaseDetector, part: DetectorPart) -> None:
+    layers = find_replaceable_convs(teacher, HW, (part,), 8)
+    names = tuple(layer.name for layer in layers)
+    shared = tuple(layer.name for layer in layers if layer.is_shared)
+    changed = build_from_spec(teacher.spec, ModelChanges(separable=names, separable_shared=shared)).eval()
+    for network, macs in ((teacher, [layer.macs for layer in layers]), (changed, [x.macs_block for x in layers])):
+        with torch.no_grad(), FlopCounterMode(display=False, depth=9) as counter:
+            network(torch.zeros(1, 3, *HW))
+        counts = counter.get_flop_counts()
+        assert [sum(counts[f"{type(network).__name__}.{name}"].values()) // 2 for name in names] == macs
+    # By hand: 16 channels at 8x12, 4x6 and 2x3 positions, 9 C^2 weights against 18 C + 2 C^2.
+    if part == "head":
+        positions = 96 + 24 + 6
+        assert [(x.macs, x.macs_block) for x in layers] == 3 * [(positions * 9 * 256, positions * (18 * 16 + 2 * 256))]
 
 
 def test_macs_match_torch_flop_counter(teacher: BaseDetector) -> None:

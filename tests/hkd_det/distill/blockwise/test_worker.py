@@ -30,9 +30,7 @@ def make_task(teacher: BaseDetector, layers: list[ReplaceableConv], images_path:
     def make(index: int = 4, file_name: str = "block.pt", **changes: object) -> BlockTask:
         layer, config = layers[index], BlockwiseConfig(epochs=4, batch=8, lr=1e-2)
         output_path = tmp_path / file_name
-        task = BlockTask(
-            layer.name, layer.norm, lambda: deepcopy(teacher), images_path, None, (), output_path, config, 5, "cpu"
-        )
+        task = BlockTask(layer, lambda: deepcopy(teacher), images_path, None, (), output_path, config, 5, "cpu")
         return replace(task, **changes)  # type: ignore[arg-type]  # fields of several types
 
     return make
@@ -67,9 +65,10 @@ def are_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_result_matches_the_assembled_network(teacher: BaseDetector, make_task: MakeTask, images_path: Path) -> None:
     task = make_task(config=BlockwiseConfig(epochs=20, batch=8, lr=1e-2))
     result = train_block(task)
-    network = assemble(teacher, {task.layer: read_weights(task.output_path)})
+    network = assemble(teacher, {task.layer.name: read_weights(task.output_path)})
     target, output = (
-        compute_norm_output(model, task.norm, load_holdout(images_path)).double() for model in (teacher, network)
+        compute_norm_output(model, task.layer.norms[0], load_holdout(images_path)).double()
+        for model in (teacher, network)
     )
     expected_error = float((output - target).square().mean())
     assert result.error == pytest.approx(expected_error, rel=0.02)  # the task rounds its inputs to float16
@@ -81,16 +80,16 @@ def test_result_matches_the_assembled_network(teacher: BaseDetector, make_task: 
 def test_assembled_network_differs_only_in_block_and_norm(teacher: BaseDetector, make_task: MakeTask) -> None:
     task = make_task()
     train_block(task)
-    network = assemble(teacher, {task.layer: read_weights(task.output_path)})
+    network = assemble(teacher, {task.layer.name: read_weights(task.output_path)})
     state_dict, teacher_state_dict = network.state_dict(), teacher.state_dict()
     changed = {
         name
         for name, value in state_dict.items()
         if name not in teacher_state_dict or not torch.equal(value, teacher_state_dict[name])
     }
-    assert all(name.startswith((f"{task.layer}.", f"{task.norm}.")) for name in changed)
-    assert {f"{task.layer}.depthwise1.weight", f"{task.norm}.running_mean"} <= changed
-    assert network.changes.separable == (task.layer,) and not network.training
+    assert all(name.startswith((f"{task.layer.name}.", f"{task.layer.norms[0]}.")) for name in changed)
+    assert {f"{task.layer.name}.depthwise1.weight", f"{task.layer.norms[0]}.running_mean"} <= changed
+    assert network.changes.separable == (task.layer.name,) and not network.training
 
 
 @pytest.mark.slow
@@ -101,15 +100,19 @@ def test_student_inputs_correct_errors_of_preceding_blocks(
     train_block(first)
     second = make_task(4, "second.pt", preceding_blocks=(first.output_path,))
     result = train_block(second)
-    blocks = {first.layer: read_weights(first.output_path), second.layer: read_weights(second.output_path)}
+    blocks = {first.layer.name: read_weights(first.output_path), second.layer.name: read_weights(second.output_path)}
     images = load_holdout(images_path)
-    target = compute_norm_output(teacher, second.norm, images).double()
-    error = (compute_norm_output(assemble(teacher, blocks), second.norm, images).double() - target).square().mean()
+    target = compute_norm_output(teacher, second.layer.norms[0], images).double()
+    error = (
+        (compute_norm_output(assemble(teacher, blocks), second.layer.norms[0], images).double() - target)
+        .square()
+        .mean()
+    )
     assert result.error == pytest.approx(float(error), rel=0.02)
     independent = make_task(4, "independent.pt")
     train_block(independent)
-    network = assemble(teacher, {**blocks, second.layer: read_weights(independent.output_path)})
-    assert error < (compute_norm_output(network, second.norm, images).double() - target).square().mean()
+    network = assemble(teacher, {**blocks, second.layer.name: read_weights(independent.output_path)})
+    assert error < (compute_norm_output(network, second.layer.norms[0], images).double() - target).square().mean()
 
 
 @pytest.mark.slow
@@ -126,7 +129,7 @@ def test_block_is_identical_with_cached_and_computed_inputs(
     torch.manual_seed(99)
     rng_state = torch.get_rng_state()
     computed, cached = make_task(index, "a.pt"), make_task(index, "b.pt")
-    cached = replace(cached, input_cache=get_input_cache_path(tmp_path / "inputs", cached.layer))
+    cached = replace(cached, input_cache=get_input_cache_path(tmp_path / "inputs", cached.layer.name))
     num_threads = torch.get_num_threads()
     train_block(computed)
     assert torch.equal(torch.get_rng_state(), rng_state) and torch.get_num_threads() == num_threads
@@ -149,16 +152,17 @@ def test_recorded_inputs_do_not_depend_on_the_batch() -> None:
     detector = HKDDetector(HKDDetectorSpec("resnet50", channels=16)).eval()
     names = ["backbone.body.layer1.1.conv2", "backbone.body.layer4.2.conv2"]
     images = torch.randint(0, 256, (16, 3, 64, 96), dtype=torch.uint8)
-    all_inputs, order = record_inputs(detector, names, images), [3, 0, 14]
+    layers = [layer for layer in find_replaceable_convs(detector, (64, 96), ("backbone",), 1) if layer.name in names]
+    all_inputs, order = record_inputs(detector, layers, images), [3, 0, 14]
     num_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        reordered = record_inputs(detector, names, images[order])
+        reordered = record_inputs(detector, layers, images[order])
     finally:
         torch.set_num_threads(num_threads)
-    for name in names:
-        assert torch.equal(all_inputs[name][order], reordered[name])
-        assert torch.equal(all_inputs[name][2:3], record_inputs(detector, [name], images[2:3])[name])
+    for layer in layers:
+        assert torch.equal(all_inputs[layer.name][order], reordered[layer.name])
+        assert torch.equal(all_inputs[layer.name][2:3], record_inputs(detector, [layer], images[2:3])[layer.name])
 
 
 def test_input_cache_stays_within_its_capacity(
@@ -178,7 +182,8 @@ def test_input_cache_stays_within_its_capacity(
     with torch.no_grad():
         teacher(torch.from_numpy(images))
     handle.remove()
-    np.testing.assert_allclose(np.load(get_input_cache_path(tmp_path, layer)), inputs[0].numpy(), rtol=1e-3, atol=1e-3)
+    cached = np.load(get_input_cache_path(tmp_path, layer))
+    np.testing.assert_allclose(cached, inputs[0].flatten(2).numpy(), rtol=1e-3, atol=1e-3)
 
 
 def test_finished_block_is_not_trained_again(make_task: MakeTask) -> None:
@@ -205,6 +210,6 @@ def test_activations_beyond_float16_raise_data_error(teacher: BaseDetector, make
     norm = dict(teacher.named_modules())["backbone.body.layer1.0.bn1"]
     norm.weight.fill_(1e6)  # type: ignore[union-attr, operator]  # nn.Module attributes are untyped
     task = make_task(2)
-    assert task.layer == "backbone.body.layer1.0.conv2"
+    assert task.layer.name == "backbone.body.layer1.0.conv2"
     with pytest.raises(DataError, match=r"layer1\.0\.conv2: .* outside the range of float16"):
         train_block(task)
