@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hkd_bench.cameras import CameraPoint
+from hkd_bench.model_lists import MAX_NAMED, format_names, format_values
 from hkd_bench.result import BenchResult, ModelResult
 from hkd_bench.scenarios import PACED, ScenarioResult
 from hkd_bench.sustained import SustainedResult
@@ -121,10 +122,9 @@ def format_sustained_notes(result: BenchResult) -> list[str]:
     runs = [(model.name, model.sustained) for model in result.models if model.sustained]
     if not runs:
         return []
-    drifts = [f"{_format_drift(run)} ({name})" for name, run in runs]
     notes = [
         f"Sustained for {runs[0][1].requested_s:g} s without pauses; quote the last tenth. Its p50 against the start: "
-        f"{'; '.join(drifts)}."
+        f"{_format_drifts(runs)}."
     ]
     notes += [
         f"{name}: interrupted after {run.seconds:.0f} of {run.requested_s:g} s."
@@ -132,10 +132,19 @@ def format_sustained_notes(result: BenchResult) -> list[str]:
         if run.is_interrupted
     ]
     missing = [model.name for model in result.models if model.sustained is None]
-    notes += [f"Not sustained after the interruption: {', '.join(missing)}."] if missing else []
+    notes += [f"Not sustained after the interruption: {format_names(missing)}."] if missing else []
     notes += [f"[!] sustained {name}: {'; '.join(run.marks)}." for name, run in runs if run.marks]
     reasons = dict.fromkeys(run.power_reason for _, run in runs if run.power_reason)
     return notes + [f"Power over time not measured: {reason}." for reason in reasons]
+
+
+def _format_drifts(runs: Sequence[tuple[str, SustainedResult]]) -> str:
+    """State the change of the latency of each model, of many models the range and those that became slower."""
+    if len(runs) <= MAX_NAMED:
+        return "; ".join(f"{_format_drift(run)} ({name})" for name, run in runs)
+    slower = [name for name, run in runs if run.conclusion == "slower"]
+    names = f"; slower: {format_names(slower)}" if slower else ""
+    return format_values([(name, 100 * run.drift) for name, run in runs], "{:+.1f} %") + names
 
 
 def _format_drift(run: SustainedResult) -> str:
@@ -207,19 +216,18 @@ def format_camera_notes(result: BenchResult) -> list[str]:
     if not found:
         return []
     fps = found[0][1].fps
-    counts = ", ".join(f"{cameras.cameras} ({model.name})" for model, cameras in found)
+    counts = format_values([(model.name, cameras.cameras) for model, cameras in found], "{}")
     notes = [
         f"Cameras at {fps:g} frames per second with p99 from the arrival of a frame to its boxes below "
         f"{1e3 / fps:.1f} ms: {counts}. A dropped frame counts as infinite."
     ]
-    batches = [
-        f"{cameras.largest_batch} ({model.name})" for model, cameras in found if cameras.largest_batch is not None
-    ]
+    batches = [(model.name, one.largest_batch) for model, one in found if one.largest_batch is not None]
     if batches:
         fixed = [model.name for model, cameras in found if len(cameras.batches) == 1 and cameras.largest_batch]
-        hint = f" The batch of {', '.join(fixed)} is fixed; see hkd-export --dynamic batch." if fixed else ""
+        hint = f" The batch of {format_names(fixed)} is fixed; see hkd-export --dynamic batch." if fixed else ""
         notes.append(
-            f"Largest batch of frames that arrive together, with p99 below the period: {', '.join(batches)}.{hint}"
+            "Largest batch of frames that arrive together, with p99 below the period: "
+            f"{format_values(batches, '{}')}.{hint}"
         )
     if not result.has_energy:
         return notes
