@@ -45,7 +45,7 @@ from hkd_bench.sweep import list_sweep_sizes
 from hkd_bench.worker import WorkerJob, WorkerResult, read_detections_npz
 from hkd_bench.worker_process import run_worker
 from hkd_deploy.backends import BACKENDS, get_default_backend
-from hkd_deploy.external import is_external_model
+from hkd_deploy.external import check_model_config, is_external_model
 from hkd_deploy.trt.engine_info import read_engine_info
 from hkd_det.config import check_range, dataclass_from_dict
 from hkd_det.console import Progress, log_stage
@@ -180,7 +180,7 @@ def bench(
         The measurements of all models.
 
     Raises:
-        UsageError: An option or a name is invalid.
+        UsageError: An option or a name is invalid, or a model of another tool has no valid configuration.
         DataError: A model or an image is missing or invalid.
         UnavailableError: A device or backend is missing, or a process ended early.
     """
@@ -414,6 +414,9 @@ def _make_entries(models: Sequence[Path], options: BenchOptions, names: Sequence
         BenchEntry(path, backend, name, digests[path], model_configs.get(path))
         for (path, backend), name in zip(pairs, _make_names(pairs, names), strict=True)
     ]
+    for entry in {entry.path: entry for entry in entries}.values():
+        if is_external_model(entry.path):
+            check_model_config(entry.path, entry.backend, entry.model_config)
     if not options.imgsz_sweep:
         return entries
     return [

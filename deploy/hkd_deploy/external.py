@@ -4,6 +4,7 @@ Normalization, decoding and NMS run outside the graph, as in the tools of these 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,6 +21,7 @@ from hkd_det.errors import DataError, UsageError
 from hkd_det.image import check_image
 from hkd_det.onnxrt.detector import OnnxDetector
 from hkd_det.onnxrt.graph_io import read_graph_io
+from hkd_det.onnxrt.model_config import read_model_config
 from hkd_det.onnxrt.openvino import (
     OpenVinoSession,
     count_openvino_parameters,
@@ -155,6 +157,30 @@ def open_external_detector(
     session = SESSION_OPENERS[backend](path, device, threads)
     config = load_model_config(path, read_graph_io(session), model_config)
     return ExternalDetector(OnnxDetector(path, session, config), backend, device)
+
+
+def check_model_config(path: Path, backend: str, model_config: Path | None) -> None:
+    """Check that a model of another tool has a valid configuration, without its device.
+
+    Args:
+        path: The .onnx file, .xml file or OpenVINO directory.
+        backend: Backend that runs the model; its package reads the file.
+        model_config: YAML file or name of the model configuration (default: see `load_model_config`).
+
+    Raises:
+        UsageError: There is no configuration, or it is invalid.
+        DataError: The model is damaged.
+        UnavailableError: The runtime is missing.
+    """
+    if model_config is None:
+        reader = "openvino" if path.suffix != ".onnx" or backend.startswith("openvino") else "onnxruntime"
+        load = partial(load_model_config, path, read_graph_io(SESSION_OPENERS[reader](path, "cpu", 1)))
+    else:
+        load = partial(read_model_config, model_config)
+    try:
+        load()
+    except DataError as error:
+        raise UsageError(str(error)) from None
 
 
 def is_external_model(path: Path) -> bool:

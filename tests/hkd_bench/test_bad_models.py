@@ -74,5 +74,26 @@ def test_bad_model_gives_one_line(
         exit_code = demo([str(bad_dir / model), *other_flags, "--source", str(half_right.parent), "--no-show"])
     output = capfd.readouterr()
     lines = [line for line in output.err.splitlines() if not PROGRESS.match(line)]
-    assert exit_code == code and all(PROGRESS.match(line) for line in output.out.splitlines())
+    expected = 2 if command == "hkd-bench" and model == "other_tool.onnx" else code  # checked before any measurement
+    assert exit_code == expected and all(PROGRESS.match(line) for line in output.out.splitlines())
     assert len(lines) == 1 and lines[0].startswith(f"{command}: ") and words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "other_tool.onnx: not exported by hkd-export, and no model configuration found"),
+        ("gone.yaml", "gone.yaml: no such file"),
+        ("wrong.yaml", "wrong.yaml: output_format: expected one of"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_configurations_are_checked_before_the_first_model(
+    bad_dir: Path, half_right: Path, capfd: pytest.CaptureFixture[str], config: str | None, words: str, backend: str
+) -> None:
+    (bad_dir / "wrong.yaml").write_text("output_format: pixels\n")
+    flags = ["--images", str(half_right.parent), "--backend", backend]
+    flags += ["--model-config", str(bad_dir / config)] if config else []
+    assert bench([str(bad_dir / "good.onnx"), str(bad_dir / "other_tool.onnx"), *flags]) == 2
+    output = capfd.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1 and words in output.err

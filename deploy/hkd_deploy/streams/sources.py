@@ -158,5 +158,8 @@ def list_images(folder: Path) -> list[Path]:
         path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     )
     if not paths:
+        below = next((path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), None)
+        if below:
+            raise DataError(f"{folder}: no images in this directory, but in {below.parent}. Give that directory.")
         raise DataError(f"{folder}: no images in this directory. Supported types: {' '.join(sorted(IMAGE_SUFFIXES))}.")
     return paths

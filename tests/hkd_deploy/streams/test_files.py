@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hkd_deploy.streams import open_source, redact_url
+from hkd_deploy.streams.sources import list_images
 from hkd_det.errors import DataError, UsageError
 
 
@@ -132,6 +133,14 @@ def test_image_applies_exif_orientation(tmp_path: Path) -> None:
 def test_directory_without_images_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images in this directory"), open_source(str(tmp_path)):
         pass
+
+
+def test_directory_with_images_below_names_their_directory(tmp_path: Path) -> None:
+    (tmp_path / "val" / "aachen").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("")
+    cv2.imwrite(str(tmp_path / "val" / "aachen" / "1.png"), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match=f"but in {tmp_path}/val/aachen. Give that directory.$"):
+        list_images(tmp_path)
 
 
 def test_image_truncated_raises(tmp_path: Path) -> None:
