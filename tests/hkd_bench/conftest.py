@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -39,6 +40,14 @@ def half_right(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = root / "data.yaml"
     path.write_text(yaml.safe_dump({"format": "coco", "val": {"images": ".", "annotations": "all.json"}}))
     return path
+
+
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command measures each model in one process instead of three: for tests that need no more."""
+    from hkd_bench import bench
+
+    monkeypatch.setattr(bench, "BenchOptions", partial(bench.BenchOptions, rounds=1, warmup=1, warmup_s=0))
 
 
 @pytest.fixture

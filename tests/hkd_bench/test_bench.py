@@ -236,6 +236,7 @@ def test_command_writes_json_and_html(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_second_ground_truth_has_its_own_miss_rate(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +265,7 @@ def test_second_ground_truth_has_its_own_miss_rate(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_images_are_timed_without_miss_rate(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +290,7 @@ def external_model(write_tiny_onnx: Callable[..., Path], tmp_path_factory: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_external_model_equals_the_exported_one(
     model: Path, external_model: tuple[Path, Path], half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +398,7 @@ def write_coco_data(directory: Path, half_right: Path, person_id: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_saved_detections_have_the_miss_rate_of_bench(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -427,6 +431,7 @@ def test_saved_detections_have_the_miss_rate_of_bench(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_saved_detections_of_several_models_and_of_images(
     model: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -442,6 +447,7 @@ def test_saved_detections_of_several_models_and_of_images(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_saved_detections_of_other_formats_have_file_names(model: Path, half_right: Path, tmp_path: Path) -> None:
     """The official file of CityPersons names an image `im_name`; its ids are not in the .mat file of the split."""
     for folder in ("images", "labels"):

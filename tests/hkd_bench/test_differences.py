@@ -134,6 +134,7 @@ def test_saved_detections_are_read_again(tmp_path: Path, images: list[Sample]) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_bench_and_compare_write_the_same_page(
     write_tiny_onnx: Callable[..., Path], half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

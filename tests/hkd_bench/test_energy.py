@@ -196,6 +196,7 @@ def test_bench_with_meter_of_constant_power(model: Path, half_right: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_bench_energy_without_sensor_is_null_everywhere(
     model: Path, half_right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,7 @@ def test_plot_has_miss_rate_against_latency_of_each_size(swept: BenchResult) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_command_sweeps_and_shows_examples_at_the_last_size(
     dynamic: Path, half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

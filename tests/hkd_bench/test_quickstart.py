@@ -1,18 +1,24 @@
 """Test of the quickstart at a small size."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hkd_bench.quickstart import main
+from hkd_bench.bench import BenchOptions
+from hkd_bench.quickstart import main, steps
 from hkd_bench.quickstart.steps import QuickstartConfig, run_quickstart
 from hkd_bench.result import read_result
 from hkd_det.errors import DataError
+from hkd_det.train.config import TrainConfig
 
 
 @pytest.mark.slow
-def test_quickstart_writes_report_video_and_result(tmp_path: Path) -> None:
+def test_quickstart_writes_report_video_and_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without loader processes, and with one process per measured model: each would import its packages again."""
+    monkeypatch.setattr(steps, "TrainConfig", partial(TrainConfig, workers=0))
+    monkeypatch.setattr(steps, "BenchOptions", partial(BenchOptions, rounds=1, warmup=1, warmup_s=0))
     config = QuickstartConfig(num_train=8, num_val=4, imgsz_hw=(64, 128), epochs=1, batch=4, runs=9, video_frames=4)
     result = run_quickstart(tmp_path, seed=1, config=config)
     teacher, baseline, distilled = result.models

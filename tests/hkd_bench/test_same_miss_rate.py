@@ -56,6 +56,7 @@ def data_yaml(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_training_verification_and_bench_have_one_miss_rate(
     data_yaml: Path,
     tmp_path: Path,

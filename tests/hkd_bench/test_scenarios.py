@@ -158,6 +158,7 @@ def test_scenarios_are_in_table_json_and_page(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_round")
 def test_command_runs_all_scenarios_and_fails_if_one_is_invalid(
     write_tiny_onnx: Callable[..., Path], half_right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
