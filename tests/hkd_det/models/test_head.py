@@ -1,10 +1,11 @@
 """Anchor points, and boxes as distances from them."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkd_det.models.head import bbox2dist, dist2bbox, make_anchors
+from hkd_det.models.head import Head, bbox2dist, dist2bbox, make_anchors, make_prior_box_logits
 
 
 def test_make_anchors_returns_cell_centers() -> None:
@@ -35,3 +36,14 @@ def test_dist2bbox_inverts_bbox2dist(distances: list[float], stride: float) -> N
 def test_bbox2dist_clamps_to_the_last_bin() -> None:
     encoded = bbox2dist(torch.tensor([[-1000.0, 0, 10, 10]]), torch.tensor([[5.0, 5.0]]), torch.tensor([8.0]), 16)
     assert encoded[0, 0] < 15 and encoded[0, 0] > 14.9
+
+
+def test_first_boxes_have_the_shape_of_a_person() -> None:
+    """Without features, a box is eight strides high. Truncation at distance 0 makes it a little wider than 0.41."""
+    boxes = dist2bbox(make_prior_box_logits(16).view(1, 1, 4, 16), torch.tensor([[100.0, 200.0]]), torch.tensor([16.0]))
+    x1, y1, x2, y2 = boxes[0, 0].tolist()
+    assert (y1 + y2) / 2 == pytest.approx(200) and (x1 + x2) / 2 == pytest.approx(100)
+    assert y2 - y1 == pytest.approx(8 * 16, rel=0.01)
+    assert 0.41 < (x2 - x1) / (y2 - y1) < 0.47
+    head = Head(channels=8, depth=1, num_levels=1, reg_max=16)
+    torch.testing.assert_close(head.box_logits.bias, make_prior_box_logits(16))
