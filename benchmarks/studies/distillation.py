@@ -79,7 +79,8 @@ def run_row(budget: Budget, row: Row, data: Path, seed: int, folder: Path) -> No
     if result_path.exists():
         return
     print(f"\n== seed {seed}: {row.title}", flush=True)
-    recipe = row.make_recipe(budget, data, seed, folder, compute_epochs(budget, row, folder))
+    epochs = compute_epochs(budget, row, folder)
+    recipe = row.make_recipe(budget, data, seed, run_dir, folder / "teacher/best.pt", epochs)
     with open_energy_meter("cpu", None) as meter:
         train(recipe, run_dir)
     joules, reason = meter.compute_total()

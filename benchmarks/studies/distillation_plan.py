@@ -70,18 +70,20 @@ class Row:
     same_time_as: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def make_recipe(self, budget: Budget, data: Path, seed: int, folder: Path, epochs: int) -> dict[str, Any]:
+    def make_recipe(
+        self, budget: Budget, data: Path, seed: int, save_dir: Path, teacher: Path, epochs: int
+    ) -> dict[str, Any]:
         """Return the settings for `hkd-train --recipe`.
 
         Args:
             budget: Models and schedule.
             data: Data YAML.
             seed: Seed of the run.
-            folder: Directory of the runs of this seed.
+            save_dir: Directory of the run.
+            teacher: Checkpoint of the teacher.
             epochs: Epochs of the run.
         """
-        teacher = str(folder / "teacher/best.pt")
-        distillation = {"teacher": teacher, "distill": self.distill} if self.distill else {}
+        distillation = {"teacher": str(teacher), "distill": self.distill} if self.distill else {}
         match self.model:
             case "teacher":
                 start = {"model": budget.teacher}
@@ -89,11 +91,11 @@ class Row:
                 start = {"model": budget.student}
             case _:
                 # Without `model`, CDD and blockwise start from the teacher.
-                start = {} if self.distill else {"weights": teacher}
+                start = {} if self.distill else {"weights": str(teacher)}
         return {
             "data": str(data),
             **start,
-            "save_dir": str(folder / self.name),
+            "save_dir": str(save_dir),
             "imgsz_hw": list(budget.imgsz_hw),
             "epochs": epochs,
             "seed": seed,

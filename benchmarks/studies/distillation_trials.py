@@ -39,6 +39,9 @@ RESULT_FILE = Path(__file__).parents[1] / "results/distillation_trials.md"
 BUDGET = BUDGETS["small"]
 TEACHER = Row("teacher", "teacher", "teacher")
 CONSTANT = {"distill_schedule": "constant"}
+QUARTER_LR = {"lr": 5e-4}
+OLD_CDD = {"ranking": "response", "min_width_ratio": 0.0}
+ALL_PARTS = {"parts": ["backbone", "neck", "head"]}
 
 
 def make_hkd_row(name: str, title: str, settings: dict[str, object] | None = None, **hkd: object) -> Row:
@@ -69,11 +72,7 @@ class TrialGroup:
 GROUPS = (
     TrialGroup(
         Row("baseline", "student without teacher"),
-        (
-            Row("ema-5", "EMA horizon of 5 % of the steps: decay 0.981, not 0.99", settings={"ema_decay": 0.981}),
-            Row("box-prior", "first boxes with the shape of a person"),
-            Row("hue", "hue +-0.015 and saturation +-0.6"),
-        ),
+        (Row("ema-5", "EMA horizon of 5 % of the steps: decay 0.981, not 0.99", settings={"ema_decay": 0.981}),),
     ),
     TrialGroup(
         make_hkd_row("hkd", "HKD"),
@@ -88,6 +87,29 @@ GROUPS = (
             make_hkd_row("floor", "cosine weight from 1 to 0.1", {"min_distill_weight": 0.1}),
             make_hkd_row("region-all", "regions from all levels", region_level="all"),
             Row("cwd", "CWD instead of the pyramid level", distill={"hkd": {"pyramid": 0.0}, "cwd": {}}),
+            Row(
+                "crosskd",
+                "cross-head instead of the logit level",
+                distill={"hkd": {"cls": 0.0, "box": 0.0}, "crosskd": {}},
+            ),
+        ),
+    ),
+    TrialGroup(
+        Row("teacher-long", "teacher, fine-tuned for the same epochs", "trained teacher"),
+        (
+            Row("teacher-long-lr", "a quarter of the learning rate", "trained teacher", settings=QUARTER_LR),
+            Row("cdd", "CDD, -65 % FLOPs", "trained teacher", {"cdd": {}}),
+            Row("cdd-lr", "CDD, a quarter of the learning rate", "trained teacher", {"cdd": {}}, settings=QUARTER_LR),
+            Row("cdd-response", "CDD, ranked by response", "trained teacher", {"cdd": OLD_CDD}),
+            Row("cdd-hkd", "CDD and HKD", "trained teacher", {"cdd": {}, "hkd": {}}),
+            Row("blockwise-lr", "blockwise, backbone", "trained teacher", {"blockwise": {}}, settings=QUARTER_LR),
+            Row(
+                "blockwise-all",
+                "blockwise, all parts",
+                "trained teacher",
+                {"blockwise": ALL_PARTS},
+                settings=QUARTER_LR,
+            ),
         ),
     ),
 )
@@ -111,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--only: unknown rows {', '.join(sorted(unknown))}. Choose from {', '.join(r.name for r in rows)}."
         )
     if not arguments.report:
-        if any(row.distill for row in rows if row.name in selected):
+        if any(row.distill or row.model != "student" for row in rows if row.name in selected):
             run_row(TEACHER, arguments.data, 0, arguments.runs)
         for row in rows:
             for seed in map(int, arguments.seeds.split(",")):
@@ -134,10 +156,7 @@ def run_row(row: Row, data: Path, seed: int, runs: Path) -> None:
         return
     print(f"\n== seed {seed}: {row.title}", flush=True)
     epochs = BUDGET.teacher_epochs if row.model == "teacher" else BUDGET.epochs
-    recipe = row.make_recipe(BUDGET, data, seed, runs, epochs)
-    if row.distill:
-        recipe["teacher"] = str(runs / "teacher-0/best.pt")
-    train(recipe | {"save_dir": str(run_dir)}, run_dir)
+    train(row.make_recipe(BUDGET, data, seed, run_dir, runs / "teacher-0/best.pt", epochs), run_dir)
     detector = load_detector_checkpoint(run_dir / "best.pt").build()
     for split in ("val", "test"):  # `test.json` is written last and marks a finished run
         samples = load_dataset(str(data), split)
