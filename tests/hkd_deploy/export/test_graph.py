@@ -145,7 +145,8 @@ def test_in_graph_letterbox_agrees_with_host_letterbox(hkd_checkpoint: DetectorC
             assert abs(len(expected_scores) - count[0]) <= 0.1 * count[0] and count[0] > 10
             np.testing.assert_allclose(scores[0, :20], expected_scores[:20], atol=0.01)
             distances = np.abs(letterbox.boxes_to_source(expected_boxes)[:20, None] - boxes[0]).max(-1).min(1)
-            assert (distances < 1.5 / letterbox.scale).all()
+            # The scores of a random network are nearly equal: rounding can exchange the last box.
+            assert (distances < 0.05 / letterbox.scale).sum() >= 19
 
 
 @pytest.mark.slow
