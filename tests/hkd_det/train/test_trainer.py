@@ -65,8 +65,9 @@ def test_run_writes_checkpoints_settings_and_history(data_yaml: Path, tmp_path: 
 @pytest.mark.usefixtures("tiny_models")
 def test_training_learns_dark_boxes(data_yaml: Path, tmp_path: Path) -> None:
     result = train(make_config(data_yaml, tmp_path, epochs=30, lr=3e-3, mosaic=0.0, multi_scale=0.0, ema_decay=0.9))
-    assert result.history[-1].losses["box"] < 0.6 * result.history[0].losses["box"]
-    assert result.miss_rate < 0.7
+    first, last = (sum(result.history[epoch].losses.values()) for epoch in (0, -1))
+    assert last < 0.6 * first
+    assert result.miss_rate < 0.4
 
 
 @pytest.mark.slow
