@@ -32,7 +32,7 @@ CONF = 0.3  # minimum score of a drawn box
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Size of the quickstart. The defaults take about seven minutes on two CPU cores.
+    """Size of the quickstart. The defaults take 7 to 16 minutes on two CPU cores.
 
     Attributes:
         num_train: Number of training images.
